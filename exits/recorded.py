@@ -1,0 +1,40 @@
+"""What every exit said of every sample: the common currency of evaluation, calibration and tests."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exits import signals
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """All exits of n samples, run to full depth.
+
+    Attributes:
+        exit_layers: the layers of the exits, ascending; the last is M.
+        logits: (n, exits, K).
+        distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
+        labels: true classes, (n,).
+    """
+
+    exit_layers: list[int]
+    logits: NDArray[np.float32]
+    distances: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each exit is right, (n, exits)."""
+        return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
+
+    @property
+    def entropy(self) -> signals.Floats:
+        """The local signal, (n, exits)."""
+        return signals.entropy(signals.softmax(self.logits))
+
+    @property
+    def distance_ratio(self) -> signals.Floats:
+        """The global signal, (n, exits); NaN at exits without prototypes."""
+        return signals.distance_ratio(self.logits, self.distances)

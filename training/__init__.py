@@ -1,0 +1,1 @@
+"""DE3-BERT in PyTorch: model, data, training loop, evaluation."""

@@ -1,0 +1,227 @@
+"""Labelled text from files or `datasets`, its split, its tokens and its batches."""
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+
+Text = str | tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled text or pair of texts; `label` counts from 0 in the order of the label names."""
+
+    text: Text
+    label: int
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a file keeps its texts and labels: column names, or numbers from 0 where it has no header.
+
+    Attributes:
+        quotes: whether quotation marks delimit fields (csv) or are text (as in GLUE's tsv files);
+            None: they delimit in .csv, and are text in .tsv.
+    """
+
+    text: str = "text"
+    text_pair: str | None = None
+    label: str = "label"
+    header: bool = True
+    quotes: bool | None = None
+
+
+def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
+    """The (text, label) rows of a .tsv, .csv or .jsonl file.
+
+    Raises ValueError, naming file, line and column, when a column or a value is missing.
+    """
+    wanted = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair else [])
+    rows: list[tuple[Text, str]] = []
+    for line, record in _records(path, columns):
+        missing = [c for c in wanted if record.get(c) in (None, "")]
+        if missing:
+            raise ValueError(f"{path}:{line}: no {' and no '.join(missing)}; the row has: {list(record)}")
+        text = str(record[columns.text]).strip()
+        rows.append(
+            (
+                (text, str(record[columns.text_pair]).strip()) if columns.text_pair else text,
+                str(record[columns.label]),
+            )
+        )
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def _records(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+    kind = path.suffix
+    if kind not in (".tsv", ".csv", ".jsonl"):
+        raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file")
+    with path.open(encoding="utf-8", newline="") as file:
+        if kind == ".jsonl":
+            for i, line in enumerate(file, 1):
+                if line.strip():
+                    yield i, json.loads(line)
+            return
+        quoted = kind == ".csv" if columns.quotes is None else columns.quotes
+        reader = csv.reader(
+            file,
+            delimiter="\t" if kind == ".tsv" else ",",
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        )
+        names = next(reader, None) if columns.header else None
+        for row in reader:
+            if row:
+                yield reader.line_num, dict(zip(names or map(str, range(len(row))), row, strict=False))
+
+
+def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
+    """The (text, label) rows of a `datasets` name, "path" or "path:config", label numbers named if it can."""
+    from datasets import ClassLabel, load_dataset
+
+    path, _, config = name.partition(":")
+    data = load_dataset(path, config or None, split=split)
+    feature = data.features[columns.label]
+    to_name = feature.int2str if isinstance(feature, ClassLabel) else str
+    pair = columns.text_pair
+    return [
+        ((row[columns.text], row[pair]) if pair else row[columns.text], to_name(row[columns.label]))
+        for row in data
+    ]
+
+
+def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
+    """The distinct labels of rows, in numeric order if all are whole numbers, else alphabetically."""
+    found = {label for _, label in rows}
+    return sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdigit() else (1, 0, x))
+
+
+def to_examples(rows: Sequence[tuple[Text, str]], order: Sequence[str]) -> list[Example]:
+    """Rows as examples; raises ValueError for a label that is not in `order`."""
+    index = {label: i for i, label in enumerate(order)}
+    unknown = sorted({label for _, label in rows} - set(order))
+    if unknown:
+        raise ValueError(f"labels {unknown[:5]} are not among the known labels {list(order)[:20]}")
+    return [Example(text, index[label]) for text, label in rows]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Train, and the two parts of it that training never sees: one to tune, one to certify."""
+
+    train: list[Example]
+    tune: list[Example]
+    certify: list[Example]
+
+
+def split(examples: Sequence[Example], seed: int, held_back: int | None = None) -> Split:
+    """Keep two parts of examples back, chosen by seed, `held_back` samples each.
+
+    Default size: a tenth each, at most 4,000. A text that occurs twice falls into one part only: the split
+    is drawn over distinct texts.
+    """
+    size = min(len(examples) // 10, 4000) if held_back is None else held_back
+    if size < 1 or 2 * size >= len(examples):
+        raise ValueError(f"cannot keep back 2 x {size} of {len(examples)} samples; set --held-back")
+
+    def rank(example: Example) -> bytes:
+        return hashlib.sha256(f"{seed}\0{example.text!r}".encode()).digest()
+
+    ranked = sorted(examples, key=rank)
+    first, second = ranked[:size], ranked[size : 2 * size]
+    # Equal texts are neighbours in the ranking; move a run that crosses a border wholly to its left.
+    tail = ranked[2 * size :]
+    while second and second[0].text == first[-1].text:
+        first.append(second.pop(0))
+    while tail and second and tail[0].text == second[-1].text:
+        second.append(tail.pop(0))
+    random.Random(seed).shuffle(tail)
+    return Split(train=tail, tune=first, certify=second)
+
+
+def save_examples(path: Path, examples: Sequence[Example]) -> None:
+    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, the label a number."""
+    with path.open("w", encoding="utf-8") as file:
+        for e in examples:
+            text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
+            row = {"text": text, **({"text_pair": pair} if pair is not None else {}), "label": e.label}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def load_examples(path: Path) -> list[Example]:
+    """Read what `save_examples` wrote."""
+    with path.open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [Example((r["text"], r["text_pair"]) if "text_pair" in r else r["text"], r["label"]) for r in rows]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of examples, unpadded; `type_ids` is empty where the encoder has no token types."""
+
+    ids: list[list[int]]
+    type_ids: list[list[int]]
+    labels: torch.Tensor  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Sequence[int], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Padded model inputs, each (batch, tokens), and labels (batch,) of the given rows."""
+
+        def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(lists[i]) for i in rows], batch_first=True, padding_value=fill
+            )
+
+        ids = padded(self.ids, pad_id)
+        lengths = torch.tensor([len(self.ids[i]) for i in rows])
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        }
+        if self.type_ids:
+            inputs["token_type_ids"] = padded(self.type_ids, 0)
+        return inputs, self.labels[list(rows)]
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "texts") -> Encoded:
+    """Tokenize examples, cut to max_length tokens (pairs: the longer text first)."""
+    ids: list[list[int]] = []
+    types: list[list[int]] = []
+    step = 1000
+    for i in track(range(0, len(examples), step), description=f"Tokenizing {what}", transient=True):
+        texts = [e.text for e in examples[i : i + step]]
+        first = [t[0] if isinstance(t, tuple) else t for t in texts]
+        pair = [t[1] for t in texts if isinstance(t, tuple)] or None
+        out = tokenizer(first, pair, truncation=True, max_length=max_length, padding=False)
+        ids += out["input_ids"]
+        types += out.get("token_type_ids", [])
+    return Encoded(ids, types, torch.tensor([e.label for e in examples]))
+
+
+def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
+    """Rows in batches of like length (little padding), the batches in random order.
+
+    Lengths are jittered by up to 2 tokens before sorting so that batches differ from epoch to epoch.
+    """
+    rng = random.Random(seed)
+    rows = sorted(range(len(lengths)), key=lambda i: lengths[i] + 4 * rng.random())
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Rows in batches of like length, shortest first."""
+    rows = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -1,0 +1,174 @@
+"""The DE3-BERT model: a Hugging Face encoder with a classifier and a prototype space at every exit.
+
+Saved and loaded the Hugging Face way (config.json, model.safetensors).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+
+POOLINGS = ("mean", "cls")
+
+
+class De3Config(PretrainedConfig):
+    """What a DE3-BERT is made of, beside the encoder's own configuration.
+
+    Args:
+        encoder: the encoder's configuration as a dict (it carries `model_type`).
+        exit_layers: layers that have a classifier, ascending; 0 is the embedding output and the last must
+            be the encoder's depth M. Default: 1…M.
+        pooling: how a layer's tokens become h^(m): "mean" over the sample's tokens, or "cls", its first.
+        metric_dim: width of the prototype space; default: the encoder's hidden size.
+        last_prototypes: give the last layer a prototype space too (for drift and studies).
+        gamma: γ of Eq. 1, the sliding-average factor of the prototypes.
+        max_tokens: the most tokens that the encoder takes.
+    """
+
+    model_type = "de3-bert"
+
+    def __init__(
+        self,
+        encoder: dict[str, Any] | None = None,
+        exit_layers: list[int] | None = None,
+        pooling: str = "mean",
+        metric_dim: int | None = None,
+        last_prototypes: bool = False,
+        gamma: float = 0.01,
+        max_tokens: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        self.encoder = encoder or AutoConfig.for_model("bert").to_dict()
+        settings = self.encoder_config()
+        self.num_layers = int(settings.num_hidden_layers)
+        self.hidden_size = int(settings.hidden_size)
+        self.exit_layers = list(range(1, self.num_layers + 1)) if exit_layers is None else list(exit_layers)
+        self.pooling = pooling
+        self.metric_dim = metric_dim or self.hidden_size
+        self.last_prototypes = last_prototypes
+        self.gamma = gamma
+        self.max_tokens = max_tokens
+        if self.exit_layers != sorted(set(self.exit_layers)) or self.exit_layers[:1] < [0]:
+            raise ValueError(f"exit_layers must ascend from 0 or more, got {self.exit_layers}")
+        if self.exit_layers[-1:] != [self.num_layers]:
+            raise ValueError(f"exit_layers must end at the last layer, {self.num_layers}: {self.exit_layers}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        super().__init__(**kwargs)
+
+    def encoder_config(self) -> PretrainedConfig:
+        """The encoder's configuration as its own class."""
+        return AutoConfig.for_model(**self.encoder)
+
+    @property
+    def prototype_layers(self) -> list[int]:
+        """The exits that have a prototype space: all but the last, unless `last_prototypes`."""
+        return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
+
+
+@dataclass
+class De3Output:
+    """What one forward pass gives, exits in the order of `exit_layers`.
+
+    Attributes:
+        logits: (batch, exits, num_labels).
+        embedded: h'^(m), (batch, prototype exits, metric_dim).
+        distances: cosine distances to the prototypes, (batch, prototype exits, num_labels), in [0, 2].
+    """
+
+    logits: Tensor
+    embedded: Tensor
+    distances: Tensor
+
+
+class De3Model(PreTrainedModel):
+    """A classifier at every exit and, at every exit but the last, a prototypical network."""
+
+    config_class = De3Config
+    base_model_prefix = "encoder"
+    _supports_sdpa = True
+
+    prototypes: Tensor  # (prototype exits, num_labels, metric_dim)
+    prototype_seen: Tensor  # (prototype exits, num_labels), bool: a class never seen has no prototype
+
+    def __init__(self, config: De3Config) -> None:
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config())
+        if getattr(self.encoder, "pooler", None) is not None:
+            self.encoder.pooler = None  # every exit pools for itself
+        width, labels, spaces = config.hidden_size, config.num_labels, len(config.prototype_layers)
+        self.dropout = nn.Dropout(getattr(config.encoder_config(), "hidden_dropout_prob", 0.1))
+        self.classifiers = nn.ModuleList(nn.Linear(width, labels) for _ in config.exit_layers)
+        self.prototypical = nn.ModuleList(nn.Linear(width, config.metric_dim) for _ in range(spaces))
+        self.register_buffer("prototypes", torch.zeros(spaces, labels, config.metric_dim))
+        self.register_buffer("prototype_seen", torch.zeros(spaces, labels, dtype=torch.bool))
+        self.post_init()
+
+    @classmethod
+    def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
+        """A new model over a pretrained encoder, from a folder or the hub, with untrained heads."""
+        encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
+        config = De3Config(
+            encoder=encoder.config.to_dict(),
+            id2label=dict(enumerate(labels)),
+            label2id={label: i for i, label in enumerate(labels)},
+            **settings,
+        )
+        model = cls(config)
+        weights = {k: v for k, v in encoder.state_dict().items() if not k.startswith("pooler.")}
+        model.encoder.load_state_dict(weights)
+        return model
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """h^(m), (batch, hidden), of hidden states (batch, tokens, hidden) and their mask (batch, tokens)."""
+        if self.config.pooling == "cls":
+            return hidden[:, 0]
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> De3Output:
+        """All exits of a padded batch; input_ids and attention_mask are (batch, tokens)."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        states = self.encoder(**inputs, output_hidden_states=True).hidden_states
+        # Heads run in float32: they are nearly free, and distances to prototypes are differences of
+        # nearly equal numbers.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            pooled = [self.pool(states[m].float(), attention_mask) for m in self.config.exit_layers]
+            logits = [f(self.dropout(h)) for f, h in zip(self.classifiers, pooled, strict=True)]
+            # Not strict: the last exit usually has no prototype space.
+            embedded = [f(h) for f, h in zip(self.prototypical, pooled, strict=False)]
+            stacked = (
+                torch.stack(embedded, 1)
+                if embedded
+                else pooled[0].new_zeros(len(pooled[0]), 0, self.config.metric_dim)
+            )
+            return De3Output(torch.stack(logits, 1), stacked, self.distances(stacked))
+
+    def distances(self, embedded: Tensor) -> Tensor:
+        """Cosine distances 1 − cos, (batch, spaces, num_labels), of h' (batch, spaces, metric_dim)."""
+        unit = F.normalize(embedded, dim=-1)
+        return 1 - torch.einsum("bsd,skd->bsk", unit, F.normalize(self.prototypes, dim=-1))
+
+    @torch.no_grad()
+    def update_prototypes(self, embedded: Tensor, labels: Tensor) -> None:
+        """One sliding-average step: cp_k ← (1−γ)·cp_k + γ·mean of the batch's h' with label k (Eq. 1).
+
+        A class absent from the batch keeps its prototype; a class seen for the first time starts at its
+        mean. No gradient flows through the prototypes. embedded is (batch, spaces, metric_dim).
+        """
+        for k in labels.unique().tolist():
+            mean = embedded[labels == k].mean(0)
+            moved = (1 - self.config.gamma) * self.prototypes[:, k] + self.config.gamma * mean
+            self.prototypes[:, k] = torch.where(self.prototype_seen[:, k, None], moved, mean)
+            self.prototype_seen[:, k] = True
+
+
+AutoConfig.register("de3-bert", De3Config)
+AutoModel.register(De3Config, De3Model)

@@ -1,0 +1,304 @@
+"""The training loop: a checkpoint in, the best epoch out, resumable at every epoch."""
+
+import hashlib
+import json
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from exits.recorded import Recorded
+from training import data as datas
+from training import loss as losses
+from training.data import Encoded, Split
+from training.model import De3Model
+from training.predict import predict
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train; checks itself.
+
+    Attributes:
+        alpha: α, the weight of L_DAR (Eq. 6).
+        weights: how layers weigh in the loss, "depth" or "uniform".
+        distill: share of the loss that follows the teacher instead of the label, in [0, 1].
+        patience: stop after so many epochs without a better tuning score; 0 never stops.
+        recompute_prototypes: replace the sliding averages by the means over all of train at the end.
+    """
+
+    epochs: int = 3
+    batch_size: int = 64
+    lr: float = 5e-5
+    head_lr: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    alpha: float = 0.1
+    weights: str = "depth"
+    distill: float = 0.5
+    temperature: float = 2.0
+    max_length: int = 128
+    patience: int = 0
+    seed: int = 0
+    bf16: bool = True
+    recompute_prototypes: bool = True
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.max_length < 3:
+            raise ValueError("epochs and batch_size must be at least 1, max_length at least 3")
+        if min(self.lr, self.head_lr) <= 0 or self.alpha < 0 or self.temperature <= 0:
+            raise ValueError("learning rates and temperature must be above 0, alpha 0 or more")
+        if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
+            raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
+        losses.layer_weights([1], self.weights)
+
+
+def train(
+    model: De3Model,
+    tokenizer: Any,
+    split: Split,
+    settings: TrainSettings,
+    out: Path,
+    teacher: Path | None = None,
+    resume: bool = False,
+) -> De3Model:
+    """Train, write the best epoch to `out` as a checkpoint, and return it.
+
+    The best epoch is the one whose exits, weighted as in the loss, are right most often on `split.tune`.
+    `out` also receives the two kept-back parts, which `de3 export` and `de3 evaluate` read, and the state
+    that `resume` continues from.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    datas.save_examples(out / "tune.jsonl", split.tune)
+    datas.save_examples(out / "certify.jsonl", split.certify)
+    tokenizer.save_pretrained(out)
+    train_data = datas.encode(split.train, tokenizer, settings.max_length, "train")
+    tune_data = datas.encode(split.tune, tokenizer, settings.max_length, "tune")
+    pad_id = tokenizer.pad_token_id
+    teacher_logits = teach(teacher, split, settings) if teacher else None
+
+    run = _Run(model, settings, train_data, pad_id, teacher_logits, out)
+    weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
+    if resume:
+        run.load()
+    while run.epoch < settings.epochs:
+        started = time.monotonic()
+        mean_loss = run.one_epoch()
+        recorded = predict(model, tune_data, pad_id, what="tune", bf16=settings.bf16)
+        by_exit = recorded.correct.mean(0)
+        score = float(by_exit @ weights)
+        run.history.append({"loss": mean_loss, "tune_accuracy": by_exit.tolist(), "score": score})
+        console.print(
+            f"epoch {run.epoch}/{settings.epochs}  loss {mean_loss:.4f}  score {score:.4f}  "
+            f"tune accuracy by exit {' '.join(f'{a:.3f}' for a in by_exit)}  "
+            f"({time.monotonic() - started:.0f} s)"
+        )
+        if score > run.best:
+            run.best, run.best_epoch = score, run.epoch
+            model.save_pretrained(out)
+        run.save()
+        if settings.patience and run.epoch - run.best_epoch >= settings.patience:
+            console.print(f"no better epoch for {settings.patience}: stopping")
+            break
+
+    model = De3Model.from_pretrained(out, dtype=torch.float32)
+    if settings.recompute_prototypes and model.config.prototype_layers:
+        recompute_prototypes(model, train_data, pad_id, settings.bf16)
+        model.save_pretrained(out)
+    record = {"settings": asdict(settings), "best_epoch": run.best_epoch, "history": run.history}
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return model
+
+
+class _Run:
+    """The moving parts of one training run, and their state on disk."""
+
+    def __init__(
+        self,
+        model: De3Model,
+        settings: TrainSettings,
+        data: Encoded,
+        pad_id: int,
+        teacher_logits: torch.Tensor | None,
+        out: Path,
+    ) -> None:
+        self.model, self.settings, self.data, self.pad_id = model, settings, data, pad_id
+        self.teacher_logits, self.out = teacher_logits, out
+        self.lengths = [len(x) for x in data.ids]
+        self.weights = losses.layer_weights(model.config.exit_layers, settings.weights).to(model.device)
+        self.epoch, self.step, self.best, self.best_epoch = 0, 0, -math.inf, 0
+        self.history: list[dict[str, Any]] = []
+        self.total_steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
+        self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameters by learning rate and decay: biases and norms do not decay."""
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, p in self.model.named_parameters():
+            groups.setdefault((name.startswith("encoder."), p.ndim > 1), []).append(p)
+        s = self.settings
+        return [
+            {
+                "params": ps,
+                "base_lr": s.lr if in_encoder else s.head_lr,
+                "lr": 0.0,
+                "weight_decay": s.weight_decay if decays else 0.0,
+            }
+            for (in_encoder, decays), ps in groups.items()
+        ]
+
+    def one_epoch(self) -> float:
+        """Train one epoch; returns its mean loss."""
+        s = self.settings
+        # Seeded by epoch, so that a resumed run goes on as the unbroken one would have.
+        seed = s.seed * 1_000_003 + self.epoch
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        batches = datas.training_batches(self.lengths, s.batch_size, seed)
+        self.model.train()
+        sum_of_losses = 0.0
+        bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            console=console,
+            transient=True,
+        )
+        with bar:
+            task = bar.add_task("", total=len(batches), epoch=self.epoch + 1, loss=math.nan)
+            for i, rows in enumerate(batches, 1):
+                sum_of_losses += self._one_step(rows)
+                bar.update(task, advance=1, loss=sum_of_losses / i)
+                if not console.is_terminal and i % 100 == 0:
+                    console.print(f"  epoch {self.epoch + 1} step {i}/{len(batches)} {sum_of_losses / i:.4f}")
+        self.epoch += 1
+        return sum_of_losses / len(batches)
+
+    def _one_step(self, rows: list[int]) -> float:
+        s, model = self.settings, self.model
+        inputs, labels = self.data.batch(rows, self.pad_id)
+        inputs = {k: v.to(model.device) for k, v in inputs.items()}
+        labels = labels.to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=s.bf16):
+            out = model(**inputs)
+        model.update_prototypes(out.embedded.detach(), labels)
+        distances = model.distances(out.embedded)  # to the prototypes as they are after this batch
+        teacher = self.teacher_logits[rows].to(model.device) if self.teacher_logits is not None else None
+        loss = losses.total(
+            out.logits, distances, labels, self.weights, s.alpha, teacher, s.distill, s.temperature
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        rate = self._rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.item()
+
+    def _rate(self) -> float:
+        """Linear warm-up, then linear decay to 0."""
+        warmup = max(1, round(self.settings.warmup * self.total_steps))
+        if self.step < warmup:
+            return (self.step + 1) / warmup
+        return max(0.0, (self.total_steps - self.step) / max(1, self.total_steps - warmup))
+
+    # The state is kept as tensors and JSON, so that resuming unpickles nothing.
+    _COUNTERS = ("epoch", "step", "best", "best_epoch", "history")
+
+    def save(self) -> None:
+        """Write the state to `out`/resume, replacing the last one only once it is whole."""
+        folder = self.out / "resume"
+        folder.mkdir(exist_ok=True)
+        names = {p: n for n, p in self.model.named_parameters()}
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        for p, state in self.optimizer.state.items():
+            tensors |= {f"{key}.{names[p]}": value for key, value in state.items()}
+        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / "new.safetensors")
+        counters = {k: getattr(self, k) for k in self._COUNTERS} | {"settings": asdict(self.settings)}
+        (folder / "new.json").write_text(json.dumps(counters))
+        (folder / "new.safetensors").replace(folder / "state.safetensors")
+        (folder / "new.json").replace(folder / "state.json")
+
+    def load(self) -> None:
+        """Continue from `out`/resume; raises ValueError when it was made with other settings."""
+        folder = self.out / "resume"
+        if not (folder / "state.json").exists():
+            console.print(f"nothing to resume in {folder}: starting from the beginning")
+            return
+        counters = json.loads((folder / "state.json").read_text())
+        if counters.pop("settings") != asdict(self.settings):
+            raise ValueError(f"{folder} was made with other settings; drop --resume or use the same ones")
+        for k, v in counters.items():
+            setattr(self, k, v)
+        tensors = load_file(folder / "state.safetensors")
+        self.model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
+        for name, p in self.model.named_parameters():
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"step.{name}" in tensors:
+                self.optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}
+        # AdamW keeps its step counters on the CPU unless told otherwise; fused needs them by the weights.
+        console.print(f"resuming after epoch {self.epoch}")
+
+
+@torch.no_grad()
+def recompute_prototypes(model: De3Model, data: Encoded, pad_id: int, bf16: bool) -> None:
+    """Replace the prototypes by the class means of h' over all of data, in evaluation mode."""
+    model.eval()
+    sums = torch.zeros_like(model.prototypes)
+    counts = torch.zeros(model.config.num_labels, device=model.device)
+    for rows in datas.evaluation_batches([len(x) for x in data.ids], 128):
+        inputs, labels = data.batch(rows, pad_id)
+        labels = labels.to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            embedded = model(**{k: v.to(model.device) for k, v in inputs.items()}).embedded
+        sums.index_add_(1, labels, embedded.transpose(0, 1).contiguous())
+        counts += torch.bincount(labels, minlength=len(counts))
+    seen = counts > 0
+    model.prototypes[:, seen] = sums[:, seen] / counts[seen, None]
+    model.prototype_seen[:, seen] = True
+
+
+def teach(teacher: Path, split: Split, settings: TrainSettings) -> torch.Tensor:
+    """The teacher's logits on train, (n, num_labels), kept beside the teacher for the next student.
+
+    Raises ValueError if the teacher was trained on samples that are kept back here.
+    """
+    for part in ("tune", "certify"):
+        kept_back = teacher / f"{part}.jsonl"
+        if not kept_back.exists() or datas.load_examples(kept_back) != getattr(split, part):
+            raise ValueError(
+                f"{teacher} kept other samples back than this run does, so it may have been trained on them: "
+                "train it on the same data with the same --seed and --held-back"
+            )
+    key = hashlib.sha256(repr((settings.max_length, [e.text for e in split.train])).encode()).hexdigest()[:16]
+    cache = teacher / f"logits-{key}.safetensors"
+    if not cache.exists():
+        model = De3Model.from_pretrained(teacher, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(teacher)
+        data = datas.encode(split.train, tokenizer, settings.max_length, "train for the teacher")
+        said: Recorded = predict(
+            model, data, tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
+        )
+        console.print(f"the teacher is right on {said.correct[:, -1].mean():.4f} of train")
+        save_file({"logits": torch.from_numpy(said.logits[:, -1].copy())}, cache)
+    return load_file(cache)["logits"]
+
+
