@@ -84,6 +84,17 @@ Quotes = Annotated[
     ),
 ]
 
+LabelNames = Annotated[
+    str | None,
+    typer.Option(
+        help="Names for the data's labels in their sorted order, e.g. negative,positive. "
+        "[default: as in the data]",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+StoreOption = Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of the model store.")]
+
 
 @app.command()
 def train(
@@ -99,15 +110,7 @@ def train(
     label_column: LabelColumn = "label",
     header: Header = True,
     quotes: Quotes = None,
-    label_names: Annotated[
-        str | None,
-        typer.Option(
-            help="Names for the labels in their sorted order, e.g. negative,positive. "
-            "[default: as in the data]",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    label_names: LabelNames = None,
     held_back: Annotated[
         int | None,
         typer.Option(
@@ -203,6 +206,7 @@ def train(
     from transformers import AutoConfig, AutoTokenizer
 
     from training import data
+    from training.encoders import max_tokens
     from training.model import De3Model
     from training.trainer import TrainSettings
     from training.trainer import train as run
@@ -225,30 +229,278 @@ def train(
         recompute_prototypes=recompute_prototypes,
     )
     rows = _rows(file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes))
-    order = data.label_order(rows)
-    names = [x.strip() for x in label_names.split(",")] if label_names else order
-    if len(names) != len(order) or len(set(names)) != len(names) or len(names) < 2:
-        raise ValueError(f"the data has the labels {order}; --label-names must name each once, got {names}")
-    parts = data.split(data.to_examples(rows, order), seed, held_back)
+    names = label_names.split(",") if label_names else data.label_order(rows)
+    names = [name.strip() for name in names]
+    if len(names) < 2:
+        raise ValueError(f"a classifier needs at least 2 labels, the data has {names}")
+    parts = data.split(data.to_examples(data.rename(rows, label_names), names), seed, held_back)
     console.print(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    num_layers = AutoConfig.from_pretrained(encoder).num_hidden_layers
+    settings_of_encoder = AutoConfig.from_pretrained(encoder)
     model = De3Model.from_encoder(
         encoder,
         names,
-        exit_layers=_exit_layers(exits, embedding_exit, num_layers),
+        exit_layers=_exit_layers(exits, embedding_exit, settings_of_encoder.num_hidden_layers),
         pooling=pooling,
         metric_dim=metric_dim,
         last_prototypes=last_prototypes,
         gamma=gamma,
-        max_tokens=512,
+        max_tokens=min(tokenizer.model_max_length, max_tokens(settings_of_encoder)),
     )
     run(model, tokenizer, parts, settings, out, teacher, resume)
     console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, or an artifact's folder <store>/<name>/<version>.")],
+    file: File = None,
+    dataset: Dataset = None,
+    split: DatasetSplit = "test",
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
+    header: Header = True,
+    quotes: Quotes = None,
+    label_names: LabelNames = None,
+    lambdas: Annotated[str, typer.Option(help="The λ to try in EDR.")] = "0.5,1,2,4,8",
+    png: Annotated[
+        Path | None,
+        typer.Option(help="Where the plot goes. [default: evaluation.png in the checkpoint]", show_default=False),
+    ] = None,
+) -> None:
+    """Show how right every exit is, and what accuracy each exit signal keeps at which speed-up.
+
+    Without data it uses the samples that training kept back to certify. An artifact is run as it serves,
+    through its ONNX segments, and its default τ is judged too.
+
+    Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
+    """
+    _need_train_extra()
+    from training import data
+    from training import evaluate as evaluation
+
+    is_artifact = (model / "manifest.json").exists()
+    if is_artifact:
+        from export.record import record
+        from model_store.model import Model
+        from model_store.store import Store
+
+        opened = Model(Store(model.parent.parent).open_path(model))
+        names = opened.manifest.labels
+    else:
+        from transformers import AutoTokenizer
+
+        from training.model import De3Model
+        from training.predict import predict
+
+        checkpoint = De3Model.from_pretrained(model)
+        names = [checkpoint.config.id2label[k] for k in range(checkpoint.config.num_labels)]
+    if file is None and dataset is None:
+        examples = data.load_examples(model / "certify.jsonl", names)
+    else:
+        columns = data.Columns(text_column, pair_column, label_column, header, quotes)
+        rows = data.rename(_rows(file, dataset, split, columns), label_names)
+        examples = data.to_examples(rows, names)
+    if is_artifact:
+        recorded = record(opened, examples)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        encoded = data.encode(examples, tokenizer, checkpoint.config.max_tokens)
+        recorded = predict(checkpoint, encoded, tokenizer.pad_token_id)
+    found = evaluation.curves(recorded, [float(x) for x in lambdas.split(",")])
+    output = Console()
+    output.print(evaluation.exit_table(recorded))
+    if len(recorded.exit_layers) > 1:
+        output.print(evaluation.curve_table(found))
+        if is_artifact:
+            defaults = opened.manifest.defaults
+            output.print(evaluation.default_line(recorded, defaults.tau, defaults.lam), highlight=False)
+        target = png or (Path("evaluation.png") if is_artifact else model / "evaluation.png")
+        evaluation.plot(recorded, found, target, f"{model.name}, {len(examples)} samples")
+        console.print(f"plot: {target}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A trained checkpoint, as de3 train writes it.")],
+    name: Annotated[str, typer.Option(help="Name of the model in the store.")],
+    store: StoreOption = Path("models"),
+    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help='Samples to choose λ and τ on: jsonl with "text" (and "text_pair") and "label". '
+            "[default: the checkpoint's tune.jsonl]",
+            show_default=False,
+        ),
+    ] = None,
+    certify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Samples for the reported numbers. [default: the checkpoint's certify.jsonl]",
+            show_default=False,
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float, typer.Option(help="Points of accuracy that the default τ may lose against full depth.")
+    ] = 0.5,
+    max_int8_loss: Annotated[
+        float, typer.Option(help="Points of accuracy that int8 may cost any exit.")
+    ] = 1.0,
+) -> None:
+    """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
+
+    The export proves itself against the PyTorch model and publishes nothing when it fails.
+
+    Example: de3 export runs/sst2 --name sst2 --quantize int8
+    """
+    _need_train_extra()
+    from export.exporter import ExportSettings
+    from export.exporter import export as run
+    from model_store.store import Store
+
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
+    path = run(checkpoint, Store(store), settings, tune, certify)
+    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
+    console.print(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
+
+
+SERVING = "Limits"
+
+
+@app.command()
+def serve(
+    store: StoreOption = Path("models"),
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DE3_MODELS",
+            help="name or name:version; repeat for more (in the variable: separated by spaces). The first answers "
+            "requests that name none. [default: the newest version of every model in the store]",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(envvar="DE3_HOST", help="0.0.0.0 to be reached from elsewhere.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(envvar="DE3_PORT")] = 8000,
+    threads: Annotated[
+        int, typer.Option(envvar="DE3_THREADS", help="Engine threads; 0: one for each core.")
+    ] = 0,
+    max_queue: Annotated[
+        int, typer.Option(envvar="DE3_MAX_QUEUE", help="Most texts that wait.", rich_help_panel=SERVING)
+    ] = 1024,
+    max_texts: Annotated[
+        int, typer.Option(envvar="DE3_MAX_TEXTS", help="Most texts in one request.", rich_help_panel=SERVING)
+    ] = 256,
+    max_body_bytes: Annotated[
+        int, typer.Option(envvar="DE3_MAX_BODY_BYTES", help="Largest request body.", rich_help_panel=SERVING)
+    ] = 2**20,
+    body_timeout_s: Annotated[
+        float,
+        typer.Option(envvar="DE3_BODY_TIMEOUT_S", help="Longest wait for a body.", rich_help_panel=SERVING),
+    ] = 10.0,
+    timeout_s: Annotated[
+        float,
+        typer.Option(
+            envvar="DE3_TIMEOUT_S", help="Longest time from arrival to answer.", rich_help_panel=SERVING
+        ),
+    ] = 30.0,
+) -> None:
+    """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
+
+    Example: de3 serve --store models --port 8000
+    """
+    from server.main import serve as run
+    from server.settings import Settings
+
+    run(
+        Settings(
+            store=store,
+            models=model or [],
+            host=host,
+            port=port,
+            threads=threads,
+            max_queue=max_queue,
+            max_texts=max_texts,
+            max_body_bytes=max_body_bytes,
+            body_timeout_s=body_timeout_s,
+            timeout_s=timeout_s,
+        )
+    )
+
+
+models = typer.Typer(no_args_is_help=True, help="Look into a model store: list, show, verify.")
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def models_list(store: StoreOption = Path("models")) -> None:
+    """List the models and versions of a store."""
+    from rich.table import Table
+
+    from model_store.store import Store, StoreError
+
+    found = Store(store)
+    table = Table()
+    for column in ("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up"):
+        table.add_column(column)
+    for name, versions in found.versions().items():
+        for version in versions:
+            try:
+                m = found.open(f"{name}:{version}").manifest
+            except StoreError as error:
+                table.add_row(f"{name}:{version}", f"[red]{error}")
+                continue
+            labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
+            c = m.calibration
+            numbers = (f"{100 * c.default.accuracy:.1f}%", f"{c.default.speedup:.1f}×") if c else ("–", "–")
+            table.add_row(
+                f"{name}:{version}", labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers
+            )
+    Console().print(table)
+
+
+@models.command("show")
+def models_show(
+    model: Annotated[str, typer.Argument(help="name, or name:version.")],
+    store: StoreOption = Path("models"),
+    table: Annotated[bool, typer.Option(help="Include the whole calibration table.")] = False,
+) -> None:
+    """Print a model's manifest as JSON."""
+    from model_store.store import Store
+
+    manifest = Store(store).open(model).manifest
+    without = None if table else {"calibration": {"table"}}
+    print(manifest.model_dump_json(indent=2, exclude=without))  # type: ignore[arg-type]
+
+
+@models.command("verify")
+def models_verify(
+    model: Annotated[str | None, typer.Argument(help="name or name:version. [default: all]", show_default=False)] = None,
+    store: StoreOption = Path("models"),
+) -> None:
+    """Check every file of a model against its hash, and that it loads; exits with 1 if one is not sound."""
+    from model_store.model import Model
+    from model_store.store import Store, StoreError
+
+    found = Store(store)
+    names = [model] if model else [f"{n}:{v}" for n, versions in found.versions().items() for v in versions]
+    bad = 0
+    for name in names:
+        try:
+            artifact = found.open(name)
+            artifact.verify()
+            Model(artifact)
+            print(f"{artifact.full_name}  sound")
+        except StoreError as error:
+            bad += 1
+            print(f"{name}  NOT SOUND  {error}")
+    if bad:
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

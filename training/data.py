@@ -105,13 +105,28 @@ def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
     return sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdigit() else (1, 0, x))
 
 
-def to_examples(rows: Sequence[tuple[Text, str]], order: Sequence[str]) -> list[Example]:
-    """Rows as examples; raises ValueError for a label that is not in `order`."""
-    index = {label: i for i, label in enumerate(order)}
-    unknown = sorted({label for _, label in rows} - set(order))
+def to_examples(rows: Sequence[tuple[Text, str]], names: Sequence[str]) -> list[Example]:
+    """Rows as examples, labels counted in the order of `names`; raises ValueError for any other label."""
+    index = {label: i for i, label in enumerate(names)}
+    unknown = sorted({label for _, label in rows} - index.keys())
     if unknown:
-        raise ValueError(f"labels {unknown[:5]} are not among the known labels {list(order)[:20]}")
+        raise ValueError(
+            f"labels {unknown[:5]} are not among {list(index)[:20]}; if the data names them otherwise, "
+            "give --label-names in the order of the data's sorted labels"
+        )
     return [Example(text, index[label]) for text, label in rows]
+
+
+def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tuple[Text, str]]:
+    """Rows with their labels, in sorted order, renamed to the comma-separated label_names."""
+    if label_names is None:
+        return list(rows)
+    order = label_order(rows)
+    names = [x.strip() for x in label_names.split(",")]
+    if len(names) != len(order) or len(set(names)) != len(names):
+        raise ValueError(f"the data has the labels {order}; --label-names must name each once, got {names}")
+    new = dict(zip(order, names, strict=True))
+    return [(text, new[label]) for text, label in rows]
 
 
 @dataclass(frozen=True)
@@ -148,20 +163,23 @@ def split(examples: Sequence[Example], seed: int, held_back: int | None = None) 
     return Split(train=tail, tune=first, certify=second)
 
 
-def save_examples(path: Path, examples: Sequence[Example]) -> None:
-    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, the label a number."""
+def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
+    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, the label by name."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
-            row = {"text": text, **({"text_pair": pair} if pair is not None else {}), "label": e.label}
+            row = {"text": text, **({} if pair is None else {"text_pair": pair}), "label": names[e.label]}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def load_examples(path: Path) -> list[Example]:
+def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
     """Read what `save_examples` wrote."""
+    if not path.exists():
+        raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
     with path.open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [Example((r["text"], r["text_pair"]) if "text_pair" in r else r["text"], r["label"]) for r in rows]
+        is_pair = "text_pair" in json.loads(file.readline() or "{}")
+    rows = read_rows(path, Columns(text_pair="text_pair" if is_pair else None))
+    return to_examples(rows, names)
 
 
 @dataclass(frozen=True)

@@ -80,13 +80,14 @@ def train(
     that `resume` continues from.
     """
     out.mkdir(parents=True, exist_ok=True)
-    datas.save_examples(out / "tune.jsonl", split.tune)
-    datas.save_examples(out / "certify.jsonl", split.certify)
+    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    datas.save_examples(out / "tune.jsonl", split.tune, names)
+    datas.save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
     train_data = datas.encode(split.train, tokenizer, settings.max_length, "train")
     tune_data = datas.encode(split.tune, tokenizer, settings.max_length, "tune")
     pad_id = tokenizer.pad_token_id
-    teacher_logits = teach(teacher, split, settings) if teacher else None
+    teacher_logits = teach(teacher, split, names, settings) if teacher else None
 
     run = _Run(model, settings, train_data, pad_id, teacher_logits, out)
     weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
@@ -254,7 +255,6 @@ class _Run:
             keys = ("step", "exp_avg", "exp_avg_sq")
             if f"step.{name}" in tensors:
                 self.optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}
-        # AdamW keeps its step counters on the CPU unless told otherwise; fused needs them by the weights.
         console.print(f"resuming after epoch {self.epoch}")
 
 
@@ -276,14 +276,13 @@ def recompute_prototypes(model: De3Model, data: Encoded, pad_id: int, bf16: bool
     model.prototype_seen[:, seen] = True
 
 
-def teach(teacher: Path, split: Split, settings: TrainSettings) -> torch.Tensor:
+def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings) -> torch.Tensor:
     """The teacher's logits on train, (n, num_labels), kept beside the teacher for the next student.
 
     Raises ValueError if the teacher was trained on samples that are kept back here.
     """
     for part in ("tune", "certify"):
-        kept_back = teacher / f"{part}.jsonl"
-        if not kept_back.exists() or datas.load_examples(kept_back) != getattr(split, part):
+        if datas.load_examples(teacher / f"{part}.jsonl", names) != getattr(split, part):
             raise ValueError(
                 f"{teacher} kept other samples back than this run does, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"

@@ -1,0 +1,109 @@
+"""From recorded exits to a trade-off table and a default (λ, τ), with honest intervals.
+
+λ and τ are chosen on one set of samples, and what they give is reported on another.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exits import signals
+from exits.recorded import Recorded
+from exits.rule import exit_index
+
+LAMS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+# Squares: signals crowd near 0, so the grid is finest there.
+TAUS = tuple(round((i / 40) ** 2, 6) for i in range(41))
+Z95 = 1.959964  # two-sided 95% of a normal
+Z95_ONE_SIDED = 1.644854
+MAX_SPEEDUP = 1000.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one (λ, τ) gives on a set of samples; see model_store.manifest.TradeOff for the fields."""
+
+    lam: float
+    tau: float
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    loss: float
+    loss_interval: tuple[float, float]
+    disagreement: float
+    mean_exit_layer: float
+    speedup: float
+    histogram: list[float]
+
+
+def wilson(successes: float, n: int) -> tuple[float, float]:
+    """95% Wilson interval of a share of n samples."""
+    p, z = successes / n, Z95
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def speedup(num_layers: int, mean_exit_layer: float) -> float:
+    """M / mean exit layer; at most 1000, since a sample that leaves at layer 0 runs no layer at all."""
+    return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
+
+
+def outcome(recorded: Recorded, signal: NDArray[np.float64], tau: float, lam: float) -> Outcome:
+    """What leaving at signal < τ gives; signal is (n, exits), by default EDR at λ."""
+    index = exit_index(signal, tau)
+    rows = np.arange(len(index))
+    correct = recorded.correct
+    here, full = correct[rows, index], correct[:, -1]
+    n = len(index)
+    loss, error = _mean_and_error(full.astype(float) - here)
+    labels = recorded.logits.argmax(-1)
+    mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
+    return Outcome(
+        lam=lam,
+        tau=tau,
+        accuracy=float(here.mean()),
+        accuracy_interval=wilson(int(here.sum()), n),
+        loss=loss,
+        loss_interval=(loss - Z95 * error, loss + Z95 * error),
+        disagreement=float((labels[rows, index] != labels[:, -1]).mean()),
+        mean_exit_layer=mean_layer,
+        speedup=speedup(recorded.exit_layers[-1], mean_layer),
+        histogram=(np.bincount(index, minlength=len(recorded.exit_layers)) / n).tolist(),
+    )
+
+
+def _mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and its standard error; never less than that of one sample in n differing."""
+    n = len(x)
+    return float(x.mean()), math.sqrt(max(float(x.var()), 1 / n) / n)
+
+
+def fused(recorded: Recorded, lam: float) -> NDArray[np.float64]:
+    """EDR (n, exits) at λ."""
+    return signals.edr(recorded.entropy, recorded.distance_ratio, lam)
+
+
+def trade_off(recorded: Recorded, lams: Sequence[float] = LAMS, taus: Sequence[float] = TAUS) -> list[Outcome]:
+    """The outcome of every (λ, τ) of the grid."""
+    table = []
+    for lam in lams:
+        signal = fused(recorded, lam)
+        table += [outcome(recorded, signal, tau, lam) for tau in taus]
+    return table
+
+
+def choose(table: Sequence[Outcome], max_loss: float) -> Outcome:
+    """The fastest outcome whose loss against full depth stays under max_loss, with margin for chance.
+
+    The margin: the one-sided 95% upper bound of the loss must stay under max_loss. τ = 0 always does.
+    """
+
+    def upper(o: Outcome) -> float:
+        error = (o.loss_interval[1] - o.loss) / Z95
+        return o.loss + Z95_ONE_SIDED * error
+
+    allowed = [o for o in table if o.tau == 0 or upper(o) < max_loss]
+    return min(allowed, key=lambda o: (o.mean_exit_layer, o.loss, o.lam, o.tau))

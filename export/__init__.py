@@ -1,0 +1,1 @@
+"""From a trained checkpoint to an artifact: ONNX segments, prototypes, calibration, proof."""

@@ -1,0 +1,265 @@
+"""Checkpoint → artifact: build the segments, prove them, calibrate them, publish them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save as save_tensors
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from exits import calibration
+from exits.recorded import Recorded
+from export.record import record
+from export.segments import build
+from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
+from model_store.model import Model
+from model_store.store import Artifact, Draft, Store
+from training import data as datas
+from training.data import Example
+from training.model import De3Model
+from training.predict import predict
+
+MAX_FP32_DIFFERENCE = 1e-3
+console = Console(stderr=True)
+
+
+class ExportError(ValueError):
+    """The export did not prove itself; nothing was published."""
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What to export and how much may be lost; checks itself.
+
+    Attributes:
+        quantize: "int8" or "none".
+        max_loss: largest loss of accuracy against full depth at the default (λ, τ), a share.
+        max_int8_loss: largest loss of accuracy of any exit by int8, a share.
+    """
+
+    name: str
+    quantize: str = "int8"
+    max_loss: float = 0.005
+    max_int8_loss: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.quantize not in ("int8", "none"):
+            raise ValueError(f"--quantize must be int8 or none, got {self.quantize!r}")
+
+
+def export(
+    checkpoint: Path,
+    store: Store,
+    settings: ExportSettings,
+    tune_file: Path | None = None,
+    certify_file: Path | None = None,
+) -> Path:
+    """Export a checkpoint into a store as the model's next version; returns its folder.
+
+    λ and τ are chosen on tune_file, the reported numbers come from certify_file; by default those that
+    training kept back.
+    Raises ExportError when the segments differ from the PyTorch model by more than allowed, or ValueError
+    when the checkpoint cannot be exported. Nothing is published then.
+    """
+    model = De3Model.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    _check_prototypes(model)
+    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    tune = datas.load_examples(tune_file or checkpoint / "tune.jsonl", names)
+    certify = datas.load_examples(certify_file or checkpoint / "certify.jsonl", names)
+    int8 = settings.quantize == "int8"
+    segments = build(model, int8)
+    with store.new_version(settings.name) as draft:
+        draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
+        draft.write(
+            {
+                "prototypes.safetensors": save_tensors(_prototypes(model)),
+                "tokenizer.json": plain_tokenizer(checkpoint).encode(),
+            }
+        )
+        takes_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
+        manifest = _manifest(model, draft, settings, takes_types)
+        ready = Model(Artifact(draft.path, manifest))
+        proof: dict[str, Any] = {"parity": parity(model, tokenizer, ready, certify, int8)}
+        tuned = record(ready, tune, "the tuning samples")
+        certified = record(ready, certify, "the certifying samples")
+        if int8:
+            encoded = datas.encode(certify, tokenizer, manifest.max_tokens)
+            reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
+            proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
+        table = calibrate(tuned, certified, settings.max_loss)
+        final = manifest.model_copy(
+            update={
+                "export": proof,
+                "calibration": table,
+                "defaults": Defaults(tau=table.default.tau, lam=table.default.lam),
+            }
+        )
+        # Once more through the schema: model_copy does not validate.
+        return draft.publish(Manifest.model_validate(final.model_dump()))
+
+
+def _check_prototypes(model: De3Model) -> None:
+    for layer, seen in zip(model.config.prototype_layers, model.prototype_seen, strict=True):
+        missing = [model.config.id2label[k] for k, s in enumerate(seen.tolist()) if not s]
+        if missing:
+            raise ValueError(
+                f"layer {layer} has no prototype for {', '.join(missing[:5])}: training saw no such sample"
+            )
+
+
+def _prototypes(model: De3Model) -> dict[str, Any]:
+    layers = model.config.prototype_layers
+    return {
+        f"layer_{m:02}": np.ascontiguousarray(p) for m, p in zip(layers, model.prototypes.numpy(), strict=True)
+    }
+
+
+def plain_tokenizer(checkpoint: Path) -> str:
+    """The checkpoint's tokenizer.json without padding and truncation."""
+    file = checkpoint / "tokenizer.json"
+    if not file.exists():
+        raise ValueError(f"{file}: missing; save the checkpoint with a fast tokenizer")
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return str(tokenizer.to_str())
+
+
+def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_types: bool) -> Manifest:
+    config = model.config
+    return Manifest(
+        schema_version=1,
+        name=settings.name,
+        version=draft.next_version(),
+        created=int(time.time()),
+        encoder=config.encoder["model_type"],
+        labels=[config.id2label[k] for k in range(config.num_labels)],
+        num_layers=config.num_layers,
+        exit_layers=config.exit_layers,
+        prototype_layers=config.prototype_layers,
+        hidden_size=config.hidden_size,
+        metric_dim=config.metric_dim,
+        max_tokens=config.max_tokens,
+        token_types=token_types,
+        pooling=config.pooling,
+        precision="int8" if settings.quantize == "int8" else "fp32",
+        defaults=Defaults(tau=0, lam=1),
+        calibration=None,
+        export={},
+        files={name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()},
+    )
+
+
+def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
+    """Real samples of many lengths: spread over the lengths that occur, and some joined up to the limit."""
+    ranked = sorted(examples, key=lambda e: len(repr(e.text)))
+    chosen = [ranked[i] for i in np.linspace(0, len(ranked) - 1, min(count, len(ranked))).astype(int)]
+    words = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in ranked[::-1][:400])
+    limit = model.manifest.max_tokens
+    return chosen + [Example(words[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(words, 0)]
+
+
+@torch.no_grad()
+def parity(
+    model: De3Model, tokenizer: Any, ready: Model, examples: Sequence[Example], int8: bool
+) -> dict[str, Any]:
+    """Run segments and the PyTorch model on the same samples, one by one; print and return the differences.
+
+    Raises ExportError above 1e-3 for fp32. (int8 is judged by accuracy.)
+    """
+    exits, spaces = model.config.exit_layers, model.config.prototype_layers
+    largest = {"logits": [0.0] * len(exits), "distances": [0.0] * len(spaces)}
+    samples = parity_samples(examples, ready)
+    lengths = []
+    for example in samples:
+        encoded = datas.encode([example], tokenizer, ready.manifest.max_tokens)
+        inputs, _ = encoded.batch([0], tokenizer.pad_token_id)
+        expected = model(**inputs)
+        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
+        tokens = ready.tokenize(text, pair)
+        if tokens.ids[0].tolist() != encoded.ids[0]:
+            raise ExportError(f"the exported tokenizer differs from the checkpoint's on {text[:80]!r}")
+        lengths.append(len(tokens))
+        steps = ready.full_depth(tokens)
+        for kind, layers, theirs in (
+            ("logits", exits, expected.logits[0].numpy()),
+            ("distances", spaces, expected.distances[0].numpy()),
+        ):
+            for j, layer in enumerate(layers):
+                difference = float(np.abs(getattr(steps[layer], kind) - theirs[j]).max())
+                largest[kind][j] = max(largest[kind][j], difference)
+    table = Table(
+        title=f"Largest difference to PyTorch, {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens"
+    )
+    for column in ("layer", "logits", "distances"):
+        table.add_column(column, justify="right")
+    for j, layer in enumerate(exits):
+        far = f"{largest['distances'][j]:.1e}" if layer in spaces else "–"
+        table.add_row(str(layer), f"{largest['logits'][j]:.1e}", far)
+    console.print(table)
+    worst = max(largest["logits"] + largest["distances"])
+    if not int8 and not worst <= MAX_FP32_DIFFERENCE:  # "not <=" catches NaN
+        raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above 1e-3")
+    return {"samples": len(samples), "longest": max(lengths), **largest}
+
+
+def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
+    """Accuracy by exit of int8 against fp32 on the same samples; raises ExportError above `allowed`."""
+    ours, theirs = int8.correct.mean(0), reference.correct.mean(0)
+    table = Table(title=f"Accuracy by exit, int8 against fp32 ({len(int8.labels)} certifying samples)")
+    for column in ("layer", "fp32", "int8", "loss"):
+        table.add_column(column, justify="right")
+    for layer, a, b in zip(int8.exit_layers, theirs, ours, strict=True):
+        table.add_row(str(layer), f"{100 * a:.2f}", f"{100 * b:.2f}", f"{100 * (a - b):+.2f}")
+    console.print(table)
+    losses = (theirs - ours).tolist()
+    worst = max(losses)
+    if worst > allowed:
+        layer = int8.exit_layers[losses.index(worst)]
+        raise ExportError(
+            f"int8 costs exit {layer} {100 * worst:.2f} points of accuracy, {100 * allowed:.2f} are allowed: "
+            "export with --quantize none, or allow it with --max-int8-loss"
+        )
+    return {"fp32_accuracy": theirs.tolist(), "int8_accuracy": ours.tolist()}
+
+
+def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibration:
+    """Choose the default on the tuning samples; report everything on the certifying ones."""
+    chosen = calibration.choose(calibration.trade_off(tuned), max_loss)
+    table = calibration.trade_off(certified)
+    default = next(o for o in table if (o.lam, o.tau) == (chosen.lam, chosen.tau))
+    console.print(
+        f"default: λ = {default.lam:g}, τ = {default.tau:g}. On {len(certified.labels)} certifying samples: "
+        f"accuracy {100 * default.accuracy:.2f}% "
+        f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), "
+        f"loss against full depth {100 * default.loss:+.2f} points "
+        f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), "
+        f"mean exit layer {default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×"
+    )
+    return Calibration.model_validate(
+        {
+            "tune_size": len(tuned.labels),
+            "certify_size": len(certified.labels),
+            "max_loss": max_loss,
+            "exit_accuracy": certified.correct.mean(0).tolist(),
+            "default": _rounded(default),
+            "table": [_rounded(o) for o in table],
+        }
+    )
+
+
+def _rounded(outcome: calibration.Outcome) -> dict[str, Any]:
+    """An outcome as the manifest keeps it: six digits are more than any of these numbers knows."""
+
+    def short(x: Any) -> Any:
+        return [short(y) for y in x] if isinstance(x, list | tuple) else round(x, 6)
+
+    return {k: short(v) for k, v in asdict(outcome).items()}

@@ -1,0 +1,182 @@
+"""The ONNX segments, built node by node from weights with ONNX Runtime's fused operators.
+
+Building instead of tracing a PyTorch module gives the fused operators by construction, for fp32 and int8
+alike, whatever version of PyTorch or transformers made the weights.
+
+A segment runs one unpadded sample:
+
+    embeddings.onnx   input_ids (1, T) int64, token_type_ids (1, T) int64 if the encoder has token types
+                      → hidden (1, T, H)
+    layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H), except the last layer's
+
+and, where the layer has an exit, also → logits (1, K), and with prototypes (K, D), unit rows, in →
+distances (1, K).
+"""
+
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from training.encoders import Array, Embeddings, Layer, Linear, Norm
+
+MICROSOFT = "com.microsoft"
+# FastGelu is the tanh approximation, Gelu the exact one.
+ACTIVATIONS = {"gelu": "Gelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "FastGelu", "relu": "Relu"}
+
+
+class Graph:
+    """An ONNX graph that grows by function calls: every method returns the name of its output."""
+
+    def __init__(self, int8: bool) -> None:
+        self.int8 = int8
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, shape: list[int | str], dtype: int = TensorProto.FLOAT) -> str:
+        """Declare an input; a string in shape is a free dimension."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, value: str, name: str, shape: list[int | str]) -> None:
+        """Give `value` out as `name`."""
+        for node in self.nodes:  # rename instead of an Identity, which would copy
+            node.input[:] = [name if x == value else x for x in node.input]
+            node.output[:] = [name if x == value else x for x in node.output]
+        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def constant(self, array: NDArray[Any]) -> str:
+        """Store a weight."""
+        name = f"w{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        return name
+
+    def node(self, op: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> str:
+        """Append an operator; "" leaves an optional input out. Returns the first output's name."""
+        names = [f"v{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
+        return names[0]
+
+    def ms(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
+        """Append one of ONNX Runtime's own operators."""
+        return self.node(op, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
+
+    def linear(self, x: str, linear: Linear) -> str:
+        """x·W + b, with activations quantized on the fly in int8."""
+        bias = self.constant(linear.bias)
+        if not self.int8:
+            return self.node("Add", self.node("MatMul", x, self.constant(linear.weight)), bias)
+        weight, scale = quantize(linear.weight)
+        zero = self.constant(np.zeros(scale.shape, np.int8))
+        return self.ms(
+            "DynamicQuantizeMatMul", x, self.constant(weight), self.constant(scale), zero, bias
+        )
+
+    def linear_plus_norm(self, x: str, skip: str, linear: Linear, norm: Norm) -> str:
+        """Layer norm of skip + x·W + b."""
+        tail = [self.constant(norm.scale), self.constant(norm.shift)]
+        if self.int8:
+            x = self.linear(x, linear)
+        else:
+            x = self.node("MatMul", x, self.constant(linear.weight))
+            tail.append(self.constant(linear.bias))
+        return self.ms("SkipLayerNormalization", x, skip, *tail, epsilon=norm.epsilon)
+
+    def model(self, name: str) -> onnx.ModelProto:
+        """The finished, checked model."""
+        graph = helper.make_graph(self.nodes, name, self.inputs, self.outputs, self.weights)
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid(MICROSOFT, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, producer_name="de3", ir_version=8)
+        onnx.checker.check_model(model)
+        return model
+
+
+def quantize(weight: Array) -> tuple[NDArray[np.int8], Array]:
+    """Symmetric int8 of weight (inputs, outputs), one scale for each output: weight ≈ int8 · scale."""
+    scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
+    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
+    """Hidden states (1, T, H) of the embedding output."""
+    if g.int8:
+        # One scale a row. A cast after the Gather: a DequantizeLinear of the table would be folded into
+        # a float32 table when the session loads.
+        rows, scale = quantize(np.ascontiguousarray(tables.word.T))
+        picked = g.node("Cast", g.node("Gather", g.constant(rows.T), ids), to=TensorProto.FLOAT)
+        x = g.node("Mul", picked, g.node("Gather", g.constant(scale[:, None]), ids))
+    else:
+        x = g.node("Gather", g.constant(tables.word), ids)
+    tokens = g.node("Shape", ids, start=1, end=2)
+    zero = g.constant(np.array([0], np.int64))
+    x = g.node("Add", x, g.node("Slice", g.constant(tables.position), zero, tokens, zero))
+    if types is not None:
+        x = g.node("Add", x, g.node("Gather", g.constant(tables.token_type), types))
+    norm = tables.norm
+    x = g.node(
+        "LayerNormalization", x, g.constant(norm.scale), g.constant(norm.shift), epsilon=norm.epsilon, axis=-1
+    )
+    return g.linear(x, tables.projection) if tables.projection is not None else x
+
+
+def block(g: Graph, hidden: str, layer: Layer) -> str:
+    """Hidden states (1, T, H) after one transformer block."""
+    if layer.activation not in ACTIVATIONS:
+        raise ValueError(f"activation {layer.activation!r} cannot be exported; these can: {list(ACTIVATIONS)}")
+    bias = g.constant(layer.qkv.bias)
+    if g.int8:
+        weight, scale = quantize(layer.qkv.weight)
+        quantized = g.node("DynamicQuantizeLinear", hidden, outputs=3)
+        stem = quantized.removesuffix("_0")
+        attended = g.ms(
+            "QAttention",
+            quantized,
+            g.constant(weight),
+            bias,
+            f"{stem}_1",
+            g.constant(scale),
+            "",
+            f"{stem}_2",
+            g.constant(np.zeros(scale.shape, np.int8)),
+            num_heads=layer.num_heads,
+        )
+    else:
+        attended = g.ms(
+            "Attention", hidden, g.constant(layer.qkv.weight), bias, num_heads=layer.num_heads
+        )
+    hidden = g.linear_plus_norm(attended, hidden, layer.attention_out, layer.attention_norm)
+    inner = g.linear(hidden, layer.ffn_in)
+    op = ACTIVATIONS[layer.activation]
+    inner = g.node(op, inner) if op == "Relu" else g.ms(op, inner)
+    return g.linear_plus_norm(inner, hidden, layer.ffn_out, layer.ffn_norm)
+
+
+def exit_heads(
+    g: Graph, hidden: str, pooling: str, classifier: Linear, prototypical: Linear | None
+) -> None:
+    """Add the outputs of an exit: logits and, with a prototypical network, distances.
+
+    Heads stay float32 except for the prototypical network's weights: they cost next to nothing.
+    """
+    axis = g.constant(np.array(0, np.int64))
+    pooled = (
+        g.node("ReduceMean", hidden, axes=[1], keepdims=0)
+        if pooling == "mean"
+        else g.node("Gather", hidden, axis, axis=1)
+    )
+    labels = classifier.bias.shape[0]
+    logits = g.node("Gemm", pooled, g.constant(classifier.weight), g.constant(classifier.bias))
+    g.output(logits, "logits", [1, labels])
+    if prototypical is None:
+        return
+    prototypes = g.input("prototypes", [labels, prototypical.bias.shape[0]])
+    embedded = g.linear(pooled, prototypical)
+    # 1 − cos, with unit prototypes: only h' is divided by its length.
+    length = g.node("ReduceL2", embedded, axes=[1], keepdims=1)
+    unit = g.node("Div", embedded, g.node("Max", length, g.constant(np.array(1e-12, np.float32))))
+    cosine = g.node("Gemm", unit, prototypes, transB=1)
+    g.output(g.node("Sub", g.constant(np.array(1, np.float32)), cosine), "distances", [1, labels])

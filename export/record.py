@@ -1,0 +1,37 @@
+"""Run an artifact's segments over labelled texts: every exit of every sample, as they will serve."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from os import cpu_count
+
+import numpy as np
+from rich.progress import track
+
+from exits.recorded import Recorded
+from model_store.model import Model, Step
+from training.data import Example
+
+
+def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
+    """All exits of examples, in their order, one sample at a time, full depth, on all cores."""
+
+    def full_depth(example: Example) -> list[Step]:
+        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
+        return model.full_depth(model.tokenize(text, pair))
+
+    exits = model.manifest.exit_layers
+    logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
+    distances = np.full_like(logits, np.nan)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        results = track(
+            pool.map(full_depth, examples),
+            total=len(examples),
+            description=f"Running {what} through the segments",
+            transient=True,
+        )
+        for i, steps in enumerate(results):
+            for j, layer in enumerate(exits):
+                logits[i, j] = steps[layer].logits
+                if steps[layer].distances is not None:
+                    distances[i, j] = steps[layer].distances
+    return Recorded(exits, logits, distances, np.array([e.label for e in examples]))

@@ -1,0 +1,56 @@
+"""A DE3-BERT model as its segments: one ONNX model for the embeddings, one for each layer."""
+
+from typing import Any
+
+import onnx
+
+from export.graph import Graph, TensorProto, block, embed, exit_heads
+from training import encoders
+from training.encoders import Linear
+from training.model import De3Model
+
+
+def file_name(layer: int) -> str:
+    """The file of a layer's segment; layer 0 is the embedding output."""
+    return "embeddings.onnx" if layer == 0 else f"layer_{layer:02}.onnx"
+
+
+def build(model: De3Model, int8: bool) -> dict[str, onnx.ModelProto]:
+    """The segments of a model by file name, in the order in which they run."""
+    config = model.config
+    tables = encoders.embeddings(model.encoder)
+    segments: dict[str, onnx.ModelProto] = {}
+
+    g = Graph(int8)
+    ids = g.input("input_ids", [1, "tokens"], TensorProto.INT64)
+    has_types = tables.token_type is not None
+    types = g.input("token_type_ids", [1, "tokens"], TensorProto.INT64) if has_types else None
+    _finish(g, embed(g, tables, ids, types), "hidden", 0, model)
+    segments[file_name(0)] = g.model("embeddings")
+
+    for m, layer in enumerate(encoders.layers(model.encoder), 1):
+        g = Graph(int8)
+        hidden = block(g, g.input("hidden", [1, "tokens", config.hidden_size]), layer)
+        _finish(g, hidden, "next_hidden", m, model)
+        segments[file_name(m)] = g.model(f"layer_{m}")
+    return segments
+
+
+def _finish(g: Graph, hidden: str, name: str, layer: int, model: De3Model) -> None:
+    """Add a segment's outputs: the heads of its exit, and its hidden states unless it is the last."""
+    config = model.config
+    if layer in config.exit_layers:
+        classifier = _linear(model.classifiers[config.exit_layers.index(layer)])
+        space = (
+            _linear(model.prototypical[config.prototype_layers.index(layer)])
+            if layer in config.prototype_layers
+            else None
+        )
+        exit_heads(g, hidden, config.pooling, classifier, space)
+    if layer < config.num_layers:
+        g.output(hidden, name, [1, "tokens", config.hidden_size])
+
+
+def _linear(module: Any) -> Linear:
+    weight = module.weight.detach().float().cpu().numpy()
+    return Linear(weight.T.copy(), module.bias.detach().float().cpu().numpy())

@@ -1,0 +1,1 @@
+"""The artifact format: schema, integrity, versions, lookup, and the opened model. No torch."""

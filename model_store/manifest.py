@@ -1,0 +1,134 @@
+"""The manifest of an artifact: what it is, how it was made, and the hash of every file."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+VERSION = re.compile(r"[1-9][0-9]{0,8}")
+# Every file that an artifact may have. A name that does not match is refused, so none leads elsewhere.
+FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+# λ is `lambda` in JSON and `lam` in Python, where the word is taken.
+Lam = Annotated[float, Field(ge=0, le=100, alias="lambda")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True
+    )
+
+
+class FileEntry(_Part):
+    """Hash and size of one file."""
+
+    sha256: Sha256
+    bytes: int = Field(ge=0)
+
+
+class Defaults(_Part):
+    """The exit rule of a request that names none."""
+
+    tau: Share
+    lam: Lam
+
+
+class TradeOff(_Part):
+    """What one (λ, τ) gives on the certifying samples.
+
+    Attributes:
+        accuracy: share of right answers; `accuracy_interval` is its 95% Wilson interval.
+        loss: accuracy at full depth minus accuracy here; `loss_interval` is its 95% interval, paired.
+        disagreement: share of answers that differ from full depth.
+        speedup: M / mean exit layer, at most 1000.
+        histogram: share of samples leaving at each exit, in the order of `exit_layers`.
+    """
+
+    lam: Lam
+    tau: Share
+    accuracy: Share
+    accuracy_interval: tuple[Share, Share]
+    loss: float
+    loss_interval: tuple[float, float]
+    disagreement: Share
+    mean_exit_layer: float = Field(ge=0)
+    speedup: float = Field(ge=0)
+    histogram: list[Share]
+
+
+class Calibration(_Part):
+    """How the defaults were chosen and what they give.
+
+    λ and τ were chosen on `tune_size` samples; every number in here is from `certify_size` others.
+    """
+
+    tune_size: int = Field(ge=1)
+    certify_size: int = Field(ge=1)
+    max_loss: float
+    exit_accuracy: list[Share]
+    default: TradeOff
+    table: list[TradeOff]
+
+
+class Manifest(_Part):
+    """manifest.json of an artifact.
+
+    Attributes:
+        exit_layers: layers with an exit, ascending, 0 being the embedding output; the last is num_layers.
+        prototype_layers: those with prototypes.
+        max_tokens: longest input, special tokens included.
+        token_types: whether embeddings.onnx takes token_type_ids.
+        export: how the export proved itself: parity, and for int8 the accuracy by exit against fp32.
+    """
+
+    schema_version: Literal[1]
+    name: str = Field(pattern=f"^{NAME.pattern}$")
+    version: int = Field(ge=1)
+    created: int = Field(ge=0, description="Unix time, seconds")
+    encoder: str
+    labels: list[str] = Field(min_length=2)
+    num_layers: int = Field(ge=1, le=99)
+    exit_layers: list[int] = Field(min_length=1)
+    prototype_layers: list[int]
+    hidden_size: int = Field(ge=1)
+    metric_dim: int = Field(ge=1)
+    max_tokens: int = Field(ge=3)
+    token_types: bool
+    pooling: Literal["mean", "cls"]
+    precision: Literal["fp32", "int8"]
+    defaults: Defaults
+    calibration: Calibration | None
+    export: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        exits = self.exit_layers
+        if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
+            raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
+        if self.prototype_layers not in (exits, exits[:-1]):
+            raise ValueError("prototype_layers must be the exit layers, with or without the last")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("labels must differ from each other")
+        wrong = [name for name in self.files if not FILE.fullmatch(name)]
+        if wrong:
+            raise ValueError(f"files may not contain {wrong[0]!r}")
+        missing = [name for name in self.required_files() if name not in self.files]
+        if missing:
+            raise ValueError(f"files lacks {missing[0]!r}")
+        return self
+
+    def segment_files(self) -> list[str]:
+        """The segments' files in the order in which they run; index = layer."""
+        return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]
+
+    def required_files(self) -> list[str]:
+        """The files that an artifact of this shape must have."""
+        return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]

@@ -1,0 +1,202 @@
+"""A folder of artifacts: <store>/<name>/<version>/. Lists, finds, verifies, and adds atomically."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+class StoreError(ValueError):
+    """An artifact is missing, damaged or not what its manifest says; the message names the file."""
+
+
+class UnknownModelError(StoreError):
+    """No such model or version."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One version of a model on disk, its manifest read and checked, its files not yet."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def full_name(self) -> str:
+        """name:version."""
+        return f"{self.manifest.name}:{self.manifest.version}"
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, after checking them against the manifest's hash.
+
+        What is checked is what is returned: nobody can change the file in between. Raises StoreError.
+        """
+        path = self.path / name
+        if name not in self.manifest.files:
+            raise StoreError(f"{path}: the manifest does not list this file")
+        data = _read_inside(self.path, path)
+        entry = self.manifest.files[name]
+        if len(data) != entry.bytes:
+            raise StoreError(f"{path}: damaged: {len(data)} bytes, the manifest says {entry.bytes}")
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise StoreError(f"{path}: damaged: its sha256 differs from the manifest's")
+        return data
+
+    def verify(self) -> None:
+        """Read and check every file; raises StoreError for the first that is missing or damaged."""
+        for name in self.manifest.files:
+            self.read(name)
+
+
+class Store:
+    """The artifacts below one folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def versions(self) -> dict[str, list[int]]:
+        """Versions by model name, both ascending (10 is newer than 9)."""
+        if not self.path.is_dir():
+            raise StoreError(f"{self.path}: no such store; make one with de3 export")
+        found: dict[str, list[int]] = {}
+        for folder in sorted(self.path.iterdir()):
+            if NAME.fullmatch(folder.name) and folder.is_dir():
+                numbers = [int(v.name) for v in folder.iterdir() if VERSION.fullmatch(v.name) and v.is_dir()]
+                if numbers:
+                    found[folder.name] = sorted(numbers)
+        return found
+
+    def open(self, model: str) -> Artifact:
+        """The artifact of `name`, its newest version, or `name:version`. Raises StoreError."""
+        name, _, version = model.partition(":")
+        versions = self.versions()
+        if name not in versions:
+            raise UnknownModelError(f"no model {name!r} in {self.path}; there are: {', '.join(versions) or 'none'}")
+        if not version and ":" not in model:
+            number = versions[name][-1]
+        elif VERSION.fullmatch(version) and int(version) in versions[name]:
+            number = int(version)
+        else:
+            have = ", ".join(map(str, versions[name]))
+            raise UnknownModelError(f"no version {version!r} of model {name!r}; there are: {have}")
+        return self.open_path(self.path / name / str(number))
+
+    def open_path(self, path: Path) -> Artifact:
+        """The artifact in a folder <name>/<version>; raises StoreError when its manifest is not sound."""
+        artifact = Artifact(path, read_manifest(path))
+        if (artifact.manifest.name, str(artifact.manifest.version)) != (path.parent.name, path.name):
+            raise StoreError(f"{path / MANIFEST}: it is the manifest of {artifact.full_name}, not of this folder")
+        return artifact
+
+    @contextmanager
+    def new_version(self, name: str) -> Iterator["Draft"]:
+        """Write a new version of a model: all of it appears at the end of the block, or none.
+
+        Raises StoreError for a name that a store cannot hold.
+        """
+        if not NAME.fullmatch(name):
+            raise StoreError(f"model name {name!r} must match {NAME.pattern}")
+        (self.path / name).mkdir(parents=True, exist_ok=True)
+        # A leading dot keeps the draft out of every listing; the same file system makes rename atomic.
+        draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.path / name))
+        try:
+            yield Draft(draft, self.path / name)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+@dataclass
+class Draft:
+    """A version being written, in a hidden folder beside the finished ones."""
+
+    path: Path
+    model_path: Path
+
+    def write(self, files: Mapping[str, bytes]) -> None:
+        """Write files into the draft."""
+        for name, data in files.items():
+            with (self.path / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def next_version(self) -> int:
+        """The number after the newest."""
+        return 1 + max((int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0)
+
+    def entries(self) -> dict[str, dict[str, object]]:
+        """Hash and size of every file written so far, as the manifest wants them."""
+        return {
+            p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
+            for p in sorted(self.path.iterdir())
+        }
+
+    def publish(self, manifest: Manifest) -> Path:
+        """Add the manifest and make the version visible, in one rename; returns its folder."""
+        self.write({MANIFEST: _by_field(manifest).encode()})
+        self.path.chmod(0o755)
+        final = self.model_path / str(manifest.version)
+        self.path.rename(final)  # fails, rather than replaces, when another export took the number
+        directory = os.open(self.model_path, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return final
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest in an artifact's folder; raises StoreError naming the file and what is wrong with it."""
+    file = path / MANIFEST
+    data = _read_inside(path, file, MAX_MANIFEST_BYTES)
+    try:
+        raw = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{file}: not JSON: {error}") from None
+    found = raw.get("schema_version") if isinstance(raw, dict) else None
+    if found != SCHEMA_VERSION:
+        raise StoreError(
+            f"{file}: schema version {found!r}, this release reads {SCHEMA_VERSION}: "
+            "export the model again, or use a release that knows that version"
+        )
+    try:
+        return Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "manifest"
+        raise StoreError(f"{file}: {where}: {first['msg']}") from None
+
+
+def _read_inside(folder: Path, path: Path, limit: int | None = None) -> bytes:
+    """The bytes of a regular file in folder; a link that leads out of it is refused."""
+    try:
+        real = path.resolve(strict=True)
+        if real.parent != folder.resolve(strict=True):
+            raise StoreError(f"{path}: leads outside the artifact, to {real}")
+        if not real.is_file():
+            raise StoreError(f"{path}: not a file")
+        if limit is not None and real.stat().st_size > limit:
+            raise StoreError(f"{path}: larger than {limit} bytes")
+        return real.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path}: missing") from None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+
+
+def _by_field(manifest: Manifest) -> str:
+    """The manifest as JSON with each field on a line of its own, so that a diff can be read."""
+    fields = manifest.model_dump(by_alias=True).items()
+    return "{\n" + ",\n".join(f' "{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in fields) + "\n}\n"

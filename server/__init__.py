@@ -1,0 +1,1 @@
+"""The HTTP server: requests in, one engine thread for each core, answers out."""

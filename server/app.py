@@ -1,0 +1,104 @@
+"""The HTTP routes."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from de3 import __version__
+from server import examples
+from server.classify import classify
+from server.errors import ApiError
+from server.service import Service
+
+
+def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application of a service; on_failure is called when its models cannot be loaded."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(service.load(on_failure))
+        yield
+        loading.cancel()
+        await asyncio.to_thread(service.engine.stop)
+
+    # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
+    app = FastAPIOffline(
+        title="DE3",
+        version=__version__,
+        summary="Text classification that exits early",
+        description=examples.DESCRIPTION,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+
+    @app.post("/classify", tags=["classify"], **examples.CLASSIFY)
+    @app.post("/v1/classify", include_in_schema=False)
+    async def post_classify(request: Request) -> Response:
+        """Classify a text, a pair of texts, or a list of them, leaving at the first exit that is sure."""
+        return await classify(request, service)
+
+    @app.get("/v1/models", tags=["models"])
+    async def models() -> dict[str, Any]:
+        """The served models: labels, layers, defaults, and what the defaults give."""
+        return {"object": "list", "data": [model_row(a.manifest) for a in service.artifacts]}
+
+    @app.get("/health", tags=["operation"])
+    async def health() -> dict[str, str]:
+        """200 as long as the process lives."""
+        return {"status": "ok"}
+
+    @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
+    async def ready() -> JSONResponse:
+        """200 once every model is loaded and warmed up; 503 before, and while the server drains."""
+        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    async def metrics() -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.url.path
+        message = {
+            404: f"no such path: {path}; see /docs",
+            405: f"{request.method} is not allowed on {path}; see /docs",
+        }.get(error.status_code, str(error.detail))
+        response = ApiError(error.status_code, message).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def crash(_: Request, __: Exception) -> Response:
+        return ApiError(500, "internal error; the server's log has the details").response()
+
+    return app
+
+
+def model_row(manifest: Any) -> dict[str, Any]:
+    """One model as /v1/models lists it."""
+    c = manifest.calibration
+    return {
+        "id": f"{manifest.name}:{manifest.version}",
+        "object": "model",
+        "created": manifest.created,
+        "owned_by": "de3",
+        "name": manifest.name,
+        "version": manifest.version,
+        "labels": manifest.labels,
+        "num_layers": manifest.num_layers,
+        "exit_layers": manifest.exit_layers,
+        "max_tokens": manifest.max_tokens,
+        "precision": manifest.precision,
+        "defaults": {"tau": manifest.defaults.tau, "lambda": manifest.defaults.lam},
+        "calibration": c.default.model_dump(by_alias=True) if c else None,
+    }

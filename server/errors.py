@@ -1,0 +1,53 @@
+"""Errors as a client sees them: {"error": {"message", "type", "param", "code"}}."""
+
+import orjson
+from starlette.responses import Response
+
+TYPES = {
+    400: "BadRequestError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "TimeoutError",
+}
+
+
+class ApiError(Exception):
+    """An answer that is an error.
+
+    Args:
+        status: HTTP status, one of TYPES.
+        message: names the field, what is wrong with it and what is allowed.
+        param: the field, if one is to blame.
+        cause: a short word for the metrics.
+        retry_after: seconds after which to try again (503).
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        cause: str = "bad_request",
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.cause = status, message, param, cause
+        self.retry_after = retry_after
+
+    def response(self) -> Response:
+        """The HTTP response."""
+        body = {
+            "error": {
+                "message": self.message,
+                "type": TYPES.get(self.status, "Error"),
+                "param": self.param,
+                "code": self.status,
+            }
+        }
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return Response(orjson.dumps(body), self.status, headers, "application/json")

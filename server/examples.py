@@ -1,0 +1,91 @@
+"""What /docs shows: the request's schema with examples to try, and real answers."""
+
+from typing import Any
+
+from server.protocol import ClassifyRequest
+
+DESCRIPTION = """
+Every encoder layer has a classifier and class prototypes. A text leaves at the first layer where entropy and
+distance to the prototypes, fused into EDR, fall below **tau**: easy texts leave after a layer or two, hard
+ones go deep.
+
+- `tau: 0` never leaves early (full depth); a larger `tau` leaves earlier. Without it the model's calibrated
+  default is used.
+- `explain: true` shows what every exit on the way said.
+
+Errors have the shape `{"error": {"message", "type", "param", "code"}}`.
+"""
+
+_REQUESTS = {
+    "one text": {"input": "a warm , funny , engaging film"},
+    "many texts": {"input": ["a warm , funny , engaging film", "it is a dull mess from start to finish"]},
+    "full depth": {"input": "not exactly a masterpiece , but it has its moments", "tau": 0},
+    "explained": {"input": "not exactly a masterpiece , but it has its moments", "explain": True},
+    "at most 3 layers": {"input": "not exactly a masterpiece , but it has its moments", "max_layer": 3},
+    "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
+}
+_ANSWER = {
+    "id": "classify-5f0c9c1d6e9a4c0f8f1b9d1f2a3b4c5d",
+    "object": "list",
+    "created": 1790000000,
+    "model": "sst2:1",
+    "data": [
+        {
+            "index": 0,
+            "label": "positive",
+            "probs": [0.01, 0.99],
+            "num_classes": 2,
+            "exit": {
+                "layer": 1,
+                "num_layers": 6,
+                "reason": "threshold",
+                "tau": 0.16,
+                "lambda": 1.0,
+                "entropy": 0.08,
+                "distance_ratio": 0.05,
+                "edr": 0.06,
+            },
+        }
+    ],
+    "usage": {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9},
+}
+_ERROR = {
+    "error": {
+        "message": "tau: input should be less than or equal to 1 (allowed: 0 to 1)",
+        "type": "UnprocessableEntityError",
+        "param": "tau",
+        "code": 422,
+    }
+}
+
+
+def _error(description: str) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"example": _ERROR}}}
+
+
+CLASSIFY: dict[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {
+                    "schema": ClassifyRequest.model_json_schema(by_alias=True),
+                    "examples": {name: {"value": value} for name, value in _REQUESTS.items()},
+                }
+            },
+        }
+    },
+    "responses": {
+        200: {
+            "description": "One row for each text, in order",
+            "content": {"application/json": {"example": _ANSWER}},
+        },
+        400: _error("Not JSON in UTF-8"),
+        404: _error("Unknown model"),
+        408: _error("The body did not arrive in time"),
+        413: _error("Body too large"),
+        422: _error("A wrong value: the message names the field and what is allowed"),
+        503: _error("Overloaded, or still loading; Retry-After says when to try again"),
+        504: _error("No answer in time"),
+    },
+}

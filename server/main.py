@@ -1,0 +1,49 @@
+"""Run the server: one process, drained on SIGTERM."""
+
+import logging
+from types import FrameType
+
+import uvicorn
+
+from server.app import create_app
+from server.service import Service
+from server.settings import Settings
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, saying "not ready" as soon as it is told to stop."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.drain()
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
+
+    Raises StoreError when a model is missing or not sound.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    service = Service(settings)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    config = uvicorn.Config(
+        create_app(service, on_failure=stop),
+        host=settings.host,
+        port=settings.port,
+        access_log=False,
+        log_config=None,
+        # An accepted request ends by its own time-out; leave it that long, and a little.
+        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    server = _Server(config, service)
+    server.run()
+    if service.failure is not None:
+        raise service.failure

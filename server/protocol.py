@@ -1,0 +1,143 @@
+"""The wire format of /classify: a superset of vLLM's and SGLang's. Parse once, serialize once."""
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+
+from exits.rule import MAX_LAM, Reading
+from server.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text, or a pair of texts."""
+
+    text: str
+    text_pair: str | None = None
+
+
+def _texts(value: Any) -> list[Text]:
+    """The texts of `input`, which is one text or pair, or a list of them. Raises ValueError."""
+    if not isinstance(value, list):
+        return [_text(value, "")]
+    if not value:
+        raise ValueError("must not be an empty list; give at least one text")
+    return [_text(item, f"[{i}]") for i, item in enumerate(value)]
+
+
+def _text(value: Any, where: str) -> Text:
+    if isinstance(value, dict):
+        keys = set(value)
+        if keys != {"text", "text_pair"}:
+            wrong = sorted(keys ^ {"text", "text_pair"})
+            raise ValueError(f"{where}: an object must have text and text_pair, and nothing else; see {wrong[:5]}")
+        return Text(_string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair"))
+    return Text(_string(value, where))
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        found = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        what = found.get(type(value), "null")
+        raise ValueError(f"{where}: must be a text, or an object with text and text_pair; got {what}")
+    if not value.strip():
+        raise ValueError(f"{where}: must not be empty")
+    return value
+
+
+_ONE = [
+    {"type": "string", "minLength": 1},
+    {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "text_pair": {"type": "string"}},
+        "required": ["text", "text_pair"],
+        "additionalProperties": False,
+    },
+]
+_INPUT_SCHEMA = {"anyOf": [*_ONE, {"type": "array", "minItems": 1, "items": {"anyOf": _ONE}}]}
+
+
+class ClassifyRequest(BaseModel):
+    """A request to classify one or more texts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = Field(None, description="name (newest version) or name:version; default: the first served")
+    input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
+        description="a text, a pair, or a list of them"
+    )
+    tau: float | None = Field(
+        None, ge=0, le=1, description="leave at the first exit with EDR < tau; 0: never early"
+    )
+    lam: float | None = Field(
+        None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"
+    )
+    max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
+    truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
+    explain: bool = Field(False, description="report every exit passed")
+    user: Any = Field(None, description="accepted and ignored")
+    rid: Any = Field(None, description="accepted and ignored")
+    priority: Any = Field(None, description="accepted and ignored")
+
+    names: ClassVar[dict[str, str]] = {"lam": "lambda"}
+
+
+def parse(body: bytes, max_texts: int) -> ClassifyRequest:
+    """The request in a body; raises ApiError 400 for what is not JSON and 422 for a wrong value."""
+    try:
+        request = ClassifyRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _explain(error) from None
+    if len(request.input) > max_texts:
+        raise ApiError(422, f"input: {len(request.input)} texts, at most {max_texts} are allowed", "input")
+    return request
+
+
+def _explain(error: ValidationError) -> ApiError:
+    """The first problem that pydantic found, with the field's name and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    kind, loc, message = first["type"], first["loc"], first["msg"]
+    if kind == "json_invalid":
+        return ApiError(400, f"the body is not JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}", cause="not_json")
+    if not loc:
+        return ApiError(422, "the body must be a JSON object like {\"input\": \"a text\"}")
+    field = str(loc[0])
+    if kind == "extra_forbidden":
+        known = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
+        return ApiError(422, f"{field}: unknown field; known are {', '.join(known)}", field, "unknown_field")
+    if kind == "missing":
+        return ApiError(422, f"{field}: is required", field)
+    if kind == "value_error":  # from _texts; it may begin with the place inside the field
+        inner = str(first["ctx"]["error"])
+        return ApiError(422, f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
+    allowed = {"tau": " (allowed: 0 to 1)", "lambda": f" (allowed: 0 to {MAX_LAM:g})"}.get(field, "")
+    return ApiError(422, f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
+
+
+def reading_row(reading: Reading) -> dict[str, Any]:
+    """The signals of one exit as JSON has them."""
+    return {
+        "entropy": reading.entropy,
+        "distance_ratio": reading.distance_ratio,
+        "edr": reading.edr,
+    }
+
+
+def answer(model: str, data: Sequence[dict[str, Any]], tokens: int) -> bytes:
+    """The body of an answer; data has one row for each text."""
+    return orjson.dumps(
+        {
+            "id": f"classify-{uuid.uuid4().hex}",
+            "object": "list",
+            "created": int(time.time()),
+            "model": model,
+            "data": data,
+            "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
+    )

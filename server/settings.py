@@ -1,0 +1,58 @@
+"""What the server can be told; `de3 serve` fills this from flags and DE3_* variables."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Settings(BaseModel):
+    """Settings of one server; checks itself.
+
+    Attributes:
+        store: folder of the model store.
+        models: models to serve, as name or name:version; empty: the newest version of each in the store.
+            A request that names none gets the first.
+        threads: engine threads, each runs one text at a time; 0: one for each core.
+        max_queue: most texts that wait; a request that would exceed it is answered 503.
+        max_texts: most texts in one request.
+        max_body_bytes: largest request body.
+        body_timeout_s: longest wait for a request's body.
+        timeout_s: longest time from a request's arrival to its answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    store: Path = Path("models")
+    models: list[str] = []
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    max_queue: Annotated[int, Field(ge=1)] = 1024
+    max_texts: Annotated[int, Field(ge=1)] = 256
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**20
+    body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Settings":
+        if self.max_texts > self.max_queue:
+            raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
+        return self
+
+    def engine_threads(self) -> int:
+        """The number of engine threads: as set, or one for each core that this process may use."""
+        return self.threads or available_cores()
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, cut to a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, -(-int(quota) // int(period)))  # a share of a core counts as one
+    except (OSError, ValueError):
+        pass
+    return max(1, cores)

@@ -1,0 +1,150 @@
+"""The one place that knows encoder families: their weights under common names.
+
+Training needs nothing of this (every Hugging Face encoder returns its hidden states); export does.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+Array = NDArray[np.float32]
+
+EXPORTABLE = ("bert", "roberta", "distilbert", "electra")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x·weight + bias; weight is (inputs, outputs), bias (outputs,)."""
+
+    weight: Array
+    bias: Array
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer normalization with scale and shift (width,)."""
+
+    scale: Array
+    shift: Array
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One post-norm transformer block; `qkv` is query, key and value side by side, (hidden, 3·hidden)."""
+
+    qkv: Linear
+    attention_out: Linear
+    attention_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    ffn_norm: Norm
+    num_heads: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Tables of (rows, width); `position` starts at the first token's row. `projection` widens to hidden."""
+
+    word: Array
+    position: Array
+    token_type: Array | None
+    norm: Norm
+    projection: Linear | None
+
+
+def max_tokens(config: Any) -> int:
+    """How many tokens an encoder takes, special ones included."""
+    return int(config.max_position_embeddings) - _first_position(config)
+
+
+def _first_position(config: Any) -> int:
+    """RoBERTa and MPNet count positions from after the padding id."""
+    return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "mpnet") else 0
+
+
+def embeddings(encoder: Any) -> Embeddings:
+    """The embedding tables of an encoder; raises ValueError for a family that cannot be exported."""
+    config = encoder.config
+    _check(config)
+    tables = encoder.embeddings
+    position = _array(tables.position_embeddings.weight)[_first_position(config) :]
+    types = getattr(tables, "token_type_embeddings", None)
+    token_type = _array(types.weight) if types is not None else None
+    if token_type is not None and len(token_type) == 1:  # RoBERTa: one type for every token
+        position, token_type = position + token_type, None
+    projection = getattr(encoder, "embeddings_project", None)  # ELECTRA's small models
+    return Embeddings(
+        word=_array(tables.word_embeddings.weight),
+        position=position,
+        token_type=token_type,
+        norm=_norm(tables.LayerNorm),
+        projection=_linear(projection) if projection is not None else None,
+    )
+
+
+def layers(encoder: Any) -> list[Layer]:
+    """The blocks of an encoder, first to last; raises ValueError for a family that cannot be exported."""
+    config = encoder.config
+    _check(config)
+    if config.model_type == "distilbert":
+        return [
+            Layer(
+                qkv=_side_by_side(b.attention.q_lin, b.attention.k_lin, b.attention.v_lin),
+                attention_out=_linear(b.attention.out_lin),
+                attention_norm=_norm(b.sa_layer_norm),
+                ffn_in=_linear(b.ffn.lin1),
+                ffn_out=_linear(b.ffn.lin2),
+                ffn_norm=_norm(b.output_layer_norm),
+                num_heads=config.n_heads,
+                activation=config.activation,
+            )
+            for b in encoder.transformer.layer
+        ]
+    return [
+        Layer(
+            qkv=_side_by_side(b.attention.self.query, b.attention.self.key, b.attention.self.value),
+            attention_out=_linear(b.attention.output.dense),
+            attention_norm=_norm(b.attention.output.LayerNorm),
+            ffn_in=_linear(b.intermediate.dense),
+            ffn_out=_linear(b.output.dense),
+            ffn_norm=_norm(b.output.LayerNorm),
+            num_heads=config.num_attention_heads,
+            activation=config.hidden_act,
+        )
+        for b in encoder.encoder.layer
+    ]
+
+
+def _check(config: Any) -> None:
+    if config.model_type not in EXPORTABLE:
+        raise ValueError(
+            f"encoders of type {config.model_type!r} cannot be exported; these can: {', '.join(EXPORTABLE)}"
+        )
+    if getattr(config, "position_embedding_type", "absolute") != "absolute":
+        raise ValueError(f"only absolute positions can be exported, not {config.position_embedding_type!r}")
+    if getattr(config, "is_decoder", False):
+        raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
+
+
+def _array(tensor: Any) -> Array:
+    return np.asarray(tensor.detach().float().cpu().numpy())
+
+
+def _linear(module: nn.Linear) -> Linear:
+    return Linear(np.ascontiguousarray(_array(module.weight).T), _array(module.bias))
+
+
+def _side_by_side(*modules: nn.Linear) -> Linear:
+    parts = [_linear(m) for m in modules]
+    return Linear(
+        np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts])
+    )
+
+
+def _norm(module: nn.LayerNorm) -> Norm:
+    return Norm(_array(module.weight), _array(module.bias), float(module.eps))

@@ -1,0 +1,120 @@
+"""How right each exit is, and what each exit signal trades of accuracy for speed: a table and a plot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from exits import calibration
+from exits.recorded import Recorded
+from exits.rule import exit_index
+
+SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against speed-up of one signal, both (points,), speed-up ascending."""
+
+    name: str
+    speedup: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+
+    def at(self, speedup: float) -> float:
+        """Accuracy at a speed-up, between points linearly; NaN beyond the curve."""
+        if not self.speedup[0] <= speedup <= self.speedup[-1]:
+            return float("nan")
+        return float(np.interp(speedup, self.speedup, self.accuracy))
+
+
+def curves(recorded: Recorded, lams: Sequence[float]) -> list[Curve]:
+    """The curves of entropy, distance ratio and EDR at each λ."""
+    signals = {"entropy": calibration.fused(recorded, 0.0)}
+    if len(recorded.exit_layers) > 1:
+        signals["distance ratio"] = recorded.distance_ratio
+        signals |= {f"EDR λ={lam:g}": calibration.fused(recorded, lam) for lam in lams}
+    return [_curve(name, signal, recorded) for name, signal in signals.items()]
+
+
+def _curve(name: str, signal: NDArray[np.float64], recorded: Recorded) -> Curve:
+    """Sweep τ over the signal's own quantiles, so that curves of different signals are equally fine."""
+    early = signal[:, :-1].ravel()
+    taus = [0.0, *np.unique(np.quantile(early, np.linspace(0, 1, 200))), 1.1] if early.size else [0.0]
+    layers = np.asarray(recorded.exit_layers)
+    correct, rows = recorded.correct, np.arange(len(recorded.labels))
+    points: dict[float, float] = {}
+    for tau in taus:
+        index = exit_index(signal, float(tau))
+        points[calibration.speedup(int(layers[-1]), float(layers[index].mean()))] = float(
+            correct[rows, index].mean()
+        )
+    x = sorted(points)
+    return Curve(name, np.array(x), np.array([points[s] for s in x]))
+
+
+def exit_table(recorded: Recorded) -> Table:
+    """Accuracy of every exit with its 95% interval."""
+    table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} samples)")
+    for column in ("layer", "accuracy", "95% interval"):
+        table.add_column(column, justify="right")
+    for layer, right in zip(recorded.exit_layers, recorded.correct.T, strict=True):
+        low, high = calibration.wilson(int(right.sum()), len(right))
+        table.add_row(str(layer), f"{100 * right.mean():.2f}", f"{100 * low:.2f} … {100 * high:.2f}")
+    return table
+
+
+def curve_table(found: Sequence[Curve]) -> Table:
+    """Accuracy of every signal at a row of speed-ups."""
+    table = Table(title="Accuracy at a speed-up of M / mean exit layer")
+    table.add_column("signal")
+    for s in SPEEDUPS:
+        table.add_column(f"{s:g}×", justify="right")
+    for curve in found:
+        cells = [f"{100 * curve.at(s):.2f}" if not np.isnan(curve.at(s)) else "–" for s in SPEEDUPS]
+        table.add_row(curve.name, *cells)
+    return table
+
+
+def default_line(recorded: Recorded, tau: float, lam: float) -> str:
+    """What an artifact's default (λ, τ) gives on these samples."""
+    o = calibration.outcome(recorded, calibration.fused(recorded, lam), tau, lam)
+    low, high = (100 * x for x in o.accuracy_interval)
+    return (
+        f"Default λ = {lam:g}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
+        f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
+        f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×\n"
+        f"Leaving at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
+        f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
+    )
+
+
+def plot(recorded: Recorded, found: Sequence[Curve], path: Path, title: str) -> None:
+    """Draw accuracy by exit, and accuracy against speed-up, side by side into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2))
+    accuracy = 100 * recorded.correct.mean(0)
+    bars = left.bar([str(m) for m in recorded.exit_layers], accuracy, color="#4c78a8")
+    left.bar_label(bars, fmt="%.1f", fontsize=8)
+    left.set(xlabel="exit layer (0: embeddings)", ylabel="accuracy, %", title="Each exit alone")
+    left.set_ylim(max(0, accuracy.min() - 8), min(100, accuracy.max() + 4))
+    for curve in found:
+        shown = curve.speedup <= 10
+        right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, linewidth=1.4)
+    right.axhline(accuracy[-1], color="grey", linestyle=":", label="full depth")
+    right.set(xlabel="speed-up: M / mean exit layer", ylabel="accuracy, %", title="Leaving early")
+    right.set_ylim(max(0, accuracy[-1] - 8), min(100, accuracy[-1] + 1.5))
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
