@@ -64,7 +64,9 @@ def _rows(file: Path | None, dataset: str | None, split: str, columns: Any) -> l
 File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.", show_default=False)]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="Instead of a file: a Hugging Face data set, name or name:config.", rich_help_panel=DATA),
+    typer.Option(
+        help="Instead of a file: a Hugging Face data set, name or name:config.", rich_help_panel=DATA
+    ),
 ]
 DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
 TextColumn = Annotated[
@@ -100,7 +102,8 @@ StoreOption = Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of t
 def train(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     encoder: Annotated[
-        str, typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.", rich_help_panel=MODEL)
+        str,
+        typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.", rich_help_panel=MODEL),
     ],
     file: File = None,
     dataset: Dataset = None,
@@ -133,7 +136,8 @@ def train(
     pooling: Annotated[
         str,
         typer.Option(
-            help="How a layer's tokens become one vector: mean, or cls as in the paper.", rich_help_panel=MODEL
+            help="How a layer's tokens become one vector: mean, or cls as in the paper.",
+            rich_help_panel=MODEL,
         ),
     ] = "mean",
     metric_dim: Annotated[
@@ -148,7 +152,10 @@ def train(
         bool, typer.Option(help="A prototype space at the last layer too.", rich_help_panel=MODEL)
     ] = False,
     gamma: Annotated[
-        float, typer.Option(min=0, max=1, help="γ, sliding-average factor of the prototypes.", rich_help_panel=MODEL)
+        float,
+        typer.Option(
+            min=0, max=1, help="γ, sliding-average factor of the prototypes.", rich_help_panel=MODEL
+        ),
     ] = 0.01,
     alpha: Annotated[
         float, typer.Option(help="α, weight of the distance-aware loss.", rich_help_panel=TRAINING)
@@ -178,18 +185,24 @@ def train(
     ] = None,
     distill: Annotated[
         float,
-        typer.Option(help="Share of the loss that follows the teacher, not the label.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="Share of the loss that follows the teacher, not the label.", rich_help_panel=TRAINING
+        ),
     ] = 0.5,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
     ] = 2.0,
     patience: Annotated[
         int,
-        typer.Option(help="Stop after so many epochs without a better one; 0: never.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="Stop after so many epochs without a better one; 0: never.", rich_help_panel=TRAINING
+        ),
     ] = 0,
     recompute_prototypes: Annotated[
         bool,
-        typer.Option(help="At the end, recompute the prototypes over all of train.", rich_help_panel=TRAINING),
+        typer.Option(
+            help="At the end, recompute the prototypes over all of train.", rich_help_panel=TRAINING
+        ),
     ] = True,
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order.")] = 0,
@@ -257,7 +270,9 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, or an artifact's folder <store>/<name>/<version>.")],
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint, or an artifact's folder <store>/<name>/<version>.")
+    ],
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "test",
@@ -270,7 +285,9 @@ def evaluate(
     lambdas: Annotated[str, typer.Option(help="The λ to try in EDR.")] = "0.5,1,2,4,8",
     png: Annotated[
         Path | None,
-        typer.Option(help="Where the plot goes. [default: evaluation.png in the checkpoint]", show_default=False),
+        typer.Option(
+            help="Where the plot goes. [default: evaluation.png in the checkpoint]", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Show how right every exit is, and what accuracy each exit signal keeps at which speed-up.
@@ -380,12 +397,14 @@ def serve(
         list[str] | None,
         typer.Option(
             envvar="DE3_MODELS",
-            help="name or name:version; repeat for more (in the variable: separated by spaces). The first answers "
-            "requests that name none. [default: the newest version of every model in the store]",
+            help="name or name:version; repeat for more (in the variable: separated by spaces). "
+            "The first answers requests that name none. [default: the newest of each in the store]",
             show_default=False,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(envvar="DE3_HOST", help="0.0.0.0 to be reached from elsewhere.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(envvar="DE3_HOST", help="0.0.0.0 to be reached from elsewhere.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="DE3_PORT")] = 8000,
     threads: Annotated[
         int, typer.Option(envvar="DE3_THREADS", help="Engine threads; 0: one for each core.")
@@ -475,12 +494,14 @@ def models_show(
 
     manifest = Store(store).open(model).manifest
     without = None if table else {"calibration": {"table"}}
-    print(manifest.model_dump_json(indent=2, exclude=without))  # type: ignore[arg-type]
+    print(manifest.model_dump_json(indent=2, exclude=without))
 
 
 @models.command("verify")
 def models_verify(
-    model: Annotated[str | None, typer.Argument(help="name or name:version. [default: all]", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="name or name:version. [default: all]", show_default=False)
+    ] = None,
     store: StoreOption = Path("models"),
 ) -> None:
     """Check every file of a model against its hash, and that it loads; exits with 1 if one is not sound."""

@@ -86,7 +86,9 @@ def fused(recorded: Recorded, lam: float) -> NDArray[np.float64]:
     return signals.edr(recorded.entropy, recorded.distance_ratio, lam)
 
 
-def trade_off(recorded: Recorded, lams: Sequence[float] = LAMS, taus: Sequence[float] = TAUS) -> list[Outcome]:
+def trade_off(
+    recorded: Recorded, lams: Sequence[float] = LAMS, taus: Sequence[float] = TAUS
+) -> list[Outcome]:
     """The outcome of every (λ, τ) of the grid."""
     table = []
     for lam in lams:

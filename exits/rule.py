@@ -67,7 +67,7 @@ class ExitRule:
 
 
 def exit_index(edr: NDArray[np.float64], tau: float) -> NDArray[np.int64]:
-    """Where samples leave, (n,), as an index into the exits: the first of edr (n, exits) below τ, else the last.
+    """Where samples leave, (n,): the index of the first exit whose edr (n, exits) is below τ, else the last.
 
     What the last exit says does not matter, and a NaN (no prototypes) is never below τ.
     """

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
@@ -25,9 +24,9 @@ from training import data as datas
 from training.data import Example
 from training.model import De3Model
 from training.predict import predict
+from training.progress import console
 
 MAX_FP32_DIFFERENCE = 1e-3
-console = Console(stderr=True)
 
 
 class ExportError(ValueError):
@@ -118,7 +117,8 @@ def _check_prototypes(model: De3Model) -> None:
 def _prototypes(model: De3Model) -> dict[str, Any]:
     layers = model.config.prototype_layers
     return {
-        f"layer_{m:02}": np.ascontiguousarray(p) for m, p in zip(layers, model.prototypes.numpy(), strict=True)
+        f"layer_{m:02}": np.ascontiguousarray(p)
+        for m, p in zip(layers, model.prototypes.numpy(), strict=True)
     }
 
 
@@ -164,7 +164,9 @@ def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -
     chosen = [ranked[i] for i in np.linspace(0, len(ranked) - 1, min(count, len(ranked))).astype(int)]
     words = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in ranked[::-1][:400])
     limit = model.manifest.max_tokens
-    return chosen + [Example(words[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(words, 0)]
+    return (
+        chosen + [Example(words[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(words, 0)]
+    )
 
 
 @torch.no_grad()
@@ -196,9 +198,8 @@ def parity(
             for j, layer in enumerate(layers):
                 difference = float(np.abs(getattr(steps[layer], kind) - theirs[j]).max())
                 largest[kind][j] = max(largest[kind][j], difference)
-    table = Table(
-        title=f"Largest difference to PyTorch, {len(samples)} samples of {min(lengths)} to {max(lengths)} tokens"
-    )
+    span = f"{min(lengths)} to {max(lengths)} tokens"
+    table = Table(title=f"Largest difference to PyTorch, {len(samples)} samples of {span}")
     for column in ("layer", "logits", "distances"):
         table.add_column(column, justify="right")
     for j, layer in enumerate(exits):

@@ -72,9 +72,7 @@ class Graph:
             return self.node("Add", self.node("MatMul", x, self.constant(linear.weight)), bias)
         weight, scale = quantize(linear.weight)
         zero = self.constant(np.zeros(scale.shape, np.int8))
-        return self.ms(
-            "DynamicQuantizeMatMul", x, self.constant(weight), self.constant(scale), zero, bias
-        )
+        return self.ms("DynamicQuantizeMatMul", x, self.constant(weight), self.constant(scale), zero, bias)
 
     def linear_plus_norm(self, x: str, skip: str, linear: Linear, norm: Norm) -> str:
         """Layer norm of skip + x·W + b."""
@@ -114,7 +112,7 @@ def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
     tokens = g.node("Shape", ids, start=1, end=2)
     zero = g.constant(np.array([0], np.int64))
     x = g.node("Add", x, g.node("Slice", g.constant(tables.position), zero, tokens, zero))
-    if types is not None:
+    if types is not None and tables.token_type is not None:
         x = g.node("Add", x, g.node("Gather", g.constant(tables.token_type), types))
     norm = tables.norm
     x = g.node(
@@ -126,7 +124,9 @@ def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
 def block(g: Graph, hidden: str, layer: Layer) -> str:
     """Hidden states (1, T, H) after one transformer block."""
     if layer.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {layer.activation!r} cannot be exported; these can: {list(ACTIVATIONS)}")
+        raise ValueError(
+            f"activation {layer.activation!r} cannot be exported; these can: {list(ACTIVATIONS)}"
+        )
     bias = g.constant(layer.qkv.bias)
     if g.int8:
         weight, scale = quantize(layer.qkv.weight)
@@ -145,9 +145,7 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
             num_heads=layer.num_heads,
         )
     else:
-        attended = g.ms(
-            "Attention", hidden, g.constant(layer.qkv.weight), bias, num_heads=layer.num_heads
-        )
+        attended = g.ms("Attention", hidden, g.constant(layer.qkv.weight), bias, num_heads=layer.num_heads)
     hidden = g.linear_plus_norm(attended, hidden, layer.attention_out, layer.attention_norm)
     inner = g.linear(hidden, layer.ffn_in)
     op = ACTIVATIONS[layer.activation]
@@ -155,9 +153,7 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
     return g.linear_plus_norm(inner, hidden, layer.ffn_out, layer.ffn_norm)
 
 
-def exit_heads(
-    g: Graph, hidden: str, pooling: str, classifier: Linear, prototypical: Linear | None
-) -> None:
+def exit_heads(g: Graph, hidden: str, pooling: str, classifier: Linear, prototypical: Linear | None) -> None:
     """Add the outputs of an exit: logits and, with a prototypical network, distances.
 
     Heads stay float32 except for the prototypical network's weights: they cost next to nothing.

@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 
 import numpy as np
-from rich.progress import track
 
 from exits.recorded import Recorded
 from model_store.model import Model, Step
 from training.data import Example
+from training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
@@ -23,12 +23,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
     with ThreadPoolExecutor(cpu_count()) as pool:
-        results = track(
-            pool.map(full_depth, examples),
-            total=len(examples),
-            description=f"Running {what} through the segments",
-            transient=True,
-        )
+        results = track(pool.map(full_depth, examples), f"Running {what} through the segments", len(examples))
         for i, steps in enumerate(results):
             for j, layer in enumerate(exits):
                 logits[i, j] = steps[layer].logits

@@ -3,8 +3,9 @@
 from typing import Any
 
 import onnx
+from onnx import TensorProto
 
-from export.graph import Graph, TensorProto, block, embed, exit_heads
+from export.graph import Graph, block, embed, exit_heads
 from training import encoders
 from training.encoders import Linear
 from training.model import De3Model

@@ -83,7 +83,9 @@ class Store:
         name, _, version = model.partition(":")
         versions = self.versions()
         if name not in versions:
-            raise UnknownModelError(f"no model {name!r} in {self.path}; there are: {', '.join(versions) or 'none'}")
+            raise UnknownModelError(
+                f"no model {name!r} in {self.path}; there are: {', '.join(versions) or 'none'}"
+            )
         if not version and ":" not in model:
             number = versions[name][-1]
         elif VERSION.fullmatch(version) and int(version) in versions[name]:
@@ -97,7 +99,9 @@ class Store:
         """The artifact in a folder <name>/<version>; raises StoreError when its manifest is not sound."""
         artifact = Artifact(path, read_manifest(path))
         if (artifact.manifest.name, str(artifact.manifest.version)) != (path.parent.name, path.name):
-            raise StoreError(f"{path / MANIFEST}: it is the manifest of {artifact.full_name}, not of this folder")
+            raise StoreError(
+                f"{path / MANIFEST}: it is the manifest of {artifact.full_name}, not of this folder"
+            )
         return artifact
 
     @contextmanager
@@ -134,7 +138,9 @@ class Draft:
 
     def next_version(self) -> int:
         """The number after the newest."""
-        return 1 + max((int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0)
+        return 1 + max(
+            (int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0
+        )
 
     def entries(self) -> dict[str, dict[str, object]]:
         """Hash and size of every file written so far, as the manifest wants them."""

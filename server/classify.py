@@ -68,7 +68,9 @@ async def _classify(request: Request, service: Service) -> Response:
     )
     ended = perf_counter()
     service.metrics.request_latency.labels(model.full_name).observe(ended - started)
-    return Response(body, headers={"Server-Timing": _timing(job, started, read, ended)}, media_type="application/json")
+    return Response(
+        body, headers={"Server-Timing": _timing(job, started, read, ended)}, media_type="application/json"
+    )
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
@@ -146,13 +148,14 @@ def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
         row["truncated"] = True
     if explain:
         row["layers"] = [
-            {"layer": m, **protocol.reading_row(r), "label": labels[r.label], "probs": r.probs} for m, r in o.passed
+            {"layer": m, **protocol.reading_row(r), "label": labels[r.label], "probs": r.probs}
+            for m, r in o.passed
         ]
     return row
 
 
 def _timing(job: Job, started: float, read: float, ended: float) -> str:
-    """Server-Timing in milliseconds; tokenize and model are sums over the texts, queue is the longest wait."""
+    """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
     outcomes = [item.outcome for item in job.items if item.outcome]
     stages = {
         "read": read - started,

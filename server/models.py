@@ -32,11 +32,14 @@ class Models:
         except KeyError:
             served = ", ".join(m.full_name for m in self.all)
             raise ApiError(
-                404, f"model: no model {name[:100]!r} is served; there are: {served}", "model", "unknown_model"
+                404,
+                f"model: no model {name[:100]!r} is served; there are: {served}",
+                "model",
+                "unknown_model",
             ) from None
 
 
 def warm_up(model: Model) -> None:
-    """Run every layer once on a short and once on the longest text, so that no request pays for first runs."""
+    """Run every layer on a short and on the longest text, so that no request pays for first runs."""
     for text in ("warm", "warm " * model.manifest.max_tokens):
         model.full_depth(model.tokenize(text))

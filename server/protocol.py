@@ -35,8 +35,12 @@ def _text(value: Any, where: str) -> Text:
         keys = set(value)
         if keys != {"text", "text_pair"}:
             wrong = sorted(keys ^ {"text", "text_pair"})
-            raise ValueError(f"{where}: an object must have text and text_pair, and nothing else; see {wrong[:5]}")
-        return Text(_string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair"))
+            raise ValueError(
+                f"{where}: an object must have text and text_pair, and nothing else; see {wrong[:5]}"
+            )
+        return Text(
+            _string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair")
+        )
     return Text(_string(value, where))
 
 
@@ -67,7 +71,9 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
-    model: str | None = Field(None, description="name (newest version) or name:version; default: the first served")
+    model: str | None = Field(
+        None, description="name (newest version) or name:version; default: the first served"
+    )
     input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
         description="a text, a pair, or a list of them"
     )
@@ -103,9 +109,11 @@ def _explain(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if kind == "json_invalid":
-        return ApiError(400, f"the body is not JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}", cause="not_json")
+        return ApiError(
+            400, f"the body is not JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}", cause="not_json"
+        )
     if not loc:
-        return ApiError(422, "the body must be a JSON object like {\"input\": \"a text\"}")
+        return ApiError(422, 'the body must be a JSON object like {"input": "a text"}')
     field = str(loc[0])
     if kind == "extra_forbidden":
         known = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]

@@ -64,7 +64,7 @@ class Service:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
 
     def retry_after(self) -> int:
-        """Seconds until the queue as it is will have emptied, at least 1, by the mean time of a text so far."""
+        """Seconds until the present queue will be empty, at least 1, by the mean time of a text so far."""
         seconds = [
             sample.value
             for metric in self.metrics.stage_latency.collect()

@@ -1,6 +1,7 @@
 """What a request is inside the engine: a job of one or more items, each one text on its way to an exit."""
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
@@ -88,7 +89,5 @@ class Job:
             else:
                 self.future.set_exception(error)
 
-        try:
+        with suppress(RuntimeError):  # the event loop is closed: nobody is waiting
             self.future.get_loop().call_soon_threadsafe(settle)
-        except RuntimeError:
-            pass  # the event loop is closed: nobody is waiting

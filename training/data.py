@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
+
+from training.progress import track
 
 Text = str | tuple[str, str]
 
@@ -217,7 +218,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: s
     ids: list[list[int]] = []
     types: list[list[int]] = []
     step = 1000
-    for i in track(range(0, len(examples), step), description=f"Tokenizing {what}", transient=True):
+    for i in track(range(0, len(examples), step), f"Tokenizing {what}"):
         texts = [e.text for e in examples[i : i + step]]
         first = [t[0] if isinstance(t, tuple) else t for t in texts]
         pair = [t[1] for t in texts if isinstance(t, tuple)] or None

@@ -141,9 +141,7 @@ def _linear(module: nn.Linear) -> Linear:
 
 def _side_by_side(*modules: nn.Linear) -> Linear:
     parts = [_linear(m) for m in modules]
-    return Linear(
-        np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts])
-    )
+    return Linear(np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts]))
 
 
 def _norm(module: nn.LayerNorm) -> Norm:

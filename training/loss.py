@@ -31,9 +31,7 @@ def dar(distances: Tensor, labels: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean cross-entropy of every exit, shape (exits,); logits (batch, exits, num_labels)."""
-    flat = F.cross_entropy(
-        logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none"
-    )
+    flat = F.cross_entropy(logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none")
     return flat.view(logits.shape[:2]).mean(0)
 
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from rich.progress import track
 
 from exits.recorded import Recorded
 from training.data import Encoded, evaluation_batches
 from training.model import De3Model
+from training.progress import track
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def predict(
     logits = np.zeros((len(data), exits, config.num_labels), np.float32)
     distances = np.full_like(logits, np.nan)
     batches = evaluation_batches([len(x) for x in data.ids], batch_size)
-    for rows in track(batches, description=f"Evaluating {what}", transient=True):
+    for rows in track(batches, f"Evaluating {what}"):
         inputs, _ = data.batch(rows, pad_id)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
             out = model(**{k: v.to(model.device) for k, v in inputs.items()})

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -22,8 +21,7 @@ from training import loss as losses
 from training.data import Encoded, Split
 from training.model import De3Model
 from training.predict import predict
-
-console = Console(stderr=True)
+from training.progress import console
 
 
 @dataclass(frozen=True)
@@ -178,6 +176,7 @@ class _Run:
             TextColumn("loss {task.fields[loss]:.4f}"),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
         with bar:
             task = bar.add_task("", total=len(batches), epoch=self.epoch + 1, loss=math.nan)
@@ -230,7 +229,9 @@ class _Run:
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for p, state in self.optimizer.state.items():
             tensors |= {f"{key}.{names[p]}": value for key, value in state.items()}
-        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / "new.safetensors")
+        save_file(
+            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / "new.safetensors"
+        )
         counters = {k: getattr(self, k) for k in self._COUNTERS} | {"settings": asdict(self.settings)}
         (folder / "new.json").write_text(json.dumps(counters))
         (folder / "new.safetensors").replace(folder / "state.safetensors")
@@ -298,6 +299,5 @@ def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings
         )
         console.print(f"the teacher is right on {said.correct[:, -1].mean():.4f} of train")
         save_file({"logits": torch.from_numpy(said.logits[:, -1].copy())}, cache)
-    return load_file(cache)["logits"]
-
-
+    logits: torch.Tensor = load_file(cache)["logits"]
+    return logits

@@ -1,0 +1,41 @@
+# make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
+# make test    set up everything and run all tests
+# make lint    ruff (lint and format) and mypy
+PYTHON ?= python3
+PORT ?= 8000
+SERVE := .venv-serve
+DEV := .venv
+
+.PHONY: serve test lint format setup clean
+
+serve: $(SERVE)/ready
+	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
+
+test: $(DEV)/ready
+	$(DEV)/bin/pytest
+
+lint: $(DEV)/ready
+	$(DEV)/bin/ruff check .
+	$(DEV)/bin/ruff format --check .
+	$(DEV)/bin/mypy
+
+format: $(DEV)/ready
+	$(DEV)/bin/ruff check --fix .
+	$(DEV)/bin/ruff format .
+
+setup: $(DEV)/ready
+
+# The environment is made anew only when pyproject.toml changed. Serving has one of its own, so that it
+# installs neither torch nor transformers.
+$(SERVE)/ready: pyproject.toml
+	$(PYTHON) -m venv $(SERVE)
+	$(SERVE)/bin/pip install --quiet --editable .
+	touch $@
+
+$(DEV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DEV)
+	$(DEV)/bin/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(SERVE) $(DEV) build *.egg-info
