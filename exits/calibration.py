@@ -58,7 +58,7 @@ def outcome(recorded: Recorded, signal: NDArray[np.float64], tau: float, lam: fl
     correct = recorded.correct
     here, full = correct[rows, index], correct[:, -1]
     n = len(index)
-    loss, error = _mean_and_error(full.astype(float) - here)
+    loss, error = _mean_and_error(full.astype(float) - here) if tau > 0 else (0.0, 0.0)
     labels = recorded.logits.argmax(-1)
     mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
     return Outcome(

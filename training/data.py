@@ -152,16 +152,20 @@ def split(examples: Sequence[Example], seed: int, held_back: int | None = None) 
     def rank(example: Example) -> bytes:
         return hashlib.sha256(f"{seed}\0{example.text!r}".encode()).digest()
 
-    ranked = sorted(examples, key=rank)
-    first, second = ranked[:size], ranked[size : 2 * size]
-    # Equal texts are neighbours in the ranking; move a run that crosses a border wholly to its left.
-    tail = ranked[2 * size :]
-    while second and second[0].text == first[-1].text:
-        first.append(second.pop(0))
-    while tail and second and tail[0].text == second[-1].text:
-        second.append(tail.pop(0))
-    random.Random(seed).shuffle(tail)
-    return Split(train=tail, tune=first, certify=second)
+    # Equal texts are neighbours in the ranking and go where the first of them goes.
+    parts: tuple[list[Example], ...] = ([], [], [])
+    part = 0
+    previous: Text | None = None
+    for i, example in enumerate(sorted(examples, key=rank)):
+        if example.text != previous:
+            part = min(i // size, 2)
+        parts[part].append(example)
+        previous = example.text
+    tune, certify, train = parts
+    if not (certify and train):
+        raise ValueError("too few distinct texts to keep two parts back")
+    random.Random(seed).shuffle(train)
+    return Split(train=train, tune=tune, certify=certify)
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:

@@ -134,7 +134,8 @@ class De3Model(PreTrainedModel):
     ) -> De3Output:
         """All exits of a padded batch; input_ids and attention_mask are (batch, tokens)."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if token_type_ids is not None:
+        # Some tokenizers give token types to encoders that know none.
+        if token_type_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
         states = self.encoder(**inputs, output_hidden_states=True).hidden_states
         # Heads run in float32: they are nearly free, and distances to prototypes are differences of

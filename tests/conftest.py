@@ -1,0 +1,149 @@
+"""Small real models, made and trained here, so that every test runs on a fresh machine."""
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+# One thread: on models this small several only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+GOOD = ["good", "great", "lovely", "superb", "fine", "warm", "funny", "charming", "bright", "fresh"]
+BAD = ["bad", "awful", "dull", "poor", "weak", "cold", "boring", "tired", "messy", "stale"]
+FILLER = ["the", "a", "film", "movie", "plot", "actor", "scene", "it", "is", "was", "and", "with", "of", "this", "one", "story", "very", "quite"]
+OTHER = ["not", "never", "but", "##s"]
+
+
+def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
+    """Labelled sentences: words that carry the label, some of them negated, between fillers."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = rng.randrange(2)
+        negated = rng.random() < 0.25
+        words = rng.choices((GOOD, BAD)[label != negated], k=rng.randint(1, 3))
+        if negated:
+            words = [x for word in words for x in ("not", word)]
+        fillers = rng.choices(FILLER, k=rng.randint(0, 12))
+        cut = rng.randint(0, len(fillers))
+        rows.append((" ".join(fillers[:cut] + words + fillers[cut:]), str(label)))
+    return rows
+
+
+def save_tokenizer(folder: Path) -> int:
+    """A small WordPiece tokenizer in folder, padding and truncating as some packages' do; its vocabulary size."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER, *OTHER]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.enable_padding(length=32)
+    tokenizer.enable_truncation(32)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_encoder(folder: Path, family: str = "bert", layers: int = 3, activation: str = "gelu") -> Path:
+    """A small random encoder of a family in folder, with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    torch.manual_seed(7)
+    vocabulary = save_tokenizer(folder)
+    settings = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 66 if family == "roberta" else 64,
+        "hidden_act": activation,
+        "pad_token_id": 1 if family == "roberta" else 0,
+    }
+    if family == "roberta":
+        settings["type_vocab_size"] = 1
+    if family == "electra":
+        settings["embedding_size"] = 16
+    if family == "distilbert":
+        settings |= {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64, "activation": activation}
+        for key in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+        ):
+            del settings[key]
+    model = AutoModel.from_config(AutoConfig.for_model(family, **settings))
+    with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "train.tsv"
+    path.write_text("sentence\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in make_rows(2400, 1)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
+    """A small DE3-BERT, trained by the command a user types."""
+    from typer.testing import CliRunner
+
+    from de3.cli import app
+
+    out = tmp_path_factory.mktemp("checkpoint")
+    result = CliRunner().invoke(
+        app,
+        f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
+        f"--out {out} --epochs 4 --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16".split(),
+        catch_exceptions=False,
+    )
+    assert result.exit_code == 0, result.output
+    return out
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types."""
+    from typer.testing import CliRunner
+
+    from de3.cli import app
+
+    path = tmp_path_factory.mktemp("store")
+    for name, quantize in (("tiny", "none"), ("tiny-int8", "int8")):
+        result = CliRunner().invoke(
+            app,
+            f"export {checkpoint} --name {name} --store {path} --quantize {quantize} --max-loss 3 "
+            "--max-int8-loss 3".split(),
+            catch_exceptions=False,
+        )
+        assert result.exit_code == 0, result.output
+    return path

@@ -1,0 +1,111 @@
+"""Reading labelled text, splitting it, batching it."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training import data
+from training.data import Columns, Example
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_tsv_keeps_quotation_marks_and_csv_takes_them_as_delimiters(tmp_path: Path) -> None:
+    tsv = write(tmp_path / "a.tsv", 'text\tlabel\n"so good\t1\n')
+    assert data.read_rows(tsv, Columns()) == [('"so good', "1")]
+    csv = write(tmp_path / "a.csv", 'text,label\n"good, really",1\n')
+    assert data.read_rows(csv, Columns()) == [("good, really", "1")]
+    quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"a\tb"\t0\n')
+    assert data.read_rows(quoted, Columns(quotes=True)) == [("a\tb", "0")]
+
+
+def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
+    cola = write(tmp_path / "c.tsv", "gj04\t1\t\tOur friends.\n")
+    assert data.read_rows(cola, Columns(text="3", label="1", header=False)) == [("Our friends.", "1")]
+    pairs = write(tmp_path / "p.jsonl", '{"s1": "a", "s2": "b", "label": "same"}\n\n')
+    assert data.read_rows(pairs, Columns("s1", "s2")) == [(("a", "b"), "same")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv:2: no text; the row has: .*sentence"),
+        ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: no label"),
+        ("a.txt", "x", "expected a .tsv, .csv or .jsonl"),
+        ("a.tsv", "text\tlabel\n", "has no rows"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data.read_rows(write(tmp_path / name, text), Columns())
+
+
+def test_a_datasets_folder(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", '{"text": "x", "label": "b"}\n{"text": "y", "label": "a"}\n')
+    assert data.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
+
+
+def test_labels_are_ordered_as_numbers_if_they_are() -> None:
+    assert data.label_order([("x", "10"), ("x", "9"), ("x", "1")]) == ["1", "9", "10"]
+    assert data.label_order([("x", "b"), ("x", "a")]) == ["a", "b"]
+
+
+def test_labels_are_renamed_in_order_and_unknown_ones_refused() -> None:
+    rows = [("x", "1"), ("y", "0")]
+    assert data.rename(rows, "bad, good") == [("x", "good"), ("y", "bad")]
+    with pytest.raises(ValueError, match="--label-names must name each once"):
+        data.rename(rows, "bad")
+    with pytest.raises(ValueError, match=r"labels \['1'\] are not among"):
+        data.to_examples(rows, ["0"])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.integers(0, 1)), min_size=30),
+    st.integers(),
+)
+def test_a_split_keeps_everything_once_and_shares_no_text(rows: list[tuple[str, int]], seed: int) -> None:
+    examples = [Example(text * 3, label) for text, label in rows]
+    try:
+        parts = data.split(examples, seed, held_back=2)
+    except ValueError:
+        return
+    together = parts.train + parts.tune + parts.certify
+    assert sorted(map(repr, together)) == sorted(map(repr, examples))
+    texts = [{e.text for e in part} for part in (parts.train, parts.tune, parts.certify)]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert data.split(examples, seed, held_back=2) == parts
+
+
+def test_a_split_too_large_says_so() -> None:
+    with pytest.raises(ValueError, match="--held-back"):
+        data.split([Example("a", 0)] * 10, 0, held_back=5)
+
+
+def test_saved_examples_come_back(tmp_path: Path) -> None:
+    pairs = [Example(("a\nb", "ü"), 1), Example(("c", "d"), 0)]
+    data.save_examples(tmp_path / "x.jsonl", pairs, ["no", "yes"])
+    assert data.load_examples(tmp_path / "x.jsonl", ["no", "yes"]) == pairs
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))
+def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
+    batches = data.training_batches(lengths, size, seed)
+    assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
+    assert all(len(b) <= size for b in batches)
+    for batch in batches:  # of like length: a batch spans no more than its neighbours in sorted order
+        assert len(batch) == len(set(batch))
+
+
+def test_padding_is_masked() -> None:
+    import torch
+
+    encoded = data.Encoded([[2, 7, 3], [2, 3]], [[0, 0, 0], [0, 0]], torch.tensor([1, 0]))
+    inputs, labels = encoded.batch([1, 0], pad_id=9)
+    assert inputs["input_ids"].tolist() == [[2, 3, 9], [2, 7, 3]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert labels.tolist() == [0, 1]

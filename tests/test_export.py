@@ -1,0 +1,187 @@
+"""The segments against the PyTorch model: every encoder family, pooling, precision and shape of exits."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from de3.cli import app
+from export import exporter
+from export.exporter import ExportError, ExportSettings
+from export.graph import quantize
+from export.record import record
+from model_store.model import Model
+from model_store.store import Store
+from tests.conftest import make_rows, save_encoder
+from training import data as datas
+from training.data import Example
+from training.model import De3Model
+
+LABELS = ["a", "b", "c"]
+
+
+def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
+    """A checkpoint with random heads and prototypes, and kept-back parts."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(3)
+    model = De3Model.from_encoder(str(encoder), LABELS, max_tokens=64, **settings)
+    for head in model.classifiers:
+        head.weight.data.normal_()
+    model.prototypes.normal_()
+    model.prototype_seen.fill_(True)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    examples = [Example(text, i % 3) for i, (text, _) in enumerate(make_rows(60, 5))]
+    for part in ("tune", "certify"):
+        datas.save_examples(folder / f"{part}.jsonl", examples, LABELS)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> None:
+    encoder = save_encoder(tmp_path / "encoder", family)
+    checkpoint = untrained(tmp_path / "checkpoint", encoder, exit_layers=[0, 1, 2, 3])
+    settings = ExportSettings("m", quantize, max_int8_loss=1.0)
+    path = exporter.export(checkpoint, Store(tmp_path / "store"), settings)
+    parity = Store(tmp_path / "store").open("m").manifest.export["parity"]
+    limit = 1e-3 if quantize == "none" else 0.3
+    assert parity["longest"] == 64
+    assert len(parity["logits"]) == 4 and len(parity["distances"]) == 3
+    assert 0 < max(parity["logits"] + parity["distances"]) < limit
+    assert (path / "layer_03.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pooling": "cls"},
+        {"exit_layers": [2, 3]},
+        {"exit_layers": [3]},
+        {"exit_layers": [0, 3], "last_prototypes": True, "metric_dim": 5},
+    ],
+)
+def test_parity_of_every_shape_of_model(tmp_path: Path, encoder: Path, settings: dict[str, object]) -> None:
+    checkpoint = untrained(tmp_path / "checkpoint", encoder, **settings)
+    exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
+    manifest = Store(tmp_path / "store").open("m").manifest
+    assert len(manifest.export["parity"]["distances"]) == len(manifest.prototype_layers)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu"])
+def test_parity_of_other_activations(tmp_path: Path, activation: str) -> None:
+    encoder = save_encoder(tmp_path / "encoder", activation=activation)
+    checkpoint = untrained(tmp_path / "checkpoint", encoder)
+    exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
+
+
+def test_what_cannot_be_exported_says_so(tmp_path: Path, encoder: Path) -> None:
+    checkpoint = untrained(tmp_path / "checkpoint", save_encoder(tmp_path / "e", activation="silu"))
+    with pytest.raises(ValueError, match="activation 'silu' cannot be exported"):
+        exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
+    unseen = untrained(tmp_path / "unseen", encoder)
+    model = De3Model.from_pretrained(unseen)
+    model.prototype_seen[1, 2] = False
+    model.save_pretrained(unseen)
+    with pytest.raises(ValueError, match="layer 2 has no prototype for c"):
+        exporter.export(unseen, Store(tmp_path / "store"), ExportSettings("m", "none"))
+    with pytest.raises(ValueError, match="int8 or none"):
+        ExportSettings("m", "int4")
+
+
+def test_an_export_that_differs_from_pytorch_publishes_nothing(
+    tmp_path: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = untrained(tmp_path / "checkpoint", encoder)
+    build = exporter.build
+
+    def wrong(model: De3Model, int8: bool) -> object:
+        model.encoder.encoder.layer[1].output.dense.bias.data[0] += 0.1
+        segments = build(model, int8)
+        model.encoder.encoder.layer[1].output.dense.bias.data[0] -= 0.1
+        return segments
+
+    monkeypatch.setattr(exporter, "build", wrong)
+    with pytest.raises(ExportError, match="differ from the PyTorch model by .*, above 1e-3"):
+        exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
+    assert Store(tmp_path / "store").versions() == {}
+
+
+def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(ExportError, match=r"int8 costs exit \d .* --max-int8-loss"):
+        exporter.export(checkpoint, Store(tmp_path), ExportSettings("m", "int8", max_int8_loss=-1.0))
+    assert Store(tmp_path).versions() == {}
+
+
+def test_missing_samples_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "c")
+    (copy / "tune.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"tune.jsonl: missing"):
+        exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
+
+
+def test_quantization_is_within_half_a_step() -> None:
+    weight = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
+    weight[:, 3] = 0
+    q, scale = quantize(weight)
+    assert q.dtype == np.int8 and np.abs(q).max() == 127
+    assert (np.abs(q * scale - weight) <= scale / 2 + 1e-7).all()
+
+
+def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
+    """The manifest's numbers are those of the certifying samples through the segments that ship."""
+    for name in ("tiny", "tiny-int8"):
+        artifact = Store(store).open(name)
+        manifest = artifact.manifest
+        assert manifest.calibration is not None
+        examples = datas.load_examples(checkpoint / "certify.jsonl", manifest.labels)
+        recorded = record(Model(artifact), examples)
+        table = exporter.calibrate(recorded, recorded, 0.01).table
+        assert manifest.calibration.table == table
+        default = manifest.calibration.default
+        assert (default.tau, default.lam) == (manifest.defaults.tau, manifest.defaults.lam)
+        assert default in table
+        assert default.speedup > 1
+
+
+def test_a_damaged_checkpoint_tokenizer_is_named(tmp_path: Path, checkpoint: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "c")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises((ValueError, OSError)):
+        exporter.export(copy, Store(tmp_path / "s"), ExportSettings("m", "none"))
+
+
+def test_evaluate_prints_a_table_and_draws_a_plot(
+    tmp_path: Path, checkpoint: Path, store: Path, data_file: Path
+) -> None:
+    for model in (checkpoint, store / "tiny-int8" / "1"):
+        png = tmp_path / "plot.png"
+        arguments = ["evaluate", str(model), str(data_file), "--text-column", "sentence"]
+        arguments += ["--label-names", "negative,positive", "--png", str(png)]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "120"})
+        assert result.exit_code == 0, result.output
+        assert "EDR λ=2" in result.output and "distance ratio" in result.output
+        assert png.read_bytes().startswith(b"\x89PNG")
+        png.unlink()
+    assert "Default λ" in result.output  # an artifact's default is judged too
+
+
+def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:
+    """Swapping two prototypes swaps the distances: they are read from the file, not baked in."""
+    copy = shutil.copytree(store, tmp_path / "s") / "tiny" / "1"
+    before = Model(Store(tmp_path / "s").open("tiny"))
+    tensors = load_file(copy / "prototypes.safetensors")
+    save_file({k: np.ascontiguousarray(v[::-1]) for k, v in tensors.items()}, copy / "prototypes.safetensors")
+    from tests.test_store import rehash
+
+    rehash(copy, "prototypes.safetensors")
+    after = Model(Store(tmp_path / "s").open("tiny"))
+    tokens = before.tokenize("a good film")
+    a, b = before.full_depth(tokens)[1], after.full_depth(tokens)[1]
+    assert np.array_equal(a.distances, b.distances[::-1])
+    assert np.array_equal(a.logits, b.logits)

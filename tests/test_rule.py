@@ -1,0 +1,69 @@
+"""The decision: strictly below τ, the first such exit, else the last."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from exits import signals
+from exits.rule import ExitRule, exit_index, read
+
+
+@pytest.mark.parametrize(("tau", "lam"), [(-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, -1), (0.5, 101)])
+def test_a_rule_out_of_range_is_refused(tau: float, lam: float) -> None:
+    with pytest.raises(ValueError, match="must be in"):
+        ExitRule(tau, lam)
+
+
+def test_below_is_strict() -> None:
+    reading = read([2.0, 0.0], [0.2, 0.5], 1.0)
+    assert reading.edr is not None
+    assert not ExitRule(reading.edr, 1.0).exits(reading)
+    assert ExitRule(np.nextafter(reading.edr, 1), 1.0).exits(reading)
+
+
+def test_tau_0_never_exits_even_at_edr_0() -> None:
+    sure = read([1000.0, 0.0], [0.0, 1.0], 1.0)
+    assert sure.edr == 0
+    assert not ExitRule(0, 1).exits(sure)
+
+
+def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
+    assert read([5.0, 0.0], None, 1.0).edr is None
+    assert not ExitRule(1, 1).exits(read([5.0, 0.0], None, 1.0))
+    assert ExitRule(1, 0).exits(read([5.0, 0.0], None, 0.0))
+
+
+def test_a_reading_is_what_the_signals_say() -> None:
+    r = read(np.float32([0.3, 2.0, 0.3]), np.float32([0.4, 0.1, 0.9]), 3.0)
+    assert r.label == 1
+    assert r.entropy == signals.entropy(r.probs)
+    assert r.edr == signals.edr(r.entropy, r.distance_ratio, 3.0)
+    assert read([1.0, 1.0], None, 0.0).label == 0  # ties: the lowest index
+
+
+@given(
+    arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 7)), elements=st.floats(0, 1)),
+    st.floats(0, 1),
+)
+def test_exit_index_is_the_first_below_tau_else_the_last(edr: np.ndarray, tau: float) -> None:
+    for row, found in zip(edr, exit_index(edr, tau), strict=True):
+        expected = next((i for i, x in enumerate(row[:-1]) if x < tau), len(row) - 1)
+        assert found == expected
+
+
+@given(
+    arrays(np.float64, st.tuples(st.integers(1, 20), st.integers(1, 7)), elements=st.floats(0, 1)),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_a_larger_tau_never_exits_later(edr: np.ndarray, a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert (exit_index(edr, high) <= exit_index(edr, low)).all()
+
+
+def test_exit_index_ignores_missing_prototypes() -> None:
+    edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
+    assert exit_index(edr, 1.0).tolist() == [0, 1]
+    assert np.isnan(edr[0, 1])  # and leaves its input alone

@@ -1,0 +1,271 @@
+"""The store: versions, lookup, atomic writes, and every damage refused by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+from typer.testing import CliRunner
+
+from de3.cli import app
+from model_store.model import Model
+from model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A store of one's own to damage; returns the folder of tiny:1 in it."""
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "store" / "tiny" / "1"
+
+
+def edit(folder: Path, change: Callable[[dict], None]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def rehash(folder: Path, name: str) -> None:
+    """Make the manifest agree with a file that was changed: the damage is then inside."""
+    import hashlib
+
+    data = (folder / name).read_bytes()
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    edit(folder, lambda m: m["files"].update({name: entry}))
+
+
+def open_model(folder: Path) -> Model:
+    return Model(Store(folder.parent.parent).open_path(folder))
+
+
+def test_a_sound_artifact_opens_and_verifies(store: Path) -> None:
+    artifact = Store(store).open("tiny")
+    artifact.verify()
+    assert artifact.full_name == "tiny:1"
+    assert len(Model(artifact).segments) == artifact.manifest.num_layers + 1
+
+
+def test_versions_are_numbers(copy: Path) -> None:
+    for version in (9, 10):
+        shutil.copytree(copy, copy.parent / str(version))
+        edit(copy.parent / str(version), lambda m, v=version: m.update(version=v))
+    (copy.parent / "11-broken").mkdir()
+    (copy.parent / ".draft-x").mkdir()
+    found = Store(copy.parent.parent)
+    assert found.versions()["tiny"] == [1, 9, 10]
+    assert found.open("tiny").full_name == "tiny:10"
+    assert found.open("tiny:9").full_name == "tiny:9"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent", "no model 'absent'.*there are: tiny, tiny-int8"),
+        ("tiny:2", "no version '2'.*there are: 1"),
+        ("tiny:", "no version ''"),
+        ("tiny:01", "no version '01'"),
+        ("../store/tiny", "no model"),
+    ],
+)
+def test_a_model_that_is_not_there(store: Path, name: str, message: str) -> None:
+    with pytest.raises(UnknownModelError, match=message):
+        Store(store).open(name)
+
+
+def test_no_store(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such store"):
+        Store(tmp_path / "nowhere").versions()
+
+
+@pytest.mark.parametrize(
+    "name", ["embeddings.onnx", "layer_02.onnx", "prototypes.safetensors", "tokenizer.json"]
+)
+def test_a_missing_cut_or_changed_file_is_named(copy: Path, name: str) -> None:
+    original = (copy / name).read_bytes()
+    for data, message in (
+        (original[:-1], "damaged: [0-9]+ bytes, the manifest says"),
+        (original[:-1] + bytes([original[-1] ^ 1]), "damaged: its sha256 differs"),
+    ):
+        (copy / name).write_bytes(data)
+        with pytest.raises(StoreError, match=f"{name}: {message}"):
+            open_model(copy)
+    (copy / name).unlink()
+    with pytest.raises(StoreError, match=f"{name}: missing"):
+        open_model(copy)
+    (copy / name).mkdir()
+    with pytest.raises(StoreError, match=f"{name}: not a file"):
+        open_model(copy)
+
+
+def test_a_link_out_of_the_artifact_is_refused(copy: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    (copy / "layer_01.onnx").rename(moved)
+    (copy / "layer_01.onnx").symlink_to(moved)
+    with pytest.raises(StoreError, match=r"layer_01.onnx: leads outside the artifact"):
+        open_model(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "sub/layer_01.onnx", "model.pkl", "layer_1.onnx"]
+)
+def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
+    edit(copy, lambda m: m["files"].update({name: m["files"]["layer_01.onnx"]}))
+    with pytest.raises(StoreError, match=r"manifest.json: .*files may not contain"):
+        open_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(schema_version=2), "schema version 2, this release reads 1"),
+        (lambda m: m.pop("schema_version"), "schema version None"),
+        (lambda m: m.pop("labels"), "labels: Field required"),
+        (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
+        (lambda m: m.update(labels=["one"]), "labels"),
+        (lambda m: m.update(labels=["same", "same"]), "labels must differ"),
+        (lambda m: m.update(exit_layers=[0, 2]), "exit_layers must ascend"),
+        (lambda m: m["defaults"].update(tau=1.5), "defaults.tau"),
+        (lambda m: m["files"].pop("layer_02.onnx"), "files lacks 'layer_02.onnx'"),
+        (lambda m: m.update(name="other"), "it is the manifest of other:1"),
+        (lambda m: m.update(version=7), "it is the manifest of tiny:7"),
+        (lambda m: m["files"]["layer_01.onnx"].update(sha256="xyz"), "sha256"),
+        (lambda m: m.update(prototype_layers=[0]), "prototype_layers must be"),
+    ],
+)
+def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Callable, message: str) -> None:
+    edit(copy, change)
+    with pytest.raises(StoreError, match=message):
+        open_model(copy)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000])
+def test_a_manifest_that_is_no_manifest(copy: Path, text: str) -> None:
+    (copy / "manifest.json").write_text(text)
+    with pytest.raises(StoreError, match=r"manifest.json: "):
+        open_model(copy)
+
+
+def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
+    """A file may match its hash and still not be what it should."""
+    for name, data, message in (
+        ("tokenizer.json", b"{}", "not a tokenizer"),
+        ("layer_01.onnx", b"not onnx", "not a model ONNX Runtime can run"),
+        ("prototypes.safetensors", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      ", "has no tensor layer_00"),
+        ("prototypes.safetensors", b"junk", "not a safetensors file"),
+    ):
+        kept = (copy / name).read_bytes()
+        (copy / name).write_bytes(data)
+        rehash(copy, name)
+        with pytest.raises(StoreError, match=f"{name}: {message}"):
+            open_model(copy)
+        (copy / name).write_bytes(kept)
+        rehash(copy, name)
+    open_model(copy)
+
+
+def test_segments_in_the_wrong_place_are_noticed(copy: Path) -> None:
+    (copy / "layer_01.onnx").write_bytes((copy / "layer_03.onnx").read_bytes())  # the last gives no hidden
+    rehash(copy, "layer_01.onnx")
+    with pytest.raises(StoreError, match=r"layer_01.onnx: takes .* the manifest asks for"):
+        open_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows * np.nan, "must be finite float32"),
+        (lambda rows: rows[:, :-1], "must be finite float32 of shape"),
+        (lambda rows: rows.astype(np.float64), "must be finite float32"),
+        (lambda rows: rows * np.array([[1], [0]], np.float32), "no prototype for label 'positive'"),
+    ],
+)
+def test_unsound_prototypes_are_refused(copy: Path, change: Callable, message: str) -> None:
+    from safetensors.numpy import load_file
+
+    path = copy / "prototypes.safetensors"
+    tensors = load_file(path)
+    tensors["layer_01"] = np.ascontiguousarray(change(tensors["layer_01"]))
+    save_file(tensors, path)
+    rehash(copy, path.name)
+    with pytest.raises(StoreError, match=message):
+        open_model(copy)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
+    store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Reading never fails otherwise than by StoreError."""
+    text = (store / "tiny" / "1" / "manifest.json").read_bytes()
+    at = data.draw(st.integers(0, len(text) - 1))
+    changed = text[:at] + data.draw(st.binary(max_size=4)) + text[at + data.draw(st.integers(0, 4)) :]
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / "manifest.json").write_bytes(changed)
+    try:
+        read_manifest(folder)
+    except StoreError as error:
+        assert "manifest.json" in str(error)
+
+
+def test_a_version_appears_whole_or_not_at_all(store: Path, tmp_path: Path) -> None:
+    source = Store(store).open("tiny")
+    target = Store(tmp_path / "new")
+    with pytest.raises(RuntimeError, match="stop"), target.new_version("tiny") as draft:
+        draft.write({name: source.read(name) for name in source.manifest.files})
+        raise RuntimeError("stop")
+    assert target.versions() == {}
+    assert list((tmp_path / "new" / "tiny").iterdir()) == []
+    with target.new_version("tiny") as draft:
+        assert target.versions() == {}
+        draft.write({name: source.read(name) for name in source.manifest.files})
+        draft.publish(source.manifest.model_copy(update={"version": draft.next_version()}))
+    assert target.versions() == {"tiny": [1]}
+    Model(target.open("tiny"))
+
+
+def test_a_taken_version_is_never_replaced(copy: Path) -> None:
+    found = Store(copy.parent.parent)
+    manifest = found.open("tiny").manifest
+    with pytest.raises(OSError, match="not empty|exists"), found.new_version("tiny") as draft:
+        draft.write({"tokenizer.json": b"{}"})
+        draft.publish(manifest)  # version 1 again
+    found.open("tiny").verify()
+
+
+@pytest.mark.parametrize("name", ["", "../x", "Upper", "a b", ".hidden", "x" * 65])
+def test_a_name_that_a_store_cannot_hold(tmp_path: Path, name: str) -> None:
+    with pytest.raises(StoreError, match="must match"), Store(tmp_path).new_version(name):
+        pass
+
+
+def test_models_commands(copy: Path) -> None:
+    root = str(copy.parent.parent)
+
+    def de3(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(app, ["models", *arguments, "--store", root], env={"COLUMNS": "200"})
+        return result.exit_code, result.output
+
+    assert "tiny:1" in de3("list")[1]
+    shown = json.loads(de3("show", "tiny")[1])
+    assert shown["labels"] == ["negative", "positive"] and "table" not in shown["calibration"]
+    assert len(json.loads(de3("show", "tiny", "--table")[1])["calibration"]["table"]) > 100
+    assert de3("verify") == (0, "tiny:1  sound\ntiny-int8:1  sound\n")
+    (copy / "layer_01.onnx").write_bytes(b"")
+    code, text = de3("verify", "tiny")
+    assert code == 1 and "NOT SOUND" in text and "layer_01.onnx" in text
+    (copy / "manifest.json").write_text("{")
+    assert "not JSON" in de3("list")[1]
+
+
+def test_only_listed_files_are_read(store: Path) -> None:
+    artifact = Store(store).open("tiny")
+    with pytest.raises(StoreError, match="does not list"):
+        artifact.read("manifest.json")
+    assert isinstance(artifact, Artifact)
