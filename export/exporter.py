@@ -74,7 +74,7 @@ def export(
     tune = datas.load_examples(tune_file or checkpoint / "tune.jsonl", names)
     certify = datas.load_examples(certify_file or checkpoint / "certify.jsonl", names)
     int8 = settings.quantize == "int8"
-    segments = build(model, int8)
+    segments = build(model, int8, "token_type_ids" in tokenizer.model_input_names)
     with store.new_version(settings.name) as draft:
         draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
         draft.write(

@@ -16,10 +16,13 @@ def file_name(layer: int) -> str:
     return "embeddings.onnx" if layer == 0 else f"layer_{layer:02}.onnx"
 
 
-def build(model: De3Model, int8: bool) -> dict[str, onnx.ModelProto]:
-    """The segments of a model by file name, in the order in which they run."""
+def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.ModelProto]:
+    """The segments of a model by file name, in the order in which they run.
+
+    token_types: whether the model's tokenizer gives token types.
+    """
     config = model.config
-    tables = encoders.embeddings(model.encoder)
+    tables = encoders.embeddings(model.encoder, token_types)
     segments: dict[str, onnx.ModelProto] = {}
 
     g = Graph(int8)

@@ -42,7 +42,8 @@ class Engine:
         """Finish what was accepted, then end the threads."""
         self.queue.close()
         for thread in self._threads:
-            thread.join()
+            if thread.is_alive():  # not so if the models never loaded
+                thread.join()
 
     def submit(self, job: Job) -> None:
         """Accept a job; raises QueueFullError."""

@@ -1,6 +1,7 @@
 """Run the server: one process, drained on SIGTERM."""
 
 import logging
+import signal
 from types import FrameType
 
 import uvicorn
@@ -44,6 +45,9 @@ def serve(settings: Settings) -> None:
         h11_max_incomplete_event_size=64 * 1024,
     )
     server = _Server(config, service)
+    # uvicorn handles these while it runs and raises them again at its end: a drained stop is a success.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
     server.run()
     if service.failure is not None:
         raise service.failure

@@ -100,14 +100,14 @@ def test_an_export_that_differs_from_pytorch_publishes_nothing(
     checkpoint = untrained(tmp_path / "checkpoint", encoder)
     build = exporter.build
 
-    def wrong(model: De3Model, int8: bool) -> object:
+    def wrong(model: De3Model, *arguments: bool) -> object:
         model.encoder.encoder.layer[1].output.dense.bias.data[0] += 0.1
-        segments = build(model, int8)
+        segments = build(model, *arguments)
         model.encoder.encoder.layer[1].output.dense.bias.data[0] -= 0.1
         return segments
 
     monkeypatch.setattr(exporter, "build", wrong)
-    with pytest.raises(ExportError, match="differ from the PyTorch model by .*, above 1e-3"):
+    with pytest.raises(ExportError, match=r"differ from the PyTorch model by .*, above 1e-3"):
         exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
     assert Store(tmp_path / "store").versions() == {}
 

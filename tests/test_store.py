@@ -233,7 +233,7 @@ def test_a_version_appears_whole_or_not_at_all(store: Path, tmp_path: Path) -> N
 def test_a_taken_version_is_never_replaced(copy: Path) -> None:
     found = Store(copy.parent.parent)
     manifest = found.open("tiny").manifest
-    with pytest.raises(OSError, match="not empty|exists"), found.new_version("tiny") as draft:
+    with pytest.raises(OSError, match=r"not empty|exists"), found.new_version("tiny") as draft:
         draft.write({"tokenizer.json": b"{}"})
         draft.publish(manifest)  # version 1 again
     found.open("tiny").verify()

@@ -67,16 +67,20 @@ def _first_position(config: Any) -> int:
     return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "mpnet") else 0
 
 
-def embeddings(encoder: Any) -> Embeddings:
-    """The embedding tables of an encoder; raises ValueError for a family that cannot be exported."""
+def embeddings(encoder: Any, token_types: bool) -> Embeddings:
+    """The embedding tables of an encoder; raises ValueError for a family that cannot be exported.
+
+    token_types: whether the tokenizer gives token types. Where it gives none, or the encoder knows only
+    one, that one is part of `position`.
+    """
     config = encoder.config
     _check(config)
     tables = encoder.embeddings
     position = _array(tables.position_embeddings.weight)[_first_position(config) :]
     types = getattr(tables, "token_type_embeddings", None)
     token_type = _array(types.weight) if types is not None else None
-    if token_type is not None and len(token_type) == 1:  # RoBERTa: one type for every token
-        position, token_type = position + token_type, None
+    if token_type is not None and (len(token_type) == 1 or not token_types):
+        position, token_type = position + token_type[0], None
     projection = getattr(encoder, "embeddings_project", None)  # ELECTRA's small models
     return Embeddings(
         word=_array(tables.word_embeddings.weight),

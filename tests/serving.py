@@ -1,0 +1,81 @@
+"""A real server in a thread, on a real socket, whose engine the test can hold still."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+
+from server.app import create_app
+from server.queue import WorkQueue
+from server.service import Service
+from server.settings import Settings
+
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
+    """Wait for a condition, polling; fails the test when it does not come."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.002)
+
+
+class Server:
+    """A running server."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False)
+        self._uvicorn = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._uvicorn.run)
+
+    def start(self) -> None:
+        self._thread.start()
+        until(lambda: self._uvicorn.started, "the port")
+        self.port = self._uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        self._uvicorn.should_exit = True
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def classify(self, **body: Any) -> httpx.Response:
+        return httpx.post(self.url + "/classify", json=body, timeout=30)
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.service.metrics.registry.get_sample_value(name, labels)
+        return 0.0 if value is None else value
+
+
+@contextmanager
+def serving(store: Path, **settings: Any) -> Iterator[Server]:
+    """A server over a store, ready."""
+    server = Server(Service(Settings(store=store, **settings)))
+    server.start()
+    try:
+        until(lambda: server.service.state == "ready", "readiness")
+        yield server
+    finally:
+        server.stop()
+
+
+class Gate:
+    """Holds every engine thread before its next item, until opened."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self._open = threading.Event()
+        take = WorkQueue.next
+
+        def gated(queue: WorkQueue) -> Any:
+            self._open.wait(60)
+            return take(queue)
+
+        monkeypatch.setattr(WorkQueue, "next", gated)
+
+    def open(self) -> None:
+        self._open.set()

@@ -1,0 +1,309 @@
+"""The server end to end: real sockets, real ONNX Runtime, answers checked against the plain full model."""
+
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from exits import signals
+from model_store.model import Model
+from model_store.store import Store
+from tests.conftest import make_rows
+from tests.serving import Server, serving
+
+TEXTS = [text for text, _ in make_rows(120, 11)]
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny", "tiny-int8"], threads=2, max_texts=150) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def model(store: Path) -> Model:
+    return Model(Store(store).open("tiny"))
+
+
+def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
+    """The answer by the plain full model and the paper's formulas, one sample at a time."""
+    for layer, step in enumerate(model.full_depth(model.tokenize(text))):
+        probs = signals.softmax(step.logits)
+        h = float(signals.entropy(probs))
+        dr = None if step.distances is None else float(signals.distance_ratio(step.logits, step.distances))
+        edr = h if lam == 0 else None if dr is None else float(signals.edr(h, dr, lam))
+        last = layer == model.manifest.num_layers
+        if last or (edr is not None and edr < tau):
+            return {
+                "label": model.manifest.labels[int(np.argmax(step.logits))],
+                "probs": probs.tolist(),
+                "exit": {
+                    "layer": layer,
+                    "num_layers": model.manifest.num_layers,
+                    "reason": "last_layer" if last else "threshold",
+                    "tau": tau,
+                    "lambda": lam,
+                    "entropy": h,
+                    "distance_ratio": dr,
+                    "edr": edr,
+                },
+            }
+    raise AssertionError
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05, 0.3, 1.0])
+@pytest.mark.parametrize("lam", [0.0, 1.0, 8.0])
+def test_answers_are_those_of_the_full_model(server: Server, model: Model, tau: float, lam: float) -> None:
+    answer = server.classify(**{"input": TEXTS, "tau": tau, "lambda": lam}).json()
+    assert answer["object"] == "list" and answer["model"] == "tiny:1"
+    layers = set()
+    for i, (text, row) in enumerate(zip(TEXTS, answer["data"], strict=True)):
+        want = expected(model, text, tau, lam)
+        layers.add(want["exit"]["layer"])
+        assert row == {"index": i, "num_classes": 2, **want}
+    assert layers == {3} if tau == 0 else len(layers) > 1 or tau in (0.05, 1.0)
+    assert answer["usage"]["prompt_tokens"] == sum(len(model.tokenize(t)) for t in TEXTS)
+
+
+def test_64_at_once_get_the_same_bits_as_one_at_a_time(server: Server) -> None:
+    def ask(text: str, name: str) -> str:
+        row = server.classify(input=text, model=name, explain=True).json()["data"]
+        return json.dumps(row)
+
+    for name in ("tiny", "tiny-int8"):
+        alone = [ask(text, name) for text in TEXTS]
+        with ThreadPoolExecutor(64) as pool:
+            together = list(pool.map(lambda text, name=name: ask(text, name), TEXTS * 3))
+        assert together == alone * 3
+        in_one_list = server.classify(input=TEXTS, model=name, explain=True).json()["data"]
+        assert [json.dumps([{**row, "index": 0}]) for row in in_one_list] == alone
+
+
+def test_the_default_rule_is_the_manifests(server: Server, model: Model) -> None:
+    row = server.classify(input=TEXTS[0]).json()["data"][0]
+    defaults = model.manifest.defaults
+    assert (row["exit"]["tau"], row["exit"]["lambda"]) == (defaults.tau, defaults.lam)
+
+
+def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
+    pair = {"text": "good film", "text_pair": "a dull plot"}
+    row = server.classify(input=pair, tau=0).json()["data"][0]
+    step = model.full_depth(model.tokenize("good film", "a dull plot"))[-1]
+    assert row["probs"] == signals.softmax(step.logits).tolist()
+    assert row["probs"] != server.classify(input="good film a dull plot", tau=0).json()["data"][0]["probs"]
+    many = server.classify(input=[pair, pair], tau=0).json()["data"]
+    assert [r["probs"] for r in many] == [row["probs"]] * 2
+
+
+def test_explain_shows_every_exit_passed(server: Server) -> None:
+    row = server.classify(input=TEXTS[3], tau=0, explain=True).json()["data"][0]
+    assert [x["layer"] for x in row["layers"]] == [0, 1, 2, 3]
+    assert set(row["layers"][0]) == {"layer", "entropy", "distance_ratio", "edr", "label", "probs"}
+    assert row["layers"][-1]["distance_ratio"] is None  # the last layer has no prototypes
+    assert row["layers"][-1]["probs"] == row["probs"]
+    assert "layers" not in server.classify(input=TEXTS[3], tau=0).json()["data"][0]
+
+
+@pytest.mark.parametrize("max_layer", [0, 1, 2, 3])
+def test_max_layer_is_where_it_ends(server: Server, max_layer: int) -> None:
+    row = server.classify(input="it is the film", tau=0, max_layer=max_layer).json()["data"][0]
+    assert row["exit"]["layer"] == max_layer
+    assert row["exit"]["reason"] == ("last_layer" if max_layer == 3 else "max_layer")
+
+
+def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
+    words = "good film and a dull plot " * 40
+    row = server.classify(input=words, tau=0).json()
+    assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
+    ids = model.tokenize(words).ids[0]
+    assert ids[0] == 2 and ids[-1] == 3 and len(ids) == 64  # [CLS] … [SEP]
+    pair = model.tokenize(words, "a good film")
+    assert len(pair) == 64 and pair.type_ids.sum() == 4  # the longer text is cut, the shorter stays whole
+    both = model.tokenize(words, words)
+    assert len(both) == 64 and 30 <= both.type_ids.sum() <= 32
+    refused = server.classify(input=["fine", words], truncate=False)
+    assert refused.status_code == 422
+    assert refused.json()["error"]["param"] == "input[1]"
+    assert "242 tokens, the model takes at most 64" in refused.json()["error"]["message"]
+    assert "truncated" not in server.classify(input="fine").json()["data"][0]
+
+
+def test_truncation_is_that_of_transformers(server: Server, model: Model, checkpoint: Path) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(checkpoint)
+    a, b = "good film and a dull plot " * 9, "the scene is not bad " * 8
+    for pair in ((a, None), (a * 4, None), (a, b), (a, b[:30]), (b[:30], a), (a * 3, b * 3)):
+        want = reference(*pair, truncation=True, max_length=64, padding=False)
+        got = model.tokenize(*pair)
+        assert got.ids[0].tolist() == want["input_ids"], pair
+        assert got.type_ids[0].tolist() == want["token_type_ids"], pair
+
+
+def test_models_by_name_and_version(server: Server) -> None:
+    for name in ("tiny-int8", "tiny-int8:1"):
+        assert server.classify(input="fine", model=name).json()["model"] == "tiny-int8:1"
+    listed = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [m["id"] for m in listed] == ["tiny:1", "tiny-int8:1"]
+    assert listed[0]["labels"] == ["negative", "positive"]
+    assert listed[0]["calibration"]["speedup"] > 1
+
+
+def test_fields_that_peers_send_are_ignored(server: Server) -> None:
+    assert server.classify(input="fine", user="x", rid="y", priority=3).status_code == 200
+    assert httpx.post(server.url + "/v1/classify", json={"input": "fine"}).status_code == 200
+
+
+BAD: list[tuple[bytes, int, str | None, str]] = [
+    (b"", 400, None, "not JSON"),
+    (b"{", 400, None, "not JSON"),
+    (b'{"input": "\xff\xfe"}', 400, None, "not JSON"),
+    (b'{"input": "\\ud800"}', 400, None, "not JSON"),
+    (b"[" * 100_000, 400, None, "not JSON"),
+    (b'["x"]', 422, None, "must be a JSON object"),
+    (b'"x"', 422, None, "must be a JSON object"),
+    (b"{}", 422, "input", "is required"),
+    (b'{"input": null}', 422, "input", "got null"),
+    (b'{"input": 3}', 422, "input", "got a number"),
+    (b'{"input": true}', 422, "input", "got a boolean"),
+    (b'{"input": ""}', 422, "input", "must not be empty"),
+    (b'{"input": " \\n\\t"}', 422, "input", "must not be empty"),
+    (b'{"input": []}', 422, "input", "must not be an empty list"),
+    (b'{"input": ["a", ""]}', 422, "input", r"input[1]: must not be empty"),
+    (b'{"input": ["a", ["b"]]}', 422, "input", "input[1]: must be a text"),
+    (b'{"input": {"text": "a"}}', 422, "input", "text_pair"),
+    (b'{"input": {"text": "a", "text_pair": "b", "x": 1}}', 422, "input", "'x'"),
+    (b'{"input": [{"text": "a", "text_pair": 1}]}', 422, "input", "input[0].text_pair: must be"),
+    (b'{"input": "a", "tau": -0.01}', 422, "tau", "allowed: 0 to 1"),
+    (b'{"input": "a", "tau": 1.01}', 422, "tau", "allowed: 0 to 1"),
+    (b'{"input": "a", "tau": NaN}', 422, "tau", "finite"),
+    (b'{"input": "a", "tau": Infinity}', 422, "tau", "finite"),
+    (b'{"input": "a", "tau": "0.5"}', 422, "tau", "number"),
+    (b'{"input": "a", "tau": true}', 422, "tau", "number"),
+    (b'{"input": "a", "lambda": -1}', 422, "lambda", "allowed: 0 to 100"),
+    (b'{"input": "a", "lambda": 100.5}', 422, "lambda", "allowed: 0 to 100"),
+    (b'{"input": "a", "lambda": NaN}', 422, "lambda", "finite"),
+    (b'{"input": "a", "lam": 1}', 422, "lam", "unknown field"),
+    (b'{"input": "a", "max_layer": 4}', 422, "max_layer", "from 0 to 3"),
+    (b'{"input": "a", "max_layer": -1}', 422, "max_layer", "greater than or equal to 0"),
+    (b'{"input": "a", "max_layer": 1.5}', 422, "max_layer", "integer"),
+    (b'{"input": "a", "truncate": "yes"}', 422, "truncate", "boolean"),
+    (b'{"input": "a", "explain": 1}', 422, "explain", "boolean"),
+    (b'{"input": "a", "model": 7}', 422, "model", "string"),
+    (b'{"input": "a", "model": "other"}', 404, "model", "there are: tiny:1, tiny-int8:1"),
+    (b'{"input": "a", "model": "tiny:2"}', 404, "model", "there are"),
+    (b'{"input": "a", "target_speedup": 3}', 422, "target_speedup", "unknown field"),
+    (b'{"input": "a", "latency_budget_ms": 3}', 422, "latency_budget_ms", "unknown field"),
+    (b'{"input": ' + json.dumps(["a"] * 151).encode() + b"}", 422, "input", "151 texts, at most 150"),
+    (b'{"input": "' + b"a" * 2**20 + b'"}', 413, None, "larger than 1048576 bytes"),
+]
+
+
+@pytest.mark.parametrize(("body", "status", "param", "message"), BAD, ids=[str(b[0][:40]) for b in BAD])
+def test_bad_input_is_explained_and_survived(
+    server: Server, body: bytes, status: int, param: str | None, message: str
+) -> None:
+    response = httpx.post(server.url + "/classify", content=body)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["code"], error["param"]) == (status, param)
+    assert message in error["message"]
+    assert server.classify(input="fine").status_code == 200
+
+
+def test_a_body_that_does_not_say_its_length_is_cut_off(server: Server) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(40):
+            yield b"x" * 2**16
+
+    response = httpx.post(server.url + "/classify", content=endless())
+    assert response.status_code == 413
+    assert server.classify(input="fine").status_code == 200
+
+
+def test_what_is_no_http_is_survived(server: Server) -> None:
+    for raw in (
+        b"\x00\xff\x16\x03\x01",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"POST /classify HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=10) as s:
+            s.sendall(raw)
+            assert b"400" in s.recv(4096)
+    assert server.classify(input="fine").status_code == 200
+
+
+def test_other_paths_and_methods(server: Server) -> None:
+    missing = httpx.get(server.url + "/nowhere")
+    assert (missing.status_code, missing.json()["error"]["type"]) == (404, "NotFoundError")
+    wrong = httpx.get(server.url + "/classify")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST"
+    assert "not allowed" in wrong.json()["error"]["message"]
+
+
+def test_texts_of_every_script(server: Server) -> None:
+    for text in (
+        "好电影 very good",
+        "👍🏽" * 30,
+        "a\u0000b",
+        "\u202eabc",
+        "ﬁlm",
+        "word" * 2000,
+        "\U0010ffff",
+    ):
+        assert server.classify(input=text).status_code == 200, text
+
+
+def test_health_ready_and_docs(server: Server) -> None:
+    assert httpx.get(server.url + "/health").json() == {"status": "ok"}
+    assert httpx.get(server.url + "/ready").json() == {"status": "ready"}
+    page = httpx.get(server.url + "/docs").text
+    assert "swagger-ui" in page and "https://" not in page.replace("https://fastapi", "")
+    schema = httpx.get(server.url + "/openapi.json").json()
+    operation = schema["paths"]["/classify"]["post"]
+    body = operation["requestBody"]["content"]["application/json"]
+    assert {"input", "tau", "lambda", "max_layer", "truncate", "explain"} <= set(body["schema"]["properties"])
+    for name, example in body["examples"].items():
+        accepted = httpx.post(server.url + "/classify", json=example["value"])
+        assert accepted.status_code == 200, (name, accepted.text)
+    assert {"200", "400", "404", "413", "422", "503", "504"} <= set(operation["responses"])
+
+
+def test_server_timing_adds_up(server: Server) -> None:
+    response = server.classify(input=TEXTS[:5])
+    stages = dict(x.split(";dur=") for x in response.headers["server-timing"].split(", "))
+    assert list(stages) == ["read", "queue", "tokenize", "model", "total"]
+    assert all(0 <= float(v) <= float(stages["total"]) * 2 for v in stages.values())
+
+
+def test_metrics_count_what_happened(server: Server) -> None:
+    def read() -> dict[str, float]:
+        lines = httpx.get(server.url + "/metrics").text.splitlines()
+        return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+
+    before = read()
+    layers = [row["exit"]["layer"] for row in server.classify(input=TEXTS[:20], tau=0.3).json()["data"]]
+    server.classify(input="")
+    after = read()
+
+    def grew(name: str) -> float:
+        return after[name] - before.get(name, 0)
+
+    assert grew('de3_exit_layer_count{model="tiny:1"}') == 20
+    assert grew('de3_exit_layer_sum{model="tiny:1"}') == sum(layers)
+    assert grew('de3_exit_layer_bucket{le="1.0",model="tiny:1"}') == sum(x <= 1 for x in layers)
+    assert grew('de3_layers_run_total{model="tiny:1"}') == sum(layers)
+    assert grew('de3_layers_saved_total{model="tiny:1"}') == sum(3 - x for x in layers)
+    assert grew('de3_request_latency_seconds_count{model="tiny:1"}') == 1
+    for stage in ("queue", "tokenize", "model"):
+        assert grew(f'de3_stage_latency_seconds_count{{model="tiny:1",stage="{stage}"}}') == 20
+    assert grew('de3_requests_total{status="422"}') == 1
+    assert grew('de3_rejected_total{cause="bad_request"}') == 1
+    assert after["de3_in_flight_requests"] == 0 and after["de3_queue_texts"] == 0 and after["de3_ready"] == 1

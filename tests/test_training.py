@@ -1,0 +1,180 @@
+"""The trainer on a small real run: it learns, resumes exactly, distils, and refuses what would leak."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from de3.cli import app
+from training import data as datas
+from training.model import De3Model
+from training.predict import predict
+from training.trainer import TrainSettings, teach, train
+
+
+def de3(arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments.split())
+    if result.exit_code != 0:
+        raise result.exception or AssertionError(result.output)
+    return result.output
+
+
+def common(data_file: Path, encoder: Path, out: Path) -> str:
+    return (
+        f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
+        f"--out {out} --lr 1e-3 --batch-size 64 --held-back 300 --no-bf16"
+    )
+
+
+def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
+    record = json.loads((checkpoint / "training.json").read_text())
+    accuracy = record["history"][record["best_epoch"] - 1]["tune_accuracy"]
+    assert accuracy[-1] > 0.9  # the data has negations that only attention can see
+    assert accuracy[0] < accuracy[-1]
+    model = De3Model.from_pretrained(checkpoint)
+    assert model.prototype_seen.all()
+    assert {"tune.jsonl", "certify.jsonl", "tokenizer.json", "config.json"} <= {
+        p.name for p in checkpoint.iterdir()
+    }
+
+
+def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
+    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    names = ["negative", "positive"]
+    parts = datas.split(datas.to_examples(rows, names), seed=0, held_back=300)
+    assert datas.load_examples(checkpoint / "tune.jsonl", names) == parts.tune
+    assert datas.load_examples(checkpoint / "certify.jsonl", names) == parts.certify
+
+
+def test_a_resumed_run_ends_where_the_unbroken_one_does(
+    tmp_path: Path, data_file: Path, encoder: Path
+) -> None:
+    de3(common(data_file, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
+    model_parts = _parts(data_file, encoder)
+    settings = TrainSettings(lr=1e-3, batch_size=64, epochs=3, bf16=False, patience=1)
+    out = tmp_path / "broken"
+
+    class Killed(Exception):
+        pass
+
+    model, tokenizer, parts = model_parts
+    original, epochs = model.save_pretrained, []
+
+    def save_then_die(*args: object, **kwargs: object) -> None:
+        if len(epochs) == 1:  # the second epoch is over, but not yet saved
+            raise Killed
+        epochs.append(1)
+        original(*args, **kwargs)
+
+    model.save_pretrained = save_then_die
+    with pytest.raises(Killed):
+        train(model, tokenizer, parts, settings, out)
+    output = CliRunner().invoke(
+        app, (common(data_file, encoder, out) + " --epochs 3 --patience 1 --resume").split()
+    )
+    assert output.exit_code == 0 and "resuming after epoch 1" in output.output
+    whole, broken = (De3Model.from_pretrained(tmp_path / x).state_dict() for x in ("whole", "broken"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, broken[name]), name
+
+
+def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, datas.Split]:
+    """What the command builds from its arguments."""
+    from transformers import AutoTokenizer
+
+    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    names = ["negative", "positive"]
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = De3Model.from_encoder(str(encoder), names, exit_layers=[0, 1, 2, 3], max_tokens=64)
+    return model, tokenizer, datas.split(datas.to_examples(rows, names), 0, 300)
+
+
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, data_file: Path, encoder: Path) -> None:
+    de3(common(data_file, encoder, tmp_path) + " --epochs 1")
+    with pytest.raises(ValueError, match="made with other settings"):
+        de3(common(data_file, encoder, tmp_path) + " --epochs 2 --resume")
+
+
+def test_distillation_follows_the_teacher(
+    tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
+) -> None:
+    """Trained on the teacher alone, the student's last layer comes to agree with it."""
+    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
+    arguments = common(data_file, encoder, tmp_path / "student").replace("1e-3", "2e-3")
+    de3(arguments + f" --epochs 8 --exits last --teacher {teacher} --distill 1 --temperature 1")
+    student = De3Model.from_pretrained(tmp_path / "student")
+    assert student.config.exit_layers == [3]
+    _, tokenizer, parts = _parts(data_file, encoder)
+    encoded = datas.encode(parts.tune, tokenizer, 64)
+    ours, theirs = (
+        predict(m, encoded, tokenizer.pad_token_id).logits[:, -1].argmax(-1)
+        for m in (student, De3Model.from_pretrained(teacher))
+    )
+    assert (ours == theirs).mean() > 0.9
+    assert list(teacher.glob("logits-*.safetensors"))  # kept for the next student
+
+
+def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
+    checkpoint: Path, data_file: Path, encoder: Path
+) -> None:
+    _, _, parts = _parts(data_file, encoder)
+    other = datas.Split(parts.train, parts.certify, parts.tune)
+    with pytest.raises(ValueError, match="may have been trained on them"):
+        teach(checkpoint, other, ["negative", "positive"], TrainSettings())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--exits 0,1", "must end at the last layer, 3"),
+        ("--exits some", "--exits must be all, last or layers"),
+        ("--pooling max", "mean, cls"),
+        ("--label-names a,b,c", "--label-names must name each once"),
+        ("--weights width", "depth or uniform"),
+        ("--held-back 5000", "--held-back"),
+        ("--text-column text", "no text"),
+        ("--distill 2", r"distill must be in \[0, 1\]"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_line(
+    tmp_path: Path, data_file: Path, encoder: Path, arguments: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        de3(common(data_file, encoder, tmp_path) + " --epochs 1 " + arguments)
+
+
+def test_data_must_come_from_one_place(encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one of the two"):
+        de3(f"train --encoder {encoder} --out {tmp_path}")
+
+
+def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) -> None:
+    """jsonl pairs with three classes, through `datasets`, cls pooling, no embedding exit."""
+    words = ["good", "bad", "film"]
+    rows = [
+        json.dumps(
+            {
+                "text": words[i % 3],
+                "text_pair": f"the {words[(i // 3) % 3]} {'movie ' * (i % 4)}",
+                "label": str(i % 3),
+            }
+        )
+        for i in range(240)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(rows))
+    de3(
+        f"train --dataset {tmp_path / 'data'} --pair-column text_pair --encoder {encoder} "
+        f"--out {tmp_path / 'out'} --epochs 4 --lr 2e-3 --batch-size 16 --held-back 30 --no-bf16 "
+        "--pooling cls --no-embedding-exit"
+    )
+    model = De3Model.from_pretrained(tmp_path / "out")
+    assert (model.config.exit_layers, model.config.num_labels, model.config.pooling) == ([1, 2, 3], 3, "cls")
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert record["history"][-1]["tune_accuracy"][-1] > 0.9
+    output = de3(f"export {tmp_path / 'out'} --name pairs --store {tmp_path / 'store'} --quantize none")
+    assert "published" in output
