@@ -36,6 +36,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         summary="Text classification that exits early",
         description=examples.DESCRIPTION,
         redoc_url=None,
+        swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
     )
     app.state.service = service
