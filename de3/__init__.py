@@ -1,4 +1,4 @@
-"""DE3: the command line over the rooms `training`, `export`, `model_store`, `server` and `loadtest`."""
+"""DE3: the command line over the rooms `training`, `export`, `model_store` and `server`."""
 
 from importlib.metadata import version
 

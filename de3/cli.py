@@ -2,10 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,11 +23,20 @@ TRAINING = "Training"
 
 def main() -> None:
     """Run the command line; an error that the user can mend is one line, not a traceback."""
+    from pydantic import ValidationError
+
     try:
         app()
+    except ValidationError as error:  # of settings: a ValueError whose text has many lines
+        problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
+        _fail("; ".join(problems))
     except (ValueError, OSError) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False, markup=True)
-        sys.exit(1)
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    console.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(1)
 
 
 @app.callback()
@@ -307,6 +317,7 @@ def evaluate(
         from model_store.model import Model
         from model_store.store import Store
 
+        model = model.resolve()
         opened = Model(Store(model.parent.parent).open_path(model))
         names = opened.manifest.labels
     else:
@@ -472,7 +483,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
             try:
                 m = found.open(f"{name}:{version}").manifest
             except StoreError as error:
-                table.add_row(f"{name}:{version}", f"[red]{error}")
+                table.add_row(f"{name}:{version}", f"[red]{escape(str(error))}")
                 continue
             labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
             c = m.calibration

@@ -30,7 +30,7 @@ def entropy(probs: ArrayLike) -> Floats:
     if p.shape[-1] < 2:
         raise ValueError(f"entropy needs at least 2 classes, got {p.shape[-1]}")
     plogp = p * np.log(np.where(p > 0, p, 1.0))  # 0·log 0 = 0
-    return np.asarray(np.clip(-plogp.sum(axis=-1) / np.log(p.shape[-1]), 0.0, 1.0))
+    return np.asarray(np.clip(-plogp.sum(axis=-1) / np.log(p.shape[-1]), 0.0, 1.0) + 0.0)  # no −0.0
 
 
 def distance_ratio(logits: ArrayLike, distances: ArrayLike) -> Floats:

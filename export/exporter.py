@@ -67,6 +67,7 @@ def export(
     Raises ExportError when the segments differ from the PyTorch model by more than allowed, or ValueError
     when the checkpoint cannot be exported. Nothing is published then.
     """
+    tokenizer_json = plain_tokenizer(checkpoint)
     model = De3Model.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     _check_prototypes(model)
@@ -80,7 +81,7 @@ def export(
         draft.write(
             {
                 "prototypes.safetensors": save_tensors(_prototypes(model)),
-                "tokenizer.json": plain_tokenizer(checkpoint).encode(),
+                "tokenizer.json": tokenizer_json.encode(),
             }
         )
         takes_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)

@@ -99,7 +99,7 @@ class Manifest(_Part):
     prototype_layers: list[int]
     hidden_size: int = Field(ge=1)
     metric_dim: int = Field(ge=1)
-    max_tokens: int = Field(ge=3)
+    max_tokens: int = Field(ge=3, le=32768)
     token_types: bool
     pooling: Literal["mean", "cls"]
     precision: Literal["fp32", "int8"]

@@ -14,6 +14,7 @@ from model_store.manifest import Manifest
 from model_store.store import Artifact, StoreError
 
 Array = NDArray[np.float32]
+MAX_CHARS_PER_TOKEN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +58,32 @@ class Segment:
             + (["logits"] if self.is_exit else [])
             + (["distances"] if prototypes is not None else [])
         )
+        hidden_shape, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
+        self._shapes = {
+            "input_ids": [1, -1],
+            "token_type_ids": [1, -1],
+            "hidden": hidden_shape,
+            "next_hidden": hidden_shape,
+            "prototypes": [labels, manifest.metric_dim],
+            "logits": [1, labels],
+            "distances": [1, labels],
+        }
         self._inputs = ["hidden"] if layer else ["input_ids"] + ["token_type_ids"] * manifest.token_types
 
     def check(self, file: str) -> None:
         """Raise StoreError unless the session takes and gives what the manifest promises."""
-        takes = {x.name for x in self._session.get_inputs()}
-        gives = {x.name for x in self._session.get_outputs()}
-        if takes != {*self._inputs, *self._feed} or gives != set(self._outputs):
-            raise StoreError(
-                f"{file}: takes {sorted(takes)} and gives {sorted(gives)}, "
-                f"the manifest asks for {sorted([*self._inputs, *self._feed])} and {sorted(self._outputs)}"
-            )
+        takes = {x.name: x.shape for x in self._session.get_inputs()}
+        gives = {x.name: x.shape for x in self._session.get_outputs()}
+        for what, found, wanted in (
+            ("takes", takes, [*self._inputs, *self._feed]),
+            ("gives", gives, self._outputs),
+        ):
+            if set(found) != set(wanted):
+                raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
+            for name, shape in found.items():
+                # A free dimension (tokens) has a name instead of a size.
+                if [x if isinstance(x, int) else -1 for x in shape] != self._shapes[name]:
+                    raise StoreError(f"{file}: {name} has shape {shape}, expected {self._shapes[name]}")
 
     def embed(self, tokens: Tokens) -> Step:
         """Run the embeddings (layer 0)."""
@@ -121,41 +137,34 @@ class Model:
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.
 
-        Raises ValueError if the text is longer and `truncate` is false.
+        Raises ValueError if the text is longer and `truncate` is false. So that no text can hold a thread for
+        long, a text counts as too long from MAX_CHARS_PER_TOKEN characters for each token the model takes.
         """
         limit = self.manifest.max_tokens
-        encoding = self._tokenizer.encode(text, text_pair)
-        ids, types = encoding.ids, encoding.type_ids
-        truncated = len(ids) > limit
-        if truncated:
+        most = MAX_CHARS_PER_TOKEN * limit
+        long = len(text) > most or (text_pair is not None and len(text_pair) > most)
+        if long and not truncate:
+            raise ValueError(f"has more than {most} characters, the most allowed; let truncate be true")
+        # The tokenizer's own truncation is a state that all threads share, so the parts are encoded and cut
+        # by themselves, and then joined by the tokenizer's template.
+        first = self._tokenizer.encode(text[:most], add_special_tokens=False)
+        second = None
+        if text_pair is not None:
+            second = self._tokenizer.encode(text_pair[:most], add_special_tokens=False)
+        room = limit - self._special_tokens[second is not None]
+        size, size_pair = len(first), 0 if second is None else len(second)
+        if size + size_pair > room:
             if not truncate:
-                raise ValueError(
-                    f"has {len(ids)} tokens, the model takes at most {limit}; let truncate be true"
-                )
-            encoding = self._cut(text, text_pair)
-            ids, types = encoding.ids, encoding.type_ids
-        return Tokens(np.array([ids], np.int64), np.array([types], np.int64), truncated)
-
-    def _cut(self, text: str, text_pair: str | None) -> Any:
-        """The encoding of a text or pair cut to max_tokens.
-
-        The tokenizer's own truncation is a state of the object that all threads share, so the parts are cut
-        here, by themselves, and joined by the tokenizer's template.
-        """
-        first = self._tokenizer.encode(text, add_special_tokens=False)
-        second = (
-            self._tokenizer.encode(text_pair, add_special_tokens=False) if text_pair is not None else None
-        )
-        room = self.manifest.max_tokens - self._special_tokens[second is not None]
-        if second is None:
-            first.truncate(room)
-            return self._tokenizer.post_process(first)
-        # Longest first, as transformers does: take from the longer until both fit.
-        keep = room // 2
-        size = max(room - len(second.ids), min(len(first.ids), room - keep))
-        first.truncate(size)
-        second.truncate(room - size)
-        return self._tokenizer.post_process(first, second)
+                found = size + size_pair + limit - room
+                raise ValueError(f"has {found} tokens, the model takes at most {limit}; let truncate be true")
+            long = True
+            # Longest first, as transformers does: take from the longer until both fit.
+            keep = room if second is None else max(room - size_pair, min(size, room - room // 2))
+            first.truncate(keep)
+            if second is not None:
+                second.truncate(room - keep)
+        encoding = self._tokenizer.post_process(first, second)
+        return Tokens(np.array([encoding.ids], np.int64), np.array([encoding.type_ids], np.int64), long)
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest exit that is not deeper than max_layer; None: the last layer."""

@@ -46,8 +46,8 @@ class Artifact:
         path = self.path / name
         if name not in self.manifest.files:
             raise StoreError(f"{path}: the manifest does not list this file")
-        data = _read_inside(self.path, path)
         entry = self.manifest.files[name]
+        data = _read_inside(self.path, path, entry.bytes)
         if len(data) != entry.bytes:
             raise StoreError(f"{path}: damaged: {len(data)} bytes, the manifest says {entry.bytes}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
@@ -97,6 +97,8 @@ class Store:
 
     def open_path(self, path: Path) -> Artifact:
         """The artifact in a folder <name>/<version>; raises StoreError when its manifest is not sound."""
+        if path.resolve() != self.path.resolve() / path.parent.name / path.name:
+            raise StoreError(f"{path}: leads outside the store, to {path.resolve()}")
         artifact = Artifact(path, read_manifest(path))
         if (artifact.manifest.name, str(artifact.manifest.version)) != (path.parent.name, path.name):
             raise StoreError(
@@ -185,16 +187,16 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(f"{file}: {where}: {first['msg']}") from None
 
 
-def _read_inside(folder: Path, path: Path, limit: int | None = None) -> bytes:
-    """The bytes of a regular file in folder; a link that leads out of it is refused."""
+def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
+    """The bytes of a regular file in folder, at most `limit`; a link that leads out of it is refused."""
     try:
         real = path.resolve(strict=True)
         if real.parent != folder.resolve(strict=True):
             raise StoreError(f"{path}: leads outside the artifact, to {real}")
         if not real.is_file():
             raise StoreError(f"{path}: not a file")
-        if limit is not None and real.stat().st_size > limit:
-            raise StoreError(f"{path}: larger than {limit} bytes")
+        if real.stat().st_size > limit:
+            raise StoreError(f"{path}: damaged: {real.stat().st_size} bytes, at most {limit} are expected")
         return real.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: missing") from None

@@ -69,7 +69,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        path = request.url.path
+        path = request.url.path[:100]
         message = {
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",

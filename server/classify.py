@@ -21,56 +21,56 @@ GONE = Response(status_code=499)  # nobody reads it
 
 async def classify(request: Request, service: Service) -> Response:
     """Answer one request; every outcome is counted."""
+    started = perf_counter()
     metrics = service.metrics
-    with metrics.in_flight.track_inprogress():
-        try:
-            response = await _classify(request, service)
-        except ApiError as error:
-            metrics.rejected.labels(error.cause).inc()
-            response = error.response()
-        except ClientDisconnect:
-            metrics.rejected.labels("client_gone").inc()
-            response = GONE
-    metrics.requests.labels(str(response.status_code)).inc()
+    name, response = "none", None
+    service.in_flight += 1
+    try:
+        parsed = await _read(request, service)
+        model = service.models.get(parsed.model)
+        name = model.full_name
+        response = await _answer(request, service, parsed, model, started)
+    except ApiError as error:
+        metrics.rejected.labels(error.cause).inc()
+        response = error.response()
+    except ClientDisconnect:
+        metrics.rejected.labels("client_gone").inc()
+        response = GONE
+    finally:
+        service.in_flight -= 1
+        # No response: a failure of ours, which the app logs and answers with 500.
+        metrics.requests.labels(name, str(response.status_code if response else 500)).inc()
+        metrics.request_latency.labels(name).observe(perf_counter() - started)
     return response
 
 
-async def _classify(request: Request, service: Service) -> Response:
-    started = perf_counter()
-    service.check_ready()
+async def _read(request: Request, service: Service) -> ClassifyRequest:
+    """The request, checked in itself; raises ApiError."""
+    service.check_open()
     settings = service.settings
     body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-    parsed = protocol.parse(body, settings.max_texts)
-    model = service.models.get(parsed.model)
-    job = Job(
-        model=model,
-        rule=exit_rule(parsed, model),
-        truncate=parsed.truncate,
-        texts=parsed.input,
-        future=asyncio.get_running_loop().create_future(),
-        arrived=started,
-    )
-    read = perf_counter()
+    return protocol.parse(body, settings.max_texts)
+
+
+async def _answer(
+    request: Request, service: Service, parsed: ClassifyRequest, model: Model, started: float
+) -> Response:
+    """Submit a request's texts, wait for them, and answer; raises ApiError or ClientDisconnect."""
+    rule = exit_rule(parsed, model)
+    future = asyncio.get_running_loop().create_future()
+    job = Job(model, rule, parsed.truncate, parsed.input, future)
     try:
         service.engine.submit(job)
     except QueueFullError:
-        raise ApiError(
-            503,
-            f"overloaded: {len(service.engine.queue)} texts wait and at most {settings.max_queue} may",
-            cause="queue_full",
-            retry_after=service.retry_after(),
-        ) from None
-    await _wait(request, service, job, started + settings.timeout_s)
+        raise service.overloaded() from None
+    await _wait(request, service, job, started + service.settings.timeout_s)
     body = protocol.answer(
         model.full_name,
         [_row(item, job, model, parsed.explain) for item in job.items],
         sum(item.outcome.tokens for item in job.items if item.outcome),
     )
-    ended = perf_counter()
-    service.metrics.request_latency.labels(model.full_name).observe(ended - started)
-    return Response(
-        body, headers={"Server-Timing": _timing(job, started, read, ended)}, media_type="application/json"
-    )
+    timing = _timing(job, started, perf_counter())
+    return Response(body, headers={"Server-Timing": timing}, media_type="application/json")
 
 
 async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
@@ -121,8 +121,9 @@ async def _wait(request: Request, service: Service, job: Job, until: float) -> N
         else:
             raise ApiError(504, f"no answer within {service.settings.timeout_s:g} s", cause="timeout")
     finally:
-        if not job.future.done():
-            service.engine.drop(job)
+        # Also when one of its items failed: the others leave the queue at once.
+        service.engine.drop(job)
+        job.future.cancel()
         gone.cancel()
 
 
@@ -154,11 +155,11 @@ def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
     return row
 
 
-def _timing(job: Job, started: float, read: float, ended: float) -> str:
+def _timing(job: Job, started: float, ended: float) -> str:
     """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
     outcomes = [item.outcome for item in job.items if item.outcome]
     stages = {
-        "read": read - started,
+        "read": job.submitted - started,
         "queue": max(o.queue_s for o in outcomes),
         "tokenize": sum(o.tokenize_s for o in outcomes),
         "model": sum(o.model_s for o in outcomes),

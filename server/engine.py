@@ -57,16 +57,15 @@ class Engine:
         while item := self.queue.next():
             try:
                 outcome = run(item)
-            except ApiError as error:
-                item.job.fail(error)
-            except Exception as error:
-                log.exception("an item failed")
-                item.job.fail(error)
-            else:
                 if outcome is not None:
                     if self._observe:
                         self._observe(item.job.model, outcome)
                     item.job.finish(item, outcome)
+            except ApiError as error:
+                item.job.fail(error)
+            except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
+                log.exception("an item failed")
+                item.job.fail(RuntimeError("an item failed"))
 
 
 def run(item: Item) -> Outcome | None:
@@ -108,7 +107,7 @@ def run(item: Item) -> Outcome | None:
         passed=passed,
         tokens=len(tokens),
         truncated=tokens.truncated,
-        queue_s=started - job.arrived,
+        queue_s=started - job.submitted,
         tokenize_s=tokenized - started,
         model_s=perf_counter() - tokenized,
     )

@@ -39,15 +39,12 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.cause = status, message, param, cause
         self.retry_after = retry_after
 
+    def body(self) -> dict[str, dict[str, str | int | None]]:
+        """The JSON of the answer."""
+        kind = TYPES.get(self.status, "Error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
     def response(self) -> Response:
         """The HTTP response."""
-        body = {
-            "error": {
-                "message": self.message,
-                "type": TYPES.get(self.status, "Error"),
-                "param": self.param,
-                "code": self.status,
-            }
-        }
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return Response(orjson.dumps(body), self.status, headers, "application/json")
+        return Response(orjson.dumps(self.body()), self.status, headers, "application/json")

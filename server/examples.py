@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from server.errors import TYPES, ApiError
 from server.protocol import ClassifyRequest
 
 DESCRIPTION = """
@@ -49,19 +50,16 @@ _ANSWER = {
     ],
     "usage": {"prompt_tokens": 9, "completion_tokens": 0, "total_tokens": 9},
 }
-_ERROR = {
-    "error": {
-        "message": "tau: input should be less than or equal to 1 (allowed: 0 to 1)",
-        "type": "UnprocessableEntityError",
-        "param": "tau",
-        "code": 422,
+
+
+def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    return {
+        "description": TYPES[status],
+        "content": {"application/json": {"example": ApiError(status, message, param).body()}},
     }
-}
 
 
-def _error(description: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"example": _ERROR}}}
-
+_WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 
 CLASSIFY: dict[str, Any] = {
     "openapi_extra": {
@@ -80,12 +78,14 @@ CLASSIFY: dict[str, Any] = {
             "description": "One row for each text, in order",
             "content": {"application/json": {"example": _ANSWER}},
         },
-        400: _error("Not JSON in UTF-8"),
-        404: _error("Unknown model"),
-        408: _error("The body did not arrive in time"),
-        413: _error("Body too large"),
-        422: _error("A wrong value: the message names the field and what is allowed"),
-        503: _error("Overloaded, or still loading; Retry-After says when to try again"),
-        504: _error("No answer in time"),
+        400: _error(400, "the body is not JSON in UTF-8: EOF while parsing an object at line 1 column 1"),
+        404: _error(404, "model: no model 'x' is served; there are: sst2:1", "model"),
+        408: _error(408, "the body did not arrive within 10 s"),
+        413: _error(413, "the body is larger than 1048576 bytes, the most allowed"),
+        422: _error(422, _WRONG_TAU, "tau"),
+        503: _error(
+            503, "overloaded: 1024 texts wait and 40 requests are in flight, at most 1024 of each are allowed"
+        ),
+        504: _error(504, "no answer within 30 s"),
     },
 }

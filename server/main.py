@@ -7,6 +7,7 @@ from types import FrameType
 import uvicorn
 
 from server.app import create_app
+from server.http import Http
 from server.service import Service
 from server.settings import Settings
 
@@ -42,12 +43,12 @@ def serve(settings: Settings) -> None:
         log_config=None,
         # An accepted request ends by its own time-out; leave it that long, and a little.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
-        h11_max_incomplete_event_size=64 * 1024,
+        http=Http,
     )
     server = _Server(config, service)
     # uvicorn handles these while it runs and raises them again at its end: a drained stop is a success.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: stop())
     server.run()
     if service.failure is not None:
         raise service.failure

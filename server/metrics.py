@@ -49,16 +49,25 @@ class Metrics:
             buckets=STAGE_BUCKETS,
             registry=r,
         )
-        self.requests = Counter("de3_requests", "Answers to /classify by HTTP status", ["status"], registry=r)
+        self.requests = Counter(
+            "de3_requests",
+            "Answers to /classify by HTTP status; model is none where no model was found",
+            ["model", "status"],
+            registry=r,
+        )
         self.rejected = Counter("de3_rejected", "Requests not answered, by cause", ["cause"], registry=r)
-        self.in_flight = Gauge("de3_in_flight_requests", "Requests being answered", registry=r)
-        self.ready = Gauge("de3_ready", "1 once every model is loaded and warmed up", registry=r)
+        self._in_flight = Gauge("de3_in_flight_requests", "Requests being answered", registry=r)
+        self._ready = Gauge("de3_ready", "1 once every model is loaded and warmed up", registry=r)
         self._queue = Gauge("de3_queue_texts", "Texts waiting for an engine thread", registry=r)
         self._observers: dict[str, Callable[[Outcome], None]] = {}
 
-    def watch_queue(self, length: Callable[[], int]) -> None:
-        """Read the queue's length whenever the metrics are scraped."""
-        self._queue.set_function(length)
+    def watch(
+        self, queue_length: Callable[[], int], is_ready: Callable[[], bool], in_flight: Callable[[], int]
+    ) -> None:
+        """Read these whenever the metrics are scraped."""
+        self._queue.set_function(queue_length)
+        self._ready.set_function(is_ready)
+        self._in_flight.set_function(in_flight)
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""

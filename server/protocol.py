@@ -4,7 +4,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
@@ -35,8 +35,9 @@ def _text(value: Any, where: str) -> Text:
         keys = set(value)
         if keys != {"text", "text_pair"}:
             wrong = sorted(keys ^ {"text", "text_pair"})
+            shown = [key[:100] for key in wrong[:5]]
             raise ValueError(
-                f"{where}: an object must have text and text_pair, and nothing else; see {wrong[:5]}"
+                f"{where}: an object must have text and text_pair, and nothing else; see {shown}"
             )
         return Text(
             _string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair")
@@ -90,8 +91,6 @@ class ClassifyRequest(BaseModel):
     rid: Any = Field(None, description="accepted and ignored")
     priority: Any = Field(None, description="accepted and ignored")
 
-    names: ClassVar[dict[str, str]] = {"lam": "lambda"}
-
 
 def parse(body: bytes, max_texts: int) -> ClassifyRequest:
     """The request in a body; raises ApiError 400 for what is not JSON and 422 for a wrong value."""
@@ -114,7 +113,7 @@ def _explain(error: ValidationError) -> ApiError:
         )
     if not loc:
         return ApiError(422, 'the body must be a JSON object like {"input": "a text"}')
-    field = str(loc[0])
+    field = str(loc[0])[:100]
     if kind == "extra_forbidden":
         known = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
         return ApiError(422, f"{field}: unknown field; known are {', '.join(known)}", field, "unknown_field")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from model_store.model import Model
-from model_store.store import Artifact, Store
+from model_store.store import Artifact, Store, StoreError
 from server.engine import Engine
 from server.errors import ApiError
 from server.metrics import Metrics
@@ -29,10 +29,11 @@ class Service:
         self.artifacts: list[Artifact] = find(Store(settings.store), settings.models)
         self.metrics = Metrics(max(a.manifest.num_layers for a in self.artifacts))
         self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
-        self.metrics.watch_queue(self.engine.queue.__len__)
         self.models = Models([])
         self.state = "loading"
+        self.metrics.watch(self.engine.queue.__len__, lambda: self.state == "ready", lambda: self.in_flight)
         self.failure: Exception | None = None
+        self.in_flight = 0
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
@@ -42,7 +43,6 @@ class Service:
             self.engine.start()
             if self.state == "loading":
                 self.state = "ready"
-            self.metrics.ready.set(self.state == "ready")
             log.info(
                 "ready in %.1f s: %s, %d engine threads",
                 perf_counter() - started,
@@ -56,12 +56,29 @@ class Service:
     def drain(self) -> None:
         """From now on not ready; requests that were accepted are still answered."""
         self.state = "draining"
-        self.metrics.ready.set(0)
 
-    def check_ready(self) -> None:
-        """Raise ApiError 503 while the models load. A draining server still answers what reaches it."""
+    def check_open(self) -> None:
+        """Raise ApiError 503 while the models load, or when too many requests are in flight.
+
+        Before a body is read, so that bodies cannot fill the memory. A draining server still answers what
+        reaches it.
+        """
         if not self.models.all:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
+
+        if self.in_flight > self.settings.max_queue:
+            raise self.overloaded()
+
+    def overloaded(self) -> ApiError:
+        """The answer of a server whose queue is full."""
+        limit = self.settings.max_queue
+        return ApiError(
+            503,
+            f"overloaded: {len(self.engine.queue)} texts wait and {self.in_flight} requests are in flight, "
+            f"at most {limit} of each are allowed",
+            cause="queue_full",
+            retry_after=self.retry_after(),
+        )
 
     def retry_after(self) -> int:
         """Seconds until the present queue will be empty, at least 1, by the mean time of a text so far."""
@@ -77,5 +94,8 @@ class Service:
 
 def _load(artifact: Artifact) -> Model:
     model = Model(artifact)
-    warm_up(model)
+    try:
+        warm_up(model)
+    except Exception as error:  # onnxruntime raises its own classes, without a common base
+        raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
     return model

@@ -15,14 +15,14 @@ class Settings(BaseModel):
         models: models to serve, as name or name:version; empty: the newest version of each in the store.
             A request that names none gets the first.
         threads: engine threads, each runs one text at a time; 0: one for each core.
-        max_queue: most texts that wait; a request that would exceed it is answered 503.
+        max_queue: most texts that wait, and most requests in flight; what would exceed it is answered 503.
         max_texts: most texts in one request.
         max_body_bytes: largest request body.
         body_timeout_s: longest wait for a request's body.
         timeout_s: longest time from a request's arrival to its answer.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     store: Path = Path("models")
     models: list[str] = []

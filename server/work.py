@@ -56,7 +56,7 @@ class Job:
     texts: list[Text]
     future: "asyncio.Future[None]"
     items: list[Item] = field(init=False)
-    arrived: float = field(default_factory=perf_counter)
+    submitted: float = field(default_factory=perf_counter)
     dropped: bool = False
     waiting: int = 0  # items in the queue; owned by the queue's lock
     _left: int = field(init=False)

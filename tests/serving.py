@@ -11,6 +11,7 @@ import httpx
 import uvicorn
 
 from server.app import create_app
+from server.http import Http
 from server.queue import WorkQueue
 from server.service import Service
 from server.settings import Settings
@@ -29,7 +30,7 @@ class Server:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False)
+        config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, http=Http)
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
 

@@ -34,10 +34,16 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv:2: no text; the row has: .*sentence"),
+        ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv:2: no text, or .*; the row has: sentence"),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: no label"),
         ("a.txt", "x", "expected a .tsv, .csv or .jsonl"),
         ("a.tsv", "text\tlabel\n", "has no rows"),
+        ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: no text"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
+        ("a.jsonl", '{"text": "x", "label": 1}\n{', "a.jsonl:2: not JSON"),
+        ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: no text, or it is not a text"),
+        ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: no label"),
+        ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: field larger"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -48,11 +54,14 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str,
 def test_a_datasets_folder(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", '{"text": "x", "label": "b"}\n{"text": "y", "label": "a"}\n')
     assert data.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
+    with pytest.raises(ValueError, match="row 0: no sentence"):
+        data.read_dataset(str(tmp_path), "train", Columns("sentence"))
 
 
 def test_labels_are_ordered_as_numbers_if_they_are() -> None:
     assert data.label_order([("x", "10"), ("x", "9"), ("x", "1")]) == ["1", "9", "10"]
     assert data.label_order([("x", "b"), ("x", "a")]) == ["a", "b"]
+    assert data.label_order([("x", "²"), ("x", "--1"), ("x", "-1")]) == ["-1", "--1", "²"]
 
 
 def test_labels_are_renamed_in_order_and_unknown_ones_refused() -> None:

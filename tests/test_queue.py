@@ -15,10 +15,11 @@ from server.queue import QueueFullError, WorkQueue
 from server.work import Job
 
 LIMIT = 7
+LOOP = asyncio.new_event_loop()
 
 
 def job(texts: int) -> Job:
-    future: Any = asyncio.Future(loop=asyncio.new_event_loop())
+    future: Any = asyncio.Future(loop=LOOP)
     return Job(None, ExitRule(0, 1), True, [Text(str(i)) for i in range(texts)], future)  # type: ignore[arg-type]
 
 

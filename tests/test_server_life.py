@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,7 +35,10 @@ def test_a_full_queue_is_503_with_retry_after_and_loses_nothing(
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["type"] == "ServiceUnavailableError"
-        assert "4 texts wait and at most 4 may" in refused.json()["error"]["message"]
+        assert (
+            "4 texts wait and 3 requests are in flight, at most 4 of each"
+            in refused.json()["error"]["message"]
+        )
         assert httpx.get(server.url + "/health").status_code == 200
         gate.open()
         assert [f.result().status_code for f in accepted] == [200, 200]
@@ -44,10 +48,10 @@ def test_a_full_queue_is_503_with_retry_after_and_loses_nothing(
 
 def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
-    with serving(store, threads=1, timeout_s=0.2) as server:
+    with serving(store, threads=1, timeout_s=1) as server:
         late = server.classify(input=["good", "bad"])
         assert late.status_code == 504
-        assert "no answer within 0.2 s" in late.json()["error"]["message"]
+        assert "no answer within 1 s" in late.json()["error"]["message"]
         assert len(server.service.engine.queue) == 0  # its texts take no room any more
         gate.open()
         assert server.classify(input="good", model="tiny").status_code == 200
@@ -118,8 +122,59 @@ def test_an_item_that_crashes_is_500_and_the_server_goes_on(
             patch.setattr(Model, "tokenize", lambda *_: 1 / 0)
             broken = server.classify(input=["good", "bad"])
         assert broken.status_code == 500
+        assert server.metric("de3_requests_total", model="tiny:1", status="500") == 1
         assert broken.json()["error"]["type"] == "InternalServerError"
         assert "division" not in broken.text
+        assert server.classify(input="good").status_code == 200
+
+
+def test_a_panic_in_a_library_does_not_end_an_engine_thread(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As the Rust libraries raise it: not an Exception."""
+
+    def panic(*_: object) -> None:
+        raise Panic
+
+    with serving(store, threads=1) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Model, "tokenize", panic)
+            assert server.classify(input="good").status_code == 500
+        assert server.classify(input="good").status_code == 200
+
+
+def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenize, entered, go_on = Model.tokenize, threading.Event(), threading.Event()
+
+    def slow(model: Model, text: str, *rest: object) -> object:
+        if text == "wait":
+            entered.set()
+            go_on.wait(20)
+        return tokenize(model, text, *rest)  # type: ignore[arg-type]
+
+    with serving(store, threads=2, models=["tiny"]) as server, ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(Model, "tokenize", slow)
+        other = pool.submit(server.classify, input="wait")
+        assert entered.wait(20)
+        entered.clear()
+        # one thread is held by the other request; the second fails at the first of these texts
+        failed = server.classify(input=["good " * 80] + ["wait"] * 50, truncate=False)
+        assert failed.status_code == 422 and failed.json()["error"]["param"] == "input[0]"
+        until(lambda: len(server.service.engine.queue) == 0, "the room to be free")
+        go_on.set()
+        assert other.result().status_code == 200
+
+
+def test_a_head_that_does_not_come_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from server import http
+
+    monkeypatch.setattr(http, "HEAD_TIMEOUT_S", 0.1)
+    with serving(store) as server:
+        for start in (b"", b"POST /classify HTTP/1.1\r\nHost:"):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
+                s.sendall(start)
+                assert s.recv(100) == b""
         assert server.classify(input="good").status_code == 200
 
 
@@ -167,57 +222,99 @@ def test_a_store_without_models_is_refused_before_the_port_opens(tmp_path: Path,
 
 
 @contextmanager
-def process(store: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`de3 serve` as a user runs it."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def process(store: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`de3 serve` as a user runs it, on a port that the system chooses."""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), *arguments]
     running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DE3_PORT": str(port)}
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DE3_PORT": "0"}
     )
     try:
-        yield running, f"http://127.0.0.1:{port}"
+        yield running
     finally:
         running.kill()
         running.communicate()
 
 
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(url + "/ready").status_code == 200
-    except httpx.TransportError:
-        return False
+def url_when_ready(running: subprocess.Popen[str]) -> str:
+    """The server's address, once its log says that it is ready; the log is read on in the background."""
+    url, ready = "", False
+    assert running.stderr is not None
+    for line in running.stderr:
+        found = re.search(r"running on (http://[0-9.:]+)", line)
+        url = found[1] if found else url
+        ready = ready or "ready in" in line
+        if url and ready:
+            break
+    threading.Thread(target=running.stderr.read, daemon=True).start()
+    return url
 
 
 @pytest.mark.slow
 def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
+    limits = ["--max-texts", "1024", "--max-queue", "8192"]
     with (
-        process(store, "--threads", "1", "--model", "tiny") as (running, url),
-        ThreadPoolExecutor(16) as pool,
+        process(store, "--threads", "1", "--model", "tiny", *limits) as running,
+        ThreadPoolExecutor(4) as pool,
     ):
-        until(lambda: is_ready(url), "readiness")
-        body = {"input": ["good film and a dull plot " * 12] * 256, "tau": 0}
-        answers = [pool.submit(httpx.post, url + "/classify", json=body, timeout=60) for _ in range(4)]
+        url = url_when_ready(running)
+        body = json.dumps({"input": ["good film and a dull plot " * 12] * 1024, "tau": 0})
+        clients = [httpx.Client(base_url=url, timeout=60) for _ in range(5)]
+        for client in clients:
+            assert client.get("/ready").status_code == 200  # connected: what follows is sent at once
+        answers = [pool.submit(client.post, "/classify", content=body) for client in clients[:4]]
 
-        def waiting() -> float:
-            lines = httpx.get(url + "/metrics").text.splitlines()
-            values = {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if x.startswith("de3_"))}
-            return values["de3_in_flight_requests"] == 4 and values["de3_queue_texts"] > 500
+        def in_flight() -> bool:
+            return "de3_in_flight_requests 4.0" in clients[4].get("/metrics").text
 
-        until(waiting, "four requests in flight")
+        until(in_flight, "four requests in flight")
         running.send_signal(signal.SIGTERM)
-        assert [len(a.result().json()["data"]) for a in answers] == [256] * 4
+        assert [len(a.result().json()["data"]) for a in answers] == [1024] * 4
         assert running.wait(30) == 0
         with pytest.raises(httpx.TransportError):
             httpx.get(url + "/health")
+
+
+def test_a_draining_server_says_so_and_still_answers(store: Path) -> None:
+    with serving(store) as server:
+        server.service.drain()
+        assert httpx.get(server.url + "/ready").json() == {"status": "draining"}
+        assert httpx.get(server.url + "/ready").status_code == 503
+        assert server.metric("de3_ready") == 0
+        assert server.classify(input="good").status_code == 200
 
 
 @pytest.mark.slow
 def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(store, tmp_path / "store")
     (copy / "tiny" / "1" / "layer_02.onnx").write_bytes(b"")
-    with process(copy, "--model", "tiny") as (running, _):
+    with process(copy, "--model", "tiny") as running:
         _, log = running.communicate(timeout=60)
         assert running.returncode == 1
-        assert "layer_02.onnx: damaged" in log.replace("\n", "")
+        assert "layer_02.onnx: damaged" in log
         assert "Traceback" not in log
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--port 70000", "error: port: Input should be less than or equal to 65535"),
+        ("--timeout-s inf", "error: timeout_s: Input should be a finite number"),
+        ("--max-texts 9999", "error: settings: Value error, max_texts must not exceed max_queue"),
+        ("--store /nowhere", "error: /nowhere: no such store; make one with de3 export"),
+        ("--model [/x]", "error: no model '[/x]' in"),
+    ],
+)
+def test_wrong_settings_are_one_line(
+    store: Path,
+    arguments: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from de3.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["de3", "serve", "--store", str(store), *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1 and len(lines) == 1 and lines[0].startswith(message)

@@ -103,6 +103,22 @@ def test_a_missing_cut_or_changed_file_is_named(copy: Path, name: str) -> None:
         open_model(copy)
 
 
+def test_a_version_that_is_a_link_out_of_the_store_is_refused(copy: Path, tmp_path: Path) -> None:
+    copy.rename(tmp_path / "elsewhere")
+    copy.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="leads outside the store"):
+        Store(copy.parent.parent).open("tiny")
+
+
+def test_a_manifest_that_does_not_fit_its_segments_is_refused(copy: Path) -> None:
+    edit(copy, lambda m: m.update(labels=["a", "b", "c"]))
+    with pytest.raises(StoreError, match=r"layer_00 must be finite float32 of shape \(3, 32\)"):
+        open_model(copy)
+    edit(copy, lambda m: m.update(labels=["a", "b"], hidden_size=64))
+    with pytest.raises(StoreError, match=r"embeddings.onnx: hidden has shape .* expected \[1, -1, 64\]"):
+        open_model(copy)
+
+
 def test_a_link_out_of_the_artifact_is_refused(copy: Path, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere"
     (copy / "layer_01.onnx").rename(moved)

@@ -95,8 +95,13 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, datas.Spli
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, data_file: Path, encoder: Path) -> None:
     de3(common(data_file, encoder, tmp_path) + " --epochs 1")
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="other settings or data"):
         de3(common(data_file, encoder, tmp_path) + " --epochs 2 --resume")
+    kept_back = (tmp_path / "certify.jsonl").read_bytes()
+    for other in ("--held-back 200", "--gamma 0.5", "--exits last", "--seed 1"):
+        with pytest.raises(ValueError, match="other settings or data"):
+            de3(common(data_file, encoder, tmp_path) + f" --epochs 1 --resume {other}")
+    assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
 
 
 def test_distillation_follows_the_teacher(
@@ -129,6 +134,26 @@ def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
     other = datas.Split(parts.train, parts.certify, parts.tune)
     with pytest.raises(ValueError, match="may have been trained on them"):
         teach(checkpoint, other, ["negative", "positive"], TrainSettings())
+
+
+def test_a_teacher_with_its_labels_in_another_order_is_refused(
+    tmp_path: Path, checkpoint: Path, data_file: Path, encoder: Path
+) -> None:
+    _, _, parts = _parts(data_file, encoder)
+    turned = datas.Split(
+        *([datas.Example(e.text, 1 - e.label) for e in p] for p in (parts.train, parts.tune, parts.certify))
+    )
+    with pytest.raises(ValueError, match="must be the same, in order"):
+        teach(checkpoint, turned, ["positive", "negative"], TrainSettings())
+
+
+def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) -> None:
+    file = tmp_path / "long.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"{'good film ' * (i + 20)}\t{i % 2}\n" for i in range(40)))
+    de3(
+        f"train {file} --encoder {encoder} --out {tmp_path / 'out'} --epochs 1 --held-back 5 --no-bf16 "
+        "--max-length 500"
+    )
 
 
 @pytest.mark.parametrize(

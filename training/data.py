@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,25 +46,31 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
 
     Raises ValueError, naming file, line and column, when a column or a value is missing.
     """
-    wanted = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair else [])
-    rows: list[tuple[Text, str]] = []
-    for line, record in _records(path, columns):
-        missing = [c for c in wanted if record.get(c) in (None, "")]
-        if missing:
-            raise ValueError(f"{path}:{line}: no {' and no '.join(missing)}; the row has: {list(record)}")
-        text = str(record[columns.text]).strip()
-        rows.append(
-            (
-                (text, str(record[columns.text_pair]).strip()) if columns.text_pair else text,
-                str(record[columns.label]),
-            )
-        )
+    rows = [_row(record, columns, f"{path}:{line}") for line, record in _records(path, columns)]
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
 
 
-def _records(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
+def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
+    """The text or pair, and the label, of one record; raises ValueError saying where and what is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not an object with named columns")
+
+    def text(column: str) -> str:
+        value = record.get(column)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{where}: no {column}, or it is not a text; the row has: {', '.join(record)}")
+        return value.strip()
+
+    label = record.get(columns.label)
+    if isinstance(label, list | dict | float) or label is None or label == "":
+        raise ValueError(f"{where}: no {columns.label}, or it is no label; the row has: {', '.join(record)}")
+    first = text(columns.text)
+    return ((first, text(columns.text_pair)) if columns.text_pair else first), str(label)
+
+
+def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     kind = path.suffix
     if kind not in (".tsv", ".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file")
@@ -71,7 +78,10 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]
         if kind == ".jsonl":
             for i, line in enumerate(file, 1):
                 if line.strip():
-                    yield i, json.loads(line)
+                    try:
+                        yield i, json.loads(line)
+                    except ValueError as error:
+                        raise ValueError(f"{path}:{i}: not JSON: {error}") from None
             return
         quoted = kind == ".csv" if columns.quotes is None else columns.quotes
         reader = csv.reader(
@@ -79,10 +89,14 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]
             delimiter="\t" if kind == ".tsv" else ",",
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         )
-        names = next(reader, None) if columns.header else None
-        for row in reader:
-            if row:
-                yield reader.line_num, dict(zip(names or map(str, range(len(row))), row, strict=False))
+        csv.field_size_limit(2**24)
+        try:
+            names = next(reader, None) if columns.header else None
+            for row in reader:
+                if row:
+                    yield reader.line_num, dict(zip(names or map(str, range(len(row))), row, strict=False))
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
@@ -91,19 +105,18 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
 
     path, _, config = name.partition(":")
     data = load_dataset(path, config or None, split=split)
-    feature = data.features[columns.label]
-    to_name = feature.int2str if isinstance(feature, ClassLabel) else str
-    pair = columns.text_pair
-    return [
-        ((row[columns.text], row[pair]) if pair else row[columns.text], to_name(row[columns.label]))
-        for row in data
-    ]
+    feature = data.features.get(columns.label)
+    rows = []
+    for i, record in enumerate(data):
+        text, label = _row(record, columns, f"{name}, row {i}")
+        rows.append((text, feature.int2str(int(label)) if isinstance(feature, ClassLabel) else label))
+    return rows
 
 
 def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
     """The distinct labels of rows, in numeric order if all are whole numbers, else alphabetically."""
     found = {label for _, label in rows}
-    return sorted(found, key=lambda x: (0, int(x), x) if x.lstrip("-").isdigit() else (1, 0, x))
+    return sorted(found, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
 
 def to_examples(rows: Sequence[tuple[Text, str]], names: Sequence[str]) -> list[Example]:
@@ -182,7 +195,7 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
     if not path.exists():
         raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
     with path.open(encoding="utf-8") as file:
-        is_pair = "text_pair" in json.loads(file.readline() or "{}")
+        is_pair = '"text_pair"' in file.readline()
     rows = read_rows(path, Columns(text_pair="text_pair" if is_pair else None))
     return to_examples(rows, names)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -22,6 +23,8 @@ from training.data import Encoded, Split
 from training.model import De3Model
 from training.predict import predict
 from training.progress import console
+
+RESUME = "resume.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,28 @@ def train(
     `out` also receives the two kept-back parts, which `de3 export` and `de3 evaluate` read, and the state
     that `resume` continues from.
     """
-    out.mkdir(parents=True, exist_ok=True)
     names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    identity = _identity(settings, model, split, teacher)
+    if resume:
+        _check_resumable(out, identity)  # before anything is written
+    out.mkdir(parents=True, exist_ok=True)
     datas.save_examples(out / "tune.jsonl", split.tune, names)
     datas.save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
-    train_data = datas.encode(split.train, tokenizer, settings.max_length, "train")
-    tune_data = datas.encode(split.tune, tokenizer, settings.max_length, "tune")
+    longest = min(settings.max_length, model.config.max_tokens)
+    train_data = datas.encode(split.train, tokenizer, longest, "train")
+    tune_data = datas.encode(split.tune, tokenizer, longest, "tune")
     pad_id = tokenizer.pad_token_id
     teacher_logits = teach(teacher, split, names, settings) if teacher else None
 
-    run = _Run(model, settings, train_data, pad_id, teacher_logits, out)
+    run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
     weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
     if resume:
         run.load()
     while run.epoch < settings.epochs:
+        if settings.patience and run.epoch - run.best_epoch >= settings.patience:
+            console.print(f"no better epoch for {settings.patience}: stopping")
+            break
         started = time.monotonic()
         mean_loss = run.one_epoch()
         recorded = predict(model, tune_data, pad_id, what="tune", bf16=settings.bf16)
@@ -107,9 +117,6 @@ def train(
             run.best, run.best_epoch = score, run.epoch
             model.save_pretrained(out)
         run.save()
-        if settings.patience and run.epoch - run.best_epoch >= settings.patience:
-            console.print(f"no better epoch for {settings.patience}: stopping")
-            break
 
     model = De3Model.from_pretrained(out, dtype=torch.float32)
     if settings.recompute_prototypes and model.config.prototype_layers:
@@ -131,9 +138,10 @@ class _Run:
         pad_id: int,
         teacher_logits: torch.Tensor | None,
         out: Path,
+        identity: str,
     ) -> None:
         self.model, self.settings, self.data, self.pad_id = model, settings, data, pad_id
-        self.teacher_logits, self.out = teacher_logits, out
+        self.teacher_logits, self.out, self.identity = teacher_logits, out, identity
         self.lengths = [len(x) for x in data.ids]
         self.weights = losses.layer_weights(model.config.exit_layers, settings.weights).to(model.device)
         self.epoch, self.step, self.best, self.best_epoch = 0, 0, -math.inf, 0
@@ -218,45 +226,61 @@ class _Run:
             return (self.step + 1) / warmup
         return max(0.0, (self.total_steps - self.step) / max(1, self.total_steps - warmup))
 
-    # The state is kept as tensors and JSON, so that resuming unpickles nothing.
+    # The state is one file of tensors with JSON beside them: it is replaced whole, and resuming unpickles
+    # nothing.
     _COUNTERS = ("epoch", "step", "best", "best_epoch", "history")
 
     def save(self) -> None:
-        """Write the state to `out`/resume, replacing the last one only once it is whole."""
-        folder = self.out / "resume"
-        folder.mkdir(exist_ok=True)
+        """Write the state to `out`/resume.safetensors, replacing the last one only once it is whole."""
         names = {p: n for n, p in self.model.named_parameters()}
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for p, state in self.optimizer.state.items():
             tensors |= {f"{key}.{names[p]}": value for key, value in state.items()}
+        counters = {k: getattr(self, k) for k in self._COUNTERS}
+        new = self.out / "resume.new"
         save_file(
-            {k: v.detach().clone().contiguous() for k, v in tensors.items()}, folder / "new.safetensors"
+            {k: v.detach().clone().contiguous() for k, v in tensors.items()},
+            new,
+            {"identity": self.identity, "counters": json.dumps(counters)},
         )
-        counters = {k: getattr(self, k) for k in self._COUNTERS} | {"settings": asdict(self.settings)}
-        (folder / "new.json").write_text(json.dumps(counters))
-        (folder / "new.safetensors").replace(folder / "state.safetensors")
-        (folder / "new.json").replace(folder / "state.json")
+        new.replace(self.out / RESUME)
 
     def load(self) -> None:
-        """Continue from `out`/resume; raises ValueError when it was made with other settings."""
-        folder = self.out / "resume"
-        if not (folder / "state.json").exists():
-            console.print(f"nothing to resume in {folder}: starting from the beginning")
+        """Continue from `out`/resume.safetensors."""
+        file = self.out / RESUME
+        if not file.exists():
+            console.print(f"nothing to resume in {self.out}: starting from the beginning")
             return
-        counters = json.loads((folder / "state.json").read_text())
-        if counters.pop("settings") != asdict(self.settings):
-            raise ValueError(f"{folder} was made with other settings; drop --resume or use the same ones")
-        for k, v in counters.items():
+        for k, v in json.loads(_metadata(file)["counters"]).items():
             setattr(self, k, v)
-        tensors = load_file(folder / "state.safetensors")
+        tensors = load_file(file)
         self.model.load_state_dict(
             {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         )
         for name, p in self.model.named_parameters():
-            keys = ("step", "exp_avg", "exp_avg_sq")
             if f"step.{name}" in tensors:
+                keys = ("step", "exp_avg", "exp_avg_sq")
                 self.optimizer.state[p] = {key: tensors[f"{key}.{name}"].to(p.device) for key in keys}
         console.print(f"resuming after epoch {self.epoch}")
+
+
+def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: Path | None) -> str:
+    """A digest of all that makes a run what it is: another one must not be resumed from its state."""
+    parts = (settings, model.config.to_json_string(), split, teacher and teacher.resolve())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_resumable(out: Path, identity: str) -> None:
+    file = out / RESUME
+    if file.exists() and _metadata(file)["identity"] != identity:
+        raise ValueError(
+            f"{file} is of a run with other settings or data; drop --resume or use the same ones"
+        )
+
+
+def _metadata(file: Path) -> dict[str, str]:
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata())
 
 
 @torch.no_grad()
@@ -280,7 +304,7 @@ def recompute_prototypes(model: De3Model, data: Encoded, pad_id: int, bf16: bool
 def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings) -> torch.Tensor:
     """The teacher's logits on train, (n, num_labels), kept beside the teacher for the next student.
 
-    Raises ValueError if the teacher was trained on samples that are kept back here.
+    Raises ValueError if the teacher was trained on samples that are kept back here, or has other labels.
     """
     for part in ("tune", "certify"):
         if datas.load_examples(teacher / f"{part}.jsonl", names) != getattr(split, part):
@@ -288,12 +312,19 @@ def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings
                 f"{teacher} kept other samples back than this run does, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"
             )
-    key = hashlib.sha256(repr((settings.max_length, [e.text for e in split.train])).encode()).hexdigest()[:16]
-    cache = teacher / f"logits-{key}.safetensors"
+    model = De3Model.from_pretrained(teacher, dtype=torch.float32)
+    theirs = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    if theirs != names:
+        raise ValueError(
+            f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"
+        )
+    longest = min(settings.max_length, model.config.max_tokens)
+    digest = hashlib.sha256((teacher / "model.safetensors").read_bytes())
+    digest.update(repr((longest, settings.bf16, [e.text for e in split.train])).encode())
+    cache = teacher / f"logits-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
-        model = De3Model.from_pretrained(teacher, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        data = datas.encode(split.train, tokenizer, settings.max_length, "train for the teacher")
+        data = datas.encode(split.train, tokenizer, longest, "train for the teacher")
         said: Recorded = predict(
             model, data, tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
         )
