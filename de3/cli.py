@@ -208,12 +208,14 @@ def train(
             help="Stop after so many epochs without a better one; 0: never.", rich_help_panel=TRAINING
         ),
     ] = 0,
-    recompute_prototypes: Annotated[
-        bool,
+    prototypes: Annotated[
+        str,
         typer.Option(
-            help="At the end, recompute the prototypes over all of train.", rich_help_panel=TRAINING
+            help="At the end: refit (train the prototype spaces anew on the finished encoder), means (only "
+            "recompute the prototypes over all of train) or sliding (leave the sliding averages).",
+            rich_help_panel=TRAINING,
         ),
-    ] = True,
+    ] = "refit",
     bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order.")] = 0,
     resume: Annotated[bool, typer.Option(help="Go on after the last whole epoch in --out.")] = False,
@@ -249,7 +251,7 @@ def train(
         patience=patience,
         seed=seed,
         bf16=bf16,
-        recompute_prototypes=recompute_prototypes,
+        prototypes=prototypes,
     )
     rows = _rows(file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes))
     names = label_names.split(",") if label_names else data.label_order(rows)

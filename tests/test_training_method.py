@@ -125,3 +125,28 @@ def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
     for family in ("bert", "roberta"):
         folder = save_encoder(tmp_path / family, family)
         assert max_tokens(AutoConfig.from_pretrained(folder)) == 64
+
+
+def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
+    from training import prototypes
+    from training.data import Encoded
+
+    data = Encoded([[2, 5, 3], [2, 6, 7, 3], [2, 8, 3]], [], torch.tensor([0, 2, 0]))
+    prototypes.finish(model, data, 0, "means", lr=1e-3, seed=0, bf16=False)
+    embedded = torch.stack([model(**data.batch([i], 0)[0]).embedded[0] for i in range(3)])
+    assert torch.allclose(model.prototypes[:, 0], embedded[[0, 2]].mean(0), atol=1e-5)
+    assert torch.allclose(model.prototypes[:, 2], embedded[1], atol=1e-5)
+    assert model.prototype_seen[0].tolist() == [True, False, True]
+
+
+def test_refitting_leaves_the_classifier_alone_and_sliding_everything(model: De3Model) -> None:
+    from training import prototypes
+    from training.data import Encoded
+
+    data = Encoded([[2, 5, 3], [2, 6, 7, 3]] * 40, [], torch.tensor([0, 1] * 40))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    prototypes.finish(model, data, 0, "sliding", lr=1e-3, seed=0, bf16=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    prototypes.finish(model, data, 0, "refit", lr=1e-3, seed=0, bf16=False)
+    changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"prototypical", "prototypes", "prototype_seen"}

@@ -133,24 +133,30 @@ class De3Model(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> De3Output:
         """All exits of a padded batch; input_ids and attention_mask are (batch, tokens)."""
+        pooled = self.pooled(input_ids, attention_mask, token_type_ids)
+        # Heads run in float32: they are nearly free, and distances to prototypes are differences of
+        # nearly equal numbers.
+        with torch.autocast(input_ids.device.type, enabled=False):
+            logits = [f(self.dropout(pooled[:, i])) for i, f in enumerate(self.classifiers)]
+            embedded = self.embed(pooled)
+            return De3Output(torch.stack(logits, 1), embedded, self.distances(embedded))
+
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """h^(m) of every exit, (batch, exits, hidden), in float32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Some tokenizers give token types to encoders that know none.
         if token_type_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
         states = self.encoder(**inputs, output_hidden_states=True).hidden_states
-        # Heads run in float32: they are nearly free, and distances to prototypes are differences of
-        # nearly equal numbers.
-        with torch.autocast(input_ids.device.type, enabled=False):
-            pooled = [self.pool(states[m].float(), attention_mask) for m in self.config.exit_layers]
-            logits = [f(self.dropout(h)) for f, h in zip(self.classifiers, pooled, strict=True)]
-            # Not strict: the last exit usually has no prototype space.
-            embedded = [f(h) for f, h in zip(self.prototypical, pooled, strict=False)]
-            stacked = (
-                torch.stack(embedded, 1)
-                if embedded
-                else pooled[0].new_zeros(len(pooled[0]), 0, self.config.metric_dim)
-            )
-            return De3Output(torch.stack(logits, 1), stacked, self.distances(stacked))
+        return torch.stack([self.pool(states[m].float(), attention_mask) for m in self.config.exit_layers], 1)
+
+    def embed(self, pooled: Tensor) -> Tensor:
+        """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, spaces or more, hidden)."""
+        if not self.prototypical:
+            return pooled.new_zeros(len(pooled), 0, self.config.metric_dim)
+        return torch.stack([f(pooled[:, i]) for i, f in enumerate(self.prototypical)], 1)
 
     def distances(self, embedded: Tensor) -> Tensor:
         """Cosine distances 1 − cos, (batch, spaces, num_labels), of h' (batch, spaces, metric_dim)."""

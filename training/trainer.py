@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 from exits.recorded import Recorded
 from training import data as datas
 from training import loss as losses
+from training import prototypes
 from training.data import Encoded, Split
 from training.model import De3Model
 from training.predict import predict
@@ -36,7 +37,8 @@ class TrainSettings:
         weights: how layers weigh in the loss, "depth" or "uniform".
         distill: share of the loss that follows the teacher instead of the label, in [0, 1].
         patience: stop after so many epochs without a better tuning score; 0 never stops.
-        recompute_prototypes: replace the sliding averages by the means over all of train at the end.
+        prototypes: what becomes of the prototypes at the end: "refit", "means" or "sliding"
+            (training.prototypes).
     """
 
     epochs: int = 3
@@ -53,7 +55,7 @@ class TrainSettings:
     patience: int = 0
     seed: int = 0
     bf16: bool = True
-    recompute_prototypes: bool = True
+    prototypes: str = "refit"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or self.max_length < 3:
@@ -63,6 +65,8 @@ class TrainSettings:
         if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
             raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
         losses.layer_weights([1], self.weights)
+        if self.prototypes not in prototypes.CHOICES:
+            raise ValueError(f"prototypes must be one of {', '.join(prototypes.CHOICES)}")
 
 
 def train(
@@ -119,9 +123,10 @@ def train(
         run.save()
 
     model = De3Model.from_pretrained(out, dtype=torch.float32)
-    if settings.recompute_prototypes and model.config.prototype_layers:
-        recompute_prototypes(model, train_data, pad_id, settings.bf16)
-        model.save_pretrained(out)
+    prototypes.finish(
+        model, train_data, pad_id, settings.prototypes, settings.head_lr, settings.seed, settings.bf16
+    )
+    model.save_pretrained(out)
     record = {"settings": asdict(settings), "best_epoch": run.best_epoch, "history": run.history}
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     return model
@@ -281,24 +286,6 @@ def _check_resumable(out: Path, identity: str) -> None:
 def _metadata(file: Path) -> dict[str, str]:
     with safe_open(file, "pt") as opened:
         return dict(opened.metadata())
-
-
-@torch.no_grad()
-def recompute_prototypes(model: De3Model, data: Encoded, pad_id: int, bf16: bool) -> None:
-    """Replace the prototypes by the class means of h' over all of data, in evaluation mode."""
-    model.eval()
-    sums = torch.zeros_like(model.prototypes)
-    counts = torch.zeros(model.config.num_labels, device=model.device)
-    for rows in datas.evaluation_batches([len(x) for x in data.ids], 128):
-        inputs, labels = data.batch(rows, pad_id)
-        labels = labels.to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            embedded = model(**{k: v.to(model.device) for k, v in inputs.items()}).embedded
-        sums.index_add_(1, labels, embedded.transpose(0, 1).contiguous())
-        counts += torch.bincount(labels, minlength=len(counts))
-    seen = counts > 0
-    model.prototypes[:, seen] = sums[:, seen] / counts[seen, None]
-    model.prototype_seen[:, seen] = True
 
 
 def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings) -> torch.Tensor:

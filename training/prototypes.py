@@ -1,0 +1,64 @@
+"""What becomes of the prototype spaces once the encoder is trained.
+
+L_DAR only pulls (Eq. 2): trained jointly, over epochs the prototypical networks turn every sample into nearly
+the same direction, and cosine distances stop telling classes apart. Fitted by the same loss for one epoch on
+the finished encoder they do tell, and EDR beats entropy; docs/demo-model.md has the numbers.
+"""
+
+import torch
+from torch import Tensor
+
+from training import data as datas
+from training import loss as losses
+from training.data import Encoded
+from training.model import De3Model
+from training.progress import track
+
+CHOICES = ("refit", "means", "sliding")
+
+
+def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, seed: int, bf16: bool) -> None:
+    """Settle the prototypes, in one pass over train with the encoder as it is.
+
+    how: "refit" trains the prototypical networks anew by L_DAR and takes the class means of h' over all of
+    data as prototypes; "means" takes the means with the networks as they are; "sliding" leaves the sliding
+    averages of training (Eq. 1).
+    """
+    spaces = len(model.config.prototype_layers)
+    if how == "sliding" or spaces == 0:
+        return
+    model.eval()
+    if how == "refit":
+        torch.manual_seed(seed)
+        for p in model.prototypical.parameters():
+            torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)  # biases start at 0
+        model.prototype_seen.zero_()
+    optimizer = torch.optim.AdamW(model.prototypical.parameters(), lr=lr)
+    batches = datas.training_batches([len(x) for x in data.ids], 64, seed)
+    labels_count = model.config.num_labels
+    sums = torch.zeros(labels_count, spaces, model.config.hidden_size, device=model.device)
+    counts = torch.zeros(labels_count, device=model.device)
+    for step, rows in enumerate(track(batches, f"Prototypes: {how}")):
+        inputs, labels = data.batch(rows, pad_id)
+        labels = labels.to(model.device)
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            pooled = model.pooled(**{k: v.to(model.device) for k, v in inputs.items()})[:, :spaces]
+        sums.index_add_(0, labels, pooled)
+        counts += torch.bincount(labels, minlength=labels_count)
+        if how == "refit":
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+            embedded = model.embed(pooled)
+            model.update_prototypes(embedded.detach(), labels)
+            losses.dar(model.distances(embedded), labels).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    _take_means(model, sums, counts)
+
+
+@torch.no_grad()
+def _take_means(model: De3Model, sums: Tensor, counts: Tensor) -> None:
+    """Prototypes = mean h' of each class: h' is linear in h, so it is the network's output for the mean h."""
+    seen = counts > 0
+    means = model.embed(sums[seen] / counts[seen, None, None])  # (classes, spaces, metric_dim)
+    model.prototypes[:, seen] = means.transpose(0, 1)
+    model.prototype_seen[:, seen] = True
