@@ -202,6 +202,13 @@ def train(
     temperature: Annotated[
         float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
     ] = 2.0,
+    augment: Annotated[
+        int,
+        typer.Option(
+            help="Altered copies of each sample (words replaced, texts joined) for the teacher to label.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
     patience: Annotated[
         int,
         typer.Option(
@@ -247,6 +254,7 @@ def train(
         weights=weights,
         distill=distill,
         temperature=temperature,
+        augment=augment,
         max_length=max_length,
         patience=patience,
         seed=seed,

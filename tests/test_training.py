@@ -133,7 +133,7 @@ def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
     _, _, parts = _parts(data_file, encoder)
     other = datas.Split(parts.train, parts.certify, parts.tune)
     with pytest.raises(ValueError, match="may have been trained on them"):
-        teach(checkpoint, other, ["negative", "positive"], TrainSettings())
+        teach(checkpoint, other.train, other, ["negative", "positive"], TrainSettings())
 
 
 def test_a_teacher_with_its_labels_in_another_order_is_refused(
@@ -144,7 +144,7 @@ def test_a_teacher_with_its_labels_in_another_order_is_refused(
         *([datas.Example(e.text, 1 - e.label) for e in p] for p in (parts.train, parts.tune, parts.certify))
     )
     with pytest.raises(ValueError, match="must be the same, in order"):
-        teach(checkpoint, turned, ["positive", "negative"], TrainSettings())
+        teach(checkpoint, turned.train, turned, ["positive", "negative"], TrainSettings())
 
 
 def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) -> None:
@@ -166,6 +166,7 @@ def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) 
         ("--weights width", "depth or uniform"),
         ("--held-back 5000", "--held-back"),
         ("--text-column text", "no text"),
+        ("--augment 1", "--augment needs a --teacher"),
         ("--distill 2", r"distill must be in \[0, 1\]"),
     ],
 )
@@ -207,3 +208,15 @@ def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) 
     assert record["history"][-1]["tune_accuracy"][-1] > 0.9
     output = de3(f"export {tmp_path / 'out'} --name pairs --store {tmp_path / 'store'} --quantize none")
     assert "published" in output
+
+
+def test_altered_copies_are_labelled_by_the_teacher(
+    tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
+) -> None:
+    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
+    de3(common(data_file, encoder, tmp_path / "out") + f" --epochs 1 --teacher {teacher} --augment 2")
+    from safetensors.torch import load_file
+
+    _, _, parts = _parts(data_file, encoder)
+    (cache,) = teacher.glob("logits-*.safetensors")
+    assert len(load_file(cache)["logits"]) == 3 * len(parts.train)

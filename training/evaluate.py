@@ -110,7 +110,6 @@ def plot(recorded: Recorded, found: Sequence[Curve], path: Path, title: str) -> 
         right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, linewidth=1.4)
     right.axhline(accuracy[-1], color="grey", linestyle=":", label="full depth")
     right.set(xlabel="speed-up: M / mean exit layer", ylabel="accuracy, %", title="Leaving early")
-    right.set_ylim(max(0, accuracy[-1] - 8), min(100, accuracy[-1] + 1.5))
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     figure.suptitle(title)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from exits.recorded import Recorded
+from training import augment, prototypes
 from training import data as datas
 from training import loss as losses
-from training import prototypes
-from training.data import Encoded, Split
+from training.data import Encoded, Example, Split
 from training.model import De3Model
 from training.predict import predict
 from training.progress import console
@@ -36,6 +36,7 @@ class TrainSettings:
         alpha: α, the weight of L_DAR (Eq. 6).
         weights: how layers weigh in the loss, "depth" or "uniform".
         distill: share of the loss that follows the teacher instead of the label, in [0, 1].
+        augment: altered copies of each sample, which the teacher labels.
         patience: stop after so many epochs without a better tuning score; 0 never stops.
         prototypes: what becomes of the prototypes at the end: "refit", "means" or "sliding"
             (training.prototypes).
@@ -51,6 +52,7 @@ class TrainSettings:
     weights: str = "depth"
     distill: float = 0.5
     temperature: float = 2.0
+    augment: int = 0
     max_length: int = 128
     patience: int = 0
     seed: int = 0
@@ -65,6 +67,8 @@ class TrainSettings:
         if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
             raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
         losses.layer_weights([1], self.weights)
+        if self.augment < 0:
+            raise ValueError("augment must be 0 or more")
         if self.prototypes not in prototypes.CHOICES:
             raise ValueError(f"prototypes must be one of {', '.join(prototypes.CHOICES)}")
 
@@ -85,6 +89,8 @@ def train(
     that `resume` continues from.
     """
     names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    if settings.augment and teacher is None:
+        raise ValueError("--augment needs a --teacher: only it can label altered texts")
     identity = _identity(settings, model, split, teacher)
     if resume:
         _check_resumable(out, identity)  # before anything is written
@@ -93,10 +99,18 @@ def train(
     datas.save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
     longest = min(settings.max_length, model.config.max_tokens)
-    train_data = datas.encode(split.train, tokenizer, longest, "train")
+    learnt = list(split.train)
+    if settings.augment:
+        learnt += altered(model, tokenizer, split.train, settings)
+    teacher_logits = teach(teacher, learnt, split, names, settings) if teacher else None
+    if settings.augment and teacher_logits is not None:
+        # Altered texts have no label but the teacher's.
+        said = teacher_logits.argmax(-1).tolist()
+        n = len(split.train)
+        learnt[n:] = [Example(e.text, said[i]) for i, e in enumerate(learnt[n:], n)]
+    train_data = datas.encode(learnt, tokenizer, longest, "train")
     tune_data = datas.encode(split.tune, tokenizer, longest, "tune")
     pad_id = tokenizer.pad_token_id
-    teacher_logits = teach(teacher, split, names, settings) if teacher else None
 
     run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
     weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
@@ -123,6 +137,8 @@ def train(
         run.save()
 
     model = De3Model.from_pretrained(out, dtype=torch.float32)
+    if settings.augment:
+        train_data = datas.encode(split.train, tokenizer, longest, "train")
     prototypes.finish(
         model, train_data, pad_id, settings.prototypes, settings.head_lr, settings.seed, settings.bf16
     )
@@ -288,8 +304,20 @@ def _metadata(file: Path) -> dict[str, str]:
         return dict(opened.metadata())
 
 
-def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings) -> torch.Tensor:
-    """The teacher's logits on train, (n, num_labels), kept beside the teacher for the next student.
+def altered(
+    model: De3Model, tokenizer: Any, examples: list[Example], settings: TrainSettings
+) -> list[Example]:
+    """Altered copies of examples, as yet without a label."""
+    table = model.encoder.get_input_embeddings().weight.detach()
+    near = augment.neighbours([e.text for e in examples], tokenizer, table)
+    texts = augment.augment(examples, near, settings.augment, settings.seed)
+    return [Example(text, 0) for text in texts]
+
+
+def teach(
+    teacher: Path, learnt: list[Example], split: Split, names: list[str], settings: TrainSettings
+) -> torch.Tensor:
+    """The teacher's logits on the samples to learn, (n, num_labels), kept beside it for the next student.
 
     Raises ValueError if the teacher was trained on samples that are kept back here, or has other labels.
     """
@@ -307,15 +335,16 @@ def teach(teacher: Path, split: Split, names: list[str], settings: TrainSettings
         )
     longest = min(settings.max_length, model.config.max_tokens)
     digest = hashlib.sha256((teacher / "model.safetensors").read_bytes())
-    digest.update(repr((longest, settings.bf16, [e.text for e in split.train])).encode())
+    digest.update(repr((longest, settings.bf16, [e.text for e in learnt])).encode())
     cache = teacher / f"logits-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        data = datas.encode(split.train, tokenizer, longest, "train for the teacher")
+        data = datas.encode(learnt, tokenizer, longest, "train for the teacher")
         said: Recorded = predict(
             model, data, tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
         )
-        console.print(f"the teacher is right on {said.correct[:, -1].mean():.4f} of train")
+        right = said.correct[: len(split.train), -1].mean()
+        console.print(f"the teacher is right on {right:.4f} of train")
         save_file({"logits": torch.from_numpy(said.logits[:, -1].copy())}, cache)
     logits: torch.Tensor = load_file(cache)["logits"]
     return logits
