@@ -133,6 +133,14 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
+    fragments: Annotated[
+        bool,
+        typer.Option(
+            help="The data holds fragments of its own texts (as SST-2's phrases): keep a text and its "
+            "fragments in one part.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
     exits: Annotated[
         str,
         typer.Option(
@@ -240,6 +248,7 @@ def train(
     from training import data
     from training.encoders import max_tokens
     from training.model import De3Model
+    from training.split import split as split_examples
     from training.trainer import TrainSettings
     from training.trainer import train as run
 
@@ -266,7 +275,9 @@ def train(
     names = [name.strip() for name in names]
     if len(names) < 2:
         raise ValueError(f"a classifier needs at least 2 labels, the data has {names}")
-    parts = data.split(data.to_examples(data.rename(rows, label_names), names), seed, held_back)
+    parts = split_examples(
+        data.to_examples(data.rename(rows, label_names), names), seed, held_back, fragments
+    )
     console.print(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"

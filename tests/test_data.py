@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from training import data
+from training import split as splits
 from training.data import Columns, Example
 
 
@@ -80,19 +81,19 @@ def test_labels_are_renamed_in_order_and_unknown_ones_refused() -> None:
 def test_a_split_keeps_everything_once_and_shares_no_text(rows: list[tuple[str, int]], seed: int) -> None:
     examples = [Example(text * 3, label) for text, label in rows]
     try:
-        parts = data.split(examples, seed, held_back=2)
+        parts = splits.split(examples, seed, held_back=2)
     except ValueError:
         return
     together = parts.train + parts.tune + parts.certify
     assert sorted(map(repr, together)) == sorted(map(repr, examples))
     texts = [{e.text for e in part} for part in (parts.train, parts.tune, parts.certify)]
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    assert data.split(examples, seed, held_back=2) == parts
+    assert splits.split(examples, seed, held_back=2) == parts
 
 
 def test_a_split_too_large_says_so() -> None:
     with pytest.raises(ValueError, match="--held-back"):
-        data.split([Example("a", 0)] * 10, 0, held_back=5)
+        splits.split([Example("a", 0)] * 10, 0, held_back=5)
 
 
 def test_saved_examples_come_back(tmp_path: Path) -> None:
@@ -118,3 +119,32 @@ def test_padding_is_masked() -> None:
     assert inputs["input_ids"].tolist() == [[2, 3, 9], [2, 7, 3]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert labels.tolist() == [0, 1]
+
+
+SENTENCES = [
+    f"{a} {b} {c} tail{i}" for i, (a, b, c) in enumerate(["xyz", "abc", "abd", "uvw", "pqr", "mno"] * 5)
+]
+
+
+@given(
+    st.sets(st.tuples(st.integers(0, 29), st.integers(0, 3), st.integers(1, 4)), min_size=5),
+    st.integers(0, 99),
+)
+def test_fragments_stay_with_their_text(cuts: set[tuple[int, int, int]], seed: int) -> None:
+    texts = set(SENTENCES) | {" ".join(SENTENCES[i].split()[a : a + n]) for i, a, n in cuts}
+    parts = splits.split([Example(t, 0) for t in sorted(texts)], seed, held_back=5, fragments=True)
+    together = [e.text for e in parts.train + parts.tune + parts.certify]
+    assert len(together) == len(set(together)) and set(together) <= texts
+    for held in (parts.tune, parts.certify):
+        assert held
+        for e in held:
+            for other in parts.train + (parts.certify if held is parts.tune else parts.tune):
+                for long, short in ((e.text, other.text), (other.text, e.text)):
+                    assert f" {short} " not in f" {long} " or len(short.split()) < 3, (short, long)
+
+
+def test_whole_texts_are_found_through_any_depth() -> None:
+    whole = splits.whole_texts({"a b c d", "a b c", "b c", "b c e", "f", ("a", "b")})
+    assert whole["b c"] == {"a b c d", "b c e"}
+    assert whole["a b c"] == {"a b c d"}
+    assert whole["f"] == {"f"} and whole[("a", "b")] == {("a", "b")}

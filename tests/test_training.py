@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from training import data as datas
+from training import split as splits
 from training.model import De3Model
 from training.predict import predict
 from training.trainer import TrainSettings, teach, train
@@ -44,7 +45,7 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
 def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
     rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
-    parts = datas.split(datas.to_examples(rows, names), seed=0, held_back=300)
+    parts = splits.split(datas.to_examples(rows, names), seed=0, held_back=300)
     assert datas.load_examples(checkpoint / "tune.jsonl", names) == parts.tune
     assert datas.load_examples(checkpoint / "certify.jsonl", names) == parts.certify
 
@@ -81,7 +82,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(
         assert torch.equal(tensor, broken[name]), name
 
 
-def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, datas.Split]:
+def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Split]:
     """What the command builds from its arguments."""
     from transformers import AutoTokenizer
 
@@ -90,7 +91,7 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, datas.Spli
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     model = De3Model.from_encoder(str(encoder), names, exit_layers=[0, 1, 2, 3], max_tokens=64)
-    return model, tokenizer, datas.split(datas.to_examples(rows, names), 0, 300)
+    return model, tokenizer, splits.split(datas.to_examples(rows, names), 0, 300)
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path: Path, data_file: Path, encoder: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
     checkpoint: Path, data_file: Path, encoder: Path
 ) -> None:
     _, _, parts = _parts(data_file, encoder)
-    other = datas.Split(parts.train, parts.certify, parts.tune)
+    other = splits.Split(parts.train, parts.certify, parts.tune)
     with pytest.raises(ValueError, match="may have been trained on them"):
         teach(checkpoint, other.train, other, ["negative", "positive"], TrainSettings())
 
@@ -140,7 +141,7 @@ def test_a_teacher_with_its_labels_in_another_order_is_refused(
     tmp_path: Path, checkpoint: Path, data_file: Path, encoder: Path
 ) -> None:
     _, _, parts = _parts(data_file, encoder)
-    turned = datas.Split(
+    turned = splits.Split(
         *([datas.Example(e.text, 1 - e.label) for e in p] for p in (parts.train, parts.tune, parts.certify))
     )
     with pytest.raises(ValueError, match="must be the same, in order"):

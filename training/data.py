@@ -1,7 +1,6 @@
 """Labelled text from files or `datasets`, its split, its tokens and its batches."""
 
 import csv
-import hashlib
 import json
 import random
 import re
@@ -141,44 +140,6 @@ def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tu
         raise ValueError(f"the data has the labels {order}; --label-names must name each once, got {names}")
     new = dict(zip(order, names, strict=True))
     return [(text, new[label]) for text, label in rows]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Train, and the two parts of it that training never sees: one to tune, one to certify."""
-
-    train: list[Example]
-    tune: list[Example]
-    certify: list[Example]
-
-
-def split(examples: Sequence[Example], seed: int, held_back: int | None = None) -> Split:
-    """Keep two parts of examples back, chosen by seed, `held_back` samples each.
-
-    Default size: a tenth each, at most 4,000. A text that occurs twice falls into one part only: the split
-    is drawn over distinct texts.
-    """
-    size = min(len(examples) // 10, 4000) if held_back is None else held_back
-    if size < 1 or 2 * size >= len(examples):
-        raise ValueError(f"cannot keep back 2 x {size} of {len(examples)} samples; set --held-back")
-
-    def rank(example: Example) -> bytes:
-        return hashlib.sha256(f"{seed}\0{example.text!r}".encode()).digest()
-
-    # Equal texts are neighbours in the ranking and go where the first of them goes.
-    parts: tuple[list[Example], ...] = ([], [], [])
-    part = 0
-    previous: Text | None = None
-    for i, example in enumerate(sorted(examples, key=rank)):
-        if example.text != previous:
-            part = min(i // size, 2)
-        parts[part].append(example)
-        previous = example.text
-    tune, certify, train = parts
-    if not (certify and train):
-        raise ValueError("too few distinct texts to keep two parts back")
-    random.Random(seed).shuffle(train)
-    return Split(train=train, tune=tune, certify=certify)
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:

@@ -20,10 +20,11 @@ from exits.recorded import Recorded
 from training import augment, prototypes
 from training import data as datas
 from training import loss as losses
-from training.data import Encoded, Example, Split
+from training.data import Encoded, Example
 from training.model import De3Model
 from training.predict import predict
 from training.progress import console
+from training.split import Split
 
 RESUME = "resume.safetensors"
 
