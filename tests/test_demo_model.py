@@ -1,0 +1,43 @@
+"""The model in models/ is sound, small enough to live in a repository, and knows its trade."""
+
+from pathlib import Path
+
+import numpy as np
+
+from exits.rule import ExitRule, read
+from model_store.model import Model
+from model_store.store import Store
+
+MODELS = Path(__file__).parent.parent / "models"
+TEXTS = {
+    "a warm , funny , engaging film": "positive",
+    "one of the best films of the year , moving from start to finish": "positive",
+    "it is a dull , lifeless mess": "negative",
+    "i wanted my two hours back": "negative",
+    "not exactly a masterpiece , but it has its moments": "positive",
+    "the plot is nothing but holes and the jokes are stale": "negative",
+}
+
+
+def test_it_is_sound_and_small() -> None:
+    artifact = Store(MODELS).open("sst2")
+    artifact.verify()
+    assert sum(f.stat().st_size for f in MODELS.rglob("*") if f.is_file()) < 30e6
+    assert artifact.manifest.precision == "int8"
+    assert (MODELS / "sst2" / "README.md").exists()
+
+
+def test_it_tells_good_from_bad_and_leaves_early() -> None:
+    model = Model(Store(MODELS).open("sst2"))
+    defaults = model.manifest.defaults
+    rule = ExitRule(defaults.tau, defaults.lam)
+    layers = []
+    for text, label in TEXTS.items():
+        for layer, step in enumerate(model.full_depth(model.tokenize(text))):
+            assert step.logits is not None
+            reading = read(step.logits, step.distances, rule.lam)
+            if rule.exits(reading) or layer == model.manifest.num_layers:
+                layers.append(layer)
+                break
+        assert model.manifest.labels[reading.label] == label, text
+    assert np.mean(layers) < 4
