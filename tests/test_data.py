@@ -25,6 +25,14 @@ def test_tsv_keeps_quotation_marks_and_csv_takes_them_as_delimiters(tmp_path: Pa
     assert data.read_rows(quoted, Columns(quotes=True)) == [("a\tb", "0")]
 
 
+def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:
+    marked = write(tmp_path / "a.tsv", "\ufefftext\tlabel\ngood\t1\n")
+    assert data.read_rows(marked, Columns()) == [("good", "1")]
+    (tmp_path / "b.tsv").write_bytes("text\tlabel\ncafé\t1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"b.tsv: not UTF-8"):
+        data.read_rows(tmp_path / "b.tsv", Columns())
+
+
 def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
     cola = write(tmp_path / "c.tsv", "gj04\t1\t\tOur friends.\n")
     assert data.read_rows(cola, Columns(text="3", label="1", header=False)) == [("Our friends.", "1")]

@@ -45,7 +45,10 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
 
     Raises ValueError, naming file, line and column, when a column or a value is missing.
     """
-    rows = [_row(record, columns, f"{path}:{line}") for line, record in _records(path, columns)]
+    try:
+        rows = [_row(record, columns, f"{path}:{line}") for line, record in _records(path, columns)]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -73,7 +76,8 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     kind = path.suffix
     if kind not in (".tsv", ".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file")
-    with path.open(encoding="utf-8", newline="") as file:
+    # "-sig": some files begin with a byte order mark.
+    with path.open(encoding="utf-8-sig", newline="") as file:
         if kind == ".jsonl":
             for i, line in enumerate(file, 1):
                 if line.strip():
