@@ -376,8 +376,16 @@ def evaluate(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="A trained checkpoint, as de3 train writes it.")],
-    name: Annotated[str, typer.Option(help="Name of the model in the store.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="A trained checkpoint, as de3 train writes it; for --full-depth also an artifact's folder."
+        ),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of the model in the store; needed unless --full-depth.", show_default=False),
+    ] = None,
     store: StoreOption = Path("models"),
     quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
     tune: Annotated[
@@ -401,14 +409,31 @@ def export(
     max_int8_loss: Annotated[
         float, typer.Option(help="Points of accuracy that int8 may cost any exit.")
     ] = 1.0,
+    full_depth: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one plain ONNX graph without exits into this new folder instead.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The export proves itself against the PyTorch model and publishes nothing when it fails.
+    With --full-depth it writes one plain ONNX graph instead, for other servers to run.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
     _need_train_extra()
+    if full_depth is not None:
+        from export.full_depth import export_full_depth
+
+        if quantize not in ("int8", "none"):
+            raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
+        export_full_depth(checkpoint, full_depth, quantize == "int8")
+        console.print(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
+        return
+    if name is None:
+        raise ValueError("--name is needed: the model's name in the store")
     from export.exporter import ExportSettings
     from export.exporter import export as run
     from model_store.store import Store

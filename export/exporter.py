@@ -137,7 +137,7 @@ def plain_tokenizer(checkpoint: Path) -> str:
 def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_types: bool) -> Manifest:
     config = model.config
     return Manifest(
-        schema_version=1,
+        schema_version=2,
         name=settings.name,
         version=draft.next_version(),
         created=int(time.time()),

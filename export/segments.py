@@ -1,4 +1,4 @@
-"""A DE3-BERT model as its segments: one ONNX model for the embeddings, one for each layer."""
+"""A DE3-BERT model as ONNX models: one for the embeddings, one for each layer, each with its exit."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
 
     token_types: whether the model's tokenizer gives token types.
     """
-    config = model.config
+    shape = [1, "tokens", model.config.hidden_size]
     tables = encoders.embeddings(model.encoder, token_types)
     segments: dict[str, onnx.ModelProto] = {}
 
@@ -29,19 +29,20 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
     ids = g.input("input_ids", [1, "tokens"], TensorProto.INT64)
     has_types = tables.token_type is not None
     types = g.input("token_type_ids", [1, "tokens"], TensorProto.INT64) if has_types else None
-    _finish(g, embed(g, tables, ids, types), "hidden", 0, model)
+    g.output(embed(g, tables, ids, types), "hidden", shape)
+    _add_exit(g, "hidden", 0, model)
     segments[file_name(0)] = g.model("embeddings")
 
     for m, layer in enumerate(encoders.layers(model.encoder), 1):
         g = Graph(int8)
-        hidden = block(g, g.input("hidden", [1, "tokens", config.hidden_size]), layer)
-        _finish(g, hidden, "next_hidden", m, model)
+        g.output(block(g, g.input("hidden", shape), layer), "next_hidden", shape)
+        _add_exit(g, "next_hidden", m, model)
         segments[file_name(m)] = g.model(f"layer_{m}")
     return segments
 
 
-def _finish(g: Graph, hidden: str, name: str, layer: int, model: De3Model) -> None:
-    """Add a segment's outputs: the heads of its exit, and its hidden states unless it is the last."""
+def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model) -> None:
+    """Add the exit of a layer, if it has one."""
     config = model.config
     if layer in config.exit_layers:
         classifier = _linear(model.classifiers[config.exit_layers.index(layer)])
@@ -51,8 +52,6 @@ def _finish(g: Graph, hidden: str, name: str, layer: int, model: De3Model) -> No
             else None
         )
         exit_heads(g, hidden, config.pooling, classifier, space)
-    if layer < config.num_layers:
-        g.output(hidden, name, [1, "tokens", config.hidden_size])
 
 
 def _linear(module: Any) -> Linear:

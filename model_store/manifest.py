@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -88,7 +88,7 @@ class Manifest(_Part):
         export: how the export proved itself: parity, and for int8 the accuracy by exit against fp32.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1)
     created: int = Field(ge=0, description="Unix time, seconds")

@@ -1,5 +1,6 @@
 """An artifact opened for running: its tokenizer and one ONNX Runtime session for each layer."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,13 +9,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from model_store.manifest import Manifest
 from model_store.store import Artifact, StoreError
 
 Array = NDArray[np.float32]
 MAX_CHARS_PER_TOKEN = 100
+# One text at a time on each engine thread: the tokenizer's own thread pool would only get in their way.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,82 +32,85 @@ class Tokens:
         return int(self.ids.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
     """What a segment returns.
 
     Attributes:
-        hidden: (1, tokens, hidden); None after the last layer.
-        logits: (K,); None where the layer has no exit.
-        distances: cosine distances to the prototypes, (K,); None where it has no prototypes.
+        hidden: (1, tokens, hidden).
+        logits: (K,); None where the layer has no exit or it was not asked.
+        distances: cosine distances to the prototypes, (K,); None where there are none.
     """
 
-    hidden: Array | None
-    logits: Array | None
-    distances: Array | None
+    hidden: Array
+    logits: Array | None = None
+    distances: Array | None = None
 
 
 class Segment:
-    """One layer, run one unpadded sample at a time; safe to share between threads."""
+    """One layer and its exit, run one unpadded sample at a time; safe to share between threads."""
 
-    def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
+    def __init__(
+        self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None, file: str
+    ) -> None:
+        """Raises StoreError unless the session takes and gives what the manifest promises."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
-        self._feed: dict[str, Any] = {} if prototypes is None else {"prototypes": prototypes}
-        hidden = "hidden" if layer == 0 else "next_hidden"
-        self._outputs = (
-            ([hidden] if layer < manifest.num_layers else [])
-            + (["logits"] if self.is_exit else [])
-            + (["distances"] if prototypes is not None else [])
-        )
-        hidden_shape, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
-        self._shapes = {
-            "input_ids": [1, -1],
-            "token_type_ids": [1, -1],
-            "hidden": hidden_shape,
-            "next_hidden": hidden_shape,
-            "prototypes": [labels, manifest.metric_dim],
-            "logits": [1, labels],
-            "distances": [1, labels],
-        }
-        self._inputs = ["hidden"] if layer else ["input_ids"] + ["token_type_ids"] * manifest.token_types
+        hidden, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
+        takes = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
+        if layer == 0 and manifest.token_types:
+            takes["token_type_ids"] = [1, -1]
+        self._inputs = list(takes)
+        gives = {"next_hidden" if layer else "hidden": hidden}
+        self._with_exit: dict[str, Any] = {}
+        self._without_exit: dict[str, Any] = {}
+        if self.is_exit:
+            takes["with_exit"], gives["logits"] = [], [1, labels]
+            self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
+        if prototypes is not None:
+            takes["prototypes"], gives["distances"] = [labels, manifest.metric_dim], [1, labels]
+            self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
+        self._outputs = list(gives)
+        _check(session, takes, gives, file)
 
-    def check(self, file: str) -> None:
-        """Raise StoreError unless the session takes and gives what the manifest promises."""
-        takes = {x.name: x.shape for x in self._session.get_inputs()}
-        gives = {x.name: x.shape for x in self._session.get_outputs()}
-        for what, found, wanted in (
-            ("takes", takes, [*self._inputs, *self._feed]),
-            ("gives", gives, self._outputs),
-        ):
-            if set(found) != set(wanted):
-                raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
-            for name, shape in found.items():
-                # A free dimension (tokens) has a name instead of a size.
-                if [x if isinstance(x, int) else -1 for x in shape] != self._shapes[name]:
-                    raise StoreError(f"{file}: {name} has shape {shape}, expected {self._shapes[name]}")
+    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
+        """Run the embeddings (layer 0) and, if asked, their exit."""
+        feed = dict(zip(self._inputs, (tokens.ids, tokens.type_ids), strict=False))
+        return self._run(feed, with_exit)
 
-    def embed(self, tokens: Tokens) -> Step:
-        """Run the embeddings (layer 0)."""
-        arrays = (tokens.ids, tokens.type_ids)
-        return self._run(dict(zip(self._inputs, arrays, strict=False)))
+    def run(self, hidden: Array, with_exit: bool) -> Step:
+        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        return self._run({"hidden": hidden}, with_exit)
 
-    def run(self, hidden: Array | None) -> Step:
-        """Run an encoder layer on the hidden states (1, tokens, hidden) of the layer before."""
-        return self._run({"hidden": hidden})
+    def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
+        feed.update(self._with_exit if with_exit else self._without_exit)
+        values = self._session.run(self._outputs, feed)
+        if not (with_exit and self.is_exit):
+            return Step(values[0])
+        return Step(values[0], values[1][0], values[2][0] if len(values) > 2 else None)
 
-    def _run(self, inputs: dict[str, Any]) -> Step:
-        values = iter(self._session.run(self._outputs, inputs | self._feed))
-        return Step(
-            hidden=next(values) if self._outputs[0].endswith("hidden") else None,
-            logits=next(values)[0] if self.is_exit else None,
-            distances=next(values)[0] if self._feed else None,
-        )
+
+def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:
+    """Raise StoreError unless a session takes and gives exactly these shapes; −1 is a free dimension."""
+    for what, found, wanted in (
+        ("takes", {x.name: x.shape for x in session.get_inputs()}, takes),
+        ("gives", {x.name: x.shape for x in session.get_outputs()}, gives),
+    ):
+        if set(found) != set(wanted):
+            raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
+        for name, shape in found.items():
+            # A free dimension (tokens) has a name instead of a size.
+            if [x if isinstance(x, int) else -1 for x in shape] != wanted[name]:
+                raise StoreError(f"{file}: {name} has shape {shape}, expected {wanted[name]}")
 
 
 class Model:
-    """A loaded artifact. `segments[m]` is layer m; 0 is the embeddings."""
+    """A loaded artifact.
+
+    Attributes:
+        segments: index = layer; 0 is the embeddings.
+    """
 
     def __init__(self, artifact: Artifact) -> None:
         """Read, check and load every file; raises StoreError for the first that is not sound."""
@@ -117,22 +123,22 @@ class Model:
         }
         prototypes = unit_prototypes(artifact)
         options = session_options()
-        self.segments: list[Segment] = []
-        for layer, file in enumerate(manifest.segment_files()):
+
+        def session(file: str) -> Any:
             try:
                 # From bytes: what runs is what was checked, and a model cannot refer to files beside it.
-                session = ort.InferenceSession(
-                    artifact.read(file), options, providers=["CPUExecutionProvider"]
-                )
+                return ort.InferenceSession(artifact.read(file), options, providers=["CPUExecutionProvider"])
             except StoreError:
                 raise
             except Exception as error:  # onnxruntime raises its own classes, without a common base
                 raise StoreError(
                     f"{artifact.path / file}: not a model ONNX Runtime can run: {error}"
                 ) from None
-            segment = Segment(layer, session, manifest, prototypes.get(layer))
-            segment.check(str(artifact.path / file))
-            self.segments.append(segment)
+
+        self.segments = [
+            Segment(layer, session(file), manifest, prototypes.get(layer), str(artifact.path / file))
+            for layer, file in enumerate(manifest.segment_files())
+        ]
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.
@@ -145,26 +151,33 @@ class Model:
         long = len(text) > most or (text_pair is not None and len(text_pair) > most)
         if long and not truncate:
             raise ValueError(f"has more than {most} characters, the most allowed; let truncate be true")
+        pair = None if text_pair is None else text_pair[:most]
+        # A batch of one: unlike encode, it leaves other Python threads alone, and it finds no offsets.
+        whole = text[:most] if pair is None else (text[:most], pair)
+        encoding = self._tokenizer.encode_batch_fast([whole])[0]
+        if len(encoding) > limit:
+            encoding = self._cut(text[:most], pair, limit, truncate)
+            long = True
+        return Tokens(np.array([encoding.ids], np.int64), np.array([encoding.type_ids], np.int64), long)
+
+    def _cut(self, text: str, text_pair: str | None, limit: int, truncate: bool) -> Encoding:
+        """The encoding of a text or pair that is longer than `limit`, cut to it."""
         # The tokenizer's own truncation is a state that all threads share, so the parts are encoded and cut
         # by themselves, and then joined by the tokenizer's template.
-        first = self._tokenizer.encode(text[:most], add_special_tokens=False)
-        second = None
-        if text_pair is not None:
-            second = self._tokenizer.encode(text_pair[:most], add_special_tokens=False)
-        room = limit - self._special_tokens[second is not None]
+        parts = [text] if text_pair is None else [text, text_pair]
+        first, *rest = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        second = rest[0] if rest else None
         size, size_pair = len(first), 0 if second is None else len(second)
-        if size + size_pair > room:
-            if not truncate:
-                found = size + size_pair + limit - room
-                raise ValueError(f"has {found} tokens, the model takes at most {limit}; let truncate be true")
-            long = True
-            # Longest first, as transformers does: take from the longer until both fit.
-            keep = room if second is None else max(room - size_pair, min(size, room - room // 2))
-            first.truncate(keep)
-            if second is not None:
-                second.truncate(room - keep)
-        encoding = self._tokenizer.post_process(first, second)
-        return Tokens(np.array([encoding.ids], np.int64), np.array([encoding.type_ids], np.int64), long)
+        room = limit - self._special_tokens[second is not None]
+        if not truncate:
+            found = size + size_pair + limit - room
+            raise ValueError(f"has {found} tokens, the model takes at most {limit}; let truncate be true")
+        # Longest first, as transformers does: take from the longer until both fit.
+        keep = room if second is None else max(room - size_pair, min(size, room - room // 2))
+        first.truncate(keep)
+        if second is not None:
+            second.truncate(room - keep)
+        return self._tokenizer.post_process(first, second)
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest exit that is not deeper than max_layer; None: the last layer."""
@@ -174,9 +187,9 @@ class Model:
 
     def full_depth(self, tokens: Tokens) -> list[Step]:
         """Every layer's step for one sample, run without exiting; index = layer."""
-        steps = [self.segments[0].embed(tokens)]
+        steps = [self.segments[0].embed(tokens, True)]
         for segment in self.segments[1:]:
-            steps.append(segment.run(steps[-1].hidden))
+            steps.append(segment.run(steps[-1].hidden, True))
         return steps
 
 
@@ -186,6 +199,9 @@ def session_options() -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # The segments are fused as they are written; more would fuse Add and LayerNormalization into
+    # SkipLayerNormalization, which measured 5 times slower than the two (docs/performance.md).
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options
 
 

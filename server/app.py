@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from de3 import __version__
 from server import examples
@@ -18,9 +19,24 @@ from server.classify import classify
 from server.errors import ApiError
 from server.service import Service
 
+CLASSIFY_PATHS = ("/classify", "/v1/classify")
 
-def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> FastAPI:
+
+def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
     """The application of a service; on_failure is called when its models cannot be loaded."""
+    other = create_api(service, on_failure)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in CLASSIFY_PATHS and scope["method"] == "POST":
+            await classify(scope, receive, send, service)
+        else:
+            await other(scope, receive, send)
+
+    return app
+
+
+def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
+    """Every route but /classify, which is here for the documentation only."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -43,9 +59,9 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     @app.post("/classify", tags=["classify"], **examples.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
-    async def post_classify(request: Request) -> Response:
+    async def post_classify() -> Response:
         """Classify a text, a pair of texts, or a list of them, leaving at the first exit that is sure."""
-        return await classify(request, service)
+        raise AssertionError("create_app answers this")
 
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:

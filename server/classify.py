@@ -1,11 +1,15 @@
-"""POST /classify: read, parse, submit, wait, answer. Nothing in here knows layers; the engine does."""
+"""POST /classify: read, parse, submit, wait, answer. Nothing in here knows layers; the engine does.
+
+Plain ASGI: a web framework's routing and request objects would cost as much as an encoder layer.
+"""
 
 import asyncio
+import logging
 from time import perf_counter
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from exits.rule import ExitRule
 from model_store.model import Model
@@ -16,78 +20,77 @@ from server.queue import QueueFullError
 from server.service import Service
 from server.work import Item, Job
 
-GONE = Response(status_code=499)  # nobody reads it
+log = logging.getLogger("de3")
 
 
-async def classify(request: Request, service: Service) -> Response:
+async def classify(scope: Scope, receive: Receive, send: Send, service: Service) -> None:
     """Answer one request; every outcome is counted."""
     started = perf_counter()
     metrics = service.metrics
-    name, response = "none", None
+    name, status = "none", 500
     service.in_flight += 1
     try:
-        parsed = await _read(request, service)
-        model = service.models.get(parsed.model)
-        name = model.full_name
-        response = await _answer(request, service, parsed, model, started)
+        parsed = await _read(scope, receive, service)
+        served = service.models.get(parsed.model)
+        name = served.model.full_name
+        rule = exit_rule(parsed, served.model)
+        future = asyncio.get_running_loop().create_future()
+        job = Job(
+            served.model, rule, parsed.truncate, parsed.explain, parsed.input, served.timing.predict, future
+        )
+        await _run(job, scope, service, started + service.settings.timeout_s)
+        body = protocol.answer(
+            name,
+            [_row(item, job, served.model, parsed.explain) for item in job.items],
+            sum(item.outcome.tokens for item in job.items if item.outcome),
+        )
+        status = 200
+        await _send(send, body, _timing(job, started, perf_counter()))
     except ApiError as error:
         metrics.rejected.labels(error.cause).inc()
-        response = error.response()
-    except ClientDisconnect:
+        status = error.status
+        await error.response()(scope, receive, send)
+    except ClientDisconnect:  # nobody reads an answer
         metrics.rejected.labels("client_gone").inc()
-        response = GONE
+        status = 499
+    except Exception:
+        log.exception("a request failed")
+        failure = ApiError(500, "internal error; the server's log has the details")
+        await failure.response()(scope, receive, send)
     finally:
         service.in_flight -= 1
-        # No response: a failure of ours, which the app logs and answers with 500.
-        metrics.requests.labels(name, str(response.status_code if response else 500)).inc()
+        metrics.requests.labels(name, str(status)).inc()
         metrics.request_latency.labels(name).observe(perf_counter() - started)
-    return response
 
 
-async def _read(request: Request, service: Service) -> ClassifyRequest:
-    """The request, checked in itself; raises ApiError."""
+async def _read(scope: Scope, receive: Receive, service: Service) -> ClassifyRequest:
+    """The request, checked in itself; raises ApiError or ClientDisconnect."""
     service.check_open()
     settings = service.settings
-    body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
+    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
     return protocol.parse(body, settings.max_texts)
 
 
-async def _answer(
-    request: Request, service: Service, parsed: ClassifyRequest, model: Model, started: float
-) -> Response:
-    """Submit a request's texts, wait for them, and answer; raises ApiError or ClientDisconnect."""
-    rule = exit_rule(parsed, model)
-    future = asyncio.get_running_loop().create_future()
-    job = Job(model, rule, parsed.truncate, parsed.input, future)
-    try:
-        service.engine.submit(job)
-    except QueueFullError:
-        raise service.overloaded() from None
-    await _wait(request, service, job, started + service.settings.timeout_s)
-    body = protocol.answer(
-        model.full_name,
-        [_row(item, job, model, parsed.explain) for item in job.items],
-        sum(item.outcome.tokens for item in job.items if item.outcome),
-    )
-    timing = _timing(job, started, perf_counter())
-    return Response(body, headers={"Server-Timing": timing}, media_type="application/json")
-
-
-async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
+async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
     """A request's body; raises ApiError 413 as soon as it is too large, 408 when it does not come."""
     too_large = ApiError(413, f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise too_large
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise too_large
     chunks: list[bytes] = []
-    size = 0
+    size, more = 0, True
     try:
         async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk = message.get("body", b"")
                 size += len(chunk)
                 if size > limit:
                     raise too_large
                 chunks.append(chunk)
+                more = message.get("more_body", False)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {timeout_s:g} s", cause="slow_body") from None
     return b"".join(chunks)
@@ -107,24 +110,44 @@ def exit_rule(request: ClassifyRequest, model: Model) -> ExitRule:
     )
 
 
-async def _wait(request: Request, service: Service, job: Job, until: float) -> None:
-    """Wait for a job's end; drop it when its time is up (ApiError 504) or its client has gone."""
-    gone = asyncio.ensure_future(request.receive())  # after the body, all that can come is a disconnect
+async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
+    """Let the engine run a job; raises ApiError when there is no room, an item fails or its time is up (504),
+    ClientDisconnect when its client is gone."""
+    future, connection = job.future, scope.get("de3.connection")
+
+    def give_up(error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+
     try:
-        await asyncio.wait(
-            (job.future, gone), timeout=until - perf_counter(), return_when=asyncio.FIRST_COMPLETED
-        )
-        if job.future.done():
-            job.future.result()  # raises the error of an item that failed
-        elif gone.done():
-            raise ClientDisconnect
-        else:
-            raise ApiError(504, f"no answer within {service.settings.timeout_s:g} s", cause="timeout")
-    finally:
-        # Also when one of its items failed: the others leave the queue at once.
+        service.engine.submit(job)
+    except QueueFullError:
+        raise service.overloaded() from None
+    late = ApiError(504, f"no answer within {service.settings.timeout_s:g} s", cause="timeout")
+    timer = future.get_loop().call_later(until - perf_counter(), give_up, late)
+    if connection is not None:
+        connection.on_gone = lambda: give_up(ClientDisconnect())
+    try:
+        await future
+    except BaseException:
+        # What waits leaves the queue at once, and what runs stops at its next layer.
         service.engine.drop(job)
-        job.future.cancel()
-        gone.cancel()
+        raise
+    finally:
+        timer.cancel()
+        if connection is not None:
+            connection.on_gone = None
+
+
+async def _send(send: Send, body: bytes, timing: str) -> None:
+    """Send an answer."""
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"server-timing", timing.encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
@@ -158,11 +181,11 @@ def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
 def _timing(job: Job, started: float, ended: float) -> str:
     """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
     outcomes = [item.outcome for item in job.items if item.outcome]
-    stages = {
-        "read": job.submitted - started,
-        "queue": max(o.queue_s for o in outcomes),
-        "tokenize": sum(o.tokenize_s for o in outcomes),
-        "model": sum(o.model_s for o in outcomes),
-        "total": ended - started,
-    }
-    return ", ".join(f"{name};dur={1000 * seconds:.3f}" for name, seconds in stages.items())
+    queue = max([o.queue_s for o in outcomes])
+    tokenize = sum([o.tokenize_s for o in outcomes])
+    model = sum([o.model_s for o in outcomes])
+    return (
+        f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
+        f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
+        f"total;dur={1000 * (ended - started):.3f}"
+    )

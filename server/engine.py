@@ -2,7 +2,8 @@
 
 On a CPU, batching short texts buys nothing: one unpadded sample at a time for each core has both the highest
 throughput and the lowest latency (docs/design.md). ONNX Runtime releases the GIL while a layer runs, so the
-threads share the sessions and scale with the cores.
+threads share the sessions and scale with the cores. Between two layers a text gives way to one that is more
+urgent, so a long text does not hold up short ones.
 """
 
 import logging
@@ -10,9 +11,8 @@ from collections.abc import Callable
 from threading import Thread
 from time import perf_counter
 
-from exits import rule
-from exits.rule import Reading
-from model_store.model import Model
+from exits.rule import read
+from model_store.model import Model, Tokens
 from server.errors import ApiError
 from server.queue import WorkQueue
 from server.work import Item, Job, Outcome
@@ -56,7 +56,7 @@ class Engine:
     def _work(self) -> None:
         while item := self.queue.next():
             try:
-                outcome = run(item)
+                outcome = run(item, self.queue)
                 if outcome is not None:
                     if self._observe:
                         self._observe(item.job.model, outcome)
@@ -68,46 +68,68 @@ class Engine:
                 item.job.fail(RuntimeError("an item failed"))
 
 
-def run(item: Item) -> Outcome | None:
-    """Take one text through its layers until it exits; None if its job was dropped on the way."""
-    job, model = item.job, item.job.model
+def run(item: Item, queue: WorkQueue) -> Outcome | None:
+    """Take one text on through its layers until it exits.
+
+    None if it did not come so far: its job was dropped, or something more urgent came, and it waits in the
+    queue again.
+    """
+    job, model, rule = item.job, item.job.model, item.job.rule
+    if item.tokens is None:
+        item.tokens = _tokenize(item)
     started = perf_counter()
+    last, deepest = model.manifest.num_layers, model.deepest_exit(rule.max_layer)
+    may_leave_early = rule.tau > 0 or job.explain  # at τ = 0 only the deepest exit is needed
+    for layer in range(item.layer, deepest + 1):
+        segment = model.segments[layer]
+        asked = segment.is_exit and (may_leave_early or layer == deepest)
+        step = segment.embed(item.tokens, asked) if item.hidden is None else segment.run(item.hidden, asked)
+        item.hidden = step.hidden
+        if step.logits is not None:
+            distances = None if step.distances is None else step.distances.tolist()
+            reading = read(step.logits.tolist(), distances, rule.lam)
+            item.passed.append((layer, reading))
+            if layer == last:
+                reason = "last_layer"
+            elif rule.exits(reading):
+                reason = "threshold"
+            elif layer == deepest:
+                reason = "max_layer"
+            else:
+                reason = ""
+            if reason:
+                break
+        if job.dropped:
+            return None
+        if queue.has_more_urgent_than(item):
+            item.layer = layer + 1
+            item.model_s += perf_counter() - started
+            queue.put_back(item)
+            return None
+    now = perf_counter()
+    item.model_s += now - started
+    item.hidden = None
+    return Outcome(
+        layer=layer,
+        reason=reason,
+        reading=reading,
+        passed=item.passed,
+        tokens=len(item.tokens),
+        truncated=item.tokens.truncated,
+        queue_s=now - job.submitted - item.tokenize_s - item.model_s,
+        tokenize_s=item.tokenize_s,
+        model_s=item.model_s,
+    )
+
+
+def _tokenize(item: Item) -> Tokens:
+    """The text's tokens; raises ApiError 422 if it is too long and may not be cut."""
+    started = perf_counter()
+    job = item.job
     try:
-        tokens = model.tokenize(item.text.text, item.text.text_pair, job.truncate)
+        return job.model.tokenize(item.text.text, item.text.text_pair, job.truncate)
     except ValueError as error:
         where = f"input[{item.index}]" if len(job.items) > 1 else "input"
         raise ApiError(422, f"{where}: {error}", where, "too_long") from None
-    tokenized = perf_counter()
-
-    last, deepest = model.manifest.num_layers, model.deepest_exit(job.rule.max_layer)
-    passed: list[tuple[int, Reading]] = []
-    step = model.segments[0].embed(tokens)
-    for segment in model.segments:
-        if segment.layer > 0:
-            if job.dropped:
-                return None
-            step = segment.run(step.hidden)
-        if step.logits is None:
-            continue
-        reading = rule.read(step.logits, step.distances, job.rule.lam)
-        passed.append((segment.layer, reading))
-        if segment.layer == last:
-            reason = "last_layer"
-        elif job.rule.exits(reading):
-            reason = "threshold"
-        elif segment.layer == deepest:
-            reason = "max_layer"
-        else:
-            continue
-        break
-    return Outcome(
-        layer=segment.layer,
-        reason=reason,
-        reading=reading,
-        passed=passed,
-        tokens=len(tokens),
-        truncated=tokens.truncated,
-        queue_s=started - job.submitted,
-        tokenize_s=tokenized - started,
-        model_s=perf_counter() - tokenized,
-    )
+    finally:
+        item.tokenize_s = perf_counter() - started

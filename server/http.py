@@ -1,6 +1,7 @@
 """uvicorn's HTTP/1.1, with limits on a request's head: its size and the time it may take to come."""
 
 from asyncio import TimerHandle, Transport
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -10,8 +11,13 @@ HEAD_TIMEOUT_S = 10.0
 
 
 class Http(HttpToolsProtocol):
-    """A connection is closed when a head does not come in time, and answered 400 when it is too large."""
+    """A connection is closed when a head does not come in time, and answered 400 when it is too large.
 
+    It is in the request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the
+    client closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
+    """
+
+    on_gone: Callable[[], None] | None = None
     _head_bytes = 0
     _head_timer: TimerHandle | None = None
 
@@ -21,8 +27,10 @@ class Http(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop waiting."""
+        """Stop waiting, and tell whoever answers."""
         self._head_came()
+        if self.on_gone is not None:
+            self.on_gone()
         super().connection_lost(exc)
 
     def on_message_begin(self) -> None:
@@ -44,6 +52,7 @@ class Http(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """The head is whole."""
         self._head_came()
+        self.scope["de3.connection"] = self  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
 
     def _count(self, data: bytes) -> None:

@@ -41,6 +41,8 @@ def serve(settings: Settings) -> None:
         port=settings.port,
         access_log=False,
         log_config=None,
+        server_header=False,
+        proxy_headers=False,  # nothing here uses a client's address
         # An accepted request ends by its own time-out; leave it that long, and a little.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
         http=Http,

@@ -1,8 +1,11 @@
 """The models that a server has loaded, by name."""
 
+from dataclasses import dataclass
+
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError
 from server.errors import ApiError
+from server.timing import Timing
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
@@ -13,33 +16,44 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     return [store.open(name) for name in names]
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model and how long it takes on this machine."""
+
+    model: Model
+    timing: Timing
+
+
+def load(artifact: Artifact) -> Served:
+    """Load a model and warm it up, so that no request pays for first runs; raises StoreError."""
+    model = Model(artifact)
+    try:
+        return Served(model, Timing(model))
+    except Exception as error:  # onnxruntime raises its own classes, without a common base
+        raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
+
+
 class Models:
     """Loaded models; the first is the one that answers a request that names none."""
 
-    def __init__(self, models: list[Model]) -> None:
-        self.all = models
-        self._by_name: dict[str, Model] = {}
-        for model in sorted(models, key=lambda m: m.manifest.version):
-            self._by_name[model.manifest.name] = model  # the newest wins
-            self._by_name[model.full_name] = model
+    def __init__(self, served: list[Served]) -> None:
+        self.all = served
+        self._by_name: dict[str, Served] = {}
+        for one in sorted(served, key=lambda s: s.model.manifest.version):
+            self._by_name[one.model.manifest.name] = one  # the newest wins
+            self._by_name[one.model.full_name] = one
 
-    def get(self, name: str | None) -> Model:
+    def get(self, name: str | None) -> Served:
         """The model of a request; raises ApiError 404 for one that is not served."""
         if name is None:
             return self.all[0]
         try:
             return self._by_name[name]
         except KeyError:
-            served = ", ".join(m.full_name for m in self.all)
+            names = ", ".join(s.model.full_name for s in self.all)
             raise ApiError(
                 404,
-                f"model: no model {name[:100]!r} is served; there are: {served}",
+                f"model: no model {name[:100]!r} is served; there are: {names}",
                 "model",
                 "unknown_model",
             ) from None
-
-
-def warm_up(model: Model) -> None:
-    """Run every layer on a short and on the longest text, so that no request pays for first runs."""
-    for text in ("warm", "warm " * model.manifest.max_tokens):
-        model.full_depth(model.tokenize(text))

@@ -1,5 +1,6 @@
 """The wire format of /classify: a superset of vLLM's and SGLang's. Parse once, serialize once."""
 
+import itertools
 import time
 import uuid
 from collections.abc import Sequence
@@ -135,16 +136,19 @@ def reading_row(reading: Reading) -> dict[str, Any]:
     }
 
 
+# Unique without asking the system for randomness for every answer.
+_ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
+
+
 def answer(model: str, data: Sequence[dict[str, Any]], tokens: int) -> bytes:
     """The body of an answer; data has one row for each text."""
     return orjson.dumps(
         {
-            "id": f"classify-{uuid.uuid4().hex}",
+            "id": f"classify-{_ID}{next(_NUMBER):016x}",
             "object": "list",
             "created": int(time.time()),
             "model": model,
             "data": data,
             "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-        },
-        option=orjson.OPT_SERIALIZE_NUMPY,
+        }
     )

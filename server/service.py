@@ -6,12 +6,11 @@ import math
 from collections.abc import Callable
 from time import perf_counter
 
-from model_store.model import Model
-from model_store.store import Artifact, Store, StoreError
+from model_store.store import Artifact, Store
 from server.engine import Engine
 from server.errors import ApiError
 from server.metrics import Metrics
-from server.models import Models, find, warm_up
+from server.models import Models, find, load
 from server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -39,14 +38,14 @@ class Service:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
         try:
             started = perf_counter()
-            self.models = Models([await asyncio.to_thread(_load, a) for a in self.artifacts])
+            self.models = Models([await asyncio.to_thread(load, a) for a in self.artifacts])
             self.engine.start()
             if self.state == "loading":
                 self.state = "ready"
             log.info(
                 "ready in %.1f s: %s, %d engine threads",
                 perf_counter() - started,
-                ", ".join(m.full_name for m in self.models.all),
+                ", ".join(s.model.full_name for s in self.models.all),
                 self.settings.engine_threads(),
             )
         except Exception as error:
@@ -90,12 +89,3 @@ class Service:
         ]
         mean = sum(seconds[1::2]) / max(1.0, sum(seconds[0::2]))
         return max(1, math.ceil(len(self.engine.queue) * mean / self.settings.engine_threads()))
-
-
-def _load(artifact: Artifact) -> Model:
-    model = Model(artifact)
-    try:
-        warm_up(model)
-    except Exception as error:  # onnxruntime raises its own classes, without a common base
-        raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
-    return model

@@ -1,13 +1,14 @@
 """What a request is inside the engine: a job of one or more items, each one text on its way to an exit."""
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 
 from exits.rule import ExitRule, Reading
-from model_store.model import Model
+from model_store.model import Array, Model, Tokens
 from server.protocol import Text
 
 
@@ -34,11 +35,26 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One text of a job; `outcome` is there once it left."""
+    """One text of a job, and how far it got: between two layers it can wait for a more urgent one.
+
+    Attributes:
+        due: when it should be answered (perf_counter seconds); the queue hands out the earliest first.
+        layer: the next layer to run.
+        hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
+        passed: every exit passed, with what it said.
+        outcome: there once it left.
+    """
 
     job: "Job"
     index: int
     text: Text
+    due: float
+    layer: int = 0
+    tokens: Tokens | None = None
+    hidden: Array | None = None
+    passed: list[tuple[int, Reading]] = field(default_factory=list)
+    tokenize_s: float = 0.0
+    model_s: float = 0.0
     outcome: Outcome | None = None
 
 
@@ -48,12 +64,19 @@ class Job:
 
     Every item is finished by exactly one engine thread; the last one wakes the event loop. A job is dropped
     when its client is gone, its time is up or one of its items failed: what has not run then never runs.
+
+    Attributes:
+        predict: seconds that a text is likely to take through every layer. An item is due after its own time
+            and that of those before it in the list, so short texts overtake long ones and single texts long
+            lists, but nothing waits for ever.
     """
 
     model: Model
     rule: ExitRule
     truncate: bool
+    explain: bool
     texts: list[Text]
+    predict: Callable[[Text], float]
     future: "asyncio.Future[None]"
     items: list[Item] = field(init=False)
     submitted: float = field(default_factory=perf_counter)
@@ -63,7 +86,10 @@ class Job:
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        self.items = [Item(self, i, text) for i, text in enumerate(self.texts)]
+        due, self.items = self.submitted, []
+        for i, text in enumerate(self.texts):
+            due += self.predict(text)
+            self.items.append(Item(self, i, text, due))
         self._left = len(self.items)
 
     def finish(self, item: Item, outcome: Outcome) -> None:

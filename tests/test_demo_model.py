@@ -35,7 +35,8 @@ def test_it_tells_good_from_bad_and_leaves_early() -> None:
     for text, label in TEXTS.items():
         for layer, step in enumerate(model.full_depth(model.tokenize(text))):
             assert step.logits is not None
-            reading = read(step.logits, step.distances, rule.lam)
+            distances = None if step.distances is None else step.distances.tolist()
+            reading = read(step.logits.tolist(), distances, rule.lam)
             if rule.exits(reading) or layer == model.manifest.num_layers:
                 layers.append(layer)
                 break

@@ -1,9 +1,11 @@
 """The segments against the PyTorch model: every encoder family, pooling, precision and shape of exits."""
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
@@ -12,9 +14,10 @@ from typer.testing import CliRunner
 from de3.cli import app
 from export import exporter
 from export.exporter import ExportError, ExportSettings
+from export.full_depth import export_full_depth
 from export.graph import quantize
 from export.record import record
-from model_store.model import Model
+from model_store.model import Model, session_options
 from model_store.store import Store
 from tests.conftest import make_rows, save_encoder
 from training import data as datas
@@ -187,3 +190,31 @@ def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Pat
     a, b = before.full_depth(tokens)[1], after.full_depth(tokens)[1]
     assert np.array_equal(a.distances, b.distances[::-1])
     assert np.array_equal(a.logits, b.logits)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+def test_full_depth_is_the_segments_in_one_graph(store: Path, tmp_path: Path, name: str) -> None:
+    artifact = Store(store).open(name)
+    model = Model(artifact)
+    export_full_depth(artifact.path, tmp_path / "same", int8=name == "tiny-int8")
+    export_full_depth(artifact.path, tmp_path / "fp32", int8=False)
+    same, fp32 = (
+        ort.InferenceSession((tmp_path / kind / "model.onnx").read_bytes(), session_options())
+        for kind in ("same", "fp32")
+    )
+    for text in ("good", "a dull plot and a bad film", "good " * 80):
+        tokens = model.tokenize(text)
+        feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
+        wanted = model.full_depth(tokens)[-1].logits
+        np.testing.assert_array_equal(same.run(None, feed)[0][0], wanted)
+        np.testing.assert_allclose(fp32.run(None, feed)[0][0], wanted, atol=0.1)
+    config = json.loads((tmp_path / "same" / "config.json").read_text())
+    assert config == {"labels": model.manifest.labels, "max_tokens": model.manifest.max_tokens}
+    with pytest.raises(ValueError, match="exists already"):
+        export_full_depth(artifact.path, tmp_path / "same", int8=False)
+
+
+def test_full_depth_of_a_checkpoint(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    export_full_depth(checkpoint, tmp_path / "a", int8=False)
+    export_full_depth(Store(store).open("tiny").path, tmp_path / "b", int8=False)
+    assert (tmp_path / "a" / "model.onnx").read_bytes() == (tmp_path / "b" / "model.onnx").read_bytes()

@@ -1,4 +1,4 @@
-"""The queue: nothing lost, nothing run twice, never above its limit; dropped jobs cost no room."""
+"""The queue: most urgent first, nothing lost or run twice, never above its limit, dropped jobs forgotten."""
 
 import asyncio
 from threading import Thread
@@ -18,22 +18,25 @@ LIMIT = 7
 LOOP = asyncio.new_event_loop()
 
 
-def job(texts: int) -> Job:
+def job(texts: int, submitted: float = 0.0, seconds: float = 1.0) -> Job:
+    """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
-    return Job(None, ExitRule(0, 1), True, [Text(str(i)) for i in range(texts)], future)  # type: ignore[arg-type]
+    rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
+    return Job(None, rule, True, False, names, lambda _: seconds, future, submitted=submitted)  # type: ignore[arg-type]
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """The queue against the plainest model of it: a list."""
+    """The queue against the plainest model of it: a list, searched for what is due first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue = WorkQueue(LIMIT)
-        self.waiting: list[Any] = []
+        self.waiting: list[Any] = []  # items in the order in which they came
+        self.running: list[Any] = []
 
-    @rule(texts=st.integers(1, LIMIT + 1))
-    def put(self, texts: int) -> None:
-        new = job(texts)
+    @rule(texts=st.integers(1, LIMIT + 1), submitted=st.integers(0, 5), seconds=st.sampled_from([0.1, 1, 9]))
+    def put(self, texts: int, submitted: int, seconds: float) -> None:
+        new = job(texts, submitted, seconds)
         if len(self.waiting) + texts > LIMIT:
             with pytest.raises(QueueFullError):
                 self.queue.put(new)
@@ -44,7 +47,21 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule()
     def take(self) -> None:
-        assert self.queue.next() is self.waiting.pop(0)
+        first = min(self.waiting, key=lambda item: item.due)  # of equals the first that came
+        assert self.queue.next() is first
+        self.waiting.remove(first)
+        self.running.append(first)
+
+    @precondition(lambda self: self.running and len(self.waiting) < LIMIT)
+    @rule(data=st.data())
+    def put_back(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.running))
+        urgent = self.queue.has_more_urgent_than(item)
+        assert urgent or not any(other.due < item.due for other in self.waiting)
+        self.running.remove(item)
+        self.queue.put_back(item)
+        if not item.job.dropped:
+            self.waiting.append(item)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -69,6 +86,16 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueue = QueueMachine.TestCase
+
+
+def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
+    queue = WorkQueue(100)
+    long = job(1, submitted=0.0, seconds=1.0)
+    queue.put(long)
+    for k in range(20):  # one short text every 0.1 s
+        queue.put(job(1, submitted=k / 10, seconds=0.05))
+    order = [queue.next() for _ in range(21)]
+    assert order.index(long.items[0]) == 10  # those that came within its own time went first
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))

@@ -35,12 +35,30 @@ def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
     assert ExitRule(1, 0).exits(read([5.0, 0.0], None, 0.0))
 
 
-def test_a_reading_is_what_the_signals_say() -> None:
-    r = read(np.float32([0.3, 2.0, 0.3]), np.float32([0.4, 0.1, 0.9]), 3.0)
-    assert r.label == 1
-    assert r.entropy == signals.entropy(r.probs)
-    assert r.edr == signals.edr(r.entropy, r.distance_ratio, 3.0)
-    assert read([1.0, 1.0], None, 0.0).label == 0  # ties: the lowest index
+@given(st.data(), st.integers(2, 9), st.sampled_from([0.0, 0.5, 1.0, 30.0]))
+def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, lam: float) -> None:
+    floats = st.lists(st.floats(-50, 50, width=32), min_size=classes, max_size=classes)
+    logits = data.draw(floats)
+    distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
+    r = read(logits, distances, lam)
+    assert r.label == np.argmax(logits)
+    np.testing.assert_allclose(r.probs, signals.softmax(logits), rtol=1e-12)
+    entropy, ratio = signals.entropy(signals.softmax(logits)), signals.distance_ratio(logits, distances)
+    assert r.entropy == pytest.approx(float(entropy), abs=1e-12)
+    assert r.distance_ratio == pytest.approx(float(ratio), abs=1e-12)
+    # From the reading's own parts: a harmonic mean of a near-zero signal magnifies a rounding error.
+    assert r.edr == pytest.approx(float(signals.edr(r.entropy, r.distance_ratio, lam)), abs=1e-12)
+    assert read(logits, None, lam).edr == (r.entropy if lam == 0 else None)
+
+
+def test_ties_go_to_the_lowest_index() -> None:
+    assert read([1.0, 1.0], None, 0.0).label == 0
+    assert read([0.0, 1.0, 0.0], [0.2, 0.4, 0.9], 1.0).distance_ratio == pytest.approx(0.75)
+
+
+def test_logits_that_are_not_numbers_never_exit_early() -> None:
+    broken = read([float("nan"), 0.0], [0.1, 0.2], 1.0)
+    assert not ExitRule(1, 1).exits(broken)
 
 
 @given(

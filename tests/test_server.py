@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import pytest
 
-from exits import signals
+from exits.rule import read
 from model_store.model import Model
 from model_store.store import Store
 from tests.conftest import make_rows
@@ -35,24 +35,23 @@ def model(store: Path) -> Model:
 def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
     """The answer by the plain full model and the paper's formulas, one sample at a time."""
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
-        probs = signals.softmax(step.logits)
-        h = float(signals.entropy(probs))
-        dr = None if step.distances is None else float(signals.distance_ratio(step.logits, step.distances))
-        edr = h if lam == 0 else None if dr is None else float(signals.edr(h, dr, lam))
+        assert step.logits is not None
+        distances = None if step.distances is None else step.distances.tolist()
+        reading = read(step.logits.tolist(), distances, lam)  # tests/test_rule.py: it is what the paper says
         last = layer == model.manifest.num_layers
-        if last or (edr is not None and edr < tau):
+        if last or (reading.edr is not None and reading.edr < tau):
             return {
                 "label": model.manifest.labels[int(np.argmax(step.logits))],
-                "probs": probs.tolist(),
+                "probs": reading.probs,
                 "exit": {
                     "layer": layer,
                     "num_layers": model.manifest.num_layers,
                     "reason": "last_layer" if last else "threshold",
                     "tau": tau,
                     "lambda": lam,
-                    "entropy": h,
-                    "distance_ratio": dr,
-                    "edr": edr,
+                    "entropy": reading.entropy,
+                    "distance_ratio": reading.distance_ratio,
+                    "edr": reading.edr,
                 },
             }
     raise AssertionError
@@ -96,7 +95,8 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
     pair = {"text": "good film", "text_pair": "a dull plot"}
     row = server.classify(input=pair, tau=0).json()["data"][0]
     step = model.full_depth(model.tokenize("good film", "a dull plot"))[-1]
-    assert row["probs"] == signals.softmax(step.logits).tolist()
+    assert step.logits is not None
+    assert row["probs"] == read(step.logits.tolist(), None, 0).probs
     assert row["probs"] != server.classify(input="good film a dull plot", tau=0).json()["data"][0]["probs"]
     many = server.classify(input=[pair, pair], tau=0).json()["data"]
     assert [r["probs"] for r in many] == [row["probs"]] * 2

@@ -82,12 +82,12 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
     entered, go_on, ran = threading.Event(), threading.Event(), []
     run = Segment.run
 
-    def slow(segment: Segment, hidden: object) -> object:
+    def slow(segment: Segment, hidden: object, with_exit: bool) -> object:
         ran.append(segment.layer)
         if segment.layer == 1:
             entered.set()
             go_on.wait(20)
-        return run(segment, hidden)  # type: ignore[arg-type]
+        return run(segment, hidden, with_exit)  # type: ignore[arg-type]
 
     with serving(store, threads=1, models=["tiny"]) as server:
         monkeypatch.setattr(Segment, "run", slow)
@@ -182,8 +182,8 @@ def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.Mon
     from server import service as services
 
     go_on = threading.Event()
-    load = services._load
-    monkeypatch.setattr(services, "_load", lambda artifact: (go_on.wait(30), load(artifact))[1])
+    load = services.load
+    monkeypatch.setattr(services, "load", lambda artifact: (go_on.wait(30), load(artifact))[1])
     server = Server(Service(Settings(store=store)))
     server.start()
     try:

@@ -1,0 +1,150 @@
+"""One plain ONNX graph of a whole model, without exits: what other servers run, for comparison.
+
+The same nodes and weights as the segments, one after the other, with the last layer's classifier at the end.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from model_store.store import Artifact, read_manifest
+
+
+def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
+    """One model of all segments: input_ids, token_type_ids (1, T) in, logits (1, K) of the last exit out."""
+    nodes: list[onnx.NodeProto] = []
+    weights: list[onnx.TensorProto] = []
+    hidden = ""
+    for layer, segment in enumerate(segments):
+        graph, prefix = segment.graph, f"l{layer}_"
+        given = {"hidden": hidden} if layer else {x.name: x.name for x in graph.input}
+        plain = [node for node in graph.node if node.op_type != "If"]
+        branches = [node for node in graph.node if node.op_type == "If"]
+        if layer == len(segments) - 1:
+            plain += next(a.g for a in branches[0].attribute if a.name == "then_branch").node
+
+        def name(value: str, given: dict[str, str] = given, prefix: str = prefix) -> str:
+            return given.get(value, prefix + value if value else "")
+
+        for node in plain:
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.name = ""
+            copy.input[:] = [name(x) for x in node.input]
+            copy.output[:] = [name(x) for x in node.output]
+            nodes.append(copy)
+        for weight in graph.initializer:
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(weight)
+            tensor.name = prefix + weight.name
+            weights.append(tensor)
+        hidden = name("next_hidden" if layer else "hidden")
+
+    logits = prefix + "yes_logits"
+    needed, kept = {logits}, []
+    for node in reversed(nodes):  # what the prototypes alone needed falls away
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    labels = next(x for x in segments[-1].graph.output if x.name == "logits").type.tensor_type.shape.dim[1]
+    result = helper.make_graph(
+        kept[::-1],
+        "full_depth",
+        [x for x in segments[0].graph.input if x.name.endswith("_ids")],
+        [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
+        [w for w in weights if w.name in needed],
+    )
+    for node in result.node:
+        node.output[:] = ["logits" if x == logits else x for x in node.output]
+    result.output[0].name = "logits"
+    model = helper.make_model(
+        result,
+        opset_imports=list(segments[0].opset_import),
+        producer_name="de3",
+        ir_version=segments[0].ir_version,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+
+def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An int8 model with the same weights in float32 and float32 operators."""
+    arrays = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    weights: dict[str, NDArray[Any]] = {}
+    for node in model.graph.node:
+        out = node.output[0]
+        if node.op_type == "DynamicQuantizeLinear":
+            hidden = node.input[0]
+        elif node.op_type == "DynamicQuantizeMatMul":
+            x, weight, scale, _, bias = node.input
+            weights[weight] = arrays[weight] * arrays[scale]
+            nodes.append(helper.make_node("MatMul", [x, weight], [out + "_product"]))
+            nodes.append(helper.make_node("Add", [out + "_product", bias], [out]))
+        elif node.op_type == "QAttention":
+            _, weight, bias, _, scale = node.input[:5]
+            weights[weight] = arrays[weight] * arrays[scale]
+            heads = next(a.i for a in node.attribute if a.name == "num_heads")
+            inputs = [hidden, weight, bias]
+            nodes.append(helper.make_node("Attention", inputs, [out], domain=node.domain, num_heads=heads))
+        else:
+            nodes.append(node)
+    used = {x for node in nodes for x in node.input}
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.node[:], result.graph.initializer[:]
+    result.graph.node.extend(nodes)
+    result.graph.initializer.extend(
+        numpy_helper.from_array(np.asarray(weights.get(name, array), order="C"), name)
+        for name, array in arrays.items()
+        if name in used
+    )
+    onnx.checker.check_model(result)
+    return result
+
+
+def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[str], max_tokens: int) -> None:
+    """Write model.onnx, tokenizer.json (unpadded) and config.json (labels, max_tokens) into a new folder."""
+    folder.mkdir(parents=True, exist_ok=False)
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+    (folder / "tokenizer.json").write_bytes(tokenizer)
+    config = {"labels": labels, "max_tokens": max_tokens}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n")
+
+
+def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
+    """Write the full-depth model of a checkpoint or of an artifact's folder into a new folder.
+
+    Of an int8 artifact a float32 model can be had too: the same weights, as they are after rounding.
+    Raises ValueError for a folder that exists, StoreError for an artifact that is not sound.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; name a new folder")
+    if (source / "manifest.json").exists():
+        manifest = read_manifest(source)
+        artifact = Artifact(source, manifest)
+        model = stitch([onnx.load_model_from_string(artifact.read(f)) for f in manifest.segment_files()])
+        if manifest.precision == "int8" and not int8:
+            model = dequantize(model)
+        elif manifest.precision == "fp32" and int8:
+            raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
+        write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
+        return
+    from transformers import AutoTokenizer  # slow to import, and an artifact does not need it
+
+    from export.exporter import plain_tokenizer
+    from export.segments import build
+    from training.model import De3Model
+
+    tokenizer = plain_tokenizer(source).encode()
+    trained = De3Model.from_pretrained(source).eval()
+    types = "token_type_ids" in AutoTokenizer.from_pretrained(source).model_input_names
+    config = trained.config
+    labels = [config.id2label[k] for k in range(config.num_labels)]
+    segments = list(build(trained.float(), int8, types).values())
+    write(folder, stitch(segments), tokenizer, labels, config.max_tokens)
