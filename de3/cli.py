@@ -8,12 +8,15 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from loadtest.cli import app as loadtest_app
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Text classifiers that exit early (DE3-BERT): train, export, serve.",
     epilog="Usual order: de3 train → de3 evaluate → de3 export → de3 serve.",
 )
+app.add_typer(loadtest_app, name="loadtest")
 console = Console(stderr=True)
 
 DATA = "Data"

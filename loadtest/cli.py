@@ -1,0 +1,170 @@
+"""de3 loadtest: send real texts, measure answers, compare with what people run today."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from loadtest.texts import Sample
+
+app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
+console = Console(stderr=True)
+
+Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
+TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the right labels, if there is one.")]
+LabelNames = Annotated[str, typer.Option(help="Names of labels that are numbers, separated by commas.")]
+Seconds = Annotated[float, typer.Option(help="Length of one measurement.", min=0.5)]
+
+
+def _samples(texts: Path, text_column: str, label_column: str, label_names: str) -> "list[Sample]":
+    from loadtest.texts import read
+
+    return read(texts, text_column, label_column, [x for x in label_names.split(",") if x])
+
+
+@app.command()
+def run(
+    url: Annotated[str, typer.Argument(help="The server, for example http://127.0.0.1:8000")],
+    texts: Texts,
+    text_column: TextColumn = "sentence",
+    label_column: LabelColumn = "label",
+    label_names: LabelNames = "",
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Requests per second, at random times (open loop). [default: as fast as it answers]",
+            show_default=False,
+        ),
+    ] = None,
+    connections: Annotated[int, typer.Option(help="Connections of a closed loop.", min=1, max=500)] = 16,
+    seconds: Seconds = 10.0,
+    tau: Annotated[
+        list[float] | None,
+        typer.Option(
+            help="τ to ask for; repeat for a mix. [default: the server's]", min=0, max=1, show_default=False
+        ),
+    ] = None,
+    long_share: Annotated[float, typer.Option(help="Share of texts made long.", min=0, max=1)] = 0.0,
+    long_words: Annotated[int, typer.Option(help="Words of a long text.", min=1)] = 450,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here.", show_default=False)
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Write the latency distribution here.", show_default=False)
+    ] = None,
+) -> None:
+    """Load one server and report latency, throughput, errors and accuracy.
+
+    Every answer is compared with the answer to the same text asked alone.
+
+    Example: de3 loadtest run http://127.0.0.1:8000 --texts dev.tsv --label-names negative,positive --rate 300
+    """
+    from rich.progress import Progress
+
+    from loadtest import report
+    from loadtest.client import Target, ask_alone, load, wrong_labels
+    from loadtest.texts import with_long, with_taus
+
+    samples = with_long(_samples(texts, text_column, label_column, label_names), long_share, long_words)
+    samples = with_taus(samples, tau or [])
+    target = Target(url)
+    try:
+        alone = ask_alone(target, samples)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("loading", total=seconds)
+
+            def show(passed: float) -> None:
+                progress.update(task, completed=passed)
+
+            found = load(target, samples, seconds, rate, connections, progress=show)
+    except OSError as error:
+        raise ValueError(f"{url}: {error}; is the server running?") from None
+    row = report.summary(found, wrong_labels(found, alone))
+    Console().print(report.table({url: row}))
+    if json_file:
+        json_file.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+    if png:
+        report.plot_cdf(png, {url: found.latencies_ms()}, f"{rate:g} requests/s" if rate else "closed loop")
+
+
+@app.command()
+def peer(
+    name: Annotated[str, typer.Argument(help="fused, litserve_app, transformers_app or infinity_app")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on; see --help of the peer.")] = None,
+) -> None:
+    """Start one of the servers that ours is compared with; its environment is made on first use.
+
+    Example: de3 loadtest peer fused -- full-depth-int8 --port 8100
+    """
+    from loadtest.servers import PEERS, peer_command
+
+    known = sorted(p.stem for p in PEERS.glob("*.py") if p.stem != "__init__")
+    if name not in known:
+        raise ValueError(f"no peer {name!r}; there are {', '.join(known)}")
+    command = [*peer_command(name), *(arguments or [])]
+    os.execv(command[0], command)
+
+
+@app.command()
+def compare(
+    texts: Texts,
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
+    stock: Annotated[
+        Path | None,
+        typer.Option(
+            help="A stock sequence classification model of the same encoder, for peers that know no other "
+            "(transformers, Infinity). [default: leave these out]",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumn = "sentence",
+    label_column: LabelColumn = "label",
+    label_names: LabelNames = "",
+    seconds: Seconds = 6.0,
+    rounds: Annotated[int, typer.Option(help="Repetitions; the servers take turns.", min=1)] = 3,
+    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
+) -> None:
+    """Run ours and its peers in turn on this machine, and print the ratios.
+
+    Example: de3 loadtest compare --texts dev.tsv --label-names negative,positive
+    """
+    from rich.table import Table
+
+    from export.full_depth import export_full_depth
+    from loadtest.compare import Comparison
+    from loadtest.servers import ours
+    from loadtest.servers import peer as peer_server
+    from model_store.store import Store
+
+    artifact = Store(store).open(model)
+    graphs = {}
+    for quantize in ("int8", "none"):
+        graphs[quantize] = out / f"full-depth-{quantize}"
+        if not graphs[quantize].exists():
+            export_full_depth(artifact.path, graphs[quantize], quantize == "int8")
+    servers = [
+        ours(store, model),
+        ours(store, model, tau=0.0),
+        peer_server("fused graph, FastAPI, int8", "fused", str(graphs["int8"])),
+        peer_server("fused graph, FastAPI, fp32", "fused", str(graphs["none"])),
+        peer_server("LitServe, int8", "litserve_app", str(graphs["int8"])),
+    ]
+    if stock is not None:
+        note = "a stock head on the same encoder, one exit"
+        servers.append(peer_server("transformers, FastAPI, fp32", "transformers_app", str(stock), note=note))
+    comparison = Comparison(
+        servers, _samples(texts, text_column, label_column, label_names), out, seconds, rounds, port
+    )
+    results = comparison.all(lambda tau: ours(store, model, tau=tau))
+    ratios = Table("ratio", "median (range)")
+    for name, value in results["ratios"].items():
+        ratios.add_row(name, value)
+    Console().print(ratios)
+    console.print(f"results and plots: {out}")

@@ -1,0 +1,233 @@
+"""Ours and its peers on one machine, in turn, with the same texts."""
+
+import json
+import os
+import platform
+import re
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+from urllib.request import urlopen
+
+from rich.console import Console
+
+from loadtest import report
+from loadtest.client import Run, ask_alone, load, quantile, wrong_labels
+from loadtest.servers import Running, Server, running
+from loadtest.texts import Sample, with_long
+
+console = Console(stderr=True)
+CONNECTIONS = 16
+LONG_SHARE, LONG_WORDS = 0.05, 450  # 450 words are more than 512 tokens: cut to 512 by every server
+TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
+CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
+
+
+@dataclass
+class Comparison:
+    """Runs several servers in turn, each alone on the machine.
+
+    Attributes:
+        servers: ours first; full depth of ours second; then the peers.
+        rounds: how often each measurement is repeated, the servers taking turns.
+    """
+
+    servers: list[Server]
+    samples: list[Sample]
+    out: Path
+    seconds: float
+    rounds: int
+    port: int
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def all(self, ours_at: Callable[[float], Server]) -> dict[str, Any]:
+        """Every measurement; ours_at gives our server with a τ. Writes results.json and plots."""
+        mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
+        self.results["machine"] = {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)),
+            "python": platform.python_version(),
+        }
+        self.results["notes"] = {s.name: s.note for s in self.servers if s.note}
+        self._saturation()
+        ours, best = self.servers[0], self._best_peer()
+        rate = self._median(best.name, "saturation", "answers_per_s") / 3
+        console.print(
+            f"the fastest peer is {best.name}; latency at a third of its load: {rate:.0f} requests/s"
+        )
+        pair = [ours, best]
+        short = self._open_loop("latency", pair, self.samples, rate)
+        self._open_loop("mixed", pair, mixed, rate)
+        report.plot_cdf(
+            self.out / "latency-cdf.png",
+            {name: run.latencies_ms() for name, run in short.items()},
+            f"Latency at {rate:.0f} requests/s",
+        )
+        self._saved()
+        self._curve(pair)
+        self._taus(ours_at)
+        self.results["ratios"] = self._ratios(best)
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        return self.results
+
+    def _started(self, server: Server) -> Any:
+        return running(server, self.port, self.out / "server.log")
+
+    def _measure(self, run: Running, samples: list[Sample], seconds: float, rate: float | None) -> Run:
+        """One run after a short warm-up."""
+        load(run.target, samples[:200], 1.0, connections=CONNECTIONS)
+        return load(run.target, samples, seconds, rate, CONNECTIONS)
+
+    def _saturation(self) -> None:
+        rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in self.servers}
+        for number in range(self.rounds):
+            for server in self.servers:
+                console.print(f"saturation, round {number + 1} of {self.rounds}: {server.name}")
+                with self._started(server) as started:
+                    alone = ask_alone(started.target, self.samples) if number == 0 else None
+                    before = started.cpu_s()
+                    run = self._measure(started, self.samples, self.seconds, None)
+                    row = report.summary(run, wrong_labels(run, alone) if alone else None)
+                    row["server_cpu_s"] = round(started.cpu_s() - before, 2)
+                    row["memory_mb"] = round(started.memory_mb(), 1)
+                    rows[server.name].append(row)
+        self.results["saturation"] = rows
+        console.print(report.table({name: found[0] for name, found in rows.items()}))
+
+    def _open_loop(
+        self, name: str, servers: list[Server], samples: list[Sample], rate: float
+    ) -> dict[str, Run]:
+        """Latencies at a rate, the servers taking turns; returns the last run of each."""
+        rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in servers}
+        last = {}
+        for number in range(self.rounds):
+            for server in servers:
+                console.print(f"{name}, round {number + 1} of {self.rounds}: {server.name}")
+                with self._started(server) as started:
+                    run = last[server.name] = self._measure(started, samples, self.seconds, rate)
+                    rows[server.name].append(report.summary(run))
+        self.results[name] = {"rate": rate, "servers": rows}
+        console.print(report.table({server: found[-1] for server, found in rows.items()}))
+        return last
+
+    def _saved(self) -> None:
+        """Model time of a text alone, by the server's own metrics: what leaving early really saves."""
+        found = []
+        for server in self.servers[:2]:
+            console.print(f"model time: {server.name}")
+            with self._started(server) as started:
+                load(started.target, self.samples[:200], 1.0, connections=1)
+                before = _model_time(started.target.url)
+                load(started.target, self.samples, self.seconds, connections=1)
+                after = _model_time(started.target.url)
+                texts, seconds, layers = (b - a for a, b in zip(before, after, strict=True))
+                found.append({"model_ms": 1000 * seconds / texts, "layers": layers / texts})
+        early, full = found
+        self.results["saved"] = {
+            "early": early,
+            "full_depth": full,
+            "time_saved": 1 - early["model_ms"] / full["model_ms"],
+            "layers_saved": 1 - early["layers"] / full["layers"],
+        }
+
+    def _curve(self, servers: list[Server]) -> None:
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for server in servers:
+            top = self._median(server.name, "saturation", "answers_per_s")
+            console.print(f"latency against load: {server.name}")
+            with self._started(server) as started:
+                for share in CURVE:
+                    run = self._measure(started, self.samples, self.seconds / 2, share * top)
+                    p95 = quantile(run.latencies_ms(), 0.95)
+                    curves.setdefault(server.name, []).append((round(share * top, 1), round(p95, 3)))
+        self.results["curve"] = curves
+        title = "Latency against offered load"
+        report.plot_curves(self.out / "latency-load.png", curves, (title, "requests/s", "p95 latency, ms"))
+
+    def _taus(self, ours_at: Callable[[float], Server]) -> None:
+        points = []
+        with ExitStack() as stack:
+            started = stack.enter_context(self._started(ours_at(0.0)))
+            for tau in TAUS:
+                console.print(f"throughput against accuracy: τ = {tau:g}")
+                run = self._measure(
+                    Running(ours_at(tau).target(self.port), started.process),
+                    self.samples,
+                    self.seconds / 2,
+                    None,
+                )
+                row = report.summary(run)
+                points.append(
+                    {"tau": tau, "answers_per_s": row["answers_per_s"], "accuracy": row["accuracy"]}
+                )
+        self.results["taus"] = points
+        if any(point["accuracy"] is None for point in points):
+            return
+        curves = {"de3, by τ": [(p["answers_per_s"], 100 * p["accuracy"]) for p in points]}
+        for name, rows in self.results["saturation"].items():
+            if not name.startswith("de3") and rows[0]["accuracy"] is not None:
+                speed = self._median(name, "saturation", "answers_per_s")
+                curves[name] = [(speed, 100 * rows[0]["accuracy"])]
+        labels = ("Throughput against accuracy", "answers/s", "accuracy, %")
+        report.plot_curves(self.out / "throughput-accuracy.png", curves, labels)
+
+    def _peers(self) -> list[Server]:
+        return [s for s in self.servers if not s.name.startswith("de3")]
+
+    def _best_peer(self) -> Server:
+        return max(self._peers(), key=lambda s: self._median(s.name, "saturation", "answers_per_s"))
+
+    def _median(self, server: str, what: str, key: str) -> float:
+        return float(median(row[key] for row in self.results[what][server]))
+
+    def _ratios(self, best: Server) -> dict[str, str]:
+        """Ours against the peers: medians of the rounds' ratios, and their range."""
+        ours, full, found = self.servers[0].name, self.servers[1].name, {}
+        rows = self.results["saturation"]
+        for peer in self._peers():
+            pairs = zip(rows[ours], rows[peer.name], strict=True)
+            found[f"throughput, {ours} / {peer.name}"] = report.spread(
+                [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
+            )
+        pairs = zip(rows[full], rows[best.name], strict=True)
+        found[f"throughput, {full} / {best.name}"] = report.spread(
+            [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
+        )
+        for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
+            servers = self.results[what]["servers"]
+            for q in ("p50", "p99"):
+                values = [
+                    a[f"latency_ms_{group}"][q] / b[f"latency_ms_{group}"][q]
+                    for a, b in zip(servers[ours], servers[best.name], strict=True)
+                ]
+                found[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
+        return found
+
+
+def _model_time(url: str) -> tuple[float, float, float]:
+    """Texts answered, their model seconds and layers so far, from /metrics."""
+    with urlopen(url + "/metrics") as response:
+        lines = response.read().decode().splitlines()
+
+    def value(start: str) -> float:
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(start, line))
+
+    stage = r'_%s\{.*stage="model"'
+    return (
+        value("de3_stage_latency_seconds" + stage % "count"),
+        value("de3_stage_latency_seconds" + stage % "sum"),
+        value("de3_layers_run_total"),
+    )
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,102 @@
+"""What a load test found: as a table, as JSON, as plots."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from loadtest.client import Run, accuracy, quantile
+
+
+def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
+    """The numbers of a run, as JSON."""
+    numbers: dict[str, Any] = {
+        "offered_per_s": run.offered,
+        "connections": None if run.offered else run.connections,
+        "seconds": run.seconds,
+        "answers_per_s": round(run.rate(), 1),
+        "statuses": {str(k): v for k, v in sorted(run.statuses().items())},
+        "wrong_labels": wrong,
+        "accuracy": accuracy(run),
+        "generator": {
+            "cpu_share": round(run.cpu_s / run.seconds, 3),
+            "late_p99_ms": round(run.lateness_ms(0.99), 2) if run.offered else None,
+        },
+    }
+    groups = (
+        {"all": None, "short": False, "long": True} if any(s.long for s in run.samples) else {"all": None}
+    )
+    for name, long in groups.items():
+        latencies = run.latencies_ms(long)
+        numbers[f"latency_ms_{name}"] = {
+            "mean": round(sum(latencies) / len(latencies), 3) if latencies else None,
+            **{
+                f"p{100 * q:g}": round(quantile(latencies, q), 3) for q in (0.5, 0.9, 0.95, 0.99) if latencies
+            },
+        }
+    return numbers
+
+
+def table(rows: dict[str, dict[str, Any]]) -> Table:
+    """Runs by name as a table."""
+    found = Table()
+    for column in ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU"):
+        found.add_column(column, justify="left" if not column else "right")
+    for name, row in rows.items():
+        latency = row.get("latency_ms_all", {})
+        bad = sum(n for status, n in row["statuses"].items() if status != "200")
+        found.add_row(
+            name,
+            f"{row['answers_per_s']:.0f}",
+            *(f"{latency.get(q, float('nan')):.2f}" for q in ("p50", "p95", "p99")),
+            "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}%",
+            str(bad),
+            "–" if row["wrong_labels"] is None else str(row["wrong_labels"]),
+            f"{100 * row['generator']['cpu_share']:.0f}%",
+        )
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{median(values):.2f} ({min(values):.2f} … {max(values):.2f})"
+
+
+def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
+    """Latency distributions of several runs."""
+    figure, axes = _figure(title, "latency, ms", "share of answers")
+    for name, values in latencies.items():
+        axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
+    axes.set_xscale("log")
+    _finish(figure, axes, path)
+
+
+def plot_curves(
+    path: Path, curves: dict[str, list[tuple[float, float]]], labels: tuple[str, str, str]
+) -> None:
+    """Lines of (x, y) points; labels: title, x, y."""
+    figure, axes = _figure(*labels)
+    for name, points in curves.items():
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+    if "ms" in labels[2]:
+        axes.set_yscale("log")
+    _finish(figure, axes, path)
+
+
+def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def _finish(figure: Any, axes: Any, path: Path) -> None:
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

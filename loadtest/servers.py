@@ -1,0 +1,182 @@
+"""The servers that are compared: ours and its peers, each started by one command, in its own environment."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import venv
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from loadtest.client import Target
+
+PEERS = Path(__file__).parent / "peers"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "de3-peers"
+START_S = 180.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start a server and how to ask it.
+
+    Attributes:
+        command: what to run; {port} is replaced.
+        ready: path that answers 200 once it serves.
+        note: what differs from ours, for the report.
+    """
+
+    name: str
+    command: list[str]
+    ready: str = "/health"
+    path: str = "/classify"
+    body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
+    label: Callable[[Any], str] = lambda answer: str(answer["label"])
+    note: str = ""
+
+    def target(self, port: int) -> Target:
+        """The server as the load generator sees it."""
+        return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
+
+
+def ours(store: Path, model: str, **fields: Any) -> Server:
+    """Our server; `fields` go into every request (tau and the like)."""
+    what = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
+    return Server(
+        f"de3 ({what})",
+        [
+            sys.executable,
+            "-m",
+            "de3.cli",
+            "serve",
+            "--store",
+            str(store),
+            "--model",
+            model,
+            "--port",
+            "{port}",
+        ],
+        ready="/ready",
+        body=lambda text: {"input": text, **fields},
+        label=lambda answer: str(answer["data"][0]["label"]),
+    )
+
+
+def peer(name: str, script: str, *arguments: str, note: str = "") -> Server:
+    """A peer that is a script of ours in `peers`, with its environment."""
+    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], note=note)
+
+
+def peer_command(script: str) -> list[str]:
+    """The command that starts a peer's script, its environment made and filled on first use."""
+    path = PEERS / f"{script}.py"
+    python = environment(script, dependencies(path))
+    return [str(python), str(path)]
+
+
+def dependencies(script: Path) -> list[str]:
+    """What a script needs, from its inline metadata (PEP 723)."""
+    found = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.M)
+    if found is None:
+        raise ValueError(f"{script}: has no inline script metadata")
+    text = "".join(line.removeprefix("# ").removeprefix("#") for line in found[1].splitlines(True))
+    return list(tomllib.loads(text)["dependencies"])
+
+
+def environment(name: str, needs: list[str]) -> Path:
+    """The Python of a virtual environment of this name with these packages."""
+    folder = CACHE / name
+    done = folder / "installed"
+    if not done.exists() or done.read_text() != "\n".join(needs):
+        shutil.rmtree(folder, ignore_errors=True)
+        venv.create(folder, with_pip=True)
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *needs]
+        subprocess.run(command, check=True)
+        done.write_text("\n".join(needs))
+    return folder / "bin" / "python"
+
+
+@dataclass
+class Running:
+    """A started server."""
+
+    target: Target
+    process: subprocess.Popen[bytes]
+
+    def memory_mb(self) -> float:
+        """Resident memory of the server's processes now, MB."""
+        total = 0
+        for pid in _family(self.process.pid):
+            try:
+                status = Path(f"/proc/{pid}/status").read_text()
+            except OSError:
+                continue
+            found = re.search(r"VmRSS:\s+(\d+)", status)
+            total += int(found[1]) if found else 0
+        return total / 1000
+
+    def cpu_s(self) -> float:
+        """Processor time of the server's processes so far."""
+        total = 0
+        for pid in _family(self.process.pid):
+            try:
+                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            except OSError:
+                continue
+            total += int(fields[11]) + int(fields[12])
+        return total / os.sysconf("SC_CLK_TCK")
+
+
+def _family(pid: int) -> list[int]:
+    found = [pid]
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = task.read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            found += _family(int(child))
+    return found
+
+
+@contextmanager
+def running(server: Server, port: int, log: Path) -> Iterator[Running]:
+    """A server, started and ready; stopped at the end.
+
+    Raises ValueError with the end of its log if it does not start.
+    """
+    command = [part.replace("{port}", str(port)) for part in server.command]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    started = Running(server.target(port), process)
+    try:
+        end = time.monotonic() + START_S
+        while not _answers(started.target.url + server.ready):
+            if process.poll() is not None or time.monotonic() > end:
+                tail = log.read_text(errors="replace")[-2000:]
+                raise ValueError(f"{server.name} did not start: {' '.join(command)}\n{tail}")
+            time.sleep(0.1)
+        yield started
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        for pid in _family(process.pid) if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (URLError, OSError):
+        return False

@@ -1,0 +1,70 @@
+"""Real texts to send, from a file."""
+
+import csv
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A text, its right label if known, whether it is one of the long ones, and the τ to ask for."""
+
+    text: str
+    label: str | None = None
+    long: bool = False
+    tau: float | None = None
+
+
+def read(path: Path, text_column: str, label_column: str, label_names: Sequence[str]) -> list[Sample]:
+    """The samples of a tsv, csv or jsonl file with named columns, or of a file with one text a line (txt).
+
+    Labels that are numbers index label_names; a file without label_column gives samples without labels.
+    Raises ValueError naming the file and what is missing.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if path.suffix == ".txt":
+            rows = [{text_column: line.strip()} for line in file]
+        elif path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in file if line.strip()]
+        elif path.suffix == ".tsv":
+            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(file))
+        else:
+            raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
+    found = []
+    for row in rows:
+        if text_column not in row:
+            raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
+        label = row.get(label_column)
+        if label is not None:
+            label = str(label)
+            label = label_names[int(label)] if label.isdigit() and label_names else label
+        if str(row[text_column]).strip():
+            found.append(Sample(str(row[text_column]), label))
+    if not found:
+        raise ValueError(f"{path}: holds no text")
+    return found
+
+
+def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) -> list[Sample]:
+    """The samples with a share of them replaced by long ones: samples joined up to so many words."""
+    rng = random.Random(seed)
+    mixed = []
+    for sample in samples:
+        if rng.random() >= share:
+            mixed.append(sample)
+            continue
+        joined: list[str] = []
+        while len(joined) < words:
+            joined += rng.choice(samples).text.split()
+        mixed.append(Sample(" ".join(joined[:words]), None, long=True))
+    return mixed
+
+
+def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
+    """The samples once for each τ, the τ taking turns."""
+    return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples
