@@ -469,6 +469,13 @@ def serve(
     threads: Annotated[
         int, typer.Option(envvar="DE3_THREADS", help="Engine threads; 0: one for each core.")
     ] = 0,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            envvar="DE3_RUNTIME",
+            help="onnxruntime, native (our kernels: int8, processors with AMX), or auto: the faster that can.",
+        ),
+    ] = "auto",
     max_queue: Annotated[
         int, typer.Option(envvar="DE3_MAX_QUEUE", help="Most texts that wait.", rich_help_panel=SERVING)
     ] = 1024,
@@ -503,6 +510,7 @@ def serve(
             host=host,
             port=port,
             threads=threads,
+            runtime=runtime,  # type: ignore[arg-type]  # Settings checks it
             max_queue=max_queue,
             max_texts=max_texts,
             max_body_bytes=max_body_bytes,

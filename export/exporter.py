@@ -86,7 +86,7 @@ def export(
         )
         takes_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
         manifest = _manifest(model, draft, settings, takes_types)
-        ready = Model(Artifact(draft.path, manifest))
+        ready = Model(Artifact(draft.path, manifest), "onnxruntime")
         proof: dict[str, Any] = {"parity": parity(model, tokenizer, ready, certify, int8)}
         tuned = record(ready, tune, "the tuning samples")
         certified = record(ready, certify, "the certifying samples")

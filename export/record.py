@@ -7,7 +7,8 @@ from os import cpu_count
 import numpy as np
 
 from exits.recorded import Recorded
-from model_store.model import Model, Step
+from model_store.model import Model
+from model_store.segments import Step
 from training.data import Example
 from training.progress import track
 

@@ -1,108 +1,34 @@
-"""An artifact opened for running: its tokenizer and one ONNX Runtime session for each layer."""
+"""An artifact opened for running: its tokenizer and its segments."""
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from tokenizers import Encoding, Tokenizer
 
-from model_store.manifest import Manifest
+from model_store.segments import (
+    Array,
+    NativeSegment,
+    OnnxSegment,
+    Segment,
+    Step,
+    Through,
+    Tokens,
+    full_depth,
+    session_options,
+)
 from model_store.store import Artifact, StoreError
+from native import NoKernelsError
 
-Array = NDArray[np.float32]
 MAX_CHARS_PER_TOKEN = 100
+# Both quantize activations on the way: a rounding error can become a difference of one step.
+MAX_NATIVE_DIFFERENCE = 0.2
 # One text at a time on each engine thread: the tokenizer's own thread pool would only get in their way.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """One text as the encoder takes it: ids and type_ids are (1, tokens) int64."""
-
-    ids: NDArray[np.int64]
-    type_ids: NDArray[np.int64]
-    truncated: bool
-
-    def __len__(self) -> int:
-        return int(self.ids.shape[1])
-
-
-@dataclass(slots=True)
-class Step:
-    """What a segment returns.
-
-    Attributes:
-        hidden: (1, tokens, hidden).
-        logits: (K,); None where the layer has no exit or it was not asked.
-        distances: cosine distances to the prototypes, (K,); None where there are none.
-    """
-
-    hidden: Array
-    logits: Array | None = None
-    distances: Array | None = None
-
-
-class Segment:
-    """One layer and its exit, run one unpadded sample at a time; safe to share between threads."""
-
-    def __init__(
-        self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None, file: str
-    ) -> None:
-        """Raises StoreError unless the session takes and gives what the manifest promises."""
-        self.layer = layer
-        self.is_exit = layer in manifest.exit_layers
-        self._session = session
-        hidden, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
-        takes = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
-        if layer == 0 and manifest.token_types:
-            takes["token_type_ids"] = [1, -1]
-        self._inputs = list(takes)
-        gives = {"next_hidden" if layer else "hidden": hidden}
-        self._with_exit: dict[str, Any] = {}
-        self._without_exit: dict[str, Any] = {}
-        if self.is_exit:
-            takes["with_exit"], gives["logits"] = [], [1, labels]
-            self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
-        if prototypes is not None:
-            takes["prototypes"], gives["distances"] = [labels, manifest.metric_dim], [1, labels]
-            self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
-        self._outputs = list(gives)
-        _check(session, takes, gives, file)
-
-    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if asked, their exit."""
-        feed = dict(zip(self._inputs, (tokens.ids, tokens.type_ids), strict=False))
-        return self._run(feed, with_exit)
-
-    def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
-        return self._run({"hidden": hidden}, with_exit)
-
-    def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
-        feed.update(self._with_exit if with_exit else self._without_exit)
-        values = self._session.run(self._outputs, feed)
-        if not (with_exit and self.is_exit):
-            return Step(values[0])
-        return Step(values[0], values[1][0], values[2][0] if len(values) > 2 else None)
-
-
-def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:
-    """Raise StoreError unless a session takes and gives exactly these shapes; −1 is a free dimension."""
-    for what, found, wanted in (
-        ("takes", {x.name: x.shape for x in session.get_inputs()}, takes),
-        ("gives", {x.name: x.shape for x in session.get_outputs()}, gives),
-    ):
-        if set(found) != set(wanted):
-            raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
-        for name, shape in found.items():
-            # A free dimension (tokens) has a name instead of a size.
-            if [x if isinstance(x, int) else -1 for x in shape] != wanted[name]:
-                raise StoreError(f"{file}: {name} has shape {shape}, expected {wanted[name]}")
 
 
 class Model:
@@ -110,10 +36,15 @@ class Model:
 
     Attributes:
         segments: index = layer; 0 is the embeddings.
+        runtime: what runs them: native or onnxruntime.
+        through: takes several samples through all layers at once; None unless native.
     """
 
-    def __init__(self, artifact: Artifact) -> None:
-        """Read, check and load every file; raises StoreError for the first that is not sound."""
+    def __init__(self, artifact: Artifact, runtime: str = "auto") -> None:
+        """Read, check and load every file; raises StoreError for the first that is not sound.
+
+        runtime: onnxruntime, native, or auto: native where it can and gives what ONNX Runtime gives.
+        """
         self.manifest = artifact.manifest
         self.full_name = artifact.full_name
         manifest = self.manifest
@@ -135,10 +66,46 @@ class Model:
                     f"{artifact.path / file}: not a model ONNX Runtime can run: {error}"
                 ) from None
 
-        self.segments = [
-            Segment(layer, session(file), manifest, prototypes.get(layer), str(artifact.path / file))
+        self.runtime = "onnxruntime"
+        self.through: Through | None = None
+        self.segments: Sequence[Segment] = [
+            OnnxSegment(layer, session(file), manifest, prototypes.get(layer), str(artifact.path / file))
             for layer, file in enumerate(manifest.segment_files())
         ]
+        if runtime != "onnxruntime":
+            try:
+                self.segments, self.through = self._native(artifact, prototypes)
+                self.runtime = "native"
+            except NoKernelsError as error:
+                if runtime == "native":
+                    raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
+
+    def _native(self, artifact: Artifact, prototypes: dict[int, Array]) -> tuple[Sequence[Segment], Through]:
+        """The segments as the kernels run them; NoKernelsError unless they give what ONNX Runtime gives."""
+        try:
+            from native import kernels, segments
+        except ImportError as error:  # not built, or onnx is not installed
+            raise NoKernelsError(str(error)) from None
+        manifest = self.manifest
+        if manifest.precision != "int8":
+            raise NoKernelsError("only int8 artifacts have kernels")
+        files = [artifact.read(file) for file in manifest.segment_files()]
+        model = segments.load(files, manifest.pooling == "mean")
+        native = [
+            NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
+            for layer in range(manifest.num_layers + 1)
+        ]
+        for length in (1, 7, 40):
+            tokens = self.tokenize("a " * length)
+            try:
+                theirs, ours = full_depth(self.segments, tokens), full_depth(native, tokens)
+            except ValueError as error:
+                raise NoKernelsError(str(error)) from None
+            for a, b in zip(theirs, ours, strict=True):
+                for x, y in ((a.logits, b.logits), (a.distances, b.distances)):
+                    if x is not None and y is not None and not np.abs(x - y).max() < MAX_NATIVE_DIFFERENCE:
+                        raise NoKernelsError("the kernels differ from ONNX Runtime on this model")
+        return native, Through(kernels, model, manifest, prototypes)
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.
@@ -146,16 +113,26 @@ class Model:
         Raises ValueError if the text is longer and `truncate` is false. So that no text can hold a thread for
         long, a text counts as too long from MAX_CHARS_PER_TOKEN characters for each token the model takes.
         """
+        return self.tokens(self.encode([(text, text_pair)])[0], text, text_pair, truncate)
+
+    def encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Encoding]:
+        """What the tokenizer makes of texts or pairs, for `tokens`.
+
+        One call for many, and even for one: unlike Tokenizer.encode it leaves other Python threads alone.
+        """
+        most = MAX_CHARS_PER_TOKEN * self.manifest.max_tokens
+        batch = [text[:most] if pair is None else (text[:most], pair[:most]) for text, pair in texts]
+        return list(self._tokenizer.encode_batch_fast(batch))
+
+    def tokens(self, encoding: Encoding, text: str, text_pair: str | None, truncate: bool) -> Tokens:
+        """The tokens of a text's encoding; see `tokenize`."""
         limit = self.manifest.max_tokens
         most = MAX_CHARS_PER_TOKEN * limit
         long = len(text) > most or (text_pair is not None and len(text_pair) > most)
         if long and not truncate:
             raise ValueError(f"has more than {most} characters, the most allowed; let truncate be true")
-        pair = None if text_pair is None else text_pair[:most]
-        # A batch of one: unlike encode, it leaves other Python threads alone, and it finds no offsets.
-        whole = text[:most] if pair is None else (text[:most], pair)
-        encoding = self._tokenizer.encode_batch_fast([whole])[0]
         if len(encoding) > limit:
+            pair = None if text_pair is None else text_pair[:most]
             encoding = self._cut(text[:most], pair, limit, truncate)
             long = True
         return Tokens(np.array([encoding.ids], np.int64), np.array([encoding.type_ids], np.int64), long)
@@ -187,22 +164,7 @@ class Model:
 
     def full_depth(self, tokens: Tokens) -> list[Step]:
         """Every layer's step for one sample, run without exiting; index = layer."""
-        steps = [self.segments[0].embed(tokens, True)]
-        for segment in self.segments[1:]:
-            steps.append(segment.run(steps[-1].hidden, True))
-        return steps
-
-
-def session_options() -> Any:
-    """One thread a call: running several samples at once measured 2 to 3 times faster than thread pools."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # The segments are fused as they are written; more would fuse Add and LayerNormalization into
-    # SkipLayerNormalization, which measured 5 times slower than the two (docs/performance.md).
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    return options
+        return full_depth(self.segments, tokens)
 
 
 def unit_prototypes(artifact: Artifact) -> dict[int, Array]:

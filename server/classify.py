@@ -36,7 +36,14 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
         rule = exit_rule(parsed, served.model)
         future = asyncio.get_running_loop().create_future()
         job = Job(
-            served.model, rule, parsed.truncate, parsed.explain, parsed.input, served.timing.predict, future
+            served.model,
+            rule,
+            parsed.truncate,
+            parsed.explain,
+            parsed.input,
+            served.timing.predict,
+            future,
+            served.together_s,
         )
         await _run(job, scope, service, started + service.settings.timeout_s)
         body = protocol.answer(

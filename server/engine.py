@@ -7,15 +7,16 @@ urgent, so a long text does not hold up short ones.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter
 
-from exits.rule import read
-from model_store.model import Model, Tokens
+from exits.rule import Reading, read
+from model_store.model import Model
+from model_store.segments import Passage, Tokens
 from server.errors import ApiError
 from server.queue import WorkQueue
-from server.work import Item, Job, Outcome
+from server.work import Item, Job, Outcome, wake
 
 log = logging.getLogger("de3.engine")
 
@@ -54,18 +55,81 @@ class Engine:
         self.queue.drop(job)
 
     def _work(self) -> None:
-        while item := self.queue.next():
-            try:
-                outcome = run(item, self.queue)
-                if outcome is not None:
+        while items := self.queue.next(len(self._threads)):
+            done: list[tuple[Job, Exception | None]] = []
+            for item, result in self._run(items):
+                if isinstance(result, Exception):
+                    item.job.fail(result)
+                elif result is not None:
                     if self._observe:
-                        self._observe(item.job.model, outcome)
-                    item.job.finish(item, outcome)
-            except ApiError as error:
-                item.job.fail(error)
-            except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
-                log.exception("an item failed")
-                item.job.fail(RuntimeError("an item failed"))
+                        self._observe(item.job.model, result)
+                    if item.job.finish(item, result):
+                        done.append((item.job, None))
+            if done:
+                wake(done)
+
+    def _run(self, items: list[Item]) -> Sequence[tuple[Item, Outcome | Exception | None]]:
+        """What came of items: an outcome, an error, or None if dropped or put back."""
+        first = items[0]
+        try:
+            if first.layer == 0 and first.predicted <= first.job.together_s:
+                return run_together(items)
+            return [(item, self._alone(item)) for item in items]
+        except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
+            log.exception("an item failed")
+            return [(item, RuntimeError("an item failed")) for item in items]
+
+    def _alone(self, item: Item) -> Outcome | Exception | None:
+        try:
+            return run(item, self.queue)
+        except ApiError as error:
+            return error
+
+
+def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | None]]:
+    """Take short texts of one model through the kernels in one call; each is computed by itself."""
+    started = perf_counter()
+    model = items[0].job.model
+    encodings = model.encode([(item.text.text, item.text.text_pair) for item in items])
+    results: list[tuple[Item, Outcome | Exception | None]] = []
+    ways: list[tuple[Item, Passage]] = []
+    for item, encoding in zip(items, encodings, strict=True):
+        job, rule = item.job, item.job.rule
+        if job.dropped:
+            continue
+        try:
+            tokens = model.tokens(encoding, item.text.text, item.text.text_pair, job.truncate)
+        except ValueError as error:
+            results.append((item, _too_long(item, error)))
+            continue
+        item.tokens = tokens
+        deepest = model.deepest_exit(rule.max_layer)
+        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, job.explain)))
+    tokenize_s = (perf_counter() - started) / len(items)
+    if ways:
+        assert model.through is not None
+        model.through([way for _, way in ways])
+    for item, way in ways:
+        item.tokenize_s, item.model_s = tokenize_s, way.seconds
+        results.append((item, _passed(item, way)))
+    return results
+
+
+def _passed(item: Item, way: Passage) -> Outcome:
+    """The outcome of a way through the kernels."""
+    manifest, job = item.job.model.manifest, item.job
+    for layer in manifest.exit_layers if job.explain else [way.layer]:
+        if layer > way.layer:
+            break
+        distances = way.distances[layer].tolist() if layer in manifest.prototype_layers else None
+        reading = read(way.logits[layer].tolist(), distances, job.rule.lam)
+        item.passed.append((layer, reading))
+    reason = "threshold"
+    if way.layer == manifest.num_layers:
+        reason = "last_layer"
+    elif way.layer == way.deepest and not job.rule.exits(reading):
+        reason = "max_layer"
+    return _outcome(item, way.layer, reason, reading)
 
 
 def run(item: Item, queue: WorkQueue) -> Outcome | None:
@@ -106,9 +170,13 @@ def run(item: Item, queue: WorkQueue) -> Outcome | None:
             item.model_s += perf_counter() - started
             queue.put_back(item)
             return None
-    now = perf_counter()
-    item.model_s += now - started
+    item.model_s += perf_counter() - started
     item.hidden = None
+    return _outcome(item, layer, reason, reading)
+
+
+def _outcome(item: Item, layer: int, reason: str, reading: Reading) -> Outcome:
+    assert item.tokens is not None
     return Outcome(
         layer=layer,
         reason=reason,
@@ -116,7 +184,7 @@ def run(item: Item, queue: WorkQueue) -> Outcome | None:
         passed=item.passed,
         tokens=len(item.tokens),
         truncated=item.tokens.truncated,
-        queue_s=now - job.submitted - item.tokenize_s - item.model_s,
+        queue_s=perf_counter() - item.job.submitted - item.tokenize_s - item.model_s,
         tokenize_s=item.tokenize_s,
         model_s=item.model_s,
     )
@@ -125,11 +193,14 @@ def run(item: Item, queue: WorkQueue) -> Outcome | None:
 def _tokenize(item: Item) -> Tokens:
     """The text's tokens; raises ApiError 422 if it is too long and may not be cut."""
     started = perf_counter()
-    job = item.job
     try:
-        return job.model.tokenize(item.text.text, item.text.text_pair, job.truncate)
+        return item.job.model.tokenize(item.text.text, item.text.text_pair, item.job.truncate)
     except ValueError as error:
-        where = f"input[{item.index}]" if len(job.items) > 1 else "input"
-        raise ApiError(422, f"{where}: {error}", where, "too_long") from None
+        raise _too_long(item, error) from None
     finally:
         item.tokenize_s = perf_counter() - started
+
+
+def _too_long(item: Item, error: ValueError) -> ApiError:
+    where = f"input[{item.index}]" if len(item.job.items) > 1 else "input"
+    return ApiError(422, f"{where}: {error}", where, "too_long")

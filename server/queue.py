@@ -6,6 +6,8 @@ from threading import Condition
 
 from server.work import Item, Job
 
+MAX_TOGETHER = 16
+
 
 class QueueFullError(Exception):
     """The queue has no room for these items."""
@@ -44,21 +46,46 @@ class WorkQueue:
                 self._add(item)
                 self._changed.notify()
 
-    def next(self) -> Item | None:
-        """Wait for the most urgent item; None once the queue is closed and empty."""
+    def next(self, threads: int = 1) -> list[Item]:
+        """Wait for the most urgent item; nothing once the queue is closed and empty.
+
+        When many wait, others that have not started come with it: the next most urgent of the same model, as
+        long as all are predicted to take no more than its `together_s` and other threads get their share.
+        """
         with self._changed:
             while True:
-                while self._items:
-                    item = heappop(self._items)[2]
-                    if item.job.dropped:
-                        self._forget(item.job)
-                        continue
-                    item.job.waiting -= 1
-                    self._waiting -= 1
-                    return item
+                first = self._take()
+                if first is not None:
+                    break
                 if self._closed:
-                    return None
+                    return []
                 self._changed.wait()
+            found, total = [first], first.predicted
+            room = min(MAX_TOGETHER, -(-(self._waiting + 1) // threads)) if first.layer == 0 else 1
+            while len(found) < room and self._items:
+                following = self._items[0][2]
+                total += following.predicted
+                if (
+                    total > first.job.together_s
+                    or following.layer
+                    or following.job.model is not first.job.model
+                ):
+                    break
+                item = self._take()
+                if item is not None:
+                    found.append(item)
+            return found
+
+    def _take(self) -> Item | None:
+        while self._items:
+            item = heappop(self._items)[2]
+            if item.job.dropped:
+                self._forget(item.job)
+                continue
+            item.job.waiting -= 1
+            self._waiting -= 1
+            return item
+        return None
 
     def has_more_urgent_than(self, item: Item) -> bool:
         """Whether something that waits is due before this item."""

@@ -38,14 +38,16 @@ class Service:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
         try:
             started = perf_counter()
-            self.models = Models([await asyncio.to_thread(load, a) for a in self.artifacts])
+            self.models = Models(
+                [await asyncio.to_thread(load, a, self.settings.runtime) for a in self.artifacts]
+            )
             self.engine.start()
             if self.state == "loading":
                 self.state = "ready"
             log.info(
                 "ready in %.1f s: %s, %d engine threads",
                 perf_counter() - started,
-                ", ".join(s.model.full_name for s in self.models.all),
+                ", ".join(f"{s.model.full_name} ({s.model.runtime})" for s in self.models.all),
                 self.settings.engine_threads(),
             )
         except Exception as error:

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,6 +14,8 @@ class Settings(BaseModel):
         store: folder of the model store.
         models: models to serve, as name or name:version; empty: the newest version of each in the store.
             A request that names none gets the first.
+        runtime: what runs the layers: onnxruntime, native (our kernels, for int8 on processors with AMX), or
+            auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
         threads: engine threads, each runs one text at a time; 0: one for each core.
         max_queue: most texts that wait, and most requests in flight; what would exceed it is answered 503.
         max_texts: most texts in one request.
@@ -28,6 +30,7 @@ class Settings(BaseModel):
     models: list[str] = []
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    runtime: Literal["auto", "native", "onnxruntime"] = "auto"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     max_queue: Annotated[int, Field(ge=1)] = 1024
     max_texts: Annotated[int, Field(ge=1)] = 256

@@ -8,7 +8,8 @@ from threading import Lock
 from time import perf_counter
 
 from exits.rule import ExitRule, Reading
-from model_store.model import Array, Model, Tokens
+from model_store.model import Model
+from model_store.segments import Array, Tokens
 from server.protocol import Text
 
 
@@ -38,6 +39,7 @@ class Item:
     """One text of a job, and how far it got: between two layers it can wait for a more urgent one.
 
     Attributes:
+        predicted: seconds that it is likely to take through every layer.
         due: when it should be answered (perf_counter seconds); the queue hands out the earliest first.
         layer: the next layer to run.
         hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
@@ -48,6 +50,7 @@ class Item:
     job: "Job"
     index: int
     text: Text
+    predicted: float
     due: float
     layer: int = 0
     tokens: Tokens | None = None
@@ -69,6 +72,7 @@ class Job:
         predict: seconds that a text is likely to take through every layer. An item is due after its own time
             and that of those before it in the list, so short texts overtake long ones and single texts long
             lists, but nothing waits for ever.
+        together_s: texts predicted to take no longer may share a call with others; 0: one a call.
     """
 
     model: Model
@@ -78,6 +82,7 @@ class Job:
     texts: list[Text]
     predict: Callable[[Text], float]
     future: "asyncio.Future[None]"
+    together_s: float = 0.0
     items: list[Item] = field(init=False)
     submitted: float = field(default_factory=perf_counter)
     dropped: bool = False
@@ -88,32 +93,35 @@ class Job:
     def __post_init__(self) -> None:
         due, self.items = self.submitted, []
         for i, text in enumerate(self.texts):
-            due += self.predict(text)
-            self.items.append(Item(self, i, text, due))
+            predicted = self.predict(text)
+            due += predicted
+            self.items.append(Item(self, i, text, predicted, due))
         self._left = len(self.items)
 
-    def finish(self, item: Item, outcome: Outcome) -> None:
-        """Record an item's outcome; called by an engine thread."""
+    def finish(self, item: Item, outcome: Outcome) -> bool:
+        """Record an item's outcome; whether it was the last. Called by an engine thread."""
         item.outcome = outcome
         with self._lock:
             self._left -= 1
-            last = self._left == 0
-        if last:
-            self._wake(None)
+            return self._left == 0
 
     def fail(self, error: Exception) -> None:
         """Fail the whole request with one item's error; called by an engine thread."""
         self.dropped = True
-        self._wake(error)
+        wake([(self, error)])
 
-    def _wake(self, error: Exception | None) -> None:
-        def settle() -> None:
-            if self.future.done():  # the client went away, or another item failed first
-                return
+
+def wake(jobs: list[tuple[Job, Exception | None]]) -> None:
+    """Tell the event loop that jobs are done, or failed: once for all, as waking it costs a thread switch."""
+
+    def settle() -> None:
+        for job, error in jobs:
+            if job.future.done():  # the client went away, or another item failed first
+                continue
             if error is None:
-                self.future.set_result(None)
+                job.future.set_result(None)
             else:
-                self.future.set_exception(error)
+                job.future.set_exception(error)
 
-        with suppress(RuntimeError):  # the event loop is closed: nobody is waiting
-            self.future.get_loop().call_soon_threadsafe(settle)
+    with suppress(RuntimeError):  # the event loop is closed: nobody is waiting
+        jobs[0][0].future.get_loop().call_soon_threadsafe(settle)

@@ -71,10 +71,10 @@ def save_encoder(folder: Path, family: str = "bert", layers: int = 3, activation
     vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra"))
     settings = {
         "vocab_size": vocabulary,
-        "hidden_size": 32,
+        "hidden_size": 64,  # sizes that the kernels in native/ have
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
-        "intermediate_size": 64,
+        "intermediate_size": 128,
         "max_position_embeddings": 66 if family == "roberta" else 64,
         "hidden_act": activation,
         "pad_token_id": 1 if family == "roberta" else 0,

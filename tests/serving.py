@@ -72,9 +72,9 @@ class Gate:
         self._open = threading.Event()
         take = WorkQueue.next
 
-        def gated(queue: WorkQueue) -> Any:
+        def gated(queue: WorkQueue, *arguments: Any) -> Any:
             self._open.wait(60)
-            return take(queue)
+            return take(queue, *arguments)
 
         monkeypatch.setattr(WorkQueue, "next", gated)
 

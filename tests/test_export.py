@@ -17,7 +17,8 @@ from export.exporter import ExportError, ExportSettings
 from export.full_depth import export_full_depth
 from export.graph import quantize
 from export.record import record
-from model_store.model import Model, session_options
+from model_store.model import Model
+from model_store.segments import session_options
 from model_store.store import Store
 from tests.conftest import make_rows, save_encoder
 from training import data as datas
@@ -195,7 +196,7 @@ def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Pat
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
 def test_full_depth_is_the_segments_in_one_graph(store: Path, tmp_path: Path, name: str) -> None:
     artifact = Store(store).open(name)
-    model = Model(artifact)
+    model = Model(artifact, "onnxruntime")
     export_full_depth(artifact.path, tmp_path / "same", int8=name == "tiny-int8")
     export_full_depth(artifact.path, tmp_path / "fp32", int8=False)
     same, fp32 = (

@@ -18,11 +18,11 @@ LIMIT = 7
 LOOP = asyncio.new_event_loop()
 
 
-def job(texts: int, submitted: float = 0.0, seconds: float = 1.0) -> Job:
+def job(texts: int, submitted: float = 0.0, seconds: float = 1.0, together_s: float = 0.0) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
     rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
-    return Job(None, rule, True, False, names, lambda _: seconds, future, submitted=submitted)  # type: ignore[arg-type]
+    return Job(None, rule, True, False, names, lambda _: seconds, future, together_s, submitted=submitted)  # type: ignore[arg-type]
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -48,7 +48,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         first = min(self.waiting, key=lambda item: item.due)  # of equals the first that came
-        assert self.queue.next() is first
+        assert self.queue.next() == [first]
         self.waiting.remove(first)
         self.running.append(first)
 
@@ -94,19 +94,19 @@ def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
     queue.put(long)
     for k in range(20):  # one short text every 0.1 s
         queue.put(job(1, submitted=k / 10, seconds=0.05))
-    order = [queue.next() for _ in range(21)]
+    order = [queue.next()[0] for _ in range(21)]
     assert order.index(long.items[0]) == 10  # those that came within its own time went first
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
 def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int) -> None:
     queue = WorkQueue(100)
-    jobs = [job(n) for n in sizes]
+    jobs = [job(n, together_s=3.0) for n in sizes]
     taken: list[Any] = []
 
     def work() -> None:
-        while item := queue.next():
-            taken.append(item)
+        while items := queue.next(threads):
+            taken.extend(items)
 
     workers = [Thread(target=work) for _ in range(threads)]
     for worker in workers:
@@ -119,3 +119,18 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
     assert sorted(map(id, taken)) == sorted(id(item) for j in jobs for item in j.items)
     with pytest.raises(QueueFullError):
         queue.put(job(1))
+
+
+def test_short_texts_come_together_within_their_limits() -> None:
+    queue = WorkQueue(100)
+    for n, seconds in ((3, 1.0), (4, 1.0), (1, 9.0)):
+        queue.put(job(n, seconds=seconds, together_s=4.0))
+    assert len(queue.next(threads=4)) == 2  # its share of the 8 that wait
+    assert len(queue.next(threads=1)) == 4  # 4 s of them
+    assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
+    started = job(3, together_s=4.0)
+    queue.put(started)
+    item = queue.next(threads=3)[0]
+    item.layer = 2
+    queue.put_back(item)
+    assert queue.next(threads=1) == [item]  # what has started goes on alone

@@ -77,7 +77,7 @@ def test_a_client_that_leaves_costs_nothing_more(store: Path, monkeypatch: pytes
 def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from model_store.model import Segment
+    from model_store.segments import OnnxSegment as Segment
 
     entered, go_on, ran = threading.Event(), threading.Event(), []
     run = Segment.run
@@ -183,7 +183,7 @@ def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.Mon
 
     go_on = threading.Event()
     load = services.load
-    monkeypatch.setattr(services, "load", lambda artifact: (go_on.wait(30), load(artifact))[1])
+    monkeypatch.setattr(services, "load", lambda *a: (go_on.wait(30), load(*a))[1])
     server = Server(Service(Settings(store=store)))
     server.start()
     try:

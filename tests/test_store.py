@@ -112,10 +112,10 @@ def test_a_version_that_is_a_link_out_of_the_store_is_refused(copy: Path, tmp_pa
 
 def test_a_manifest_that_does_not_fit_its_segments_is_refused(copy: Path) -> None:
     edit(copy, lambda m: m.update(labels=["a", "b", "c"]))
-    with pytest.raises(StoreError, match=r"layer_00 must be finite float32 of shape \(3, 32\)"):
+    with pytest.raises(StoreError, match=r"layer_00 must be finite float32 of shape \(3, 64\)"):
         open_model(copy)
-    edit(copy, lambda m: m.update(labels=["a", "b"], hidden_size=64))
-    with pytest.raises(StoreError, match=r"embeddings.onnx: hidden has shape .* expected \[1, -1, 64\]"):
+    edit(copy, lambda m: m.update(labels=["a", "b"], hidden_size=32))
+    with pytest.raises(StoreError, match=r"embeddings.onnx: hidden has shape .* expected \[1, -1, 32\]"):
         open_model(copy)
 
 

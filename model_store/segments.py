@@ -1,0 +1,208 @@
+"""The layers of a loaded artifact, each run on one unpadded sample, by ONNX Runtime or by our kernels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from model_store.manifest import Manifest
+from model_store.store import StoreError
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One text as the encoder takes it: ids and type_ids are (1, tokens) int64."""
+
+    ids: NDArray[np.int64]
+    type_ids: NDArray[np.int64]
+    truncated: bool
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[1])
+
+
+@dataclass(slots=True)
+class Step:
+    """What a segment returns.
+
+    Attributes:
+        hidden: (1, tokens, hidden).
+        logits: (K,); None where the layer has no exit or it was not asked.
+        distances: cosine distances to the prototypes, (K,); None where there are none.
+    """
+
+    hidden: Array
+    logits: Array | None = None
+    distances: Array | None = None
+
+
+class Segment(Protocol):
+    """One layer and its exit, run one unpadded sample at a time; safe to share between threads."""
+
+    layer: int
+    is_exit: bool
+
+    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
+        """Run the embeddings (layer 0) and, if asked, their exit."""
+
+    def run(self, hidden: Array, with_exit: bool) -> Step:
+        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+
+
+class OnnxSegment:
+    """A segment that ONNX Runtime runs."""
+
+    def __init__(
+        self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None, file: str
+    ) -> None:
+        """Raises StoreError unless the session takes and gives what the manifest promises."""
+        self.layer = layer
+        self.is_exit = layer in manifest.exit_layers
+        self._session = session
+        hidden, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
+        takes = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
+        if layer == 0 and manifest.token_types:
+            takes["token_type_ids"] = [1, -1]
+        self._inputs = list(takes)
+        gives = {"next_hidden" if layer else "hidden": hidden}
+        self._with_exit: dict[str, Any] = {}
+        self._without_exit: dict[str, Any] = {}
+        if self.is_exit:
+            takes["with_exit"], gives["logits"] = [], [1, labels]
+            self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
+        if prototypes is not None:
+            takes["prototypes"], gives["distances"] = [labels, manifest.metric_dim], [1, labels]
+            self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
+        self._outputs = list(gives)
+        _check(session, takes, gives, file)
+
+    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
+        """Run the embeddings (layer 0) and, if asked, their exit."""
+        feed = dict(zip(self._inputs, (tokens.ids, tokens.type_ids), strict=False))
+        return self._run(feed, with_exit)
+
+    def run(self, hidden: Array, with_exit: bool) -> Step:
+        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        return self._run({"hidden": hidden}, with_exit)
+
+    def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
+        feed.update(self._with_exit if with_exit else self._without_exit)
+        values = self._session.run(self._outputs, feed)
+        if not (with_exit and self.is_exit):
+            return Step(values[0])
+        return Step(values[0], values[1][0], values[2][0] if len(values) > 2 else None)
+
+
+@dataclass(slots=True)
+class Passage:
+    """A sample on its way through all layers.
+
+    Attributes:
+        tau, lam: leave at the first exit with EDR < tau.
+        deepest: the layer at which to leave at the latest, one with an exit.
+        every: ask every exit passed, also those that cannot end the way (tau 0).
+        layer: where it left.
+        seconds: what it took.
+        logits, distances: (layers + 1, K), index = layer; zeros at exits not asked.
+    """
+
+    tokens: Tokens
+    tau: float
+    lam: float
+    deepest: int
+    every: bool
+    layer: int = -1
+    seconds: float = 0.0
+    logits: Array = field(init=False)
+    distances: Array = field(init=False)
+
+
+class Through:
+    """All native segments in one call, the exit rule between them: no Python, and no GIL, on the way."""
+
+    def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
+        self._through, self._model = kernels.through, model
+        self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
+        self._shape = (manifest.num_layers + 1, len(manifest.labels))
+
+    def __call__(self, samples: Sequence[Passage]) -> None:
+        """Take samples through the layers until each has left; fills what Passage calls results."""
+        rows = []
+        for s in samples:
+            s.logits, s.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
+            ids, types = s.tokens.ids, s.tokens.type_ids
+            rows.append((ids, types, s.tau, s.lam, s.deepest, s.every, s.logits, s.distances))
+        for s, (layer, seconds) in zip(
+            samples, self._through(self._model, rows, self._prototypes), strict=True
+        ):
+            s.layer, s.seconds = layer, seconds
+
+
+def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:
+    """Raise StoreError unless a session takes and gives exactly these shapes; −1 is a free dimension."""
+    for what, found, wanted in (
+        ("takes", {x.name: x.shape for x in session.get_inputs()}, takes),
+        ("gives", {x.name: x.shape for x in session.get_outputs()}, gives),
+    ):
+        if set(found) != set(wanted):
+            raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
+        for name, shape in found.items():
+            # A free dimension (tokens) has a name instead of a size.
+            if [x if isinstance(x, int) else -1 for x in shape] != wanted[name]:
+                raise StoreError(f"{file}: {name} has shape {shape}, expected {wanted[name]}")
+
+
+class NativeSegment:
+    """An int8 segment that the kernels in `native` run."""
+
+    def __init__(
+        self, layer: int, kernels: Any, model: Any, manifest: Manifest, prototypes: Array | None
+    ) -> None:
+        self.layer = layer
+        self.is_exit = layer in manifest.exit_layers
+        self._run, self._model = kernels.run, model
+        self._prototypes = prototypes
+        self._hidden, self._labels = manifest.hidden_size, len(manifest.labels)
+
+    def embed(self, tokens: Tokens, with_exit: bool) -> Step:
+        """Run the embeddings (layer 0) and, if asked, their exit."""
+        hidden = np.empty((1, len(tokens), self._hidden), np.float32)
+        return self._step(tokens.ids, tokens.type_ids, hidden, with_exit)
+
+    def run(self, hidden: Array, with_exit: bool) -> Step:
+        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        return self._step(hidden, None, np.empty_like(hidden), with_exit)
+
+    def _step(self, x: NDArray[Any], types: NDArray[np.int64] | None, hidden: Array, with_exit: bool) -> Step:
+        if not (with_exit and self.is_exit):
+            self._run(self._model, self.layer, x, types, hidden, None, None, None)
+            return Step(hidden)
+        logits = np.empty(self._labels, np.float32)
+        distances = None if self._prototypes is None else np.empty(self._labels, np.float32)
+        self._run(self._model, self.layer, x, types, hidden, self._prototypes, logits, distances)
+        return Step(hidden, logits, distances)
+
+
+def full_depth(segments: Sequence[Segment], tokens: Tokens) -> list[Step]:
+    """Every segment's step for one sample; index = layer."""
+    steps = [segments[0].embed(tokens, True)]
+    for segment in segments[1:]:
+        steps.append(segment.run(steps[-1].hidden, True))
+    return steps
+
+
+def session_options() -> Any:
+    """One thread a call: running several samples at once measured 2 to 3 times faster than thread pools."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # The segments are fused as they are written; more would fuse Add and LayerNormalization into
+    # SkipLayerNormalization, which measured 5 times slower than the two (docs/performance.md).
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return options

@@ -1,0 +1,141 @@
+"""The kernels against ONNX Runtime and against the exit rule. Skipped where the processor has no AMX."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits.rule import ExitRule, read
+from model_store.model import Model
+from model_store.segments import Passage
+from model_store.store import Store, StoreError
+from tests.conftest import make_rows
+
+kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
+if not kernels.supported():
+    pytest.skip("this processor has no AMX", allow_module_level=True)
+
+TEXTS = ["good", *(text for text, _ in make_rows(60, 9)), "a dull plot and a good film " * 12]
+
+
+@pytest.fixture(scope="module")
+def native(store: Path) -> Model:
+    return Model(Store(store).open("tiny-int8"), "native")
+
+
+def test_they_give_what_onnx_runtime_gives(store: Path, native: Model) -> None:
+    theirs = Model(Store(store).open("tiny-int8"), "onnxruntime")
+    assert (native.runtime, theirs.runtime) == ("native", "onnxruntime")
+    differences = []
+    for text in TEXTS:
+        tokens = native.tokenize(text)
+        for a, b in zip(native.full_depth(tokens), theirs.full_depth(tokens), strict=True):
+            assert a.logits is not None and b.logits is not None
+            differences.append(np.abs(a.logits - b.logits).max())
+            if a.distances is not None and b.distances is not None:
+                differences.append(np.abs(a.distances - b.distances).max())
+    # Rounding errors, but for the few that end in another step of a quantization.
+    assert np.median(differences) < 1e-5 and max(differences) < 0.1
+
+
+def passage(model: Model, text: str, tau: float, lam: float, deepest: int = 3) -> Passage:
+    return Passage(model.tokenize(text), tau, lam, deepest, every=False)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])), min_size=1, max_size=9
+    ),
+    st.sampled_from([0.0, 0.5, 4.0]),
+    st.integers(0, 3),
+)
+def test_together_each_leaves_as_alone_and_as_the_rule_says(
+    native: Model, batch: list[tuple[str, float]], lam: float, deepest: int
+) -> None:
+    ways = [passage(native, text, tau, lam, deepest) for text, tau in batch]
+    assert native.through is not None
+    native.through(ways)
+    for (_, tau), way in zip(batch, ways, strict=True):
+        rule = ExitRule(tau, lam)
+        for layer, step in enumerate(native.full_depth(way.tokens)):
+            assert step.logits is not None
+            if tau > 0 or layer == deepest:
+                assert way.logits[layer].tolist() == step.logits.tolist()  # bit for bit
+            distances = None if step.distances is None else step.distances.tolist()
+            if layer == deepest or rule.exits(read(step.logits.tolist(), distances, lam)):
+                break
+        assert way.layer == layer
+        assert not way.logits[layer + 1 :].any()
+
+
+@given(st.data(), st.integers(2, 6), st.sampled_from([0.0, 0.5, 1.0, 30.0]), st.booleans())
+def test_the_decision_is_that_of_the_exit_rule(
+    data: st.DataObject, classes: int, lam: float, has_distances: bool
+) -> None:
+    logits = data.draw(st.lists(st.floats(-30, 30, width=32), min_size=classes, max_size=classes))
+    distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
+    edr = read(logits, distances if has_distances else None, lam).edr
+    taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
+    if edr is not None:  # and at the very edge
+        taus += [edr, math.nextafter(edr, 2.0)]
+    buffers = [np.float32(logits), np.float32(distances) if has_distances else None]
+    for tau in taus:
+        assert kernels.leaves(*buffers, tau, lam) == (edr is not None and edr < tau)
+
+
+def test_logits_that_are_not_numbers_never_leave_early() -> None:
+    assert not kernels.leaves(np.float32([math.nan, 0]), np.float32([0.1, 0.2]), 1.0, 1.0)
+
+
+def test_only_int8_has_kernels(store: Path) -> None:
+    assert Model(Store(store).open("tiny")).runtime == "onnxruntime"
+    with pytest.raises(StoreError, match="has no kernels here: only int8"):
+        Model(Store(store).open("tiny"), "native")
+
+
+def test_a_graph_that_kernels_cannot_run_is_left_to_onnx_runtime(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from native import segments
+
+    monkeypatch.setattr(segments, "LAYER", ["Other"])
+    artifact = Store(store).open("tiny-int8")
+    assert Model(artifact).runtime == "onnxruntime"
+    with pytest.raises(StoreError, match="a layer has the operators"):
+        Model(artifact, "native")
+
+
+def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from native import segments
+
+    artifact, load = Store(store).open("tiny-int8"), segments.load
+    monkeypatch.setattr(segments, "load", lambda files, mean: load([*files[:1], *files[:0:-1]], mean))
+    assert Model(artifact).runtime == "onnxruntime"
+
+
+def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
+    model = native.segments[0]._model  # type: ignore[attr-defined]
+    hidden = np.zeros((1, 2, 64), np.float32)
+    ids, big = np.zeros((1, 2), np.int64), np.full((1, 2), 10**6, np.int64)
+    for arguments in (
+        (9, hidden, None, hidden.copy(), None, None, None),  # no such layer
+        (1, hidden[:, :1].copy(), None, hidden.copy(), None, None, None),  # shapes
+        (1, hidden, None, np.zeros((1, 2, 63), np.float32), None, None, None),
+        (0, big, ids, hidden.copy(), None, None, None),  # ids outside the table
+        (0, -big, ids, hidden.copy(), None, None, None),
+        (0, ids, big, hidden.copy(), None, None, None),
+        (0, ids, None, hidden.copy(), None, None, None),
+        (1, hidden, None, hidden.copy(), None, np.zeros(2, np.float32), None),  # no prototypes
+        (1, hidden, None, hidden.copy(), None, np.zeros(1, np.float32), None),
+    ):
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            kernels.run(model, *arguments)
+    with pytest.raises(ValueError, match="have no kernels"):
+        kernels.new(65, 1, 64, 1, True, True)
+    for texts in ([], [(ids,)], [(ids, ids, 0.0, 1.0, 9, 0, np.zeros((4, 2), np.float32), hidden)]):
+        with pytest.raises((ValueError, TypeError)):
+            kernels.through(model, texts, [None] * 4)
