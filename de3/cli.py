@@ -473,7 +473,7 @@ def serve(
         str,
         typer.Option(
             envvar="DE3_RUNTIME",
-            help="onnxruntime, native (our kernels: int8, processors with AMX), or auto: the faster that can.",
+            help="onnxruntime, native (our kernels: int8, AMX or AVX-512), or auto: the faster that can.",
         ),
     ] = "auto",
     max_queue: Annotated[

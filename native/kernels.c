@@ -1,4 +1,4 @@
-/* int8 encoder layers for x86-64 with AMX, one unpadded sample at a time.
+/* int8 encoder layers for x86-64 with AMX or AVX-512 VNNI, one unpadded sample at a time.
  *
  * The arithmetic of the int8 segments (export/graph.py), operator by operator: activations quantized to uint8
  * with one scale for each tensor of a sample, int8 weights with one scale for each output, everything else in
@@ -7,7 +7,7 @@
  *
  * Layouts: hidden states are float32 (tokens, hidden), row by row. A weight (inputs, outputs) is packed into
  * AMX tiles of 64 inputs by 16 outputs. A model is built once and then only read, so threads share it; each
- * thread has a scratch buffer of its own.
+ * thread has a scratch buffer of its own. Sums of int8 products are exact, so AMX and VNNI give the same bits.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -17,6 +17,7 @@
 #include <cpuid.h>
 #include <immintrin.h>
 #include <math.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -64,14 +65,43 @@ typedef struct {
 
 /* ---- machine ---------------------------------------------------------------------------------------- */
 
+enum { NOTHING, VNNI, AMX };
+
+static int found = -1; /* what supported() found */
+static int used;       /* what the kernels use: that, or less for a test */
+
 static int supported(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    unsigned a, b, c, d, features, low, high;
+    if (found >= 0) return found;
+    found = used = NOTHING;
+    if (!__get_cpuid(1, &a, &b, &features, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
     const unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31); /* F, DQ, BW, VL */
-    if ((b & avx512) != avx512 || !(c & (1u << 11))) return 0;                 /* VNNI */
-    if (!(d & (1u << 24)) || !(d & (1u << 25))) return 0;                      /* AMX-TILE, AMX-INT8 */
+    if ((b & avx512) != avx512 || !(c & (1u << 11)) || !(features & (1u << 27))) return found; /* VNNI, OSXSAVE */
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if ((low & 0xe6) != 0xe6) return found; /* the system keeps AVX-512 registers */
+    found = used = VNNI;
     /* Linux gives tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    if ((d & (1u << 24)) && (d & (1u << 25)) && syscall(SYS_arch_prctl, 0x1023, 18) == 0) found = used = AMX;
+    return found;
+}
+
+static pthread_key_t buffer_key;
+static pthread_once_t buffer_once = PTHREAD_ONCE_INIT;
+static void make_key(void) { pthread_key_create(&buffer_key, free); }
+
+/* A buffer for the calling thread, at least so large; kept for its next call, freed at its end. */
+static void *scratch(size_t bytes) {
+    static __thread void *buffer;
+    static __thread size_t size;
+    if (bytes > size) {
+        pthread_once(&buffer_once, make_key);
+        free(buffer);
+        size = ROUND_UP(bytes + bytes / 4, 4096);
+        buffer = aligned_alloc(64, size);
+        if (buffer == NULL) size = 0;
+        pthread_setspecific(buffer_key, buffer);
+    }
+    return buffer;
 }
 
 /* Only what is below here, and only once supported() said yes, runs these instructions. */
@@ -85,6 +115,7 @@ typedef struct {
 } __attribute__((packed)) TileConfig;
 
 static void configure_tiles(void) {
+    if (used != AMX) return;
     TileConfig config = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         config.columns[i] = 64;
@@ -93,17 +124,8 @@ static void configure_tiles(void) {
     _tile_loadconfig(&config);
 }
 
-/* A buffer for the calling thread, at least so large; kept for its next call. */
-static void *scratch(size_t bytes) {
-    static __thread void *buffer;
-    static __thread size_t size;
-    if (bytes > size) {
-        free(buffer);
-        size = ROUND_UP(bytes + bytes / 4, 4096);
-        buffer = aligned_alloc(64, size);
-        if (buffer == NULL) size = 0;
-    }
-    return buffer;
+static void release_tiles(void) {
+    if (used == AMX) _tile_release();
 }
 
 /* ---- elementwise ------------------------------------------------------------------------------------ */
@@ -247,12 +269,49 @@ static void finish_tile(Product *p, const int32_t *tile, int row, int column) {
     }
 }
 
+/* The same without AMX: 8 rows by 32 outputs, 4 inputs at a time, from the same tiles. */
+static void product_vnni(const uint8_t *x, Product *p) {
+    const Linear *w = p->w;
+    int32_t tile[2][256] __attribute__((aligned(64)));
+    for (int column = 0; column < w->out; column += 32) {
+        const int8_t *left = w->tiles + (size_t)(column / 16) * w->in * 16, *right = left + (size_t)w->in * 16;
+        for (int row = 0; row < p->tokens; row += 16) {
+            for (int half = 0; half < 16 && row + half < p->tokens; half += 8) {
+                const uint8_t *rows = x + (size_t)(row + half) * w->in;
+                __m512i sum[8][2];
+                for (int r = 0; r < 8; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+                for (int k = 0; k < w->in; k += 4) {
+                    __m512i l = _mm512_load_si512(left + (size_t)k * 16);
+                    __m512i h = _mm512_load_si512(right + (size_t)k * 16);
+                    for (int r = 0; r < 8; r++) {
+                        int32_t four;
+                        memcpy(&four, rows + (size_t)r * w->in + k, 4);
+                        __m512i v = _mm512_set1_epi32(four);
+                        sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], v, l);
+                        sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], v, h);
+                    }
+                }
+                for (int r = 0; r < 8; r++) {
+                    _mm512_store_si512(tile[0] + 16 * (half + r), sum[r][0]);
+                    _mm512_store_si512(tile[1] + 16 * (half + r), sum[r][1]);
+                }
+            }
+            finish_tile(p, tile[0], row, column);
+            finish_tile(p, tile[1], row, column + 16);
+        }
+    }
+}
+
 /* to = x·W + b and what follows it; x is uint8 (tokens rounded up to 16, in). */
 static void product(const uint8_t *x, Product *p) {
     const Linear *w = p->w;
     int blocks = w->in / 64;
     int32_t tile[4][256] __attribute__((aligned(64)));
     p->low = p->high = _mm512_setzero_ps();
+    if (used != AMX) {
+        product_vnni(x, p);
+        return;
+    }
     for (int column = 0; column < w->out; column += 32) {
         const int8_t *left = w->tiles + (size_t)(column / 16) * blocks * 1024, *right = left + blocks * 1024;
         for (int row = 0; row < p->tokens; row += 32) {
@@ -437,7 +496,7 @@ static int run_layer(const Model *m, int number, const float *from, int tokens, 
     p = (Product){.w = &layer->down, .scale = inner, .tokens = tokens, .to = to, .then = RESIDUAL};
     p.residual = middle;
     product(bytes, &p);
-    _tile_release();
+    release_tiles();
     layer_norm(to, tokens, hidden, &layer->after_ffn);
     return 0;
 }
@@ -495,13 +554,34 @@ static int run_exit(const Model *m, int number, const float *from, int tokens, c
     p.then = PLAIN;
     configure_tiles();
     product(bytes, &p);
-    _tile_release();
+    release_tiles();
     float length = sqrtf(dot(embedded, embedded, metric));
     for (int k = 0; k < leave->labels; k++) {
         float cosine = dot(embedded, prototypes + (size_t)k * metric, metric);
         distances[k] = 1.0f - (length > 0 ? cosine / length : 0.0f);
     }
     return 0;
+}
+
+/* int8 multiply-adds in a second of one core at its best: products of tiles that are already loaded. */
+static double peak(void) {
+    struct timespec a, b;
+    long count = 0;
+    if (used != AMX) return 0.0;
+    configure_tiles();
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    do {
+        for (int i = 0; i < 1000; i++) {
+            _tile_dpbusd(0, 4, 6);
+            _tile_dpbusd(1, 4, 7);
+            _tile_dpbusd(2, 5, 6);
+            _tile_dpbusd(3, 5, 7);
+        }
+        count += 4000;
+        clock_gettime(CLOCK_MONOTONIC, &b);
+    } while (b.tv_sec - a.tv_sec + 1e-9 * (b.tv_nsec - a.tv_nsec) < 0.2);
+    _tile_release();
+    return count * 16384.0 / (b.tv_sec - a.tv_sec + 1e-9 * (b.tv_nsec - a.tv_nsec));
 }
 
 #pragma GCC pop_options
@@ -637,13 +717,34 @@ static void free_model(Model *m) {
 
 static PyObject *py_supported(PyObject *self, PyObject *none) {
 #ifdef HAVE_KERNELS
-    return PyBool_FromLong(supported());
+    return PyUnicode_FromString((const char *[]){"", "vnni", "amx"}[supported()]);
 #else
-    Py_RETURN_FALSE;
+    return PyUnicode_FromString("");
 #endif
 }
 
 #ifdef HAVE_KERNELS
+/* use(name): for the tests; what supported() gives, or less. */
+static PyObject *py_use(PyObject *self, PyObject *args) {
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name)) return NULL;
+    int wanted = strcmp(name, "amx") == 0 ? AMX : strcmp(name, "vnni") == 0 ? VNNI : NOTHING;
+    if (wanted == NOTHING || wanted > supported()) {
+        PyErr_Format(PyExc_ValueError, "this processor has no %s", name);
+        return NULL;
+    }
+    used = wanted;
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_peak(PyObject *self, PyObject *none) {
+    double rate;
+    Py_BEGIN_ALLOW_THREADS;
+    rate = peak();
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(rate);
+}
+
 static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 static Model *model_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
@@ -670,7 +771,7 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
         return NULL;
     }
     if (!supported()) {
-        PyErr_SetString(PyExc_RuntimeError, "this processor has no AMX");
+        PyErr_SetString(PyExc_RuntimeError, "this processor has neither AMX nor AVX-512 VNNI");
         return NULL;
     }
     Model *m = calloc(1, sizeof(Model));
@@ -987,13 +1088,15 @@ done:
 #endif
 
 static PyMethodDef methods[] = {
-    {"supported", py_supported, METH_NOARGS, "Whether this machine can run the kernels."},
+    {"supported", py_supported, METH_NOARGS, "What this machine has for the kernels: amx, vnni or nothing."},
 #ifdef HAVE_KERNELS
     {"new", py_new, METH_VARARGS, "new(hidden, heads, inner, layers, gelu, mean)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scale, positions, types)"},
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
+    {"use", py_use, METH_VARARGS, "use(name): amx or vnni"},
+    {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best (AMX)"},
     {"leaves", py_leaves, METH_VARARGS, "leaves(logits, distances, tau, lam)"},
     {"through", py_through, METH_VARARGS, "through(model, texts, prototypes)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},

@@ -48,7 +48,7 @@ def load(files: list[bytes], mean: bool) -> Any:
     mean: whether exits see the mean of the tokens, else the first one.
     """
     if not kernels.supported():
-        raise NoKernelsError("this processor has no AMX")
+        raise NoKernelsError("this processor has neither AMX nor AVX-512 VNNI")
     graphs = [_Graph(data) for data in files]
     try:
         return _build(graphs, mean)

@@ -14,7 +14,7 @@ class Settings(BaseModel):
         store: folder of the model store.
         models: models to serve, as name or name:version; empty: the newest version of each in the store.
             A request that names none gets the first.
-        runtime: what runs the layers: onnxruntime, native (our kernels, for int8 on processors with AMX), or
+        runtime: what runs the layers: onnxruntime, native (our kernels, for int8, on AMX or AVX-512 VNNI), or
             auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
         threads: engine threads, each runs one text at a time; 0: one for each core.
         max_queue: most texts that wait, and most requests in flight; what would exceed it is answered 503.

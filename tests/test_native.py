@@ -1,4 +1,4 @@
-"""The kernels against ONNX Runtime and against the exit rule. Skipped where the processor has no AMX."""
+"""The kernels against ONNX Runtime and against the exit rule. Skipped where the processor cannot run them."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.conftest import make_rows
 
 kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
 if not kernels.supported():
-    pytest.skip("this processor has no AMX", allow_module_level=True)
+    pytest.skip("this processor has neither AMX nor AVX-512 VNNI", allow_module_level=True)
 
 TEXTS = ["good", *(text for text, _ in make_rows(60, 9)), "a dull plot and a good film " * 12]
 
@@ -39,6 +39,20 @@ def test_they_give_what_onnx_runtime_gives(store: Path, native: Model) -> None:
                 differences.append(np.abs(a.distances - b.distances).max())
     # Rounding errors, but for the few that end in another step of a quantization.
     assert np.median(differences) < 1e-5 and max(differences) < 0.1
+
+
+@pytest.mark.skipif(kernels.supported() != "amx", reason="this processor has no AMX to compare with")
+def test_vnni_gives_the_bits_of_amx(native: Model) -> None:
+    for text in (*TEXTS[:20], TEXTS[-1]):
+        tokens = native.tokenize(text)
+        with_amx = native.full_depth(tokens)
+        kernels.use("vnni")
+        try:
+            without = native.full_depth(tokens)
+        finally:
+            kernels.use("amx")
+        for a, b in zip(with_amx, without, strict=True):
+            assert a.hidden.tobytes() == b.hidden.tobytes()
 
 
 def passage(model: Model, text: str, tau: float, lam: float, deepest: int = 3) -> Passage:
