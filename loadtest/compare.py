@@ -7,15 +7,18 @@ import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from rich.console import Console
 
 from loadtest import report
-from loadtest.client import Run, ask_alone, load, quantile, wrong_labels
+from loadtest.client import Run, Target, ask_alone, load, quantile, wrong_labels
 from loadtest.servers import Running, Server, running
 from loadtest.texts import Sample, with_long
 
@@ -70,6 +73,7 @@ class Comparison:
             f"Latency at {rate:.0f} requests/s",
         )
         self._saved()
+        self._stages()
         self._curve(pair)
         self._taus(ours_at)
         self.results["ratios"] = self._ratios(best)
@@ -134,6 +138,18 @@ class Comparison:
             "full_depth": full,
             "time_saved": 1 - early["model_ms"] / full["model_ms"],
             "layers_saved": 1 - early["layers"] / full["layers"],
+        }
+
+    def _stages(self) -> None:
+        """Where the time of one request goes, alone on the machine: shares of its latency."""
+        console.print("where the time of one request goes")
+        with self._started(self.servers[0]) as started:
+            load(started.target, self.samples[:200], 1.0, connections=1)
+            stages = time_of_one(started.target, self.samples)
+        total = stages["latency"]
+        self.results["stages"] = {
+            "latency_ms": total,
+            "share": {name: value / total for name, value in stages.items() if name != "latency"},
         }
 
     def _curve(self, servers: list[Server]) -> None:
@@ -208,6 +224,33 @@ class Comparison:
                 ]
                 found[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
         return found
+
+
+def time_of_one(target: Target, samples: list[Sample]) -> dict[str, float]:
+    """Mean milliseconds of a request by stage, from Server-Timing, sent one at a time.
+
+    `server` is what the server spends beside its stages, `network` what the client waits beyond the server.
+    """
+    sums: dict[str, float] = {}
+    parts = urlsplit(target.url)
+    connection = HTTPConnection(parts.hostname or "", parts.port)
+    for sample in samples:
+        _, _, body = target.request(sample).partition(b"\r\n\r\n")
+        start = perf_counter()
+        connection.request("POST", target.path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        found = {"latency": 1000 * (perf_counter() - start)}
+        for stage in response.headers["server-timing"].split(", "):
+            name, _, value = stage.partition(";dur=")
+            found[name] = float(value)
+        inside = sum(found[name] for name in ("read", "queue", "tokenize", "model"))
+        found["server"] = found["total"] - inside
+        found["network"] = found["latency"] - found.pop("total")
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value
+    connection.close()
+    return {name: value / len(samples) for name, value in sums.items()}
 
 
 def _model_time(url: str) -> tuple[float, float, float]:

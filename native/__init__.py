@@ -1,4 +1,4 @@
-"""Encoder layers in C for processors with AMX or AVX-512 VNNI; without them ONNX Runtime runs the segments."""
+"""Encoder layers in C, for AMX or AVX-512 VNNI; on other processors ONNX Runtime runs the segments."""
 
 
 class NoKernelsError(Exception):

@@ -1,0 +1,168 @@
+"""The load generator: what it sends, what it counts, and against whom a latency counts."""
+
+import json
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from de3.cli import app
+from export.full_depth import export_full_depth
+from loadtest import report, servers
+from loadtest.client import Target, accuracy, ask_alone, load, quantile, wrong_labels
+from loadtest.texts import Sample, read, with_long, with_taus
+from model_store.store import Store
+from tests.conftest import make_rows
+from tests.serving import serving
+
+SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
+
+
+@contextmanager
+def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
+    """A server that sends what `answer` gives for the n-th request; nothing: it closes the connection."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    count, lock = [0], threading.Lock()
+
+    def connection(s: socket.socket) -> None:
+        with s:
+            data = b""
+            while chunk := s.recv(65536):
+                data += chunk
+                head, end, body = data.partition(b"\r\n\r\n")
+                if not end or len(body) < int(head.lower().split(b"content-length:")[1].split()[0]):
+                    continue
+                data = b""
+                with lock:
+                    number = count[0]
+                    count[0] += 1
+                    reply = answer(number)  # one at a time, as a server that stalls would
+                if not reply:
+                    return
+                s.sendall(reply)
+
+    def accept() -> None:
+        while True:
+            try:
+                s, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=connection, args=(s,), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield Target(f"http://127.0.0.1:{listening.getsockname()[1]}", label=lambda a: a["label"])
+    finally:
+        listening.close()
+
+
+def reply(label: str, status: str = "200 OK") -> bytes:
+    body = json.dumps({"label": label}).encode()
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), len(body), body)
+
+
+def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
+    def answer(number: int) -> bytes:
+        if number == 20:
+            time.sleep(0.4)  # one stall: everyone who comes in it waits
+        return reply("a")
+
+    with plain_server(answer) as target:
+        run = load(target, SAMPLES, seconds=1.0, rate=200, connections=2, seed=1)
+    assert run.statuses() == {200: len(run.answers)}
+    assert 150 < len(run.answers) < 260  # Poisson: 200 ± 14
+    waited = [x for x in run.latencies_ms() if x > 100]
+    assert len(waited) > 30  # not the 2 that a generator would see that waits for its connections
+    assert quantile(run.latencies_ms(), 0.5) < 100
+
+
+def test_a_closed_loop_sends_the_samples_in_turn() -> None:
+    with plain_server(lambda _: reply("a")) as target:
+        run = load(target, SAMPLES, seconds=0.3, connections=4)
+    assert run.offered is None and len(run.answers) > len(SAMPLES)
+    assert run.rate() == pytest.approx(len(run.answers) / 0.3)
+    assert [a.sample for a in run.answers[: 2 * len(SAMPLES)]] == [*range(len(SAMPLES))] * 2
+
+
+def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
+    answers = {
+        3: reply("x", "503 Service Unavailable"),
+        5: b"",
+        8: reply("b"),
+        9: b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n!",
+    }
+    with plain_server(lambda number: answers.get(number, reply("a"))) as target:
+        run = load(target, SAMPLES[:10], seconds=0.2, rate=200, connections=1)
+    statuses = run.statuses()
+    assert statuses[503] == 1 and statuses[0] == 1
+    assert wrong_labels(run, ["a"] * 10) == 2  # "b", and what is no answer
+    assert report.summary(run, 2)["statuses"]["503"] == 1
+
+
+def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
+    names = Store(store).open("tiny-int8").manifest.labels
+    samples = [Sample(s.text, names[int(s.label)]) if s.label in ("0", "1") else s for s in SAMPLES]
+    with serving(store, models=["tiny-int8"]) as server:
+        target = Target(server.url)
+        alone = ask_alone(target, samples)
+        run = load(target, samples, seconds=0.5, connections=8)
+        assert wrong_labels(run, alone) == 0 and set(run.statuses()) == {200}
+        share = accuracy(run)
+        assert share is not None and share > 0.7
+        file = tmp_path / "texts.tsv"
+        file.write_text("sentence\tlabel\n" + "".join(f"{s.text}\t{s.label}\n" for s in samples))
+        command = (
+            f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 50 --tau 0 --tau 0.5 "
+            f"--json {tmp_path}/r.json --png {tmp_path}/r.png"
+        )
+        result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    numbers = json.loads((tmp_path / "r.json").read_text())
+    assert numbers["wrong_labels"] == 0 and set(numbers["statuses"]) == {"200"}
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_path: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
+    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+    command = [sys.executable, str(servers.PEERS / "fused.py"), str(tmp_path / "graph"), "--port", "{port}"]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
+        theirs = ask_alone(peer.target, SAMPLES)
+        assert peer.memory_mb() > 20 and peer.cpu_s() > 0
+    with serving(store, models=["tiny-int8"]) as server:
+        ours = ask_alone(Target(server.url, body=lambda text: {"input": text, "tau": 0}), SAMPLES)
+    assert theirs == ours
+
+
+def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
+    broken = servers.Server("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"])
+    with pytest.raises(ValueError, match="no such thing"), servers.running(broken, 1, tmp_path / "log"):
+        pass
+
+
+def test_peers_say_what_they_need() -> None:
+    for script in servers.PEERS.glob("*.py"):
+        assert servers.dependencies(script), script
+
+
+def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
+    file = tmp_path / "x.tsv"
+    file.write_text('sentence\tlabel\na "film\t1\ndull\t0\n')
+    samples = read(file, "sentence", "label", ["bad", "good"])
+    assert samples == [Sample('a "film', "good"), Sample("dull", "bad")]
+    long = with_long(samples * 200, 0.1, 50)
+    assert 20 < sum(s.long for s in long) < 60
+    assert {len(s.text.split()) for s in long if s.long} == {50}
+    assert [s.tau for s in with_taus(samples, [0.0, 0.2])] == [0.0, 0.2, 0.0, 0.2]
+    with pytest.raises(ValueError, match="no column 'text'"):
+        read(file, "text", "label", [])
+    (tmp_path / "x.txt").write_text("one\n\ntwo\n")
+    assert [s.text for s in read(tmp_path / "x.txt", "sentence", "label", [])] == ["one", "two"]
