@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from loadtest.texts import Sample
 
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
-console = Console(stderr=True)
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
@@ -85,7 +86,7 @@ def run(
     except OSError as error:
         raise ValueError(f"{url}: {error}; is the server running?") from None
     row = report.summary(found, wrong_labels(found, alone))
-    Console().print(report.table({url: row}))
+    Console(width=None if sys.stdout.isatty() else 120).print(report.table({url: row}))
     if json_file:
         json_file.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
     if png:
@@ -166,5 +167,5 @@ def compare(
     ratios = Table("ratio", "median (range)")
     for name, value in results["ratios"].items():
         ratios.add_row(name, value)
-    Console().print(ratios)
+    Console(width=None if sys.stdout.isatty() else 120).print(ratios)
     console.print(f"results and plots: {out}")

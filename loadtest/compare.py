@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from loadtest.client import Run, Target, ask_alone, load, quantile, wrong_labels
 from loadtest.servers import Running, Server, running
 from loadtest.texts import Sample, with_long
 
-console = Console(stderr=True)
+console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 CONNECTIONS = 16
 LONG_SHARE, LONG_WORDS = 0.05, 450  # 450 words are more than 512 tokens: cut to 512 by every server
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)

@@ -42,7 +42,7 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
     """Runs by name as a table."""
     found = Table()
     for column in ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU"):
-        found.add_column(column, justify="left" if not column else "right")
+        found.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, row in rows.items():
         latency = row.get("latency_ms_all", {})
         bad = sum(n for status, n in row["statuses"].items() if status != "200")

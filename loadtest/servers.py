@@ -169,8 +169,8 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        for pid in _family(process.pid) if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # workers that outlive it, too: they would keep the port
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
