@@ -140,8 +140,7 @@ def compare(
 
     from export.full_depth import export_full_depth
     from loadtest.compare import Comparison
-    from loadtest.servers import ours
-    from loadtest.servers import peer as peer_server
+    from loadtest.servers import ours, peers
     from model_store.store import Store
 
     artifact = Store(store).open(model)
@@ -150,16 +149,8 @@ def compare(
         graphs[quantize] = out / f"full-depth-{quantize}"
         if not graphs[quantize].exists():
             export_full_depth(artifact.path, graphs[quantize], quantize == "int8")
-    servers = [
-        ours(store, model),
-        ours(store, model, tau=0.0),
-        peer_server("fused graph, FastAPI, int8", "fused", str(graphs["int8"])),
-        peer_server("fused graph, FastAPI, fp32", "fused", str(graphs["none"])),
-        peer_server("LitServe, int8", "litserve_app", str(graphs["int8"])),
-    ]
-    if stock is not None:
-        note = "a stock head on the same encoder, one exit"
-        servers.append(peer_server("transformers, FastAPI, fp32", "transformers_app", str(stock), note=note))
+    servers = [ours(store, model), ours(store, model, tau=0.0)]
+    servers += peers(graphs["int8"], graphs["none"], stock)
     comparison = Comparison(
         servers, _samples(texts, text_column, label_column, label_names), out, seconds, rounds, port
     )

@@ -70,9 +70,49 @@ def ours(store: Path, model: str, **fields: Any) -> Server:
     )
 
 
-def peer(name: str, script: str, *arguments: str, note: str = "") -> Server:
-    """A peer that is a script of ours in `peers`, with its environment."""
-    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], note=note)
+def peer(name: str, script: str, *arguments: str, **how: Any) -> Server:
+    """A peer that is a script of ours in `peers`, with its environment; `how`: fields of Server."""
+    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], **how)
+
+
+def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
+    """The servers that people run today, at full depth.
+
+    Args:
+        int8, fp32: folders of the full-depth graph.
+        stock: folder of a stock sequence classification model, for those that know no other.
+    """
+    found = [
+        peer("fused graph, FastAPI, int8", "fused", str(int8)),
+        peer("fused graph, FastAPI, fp32", "fused", str(fp32)),
+        peer("LitServe, int8", "litserve_app", str(int8)),
+        peer("BentoML, int8", "bentoml_app", str(int8), ready="/readyz"),
+        peer(
+            "MLServer, int8",
+            "mlserver_app",
+            str(int8),
+            ready="/v2/models/peer/ready",
+            path="/v2/models/peer/infer",
+            body=lambda text: {
+                "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}]
+            },
+            label=lambda answer: str(answer["outputs"][0]["data"][0]),
+        ),
+    ]
+    if stock is not None:
+        note = "a stock head on the same encoder, fine-tuned: other weights, the same work"
+        found += [
+            peer("transformers, FastAPI, fp32", "transformers_app", str(stock), note=note),
+            peer(
+                "Infinity, fp32",
+                "infinity_app",
+                str(stock),
+                body=lambda text: {"model": "peer", "input": [text]},
+                label=lambda answer: str(max(answer["data"][0], key=lambda c: c["score"])["label"]),
+                note=note,
+            ),
+        ]
+    return found
 
 
 def peer_command(script: str) -> list[str]:
