@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["mlserver>=1.6", "onnxruntime>=1.20", "tokenizers", "numpy"]
 # ///
-"""Peer: the full-depth ONNX graph as a custom runtime of MLServer (Open Inference Protocol), one worker per core.
+"""Peer: the full-depth ONNX graph as a custom runtime of MLServer (Open Inference Protocol).
 
 Run by: mlserver_app.py FOLDER --port PORT [--workers N]
 """
