@@ -25,14 +25,14 @@ format: $(DEV)/ready
 
 setup: $(DEV)/ready
 
-# The environment is made anew only when pyproject.toml changed. Serving has one of its own, so that it
+# The environment is made anew only when pyproject.toml or the kernels changed. Serving has one of its own, so that it
 # installs neither torch nor transformers.
-$(SERVE)/ready: pyproject.toml
+$(SERVE)/ready: pyproject.toml native/kernels.c
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/pip install --quiet --editable .
 	touch $@
 
-$(DEV)/ready: pyproject.toml
+$(DEV)/ready: pyproject.toml native/kernels.c
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@

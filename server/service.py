@@ -1,6 +1,7 @@
 """The running server's parts, and its life: loading, ready, draining."""
 
 import asyncio
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -42,6 +43,9 @@ class Service:
                 [await asyncio.to_thread(load, a, self.settings.runtime) for a in self.artifacts]
             )
             self.engine.start()
+            # What is loaded stays: no collection need look at it again while requests wait.
+            gc.collect()
+            gc.freeze()
             if self.state == "loading":
                 self.state = "ready"
             log.info(
