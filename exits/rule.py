@@ -37,10 +37,15 @@ def read(logits: list[float], distances: list[float] | None, lam: float) -> Read
     top = max(logits)
     label = logits.index(top)
     weights = [exp(x - top) for x in logits]
-    total = sum(weights)
+    total = 0.0
+    for w in weights:  # not sum(), which compensates from Python 3.12 on: the kernels do the same in C
+        total += w
     probs = [w / total for w in weights]
     # −Σ p·log p with log p = (x − top) − log total; 0·(−inf) cannot come: logits are finite.
-    local = (log(total) - sum([p * (x - top) for p, x in zip(probs, logits, strict=True)])) / log(len(logits))
+    mean = 0.0
+    for p, x in zip(probs, logits, strict=True):
+        mean += p * (x - top)
+    local = (log(total) - mean) / log(len(logits))
     local = min(max(local, 0.0), 1.0)  # in this order NaN stays NaN, which is below no τ
     if distances is None:
         return Reading(probs, label, local, None, local if lam == 0 else None)

@@ -146,7 +146,7 @@ def compare(
     artifact = Store(store).open(model)
     graphs = {}
     for quantize in ("int8", "none"):
-        graphs[quantize] = out / f"full-depth-{quantize}"
+        graphs[quantize] = out / f"full-depth-{artifact.full_name.replace(':', '-')}-{quantize}"
         if not graphs[quantize].exists():
             export_full_depth(artifact.path, graphs[quantize], quantize == "int8")
     servers = [ours(store, model), ours(store, model, tau=0.0)]

@@ -88,11 +88,11 @@ class Run:
 
     def lateness_ms(self, share: float) -> float:
         """A quantile of how late the generator itself was."""
-        return quantile(sorted(1000 * (a.sent - a.due) for a in self.answers), share)
+        return quantile(sorted(1000 * (a.sent - a.due) for a in self.answers if a.sent), share)
 
     def rate(self) -> float:
-        """Answers per second."""
-        return len(self.ok()) / self.seconds
+        """Answers per second, of those that came within the time."""
+        return sum(a.done <= self.seconds for a in self.ok()) / self.seconds
 
     def statuses(self) -> dict[int, int]:
         """Number of answers by status; 0 is no answer."""
@@ -134,6 +134,8 @@ class _Connection:
             return None
         lowered = head.lower()
         at = lowered.find(b"content-length:")
+        if at < 0:
+            raise ValueError(f"an answer without Content-Length: {head[:200]!r}")
         length = int(lowered[at + 15 :].split(b"\r\n", 1)[0])
         if len(body) < length:
             return None
@@ -204,7 +206,7 @@ class _Generator:
             self._collect(max(0.0, self._next - now) if more else 0.1)
         for connection in [*self._idle, *self._busy]:
             connection.socket.close()
-        return self._answers
+        return [*self._answers, *self._waiting]  # the last were due, but never sent: no answer
 
     def _now(self) -> float:
         return perf_counter() - self._start

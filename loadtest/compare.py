@@ -96,10 +96,8 @@ class Comparison:
                 console.print(f"saturation, round {number + 1} of {self.rounds}: {server.name}")
                 with self._started(server) as started:
                     alone = ask_alone(started.target, self.samples) if number == 0 else None
-                    before = started.cpu_s()
                     run = self._measure(started, self.samples, self.seconds, None)
                     row = report.summary(run, wrong_labels(run, alone) if alone else None)
-                    row["server_cpu_s"] = round(started.cpu_s() - before, 2)
                     row["memory_mb"] = round(started.memory_mb(), 1)
                     rows[server.name].append(row)
         self.results["saturation"] = rows

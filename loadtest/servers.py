@@ -152,27 +152,16 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def memory_mb(self) -> float:
-        """Resident memory of the server's processes now, MB."""
+        """Memory of the server's processes now, MB: resident, what they share counted once (PSS)."""
         total = 0
         for pid in _family(self.process.pid):
             try:
-                status = Path(f"/proc/{pid}/status").read_text()
+                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:
                 continue
-            found = re.search(r"VmRSS:\s+(\d+)", status)
+            found = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
             total += int(found[1]) if found else 0
         return total / 1000
-
-    def cpu_s(self) -> float:
-        """Processor time of the server's processes so far."""
-        total = 0
-        for pid in _family(self.process.pid):
-            try:
-                fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            total += int(fields[11]) + int(fields[12])
-        return total / os.sysconf("SC_CLK_TCK")
 
 
 def _family(pid: int) -> list[int]:
@@ -193,10 +182,13 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
 
     Raises ValueError with the end of its log if it does not start.
     """
+    target = server.target(port)
+    if _answers(target.url + server.ready):
+        raise ValueError(f"something answers on port {port} already; stop it, or name another with --port")
     command = [part.replace("{port}", str(port)) for part in server.command]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-    started = Running(server.target(port), process)
+    started = Running(target, process)
     try:
         end = time.monotonic() + START_S
         while not _answers(started.target.url + server.ready):

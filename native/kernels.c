@@ -105,8 +105,14 @@ static void *scratch(size_t bytes) {
 }
 
 /* Only what is below here, and only once supported() said yes, runs these instructions. */
+#ifdef __clang__
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8"))), \
+    apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8")
+#endif
 
 typedef struct {
     uint8_t palette, start_row, reserved[14];
@@ -242,7 +248,7 @@ static inline __attribute__((always_inline)) void finish(Product *p, const int32
     int rows = p->tokens - row < 16 ? p->tokens - row : 16;
     __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w->scale + column), _mm512_set1_ps(p->scale.scale));
     __m512 bias = _mm512_loadu_ps(w->bias + column);
-    /* zero·sums are whole numbers below 2^24 · 8: exact as int32. */
+    /* zero·sums are whole numbers below 2^30, for up to 32768 inputs: exact as int32. */
     __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(p->scale.zero),
                                         _mm512_cvtps_epi32(_mm512_loadu_ps(w->sums + column)));
     for (int r = 0; r < rows; r++) {
@@ -462,7 +468,7 @@ static int run_layer(const Model *m, int number, const float *from, int tokens, 
     int hidden = m->hidden, padded = ROUND_UP(tokens, 16);
     size_t wide = (size_t)(m->inner > 3 * hidden ? m->inner : 3 * hidden);
     size_t count = (size_t)tokens * hidden;
-    size_t large = ROUND_UP(wide * tokens * 4, 64), bytes8 = (size_t)padded * m->inner;
+    size_t large = ROUND_UP(wide * tokens * 4, 64), bytes8 = (size_t)padded * (m->inner > hidden ? m->inner : hidden);
     size_t keys = (size_t)(hidden / m->heads) * padded * 4;
     char *memory = scratch(large + bytes8 + 2 * ROUND_UP(count * 4, 64) + keys + (size_t)padded * 16);
     if (memory == NULL) return -1;
@@ -584,7 +590,11 @@ static double peak(void) {
     return count * 16384.0 / (b.tv_sec - a.tv_sec + 1e-9 * (b.tv_nsec - a.tv_nsec));
 }
 
+#ifdef __clang__
+#pragma clang attribute pop
+#else
 #pragma GCC pop_options
+#endif
 
 /* ---- through the layers ------------------------------------------------------------------------------ */
 
@@ -849,12 +859,17 @@ static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
     Model *m = model_of(capsule);
     int ok = m != NULL;
     if (ok) {
-        m->words = (int)(scale.len / 4);
-        m->positions = (int)(position.len / 4 / m->hidden);
-        m->types = (int)(type.len / 4 / m->hidden);
-        ok = holds(&word, (size_t)m->words * m->hidden, 1, "words") &&
-             holds(&position, (size_t)m->positions * m->hidden, 4, "positions") &&
-             holds(&type, (size_t)m->types * m->hidden, 4, "types");
+        size_t words = scale.len / 4, positions = position.len / 4 / m->hidden, types = type.len / 4 / m->hidden;
+        ok = holds(&word, words * m->hidden, 1, "words") &&
+             holds(&position, positions * m->hidden, 4, "positions") &&
+             holds(&type, types * m->hidden, 4, "types");
+        if (ok && (m->word || words > 1 << 30 || positions > 1 << 30)) {
+            PyErr_SetString(PyExc_ValueError, "the embeddings are set already, or too large");
+            ok = 0;
+        }
+        m->words = ok ? (int)words : m->words;
+        m->positions = ok ? (int)positions : m->positions;
+        m->types = ok ? (int)types : m->types;
     }
     if (ok) {
         free(m->word);
@@ -1055,7 +1070,8 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
         int ok = in_range(m, t->deepest, 0) && holds(&b[2], every, 4, "logits") &&
                  holds(&b[3], every, 4, "distances") && holds(&b[0], t->tokens, 8, "ids") &&
                  (!m->types || holds(&b[1], t->tokens, 8, "types"));
-        if (ok && (t->hidden == NULL || t->tokens < 1 || t->tokens > 1 << 16 || !m->exit[t->deepest].is_set)) {
+        if (ok && (t->hidden == NULL || t->tokens < 1 || t->tokens > 1 << 16 || !m->exit[t->deepest].is_set ||
+                   !m->exit[m->layers].is_set)) {
             PyErr_SetString(PyExc_ValueError, "no tokens, too many, no memory, or no exit at the deepest layer");
             ok = 0;
         }

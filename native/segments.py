@@ -42,18 +42,22 @@ def _attribute(node: Any, name: str) -> Any:
     return next(onnx.helper.get_attribute_value(a) for a in node.attribute if a.name == name)
 
 
-def load(files: list[bytes], mean: bool) -> Any:
+def load(files: list[bytes], mean: bool, exits: set[int]) -> Any:
     """A kernels' model of the segments in files, index = layer; raises NoKernelsError.
 
-    mean: whether exits see the mean of the tokens, else the first one.
+    mean: whether exits see the mean of the tokens, else the first one. exits: the layers that have one.
     """
     if not kernels.supported():
         raise NoKernelsError("this processor has neither AMX nor AVX-512 VNNI")
-    graphs = [_Graph(data) for data in files]
     try:
+        graphs = [_Graph(data) for data in files]
+        if {number for number, graph in enumerate(graphs) if graph.exit} != exits:
+            raise NoKernelsError("the graphs have other exits than the manifest")
         return _build(graphs, mean)
-    except (ValueError, IndexError, StopIteration) as error:
-        raise NoKernelsError(str(error)) from None
+    except NoKernelsError:
+        raise
+    except Exception as error:  # a graph of another shape than ours can fail anywhere in here
+        raise NoKernelsError(f"{type(error).__name__}: {error}") from None
 
 
 def _build(graphs: list[_Graph], mean: bool) -> Any:

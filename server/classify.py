@@ -28,6 +28,7 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
     started = perf_counter()
     metrics = service.metrics
     name, status = "none", 500
+    answer: tuple[bytes, str] | None = None
     service.in_flight += 1
     try:
         parsed = await _read(scope, receive, service)
@@ -51,8 +52,7 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
             [_row(item, job, served.model, parsed.explain) for item in job.items],
             sum(item.outcome.tokens for item in job.items if item.outcome),
         )
-        status = 200
-        await _send(send, body, _timing(job, started, perf_counter()))
+        status, answer = 200, (body, _timing(job, started, perf_counter()))
     except ApiError as error:
         metrics.rejected.labels(error.cause).inc()
         status = error.status
@@ -68,6 +68,8 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
         service.in_flight -= 1
         metrics.requests.labels(name, str(status)).inc()
         metrics.request_latency.labels(name).observe(perf_counter() - started)
+    if answer is not None:  # no longer in flight: a client that reads slowly takes no one's place
+        await _send(send, *answer)
 
 
 async def _read(scope: Scope, receive: Receive, service: Service) -> ClassifyRequest:

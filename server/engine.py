@@ -61,29 +61,31 @@ class Engine:
                 if isinstance(result, Exception):
                     item.job.fail(result)
                 elif result is not None:
-                    if self._observe:
-                        self._observe(item.job.model, result)
                     if item.job.finish(item, result):
                         done.append((item.job, None))
+                    if self._observe:
+                        self._observe(item.job.model, result)
             if done:
                 wake(done)
 
     def _run(self, items: list[Item]) -> Sequence[tuple[Item, Outcome | Exception | None]]:
         """What came of items: an outcome, an error, or None if dropped or put back."""
         first = items[0]
-        try:
-            if first.layer == 0 and first.predicted <= first.job.together_s:
+        if first.layer == 0 and 0 < first.predicted <= first.job.together_s:
+            try:
                 return run_together(items)
-            return [(item, self._alone(item)) for item in items]
-        except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
-            log.exception("an item failed")
-            return [(item, RuntimeError("an item failed")) for item in items]
+            except BaseException:  # one of them; which one shows when each runs alone
+                log.exception("texts that ran together failed")
+        return [(item, self._alone(item)) for item in items]
 
     def _alone(self, item: Item) -> Outcome | Exception | None:
         try:
             return run(item, self.queue)
         except ApiError as error:
             return error
+        except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
+            log.exception("an item failed")
+            return RuntimeError("an item failed")
 
 
 def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | None]]:

@@ -1,6 +1,6 @@
 """The bounded queue between the event loop and the engine threads."""
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from threading import Condition
 
@@ -53,50 +53,45 @@ class WorkQueue:
         long as all are predicted to take no more than its `together_s` and other threads get their share.
         """
         with self._changed:
-            while True:
-                first = self._take()
-                if first is not None:
-                    break
+            while (first := self._peek()) is None:
                 if self._closed:
                     return []
                 self._changed.wait()
-            found, total = [first], first.predicted
-            room = min(MAX_TOGETHER, -(-(self._waiting + 1) // threads)) if first.layer == 0 else 1
-            while len(found) < room and self._items:
-                following = self._items[0][2]
-                total += following.predicted
-                if (
-                    total > first.job.together_s
-                    or following.layer
-                    or following.job.model is not first.job.model
-                ):
+            room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 else 1
+            found, left = [self._take()], first.job.together_s - first.predicted
+            while len(found) < room and (item := self._peek()) is not None:
+                left -= item.predicted
+                if left < 0 or item.layer > 0 or item.job.model is not first.job.model:
                     break
-                item = self._take()
-                if item is not None:
-                    found.append(item)
+                found.append(self._take())
             return found
 
-    def _take(self) -> Item | None:
-        while self._items:
-            item = heappop(self._items)[2]
-            if item.job.dropped:
-                self._forget(item.job)
-                continue
-            item.job.waiting -= 1
-            self._waiting -= 1
-            return item
-        return None
+    def _peek(self) -> Item | None:
+        """The most urgent item, which _take takes; those of dropped jobs before it fall away."""
+        while self._items and self._items[0][2].job.dropped:
+            self._forget(heappop(self._items)[2].job)
+        return self._items[0][2] if self._items else None
+
+    def _take(self) -> Item:
+        item = heappop(self._items)[2]
+        item.job.waiting -= 1
+        self._waiting -= 1
+        return item
 
     def has_more_urgent_than(self, item: Item) -> bool:
         """Whether something that waits is due before this item."""
         with self._changed:
-            return bool(self._items) and self._items[0][0] < item.due
+            first = self._peek()
+            return first is not None and first.due < item.due
 
     def drop(self, job: Job) -> None:
         """Give a job up: its waiting items free their room at once and never run."""
         with self._changed:
             job.dropped = True
             self._forget(job)
+            if len(self._items) > 2 * self._waiting + MAX_TOGETHER:  # mostly dropped: let go of their texts
+                self._items = [entry for entry in self._items if not entry[2].job.dropped]
+                heapify(self._items)
 
     def _add(self, item: Item) -> None:
         heappush(self._items, (item.due, next(self._order), item))

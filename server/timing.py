@@ -9,7 +9,7 @@ from server.protocol import Text
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 3
-CHARS_PER_TOKEN = 4  # of English; only the order of work depends on it
+CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
 
 
 class Timing:
@@ -32,11 +32,11 @@ class Timing:
     def full_depth_s(self, tokens: int) -> float:
         """Seconds through every layer for this many tokens: linear between what was measured."""
         n, x, y = min(tokens, self._most), self._lengths, self._seconds
-        right = min(max(1, bisect_left(x, n)), len(x) - 1)
-        if len(x) == 1:
+        if len(x) == 1 or n <= x[0]:
             return y[0]
+        right = min(bisect_left(x, n), len(x) - 1)
         share = (n - x[right - 1]) / (x[right] - x[right - 1])
-        return max(0.0, y[right - 1] + share * (y[right] - y[right - 1]))
+        return y[right - 1] + share * (y[right] - y[right - 1])
 
     def predict(self, text: Text) -> float:
         """Seconds for a text, its tokens estimated from its characters."""

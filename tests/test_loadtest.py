@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from export.full_depth import export_full_depth
-from loadtest import report, servers
+from loadtest import client, report, servers
 from loadtest.client import Target, accuracy, ask_alone, load, quantile, wrong_labels
 from loadtest.texts import Sample, read, with_long, with_taus
 from model_store.store import Store
@@ -86,8 +86,22 @@ def test_a_closed_loop_sends_the_samples_in_turn() -> None:
     with plain_server(lambda _: reply("a")) as target:
         run = load(target, SAMPLES, seconds=0.3, connections=4)
     assert run.offered is None and len(run.answers) > len(SAMPLES)
-    assert run.rate() == pytest.approx(len(run.answers) / 0.3)
+    assert run.rate() == pytest.approx(len(run.answers) / 0.3, rel=0.05)  # but for the last of them
     assert [a.sample for a in run.answers[: 2 * len(SAMPLES)]] == [*range(len(SAMPLES))] * 2
+
+
+def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(client, "GRACE_S", 0.2)
+
+    def slow(_: int) -> bytes:
+        time.sleep(0.05)
+        return reply("a")
+
+    with plain_server(slow) as target:
+        run = load(target, SAMPLES, seconds=0.5, rate=200, connections=2)
+    assert len(run.answers) > 70 and run.statuses()[0] > 40
+    assert run.rate() < 25  # 20 a second is what it can; answers after the end do not count
 
 
 def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
@@ -136,7 +150,7 @@ def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_pat
         port = free.getsockname()[1]
     with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
         theirs = ask_alone(peer.target, SAMPLES)
-        assert peer.memory_mb() > 20 and peer.cpu_s() > 0
+        assert peer.memory_mb() > 20
     with serving(store, models=["tiny-int8"]) as server:
         ours = ask_alone(Target(server.url, body=lambda text: {"input": text, "tau": 0}), SAMPLES)
     assert theirs == ours
@@ -146,6 +160,16 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
     broken = servers.Server("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"])
     with pytest.raises(ValueError, match="no such thing"), servers.running(broken, 1, tmp_path / "log"):
         pass
+
+
+def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> None:
+    with serving(store) as server:
+        other = servers.Server("other", [sys.executable, "-c", "pass"])
+        with (
+            pytest.raises(ValueError, match=f"answers on port {server.port} already"),
+            servers.running(other, server.port, tmp_path / "log"),
+        ):
+            pass
 
 
 def test_peers_say_what_they_need() -> None:

@@ -1,7 +1,9 @@
 """The kernels against ONNX Runtime and against the exit rule. Skipped where the processor cannot run them."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from model_store.model import Model
 from model_store.segments import Passage
 from model_store.store import Store, StoreError
 from tests.conftest import make_rows
+from tests.serving import Gate, serving, until
 
 kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
 if not kernels.supported():
@@ -127,7 +130,7 @@ def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.Monke
     from native import segments
 
     artifact, load = Store(store).open("tiny-int8"), segments.load
-    monkeypatch.setattr(segments, "load", lambda files, mean: load([*files[:1], *files[:0:-1]], mean))
+    monkeypatch.setattr(segments, "load", lambda files, *rest: load([*files[:1], *files[:0:-1]], *rest))
     assert Model(artifact).runtime == "onnxruntime"
 
 
@@ -153,3 +156,45 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
     for texts in ([], [(ids,)], [(ids, ids, 0.0, 1.0, 9, 0, np.zeros((4, 2), np.float32), hidden)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.through(model, texts, [None] * 4)
+
+
+def test_a_text_that_fails_does_not_fail_those_beside_it(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, tokenize = Gate(monkeypatch), Model.tokens
+
+    def broken(model: Model, encoding: Any, text: str, *rest: Any) -> Any:
+        tokens = tokenize(model, encoding, text, *rest)
+        if text == "broken":
+            tokens.ids[0, 1] = 10**6  # no such row in the word table
+        return tokens
+
+    monkeypatch.setattr(Model, "tokens", broken)
+    with serving(store, threads=1, models=["tiny-int8"]) as server, ThreadPoolExecutor(5) as pool:
+        texts = ["good", "dull", "broken", "bad", "fine"]
+        answers = [pool.submit(server.classify, input=text) for text in texts]
+        until(lambda: len(server.service.engine.queue) == 5, "the texts to wait together")
+        gate.open()
+        assert [a.result().status_code for a in answers] == [200, 200, 500, 200, 200]
+
+
+def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None:
+    asked = [
+        {"input": TEXTS[:9], **fields}
+        for fields in (
+            {"tau": 0},
+            {"tau": 0.3},
+            {"tau": 1, "lambda": 0},
+            {"tau": 1e-6, "max_layer": 1, "explain": True},
+        )
+    ]
+    found = []
+    for runtime in ("native", "onnxruntime"):
+        with serving(store, models=["tiny-int8"], runtime=runtime) as server:
+            rows = [row for body in asked for row in server.classify(**body).json()["data"]]
+        found.append(
+            [(r["label"], r["exit"]["layer"], r["exit"]["reason"], len(r.get("layers", ""))) for r in rows]
+        )
+    same = sum(a == b for a, b in zip(*found, strict=True))
+    assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
+    assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}

@@ -18,11 +18,13 @@ LIMIT = 7
 LOOP = asyncio.new_event_loop()
 
 
-def job(texts: int, submitted: float = 0.0, seconds: float = 1.0, together_s: float = 0.0) -> Job:
+def job(
+    texts: int, submitted: float = 0.0, seconds: float = 1.0, together_s: float = 0.0, model: Any = None
+) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
     rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
-    return Job(None, rule, True, False, names, lambda _: seconds, future, together_s, submitted=submitted)  # type: ignore[arg-type]
+    return Job(model, rule, True, False, names, lambda _: seconds, future, together_s, submitted=submitted)
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -34,9 +36,14 @@ class QueueMachine(RuleBasedStateMachine):
         self.waiting: list[Any] = []  # items in the order in which they came
         self.running: list[Any] = []
 
-    @rule(texts=st.integers(1, LIMIT + 1), submitted=st.integers(0, 5), seconds=st.sampled_from([0.1, 1, 9]))
-    def put(self, texts: int, submitted: int, seconds: float) -> None:
-        new = job(texts, submitted, seconds)
+    @rule(
+        texts=st.integers(1, LIMIT + 1),
+        submitted=st.integers(0, 5),
+        seconds=st.sampled_from([0.1, 1, 9]),
+        model=st.sampled_from(["a", "b"]),
+    )
+    def put(self, texts: int, submitted: int, seconds: float, model: str) -> None:
+        new = job(texts, submitted, seconds, 2.5, model)
         if len(self.waiting) + texts > LIMIT:
             with pytest.raises(QueueFullError):
                 self.queue.put(new)
@@ -45,12 +52,21 @@ class QueueMachine(RuleBasedStateMachine):
             self.waiting += new.items
 
     @precondition(lambda self: self.waiting)
-    @rule()
-    def take(self) -> None:
-        first = min(self.waiting, key=lambda item: item.due)  # of equals the first that came
-        assert self.queue.next() == [first]
-        self.waiting.remove(first)
-        self.running.append(first)
+    @rule(threads=st.integers(1, 3))
+    def take(self, threads: int) -> None:
+        first, *others = sorted(self.waiting, key=lambda item: item.due)  # of equals the first that came
+        expected = [first]
+        for item in others if first.layer == 0 else []:
+            total = sum(x.predicted for x in [*expected, item])
+            fits = total <= 2.5 and item.layer == 0 and item.job.model == first.job.model
+            if not fits or len(expected) >= len(self.waiting) / threads:
+                break
+            expected.append(item)
+        assert self.queue.next(threads) == expected
+        for item in expected:
+            self.waiting.remove(item)
+            item.layer += 1
+            self.running.append(item)
 
     @precondition(lambda self: self.running and len(self.waiting) < LIMIT)
     @rule(data=st.data())

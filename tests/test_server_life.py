@@ -104,6 +104,18 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
         assert ran == [1]
 
 
+def test_a_client_that_does_not_read_takes_no_ones_place(store: Path) -> None:
+    with serving(store, max_queue=300, max_texts=300) as server:
+        body = json.dumps({"input": ["good film"] * 300, "explain": True}).encode()
+        request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        with socket.create_connection(("127.0.0.1", server.port)) as s:
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.sendall(request * 30)  # pipelined, and nothing is read
+            until(lambda: server.metric("de3_requests_total", model="tiny:1", status="200") > 0, "an answer")
+            until(lambda: server.service.in_flight == 0, "the requests to count as answered")
+            assert server.classify(input="good").status_code == 200
+
+
 def test_a_body_that_does_not_come_is_408(store: Path) -> None:
     with (
         serving(store, body_timeout_s=0.1) as server,
