@@ -95,16 +95,21 @@ def run(
 
 @app.command()
 def peer(
-    name: Annotated[str, typer.Argument(help="fused, litserve_app, transformers_app or infinity_app")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fused_app, litserve_app, bentoml_app, mlserver_app, transformers_app or infinity_app"
+        ),
+    ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Passed on; see --help of the peer.")] = None,
 ) -> None:
     """Start one of the servers that ours is compared with; its environment is made on first use.
 
-    Example: de3 loadtest peer fused -- full-depth-int8 --port 8100
+    Example: de3 loadtest peer fused_app -- full-depth-int8 --port 8100
     """
     from loadtest.servers import PEERS, peer_command
 
-    known = sorted(p.stem for p in PEERS.glob("*.py") if p.stem != "__init__")
+    known = sorted(p.stem for p in PEERS.glob("*_app.py"))
     if name not in known:
         raise ValueError(f"no peer {name!r}; there are {', '.join(known)}")
     command = [*peer_command(name), *(arguments or [])]

@@ -83,8 +83,8 @@ def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
         stock: folder of a stock sequence classification model, for those that know no other.
     """
     found = [
-        peer("fused graph, FastAPI, int8", "fused", str(int8)),
-        peer("fused graph, FastAPI, fp32", "fused", str(fp32)),
+        peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
+        peer("fused graph, FastAPI, fp32", "fused_app", str(fp32)),
         peer("LitServe, int8", "litserve_app", str(int8)),
         peer("BentoML, int8", "bentoml_app", str(int8), ready="/readyz"),
         peer(

@@ -145,7 +145,13 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
 def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_path: Path) -> None:
     artifact = Store(store).open("tiny-int8")
     export_full_depth(artifact.path, tmp_path / "graph", int8=True)
-    command = [sys.executable, str(servers.PEERS / "fused.py"), str(tmp_path / "graph"), "--port", "{port}"]
+    command = [
+        sys.executable,
+        str(servers.PEERS / "fused_app.py"),
+        str(tmp_path / "graph"),
+        "--port",
+        "{port}",
+    ]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
@@ -173,7 +179,7 @@ def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> 
 
 
 def test_peers_say_what_they_need() -> None:
-    for script in servers.PEERS.glob("*.py"):
+    for script in servers.PEERS.glob("*_app.py"):
         assert servers.dependencies(script), script
 
 

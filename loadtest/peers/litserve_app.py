@@ -7,14 +7,10 @@ Run by: litserve_app.py FOLDER --port PORT [--workers N] [--batch N]
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
 import litserve
-import numpy as np
 
 
 class Api(litserve.LitAPI):
@@ -23,34 +19,18 @@ class Api(litserve.LitAPI):
         self.folder = folder
 
     def setup(self, device):
-        import onnxruntime as ort
-        from tokenizers import Tokenizer
+        from graph import Graph
 
-        config = json.loads((self.folder / "config.json").read_text())
-        self.labels = config["labels"]
-        self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        self.tokenizer.enable_truncation(config["max_tokens"])
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self.session = ort.InferenceSession(self.folder / "model.onnx", options)
-        self.takes = [x.name for x in self.session.get_inputs()]
+        self.graph = Graph(self.folder)
 
     def decode_request(self, request):
         return request["input"]
 
-    def one(self, text):
-        encoding = self.tokenizer.encode_batch_fast([text])[0]
-        arrays = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
-        logits = self.session.run(None, {n: np.array([arrays[n]], np.int64) for n in self.takes})[0][0]
-        e = np.exp(logits - logits.max())
-        return e / e.sum()
-
     def predict(self, texts):  # batched: a list; the graph is fastest one unpadded sample at a time
-        return [self.one(t) for t in texts] if isinstance(texts, list) else self.one(texts)
+        return [self.graph(t) for t in texts] if isinstance(texts, list) else self.graph(texts)
 
-    def encode_response(self, probs):
-        return {"label": self.labels[int(probs.argmax())], "probs": probs.tolist()}
+    def encode_response(self, answer):
+        return answer
 
 
 if __name__ == "__main__":

@@ -13,9 +13,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import numpy as np
 from mlserver import MLModel
 from mlserver.codecs import StringCodec
 from mlserver.types import InferenceResponse
@@ -23,28 +20,15 @@ from mlserver.types import InferenceResponse
 
 class Peer(MLModel):
     async def load(self) -> bool:
-        import onnxruntime as ort
-        from tokenizers import Tokenizer
+        from graph import Graph
 
-        folder = Path(os.environ["PEER_FOLDER"])
-        config = json.loads((folder / "config.json").read_text())
-        self.labels = config["labels"]
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.enable_truncation(config["max_tokens"])
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        self.session = ort.InferenceSession(folder / "model.onnx", options)
-        self.takes = [x.name for x in self.session.get_inputs()]
+        self.graph = Graph(Path(os.environ["PEER_FOLDER"]))
         return True
 
     async def predict(self, payload):
-        text = StringCodec.decode_input(payload.inputs[0])[0]
-        encoding = self.tokenizer.encode_batch_fast([text])[0]
-        arrays = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
-        logits = self.session.run(None, {n: np.array([arrays[n]], np.int64) for n in self.takes})[0][0]
-        label = self.labels[int(logits.argmax())]
-        return InferenceResponse(model_name=self.name, outputs=[StringCodec.encode_output("label", [label])])
+        answer = self.graph(StringCodec.decode_input(payload.inputs[0])[0])
+        label = StringCodec.encode_output("label", [answer["label"]])
+        return InferenceResponse(model_name=self.name, outputs=[label])
 
 
 if __name__ == "__main__":
