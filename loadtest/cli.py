@@ -155,6 +155,7 @@ def compare(
         if not graphs[quantize].exists():
             export_full_depth(artifact.path, graphs[quantize], quantize == "int8")
     servers = [ours(store, model), ours(store, model, tau=0.0)]
+    servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]
     servers += peers(graphs["int8"], graphs["none"], stock)
     comparison = Comparison(
         servers, _samples(texts, text_column, label_column, label_names), out, seconds, rounds, port

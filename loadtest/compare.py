@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from rich.console import Console
+from rich.markup import escape
 
 from loadtest import report
 from loadtest.client import Run, Target, ask_alone, load, quantile, wrong_labels
@@ -35,7 +36,7 @@ class Comparison:
     """Runs several servers in turn, each alone on the machine.
 
     Attributes:
-        servers: ours first; full depth of ours second; then the peers.
+        servers: ours first; full depth of ours second; then ours by other means, and the peers.
         rounds: how often each measurement is repeated, the servers taking turns.
     """
 
@@ -92,16 +93,28 @@ class Comparison:
     def _saturation(self) -> None:
         rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in self.servers}
         for number in range(self.rounds):
-            for server in self.servers:
+            for server in list(self.servers):
                 console.print(f"saturation, round {number + 1} of {self.rounds}: {server.name}")
-                with self._started(server) as started:
-                    alone = ask_alone(started.target, self.samples) if number == 0 else None
-                    run = self._measure(started, self.samples, self.seconds, None)
-                    row = report.summary(run, wrong_labels(run, alone) if alone else None)
-                    row["memory_mb"] = round(started.memory_mb(), 1)
-                    rows[server.name].append(row)
+                try:
+                    rows[server.name].append(self._saturated(server, check=number == 0))
+                except ValueError as error:
+                    if server in self.servers[:2]:
+                        raise
+                    console.print(f"[bold red]left out:[/] {escape(str(error))}")
+                    self.results["notes"][server.name] = "left out: it did not start"
+                    self.servers.remove(server)
+                    del rows[server.name]
         self.results["saturation"] = rows
         console.print(report.table({name: found[0] for name, found in rows.items()}))
+
+    def _saturated(self, server: Server, check: bool) -> dict[str, Any]:
+        """One run as fast as it answers; check: whether each answer equals that of its text asked alone."""
+        with self._started(server) as started:
+            alone = ask_alone(started.target, self.samples) if check else None
+            run = self._measure(started, self.samples, self.seconds, None)
+            row = report.summary(run, wrong_labels(run, alone) if alone else None)
+            row["memory_mb"] = round(started.memory_mb(), 1)
+        return row
 
     def _open_loop(
         self, name: str, servers: list[Server], samples: list[Sample], rate: float

@@ -85,7 +85,7 @@ def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
     found = [
         peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
         peer("fused graph, FastAPI, fp32", "fused_app", str(fp32)),
-        peer("LitServe, int8", "litserve_app", str(int8)),
+        peer("LitServe, int8", "litserve_app", str(int8), "--batch", "4"),  # the best of those tried
         peer("BentoML, int8", "bentoml_app", str(int8), ready="/readyz"),
         peer(
             "MLServer, int8",

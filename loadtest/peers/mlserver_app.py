@@ -1,5 +1,5 @@
 # /// script
-# dependencies = ["mlserver>=1.6", "onnxruntime>=1.20", "tokenizers", "numpy"]
+# dependencies = ["mlserver>=1.6", "uvloop<0.22", "onnxruntime>=1.20", "tokenizers", "numpy"]
 # ///
 """Peer: the full-depth ONNX graph as a custom runtime of MLServer (Open Inference Protocol).
 
