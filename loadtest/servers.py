@@ -47,9 +47,12 @@ class Server:
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
 
 
-def ours(store: Path, model: str, **fields: Any) -> Server:
+def ours(store: Path, model: str, runtime: str = "auto", **fields: Any) -> Server:
     """Our server; `fields` go into every request (tau and the like)."""
     what = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
+    what += ", ONNX Runtime" if runtime == "onnxruntime" else ""
+    command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
+    command += ["--runtime", runtime]
     return Server(
         f"de3 ({what})",
         [
