@@ -94,6 +94,49 @@ def run(
 
 
 @app.command()
+def layers(
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="An int8 model, name or name:version.")] = "sst2",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers here.", show_default=False)
+    ] = None,
+) -> None:
+    """Time one encoder layer in this process: ONNX Runtime, our kernels, and the processor's peak.
+
+    Example: de3 loadtest layers --model sst2
+    """
+    from rich.table import Table
+
+    from loadtest.layers import layers as measure
+    from model_store.store import Store
+
+    with console.status("measuring"):
+        found = measure(Store(store).open(model))
+    table = Table(
+        "tokens",
+        "ONNX Runtime, µs",
+        "kernels, µs",
+        "ratio",
+        "ONNX Runtime, % of peak",
+        "kernels, % of peak",
+        title=f"peak of a core ({found['instructions']}): "
+        f"{found['peak_multiply_adds_per_s'] / 1e12:.2f}e12 int8 multiply-adds a second",
+    )
+    for row in found["layers"]:
+        table.add_row(
+            str(row["tokens"]),
+            f"{row['onnxruntime_us']:.0f}",
+            f"{row['kernels_us']:.0f}",
+            f"{row['onnxruntime_us'] / row['kernels_us']:.2f}",
+            f"{100 * row['onnxruntime_of_peak']:.0f}",
+            f"{100 * row['kernels_of_peak']:.0f}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    if json_file:
+        json_file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@app.command()
 def peer(
     name: Annotated[
         str,

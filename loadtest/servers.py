@@ -55,18 +55,7 @@ def ours(store: Path, model: str, runtime: str = "auto", **fields: Any) -> Serve
     command += ["--runtime", runtime]
     return Server(
         f"de3 ({what})",
-        [
-            sys.executable,
-            "-m",
-            "de3.cli",
-            "serve",
-            "--store",
-            str(store),
-            "--model",
-            model,
-            "--port",
-            "{port}",
-        ],
+        [*command, "--port", "{port}"],
         ready="/ready",
         body=lambda text: {"input": text, **fields},
         label=lambda answer: str(answer["data"][0]["label"]),

@@ -16,8 +16,9 @@ from de3.cli import app
 from export.full_depth import export_full_depth
 from loadtest import client, report, servers
 from loadtest.client import Target, accuracy, ask_alone, load, quantile, wrong_labels
+from loadtest.layers import layers
 from loadtest.texts import Sample, read, with_long, with_taus
-from model_store.store import Store
+from model_store.store import Store, StoreError
 from tests.conftest import make_rows
 from tests.serving import serving
 
@@ -196,3 +197,13 @@ def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
         read(file, "text", "label", [])
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
     assert [s.text for s in read(tmp_path / "x.txt", "sentence", "label", [])] == ["one", "two"]
+
+
+def test_our_server_is_started_with_the_runtime_asked(tmp_path: Path) -> None:
+    command = servers.ours(tmp_path, "sst2", "onnxruntime", tau=0.0).command
+    assert command[command.index("--runtime") + 1] == "onnxruntime"
+
+
+def test_the_time_of_a_layer_needs_an_int8_model(store: Path) -> None:
+    with pytest.raises(StoreError, match="has no kernels here"):
+        layers(Store(store).open("tiny"))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exits.rule import ExitRule, read
+from loadtest.layers import layers
 from model_store.model import Model
 from model_store.segments import Passage
 from model_store.store import Store, StoreError
@@ -42,6 +43,16 @@ def test_they_give_what_onnx_runtime_gives(store: Path, native: Model) -> None:
                 differences.append(np.abs(a.distances - b.distances).max())
     # Rounding errors, but for the few that end in another step of a quantization.
     assert np.median(differences) < 1e-5 and max(differences) < 0.1
+
+
+def test_every_number_of_tokens_has_its_loops(store: Path, native: Model) -> None:
+    theirs = Model(Store(store).open("tiny-int8"), "onnxruntime")
+    size = native.manifest.hidden_size
+    for tokens in (*range(1, 38), 47, 48, 49, 64, 65):
+        hidden = np.random.default_rng(tokens).standard_normal((1, tokens, size)).astype(np.float32)
+        a, b = (m.segments[1].run(hidden, False).hidden for m in (native, theirs))
+        differences = np.abs(a - b)
+        assert np.median(differences) < 1e-5 and differences.max() < 0.1, tokens
 
 
 @pytest.mark.skipif(kernels.supported() != "amx", reason="this processor has no AMX to compare with")
@@ -198,3 +209,10 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
+
+
+def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
+    found = layers(Store(store).open("tiny-int8"), lengths=(3, 10**6), rounds=1)
+    (row,) = found["layers"]  # the model takes fewer than a million tokens
+    assert row["tokens"] == 3 and row["kernels_us"] > 0
+    assert 0 < row["kernels_of_peak"] < 1 and 0 < row["onnxruntime_of_peak"] < 1
