@@ -447,7 +447,35 @@ def export(
     console.print(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="name or name:version in the store.")],
+    tune: Annotated[
+        Path,
+        typer.Option(help='Samples to choose λ and τ on: jsonl with "text" (and "text_pair") and "label".'),
+    ],
+    certify: Annotated[Path, typer.Option(help="Other samples, for the reported numbers and every promise.")],
+    store: StoreOption = Path("models"),
+    max_loss: Annotated[
+        float, typer.Option(help="Points of accuracy that the default τ may lose against full depth.")
+    ] = 0.5,
+) -> None:
+    """Calibrate a model anew, for example on your own traffic: the next version, with new λ, τ and promises.
+
+    Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
+    """
+    _need_train_extra()
+    from export.recalibrate import recalibrate
+    from model_store.store import Store
+
+    found = Store(store)
+    path = recalibrate(found.open(model), found, tune, certify, max_loss / 100)
+    console.print(f"published {path}. Next: de3 serve --store {store}")
+
+
 SERVING = "Limits"
+WISHES = "Requests that ask nothing"
+LOAD = "Under load"
 
 
 @app.command()
@@ -495,6 +523,76 @@ def serve(
             envvar="DE3_TIMEOUT_S", help="Longest time from arrival to answer.", rich_help_panel=SERVING
         ),
     ] = 30.0,
+    tau: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_TAU",
+            help="Their τ. [default: each model's calibrated one]",
+            rich_help_panel=WISHES,
+            show_default=False,
+        ),
+    ] = None,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_TARGET_SPEEDUP",
+            help="Or their mean speed-up, by the calibration.",
+            rich_help_panel=WISHES,
+            show_default=False,
+        ),
+    ] = None,
+    latency_budget_ms: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_LATENCY_BUDGET_MS",
+            help="Or the time in which to answer.",
+            rich_help_panel=WISHES,
+            show_default=False,
+        ),
+    ] = None,
+    max_disagreement: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_MAX_DISAGREEMENT",
+            help="Or the rate of answers that may differ from full depth, with 95% confidence.",
+            rich_help_panel=WISHES,
+            show_default=False,
+        ),
+    ] = None,
+    ood_policy: Annotated[
+        str,
+        typer.Option(
+            envvar="DE3_OOD_POLICY",
+            help="Texts far from every prototype: off, flag them, or deepen: also let them go deeper.",
+        ),
+    ] = "off",
+    slo_p99_ms: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_SLO_P99_MS",
+            help="Latency to keep: raise the default τ as it is passed, then shed load.",
+            rich_help_panel=LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            envvar="DE3_MIN_ACCURACY",
+            help="But only as far as the calibrated accuracy is at least this. "
+            "[default: 0.02 under full depth]",
+            rich_help_panel=LOAD,
+            show_default=False,
+        ),
+    ] = None,
+    max_load_disagreement: Annotated[
+        float,
+        typer.Option(
+            envvar="DE3_MAX_LOAD_DISAGREEMENT",
+            help="And the calibrated disagreement with full depth at most this.",
+            rich_help_panel=LOAD,
+        ),
+    ] = 1.0,
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
@@ -516,6 +614,14 @@ def serve(
             max_body_bytes=max_body_bytes,
             body_timeout_s=body_timeout_s,
             timeout_s=timeout_s,
+            ood_policy=ood_policy,  # type: ignore[arg-type]  # Settings checks it
+            tau=tau,
+            target_speedup=target_speedup,
+            latency_budget_ms=latency_budget_ms,
+            max_disagreement=max_disagreement,
+            slo_p99_ms=slo_p99_ms,
+            min_accuracy=min_accuracy,
+            max_load_disagreement=max_load_disagreement,
         )
     )
 

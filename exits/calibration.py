@@ -5,12 +5,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import signals
+from exits import guarantee, signals
 from exits.recorded import Recorded
 from exits.rule import exit_index
 
@@ -36,6 +36,7 @@ class Outcome:
     mean_exit_layer: float
     speedup: float
     histogram: list[float]
+    disagreement_bound: float = 1.0  # until trade_off has seen the whole sequence
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -89,11 +90,15 @@ def fused(recorded: Recorded, lam: float) -> NDArray[np.float64]:
 def trade_off(
     recorded: Recorded, lams: Sequence[float] = LAMS, taus: Sequence[float] = TAUS
 ) -> list[Outcome]:
-    """The outcome of every (λ, τ) of the grid."""
-    table = []
+    """The outcome of every (λ, τ) of the grid; at each λ the bounds hold for τ raised step by step from 0."""
+    table, n = [], len(recorded.labels)
     for lam in lams:
         signal = fused(recorded, lam)
-        table += [outcome(recorded, signal, tau, lam) for tau in taus]
+        rows = [outcome(recorded, signal, tau, lam) for tau in sorted(taus)]
+        # At τ = 0 the answers are those of full depth: nothing to bound.
+        errors = [round(row.disagreement * n) for row in rows if row.tau > 0]
+        bounds = [0.0] * (len(rows) - len(errors)) + guarantee.sequence_bounds(errors, n)
+        table += [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
     return table
 
 

@@ -19,6 +19,7 @@ class Reading:
         entropy: the local signal, in [0, 1].
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         edr: both fused, in [0, 1]; None where λ > 0 and there are no prototypes.
+        nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
     """
 
     probs: list[float]
@@ -26,6 +27,7 @@ class Reading:
     entropy: float
     distance_ratio: float | None
     edr: float | None
+    nearest: float | None
 
 
 def read(logits: list[float], distances: list[float] | None, lam: float) -> Reading:
@@ -48,17 +50,17 @@ def read(logits: list[float], distances: list[float] | None, lam: float) -> Read
     local = (log(total) - mean) / log(len(logits))
     local = min(max(local, 0.0), 1.0)  # in this order NaN stays NaN, which is below no τ
     if distances is None:
-        return Reading(probs, label, local, None, local if lam == 0 else None)
+        return Reading(probs, label, local, None, local if lam == 0 else None, None)
     second = 1 - label if len(logits) == 2 else _second(logits, label)
     # Rounding in float32 can leave a cosine distance a hair outside [0, 2].
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    below = lam * local + ratio
+    below, nearest = lam * local + ratio, min(distances)
     if lam == 0:
-        return Reading(probs, label, local, ratio, local)
+        return Reading(probs, label, local, ratio, local, nearest)
     # (λ + 1)/(λ/DR + 1/Entropy) with its fractions cleared
-    return Reading(probs, label, local, ratio, (lam + 1.0) * local * ratio / below if below else 0.0)
+    return Reading(probs, label, local, ratio, (lam + 1.0) * local * ratio / below if below else 0.0, nearest)
 
 
 def _second(logits: list[float], first: int) -> int:

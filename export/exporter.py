@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from exits import calibration
 from exits.recorded import Recorded
+from exits.reference import quantiles
 from export.record import record
 from export.segments import build
 from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
@@ -137,7 +138,7 @@ def plain_tokenizer(checkpoint: Path) -> str:
 def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_types: bool) -> Manifest:
     config = model.config
     return Manifest(
-        schema_version=2,
+        schema_version=3,
         name=settings.name,
         version=draft.next_version(),
         created=int(time.time()),
@@ -254,8 +255,22 @@ def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibrat
             "exit_accuracy": certified.correct.mean(0).tolist(),
             "default": _rounded(default),
             "table": [_rounded(o) for o in table],
+            "references": _references(certified),
         }
     )
+
+
+def _references(certified: Recorded) -> list[dict[str, Any]]:
+    """What the certifying samples gave at each exit, as quantiles."""
+    found = []
+    for j, layer in enumerate(certified.exit_layers):
+        row: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
+        row["entropy"] = quantiles(certified.entropy[:, j])
+        if not np.isnan(certified.distances[0, j]).any():
+            row["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
+            row["nearest"] = quantiles(certified.distances[:, j].min(-1))
+        found.append(row)
+    return found
 
 
 def _rounded(outcome: calibration.Outcome) -> dict[str, Any]:

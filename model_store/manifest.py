@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-SCHEMA_VERSION = 2
+from exits.reference import LEVELS, is_ascending
+
+SCHEMA_VERSION = 3
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -46,7 +48,8 @@ class TradeOff(_Part):
     Attributes:
         accuracy: share of right answers; `accuracy_interval` is its 95% Wilson interval.
         loss: accuracy at full depth minus accuracy here; `loss_interval` is its 95% interval, paired.
-        disagreement: share of answers that differ from full depth.
+        disagreement: share of answers that differ from full depth; `disagreement_bound` is what the true rate
+            is at most, with 95% confidence (exits.guarantee).
         speedup: M / mean exit layer, at most 1000.
         histogram: share of samples leaving at each exit, in the order of `exit_layers`.
     """
@@ -58,15 +61,38 @@ class TradeOff(_Part):
     loss: float
     loss_interval: tuple[float, float]
     disagreement: Share
+    disagreement_bound: Share
     mean_exit_layer: float = Field(ge=0)
     speedup: float = Field(ge=0)
     histogram: list[Share]
+
+
+class Reference(_Part):
+    """What the certifying samples gave at one exit: quantiles at exits.reference.LEVELS.
+
+    Attributes:
+        nearest: distance to the nearest prototype; like distance_ratio None at an exit without prototypes.
+    """
+
+    layer: int = Field(ge=0)
+    entropy: list[float]
+    distance_ratio: list[float] | None
+    nearest: list[float] | None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        for name in ("entropy", "distance_ratio", "nearest"):
+            values = getattr(self, name)
+            if values is not None and not is_ascending(values):
+                raise ValueError(f"{name} must have {len(LEVELS)} ascending values")
+        return self
 
 
 class Calibration(_Part):
     """How the defaults were chosen and what they give.
 
     λ and τ were chosen on `tune_size` samples; every number in here is from `certify_size` others.
+    `references` has one entry for each exit.
     """
 
     tune_size: int = Field(ge=1)
@@ -75,6 +101,7 @@ class Calibration(_Part):
     exit_accuracy: list[Share]
     default: TradeOff
     table: list[TradeOff]
+    references: list[Reference]
 
 
 class Manifest(_Part):
@@ -88,7 +115,7 @@ class Manifest(_Part):
         export: how the export proved itself: parity, and for int8 the accuracy by exit against fp32.
     """
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1)
     created: int = Field(ge=0, description="Unix time, seconds")
@@ -117,6 +144,11 @@ class Manifest(_Part):
             raise ValueError("prototype_layers must be the exit layers, with or without the last")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
+        found = self.calibration.references if self.calibration else []
+        if self.calibration and [r.layer for r in found] != exits:
+            raise ValueError("calibration.references must have one entry for each exit layer")
+        if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in found):
+            raise ValueError("calibration.references: nearest must be there where prototypes are, only there")
         wrong = [name for name in self.files if not FILE.fullmatch(name)]
         if wrong:
             raise ValueError(f"files may not contain {wrong[0]!r}")

@@ -106,6 +106,8 @@ class Passage:
         tau, lam: leave at the first exit with EDR < tau.
         deepest: the layer at which to leave at the latest, one with an exit.
         every: ask every exit passed, also those that cannot end the way (tau 0).
+        caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
+        is_far: whether there was one.
         layer: where it left.
         seconds: what it took.
         logits, distances: (layers + 1, K), index = layer; zeros at exits not asked.
@@ -116,7 +118,9 @@ class Passage:
     lam: float
     deepest: int
     every: bool
+    caution: float = 1.0
     layer: int = -1
+    is_far: bool = False
     seconds: float = 0.0
     logits: Array = field(init=False)
     distances: Array = field(init=False)
@@ -130,17 +134,19 @@ class Through:
         self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
         self._shape = (manifest.num_layers + 1, len(manifest.labels))
 
-    def __call__(self, samples: Sequence[Passage]) -> None:
-        """Take samples through the layers until each has left; fills what Passage calls results."""
+    def __call__(self, samples: Sequence[Passage], far: NDArray[np.float64] | None = None) -> None:
+        """Take samples through the layers until each has left; fills what Passage calls results.
+
+        far: the largest distance to the nearest prototype allowed, (layers + 1,); None: any.
+        """
         rows = []
         for s in samples:
             s.logits, s.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
             ids, types = s.tokens.ids, s.tokens.type_ids
-            rows.append((ids, types, s.tau, s.lam, s.deepest, s.every, s.logits, s.distances))
-        for s, (layer, seconds) in zip(
-            samples, self._through(self._model, rows, self._prototypes), strict=True
-        ):
-            s.layer, s.seconds = layer, seconds
+            rows.append((ids, types, s.tau, s.lam, s.deepest, s.every, s.caution, s.logits, s.distances))
+        found = self._through(self._model, rows, self._prototypes, far)
+        for s, (layer, seconds, is_far) in zip(samples, found, strict=True):
+            s.layer, s.seconds, s.is_far = layer, seconds, bool(is_far)
 
 
 def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:

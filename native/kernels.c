@@ -657,7 +657,8 @@ static int leaves(const float *logits, const float *distances, int labels, doubl
 typedef struct {
     const int64_t *ids, *types;
     int tokens, deepest, every, layer; /* every: ask every exit, also at tau 0; layer: where it left, or -1 */
-    double tau, lam, seconds;
+    int is_far;                        /* whether some exit was further from its prototypes than allowed */
+    double tau, lam, caution, seconds; /* caution: what tau is multiplied by from then on */
     float *hidden, *logits, *distances; /* (tokens, hidden); (layers + 1, labels) twice */
 } Text;
 
@@ -667,9 +668,17 @@ static double now(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
+static double nearest(const float *distances, int labels) {
+    float least = distances[0];
+    for (int k = 1; k < labels; k++)
+        if (distances[k] < least) least = distances[k];
+    return least;
+}
+
 /* Take texts through the layers until each has left. All run a layer before any runs the next: a layer's weights
- * come from a far cache once for all of them. Each is computed by itself, so none depends on the others. */
-static int run_through(const Model *m, Text *texts, int count, const float *const *prototypes) {
+ * come from a far cache once for all of them. Each is computed by itself, so none depends on the others.
+ * far: the largest distance to the nearest prototype by layer, or NULL. */
+static int run_through(const Model *m, Text *texts, int count, const float *const *prototypes, const double *far) {
     for (int number = 0; number <= m->layers; number++) {
         const Exit *leave = &m->exit[number];
         for (int i = 0; i < count; i++) {
@@ -683,6 +692,10 @@ static int run_through(const Model *m, Text *texts, int count, const float *cons
                 float *logits = t->logits + number * leave->labels, *distances = NULL;
                 if (leave->metric) distances = t->distances + number * leave->labels;
                 if (run_exit(m, number, t->hidden, t->tokens, prototypes[number], logits, distances)) return -1;
+                if (far && leave->metric && !t->is_far && nearest(distances, leave->labels) > far[number]) {
+                    t->is_far = 1;
+                    t->tau *= t->caution;
+                }
                 if (number == t->deepest || leaves(logits, distances, leave->labels, t->tau, t->lam))
                     t->layer = number;
             }
@@ -1045,19 +1058,25 @@ static PyObject *py_leaves(PyObject *self, PyObject *args) {
     return ok ? PyBool_FromLong(yes) : NULL;
 }
 
-/* through(model, texts, prototypes) → [(layer, seconds)]
- * texts: [(ids int64 (T), types int64 (T) or None, tau, lam, deepest, every, logits, distances)], the last two
- * float32 (layers + 1, labels), filled at the exits that were passed. prototypes: [(labels, metric) float32 or
- * None], index = layer. Without the GIL while it computes. */
+/* through(model, texts, prototypes, far) → [(layer, seconds, is_far)]
+ * texts: [(ids int64 (T), types int64 (T) or None, tau, lam, deepest, every, caution, logits, distances)], the
+ * last two float32 (layers + 1, labels), filled at the exits that were passed. prototypes: [(labels, metric)
+ * float32 or None], index = layer. far: float64 (layers + 1) or None: a text whose nearest prototype is further
+ * than that at an exit goes on with caution·tau. Without the GIL while it computes. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     enum { MOST = 64 };
     PyObject *capsule, *list, *rows, *result = NULL;
-    if (!PyArg_ParseTuple(args, "OO!O!", &capsule, &PyList_Type, &list, &PyList_Type, &rows)) return NULL;
+    Py_buffer far = {0};
+    if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &list, &PyList_Type, &rows, &far)) return NULL;
     const Model *m = model_of(capsule);
-    if (m == NULL) return NULL;
+    if (m == NULL || (far.buf && !holds(&far, m->layers + 1, 8, "far"))) {
+        PyBuffer_Release(&far);
+        return NULL;
+    }
     int count = (int)PyList_GET_SIZE(list), opened = 0, prepared = 0, failed = 0;
     if (count < 1 || count > MOST || PyList_GET_SIZE(rows) != m->layers + 1) {
         PyErr_Format(PyExc_ValueError, "1 to %d texts, and prototypes for every layer", MOST);
+        PyBuffer_Release(&far);
         return NULL;
     }
     Text texts[MOST];
@@ -1085,8 +1104,8 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     for (; prepared < count; prepared++) {
         Text *t = &texts[prepared];
         Py_buffer *b = buffers[prepared];
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, prepared), "y*z*ddipw*w*", &b[0], &b[1], &t->tau, &t->lam,
-                              &t->deepest, &t->every, &b[2], &b[3]))
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, prepared), "y*z*ddipdw*w*", &b[0], &b[1], &t->tau, &t->lam,
+                              &t->deepest, &t->every, &t->caution, &b[2], &b[3]))
             goto done;
         size_t labels = (size_t)m->exit[m->layers].labels, every = labels * (m->layers + 1);
         t->ids = b[0].buf;
@@ -1110,7 +1129,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
         }
     }
     Py_BEGIN_ALLOW_THREADS;
-    failed = run_through(m, texts, count, prototypes);
+    failed = run_through(m, texts, count, prototypes, far.buf);
     Py_END_ALLOW_THREADS;
     if (failed) {
         PyErr_SetString(PyExc_ValueError, "an id outside the tables, or no memory");
@@ -1118,7 +1137,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     }
     result = PyList_New(count);
     for (int i = 0; result != NULL && i < count; i++) {
-        PyObject *pair = Py_BuildValue("id", texts[i].layer, texts[i].seconds);
+        PyObject *pair = Py_BuildValue("idi", texts[i].layer, texts[i].seconds, texts[i].is_far);
         if (pair == NULL) Py_CLEAR(result);
         else PyList_SET_ITEM(result, i, pair);
     }
@@ -1128,6 +1147,7 @@ done:
         for (int j = 0; j < 4; j++) PyBuffer_Release(&buffers[i][j]);
     }
     for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
+    PyBuffer_Release(&far);
     return result;
 }
 #endif
@@ -1143,7 +1163,7 @@ static PyMethodDef methods[] = {
     {"use", py_use, METH_VARARGS, "use(name): amx or vnni"},
     {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best"},
     {"leaves", py_leaves, METH_VARARGS, "leaves(logits, distances, tau, lam)"},
-    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes)"},
+    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
 #endif
     {NULL, NULL, 0, NULL},

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from de3 import __version__
+from exits.guarantee import CONFIDENCE
 from server import examples
 from server.classify import classify
 from server.errors import ApiError
@@ -68,6 +69,18 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         """The served models: labels, layers, defaults, and what the defaults give."""
         return {"object": "list", "data": [model_row(a.manifest) for a in service.artifacts]}
 
+    @app.get(
+        "/v1/models/{name}/calibration", tags=["models"], responses={404: {"description": "no such model"}}
+    )
+    async def calibration(name: str) -> JSONResponse:
+        """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
+        artifact = service.artifact(name)
+        found = artifact.manifest.calibration
+        if found is None:
+            raise ApiError(404, f"{artifact.full_name} was exported without a calibration", "name")
+        body = {"object": "calibration", "model": artifact.full_name, "confidence": CONFIDENCE}
+        return JSONResponse(body | found.model_dump(by_alias=True))
+
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """200 as long as the process lives."""
@@ -82,6 +95,10 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return error.response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

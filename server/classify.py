@@ -11,14 +11,15 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from exits.rule import ExitRule
 from model_store.model import Model
 from server import protocol
 from server.errors import ApiError
+from server.models import Served
 from server.protocol import ClassifyRequest
 from server.queue import QueueFullError
+from server.rules import Choice
 from server.service import Service
-from server.work import Item, Job
+from server.work import REPLY_S, Item, Job
 
 log = logging.getLogger("de3")
 
@@ -34,23 +35,38 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
         parsed = await _read(scope, receive, service)
         served = service.models.get(parsed.model)
         name = served.model.full_name
-        rule = exit_rule(parsed, served.model)
+        choice = service.choose(served, parsed)
         future = asyncio.get_running_loop().create_future()
         job = Job(
             served.model,
-            rule,
+            choice.rule,
             parsed.truncate,
             parsed.explain,
+            parsed.ood,
             parsed.input,
             served.timing.predict,
             future,
             served.together_s,
+            choice.share(served.model.manifest.num_layers),
+            served.timing.layer_s,
+            choice.budget_s,
+            served.watch,
         )
-        await _run(job, scope, service, started + service.settings.timeout_s)
+        if choice.budget_s is not None and not parsed.best_effort:
+            _check_budget(job, choice.budget_s, served, service)
+        if choice.by == "overload":
+            metrics.degraded.labels(name).inc(len(job.items))
+        service.texts_in_flight += len(job.items)
+        try:
+            await _run(job, scope, service, started + service.settings.timeout_s)
+        finally:
+            service.texts_in_flight -= len(job.items)
+            service.texts_answered += len(job.items)
         body = protocol.answer(
             name,
-            [_row(item, job, served.model, parsed.explain) for item in job.items],
+            [_row(item, job, served.model) for item in job.items],
             sum(item.outcome.tokens for item in job.items if item.outcome),
+            _about(choice, served, parsed.explain),
         )
         status, answer = 200, (body, _timing(job, started, perf_counter()))
     except ApiError as error:
@@ -105,18 +121,32 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
     return b"".join(chunks)
 
 
-def exit_rule(request: ClassifyRequest, model: Model) -> ExitRule:
-    """The rule that a request asks for, the model's defaults filled in; raises ApiError 422."""
-    defaults, exits = model.manifest.defaults, model.manifest.exit_layers
-    if request.max_layer is not None and not exits[0] <= request.max_layer <= exits[-1]:
-        raise ApiError(
-            422, f"max_layer: must be from {exits[0]} to {exits[-1]}, got {request.max_layer}", "max_layer"
-        )
-    return ExitRule(
-        tau=defaults.tau if request.tau is None else request.tau,
-        lam=defaults.lam if request.lam is None else request.lam,
-        max_layer=request.max_layer,
+def _check_budget(job: Job, budget_s: float, served: Served, service: Service) -> None:
+    """Refuse what not even the first exit can answer in time; raises ApiError 503."""
+    engine = service.engine
+    first = [served.timing.predict_first_exit(item.text) for item in job.items]
+    needed = engine.wait_s(job.items[0].due) + max(*first, sum(first) / engine.threads) + REPLY_S
+    if needed <= budget_s:
+        return
+    raise ApiError(
+        503,
+        f"latency_budget_ms: {1000 * budget_s:g} ms cannot be kept, the first exit would take about "
+        f"{1000 * needed:.1f} ms now; allow more, or set best_effort",
+        "latency_budget_ms",
+        "budget",
+        retry_after=1,
     )
+
+
+def _about(choice: Choice, served: Served, explain: bool) -> dict[str, Any]:
+    """What an answer says of the request as a whole: the promise it asked for, and how τ was chosen."""
+    found: dict[str, Any] = {}
+    certificate = served.rules.certificate(choice)
+    if certificate is not None:
+        found["certificate"] = certificate
+    if explain:
+        found["tau_choice"] = choice.row()
+    return found
 
 
 async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
@@ -159,7 +189,7 @@ async def _send(send: Send, body: bytes, timing: str) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
+def _row(item: Item, job: Job, model: Model) -> dict[str, Any]:
     """An item's answer."""
     o, labels = item.outcome, model.manifest.labels
     assert o is not None  # the job is done
@@ -172,14 +202,18 @@ def _row(item: Item, job: Job, model: Model, explain: bool) -> dict[str, Any]:
             "layer": o.layer,
             "num_layers": model.manifest.num_layers,
             "reason": o.reason,
-            "tau": job.rule.tau,
+            "tau": item.rule.tau,
             "lambda": job.rule.lam,
             **protocol.reading_row(o.reading),
         },
     }
     if o.truncated:
         row["truncated"] = True
-    if explain:
+    if job.ood and job.watch is not None:
+        row["ood_score"] = job.watch.score(o.passed)
+    if o.is_far:
+        row["out_of_distribution"] = True
+    if job.explain:
         row["layers"] = [
             {"layer": m, **protocol.reading_row(r), "label": labels[r.label], "probs": r.probs}
             for m, r in o.passed

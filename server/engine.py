@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter
 
-from exits.rule import Reading, read
+from exits.rule import read
 from model_store.model import Model
 from model_store.segments import Passage, Tokens
 from server.errors import ApiError
@@ -30,9 +30,13 @@ class Engine:
     def __init__(
         self, threads: int, max_queue: int, observe: Callable[[Model, Outcome], None] | None = None
     ) -> None:
+        self.threads = threads
         self.queue = WorkQueue(max_queue)
         self._observe = observe
-        self._threads = [Thread(target=self._work, name=f"engine-{i}", daemon=True) for i in range(threads)]
+        self._threads = [
+            Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
+        ]
+        self._free_at = [0.0] * threads  # when each is likely to take its next item (perf_counter seconds)
 
     def start(self) -> None:
         """Start the threads."""
@@ -54,8 +58,14 @@ class Engine:
         """Give a job up; an item that runs stops at its next layer."""
         self.queue.drop(job)
 
-    def _work(self) -> None:
-        while items := self.queue.next(len(self._threads)):
+    def wait_s(self, due: float) -> float:
+        """Seconds until a thread is likely to start a text that is due then."""
+        busy = max(0.0, min(self._free_at) - perf_counter())
+        return busy + self.queue.ahead_s(due) / self.threads
+
+    def _work(self, number: int) -> None:
+        while items := self.queue.next(self.threads):
+            self._free_at[number] = perf_counter() + _held_s(items)
             done: list[tuple[Job, Exception | None]] = []
             for item, result in self._run(items):
                 if isinstance(result, Exception):
@@ -67,6 +77,7 @@ class Engine:
                         self._observe(item.job.model, result)
             if done:
                 wake(done)
+            self._free_at[number] = 0.0
 
     def _run(self, items: list[Item]) -> Sequence[tuple[Item, Outcome | Exception | None]]:
         """What came of items: an outcome, an error, or None if dropped or put back."""
@@ -80,12 +91,22 @@ class Engine:
 
     def _alone(self, item: Item) -> Outcome | Exception | None:
         try:
+            if item.layer == 0:
+                item.job.begin(item, self.threads)
             return run(item, self.queue)
         except ApiError as error:
             return error
         except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
             log.exception("an item failed")
             return RuntimeError("an item failed")
+
+
+def _held_s(items: list[Item]) -> float:
+    """Seconds for which items are likely to keep a thread from something more urgent."""
+    first = items[0]
+    if len(items) > 1 or first.predicted <= first.job.together_s or first.job.budget_s is not None:
+        return sum(item.expected for item in items)
+    return first.predicted / first.job.model.manifest.num_layers  # it gives way after each layer
 
 
 def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | None]]:
@@ -106,11 +127,13 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
             continue
         item.tokens = tokens
         deepest = model.deepest_exit(rule.max_layer)
-        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, job.explain)))
+        caution = job.watch.caution if job.watch else 1.0
+        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, job.every, caution)))
     tokenize_s = (perf_counter() - started) / len(items)
     if ways:
         assert model.through is not None
-        model.through([way for _, way in ways])
+        watch = items[0].job.watch  # they are of one model
+        model.through([way for _, way in ways], watch.limits if watch else None)
     for item, way in ways:
         item.tokenize_s, item.model_s = tokenize_s, way.seconds
         results.append((item, _passed(item, way)))
@@ -120,18 +143,14 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
 def _passed(item: Item, way: Passage) -> Outcome:
     """The outcome of a way through the kernels."""
     manifest, job = item.job.model.manifest, item.job
-    for layer in manifest.exit_layers if job.explain else [way.layer]:
-        if layer > way.layer:
-            break
+    asked, watch = [way.layer], job.watch
+    looks = item.sampled or (watch is not None and watch.limits is not None)
+    if job.every or (looks and job.rule.tau > 0):
+        asked = [m for m in manifest.exit_layers if m <= way.layer]
+    for layer in asked:
         distances = way.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        reading = read(way.logits[layer].tolist(), distances, job.rule.lam)
-        item.passed.append((layer, reading))
-    reason = "threshold"
-    if way.layer == manifest.num_layers:
-        reason = "last_layer"
-    elif way.layer == way.deepest and not job.rule.exits(reading):
-        reason = "max_layer"
-    return _outcome(item, way.layer, reason, reading)
+        item.say(layer, read(way.logits[layer].tolist(), distances, job.rule.lam))
+    return _outcome(item, _reason(item, way.deepest))
 
 
 def run(item: Item, queue: WorkQueue) -> Outcome | None:
@@ -144,25 +163,23 @@ def run(item: Item, queue: WorkQueue) -> Outcome | None:
     if item.tokens is None:
         item.tokens = _tokenize(item)
     started = perf_counter()
-    last, deepest = model.manifest.num_layers, model.deepest_exit(rule.max_layer)
-    may_leave_early = rule.tau > 0 or job.explain  # at τ = 0 only the deepest exit is needed
+    deepest = model.deepest_exit(rule.max_layer)
+    # At τ = 0 only the deepest exit is needed.
+    may_leave_early = rule.tau > 0 or job.every
+    layer_s = job.layer_s(len(item.tokens)) if item.ends is not None else 0.0
+    reason = ""
     for layer in range(item.layer, deepest + 1):
+        if item.ends is not None and item.passed and perf_counter() + layer_s > item.ends:
+            reason = "deadline"
+            break
         segment = model.segments[layer]
         asked = segment.is_exit and (may_leave_early or layer == deepest)
         step = segment.embed(item.tokens, asked) if item.hidden is None else segment.run(item.hidden, asked)
         item.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
-            reading = read(step.logits.tolist(), distances, rule.lam)
-            item.passed.append((layer, reading))
-            if layer == last:
-                reason = "last_layer"
-            elif rule.exits(reading):
-                reason = "threshold"
-            elif layer == deepest:
-                reason = "max_layer"
-            else:
-                reason = ""
+            item.say(layer, read(step.logits.tolist(), distances, rule.lam))
+            reason = _reason(item, deepest)
             if reason:
                 break
         if job.dropped:
@@ -174,11 +191,24 @@ def run(item: Item, queue: WorkQueue) -> Outcome | None:
             return None
     item.model_s += perf_counter() - started
     item.hidden = None
-    return _outcome(item, layer, reason, reading)
+    return _outcome(item, reason)
 
 
-def _outcome(item: Item, layer: int, reason: str, reading: Reading) -> Outcome:
+def _reason(item: Item, deepest: int) -> str:
+    """Why an item leaves at the exit that it passed last; empty if it does not."""
+    layer, reading = item.passed[-1]
+    if layer == item.job.model.manifest.num_layers:
+        return "last_layer"
+    if item.rule.exits(reading):
+        return "threshold"
+    return "max_layer" if layer == deepest else ""
+
+
+def _outcome(item: Item, reason: str) -> Outcome:
     assert item.tokens is not None
+    layer, reading = item.passed[-1]  # at a deadline: the deepest answer so far
+    if item.sampled and item.job.watch is not None:
+        item.job.watch.sample(*item.passed[0])
     return Outcome(
         layer=layer,
         reason=reason,
@@ -189,6 +219,7 @@ def _outcome(item: Item, layer: int, reason: str, reading: Reading) -> Outcome:
         queue_s=perf_counter() - item.job.submitted - item.tokenize_s - item.model_s,
         tokenize_s=item.tokenize_s,
         model_s=item.model_s,
+        is_far=item.is_far,
     )
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError
 from server.errors import ApiError
+from server.rules import Rules
+from server.settings import Settings
 from server.timing import Timing
+from server.watch import Watch
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
@@ -22,10 +25,12 @@ TOGETHER_S = 0.004
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A loaded model and how long it takes on this machine."""
+    """A loaded model, how long it takes here, how its τ is chosen, and how its texts are watched."""
 
     model: Model
     timing: Timing
+    rules: Rules
+    watch: Watch
 
     @property
     def together_s(self) -> float:
@@ -33,11 +38,12 @@ class Served:
         return 0.0 if self.model.through is None else TOGETHER_S
 
 
-def load(artifact: Artifact, runtime: str) -> Served:
+def load(artifact: Artifact, settings: Settings) -> Served:
     """Load a model and warm it up, so that no request pays for first runs; raises StoreError."""
-    model = Model(artifact, runtime)
+    model = Model(artifact, settings.runtime)
     try:
-        return Served(model, Timing(model))
+        manifest = artifact.manifest
+        return Served(model, Timing(model), Rules(manifest, settings), Watch(manifest, settings.ood_policy))
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 
@@ -59,10 +65,14 @@ class Models:
         try:
             return self._by_name[name]
         except KeyError:
-            names = ", ".join(s.model.full_name for s in self.all)
-            raise ApiError(
-                404,
-                f"model: no model {name[:100]!r} is served; there are: {names}",
-                "model",
-                "unknown_model",
-            ) from None
+            raise unknown_model(name, [s.model.full_name for s in self.all]) from None
+
+
+def unknown_model(name: str, served: list[str]) -> ApiError:
+    """The answer to a name that is not served."""
+    return ApiError(
+        404,
+        f"model: no model {name[:100]!r} is served; there are: {', '.join(served)}",
+        "model",
+        "unknown_model",
+    )

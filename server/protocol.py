@@ -8,10 +8,27 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from exits.rule import MAX_LAM, Reading
 from server.errors import ApiError
+
+MAX_BUDGET_MS = 60_000
+ALLOWED = {
+    "tau": " (allowed: 0 to 1)",
+    "lambda": f" (allowed: 0 to {MAX_LAM:g})",
+    "target_speedup": " (allowed: 1 or more)",
+    "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
+    "max_disagreement": " (allowed: 0 to 1)",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +103,53 @@ class ClassifyRequest(BaseModel):
         None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"
     )
     max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
+    target_speedup: float | None = Field(
+        None, ge=1, description="instead of tau: the mean speed-up over full depth, by the calibration"
+    )
+    latency_budget_ms: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        description="instead of tau: answer within this time, at the deepest exit reached by then",
+    )
+    best_effort: bool = Field(
+        False, description="with a budget that cannot be met: answer at the first exit instead of 503"
+    )
+    max_disagreement: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
+    )
     truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
     explain: bool = Field(False, description="report every exit passed")
+    ood: bool = Field(False, description="report how unlike the calibration's texts a text is, as ood_score")
     user: Any = Field(None, description="accepted and ignored")
     rid: Any = Field(None, description="accepted and ignored")
     priority: Any = Field(None, description="accepted and ignored")
+
+    @model_validator(mode="after")
+    def _one_wish(self) -> "ClassifyRequest":
+        one_wish(self)
+        return self
+
+
+WISHES = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
+
+
+def any_wish(values: Any) -> bool:
+    """Whether one of WISHES is asked."""
+    return any(getattr(values, name) is not None for name in WISHES)
+
+
+def one_wish(values: Any) -> None:
+    """Check that at most one of WISHES is asked, and that λ and max_layer go with τ only; or ValueError."""
+    asked = [name for name in WISHES if getattr(values, name) is not None]
+    if len(asked) > 1:
+        raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(WISHES)}")
+    for name, alias in (("lam", "lambda"), ("max_layer", "max_layer")):
+        if asked and asked != ["tau"] and getattr(values, name, None) is not None:
+            raise ValueError(f"{alias}: goes with tau only, not with {asked[0]}")
 
 
 def parse(body: bytes, max_texts: int) -> ClassifyRequest:
@@ -113,7 +172,10 @@ def _explain(error: ValidationError) -> ApiError:
             400, f"the body is not JSON in UTF-8: {message.removeprefix('Invalid JSON: ')}", cause="not_json"
         )
     if not loc:
-        return ApiError(422, 'the body must be a JSON object like {"input": "a text"}')
+        # From one_wish, whose message begins with the field; or the body is no object.
+        text = str(first["ctx"]["error"]) if kind == "value_error" else ""
+        text = text or 'the body must be a JSON object like {"input": "a text"}'
+        return ApiError(422, text, text.partition(":")[0] if kind == "value_error" else None)
     field = str(loc[0])[:100]
     if kind == "extra_forbidden":
         known = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
@@ -123,7 +185,7 @@ def _explain(error: ValidationError) -> ApiError:
     if kind == "value_error":  # from _texts; it may begin with the place inside the field
         inner = str(first["ctx"]["error"])
         return ApiError(422, f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
-    allowed = {"tau": " (allowed: 0 to 1)", "lambda": f" (allowed: 0 to {MAX_LAM:g})"}.get(field, "")
+    allowed = ALLOWED.get(field, "")
     return ApiError(422, f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
 
 
@@ -140,15 +202,16 @@ def reading_row(reading: Reading) -> dict[str, Any]:
 _ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
 
 
-def answer(model: str, data: Sequence[dict[str, Any]], tokens: int) -> bytes:
-    """The body of an answer; data has one row for each text."""
-    return orjson.dumps(
-        {
-            "id": f"classify-{_ID}{next(_NUMBER):016x}",
-            "object": "list",
-            "created": int(time.time()),
-            "model": model,
-            "data": data,
-            "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-        }
-    )
+def answer(
+    model: str, data: Sequence[dict[str, Any]], tokens: int, more: dict[str, Any] | None = None
+) -> bytes:
+    """The body of an answer; data has one row for each text, more: further fields."""
+    body = {
+        "id": f"classify-{_ID}{next(_NUMBER):016x}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": model,
+        "data": data,
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+    }
+    return orjson.dumps(body | more if more else body)

@@ -63,6 +63,8 @@ class WorkQueue:
                 left -= item.predicted
                 if left < 0 or item.layer > 0 or item.job.model is not first.job.model:
                     break
+                if item.job.budget_s is not None:
+                    break
                 found.append(self._take())
             return found
 
@@ -77,6 +79,11 @@ class WorkQueue:
         item.job.waiting -= 1
         self._waiting -= 1
         return item
+
+    def ahead_s(self, due: float) -> float:
+        """Seconds of work that waits and is due before then, as expected."""
+        with self._changed:
+            return sum(item.expected for when, _, item in self._items if when < due and not item.job.dropped)
 
     def has_more_urgent_than(self, item: Item) -> bool:
         """Whether something that waits is due before this item."""

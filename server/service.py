@@ -5,14 +5,19 @@ import gc
 import logging
 import math
 from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 from model_store.store import Artifact, Store
 from server.engine import Engine
 from server.errors import ApiError
+from server.load import TICK_S, Controller
 from server.metrics import Metrics
-from server.models import Models, find, load
+from server.models import Models, Served, find, load, unknown_model
+from server.protocol import ClassifyRequest, any_wish
+from server.rules import Choice, Wish
 from server.settings import Settings
+from server.work import REPLY_S
 
 log = logging.getLogger("de3")
 
@@ -34,14 +39,20 @@ class Service:
         self.metrics.watch(self.engine.queue.__len__, lambda: self.state == "ready", lambda: self.in_flight)
         self.failure: Exception | None = None
         self.in_flight = 0
+        self.texts_in_flight = self.texts_answered = 0
+        self.controller: Controller | None = None
+        self._ticks: asyncio.Task[None] | None = None
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
         try:
             started = perf_counter()
-            self.models = Models(
-                [await asyncio.to_thread(load, a, self.settings.runtime) for a in self.artifacts]
+            self.models = Models([await asyncio.to_thread(load, a, self.settings) for a in self.artifacts])
+            self.metrics.watch_drift(
+                {s.model.full_name: s.watch.drift for s in self.models.all if s.watch.drift is not None}
             )
+            self.metrics.watch_rules({s.model.full_name: partial(self._tau, s) for s in self.models.all})
+            self._start_controller()
             self.engine.start()
             # What is loaded stays: no collection need look at it again while requests wait.
             gc.collect()
@@ -58,6 +69,32 @@ class Service:
             self.failure = error
             on_failure()
 
+    def _start_controller(self) -> None:
+        """Keep the latency objective, if there is one."""
+        if self.settings.slo_p99_ms is None:
+            return
+        first, threads = self.models.all[0], self.settings.engine_threads()
+        self.controller = Controller(
+            self.settings.slo_p99_ms / 1000,
+            max(len(s.rules.steps) for s in self.models.all),
+            threads / (first.timing.full_depth_s(32) + REPLY_S),
+            threads,
+        )
+        self._ticks = asyncio.create_task(self._tick(self.controller))
+
+    async def _tick(self, controller: Controller) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            controller.tick(self.texts_in_flight, self.texts_answered)
+
+    def _tau(self, served: Served) -> float:
+        return served.rules.in_force(self.level).rule.tau
+
+    @property
+    def level(self) -> int:
+        """The level of load: how many steps the default τ is raised."""
+        return self.controller.level if self.controller else 0
+
     def drain(self) -> None:
         """From now on not ready; requests that were accepted are still answered."""
         self.state = "draining"
@@ -65,14 +102,34 @@ class Service:
     def check_open(self) -> None:
         """Raise ApiError 503 while the models load, or when too many requests are in flight.
 
-        Before a body is read, so that bodies cannot fill the memory. A draining server still answers what
-        reaches it.
+        Before a body is read, so that bodies cannot fill the memory, and refusing costs little. A draining
+        server still answers what reaches it.
         """
         if not self.models.all:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
 
         if self.in_flight > self.settings.max_queue:
             raise self.overloaded()
+        if self.controller is not None and self.controller.sheds(self.texts_in_flight):
+            raise ApiError(
+                503,
+                f"overloaded: the objective of {self.settings.slo_p99_ms:g} ms could not be kept",
+                cause="shed",
+                retry_after=1,
+            )
+
+    def artifact(self, name: str) -> Artifact:
+        """The served artifact of a name (its newest version) or name:version; raises ApiError 404."""
+        found = [a for a in self.artifacts if name in (a.full_name, a.manifest.name)]
+        if not found:
+            raise unknown_model(name, [a.full_name for a in self.artifacts])
+        return max(found, key=lambda a: a.manifest.version)
+
+    def choose(self, served: Served, request: ClassifyRequest) -> Choice:
+        """The exit rule of a request: its own wish, else the server's; raises ApiError 422."""
+        own = any_wish(request) or request.lam is not None or request.max_layer is not None
+        wish: Wish = request if own else self.settings
+        return served.rules.of(wish, request.lam, request.max_layer, self.level)
 
     def overloaded(self) -> ApiError:
         """The answer of a server whose queue is full."""

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from server.protocol import MAX_BUDGET_MS, one_wish
+
 
 class Settings(BaseModel):
     """Settings of one server; checks itself.
@@ -22,6 +24,15 @@ class Settings(BaseModel):
         max_body_bytes: largest request body.
         body_timeout_s: longest wait for a request's body.
         timeout_s: longest time from a request's arrival to its answer.
+        ood_policy: what to do with texts that are far from every prototype: nothing, flag them, or also let
+            them go deeper.
+        tau, target_speedup, latency_budget_ms, max_disagreement: at most one, for requests that ask for none
+            of them. All unset: each model's calibrated default.
+        slo_p99_ms: the latency that the server tries to keep, first by raising the default τ, then by
+            shedding load; None: it does neither.
+        min_accuracy: under load τ is raised only as far as the calibrated accuracy stays at least this;
+            None: 2 points under that of full depth.
+        max_load_disagreement: and as the calibrated disagreement with full depth stays at most this.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -37,11 +48,20 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 2**20
     body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    ood_policy: Literal["off", "flag", "deepen"] = "off"
+    tau: Annotated[float, Field(ge=0, le=1)] | None = None
+    target_speedup: Annotated[float, Field(ge=1)] | None = None
+    latency_budget_ms: Annotated[float, Field(gt=0, le=MAX_BUDGET_MS)] | None = None
+    max_disagreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    slo_p99_ms: Annotated[float, Field(gt=0)] | None = None
+    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_load_disagreement: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> "Settings":
         if self.max_texts > self.max_queue:
             raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
+        one_wish(self)
         return self
 
     def engine_threads(self) -> int:

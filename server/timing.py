@@ -13,32 +13,62 @@ CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depe
 
 
 class Timing:
-    """Seconds through every layer, by number of tokens."""
+    """Seconds to the first exit and through every layer, by number of tokens."""
 
     def __init__(self, model: Model) -> None:
         """Measure; also serves as warm-up: every layer runs on short texts and on the longest."""
         self._most = model.manifest.max_tokens
+        self._layers = model.manifest.num_layers - model.manifest.exit_layers[0]  # those after the first exit
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
-        self._seconds: list[float] = []
+        self._first: list[float] = []
+        self._full: list[float] = []
         for length in self._lengths:
-            tokens = model.tokenize("a " * (length - 2))
-            times = []
-            for _ in range(RUNS if length <= 512 else 1):
-                started = perf_counter()
-                model.full_depth(tokens)
-                times.append(perf_counter() - started)
-            self._seconds.append(median(times))
+            times = [_run(model, "a " * (length - 2)) for _ in range(RUNS if length <= 512 else 1)]
+            self._first.append(median(first for first, _ in times))
+            self._full.append(median(full for _, full in times))
 
     def full_depth_s(self, tokens: int) -> float:
         """Seconds through every layer for this many tokens: linear between what was measured."""
-        n, x, y = min(tokens, self._most), self._lengths, self._seconds
+        return self._at(self._full, tokens)
+
+    def first_exit_s(self, tokens: int) -> float:
+        """Seconds of the tokenizer and the layers up to the first exit."""
+        return self._at(self._first, tokens)
+
+    def layer_s(self, tokens: int) -> float:
+        """Seconds of one layer."""
+        return (self.full_depth_s(tokens) - self.first_exit_s(tokens)) / max(1, self._layers)
+
+    def predict(self, text: Text) -> float:
+        """Seconds for a text through every layer, its tokens estimated from its characters."""
+        return self.full_depth_s(_tokens(text))
+
+    def predict_first_exit(self, text: Text) -> float:
+        """Seconds for a text to the first exit."""
+        return self.first_exit_s(_tokens(text))
+
+    def _at(self, y: list[float], tokens: int) -> float:
+        n, x = min(tokens, self._most), self._lengths
         if len(x) == 1 or n <= x[0]:
             return y[0]
         right = min(bisect_left(x, n), len(x) - 1)
         share = (n - x[right - 1]) / (x[right] - x[right - 1])
         return y[right - 1] + share * (y[right] - y[right - 1])
 
-    def predict(self, text: Text) -> float:
-        """Seconds for a text, its tokens estimated from its characters."""
-        chars = len(text.text) + (len(text.text_pair) if text.text_pair else 0)
-        return self.full_depth_s(2 + chars // CHARS_PER_TOKEN)
+
+def _tokens(text: Text) -> int:
+    chars = len(text.text) + (len(text.text_pair) if text.text_pair else 0)
+    return 2 + chars // CHARS_PER_TOKEN
+
+
+def _run(model: Model, text: str) -> tuple[float, float]:
+    """Seconds to a text's first exit, and through every layer."""
+    started = perf_counter()
+    tokens, first = model.tokenize(text), 0.0
+    step = model.segments[0].embed(tokens, True)
+    for segment in model.segments:
+        if segment.layer > 0:
+            step = segment.run(step.hidden, True)
+        if segment.layer == model.manifest.exit_layers[0]:
+            first = perf_counter() - started
+    return first, perf_counter() - started

@@ -24,7 +24,9 @@ def job(
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
     rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
-    return Job(model, rule, True, False, names, lambda _: seconds, future, together_s, submitted=submitted)
+    return Job(
+        model, rule, True, False, False, names, lambda _: seconds, future, together_s, submitted=submitted
+    )
 
 
 class QueueMachine(RuleBasedStateMachine):

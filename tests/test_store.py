@@ -139,7 +139,7 @@ def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 2"),
+        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 3"),
         (lambda m: m.pop("schema_version"), "schema version None"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),

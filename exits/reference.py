@@ -1,0 +1,93 @@
+"""What calibration saw of each signal, kept as quantiles: how unusual a text is, and whether inputs drift."""
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Finer at the ends: a score looks at the upper tail.
+LEVELS = (
+    *(0.0, 0.01, 0.02),
+    *(round(0.05 * i, 2) for i in range(1, 20)),
+    *(0.98, 0.99, 0.995, 0.998, 0.999, 1.0),
+)
+FAR_LEVEL = 0.99  # a distance above this quantile is beyond what calibration saw
+LEAST_TAIL = 0.0005  # of a value beyond every one that calibration saw
+BINS = 10
+DIGITS = 6
+
+
+def quantiles(values: NDArray[np.floating]) -> list[float]:
+    """The values at LEVELS of samples (n,), rounded to DIGITS."""
+    return [round(float(x), DIGITS) for x in np.quantile(np.asarray(values, np.float64), LEVELS)]
+
+
+def far(reference: Sequence[float]) -> float:
+    """The limit of a nearest-prototype distance, by its quantiles."""
+    return reference[LEVELS.index(FAR_LEVEL)]
+
+
+def tail(value: float, reference: Sequence[float]) -> float:
+    """The share of calibration samples at least so large, in [LEAST_TAIL, 1]; linear between quantiles."""
+    return max(LEAST_TAIL, 1.0 - _level(value, reference))
+
+
+def _level(value: float, reference: Sequence[float]) -> float:
+    """The share of calibration samples below a value: the reference's distribution function."""
+    at = bisect_left(reference, value)
+    if at == 0:
+        return 0.0
+    if at == len(reference):
+        return 1.0
+    low, high = reference[at - 1], reference[at]
+    share = (value - low) / (high - low)
+    return LEVELS[at - 1] + share * (LEVELS[at] - LEVELS[at - 1])
+
+
+def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -> float | None:
+    """How unusual a text is, in [0, 1): 1 − the geometric mean of `tail` over the exits that it passed.
+
+    nearest: distance to the nearest prototype at each exit passed that has prototypes; references: their
+    quantiles. None if there is no such exit. Of the scores tried this ranks texts of another domain best
+    (docs/budgets.md).
+    """
+    if not nearest:
+        return None
+    logs = [math.log(tail(x, q)) for x, q in zip(nearest, references, strict=True)]
+    return 1.0 - math.exp(sum(logs) / len(logs))
+
+
+def psi(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Population stability index of a window of values against calibration, over its deciles; 0: alike.
+
+    Usual reading: above 0.25 the inputs have changed. A half counts for each bin, so that none is empty.
+    """
+    upto: dict[float, float] = {}  # deciles, and the share up to each: where some are equal, the last
+    for i in range(1, BINS):
+        level = round(i / BINS, 2)
+        upto[reference[LEVELS.index(level)]] = level
+    edges, shares = list(upto), [b - a for a, b in pairwise([0.0, *upto.values(), 1.0])]
+    counts = [0.5] * len(shares)
+    for x in values:
+        counts[bisect_left(edges, round(x, DIGITS))] += 1
+    total = sum(counts)
+    return sum((c / total - s) * math.log(c / total / s) for c, s in zip(counts, shares, strict=True))
+
+
+def ks(values: Sequence[float], reference: Sequence[float]) -> float:
+    """Kolmogorov–Smirnov statistic, the largest gap between the distributions, in [0, 1]; 0: alike."""
+    ordered, largest = sorted(round(x, DIGITS) for x in values), 0.0
+    for x in set(ordered):
+        below, upto = bisect_left(ordered, x) / len(ordered), bisect_right(ordered, x) / len(ordered)
+        equal = bisect_right(reference, x)  # where many are equal, the reference jumps
+        reached = LEVELS[equal - 1] if equal and reference[equal - 1] == x else _level(x, reference)
+        largest = max(largest, abs(_level(x, reference) - below), abs(upto - reached))
+    return largest
+
+
+def is_ascending(values: Sequence[float]) -> bool:
+    """Whether these can be quantiles."""
+    return len(values) == len(LEVELS) and all(a <= b for a, b in pairwise(values))

@@ -1,0 +1,61 @@
+"""Under load: raise the default τ step by step, then shed; lower it again when the load is gone."""
+
+from collections.abc import Callable
+from time import perf_counter
+
+TICK_S = 0.05
+# Of the latency objective, as the mean wait of a new text: a p99 lies about twice above the mean.
+RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.35, 0.15, 0.6
+CALM_S = 1.0  # below LOWER_BELOW for so long: the first step down; then one each CALM_STEP_S
+CALM_STEP_S = 0.25
+MEMORY = 0.3  # weight of the newest tick in the estimate of the capacity
+
+
+class Controller:
+    """Predicts the latency of a new text as Little's law has it: texts in flight / texts answered a second.
+
+    Attributes:
+        level: 0: every model's default τ; up to `levels`: steps above it.
+    """
+
+    def __init__(
+        self,
+        objective_s: float,
+        levels: int,
+        capacity: float,
+        threads: int,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        """capacity: a first guess, in texts a second."""
+        self._objective, self._levels, self._capacity = objective_s, levels, capacity
+        self._busy = 2 * threads
+        self._clock = clock
+        self._last, self._answered = clock(), 0
+        self._calm_at = self._last + CALM_S
+        self.level = 0
+
+    def predicted_s(self, in_flight: int) -> float:
+        """Seconds that a new text is likely to take, with so many in flight."""
+        return in_flight / self._capacity
+
+    def sheds(self, in_flight: int) -> bool:
+        """Whether a new request must be refused: τ is as high as it may be, and still it would come late."""
+        return self.level == self._levels and self.predicted_s(in_flight) > SHED_ABOVE * self._objective
+
+    def tick(self, in_flight: int, answered: int) -> None:
+        """Look at the load, about every TICK_S. answered: texts so far."""
+        now = self._clock()
+        rate = (answered - self._answered) / max(now - self._last, 1e-6)
+        self._last, self._answered = now, answered
+        if in_flight > self._busy:  # only a busy server shows what it can do
+            self._capacity += MEMORY * (max(rate, 1.0) - self._capacity)
+        else:
+            self._capacity = max(self._capacity, rate)
+        share = self.predicted_s(in_flight) / self._objective
+        if share > RAISE_ABOVE:
+            self.level = min(self.level + 1, self._levels)
+        if share > LOWER_BELOW:
+            self._calm_at = now + CALM_S
+        elif now >= self._calm_at and self.level > 0:
+            self.level -= 1
+            self._calm_at = now + CALM_STEP_S

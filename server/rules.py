@@ -1,0 +1,157 @@
+"""From a request's wish to its exit rule: the chooser of τ for one model."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from exits.guarantee import CONFIDENCE
+from exits.rule import ExitRule
+from exits.wishes import Wishes
+from model_store.manifest import Manifest, TradeOff
+from server.errors import ApiError
+from server.protocol import ClassifyRequest
+from server.settings import Settings
+
+MAX_LOAD_LOSS = 0.02  # of accuracy, where no floor is set
+
+# What asks for a rule: a request, or the setting for requests that ask nothing. At most one of WISHES is set.
+Wish = ClassifyRequest | Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An exit rule, and why it is this one.
+
+    Attributes:
+        by: the wish it came from, or default, or overload.
+        wanted: the wish's value, if it has one.
+        expected: what the calibration says of this τ; None if τ and λ are not in its table.
+        budget_s: the wish for a latency.
+    """
+
+    rule: ExitRule
+    by: str
+    wanted: float | None = None
+    expected: TradeOff | None = None
+    budget_s: float | None = None
+
+    def share(self, num_layers: int) -> float:
+        """The part of the layers' time that a text is expected to need."""
+        if self.expected is None:
+            return 1.0
+        return (self.expected.mean_exit_layer + 1) / (
+            num_layers + 1
+        )  # the embeddings and tokens cost about a layer
+
+    def row(self) -> dict[str, Any]:
+        """How τ was chosen, as `explain` shows it."""
+        found: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.lam}
+        if self.wanted is not None:
+            found["wanted"] = self.wanted
+        if self.expected is not None:
+            e = self.expected
+            found["expected"] = {
+                "accuracy": e.accuracy,
+                "speedup": e.speedup,
+                "disagreement": e.disagreement,
+                "disagreement_bound": e.disagreement_bound,
+            }
+        return found
+
+
+class Rules:
+    """Chooses the rule of every request to one model; choices are made once and kept."""
+
+    def __init__(self, manifest: Manifest, settings: Settings) -> None:
+        self._defaults, self._exits = manifest.defaults, manifest.exit_layers
+        self.name = f"{manifest.name}:{manifest.version}"
+        table = manifest.calibration.table if manifest.calibration else []
+        self._samples = manifest.calibration.certify_size if manifest.calibration else 0
+        self._rows = {(row.tau, row.lam): row for row in table}
+        rows = [row for row in table if row.lam == manifest.defaults.lam]
+        self.wishes = Wishes(rows) if rows else None
+        tau = self._defaults.tau if settings.tau is None else settings.tau
+        self.default = self._choice(tau, self._defaults.lam, "default")
+        self.steps = self._steps(settings) if manifest.calibration else []
+
+    def _steps(self, settings: Settings) -> list[Choice]:
+        """What the default may become under load, level 1 first; none if the default is a promise itself."""
+        if (
+            self.wishes is None
+            or settings.target_speedup is not None
+            or settings.max_disagreement is not None
+        ):
+            return []
+        least = settings.min_accuracy
+        if least is None:
+            least = self.wishes.rows[0].accuracy - MAX_LOAD_LOSS
+        rows = self.wishes.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
+        return [self.at(row, "overload") for row in rows]
+
+    def in_force(self, level: int) -> Choice:
+        """The default at a level of load."""
+        return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
+
+    def _choice(
+        self, tau: float, lam: float, by: str, wanted: float | None = None, max_layer: int | None = None
+    ) -> Choice:
+        expected = self._rows.get((tau, lam)) if max_layer is None else None
+        return Choice(ExitRule(tau, lam, max_layer), by, wanted, expected)
+
+    def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
+        """The choice of a row of the calibration's table."""
+        return Choice(ExitRule(row.tau, row.lam), by, wanted, row)
+
+    def of(
+        self, wish: Wish, lam: float | None = None, max_layer: int | None = None, level: int = 0
+    ) -> Choice:
+        """The choice that fulfils a wish, or the default at a level of load; raises ApiError 422."""
+        own = isinstance(wish, ClassifyRequest)  # the setting's τ is the default already
+        if own and (lam is not None or max_layer is not None or wish.tau is not None):
+            return self._own(wish.tau, lam, max_layer)
+        if wish.latency_budget_ms is not None:
+            # The default τ: going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
+            found = self.in_force(level)
+            budget = wish.latency_budget_ms
+            return Choice(found.rule, "latency_budget_ms", budget, found.expected, budget / 1000)
+        if wish.target_speedup is not None:
+            wishes = self._table("target_speedup")
+            row = wishes.at_speedup(wish.target_speedup)
+            if row is None:
+                most = wishes.rows[-1].speedup
+                raise ApiError(422, f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
+            return self.at(row, "target_speedup", wish.target_speedup)
+        if wish.max_disagreement is not None:
+            row = self._table("max_disagreement").within_disagreement(wish.max_disagreement)
+            return self.at(row, "max_disagreement", wish.max_disagreement)
+        return self.in_force(level)
+
+    def certificate(self, choice: Choice) -> dict[str, Any] | None:
+        """The promise on answers that differ from full depth, if it was asked for."""
+        if choice.by != "max_disagreement" or choice.expected is None:
+            return None
+        return {
+            "max_disagreement": choice.wanted,
+            "bound": choice.expected.disagreement_bound,
+            "confidence": CONFIDENCE,
+            "samples": self._samples,
+        }
+
+    def _own(self, tau: float | None, lam: float | None, max_layer: int | None) -> Choice:
+        if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
+            raise ApiError(
+                422,
+                f"max_layer: must be from {self._exits[0]} to {self._exits[-1]}, got {max_layer}",
+                "max_layer",
+            )
+        return self._choice(
+            self._defaults.tau if tau is None else tau,
+            self._defaults.lam if lam is None else lam,
+            "default" if tau is None else "tau",
+            tau,
+            max_layer,
+        )
+
+    def _table(self, field: str) -> Wishes:
+        if self.wishes is None:
+            raise ApiError(422, f"{field}: {self.name} was exported without a calibration; give tau", field)
+        return self.wishes

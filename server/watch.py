@@ -1,0 +1,105 @@
+"""Far from home: texts unlike those of the calibration, one by one and as a drift of all."""
+
+import math
+from collections import deque
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exits import reference
+from exits.rule import Reading
+from model_store.manifest import Manifest, Reference
+
+WINDOW = 500  # texts; with fewer, a change is hard to tell from chance
+PER_SECOND = 200  # texts looked at: enough, and free at any load
+# τ is multiplied by this from the first exit on at which a text is far from every prototype. Full depth for
+# these would cost half the speed-up of their domain and measured no more accurate (docs/budgets.md).
+CAUTION = 0.5
+
+
+class Drift:
+    """A sliding window of what the first exit with prototypes says, against calibration.
+
+    The first exit is the one that every text reaches; deeper ones see only what stayed.
+    """
+
+    def __init__(self, expected: Reference) -> None:
+        assert expected.distance_ratio is not None and expected.nearest is not None
+        self.layer = expected.layer
+        self._expected = {
+            "entropy": expected.entropy,
+            "distance_ratio": expected.distance_ratio,
+            "nearest": expected.nearest,
+        }
+        self._window: deque[Reading] = deque(maxlen=WINDOW)
+        self._next = 0.0
+
+    def wants(self) -> bool:
+        """Whether it is time to look at another text."""
+        now = perf_counter()
+        if now < self._next:
+            return False
+        self._next = now + 1 / PER_SECOND
+        return True
+
+    def add(self, reading: Reading) -> None:
+        """What the first exit said of a text."""
+        self._window.append(reading)
+
+    def statistics(self) -> dict[tuple[str, str], float]:
+        """By signal and statistic (psi, ks); nothing until the window is full."""
+        readings = list(self._window)
+        if len(readings) < WINDOW:
+            return {}
+        found = {}
+        for signal, expected in self._expected.items():
+            values = [float(getattr(r, signal)) for r in readings]
+            found[signal, "psi"] = reference.psi(values, expected)
+            found[signal, "ks"] = reference.ks(values, expected)
+        return found
+
+
+class Watch:
+    """What is watched of one model's texts.
+
+    Attributes:
+        limits: the largest distance to the nearest prototype by layer, (layers + 1,) float64; inf where there
+            are no prototypes. None: nothing is flagged.
+        caution: what τ is multiplied by for a text beyond; 1: it is only flagged.
+        drift: None for a model without calibration, or whose first exit has no prototypes.
+    """
+
+    def __init__(self, manifest: Manifest, policy: str) -> None:
+        found = manifest.calibration.references if manifest.calibration else []
+        self._nearest = {r.layer: r.nearest for r in found if r.nearest is not None}
+        self.drift = Drift(found[0]) if found and found[0].nearest is not None else None
+        self.caution = CAUTION if policy == "deepen" else 1.0
+        self.limits: NDArray[np.float64] | None = None
+        if policy != "off":
+            limits = [math.inf] * (manifest.num_layers + 1)
+            for layer, quantiles in self._nearest.items():
+                limits[layer] = reference.far(quantiles)
+            self.limits = np.array(limits)
+
+    def samples(self) -> bool:
+        """Whether the next text should count for drift."""
+        return self.drift is not None and self.drift.wants()
+
+    def sample(self, layer: int, reading: Reading) -> None:
+        """Count a text by the first exit that it was asked at, if that is the first of the model."""
+        if self.drift is not None and layer == self.drift.layer:
+            self.drift.add(reading)
+
+    def is_far(self, layer: int, reading: Reading) -> bool:
+        """Whether a text is further from every prototype of this exit than nearly all of the calibration."""
+        if self.limits is None or reading.nearest is None:
+            return False
+        return reading.nearest > float(self.limits[layer])
+
+    def score(self, passed: list[tuple[int, Reading]]) -> float | None:
+        """The ood score of a text, by the exits that it passed; None if none of them has prototypes."""
+        known = [
+            (r.nearest, self._nearest[m]) for m, r in passed if r.nearest is not None and m in self._nearest
+        ]
+        return reference.ood_score([x for x, _ in known], [q for _, q in known])

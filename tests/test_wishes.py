@@ -1,0 +1,161 @@
+"""From wishes to τ: the guarantee's bounds, the choosers, and how unusual a text is."""
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits import calibration, guarantee, reference
+from exits.wishes import Wishes
+from tests.test_calibration import recorded
+
+
+def table(seed: int = 0, n: int = 400) -> list[calibration.Outcome]:
+    return calibration.trade_off(recorded(n, seed), lams=(1.0,))
+
+
+def test_the_bound_is_clopper_and_pearsons() -> None:
+    assert guarantee.upper_bound(0, 59) == pytest.approx(1 - 0.05 ** (1 / 59))
+    assert guarantee.upper_bound(1, 10) == pytest.approx(0.394163, abs=1e-6)
+    assert guarantee.upper_bound(10, 10) == 1.0
+    assert guarantee.upper_bound(58, 3955) == pytest.approx(0.018217, abs=1e-6)
+
+
+@pytest.mark.parametrize(("errors", "n"), [(-1, 5), (6, 5), (0, 0)])
+def test_a_bound_needs_errors_among_samples(errors: int, n: int) -> None:
+    with pytest.raises(ValueError, match="errors must be"):
+        guarantee.upper_bound(errors, n)
+
+
+@given(st.integers(1, 400), st.data())
+def test_the_bound_is_where_so_few_errors_become_unlikely(n: int, data: st.DataObject) -> None:
+    errors = data.draw(st.integers(0, n - 1))
+    bound = guarantee.upper_bound(errors, n)
+    cdf = sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(errors + 1))
+    assert errors / n < bound <= 1
+    assert cdf == pytest.approx(0.05, abs=1e-6)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=20))
+def test_bounds_of_a_sequence_never_fall(errors: list[int]) -> None:
+    bounds = guarantee.sequence_bounds(errors, 50)
+    assert bounds == sorted(bounds)
+    assert all(b >= guarantee.upper_bound(e, 50) for b, e in zip(bounds, errors, strict=True))
+
+
+@pytest.mark.parametrize("most", [0.03, 0.08])
+def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations(most: float) -> None:
+    population = recorded(20_000, 1)
+    truth = {row.tau: row.disagreement for row in calibration.trade_off(population, lams=(1.0,))}
+    rng, broken, trials, chosen = np.random.default_rng(0), 0, 400, []
+    signal = calibration.fused(population, 1.0)
+    labels = population.logits.argmax(-1)
+    taus = sorted(truth)
+    for _ in range(trials):
+        rows = rng.choice(len(population.labels), 500, replace=False)
+        errors = []
+        for tau in taus[1:]:
+            index = calibration.exit_index(signal[rows], tau)
+            errors.append(int((labels[rows, index] != labels[rows, -1]).sum()))
+        bounds = [0.0, *guarantee.sequence_bounds(errors, 500)]
+        tau = max(t for t, bound in zip(taus, bounds, strict=True) if bound <= most)
+        chosen.append(tau)
+        broken += truth[tau] > most
+    assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
+    assert np.median(chosen) > 0  # it does promise something
+
+
+@given(st.integers(0, 8), st.lists(st.floats(1, 50), min_size=2, max_size=5))
+def test_a_larger_speed_up_never_gives_a_smaller_tau(seed: int, targets: list[float]) -> None:
+    wishes = Wishes(table(seed % 3))
+    found = [wishes.at_speedup(target) for target in sorted(targets)]
+    taus = [math.inf if row is None else row.tau for row in found]
+    assert taus == sorted(taus)
+    for target, row in zip(sorted(targets), found, strict=True):
+        if row is None:
+            assert wishes.rows[-1].speedup < target
+        else:
+            assert row.speedup >= target
+            assert all(other.speedup < target for other in wishes.rows if other.tau < row.tau)
+
+
+@given(st.integers(0, 2), st.lists(st.floats(0, 1), min_size=2, max_size=5))
+def test_more_disagreement_never_gives_a_smaller_tau(seed: int, wanted: list[float]) -> None:
+    wishes = Wishes(table(seed))
+    found = [wishes.within_disagreement(most) for most in sorted(wanted)]
+    assert [row.tau for row in found] == sorted(row.tau for row in found)
+    for most, row in zip(sorted(wanted), found, strict=True):
+        assert row.disagreement_bound <= most
+        assert all(o.disagreement_bound > most for o in wishes.rows if o.tau > row.tau)
+
+
+def test_a_wish_too_small_for_any_early_exit_is_full_depth() -> None:
+    assert Wishes(table()).within_disagreement(0.0).tau == 0
+
+
+def test_steps_under_load_are_faster_each_and_stop_at_the_floor() -> None:
+    wishes = Wishes(table(n=2000))
+    full = wishes.rows[0].accuracy
+    steps = wishes.under_load(0.01, full - 0.05, 1.0)
+    assert steps
+    assert all(row.tau > 0.01 and row.accuracy >= full - 0.05 for row in steps)
+    speeds = [row.speedup for row in steps]
+    assert all(b >= 1.05 * a for a, b in pairwise(speeds))
+    assert len(wishes.under_load(0.01, full - 0.05, 0.02)) < len(steps)
+    assert wishes.under_load(0.01, 1.0, 1.0) == []
+
+
+def test_a_table_without_full_depth_is_refused() -> None:
+    with pytest.raises(ValueError, match="begins with"):
+        Wishes([replace(table()[0], tau=0.5)])
+
+
+SAMPLE = np.random.default_rng(0).gamma(2.0, size=4000)
+KNOWN = reference.quantiles(SAMPLE)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-1, 30), min_size=1, max_size=60))
+def test_ks_is_the_largest_gap(values: list[float]) -> None:
+    values = [round(x, reference.DIGITS) for x in values]
+    grid = np.concatenate([np.linspace(-2, 31, 4000), values])
+    ours = np.searchsorted(np.sort(values), grid, side="right") / len(values)
+    theirs = np.interp(grid, KNOWN, reference.LEVELS, left=0, right=1)
+    assert reference.ks(values, KNOWN) >= np.abs(ours - theirs).max() - 1e-9
+    assert reference.ks(values, KNOWN) <= 1
+
+
+def test_alike_windows_do_not_drift_and_others_do() -> None:
+    rng = np.random.default_rng(1)
+    alike, other = rng.choice(SAMPLE, 500).tolist(), (rng.choice(SAMPLE, 500) + 2).tolist()
+    assert reference.psi(alike, KNOWN) < 0.1 < 0.25 < reference.psi(other, KNOWN)
+    assert reference.ks(alike, KNOWN) < 0.1 < 0.3 < reference.ks(other, KNOWN)
+
+
+def test_many_equal_values_are_no_drift() -> None:
+    rng = np.random.default_rng(2)
+    values = np.maximum(0.0, rng.normal(size=4000)) * 1e-6 * rng.integers(0, 2, 4000)  # mostly 0: sure exits
+    known = reference.quantiles(values)
+    window = rng.choice(values, 500).tolist()
+    assert reference.psi(window, known) < 0.2 and reference.ks(window, known) < 0.1
+    assert reference.psi([0.5] * 500, known) > 1
+
+
+@given(st.floats(-5, 50), st.floats(-5, 50))
+def test_the_further_the_more_unusual(a: float, b: float) -> None:
+    low, high = sorted((a, b))
+    assert 1 >= reference.tail(low, KNOWN) >= reference.tail(high, KNOWN) >= reference.LEAST_TAIL
+    scores = [reference.ood_score([x, 1.0], [KNOWN, KNOWN]) for x in (low, high)]
+    assert scores[0] is not None and scores[1] is not None
+    assert 0 <= scores[0] <= scores[1] < 1
+
+
+def test_a_tail_is_the_share_of_calibration_beyond() -> None:
+    for level in (0.1, 0.5, 0.95, 0.99):
+        assert reference.tail(float(np.quantile(SAMPLE, level)), KNOWN) == pytest.approx(1 - level, abs=0.01)
+    assert reference.tail(99.0, KNOWN) == reference.LEAST_TAIL
+    assert reference.ood_score([], []) is None
