@@ -17,6 +17,8 @@ from exits.rule import exit_index
 LAMS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 # Squares: signals crowd near 0, so the grid is finest there.
 TAUS = tuple(round((i / 60) ** 2, 6) for i in range(61))
+# For the promises made at the default λ; has every one of TAUS.
+FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
 Z95 = 1.959964  # two-sided 95% of a normal
 Z95_ONE_SIDED = 1.644854
 MAX_SPEEDUP = 1000.0

@@ -237,7 +237,8 @@ def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, 
 def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibration:
     """Choose the default on the tuning samples; report everything on the certifying ones."""
     chosen = calibration.choose(calibration.trade_off(tuned), max_loss)
-    table = calibration.trade_off(certified)
+    fine = calibration.trade_off(certified, lams=(chosen.lam,), taus=calibration.FINE_TAUS)
+    table = [o for o in calibration.trade_off(certified) if o.lam != chosen.lam] + fine
     default = next(o for o in table if (o.lam, o.tau) == (chosen.lam, chosen.tau))
     console.print(
         f"default: λ = {default.lam:g}, τ = {default.tau:g}. On {len(certified.labels)} certifying samples: "

@@ -39,8 +39,16 @@ class Controller:
         return in_flight / self._capacity
 
     def sheds(self, in_flight: int) -> bool:
-        """Whether a new request must be refused: τ is as high as it may be, and still it would come late."""
-        return self.level == self._levels and self.predicted_s(in_flight) > SHED_ABOVE * self._objective
+        """Whether a new request must be refused: τ is as high as it may be, and still it would come late.
+
+        Asked for every request. A burst does not wait for the next ticks: τ first jumps to its last step.
+        """
+        if self.predicted_s(in_flight) <= SHED_ABOVE * self._objective:
+            return False
+        if self.level < self._levels:
+            self.level = self._levels
+            return False
+        return True
 
     def tick(self, in_flight: int, answered: int) -> None:
         """Look at the load, about every TICK_S. answered: texts so far."""

@@ -63,7 +63,7 @@ class WorkQueue:
                 left -= item.predicted
                 if left < 0 or item.layer > 0 or item.job.model is not first.job.model:
                     break
-                if item.job.budget_s is not None:
+                if not item.job.together_s:
                     break
                 found.append(self._take())
             return found

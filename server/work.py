@@ -134,6 +134,8 @@ class Job:
     def __post_init__(self) -> None:
         # A budget needs an answer at any time, and a score what every exit said.
         self.every = self.explain or self.ood or self.budget_s is not None
+        if self.budget_s is not None:
+            self.together_s = 0.0  # by itself, so that it can leave after any layer
         due, self.items = self.submitted, []
         for i, text in enumerate(self.texts):
             predicted = self.predict(text)

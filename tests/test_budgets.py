@@ -1,0 +1,240 @@
+"""Wishes over HTTP: speed-up, certified disagreement, latency budgets on slow layers, far texts, drift."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model_store.manifest import TradeOff
+from model_store.segments import OnnxSegment
+from model_store.store import Store
+from server.settings import Settings
+from server.watch import WINDOW
+from tests.conftest import make_rows
+from tests.serving import Server, serving, until
+
+TEXTS = [text for text, _ in make_rows(60, 21)]
+LAYER_S = 0.03
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def rows(store: Path) -> list[TradeOff]:
+    """The calibration of tiny at its default λ, by τ."""
+    manifest = Store(store).open("tiny").manifest
+    assert manifest.calibration is not None
+    return sorted(
+        (r for r in manifest.calibration.table if r.lam == manifest.defaults.lam), key=lambda r: r.tau
+    )
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer takes LAYER_S longer, as those of a large model do."""
+    run = OnnxSegment.run
+
+    def later(self: OnnxSegment, *arguments: Any) -> Any:
+        time.sleep(LAYER_S)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(OnnxSegment, "run", later)
+
+
+def test_a_speed_up_is_looked_up(server: Server, rows: list[TradeOff]) -> None:
+    for wanted in (1, 1.5, 2.5):
+        answer = server.classify(input=TEXTS[:3], target_speedup=wanted, explain=True).json()
+        row = next(r for r in rows if r.speedup >= wanted)
+        assert [r["exit"]["tau"] for r in answer["data"]] == [row.tau] * 3
+        assert answer["tau_choice"] == {
+            "by": "target_speedup",
+            "wanted": wanted,
+            "tau": row.tau,
+            "lambda": row.lam,
+            "expected": {
+                "accuracy": row.accuracy,
+                "speedup": row.speedup,
+                "disagreement": row.disagreement,
+                "disagreement_bound": row.disagreement_bound,
+            },
+        }
+    assert "tau_choice" not in server.classify(input=TEXTS[0], target_speedup=2).json()
+
+
+def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff]) -> None:
+    answer = server.classify(input=TEXTS[0], max_disagreement=0.1).json()
+    row = [r for r in rows if r.disagreement_bound <= 0.1][-1]
+    assert answer["data"][0]["exit"]["tau"] == row.tau > 0
+    assert answer["certificate"] == {
+        "max_disagreement": 0.1,
+        "bound": row.disagreement_bound,
+        "confidence": 0.95,
+        "samples": 300,
+    }
+    exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
+    assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
+
+
+def test_explain_says_where_tau_came_from(server: Server) -> None:
+    assert server.classify(input="a film", explain=True).json()["tau_choice"]["by"] == "default"
+    assert server.classify(input="a film", explain=True, tau=0.2).json()["tau_choice"]["by"] == "tau"
+    budget = server.classify(input="a film", explain=True, latency_budget_ms=5000).json()["tau_choice"]
+    assert (budget["by"], budget["wanted"]) == ("latency_budget_ms", 5000)
+
+
+def test_the_calibration_is_published(server: Server, rows: list[TradeOff]) -> None:
+    answer = httpx.get(server.url + "/v1/models/tiny/calibration").json()
+    assert (answer["object"], answer["model"], answer["confidence"]) == ("calibration", "tiny:1", 0.95)
+    assert [r for r in answer["table"] if r["lambda"] == rows[0].lam] == [
+        r.model_dump(by_alias=True, mode="json") for r in rows
+    ]
+    missing = httpx.get(server.url + "/v1/models/other/calibration")
+    assert missing.status_code == 404
+    assert "there are: tiny:1, tiny-int8:1" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "by"),
+    [
+        ({"tau": 0.3}, "default"),
+        ({"target_speedup": 2}, "target_speedup"),
+        ({"max_disagreement": 0.1}, "max_disagreement"),
+    ],
+)
+def test_a_setting_is_for_requests_that_ask_nothing(store: Path, setting: dict[str, float], by: str) -> None:
+    with serving(store, models=["tiny"], **setting) as server:
+        choice = server.classify(input="a film", explain=True).json()["tau_choice"]
+        assert choice["by"] == by
+        if "tau" in setting:
+            assert choice["tau"] == 0.3
+        own = server.classify(input="a film", tau=0.5, explain=True).json()["tau_choice"]
+        assert (own["by"], own["tau"]) == ("tau", 0.5)
+
+
+def test_settings_ask_for_one_thing_only(store: Path) -> None:
+    with pytest.raises(ValueError, match="target_speedup: cannot go with tau"):
+        Settings(store=store, tau=0.1, target_speedup=2)
+
+
+def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
+    with serving(store, models=["tiny"], threads=2, tau=0) as server:
+        full = server.classify(input=TEXTS[0], explain=True).json()["data"][0]
+        assert full["exit"]["layer"] == 3
+        for budget_ms, deepest in (
+            (20, 0),
+            (1.5 * 1000 * LAYER_S, 1),
+            (2.5 * 1000 * LAYER_S, 2),
+            (10_000, 3),
+        ):
+            started = time.perf_counter()
+            row = server.classify(input=TEXTS[0], latency_budget_ms=budget_ms, explain=True).json()["data"][0]
+            took = time.perf_counter() - started
+            assert row["exit"]["layer"] <= deepest  # a busy machine may reach less, never more
+            assert deepest < 3 or row["exit"]["layer"] == 3
+            assert row["exit"]["reason"] == ("last_layer" if row["exit"]["layer"] == 3 else "deadline")
+            assert row["layers"] == full["layers"][: row["exit"]["layer"] + 1]  # the same bits, fewer of them
+            if deepest < 3:
+                assert took < budget_ms / 1000 + LAYER_S + 0.1
+        assert server.metric("de3_exits_total", model="tiny:1", reason="deadline") >= 1
+
+
+def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
+    with serving(store, models=["tiny"], threads=2, tau=0) as server:
+        budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15
+        started = time.perf_counter()
+        data = server.classify(input=TEXTS[:10], latency_budget_ms=1000 * budget_s).json()["data"]
+        assert time.perf_counter() - started < budget_s + LAYER_S + 0.1
+        layers = [row["exit"]["layer"] for row in data]
+        assert len(layers) == 10 and sum(layers) <= 16
+        assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
+        assert sum(layers[5:]) >= 4  # the first did not take it all
+
+
+def test_a_budget_that_no_exit_can_meet_is_refused_unless_best_effort(server: Server) -> None:
+    refused = server.classify(input=TEXTS[0], latency_budget_ms=0.01)
+    error = refused.json()["error"]
+    assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+    assert error["param"] == "latency_budget_ms" and "would take about" in error["message"]
+    row = server.classify(input=TEXTS[0], latency_budget_ms=0.01, best_effort=True, model="tiny").json()
+    assert row["data"][0]["exit"]["layer"] == 0
+    assert row["data"][0]["exit"]["reason"] in ("deadline", "threshold")
+
+
+def test_a_deadline_overtakes_a_loaded_queue(store: Path, slow: None) -> None:
+    with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(8) as pool:
+        lists = [pool.submit(server.classify, input=TEXTS) for _ in range(4)]  # seconds of work
+        until(lambda: len(server.service.engine.queue) > 100, "a full queue")
+        for _ in range(5):
+            started = time.perf_counter()
+            answer = server.classify(input=TEXTS[1], latency_budget_ms=4000 * LAYER_S)
+            took = time.perf_counter() - started
+            assert answer.status_code == 200
+            assert took < 5 * LAYER_S + 0.15
+        assert len(server.service.engine.queue) > 0  # the others still wait
+        threading.Thread(target=server.service.engine.stop).start()
+        assert all(found.result(60).status_code == 200 for found in lists)
+
+
+FAR = "zzz qqq xxx"  # no word of it is in the vocabulary
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
+    texts = [*TEXTS, FAR, *(" ".join([w] * 30) for w in ("the", "film", "good", "plot"))]
+    found = {}
+    for policy in ("off", "flag", "deepen"):
+        with serving(store, models=[name], ood_policy=policy, tau=0.5) as server:
+            found[policy] = server.classify(input=texts, ood=True).json()["data"]
+            far = server.metric("de3_far_texts_total", model=f"{name}:1")
+        flagged = [row.get("out_of_distribution", False) for row in found[policy]]
+        assert sum(flagged) == far and (far > 0) == (policy != "off")
+    for off, flag, deepen in zip(found["off"], found["flag"], found["deepen"], strict=True):
+        is_far = flag.pop("out_of_distribution", False)
+        assert flag == off
+        if is_far:
+            assert deepen["exit"]["layer"] >= off["exit"]["layer"]
+            assert deepen["exit"]["tau"] in (
+                0.25,
+                0.5,
+            )  # at the exit where it left it may first have been far
+        elif not deepen.get("out_of_distribution"):
+            assert deepen == off
+
+
+def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -> None:
+    row = server.classify(input=TEXTS[0], tau=0, ood=True).json()["data"][0]
+    assert 0 <= row["ood_score"] < 1
+    assert "ood_score" not in server.classify(input=TEXTS[0]).json()["data"][0]
+    # Each text by itself, whoever shares its batch.
+    many = server.classify(input=TEXTS, tau=0.3, ood=True, model="tiny-int8").json()["data"]
+    alone = [server.classify(input=t, tau=0.3, ood=True, model="tiny-int8").json()["data"][0] for t in TEXTS]
+    assert [r["ood_score"] for r in many] == [r["ood_score"] for r in alone]
+
+
+def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.watch.PER_SECOND", 1e9)  # look at every text
+    with serving(store, models=["tiny-int8"], tau=0.3) as server:
+
+        def drift(statistic: str) -> float | None:
+            labels = {"model": "tiny-int8:1", "signal": "nearest", "statistic": statistic}
+            return server.service.metrics.registry.get_sample_value("de3_drift", labels)
+
+        like = [text for text, _ in make_rows(WINDOW, 77)]
+        server.classify(input=like[:200])
+        assert drift("psi") is None
+        for start in range(0, WINDOW, 250):
+            server.classify(input=like[start : start + 250])
+        psi, ks = drift("psi"), drift("ks")
+        assert psi is not None and ks is not None and psi < 0.25
+        for _ in range(2):
+            server.classify(input=[FAR] * 250)
+        assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks

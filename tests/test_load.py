@@ -1,0 +1,143 @@
+"""The controller under load, as a simulation with a clock of its own, and over HTTP."""
+
+from itertools import pairwise
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.load import TICK_S, Controller
+from tests.conftest import make_rows
+from tests.serving import Gate, Server, serving, until
+
+OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
+
+
+class Simulation:
+    """A server that answers CAPACITY texts a second at level 0, and GAIN more with each level."""
+
+    def __init__(self) -> None:
+        self.now = self.in_flight = self.answered = 0.0
+        self.shed = self.asked = 0.0
+        self.controller = Controller(OBJECTIVE_S, LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
+        self.worst_s = 0.0
+
+    def run(self, seconds: float, rate: float) -> list[int]:
+        """Levels at the end of each tick."""
+        levels, step = [], 0.005
+        for _ in range(round(seconds / TICK_S)):
+            for _ in range(round(TICK_S / step)):
+                self.now += step
+                self.asked += rate * step
+                if self.controller.sheds(int(self.in_flight)):
+                    self.shed += rate * step
+                else:
+                    self.in_flight += rate * step
+                speed = CAPACITY * (1 + GAIN * self.controller.level)
+                done = min(self.in_flight, speed * step)
+                self.in_flight -= done
+                self.answered += done
+                self.worst_s = max(self.worst_s, self.in_flight / speed)
+            self.controller.tick(int(self.in_flight), int(self.answered))
+            levels.append(self.controller.level)
+        return levels
+
+
+def test_nothing_happens_at_a_load_that_fits() -> None:
+    simulation = Simulation()
+    assert set(simulation.run(20, 0.9 * CAPACITY)) == {0}
+    assert simulation.shed == 0
+
+
+def test_tau_is_raised_as_far_as_the_load_asks_and_no_text_is_shed() -> None:
+    simulation = Simulation()
+    levels = simulation.run(20, 1.15 * CAPACITY)
+    assert max(levels) >= 3  # 3 levels carry 1.18 times the load
+    assert simulation.shed == 0
+    assert simulation.worst_s < OBJECTIVE_S
+
+
+def test_beyond_the_last_level_it_sheds_what_is_too_much_and_keeps_the_objective() -> None:
+    simulation = Simulation()
+    assert simulation.run(20, 2 * CAPACITY)[-1] == LEVELS
+    assert simulation.worst_s < OBJECTIVE_S
+    too_much = 1 - (1 + GAIN * LEVELS) / 2
+    assert simulation.shed / simulation.asked == pytest.approx(too_much, abs=0.05)
+
+
+def test_it_comes_back_step_by_step_when_the_load_is_gone() -> None:
+    simulation = Simulation()
+    simulation.run(5, 2 * CAPACITY)
+    levels = simulation.run(5, 0.5 * CAPACITY)
+    assert levels[-1] == 0
+    assert all(b in (a, a - 1) for a, b in pairwise(levels))
+    back = next(i for i, level in enumerate(levels) if level == 0) * TICK_S
+    assert 1 < back < 4
+
+
+def test_it_does_not_swing() -> None:
+    simulation = Simulation()
+    simulation.run(5, 1.1 * CAPACITY)
+    levels = simulation.run(30, 1.1 * CAPACITY)
+    changes = sum(a != b for a, b in pairwise(levels))
+    assert changes < 40  # of 600 ticks
+    assert simulation.shed == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 200)), max_size=60))
+def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
+    ticks: list[tuple[int, int]],
+) -> None:
+    now, answered = 0.0, 0
+    controller = Controller(OBJECTIVE_S, LEVELS, CAPACITY, threads=2, clock=lambda: now)
+    for in_flight, more in ticks:
+        now += TICK_S
+        answered += more
+        before = controller.level
+        controller.tick(in_flight, answered)
+        assert abs(controller.level - before) <= 1
+        assert 0 <= controller.level <= LEVELS
+        before = controller.level
+        assert controller.sheds(10**9) == (before == LEVELS)
+        controller.level = before  # a burst jumps to the last level
+
+
+def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with serving(
+        store, models=["tiny"], tau=0, slo_p99_ms=100, min_accuracy=0, threads=2, max_queue=4000
+    ) as server:
+        texts = [text for text, _ in make_rows(200, 5)]
+        waiting = _ask_in_threads(server, [{"input": texts}] * 8)
+        controller = server.service.controller
+        assert controller is not None
+        until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
+        until(lambda: controller.sheds(server.service.texts_in_flight), "shedding")
+        refused = server.classify(input="a film")
+        assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+        assert "objective of 100 ms" in refused.json()["error"]["message"]
+        assert server.metric("de3_rejected_total", cause="shed") == 1
+        assert server.metric("de3_tau", model="tiny:1") > 0
+        gate.open()
+        until(lambda: server.service.texts_in_flight < 5, "the queue to empty")
+        raised = server.classify(input="a film", explain=True)
+        assert raised.json()["tau_choice"]["by"] == "overload"
+        assert server.classify(input="a film", tau=0.01, explain=True).json()["tau_choice"]["tau"] == 0.01
+        wish = server.classify(input="a film", target_speedup=2, explain=True).json()["tau_choice"]
+        assert wish["by"] == "target_speedup"
+        assert server.metric("de3_degraded_texts_total", model="tiny:1") == 1
+        for thread in waiting:
+            thread.join()
+        until(lambda: controller.level == 0, "recovery")
+        assert server.metric("de3_tau", model="tiny:1") == 0
+
+
+def _ask_in_threads(server: Server, bodies: list[dict[str, object]]) -> list[Thread]:
+    threads = [Thread(target=server.classify, kwargs=body) for body in bodies]
+    for thread in threads:
+        thread.start()
+    return threads
