@@ -94,6 +94,45 @@ def run(
 
 
 @app.command()
+def ramp(
+    texts: Texts,
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
+    text_column: TextColumn = "sentence",
+    label_column: LabelColumn = "label",
+    label_names: LabelNames = "",
+    slo_p99_ms: Annotated[float, typer.Option(help="The latency objective.", min=1)] = 50.0,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="The accuracy floor. [default: de3 serve's]", show_default=False)
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
+) -> None:
+    """Raise the load to twice the capacity and lower it again, with the server's load controller off and on.
+
+    Example: de3 loadtest ramp --texts dev.tsv --label-names negative,positive
+    """
+    from rich.table import Table
+
+    from loadtest.ramp import ramp as run_ramp
+
+    samples = _samples(texts, text_column, label_column, label_names)
+    options = [] if min_accuracy is None else ["--min-accuracy", f"{min_accuracy:g}"]
+    found = run_ramp(store, model, samples, slo_p99_ms, options, out, port)
+    keys = ("offered_per_s", "answered", "within_slo", "p50_ms", "p99_ms", "accuracy", "tau")
+    table = Table("controller", "phase", *keys)
+    for name, one in found["runs"].items():
+        for phase, row in one["phases"].items():
+            table.add_row(name, phase, *(str(row[key]) for key in keys))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for name, one in found["runs"].items():
+        console.print(
+            f"controller {name}: p99 within the objective {one['recovery_s']:g} s after the overload"
+        )
+    console.print(f"results and plot: {out}")
+
+
+@app.command()
 def layers(
     store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
     model: Annotated[str, typer.Option(help="An int8 model, name or name:version.")] = "sst2",

@@ -147,7 +147,7 @@ def load(
     target: Target,
     samples: list[Sample],
     seconds: float,
-    rate: float | None = None,
+    rate: float | Callable[[float], float] | None = None,
     connections: int = 16,
     seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
@@ -155,13 +155,16 @@ def load(
     """Send samples, in turn and from the start again, for so many seconds.
 
     Args:
-        rate: requests per second (open loop); None: a closed loop over `connections`.
+        rate: requests per second (open loop), or that as a function of the seconds that have passed; None: a
+            closed loop over `connections`.
         progress: called now and then with the seconds that have passed.
     """
     cpu = _cpu()
-    generator = _Generator(target, samples, seconds, rate, connections, random.Random(seed))
+    rate_at = rate if callable(rate) or rate is None else lambda _: rate
+    generator = _Generator(target, samples, seconds, rate_at, connections, random.Random(seed))
     answers = generator.go(progress)
-    run = Run(samples, answers, seconds, rate, connections, _cpu() - cpu)
+    offered = rate if rate is None or isinstance(rate, float | int) else len(answers) / seconds
+    run = Run(samples, answers, seconds, offered, connections, _cpu() - cpu)
     run.labels = [_label(target, a) for a in answers]
     return run
 
@@ -174,7 +177,7 @@ class _Generator:
         target: Target,
         samples: list[Sample],
         seconds: float,
-        rate: float | None,
+        rate: Callable[[float], float] | None,
         connections: int,
         rng: random.Random,
     ) -> None:
@@ -186,7 +189,7 @@ class _Generator:
         self._waiting: deque[Answer] = deque()  # due, but every connection is busy
         self._answers: list[Answer] = []
         self._broken = 0
-        self._next = rng.expovariate(rate) if rate else 0.0
+        self._next = rng.expovariate(rate(0.0)) if rate else 0.0
         self._start = perf_counter()
 
     def go(self, progress: Callable[[float], None]) -> list[Answer]:
@@ -219,7 +222,7 @@ class _Generator:
         if self._rate:
             while self._next <= min(now, self._seconds):
                 add(self._next)
-                self._next += self._rng.expovariate(self._rate)
+                self._next += self._rng.expovariate(self._rate(self._next))
         elif now < self._seconds:
             while len(self._waiting) < len(self._idle):
                 add(now)

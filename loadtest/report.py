@@ -84,6 +84,21 @@ def plot_curves(
     _finish(figure, axes, path)
 
 
+def panels(count: int, title: str, x: str) -> tuple[Any, Any]:
+    """A figure of panels above each other, sharing their x axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(count, 1, sharex=True, figsize=(7, 2.1 * count))
+    axes[0].set_title(title)
+    axes[-1].set_xlabel(x)
+    for one in axes:
+        one.grid(alpha=0.3)
+    return figure, axes
+
+
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
     import matplotlib
 

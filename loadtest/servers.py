@@ -9,7 +9,7 @@ import sys
 import time
 import tomllib
 import venv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,12 +47,14 @@ class Server:
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
 
 
-def ours(store: Path, model: str, runtime: str = "auto", **fields: Any) -> Server:
-    """Our server; `fields` go into every request (tau and the like)."""
+def ours(
+    store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
+) -> Server:
+    """Our server; `fields` go into every request (tau and the like), `options` to de3 serve."""
     what = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
     what += ", ONNX Runtime" if runtime == "onnxruntime" else ""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
-    command += ["--runtime", runtime]
+    command += ["--runtime", runtime, *options]
     return Server(
         f"de3 ({what})",
         [*command, "--port", "{port}"],

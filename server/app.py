@@ -29,7 +29,10 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] in CLASSIFY_PATHS and scope["method"] == "POST":
-            await classify(scope, receive, send, service)
+            if service.sheds():
+                await service.shed(scope, receive, send)
+            else:
+                await classify(scope, receive, send, service)
         else:
             await other(scope, receive, send)
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from time import perf_counter
 
 TICK_S = 0.05
-# Of the latency objective, as the mean wait of a new text: a p99 lies about twice above the mean.
-RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.35, 0.15, 0.6
+# Of the latency objective, for the mean latency of a new text: the p99 measured 2 to 3 times the mean.
+RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.35
 CALM_S = 1.0  # below LOWER_BELOW for so long: the first step down; then one each CALM_STEP_S
 CALM_STEP_S = 0.25
 MEMORY = 0.3  # weight of the newest tick in the estimate of the capacity
@@ -31,6 +31,7 @@ class Controller:
         self._busy = 2 * threads
         self._clock = clock
         self._last, self._answered = clock(), 0
+        self._least = 0  # in flight, since the last tick
         self._calm_at = self._last + CALM_S
         self.level = 0
 
@@ -43,6 +44,7 @@ class Controller:
 
         Asked for every request. A burst does not wait for the next ticks: τ first jumps to its last step.
         """
+        self._least = min(self._least, in_flight)
         if self.predicted_s(in_flight) <= SHED_ABOVE * self._objective:
             return False
         if self.level < self._levels:
@@ -55,10 +57,11 @@ class Controller:
         now = self._clock()
         rate = (answered - self._answered) / max(now - self._last, 1e-6)
         self._last, self._answered = now, answered
-        if in_flight > self._busy:  # only a busy server shows what it can do
+        if min(in_flight, self._least) > self._busy:  # only a server that never idled shows what it can do
             self._capacity += MEMORY * (max(rate, 1.0) - self._capacity)
         else:
             self._capacity = max(self._capacity, rate)
+        self._least = in_flight
         share = self.predicted_s(in_flight) / self._objective
         if share > RAISE_ABOVE:
             self.level = min(self.level + 1, self._levels)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from model_store.store import Artifact, Store
 from server.engine import Engine
 from server.errors import ApiError
@@ -42,6 +44,7 @@ class Service:
         self.texts_in_flight = self.texts_answered = 0
         self.controller: Controller | None = None
         self._ticks: asyncio.Task[None] | None = None
+        self.shed = self._shed_response()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
@@ -74,12 +77,10 @@ class Service:
         if self.settings.slo_p99_ms is None:
             return
         first, threads = self.models.all[0], self.settings.engine_threads()
-        self.controller = Controller(
-            self.settings.slo_p99_ms / 1000,
-            max(len(s.rules.steps) for s in self.models.all),
-            threads / (first.timing.full_depth_s(32) + REPLY_S),
-            threads,
-        )
+        share = first.rules.default.share(first.model.manifest.num_layers)
+        guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
+        levels = max(len(s.rules.steps) for s in self.models.all)
+        self.controller = Controller(self.settings.slo_p99_ms / 1000, levels, guess, threads)
         self._ticks = asyncio.create_task(self._tick(self.controller))
 
     async def _tick(self, controller: Controller) -> None:
@@ -110,13 +111,30 @@ class Service:
 
         if self.in_flight > self.settings.max_queue:
             raise self.overloaded()
-        if self.controller is not None and self.controller.sheds(self.texts_in_flight):
-            raise ApiError(
-                503,
-                f"overloaded: the objective of {self.settings.slo_p99_ms:g} ms could not be kept",
-                cause="shed",
-                retry_after=1,
-            )
+
+    def sheds(self) -> bool:
+        """Whether a new request must be refused to keep the latency objective."""
+        return self.controller is not None and self.controller.sheds(self.texts_in_flight)
+
+    def _shed_response(self) -> ASGIApp:
+        """The answer to a request that is shed, made once: an overloaded server sends little else."""
+        refused, requests = self.metrics.rejected.labels("shed"), self.metrics.requests.labels("none", "503")
+        response = ApiError(
+            503,
+            f"overloaded: the objective of {self.settings.slo_p99_ms or 0:g} ms could not be kept",
+            cause="shed",
+            retry_after=1,
+        ).response()
+        start = {"type": "http.response.start", "status": 503, "headers": response.raw_headers}
+        body = {"type": "http.response.body", "body": response.body}
+
+        async def shed(_: Scope, __: Receive, send: Send) -> None:
+            refused.inc()
+            requests.inc()
+            await send(start)
+            await send(body)
+
+        return shed
 
     def artifact(self, name: str) -> Artifact:
         """The served artifact of a name (its newest version) or name:version; raises ApiError 404."""

@@ -1,0 +1,126 @@
+"""What happens past saturation: a ramp of load, with the server's load controller off and on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+
+from loadtest import report
+from loadtest.client import Answer, Run, load, quantile
+from loadtest.servers import ours, running
+from loadtest.texts import Sample
+
+console = Console(stderr=True)
+# (name, seconds, load as a share of the capacity at its begin and its end)
+PHASES = (("half", 5, 0.5, 0.5), ("ramp", 5, 0.5, 2.0), ("twice", 10, 2.0, 2.0), ("half again", 10, 0.5, 0.5))
+SECONDS = sum(length for _, length, _, _ in PHASES)
+WINDOW_S = 0.5
+CONNECTIONS = 64
+
+
+def ramp(
+    store: Path,
+    model: str,
+    samples: list[Sample],
+    slo_ms: float,
+    options: Sequence[str],
+    out: Path,
+    port: int,
+) -> dict[str, Any]:
+    """Run the ramp twice and compare; writes ramp.json and ramp.png into out.
+
+    options: of de3 serve, for the server with the controller.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "server.log"
+    with running(ours(store, model), port, log) as started:
+        load(started.target, samples[:200], 1.0, connections=CONNECTIONS)
+        capacity = median(
+            load(started.target, samples, 3.0, connections=CONNECTIONS).rate() for _ in range(3)
+        )
+    console.print(f"capacity at the default τ: {capacity:.0f} answers/s")
+    results: dict[str, Any] = {"capacity": capacity, "slo_ms": slo_ms, "runs": {}}
+    for name, extra in (("off", []), ("on", ["--slo-p99-ms", f"{slo_ms:g}", *options])):
+        console.print(f"the ramp, controller {name}: {SECONDS} s")
+        with running(ours(store, model, options=extra), port, log) as started:
+            load(started.target, samples[:200], 1.0, connections=CONNECTIONS)
+            run = load(started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS)
+        results["runs"][name] = _summary(run, slo_ms)
+    (out / "ramp.json").write_text(json.dumps(results, indent=1) + "\n")
+    _plot(out / "ramp.png", results)
+    return results
+
+
+def _rate(second: float) -> float:
+    """The load at a time, as a share of the capacity."""
+    start = 0.0
+    for _, length, begin, end in PHASES:
+        if second < start + length:
+            return begin + (end - begin) * (second - start) / length
+        start += length
+    return PHASES[-1][3]
+
+
+def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
+    """By phase and by window."""
+    pairs = list(zip(run.answers, run.labels, strict=True))
+
+    def within(start: float, end: float) -> dict[str, Any]:
+        found = [(a, label) for a, label in pairs if start <= a.due < end]
+        ok = [(a, label) for a, label in found if a.status == 200]
+        latencies = sorted(1000 * (a.done - a.due) for a, _ in ok)
+        right = [label == run.samples[a.sample].label for a, label in ok]
+        return {
+            "offered_per_s": round(len(found) / (end - start), 1),
+            "answered": round(len(ok) / len(found), 4) if found else None,
+            "within_slo": round(sum(x <= slo_ms for x in latencies) / len(found), 4) if found else None,
+            "p50_ms": round(quantile(latencies, 0.5), 2) if ok else None,
+            "p99_ms": round(quantile(latencies, 0.99), 2) if ok else None,
+            "accuracy": round(sum(right) / len(right), 4) if right else None,
+            "tau": round(median(_tau(a) for a, _ in ok[:: max(1, len(ok) // 50)]), 6) if ok else None,
+        }
+
+    phases, start = {}, 0.0
+    for name, length, _, _ in PHASES:
+        phases[name] = within(start, start + length)
+        start += length
+    windows = [
+        {"at": i * WINDOW_S, **within(i * WINDOW_S, (i + 1) * WINDOW_S)}
+        for i in range(int(SECONDS / WINDOW_S))
+    ]
+    gone = SECONDS - PHASES[-1][1]  # when the overload ends
+    bad = [
+        w["at"] + WINDOW_S for w in windows if w["at"] >= gone and not (w["p99_ms"] or slo_ms + 1) <= slo_ms
+    ]
+    return {"phases": phases, "windows": windows, "recovery_s": max(bad, default=gone) - gone}
+
+
+def _tau(answer: Answer) -> float:
+    return float(json.loads(answer.body)["data"][0]["exit"]["tau"])
+
+
+def _plot(path: Path, results: dict[str, Any]) -> None:
+    """Offered load, latency, share answered in time, and τ against time."""
+    figure, axes = report.panels(4, "A ramp to twice the capacity, load controller off and on", "seconds")
+    offered = results["runs"]["on"]["windows"]
+    axes[0].plot([w["at"] for w in offered], [w["offered_per_s"] for w in offered], color="gray")
+    axes[0].axhline(results["capacity"], linestyle=":", color="gray")
+    axes[0].set_ylabel("requests/s\n(dots: capacity)")
+    for name, run in results["runs"].items():
+        at = [w["at"] for w in run["windows"]]
+        for axis, key, label in (
+            (axes[1], "p99_ms", "p99, ms"),
+            (axes[2], "within_slo", "answered within\nthe objective"),
+            (axes[3], "tau", "τ in force"),
+        ):
+            values = [float("nan") if w[key] is None else w[key] for w in run["windows"]]
+            axis.plot(at, values, label=f"controller {name}")
+            axis.set_ylabel(label)
+    axes[1].set_yscale("log")
+    axes[1].axhline(results["slo_ms"], linestyle=":", color="gray")
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
