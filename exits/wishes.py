@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_GAIN = 1.05  # of one step under load over the last
+LEAST_GAIN = 1.1  # of one step under load over the last
 
 
 class Wishes:

@@ -5,9 +5,10 @@ from time import perf_counter
 
 TICK_S = 0.05
 # Of the latency objective, for the mean latency of a new text: the p99 measured 2 to 3 times the mean.
-RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.35
-CALM_S = 1.0  # below LOWER_BELOW for so long: the first step down; then one each CALM_STEP_S
-CALM_STEP_S = 0.25
+RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.3
+CALM_S = 1.0  # below LOWER_BELOW for so long: the first step down
+CALM_STEP_S = 0.25  # then one each; far below the capacity one each tick
+FAR_BELOW = 0.7  # of the capacity
 MEMORY = 0.3  # weight of the newest tick in the estimate of the capacity
 
 
@@ -69,4 +70,4 @@ class Controller:
             self._calm_at = now + CALM_S
         elif now >= self._calm_at and self.level > 0:
             self.level -= 1
-            self._calm_at = now + CALM_STEP_S
+            self._calm_at = now + (CALM_STEP_S if rate > FAR_BELOW * self._capacity else 0.0)

@@ -143,9 +143,11 @@ def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
         artifact = Store(store).open(name)
         manifest = artifact.manifest
         assert manifest.calibration is not None
-        examples = datas.load_examples(checkpoint / "certify.jsonl", manifest.labels)
-        recorded = record(Model(artifact), examples)
-        table = exporter.calibrate(recorded, recorded, 0.01).table
+        tune, certify = (
+            record(Model(artifact), datas.load_examples(checkpoint / f"{part}.jsonl", manifest.labels))
+            for part in ("tune", "certify")
+        )
+        table = exporter.calibrate(tune, certify, manifest.calibration.max_loss).table
         assert manifest.calibration.table == table
         default = manifest.calibration.default
         assert (default.tau, default.lam) == (manifest.defaults.tau, manifest.defaults.lam)
