@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from loadtest.studies.cli import app as studies_app
+
 if TYPE_CHECKING:
     from loadtest.texts import Sample
 
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
+app.add_typer(studies_app, name="study")
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]

@@ -1,6 +1,7 @@
 """The manifest of an artifact: what it is, how it was made, and the hash of every file."""
 
 import re
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -149,6 +150,14 @@ class Manifest(_Part):
             raise ValueError("calibration.references must have one entry for each exit layer")
         if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in found):
             raise ValueError("calibration.references: nearest must be there where prototypes are, only there")
+        table = self.calibration.table if self.calibration else []
+        rows = sorted((r for r in table if r.lam == self.defaults.lam), key=lambda r: r.tau)
+        if self.calibration and (not rows or rows[0].tau != 0):
+            raise ValueError("calibration.table must have τ = 0 at the default λ")
+        if any(
+            b.speedup < a.speedup or b.disagreement_bound < a.disagreement_bound for a, b in pairwise(rows)
+        ):
+            raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         wrong = [name for name in self.files if not FILE.fullmatch(name)]
         if wrong:
             raise ValueError(f"files may not contain {wrong[0]!r}")

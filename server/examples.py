@@ -12,7 +12,10 @@ ones go deep.
 
 - `tau: 0` never leaves early (full depth); a larger `tau` leaves earlier. Without it the model's calibrated
   default is used.
-- `explain: true` shows what every exit on the way said.
+- Or say what you need, instead of `tau`: `target_speedup`, `max_disagreement` (with full depth, certified) or
+  `latency_budget_ms`.
+- `explain: true` shows what every exit on the way said, and how tau was chosen.
+- `ood: true` scores how unlike the calibration's texts a text is.
 
 Errors have the shape `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -23,6 +26,10 @@ _REQUESTS = {
     "full depth": {"input": "not exactly a masterpiece , but it has its moments", "tau": 0},
     "explained": {"input": "not exactly a masterpiece , but it has its moments", "explain": True},
     "at most 3 layers": {"input": "not exactly a masterpiece , but it has its moments", "max_layer": 3},
+    "three times as fast": {"input": "a warm , funny , engaging film", "target_speedup": 3},
+    "within 8 ms": {"input": "a warm , funny , engaging film", "latency_budget_ms": 8},
+    "at most 2% unlike full depth": {"input": "a warm , funny , engaging film", "max_disagreement": 0.02},
+    "far from home?": {"input": "the battery lasts two days", "ood": True},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
 _ANSWER = {

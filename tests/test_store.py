@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,16 @@ def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
         open_model(copy)
 
 
+def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    return manifest["calibration"]["references"]
+
+
+def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the default λ, by τ."""
+    lam = manifest["defaults"]["lambda"]
+    return sorted((r for r in manifest["calibration"]["table"] if r["lambda"] == lam), key=lambda r: r["tau"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -152,6 +163,12 @@ def test_a_manifest_may_not_name_other_files(copy: Path, name: str) -> None:
         (lambda m: m.update(version=7), "it is the manifest of tiny:7"),
         (lambda m: m["files"]["layer_01.onnx"].update(sha256="xyz"), "sha256"),
         (lambda m: m.update(prototype_layers=[0]), "prototype_layers must be"),
+        (lambda m: references(m).pop(), "references must have one entry for each exit layer"),
+        (lambda m: references(m)[0].update(nearest=None), "nearest must be there where prototypes are"),
+        (lambda m: references(m)[0]["entropy"].reverse(), "entropy must have 28 ascending values"),
+        (lambda m: references(m)[1]["nearest"].pop(), "nearest must have 28 ascending values"),
+        (lambda m: m["calibration"].update(table=[]), "must have τ = 0 at the default λ"),
+        (lambda m: table(m)[-1].update(disagreement_bound=0.0), "disagreement_bound must ascend with τ"),
     ],
 )
 def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Callable, message: str) -> None:

@@ -1,0 +1,1 @@
+"""What docs/budgets.md claims, measured again on any model: promises, texts from elsewhere, deadlines."""

@@ -1,0 +1,136 @@
+"""A new calibration, the ramp, and the studies behind docs/budgets.md, by their commands on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from de3.cli import app
+from exits.recorded import Recorded
+from loadtest import ramp
+from loadtest.studies.deadlines import Costs, deadlines
+from loadtest.studies.far import auroc
+from loadtest.studies.promise import promise
+from model_store.store import Store
+from tests.conftest import make_rows
+
+
+def run(command: str) -> str:
+    result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    names = ("negative", "positive")
+    lines = [json.dumps({"text": t, "label": names[int(x)] if x.isdigit() else x}) + "\n" for t, x in rows]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "store"
+    shutil.copytree(store, mine)
+    tune, certify = (
+        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
+        for part, n, seed in (("t", 120, 31), ("c", 150, 32))
+    )
+    run(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
+    old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
+    assert new.calibration is not None and old.calibration is not None
+    assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 150)
+    assert new.calibration != old.calibration
+    assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
+    assert (new.defaults.tau, new.defaults.lam) == (
+        new.calibration.default.tau,
+        new.calibration.default.lam,
+    )
+
+
+def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "store"
+    shutil.copytree(store, mine)
+    odd = write(tmp_path / "odd.jsonl", [("a film", "mixed")])
+    with pytest.raises(ValueError, match="mixed"):
+        run(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
+    assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
+
+
+@pytest.mark.slow
+def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ramp, "PHASES", (("half", 1, 0.5, 0.5), ("twice", 1, 2.0, 2.0), ("after", 1, 0.5, 0.5))
+    )
+    monkeypatch.setattr(ramp, "SECONDS", 3)
+    texts = write(tmp_path / "texts.jsonl", make_rows(60, 33))
+    run(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
+    found = json.loads((tmp_path / "ramp.json").read_text())
+    assert set(found["runs"]) == {"off", "on"}
+    for one in found["runs"].values():
+        assert set(one["phases"]) == {"half", "twice", "after"}
+        assert one["phases"]["half"]["answered"] > 0
+        offered = [phase["offered_per_s"] for phase in one["phases"].values()]
+        assert offered[1] > 2 * offered[0]
+    assert (tmp_path / "ramp.png").stat().st_size > 10_000
+
+
+def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", make_rows(80, 34))
+    away = tmp_path / "away.txt"
+    away.write_text("".join(f"zebra quartz {i} umbrella\n" for i in range(60)))
+    tune, certify = checkpoint / "tune.jsonl", checkpoint / "certify.jsonl"
+    common = f"--store {store} --model tiny --text-column text --json {tmp_path}/numbers.json"
+
+    run(f"loadtest study promise {tune} {certify} --trials 20 {common}")
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert [row["wish"] for row in rows] == [0.02, 0.05, 0.1]
+
+    run(f"loadtest study far {certify} {texts} {away} --switches 2 {common}")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert all(0 <= x <= 1 for row in numbers["auroc"].values() for x in row.values())
+    speeds = {name: row["speedup"] for name, row in numbers["policy"]["away"].items()}
+    assert speeds["flag"] >= speeds["deepen"] >= speeds["far to full depth"]
+
+    run(f"loadtest study deadlines {texts} {common}")
+    assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
+
+
+def test_auroc_counts_pairs() -> None:
+    home, away = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0])
+    pairs = [(a > h) + 0.5 * (a == h) for a in away for h in home]
+    assert auroc(home, away) == pytest.approx(np.mean(pairs))
+
+
+def known(n: int) -> Recorded:
+    """n samples, two exits, no prototypes: the surer the first exit, the more often it agrees with the last."""
+    generator = np.random.default_rng(5)
+    margin = generator.exponential(2.0, n)
+    labels = generator.integers(2, size=n)
+    flip = generator.random(n) < 0.5 * np.exp(-margin)
+    sign = np.where(labels == 1, 1.0, -1.0)
+    first = np.where(flip, -sign, sign) * margin
+    logits = np.zeros((n, 2, 2), np.float32)
+    logits[:, 0, 1], logits[:, 1, 1] = first, 9 * sign
+    return Recorded([1, 2], logits, np.full_like(logits, np.nan), labels)
+
+
+def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them() -> None:
+    rows = promise(known(4000), 0.0, 2000, [0.02, 0.05], trials=200, start_layers=0.5)
+    for row in rows:
+        assert row["broken"] <= 0.1  # 5% and chance
+        assert 0.8 < row["of_oracle_layers"] < 1.05
+        assert row["speedup"] > 1
+    assert rows[1]["speedup"] > rows[0]["speedup"]
+
+
+def test_no_simulated_answer_passes_its_deadline() -> None:
+    found = known(300)
+    costs = Costs(0.001, 0.001)
+    alone = deadlines(found, 0.0, 0.0, costs, [(0.5, 0.0), (2.5, 0.0), (3.5, 0.0)])
+    assert [row["default"]["refused"] for row in alone] == [1, 0, 0]
+    assert [row["default"]["layers"] for row in alone] == [0, 1, 2]
+    loaded = deadlines(found, 0.0, 0.0, costs, [(5.0, 3.0)])[0]["default"]
+    assert 0 < loaded["refused"] < 1 and 1 <= loaded["layers"] < 2
