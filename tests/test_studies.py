@@ -105,7 +105,7 @@ def test_auroc_counts_pairs() -> None:
 
 
 def known(n: int) -> Recorded:
-    """n samples, two exits, no prototypes: the surer the first exit, the more often it agrees with the last."""
+    """n samples, two exits, no prototypes: the surer the first, the more often it agrees with the last."""
     generator = np.random.default_rng(5)
     margin = generator.exponential(2.0, n)
     labels = generator.integers(2, size=n)
