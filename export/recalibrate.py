@@ -10,6 +10,8 @@ from model_store.model import Model
 from model_store.store import Artifact, Store
 from training import data as datas
 
+MAX_SHARED = 0.05  # of the certifying texts: real traffic repeats some
+
 
 def recalibrate(
     artifact: Artifact, store: Store, tune_file: Path, certify_file: Path, max_loss: float
@@ -20,6 +22,12 @@ def recalibrate(
     """
     names = list(artifact.manifest.labels)
     tune, certify = (datas.load_examples(file, names) for file in (tune_file, certify_file))
+    shared = len({e.text for e in tune} & {e.text for e in certify})
+    if shared > MAX_SHARED * len(certify):
+        raise ValueError(
+            f"{certify_file}: {shared} of its texts are in {tune_file} too; promises need samples that "
+            "nothing was chosen on"
+        )
     model = Model(artifact, "onnxruntime")
     table = calibrate(
         record(model, tune, "the tuning samples"), record(model, certify, "the certifying samples"), max_loss

@@ -75,7 +75,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
     @app.get(
         "/v1/models/{name}/calibration", tags=["models"], responses={404: {"description": "no such model"}}
     )
-    async def calibration(name: str) -> JSONResponse:
+    def calibration(name: str) -> JSONResponse:
         """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
         artifact = service.artifact(name)
         found = artifact.manifest.calibration
@@ -95,7 +95,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
-    async def metrics() -> Response:
+    def metrics() -> Response:
         """Metrics in Prometheus' text format."""
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

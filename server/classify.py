@@ -13,13 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from model_store.model import Model
 from server import protocol
+from server.engine import DeadlineError
 from server.errors import ApiError
 from server.models import Served
 from server.protocol import ClassifyRequest
 from server.queue import QueueFullError
 from server.rules import Choice
 from server.service import Service
-from server.work import REPLY_S, Item, Job
+from server.work import Item, Job
 
 log = logging.getLogger("de3")
 
@@ -47,21 +48,16 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
             served.timing.predict,
             future,
             served.together_s,
-            choice.share(served.model.manifest.num_layers),
             served.timing.layer_s,
+            served.timing.predict_first_exit,
             choice.budget_s,
+            parsed.best_effort,
             served.watch,
         )
-        if choice.budget_s is not None and not parsed.best_effort:
-            _check_budget(job, choice.budget_s, served, service)
-        if choice.by == "overload":
-            metrics.degraded.labels(name).inc(len(job.items))
-        service.texts_in_flight += len(job.items)
-        try:
+        with service.holding(job):
             await _run(job, scope, service, started + service.settings.timeout_s)
-        finally:
-            service.texts_in_flight -= len(job.items)
-            service.texts_answered += len(job.items)
+        if choice.is_degraded:
+            metrics.degraded.labels(name).inc(len(job.items))
         body = protocol.answer(
             name,
             [_row(item, job, served.model) for item in job.items],
@@ -121,17 +117,14 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
     return b"".join(chunks)
 
 
-def _check_budget(job: Job, budget_s: float, served: Served, service: Service) -> None:
-    """Refuse what not even the first exit can answer in time; raises ApiError 503."""
-    engine = service.engine
-    first = [served.timing.predict_first_exit(item.text) for item in job.items]
-    needed = engine.wait_s(job.items[0].due) + max(*first, sum(first) / engine.threads) + REPLY_S
-    if needed <= budget_s:
-        return
-    raise ApiError(
+def _refused(job: Job, needed_s: float) -> ApiError:
+    """The answer to a budget that cannot be kept, not even at the first exits; it would take `needed_s`."""
+    assert job.budget_s is not None and job.deadline is not None
+    reply_s = job.submitted + job.budget_s - job.deadline
+    return ApiError(
         503,
-        f"latency_budget_ms: {1000 * budget_s:g} ms cannot be kept, the first exit would take about "
-        f"{1000 * needed:.1f} ms now; allow more, or set best_effort",
+        f"latency_budget_ms: {1000 * job.budget_s:g} ms cannot be kept, the first exit would take about "
+        f"{1000 * (needed_s + reply_s):.1f} ms now; allow more, or set best_effort",
         "latency_budget_ms",
         "budget",
         retry_after=1,
@@ -162,6 +155,8 @@ async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
         service.engine.submit(job)
     except QueueFullError:
         raise service.overloaded() from None
+    except DeadlineError as error:
+        raise _refused(job, error.args[0]) from None
     late = ApiError(504, f"no answer within {service.settings.timeout_s:g} s", cause="timeout")
     timer = future.get_loop().call_later(until - perf_counter(), give_up, late)
     if connection is not None:

@@ -14,11 +14,16 @@ from time import perf_counter
 from exits.rule import read
 from model_store.model import Model
 from model_store.segments import Passage, Tokens
+from server.deadlines import Deadlines
 from server.errors import ApiError
-from server.queue import WorkQueue
+from server.queue import QueueFullError, WorkQueue
 from server.work import Item, Job, Outcome, wake
 
 log = logging.getLogger("de3.engine")
+
+
+class DeadlineError(Exception):
+    """A deadline that cannot be kept; its argument: the seconds that it would take."""
 
 
 class Engine:
@@ -36,7 +41,8 @@ class Engine:
         self._threads = [
             Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
         ]
-        self._free_at = [0.0] * threads  # when each is likely to take its next item (perf_counter seconds)
+        self.deadlines = Deadlines(threads)
+        self._finished = [0] * threads
 
     def start(self) -> None:
         """Start the threads."""
@@ -51,62 +57,70 @@ class Engine:
                 thread.join()
 
     def submit(self, job: Job) -> None:
-        """Accept a job; raises QueueFullError."""
-        self.queue.put(job)
+        """Accept a job; raises QueueFullError, or DeadlineError for a deadline that cannot be promised."""
+        if job.deadline is not None:
+            needed = self.deadlines.promise(job)
+            if needed:
+                raise DeadlineError(needed)
+            job.hasten()
+        try:
+            self.queue.put(job)
+        except QueueFullError:
+            self.deadlines.drop(job)
+            raise
 
     def drop(self, job: Job) -> None:
         """Give a job up; an item that runs stops at its next layer."""
         self.queue.drop(job)
+        self.deadlines.drop(job)
 
-    def wait_s(self, due: float) -> float:
-        """Seconds until a thread is likely to start a text that is due then."""
-        busy = max(0.0, min(self._free_at) - perf_counter())
-        return busy + self.queue.ahead_s(due) / self.threads
+    @property
+    def finished(self) -> int:
+        """Texts that left, so far."""
+        return sum(self._finished)
 
     def _work(self, number: int) -> None:
         while items := self.queue.next(self.threads):
-            self._free_at[number] = perf_counter() + _held_s(items)
             done: list[tuple[Job, Exception | None]] = []
-            for item, result in self._run(items):
+            for item, result in self._run(items, number):
                 if isinstance(result, Exception):
                     item.job.fail(result)
                 elif result is not None:
+                    self._finished[number] += 1
                     if item.job.finish(item, result):
                         done.append((item.job, None))
                     if self._observe:
                         self._observe(item.job.model, result)
             if done:
                 wake(done)
-            self._free_at[number] = 0.0
+            self.deadlines.held(number, 0.0)
 
-    def _run(self, items: list[Item]) -> Sequence[tuple[Item, Outcome | Exception | None]]:
+    def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Outcome | Exception | None]]:
         """What came of items: an outcome, an error, or None if dropped or put back."""
         first = items[0]
         if first.layer == 0 and 0 < first.predicted <= first.job.together_s:
+            self.deadlines.held(number, perf_counter() + sum(item.predicted for item in items))
             try:
                 return run_together(items)
             except BaseException:  # one of them; which one shows when each runs alone
                 log.exception("texts that ran together failed")
-        return [(item, self._alone(item)) for item in items]
+        return [(item, self._alone(item, number)) for item in items]
 
-    def _alone(self, item: Item) -> Outcome | Exception | None:
+    def _alone(self, item: Item, number: int) -> Outcome | Exception | None:
+        def held(seconds: float) -> None:
+            self.deadlines.held(number, perf_counter() + seconds)
+
         try:
-            if item.layer == 0:
-                item.job.begin(item, self.threads)
+            if item.job.deadline is None:
+                return run(item, self.queue, held)
+            if item.ends is None:
+                item.ends = self.deadlines.begin(item, number)
             return run(item, self.queue)
         except ApiError as error:
             return error
         except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
             log.exception("an item failed")
             return RuntimeError("an item failed")
-
-
-def _held_s(items: list[Item]) -> float:
-    """Seconds for which items are likely to keep a thread from something more urgent."""
-    first = items[0]
-    if len(items) > 1 or first.predicted <= first.job.together_s or first.job.budget_s is not None:
-        return sum(item.expected for item in items)
-    return first.predicted / first.job.model.manifest.num_layers  # it gives way after each layer
 
 
 def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | None]]:
@@ -128,7 +142,8 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
         item.tokens = tokens
         deepest = model.deepest_exit(rule.max_layer)
         caution = job.watch.caution if job.watch else 1.0
-        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, job.every, caution)))
+        every = job.every or item.sampled
+        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, every, caution)))
     tokenize_s = (perf_counter() - started) / len(items)
     if ways:
         assert model.through is not None
@@ -143,9 +158,8 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
 def _passed(item: Item, way: Passage) -> Outcome:
     """The outcome of a way through the kernels."""
     manifest, job = item.job.model.manifest, item.job
-    asked, watch = [way.layer], job.watch
-    looks = item.sampled or (watch is not None and watch.limits is not None)
-    if job.every or (looks and job.rule.tau > 0):
+    asked = [way.layer]
+    if job.every or item.sampled:
         asked = [m for m in manifest.exit_layers if m <= way.layer]
     for layer in asked:
         distances = way.distances[layer].tolist() if layer in manifest.prototype_layers else None
@@ -153,25 +167,27 @@ def _passed(item: Item, way: Passage) -> Outcome:
     return _outcome(item, _reason(item, way.deepest))
 
 
-def run(item: Item, queue: WorkQueue) -> Outcome | None:
-    """Take one text on through its layers until it exits.
+def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: None) -> Outcome | None:
+    """Take one text on through its layers until it exits. `held` is told for how long it gives no way.
 
     None if it did not come so far: its job was dropped, or something more urgent came, and it waits in the
     queue again.
     """
     job, model, rule = item.job, item.job.model, item.job.rule
     if item.tokens is None:
+        held(item.predicted / model.manifest.num_layers)
         item.tokens = _tokenize(item)
     started = perf_counter()
     deepest = model.deepest_exit(rule.max_layer)
     # At τ = 0 only the deepest exit is needed.
-    may_leave_early = rule.tau > 0 or job.every
-    layer_s = job.layer_s(len(item.tokens)) if item.ends is not None else 0.0
+    may_leave_early = rule.tau > 0 or job.every or item.sampled
+    layer_s = job.layer_s(len(item.tokens))
     reason = ""
     for layer in range(item.layer, deepest + 1):
         if item.ends is not None and item.passed and perf_counter() + layer_s > item.ends:
             reason = "deadline"
             break
+        held(layer_s)
         segment = model.segments[layer]
         asked = segment.is_exit and (may_leave_early or layer == deepest)
         step = segment.embed(item.tokens, asked) if item.hidden is None else segment.run(item.hidden, asked)

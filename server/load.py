@@ -4,7 +4,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 TICK_S = 0.05
-# Of the latency objective, for the mean latency of a new text: the p99 measured 2 to 3 times the mean.
+# Of the latency objective, for the mean wait of a new text: the p99 latency measured 2 to 3 times as much.
 RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.3
 CALM_S = 1.0  # below LOWER_BELOW for so long: the first step down
 CALM_STEP_S = 0.25  # then one each; far below the capacity one each tick
@@ -13,7 +13,9 @@ MEMORY = 0.3  # weight of the newest tick in the estimate of the capacity
 
 
 class Controller:
-    """Predicts the latency of a new text as Little's law has it: texts in flight / texts answered a second.
+    """Predicts the wait of a new text as Little's law has it: texts ahead of it / texts answered a second.
+
+    Those that the threads are at are not counted: on an idle server nothing waits, however slow the model is.
 
     Attributes:
         level: 0: every model's default τ; up to `levels`: steps above it.
@@ -29,41 +31,44 @@ class Controller:
     ) -> None:
         """capacity: a first guess, in texts a second."""
         self._objective, self._levels, self._capacity = objective_s, levels, capacity
-        self._busy = 2 * threads
+        self._threads = threads
         self._clock = clock
         self._last, self._answered = clock(), 0
         self._least = 0  # in flight, since the last tick
         self._calm_at = self._last + CALM_S
         self.level = 0
 
-    def predicted_s(self, in_flight: int) -> float:
-        """Seconds that a new text is likely to take, with so many in flight."""
-        return in_flight / self._capacity
+    def predicted_s(self, ahead: int) -> float:
+        """Seconds that a new text is likely to wait, with so many texts ahead of it."""
+        return max(0, ahead - self._threads) / self._capacity
 
-    def sheds(self, in_flight: int) -> bool:
+    def sheds(self, in_flight: int, ahead: Callable[[], int]) -> bool:
         """Whether a new request must be refused: τ is as high as it may be, and still it would come late.
 
-        Asked for every request. A burst does not wait for the next ticks: τ first jumps to its last step.
+        Asked for every request, so what is ahead is counted only if all in flight would be too much. A burst
+        does not wait for the next ticks: τ first jumps to its last step.
         """
         self._least = min(self._least, in_flight)
-        if self.predicted_s(in_flight) <= SHED_ABOVE * self._objective:
+        most = SHED_ABOVE * self._objective
+        if self.predicted_s(in_flight) <= most or self.predicted_s(ahead()) <= most:
             return False
         if self.level < self._levels:
             self.level = self._levels
             return False
         return True
 
-    def tick(self, in_flight: int, answered: int) -> None:
+    def tick(self, in_flight: int, ahead: int, answered: int) -> None:
         """Look at the load, about every TICK_S. answered: texts so far."""
         now = self._clock()
         rate = (answered - self._answered) / max(now - self._last, 1e-6)
         self._last, self._answered = now, answered
-        if min(in_flight, self._least) > self._busy:  # only a server that never idled shows what it can do
+        # Only a server that never idled shows what it can do.
+        if min(in_flight, self._least) > 2 * self._threads:
             self._capacity += MEMORY * (max(rate, 1.0) - self._capacity)
         else:
             self._capacity = max(self._capacity, rate)
         self._least = in_flight
-        share = self.predicted_s(in_flight) / self._objective
+        share = self.predicted_s(ahead) / self._objective
         if share > RAISE_ABOVE:
             self.level = min(self.level + 1, self._levels)
         if share > LOWER_BELOW:

@@ -39,11 +39,18 @@ class Served:
 
 
 def load(artifact: Artifact, settings: Settings) -> Served:
-    """Load a model and warm it up, so that no request pays for first runs; raises StoreError."""
+    """Load a model and warm it up, so that no request pays for first runs.
+
+    Raises StoreError, or ValueError for a wish in the settings that the model cannot fulfil.
+    """
+    manifest = artifact.manifest
+    try:
+        rules = Rules(manifest, settings)
+    except ApiError as error:  # as a request would be told that asked for it
+        raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
     model = Model(artifact, settings.runtime)
     try:
-        manifest = artifact.manifest
-        return Served(model, Timing(model), Rules(manifest, settings), Watch(manifest, settings.ood_policy))
+        return Served(model, Timing(model), rules, Watch(manifest, settings.ood_policy))
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 

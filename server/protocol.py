@@ -137,11 +137,6 @@ class ClassifyRequest(BaseModel):
 WISHES = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 
 
-def any_wish(values: Any) -> bool:
-    """Whether one of WISHES is asked."""
-    return any(getattr(values, name) is not None for name in WISHES)
-
-
 def one_wish(values: Any) -> None:
     """Check that at most one of WISHES is asked, and that λ and max_layer go with τ only; or ValueError."""
     asked = [name for name in WISHES if getattr(values, name) is not None]

@@ -80,10 +80,10 @@ class WorkQueue:
         self._waiting -= 1
         return item
 
-    def ahead_s(self, due: float) -> float:
-        """Seconds of work that waits and is due before then, as expected."""
+    def later_than(self, due: float) -> int:
+        """How many of those that wait are due after then."""
         with self._changed:
-            return sum(item.expected for when, _, item in self._items if when < due and not item.job.dropped)
+            return sum(when > due and not item.job.dropped for when, _, item in self._items)
 
     def has_more_urgent_than(self, item: Item) -> bool:
         """Whether something that waits is due before this item."""

@@ -1,6 +1,6 @@
 """From a request's wish to its exit rule: the chooser of τ for one model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from exits.guarantee import CONFIDENCE
@@ -13,7 +13,7 @@ from server.settings import Settings
 
 MAX_LOAD_LOSS = 0.02  # of accuracy, where no floor is set
 
-# What asks for a rule: a request, or the setting for requests that ask nothing. At most one of WISHES is set.
+# What asks for a rule: a request, or the settings for requests that ask nothing. It has at most one wish.
 Wish = ClassifyRequest | Settings
 
 
@@ -26,6 +26,7 @@ class Choice:
         wanted: the wish's value, if it has one.
         expected: what the calibration says of this τ; None if τ and λ are not in its table.
         budget_s: the wish for a latency.
+        is_degraded: whether τ was raised under load.
     """
 
     rule: ExitRule
@@ -33,6 +34,7 @@ class Choice:
     wanted: float | None = None
     expected: TradeOff | None = None
     budget_s: float | None = None
+    is_degraded: bool = False
 
     def share(self, num_layers: int) -> float:
         """The part of the layers' time that a text is expected to need."""
@@ -71,6 +73,7 @@ class Rules:
         self.wishes = Wishes(rows) if rows else None
         tau = self._defaults.tau if settings.tau is None else settings.tau
         self.default = self._choice(tau, self._defaults.lam, "default")
+        self.default = self._of(settings, self.default)
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
@@ -85,10 +88,11 @@ class Rules:
         if least is None:
             least = self.wishes.rows[0].accuracy - MAX_LOAD_LOSS
         rows = self.wishes.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
-        return [self.at(row, "overload") for row in rows]
+        budget_s = self.default.budget_s
+        return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def in_force(self, level: int) -> Choice:
-        """The default at a level of load."""
+        """What holds for requests that ask nothing, at a level of load."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
@@ -101,18 +105,18 @@ class Rules:
         """The choice of a row of the calibration's table."""
         return Choice(ExitRule(row.tau, row.lam), by, wanted, row)
 
-    def of(
-        self, wish: Wish, lam: float | None = None, max_layer: int | None = None, level: int = 0
-    ) -> Choice:
-        """The choice that fulfils a wish, or the default at a level of load; raises ApiError 422."""
-        own = isinstance(wish, ClassifyRequest)  # the setting's τ is the default already
-        if own and (lam is not None or max_layer is not None or wish.tau is not None):
-            return self._own(wish.tau, lam, max_layer)
+    def of(self, request: ClassifyRequest, level: int = 0) -> Choice:
+        """The choice that fulfils a request, or what holds at a level of load; raises ApiError 422."""
+        if request.lam is not None or request.max_layer is not None or request.tau is not None:
+            return self._own(request.tau, request.lam, request.max_layer)
+        return self._of(request, self.in_force(level))
+
+    def _of(self, wish: Wish, else_: Choice) -> Choice:
+        """The choice that fulfils a wish other than τ, if there is one."""
         if wish.latency_budget_ms is not None:
-            # The default τ: going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
-            found = self.in_force(level)
+            # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
             budget = wish.latency_budget_ms
-            return Choice(found.rule, "latency_budget_ms", budget, found.expected, budget / 1000)
+            return replace(else_, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
         if wish.target_speedup is not None:
             wishes = self._table("target_speedup")
             row = wishes.at_speedup(wish.target_speedup)
@@ -123,7 +127,7 @@ class Rules:
         if wish.max_disagreement is not None:
             row = self._table("max_disagreement").within_disagreement(wish.max_disagreement)
             return self.at(row, "max_disagreement", wish.max_disagreement)
-        return self.in_force(level)
+        return else_
 
     def certificate(self, choice: Choice) -> dict[str, Any] | None:
         """The promise on answers that differ from full depth, if it was asked for."""
@@ -143,8 +147,10 @@ class Rules:
                 f"max_layer: must be from {self._exits[0]} to {self._exits[-1]}, got {max_layer}",
                 "max_layer",
             )
+        # The server's default τ; with a λ of another scale the model's.
+        default = self.default.rule.tau if lam in (None, self._defaults.lam) else self._defaults.tau
         return self._choice(
-            self._defaults.tau if tau is None else tau,
+            default if tau is None else tau,
             self._defaults.lam if lam is None else lam,
             "default" if tau is None else "tau",
             tau,

@@ -4,7 +4,8 @@ import asyncio
 import gc
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 
@@ -16,10 +17,10 @@ from server.errors import ApiError
 from server.load import TICK_S, Controller
 from server.metrics import Metrics
 from server.models import Models, Served, find, load, unknown_model
-from server.protocol import ClassifyRequest, any_wish
-from server.rules import Choice, Wish
+from server.protocol import ClassifyRequest
+from server.rules import Choice
 from server.settings import Settings
-from server.work import REPLY_S
+from server.work import REPLY_S, Job
 
 log = logging.getLogger("de3")
 
@@ -41,7 +42,9 @@ class Service:
         self.metrics.watch(self.engine.queue.__len__, lambda: self.state == "ready", lambda: self.in_flight)
         self.failure: Exception | None = None
         self.in_flight = 0
-        self.texts_in_flight = self.texts_answered = 0
+        self.texts_in_flight = 0  # of requests in flight
+        self.lists: set[Job] = set()  # those with several texts
+        self._short_s = 0.0  # of a short text through every layer
         self.controller: Controller | None = None
         self._ticks: asyncio.Task[None] | None = None
         self.shed = self._shed_response()
@@ -79,6 +82,7 @@ class Service:
         first, threads = self.models.all[0], self.settings.engine_threads()
         share = first.rules.default.share(first.model.manifest.num_layers)
         guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
+        self._short_s = first.timing.full_depth_s(8)
         levels = max(len(s.rules.steps) for s in self.models.all)
         self.controller = Controller(self.settings.slo_p99_ms / 1000, levels, guess, threads)
         self._ticks = asyncio.create_task(self._tick(self.controller))
@@ -86,7 +90,12 @@ class Service:
     async def _tick(self, controller: Controller) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            controller.tick(self.texts_in_flight, self.texts_answered)
+            controller.tick(self.texts_in_flight, self.ahead(), self.engine.finished)
+
+    def ahead(self) -> int:
+        """Texts that a new short one finds before it: in flight, less what is done and what it overtakes."""
+        later = self.engine.queue.later_than(perf_counter() + self._short_s)
+        return max(0, self.texts_in_flight - sum(job.finished for job in self.lists) - later)
 
     def _tau(self, served: Served) -> float:
         return served.rules.in_force(self.level).rule.tau
@@ -95,6 +104,18 @@ class Service:
     def level(self) -> int:
         """The level of load: how many steps the default τ is raised."""
         return self.controller.level if self.controller else 0
+
+    @contextmanager
+    def holding(self, job: Job) -> Iterator[None]:
+        """Count a job's texts as in flight."""
+        self.texts_in_flight += len(job.items)
+        if len(job.items) > 1:
+            self.lists.add(job)
+        try:
+            yield
+        finally:
+            self.texts_in_flight -= len(job.items)
+            self.lists.discard(job)
 
     def drain(self) -> None:
         """From now on not ready; requests that were accepted are still answered."""
@@ -114,7 +135,7 @@ class Service:
 
     def sheds(self) -> bool:
         """Whether a new request must be refused to keep the latency objective."""
-        return self.controller is not None and self.controller.sheds(self.texts_in_flight)
+        return self.controller is not None and self.controller.sheds(self.texts_in_flight, self.ahead)
 
     def _shed_response(self) -> ASGIApp:
         """The answer to a request that is shed, made once: an overloaded server sends little else."""
@@ -145,9 +166,7 @@ class Service:
 
     def choose(self, served: Served, request: ClassifyRequest) -> Choice:
         """The exit rule of a request: its own wish, else the server's; raises ApiError 422."""
-        own = any_wish(request) or request.lam is not None or request.max_layer is not None
-        wish: Wish = request if own else self.settings
-        return served.rules.of(wish, request.lam, request.max_layer, self.level)
+        return served.rules.of(request, self.level)
 
     def overloaded(self) -> ApiError:
         """The answer of a server whose queue is full."""

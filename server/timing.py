@@ -4,12 +4,14 @@ from bisect import bisect_left
 from statistics import median
 from time import perf_counter
 
-from model_store.model import Model
+from model_store.model import MAX_CHARS_PER_TOKEN, Model
 from server.protocol import Text
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 3
 CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
+# What the tokenizer is timed on: plain words, and what falls into many pieces.
+PLAIN, ODD = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;"
 
 
 class Timing:
@@ -18,6 +20,8 @@ class Timing:
     def __init__(self, model: Model) -> None:
         """Measure; also serves as warm-up: every layer runs on short texts and on the longest."""
         self._most = model.manifest.max_tokens
+        self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # what is cut off costs nothing
+        self._char_s = max(_tokenizing(model, text, self._most_chars // 4) for text in (PLAIN, ODD))
         self._layers = model.manifest.num_layers - model.manifest.exit_layers[0]  # those after the first exit
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
         self._first: list[float] = []
@@ -32,7 +36,7 @@ class Timing:
         return self._at(self._full, tokens)
 
     def first_exit_s(self, tokens: int) -> float:
-        """Seconds of the tokenizer and the layers up to the first exit."""
+        """Seconds of the layers up to the first exit."""
         return self._at(self._first, tokens)
 
     def layer_s(self, tokens: int) -> float:
@@ -41,11 +45,14 @@ class Timing:
 
     def predict(self, text: Text) -> float:
         """Seconds for a text through every layer, its tokens estimated from its characters."""
-        return self.full_depth_s(_tokens(text))
+        return self.full_depth_s(_tokens(text)) + self._tokenizer_s(text)
 
     def predict_first_exit(self, text: Text) -> float:
         """Seconds for a text to the first exit."""
-        return self.first_exit_s(_tokens(text))
+        return self.first_exit_s(_tokens(text)) + self._tokenizer_s(text)
+
+    def _tokenizer_s(self, text: Text) -> float:
+        return self._char_s * min(_chars(text), self._most_chars)
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
@@ -56,15 +63,28 @@ class Timing:
         return y[right - 1] + share * (y[right] - y[right - 1])
 
 
+def _chars(text: Text) -> int:
+    return len(text.text) + (len(text.text_pair) if text.text_pair else 0)
+
+
 def _tokens(text: Text) -> int:
-    chars = len(text.text) + (len(text.text_pair) if text.text_pair else 0)
-    return 2 + chars // CHARS_PER_TOKEN
+    return 2 + _chars(text) // CHARS_PER_TOKEN
+
+
+def _tokenizing(model: Model, text: str, chars: int) -> float:
+    """Seconds of the tokenizer for a character of such text, of which there are many."""
+    long, times = text * (1 + chars // len(text)), []
+    for _ in range(RUNS):
+        started = perf_counter()
+        model.tokenize(long)
+        times.append(perf_counter() - started)
+    return median(times) / len(long)
 
 
 def _run(model: Model, text: str) -> tuple[float, float]:
     """Seconds to a text's first exit, and through every layer."""
-    started = perf_counter()
     tokens, first = model.tokenize(text), 0.0
+    started = perf_counter()
     step = model.segments[0].embed(tokens, True)
     for segment in model.segments:
         if segment.layer > 0:

@@ -39,8 +39,8 @@ class Outcome:
 
 # What has a deadline overtakes what has none and waits for less than this.
 HASTE_S = 1.0
-# From the last layer to the answer's first byte.
-REPLY_S = 0.0005
+# From the last layer to the answer's first byte: of a request, and more for each of its texts.
+REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class Item:
 
     Attributes:
         predicted: seconds that it is likely to take through every layer.
-        expected: seconds that it is likely to take, leaving early.
+        first_s: seconds that it is likely to take to its first exit; known with a deadline only.
         ends: when it must leave (perf_counter seconds), set as it starts; None: no deadline.
         due: when it should be answered (perf_counter seconds); the queue hands out the earliest first.
         layer: the next layer to run.
@@ -64,8 +64,8 @@ class Item:
     index: int
     text: Text
     predicted: float
-    expected: float
     due: float
+    first_s: float = 0.0
     ends: float | None = None
     layer: int = 0
     tokens: Tokens | None = None
@@ -103,10 +103,13 @@ class Job:
             and that of those before it in the list, so short texts overtake long ones and single texts long
             lists, but nothing waits for ever.
         together_s: texts predicted to take no longer may share a call with others; 0: one a call.
-        share: the part of the layers' time that a text is expected to need, leaving early.
         layer_s: seconds of one layer for so many tokens.
-        every: ask every exit, even those that cannot end the way.
+        first_s: seconds that a text is likely to take to its first exit.
         budget_s: seconds from now to the deadline of every text; None: there is none.
+        best_effort: where the deadline cannot be kept, answer at the first exits as soon as can be.
+        every: ask every exit, even those that cannot end the way.
+        deadline: when the last text must leave (perf_counter seconds).
+        is_late: whether it will be later than asked for.
     """
 
     model: Model
@@ -118,47 +121,48 @@ class Job:
     predict: Callable[[Text], float]
     future: "asyncio.Future[None]"
     together_s: float = 0.0
-    share: float = 1.0
     layer_s: Callable[[int], float] = lambda _: 0.0
+    first_s: Callable[[Text], float] = lambda _: 0.0
     budget_s: float | None = None
+    best_effort: bool = False
     watch: Watch | None = None
     every: bool = field(init=False)
+    deadline: float | None = None
+    is_late: bool = False
     items: list[Item] = field(init=False)
     submitted: float = field(default_factory=perf_counter)
     dropped: bool = False
     waiting: int = 0  # items in the queue; owned by the queue's lock
     _left: int = field(init=False)
-    _ahead: float = field(init=False)  # predicted seconds of the items that have not begun
     _lock: Lock = field(default_factory=Lock)
 
     def __post_init__(self) -> None:
-        # A budget needs an answer at any time, and a score what every exit said.
-        self.every = self.explain or self.ood or self.budget_s is not None
+        # A budget needs an answer at any time, a score and a flag what every exit said.
+        flags = self.watch is not None and self.watch.limits is not None
+        self.every = self.explain or self.ood or flags or self.budget_s is not None
         if self.budget_s is not None:
             self.together_s = 0.0  # by itself, so that it can leave after any layer
+            reply_s = REPLY_S + REPLY_TEXT_S * len(self.texts)
+            self.deadline = self.submitted + self.budget_s - reply_s
         due, self.items = self.submitted, []
         for i, text in enumerate(self.texts):
             predicted = self.predict(text)
-            expected = predicted * self.share
             due += predicted
-            item = Item(self, i, text, predicted, expected, due)
+            self.items.append(Item(self, i, text, predicted, due))
             if self.budget_s is not None:
-                item.due = min(due, self.submitted + self.budget_s) - HASTE_S
-                item.expected = min(expected, self.budget_s)
-            self.items.append(item)
+                self.items[-1].first_s = self.first_s(text)
         self._left = len(self.items)
-        self._ahead = sum(item.predicted for item in self.items)
 
-    def begin(self, item: Item, threads: int) -> None:
-        """Set when an item must leave: it gets its part of the time left, as others wait to begin."""
-        if self.budget_s is None:
-            return
-        now = perf_counter()
-        left = self.submitted + self.budget_s - REPLY_S - now
-        with self._lock:
-            part = threads * item.predicted / self._ahead if self._ahead > 0 else 1.0
-            self._ahead -= item.predicted
-        item.ends = now + left * min(1.0, part)
+    def hasten(self) -> None:
+        """Its deadline is promised: it overtakes what has none."""
+        assert self.deadline is not None
+        for item in self.items:
+            item.due = self.deadline - HASTE_S
+
+    @property
+    def finished(self) -> int:
+        """Texts that left."""
+        return len(self.items) - self._left
 
     def finish(self, item: Item, outcome: Outcome) -> bool:
         """Record an item's outcome; whether it was the last. Called by an engine thread."""

@@ -13,6 +13,8 @@ import pytest
 from model_store.manifest import TradeOff
 from model_store.segments import OnnxSegment
 from model_store.store import Store
+from server.models import load
+from server.protocol import Text
 from server.settings import Settings
 from server.watch import WINDOW
 from tests.conftest import make_rows
@@ -20,6 +22,7 @@ from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
+NOISE_S = 0.05  # of a busy machine, and of the client
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +123,25 @@ def test_a_setting_is_for_requests_that_ask_nothing(store: Path, setting: dict[s
         assert (own["by"], own["tau"]) == ("tau", 0.5)
 
 
+def test_the_settings_tau_holds_where_a_request_only_limits_the_layer(store: Path) -> None:
+    with serving(store, models=["tiny"], tau=0) as server:
+        assert server.classify(input="a film", max_layer=2).json()["data"][0]["exit"]["tau"] == 0
+        other = server.classify(input="a film", **{"lambda": 50}).json()["data"][0]["exit"]["tau"]
+        assert other == server.service.artifacts[0].manifest.defaults.tau  # 0 was meant for another scale
+
+
+def test_the_tau_in_force_is_a_metric(store: Path) -> None:
+    with serving(store, models=["tiny"], target_speedup=2) as server:
+        tau = server.classify(input="a film").json()["data"][0]["exit"]["tau"]
+        assert server.metric("de3_tau", model="tiny:1") == tau != 0
+
+
+def test_a_setting_that_no_model_can_fulfil_stops_the_start(store: Path) -> None:
+    artifact = Store(store).open("tiny")
+    with pytest.raises(ValueError, match="a setting cannot be fulfilled: target_speedup: at most"):
+        load(artifact, Settings(store=store, target_speedup=5000))
+
+
 def test_settings_ask_for_one_thing_only(store: Path) -> None:
     with pytest.raises(ValueError, match="target_speedup: cannot go with tau"):
         Settings(store=store, tau=0.1, target_speedup=2)
@@ -143,7 +165,7 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
             assert row["exit"]["reason"] == ("last_layer" if row["exit"]["layer"] == 3 else "deadline")
             assert row["layers"] == full["layers"][: row["exit"]["layer"] + 1]  # the same bits, fewer of them
             if deepest < 3:
-                assert took < budget_ms / 1000 + LAYER_S + 0.1
+                assert took < budget_ms / 1000 + LAYER_S + NOISE_S
         assert server.metric("de3_exits_total", model="tiny:1", reason="deadline") >= 1
 
 
@@ -152,11 +174,42 @@ def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
         budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15
         started = time.perf_counter()
         data = server.classify(input=TEXTS[:10], latency_budget_ms=1000 * budget_s).json()["data"]
-        assert time.perf_counter() - started < budget_s + LAYER_S + 0.1
+        assert time.perf_counter() - started < budget_s + LAYER_S + NOISE_S
         layers = [row["exit"]["layer"] for row in data]
         assert len(layers) == 10 and sum(layers) <= 16
         assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
         assert sum(layers[5:]) >= 4  # the first did not take it all
+
+
+def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
+    """Each list alone could take its whole budget; together they share the threads."""
+    with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(12) as pool:
+        long = [
+            pool.submit(server.classify, input=TEXTS[:20]) for _ in range(2)
+        ]  # without a budget: in between
+        budget_s = 8 * LAYER_S
+
+        def ask(texts: list[str]) -> tuple[int, float, list[int]]:
+            started = time.perf_counter()
+            answer = server.classify(input=texts, latency_budget_ms=1000 * budget_s)
+            took = time.perf_counter() - started
+            layers = [row["exit"]["layer"] for row in answer.json().get("data", [])]
+            return answer.status_code, took, layers
+
+        asked = [pool.submit(ask, TEXTS[10 * i : 10 * i + 10]) for i in range(5)]
+        found = [one.result(30) for one in asked]
+        kept = [(took, layers) for status, took, layers in found if status == 200]
+        assert {status for status, _, _ in found} <= {200, 503} and len(kept) >= 3
+        assert all(took < budget_s + LAYER_S + NOISE_S for took, _ in kept)
+        assert sum(sum(layers) for _, layers in kept) >= 5  # what time there was went into depth
+        assert all(one.result(60).status_code == 200 for one in long)
+
+
+def test_the_tokenizer_is_predicted_too(server: Server) -> None:
+    timing = server.service.models.all[0].timing
+    short, long = (timing.predict_first_exit(Text("a film " * n)) for n in (50, 500))
+    assert timing.first_exit_s(900) == timing.first_exit_s(64)  # cut to what the model takes
+    assert long > 2 * short
 
 
 def test_a_budget_that_no_exit_can_meet_is_refused_unless_best_effort(server: Server) -> None:
@@ -178,7 +231,7 @@ def test_a_deadline_overtakes_a_loaded_queue(store: Path, slow: None) -> None:
             answer = server.classify(input=TEXTS[1], latency_budget_ms=4000 * LAYER_S)
             took = time.perf_counter() - started
             assert answer.status_code == 200
-            assert took < 5 * LAYER_S + 0.15
+            assert took < 5 * LAYER_S + NOISE_S
         assert len(server.service.engine.queue) > 0  # the others still wait
         threading.Thread(target=server.service.engine.stop).start()
         assert all(found.result(60).status_code == 200 for found in lists)
@@ -208,6 +261,18 @@ def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
             )  # at the exit where it left it may first have been far
         elif not deepen.get("out_of_distribution"):
             assert deepen == off
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+def test_far_texts_are_flagged_at_full_depth_too_and_explain_changes_nothing(store: Path, name: str) -> None:
+    texts = [*TEXTS, FAR]
+    with serving(store, models=[name], ood_policy="flag", tau=0) as server:
+        plain = server.classify(input=texts).json()["data"]
+        explained = server.classify(input=texts, explain=True).json()["data"]
+    flags = [row.get("out_of_distribution", False) for row in plain]
+    assert any(flags)
+    assert flags == [row.get("out_of_distribution", False) for row in explained]
+    assert {row["exit"]["layer"] for row in plain} == {3}
 
 
 def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -> None:

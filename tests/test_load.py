@@ -31,7 +31,7 @@ class Simulation:
             for _ in range(round(TICK_S / step)):
                 self.now += step
                 self.asked += rate * step
-                if self.controller.sheds(int(self.in_flight)):
+                if self.controller.sheds(int(self.in_flight), lambda: int(self.in_flight)):
                     self.shed += rate * step
                 else:
                     self.in_flight += rate * step
@@ -40,7 +40,7 @@ class Simulation:
                 self.in_flight -= done
                 self.answered += done
                 self.worst_s = max(self.worst_s, self.in_flight / speed)
-            self.controller.tick(int(self.in_flight), int(self.answered))
+            self.controller.tick(int(self.in_flight), int(self.in_flight), int(self.answered))
             levels.append(self.controller.level)
         return levels
 
@@ -96,12 +96,40 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
         now += TICK_S
         answered += more
         before = controller.level
-        controller.tick(in_flight, answered)
+        controller.tick(in_flight, in_flight, answered)
         assert abs(controller.level - before) <= 1
         assert 0 <= controller.level <= LEVELS
         before = controller.level
-        assert controller.sheds(10**9) == (before == LEVELS)
+        assert controller.sheds(10**9, lambda: 10**9) == (before == LEVELS)
         controller.level = before  # a burst jumps to the last level
+
+
+def test_texts_that_run_are_no_load_however_slow_the_model_is() -> None:
+    controller = Controller(OBJECTIVE_S, LEVELS, capacity=20.0, threads=2)  # 100 ms a text
+    assert not controller.sheds(2, lambda: 2)
+    controller.tick(2, 2, 0)
+    assert controller.level == 0
+
+
+def test_what_a_new_text_overtakes_is_no_load() -> None:
+    controller = Controller(OBJECTIVE_S, 0, CAPACITY, threads=2)
+    assert not controller.sheds(500, lambda: 2)  # a long list: a short text goes before nearly all of it
+    assert controller.sheds(500, lambda: 500)
+
+
+def test_a_list_is_counted_as_its_texts_are_done(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with serving(store, models=["tiny"], threads=1) as server:
+        service = server.service
+        asking = _ask_in_threads(server, [{"input": [text for text, _ in make_rows(50, 5)]}])
+        until(lambda: service.texts_in_flight == 50, "the list to come")
+        assert len(service.lists) == 1
+        before = service.engine.finished
+        gate.open()
+        asking[0].join()
+        assert service.engine.finished == before + 50
+        until(lambda: service.ahead() == 0 == service.texts_in_flight, "the list to be gone")
+        assert not service.lists
 
 
 def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
@@ -116,7 +144,7 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         controller = server.service.controller
         assert controller is not None
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
-        until(lambda: controller.sheds(server.service.texts_in_flight), "shedding")
+        until(server.service.sheds, "shedding")
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")

@@ -59,6 +59,12 @@ def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path
     assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
 
 
+def test_a_promise_needs_samples_of_its_own(store: Path, tmp_path: Path) -> None:
+    same = write(tmp_path / "same.jsonl", make_rows(60, 35))
+    with pytest.raises(ValueError, match=r"60 of its texts are in .*same.jsonl too"):
+        run(f"calibrate tiny --tune {same} --certify {same} --store {store}")
+
+
 @pytest.mark.slow
 def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(

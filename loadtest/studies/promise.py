@@ -48,13 +48,15 @@ def promise(
     found = []
     for wish, picks in zip(wishes, chosen.T, strict=True):
         oracle = float(depths[truths <= wish].min())
+        layers = depths[picks]
+        share = np.divide(oracle, layers, out=np.ones_like(layers), where=layers > 0)
         found.append(
             {
                 "wish": wish,
                 "broken": float((truths[picks] > wish).mean()),
-                "speedup": float(full / depths[picks].mean()),
-                "of_oracle_layers": float((oracle / depths[picks]).mean()),
-                "of_oracle_time": float(((oracle + start_layers) / (depths[picks] + start_layers)).mean()),
+                "speedup": calibration.speedup(population.exit_layers[-1], float(layers.mean())),
+                "of_oracle_layers": float(share.mean()),
+                "of_oracle_time": float(((oracle + start_layers) / (layers + start_layers)).mean()),
             }
         )
     return found

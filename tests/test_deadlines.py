@@ -1,0 +1,170 @@
+"""Promised deadlines, by a simulation with a clock of its own: every promise is kept, whoever else comes."""
+
+import asyncio
+import heapq
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits.rule import ExitRule
+from server.deadlines import Deadlines
+from server.protocol import Text
+from server.work import REPLY_S, Item, Job
+
+LOOP = asyncio.new_event_loop()
+THREADS, LAYERS = 2, 6
+
+
+class Clock:
+    """perf_counter for server.deadlines and server.work."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("server.deadlines.perf_counter", lambda: self.now)
+
+
+def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:
+    """Texts with their seconds to the first exit; a text through every layer takes LAYERS times as long."""
+    seconds = {str(i): first for i, first in enumerate(firsts)}
+    future: Any = asyncio.Future(loop=LOOP)
+    return Job(
+        None,  # type: ignore[arg-type]
+        ExitRule(0, 1),
+        True,
+        False,
+        False,
+        [Text(name) for name in seconds],
+        lambda text: LAYERS * seconds[text.text],
+        future,
+        first_s=lambda text: seconds[text.text],
+        budget_s=budget_s,
+        best_effort=best_effort,
+        submitted=clock.now,
+    )
+
+
+times = st.floats(0.001, 0.02)
+asked = st.tuples(
+    st.floats(0, 0.05),  # seconds after the one before
+    st.lists(times, min_size=1, max_size=8),
+    st.floats(0.001, 0.3),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    jobs=st.lists(asked, min_size=1, max_size=12),
+    uses=st.lists(st.floats(0, 1), min_size=1, max_size=30),
+    others=st.lists(st.floats(0, 0.03), max_size=20),
+)
+def test_every_promise_is_kept(
+    jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
+) -> None:
+    """Texts take from their first exit to all the time they may; work without a deadline fills the gaps."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clock = Clock(monkeypatch)
+        deadlines = Deadlines(THREADS)
+        arrivals, at = [], clock.now
+        for gap, firsts, budget_s in jobs:
+            at += gap
+            arrivals.append((at, firsts, budget_s))
+        arrivals.reverse()
+        free = [clock.now] * THREADS
+        waiting: list[tuple[float, int, Item]] = []
+        kept, order, spent = [], 0, 0
+        while arrivals or waiting:
+            thread = min(range(THREADS), key=free.__getitem__)
+            if arrivals and arrivals[-1][0] <= free[thread]:
+                clock.now, firsts, budget_s = arrivals.pop()
+                new = job(clock, firsts, budget_s)
+                needed = deadlines.promise(new)
+                if needed:
+                    assert needed > budget_s - REPLY_S - 0.001 * len(firsts)
+                    continue
+                for item in new.items:
+                    heapq.heappush(waiting, (new.deadline or 0.0, order, item))
+                    order += 1
+                continue
+            clock.now = free[thread]
+            if waiting:
+                _, _, item = heapq.heappop(waiting)
+                ends = deadlines.begin(item, thread)
+                may = max(item.first_s, ends - clock.now)
+                use = uses[spent % len(uses)]
+                spent += 1
+                free[thread] = clock.now + item.first_s + use * (may - item.first_s)
+                if free[thread] < max(ends, clock.now + item.first_s):
+                    # It left earlier than it might: told at once in the engine, as the thread is free then.
+                    deadlines.held(thread, free[thread])
+                kept.append((free[thread], item.job.deadline))
+            else:
+                held = others.pop() if others else 0.0
+                free[thread] += held or max(1e-6, arrivals[-1][0] - free[thread])
+                deadlines.held(thread, free[thread] if held else 0.0)
+        assert all(end <= (deadline or 0.0) + 1e-9 for end, deadline in kept)
+
+
+@given(budget=st.floats(0.02, 1), more=st.floats(0, 1), texts=st.integers(1, 6), held=st.floats(0, 0.01))
+def test_a_larger_budget_never_gives_less_time(budget: float, more: float, texts: int, held: float) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        clock = Clock(monkeypatch)
+        ends = []
+        for budget_s in (budget, budget + more):
+            deadlines = Deadlines(THREADS)
+            deadlines.held(1, clock.now + held)
+            one = job(clock, [0.002] * texts, budget_s)
+            if deadlines.promise(one):
+                ends.append(-1.0)
+            else:
+                ends.append(deadlines.begin(one.items[0], 0))
+        assert ends[0] <= ends[1] + 1e-12
+
+
+def test_a_text_alone_gets_the_whole_budget_and_a_list_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(THREADS)
+    alone = job(clock, [0.01], 0.1)
+    assert deadlines.promise(alone) == 0
+    assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
+    deadlines.held(0, 0.0)
+    many = job(clock, [0.01] * 4, 0.1)
+    assert deadlines.promise(many) == 0
+    left = (many.deadline or 0.0) - clock.now
+    part = deadlines.begin(many.items[0], 0) - clock.now
+    assert 0.8 * left / 2 < part <= left / 2 + 1e-9
+
+
+def test_the_refusal_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(THREADS)
+    needed = deadlines.promise(job(clock, [0.01] * 10, 0.04))
+    assert needed == pytest.approx(0.05)
+    assert deadlines.promise(job(clock, [0.01] * 10, needed + REPLY_S + 0.001)) == 0
+    # Now every thread is spoken for until then: who asks for less would take it from them.
+    second = deadlines.promise(job(clock, [0.01] * 10, 0.055))
+    assert second > 0.055
+    assert deadlines.promise(job(clock, [0.01] * 10, second + REPLY_S + 0.001)) == 0
+
+
+def test_a_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(THREADS)
+    promised = job(clock, [0.01] * 10, 0.055)
+    late = job(clock, [0.01], 0.001, best_effort=True)
+    assert deadlines.promise(promised) == deadlines.promise(late) == 0
+    assert late.is_late and not promised.is_late
+    assert late.deadline is not None and promised.deadline is not None
+    assert late.deadline >= promised.deadline
+    assert deadlines.begin(late.items[0], 0) == clock.now  # it leaves at its first exit
+
+
+def test_what_was_given_up_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(THREADS)
+    given_up = job(clock, [0.01] * 10, 0.055)
+    assert deadlines.promise(given_up) == 0
+    deadlines.drop(given_up)
+    assert deadlines.promise(job(clock, [0.01] * 10, 0.055)) == 0
+    assert deadlines.begin(given_up.items[0], 0) == clock.now
