@@ -46,7 +46,7 @@ def ramp(
     for name, extra in (("off", []), ("on", ["--slo-p99-ms", f"{slo_ms:g}", *options])):
         console.print(f"the ramp, controller {name}: {SECONDS} s")
         with running(ours(store, model, options=extra), port, log) as started:
-            load(started.target, samples[:200], 1.0, connections=CONNECTIONS)
+            load(started.target, samples[:200], 1.0, connections=2)  # warm, but no load
             run = load(started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS)
         results["runs"][name] = _summary(run, slo_ms)
     (out / "ramp.json").write_text(json.dumps(results, indent=1) + "\n")
