@@ -40,9 +40,8 @@ class Choice:
         """The part of the layers' time that a text is expected to need."""
         if self.expected is None:
             return 1.0
-        return (self.expected.mean_exit_layer + 1) / (
-            num_layers + 1
-        )  # the embeddings and tokens cost about a layer
+        # The embeddings and the tokenizer cost about a layer.
+        return (self.expected.mean_exit_layer + 1) / (num_layers + 1)
 
     def row(self) -> dict[str, Any]:
         """How τ was chosen, as `explain` shows it."""

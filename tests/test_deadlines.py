@@ -18,7 +18,7 @@ THREADS, LAYERS = 2, 6
 
 
 class Clock:
-    """perf_counter for server.deadlines and server.work."""
+    """perf_counter for server.deadlines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -28,9 +28,10 @@ class Clock:
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:
     """Texts with their seconds to the first exit; a text through every layer takes LAYERS times as long."""
     seconds = {str(i): first for i, first in enumerate(firsts)}
+    model: Any = None
     future: Any = asyncio.Future(loop=LOOP)
     return Job(
-        None,  # type: ignore[arg-type]
+        model,
         ExitRule(0, 1),
         True,
         False,
