@@ -56,8 +56,7 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
         )
         with service.holding(job):
             await _run(job, scope, service, started + service.settings.timeout_s)
-        if choice.is_degraded:
-            metrics.degraded.labels(name).inc(len(job.items))
+        metrics.answered(name, choice, len(job.items))
         body = protocol.answer(
             name,
             [_row(item, job, served.model) for item in job.items],

@@ -1,138 +1,204 @@
 """Prometheus metrics of one server. Label values are bounded: served models, stages, reasons, causes."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from de3 import __version__
 from model_store.model import Model
-from server.watch import Drift
+from server.models import Served
+from server.rules import Choice
+from server.settings import Settings
 from server.work import Outcome
 
+# From the embeddings alone to the time-out, finest where the server mostly is.
 STAGE_BUCKETS = (
     *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
+# What leaves early is sure, so both signals crowd near 0.
+SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
+REASONS = ("threshold", "last_layer", "max_layer", "deadline")
+# ApiError.cause, and client_gone.
+CAUSES = (
+    *("bad_request", "not_json", "unknown_field", "unknown_model", "too_large", "too_long", "slow_body"),
+    *("loading", "queue_full", "shed", "budget", "timeout", "client_gone"),
+)
+
+InForce = Callable[[Served], Choice]
 
 
-class _DriftCollector(Collector):
-    """Drift is worked out when it is asked for, not with every text."""
+class _ModelGauges(Collector):
+    """What is worked out when it is asked for, not with every text; by model."""
 
-    def __init__(self, drifts: dict[str, Drift]) -> None:
-        self._drifts = drifts
+    def __init__(self, served: dict[str, Served], in_force: InForce) -> None:
+        self._served, self._in_force = served, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """One gauge; no values for a model whose window is not full yet."""
-        gauge = GaugeMetricFamily(
+        """The gauges; no drift for a model whose window is not full yet, no accuracy without calibration."""
+        tau = GaugeMetricFamily(
+            "de3_tau", "τ in force for requests that name none, raised under load", labels=["model"]
+        )
+        full = GaugeMetricFamily(
+            "de3_full_depth_accuracy", "Accuracy at full depth, by the calibration", labels=["model"]
+        )
+        drift = GaugeMetricFamily(
             "de3_drift",
             "How the last texts differ from calibration, by signal of the first exit; 0: not at all",
             labels=["model", "signal", "statistic"],
         )
-        for model, drift in self._drifts.items():
-            for (signal, statistic), value in drift.statistics().items():
-                gauge.add_metric([model, signal, statistic], value)
-        yield gauge
+        for name, served in list(self._served.items()):
+            tau.add_metric([name], self._in_force(served).rule.tau)
+            if served.rules.wishes is not None:
+                full.add_metric([name], served.rules.wishes.rows[0].accuracy)
+            if served.watch.drift is not None:
+                for (signal, statistic), value in served.watch.drift.statistics().items():
+                    drift.add_metric([name, signal, statistic], value)
+        yield from (tau, full, drift)
 
 
 class Metrics:
     """All metrics, in a registry of their own."""
 
-    def __init__(self, deepest: int) -> None:
-        """`deepest`: the most layers that a served model has."""
+    def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
+        """`deepest`: the most layers that a served model has; `in_force`: the choice for requests without."""
         self.registry = r = CollectorRegistry()
-        self.exit_layer = Histogram(
+        ProcessCollector(registry=r)
+        counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
+        self.exit_layer = histogram(
             "de3_exit_layer",
-            "Layer at which a text left (0: embeddings)",
-            ["model"],
+            "Layer at which a text left (0: embeddings), and why",
+            ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
-            registry=r,
         )
-        self.exits = Counter(
-            "de3_exits", "Texts by the reason for which they left", ["model", "reason"], registry=r
+        self.layers_run = counter("de3_layers_run", "Encoder layers executed", ["model"])
+        self.layers_saved = counter("de3_layers_saved", "Encoder layers that leaving early saved", ["model"])
+        self.full_depth = counter(
+            "de3_full_depth_seconds",
+            "Model time that the texts would have taken through every layer, by what was measured at start",
+            ["model"],
         )
-        self.layers_run = Counter("de3_layers_run", "Encoder layers executed", ["model"], registry=r)
-        self.layers_saved = Counter(
-            "de3_layers_saved", "Encoder layers that leaving early saved", ["model"], registry=r
+        self.tokens = counter("de3_tokens", "Tokens of the texts that left", ["model"])
+        self.entropy = histogram(
+            "de3_exit_entropy", "Entropy at the exit where a text left", ["model"], buckets=SIGNAL_BUCKETS
         )
-        self.tokens = Counter("de3_tokens", "Tokens of the texts that left", ["model"], registry=r)
-        self.request_latency = Histogram(
+        self.distance_ratio = histogram(
+            "de3_exit_distance_ratio",
+            "Distance ratio at the exit where a text left, if that has prototypes",
+            ["model"],
+            buckets=SIGNAL_BUCKETS,
+        )
+        self.request_latency = histogram(
             "de3_request_latency_seconds",
             "From a request's head to its answer",
             ["model"],
             buckets=REQUEST_BUCKETS,
-            registry=r,
         )
-        self.stage_latency = Histogram(
+        self.stage_latency = histogram(
             "de3_stage_latency_seconds",
             "Time of one text in a stage: queue, tokenize, model",
             ["model", "stage"],
             buckets=STAGE_BUCKETS,
-            registry=r,
         )
-        self.requests = Counter(
+        self.requests = counter(
             "de3_requests",
             "Answers to /classify by HTTP status; model is none where no model was found",
             ["model", "status"],
-            registry=r,
         )
-        self.rejected = Counter("de3_rejected", "Requests not answered, by cause", ["cause"], registry=r)
-        self._in_flight = Gauge("de3_in_flight_requests", "Requests being answered", registry=r)
-        self._ready = Gauge("de3_ready", "1 once every model is loaded and warmed up", registry=r)
-        self._queue = Gauge("de3_queue_texts", "Texts waiting for an engine thread", registry=r)
-        self.far = Counter(
-            "de3_far_texts", "Texts far from every prototype at an exit (--ood-policy)", ["model"], registry=r
+        self.rejected = counter("de3_rejected", "Requests not answered, by cause", ["cause"])
+        self.far = counter(
+            "de3_far_texts", "Texts far from every prototype at an exit (--ood-policy)", ["model"]
         )
-        self.degraded = Counter(
-            "de3_degraded_texts", "Texts answered with a τ that was raised under load", ["model"], registry=r
+        self.degraded = counter(
+            "de3_degraded_texts", "Texts answered with a τ that was raised under load", ["model"]
         )
-        self._tau = Gauge(
-            "de3_tau", "τ in force for requests that name none, raised under load", ["model"], registry=r
+        self.calibrated = counter(
+            "de3_calibrated_texts", "Texts answered with a τ that the calibration knows", ["model"]
         )
+        self.expected_right = counter(
+            "de3_expected_right_texts", "How many of those are right, by the calibration", ["model"]
+        )
+        self._model = Gauge(
+            "de3_model_info", "1 for each served model", ["model", "precision", "runtime", "layers"], registry=r
+        )
+        self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
+        r.register(_ModelGauges(self._served, in_force))
+        for cause in CAUSES:  # a rate needs the zero before the first one
+            self.rejected.labels(cause)
+        self._limits(settings)
+
+    def _limits(self, settings: Settings) -> None:
+        """What alerts compare with."""
+        r = self.registry
+        Info("de3", "The server", registry=r).info({"version": __version__})
+        Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
+        Gauge("de3_queue_limit_texts", "Most texts that may wait", registry=r).set(settings.max_queue)
+        if settings.slo_p99_ms is not None:
+            objective = Gauge("de3_latency_objective_seconds", "--slo-p99-ms, in seconds", registry=r)
+            objective.set(settings.slo_p99_ms / 1000)
 
     def watch(
-        self, queue_length: Callable[[], int], is_ready: Callable[[], bool], in_flight: Callable[[], int]
+        self,
+        queue_length: Callable[[], int],
+        is_ready: Callable[[], bool],
+        in_flight: Callable[[], int],
+        level: Callable[[], int],
     ) -> None:
         """Read these whenever the metrics are scraped."""
-        self._queue.set_function(queue_length)
-        self._ready.set_function(is_ready)
-        self._in_flight.set_function(in_flight)
+        for name, help_, value in (
+            ("de3_in_flight_requests", "Requests being answered", in_flight),
+            ("de3_ready", "1 once every model is loaded and warmed up", is_ready),
+            ("de3_queue_texts", "Texts waiting for an engine thread", queue_length),
+            ("de3_load_level", "Steps by which the default τ is raised under load", level),
+        ):
+            Gauge(name, help_, registry=self.registry).set_function(value)
 
-    def watch_rules(self, taus: dict[str, Callable[[], float]]) -> None:
-        """Read the τ in force whenever the metrics are scraped; by model."""
-        for model, tau in taus.items():
-            self._tau.labels(model).set_function(tau)
+    def add(self, served: Served) -> None:
+        """Count what this model does from now on."""
+        name, manifest = served.model.full_name, served.model.manifest
+        self._model.labels(name, manifest.precision, served.model.runtime, str(manifest.num_layers)).set(1)
+        self.requests.labels(name, "200")
+        for counter in (self.degraded, self.calibrated, self.expected_right):
+            counter.labels(name)
+        self._observers[name] = self._observer(served)
+        self._served[name] = served
 
-    def watch_drift(self, drifts: dict[str, Drift]) -> None:
-        """Read these whenever the metrics are scraped; by model."""
-        self.registry.register(_DriftCollector(drifts))
+    def answered(self, model: str, choice: Choice, texts: int) -> None:
+        """Count the texts of an answered request by how τ was chosen."""
+        if choice.is_degraded:
+            self.degraded.labels(model).inc(texts)
+        if choice.expected is not None:
+            self.calibrated.labels(model).inc(texts)
+            self.expected_right.labels(model).inc(texts * choice.expected.accuracy)
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""
-        observer = self._observers.get(model.full_name)
-        if observer is None:
-            observer = self._observers[model.full_name] = self._observer(model)
-        observer(outcome)
+        self._observers[model.full_name](outcome)
 
-    def _observer(self, model: Model) -> Callable[[Outcome], None]:
+    def _observer(self, served: Served) -> Callable[[Outcome], None]:
         """A function with the label look-ups of one model done once."""
-        name, depth = model.full_name, model.manifest.num_layers
-        layer = self.exit_layer.labels(name)
-        reasons = {
-            r: self.exits.labels(name, r) for r in ("threshold", "last_layer", "max_layer", "deadline")
-        }
+        name, depth = served.model.full_name, served.model.manifest.num_layers
+        layers = {reason: self.exit_layer.labels(name, reason) for reason in REASONS}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]
-        counters = (self.layers_run, self.layers_saved, self.tokens, self.far)
-        run, saved, tokens, far = (c.labels(name) for c in counters)
+        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.far)
+        run, saved, full_depth, tokens, far = (c.labels(name) for c in counters)
+        entropy, ratio = self.entropy.labels(name), self.distance_ratio.labels(name)
+        full_depth_s = served.timing.full_depth_s
 
         def observe(o: Outcome) -> None:
-            layer.observe(o.layer)
-            reasons[o.reason].inc()
+            layers[o.reason].observe(o.layer)
             run.inc(o.layer)
             saved.inc(depth - o.layer)
+            full_depth.inc(full_depth_s(o.tokens))
             tokens.inc(o.tokens)
+            entropy.observe(o.reading.entropy)
+            if o.reading.distance_ratio is not None:
+                ratio.observe(o.reading.distance_ratio)
             if o.is_far:
                 far.inc()
             for stage, seconds in zip(stages, (o.queue_s, o.tokenize_s, o.model_s), strict=True):

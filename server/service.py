@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from time import perf_counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -35,11 +34,17 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.artifacts: list[Artifact] = find(Store(settings.store), settings.models)
-        self.metrics = Metrics(max(a.manifest.num_layers for a in self.artifacts))
+        deepest = max(a.manifest.num_layers for a in self.artifacts)
+        self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
         self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
         self.models = Models([])
         self.state = "loading"
-        self.metrics.watch(self.engine.queue.__len__, lambda: self.state == "ready", lambda: self.in_flight)
+        self.metrics.watch(
+            self.engine.queue.__len__,
+            lambda: self.state == "ready",
+            lambda: self.in_flight,
+            lambda: self.level,
+        )
         self.failure: Exception | None = None
         self.in_flight = 0
         self.texts_in_flight = 0  # of requests in flight
@@ -54,10 +59,8 @@ class Service:
         try:
             started = perf_counter()
             self.models = Models([await asyncio.to_thread(load, a, self.settings) for a in self.artifacts])
-            self.metrics.watch_drift(
-                {s.model.full_name: s.watch.drift for s in self.models.all if s.watch.drift is not None}
-            )
-            self.metrics.watch_rules({s.model.full_name: partial(self._tau, s) for s in self.models.all})
+            for served in self.models.all:
+                self.metrics.add(served)
             self._start_controller()
             self.engine.start()
             # What is loaded stays: no collection need look at it again while requests wait.
@@ -96,9 +99,6 @@ class Service:
         """Texts that a new short one finds before it: in flight, less what is done and what it overtakes."""
         later = self.engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts_in_flight - sum(job.finished for job in self.lists) - later)
-
-    def _tau(self, served: Served) -> float:
-        return served.rules.in_force(self.level).rule.tau
 
     @property
     def level(self) -> int:

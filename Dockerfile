@@ -1,0 +1,33 @@
+# The server with its demo model. docker build -t de3 . && docker run -p 8000:8000 de3
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS build
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/de3
+WORKDIR /src
+# What the code depends on changes less often than the code: a layer of its own.
+COPY pyproject.toml ./
+RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > needs.txt \
+    && /opt/de3/bin/pip install --no-cache-dir --requirement needs.txt
+COPY . .
+RUN /opt/de3/bin/pip install --no-cache-dir --no-deps . \
+    # Nothing is installed at run time, and a test suite of a library serves nobody.
+    && /opt/de3/bin/pip uninstall --yes pip \
+    && find /opt/de3 -type d -name tests -prune -exec rm -rf {} +
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="de3" \
+      org.opencontainers.image.description="Text classifiers that exit early (DE3-BERT)" \
+      org.opencontainers.image.licenses="Apache-2.0"
+COPY --from=build /opt/de3 /opt/de3
+COPY models /models
+ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models
+USER 10001:10001
+WORKDIR /
+EXPOSE 8000
+HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"DE3_PORT\"]}/ready', timeout=2)"]
+ENTRYPOINT ["de3"]
+CMD ["serve"]

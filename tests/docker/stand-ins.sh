@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Stand-ins for base images that cannot be pulled, made of Debian's packages, so that the Dockerfile and
+# docker-compose.yml can be tried where there is no image registry. Needs root, debootstrap and a Docker engine.
+#
+#   tests/docker/stand-ins.sh     reads .env, makes what `docker image inspect` does not find
+#
+# Python: a minimal Debian with python3. Prometheus: Debian's package on top. Grafana: Debian has none.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+. ./.env
+mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+suite=${DEBIAN_SUITE:-trixie}
+
+have() { docker image inspect "$1" > /dev/null 2>&1; }
+
+if ! have "$PYTHON_IMAGE"; then
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
+        "$suite" "$root" "$mirror" > /dev/null
+    # Python's own image has the headers, with which extension modules are built.
+    headers=$(basename "$(readlink -f "$root/usr/bin/python3")")
+    chroot "$root" sh -c "cd /tmp && apt-get download -qq -o APT::Sandbox::User=root lib$headers-dev && dpkg-deb -x lib*-dev*.deb x \
+        && cp -r x/usr/include/* /usr/include/ && rm -rf x lib*-dev*.deb"
+    # A machine behind an inspecting proxy has a bundle of its own, which pip must trust.
+    bundle=${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}
+    if [ -r "$bundle" ]; then
+        cp "$bundle" "$root/etc/ssl/certs/ca-certificates.crt"
+        printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' > "$root/etc/pip.conf"
+    fi
+    rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/usr/share/doc/* \
+        "$root"/usr/share/locale/* "$root"/usr/share/man/*
+    tar -C "$root" -c . | docker import --change 'CMD ["python3"]' - "$PYTHON_IMAGE" > /dev/null
+    echo "made a stand-in for $PYTHON_IMAGE"
+fi
+
+if ! have "$PROMETHEUS_IMAGE"; then
+    DOCKER_BUILDKIT=0 docker build --quiet --tag "$PROMETHEUS_IMAGE" - > /dev/null << DOCKERFILE
+FROM $PYTHON_IMAGE
+RUN apt-get update && apt-get install --yes --no-install-recommends prometheus \
+    && rm -rf /var/lib/apt/lists/* && mkdir -p /prometheus && chown nobody /prometheus
+USER nobody
+WORKDIR /prometheus
+ENTRYPOINT ["/bin/prometheus"]
+DOCKERFILE
+    echo "made a stand-in for $PROMETHEUS_IMAGE"
+fi
