@@ -476,6 +476,7 @@ def calibrate(
 SERVING = "Limits"
 WISHES = "Requests that ask nothing"
 LOAD = "Under load"
+LOGS = "Logs and traces"
 
 
 @app.command()
@@ -593,6 +594,33 @@ def serve(
             rich_help_panel=LOAD,
         ),
     ] = 1.0,
+    log_format: Annotated[
+        str, typer.Option(envvar="DE3_LOG_FORMAT", help="text, or json.", rich_help_panel=LOGS)
+    ] = "text",
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--log-requests", envvar="DE3_LOG_REQUESTS", help="A line for each request.", rich_help_panel=LOGS
+        ),
+    ] = False,
+    log_texts: Annotated[
+        bool,
+        typer.Option(
+            "--log-texts",
+            envvar="DE3_LOG_TEXTS",
+            help="And the texts in it: mind that they are your users'.",
+            rich_help_panel=LOGS,
+        ),
+    ] = False,
+    traces: Annotated[
+        bool,
+        typer.Option(
+            "--traces",
+            envvar="DE3_TRACES",
+            help="Send OpenTelemetry traces, to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the otel extra.",
+            rich_help_panel=LOGS,
+        ),
+    ] = False,
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
@@ -622,6 +650,10 @@ def serve(
             slo_p99_ms=slo_p99_ms,
             min_accuracy=min_accuracy,
             max_load_disagreement=max_load_disagreement,
+            log_format=log_format,  # type: ignore[arg-type]  # Settings checks it
+            log_requests=log_requests,
+            log_texts=log_texts,
+            traces=traces,
         )
     )
 

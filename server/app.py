@@ -11,13 +11,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3 import __version__
 from exits.guarantee import CONFIDENCE
 from server import examples
 from server.classify import classify
 from server.errors import ApiError
+from server.exchange import HEADER, request_id
 from server.service import Service
 
 CLASSIFY_PATHS = ("/classify", "/v1/classify")
@@ -33,10 +34,23 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
                 await service.shed(scope, receive, send)
             else:
                 await classify(scope, receive, send, service)
+        elif scope["type"] == "http":
+            await other(scope, receive, _with_id(send, request_id(scope)))
         else:
             await other(scope, receive, send)
 
     return app
+
+
+def _with_id(send: Send, request_id: str) -> Send:
+    """Sends answers with their request's id."""
+
+    async def with_id(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", []), (HEADER, request_id.encode())]
+        await send(message)
+
+    return with_id
 
 
 def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
@@ -47,7 +61,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         loading = asyncio.create_task(service.load(on_failure))
         yield
         loading.cancel()
-        await asyncio.to_thread(service.engine.stop)
+        await asyncio.to_thread(service.stop)
 
     # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
     app = FastAPIOffline(

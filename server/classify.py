@@ -15,6 +15,7 @@ from model_store.model import Model
 from server import protocol
 from server.engine import DeadlineError
 from server.errors import ApiError
+from server.exchange import HEADER, Exchange, request_id
 from server.models import Served
 from server.protocol import ClassifyRequest
 from server.queue import QueueFullError
@@ -27,60 +28,69 @@ log = logging.getLogger("de3")
 
 async def classify(scope: Scope, receive: Receive, send: Send, service: Service) -> None:
     """Answer one request; every outcome is counted."""
-    started = perf_counter()
+    x = Exchange(request_id(scope), scope)
     metrics = service.metrics
-    name, status = "none", 500
     answer: tuple[bytes, str] | None = None
     service.in_flight += 1
     try:
-        parsed = await _read(scope, receive, service)
-        served = service.models.get(parsed.model)
-        name = served.model.full_name
-        choice = service.choose(served, parsed)
-        future = asyncio.get_running_loop().create_future()
-        job = Job(
-            served.model,
-            choice.rule,
-            parsed.truncate,
-            parsed.explain,
-            parsed.ood,
-            parsed.input,
-            served.timing.predict,
-            future,
-            served.together_s,
-            served.timing.layer_s,
-            served.timing.predict_first_exit,
-            choice.budget_s,
-            parsed.best_effort,
-            served.watch,
-        )
-        with service.holding(job):
-            await _run(job, scope, service, started + service.settings.timeout_s)
-        metrics.answered(name, choice, len(job.items))
-        body = protocol.answer(
-            name,
-            [_row(item, job, served.model) for item in job.items],
-            sum(item.outcome.tokens for item in job.items if item.outcome),
-            _about(choice, served, parsed.explain),
-        )
-        status, answer = 200, (body, _timing(job, started, perf_counter()))
+        answer = await _answer(x, receive, service)
+        x.status = 200
     except ApiError as error:
-        metrics.rejected.labels(error.cause).inc()
-        status = error.status
-        await error.response()(scope, receive, send)
+        x.status, x.cause = error.status, error.cause
+        await error.response(x.id)(scope, receive, send)
     except ClientDisconnect:  # nobody reads an answer
-        metrics.rejected.labels("client_gone").inc()
-        status = 499
+        x.status, x.cause = 499, "client_gone"
     except Exception:
-        log.exception("a request failed")
+        log.exception("request %s failed", x.id)
+        x.cause = "internal"
         failure = ApiError(500, "internal error; the server's log has the details")
-        await failure.response()(scope, receive, send)
+        await failure.response(x.id)(scope, receive, send)
     finally:
         service.in_flight -= 1
-        metrics.requests.labels(name, str(status)).inc()
-        metrics.request_latency.labels(name).observe(perf_counter() - started)
+        x.ended = perf_counter()
+        if x.cause is not None:
+            metrics.rejected.labels(x.cause).inc()
+        metrics.requests.labels(x.model, str(x.status)).inc()
+        metrics.request_latency.labels(x.model).observe(x.ended - x.started)
     if answer is not None:  # no longer in flight: a client that reads slowly takes no one's place
-        await _send(send, *answer)
+        await _send(send, x.id, *answer)
+    service.report(x)
+
+
+async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[bytes, str]:
+    """The answer's body and timing; raises ApiError or ClientDisconnect."""
+    parsed = await _read(x.scope, receive, service)
+    served = service.models.get(parsed.model)
+    x.model = served.model.full_name
+    choice = service.choose(served, parsed)
+    future = asyncio.get_running_loop().create_future()
+    x.job = job = Job(
+        served.model,
+        choice.rule,
+        parsed.truncate,
+        parsed.explain,
+        parsed.ood,
+        parsed.input,
+        served.timing.predict,
+        future,
+        served.together_s,
+        served.timing.layer_s,
+        served.timing.predict_first_exit,
+        choice.budget_s,
+        parsed.best_effort,
+        served.watch,
+    )
+    with service.holding(job):
+        await _run(job, x.scope, service, x.started + service.settings.timeout_s)
+    service.metrics.answered(x.model, choice, len(job.items))
+    body = protocol.answer(
+        x.id,
+        x.model,
+        [_row(item, job, served.model) for item in job.items],
+        sum(item.outcome.tokens for item in job.items if item.outcome),
+        _about(choice, served, parsed.explain),
+    )
+    return body, _timing(job, x.started, perf_counter())
 
 
 async def _read(scope: Scope, receive: Receive, service: Service) -> ClassifyRequest:
@@ -172,12 +182,13 @@ async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
             connection.on_gone = None
 
 
-async def _send(send: Send, body: bytes, timing: str) -> None:
+async def _send(send: Send, request_id: str, body: bytes, timing: str) -> None:
     """Send an answer."""
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
         (b"server-timing", timing.encode()),
+        (HEADER, request_id.encode()),
     ]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,5 +1,7 @@
 """Errors as a client sees them: {"error": {"message", "type", "param", "code"}}."""
 
+from typing import Literal
+
 import orjson
 from starlette.responses import Response
 
@@ -16,6 +18,25 @@ TYPES = {
 }
 
 
+# Why a request was not answered, in a word: a label in the metrics.
+Cause = Literal[
+    "bad_request",
+    "not_json",
+    "unknown_field",
+    "unknown_model",
+    "too_large",
+    "too_long",
+    "slow_body",
+    "loading",
+    "queue_full",
+    "shed",
+    "budget",
+    "timeout",
+    "client_gone",
+    "internal",
+]
+
+
 class ApiError(Exception):
     """An answer that is an error.
 
@@ -23,7 +44,7 @@ class ApiError(Exception):
         status: HTTP status, one of TYPES.
         message: names the field, what is wrong with it and what is allowed.
         param: the field, if one is to blame.
-        cause: a short word for the metrics.
+        cause: for the metrics.
         retry_after: seconds after which to try again (503).
     """
 
@@ -32,7 +53,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         param: str | None = None,
-        cause: str = "bad_request",
+        cause: Cause = "bad_request",
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
@@ -44,7 +65,9 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "Error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
-    def response(self) -> Response:
+    def response(self, request_id: str | None = None) -> Response:
         """The HTTP response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if request_id is not None:
+            headers["X-Request-ID"] = request_id
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")

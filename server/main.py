@@ -1,11 +1,11 @@
 """Run the server: one process, drained on SIGTERM."""
 
-import logging
 import signal
 from types import FrameType
 
 import uvicorn
 
+from server import logs
 from server.app import create_app
 from server.http import Http
 from server.service import Service
@@ -29,7 +29,7 @@ def serve(settings: Settings) -> None:
 
     Raises StoreError when a model is missing or not sound.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.configure(settings.log_format)
     service = Service(settings)
 
     def stop() -> None:

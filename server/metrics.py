@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
@@ -9,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from de3 import __version__
 from model_store.model import Model
+from server.errors import Cause
 from server.models import Served
 from server.rules import Choice
 from server.settings import Settings
@@ -23,12 +25,6 @@ REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 # What leaves early is sure, so both signals crowd near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 REASONS = ("threshold", "last_layer", "max_layer", "deadline")
-# ApiError.cause, and client_gone.
-CAUSES = (
-    *("bad_request", "not_json", "unknown_field", "unknown_model", "too_large", "too_long", "slow_body"),
-    *("loading", "queue_full", "shed", "budget", "timeout", "client_gone"),
-)
-
 InForce = Callable[[Served], Choice]
 
 
@@ -123,12 +119,15 @@ class Metrics:
             "de3_expected_right_texts", "How many of those are right, by the calibration", ["model"]
         )
         self._model = Gauge(
-            "de3_model_info", "1 for each served model", ["model", "precision", "runtime", "layers"], registry=r
+            "de3_model_info",
+            "1 for each served model",
+            ["model", "precision", "runtime", "layers"],
+            registry=r,
         )
         self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
-        for cause in CAUSES:  # a rate needs the zero before the first one
+        for cause in get_args(Cause):  # a rate needs the zero before the first one
             self.rejected.labels(cause)
         self._limits(settings)
 

@@ -1,8 +1,6 @@
 """The wire format of /classify: a superset of vLLM's and SGLang's. Parse once, serialize once."""
 
-import itertools
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -193,16 +191,16 @@ def reading_row(reading: Reading) -> dict[str, Any]:
     }
 
 
-# Unique without asking the system for randomness for every answer.
-_ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
-
-
 def answer(
-    model: str, data: Sequence[dict[str, Any]], tokens: int, more: dict[str, Any] | None = None
+    request_id: str,
+    model: str,
+    data: Sequence[dict[str, Any]],
+    tokens: int,
+    more: dict[str, Any] | None = None,
 ) -> bytes:
     """The body of an answer; data has one row for each text, more: further fields."""
     body = {
-        "id": f"classify-{_ID}{next(_NUMBER):016x}",
+        "id": f"classify-{request_id}",
         "object": "list",
         "created": int(time.time()),
         "model": model,

@@ -13,12 +13,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from model_store.store import Artifact, Store
 from server.engine import Engine
 from server.errors import ApiError
+from server.exchange import HEADER, Exchange, Reporter, request_id
 from server.load import TICK_S, Controller
+from server.logs import RequestLog
 from server.metrics import Metrics
 from server.models import Models, Served, find, load, unknown_model
 from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.settings import Settings
+from server.traces import Traces, provider
 from server.work import REPLY_S, Job
 
 log = logging.getLogger("de3")
@@ -53,6 +56,12 @@ class Service:
         self.controller: Controller | None = None
         self._ticks: asyncio.Task[None] | None = None
         self.shed = self._shed_response()
+        self._reporters: list[Reporter] = []
+        if settings.log_requests or settings.log_texts:
+            self._reporters.append(RequestLog(settings.log_texts))
+        self.traces = Traces(provider()) if settings.traces else None
+        if self.traces is not None:
+            self._reporters.append(self.traces)
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
@@ -117,6 +126,17 @@ class Service:
             self.texts_in_flight -= len(job.items)
             self.lists.discard(job)
 
+    def report(self, x: Exchange) -> None:
+        """Log and trace a request that is over, as far as that was asked for."""
+        for reporter in self._reporters:
+            reporter(x)
+
+    def stop(self) -> None:
+        """Finish what was accepted, and send what is left to tell of it."""
+        self.engine.stop()
+        if self.traces is not None:
+            self.traces.stop()
+
     def drain(self) -> None:
         """From now on not ready; requests that were accepted are still answered."""
         self.state = "draining"
@@ -146,14 +166,17 @@ class Service:
             cause="shed",
             retry_after=1,
         ).response()
-        start = {"type": "http.response.start", "status": 503, "headers": response.raw_headers}
         body = {"type": "http.response.body", "body": response.body}
 
-        async def shed(_: Scope, __: Receive, send: Send) -> None:
+        async def shed(scope: Scope, _: Receive, send: Send) -> None:
             refused.inc()
             requests.inc()
-            await send(start)
+            x = Exchange(request_id(scope), scope, status=503, cause="shed")
+            headers = [*response.raw_headers, (HEADER, x.id.encode())]
+            await send({"type": "http.response.start", "status": 503, "headers": headers})
             await send(body)
+            x.ended = perf_counter()
+            self.report(x)
 
         return shed
 

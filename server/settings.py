@@ -33,6 +33,10 @@ class Settings(BaseModel):
         min_accuracy: under load τ is raised only as far as the calibrated accuracy stays at least this;
             None: 2 points under that of full depth.
         max_load_disagreement: and as the calibrated disagreement with full depth stays at most this.
+        log_format: of the log on standard error: text, or json, one object a line.
+        log_requests: log a line for each request to /classify.
+        log_texts: and in it the texts themselves.
+        traces: send OpenTelemetry traces, as the OTEL_* variables say.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -56,6 +60,10 @@ class Settings(BaseModel):
     slo_p99_ms: Annotated[float, Field(gt=0)] | None = None
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     max_load_disagreement: Annotated[float, Field(ge=0, le=1)] = 1.0
+    log_format: Literal["text", "json"] = "text"
+    log_requests: bool = False
+    log_texts: bool = False
+    traces: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> "Settings":

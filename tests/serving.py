@@ -1,5 +1,9 @@
 """A real server in a thread, on a real socket, whose engine the test can hold still."""
 
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,8 +53,13 @@ class Server:
         return httpx.post(self.url + "/classify", json=body, timeout=30)
 
     def metric(self, name: str, **labels: str) -> float:
-        value = self.service.metrics.registry.get_sample_value(name, labels)
-        return 0.0 if value is None else value
+        """The sum of a metric's samples that have these labels."""
+        return sum(
+            sample.value
+            for family in self.service.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
 
 
 @contextmanager
@@ -80,3 +89,31 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+
+@contextmanager
+def process(store: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """`de3 serve` as a user runs it, on a port that the system chooses."""
+    command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), *arguments]
+    running = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DE3_PORT": "0"}
+    )
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def url_when_ready(running: subprocess.Popen[str]) -> str:
+    """The server's address, once its log says that it is ready; the log is read on in the background."""
+    url, ready = "", False
+    assert running.stderr is not None
+    for line in running.stderr:
+        found = re.search(r"running on (http://[0-9.:]+)", line)
+        url = found[1] if found else url
+        ready = ready or "ready in" in line
+        if url and ready:
+            break
+    threading.Thread(target=running.stderr.read, daemon=True).start()
+    return url

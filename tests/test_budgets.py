@@ -166,7 +166,7 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
             assert row["layers"] == full["layers"][: row["exit"]["layer"] + 1]  # the same bits, fewer of them
             if deepest < 3:
                 assert took < budget_ms / 1000 + LAYER_S + NOISE_S
-        assert server.metric("de3_exits_total", model="tiny:1", reason="deadline") >= 1
+        assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") >= 1
 
 
 def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:

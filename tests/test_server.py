@@ -1,12 +1,14 @@
 """The server end to end: real sockets, real ONNX Runtime, answers checked against the plain full model."""
 
 import json
+import re
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 from exits.rule import read
 from model_store.model import Model
 from model_store.store import Store
+from server.errors import Cause
 from tests.conftest import make_rows
 from tests.serving import Server, serving, until
 
@@ -317,25 +320,66 @@ def test_a_slow_body_is_not_queue_time(server: Server) -> None:
 
 def test_metrics_count_what_happened(server: Server) -> None:
     def read() -> dict[str, float]:
-        lines = httpx.get(server.url + "/metrics").text.splitlines()
-        return {k: float(v) for k, v in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+        found: dict[str, float] = defaultdict(float)
+        for line in httpx.get(server.url + "/metrics").text.splitlines():
+            if not line.startswith("#"):
+                name, value = line.rsplit(" ", 1)
+                found[re.sub(r'(,?)reason="\w+"', "", name)] += float(value)
+        return found
 
     before = read()
-    layers = [row["exit"]["layer"] for row in server.classify(input=TEXTS[:20], tau=0.3).json()["data"]]
+    rows = server.classify(input=TEXTS[:20], tau=0.3).json()["data"]
+    layers = [row["exit"]["layer"] for row in rows]
     server.classify(input="")
     after = read()
 
     def grew(name: str) -> float:
-        return after[name] - before.get(name, 0)
+        return after[name] - before[name]
 
     assert grew('de3_exit_layer_count{model="tiny:1"}') == 20
     assert grew('de3_exit_layer_sum{model="tiny:1"}') == sum(layers)
     assert grew('de3_exit_layer_bucket{le="1.0",model="tiny:1"}') == sum(x <= 1 for x in layers)
     assert grew('de3_layers_run_total{model="tiny:1"}') == sum(layers)
     assert grew('de3_layers_saved_total{model="tiny:1"}') == sum(3 - x for x in layers)
+    sure = sum(row["exit"]["entropy"] <= 0.1 for row in rows)
+    assert grew('de3_exit_entropy_bucket{le="0.1",model="tiny:1"}') == sure
+    model = server.service.models.get("tiny")
+    ratios = [row["exit"]["distance_ratio"] for row in rows if row["exit"]["distance_ratio"] is not None]
+    assert grew('de3_exit_distance_ratio_count{model="tiny:1"}') == len(ratios)
+    least, most = (20 * model.timing.full_depth_s(n) for n in (1, 64))
+    assert 0.9 * least <= grew('de3_full_depth_seconds_total{model="tiny:1"}') <= 1.1 * most
     assert grew('de3_request_latency_seconds_count{model="tiny:1"}') == 1
     for stage in ("queue", "tokenize", "model"):
         assert grew(f'de3_stage_latency_seconds_count{{model="tiny:1",stage="{stage}"}}') == 20
     assert grew('de3_requests_total{model="none",status="422"}') == 1
     assert grew('de3_rejected_total{cause="bad_request"}') == 1
     assert after["de3_in_flight_requests"] == 0 and after["de3_queue_texts"] == 0 and after["de3_ready"] == 1
+
+
+def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
+    served = server.service.models.get("tiny")
+    assert served.rules.wishes is not None
+    full = served.rules.wishes.rows[0]
+
+    def counts() -> tuple[float, float]:
+        return tuple(
+            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_right")
+        )
+
+    known, right = counts()
+    server.classify(input=["good", "bad"], tau=0)
+    server.classify(input="good", tau=0.123456)  # of which the calibration knows nothing
+    assert counts() == pytest.approx((known + 2, right + 2 * full.accuracy))
+    assert server.metric("de3_full_depth_accuracy", model="tiny:1") == full.accuracy
+    assert server.metric("de3_tau", model="tiny:1") == served.rules.default.rule.tau
+
+
+def test_every_cause_has_a_series_before_it_happens(store: Path) -> None:
+    with serving(store) as server:
+        causes = {
+            s.labels["cause"]
+            for f in server.service.metrics.registry.collect()
+            for s in f.samples
+            if s.name == "de3_rejected_total"
+        }
+    assert causes == set(get_args(Cause)) >= {"shed", "client_gone"}

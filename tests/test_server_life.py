@@ -1,17 +1,12 @@
 """The server under trouble: loading, overload, time-outs, clients that leave, and the end."""
 
 import json
-import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,7 +16,7 @@ from model_store.model import Model
 from model_store.store import StoreError
 from server.service import Service
 from server.settings import Settings
-from tests.serving import Gate, Server, serving, until
+from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 
 def test_a_full_queue_is_503_with_retry_after_and_loses_nothing(
@@ -231,34 +226,6 @@ def test_a_store_without_models_is_refused_before_the_port_opens(tmp_path: Path,
         Service(Settings(store=tmp_path))
     with pytest.raises(StoreError, match="no model 'other'"):
         Service(Settings(store=store, models=["other"]))
-
-
-@contextmanager
-def process(store: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`de3 serve` as a user runs it, on a port that the system chooses."""
-    command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), *arguments]
-    running = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DE3_PORT": "0"}
-    )
-    try:
-        yield running
-    finally:
-        running.kill()
-        running.communicate()
-
-
-def url_when_ready(running: subprocess.Popen[str]) -> str:
-    """The server's address, once its log says that it is ready; the log is read on in the background."""
-    url, ready = "", False
-    assert running.stderr is not None
-    for line in running.stderr:
-        found = re.search(r"running on (http://[0-9.:]+)", line)
-        url = found[1] if found else url
-        ready = ready or "ready in" in line
-        if url and ready:
-            break
-    threading.Thread(target=running.stderr.read, daemon=True).start()
-    return url
 
 
 @pytest.mark.slow

@@ -1,0 +1,62 @@
+"""Logs: as text or as JSON lines, and one line for each request if that is asked for."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from pythonjsonlogger.orjson import OrjsonFormatter
+
+from server.exchange import Exchange
+
+log = logging.getLogger("de3.requests")
+
+
+def configure(style: str) -> None:
+    """Log to standard error: style text, or json, one object a line."""
+    handler = logging.StreamHandler()
+    if style == "json":
+        handler.setFormatter(
+            OrjsonFormatter(
+                "%(levelname)s %(name)s %(message)s",
+                rename_fields={"levelname": "level", "name": "logger"},
+                timestamp="time",
+            )
+        )
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+class RequestLog:
+    """Logs a line for each request. The texts themselves are users' data: only `with_texts` shows them."""
+
+    def __init__(self, with_texts: bool) -> None:
+        self._with_texts = with_texts
+
+    def __call__(self, x: Exchange) -> None:
+        """Log one request."""
+        ms = 1000 * (x.ended - x.started)
+        fields: dict[str, Any] = {
+            "request_id": x.id,
+            "model": x.model,
+            "status": x.status,
+            "duration_ms": round(ms, 3),
+        }
+        if x.cause:
+            fields["cause"] = x.cause
+        if x.job is not None:
+            outcomes = [item.outcome for item in x.job.items if item.outcome]
+            fields |= {
+                "texts": len(x.job.items),
+                "tokens": sum(o.tokens for o in outcomes),
+                "tau": x.job.rule.tau,
+                "exit_layers": [o.layer for o in outcomes],
+                "exit_reasons": sorted({o.reason for o in outcomes}),
+                "queue_ms": round(1000 * max((o.queue_s for o in outcomes), default=0.0), 3),
+                "model_ms": round(1000 * sum(o.model_s for o in outcomes), 3),
+            }
+            if self._with_texts:
+                fields["input"] = [asdict(item.text) for item in x.job.items]
+        # What JSON has as fields a line of text must say.
+        said = " ".join(f"{name}={value}" for name, value in fields.items())
+        log.info("request %s", said, extra=fields)

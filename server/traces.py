@@ -1,0 +1,114 @@
+"""OpenTelemetry traces: a span for each request, each of its texts, and each stage of those.
+
+The spans are made when the request is over, from the times that were taken anyway, so a request that is not
+sampled costs nothing. Where they are sent, and how many, the standard OTEL_* variables say.
+"""
+
+import os
+from time import perf_counter_ns, time_ns
+from typing import TYPE_CHECKING
+
+from server.exchange import Exchange
+from server.work import Item
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+
+MAX_TEXTS = 16  # of one request; a list of hundreds would fill the exporter's queue
+
+
+def provider() -> "TracerProvider":
+    """Sends spans by OTLP over HTTP, in the background; raises ValueError without the otel extra."""
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    except ImportError as error:
+        raise ValueError(f"--traces needs the otel extra ({error}): pip install 'de3[otel]'") from None
+    os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
+    found = TracerProvider(resource=Resource.create())
+    found.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return found
+
+
+class Traces:
+    """Makes the spans of requests. A caller's `traceparent` header makes them part of its trace."""
+
+    def __init__(self, tracers: "TracerProvider") -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace, self._parent = trace, TraceContextTextMapPropagator()
+        self._provider, self._tracer = tracers, tracers.get_tracer("de3")
+
+    def stop(self) -> None:
+        """Send what is left."""
+        self._provider.shutdown()
+
+    def __call__(self, x: Exchange) -> None:
+        """Make the spans of one request."""
+        offset = time_ns() - perf_counter_ns()
+
+        def ns(seconds: float) -> int:
+            return offset + int(1e9 * seconds)
+
+        headers = {str(k, "latin-1"): str(v, "latin-1") for k, v in x.scope["headers"]}
+        root = self._tracer.start_span(
+            "POST /classify",
+            self._parent.extract({k: v for k, v in headers.items() if k in ("traceparent", "tracestate")}),
+            self._trace.SpanKind.SERVER,
+            {
+                "http.request.method": "POST",
+                "http.route": x.scope["path"],
+                "http.response.status_code": x.status,
+                "de3.request_id": x.id,
+                "de3.model": x.model,
+            },
+            start_time=ns(x.started),
+        )
+        if root.is_recording():
+            if x.cause:
+                root.set_attribute("error.type", x.cause)
+            if x.status >= 500:
+                root.set_status(self._trace.StatusCode.ERROR)
+            inside = self._trace.set_span_in_context(root)
+            if x.job is not None:
+                root.set_attribute("de3.texts", len(x.job.items))
+                self._stage("read", inside, ns(x.started), ns(x.job.submitted))
+                for item in x.job.items[:MAX_TEXTS]:
+                    self._text(item, inside, ns(x.job.submitted))
+        root.end(ns(x.ended))
+
+    def _stage(self, name: str, inside: "Context", start: int, end: int, layer: int | None = None) -> None:
+        attributes = {} if layer is None else {"de3.exit.layer": layer}
+        self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
+
+    def _text(self, item: Item, inside: "Context", submitted: int) -> None:
+        """A text's span. One that gave way between layers waited more than once: its waits come first."""
+        o = item.outcome
+        if o is None:
+            return
+        tokenized = submitted + int(1e9 * o.queue_s)
+        modelled = tokenized + int(1e9 * o.tokenize_s)
+        left = modelled + int(1e9 * o.model_s)
+        span = self._tracer.start_span(
+            "text",
+            inside,
+            attributes={
+                "de3.index": item.index,
+                "de3.tokens": o.tokens,
+                "de3.exit.layer": o.layer,
+                "de3.exit.num_layers": item.job.model.manifest.num_layers,
+                "de3.exit.reason": o.reason,
+                "de3.exit.tau": item.rule.tau,
+                "de3.exit.edr": o.reading.edr,
+            },
+            start_time=submitted,
+        )
+        within = self._trace.set_span_in_context(span)
+        self._stage("queue", within, submitted, tokenized)
+        self._stage("tokenize", within, tokenized, modelled)
+        self._stage("model", within, modelled, left, o.layer)
+        span.end(left)

@@ -1,0 +1,190 @@
+"""What a request leaves behind: its id, a line in the log, a trace."""
+
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from server.traces import MAX_TEXTS, Traces
+from tests.serving import Server, process, serving, until
+
+
+def post(server: Server, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
+    return httpx.post(server.url + "/classify", json=body, headers=headers, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny"]) as running:
+        yield running
+
+
+@pytest.mark.parametrize("path", ["/classify", "/health", "/nothing-here"])
+def test_a_request_id_comes_back(server: Server, path: str) -> None:
+    ids = {"X-Request-ID": "a1-b2.c3:d4/e5+f6=@_"}
+    answer = httpx.request("POST" if path == "/classify" else "GET", server.url + path, headers=ids)
+    assert answer.headers["x-request-id"] == ids["X-Request-ID"]
+
+
+def test_the_answer_has_the_request_id(server: Server) -> None:
+    answer = post(server, {"X-Request-ID": "my-own"}, input="good")
+    assert (answer.headers["x-request-id"], answer.json()["id"]) == ("my-own", "classify-my-own")
+    one, two = (post(server, input="good") for _ in range(2))
+    assert one.json()["id"] == "classify-" + one.headers["x-request-id"] != two.json()["id"]
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "a\tb", 'a"b', "é", "x" * 129, "{}"])
+def test_an_id_that_is_not_safe_is_replaced(server: Server, bad: str) -> None:
+    answer = post(server, {"X-Request-ID": bad.encode("latin-1")}, input="good")  # type: ignore[dict-item]
+    assert answer.status_code == 200
+    assert len(answer.headers["x-request-id"]) == 32
+
+
+def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.service, "sheds", lambda: True)
+    answer = post(server, {"X-Request-ID": "mine"}, input="good")
+    assert (answer.status_code, answer.headers["x-request-id"]) == (503, "mine")
+
+
+def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The whole log of a server that was asked four things, as JSON."""
+    with process(store, "--model", "tiny", "--log-format", "json", *arguments) as running:
+        assert running.stderr is not None
+        head: list[str] = []
+        while not head or "ready in" not in head[-1]:
+            head.append(running.stderr.readline())
+        (port,) = re.findall(r"running on http://[0-9.]+:(\d+)", "".join(head))
+        url = f"http://127.0.0.1:{port}/classify"
+        headers = {"X-Request-ID": "r1"}
+        httpx.post(url, json={"input": ["a good film", "bad\nline"], "tau": 0.2}, headers=headers)
+        httpx.post(url, json={"input": "a good film", "tau": 7}, headers={"X-Request-ID": "r2"})
+        httpx.post(url, json={"input": "a good film", "a good film": 1})
+        httpx.post(url, content="a good film")
+        running.terminate()
+        return [json.loads(line) for line in [*head, *running.stderr]]
+
+
+@pytest.mark.slow
+def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
+    whole = log_of(store, "--log-requests")
+    assert {"uvicorn.error", "de3", "de3.requests"} == {line["logger"] for line in whole}
+    good, bad, odd, broken = (line for line in whole if line["logger"] == "de3.requests")
+    assert good["request_id"] == "r1" and good["status"] == 200 and good["model"] == "tiny:1"
+    assert good["texts"] == 2 and len(good["exit_layers"]) == 2 and good["tau"] == 0.2
+    assert 0 < good["model_ms"] < good["duration_ms"] < 10_000
+    assert good["level"] == "INFO" and good["time"].startswith("20")
+    assert (bad["request_id"], bad["status"], bad["cause"]) == ("r2", 422, "bad_request")
+    assert (odd["cause"], broken["cause"]) == ("unknown_field", "not_json")
+    assert "good film" not in json.dumps(whole)
+
+
+@pytest.mark.slow
+def test_texts_are_logged_only_if_asked_for(store: Path) -> None:
+    asked = [line for line in log_of(store, "--log-texts") if line["logger"] == "de3.requests"]
+    texts = [{"text": "a good film", "text_pair": None}, {"text": "bad\nline", "text_pair": None}]
+    assert asked[0]["input"] == texts
+    silent = log_of(store)
+    assert not [line for line in silent if line["logger"] == "de3.requests"]
+    assert "good film" not in json.dumps(silent)
+
+
+@pytest.fixture
+def spans(server: Server) -> Iterator[InMemorySpanExporter]:
+    """What the SDK's own exporter received from the server."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    traces = Traces(provider)
+    server.service._reporters.append(traces)
+    yield exporter
+    server.service._reporters.remove(traces)
+
+
+def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanExporter) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    headers = {"traceparent": f"00-{trace}-{parent}-01", "X-Request-ID": "r3"}
+    row = post(server, headers, input="a good film").json()["data"][0]["exit"]
+    until(lambda: len(spans.get_finished_spans()) == 6, "the spans")
+    found: dict[str, ReadableSpan] = {s.name: s for s in spans.get_finished_spans()}
+    root, text = found["POST /classify"], found["text"]
+    assert root.parent is not None and root.parent.span_id == int(parent, 16)
+    assert all(s.context is not None and s.context.trace_id == int(trace, 16) for s in found.values())
+    assert root.attributes is not None and root.attributes["de3.request_id"] == "r3"
+    for name, above in (("read", root), ("text", root), ("queue", text), ("tokenize", text), ("model", text)):
+        span = found[name]
+        assert span.parent is not None and above.context is not None
+        assert span.parent.span_id == above.context.span_id
+        assert above.start_time <= span.start_time <= span.end_time <= above.end_time, name  # type: ignore[operator]
+    for span in (text, found["model"]):
+        assert span.attributes is not None and span.attributes["de3.exit.layer"] == row["layer"]
+    assert text.attributes is not None and text.attributes["de3.exit.reason"] == row["reason"]
+    assert found["queue"].end_time == found["tokenize"].start_time
+    assert found["tokenize"].end_time == found["model"].start_time
+
+
+def test_a_failed_request_says_why_in_its_trace(server: Server, spans: InMemorySpanExporter) -> None:
+    post(server, input="good", tau=7)
+    until(spans.get_finished_spans, "the span")
+    (root,) = spans.get_finished_spans()
+    assert root.attributes is not None
+    assert (root.attributes["http.response.status_code"], root.attributes["error.type"]) == (
+        422,
+        "bad_request",
+    )
+
+
+def test_a_long_list_has_few_spans(server: Server, spans: InMemorySpanExporter) -> None:
+    post(server, input=["good"] * 100)
+    until(lambda: any(s.name == "POST /classify" for s in spans.get_finished_spans()), "the spans")
+    assert sum(s.name == "text" for s in spans.get_finished_spans()) == MAX_TEXTS
+
+
+def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = ExportTraceServiceRequest()
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            import gzip
+
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Content-Encoding") == "gzip":
+                body = gzip.decompress(body)
+            received.MergeFromString(body)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+    with serving(store, models=["tiny"], traces=True) as server:
+        post(server, input="good")
+    # The server has stopped, so it has sent everything.
+    collector.shutdown()
+    (resource,) = received.resource_spans
+    names = [s.name for scope in resource.scope_spans for s in scope.spans]
+    assert sorted(names) == ["POST /classify", "model", "queue", "read", "text", "tokenize"]
+    assert ("service.name", "de3") in [(a.key, a.value.string_value) for a in resource.resource.attributes]
+
+
+def test_a_dead_collector_harms_no_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as s:  # a port where nobody listens
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    with serving(store, models=["tiny"], traces=True) as server:
+        assert [post(server, input="good").status_code for _ in range(5)] == [200] * 5
