@@ -9,7 +9,8 @@ RUN python3 -m venv /opt/de3
 WORKDIR /src
 # What the code depends on changes less often than the code: a layer of its own.
 COPY pyproject.toml ./
-RUN python3 -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > needs.txt \
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" > needs.txt \
     && /opt/de3/bin/pip install --no-cache-dir --requirement needs.txt
 COPY . .
 RUN /opt/de3/bin/pip install --no-cache-dir --no-deps . \

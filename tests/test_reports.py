@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -17,7 +16,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.traces import MAX_TEXTS, Traces
-from tests.serving import Server, process, serving, until
+from tests.serving import Server, free_port, process, serving, until
 
 
 def post(server: Server, headers: dict[str, str] | None = None, **body: Any) -> httpx.Response:
@@ -181,10 +180,7 @@ def test_traces_reach_a_collector(store: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_dead_collector_harms_no_request(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as s:  # a port where nobody listens
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with serving(store, models=["tiny"], traces=True) as server:
         assert [post(server, input="good").status_code for _ in range(5)] == [200] * 5

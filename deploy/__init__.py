@@ -1,0 +1,1 @@
+"""What runs the server and watches it."""

@@ -1,0 +1,173 @@
+"""Dashboards and alerts: every expression against a real Prometheus that scraped a real server under load."""
+
+import json
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.grafana import generate
+from deploy.grafana.panels import ALL_MODELS, DASHBOARDS
+from tests.conftest import make_rows
+from tests.prometheus import CONFIG, Prometheus, needs_prometheus, scraping
+from tests.serving import serving, until
+
+EXPRESSIONS = sorted({q.expr for board in DASHBOARDS for panel in board.panels for q in panel.queries})
+RULES = [
+    rule
+    for name in ("rules.yml", "alerts.yml")
+    for group in yaml.safe_load((CONFIG / name).read_text())["groups"]
+    for rule in group["rules"]
+]
+GRAFANA = next(
+    line.partition(":")[2]
+    for line in Path(".env").read_text().splitlines()
+    if line.startswith("GRAFANA_IMAGE=")
+)
+
+
+def test_committed_dashboards_are_those_that_the_code_makes() -> None:
+    for path, text in generate.files().items():
+        assert path.read_text() == text, "run python -m deploy.grafana.generate"
+    assert set(generate.FOLDER.glob("*")) == set(generate.files())
+
+
+def test_every_panel_says_what_it_shows() -> None:
+    for board in DASHBOARDS:
+        titles = [(panel.title, panel.kind) for panel in board.panels]
+        assert len(set(titles)) == len(titles)
+        assert all(panel.description and panel.queries for panel in board.panels)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here")
+def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
+    """TypeScript checks each dashboard, as a literal, against the types that Grafana publishes."""
+    subprocess.run(
+        ["npm", "install", "--silent", "--no-audit", f"@grafana/schema@{GRAFANA}", "typescript@5"],
+        cwd=tmp_path,
+        check=True,
+        timeout=300,
+    )
+    assert check_types(tmp_path, {p.stem: json.loads(p.read_text()) for p in generate.files()}) == ""
+    # And the check can fail.
+    wrong = json.loads(next(iter(generate.files())).read_text())
+    wrong["refresh"] = 10
+    wrong["panels"][4]["options"]["legend"]["displayMode"] = "sideways"
+    found = check_types(tmp_path, {"wrong": wrong})
+    assert "Type 'number' is not assignable" in found and '"sideways"' in found
+
+
+def check_types(folder: Path, boards: dict[str, Any]) -> str:
+    """What tsc has to say of dashboards; folder has the packages."""
+    source = [Path("tests/grafana_types.ts").read_text()]
+
+    def literal(kind: str, value: Any) -> None:
+        source.append(f"const v{len(source)}: {kind} = {json.dumps(value)};")
+
+    for board in boards.values():
+        literal("Json<Dashboard>", board)
+        for panel in board["panels"]:  # these parts are free in the type of a dashboard
+            literal(f'Json<Options["{panel["type"]}"]>', panel["options"])
+            if panel["type"] == "timeseries":
+                literal("Json<GraphFieldConfig>", panel["fieldConfig"]["defaults"]["custom"])
+    (folder / "check.ts").write_text("\n".join(source))
+    command = "npx tsc --noEmit --strict --skipLibCheck --moduleResolution bundler --module esnext check.ts"
+    return subprocess.run(
+        command.split(), cwd=folder, check=False, capture_output=True, text=True, timeout=300
+    ).stdout
+
+
+@needs_prometheus
+def test_alert_rules() -> None:
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "alerts_test.yml"]):
+        command = ["promtool", *arguments]
+        done = subprocess.run(command, check=False, cwd=CONFIG, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_alert_is_tested_to_fire_and_not_to() -> None:
+    cases = [
+        case
+        for test in yaml.safe_load((CONFIG / "alerts_test.yml").read_text())["tests"]
+        for case in test.get("alert_rule_test", [])
+    ]
+    for rule in RULES:
+        if "alert" in rule:
+            fires = {bool(c.get("exp_alerts")) for c in cases if c["alertname"] == rule["alert"]}
+            assert fires == {True, False}, rule["alert"]
+
+
+@pytest.fixture(scope="module")
+def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes a server, while that answers texts, refuses some and gives some up."""
+    texts = [text for text, _ in make_rows(400, 5)]
+    stop = threading.Event()
+    with (
+        serving(store, models=["tiny"], slo_p99_ms=1000, ood_policy="flag") as server,
+        scraping(server.port, tmp_path_factory.mktemp("prometheus")) as running,
+    ):
+
+        def load() -> None:
+            for i in range(10_000):
+                if stop.is_set():
+                    return
+                server.classify(input=texts[i % 350 : i % 350 + 50])
+                server.classify(input=texts[i % 400], tau=7 if i % 5 == 0 else 0.1)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            yield running
+        finally:
+            stop.set()
+            thread.join()
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_every_panel_has_data(prometheus: Prometheus) -> None:
+    empty = set(EXPRESSIONS)
+
+    def all_have_data() -> bool:
+        for expr in list(empty):
+            asked = expr.replace("$__rate_interval", "5s").replace("$__range", "30s")
+            found = prometheus.query(asked.replace("$model", ALL_MODELS))
+            if found and all(row["value"][1] != "NaN" for row in found):
+                empty.remove(expr)
+        return not empty
+
+    try:
+        until(all_have_data, "every panel to have data", 60)
+    except AssertionError:
+        pytest.fail("no data for:\n" + "\n".join(sorted(empty)))
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_rules_have_data_and_no_alert_fires(prometheus: Prometheus) -> None:
+    for rule in RULES:
+        if "record" in rule:
+            until(lambda rule=rule: prometheus.query(rule["record"]), rule["record"], 60)  # type: ignore[misc]
+    assert prometheus.query("ALERTS") == [] or all(
+        row["metric"]["alertname"] in ("De3NoSpeedup", "De3Drift") for row in prometheus.query("ALERTS")
+    )
+    (row,) = prometheus.query("de3_info")
+    assert row["metric"]["job"] == "de3"
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_label_values_are_bounded(prometheus: Prometheus) -> None:
+    """No metric of ours has more series than its labels' few values allow."""
+    counts = {
+        row["metric"]["__name__"]: float(row["value"][1])
+        for row in prometheus.query('count by (__name__) ({__name__=~"de3_.+", job="de3"})')
+    }
+    assert len(counts) > 20
+    assert max(counts.values()) <= 100, max(counts, key=lambda name: counts[name])
