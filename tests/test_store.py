@@ -1,7 +1,10 @@
 """The store: versions, lookup, atomic writes, and every damage refused by name."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +305,13 @@ def test_only_listed_files_are_read(store: Path) -> None:
     with pytest.raises(StoreError, match="does not list"):
         artifact.read("manifest.json")
     assert isinstance(artifact, Artifact)
+
+
+def test_onnx_runtime_keeps_no_telemetry(store: Path, tmp_path: Path) -> None:
+    """Where it sends telemetry, its builds keep a device id and a database of events at home."""
+    code = "from model_store import model, store; from pathlib import Path; import sys;"
+    code += "model.Model(store.Store(Path(sys.argv[1])).open('tiny'))"
+    env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
+    env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code, str(store)], env=env, check=True)
+    assert list(tmp_path.rglob("*")) == []

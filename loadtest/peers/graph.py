@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # as our server has it
 
 import numpy as np
 import onnxruntime as ort
