@@ -4,6 +4,7 @@ import logging
 from dataclasses import asdict
 from typing import Any
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
 from server.exchange import Exchange
@@ -19,6 +20,7 @@ def configure(style: str) -> None:
             OrjsonFormatter(
                 "%(levelname)s %(name)s %(message)s",
                 rename_fields={"levelname": "level", "name": "logger"},
+                reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
                 timestamp="time",
             )
         )

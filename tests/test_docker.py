@@ -1,0 +1,258 @@
+"""The image and docker compose on a real engine; base images that cannot be pulled are stood in for."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.serving import free_port, until
+
+PROJECT = "de3-test"
+SLOW = {"input": ["it is long and loud , and it has nothing at all to say to anyone " * 8] * 256, "tau": 0}
+
+
+def _works() -> bool:
+    if shutil.which("docker") is None or shutil.which("docker-compose") is None:
+        return False
+    return subprocess.run(["docker", "info"], check=False, capture_output=True).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not _works(), reason="no Docker engine runs here: tests/docker/packages.sh"),
+]
+
+
+def docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], check=False, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+class Compose:
+    """The project's docker-compose.yml, as a project of its own on free ports."""
+
+    def __init__(self) -> None:
+        self.ports = {name: free_port() for name in ("SERVER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")}
+        self.url = f"http://127.0.0.1:{self.ports['SERVER_PORT']}"
+        self.prometheus = f"http://127.0.0.1:{self.ports['PROMETHEUS_PORT']}"
+
+    def __call__(self, *arguments: str, **environment: str) -> str:
+        ports = {name: str(port) for name, port in self.ports.items()}
+        done = subprocess.run(
+            ["docker-compose", "--project-name", PROJECT, *arguments],
+            env=os.environ | ports | {"DE3_LOG_REQUESTS": "1"} | environment,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.strip()
+
+    def container(self, service: str) -> str:
+        return self("ps", "--all", "--quiet", service)
+
+    def health(self) -> str:
+        return docker("inspect", "--format", "{{.State.Health.Status}}", self.container("server"))
+
+    def wait_until_healthy(self) -> None:
+        until(lambda: self.health() == "healthy", "the server to be healthy", 60)
+
+    def address(self) -> str:
+        """The server itself, without the engine's proxy, which accepts connections that nobody serves."""
+        form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+        return docker("inspect", "--format", form, self.container("server"))
+
+    def requests_logged(self) -> list[dict[str, Any]]:
+        """What the server's container logged of requests, before and after a restart."""
+        command = ["docker", "logs", self.container("server")]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+        found = [json.loads(line) for line in lines if line.startswith("{")]
+        return [line for line in found if line["logger"] == "de3.requests"]
+
+
+@pytest.fixture(scope="module")
+def compose() -> Iterator[Compose]:
+    subprocess.run(["tests/docker/stand-ins.sh"], check=True, timeout=600)
+    running = Compose()
+    # Grafana's image cannot be stood in for: Debian has no package of it.
+    running("up", "--detach", "--build", "server", "prometheus")
+    try:
+        running.wait_until_healthy()
+        yield running
+    finally:
+        running("--profile", "loadtest", "down", "--volumes", "--timeout", "5")
+
+
+def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", "de3")) < 500e6
+    server = compose.container("server")
+    listed = docker(
+        "exec", server, "python3", "-c", "import importlib.util as u; print(u.find_spec('torch'))"
+    )
+    assert listed == "None"
+    assert docker("exec", server, "python3", "-c", "import native.kernels; print(1)") == "1"
+
+
+def test_the_container_is_locked_down(compose: Compose) -> None:
+    server = compose.container("server")
+    assert docker("exec", server, "id", "-u") == "10001"
+    for place in ("/", "/models", "/opt/de3", "/home"):
+        wrote = subprocess.run(
+            ["docker", "exec", server, "touch", f"{place}/x"], check=False, capture_output=True, text=True
+        )
+        assert "Read-only file system" in wrote.stderr, place
+    limits = docker("inspect", "--format", "{{json .HostConfig}}", server)
+    found = json.loads(limits)
+    assert found["CapDrop"] == ["ALL"] and found["SecurityOpt"] == ["no-new-privileges:true"]
+
+
+def test_it_classifies(compose: Compose) -> None:
+    answer = httpx.post(
+        compose.url + "/classify", json={"input": ["a warm , funny , engaging film", "awful"]}
+    )
+    assert [row["label"] for row in answer.json()["data"]] == ["positive", "negative"]
+
+
+def test_prometheus_scrapes_it(compose: Compose) -> None:
+    def up() -> bool:
+        targets = httpx.get(compose.prometheus + "/api/v1/targets").json()["data"]["activeTargets"]
+        found = {t["labels"]["job"]: t["health"] for t in targets}
+        return found == {"de3": "up", "prometheus": "up"}
+
+    until(up, "both targets to be up", 60)
+    rules = httpx.get(compose.prometheus + "/api/v1/rules").json()["data"]["groups"]
+    assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+    assert {group["name"] for group in rules} == {"de3", "de3-alerts"}
+
+
+def test_the_loadtest_profile_sends_traffic(compose: Compose) -> None:
+    compose("--profile", "loadtest", "up", "--detach", "loadtest")
+
+    def answered() -> float:
+        found = httpx.get(
+            compose.prometheus + "/api/v1/query",
+            params={"query": 'sum(de3_requests_total{status="200"})'},
+        ).json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else 0.0
+
+    until(lambda: answered() > 100, "100 answers", 60)
+    compose("--profile", "loadtest", "stop", "--timeout", "5", "loadtest")
+
+
+def in_flight(compose: Compose) -> float:
+    lines = httpx.get(compose.url + "/metrics").text.splitlines()
+    return float(next(x for x in lines if x.startswith("de3_in_flight_requests ")).split()[1])
+
+
+def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
+    """Long requests are under way, short ones come all the time, on connections of their own."""
+    address = compose.address()
+    stop = threading.Event()
+    before = len(compose.requests_logged())
+
+    def stream(number: int) -> set[str]:
+        """Ids that were answered."""
+        answered = set()
+        for i in range(100_000):
+            if stop.is_set():
+                break
+            headers = {"X-Request-ID": f"short-{number}-{i}"}
+            connection = HTTPConnection(address, 8000, timeout=60)
+            try:
+                connection.request("POST", "/classify", json.dumps({"input": "good"}), headers)
+                answer = connection.getresponse()
+                said = answer.read()
+            except (OSError, HTTPException):  # nobody listened, or took the connection up
+                time.sleep(0.01)
+            else:
+                if answer.status == 200:
+                    answered.add(headers["X-Request-ID"])
+                else:
+                    assert answer.status == 503 and b"loading" in said, said
+            finally:
+                connection.close()
+        return answered
+
+    def long(number: int) -> int:
+        return httpx.post(
+            compose.url + "/classify", json=SLOW, headers={"X-Request-ID": f"long-{number}"}, timeout=60
+        ).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, n) for n in range(4)]
+        longs = [pool.submit(long, n) for n in range(3)]
+        until(lambda: in_flight(compose) >= 3, "the long requests to be accepted")
+        compose("restart", "server")
+        compose.wait_until_healthy()
+        time.sleep(0.5)  # some more short ones, by the new process
+        stop.set()
+        assert [done.result() for done in longs] == [200] * 3
+        answered = set().union(*(done.result() for done in streams))
+    logged = [line for line in compose.requests_logged()[before:] if line["request_id"].startswith("short")]
+    done = {line["request_id"] for line in logged if line["status"] == 200}
+    assert (sorted(done - answered), sorted(answered - done)) == ([], [])
+    assert len(answered) > 100
+
+
+def test_docker_stop_drains(compose: Compose) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(lambda: httpx.post(compose.url + "/classify", json=SLOW, timeout=60).status_code)
+        until(lambda: in_flight(compose) >= 1, "the long request to be accepted")
+        server = compose.container("server")
+        docker("stop", server)
+        assert long.result() == 200
+    assert docker("inspect", "--format", "{{.State.ExitCode}}", server) == "0"
+    port = compose.ports["SERVER_PORT"]
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        pass
+
+
+def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their owner alone
+        mounted = shutil.copytree(store, Path(folder) / "store")
+        for path in (Path(folder), mounted):
+            path.chmod(0o755)
+        compose("up", "--detach", "server", MODELS=str(mounted), DE3_MODELS="tiny-int8")
+        compose.wait_until_healthy()
+    answer = httpx.post(compose.url + "/classify", json={"input": "a lovely film"})
+    assert answer.json()["model"] == "tiny-int8:1"
+
+
+def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:
+    port = free_port()
+    name = docker("run", "--detach", "--rm", "--read-only", "--publish", f"127.0.0.1:{port}:8000", "de3")
+    try:
+
+        def health() -> str:
+            return docker("inspect", "--format", "{{.State.Health.Status}}", name)
+
+        until(lambda: health() == "healthy", "the container to be healthy", 60)
+        answer = httpx.post(f"http://127.0.0.1:{port}/classify", json={"input": "a lovely film"})
+        assert answer.json()["model"] == "sst2:1"
+    finally:
+        docker("stop", name)
+
+
+def test_every_setting_can_be_given_to_compose() -> None:
+    """And nothing else is handed on under a DE3_ name, where a typing error would go unseen."""
+    service = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]["server"]
+    given = {entry.partition("=")[0] for entry in service["environment"]}
+    known = set(re.findall(r'envvar="(DE3_\w+)"', Path("de3/cli.py").read_text()))
+    fixed_by_the_image = {"DE3_HOST", "DE3_PORT", "DE3_STORE"}
+    assert {name for name in given if name.startswith("DE3_")} == known - fixed_by_the_image
