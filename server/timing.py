@@ -8,7 +8,7 @@ from model_store.model import MAX_CHARS_PER_TOKEN, Model
 from server.protocol import Text
 
 LENGTHS = (8, 32, 128, 512)
-RUNS = 3
+RUNS = 5
 CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
 # What the tokenizer is timed on: plain words, and what falls into many pieces.
 PLAIN, ODD = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;"
@@ -22,7 +22,8 @@ class Timing:
         self._most = model.manifest.max_tokens
         self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # what is cut off costs nothing
         self._char_s = max(_tokenizing(model, text, self._most_chars // 4) for text in (PLAIN, ODD))
-        self._layers = model.manifest.num_layers - model.manifest.exit_layers[0]  # those after the first exit
+        self._first_exit = model.manifest.exit_layers[0]
+        self._layers = model.manifest.num_layers - self._first_exit  # those after it
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
         self._first: list[float] = []
         self._full: list[float] = []
@@ -42,6 +43,11 @@ class Timing:
     def layer_s(self, tokens: int) -> float:
         """Seconds of one layer."""
         return (self.full_depth_s(tokens) - self.first_exit_s(tokens)) / max(1, self._layers)
+
+    def speedup(self, tokens: int, layer: int) -> float:
+        """Time through every layer / time to this layer's exit."""
+        deeper = max(0, layer - self._first_exit) * self.layer_s(tokens)
+        return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
     def predict(self, text: Text) -> float:
         """Seconds for a text through every layer, its tokens estimated from its characters."""
