@@ -85,8 +85,8 @@ class Metrics:
         self.layers_saved = counter("de3_layers_saved", "Encoder layers that leaving early saved", ["model"])
         self.full_depth = counter(
             "de3_full_depth_seconds",
-            "Model time that the texts would have taken through every layer: their own, scaled by the time of "
-            "a layer as measured at start",
+            "Model time that the texts would have taken through every layer: their own, scaled by the time "
+            "of a layer as measured at start",
             ["model"],
         )
         self.tokens = counter("de3_tokens", "Tokens of the texts that left", ["model"])
