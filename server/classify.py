@@ -51,7 +51,8 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
         if x.cause is not None:
             metrics.rejected.labels(x.cause).inc()
         metrics.requests.labels(x.model, str(x.status)).inc()
-        metrics.request_latency.labels(x.model).observe(x.ended - x.started)
+        if x.status in (200, 504):  # refusals are quick, and would make the rest look so
+            metrics.request_latency.labels(x.model).observe(x.ended - x.started)
     if answer is not None:  # no longer in flight: a client that reads slowly takes no one's place
         await _send(send, x.id, *answer)
     service.report(x)
@@ -82,7 +83,7 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
     )
     with service.holding(job):
         await _run(job, x.scope, service, x.started + service.settings.timeout_s)
-    service.metrics.answered(x.model, choice, len(job.items))
+    service.metrics.answered(job, choice)
     body = protocol.answer(
         x.id,
         x.model,

@@ -32,8 +32,8 @@ def configure(style: str) -> None:
 class RequestLog:
     """Logs a line for each request. The texts themselves are users' data: only `with_texts` shows them."""
 
-    def __init__(self, with_texts: bool) -> None:
-        self._with_texts = with_texts
+    def __init__(self, style: str, with_texts: bool) -> None:
+        self._style, self._with_texts = style, with_texts
 
     def __call__(self, x: Exchange) -> None:
         """Log one request."""
@@ -59,6 +59,7 @@ class RequestLog:
             }
             if self._with_texts:
                 fields["input"] = [asdict(item.text) for item in x.job.items]
-        # What JSON has as fields a line of text must say.
-        said = " ".join(f"{name}={value}" for name, value in fields.items())
-        log.info("request %s", said, extra=fields)
+        if self._style == "json":
+            log.info("request", extra=fields)
+        else:
+            log.info(" ".join(f"{name}={value!r}" for name, value in fields.items()))

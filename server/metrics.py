@@ -22,18 +22,21 @@ from server.errors import Cause
 from server.models import Served
 from server.rules import Choice
 from server.settings import Settings
-from server.work import Outcome
+from server.work import Job, Outcome
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # half as many series; Prometheus does not need them
 
 # From the embeddings alone to the time-out, finest where the server mostly is.
 STAGE_BUCKETS = (
     *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
-    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 # What leaves early is sure, so both signals crowd near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
+# What can come of a request, with a model and without one.
+STATUSES = ("200", "422", "499", "500", "503", "504")
+WITHOUT_MODEL = ("400", "404", "408", "413", "422", "499", "500", "503")
 REASONS = ("threshold", "last_layer", "max_layer", "deadline")
 InForce = Callable[[Served], Choice]
 
@@ -101,9 +104,10 @@ class Metrics:
         )
         self.request_latency = histogram(
             "de3_request_latency_seconds",
-            "From a request's head to its answer",
+            "From a request's head to its answer, or to its time-out",
             ["model"],
-            buckets=REQUEST_BUCKETS,
+            # The objective is one: whether p99 is within it must not be a guess.
+            buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
         )
         self.stage_latency = histogram(
             "de3_stage_latency_seconds",
@@ -124,7 +128,7 @@ class Metrics:
             "de3_degraded_texts", "Texts answered with a τ that was raised under load", ["model"]
         )
         self.calibrated = counter(
-            "de3_calibrated_texts", "Texts answered with a τ that the calibration knows", ["model"]
+            "de3_calibrated_texts", "Texts that left by a τ that the calibration knows", ["model"]
         )
         self.expected_right = counter(
             "de3_expected_right_texts", "How many of those are right, by the calibration", ["model"]
@@ -140,6 +144,8 @@ class Metrics:
         r.register(_ModelGauges(self._served, in_force))
         for cause in get_args(Cause):  # a rate needs the zero before the first one
             self.rejected.labels(cause)
+        for status in WITHOUT_MODEL:
+            self.requests.labels("none", status)
         self._limits(settings)
 
     def _limits(self, settings: Settings) -> None:
@@ -172,17 +178,27 @@ class Metrics:
         """Count what this model does from now on."""
         name, manifest = served.model.full_name, served.model.manifest
         self._model.labels(name, manifest.precision, served.model.runtime, str(manifest.num_layers)).set(1)
-        self.requests.labels(name, "200")
+        for status in STATUSES:
+            self.requests.labels(name, status)
+        self.request_latency.labels(name)
         for counter in (self.degraded, self.calibrated, self.expected_right):
             counter.labels(name)
         self._observers[name] = self._observer(served)
         self._served[name] = served
 
-    def answered(self, model: str, choice: Choice, texts: int) -> None:
+    def answered(self, job: Job, choice: Choice) -> None:
         """Count the texts of an answered request by how τ was chosen."""
+        model = job.model.full_name
         if choice.is_degraded:
-            self.degraded.labels(model).inc(texts)
+            self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
+            # Not those that a deadline cut short, or that caution sent on.
+            texts = sum(
+                item.rule.tau == choice.rule.tau
+                and item.outcome is not None
+                and item.outcome.reason != "deadline"
+                for item in job.items
+            )
             self.calibrated.labels(model).inc(texts)
             self.expected_right.labels(model).inc(texts * choice.expected.accuracy)
 

@@ -58,7 +58,7 @@ class Service:
         self.shed = self._shed_response()
         self._reporters: list[Reporter] = []
         if settings.log_requests or settings.log_texts:
-            self._reporters.append(RequestLog(settings.log_texts))
+            self._reporters.append(RequestLog(settings.log_format, settings.log_texts))
         self.traces = Traces(provider()) if settings.traces else None
         if self.traces is not None:
             self._reporters.append(self.traces)

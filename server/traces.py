@@ -1,10 +1,11 @@
 """OpenTelemetry traces: a span for each request, each of its texts, and each stage of those.
 
 The spans are made when the request is over, from the times that were taken anyway, so a request that is not
-sampled costs nothing. Where they are sent, and how many, the standard OTEL_* variables say.
+sampled costs little. Where they are sent, and how many, the standard OTEL_* variables say.
 """
 
 import os
+from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
+STOP_S = 3.0  # for sending the last spans; a collector that hangs must not hold up a stop
 MAX_TEXTS = 16  # of one request; a list of hundreds would fill the exporter's queue
 
 
@@ -27,7 +29,8 @@ def provider() -> "TracerProvider":
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
         raise ValueError(f"--traces needs the otel extra ({error}): pip install 'de3[otel]'") from None
-    os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
+    if "service.name" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
+        os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
     found = TracerProvider(resource=Resource.create())
     found.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     return found
@@ -44,8 +47,10 @@ class Traces:
         self._provider, self._tracer = tracers, tracers.get_tracer("de3")
 
     def stop(self) -> None:
-        """Send what is left."""
-        self._provider.shutdown()
+        """Send what is left, if that does not take long."""
+        sending = Thread(target=self._provider.shutdown, daemon=True)
+        sending.start()
+        sending.join(STOP_S)
 
     def __call__(self, x: Exchange) -> None:
         """Make the spans of one request."""
@@ -54,10 +59,14 @@ class Traces:
         def ns(seconds: float) -> int:
             return offset + int(1e9 * seconds)
 
-        headers = {str(k, "latin-1"): str(v, "latin-1") for k, v in x.scope["headers"]}
+        parents = {
+            str(k, "latin-1"): str(v, "latin-1")
+            for k, v in x.scope["headers"]
+            if k in (b"traceparent", b"tracestate")
+        }
         root = self._tracer.start_span(
             "POST /classify",
-            self._parent.extract({k: v for k, v in headers.items() if k in ("traceparent", "tracestate")}),
+            self._parent.extract(parents),
             self._trace.SpanKind.SERVER,
             {
                 "http.request.method": "POST",

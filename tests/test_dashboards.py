@@ -1,6 +1,8 @@
 """Dashboards and alerts: every expression against a real Prometheus that scraped a real server under load."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import threading
@@ -8,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
@@ -37,6 +40,15 @@ def test_committed_dashboards_are_those_that_the_code_makes() -> None:
     assert set(generate.FOLDER.glob("*")) == set(generate.files())
 
 
+def test_compose_hands_every_setting_on() -> None:
+    """And nothing else is handed on under a DE3_ name, where a typing error would go unseen."""
+    service = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]["server"]
+    given = {entry.partition("=")[0] for entry in service["environment"]}
+    known = set(re.findall(r'envvar="(DE3_\w+)"', Path("de3/cli.py").read_text()))
+    fixed_by_the_image = {"DE3_HOST", "DE3_PORT", "DE3_STORE"}
+    assert {name for name in given if name.startswith("DE3_")} == known - fixed_by_the_image
+
+
 def test_every_panel_says_what_it_shows() -> None:
     for board in DASHBOARDS:
         titles = [(panel.title, panel.kind) for panel in board.panels]
@@ -48,12 +60,13 @@ def test_every_panel_says_what_it_shows() -> None:
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here")
 def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
     """TypeScript checks each dashboard, as a literal, against the types that Grafana publishes."""
-    subprocess.run(
-        ["npm", "install", "--silent", "--no-audit", f"@grafana/schema@{GRAFANA}", "typescript@5"],
-        cwd=tmp_path,
-        check=True,
-        timeout=300,
+    command = ["npm", "install", "--silent", "--no-audit", f"@grafana/schema@{GRAFANA}", "typescript@5"]
+    installed = subprocess.run(
+        command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=300
     )
+    if installed.returncode != 0:
+        assert "CI" not in os.environ, installed.stderr
+        pytest.skip(f"npm cannot install Grafana's schema: {installed.stderr[-200:]}")
     assert check_types(tmp_path, {p.stem: json.loads(p.read_text()) for p in generate.files()}) == ""
     # And the check can fail.
     wrong = json.loads(next(iter(generate.files())).read_text())
@@ -119,6 +132,8 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                     return
                 server.classify(input=texts[i % 350 : i % 350 + 50])
                 server.classify(input=texts[i % 400], tau=7 if i % 5 == 0 else 0.1)
+                server.classify(input="good", model=f"unknown-{i}")  # each of these is no label of its own
+                httpx.request(f"M{i}", f"{server.url}/path-{i}")
 
         thread = threading.Thread(target=load)
         thread.start()
@@ -127,6 +142,11 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         finally:
             stop.set()
             thread.join()
+
+
+def numbers(rows: list[dict[str, Any]]) -> bool:
+    """Whether there are values, all of them numbers."""
+    return bool(rows) and all(row["value"][1] != "NaN" for row in rows)
 
 
 @pytest.mark.slow
@@ -138,7 +158,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
         for expr in list(empty):
             asked = expr.replace("$__rate_interval", "5s").replace("$__range", "30s")
             found = prometheus.query(asked.replace("$model", ALL_MODELS))
-            if found and all(row["value"][1] != "NaN" for row in found):
+            if numbers(found):
                 empty.remove(expr)
         return not empty
 
@@ -153,10 +173,8 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
 def test_rules_have_data_and_no_alert_fires(prometheus: Prometheus) -> None:
     for rule in RULES:
         if "record" in rule:
-            until(lambda rule=rule: prometheus.query(rule["record"]), rule["record"], 60)  # type: ignore[misc]
-    assert prometheus.query("ALERTS") == [] or all(
-        row["metric"]["alertname"] in ("De3NoSpeedup", "De3Drift") for row in prometheus.query("ALERTS")
-    )
+            until(lambda rule=rule: numbers(prometheus.query(rule["record"])), rule["record"], 60)  # type: ignore[misc]
+    assert prometheus.query('ALERTS{alertstate="firing"}') == []
     (row,) = prometheus.query("de3_info")
     assert row["metric"]["job"] == "de3"
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -17,18 +16,22 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 
 from tests.serving import free_port, until
 
-PROJECT = "de3-test"
+PROJECT, IMAGE = "de3-test", "de3-test/server"
 SLOW = {"input": ["it is long and loud , and it has nothing at all to say to anyone " * 8] * 256, "tau": 0}
 
 
 def _works() -> bool:
     if shutil.which("docker") is None or shutil.which("docker-compose") is None:
         return False
-    return subprocess.run(["docker", "info"], check=False, capture_output=True).returncode == 0
+    try:
+        return (
+            subprocess.run(["docker", "info"], check=False, capture_output=True, timeout=10).returncode == 0
+        )
+    except subprocess.TimeoutExpired:
+        return False
 
 
 pytestmark = [
@@ -46,7 +49,8 @@ def docker(*arguments: str) -> str:
 class Compose:
     """The project's docker-compose.yml, as a project of its own on free ports."""
 
-    def __init__(self) -> None:
+    def __init__(self, images: dict[str, str]) -> None:
+        self.images = images
         self.ports = {name: free_port() for name in ("SERVER_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")}
         self.url = f"http://127.0.0.1:{self.ports['SERVER_PORT']}"
         self.prometheus = f"http://127.0.0.1:{self.ports['PROMETHEUS_PORT']}"
@@ -55,7 +59,7 @@ class Compose:
         ports = {name: str(port) for name, port in self.ports.items()}
         done = subprocess.run(
             ["docker-compose", "--project-name", PROJECT, *arguments],
-            env=os.environ | ports | {"DE3_LOG_REQUESTS": "1"} | environment,
+            env=os.environ | ports | self.images | {"DE3_LOG_REQUESTS": "1"} | environment,
             check=False,
             capture_output=True,
             text=True,
@@ -88,11 +92,16 @@ class Compose:
 
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
-    subprocess.run(["tests/docker/stand-ins.sh"], check=True, timeout=600)
-    running = Compose()
-    # Grafana's image cannot be stood in for: Debian has no package of it.
-    running("up", "--detach", "--build", "server", "prometheus")
+    made = subprocess.run(
+        ["tests/docker/stand-ins.sh"], check=False, capture_output=True, text=True, timeout=900
+    )
+    if made.returncode != 0:
+        pytest.skip(f"no base images: they can neither be pulled nor stood in for: {made.stderr[-500:]}")
+    images = dict(line.split("=", 1) for line in made.stdout.splitlines())
+    running = Compose(images | {"IMAGE": IMAGE})
     try:
+        # Grafana's image cannot be stood in for: Debian has no package of it.
+        running("up", "--detach", "--build", "server", "prometheus")
         running.wait_until_healthy()
         yield running
     finally:
@@ -100,7 +109,7 @@ def compose() -> Iterator[Compose]:
 
 
 def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
-    assert int(docker("image", "inspect", "--format", "{{.Size}}", "de3")) < 500e6
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) < 500e6
     server = compose.container("server")
     listed = docker(
         "exec", server, "python3", "-c", "import importlib.util as u; print(u.find_spec('torch'))"
@@ -142,22 +151,21 @@ def test_prometheus_scrapes_it(compose: Compose) -> None:
 
 
 def test_the_loadtest_profile_sends_traffic(compose: Compose) -> None:
-    compose("--profile", "loadtest", "up", "--detach", "loadtest")
-
     def answered() -> float:
-        found = httpx.get(
-            compose.prometheus + "/api/v1/query",
-            params={"query": 'sum(de3_requests_total{status="200"})'},
-        ).json()["data"]["result"]
+        query = {"query": 'sum(de3_requests_total{status="200"})'}
+        found = httpx.get(compose.prometheus + "/api/v1/query", params=query).json()["data"]["result"]
         return float(found[0]["value"][1]) if found else 0.0
 
-    until(lambda: answered() > 100, "100 answers", 60)
+    before = answered()
+    compose("--profile", "loadtest", "up", "--detach", "loadtest")
+    # Each text is sent alone first: a hundred. Then comes the first wave.
+    until(lambda: answered() > before + 200, "a wave of requests", 60)
     compose("--profile", "loadtest", "stop", "--timeout", "5", "loadtest")
 
 
-def in_flight(compose: Compose) -> float:
+def waiting(compose: Compose) -> float:
     lines = httpx.get(compose.url + "/metrics").text.splitlines()
-    return float(next(x for x in lines if x.startswith("de3_in_flight_requests ")).split()[1])
+    return float(next(x for x in lines if x.startswith("de3_queue_texts ")).split()[1])
 
 
 def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
@@ -195,9 +203,10 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
         ).status_code
 
     with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(stream, n) for n in range(4)]
         longs = [pool.submit(long, n) for n in range(3)]
-        until(lambda: in_flight(compose) >= 3, "the long requests to be accepted")
+        until(lambda: waiting(compose) > 2 * 256, "the long requests to be accepted")
+        streams = [pool.submit(stream, n) for n in range(4)]
+        until(lambda: len(compose.requests_logged()) > before + 100, "short requests")
         compose("restart", "server")
         compose.wait_until_healthy()
         time.sleep(0.5)  # some more short ones, by the new process
@@ -213,7 +222,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
 def test_docker_stop_drains(compose: Compose) -> None:
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(lambda: httpx.post(compose.url + "/classify", json=SLOW, timeout=60).status_code)
-        until(lambda: in_flight(compose) >= 1, "the long request to be accepted")
+        until(lambda: waiting(compose) > 100, "the long request to be accepted")
         server = compose.container("server")
         docker("stop", server)
         assert long.result() == 200
@@ -236,7 +245,7 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
 
 def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:
     port = free_port()
-    name = docker("run", "--detach", "--rm", "--read-only", "--publish", f"127.0.0.1:{port}:8000", "de3")
+    name = docker("run", "--detach", "--rm", "--read-only", "--publish", f"127.0.0.1:{port}:8000", IMAGE)
     try:
 
         def health() -> str:
@@ -247,12 +256,3 @@ def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:
         assert answer.json()["model"] == "sst2:1"
     finally:
         docker("stop", name)
-
-
-def test_every_setting_can_be_given_to_compose() -> None:
-    """And nothing else is handed on under a DE3_ name, where a typing error would go unseen."""
-    service = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]["server"]
-    given = {entry.partition("=")[0] for entry in service["environment"]}
-    known = set(re.findall(r'envvar="(DE3_\w+)"', Path("de3/cli.py").read_text()))
-    fixed_by_the_image = {"DE3_HOST", "DE3_PORT", "DE3_STORE"}
-    assert {name for name in given if name.startswith("DE3_")} == known - fixed_by_the_image

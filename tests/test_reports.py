@@ -2,7 +2,9 @@
 
 import json
 import re
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -15,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.traces import MAX_TEXTS, Traces
+from server.traces import MAX_TEXTS, STOP_S, Traces
 from tests.serving import Server, free_port, process, serving, until
 
 
@@ -61,8 +63,10 @@ def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
     with process(store, "--model", "tiny", "--log-format", "json", *arguments) as running:
         assert running.stderr is not None
         head: list[str] = []
-        while not head or "ready in" not in head[-1]:
-            head.append(running.stderr.readline())
+        for line in running.stderr:
+            head.append(line)
+            if "ready in" in line:
+                break
         (port,) = re.findall(r"running on http://[0-9.]+:(\d+)", "".join(head))
         url = f"http://127.0.0.1:{port}/classify"
         headers = {"X-Request-ID": "r1"}
@@ -184,3 +188,13 @@ def test_a_dead_collector_harms_no_request(store: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
     with serving(store, models=["tiny"], traces=True) as server:
         assert [post(server, input="good").status_code for _ in range(5)] == [200] * 5
+
+
+def test_a_collector_that_hangs_does_not_hold_up_a_stop(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        port = silent.getsockname()[1]
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
+        with serving(store, models=["tiny"], traces=True) as server:
+            assert post(server, input="good").status_code == 200
+            began = time.monotonic()
+        assert time.monotonic() - began < STOP_S + 5

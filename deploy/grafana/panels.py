@@ -105,7 +105,7 @@ _ACCURACY = Panel(
     "Accuracy expected",
     "lines",
     "percentunit",
-    "By the calibration, of the texts that were answered with a τ it knows; and of full depth.",
+    "By the calibration, of the texts that left by a τ it knows; and of full depth.",
     (
         Query(_accuracy(), "as answered"),
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
@@ -122,14 +122,14 @@ SPEED_UP = Dashboard(
             "Speed-up in model time",
             "suffix:×",
             _speedup("model", "[$__range]"),
-            "Time that every layer would have taken, as measured at start, / time in the model.",
+            "Time that every layer would have taken, by estimate, / time in the model.",
         ),
         _stat("Model time saved", "s", _SAVED_RANGE, "Of one core: time at full depth less time spent."),
         _stat(
             "Accuracy expected",
             "percentunit",
             _accuracy("[$__range]"),
-            "By the calibration, of the texts that were answered with a τ it knows.",
+            "By the calibration, of the texts that left by a τ it knows.",
         ),
         Panel(
             "Speed-up over full depth",
@@ -206,8 +206,8 @@ LATENCY = Dashboard(
         _stat(
             "Requests",
             "reqps",
-            _sum("de3_requests_total", window="[$__range]", labels=""),
-            "All of /classify, refused ones too.",
+            _sum("de3_requests_total", labels=""),
+            "All of /classify, refused ones too; now.",
         ),
         _stat(
             "p99",
@@ -226,9 +226,9 @@ LATENCY = Dashboard(
         _stat(
             "Engine busy",
             "percentunit",
-            _sum("de3_stage_latency_seconds_sum", window="[$__range]", labels=_stage("tokenize|model"))
+            _sum("de3_stage_latency_seconds_sum", labels=_stage("tokenize|model"))
             + " / sum(de3_engine_threads)",
-            "Share of the engine threads' time with a text in hand.",
+            "Share of the engine threads' time with a text in hand; now.",
         ),
         Panel(
             "Latency of requests",

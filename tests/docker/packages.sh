@@ -1,33 +1,35 @@
 #!/usr/bin/env bash
-# What some tests need beyond Python: Prometheus, and a running Docker engine with what makes stand-ins for base
+# For CI: what some tests need beyond Python, Prometheus and a running Docker engine with what makes stand-ins for base
 # images. Tests for which something is missing are skipped and say so; this script says it, too, and succeeds.
 set -uo pipefail
 
-missing=()
-for command in prometheus promtool dockerd docker docker-compose debootstrap iptables; do
-    command -v "$command" > /dev/null || missing+=("$command")
-done
-if [ ${#missing[@]} -gt 0 ]; then
-    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
-        export DEBIAN_FRONTEND=noninteractive
-        apt-get update -qq && apt-get install -qq -y --no-install-recommends \
-            prometheus docker.io docker-cli docker-compose debootstrap iptables > /dev/null
-    else
-        echo "not installed, and this is no Debian with root rights: ${missing[*]}"
+# command:package, where Debian has them; each by itself, so that one that is missing costs nothing else.
+for pair in prometheus:prometheus promtool:prometheus dockerd:docker.io docker:docker-cli \
+    docker-compose:docker-compose debootstrap:debootstrap iptables:iptables; do
+    command -v "${pair%%:*}" > /dev/null && continue
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
+        echo "not installed, and this is no Debian with root rights: ${pair%%:*}"
+        continue
     fi
-fi
+    [ -n "${updated:-}" ] || { apt-get update -qq -o DPkg::Lock::Timeout=60 || true; updated=1; }
+    # --no-remove: never at the cost of another Docker that is there.
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends --no-remove \
+        -o DPkg::Lock::Timeout=60 "${pair##*:}" > /dev/null || echo "could not be installed: ${pair##*:}"
+done
 
-if command -v dockerd > /dev/null && ! docker info > /dev/null 2>&1; then
+works() { timeout 10 docker info > /dev/null 2>&1; }
+
+if command -v dockerd > /dev/null && ! works; then
     log=$(mktemp)
     setsid dockerd > "$log" 2>&1 < /dev/null &
     for _ in $(seq 60); do
-        docker info > /dev/null 2>&1 && break
+        works && break
         sleep 0.5
     done
-    docker info > /dev/null 2>&1 || tail -5 "$log"
+    works || tail -5 "$log"
 fi
-if docker info > /dev/null 2>&1; then
-    echo "Docker engine $(docker version --format '{{.Server.Version}}'): its tests run"
+if works && command -v docker-compose > /dev/null; then
+    echo "Docker engine $(docker version --format '{{.Server.Version}}'): the tests of the image and of compose run"
 else
     echo "NO DOCKER ENGINE CAN START HERE: the tests of the image and of docker compose are skipped"
 fi
