@@ -1,14 +1,20 @@
 """The `de3` command. Each command imports what it needs when it runs, so that serving needs no torch."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from de3.models import StoreOption
+from de3.models import app as models_app
 from loadtest.cli import app as loadtest_app
+
+if TYPE_CHECKING:
+    from pydantic import SecretStr
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,6 +22,7 @@ app = typer.Typer(
     help="Text classifiers that exit early (DE3-BERT): train, export, serve.",
     epilog="Usual order: de3 train → de3 evaluate → de3 export → de3 serve.",
 )
+app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
 console = Console(stderr=True)
 
@@ -108,7 +115,6 @@ LabelNames = Annotated[
         rich_help_panel=DATA,
     ),
 ]
-StoreOption = Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of the model store.")]
 
 
 @app.command()
@@ -476,7 +482,16 @@ def calibrate(
 SERVING = "Limits"
 WISHES = "Requests that ask nothing"
 LOAD = "Under load"
+ACCESS = "Who may ask"
 LOGS = "Logs and traces"
+
+
+def _secret(variable: str) -> "SecretStr | None":
+    """A secret of the environment; there is no flag for it, as others can see a process's flags."""
+    from pydantic import SecretStr
+
+    value = os.environ.get(variable)
+    return SecretStr(value) if value else None
 
 
 @app.command()
@@ -594,6 +609,43 @@ def serve(
             rich_help_panel=LOAD,
         ),
     ] = 1.0,
+    api_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DE3_API_KEYS_FILE",
+            help="Keys for /classify and /v1/models: lines of a name and a key, or a name and sha256:digest. "
+            "Or in DE3_API_KEYS, lines separated by ;. [default: everybody may ask]",
+            rich_help_panel=ACCESS,
+            show_default=False,
+        ),
+    ] = None,
+    admin_keys_file: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="DE3_ADMIN_KEYS_FILE",
+            help="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. [default: nobody can]",
+            rich_help_panel=ACCESS,
+            show_default=False,
+        ),
+    ] = None,
+    rate_limit: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DE3_RATE_LIMIT",
+            help="Texts for each API key, as in 100/second.",
+            rich_help_panel=ACCESS,
+            show_default=False,
+        ),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DE3_CORS_ORIGINS",
+            help="Pages of this origin may ask from a browser; repeat for more, * for all.",
+            rich_help_panel=ACCESS,
+            show_default=False,
+        ),
+    ] = None,
     log_format: Annotated[
         str, typer.Option(envvar="DE3_LOG_FORMAT", help="text, or json.", rich_help_panel=LOGS)
     ] = "text",
@@ -650,84 +702,18 @@ def serve(
             slo_p99_ms=slo_p99_ms,
             min_accuracy=min_accuracy,
             max_load_disagreement=max_load_disagreement,
+            api_keys_file=api_keys_file,
+            api_keys=_secret("DE3_API_KEYS"),
+            admin_keys_file=admin_keys_file,
+            admin_keys=_secret("DE3_ADMIN_KEYS"),
+            rate_limit=rate_limit,
+            cors_origins=cors_origin or [],
             log_format=log_format,  # type: ignore[arg-type]  # Settings checks it
             log_requests=log_requests,
             log_texts=log_texts,
             traces=traces,
         )
     )
-
-
-models = typer.Typer(no_args_is_help=True, help="Look into a model store: list, show, verify.")
-app.add_typer(models, name="models")
-
-
-@models.command("list")
-def models_list(store: StoreOption = Path("models")) -> None:
-    """List the models and versions of a store."""
-    from rich.table import Table
-
-    from model_store.store import Store, StoreError
-
-    found = Store(store)
-    table = Table()
-    for column in ("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up"):
-        table.add_column(column)
-    for name, versions in found.versions().items():
-        for version in versions:
-            try:
-                m = found.open(f"{name}:{version}").manifest
-            except StoreError as error:
-                table.add_row(f"{name}:{version}", f"[red]{escape(str(error))}")
-                continue
-            labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
-            c = m.calibration
-            numbers = (f"{100 * c.default.accuracy:.1f}%", f"{c.default.speedup:.1f}×") if c else ("–", "–")
-            table.add_row(
-                f"{name}:{version}", labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers
-            )
-    Console().print(table)
-
-
-@models.command("show")
-def models_show(
-    model: Annotated[str, typer.Argument(help="name, or name:version.")],
-    store: StoreOption = Path("models"),
-    table: Annotated[bool, typer.Option(help="Include the whole calibration table.")] = False,
-) -> None:
-    """Print a model's manifest as JSON."""
-    from model_store.store import Store
-
-    manifest = Store(store).open(model).manifest
-    without = None if table else {"calibration": {"table"}}
-    print(manifest.model_dump_json(indent=2, exclude=without))
-
-
-@models.command("verify")
-def models_verify(
-    model: Annotated[
-        str | None, typer.Argument(help="name or name:version. [default: all]", show_default=False)
-    ] = None,
-    store: StoreOption = Path("models"),
-) -> None:
-    """Check every file of a model against its hash, and that it loads; exits with 1 if one is not sound."""
-    from model_store.model import Model
-    from model_store.store import Store, StoreError
-
-    found = Store(store)
-    names = [model] if model else [f"{n}:{v}" for n, versions in found.versions().items() for v in versions]
-    bad = 0
-    for name in names:
-        try:
-            artifact = found.open(name)
-            artifact.verify()
-            Model(artifact)
-            print(f"{artifact.full_name}  sound")
-        except StoreError as error:
-            bad += 1
-            print(f"{name}  NOT SOUND  {error}")
-    if bad:
-        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

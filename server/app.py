@@ -6,22 +6,35 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3 import __version__
 from exits.guarantee import CONFIDENCE
-from server import examples
+from server import admin, examples
 from server.classify import classify
 from server.errors import ApiError
 from server.exchange import HEADER, request_id
 from server.service import Service
 
 CLASSIFY_PATHS = ("/classify", "/v1/classify")
+# The documentation has a script and styles in its page, and loads nothing from elsewhere.
+SECURITY_HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+        b"img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    ),
+]
 
 
 def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
@@ -29,28 +42,44 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
     other = create_api(service, on_failure)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] in CLASSIFY_PATHS and scope["method"] == "POST":
+        if scope["type"] != "http":
+            await other(scope, receive, send)
+        elif scope["path"] in CLASSIFY_PATHS and scope["method"] == "POST":
             if service.sheds():
                 await service.shed(scope, receive, send)
             else:
                 await classify(scope, receive, send, service)
-        elif scope["type"] == "http":
-            await other(scope, receive, _with_id(send, request_id(scope)))
         else:
-            await other(scope, receive, send)
+            send = _with_headers(send, scope)
+            try:
+                service.access.check(scope)
+            except ApiError as error:
+                await error.response()(scope, receive, send)
+            else:
+                await other(scope, receive, send)
 
-    return app
+    origins = service.settings.cors_origins
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
+        expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
+    )
 
 
-def _with_id(send: Send, request_id: str) -> Send:
-    """Sends answers with their request's id."""
+def _with_headers(send: Send, scope: Scope) -> Send:
+    """Sends answers with their request's id, and what keeps a browser from misusing a page."""
+    extra = [(HEADER, request_id(scope).encode()), *SECURITY_HEADERS]
 
-    async def with_id(message: Message) -> None:
+    async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), (HEADER, request_id.encode())]
+            message["headers"] = [*message.get("headers", []), *extra]
         await send(message)
 
-    return with_id
+    return with_headers
 
 
 def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
@@ -70,6 +99,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         summary="Text classification that exits early",
         description=examples.DESCRIPTION,
         redoc_url=None,
+        redirect_slashes=False,  # it would redirect to wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
     )
@@ -84,19 +114,22 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
     @app.get("/v1/models", tags=["models"])
     async def models() -> dict[str, Any]:
         """The served models: labels, layers, defaults, and what the defaults give."""
-        return {"object": "list", "data": [model_row(a.manifest) for a in service.artifacts]}
+        return {"object": "list", "data": [model_row(m) for m in service.manifests()]}
 
     @app.get(
         "/v1/models/{name}/calibration", tags=["models"], responses={404: {"description": "no such model"}}
     )
     def calibration(name: str) -> JSONResponse:
         """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
-        artifact = service.artifact(name)
-        found = artifact.manifest.calibration
+        manifest = service.manifest(name)
+        found, full_name = manifest.calibration, f"{manifest.name}:{manifest.version}"
         if found is None:
-            raise ApiError(404, f"{artifact.full_name} was exported without a calibration", "name")
-        body = {"object": "calibration", "model": artifact.full_name, "confidence": CONFIDENCE}
+            raise ApiError(404, f"{full_name} was exported without a calibration", "name")
+        body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
         return JSONResponse(body | found.model_dump(by_alias=True))
+
+    if service.access.admins is not None:
+        admin.add_routes(app, service.manager)
 
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
@@ -116,6 +149,10 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
         return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong_value(_: Request, error: RequestValidationError) -> Response:
+        return admin.explain(error).response()
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

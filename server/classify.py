@@ -17,10 +17,10 @@ from server.engine import DeadlineError
 from server.errors import ApiError
 from server.exchange import HEADER, Exchange, request_id
 from server.models import Served
-from server.protocol import ClassifyRequest
 from server.queue import QueueFullError
 from server.rules import Choice
 from server.service import Service
+from server.shadow import run_beside
 from server.work import Item, Job
 
 log = logging.getLogger("de3")
@@ -60,7 +60,12 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
 
 async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[bytes, str]:
     """The answer's body and timing; raises ApiError or ClientDisconnect."""
-    parsed = await _read(x.scope, receive, service)
+    service.check_open()
+    x.owner = service.access.user(x.scope)
+    settings = service.settings
+    body = await read_body(x.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+    parsed = protocol.parse(body, settings.max_texts)
+    service.access.take(x.owner, len(parsed.input))
     served = service.models.get(parsed.model)
     x.model = served.model.full_name
     choice = service.choose(served, parsed)
@@ -82,7 +87,10 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
         served.watch,
     )
     with service.holding(job):
-        await _run(job, x.scope, service, x.started + service.settings.timeout_s)
+        await _run(job, x.scope, service, x.started + settings.timeout_s)
+    shadow = service.models.shadow_of(served)
+    if shadow is not None:
+        run_beside(shadow, job, parsed, service)
     service.metrics.answered(job, choice)
     body = protocol.answer(
         x.id,
@@ -92,14 +100,6 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
         _about(choice, served, parsed.explain),
     )
     return body, _timing(job, x.started, perf_counter())
-
-
-async def _read(scope: Scope, receive: Receive, service: Service) -> ClassifyRequest:
-    """The request, checked in itself; raises ApiError or ClientDisconnect."""
-    service.check_open()
-    settings = service.settings
-    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
-    return protocol.parse(body, settings.max_texts)
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:

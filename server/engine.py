@@ -49,6 +49,10 @@ class Engine:
         for thread in self._threads:
             thread.start()
 
+    def is_alive(self) -> bool:
+        """Whether every thread runs."""
+        return all(thread.is_alive() for thread in self._threads)
+
     def stop(self) -> None:
         """Finish what was accepted, then end the threads."""
         self.queue.close()

@@ -7,11 +7,14 @@ from starlette.responses import Response
 
 TYPES = {
     400: "BadRequestError",
+    401: "AuthenticationError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
+    409: "ConflictError",
     413: "RequestTooLargeError",
     422: "UnprocessableEntityError",
+    429: "RateLimitError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
     504: "TimeoutError",
@@ -33,6 +36,10 @@ Cause = Literal[
     "budget",
     "timeout",
     "client_gone",
+    "no_key",
+    "rate_limited",
+    "conflict",
+    "bad_artifact",
     "internal",
 ]
 
@@ -45,7 +52,7 @@ class ApiError(Exception):
         message: names the field, what is wrong with it and what is allowed.
         param: the field, if one is to blame.
         cause: for the metrics.
-        retry_after: seconds after which to try again (503).
+        retry_after: seconds after which to try again (429, 503).
     """
 
     def __init__(
@@ -68,6 +75,8 @@ class ApiError(Exception):
     def response(self, request_id: str | None = None) -> Response:
         """The HTTP response."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
         if request_id is not None:
             headers["X-Request-ID"] = request_id
         return Response(orjson.dumps(self.body()), self.status, headers, "application/json")

@@ -59,7 +59,8 @@ _ANSWER = {
 }
 
 
-def _error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+def error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error as OpenAPI documents it."""
     return {
         "description": TYPES[status],
         "content": {"application/json": {"example": ApiError(status, message, param).body()}},
@@ -85,14 +86,16 @@ CLASSIFY: dict[str, Any] = {
             "description": "One row for each text, in order",
             "content": {"application/json": {"example": _ANSWER}},
         },
-        400: _error(400, "the body is not JSON in UTF-8: EOF while parsing an object at line 1 column 1"),
-        404: _error(404, "model: no model 'x' is served; there are: sst2:1", "model"),
-        408: _error(408, "the body did not arrive within 10 s"),
-        413: _error(413, "the body is larger than 1048576 bytes, the most allowed"),
-        422: _error(422, _WRONG_TAU, "tau"),
-        503: _error(
+        400: error(400, "the body is not JSON in UTF-8: EOF while parsing an object at line 1 column 1"),
+        401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
+        404: error(404, "model: no model 'x' is served; there are: sst2:1", "model"),
+        408: error(408, "the body did not arrive within 10 s"),
+        413: error(413, "the body is larger than 1048576 bytes, the most allowed"),
+        422: error(422, _WRONG_TAU, "tau"),
+        429: error(429, "over your limit of 100 per 1 second texts"),
+        503: error(
             503, "overloaded: 1024 texts wait and 40 requests are in flight, at most 1024 of each are allowed"
         ),
-        504: _error(504, "no answer within 30 s"),
+        504: error(504, "no answer within 30 s"),
     },
 }

@@ -35,6 +35,7 @@ class Exchange:
 
     Attributes:
         started, ended: perf_counter seconds.
+        owner: who has the API key; empty where none is needed.
         model: name:version, or none where no model was found.
         status: HTTP status; 499: the client went away.
         cause: why it was not answered, as in the metrics; None if it was.
@@ -45,6 +46,7 @@ class Exchange:
     scope: Scope
     started: float = field(default_factory=perf_counter)
     ended: float = 0.0
+    owner: str = ""
     model: str = "none"
     status: int = 500
     cause: Cause | None = None

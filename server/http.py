@@ -1,4 +1,4 @@
-"""uvicorn's HTTP/1.1, with limits on a request's head: its size and the time it may take to come."""
+"""uvicorn's HTTP/1.1, with limits on a request's head, and on the time that an answer may take to be read."""
 
 from asyncio import TimerHandle, Transport
 from collections.abc import Callable
@@ -8,10 +8,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 * 1024
 HEAD_TIMEOUT_S = 10.0
+WRITE_TIMEOUT_S = 30.0
 
 
 class Http(HttpToolsProtocol):
-    """A connection is closed when a head does not come in time, and answered 400 when it is too large.
+    """A connection is closed when a head does not come in time, answered 400 when that is too large, and cut
+    when a client does not read what is sent to it.
 
     It is in the request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the
     client closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
@@ -20,15 +22,47 @@ class Http(HttpToolsProtocol):
     on_gone: Callable[[], None] | None = None
     _head_bytes = 0
     _head_timer: TimerHandle | None = None
+    _write_timer: TimerHandle | None = None
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Start waiting for the first head."""
         super().connection_made(transport)
         self._await_head()
 
+    def pause_writing(self) -> None:
+        """The client does not read: it has so long to begin again."""
+        super().pause_writing()
+        self._cut_later()
+
+    def resume_writing(self) -> None:
+        """It reads."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Close an idle connection; one whose last answer was never read would else stay half closed."""
+        super().timeout_keep_alive_handler()
+        self._cut_later()
+
+    def shutdown(self) -> None:
+        """Close, if nothing is under way; what is not read then is cut off later."""
+        super().shutdown()
+        transport: Any = self.transport
+        if transport.is_closing():
+            self._cut_later()
+
+    def _cut_later(self) -> None:
+        if self._write_timer is None:
+            transport: Any = self.transport
+            self._write_timer = self.loop.call_later(WRITE_TIMEOUT_S, transport.abort)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting, and tell whoever answers."""
         self._head_came()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         if self.on_gone is not None:
             self.on_gone()
         super().connection_lost(exc)

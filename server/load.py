@@ -18,13 +18,13 @@ class Controller:
     Those that the threads are at are not counted: on an idle server nothing waits, however slow the model is.
 
     Attributes:
-        level: 0: every model's default τ; up to `levels`: steps above it.
+        level: 0: every model's default τ; up to `levels`: steps above it. They change with the models.
     """
 
     def __init__(
         self,
         objective_s: float,
-        levels: int,
+        levels: Callable[[], int],
         capacity: float,
         threads: int,
         clock: Callable[[], float] = perf_counter,
@@ -52,8 +52,8 @@ class Controller:
         most = SHED_ABOVE * self._objective
         if self.predicted_s(in_flight) <= most or self.predicted_s(ahead()) <= most:
             return False
-        if self.level < self._levels:
-            self.level = self._levels
+        if self.level < self._levels():
+            self.level = self._levels()
             return False
         return True
 
@@ -70,7 +70,7 @@ class Controller:
         self._least = in_flight
         share = self.predicted_s(ahead) / self._objective
         if share > RAISE_ABOVE:
-            self.level = min(self.level + 1, self._levels)
+            self.level = min(self.level + 1, self._levels())
         if share > LOWER_BELOW:
             self._calm_at = now + CALM_S
         elif now >= self._calm_at and self.level > 0:

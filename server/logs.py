@@ -44,6 +44,8 @@ class RequestLog:
             "status": x.status,
             "duration_ms": round(ms, 3),
         }
+        if x.owner:
+            fields["owner"] = x.owner
         if x.cause:
             fields["cause"] = x.cause
         if x.job is not None:

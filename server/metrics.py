@@ -36,7 +36,7 @@ REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 # What can come of a request, with a model and without one.
 STATUSES = ("200", "422", "499", "500", "503", "504")
-WITHOUT_MODEL = ("400", "404", "408", "413", "422", "499", "500", "503")
+WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 REASONS = ("threshold", "last_layer", "max_layer", "deadline")
 InForce = Callable[[Served], Choice]
 
@@ -133,6 +133,12 @@ class Metrics:
         self.expected_right = counter(
             "de3_expected_right_texts", "How many of those are right, by the calibration", ["model"]
         )
+        self.shadow_texts = counter(
+            "de3_shadow_texts", "Texts that a shadow ran as well", ["model", "shadow"]
+        )
+        self.shadow_disagreements = counter(
+            "de3_shadow_disagreements", "Those that it labels otherwise", ["model", "shadow"]
+        )
         self._model = Gauge(
             "de3_model_info",
             "1 for each served model",
@@ -186,6 +192,13 @@ class Metrics:
         self._observers[name] = self._observer(served)
         self._served[name] = served
 
+    def drop(self, served: Served) -> None:
+        """Say nothing more of a model that is no longer served; what it did stays counted."""
+        name, manifest = served.model.full_name, served.model.manifest
+        if self._served.get(name) is served:
+            del self._served[name]
+            self._model.remove(name, manifest.precision, served.model.runtime, str(manifest.num_layers))
+
     def answered(self, job: Job, choice: Choice) -> None:
         """Count the texts of an answered request by how τ was chosen."""
         model = job.model.full_name
@@ -204,7 +217,7 @@ class Metrics:
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""
-        self._observers[model.full_name](outcome)
+        self._observers[model.full_name](outcome)  # stays, for texts that were under way when it was dropped
 
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
         """A function with the label look-ups of one model done once."""

@@ -1,6 +1,8 @@
-"""The models that a server has loaded, by name."""
+"""The models that a server has loaded: which version answers a name, and which others run beside it."""
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, field
+from typing import Literal
 
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError
@@ -10,6 +12,10 @@ from server.settings import Settings
 from server.timing import Timing
 from server.watch import Watch
 
+# A shared call saves thread switches and trips to memory, but gives no way to more urgent texts.
+TOGETHER_S = 0.004
+MAX_HISTORY = 16  # versions to roll back to
+
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
     """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store."""
@@ -17,10 +23,6 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     if not names:
         raise StoreError(f"{store.path} holds no model; make one with de3 export")
     return [store.open(name) for name in names]
-
-
-# A shared call saves thread switches and trips to memory, but gives no way to more urgent texts.
-TOGETHER_S = 0.004
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +57,127 @@ def load(artifact: Artifact, settings: Settings) -> Served:
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 
 
-class Models:
-    """Loaded models; the first is the one that answers a request that names none."""
+Role = Literal["current", "canary", "shadow", "beside"]
 
-    def __init__(self, served: list[Served]) -> None:
-        self.all = served
-        self._by_name: dict[str, Served] = {}
-        for one in sorted(served, key=lambda s: s.model.manifest.version):
-            self._by_name[one.model.manifest.name] = one  # the newest wins
-            self._by_name[one.model.full_name] = one
+
+@dataclass(slots=True)
+class Route:
+    """Which versions of one name do what.
+
+    Attributes:
+        current: answers requests that name no version.
+        canary: answers the `share` of them instead.
+        shadow: runs the texts of current's requests as well; its answers are compared, and given to nobody.
+        before: versions that were current, the last one last.
+    """
+
+    current: int
+    canary: int | None = None
+    share: float = 0.0
+    shadow: int | None = None
+    before: list[int] = field(default_factory=list)
+
+    def give(self, role: Role, version: int, share: float = 0.0) -> None:
+        """Give a role to a version; it loses the one that it had, unless that is current."""
+        if role == "current" and version != self.current:
+            self.before = [*self.before, self.current][-MAX_HISTORY:]
+            self.current = version
+        if role != "canary" and self.canary == version:
+            self.canary, self.share = None, 0.0
+        if role != "shadow" and self.shadow == version:
+            self.shadow = None
+        if role == "canary":
+            self.canary, self.share = version, share
+        if role == "shadow":
+            self.shadow = version
+
+    def used(self) -> set[int]:
+        """Versions with a role."""
+        return {self.current} | {v for v in (self.canary, self.shadow) if v is not None}
+
+
+class Models:
+    """Loaded models. Only the event loop changes them, each time in one step: a request sees all or nothing.
+
+    The first name is the one that answers requests that name none.
+    """
+
+    def __init__(self) -> None:
+        self._versions: dict[str, dict[int, Served]] = {}
+        self.routes: dict[str, Route] = {}
+
+    @property
+    def all(self) -> list[Served]:
+        """Every loaded model."""
+        return [served for versions in list(self._versions.values()) for served in list(versions.values())]
 
     def get(self, name: str | None) -> Served:
         """The model of a request; raises ApiError 404 for one that is not served."""
         if name is None:
-            return self.all[0]
-        try:
-            return self._by_name[name]
-        except KeyError:
-            raise unknown_model(name, [s.model.full_name for s in self.all]) from None
+            name = next(iter(self.routes))
+        route = self.routes.get(name)
+        if route is not None:
+            if route.canary is not None and random.random() < route.share:
+                return self._versions[name][route.canary]
+            return self._versions[name][route.current]
+        served = self.all
+        for one in served:
+            if one.model.full_name == name:
+                return one
+        raise unknown_model(name, [s.model.full_name for s in served])
+
+    def shadow_of(self, served: Served) -> Served | None:
+        """Who runs the texts of this model as well, if anybody."""
+        name = served.model.manifest.name
+        route = self.routes.get(name)
+        if route is None or route.shadow is None or route.current != served.model.manifest.version:
+            return None
+        return self._versions[name][route.shadow]
+
+    def add(
+        self, served: Served, role: Role = "current", share: float = 0.0, back: bool = False
+    ) -> list[Served]:
+        """Serve a model in a role; returns those that are no longer served, as it took their place.
+
+        back: it is the version that was current before, which is thereby used up.
+        """
+        name, version = served.model.manifest.name, served.model.manifest.version
+        before = self.all
+        self._versions.setdefault(name, {})[version] = served
+        route = self.routes.setdefault(name, Route(version))
+        used = route.used()
+        route.give(role, version, share)
+        if back:
+            del route.before[-2:]  # itself, and the one that it replaces
+        for lost in used - route.used():
+            del self._versions[name][lost]
+        return _gone(before, self.all)
+
+    def remove(self, name: str, version: int | None) -> list[Served]:
+        """Serve a version, or all of a name, no longer; returns what is gone. Raises ApiError 404 and 409."""
+        self.get(name if version is None else f"{name}:{version}")
+        route, before = self.routes[name], self.all
+        if version is None or self._versions[name].keys() == {version}:
+            if len(self.routes) == 1:
+                raise ApiError(409, f"{name} is the only model that is served", "name", "conflict")
+            del self.routes[name], self._versions[name]
+        elif version == route.current:
+            others = ", ".join(f"{name}:{v}" for v in self._versions[name] if v != version)
+            raise ApiError(
+                409,
+                f"version: {name}:{version} answers for {name}; load another as current first "
+                f"(loaded are {others}), or unload all of {name}",
+                "version",
+                "conflict",
+            )
+        else:
+            route.give("beside", version)
+            del self._versions[name][version]
+        return _gone(before, self.all)
+
+
+def _gone(before: list[Served], after: list[Served]) -> list[Served]:
+    return [s for s in before if not any(s is other for other in after)]
 
 
 def unknown_model(name: str, served: list[str]) -> ApiError:

@@ -10,14 +10,17 @@ from time import perf_counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from model_store.manifest import Manifest
 from model_store.store import Artifact, Store
+from server.access import Access
 from server.engine import Engine
 from server.errors import ApiError
 from server.exchange import HEADER, Exchange, Reporter, request_id
 from server.load import TICK_S, Controller
 from server.logs import RequestLog
+from server.manager import Manager
 from server.metrics import Metrics
-from server.models import Models, Served, find, load, unknown_model
+from server.models import Models, Served, find
 from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.settings import Settings
@@ -39,9 +42,12 @@ class Service:
         self.artifacts: list[Artifact] = find(Store(settings.store), settings.models)
         deepest = max(a.manifest.num_layers for a in self.artifacts)
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
+        self.access = Access(settings)
         self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
-        self.models = Models([])
+        self.models = Models()
+        self.manager = Manager(settings, self.models, self.metrics)
         self.state = "loading"
+        self.is_open = False  # once all models are loaded, and then for good
         self.metrics.watch(
             self.engine.queue.__len__,
             lambda: self.state == "ready",
@@ -65,16 +71,17 @@ class Service:
 
     async def load(self, on_failure: Callable[[], None]) -> None:
         """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
+        if self.is_open:  # before it was served, as on Ray
+            return
         try:
             started = perf_counter()
-            self.models = Models([await asyncio.to_thread(load, a, self.settings) for a in self.artifacts])
-            for served in self.models.all:
-                self.metrics.add(served)
+            await self.manager.begin(self.artifacts)
             self._start_controller()
             self.engine.start()
-            # What is loaded stays: no collection need look at it again while requests wait.
+            # What is there now mostly stays: no collection need look at it again while requests wait.
             gc.collect()
             gc.freeze()
+            self.is_open = True
             if self.state == "loading":
                 self.state = "ready"
             log.info(
@@ -95,9 +102,12 @@ class Service:
         share = first.rules.default.share(first.model.manifest.num_layers)
         guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
         self._short_s = first.timing.full_depth_s(8)
-        levels = max(len(s.rules.steps) for s in self.models.all)
-        self.controller = Controller(self.settings.slo_p99_ms / 1000, levels, guess, threads)
+        self.controller = Controller(self.settings.slo_p99_ms / 1000, self._levels, guess, threads)
         self._ticks = asyncio.create_task(self._tick(self.controller))
+
+    def _levels(self) -> int:
+        """The most steps by which any model's default τ can be raised."""
+        return max(len(s.rules.steps) for s in self.models.all)
 
     async def _tick(self, controller: Controller) -> None:
         while True:
@@ -147,7 +157,7 @@ class Service:
         Before a body is read, so that bodies cannot fill the memory, and refusing costs little. A draining
         server still answers what reaches it.
         """
-        if not self.models.all:
+        if not self.is_open:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
 
         if self.in_flight > self.settings.max_queue:
@@ -180,12 +190,16 @@ class Service:
 
         return shed
 
-    def artifact(self, name: str) -> Artifact:
-        """The served artifact of a name (its newest version) or name:version; raises ApiError 404."""
-        found = [a for a in self.artifacts if name in (a.full_name, a.manifest.name)]
-        if not found:
-            raise unknown_model(name, [a.full_name for a in self.artifacts])
-        return max(found, key=lambda a: a.manifest.version)
+    def manifests(self) -> list[Manifest]:
+        """Those of the served models, or of those that are being loaded."""
+        if self.is_open:
+            return [s.model.manifest for s in self.models.all]
+        return [a.manifest for a in self.artifacts]
+
+    def manifest(self, name: str) -> Manifest:
+        """That of a name (its current version) or name:version; raises ApiError 404, or 503 while loading."""
+        self.check_open()
+        return self.models.get(name).model.manifest
 
     def choose(self, served: Served, request: ClassifyRequest) -> Choice:
         """The exit rule of a request: its own wish, else the server's; raises ApiError 422."""

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 from server.protocol import MAX_BUDGET_MS, one_wish
 
@@ -33,6 +33,11 @@ class Settings(BaseModel):
         min_accuracy: under load τ is raised only as far as the calibrated accuracy stays at least this;
             None: 2 points under that of full depth.
         max_load_disagreement: and as the calibrated disagreement with full depth stays at most this.
+        api_keys_file, api_keys: keys that /classify and /v1/models ask for, in a file or as text
+            (server/access.py: Keys.read); unset: everybody may ask.
+        admin_keys_file, admin_keys: keys for changing the models; unset: nobody can.
+        rate_limit: texts for each API key, as in 100/second.
+        cors_origins: pages of these origins may ask from a browser; * for all.
         log_format: of the log on standard error: text, or json, one object a line.
         log_requests: log a line for each request to /classify.
         log_texts: and in it the texts themselves.
@@ -60,6 +65,12 @@ class Settings(BaseModel):
     slo_p99_ms: Annotated[float, Field(gt=0)] | None = None
     min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     max_load_disagreement: Annotated[float, Field(ge=0, le=1)] = 1.0
+    api_keys_file: Path | None = None
+    api_keys: SecretStr | None = None
+    admin_keys_file: Path | None = None
+    admin_keys: SecretStr | None = None
+    rate_limit: str | None = None
+    cors_origins: list[str] = []
     log_format: Literal["text", "json"] = "text"
     log_requests: bool = False
     log_texts: bool = False

@@ -21,7 +21,7 @@ class Simulation:
     def __init__(self) -> None:
         self.now = self.in_flight = self.answered = 0.0
         self.shed = self.asked = 0.0
-        self.controller = Controller(OBJECTIVE_S, LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
+        self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
         self.worst_s = 0.0
 
     def run(self, seconds: float, rate: float) -> list[int]:
@@ -91,7 +91,7 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
     ticks: list[tuple[int, int]],
 ) -> None:
     now, answered = 0.0, 0
-    controller = Controller(OBJECTIVE_S, LEVELS, CAPACITY, threads=2, clock=lambda: now)
+    controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: now)
     for in_flight, more in ticks:
         now += TICK_S
         answered += more
@@ -105,14 +105,14 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
 
 
 def test_texts_that_run_are_no_load_however_slow_the_model_is() -> None:
-    controller = Controller(OBJECTIVE_S, LEVELS, capacity=20.0, threads=2)  # 100 ms a text
+    controller = Controller(OBJECTIVE_S, lambda: LEVELS, capacity=20.0, threads=2)  # 100 ms a text
     assert not controller.sheds(2, lambda: 2)
     controller.tick(2, 2, 0)
     assert controller.level == 0
 
 
 def test_what_a_new_text_overtakes_is_no_load() -> None:
-    controller = Controller(OBJECTIVE_S, 0, CAPACITY, threads=2)
+    controller = Controller(OBJECTIVE_S, lambda: 0, CAPACITY, threads=2)
     assert not controller.sheds(500, lambda: 2)  # a long list: a short text goes before nearly all of it
     assert controller.sheds(500, lambda: 500)
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 
 from model_store.model import Model
 from model_store.store import StoreError
+from server import http
 from server.service import Service
 from server.settings import Settings
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
@@ -186,11 +188,11 @@ def test_a_head_that_does_not_come_is_cut_off(store: Path, monkeypatch: pytest.M
 
 
 def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server import service as services
+    from server import manager
 
     go_on = threading.Event()
-    load = services.load
-    monkeypatch.setattr(services, "load", lambda *a: (go_on.wait(30), load(*a))[1])
+    load = manager.load
+    monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(30), load(*a))[1])
     server = Server(Service(Settings(store=store)))
     server.start()
     try:
@@ -297,3 +299,35 @@ def test_wrong_settings_are_one_line(
         main()
     lines = capsys.readouterr().err.strip().splitlines()
     assert stopped.value.code == 1 and len(lines) == 1 and lines[0].startswith(message)
+
+
+def test_a_client_that_does_not_read_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "WRITE_TIMEOUT_S", 0.5)
+    with serving(store, models=["tiny"], max_texts=1024) as server:
+        body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", server.port))
+            for _ in range(20):  # more than the system's buffers hold
+                client.sendall(head + body)
+            until(lambda: server.metric("de3_requests_total", status="200") >= 1, "the first answer")
+            connections = server._uvicorn.server_state.connections
+            until(lambda: not connections, "the connection to be cut")
+        assert server.classify(input="good").status_code == 200
+
+
+def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "WRITE_TIMEOUT_S", 2.0)
+    with serving(store, models=["tiny"], max_texts=1024) as server:
+        body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
+        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(
+            body
+        )
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall(head + body)
+            received = b""
+            while chunk := client.recv(32768):
+                received += chunk
+                time.sleep(0.01)
+        assert len(json.loads(received.partition(b"\r\n\r\n")[2])["data"]) == 1024

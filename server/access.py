@@ -1,0 +1,160 @@
+"""Who may ask, and how much: API keys and rate limits."""
+
+import hashlib
+import hmac
+import math
+import re
+import time
+from pathlib import Path
+
+from limits import RateLimitItem, parse
+from limits.storage import MemoryStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from pydantic import SecretStr
+from starlette.types import Scope
+
+from server.errors import ApiError
+from server.settings import Settings
+
+MIN_KEY_CHARS = 16
+MAX_KEYS = 256  # each request is compared with all of them
+MAX_FILE_BYTES = 2**20
+_CHANGES = re.compile(r"/v1/models/[^/]+/(load|unload|rollback)")
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+
+
+class Keys:
+    """API keys by the name of who has them, kept as SHA-256 digests.
+
+    Every digest is compared, each in constant time, so that the time taken tells nothing of a key.
+    """
+
+    def __init__(self, digests: dict[str, bytes]) -> None:
+        self._digests = digests
+
+    @classmethod
+    def read(cls, text: str, where: str) -> "Keys":
+        """Keys from lines of `name key` or `name sha256:digest`; # begins a comment. Raises ValueError.
+
+        where: what the lines come from, for messages; a message never shows a key.
+        """
+        digests: dict[str, bytes] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            parts = line.partition("#")[0].split()
+            if not parts:
+                continue
+            place = f"{where}, line {number}"
+            if len(parts) != 2:
+                raise ValueError(f"{place}: must be a name and a key, or a name and sha256:digest")
+            name, key = parts
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{place}: a name is up to 64 letters, digits and _ . -")
+            if name in digests:
+                raise ValueError(f"{place}: {name} is there already")
+            hashed = _DIGEST.fullmatch(key)
+            if hashed is None and (key.startswith("sha256:") or len(key) < MIN_KEY_CHARS):
+                raise ValueError(
+                    f"{place}: a key has at least {MIN_KEY_CHARS} characters, a digest 64 hex digits"
+                )
+            digests[name] = bytes.fromhex(hashed[1]) if hashed else _digest(key.encode())
+        if not digests:
+            raise ValueError(f"{where}: has no key")
+        if len(digests) > MAX_KEYS:
+            raise ValueError(f"{where}: {len(digests)} keys, at most {MAX_KEYS} are allowed")
+        return cls(digests)
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Keys":
+        """Keys from a file of such lines; raises ValueError or OSError."""
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+        return cls.read(path.read_text(), str(path))
+
+    def owner(self, scope: Scope) -> str:
+        """The name of who sent `Authorization: Bearer KEY`; raises ApiError 401."""
+        for header, value in scope["headers"]:
+            if header == b"authorization":
+                scheme, _, key = value.partition(b" ")
+                if scheme.lower() == b"bearer" and (name := self._find(key.strip())) is not None:
+                    return name
+                raise ApiError(401, "this API key is unknown; send Authorization: Bearer KEY", cause="no_key")
+        raise ApiError(401, "an API key is needed; send Authorization: Bearer KEY", cause="no_key")
+
+    def _find(self, key: bytes) -> str | None:
+        sent, found = _digest(key), None
+        for name, digest in self._digests.items():
+            if hmac.compare_digest(sent, digest):
+                found = name
+        return found
+
+
+class Access:
+    """Who may ask what. Without keys everybody may classify, and nobody change the models."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises ValueError or OSError for keys or a rate that cannot be used."""
+        self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
+        self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
+        self._limit = RateLimit(settings.rate_limit) if settings.rate_limit else None
+        if self._limit is not None and self.users is None:
+            raise ValueError("rate_limit: is for each API key, and there are none; give api_keys_file")
+
+    def user(self, scope: Scope) -> str:
+        """The name of who asks to classify; empty where no key is needed. Raises ApiError 401."""
+        return "" if self.users is None else self.users.owner(scope)
+
+    def take(self, owner: str, texts: int) -> None:
+        """Count texts against an owner's limit; raises ApiError 429."""
+        if self._limit is not None:
+            self._limit.take(owner, texts)
+
+    def check(self, scope: Scope) -> None:
+        """Whether a request other than to classify may go on; raises ApiError 401.
+
+        Health, readiness, metrics and the documentation tell nothing of users or texts, and are open.
+        """
+        if self.admins is not None and _CHANGES.fullmatch(scope["path"]):
+            self.admins.owner(scope)
+        elif scope["path"].startswith("/v1/models"):
+            self.user(scope)
+
+
+def _keys(lines: SecretStr | None, path: Path | None, variable: str) -> Keys | None:
+    if lines is not None and path is not None:
+        raise ValueError(f"{variable}: give keys in the variable or in a file, not both")
+    if lines is not None:
+        return Keys.read(lines.get_secret_value().replace(";", "\n"), variable)
+    return None if path is None else Keys.from_file(path)
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class RateLimit:
+    """So many texts a second, minute, hour or day for each key, over a sliding window."""
+
+    def __init__(self, rate: str) -> None:
+        """rate: as in 100/second or 5000/minute; raises ValueError."""
+        try:
+            self._rate: RateLimitItem = parse(rate)
+        except ValueError:
+            raise ValueError(f"rate_limit: {rate!r} is no rate; say for example 100/second") from None
+        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+
+    def take(self, owner: str, texts: int) -> None:
+        """Count texts of an owner; raises ApiError 429 when that would be too many."""
+        if texts > self._rate.amount:
+            raise ApiError(
+                429,
+                f"input: {texts} texts in one request, and your limit is {self._rate}: send fewer at a time",
+                "input",
+                "rate_limited",
+            )
+        if not self._limiter.hit(self._rate, owner, cost=texts):
+            reset = self._limiter.get_window_stats(self._rate, owner).reset_time
+            wait = max(1, math.ceil(reset - time.time()))
+            raise ApiError(
+                429, f"over your limit of {self._rate} texts", cause="rate_limited", retry_after=wait
+            )

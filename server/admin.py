@@ -1,0 +1,86 @@
+"""Routes that change which models are served; there only if there are admin keys (server/access.py)."""
+
+from typing import Annotated, Any
+
+from fastapi import Body, FastAPI, Path
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from model_store.manifest import NAME
+from server.errors import ApiError
+from server.examples import error
+from server.manager import Manager
+from server.models import Role, Served
+
+Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="of a model, without version")]
+Version = Annotated[int, Field(ge=1, le=10**9)]
+
+
+class Load(BaseModel):
+    """What to load, and for what."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Version | None = Field(default=None, description="the newest in the store, if unset")
+    role: Role = Field(
+        default="current",
+        description="current: answers for the name; canary: answers a share of its requests; shadow: runs "
+        "them as well and is compared; beside: answers those that name its version",
+    )
+    share: float = Field(default=0.0, gt=0, lt=1, description="of the requests, for a canary")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Load":
+        if ("share" in self.model_fields_set) != (self.role == "canary"):
+            raise ValueError("share: is for a canary, which needs one")
+        return self
+
+
+class Unload(BaseModel):
+    """What to unload."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: Version | None = Field(default=None, description="all of the name, if unset")
+
+
+def add_routes(app: FastAPI, manager: Manager) -> None:
+    """Add them to an application."""
+    errors: dict[int | str, dict[str, Any]] = {
+        400: error(400, "the body is not JSON"),
+        401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
+        404: error(404, "no version '3' of model 'sst2'; there are: 1, 2", "name"),
+        409: error(409, "sst2 is the only model that is served", "name"),
+        422: error(422, "not loaded, what was served before still is: layer_02.onnx: damaged", "name"),
+    }
+    common: dict[str, Any] = {"tags": ["change models"], "responses": errors}
+
+    @app.post("/v1/models/{name}/load", **common)
+    async def load(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
+        """Load a version and, once it is warm, let it answer; loading the same one again reads it anew."""
+        return _said(await manager.load(name, what.version, what.role, what.share))
+
+    @app.post("/v1/models/{name}/rollback", **common)
+    async def rollback(name: Name) -> dict[str, Any]:
+        """Let the version answer again that was current before."""
+        return _said(await manager.roll_back(name))
+
+    @app.post("/v1/models/{name}/unload", **common)
+    async def unload(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
+        """Serve a version, or all of a name, no longer."""
+        return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
+
+
+def explain(wrong: RequestValidationError) -> ApiError:
+    """The first problem of a request to one of these routes, as an answer."""
+    first = wrong.errors()[0]
+    place, message = [str(part) for part in first["loc"]], first["msg"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not JSON", cause="not_json")
+    if len(place) < 2:
+        return ApiError(422, f"the body must be a JSON object, sent as application/json: {message}")
+    return ApiError(422, f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
+
+
+def _said(served: Served) -> dict[str, Any]:
+    return {"model": served.model.full_name, "runtime": served.model.runtime}

@@ -1,0 +1,137 @@
+"""Models come, go and come back while the server runs, one change at a time."""
+
+import asyncio
+import ctypes
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from time import perf_counter
+from weakref import ref
+
+from model_store.model import Model
+from model_store.store import Artifact, Store, StoreError, UnknownModelError
+from server.errors import ApiError
+from server.metrics import Metrics
+from server.models import Models, Role, Served, load
+from server.settings import Settings
+
+log = logging.getLogger("de3")
+MAX_LOADED = 16
+WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of a model that is unloaded
+
+
+class Manager:
+    """Changes what is served.
+
+    A model is loaded and warmed up beside the others before it takes anybody's place, so a bad artifact
+    changes nothing. A request that is under way keeps the model that it began with.
+    """
+
+    def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
+        self._settings, self._models, self._metrics = settings, models, metrics
+        self._store = Store(settings.store)
+        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def begin(self, artifacts: Sequence[Artifact]) -> None:
+        """Load the first models; a name's newest version answers for it. Raises StoreError, ValueError."""
+        newest: dict[str, Artifact] = {}
+        for a in artifacts:
+            if a.manifest.version >= newest.get(a.manifest.name, a).manifest.version:
+                newest[a.manifest.name] = a
+        for artifact in newest.values():
+            await self._serve(artifact, "current")
+        for artifact in artifacts:
+            if artifact is not newest[artifact.manifest.name]:
+                await self._serve(artifact, "beside")
+
+    async def load(
+        self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
+    ) -> Served:
+        """Serve a version (the newest), read from the store anew; raises ApiError 404, 409 or 422."""
+        async with self._one_change():
+            artifact = await self._open(name, version)
+            route = self._models.routes.get(name)
+            if role != "current" and (route is None or route.current == artifact.manifest.version):
+                why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"
+                raise ApiError(409, f"role: {why}, so it cannot be {role}", "role", "conflict")
+            return await self._change(artifact, role, share)
+
+    async def roll_back(self, name: str) -> Served:
+        """Let the version answer again that was current before; raises ApiError 404, 409 or 422."""
+        async with self._one_change():
+            self._models.get(name)
+            route = self._models.routes.get(name)
+            if route is None or not route.before:
+                raise ApiError(409, f"{name}: no version was current before", "name", "conflict")
+            artifact = await self._open(name, route.before[-1])
+            return await self._change(artifact, "current", back=True)
+
+    async def unload(self, name: str, version: int | None = None) -> list[Served]:
+        """Serve a version, or all of a name, no longer; raises ApiError 404 or 409."""
+        async with self._one_change():
+            gone = self._models.remove(name, version)
+            self._forget(gone)
+            return gone
+
+    @asynccontextmanager
+    async def _one_change(self) -> AsyncIterator[None]:
+        if self._changing.locked():
+            raise ApiError(409, "another change of the models is under way; try again", cause="conflict")
+        async with self._changing:
+            yield
+
+    async def _open(self, name: str, version: int | None) -> Artifact:
+        try:
+            return await asyncio.to_thread(self._store.open, name if version is None else f"{name}:{version}")
+        except UnknownModelError as error:
+            raise ApiError(404, str(error), "name", "unknown_model") from None
+        except StoreError as error:
+            raise self._refused(error) from None
+
+    async def _change(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
+        loaded = {s.model.full_name for s in self._models.all}
+        if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED:
+            raise ApiError(409, f"{MAX_LOADED} models are loaded, the most allowed", cause="conflict")
+        try:
+            return await self._serve(artifact, role, share, back)
+        except (StoreError, ValueError, OSError) as error:
+            raise self._refused(error) from None
+
+    def _refused(self, error: Exception) -> ApiError:
+        log.warning("a model was not loaded: %s", error)
+        return ApiError(422, f"not loaded, what was served before still is: {error}", "name", "bad_artifact")
+
+    async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
+        started = perf_counter()
+        served = await asyncio.to_thread(load, artifact, self._settings)
+        self._metrics.add(served)
+        self._forget(self._models.add(served, role, share, back))
+        log.info(
+            "%s is %s (%s), after %.1f s",
+            *(artifact.full_name, role, served.model.runtime, perf_counter() - started),
+        )
+        return served
+
+    def _forget(self, gone: list[Served]) -> None:
+        """Let the memory of models go once nothing uses them any more."""
+        for served in gone:
+            self._metrics.drop(served)
+            log.info("%s is unloaded", served.model.full_name)
+        task = asyncio.create_task(_give_back([ref(served.model) for served in gone]))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def _give_back(models: list[ref[Model]]) -> None:
+    """Wait until models are gone, then hand what is free back to the system.
+
+    A load takes much that is soon free again, in whichever of the C library's arenas its thread has: without
+    this each thread that ever loaded a model would keep that much.
+    """
+    for _ in range(round(MAX_WAIT_S / WAIT_S)):
+        if all(model() is None for model in models):
+            break
+        await asyncio.sleep(WAIT_S)
+    with suppress(OSError, AttributeError):  # glibc only
+        await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)

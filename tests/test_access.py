@@ -1,0 +1,186 @@
+"""Strangers: API keys, rate limits, origins, and what a browser is told."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.access import MAX_KEYS, Keys, RateLimit
+from server.errors import ApiError
+from server.service import Service
+from server.settings import Settings
+from tests.serving import Server, serving
+
+ALICE, BOB = "alice-has-a-long-key", "bob-has-another-key-too"
+DIGEST = hashlib.sha256(BOB.encode()).hexdigest()
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(scope="module")
+def server(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    file = tmp_path_factory.mktemp("keys") / "keys"
+    file.write_text(f"# who may ask\nalice {ALICE}\n\nbob sha256:{DIGEST}  # only the digest\n")
+    with serving(store, models=["tiny"], api_keys_file=file, rate_limit="20/minute") as running:
+        yield running
+
+
+def post(server: Server, headers: dict[str, str], **body: Any) -> httpx.Response:
+    return httpx.post(server.url + "/classify", json=body, headers=headers, timeout=30)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        bearer("wrong-key-wrong-key"),
+        bearer(ALICE + "x"),
+        bearer(ALICE[:-1]),
+        bearer(DIGEST),  # knowing the file is not knowing a key
+        bearer(f"sha256:{DIGEST}"),
+        {"Authorization": ALICE},
+        {"Authorization": f"Basic {ALICE}"},
+        {"X-API-Key": ALICE},
+    ],
+)
+def test_without_a_key_nobody_classifies(server: Server, headers: dict[str, str]) -> None:
+    for answer in (
+        post(server, headers, input="good"),
+        httpx.post(server.url + "/v1/classify", content=b"{", headers=headers),
+        httpx.get(server.url + "/v1/models", headers=headers),
+        httpx.get(server.url + "/v1/models/tiny/calibration", headers=headers),
+    ):
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+        error = answer.json()["error"]
+        assert error["type"] == "AuthenticationError" and "Authorization: Bearer KEY" in error["message"]
+
+
+def test_who_has_a_key_may(server: Server) -> None:
+    for key in (ALICE, BOB):
+        assert post(server, bearer(key), input="good").status_code == 200
+        assert httpx.get(server.url + "/v1/models", headers=bearer(key)).status_code == 200
+    assert post(server, {"authorization": f"bearer {ALICE}"}, input="good").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json"])
+def test_what_tells_nothing_of_users_is_open(server: Server, path: str) -> None:
+    answer = httpx.get(server.url + path)
+    assert answer.status_code == 200
+    assert ALICE not in answer.text and DIGEST not in answer.text
+
+
+def test_each_key_has_its_own_limit(store: Path) -> None:
+    keys = f"alice {ALICE};bob {BOB}"
+    with serving(store, models=["tiny"], api_keys=keys, rate_limit="20/hour") as server:
+        assert post(server, bearer(ALICE), input=["good"] * 15).status_code == 200
+        over = post(server, bearer(ALICE), input=["good"] * 6)
+        assert over.status_code == 429 and over.json()["error"]["type"] == "RateLimitError"
+        assert "20 per 1 hour" in over.json()["error"]["message"]
+        assert 1 <= int(over.headers["retry-after"]) <= 3600
+        assert post(server, bearer(BOB), input=["good"] * 6).status_code == 200
+        assert post(server, bearer(ALICE), input=["good"] * 5).status_code == 200  # what was left
+        never = post(server, bearer(BOB), input=["good"] * 21)
+        assert never.status_code == 429 and "send fewer at a time" in never.json()["error"]["message"]
+        assert "retry-after" not in never.headers
+        assert server.metric("de3_rejected_total", cause="rate_limited") == 2
+
+
+def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    limit = RateLimit("10/minute")
+    limit.take("alice", 10)
+    with pytest.raises(ApiError):
+        limit.take("alice", 1)
+    now += 121
+    limit.take("alice", 10)
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("", "has no key"),
+        ("# only a comment", "has no key"),
+        ("alice", "line 1: must be a name and a key"),
+        ("alice a b", "line 1: must be a name and a key"),
+        ("alice short", "at least 16 characters"),
+        (f"alice {ALICE}\nalice {BOB}", "line 2: alice is there already"),
+        (f"al/ice {ALICE}", "line 1: a name is"),
+        ("alice sha256:abc", "a digest 64 hex digits"),
+        ("\n".join(f"n{i} {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
+    ],
+)
+def test_keys_that_cannot_be_used_are_refused_by_line(lines: str, says: str) -> None:
+    with pytest.raises(ValueError, match="where") as error:
+        Keys.read(lines, "where")
+    assert says in str(error.value)
+    assert ALICE not in str(error.value) and "short" not in str(error.value)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
+    try:
+        Keys.read(text, "where")
+    except ValueError as error:
+        assert str(error).startswith("where")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"rate_limit": "10/second"}, "rate_limit: is for each API key"),
+        ({"rate_limit": "fast", "api_keys": f"alice {ALICE}"}, "rate_limit: 'fast' is no rate"),
+        ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
+        ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
+    ],
+)
+def test_settings_that_cannot_be_used_stop_the_start(
+    store: Path, settings: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValueError, match=r"DE3_API_KEYS|rate_limit") as error:
+        Service(Settings(store=store, **settings))
+    assert says in str(error.value)
+
+
+def test_settings_do_not_show_keys() -> None:
+    assert ALICE not in repr(Settings(api_keys=f"alice {ALICE}"))  # type: ignore[arg-type]
+
+
+def preflight(server: Server, origin: str) -> httpx.Response:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    return httpx.options(server.url + "/classify", headers=headers)
+
+
+def test_other_origins_are_shut_out_by_default(server: Server) -> None:
+    assert "access-control-allow-origin" not in preflight(server, "https://page.example").headers
+    answer = post(server, bearer(ALICE) | {"Origin": "https://page.example"}, input="good")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_origins_that_were_named_are_let_in(store: Path) -> None:
+    page = "https://page.example"
+    with serving(store, models=["tiny"], cors_origins=[page]) as server:
+        assert preflight(server, page).headers["access-control-allow-origin"] == page
+        assert preflight(server, "https://other.example").status_code == 400
+        answer = post(server, {"Origin": page}, input="good")
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == page
+        assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
+
+
+@pytest.mark.parametrize("path", ["/docs", "/health", "/nothing"])
+def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
+    headers = httpx.get(server.url + path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["referrer-policy"] == "no-referrer"

@@ -1,0 +1,298 @@
+"""Models that come, go and come back while the server runs."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from model_store.store import Store
+from tests.conftest import make_rows
+from tests.serving import Gate, Server, process, serving, until, url_when_ready
+
+KEY = "an-admin-key-of-some-length"
+HEADERS = {"Authorization": f"Bearer {KEY}"}
+TEXTS = [text for text, _ in make_rows(60, 21)]
+
+
+@pytest.fixture
+def versions(store: Path, tmp_path: Path) -> Path:
+    """A store with tiny:1, tiny:2 (its labels renamed, to tell it by its answers) and tiny:3 (damaged)."""
+    path = tmp_path / "store"
+    shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
+    copy(path, 2, labels=["no", "yes"])
+    copy(path, 3)
+    segment = path / "tiny" / "3" / "layer_02.onnx"
+    segment.write_bytes(segment.read_bytes()[:-1] + b"x")
+    return path
+
+
+def copy(path: Path, version: int, **fields: Any) -> None:
+    shutil.copytree(path / "tiny" / "1", path / "tiny" / str(version))
+    manifest = path / "tiny" / str(version) / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": version} | fields))
+
+
+@pytest.fixture
+def server(versions: Path) -> Iterator[Server]:
+    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}") as running:
+        yield running
+
+
+def change(server: Server, what: str, headers: dict[str, str] = HEADERS, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/models/tiny/{what}", json=body, headers=headers, timeout=60)
+
+
+def answering(server: Server, model: str | None = None) -> str:
+    body = {} if model is None else {"model": model}
+    answer = server.classify(input="good", **body)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["model"])
+
+
+def served(server: Server) -> list[str]:
+    return [m["id"] for m in httpx.get(server.url + "/v1/models").json()["data"]]
+
+
+def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
+    assert change(server, "load", version=2).json() == {"model": "tiny:2", "runtime": "onnxruntime"}
+    assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
+    assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
+    assert change(server, "rollback").json()["model"] == "tiny:1"
+    assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
+    again = change(server, "rollback")
+    assert (again.status_code, again.json()["error"]["message"]) == (
+        409,
+        "tiny: no version was current before",
+    )
+
+
+def test_a_bad_artifact_changes_nothing_and_says_why(server: Server) -> None:
+    for body in ({"version": 3}, {}):  # the newest
+        refused = change(server, "load", **body)
+        error = refused.json()["error"]
+        assert (refused.status_code, error["param"]) == (422, "name")
+        assert "layer_02.onnx: damaged" in error["message"]
+        assert error["message"].startswith("not loaded, what was served before still is")
+    assert (answering(server), served(server)) == ("tiny:1", ["tiny:1"])
+    assert server.metric("de3_rejected_total", cause="bad_artifact") == 0  # nobody's request was rejected
+
+
+@pytest.mark.parametrize(
+    ("what", "body", "status", "says"),
+    [
+        ("load", {"version": 9}, 404, "no version '9'"),
+        ("load", {"version": 0}, 422, "version: input should be greater than or equal to 1"),
+        ("load", {"version": "2"}, 422, "version: input should be a valid integer"),
+        ("load", {"role": "king"}, 422, "role: input should be"),
+        ("load", {"share": 0.5}, 422, "share: is for a canary"),
+        ("load", {"role": "canary"}, 422, "share: is for a canary"),
+        ("load", {"role": "canary", "share": 1.5}, 422, "share: input should be less than 1"),
+        ("load", {"role": "shadow", "version": 1}, 409, "role: tiny:1 is current"),
+        ("load", {"vresion": 2}, 422, "vresion: extra inputs"),
+        ("unload", {}, 409, "tiny is the only model"),
+        ("unload", {"version": 2}, 404, "no model 'tiny:2'"),
+    ],
+)
+def test_a_change_that_makes_no_sense_is_refused(
+    server: Server, what: str, body: dict[str, Any], status: int, says: str
+) -> None:
+    refused = change(server, what, **body)
+    assert (refused.status_code, says in refused.text) == (status, True), refused.text
+    assert served(server) == ["tiny:1"]
+
+
+def test_what_is_not_json_is_refused(server: Server) -> None:
+    for content, status in ((b"{", 400), (b"[]", 422), (b"\xff", 400)):
+        headers = HEADERS | {"Content-Type": "application/json"}
+        refused = httpx.post(server.url + "/v1/models/tiny/load", content=content, headers=headers)
+        assert (refused.status_code, "error" in refused.json()) == (status, True)
+
+
+def test_several_versions_are_served_side_by_side(server: Server) -> None:
+    assert change(server, "load", version=2, role="beside").status_code == 200
+    assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
+    refused = change(server, "unload", version=1)
+    assert refused.status_code == 409 and "loaded are tiny:2" in refused.text
+    assert change(server, "unload", version=2).json() == {"unloaded": ["tiny:2"]}
+    assert server.classify(input="good", model="tiny:2").status_code == 404
+
+
+def test_a_canary_gets_its_share(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random, "random", random.Random(3).random)
+    change(server, "load", version=2, role="canary", share=0.25)
+    counts = Counter(answering(server) for _ in range(200))
+    assert 30 <= counts["tiny:2"] <= 70 and counts.total() == 200
+    assert answering(server, "tiny:1") == "tiny:1"
+    change(server, "load", version=2)  # it proved itself
+    assert {answering(server) for _ in range(20)} == {"tiny:2"}
+    assert served(server) == ["tiny:2"]
+
+
+def test_a_shadow_is_compared_and_answers_nobody(server: Server) -> None:
+    change(server, "load", version=2, role="shadow")
+    answers = [server.classify(input=TEXTS[i : i + 3]).json() for i in range(0, 60, 3)]
+    assert {a["model"] for a in answers} == {"tiny:1"}
+    names = {"model": "tiny:1", "shadow": "tiny:2"}
+    until(lambda: server.metric("de3_shadow_texts_total", **names) == 60, "the shadow")
+    assert server.metric("de3_shadow_disagreements_total", **names) == 60  # every label has another name
+
+
+def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> None:
+    copy(versions, 4)
+    change(server, "load", version=4, role="shadow")
+    server.classify(input=TEXTS)
+    names = {"model": "tiny:1", "shadow": "tiny:4"}
+    until(lambda: server.metric("de3_shadow_texts_total", **names) == 60, "the shadow")
+    assert server.metric("de3_shadow_disagreements_total", **names) == 0
+
+
+def test_a_busy_server_runs_no_shadow(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", max_queue=8, max_texts=8) as server:
+        change(server, "load", version=2, role="shadow")
+        gate.open()
+        assert server.classify(input=["good"] * 5).status_code == 200
+        assert server.classify(input=["good"] * 2).status_code == 200
+        until(lambda: server.metric("de3_shadow_texts_total") == 2, "the shadow of the short list")
+
+
+def test_a_request_keeps_the_model_that_it_began_with(
+    versions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}") as server:
+        found: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: found.append(server.classify(input="good")))
+        thread.start()
+        until(lambda: len(server.service.engine.queue) == 1, "the text to wait")
+        assert change(server, "load", version=2).status_code == 200
+        gate.open()
+        thread.join()
+        assert found[0].json()["model"] == "tiny:1"
+        assert answering(server) == "tiny:2"
+
+
+def test_changes_are_off_without_an_admin_key(versions: Path) -> None:
+    with serving(versions, models=["tiny:1"]) as server:
+        for what in ("load", "unload", "rollback"):
+            assert change(server, what).status_code == 404
+        paths = httpx.get(server.url + "/openapi.json").json()["paths"]
+        assert not [path for path in paths if path.endswith("load")]
+
+
+def test_a_change_needs_an_admin_key(versions: Path) -> None:
+    users = "alice a-key-for-classifying"
+    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", api_keys=users) as server:
+        for headers in ({}, {"Authorization": "Bearer a-key-for-classifying"}, {"Authorization": KEY}):
+            refused = change(server, "load", headers=headers, version=2)
+            assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+        assert change(server, "load", version=2).status_code == 200
+
+
+def test_one_change_at_a_time(server: Server) -> None:
+    server.service.manager._changing._locked = True  # a change that takes long
+    refused = change(server, "load", version=2)
+    assert refused.status_code == 409 and "another change" in refused.text
+    server.service.manager._changing._locked = False
+    assert change(server, "load", version=2).status_code == 200
+
+
+@pytest.mark.slow
+def test_fifty_reloads_under_load_fail_no_request(versions: Path) -> None:
+    """And no answer comes from a half-loaded model: a version is known by its labels."""
+    labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
+    stop, wrong, count = threading.Event(), [], Counter[str]()
+    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
+
+        def load(number: int) -> None:
+            with httpx.Client(timeout=30) as client:
+                while not stop.is_set():
+                    body = {"input": TEXTS[number : number + 8]}
+                    answer = client.post(server.url + "/classify", json=body)
+                    if answer.status_code != 200:
+                        wrong.append(answer.text)
+                        continue
+                    found = answer.json()
+                    count[found["model"]] += 1
+                    if {row["label"] for row in found["data"]} - labels[found["model"]]:
+                        wrong.append(answer.text)
+
+        threads = [threading.Thread(target=load, args=(n,)) for n in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for i in range(50):
+                done = (
+                    change(server, "load", version=1 + i % 2) if i % 5 else change(server, "load", version=1)
+                )
+                assert done.status_code == 200, done.text
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert wrong == []
+        assert min(count["tiny:1"], count["tiny:2"]) > 10
+        assert len(served(server)) == 1
+
+
+@pytest.mark.slow
+def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a process of its own, and with the demo model, of a size that shows."""
+    monkeypatch.setenv("DE3_ADMIN_KEYS", f"root {KEY}")
+    with process(Path("models")) as running:
+        url = url_when_ready(running)
+
+        def memory_mb() -> float:
+            lines = httpx.get(url + "/metrics").text.splitlines()
+            line = next(x for x in lines if x.startswith("process_resident_memory_bytes "))
+            return float(line.split()[1]) / 1e6
+
+        def reload(times: int) -> None:
+            for _ in range(times):
+                done = httpx.post(url + "/v1/models/sst2/load", json={}, headers=HEADERS, timeout=60)
+                assert done.status_code == 200, done.text
+
+        reload(5)
+        before = memory_mb()
+        reload(15)
+        # A load takes 60 MB for a while, and the model keeps half of that.
+        until(lambda: memory_mb() < before + 40, "the memory to come back")
+
+
+@pytest.mark.slow
+def test_the_command_line(server: Server) -> None:
+    def de3(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "de3.cli", "models", *arguments, "--url", server.url]
+        env = os.environ | {"DE3_ADMIN_KEY": KEY}
+        return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+
+    assert de3("load", "tiny:2").stdout.strip() == "tiny:2 is served, by onnxruntime"
+    assert answering(server) == "tiny:2"
+    assert de3("load", "tiny:1", "--canary", "0.5").returncode == 0
+    assert de3("unload", "tiny:1").stdout.strip() == "tiny:1 is unloaded"
+    assert de3("rollback", "tiny").stdout.strip() == "tiny:1 is served, by onnxruntime"
+    bad = de3("load", "tiny:3")
+    assert bad.returncode == 1 and "layer_02.onnx: damaged" in bad.stderr
+    nobody = subprocess.run(
+        [sys.executable, "-m", "de3.cli", "models", "load", "tiny", "--url", server.url],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert nobody.returncode == 1 and "DE3_ADMIN_KEY" in nobody.stderr
+
+
+def test_the_newest_of_several_versions_answers(versions: Path) -> None:
+    with serving(versions, models=["tiny:2", "tiny:1"]) as server:
+        assert (answering(server), answering(server, "tiny:1")) == ("tiny:2", "tiny:1")
+    assert Store(versions).versions() == {"tiny": [1, 2, 3]}
