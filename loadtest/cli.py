@@ -136,6 +136,146 @@ def ramp(
 
 
 @app.command()
+def fuzz(
+    url: Annotated[str, typer.Argument(help="The server, for example http://127.0.0.1:8000")],
+    requests: Annotated[int, typer.Option(help="How many requests.", min=1)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Another seed, other requests.")] = 1,
+) -> None:
+    """Send requests that no client should send; fails if one brings anything but a clear answer.
+
+    Every answer must be HTTP, below 500 or an honest 503, with errors of the documented shape; and the server
+    must still answer as it did before. Send it to a server of your own only.
+    """
+    from rich.progress import Progress
+
+    from loadtest import fuzz as fuzzing
+
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("requests", total=requests)
+        found = fuzzing.fuzz(url, requests, seed, lambda done: progress.update(task, completed=done))
+    print(", ".join(f"{status}: {count}" for status, count in sorted(found.statuses.items())))
+    for what, request in found.problems:
+        print(f"{what}\n    {request[:500]!r}")
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def soak(
+    texts: Texts,
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, without a version.")] = "sst2",
+    minutes: Annotated[float, typer.Option(help="How long.", min=0.1)] = 60.0,
+    text_column: TextColumn = "sentence",
+    port: Annotated[int, typer.Option(help="Port to start the server on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for soak.json and soak.png.")] = Path("loadtest-results"),
+) -> None:
+    """Start our server and ask it everything at once for an hour, reloading its model each minute.
+
+    Single texts, lists, long ones, budgets, nonsense, clients that hang up or read slowly. Fails if an answer
+    is wrong, missing or changes, or if the memory grows by more than 5% from the second quarter to the last.
+    """
+    import secrets
+
+    from rich.progress import Progress
+
+    from loadtest import soak as soaking
+    from loadtest.servers import ours, running
+
+    key = secrets.token_hex(16)
+    os.environ["DE3_ADMIN_KEYS"] = f"soak {key}"
+    samples = _samples(texts, text_column, "label", "")
+    out.mkdir(parents=True, exist_ok=True)
+    with (
+        running(ours(store, model), port, out / "server.log") as started,
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
+        task = progress.add_task("seconds", total=60 * minutes)
+
+        def show(passed: float, found: soaking.Soak) -> None:
+            progress.update(task, completed=passed)
+
+        found = soaking.soak(started.target.url, samples, 60 * minutes, model, key, show)
+    soaking.report(found, out)
+    for name, count in sorted(found.counts.items()):
+        print(f"{count:>9,}  {name}")
+    memory = [mb for _, mb in found.memory]
+    print(f"{found.reloads} reloads; memory {min(memory):.0f} to {max(memory):.0f} MB")
+    print(f"from the second quarter to the last it grew by {found.growth_mb():+.1f} MB")
+    for problem in found.problems:
+        print(problem)
+    if found.problems or found.growth_mb() > 0.05 * max(memory):
+        raise typer.Exit(1)
+
+
+@app.command()
+def capacity(
+    texts: Texts,
+    wanted: Annotated[float, typer.Option(help="Requests per second that you need in all.", min=1)] = 1000.0,
+    slo_p99_ms: Annotated[float, typer.Option(help="The latency objective.", min=1)] = 50.0,
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
+    text_column: TextColumn = "sentence",
+    seconds: Seconds = 8.0,
+    port: Annotated[int, typer.Option(help="Port to start the server on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("loadtest-results"),
+) -> None:
+    """Find the highest rate within an objective on this machine, and what that means for Kubernetes and Ray.
+
+    The load generator shares this machine's cores, so the true capacity is somewhat higher.
+    """
+    from loadtest import capacity as measure
+    from loadtest.servers import ours, running
+    from server.settings import available_cores
+
+    out.mkdir(parents=True, exist_ok=True)
+    samples = _samples(texts, text_column, "label", "")
+
+    def show(step: measure.Step) -> None:
+        kept = "kept" if step.keeps(slo_p99_ms) else "not kept"
+        console.print(
+            f"{step.rate:.0f}/s: p99 {step.p99_ms:.1f} ms, {step.unanswered:.1%} unanswered: {kept}"
+        )
+
+    with running(ours(store, model), port, out / "server.log") as started:
+        rate = measure.capacity(started.target, samples, slo_p99_ms, seconds, show)
+    if rate == 0:
+        raise ValueError(f"no rate is within {slo_p99_ms:g} ms here; allow more, or take a faster machine")
+    print("\n".join(measure.advice(rate, slo_p99_ms, wanted, available_cores())))
+
+
+@app.command()
+def faults(
+    texts: Texts,
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, without a version.")] = "sst2",
+    only: Annotated[list[str] | None, typer.Option(help="A fault's name; repeat for more.")] = None,
+    text_column: TextColumn = "sentence",
+    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for faults.json.")] = Path("loadtest-results"),
+) -> None:
+    """Make trouble for servers of our own, and count what was accepted and lost: nothing may be.
+
+    SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, a jumping clock.
+    """
+    from dataclasses import asdict
+
+    from loadtest import faults as trouble
+
+    out.mkdir(parents=True, exist_ok=True)
+    ground = trouble.Ground(store, model, _samples(texts, text_column, "label", ""), port, out)
+
+    def show(row: trouble.Row) -> None:
+        lost = "not tried" if row.lost is None else f"lost {row.lost}"
+        print(f"{row.fault}\n    {row.happened}\n    {lost}", flush=True)
+
+    rows = trouble.faults(ground, only or [], show)
+    (out / "faults.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if any(row.lost for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def layers(
     store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
     model: Annotated[str, typer.Option(help="An int8 model, name or name:version.")] = "sst2",

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
+STALE_S = 86_400  # no export takes a day
 
 
 class StoreError(ValueError):
@@ -115,6 +117,9 @@ class Store:
         if not NAME.fullmatch(name):
             raise StoreError(f"model name {name!r} must match {NAME.pattern}")
         (self.path / name).mkdir(parents=True, exist_ok=True)
+        for old in (self.path / name).glob(".draft-*"):  # of an export that was killed
+            if time.time() - old.stat().st_mtime > STALE_S:
+                shutil.rmtree(old, ignore_errors=True)
         # A leading dot keeps the draft out of every listing; the same file system makes rename atomic.
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.path / name))
         try:

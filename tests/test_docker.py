@@ -203,14 +203,16 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
         ).status_code
 
     with ThreadPoolExecutor(8) as pool:
-        longs = [pool.submit(long, n) for n in range(3)]
-        until(lambda: waiting(compose) > 2 * 256, "the long requests to be accepted")
-        streams = [pool.submit(stream, n) for n in range(4)]
-        until(lambda: len(compose.requests_logged()) > before + 100, "short requests")
-        compose("restart", "server")
-        compose.wait_until_healthy()
-        time.sleep(0.5)  # some more short ones, by the new process
-        stop.set()
+        try:
+            longs = [pool.submit(long, n) for n in range(3)]
+            until(lambda: waiting(compose) > 256, "two long requests to be accepted")
+            streams = [pool.submit(stream, n) for n in range(4)]
+            until(lambda: len(compose.requests_logged()) > before + 100, "short requests", 60)
+            compose("restart", "server")
+            compose.wait_until_healthy()
+            time.sleep(0.5)  # some more short ones, by the new process
+        finally:
+            stop.set()
         assert [done.result() for done in longs] == [200] * 3
         answered = set().union(*(done.result() for done in streams))
     logged = [line for line in compose.requests_logged()[before:] if line["request_id"].startswith("short")]

@@ -1,0 +1,287 @@
+"""Ask what no client should ask, and see that the server answers it with a clear error, or hangs up.
+
+Requests are changed from good ones in every place: JSON values, JSON bytes, headers, the request line. An
+answer must be HTTP, below 500 (or an honest 503 or 504), and an error of the API of the documented shape.
+"""
+
+import json
+import random
+import select
+import socket
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+from urllib.parse import urlsplit
+
+TIMEOUT_S = 60.0
+PATIENCE_S = 0.3  # for the first byte of an answer
+MAX_FOUND = 20  # examples that are kept
+
+# What goes wrong in parsers.
+STRANGE: tuple[Any, ...] = (
+    *(None, True, False, 0, -1, 1, 0.5, 1e308, -1e308, 2**31, 2**63, 2**64, 10**400, 1e-320),
+    *(
+        "",
+        " ",
+        "\x00",
+        "a\x00b",
+        "\ud800",
+        "\ufeff",
+        "é" * 300,
+        "😀" * 50,
+        "\u202e",
+        "%s%n",
+        "../../etc/passwd",
+    ),
+    *("{{7*7}}", "'; DROP TABLE x; --", "a" * 5000),
+    *("中" * 3000, " " * 2000, "[SEP] [CLS] [PAD]", "NaN", "1"),
+    *([], [[]], [[[]]], {}, {"text": ""}),
+    *({"text": "a", "text_pair": None}, {"text": 1}, ["a"] * 300, [None]),
+    *({"text": "a", "text_pair": "b", "more": 1}, ["a", ""], ["a", {"text": "b"}], [["a"]]),
+)
+FIELDS = (
+    *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
+    *(
+        "target_speedup",
+        "max_disagreement",
+        "best_effort",
+        "user",
+        "rid",
+        "priority",
+        "unknown",
+        "__proto__",
+        "",
+    ),
+)
+GOOD = (
+    {"input": "a warm , funny , engaging film"},
+    {"input": ["good", "bad"], "tau": 0.3},
+    {"input": {"text": "good", "text_pair": "bad"}, "explain": True},
+    {"input": "good", "latency_budget_ms": 50, "best_effort": True, "ood": True},
+    {"input": ["one", "two", "three"], "lambda": 2, "tau": 0.1, "max_layer": 3},
+    {"input": "good", "target_speedup": 2},
+)
+PATHS = (
+    *(
+        "/",
+        "/classify/",
+        "/v1/classify",
+        "/v1/models",
+        "/v1/models/x/calibration",
+        "/metrics",
+        "/docs",
+        "/health",
+    ),
+    *(
+        "/%00",
+        "/classify?x=1",
+        "/..//../etc/passwd",
+        "/v1/models/%2e%2e/calibration",
+        "/" + "a" * 3000,
+        "*",
+        "//",
+    ),
+    *(
+        "/v1/models/sst2/load",
+        "/openapi.json",
+        "/ready",
+        "http://other/classify",
+        "/classify#x",
+        "/cl\xe4ssify",
+    ),
+)
+METHODS = (
+    "POST",
+    "GET",
+    "PUT",
+    "HEAD",
+    "OPTIONS",
+    "DELETE",
+    "PATCH",
+    "TRACE",
+    "CONNECT",
+    "post",
+    "BREW",
+    "P" * 40,
+)
+HEADERS = (
+    *("Content-Type: text/plain", "Content-Type: application/xml; charset=\x80", "Expect: 100-continue"),
+    *(
+        "Transfer-Encoding: chunked",
+        "Transfer-Encoding: gzip, chunked",
+        "Content-Length: -1",
+        "Content-Length: 0",
+    ),
+    *("Content-Length: 99999999999999999999"),
+    *("Content-Length: 5\r\nContent-Length: 6", "X: " + "y" * 40_000),
+    *(
+        "X-Request-ID: \x01\x02",
+        "X-Request-ID: " + "a" * 500,
+        "traceparent: 00-zz-zz-zz",
+        "Authorization: Bearer",
+    ),
+    *(
+        "Authorization: Bearer \xff\xfe",
+        "Connection: close",
+        "Connection: upgrade\r\nUpgrade: websocket",
+        "nocolon",
+    ),
+    *(
+        ": empty",
+        " folded: x",
+        "Host:",
+        "Content-Encoding: gzip",
+        "Accept: */*;q=\x00",
+        "Cookie: " + "a=b;" * 900,
+    ),
+)
+
+SPLINTERS = (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
+
+
+@dataclass
+class Found:
+    """What came of it.
+
+    Attributes:
+        statuses: how many answers had each status; closed: no answer, the connection was closed.
+        problems: answers that break the rules, with the requests that they came to.
+    """
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    problems: list[tuple[str, bytes]] = field(default_factory=list)
+    count: int = 0
+
+    def problem(self, what: str, request: bytes) -> None:
+        """Note a broken rule."""
+        if len(self.problems) < MAX_FOUND:
+            self.problems.append((what, request[:2000]))
+
+
+def make(rng: random.Random, host: str) -> bytes:
+    """A request that is wrong in one or a few places, or now and then in none."""
+    body = _body(rng)
+    method, path, headers = "POST", "/classify", ["Content-Type: application/json"]
+    if rng.random() < 0.15:
+        method = rng.choice(METHODS)
+    if rng.random() < 0.15:
+        path = rng.choice(PATHS)
+    length = len(body)
+    if rng.random() < 0.03:
+        length = max(0, length + rng.choice((-5, -1, 1, 20)))
+    headers.append(f"Content-Length: {length}")
+    if rng.random() < 0.15:
+        headers.insert(rng.randrange(len(headers) + 1), rng.choice(HEADERS))
+    if rng.random() < 0.02:
+        headers = [h for h in headers if not h.startswith("Content-Length")]
+    head = "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode("latin-1")
+    if rng.random() < 0.03:
+        head = _damage(rng, head)
+    return head + body
+
+
+def _body(rng: random.Random) -> bytes:
+    value: Any = json.loads(json.dumps(rng.choice(GOOD)))
+    kind = rng.random()
+    if kind < 0.1:
+        value = rng.choice(STRANGE)
+    elif kind < 0.7:
+        for _ in range(rng.choice((1, 1, 1, 2, 3))):
+            value[rng.choice(FIELDS)] = rng.choice(STRANGE)
+        if rng.random() < 0.1:
+            value.pop("input", None)
+    body = json.dumps(value).encode("utf-8", "surrogatepass")
+    if 0.7 <= kind < 0.9:
+        body = _damage(rng, body)
+    elif kind > 0.98:
+        deep = rng.choice((10, 1000, 20_000))
+        body = b'{"input":' + b"[" * deep + b"]" * rng.choice((0, deep)) + b"}"
+    elif kind > 0.97:
+        body = rng.randbytes(rng.choice((0, 1, 100, 5000)))
+    elif kind > 0.965:
+        body = b'{"input":"' + b"a" * rng.choice((2**20, 2**21)) + b'"}'
+    return body
+
+
+def _damage(rng: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        if not changed:
+            break
+        at = rng.randrange(len(changed))
+        match rng.randrange(4):
+            case 0:
+                changed[at] = rng.randrange(256)
+            case 1:
+                del changed[at : at + rng.choice((1, 3, 20))]
+            case 2:
+                changed[at:at] = rng.choice(
+                    (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
+                )
+            case _:
+                changed[at:at] = changed[at : at + 30]
+    return bytes(changed)
+
+
+def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> str:
+    """What is wrong with an answer; empty if nothing is."""
+    if status in (503, 504):
+        return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
+    if status >= 500:
+        return f"status {status}"
+    if status >= 400 and headers.get("content-type", "").startswith("application/json"):
+        if request.startswith(b"HEAD "):
+            return ""
+        try:
+            error = json.loads(body)["error"]
+            if not (error["message"] and error["type"] and error["code"] == status):
+                return f"an error without message, type or its code: {body[:300]!r}"
+        except (ValueError, KeyError, TypeError):
+            return f"status {status} with another shape: {body[:300]!r}"
+    return ""
+
+
+def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Found:
+    """Send so many requests, one after the other; raises OSError when nobody listens any more.
+
+    A connection is kept as long as the server keeps it, so that what one leaves behind meets the next.
+    """
+    parts = urlsplit(url)
+    address = (parts.hostname or "127.0.0.1", parts.port or 80)
+    rng, found = random.Random(seed), Found()
+    connection = socket.create_connection(address, TIMEOUT_S)
+    for number in range(requests):
+        request = make(rng, parts.netloc)
+        found.count += 1
+        if not ask(connection, request, found):
+            connection.close()
+            connection = socket.create_connection(address, TIMEOUT_S)
+        on_progress(number + 1)
+    connection.close()
+    return found
+
+
+def ask(connection: socket.socket, request: bytes, found: Found) -> bool:
+    """Send one request and note what comes of it; whether the connection can be used again."""
+    try:
+        connection.sendall(request)
+        if not select.select([connection], [], [], PATIENCE_S)[0]:
+            connection.shutdown(socket.SHUT_WR)  # it waits for more, and there is none
+        answer = HTTPResponse(connection, method=request.split(b" ", 1)[0].decode("latin-1"))
+        answer.begin()
+        body = answer.read()
+    except TimeoutError:
+        found.problem(f"neither an answer nor an end within {TIMEOUT_S:g} s", request)
+        return False
+    except (OSError, HTTPException):
+        found.statuses["closed"] += 1
+        return False
+    found.statuses[str(answer.status)] += 1
+    headers = {name.lower(): value for name, value in answer.getheaders()}
+    wrong = check(answer.status, headers, body, request)
+    if wrong:
+        found.problem(wrong, request)
+    # After a refusal the server may not have read all of it.
+    return answer.status == 200 and not answer.will_close

@@ -1,0 +1,51 @@
+"""The capacity helper: a search on a server with a known limit, and a real one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from de3.cli import app
+from loadtest import capacity
+from loadtest.client import Target
+from tests.conftest import make_rows
+from tests.serving import free_port
+
+
+def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Warm:
+        answers, seconds = [0] * 1600, 2.0  # 800 a second
+
+    def tried(_: Any, __: Any, rate: float, ___: float) -> capacity.Step:
+        return capacity.Step(rate, 10 if rate < 500 else 80, 0.0)
+
+    monkeypatch.setattr(capacity, "load", lambda *_, **__: Warm())
+    monkeypatch.setattr(capacity, "_try", tried)
+    assert capacity.capacity(Target("http://x"), [], 50, 1) == pytest.approx(500, rel=0.03)
+    assert capacity.capacity(Target("http://x"), [], 5, 1) == 0
+
+
+def test_what_is_refused_does_not_count_as_kept() -> None:
+    assert capacity.Step(100, 10, 0.0).keeps(50)
+    assert not capacity.Step(100, 10, 0.01).keeps(50)
+    assert not capacity.Step(100, 60, 0.0).keeps(50)
+
+
+def test_advice_has_room_for_bursts() -> None:
+    text = "\n".join(capacity.advice(500, 50, 10_000, 2))
+    assert "29 replicas of 2 cores" in text  # 10,000 / (0.7 * 500)
+    assert "averageValue of de3_queue_texts: 6" in text and "target_requests=8" in text
+
+
+@pytest.mark.slow
+def test_on_a_real_server(store: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(text + "\n" for text, _ in make_rows(200, 9) if text.strip()))
+    result = CliRunner().invoke(
+        app,
+        f"loadtest capacity --texts {texts} --store {store} --model tiny --seconds 0.5 --slo-p99-ms 1000 "
+        f"--port {free_port()} --out {tmp_path}".split(),
+    )
+    assert result.exit_code == 0, result.output
+    assert "one replica:" in result.output and "within 1000 ms" in result.output

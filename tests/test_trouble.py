@@ -1,0 +1,74 @@
+"""The commands that make trouble, in short: each finds nothing lost, and would say so if it did."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from de3.cli import app
+from loadtest import faults
+from loadtest.soak import Soak
+from model_store.store import Store
+from tests.conftest import make_rows
+from tests.serving import free_port
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.txt"
+    path.write_text("".join(text + "\n" for text, _ in make_rows(300, 8) if text.strip()))
+    return path
+
+
+@pytest.mark.slow
+def test_a_short_soak(store: Path, texts: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        f"loadtest soak --texts {texts} --store {store} --model tiny --minutes 0.15 --port {free_port()} "
+        f"--out {tmp_path}".split(),
+    )
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["problems"] == [], result.output
+    assert found["requests"]["one text 200"] > 50
+    assert (tmp_path / "soak.png").exists()
+
+
+def test_growth_is_from_the_second_quarter_to_the_last() -> None:
+    found = Soak(memory=[(i, 100.0 if i < 10 else 200 + i) for i in range(40)])
+    assert found.growth_mb() == pytest.approx(20, abs=1)  # what came at the start does not count
+    assert Soak().growth_mb() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [f.__name__ for f in faults.FAULTS])
+def test_nothing_accepted_is_lost(fault: str, store: Path, texts: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app,
+        f"loadtest faults --texts {texts} --store {store} --model tiny --port {free_port()} --out {tmp_path} "
+        f"--only {fault}".split(),
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads((tmp_path / "faults.json").read_text())
+    if row["lost"] is None:
+        pytest.skip(row["happened"])
+
+
+def test_a_fault_that_fails_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: faults.Ground) -> faults.Row:
+        raise ValueError("waited in vain")
+
+    monkeypatch.setattr(faults, "FAULTS", (broken,))
+    (row,) = faults.faults(faults.Ground(tmp_path, "tiny", [], 0, tmp_path))
+    assert (row.happened, row.lost) == ("FAILED: waited in vain", 1)
+
+
+def test_drafts_of_exports_that_were_killed_go_after_a_day(tmp_path: Path) -> None:
+    old, new = (tmp_path / "m" / name for name in (".draft-old", ".draft-new"))
+    for path in (old, new):
+        path.mkdir(parents=True)
+    os.utime(old, (time.time() - 90_000, time.time() - 90_000))
+    with Store(tmp_path).new_version("m"):
+        assert (old.exists(), new.exists()) == (False, True)
