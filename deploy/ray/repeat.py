@@ -1,0 +1,69 @@
+"""Repeats, in Ray's proxy, a request whose replica died under it: to classify changes nothing.
+
+Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares where Ray is started.
+"""
+
+import logging
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.app import CLASSIFY_PATHS
+
+log = logging.getLogger("ray.serve")
+TRIES = 3
+MAX_BODY_BYTES = 2**20  # larger bodies are not kept, and so not repeated
+
+
+class Repeat:
+    """ASGI middleware: asks again where the proxy ends without an answer, as it does when a replica dies."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http" or scope["path"] not in CLASSIFY_PATHS:
+            await self._app(scope, receive, send)
+            return
+        read, whole = await _read(receive)
+        began = False
+
+        async def reply(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        for number in range(TRIES if whole else 1):
+            if number:
+                log.warning("a replica gave no answer: asking again")
+            await self._app(dict(scope), _again(read, receive), reply)
+            if began:
+                return
+
+
+async def _read(receive: Receive) -> tuple[list[Message], bool]:
+    """A request's messages up to the end of its body, or to the most that is kept; whether that is all."""
+    read, size = [], 0
+    while size <= MAX_BODY_BYTES:
+        message = await receive()
+        read.append(message)
+        size += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return read, message["type"] == "http.request"
+    return read, False
+
+
+def _again(read: list[Message], receive: Receive) -> Receive:
+    """Gives what was read, then what comes."""
+    left = list(read)
+
+    async def again() -> Message:
+        return left.pop(0) if left else await receive()
+
+    return again
+
+
+def middlewares() -> list[Middleware]:
+    """What Ray's proxy is to use."""
+    return [Middleware(Repeat)]

@@ -1,0 +1,82 @@
+"""On real Ray: two nodes on this machine that share a store, a replica killed, a model changed."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import make_rows
+from tests.serving import free_port, serving, until
+from tests.test_models import copy
+
+ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+
+from deploy.ray import measure  # noqa: E402
+from deploy.ray.app import build  # noqa: E402
+
+pytestmark = pytest.mark.slow
+TEXTS = [text for text, _ in make_rows(50, 31) if text.strip()]
+
+
+@pytest.fixture(scope="module")
+def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with tiny:1, and tiny:2 with other labels."""
+    path = tmp_path_factory.mktemp("shared") / "store"
+    shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
+    copy(path, 2, labels=["no", "yes"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def port(versions: Path) -> Iterator[int]:
+    """Of Ray's proxy, before two replicas; a node has one core, so each has one of them."""
+    found = free_port()
+    with measure.cluster(2, 1, found):
+        measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
+        yield found
+
+
+def classify(port: int, **body: object) -> httpx.Response:
+    return httpx.post(f"http://127.0.0.1:{port}/classify", json=body, timeout=30)
+
+
+def test_it_answers_what_de3_serve_answers(port: int, versions: Path) -> None:
+    ours = classify(port, input=TEXTS, explain=True).json()["data"]
+    with serving(versions, models=["tiny:1"]) as server:
+        assert ours == server.classify(input=TEXTS, explain=True).json()["data"]
+    assert classify(port, input="good", tau=7).status_code == 422
+    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny:1"
+
+
+def test_each_node_has_a_replica(port: int) -> None:
+    assert len(set(measure.replicas().values())) == 2
+
+
+def test_a_killed_replica_is_replaced_and_every_request_answered(port: int) -> None:
+    before = measure.replicas()
+    with measure.Clients(port, TEXTS) as clients:
+        time.sleep(1)
+        killed = measure.kill_one()
+        until(lambda: len(measure.replicas().keys() - {killed}) == 2, "another replica", 60)
+        time.sleep(1)
+    assert killed in before and len(set(measure.replicas().values())) == 2
+    assert set(clients.counts) == {"200 tiny:1"}
+
+
+def test_a_model_is_changed_without_an_error(port: int, versions: Path) -> None:
+    with measure.Clients(port, TEXTS) as clients:
+        time.sleep(1)
+        measure.deploy(store=versions, models="tiny:2", min_replicas=2, max_replicas=2)
+        until(lambda: clients.counts["200 tiny:2"] > 20, "answers of the new version")
+    assert set(clients.counts) == {"200 tiny:1", "200 tiny:2"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"min_replicas": "0"}, {"cores": "two"}, {"tau": "7"}, {"no_such_setting": "1"}]
+)
+def test_a_wrong_option_is_refused_where_it_was_typed(arguments: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        build(arguments)
