@@ -183,11 +183,12 @@ def soak(
     from loadtest.servers import ours, running
 
     key = secrets.token_hex(16)
-    os.environ["DE3_ADMIN_KEYS"] = f"soak {key}"
     samples = _samples(texts, text_column, "label", "")
     out.mkdir(parents=True, exist_ok=True)
+    keys, log = out / "admin-keys", out / "server.log"
+    keys.write_text(f"soak {key}\n")
     with (
-        running(ours(store, model), port, out / "server.log") as started,
+        running(ours(store, model, options=["--admin-keys-file", str(keys)]), port, log) as started,
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("seconds", total=60 * minutes)

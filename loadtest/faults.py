@@ -50,8 +50,9 @@ class Ground:
     @contextmanager
     def server(self, *options: str, store: Path | None = None) -> Iterator["subprocess.Popen[bytes]"]:
         """A server that logs its requests as JSON; its process."""
-        os.environ["DE3_ADMIN_KEYS"] = f"faults {KEY}"
-        logging = ["--log-requests", "--log-format", "json"]
+        keys = self.folder / "admin-keys"
+        keys.write_text(f"faults {KEY}\n")
+        logging = ["--log-requests", "--log-format", "json", "--admin-keys-file", str(keys)]
         server = ours(store or self.store, self.model, options=[*logging, *options])
         with running(server, self.port, self.log) as started:
             yield started.process
@@ -145,10 +146,8 @@ def sigterm(ground: Ground) -> Row:
     """SIGTERM with long lists under way and short requests coming."""
     with ground.server() as process:
         statuses: list[int] = []
-        long = [threading.Thread(target=lambda: statuses.append(ground.ask(ground.texts[:256], tau=0)))]
-        long *= 1
-        for thread in long:
-            thread.start()
+        long = threading.Thread(target=lambda: statuses.append(ground.ask(ground.texts[:256], tau=0)))
+        long.start()
         ground.wait(lambda: ground.metric("de3_queue_texts") > 100)
         took = [0.0]
 
@@ -159,8 +158,7 @@ def sigterm(ground: Ground) -> Row:
             took[0] = time.monotonic() - started
 
         answered, _ = ground.answered_during(stop)
-        for thread in long:
-            thread.join()
+        long.join()
     lost = ground.lost(answered) + sum(status != 200 for status in statuses) + (not statuses)
     return Row(
         "SIGTERM under load, a list of 256 under way",
@@ -433,7 +431,10 @@ FAULTS = (
 def faults(
     ground: Ground, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
 ) -> list[Row]:
-    """Try every fault, or those named; each with a server of its own."""
+    """Try every fault, or those named; each with a server of its own. Raises ValueError for another name."""
+    known = [fault.__name__ for fault in FAULTS]
+    if wrong := [name for name in only if name not in known]:
+        raise ValueError(f"no fault {wrong[0]!r}; there are: {', '.join(known)}")
     rows = []
     for fault in FAULTS:
         if only and fault.__name__ not in only:

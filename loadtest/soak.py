@@ -161,7 +161,8 @@ def soak(
     on_progress: Callable[[float, Soak], None] = lambda *_: None,
 ) -> Soak:
     """Ask a server everything at once, and reload a model each minute if there is an admin key."""
-    found, stop, known = Soak(), threading.Event(), {}  # type: ignore[var-annotated]
+    found, stop = Soak(), threading.Event()
+    known: dict[str, str] = {}  # labels by text, from its first answer
     clients = [_Client(url, samples, known, found, seed) for seed in range(CLIENTS)]
     threads = [threading.Thread(target=client.run, args=(stop,)) for client in clients]
     for thread in threads:

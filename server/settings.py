@@ -37,7 +37,7 @@ class Settings(BaseModel):
             (server/access.py: Keys.read); unset: everybody may ask.
         admin_keys_file, admin_keys: keys for changing the models; unset: nobody can.
         rate_limit: texts for each API key, as in 100/second.
-        cors_origins: pages of these origins may ask from a browser; * for all.
+        cors_origins: pages of these origins may ask from a browser; * for all; as in https://page.example.
         log_format: of the log on standard error: text, or json, one object a line.
         log_requests: log a line for each request to /classify.
         log_texts: and in it the texts themselves.
@@ -70,7 +70,7 @@ class Settings(BaseModel):
     admin_keys_file: Path | None = None
     admin_keys: SecretStr | None = None
     rate_limit: str | None = None
-    cors_origins: list[str] = []
+    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
     log_format: Literal["text", "json"] = "text"
     log_requests: bool = False
     log_texts: bool = False

@@ -151,6 +151,12 @@ def test_settings_that_cannot_be_used_stop_the_start(
     assert says in str(error.value)
 
 
+def test_an_origin_that_no_browser_sends_is_refused() -> None:
+    for wrong in ("page.example", "https://page.example/path", ""):
+        with pytest.raises(ValueError, match="cors_origins"):
+            Settings(cors_origins=[wrong])
+
+
 def test_settings_do_not_show_keys() -> None:
     assert ALICE not in repr(Settings(api_keys=f"alice {ALICE}"))  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from model_store.store import Store
+from server import manager
 from tests.conftest import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
@@ -199,12 +200,26 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
         assert change(server, "load", version=2).status_code == 200
 
 
-def test_one_change_at_a_time(server: Server) -> None:
-    server.service.manager._changing._locked = True  # a change that takes long
+def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+    load = manager.load
+
+    def slow(*arguments: Any) -> Any:
+        loading.set()
+        go_on.wait(30)
+        return load(*arguments)
+
+    monkeypatch.setattr(manager, "load", slow)
+    found: list[httpx.Response] = []
+    first = threading.Thread(target=lambda: found.append(change(server, "load", version=2)))
+    first.start()
+    assert loading.wait(20)
     refused = change(server, "load", version=2)
     assert refused.status_code == 409 and "another change" in refused.text
-    server.service.manager._changing._locked = False
-    assert change(server, "load", version=2).status_code == 200
+    assert answering(server) == "tiny:1"  # until the other is ready
+    go_on.set()
+    first.join()
+    assert (found[0].status_code, answering(server)) == (200, "tiny:2")
 
 
 @pytest.mark.slow
