@@ -41,7 +41,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(
         texts=st.integers(1, LIMIT + 1),
         submitted=st.integers(0, 5),
-        seconds=st.sampled_from([0.125, 1, 9]),  # whose sums have no rounding, which would decide at the limit
+        seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would decide at the limit
         model=st.sampled_from(["a", "b"]),
     )
     def put(self, texts: int, submitted: int, seconds: float, model: str) -> None:
