@@ -53,7 +53,7 @@ def capacity(
 
 def _try(target: Target, samples: list[Sample], rate: float, seconds: float) -> Step:
     run = load(target, samples, seconds, rate=rate, connections=CONNECTIONS)
-    good = [1000 * (a.done - a.due) for a in run.answers if a.status == 200]
+    good = run.latencies_ms()
     unanswered = 1 - len(good) / max(1, len(run.answers))
     return Step(rate, quantile(good, 0.99) if good else math.inf, unanswered)
 

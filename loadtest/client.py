@@ -88,7 +88,7 @@ class Run:
 
     def lateness_ms(self, share: float) -> float:
         """A quantile of how late the generator itself was."""
-        return quantile(sorted(1000 * (a.sent - a.due) for a in self.answers if a.sent), share)
+        return quantile([1000 * (a.sent - a.due) for a in self.answers if a.sent], share)
 
     def rate(self) -> float:
         """Answers per second, of those that came within the time."""
@@ -99,9 +99,9 @@ class Run:
         return dict(Counter(a.status for a in self.answers))
 
 
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """A quantile of sorted values; nan of none."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+def quantile(values: Sequence[float], share: float) -> float:
+    """A quantile of some values; nan of none."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
 class _Connection:

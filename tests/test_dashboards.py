@@ -44,7 +44,7 @@ def test_compose_hands_every_setting_on() -> None:
     """And nothing else is handed on under a DE3_ name, where a typing error would go unseen."""
     service = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]["server"]
     given = {entry.partition("=")[0] for entry in service["environment"]}
-    sources = Path("de3/cli.py").read_text()
+    sources = Path("de3/serve.py").read_text()
     known = set(re.findall(r'(?:envvar=|_secret\()"(DE3_\w+)"', sources))
     known -= {name for name in known if name.endswith("_KEYS_FILE")}  # the keys themselves, in a variable
     fixed_by_the_image = {"DE3_HOST", "DE3_PORT", "DE3_STORE"}

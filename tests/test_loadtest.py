@@ -68,6 +68,10 @@ def reply(label: str, status: str = "200 OK") -> bytes:
     return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), len(body), body)
 
 
+def test_quantiles_need_no_order() -> None:
+    assert [quantile([3, 1, 2, 5, 4], share) for share in (0, 0.5, 0.99, 1)] == [1, 3, 5, 5]
+
+
 def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     def answer(number: int) -> bytes:
         if number == 20:

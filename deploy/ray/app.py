@@ -26,6 +26,8 @@ class Options(BaseModel):
         cores: of a replica, each with an engine thread.
         target_requests: under way in each replica, on average: with more, Ray adds replicas. Two for each
             core keep the cores busy; more would only wait.
+        upscale_delay_s, downscale_delay_s: how long there must be more or fewer requests than that before
+            replicas are added or removed. A replica takes about 5 s to start, so Ray's own 30 s are long.
         max_requests: under way in a replica, at most; others wait in Ray's proxy.
     """
 
@@ -35,6 +37,8 @@ class Options(BaseModel):
     max_replicas: int = Field(default=1, ge=1)
     cores: int = Field(default=1, ge=1)
     target_requests: float = Field(default=2.0, gt=0)
+    upscale_delay_s: float = Field(default=5.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
     max_requests: int = Field(default=64, ge=1)
 
 
@@ -78,6 +82,8 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "min_replicas": options.min_replicas,
             "max_replicas": options.max_replicas,
             "target_ongoing_requests": options.target_requests,
+            "upscale_delay_s": options.upscale_delay_s,
+            "downscale_delay_s": options.downscale_delay_s,
         },
         logging_config={"enable_access_log": False},  # it costs as much as a layer; DE3 has one of its own
         health_check_period_s=5,

@@ -25,13 +25,16 @@ from loadtest.servers import ours, running
 from loadtest.texts import Sample, read
 
 TIMEOUT_S = 60.0
+SCALE_TIMEOUT_S = 240.0
 
 
 @contextmanager
 def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
     """A Ray cluster on this machine: so many nodes, each a raylet of its own with so many cores."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics
+    # Requests of a replica that died are asked again: in Ray's own proxy, and where HAProxy stands before it.
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "deploy.ray.repeat:middlewares"
+    os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
     found = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False})
     try:
         for _ in range(nodes - 1):
@@ -120,8 +123,16 @@ def kill_one() -> int:
 def _rate(port: int, samples: list[Sample], seconds: float, connections: int) -> tuple[float, float]:
     """Answers a second, and p50 in ms."""
     run = load(Target(f"http://127.0.0.1:{port}"), samples, seconds, connections=connections)
-    good = [a for a in run.answers if a.status == 200]
-    return len(good) / run.seconds, 1000 * quantile([a.done - a.due for a in good], 0.5)
+    return run.rate(), quantile(run.latencies_ms(), 0.5)
+
+
+def _until(count: int, began: float) -> float:
+    """Waits for so many replicas; seconds since then."""
+    while len(replicas()) != count:
+        if time.monotonic() - began > SCALE_TIMEOUT_S:
+            raise SystemExit(f"{len(replicas())} replicas after {SCALE_TIMEOUT_S:g} s, not {count}")
+        time.sleep(0.5)
+    return time.monotonic() - began
 
 
 def main(
@@ -167,6 +178,15 @@ def main(
             deploy(store=store, models=model, min_replicas=2, max_replicas=2, tau=0.05)
             time.sleep(1)
         print(f"a rolling change of settings: {dict(clients.counts)}")
+    with cluster(1, 2, port):
+        deploy(store=store, models=model, min_replicas=1, max_replicas=2)
+        began = time.monotonic()
+        with Clients(port, [s.text for s in samples], count=16) as clients:
+            grown = _until(2, began)
+            time.sleep(2)
+        began = time.monotonic()
+        print(f"autoscaling: 2 replicas {grown:.0f} s after 16 clients came: {dict(clients.counts)}")
+        print(f"autoscaling: 1 replica {_until(1, began):.0f} s after they went")
 
 
 if __name__ == "__main__":
