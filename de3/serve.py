@@ -23,7 +23,7 @@ def _secret(variable: str) -> "SecretStr | None":
     from pydantic import SecretStr
 
     value = os.environ.get(variable)
-    return SecretStr(value) if value else None
+    return None if value is None else SecretStr(value)  # an empty one is a mistake that must not go unseen
 
 
 def serve(
@@ -33,7 +33,8 @@ def serve(
         typer.Option(
             envvar="DE3_MODELS",
             help="name or name:version; repeat for more (in the variable: separated by spaces). "
-            "The first answers requests that name none. [default: the newest of each in the store]",
+            "The first answers requests that name none, the first version of a name those "
+            "that name no version. [default: the newest of each in the store]",
             show_default=False,
         ),
     ] = None,

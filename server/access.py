@@ -7,7 +7,7 @@ import re
 import time
 from pathlib import Path
 
-from limits import RateLimitItem, parse
+from limits import RateLimitItem, parse, parse_many
 from limits.storage import MemoryStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import SecretStr
@@ -19,7 +19,9 @@ from server.settings import Settings
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # each request is compared with all of them
 MAX_FILE_BYTES = 2**20
-_CHANGES = re.compile(r"/v1/models/[^/]+/(load|unload|rollback)")
+# What tells nothing of users or texts.
+_OPEN = re.compile(r"/(|health|ready|metrics|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)")
+_COMMENT = re.compile(r"(^|\s)#.*")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
@@ -35,13 +37,13 @@ class Keys:
 
     @classmethod
     def read(cls, text: str, where: str) -> "Keys":
-        """Keys from lines of `name key` or `name sha256:digest`; # begins a comment. Raises ValueError.
+        """Keys from lines of `name key` or `name sha256:digest`, and comments after #. Raises ValueError.
 
         where: what the lines come from, for messages; a message never shows a key.
         """
         digests: dict[str, bytes] = {}
         for number, line in enumerate(text.splitlines(), 1):
-            parts = line.partition("#")[0].split()
+            parts = _COMMENT.sub("", line).split()
             if not parts:
                 continue
             place = f"{where}, line {number}"
@@ -109,14 +111,17 @@ class Access:
         if self._limit is not None:
             self._limit.take(owner, texts)
 
-    def check(self, scope: Scope) -> None:
+    def check(self, path: str, scope: Scope) -> None:
         """Whether a request other than to classify may go on; raises ApiError 401.
 
-        Health, readiness, metrics and the documentation tell nothing of users or texts, and are open.
+        Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
+        change anything, a user's to look. So no route is open by mistake, whatever strange path leads to it.
         """
-        if self.admins is not None and _CHANGES.fullmatch(scope["path"]):
+        if _OPEN.fullmatch(path):
+            return
+        if self.admins is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
             self.admins.owner(scope)
-        elif scope["path"].startswith("/v1/models"):
+        else:
             self.user(scope)
 
 
@@ -139,6 +144,8 @@ class RateLimit:
         """rate: as in 100/second or 5000/minute; raises ValueError."""
         try:
             self._rate: RateLimitItem = parse(rate)
+            if len(parse_many(rate)) > 1 or self._rate.amount < 1:
+                raise ValueError
         except ValueError:
             raise ValueError(f"rate_limit: {rate!r} is no rate; say for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())

@@ -11,14 +11,14 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3 import __version__
 from exits.guarantee import CONFIDENCE
 from server import admin, examples
-from server.classify import classify
+from server.classify import classify, read_body
 from server.errors import ApiError
 from server.exchange import HEADER, request_id
 from server.service import Service
@@ -44,7 +44,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await other(scope, receive, send)
-        elif scope["path"] in CLASSIFY_PATHS and scope["method"] == "POST":
+        elif scope["method"] == "POST" and route_path(scope) in CLASSIFY_PATHS:
             if service.sheds():
                 await service.shed(scope, receive, send)
             else:
@@ -52,11 +52,15 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         else:
             send = _with_headers(send, scope)
             try:
-                service.access.check(scope)
+                service.access.check(route_path(scope), scope)
+                settings = service.settings
+                body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
             except ApiError as error:
                 await error.response()(scope, receive, send)
+            except ClientDisconnect:
+                pass
             else:
-                await other(scope, receive, send)
+                await other(scope, _then(body, receive), send)
 
     origins = service.settings.cors_origins
     if not origins:
@@ -68,6 +72,21 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
         expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
     )
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the prefix under which a proxy or Ray serves this application."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
+
+
+def _then(body: bytes, receive: Receive) -> Receive:
+    """Gives a body that was read, then what comes."""
+    read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def again() -> Message:
+        return read.pop() if read else await receive()
+
+    return again
 
 
 def _with_headers(send: Send, scope: Scope) -> Send:
@@ -119,7 +138,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
     @app.get(
         "/v1/models/{name}/calibration", tags=["models"], responses={404: {"description": "no such model"}}
     )
-    def calibration(name: str) -> JSONResponse:
+    async def calibration(name: str) -> JSONResponse:
         """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
         manifest = service.manifest(name)
         found, full_name = manifest.calibration, f"{manifest.name}:{manifest.version}"

@@ -80,24 +80,30 @@ class Engine:
 
     @property
     def finished(self) -> int:
-        """Texts that left, so far."""
+        """Texts that left, so far, but for shadows'."""
         return sum(self._finished)
 
     def _work(self, number: int) -> None:
-        while items := self.queue.next(self.threads):
-            done: list[tuple[Job, Exception | None]] = []
-            for item, result in self._run(items, number):
-                if isinstance(result, Exception):
-                    item.job.fail(result)
-                elif result is not None:
-                    self._finished[number] += 1
-                    if item.job.finish(item, result):
-                        done.append((item.job, None))
-                    if self._observe:
-                        self._observe(item.job.model, result)
-            if done:
-                wake(done)
-            self.deadlines.held(number, 0.0)
+        while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
+            pass
+
+    def _step(self, number: int) -> bool:
+        """Run what is next; False once there is nothing more to come."""
+        items = self.queue.next(self.threads)
+        done: list[tuple[Job, Exception | None]] = []
+        for item, result in self._run(items, number) if items else ():
+            if isinstance(result, Exception):
+                item.job.fail(result)
+            elif result is not None:
+                self._finished[number] += not item.job.is_shadow
+                if item.job.finish(item, result):
+                    done.append((item.job, None))
+                if self._observe:
+                    self._observe(item.job.model, result)
+        if done:
+            wake(done)
+        self.deadlines.held(number, 0.0)
+        return bool(items)
 
     def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Outcome | Exception | None]]:
         """What came of items: an outcome, an error, or None if dropped or put back."""

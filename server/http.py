@@ -13,7 +13,8 @@ WRITE_TIMEOUT_S = 30.0
 
 class Http(HttpToolsProtocol):
     """A connection is closed when a head does not come in time, answered 400 when that is too large, and cut
-    when a client does not read what is sent to it.
+    when a client does not read what is sent to it: an answer that does not fit into the system's buffers must
+    be read within WRITE_TIMEOUT_S, however slowly it trickles.
 
     It is in the request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the
     client closes the connection: waiting for ASGI's disconnect message would cost a task for each request.

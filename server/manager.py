@@ -12,11 +12,10 @@ from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
 from server.errors import ApiError
 from server.metrics import Metrics
-from server.models import Models, Role, Served, load
+from server.models import MAX_LOADED, Models, Role, Served, load
 from server.settings import Settings
 
 log = logging.getLogger("de3")
-MAX_LOADED = 16
 WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of a model that is unloaded
 
 
@@ -34,16 +33,11 @@ class Manager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
-        """Load the first models; a name's newest version answers for it. Raises StoreError, ValueError."""
-        newest: dict[str, Artifact] = {}
-        for a in artifacts:
-            if a.manifest.version >= newest.get(a.manifest.name, a).manifest.version:
-                newest[a.manifest.name] = a
-        for artifact in newest.values():
-            await self._serve(artifact, "current")
-        for artifact in artifacts:
-            if artifact is not newest[artifact.manifest.name]:
-                await self._serve(artifact, "beside")
+        """Load the first models; of several of a name the first is current. Raises StoreError, ValueError."""
+        async with self._changing:
+            for artifact in artifacts:
+                is_first = artifact.manifest.name not in self._models.routes
+                await self._serve(artifact, "current" if is_first else "beside")
 
     async def load(
         self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
@@ -91,7 +85,9 @@ class Manager:
 
     async def _change(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         loaded = {s.model.full_name for s in self._models.all}
-        if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED:
+        route = self._models.routes.get(artifact.manifest.name)
+        replaces = route is not None and route.version_in(role) is not None
+        if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
             raise ApiError(409, f"{MAX_LOADED} models are loaded, the most allowed", cause="conflict")
         try:
             return await self._serve(artifact, role, share, back)

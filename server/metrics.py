@@ -70,6 +70,11 @@ class _ModelGauges(Collector):
         yield from (tau, full, drift)
 
 
+def _info(served: Served) -> tuple[str, ...]:
+    manifest = served.model.manifest
+    return (served.model.full_name, manifest.precision, served.model.runtime, str(manifest.num_layers))
+
+
 class Metrics:
     """All metrics, in a registry of their own."""
 
@@ -182,8 +187,10 @@ class Metrics:
 
     def add(self, served: Served) -> None:
         """Count what this model does from now on."""
-        name, manifest = served.model.full_name, served.model.manifest
-        self._model.labels(name, manifest.precision, served.model.runtime, str(manifest.num_layers)).set(1)
+        name = served.model.full_name
+        if name in self._served:  # read anew, perhaps for another runtime
+            self.drop(self._served[name])
+        self._model.labels(*_info(served)).set(1)
         for status in STATUSES:
             self.requests.labels(name, status)
         self.request_latency.labels(name)
@@ -194,10 +201,10 @@ class Metrics:
 
     def drop(self, served: Served) -> None:
         """Say nothing more of a model that is no longer served; what it did stays counted."""
-        name, manifest = served.model.full_name, served.model.manifest
+        name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
-            self._model.remove(name, manifest.precision, served.model.runtime, str(manifest.num_layers))
+            self._model.remove(*_info(served))
 
     def answered(self, job: Job, choice: Choice) -> None:
         """Count the texts of an answered request by how τ was chosen."""

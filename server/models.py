@@ -15,6 +15,7 @@ from server.watch import Watch
 # A shared call saves thread switches and trips to memory, but gives no way to more urgent texts.
 TOGETHER_S = 0.004
 MAX_HISTORY = 16  # versions to roll back to
+MAX_LOADED = 16
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
@@ -22,6 +23,8 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     names = wanted or list(store.versions())
     if not names:
         raise StoreError(f"{store.path} holds no model; make one with de3 export")
+    if len(names) > MAX_LOADED:
+        raise StoreError(f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: name those")
     return [store.open(name) for name in names]
 
 
@@ -91,6 +94,14 @@ class Route:
         if role == "shadow":
             self.shadow = version
 
+    def version_in(self, role: Role) -> int | None:
+        """The version that has a role, if one has, and only one can."""
+        return (
+            None
+            if role == "beside"
+            else {"current": self.current, "canary": self.canary, "shadow": self.shadow}[role]
+        )
+
     def used(self) -> set[int]:
         """Versions with a role."""
         return {self.current} | {v for v in (self.canary, self.shadow) if v is not None}
@@ -116,10 +127,14 @@ class Models:
         if name is None:
             name = next(iter(self.routes))
         route = self.routes.get(name)
-        if route is not None:
-            if route.canary is not None and random.random() < route.share:
-                return self._versions[name][route.canary]
-            return self._versions[name][route.current]
+        if route is not None and route.canary is not None and random.random() < route.share:
+            return self._versions[name][route.canary]
+        return self.current(name)
+
+    def current(self, name: str) -> Served:
+        """A name's current version, or that of name:version; raises ApiError 404."""
+        if name in self.routes:
+            return self._versions[name][self.routes[name].current]
         served = self.all
         for one in served:
             if one.model.full_name == name:
@@ -149,7 +164,7 @@ class Models:
         route.give(role, version, share)
         if back:
             del route.before[-2:]  # itself, and the one that it replaces
-        for lost in used - route.used():
+        for lost in used - route.used() - {version}:
             del self._versions[name][lost]
         return _gone(before, self.all)
 

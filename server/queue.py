@@ -1,5 +1,6 @@
 """The bounded queue between the event loop and the engine threads."""
 
+from collections import deque
 from heapq import heapify, heappop, heappush
 from itertools import count
 from threading import Condition
@@ -7,6 +8,7 @@ from threading import Condition
 from server.work import Item, Job
 
 MAX_TOGETHER = 16
+MAX_SHADOWS = 64
 
 
 class QueueFullError(Exception):
@@ -16,12 +18,14 @@ class QueueFullError(Exception):
 class WorkQueue:
     """Items by urgency, the one that is due first first, at most `limit` waiting.
 
-    Dropped jobs cost nothing and no room.
+    Dropped jobs cost nothing and no room. Shadows' items are handed out only when nothing else waits; they
+    take nobody's room, count in no number here, and go when the queue is closed.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self._items: list[tuple[float, int, Item]] = []  # a heap
+        self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time go first come, first served
         self._waiting = 0  # items of jobs that are not dropped
         self._closed = False
@@ -33,7 +37,10 @@ class WorkQueue:
     def put(self, job: Job) -> None:
         """Add all items of a job, or none: raises QueueFullError."""
         with self._changed:
-            if self._closed or self._waiting + len(job.items) > self.limit:
+            waiting, limit = self._waiting, self.limit
+            if job.is_shadow:
+                waiting, limit = len(self._shadows), MAX_SHADOWS
+            if self._closed or waiting + len(job.items) > limit:
                 raise QueueFullError
             for item in job.items:
                 self._add(item)
@@ -42,7 +49,10 @@ class WorkQueue:
     def put_back(self, item: Item) -> None:
         """Let an item that was handed out wait once more. It was accepted, so the limit does not count."""
         with self._changed:
-            if not item.job.dropped:
+            if item.job.is_shadow and not self._closed:
+                self._shadows.appendleft(item)
+                self._changed.notify()
+            elif not item.job.is_shadow and not item.job.dropped:
                 self._add(item)
                 self._changed.notify()
 
@@ -56,6 +66,8 @@ class WorkQueue:
             while (first := self._peek()) is None:
                 if self._closed:
                     return []
+                if self._shadows:
+                    return [self._shadows.popleft()]
                 self._changed.wait()
             room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 else 1
             found, left = [self._take()], first.job.together_s - first.predicted
@@ -86,10 +98,10 @@ class WorkQueue:
             return sum(when > due and not item.job.dropped for when, _, item in self._items)
 
     def has_more_urgent_than(self, item: Item) -> bool:
-        """Whether something that waits is due before this item."""
+        """Whether something that waits is due before this item; all is that is no shadow, if this is one."""
         with self._changed:
             first = self._peek()
-            return first is not None and first.due < item.due
+            return first is not None and (item.job.is_shadow or first.due < item.due)
 
     def drop(self, job: Job) -> None:
         """Give a job up: its waiting items free their room at once and never run."""
@@ -101,6 +113,9 @@ class WorkQueue:
                 heapify(self._items)
 
     def _add(self, item: Item) -> None:
+        if item.job.is_shadow:
+            self._shadows.append(item)
+            return
         heappush(self._items, (item.due, next(self._order), item))
         item.job.waiting += 1
         self._waiting += 1
@@ -110,7 +125,8 @@ class WorkQueue:
         job.waiting = 0
 
     def close(self) -> None:
-        """Accept nothing more; what waits is still handed out."""
+        """Accept nothing more; what waits is still handed out, but for shadows."""
         with self._changed:
             self._closed = True
+            self._shadows.clear()
             self._changed.notify_all()

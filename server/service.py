@@ -39,8 +39,10 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.artifacts: list[Artifact] = find(Store(settings.store), settings.models)
-        deepest = max(a.manifest.num_layers for a in self.artifacts)
+        store = Store(settings.store)
+        self.artifacts: list[Artifact] = find(store, settings.models)
+        # Of those that may be loaded later as well.
+        deepest = max(store.open(n).manifest.num_layers for n in [*store.versions(), *settings.models])
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
         self.access = Access(settings)
         self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
@@ -199,7 +201,7 @@ class Service:
     def manifest(self, name: str) -> Manifest:
         """That of a name (its current version) or name:version; raises ApiError 404, or 503 while loading."""
         self.check_open()
-        return self.models.get(name).model.manifest
+        return self.models.current(name).model.manifest
 
     def choose(self, served: Served, request: ClassifyRequest) -> Choice:
         """The exit rule of a request: its own wish, else the server's; raises ApiError 422."""

@@ -15,7 +15,7 @@ class Settings(BaseModel):
     Attributes:
         store: folder of the model store.
         models: models to serve, as name or name:version; empty: the newest version of each in the store.
-            A request that names none gets the first.
+            A request that names none gets the first, one that names no version the first of that name.
         runtime: what runs the layers: onnxruntime, native (our kernels, for int8, on AMX or AVX-512 VNNI), or
             auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
         threads: engine threads, each runs one text at a time; 0: one for each core.
@@ -44,7 +44,7 @@ class Settings(BaseModel):
         traces: send OpenTelemetry traces, as the OTEL_* variables say.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
     store: Path = Path("models")
     models: list[str] = []

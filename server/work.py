@@ -107,6 +107,7 @@ class Job:
         first_s: seconds that a text is likely to take to its first exit.
         budget_s: seconds from now to the deadline of every text; None: there is none.
         best_effort: where the deadline cannot be kept, answer at the first exits as soon as can be.
+        is_shadow: nobody waits for it: it runs while nothing else does.
         every: ask every exit, even those that cannot end the way.
         deadline: when the last text must leave (perf_counter seconds).
         is_late: whether it will be later than asked for.
@@ -126,6 +127,7 @@ class Job:
     budget_s: float | None = None
     best_effort: bool = False
     watch: Watch | None = None
+    is_shadow: bool = False
     every: bool = field(init=False)
     deadline: float | None = None
     is_late: bool = False

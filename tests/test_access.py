@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) 
         (f"alice {ALICE}\nalice {BOB}", "line 2: alice is there already"),
         (f"al/ice {ALICE}", "line 1: a name is"),
         ("alice sha256:abc", "a digest 64 hex digits"),
+        (f"alice {ALICE} #{BOB}\nbob short#comment", "line 2: a key has"),
         ("\n".join(f"n{i} {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
     ],
 )
@@ -139,6 +141,9 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
     [
         ({"rate_limit": "10/second"}, "rate_limit: is for each API key"),
         ({"rate_limit": "fast", "api_keys": f"alice {ALICE}"}, "rate_limit: 'fast' is no rate"),
+        ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is no rate"),
+        ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is no rate"),
+        ({"api_keys": ""}, "DE3_API_KEYS: has no key"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
     ],
@@ -159,6 +164,22 @@ def test_an_origin_that_no_browser_sends_is_refused() -> None:
 
 def test_settings_do_not_show_keys() -> None:
     assert ALICE not in repr(Settings(api_keys=f"alice {ALICE}"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="max_texts") as error:
+        Settings(api_keys=f"alice {ALICE}", max_texts=9, max_queue=8)  # type: ignore[arg-type]
+    assert ALICE not in str(error.value)
+
+
+def test_a_key_may_hold_the_sign_of_comments() -> None:
+    keys = Keys.read(f"alice {ALICE}#and-more  # her second", "where")
+    for key, known in ((ALICE, False), (f"{ALICE}#and-more", True)):
+        scope = {"headers": [(b"authorization", f"Bearer {key}".encode())]}
+        with nullcontext() if known else pytest.raises(ApiError):
+            assert keys.owner(scope) == "alice"
+
+
+@pytest.mark.parametrize("path", ["/v1/models%0A", "/v1/modelsx", "/x/v1/models", "/nothing", "/health%0A"])
+def test_a_strange_path_is_not_open(server: Server, path: str) -> None:
+    assert httpx.get(server.url + path).status_code == 401
 
 
 def preflight(server: Server, origin: str) -> httpx.Response:
@@ -183,7 +204,7 @@ def test_origins_that_were_named_are_let_in(store: Path) -> None:
         assert "X-Request-ID" in answer.headers["access-control-expose-headers"]
 
 
-@pytest.mark.parametrize("path", ["/docs", "/health", "/nothing"])
+@pytest.mark.parametrize("path", ["/docs", "/health", "/v1/models"])
 def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
     headers = httpx.get(server.url + path).headers
     assert headers["x-content-type-options"] == "nosniff"

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
-from model_store.store import Store
+from model_store.store import Store, StoreError
 from server import manager
+from server.models import MAX_LOADED, find
+from server.service import Service
+from server.settings import Settings
 from tests.conftest import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
@@ -157,14 +161,62 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
     assert server.metric("de3_shadow_disagreements_total", **names) == 0
 
 
-def test_a_busy_server_runs_no_shadow(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(monkeypatch)
-    with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", max_queue=8, max_texts=8) as server:
+def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
+    """Nor counts as waiting: an autoscaler and the load controller must not see it."""
+    settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
+    with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")
-        gate.open()
-        assert server.classify(input=["good"] * 5).status_code == 200
-        assert server.classify(input=["good"] * 2).status_code == 200
-        until(lambda: server.metric("de3_shadow_texts_total") == 2, "the shadow of the short list")
+        for _ in range(20):
+            assert server.classify(input=["good"] * 8).status_code == 200
+        until(lambda: server.metric("de3_shadow_texts_total") >= 8, "a shadow")
+        assert server.service.engine.finished == 160
+
+
+@pytest.mark.parametrize("role", ["canary", "shadow"])
+def test_a_version_with_a_role_can_lose_it_and_stay(server: Server, role: str) -> None:
+    share = {"share": 0.5} if role == "canary" else {}
+    assert change(server, "load", version=2, role=role, **share).status_code == 200
+    assert change(server, "load", version=2, role="beside").status_code == 200
+    assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
+
+
+def test_the_calibration_is_that_of_the_current_version(server: Server) -> None:
+    change(server, "load", version=2, role="canary", share=0.99)
+    for _ in range(10):
+        assert httpx.get(server.url + "/v1/models/tiny/calibration").json()["model"] == "tiny:1"
+
+
+def test_a_full_server_can_still_change_versions(server: Server, versions: Path) -> None:
+    for version in range(4, 4 + MAX_LOADED - 1):
+        copy(versions, version)
+        assert change(server, "load", version=version, role="beside").status_code == 200
+    refused = change(server, "load", version=2, role="beside")
+    assert refused.status_code == 409 and f"{MAX_LOADED} models are loaded" in refused.text
+    assert change(server, "load", version=2).status_code == 200
+    assert change(server, "rollback").status_code == 200
+    assert len(served(server)) == MAX_LOADED
+
+
+def test_the_start_is_a_change_too(versions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go_on, load = threading.Event(), threading.Event(), manager.load
+
+    def slow(*arguments: Any) -> Any:
+        loading.set()
+        go_on.wait(30)
+        return load(*arguments)
+
+    monkeypatch.setattr(manager, "load", slow)
+    running = Server(Service(Settings(store=versions, models=["tiny:1"], admin_keys=f"root {KEY}")))  # type: ignore[arg-type]
+    running.start()
+    try:
+        assert loading.wait(20)
+        refused = change(running, "load", version=2)
+        assert refused.status_code == 409 and "another change" in refused.text
+        go_on.set()
+        until(lambda: httpx.get(running.url + "/ready").status_code == 200, "the start")
+        assert answering(running) == "tiny:1"
+    finally:
+        running.stop()
 
 
 def test_a_request_keeps_the_model_that_it_began_with(
@@ -197,7 +249,21 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
         for headers in ({}, {"Authorization": "Bearer a-key-for-classifying"}, {"Authorization": KEY}):
             refused = change(server, "load", headers=headers, version=2)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+        for path in ("load%0A", "load%0a?x", "unload/", "rollback%0D", "%0A/load", "x/rollback%00"):
+            strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
+            assert strange.status_code == 401, path
         assert change(server, "load", version=2).status_code == 200
+
+
+def test_bodies_of_changes_have_limits(versions: Path) -> None:
+    settings = {"admin_keys": f"root {KEY}", "max_body_bytes": 2000, "body_timeout_s": 0.2}
+    with serving(versions, models=["tiny:1"], **settings) as server:
+        large = change(server, "load", version=2, note="x" * 2000)
+        assert large.status_code == 413 and "2000 bytes" in large.text
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
+            head = f"POST /v1/models/tiny/load HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            s.sendall((head + "Content-Length: 10\r\n\r\n{").encode())
+            assert b"408" in s.recv(4096)
 
 
 def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,12 +340,13 @@ def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -
 
         def reload(times: int) -> None:
             for _ in range(times):
+                httpx.post(url + "/classify", json={"input": TEXTS})
                 done = httpx.post(url + "/v1/models/sst2/load", json={}, headers=HEADERS, timeout=60)
                 assert done.status_code == 200, done.text
 
         reload(5)
         before = memory_mb()
-        reload(15)
+        reload(15)  # each time with texts run by the model before, which the engine must forget
         # A load takes 60 MB for a while, and the model keeps half of that.
         until(lambda: memory_mb() < before + 40, "the memory to come back")
 
@@ -307,7 +374,12 @@ def test_the_command_line(server: Server) -> None:
     assert nobody.returncode == 1 and "DE3_ADMIN_KEY" in nobody.stderr
 
 
-def test_the_newest_of_several_versions_answers(versions: Path) -> None:
-    with serving(versions, models=["tiny:2", "tiny:1"]) as server:
-        assert (answering(server), answering(server, "tiny:1")) == ("tiny:2", "tiny:1")
-    assert Store(versions).versions() == {"tiny": [1, 2, 3]}
+@pytest.mark.parametrize("names", [["tiny:2", "tiny:1"], ["tiny:1", "tiny:2"]])
+def test_the_first_of_several_versions_answers(versions: Path, names: list[str]) -> None:
+    with serving(versions, models=names) as server:
+        assert [answering(server, model) for model in (None, "tiny", *names)] == [names[0]] * 2 + names
+
+
+def test_too_many_models_at_start_are_refused(versions: Path) -> None:
+    with pytest.raises(StoreError, match=f"at most {MAX_LOADED}"):
+        find(Store(versions), ["tiny:1"] * (MAX_LOADED + 1))

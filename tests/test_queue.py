@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from exits.rule import ExitRule
 from server.protocol import Text
-from server.queue import QueueFullError, WorkQueue
+from server.queue import MAX_SHADOWS, QueueFullError, WorkQueue
 from server.work import Job
 
 LIMIT = 7
@@ -19,13 +19,20 @@ LOOP = asyncio.new_event_loop()
 
 
 def job(
-    texts: int, submitted: float = 0.0, seconds: float = 1.0, together_s: float = 0.0, model: Any = None
+    texts: int,
+    submitted: float = 0.0,
+    seconds: float = 1.0,
+    together_s: float = 0.0,
+    model: Any = None,
+    is_shadow: bool = False,
 ) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
     rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
     return Job(
-        model, rule, True, False, False, names, lambda _: seconds, future, together_s, submitted=submitted
+        *(model, rule, True, False, False, names, lambda _: seconds, future, together_s),
+        submitted=submitted,
+        is_shadow=is_shadow,
     )
 
 
@@ -37,6 +44,28 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue = WorkQueue(LIMIT)
         self.waiting: list[Any] = []  # items in the order in which they came
         self.running: list[Any] = []
+        self.shadows: list[Any] = []
+
+    @rule(texts=st.integers(1, MAX_SHADOWS))
+    def put_shadow(self, texts: int) -> None:
+        new = job(texts, is_shadow=True)
+        if len(self.shadows) + texts > MAX_SHADOWS:
+            with pytest.raises(QueueFullError):
+                self.queue.put(new)
+        else:
+            self.queue.put(new)
+            self.shadows += new.items
+
+    @precondition(lambda self: self.shadows and not self.waiting)
+    @rule()
+    def take_shadow(self) -> None:
+        item = self.shadows.pop(0)
+        assert self.queue.next(2) == [item]
+        assert not self.queue.has_more_urgent_than(item)
+        self.queue.put(other := job(1, submitted=99))
+        assert self.queue.has_more_urgent_than(item)  # anything is
+        self.queue.put_back(item)
+        assert self.queue.next(2) == other.items and self.queue.next(2) == [item]
 
     @rule(
         texts=st.integers(1, LIMIT + 1),
@@ -137,6 +166,17 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
     assert sorted(map(id, taken)) == sorted(id(item) for j in jobs for item in j.items)
     with pytest.raises(QueueFullError):
         queue.put(job(1))
+
+
+def test_shadows_go_when_the_queue_is_closed() -> None:
+    queue = WorkQueue(10)
+    shadow, real = job(3, is_shadow=True), job(1)
+    queue.put(shadow)
+    item = queue.next()[0]
+    queue.put(real)
+    queue.close()
+    queue.put_back(item)
+    assert (queue.next(), queue.next()) == (real.items, [])
 
 
 def test_short_texts_come_together_within_their_limits() -> None:

@@ -8,7 +8,7 @@ import logging
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.app import CLASSIFY_PATHS
+from server.app import CLASSIFY_PATHS, route_path
 
 log = logging.getLogger("ray.serve")
 TRIES = 3
@@ -23,7 +23,7 @@ class Repeat:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or scope["path"] not in CLASSIFY_PATHS:
+        if scope["type"] != "http" or route_path(scope) not in CLASSIFY_PATHS:
             await self._app(scope, receive, send)
             return
         read, whole = await _read(receive)
