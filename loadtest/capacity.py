@@ -67,7 +67,7 @@ def advice(rate: float, slo_ms: float, wanted: float, threads: int) -> list[str]
         f"one replica: {rate:.0f} requests/s within {slo_ms:g} ms at p99; plan with {each:.0f}",
         f"for {wanted:g} requests/s: {replicas} replicas of {threads} cores",
         f"Kubernetes (deploy/kubernetes/de3.yaml): averageValue of de3_queue_texts: {waiting}; "
-        f"DE3_SLO_P99_MS: {slo_ms:g}; cpu: {threads}",
+        f"maxReplicas: {2 * replicas}; DE3_SLO_P99_MS: {slo_ms:g}; cpu: {threads}",
         f"Ray (deploy/ray/app.py): cores={threads} target_requests={waiting + threads} "
         f"max_requests={4 * (waiting + threads)} max_replicas={2 * replicas}",
     ]

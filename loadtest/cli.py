@@ -166,11 +166,12 @@ def soak(
     store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
     model: Annotated[str, typer.Option(help="Our model, without a version.")] = "sst2",
     minutes: Annotated[float, typer.Option(help="How long.", min=0.1)] = 60.0,
+    reload_s: Annotated[float, typer.Option(help="Seconds between two reloads.", min=1)] = 60.0,
     text_column: TextColumn = "sentence",
     port: Annotated[int, typer.Option(help="Port to start the server on.")] = 8100,
     out: Annotated[Path, typer.Option(help="Folder for soak.json and soak.png.")] = Path("loadtest-results"),
 ) -> None:
-    """Start our server and ask it everything at once for an hour, reloading its model each minute.
+    """Start our server and ask it everything at once for an hour, reloading its model now and then.
 
     Single texts, lists, long ones, budgets, nonsense, clients that hang up or read slowly. Fails if an answer
     is wrong, missing or changes, or if the memory grows by more than 5% from the second quarter to the last.
@@ -196,7 +197,7 @@ def soak(
         def show(passed: float, found: soaking.Soak) -> None:
             progress.update(task, completed=passed)
 
-        found = soaking.soak(started.target.url, samples, 60 * minutes, model, key, show)
+        found = soaking.soak(started.target.url, samples, 60 * minutes, model, key, reload_s, show)
     soaking.report(found, out)
     for name, count in sorted(found.counts.items()):
         print(f"{count:>9,}  {name}")

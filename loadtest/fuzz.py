@@ -1,7 +1,8 @@
 """Ask what no client should ask, and see that the server answers it with a clear error, or hangs up.
 
 Requests are changed from good ones in every place: JSON values, JSON bytes, headers, the request line. An
-answer must be HTTP, below 500 (or an honest 503 or 504), and an error of the API of the documented shape.
+answer must be HTTP, below 500 (or an honest 503 or 504), and an error must have the documented shape. What is
+HTTP must be answered, and a good request must get the same answer after all this as before.
 """
 
 import json
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 TIMEOUT_S = 60.0
 PATIENCE_S = 0.3  # for the first byte of an answer
@@ -106,6 +108,7 @@ METHODS = (
     "BREW",
     "P" * 40,
 )
+STANDARD = ("POST", "GET", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH")
 HEADERS = (
     *("Content-Type: text/plain", "Content-Type: application/xml; charset=\x80", "Expect: 100-continue"),
     *(
@@ -114,7 +117,7 @@ HEADERS = (
         "Content-Length: -1",
         "Content-Length: 0",
     ),
-    *("Content-Length: 99999999999999999999"),
+    "Content-Length: 99999999999999999999",
     *("Content-Length: 5\r\nContent-Length: 6", "X: " + "y" * 40_000),
     *(
         "X-Request-ID: \x01\x02",
@@ -139,6 +142,8 @@ HEADERS = (
 )
 
 SPLINTERS = (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
+# Larger bodies are refused by their length, perhaps before they are sent.
+MAX_BODY_BYTES = 2**20
 
 
 @dataclass
@@ -160,26 +165,41 @@ class Found:
             self.problems.append((what, request[:2000]))
 
 
-def make(rng: random.Random, host: str) -> bytes:
+@dataclass(frozen=True)
+class Question:
+    """A request; is_http: whether it is a whole one, to which there must be an answer."""
+
+    data: bytes
+    is_http: bool = True
+
+
+def make(rng: random.Random, host: str) -> Question:
     """A request that is wrong in one or a few places, or now and then in none."""
     body = _body(rng)
+    is_http = len(body) < MAX_BODY_BYTES
     method, path, headers = "POST", "/classify", ["Content-Type: application/json"]
     if rng.random() < 0.15:
         method = rng.choice(METHODS)
+        is_http = is_http and method in STANDARD
     if rng.random() < 0.15:
         path = rng.choice(PATHS)
+        is_http = is_http and path.isascii()
     length = len(body)
     if rng.random() < 0.03:
+        is_http = False
         length = max(0, length + rng.choice((-5, -1, 1, 20)))
     headers.append(f"Content-Length: {length}")
     if rng.random() < 0.15:
+        is_http = False
         headers.insert(rng.randrange(len(headers) + 1), rng.choice(HEADERS))
     if rng.random() < 0.02:
+        is_http = False
         headers = [h for h in headers if not h.startswith("Content-Length")]
     head = "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode("latin-1")
     if rng.random() < 0.03:
+        is_http = False
         head = _damage(rng, head)
-    return head + body
+    return Question(head + body, is_http)
 
 
 def _body(rng: random.Random) -> bytes:
@@ -217,9 +237,7 @@ def _damage(rng: random.Random, data: bytes) -> bytes:
             case 1:
                 del changed[at : at + rng.choice((1, 3, 20))]
             case 2:
-                changed[at:at] = rng.choice(
-                    (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
-                )
+                changed[at:at] = rng.choice(SPLINTERS)
             case _:
                 changed[at:at] = changed[at : at + 30]
     return bytes(changed)
@@ -231,9 +249,9 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
         return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
     if status >= 500:
         return f"status {status}"
-    if status >= 400 and headers.get("content-type", "").startswith("application/json"):
-        if request.startswith(b"HEAD "):
-            return ""
+    if status >= 400 and not request.startswith(b"HEAD "):
+        if status == 400 and headers.get("content-type", "").startswith("text/plain"):
+            return ""  # from uvicorn's parser, before it is a request
         try:
             error = json.loads(body)["error"]
             if not (error["message"] and error["type"] and error["code"] == status):
@@ -251,6 +269,7 @@ def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] 
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     rng, found = random.Random(seed), Found()
+    before = _answer(url)
     connection = socket.create_connection(address, TIMEOUT_S)
     for number in range(requests):
         request = make(rng, parts.netloc)
@@ -260,11 +279,21 @@ def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] 
             connection = socket.create_connection(address, TIMEOUT_S)
         on_progress(number + 1)
     connection.close()
+    if (after := _answer(url)) != before:
+        found.problem(f"a good request was answered {before!r} before, and {after!r} after all this", b"")
     return found
 
 
-def ask(connection: socket.socket, request: bytes, found: Found) -> bool:
+def _answer(url: str) -> Any:
+    """What a good request is answered."""
+    body = json.dumps(GOOD[2]).encode()
+    with urlopen(Request(url + "/classify", body), timeout=TIMEOUT_S) as answer:
+        return json.load(answer)["data"]
+
+
+def ask(connection: socket.socket, question: Question, found: Found) -> bool:
     """Send one request and note what comes of it; whether the connection can be used again."""
+    request = question.data
     try:
         connection.sendall(request)
         if not select.select([connection], [], [], PATIENCE_S)[0]:
@@ -275,8 +304,10 @@ def ask(connection: socket.socket, request: bytes, found: Found) -> bool:
     except TimeoutError:
         found.problem(f"neither an answer nor an end within {TIMEOUT_S:g} s", request)
         return False
-    except (OSError, HTTPException):
+    except (OSError, HTTPException) as error:
         found.statuses["closed"] += 1
+        if question.is_http:
+            found.problem(f"no answer, though it is HTTP: {error!r}", request)
         return False
     found.statuses[str(answer.status)] += 1
     headers = {name.lower(): value for name, value in answer.getheaders()}

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPException
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,6 @@ from loadtest.texts import Sample
 
 CLIENTS = 4
 PAUSE_S = 0.02  # of a client, between two requests, on average
-RELOAD_S = 60.0
 LOOK_S = 5.0
 TIMEOUT_S = 60.0
 
@@ -81,7 +80,7 @@ class _Client:
             kind = self._rng.choices(kinds, weights)[0]
             try:
                 kind()
-            except (OSError, HTTPException) as error:
+            except Exception as error:  # an answer of another shape, too: the client must go on
                 self._soak.problem(f"{kind.__name__}: {error!r}")
                 self._connection.close()
                 self._connection = self._connect()
@@ -147,9 +146,15 @@ class _Client:
     def _read_slowly(self) -> None:
         with self._raw({"input": [self._text() for _ in range(100)], "explain": True}) as connection:
             time.sleep(0.5)
-            while len(connection.recv(65536)) == 65536:
+            answer = HTTPResponse(connection)
+            answer.begin()
+            content = b""
+            while part := answer.read(65536):
+                content += part
                 time.sleep(0.1)
-        self._soak.counts["read slowly"] += 1
+        if answer.status != 200 or len(json.loads(content)["data"]) != 100:
+            self._soak.problem(f"read slowly: {answer.status} {content[:200]!r}")
+        self._soak.counts[f"read slowly {answer.status}"] += 1
 
 
 def soak(
@@ -158,9 +163,10 @@ def soak(
     seconds: float,
     model: str | None = None,
     admin_key: str | None = None,
+    reload_s: float = 60.0,
     on_progress: Callable[[float, Soak], None] = lambda *_: None,
 ) -> Soak:
-    """Ask a server everything at once, and reload a model each minute if there is an admin key."""
+    """Ask a server everything at once, and reload a model now and then if there is an admin key."""
     found, stop = Soak(), threading.Event()
     known: dict[str, str] = {}  # labels by text, from its first answer
     clients = [_Client(url, samples, known, found, seed) for seed in range(CLIENTS)]
@@ -172,7 +178,7 @@ def soak(
         while (passed := time.monotonic() - started) < seconds:
             stop.wait(min(LOOK_S, max(0.1, seconds - passed)))
             found.memory.append((time.monotonic() - started, _memory_mb(url)))
-            if admin_key and time.monotonic() - reloaded > RELOAD_S:
+            if admin_key and time.monotonic() - reloaded > reload_s:
                 reloaded = time.monotonic()
                 _reload(url, model or "", admin_key, found)
             on_progress(passed, found)

@@ -37,12 +37,13 @@ def test_they_fit_together_and_the_image() -> None:
     ):
         assert selector.items() <= labels.items()
     (port,) = container["ports"]
-    assert f"DE3_PORT={port['containerPort']}" in Path("Dockerfile").read_text()
+    settings = {e["name"].removeprefix("DE3_").lower(): e["value"] for e in container["env"]}
+    assert settings["port"] == str(port["containerPort"])
+    assert pod["spec"]["enableServiceLinks"] is False  # DE3_PORT would be tcp://...
     assert f"USER {pod['spec']['securityContext']['runAsUser']}" in Path("Dockerfile").read_text()
     # It must have time to answer what it accepted, after the pause before its stop.
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
-    settings = {e["name"].removeprefix("DE3_").lower(): e["value"] for e in container["env"]}
     Settings(**settings)
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
 

@@ -1,9 +1,11 @@
 """On real Ray: two nodes on this machine that share a store, a replica killed, a model changed."""
 
+import asyncio
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,7 +16,7 @@ from tests.test_models import copy
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
 
-from deploy.ray import measure  # noqa: E402
+from deploy.ray import measure, repeat  # noqa: E402
 from deploy.ray.app import build  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -72,6 +74,51 @@ def test_a_model_is_changed_without_an_error(port: int, versions: Path) -> None:
         measure.deploy(store=versions, models="tiny:2", min_replicas=2, max_replicas=2)
         until(lambda: clients.counts["200 tiny:2"] > 20, "answers of the new version")
     assert set(clients.counts) == {"200 tiny:1", "200 tiny:2"}
+
+
+def test_replicas_are_added_under_load_and_removed_after_it(port: int, versions: Path) -> None:
+    delays = {"upscale_delay_s": 1, "downscale_delay_s": 3}
+    measure.deploy(store=versions, models="tiny:2", min_replicas=1, max_replicas=2, **delays)
+    until(lambda: len(measure.replicas()) == 1, "one replica", 60)
+    with measure.Clients(port, TEXTS, count=16) as clients:
+        until(lambda: len(measure.replicas()) == 2, "another replica", 90)
+    until(lambda: len(measure.replicas()) == 1, "one replica again", 90)
+    assert set(clients.counts) == {"200 tiny:2"}
+
+
+def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
+    """What an application behind the middleware sends for a request of these messages."""
+    sent, left = [], list(came)
+
+    async def receive() -> Any:
+        return left.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(middleware({"type": "http", "path": "/classify"}, receive, send))
+    return sent
+
+
+def test_what_got_no_answer_is_asked_once_more_unless_nobody_waits() -> None:
+    calls = []
+
+    async def dies(_: Any, receive: Any, send: Any) -> None:
+        calls.append(await receive())
+        if len(calls) == 2:
+            await send("an answer")
+
+    body = {"type": "http.request", "body": b"{}"}
+    assert answer_of(repeat.Repeat(dies), body) == ["an answer"]
+    assert calls == [body, body]
+
+    async def waits(_: Any, receive: Any, __: Any) -> None:
+        while (message := await receive())["type"] == "http.request":
+            calls.append(message)
+
+    calls.clear()
+    assert answer_of(repeat.Repeat(waits), body, {"type": "http.disconnect"}) == []
+    assert calls == [body]
 
 
 @pytest.mark.parametrize(

@@ -27,12 +27,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_short_soak(store: Path, texts: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app,
-        f"loadtest soak --texts {texts} --store {store} --model tiny --minutes 0.15 --port {free_port()} "
-        f"--out {tmp_path}".split(),
+        f"loadtest soak --texts {texts} --store {store} --model tiny --minutes 0.15 --reload-s 2 "
+        f"--port {free_port()} --out {tmp_path}".split(),
     )
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["problems"] == [], result.output
-    assert found["requests"]["one text 200"] > 50
+    assert found["requests"]["one text 200"] > 50 and found["reloads"] >= 2
     assert (tmp_path / "soak.png").exists()
 
 

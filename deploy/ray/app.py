@@ -24,11 +24,12 @@ class Options(BaseModel):
     Attributes:
         min_replicas, max_replicas: how many replicas there are at least and at most.
         cores: of a replica, each with an engine thread.
-        target_requests: under way in each replica, on average: with more, Ray adds replicas. Two for each
-            core keep the cores busy; more would only wait.
+        target_requests: under way in each replica, on average: with more, Ray adds replicas. If unset, two
+            for each core: they keep the cores busy, more would only wait.
         upscale_delay_s, downscale_delay_s: how long there must be more or fewer requests than that before
             replicas are added or removed. A replica takes about 5 s to start, so Ray's own 30 s are long.
         max_requests: under way in a replica, at most; others wait in Ray's proxy.
+        max_queued: requests that wait in one of Ray's proxies, at most; it answers others with 503.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -36,10 +37,11 @@ class Options(BaseModel):
     min_replicas: int = Field(default=1, ge=1)
     max_replicas: int = Field(default=1, ge=1)
     cores: int = Field(default=1, ge=1)
-    target_requests: float = Field(default=2.0, gt=0)
+    target_requests: float | None = Field(default=None, gt=0)
     upscale_delay_s: float = Field(default=5.0, ge=0)
     downscale_delay_s: float = Field(default=60.0, ge=0)
     max_requests: int = Field(default=64, ge=1)
+    max_queued: int = Field(default=1024, ge=1)
 
 
 # A class that Ray makes in a process of its own, from these settings.
@@ -78,10 +80,11 @@ def build(arguments: dict[str, str]) -> serve.Application:
         name="de3",
         ray_actor_options={"num_cpus": options.cores},
         max_ongoing_requests=options.max_requests,
+        max_queued_requests=options.max_queued,
         autoscaling_config={
             "min_replicas": options.min_replicas,
             "max_replicas": options.max_replicas,
-            "target_ongoing_requests": options.target_requests,
+            "target_ongoing_requests": options.target_requests or 2.0 * options.cores,
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },

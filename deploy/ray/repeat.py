@@ -3,7 +3,9 @@
 Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares where Ray is started.
 """
 
+import asyncio
 import logging
+from contextlib import suppress
 
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -11,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.app import CLASSIFY_PATHS, route_path
 
 log = logging.getLogger("ray.serve")
-TRIES = 3
-MAX_BODY_BYTES = 2**20  # larger bodies are not kept, and so not repeated
+TRIES = 2
+MAX_BODY_BYTES = 2**20  # larger bodies are not kept, and so not repeated,
+MAX_WAIT_S = 5.0  # nor those that come so slowly
 
 
 class Repeat:
@@ -27,41 +30,41 @@ class Repeat:
             await self._app(scope, receive, send)
             return
         read, whole = await _read(receive)
-        began = False
+        over = False  # it is answered, or nobody waits for an answer
 
         async def reply(message: Message) -> None:
-            nonlocal began
-            began = True
+            nonlocal over
+            over = True
             await send(message)
 
         for number in range(TRIES if whole else 1):
             if number:
                 log.warning("a replica gave no answer: asking again")
-            await self._app(dict(scope), _again(read, receive), reply)
-            if began:
+            left = list(read)
+
+            async def again(left: list[Message] = left) -> Message:
+                nonlocal over
+                message = left.pop(0) if left else await receive()
+                over = over or message["type"] == "http.disconnect"
+                return message
+
+            await self._app(dict(scope), again, reply)
+            if over:
                 return
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
     """A request's messages up to the end of its body, or to the most that is kept; whether that is all."""
     read, size = [], 0
-    while size <= MAX_BODY_BYTES:
-        message = await receive()
-        read.append(message)
-        size += len(message.get("body", b""))
-        if not message.get("more_body", False):
-            return read, message["type"] == "http.request"
+    with suppress(TimeoutError):
+        async with asyncio.timeout(MAX_WAIT_S):
+            while size <= MAX_BODY_BYTES:
+                message = await receive()
+                read.append(message)
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return read, message["type"] == "http.request"
     return read, False
-
-
-def _again(read: list[Message], receive: Receive) -> Receive:
-    """Gives what was read, then what comes."""
-    left = list(read)
-
-    async def again() -> Message:
-        return left.pop(0) if left else await receive()
-
-    return again
 
 
 def middlewares() -> list[Middleware]:
