@@ -1,8 +1,11 @@
-"""How long a model takes on this machine, measured once while it warms up."""
+"""How long a model takes on this machine, measured once while it warms up.
+
+In time of the thread's own: a model that is loaded while others serve waits for processors in between.
+"""
 
 from bisect import bisect_left
 from statistics import median
-from time import perf_counter
+from time import thread_time
 
 from model_store.model import MAX_CHARS_PER_TOKEN, Model
 from server.protocol import Text
@@ -81,20 +84,20 @@ def _tokenizing(model: Model, text: str, chars: int) -> float:
     """Seconds of the tokenizer for a character of such text, of which there are many."""
     long, times = text * (1 + chars // len(text)), []
     for _ in range(RUNS):
-        started = perf_counter()
+        started = thread_time()
         model.tokenize(long)
-        times.append(perf_counter() - started)
+        times.append(thread_time() - started)
     return median(times) / len(long)
 
 
 def _run(model: Model, text: str) -> tuple[float, float]:
     """Seconds to a text's first exit, and through every layer."""
     tokens, first = model.tokenize(text), 0.0
-    started = perf_counter()
+    started = thread_time()
     step = model.segments[0].embed(tokens, True)
     for segment in model.segments:
         if segment.layer > 0:
             step = segment.run(step.hidden, True)
         if segment.layer == model.manifest.exit_layers[0]:
-            first = perf_counter() - started
-    return first, perf_counter() - started
+            first = thread_time() - started
+    return first, thread_time() - started

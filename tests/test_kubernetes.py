@@ -1,5 +1,7 @@
 """The Kubernetes manifests: valid by Kubernetes' own schemas, and in agreement with the image."""
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +61,12 @@ def test_the_autoscaler_asks_for_a_metric_that_there_is() -> None:
     for name in names:
         assert name in queries
         assert f'"{name}"' in Path("server/metrics.py").read_text()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here (Debian: prometheus)")
+def test_prometheus_can_scrape_the_pods() -> None:
+    subprocess.run(["promtool", "check", "config", FILE.parent / "scrape.yaml"], check=True)
+    (job,) = yaml.safe_load((FILE.parent / "scrape.yaml").read_text())["scrape_configs"]
+    assert f'job="{job["job_name"]}"' in Path("deploy/prometheus/alerts.yml").read_text()
+    targets = {relabeling.get("target_label") for relabeling in job["relabel_configs"]}
+    assert {"namespace", "pod"} <= targets  # by which the adapter finds them
