@@ -16,6 +16,7 @@ from loadtest.studies.far import auroc
 from loadtest.studies.promise import promise
 from model_store.store import Store
 from tests.conftest import make_rows
+from tests.serving import free_port
 
 
 def run(command: str) -> str:
@@ -140,3 +141,15 @@ def test_no_simulated_answer_passes_its_deadline() -> None:
     assert [row["default"]["layers"] for row in alone] == [0, 1, 2]
     loaded = deadlines(found, 0.0, 0.0, costs, [(5.0, 3.0)])[0]["default"]
     assert 0 < loaded["refused"] < 1 and 1 <= loaded["layers"] < 2
+
+
+@pytest.mark.slow
+def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: Path) -> None:
+    texts, numbers = tmp_path / "texts.txt", tmp_path / "numbers.json"
+    texts.write_text("".join(text + "\n" for text, _ in make_rows(100, 9) if text.strip()))
+    run(
+        f"loadtest study speedup --texts {texts} --store {store} --model tiny --rate 40 --rounds 1 "
+        f"--seconds 1 --port {free_port()} --json {numbers}"
+    )
+    (row,) = json.loads(numbers.read_text())
+    assert row["rate"] == 40 and 0.2 < row["said"] < 20 and 0.2 < row["was"] < 20

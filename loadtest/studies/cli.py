@@ -188,3 +188,31 @@ def deadlines(
         json_file,
         rows,
     )
+
+
+@app.command()
+def speedup(
+    texts: Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    rate: Annotated[list[float] | None, typer.Option(help="Requests per second; repeat for more.")] = None,
+    rounds: Annotated[int, typer.Option(help="Repetitions.", min=1)] = 3,
+    seconds: Annotated[float, typer.Option(help="Length of one measurement.", min=0.5)] = 8.0,
+    port: Annotated[int, typer.Option(help="Port to start the servers on.")] = 8100,
+    json_file: Json = None,
+) -> None:
+    """How right the speed-up in model time is that a server shows: against the same texts at τ = 0.
+
+    Example: de3 loadtest study speedup --texts dev.tsv --rate 50 --rate 300
+    """
+    from dataclasses import asdict
+
+    from loadtest.studies.speedup import speedup as run
+    from loadtest.texts import read
+
+    samples = read(texts, text_column, "label", [])
+    rows = run(store, model, samples, rate or [50.0, 300.0], rounds, seconds, port)
+    columns = ["requests/s", "the server says", "it was", "off by"]
+    cells = [[r.rate, f"{r.said:.2f}", f"{r.was:.2f}", f"{100 * (r.said / r.was - 1):+.0f}%"] for r in rows]
+    _print(columns, cells, json_file, [asdict(r) for r in rows])
