@@ -113,7 +113,7 @@ class Ground:
 
     def answered_during(self, what: Callable[[], None], clients: int = 4) -> tuple[set[str], int]:
         """Ids of requests that were answered 200 while something happens, and how many were not answered."""
-        stop, answered, without = threading.Event(), set(), [0]
+        stop, answered, without, wrong = threading.Event(), set(), [0], list[ValueError]()
 
         def client(number: int) -> None:
             rng = random.Random(number)
@@ -127,6 +127,8 @@ class Ground:
                 except (OSError, HTTPException):
                     without[0] += 1
                     time.sleep(0.02)
+                except ValueError as error:
+                    wrong.append(error)
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
         for thread in threads:
@@ -138,6 +140,8 @@ class Ground:
             stop.set()
             for thread in threads:
                 thread.join()
+        if wrong:
+            raise wrong[0]
         return answered, without[0]
 
     def lost(self, answered: set[str]) -> int:
@@ -293,7 +297,7 @@ def full_disk(ground: Ground) -> Row:
 
 def hang_up(ground: Ground) -> Row:
     """Clients that close as soon as they have asked."""
-    with ground.server():
+    with ground.server("--max-queue", "6000"):  # room for all of them
 
         def many() -> None:
             for _ in range(100):

@@ -296,7 +296,7 @@ def ask(connection: socket.socket, question: Question, found: Found) -> bool:
     request = question.data
     try:
         connection.sendall(request)
-        if not select.select([connection], [], [], PATIENCE_S)[0]:
+        if not question.is_http and not select.select([connection], [], [], PATIENCE_S)[0]:
             connection.shutdown(socket.SHUT_WR)  # it waits for more, and there is none
         answer = HTTPResponse(connection, method=request.split(b" ", 1)[0].decode("latin-1"))
         answer.begin()

@@ -176,7 +176,7 @@ def soak(
     started = reloaded = time.monotonic()
     try:
         while (passed := time.monotonic() - started) < seconds:
-            stop.wait(min(LOOK_S, max(0.1, seconds - passed)))
+            stop.wait(min(LOOK_S, reload_s, max(0.1, seconds - passed)))
             found.memory.append((time.monotonic() - started, _memory_mb(url)))
             if admin_key and time.monotonic() - reloaded > reload_s:
                 reloaded = time.monotonic()

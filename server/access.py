@@ -111,18 +111,25 @@ class Access:
         if self._limit is not None:
             self._limit.take(owner, texts)
 
-    def check(self, path: str, scope: Scope) -> None:
-        """Whether a request other than to classify may go on; raises ApiError 401.
+    def check(self, path: str, scope: Scope) -> bool:
+        """Let a request other than to classify go on; whether it is an admin's. Raises ApiError 401.
 
         Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
         change anything, a user's to look. So no route is open by mistake, whatever strange path leads to it.
         """
         if _OPEN.fullmatch(path):
-            return
-        if self.admins is not None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            self.admins.owner(scope)
-        else:
+            return False
+        if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             self.user(scope)
+            return False
+        try:
+            self.admins.owner(scope)
+        except ApiError:
+            if self.users is not None:
+                self.users.owner(scope)
+                raise ApiError(401, "this needs an admin's key", cause="no_key") from None
+            raise
+        return True
 
 
 def _keys(lines: SecretStr | None, path: Path | None, variable: str) -> Keys | None:

@@ -52,15 +52,16 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         else:
             send = _with_headers(send, scope)
             try:
-                service.access.check(route_path(scope), scope)
-                settings = service.settings
-                body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+                if service.access.check(route_path(scope), scope):
+                    settings = service.settings
+                    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+                    receive = _then(body, receive)
             except ApiError as error:
                 await error.response()(scope, receive, send)
             except ClientDisconnect:
                 pass
             else:
-                await other(scope, _then(body, receive), send)
+                await other(scope, receive, send)
 
     origins = service.settings.cors_origins
     if not origins:

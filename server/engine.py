@@ -233,6 +233,7 @@ def _reason(item: Item, deepest: int) -> str:
 def _outcome(item: Item, reason: str) -> Outcome:
     assert item.tokens is not None
     layer, reading = item.passed[-1]  # at a deadline: the deepest answer so far
+    waited = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s  # of a shadow nobody's time
     if item.sampled and item.job.watch is not None:
         item.job.watch.sample(*item.passed[0])
     return Outcome(
@@ -242,7 +243,7 @@ def _outcome(item: Item, reason: str) -> Outcome:
         passed=item.passed,
         tokens=len(item.tokens),
         truncated=item.tokens.truncated,
-        queue_s=perf_counter() - item.job.submitted - item.tokenize_s - item.model_s,
+        queue_s=0.0 if item.job.is_shadow else waited,
         tokenize_s=item.tokenize_s,
         model_s=item.model_s,
         is_far=item.is_far,

@@ -4,11 +4,42 @@ from asyncio import TimerHandle, Transport
 from collections.abc import Callable
 from typing import Any
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 32 * 1024
 HEAD_TIMEOUT_S = 10.0
 WRITE_TIMEOUT_S = 30.0
+
+
+class _Parser:
+    """httptools' parser, for which a request that asks for an upgrade is one like any other.
+
+    By itself it takes what follows the head for another protocol, and a body is lost: Java's HTTP client asks
+    for HTTP/2 in this way with every first request.
+    """
+
+    def __init__(self, protocol: "Http") -> None:
+        self._protocol = protocol
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = HttpRequestParser(self._protocol)
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def feed_data(self, data: bytes) -> None:
+        """Parse what came."""
+        while True:
+            try:
+                return self._parser.feed_data(data)
+            except HttpParserUpgrade as upgrade:
+                if not self._protocol.asks_for_upgrade():
+                    raise  # CONNECT, which no route allows
+                data = self._protocol.head_without_upgrade() + data[upgrade.args[0] :]
+                self._begin()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
 
 
 class Http(HttpToolsProtocol):
@@ -28,6 +59,7 @@ class Http(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Start waiting for the first head."""
         super().connection_made(transport)
+        self.parser: Any = _Parser(self)
         self._await_head()
 
     def pause_writing(self) -> None:
@@ -85,10 +117,36 @@ class Http(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """The head is whole."""
+        """The head is whole; one with an upgrade will come again without."""
         self._head_came()
+        if self.asks_for_upgrade():
+            return
         self.scope["de3.connection"] = self  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        if not self.asks_for_upgrade():
+            super().on_message_complete()
+
+    def asks_for_upgrade(self) -> bool:
+        """Whether the head wishes for another protocol."""
+        return bool(self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT")
+
+    def head_without_upgrade(self) -> bytes:
+        """The head that came, without the wish for another protocol."""
+        lines = [
+            self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()
+        ]
+        for name, value in self.headers:
+            if name == b"connection":
+                kept = [
+                    t for t in value.split(b",") if t.strip().lower() not in (b"upgrade", b"http2-settings")
+                ]
+                value = b",".join(kept)
+            if name not in (b"upgrade", b"http2-settings"):
+                lines.append(name + b": " + value)
+        return b"\r\n".join([*lines, b"", b""])
 
     def _count(self, data: bytes) -> None:
         self._head_bytes += len(data)

@@ -46,6 +46,7 @@ def serve(settings: Settings) -> None:
         # An accepted request ends by its own time-out; leave it that long, and a little.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
         http=Http,
+        ws="none",  # an upgrade is not offered: such a request is answered like any other
     )
     server = _Server(config, service)
     # uvicorn handles these while it runs and raises them again at its end: a drained stop is a success.

@@ -3,7 +3,7 @@
 import asyncio
 import ctypes
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import perf_counter
 from weakref import ref
@@ -26,8 +26,12 @@ class Manager:
     changes nothing. A request that is under way keeps the model that it began with.
     """
 
-    def __init__(self, settings: Settings, models: Models, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, models: Models, metrics: Metrics, drop_shadows: Callable[[], None]
+    ) -> None:
+        """`drop_shadows`: called when models go: texts that wait for idle time would keep them in memory."""
         self._settings, self._models, self._metrics = settings, models, metrics
+        self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,6 +115,8 @@ class Manager:
 
     def _forget(self, gone: list[Served]) -> None:
         """Let the memory of models go once nothing uses them any more."""
+        if gone:
+            self._drop_shadows()
         for served in gone:
             self._metrics.drop(served)
             log.info("%s is unloaded", served.model.full_name)

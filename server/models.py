@@ -1,6 +1,7 @@
 """The models that a server has loaded: which version answers a name, and which others run beside it."""
 
 import random
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +27,15 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     if len(names) > MAX_LOADED:
         raise StoreError(f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: name those")
     return [store.open(name) for name in names]
+
+
+def others(store: Store) -> list[Artifact]:
+    """The newest of every model in the store that has a sound manifest: what may be loaded later."""
+    found = []
+    for name in store.versions():
+        with suppress(StoreError):  # it cannot be loaded, and is nobody's concern here
+            found.append(store.open(name))
+    return found
 
 
 @dataclass(frozen=True, slots=True)

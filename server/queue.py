@@ -37,10 +37,8 @@ class WorkQueue:
     def put(self, job: Job) -> None:
         """Add all items of a job, or none: raises QueueFullError."""
         with self._changed:
-            waiting, limit = self._waiting, self.limit
-            if job.is_shadow:
-                waiting, limit = len(self._shadows), MAX_SHADOWS
-            if self._closed or waiting + len(job.items) > limit:
+            room = self.shadow_room if job.is_shadow else self.limit - self._waiting
+            if self._closed or len(job.items) > room:
                 raise QueueFullError
             for item in job.items:
                 self._add(item)
@@ -49,12 +47,13 @@ class WorkQueue:
     def put_back(self, item: Item) -> None:
         """Let an item that was handed out wait once more. It was accepted, so the limit does not count."""
         with self._changed:
-            if item.job.is_shadow and not self._closed:
+            if item.job.dropped or (item.job.is_shadow and self._closed):
+                return
+            if item.job.is_shadow:
                 self._shadows.appendleft(item)
-                self._changed.notify()
-            elif not item.job.is_shadow and not item.job.dropped:
+            else:
                 self._add(item)
-                self._changed.notify()
+            self._changed.notify()
 
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; nothing once the queue is closed and empty.
@@ -66,9 +65,10 @@ class WorkQueue:
             while (first := self._peek()) is None:
                 if self._closed:
                     return []
-                if self._shadows:
-                    return [self._shadows.popleft()]
-                self._changed.wait()
+                if not self._shadows:
+                    self._changed.wait()
+                elif not (shadow := self._shadows.popleft()).job.dropped:
+                    return [shadow]
             room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 else 1
             found, left = [self._take()], first.job.together_s - first.predicted
             while len(found) < room and (item := self._peek()) is not None:
@@ -79,6 +79,19 @@ class WorkQueue:
                     break
                 found.append(self._take())
             return found
+
+    @property
+    def shadow_room(self) -> int:
+        """How many more items of shadows may wait."""
+        return MAX_SHADOWS - len(self._shadows)
+
+    def drop_shadows(self) -> None:
+        """Give up the shadows that wait; called by the event loop, whose futures they have."""
+        with self._changed:
+            for item in self._shadows:
+                item.job.dropped = True
+                item.job.future.cancel()
+            self._shadows.clear()
 
     def _peek(self) -> Item | None:
         """The most urgent item, which _take takes; those of dropped jobs before it fall away."""

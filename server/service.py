@@ -20,7 +20,7 @@ from server.load import TICK_S, Controller
 from server.logs import RequestLog
 from server.manager import Manager
 from server.metrics import Metrics
-from server.models import Models, Served, find
+from server.models import Models, Served, find, others
 from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.settings import Settings
@@ -41,13 +41,12 @@ class Service:
         self.settings = settings
         store = Store(settings.store)
         self.artifacts: list[Artifact] = find(store, settings.models)
-        # Of those that may be loaded later as well.
-        deepest = max(store.open(n).manifest.num_layers for n in [*store.versions(), *settings.models])
+        deepest = max(a.manifest.num_layers for a in [*self.artifacts, *others(store)])
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
         self.access = Access(settings)
         self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
         self.models = Models()
-        self.manager = Manager(settings, self.models, self.metrics)
+        self.manager = Manager(settings, self.models, self.metrics, self.engine.queue.drop_shadows)
         self.state = "loading"
         self.is_open = False  # once all models are loaded, and then for good
         self.metrics.watch(

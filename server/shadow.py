@@ -15,6 +15,8 @@ def run_beside(shadow: Served, job: Job, request: ClassifyRequest, service: Serv
 
     It gives way after each layer, and a server without idle time runs none.
     """
+    if len(job.items) > service.engine.queue.shadow_room:
+        return
     try:
         rule = service.choose(shadow, request).rule
     except ApiError:  # a wish that this version cannot fulfil

@@ -5,7 +5,7 @@ In time of the thread's own: a model that is loaded while others serve waits for
 
 from bisect import bisect_left
 from statistics import median
-from time import thread_time
+from time import perf_counter, thread_time
 
 from model_store.model import MAX_CHARS_PER_TOKEN, Model
 from server.protocol import Text
@@ -84,20 +84,29 @@ def _tokenizing(model: Model, text: str, chars: int) -> float:
     """Seconds of the tokenizer for a character of such text, of which there are many."""
     long, times = text * (1 + chars // len(text)), []
     for _ in range(RUNS):
-        started = thread_time()
+        started = _now()
         model.tokenize(long)
-        times.append(thread_time() - started)
+        times.append(_since(started))
     return median(times) / len(long)
 
 
 def _run(model: Model, text: str) -> tuple[float, float]:
     """Seconds to a text's first exit, and through every layer."""
     tokens, first = model.tokenize(text), 0.0
-    started = thread_time()
+    started = _now()
     step = model.segments[0].embed(tokens, True)
     for segment in model.segments:
         if segment.layer > 0:
             step = segment.run(step.hidden, True)
         if segment.layer == model.manifest.exit_layers[0]:
-            first = thread_time() - started
-    return first, thread_time() - started
+            first = _since(started)
+    return first, _since(started)
+
+
+def _now() -> tuple[float, float]:
+    return thread_time(), perf_counter()
+
+
+def _since(then: tuple[float, float]) -> float:
+    """Seconds of the thread's own time; of the clock where that is too coarse to tell."""
+    return thread_time() - then[0] or perf_counter() - then[1]

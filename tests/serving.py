@@ -42,7 +42,9 @@ class Server:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        config = uvicorn.Config(create_app(service), port=0, log_config=None, access_log=False, http=Http)
+        config = uvicorn.Config(
+            create_app(service), port=0, log_config=None, access_log=False, http=Http, ws="none"
+        )
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
 

@@ -249,6 +249,9 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
         for headers in ({}, {"Authorization": "Bearer a-key-for-classifying"}, {"Authorization": KEY}):
             refused = change(server, "load", headers=headers, version=2)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+        user = {"Authorization": "Bearer a-key-for-classifying"}
+        typed_wrong = httpx.post(server.url + "/classify/", json={}, headers=user)
+        assert typed_wrong.status_code == 401 and "admin's key" in typed_wrong.text
         for path in ("load%0A", "load%0a?x", "unload/", "rollback%0D", "%0A/load", "x/rollback%00"):
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
@@ -378,6 +381,13 @@ def test_the_command_line(server: Server) -> None:
 def test_the_first_of_several_versions_answers(versions: Path, names: list[str]) -> None:
     with serving(versions, models=names) as server:
         assert [answering(server, model) for model in (None, "tiny", *names)] == [names[0]] * 2 + names
+
+
+def test_others_in_the_store_stop_no_start(versions: Path) -> None:
+    shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # a name that is not its manifest's
+    (versions / "tiny" / "99").mkdir()
+    with serving(versions, models=["tiny:1"]) as server:
+        assert answering(server) == "tiny:1"
 
 
 def test_too_many_models_at_start_are_refused(versions: Path) -> None:

@@ -168,6 +168,20 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
         queue.put(job(1))
 
 
+def test_shadows_can_be_dropped() -> None:
+    """As their models go; and one that runs does not come back."""
+    queue = WorkQueue(10)
+    queue.put(shadow := job(3, is_shadow=True))
+    item = queue.next()[0]
+    queue.drop_shadows()
+    assert shadow.future.cancelled() and queue.shadow_room == MAX_SHADOWS
+    queue.put_back(item)
+    queue.put(failed := job(2, is_shadow=True))
+    failed.dropped = True
+    queue.put(last := job(1, is_shadow=True))
+    assert queue.next() == last.items
+
+
 def test_shadows_go_when_the_queue_is_closed() -> None:
     queue = WorkQueue(10)
     shadow, real = job(3, is_shadow=True), job(1)

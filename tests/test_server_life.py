@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPResponse
 from pathlib import Path
 
 import httpx
@@ -331,3 +332,30 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
                 received += chunk
                 time.sleep(0.01)
         assert len(json.loads(received.partition(b"\r\n\r\n")[2])["data"]) == 1024
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str) -> None:
+    """Java's client asks for one with each first request; by itself the parser would lose the body."""
+    body = b'{"input": "good film"}'
+    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\n"
+    head += f"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\nContent-Length: {len(body)}\r\n\r\n"
+    request = head.encode() + body
+    with serving(store) as server:
+        for cut in range(0, len(request), 5):  # it may come in any two parts
+            with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                s.sendall(request[:cut])
+                s.sendall(request[cut:])
+                for last in (False, True):  # another on the same connection
+                    answer = HTTPResponse(s)
+                    answer.begin()
+                    assert (answer.status, json.loads(answer.read())["data"][0]["index"]) == (200, 0)
+                    if not last:
+                        s.sendall(request)
+
+
+def test_connect_is_answered(store: Path) -> None:
+    with serving(store) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
+        s.sendall(b"CONNECT /classify HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert s.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 400")

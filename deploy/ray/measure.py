@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from statistics import median
@@ -67,12 +67,15 @@ def replicas() -> dict[int, str]:
                 continue
         return found
 
-    names: list[int] = ray.get(pids.remote())
-    return {pid: _node_of(pid) for pid in names}
+    found = {}
+    for pid in ray.get(pids.remote()):
+        with suppress(OSError):  # it ended meanwhile
+            found[pid] = _node_of(pid)
+    return found
 
 
 def _node_of(pid: int) -> str:
-    """The raylet that started a worker: its parent process."""
+    """The raylet that started a worker: its parent process. Raises OSError for one that ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
