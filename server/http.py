@@ -135,16 +135,14 @@ class Http(HttpToolsProtocol):
 
     def head_without_upgrade(self) -> bytes:
         """The head that came, without the wish for another protocol."""
-        lines = [
-            self.parser.get_method() + b" " + self.url + b" HTTP/" + self.parser.get_http_version().encode()
-        ]
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        wishes = (b"upgrade", b"http2-settings")
         for name, value in self.headers:
             if name == b"connection":
-                kept = [
-                    t for t in value.split(b",") if t.strip().lower() not in (b"upgrade", b"http2-settings")
-                ]
-                value = b",".join(kept)
-            if name not in (b"upgrade", b"http2-settings"):
+                kept = [token for token in value.split(b",") if token.strip().lower() not in wishes]
+                lines.append(b"connection: " + b",".join(kept))
+            elif name not in wishes:
                 lines.append(name + b": " + value)
         return b"\r\n".join([*lines, b"", b""])
 

@@ -338,8 +338,9 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
 def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str) -> None:
     """Java's client asks for one with each first request; by itself the parser would lose the body."""
     body = b'{"input": "good film"}'
-    head = f"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\n"
-    head += f"HTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /classify HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+    head += f"Upgrade: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     request = head.encode() + body
     with serving(store) as server:
         for cut in range(0, len(request), 5):  # it may come in any two parts
