@@ -101,8 +101,8 @@ def models_load(
         float | None,
         typer.Option(
             help="Let it answer this share of the requests that name no version.",
-            min=0,
-            max=1,
+            min=0.001,
+            max=0.999,
             show_default=False,
         ),
     ] = None,
@@ -122,7 +122,7 @@ def models_load(
     role = "canary" if canary is not None else "shadow" if shadow else "beside" if beside else "current"
     body: dict[str, Any] = {"role": role} | ({} if canary is None else {"share": canary})
     done = _change(url, model, "load", body)
-    print(f"{done['model']} is served, by {done['runtime']}")
+    print(f"{done['model']} is {done['role']}, by {done['runtime']}")
 
 
 @app.command("unload")
@@ -142,7 +142,7 @@ def models_rollback(
 ) -> None:
     """Let the version answer again that was current before. Needs an admin key in DE3_ADMIN_KEY."""
     done = _change(url, model, "rollback", {})
-    print(f"{done['model']} is served, by {done['runtime']}")
+    print(f"{done['model']} is current again, by {done['runtime']}")
 
 
 def _change(url: str, model: str, what: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -181,12 +181,15 @@ def soak(
     from rich.progress import Progress
 
     from loadtest import soak as soaking
+
+    soaking.check_plots()
     from loadtest.servers import ours, running
 
     key = secrets.token_hex(16)
     samples = _samples(texts, text_column, "label", "")
     out.mkdir(parents=True, exist_ok=True)
     keys, log = out / "admin-keys", out / "server.log"
+    keys.touch(0o600)
     keys.write_text(f"soak {key}\n")
     with (
         running(ours(store, model, options=["--admin-keys-file", str(keys)]), port, log) as started,

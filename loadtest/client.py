@@ -300,10 +300,12 @@ def wrong_labels(run: Run, alone: list[str | None]) -> int:
 
 
 def accuracy(run: Run) -> float | None:
-    """Share of right answers among those to samples whose label is known."""
+    """Share of right answers among those to samples whose label is known; None if labels have other names."""
     pairs = [
         (label, run.samples[answer.sample].label)
         for answer, label in zip(run.answers, run.labels, strict=True)
         if answer.status == 200 and run.samples[answer.sample].label is not None
     ]
-    return sum(a == b for a, b in pairs) / len(pairs) if pairs else None
+    if {a for a, _ in pairs}.isdisjoint(b for _, b in pairs):
+        return None
+    return sum(a == b for a, b in pairs) / len(pairs)

@@ -204,6 +204,14 @@ def _reload(url: str, model: str, key: str, found: Soak) -> None:
         found.problem(f"reload: {error!r}")
 
 
+def check_plots() -> None:
+    """Raise ValueError where there is nothing to draw with: better before an hour than after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"this command draws a plot ({error}): pip install '.[train]'") from None
+
+
 def report(found: Soak, out: Path) -> None:
     """Write soak.json and soak.png into out."""
     from matplotlib.figure import Figure

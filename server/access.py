@@ -73,6 +73,10 @@ class Keys:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return cls.read(path.read_text(), str(path))
 
+    def shares_with(self, others: "Keys") -> bool:
+        """Whether a key is in both."""
+        return not set(self._digests.values()).isdisjoint(others._digests.values())
+
     def owner(self, scope: Scope) -> str:
         """The name of who sent `Authorization: Bearer KEY`; raises ApiError 401."""
         for header, value in scope["headers"]:
@@ -98,6 +102,8 @@ class Access:
         """Raises ValueError or OSError for keys or a rate that cannot be used."""
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
+        if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
+            raise ValueError("admin_keys: a key that users have cannot be an admin's as well")
         self._limit = RateLimit(settings.rate_limit) if settings.rate_limit else None
         if self._limit is not None and self.users is None:
             raise ValueError("rate_limit: is for each API key, and there are none; give api_keys_file")
@@ -105,6 +111,15 @@ class Access:
     def user(self, scope: Scope) -> str:
         """The name of who asks to classify; empty where no key is needed. Raises ApiError 401."""
         return "" if self.users is None else self.users.owner(scope)
+
+    def _looks(self, scope: Scope) -> None:
+        """Let users and admins look; raises ApiError 401."""
+        try:
+            self.user(scope)
+        except ApiError:
+            if self.admins is None:
+                raise
+            self.admins.owner(scope)
 
     def take(self, owner: str, texts: int) -> None:
         """Count texts against an owner's limit; raises ApiError 429."""
@@ -120,7 +135,7 @@ class Access:
         if _OPEN.fullmatch(path):
             return False
         if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            self.user(scope)
+            self._looks(scope)
             return False
         try:
             self.admins.owner(scope)
@@ -170,5 +185,5 @@ class RateLimit:
             reset = self._limiter.get_window_stats(self._rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))
             raise ApiError(
-                429, f"over your limit of {self._rate} texts", cause="rate_limited", retry_after=wait
+                429, f"over your limit, in texts: {self._rate}", cause="rate_limited", retry_after=wait
             )

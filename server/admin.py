@@ -1,5 +1,6 @@
 """Routes that change which models are served; there only if there are admin keys (server/access.py)."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Path
@@ -44,7 +45,7 @@ class Unload(BaseModel):
     version: Version | None = Field(default=None, description="all of the name, if unset")
 
 
-def add_routes(app: FastAPI, manager: Manager) -> None:
+def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> None:
     """Add them to an application."""
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
@@ -53,17 +54,17 @@ def add_routes(app: FastAPI, manager: Manager) -> None:
         409: error(409, "sst2 is the only model that is served", "name"),
         422: error(422, "not loaded, what was served before still is: layer_02.onnx: damaged", "name"),
     }
-    common: dict[str, Any] = {"tags": ["change models"], "responses": errors}
+    common: dict[str, Any] = {"tags": ["change models"], "responses": errors, "dependencies": dependencies}
 
     @app.post("/v1/models/{name}/load", **common)
     async def load(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
         """Load a version and, once it is warm, let it answer; loading the same one again reads it anew."""
-        return _said(await manager.load(name, what.version, what.role, what.share))
+        return _said(await manager.load(name, what.version, what.role, what.share), what.role)
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def rollback(name: Name) -> dict[str, Any]:
         """Let the version answer again that was current before."""
-        return _said(await manager.roll_back(name))
+        return _said(await manager.roll_back(name), "current")
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
@@ -77,10 +78,13 @@ def explain(wrong: RequestValidationError) -> ApiError:
     place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not JSON", cause="not_json")
+    if first["type"] == "value_error":  # of _fits, which names the field itself
+        message = message.removeprefix("Value error, ")
+        return ApiError(422, message, message.partition(":")[0])
     if len(place) < 2:
         return ApiError(422, f"the body must be a JSON object, sent as application/json: {message}")
     return ApiError(422, f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
 
 
-def _said(served: Served) -> dict[str, Any]:
-    return {"model": served.model.full_name, "runtime": served.model.runtime}
+def _said(served: Served, role: Role) -> dict[str, Any]:
+    return {"model": served.model.full_name, "role": role, "runtime": served.model.runtime}

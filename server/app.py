@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
@@ -124,20 +125,27 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
+    # It is for the documentation and its button to authorize: server/access.py checks keys.
+    bearer = [Depends(HTTPBearer(auto_error=False))]
+    users = bearer if service.access.users is not None else []
 
-    @app.post("/classify", tags=["classify"], **examples.CLASSIFY)
+    @app.post("/classify", tags=["classify"], dependencies=users, **examples.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
     async def post_classify() -> Response:
         """Classify a text, a pair of texts, or a list of them, leaving at the first exit that is sure."""
         raise HTTPException(404)  # a path that only looks like it: create_app answers the real one
 
-    @app.get("/v1/models", tags=["models"])
+    @app.get("/v1/models", tags=["models"], dependencies=users)
     async def models() -> dict[str, Any]:
-        """The served models: labels, layers, defaults, and what the defaults give."""
-        return {"object": "list", "data": [model_row(m) for m in service.manifests()]}
+        """The served models: labels, layers, role, defaults, and what the defaults give."""
+        rows = [model_row(m) | service.role(m) for m in service.manifests()]
+        return {"object": "list", "data": rows}
 
     @app.get(
-        "/v1/models/{name}/calibration", tags=["models"], responses={404: {"description": "no such model"}}
+        "/v1/models/{name}/calibration",
+        tags=["models"],
+        dependencies=users,
+        responses={404: {"description": "no such model"}},
     )
     async def calibration(name: str) -> JSONResponse:
         """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
@@ -149,13 +157,15 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         return JSONResponse(body | found.model_dump(by_alias=True))
 
     if service.access.admins is not None:
-        admin.add_routes(app, service.manager)
+        admin.add_routes(app, service.manager, bearer)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
         """200 as long as the process lives."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
         """200 once every model is loaded and warmed up; 503 before, and while the server drains."""

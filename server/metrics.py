@@ -38,6 +38,7 @@ SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0
 STATUSES = ("200", "422", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 REASONS = ("threshold", "last_layer", "max_layer", "deadline")
+KEPT_MODELS = 8  # that are served no longer, and whose numbers can still be read
 InForce = Callable[[Served], Choice]
 
 
@@ -150,6 +151,13 @@ class Metrics:
             ["model", "precision", "runtime", "layers"],
             registry=r,
         )
+        self._by_model = (
+            *(self.exit_layer, self.layers_run, self.layers_saved, self.full_depth, self.tokens),
+            *(self.entropy, self.distance_ratio, self.request_latency, self.stage_latency, self.requests),
+            *(self.far, self.degraded, self.calibrated, self.expected_right),
+            *(self.shadow_texts, self.shadow_disagreements),
+        )
+        self._gone: list[str] = []
         self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
@@ -198,13 +206,23 @@ class Metrics:
             counter.labels(name)
         self._observers[name] = self._observer(served)
         self._served[name] = served
+        if name in self._gone:
+            self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Say nothing more of a model that is no longer served; what it did stays counted."""
+        """Say nothing more of a model that is no longer served; what it did can be read for a while."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
             self._model.remove(*_info(served))
+            self._gone.append(name)
+        while len(self._gone) > KEPT_MODELS:
+            oldest = self._gone.pop(0)
+            for metric in self._by_model:
+                metric.remove_by_labels({"model": oldest})
+            for metric in (self.shadow_texts, self.shadow_disagreements):
+                metric.remove_by_labels({"shadow": oldest})
+            del self._observers[oldest]
 
     def answered(self, job: Job, choice: Choice) -> None:
         """Count the texts of an answered request by how τ was chosen."""
@@ -224,7 +242,8 @@ class Metrics:
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""
-        self._observers[model.full_name](outcome)  # stays, for texts that were under way when it was dropped
+        if observer := self._observers.get(model.full_name):  # for texts under way when it was dropped, too
+            observer(outcome)
 
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
         """A function with the label look-ups of one model done once."""

@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
+from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError
 from server.errors import ApiError
@@ -150,6 +151,12 @@ class Models:
             if one.model.full_name == name:
                 return one
         raise unknown_model(name, [s.model.full_name for s in served])
+
+    def role_of(self, manifest: Manifest) -> Role:
+        """What a loaded version does."""
+        route = self.routes[manifest.name]
+        roles: tuple[Role, ...] = ("current", "canary", "shadow")
+        return next((r for r in roles if route.version_in(r) == manifest.version), "beside")
 
     def shadow_of(self, served: Served) -> Served | None:
         """Who runs the texts of this model as well, if anybody."""

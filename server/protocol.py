@@ -89,7 +89,7 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = Field(
-        None, description="name (newest version) or name:version; default: the first served"
+        None, description="name (its current version, or a canary) or name:version; default: the first served"
     )
     input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
         description="a text, a pair, or a list of them"

@@ -197,6 +197,14 @@ class Service:
             return [s.model.manifest for s in self.models.all]
         return [a.manifest for a in self.artifacts]
 
+    def role(self, manifest: Manifest) -> dict[str, str | float]:
+        """What a served version does, as /v1/models tells it; nothing while the models load."""
+        if not self.is_open:
+            return {}
+        role = self.models.role_of(manifest)
+        share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
+        return {"role": role, **share}
+
     def manifest(self, name: str) -> Manifest:
         """That of a name (its current version) or name:version; raises ApiError 404, or 503 while loading."""
         self.check_open()

@@ -28,7 +28,9 @@ def provider() -> "TracerProvider":
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ValueError(f"--traces needs the otel extra ({error}): pip install 'de3[otel]'") from None
+        raise ValueError(
+            f"--traces needs the otel extra ({error}): pip install '.[otel]' in a checkout"
+        ) from None
     if "service.name" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
     found = TracerProvider(resource=Resource.create())

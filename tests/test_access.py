@@ -77,6 +77,17 @@ def test_what_tells_nothing_of_users_is_open(server: Server, path: str) -> None:
     assert ALICE not in answer.text and DIGEST not in answer.text
 
 
+def test_the_documentation_knows_of_keys(server: Server, store: Path) -> None:
+    def secured(schema: dict[str, Any]) -> set[str]:
+        return {path for path, ways in schema["paths"].items() for way in ways.values() if "security" in way}
+
+    schema = httpx.get(server.url + "/openapi.json").json()
+    assert secured(schema) == {"/classify", "/v1/models", "/v1/models/{name}/calibration"}
+    with serving(store, models=["tiny"]) as open_to_all:
+        assert secured(httpx.get(open_to_all.url + "/openapi.json").json()) == set()
+        assert [httpx.head(open_to_all.url + path).status_code for path in ("/health", "/ready")] == [200] * 2
+
+
 def test_each_key_has_its_own_limit(store: Path) -> None:
     keys = f"alice {ALICE};bob {BOB}"
     with serving(store, models=["tiny"], api_keys=keys, rate_limit="20/hour") as server:
@@ -144,6 +155,7 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is no rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is no rate"),
         ({"api_keys": ""}, "DE3_API_KEYS: has no key"),
+        ({"api_keys": f"a {ALICE}", "admin_keys": f"b {ALICE}"}, "a key that users have"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
     ],
@@ -151,7 +163,7 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
 def test_settings_that_cannot_be_used_stop_the_start(
     store: Path, settings: dict[str, Any], says: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"DE3_API_KEYS|rate_limit") as error:
+    with pytest.raises(ValueError, match=r"DE3_API_KEYS|rate_limit|admin_keys") as error:
         Service(Settings(store=store, **settings))
     assert says in str(error.value)
 

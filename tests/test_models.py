@@ -18,6 +18,7 @@ import pytest
 
 from model_store.store import Store, StoreError
 from server import manager
+from server.metrics import KEPT_MODELS
 from server.models import MAX_LOADED, find
 from server.service import Service
 from server.settings import Settings
@@ -69,7 +70,11 @@ def served(server: Server) -> list[str]:
 
 
 def test_a_new_version_takes_over_and_can_be_rolled_back(server: Server) -> None:
-    assert change(server, "load", version=2).json() == {"model": "tiny:2", "runtime": "onnxruntime"}
+    assert change(server, "load", version=2).json() == {
+        "model": "tiny:2",
+        "role": "current",
+        "runtime": "onnxruntime",
+    }
     assert server.classify(input="good").json()["data"][0]["label"] in ("no", "yes")
     assert (answering(server), served(server)) == ("tiny:2", ["tiny:2"])
     assert change(server, "rollback").json()["model"] == "tiny:1"
@@ -180,6 +185,32 @@ def test_a_version_with_a_role_can_lose_it_and_stay(server: Server, role: str) -
     assert (answering(server), answering(server, "tiny:2")) == ("tiny:1", "tiny:2")
 
 
+def test_roles_can_be_seen(server: Server, versions: Path) -> None:
+    copy(versions, 4)
+    change(server, "load", version=2, role="canary", share=0.25)
+    change(server, "load", version=4, role="shadow")
+    rows = httpx.get(server.url + "/v1/models").json()["data"]
+    assert [(r["id"], r["role"], r.get("share")) for r in rows] == [
+        ("tiny:1", "current", None),
+        ("tiny:2", "canary", 0.25),
+        ("tiny:4", "shadow", None),
+    ]
+
+
+def test_what_many_versions_did_is_not_kept_for_ever(server: Server, versions: Path) -> None:
+    def series() -> int:
+        return len(httpx.get(server.url + "/metrics").text.splitlines())
+
+    sizes = []
+    for version in range(4, 4 + KEPT_MODELS + 6):
+        copy(versions, version)
+        change(server, "load", version=version)
+        server.classify(input=TEXTS[0])
+        sizes.append(series())
+    assert sizes[2] < sizes[KEPT_MODELS] == sizes[-1]
+    assert server.metric("de3_model_info") == 1
+
+
 def test_the_calibration_is_that_of_the_current_version(server: Server) -> None:
     change(server, "load", version=2, role="canary", share=0.99)
     for _ in range(10):
@@ -256,6 +287,8 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
         assert change(server, "load", version=2).status_code == 200
+        assert httpx.get(server.url + "/v1/models", headers=HEADERS).status_code == 200  # an admin may look
+        assert httpx.get(server.url + "/v1/models/tiny/load", headers=HEADERS).status_code == 405
 
 
 def test_bodies_of_changes_have_limits(versions: Path) -> None:
@@ -361,11 +394,11 @@ def test_the_command_line(server: Server) -> None:
         env = os.environ | {"DE3_ADMIN_KEY": KEY}
         return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
 
-    assert de3("load", "tiny:2").stdout.strip() == "tiny:2 is served, by onnxruntime"
+    assert de3("load", "tiny:2").stdout.strip() == "tiny:2 is current, by onnxruntime"
     assert answering(server) == "tiny:2"
-    assert de3("load", "tiny:1", "--canary", "0.5").returncode == 0
+    assert de3("load", "tiny:1", "--canary", "0.5").stdout.strip() == "tiny:1 is canary, by onnxruntime"
     assert de3("unload", "tiny:1").stdout.strip() == "tiny:1 is unloaded"
-    assert de3("rollback", "tiny").stdout.strip() == "tiny:1 is served, by onnxruntime"
+    assert de3("rollback", "tiny").stdout.strip() == "tiny:1 is current again, by onnxruntime"
     bad = de3("load", "tiny:3")
     assert bad.returncode == 1 and "layer_02.onnx: damaged" in bad.stderr
     nobody = subprocess.run(

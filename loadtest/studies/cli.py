@@ -29,7 +29,7 @@ def _model(store: Path, model: str) -> Any:
     try:
         import torch  # noqa: F401  # data is read by `training`
     except ImportError:
-        raise ValueError("this command needs the train extra: pip install 'de3[train]'") from None
+        raise ValueError("this command needs the train extra: pip install '.[train]' in a checkout") from None
     return Model(Store(store).open(model), "onnxruntime")
 
 
