@@ -75,7 +75,10 @@ def build(arguments: dict[str, str]) -> serve.Application:
     if isinstance(settings.get("models"), str):
         settings["models"] = settings["models"].split()
     Settings.model_validate(settings)  # here, where whoever typed it sees the error
-    settings["store"] = str(Path(str(settings.get("store", "models"))).absolute())
+    settings.setdefault("store", "models")
+    for name in ("store", "api_keys_file", "admin_keys_file"):  # a replica has another working directory
+        if name in settings:
+            settings[name] = str(Path(settings[name]).absolute())
     deployment = De3.options(  # type: ignore[attr-defined]  # the decorator is untyped
         name="de3",
         ray_actor_options={"num_cpus": options.cores},
