@@ -104,7 +104,7 @@ def plot(recorded: Recorded, found: Sequence[Curve], path: Path, title: str) -> 
     bars = left.bar([str(m) for m in recorded.exit_layers], accuracy, color="#4c78a8")
     left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set(xlabel="exit layer (0: embeddings)", ylabel="accuracy, %", title="Each exit alone")
-    left.set_ylim(max(0, accuracy.min() - 8), min(100, accuracy.max() + 4))
+    left.set_ylim(max(0, min(accuracy) - 8), min(100, max(accuracy) + 4))
     for curve in found:
         shown = curve.speedup <= 10
         right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, linewidth=1.4)
