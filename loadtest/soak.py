@@ -21,6 +21,7 @@ from loadtest.texts import Sample
 CLIENTS = 4
 PAUSE_S = 0.02  # of a client, between two requests, on average
 LOOK_S = 5.0
+IDLE_S = 2.0  # the server closes a connection that is idle for 5 s; a request sent into that would be lost
 TIMEOUT_S = 60.0
 
 
@@ -62,6 +63,7 @@ class _Client:
         self._samples, self._known, self._soak = samples, known, soak
         self._rng = random.Random(seed)
         self._connection = self._connect()
+        self._used = time.monotonic()
         self._kinds: list[tuple[float, Callable[[], None]]] = [
             (0.72, self._one),
             (0.10, self._list),
@@ -93,9 +95,12 @@ class _Client:
         return self._rng.choice(self._samples).text
 
     def _ask(self, kind: str, body: dict[str, Any], allowed: tuple[int, ...] = (200,)) -> Any:
+        if time.monotonic() - self._used > IDLE_S:
+            self._connection.close()  # request() opens it again
         self._connection.request("POST", "/classify", json.dumps(body))
         answer = self._connection.getresponse()
         content = answer.read()
+        self._used = time.monotonic()
         self._soak.counts[f"{kind} {answer.status}"] += 1
         if answer.status not in allowed:
             self._soak.problem(f"{kind}: {answer.status} {content[:200]!r}")
