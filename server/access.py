@@ -99,7 +99,7 @@ class Access:
     """Who may ask what. Without keys everybody may classify, and nobody change the models."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises ValueError or OSError for keys or a rate that cannot be used."""
+        """Raises ValueError for keys or a rate that cannot be used."""
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
@@ -152,7 +152,12 @@ def _keys(lines: SecretStr | None, path: Path | None, variable: str) -> Keys | N
         raise ValueError(f"{variable}: give keys in the variable or in a file, not both")
     if lines is not None:
         return Keys.read(lines.get_secret_value().replace(";", "\n"), variable)
-    return None if path is None else Keys.from_file(path)
+    if path is None:
+        return None
+    try:
+        return Keys.from_file(path)
+    except OSError as error:
+        raise ValueError(f"{variable}_FILE: cannot be read: {error}") from None
 
 
 def _digest(key: bytes) -> bytes:

@@ -155,6 +155,7 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is no rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is no rate"),
         ({"api_keys": ""}, "DE3_API_KEYS: has no key"),
+        ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
         ({"api_keys": f"a {ALICE}", "admin_keys": f"b {ALICE}"}, "a key that users have"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
