@@ -281,6 +281,50 @@ def faults(
 
 
 @app.command()
+def attack(
+    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
+    only: Annotated[list[str] | None, typer.Option(help="An attack's name; repeat for more.")] = None,
+    seconds: Annotated[float, typer.Option(help="Length of one attack.", min=0.5)] = 20.0,
+    connections: Annotated[
+        int | None,
+        typer.Option(
+            help="Connections of each attack. [default: the attack's, 4 to 1,200]", min=1, show_default=False
+        ),
+    ] = None,
+    memory_wait_s: Annotated[
+        float, typer.Option(help="Longest wait for the server's memory to be back.", min=0)
+    ] = 60.0,
+    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    out: Annotated[Path, typer.Option(help="Folder for attacks.json.")] = Path("loadtest-results"),
+) -> None:
+    """Attack servers of our own, and see that an innocent client is served meanwhile.
+
+    Each attack is on a server that it starts itself, with 1 GiB of memory and 1,024 open files. It comes from
+    127.0.0.2 to 127.0.0.9, from a process at nice 19; the innocent client, at 127.0.0.1, asks 20 times a
+    second. A row fails if the server dies or keeps the memory, or if the innocent client is refused, gets no
+    answer, or waits: p99 above 50 ms and above 5 times that before the attack.
+
+    There is no URL to give: attack servers of your own only.
+
+    Example: de3 loadtest attack --only endless_header --seconds 10
+    """
+    from loadtest import resilience
+
+    out.mkdir(parents=True, exist_ok=True)
+    arena = resilience.Arena(store, model, port, out, seconds, connections, memory_wait_s)
+
+    def show(row: resilience.Row) -> None:
+        print(f"{row.attack}: {'; '.join(row.problems) or 'passed'}", flush=True)
+
+    rows = resilience.attack_all(arena, only or [], show)
+    (out / "attacks.json").write_text(resilience.as_json(rows))
+    Console(width=None if sys.stdout.isatty() else 160).print(resilience.table(rows))
+    if any(row.problems for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
 def layers(
     store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
     model: Annotated[str, typer.Option(help="An int8 model, name or name:version.")] = "sst2",

@@ -1,0 +1,209 @@
+"""An innocent client beside an attack: short sentences at a steady pace, and how they were answered.
+
+Half of the requests go over one connection that is kept, half over a new one each. A latency counts from the
+time at which its request was due, so that a server that stalls pays for everyone who would have come.
+"""
+
+import asyncio
+import json
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from loadtest.client import quantile
+
+RATE = 20.0  # requests per second, on both kinds of connection together
+TIMEOUT_S = 10.0
+REFUSED = (429, 503)
+NO_ANSWER = 0  # the connection broke, could not be opened, or there was no answer within TIMEOUT_S
+SENTENCES = (
+    *("a warm , funny , engaging film", "it is dull", "the plot was a mess", "a very good story"),
+    *("not quite good", "the actor was lovely and the scene was bright", "tired and stale"),
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """How the requests of a stretch of time were answered.
+
+    Attributes:
+        p50_ms: of the answers with status 200; nan if there are none, as for the next two.
+        refused: 429 and 503.
+        errors: any other status.
+        unanswered: no answer within TIMEOUT_S, or a broken connection.
+        reopened: the server had closed the kept connection before it answered; they were sent once more.
+    """
+
+    requests: int
+    p50_ms: float
+    p99_ms: float
+    max_ms: float
+    refused: int
+    errors: int
+    unanswered: int
+    reopened: int
+
+    @classmethod
+    def of(cls, answers: "Sequence[Answer]") -> "Phase":
+        """The phase of these answers."""
+        latencies = [a.latency_ms for a in answers if a.status == 200]
+        statuses = [a.status for a in answers]
+        refused, unanswered = sum(s in REFUSED for s in statuses), statuses.count(NO_ANSWER)
+        return cls(
+            len(answers),
+            round(quantile(latencies, 0.5), 2),
+            round(quantile(latencies, 0.99), 2),
+            round(quantile(latencies, 1.0), 2),
+            refused,
+            len(answers) - len(latencies) - refused - unanswered,
+            unanswered,
+            sum(a.reopened for a in answers),
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one request.
+
+    Attributes:
+        due: when it was to be sent, by time.monotonic.
+        with_budget: whether it asked for a latency budget.
+        reopened: whether it was sent a second time, as the server had closed the kept connection.
+    """
+
+    due: float
+    latency_ms: float
+    status: int
+    with_budget: bool = False
+    reopened: bool = False
+
+
+class Innocent:
+    """The client, in a thread of its own from start to stop.
+
+    Args:
+        budget_ms: also send as many requests with this latency budget.
+    """
+
+    def __init__(self, port: int, budget_ms: float | None = None) -> None:
+        self._port, self._budget_ms = port, budget_ms
+        self._answers: list[Answer] = []
+        self._end = math.inf
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+
+    def __enter__(self) -> "Innocent":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Send no more, and wait for the answers to what was sent."""
+        self._end = monotonic()
+        self._thread.join()
+
+    def between(self, start: float, end: float) -> list[Answer]:
+        """What came of the requests that were due in a stretch of time, without those with a budget."""
+        return [a for a in self._answers if start <= a.due < end and not a.with_budget]
+
+    def budgets(self, start: float, end: float) -> tuple[int, int]:
+        """How many requests of a stretch of time asked for a budget, and how many were answered within it."""
+        asked = [a for a in self._answers if start <= a.due < end and a.with_budget]
+        budget = self._budget_ms or 0.0
+        return len(asked), sum(a.status == 200 and a.latency_ms <= budget for a in asked)
+
+    async def _run(self) -> None:
+        clients = [self._kept(False), self._new()]
+        if self._budget_ms is not None:
+            clients.append(self._kept(True))
+        await asyncio.gather(*clients)
+
+    def _request(self, number: int, with_budget: bool) -> bytes:
+        fields: dict[str, Any] = {"input": SENTENCES[number % len(SENTENCES)]}
+        if with_budget:
+            fields["latency_budget_ms"] = self._budget_ms
+        body = json.dumps(fields).encode()
+        head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    async def _kept(self, with_budget: bool) -> None:
+        """Ask on one connection; one that the server closed between two requests is opened again."""
+        connection = _Connection(self._port)
+        due, number = monotonic(), 0
+        while due < self._end:
+            await asyncio.sleep(due - monotonic())
+            request = self._request(number, with_budget)
+            status, reopened = NO_ANSWER, False
+            if monotonic() - due < TIMEOUT_S:  # or it would have given up by now
+                status, reopened = await connection.ask(request)
+            self._answers.append(Answer(due, _since_ms(due), status, with_budget, reopened))
+            due, number = due + 2 / RATE, number + 1
+        connection.close()
+
+    async def _new(self) -> None:
+        """Ask on a new connection each time, whether or not the last request is answered."""
+        due, number = monotonic() + 1 / RATE, 0
+        async with asyncio.TaskGroup() as tasks:
+            while due < self._end:
+                await asyncio.sleep(due - monotonic())
+                tasks.create_task(self._once(due, number))
+                due, number = due + 2 / RATE, number + 1
+
+    async def _once(self, due: float, number: int) -> None:
+        connection = _Connection(self._port)
+        status, _ = await connection.ask(self._request(number, False))
+        self._answers.append(Answer(due, _since_ms(due), status))
+        connection.close()
+
+
+def _since_ms(due: float) -> float:
+    return 1000 * (monotonic() - due)
+
+
+class _Stale(Exception):
+    """A connection was closed by the server before any of the answer came."""
+
+
+class _Connection:
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    def close(self) -> None:
+        if self._streams is not None:
+            self._streams[1].close()
+            self._streams = None
+
+    async def ask(self, request: bytes) -> tuple[int, bool]:
+        """The status of the answer, or NO_ANSWER; and whether a kept connection had to be opened again."""
+        reopened = False
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                if self._streams is not None:
+                    try:
+                        return await self._try(*self._streams, request), False
+                    except _Stale:  # the server may close an idle connection: every client asks once more
+                        self.close()
+                        reopened = True
+                self._streams = await asyncio.open_connection("127.0.0.1", self._port)
+                return await self._try(*self._streams, request), reopened
+        except (_Stale, OSError, ValueError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            self.close()
+            return NO_ANSWER, reopened
+
+    async def _try(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> int:
+        try:
+            writer.write(request)
+            start = await reader.readexactly(1)
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise _Stale from error
+        head = (start + await reader.readuntil(b"\r\n\r\n")).lower()
+        length = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+        await reader.readexactly(length)
+        if b"connection: close" in head:
+            self.close()
+        return int(head[9:12])

@@ -1,0 +1,263 @@
+"""Attacks on servers of our own, each within limits, and what an innocent client beside them sees."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.request import Request, urlopen
+
+from loadtest.attacks import ATTACKS, Attack
+from loadtest.innocent import Innocent, Phase
+from loadtest.limits import limits
+from loadtest.servers import Running, ours, running
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MEMORY_BYTES = 2**30
+FILES = 1024
+BUDGET_MS = 50.0
+SAMPLE_S = 0.25  # between two looks at the memory
+GOOD = {"input": {"text": "a warm , funny , engaging film", "text_pair": "good"}, "explain": True}
+ASK_S = 30.0  # for the good request
+# Memory is back at 10% above what it was, or at 16 MB above: small heaps differ by more than 10%.
+BACK_SHARE, BACK_MB = 0.1, 16.0
+P99_MS, P99_RATIO = 50.0, 5.0
+COLUMNS = (
+    *("attack", "p50, ms", "p99, ms", "max, ms", "requests", "refused", "errors", "unanswered"),
+    *("budgets kept", "memory, MB", "back, s", "result"),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The server's memory (PSS) around an attack, MB.
+
+    Attributes:
+        limited: whether a control group limits it; where none can be made, the peak is compared.
+        back_s: seconds after the attack until it was back; None: it was not.
+    """
+
+    limited: bool
+    before_mb: float
+    peak_mb: float = 0.0
+    after_mb: float = 0.0
+    back_s: float | None = None
+
+    def is_back(self, now_mb: float) -> bool:
+        """Whether so much memory is what there was before."""
+        return now_mb <= self.before_mb + max(BACK_SHARE * self.before_mb, BACK_MB)
+
+
+@dataclass
+class Row:
+    """One attack.
+
+    Attributes:
+        sent: what the attackers sent; see loadtest.attacker.Sent.
+        phases: of the innocent client: before, during and after the attack.
+        budgets: requests that asked for a latency budget during the attack, and how many it was kept for.
+        survived: whether the process lives and answers a good request as before.
+        problems: what is not as it should be.
+    """
+
+    attack: str
+    what: str
+    connections: int
+    seconds: float
+    sent: dict[str, Any] = field(default_factory=dict)
+    phases: dict[str, Phase] = field(default_factory=dict)
+    budgets: tuple[int, int] | None = None
+    memory: Memory | None = None
+    survived: bool = False
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Where attacks happen.
+
+    Attributes:
+        seconds: length of an attack.
+        connections: of each attack; None: its own number.
+        memory_wait_s: how long the memory may take to be back.
+    """
+
+    store: Path
+    model: str
+    port: int
+    folder: Path
+    seconds: float = 20.0
+    connections: int | None = None
+    memory_wait_s: float = 60.0
+
+    @property
+    def quiet_s(self) -> float:
+        """Length of the phases before and after an attack."""
+        return min(5.0, max(1.0, self.seconds / 4))
+
+    def attack(self, attack: Attack) -> Row:
+        """Start a server, attack it, and see how it fares. Raises ValueError if it does not start."""
+        row = Row(attack.name, attack.what, self.connections or attack.connections, self.seconds)
+        with (
+            limits(f"de3-attack-{self.port}", MEMORY_BYTES, FILES) as limit,
+            running(
+                limit.apply(ours(self.store, self.model)), self.port, self.folder / "server.log"
+            ) as server,
+        ):
+            good = self._ask()
+            budget = BUDGET_MS if attack.with_budgets else None
+            with Innocent(self.port, budget) as innocent:
+                start = time.monotonic()
+                time.sleep(self.quiet_s)
+                memory = Memory(limit.group is not None, server.memory_mb())
+                begin = time.monotonic()
+                row.sent, peak = self._run_attack(row, server)
+                end = time.monotonic()
+                time.sleep(self.quiet_s)
+                last = time.monotonic()
+            for name, since, until in (
+                ("before", start, begin),
+                ("during", begin, end),
+                ("after", end, last),
+            ):
+                row.phases[name] = Phase.of(innocent.between(since, until))
+            if attack.with_budgets:
+                row.budgets = innocent.budgets(begin, end)
+            row.survived = self._ask() == good and server.process.poll() is None
+            row.memory = self._await_memory(memory, server, peak, end)
+            died = limit.killed()
+        row.problems = _problems(row, attack.may_refuse)
+        if died:
+            row.problems.insert(0, "killed for its memory")
+        return row
+
+    def _ask(self) -> Any:
+        """What a good request is answered; None if it is not."""
+        request = Request(f"http://127.0.0.1:{self.port}/classify", json.dumps(GOOD).encode())
+        try:
+            with urlopen(request, timeout=ASK_S) as answer:
+                return json.load(answer)["data"]
+        except (OSError, HTTPException, ValueError, KeyError):
+            return None
+
+    def _run_attack(self, row: Row, server: Running) -> tuple[dict[str, Any], float]:
+        """Run the attacking process; what it sent, and the peak of the server's memory meanwhile, MB."""
+        command = [sys.executable, "-m", "loadtest.attacker", row.attack, str(self.port)]
+        command += [str(row.seconds), str(row.connections)]
+        peak = 0.0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as attacker:
+            deadline = time.monotonic() + row.seconds + ASK_S
+            while attacker.poll() is None:
+                peak = max(peak, server.memory_mb())
+                if time.monotonic() > deadline:
+                    attacker.kill()
+                time.sleep(SAMPLE_S)
+            assert attacker.stdout is not None
+            said = attacker.stdout.read()
+        if not said:
+            raise ValueError(f"the attacking process failed with {attacker.returncode}")
+        return json.loads(said), peak
+
+    def _await_memory(self, memory: Memory, server: Running, peak: float, end: float) -> Memory:
+        """Wait until the memory is back."""
+        back = None
+        while True:
+            now_mb, passed = server.memory_mb(), time.monotonic() - end
+            if server.process.poll() is not None:
+                break
+            peak = max(peak, now_mb)
+            if memory.is_back(now_mb):
+                back = round(passed, 1)
+                break
+            if passed > self.memory_wait_s:
+                break
+            time.sleep(SAMPLE_S)
+        return Memory(memory.limited, round(memory.before_mb, 1), round(peak, 1), round(now_mb, 1), back)
+
+
+def _problems(row: Row, may_refuse: float) -> list[str]:
+    """What is not as it should be; may_refuse: share of the innocent requests that may be refused."""
+    before, during, memory = row.phases["before"], row.phases["during"], row.memory
+    assert memory is not None
+    found = []
+    if not row.survived:
+        found.append("did not survive: a good request is not answered as before")
+    allowed_ms = max(P99_MS, P99_RATIO * before.p99_ms)
+    if not during.p99_ms <= allowed_ms:  # nan as well
+        found.append(f"p99 during the attack {during.p99_ms:g} ms, allowed are {allowed_ms:g}")
+    if during.refused > may_refuse * during.requests:
+        found.append(f"{during.refused} of {during.requests} innocent requests were refused")
+    for name, phase in row.phases.items():
+        if phase.errors or phase.unanswered:
+            found.append(f"{name}: {phase.unanswered} innocent requests unanswered, {phase.errors} errors")
+    if row.survived and memory.back_s is None:
+        found.append(f"memory {memory.after_mb:g} MB after, {memory.before_mb:g} before")
+    if not memory.limited and memory.peak_mb > MEMORY_BYTES / 1e6:
+        found.append(f"memory peak {memory.peak_mb:g} MB, above the limit")
+    return found
+
+
+def attack_all(
+    arena: Arena, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
+) -> list[Row]:
+    """Run every attack, or those named; each on a server of its own. Raises ValueError for another name."""
+    if wrong := [name for name in only if name not in ATTACKS]:
+        raise ValueError(f"no attack {wrong[0]!r}; there are: {', '.join(ATTACKS)}")
+    rows = []
+    for attack in ATTACKS.values():
+        if only and attack.name not in only:
+            continue
+        try:
+            row = arena.attack(attack)
+        except (ValueError, OSError) as error:  # as when the server does not start
+            row = Row(attack.name, attack.what, arena.connections or attack.connections, arena.seconds)
+            row.problems.append(f"could not be tried: {error}")
+        rows.append(row)
+        on_row(row)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> "Table":
+    """The rows as a table; three numbers in a cell are before, during and after the attack."""
+    from rich.table import Table
+
+    shown = Table(*COLUMNS, title="an innocent client before / during / after the attack, or during it")
+    for row in rows:
+        phases, memory = list(row.phases.values()), row.memory
+        if not phases or memory is None:
+            shown.add_row(row.attack, *[""] * (len(COLUMNS) - 2), "FAILED")
+            continue
+        during = row.phases["during"]
+        cells = [_triple([phase.p50_ms for phase in phases]), _triple([phase.p99_ms for phase in phases])]
+        counts = (during.requests, during.refused, during.errors, during.unanswered)
+        cells += [f"{during.max_ms:.0f}", *map(str, counts)]
+        cells.append("" if row.budgets is None else f"{row.budgets[1]} of {row.budgets[0]}")
+        cells.append(_triple([memory.before_mb, memory.peak_mb, memory.after_mb]))
+        cells.append("" if memory.back_s is None else f"{memory.back_s:g}")
+        result = "FAILED" if row.problems else "passed"
+        shown.add_row(row.attack, *cells, result if row.survived else "DIED")
+    return shown
+
+
+def _triple(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.0f}" for value in values)
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    """The rows as JSON, with null for what is not a number."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: clean(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps([clean(asdict(row)) for row in rows], indent=1, ensure_ascii=False) + "\n"
