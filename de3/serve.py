@@ -53,7 +53,7 @@ def serve(
         ),
     ] = "auto",
     max_queue: Annotated[
-        int, typer.Option(envvar="DE3_MAX_QUEUE", help="Most texts that wait.", rich_help_panel=SERVING)
+        int, typer.Option(envvar="DE3_MAX_QUEUE", help="Most texts in flight.", rich_help_panel=SERVING)
     ] = 1024,
     max_texts: Annotated[
         int, typer.Option(envvar="DE3_MAX_TEXTS", help="Most texts in one request.", rich_help_panel=SERVING)
@@ -71,6 +71,32 @@ def serve(
             envvar="DE3_TIMEOUT_S", help="Longest time from arrival to answer.", rich_help_panel=SERVING
         ),
     ] = 30.0,
+    max_connections: Annotated[
+        int,
+        typer.Option(
+            envvar="DE3_MAX_CONNECTIONS",
+            help="Most open connections; 0: what the limit of open files allows.",
+            rich_help_panel=SERVING,
+        ),
+    ] = 0,
+    max_inflight_bytes: Annotated[
+        int,
+        typer.Option(
+            envvar="DE3_MAX_INFLIGHT_BYTES",
+            help="Most bytes of request bodies in memory, of all requests together.",
+            rich_help_panel=SERVING,
+        ),
+    ] = 2**26,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DE3_TRUSTED_PROXIES",
+            help="Network of proxies whose X-Forwarded-For names the client, as in 10.0.0.0/8; repeat for more. "
+            "Clients without a key share what is limited by address.",
+            rich_help_panel=SERVING,
+            show_default=False,
+        ),
+    ] = None,
     tau: Annotated[
         float | None,
         typer.Option(
@@ -226,6 +252,9 @@ def serve(
             max_body_bytes=max_body_bytes,
             body_timeout_s=body_timeout_s,
             timeout_s=timeout_s,
+            max_connections=max_connections,
+            max_inflight_bytes=max_inflight_bytes,
+            trusted_proxies=trusted_proxy or [],
             ood_policy=ood_policy,  # type: ignore[arg-type]  # Settings checks it
             tau=tau,
             target_speedup=target_speedup,

@@ -1,7 +1,6 @@
 """An artifact opened for running: its tokenizer and its segments."""
 
 import logging
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ import numpy as np
 import onnxruntime as ort
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
-from tokenizers import Encoding, Tokenizer
 
 from model_store.segments import (
     Array,
@@ -23,10 +21,10 @@ from model_store.segments import (
     session_options,
 )
 from model_store.store import Artifact, StoreError
+from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
 
 log = logging.getLogger("de3")
-MAX_CHARS_PER_TOKEN = 100
 # Both quantize activations on the way: a rounding error can become a difference of one step.
 MAX_NATIVE_DIFFERENCE = 0.2
 PROOF = (
@@ -35,14 +33,13 @@ PROOF = (
     ("the quick brown fox jumps over the lazy dog", "a second text, of another kind"),
     ("one two three four five six seven eight nine ten " * 6, None),
 )
-# One text at a time on each engine thread: the tokenizer's own thread pool would only get in their way.
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Model:
     """A loaded artifact.
 
     Attributes:
+        tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
         runtime: what runs them: native or onnxruntime.
         through: takes several samples through all layers at once; None unless native.
@@ -56,10 +53,7 @@ class Model:
         self.manifest = artifact.manifest
         self.full_name = artifact.full_name
         manifest = self.manifest
-        self._tokenizer = _tokenizer(artifact)
-        self._special_tokens = {
-            pair: self._tokenizer.num_special_tokens_to_add(is_pair=pair) for pair in (False, True)
-        }
+        self.tokenizer = TextTokenizer.of(artifact)
         prototypes = unit_prototypes(artifact)
         options = session_options()
 
@@ -123,51 +117,9 @@ class Model:
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.
 
-        Raises ValueError if the text is longer and `truncate` is false. So that no text can hold a thread for
-        long, a text counts as too long from MAX_CHARS_PER_TOKEN characters for each token the model takes.
+        Raises ValueError if the text is longer and `truncate` is false.
         """
-        return self.tokens(self.encode([(text, text_pair)])[0], text, text_pair, truncate)
-
-    def encode(self, texts: Sequence[tuple[str, str | None]]) -> list[Encoding]:
-        """What the tokenizer makes of texts or pairs, for `tokens`.
-
-        One call for many, and even for one: unlike Tokenizer.encode it leaves other Python threads alone.
-        """
-        most = MAX_CHARS_PER_TOKEN * self.manifest.max_tokens
-        batch = [text[:most] if pair is None else (text[:most], pair[:most]) for text, pair in texts]
-        return list(self._tokenizer.encode_batch_fast(batch))
-
-    def tokens(self, encoding: Encoding, text: str, text_pair: str | None, truncate: bool) -> Tokens:
-        """The tokens of a text's encoding; see `tokenize`."""
-        limit = self.manifest.max_tokens
-        most = MAX_CHARS_PER_TOKEN * limit
-        long = len(text) > most or (text_pair is not None and len(text_pair) > most)
-        if long and not truncate:
-            raise ValueError(f"has more than {most} characters, the most allowed; let truncate be true")
-        if len(encoding) > limit:
-            pair = None if text_pair is None else text_pair[:most]
-            encoding = self._cut(text[:most], pair, limit, truncate)
-            long = True
-        return Tokens(np.array([encoding.ids], np.int64), np.array([encoding.type_ids], np.int64), long)
-
-    def _cut(self, text: str, text_pair: str | None, limit: int, truncate: bool) -> Encoding:
-        """The encoding of a text or pair that is longer than `limit`, cut to it."""
-        # The tokenizer's own truncation is a state that all threads share, so the parts are encoded and cut
-        # by themselves, and then joined by the tokenizer's template.
-        parts = [text] if text_pair is None else [text, text_pair]
-        first, *rest = self._tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        second = rest[0] if rest else None
-        size, size_pair = len(first), 0 if second is None else len(second)
-        room = limit - self._special_tokens[second is not None]
-        if not truncate:
-            found = size + size_pair + limit - room
-            raise ValueError(f"has {found} tokens, the model takes at most {limit}; let truncate be true")
-        # Longest first, as transformers does: take from the longer until both fit.
-        keep = room if second is None else max(room - size_pair, min(size, room - room // 2))
-        first.truncate(keep)
-        if second is not None:
-            second.truncate(room - keep)
-        return self._tokenizer.post_process(first, second)
+        return self.tokenizer.start(text, text_pair, truncate).all()
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest exit that is not deeper than max_layer; None: the last layer."""
@@ -202,15 +154,3 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
             raise StoreError(f"{file}: layer_{layer:02} has no prototype for label {label!r}")
         found[layer] = np.ascontiguousarray(rows / lengths)
     return found
-
-
-def _tokenizer(artifact: Artifact) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer.from_str(artifact.read("tokenizer.json").decode())
-    except StoreError:
-        raise
-    except Exception as error:  # tokenizers raises plain Exception
-        raise StoreError(f"{artifact.path / 'tokenizer.json'}: not a tokenizer: {error}") from None
-    if tokenizer.padding is not None or tokenizer.truncation is not None:
-        raise StoreError(f"{artifact.path / 'tokenizer.json'}: must not pad or truncate; export strips both")
-    return tokenizer

@@ -19,6 +19,8 @@ from server.settings import Settings
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # each request is compared with all of them
 MAX_FILE_BYTES = 2**20
+# What counts as one text for the rate limit, beside a text itself.
+BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
 # What tells nothing of users or texts.
 _OPEN = re.compile(r"/(|health|ready|metrics|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)")
 _COMMENT = re.compile(r"(^|\s)#.*")
@@ -121,10 +123,9 @@ class Access:
                 raise
             self.admins.owner(scope)
 
-    def take(self, owner: str, texts: int) -> None:
-        """Count texts against an owner's limit; raises ApiError 429."""
-        if self._limit is not None:
-            self._limit.take(owner, texts)
+    def charge(self, owner: str) -> "Charge":
+        """What a request of this owner costs."""
+        return Charge(self._limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
         """Let a request other than to classify go on; whether it is an admin's. Raises ApiError 401.
@@ -164,8 +165,32 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
+class Charge:
+    """What a request costs its key, in texts; it rises as more becomes known of the request."""
+
+    def __init__(self, limit: "RateLimit | None", owner: str) -> None:
+        self._limit, self._owner, self._texts = limit, owner, 0
+
+    def raise_to(self, texts: int) -> None:
+        """Make it cost so many texts in all; raises ApiError 429 where that is over the limit."""
+        if self._limit is not None and texts > self._texts:
+            self._limit.check(texts)
+            self._limit.take(self._owner, texts - self._texts)
+            self._texts = texts
+
+    def settle(self, texts: int) -> None:
+        """The same for work that is done: over the limit it costs what is left of it."""
+        if self._limit is not None and texts > self._texts:
+            self._limit.drain(self._owner, texts - self._texts)
+            self._texts = texts
+
+
 class RateLimit:
-    """So many texts a second, minute, hour or day for each key, over a sliding window."""
+    """So many texts a second, minute, hour or day for each key, over a sliding window.
+
+    A request costs as many as it has texts, or as it has started 4 KiB of body, or its texts have started 128 tokens,
+    whichever is most.
+    """
 
     def __init__(self, rate: str) -> None:
         """rate: as in 100/second or 5000/minute; raises ValueError."""
@@ -177,15 +202,25 @@ class RateLimit:
             raise ValueError(f"rate_limit: {rate!r} is no rate; say for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
-    def take(self, owner: str, texts: int) -> None:
-        """Count texts of an owner; raises ApiError 429 when that would be too many."""
+    def check(self, texts: int) -> None:
+        """Raise ApiError 429 for a request that costs more than the limit ever allows."""
         if texts > self._rate.amount:
             raise ApiError(
                 429,
-                f"input: {texts} texts in one request, and your limit is {self._rate}: send fewer at a time",
+                f"input: this request counts as {texts} texts, and your limit is {self._rate}: send fewer at a "
+                "time",
                 "input",
                 "rate_limited",
             )
+
+    def drain(self, owner: str, texts: int) -> None:
+        """Count texts of an owner as far as the limit allows."""
+        left = self._limiter.get_window_stats(self._rate, owner).remaining
+        if cost := min(texts, left):
+            self._limiter.hit(self._rate, owner, cost=cost)
+
+    def take(self, owner: str, texts: int) -> None:
+        """Count texts of an owner; raises ApiError 429 when that would be too many."""
         if not self._limiter.hit(self._rate, owner, cost=texts):
             reset = self._limiter.get_window_stats(self._rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))

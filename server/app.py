@@ -1,7 +1,7 @@
 """The HTTP routes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from server.exchange import HEADER, request_id
 from server.service import Service
 
 CLASSIFY_PATHS = ("/classify", "/v1/classify")
+READS = ("GET", "HEAD", "OPTIONS")
 # The documentation has a script and styles in its page, and loads nothing from elsewhere.
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -41,11 +42,17 @@ SECURITY_HEADERS = [
 def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
     """The application of a service; on_failure is called when its models cannot be loaded."""
     other = create_api(service, on_failure)
+    origins = service.settings.cors_origins
+    # With keys a page has none, unless its user gave it one.
+    checks_origin = service.access.users is None and "*" not in origins
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await other(scope, receive, send)
-        elif scope["method"] == "POST" and route_path(scope) in CLASSIFY_PATHS:
+        elif checks_origin and scope["method"] not in READS and not _same_origin(scope, origins):
+            service.metrics.rejected.labels("other_origin").inc()
+            await OTHER_ORIGIN.response(request_id(scope))(scope, receive, send)
+        elif is_classify(scope):
             if service.sheds():
                 await service.shed(scope, receive, send)
             else:
@@ -64,7 +71,6 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
             else:
                 await other(scope, receive, send)
 
-    origins = service.settings.cors_origins
     if not origins:
         return app
     return CORSMiddleware(
@@ -74,6 +80,58 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
         allow_headers=["Authorization", "Content-Type", "X-Request-ID"],
         expose_headers=["Retry-After", "Server-Timing", "X-Request-ID"],
     )
+
+
+class Gate:
+    """What the connections of a service ask before they read a body, and what they tell."""
+
+    def __init__(self, service: Service) -> None:
+        self._service, self.bytes_in_flight = service, service.bytes_in_flight
+
+    def admit(self, scope: Scope) -> str | None:
+        """The client whose request this is; None if its body need not be read to answer it."""
+        service = self._service
+        try:
+            if not is_classify(scope):
+                needs_body = service.access.check(route_path(scope), scope)
+                return service.client(scope, "") if needs_body else None
+            if service.sheds():
+                return None
+            service.check_open()
+            return service.client(scope, service.access.user(scope))
+        except ApiError:  # the application will say it
+            return None
+
+    def malformed(self) -> None:
+        """Count a request that is no HTTP."""
+        self._service.metrics.rejected.labels("malformed").inc()
+
+    def dropped(self, why: str) -> None:
+        """Count a connection that was closed for its limits."""
+        self._service.metrics.dropped_connections.labels(why).inc()
+
+
+OTHER_ORIGIN = ApiError(
+    403,
+    "Origin: pages of another origin may not ask; the server's operator can allow yours with --cors-origin",
+    "Origin",
+    "other_origin",
+)
+
+
+def is_classify(scope: Scope) -> bool:
+    """Whether a request is to classify."""
+    return scope["method"] == "POST" and route_path(scope) in CLASSIFY_PATHS
+
+
+def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
+    """Whether a request comes from a page that may ask, or from no page: browsers name the page's origin."""
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin")
+    if origin is None:
+        return True
+    text = origin.decode("latin-1")
+    return text in allowed or text.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
 
 
 def route_path(scope: Scope) -> str:

@@ -13,11 +13,12 @@ from starlette.types import Receive, Scope, Send
 
 from model_store.model import Model
 from server import protocol
-from server.engine import DeadlineError
+from server.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
+from server.engine import DeadlineError, LeadError
 from server.errors import ApiError
 from server.exchange import HEADER, Exchange, request_id
 from server.models import Served
-from server.queue import QueueFullError
+from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.service import Service
 from server.shadow import run_beside
@@ -28,7 +29,7 @@ log = logging.getLogger("de3")
 
 async def classify(scope: Scope, receive: Receive, send: Send, service: Service) -> None:
     """Answer one request; every outcome is counted."""
-    x = Exchange(request_id(scope), scope)
+    x = Exchange(request_id(scope), scope, scope.get("de3.started") or perf_counter())
     metrics = service.metrics
     answer: tuple[bytes, str] | None = None
     service.in_flight += 1
@@ -64,8 +65,19 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
     x.owner = service.access.user(x.scope)
     settings = service.settings
     body = await read_body(x.scope, receive, settings.max_body_bytes, settings.body_timeout_s)
-    parsed = protocol.parse(body, settings.max_texts)
-    service.access.take(x.owner, len(parsed.input))
+    client = service.client(x.scope, x.owner)
+    charge = service.access.charge(x.owner)
+    if len(body) > BYTES_PER_TEXT:
+        charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
+    try:
+        if len(body) <= protocol.LARGE_BODY_BYTES:
+            parsed = protocol.parse(body, settings.max_texts)
+        else:
+            parsed = await _parse_in_turn(body, client, x, service)
+    except ApiError:
+        charge.settle(1)
+        raise
+    charge.raise_to(len(parsed.input))
     served = service.models.get(parsed.model)
     x.model = served.model.full_name
     choice = service.choose(served, parsed)
@@ -85,9 +97,12 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
         choice.budget_s,
         parsed.best_effort,
         served.watch,
+        client=client,
+        piece_s=served.timing.piece_s,
     )
-    with service.holding(job):
+    with service.holding(job, client):
         await _run(job, x.scope, service, x.started + settings.timeout_s)
+    charge.settle(sum(-(-item.outcome.tokens // TOKENS_PER_TEXT) for item in job.items if item.outcome))
     shadow = service.models.shadow_of(served)
     if shadow is not None:
         run_beside(shadow, job, parsed, service)
@@ -100,6 +115,23 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
         _about(choice, served, parsed.explain),
     )
     return body, _timing(job, x.started, perf_counter())
+
+
+async def _parse_in_turn(body: bytes, client: str, x: Exchange, service: Service) -> ClassifyRequest:
+    """The request in a large body; raises ApiError, or ClientDisconnect if its client leaves meanwhile."""
+    timeout_s = service.settings.timeout_s
+    try:
+        async with asyncio.timeout(x.started + timeout_s - perf_counter()), service.lane.turn(client):
+            connection = x.scope.get("de3.connection")
+            if connection is not None and connection.is_gone:
+                raise ClientDisconnect
+            return protocol.parse(body, service.settings.max_texts)
+    except TimeoutError:
+        raise _too_late(timeout_s) from None
+
+
+def _too_late(timeout_s: float) -> ApiError:
+    return ApiError(504, f"no answer within {timeout_s:g} s", cause="timeout")
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
@@ -163,11 +195,18 @@ async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
 
     try:
         service.engine.submit(job)
-    except QueueFullError:
-        raise service.overloaded() from None
     except DeadlineError as error:
         raise _refused(job, error.args[0]) from None
-    late = ApiError(504, f"no answer within {service.settings.timeout_s:g} s", cause="timeout")
+    except LeadError:
+        raise ApiError(
+            429,
+            "latency_budget_ms: you have had more than your share of the engine, and others wait; try again, or "
+            "without a budget",
+            "latency_budget_ms",
+            "over_share",
+            retry_after=1,
+        ) from None
+    late = _too_late(service.settings.timeout_s)
     timer = future.get_loop().call_later(until - perf_counter(), give_up, late)
     if connection is not None:
         connection.on_gone = lambda: give_up(ClientDisconnect())

@@ -7,13 +7,14 @@ urgent, so a long text does not hold up short ones.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from threading import Thread
-from time import perf_counter
+from time import perf_counter, sleep
 
 from exits.rule import read
 from model_store.model import Model
-from model_store.segments import Passage, Tokens
+from model_store.segments import Passage
 from server.deadlines import Deadlines
 from server.errors import ApiError
 from server.queue import QueueFullError, WorkQueue
@@ -22,8 +23,16 @@ from server.work import Item, Job, Outcome, wake
 log = logging.getLogger("de3.engine")
 
 
+LEAD_S = 0.25  # engine time that a client may have had more than others, and still get promises
+STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
+
+
 class DeadlineError(Exception):
     """A deadline that cannot be kept; its argument: the seconds that it would take."""
+
+
+class LeadError(Exception):
+    """A deadline that is not promised, as others wait who have had less of the engine."""
 
 
 class Engine:
@@ -43,26 +52,53 @@ class Engine:
         ]
         self.deadlines = Deadlines(threads)
         self._finished = [0] * threads
+        self._seconds = [0.0] * threads
+        self._progress = [0] * threads  # steps and layers begun
+        self._busy = [False] * threads
+        self._seen: list[tuple[int, int]] = [(0, 0)] * threads
+        self.errors = 0  # of what the engine calls, which did not end a thread
 
     def start(self) -> None:
         """Start the threads."""
         for thread in self._threads:
             thread.start()
 
-    def is_alive(self) -> bool:
-        """Whether every thread runs."""
-        return all(thread.is_alive() for thread in self._threads)
+    def problem(self) -> str:
+        """What is wrong with the threads, empty if nothing is; to be asked about once a second.
+
+        A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not come back.
+        Checks are counted, not seconds: a process that was suspended has not been stuck.
+        """
+        for number, thread in enumerate(self._threads):
+            if not thread.is_alive():
+                return f"engine thread {number} has ended"
+            if self._is_stuck(number):
+                return f"engine thread {number} has made no progress for {STUCK_CHECKS} s"
+        return ""
+
+    def _is_stuck(self, number: int) -> bool:
+        progress, checks = self._seen[number]
+        is_still = self._busy[number] and self._progress[number] == progress
+        self._seen[number] = (self._progress[number], checks + 1 if is_still else 0)
+        return checks >= STUCK_CHECKS
+
+    def retry_after_s(self) -> int:
+        """Seconds until what waits now will be done, at least 1, by the mean time of a text so far."""
+        mean = sum(self._seconds) / max(1, self.finished)
+        return max(1, math.ceil(len(self.queue) * mean / self.threads))
 
     def stop(self) -> None:
-        """Finish what was accepted, then end the threads."""
+        """Finish what was accepted, then end the threads; those that are stuck end with the process."""
         self.queue.close()
-        for thread in self._threads:
-            if thread.is_alive():  # not so if the models never loaded
-                thread.join()
+        for number, thread in enumerate(self._threads):
+            while thread.is_alive() and not self._is_stuck(number):  # not alive if the models never loaded
+                thread.join(1.0)
 
     def submit(self, job: Job) -> None:
-        """Accept a job; raises QueueFullError, or DeadlineError for a deadline that cannot be promised."""
+        """Accept a job; raises QueueFullError, or for a deadline that is not promised DeadlineError or LeadError."""
         if job.deadline is not None:
+            if self.queue.lead(job) > LEAD_S:
+                raise LeadError
             needed = self.deadlines.promise(job)
             if needed:
                 raise DeadlineError(needed)
@@ -88,44 +124,78 @@ class Engine:
             pass
 
     def _step(self, number: int) -> bool:
-        """Run what is next; False once there is nothing more to come."""
-        items = self.queue.next(self.threads)
+        """Run what is next; False once there is nothing more to come. No error ends the thread."""
+        items: list[Item] = []
+        try:
+            items = self.queue.next(self.threads)
+            self._busy[number] = True
+            self._progress[number] += 1
+            self._finish(self._run(items, number) if items else (), number)
+            self.deadlines.held(number, 0.0)
+        except BaseException as error:
+            self.errors += 1
+            log.exception("the engine failed; it goes on")
+            for item in items:
+                item.job.fail(RuntimeError(str(error)))
+            if not items:
+                sleep(0.1)  # it may fail at once again
+            return True
+        finally:
+            self._busy[number] = False
+        return bool(items)
+
+    def _finish(self, results: Sequence[tuple[Item, Outcome | Exception | None]], number: int) -> None:
+        """Record what came of items, and wake those who wait for them."""
         done: list[tuple[Job, Exception | None]] = []
-        for item, result in self._run(items, number) if items else ():
+        for item, result in results:
             if isinstance(result, Exception):
                 item.job.fail(result)
             elif result is not None:
-                self._finished[number] += not item.job.is_shadow
+                if not item.job.is_shadow:
+                    self._finished[number] += 1
+                    self._seconds[number] += result.tokenize_s + result.model_s
                 if item.job.finish(item, result):
                     done.append((item.job, None))
-                if self._observe:
-                    self._observe(item.job.model, result)
+                self._tell(item, result)
         if done:
             wake(done)
-        self.deadlines.held(number, 0.0)
-        return bool(items)
+
+    def _tell(self, item: Item, outcome: Outcome) -> None:
+        """Call the observer, whose errors are no request's."""
+        if self._observe is None:
+            return
+        try:
+            self._observe(item.job.model, outcome)
+        except BaseException:
+            self.errors += 1
+            if self.errors == 1:  # each text would have one
+                log.exception("a text was answered, but not counted; further such errors are not logged")
 
     def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Outcome | Exception | None]]:
-        """What came of items: an outcome, an error, or None if dropped or put back."""
+        """What came of items: an outcome, an error, or None if dropped or preempted."""
         first = items[0]
-        if first.layer == 0 and 0 < first.predicted <= first.job.together_s:
+        if first.layer == 0 and first.is_short and 0 < first.predicted <= first.job.together_s:
             self.deadlines.held(number, perf_counter() + sum(item.predicted for item in items))
             try:
-                return run_together(items)
+                results = run_together(items)
             except BaseException:  # one of them; which one shows when each runs alone
                 log.exception("texts that ran together failed")
+            else:
+                for item in items:
+                    self.queue.charge(item.job, item.tokenize_s + item.model_s)
+                return results
         return [(item, self._alone(item, number)) for item in items]
 
     def _alone(self, item: Item, number: int) -> Outcome | Exception | None:
         def held(seconds: float) -> None:
-            self.deadlines.held(number, perf_counter() + seconds)
+            self._progress[number] += 1
+            if item.job.deadline is None:
+                self.deadlines.held(number, perf_counter() + seconds)
 
         try:
-            if item.job.deadline is None:
-                return run(item, self.queue, held)
-            if item.ends is None:
+            if item.job.deadline is not None and item.ends is None:
                 item.ends = self.deadlines.begin(item, number)
-            return run(item, self.queue)
+            return run(item, self.queue, held)
         except ApiError as error:
             return error
         except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
@@ -137,7 +207,7 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
     """Take short texts of one model through the kernels in one call; each is computed by itself."""
     started = perf_counter()
     model = items[0].job.model
-    encodings = model.encode([(item.text.text, item.text.text_pair) for item in items])
+    encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     results: list[tuple[Item, Outcome | Exception | None]] = []
     ways: list[tuple[Item, Passage]] = []
     for item, encoding in zip(items, encodings, strict=True):
@@ -145,7 +215,7 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
         if job.dropped:
             continue
         try:
-            tokens = model.tokens(encoding, item.text.text, item.text.text_pair, job.truncate)
+            tokens = model.tokenizer.short(encoding, item.text.text_pair is not None, job.truncate)
         except ValueError as error:
             results.append((item, _too_long(item, error)))
             continue
@@ -178,16 +248,16 @@ def _passed(item: Item, way: Passage) -> Outcome:
 
 
 def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: None) -> Outcome | None:
-    """Take one text on through its layers until it exits. `held` is told for how long it gives no way.
+    """Take one text on through its layers until it exits. Calls `held(seconds)` before each stretch that cannot be
+    preempted.
 
-    None if it did not come so far: its job was dropped, or something more urgent came, and it waits in the
-    queue again.
+    None if its job was dropped, or if it was preempted and waits in the queue again.
     """
     job, model, rule = item.job, item.job.model, item.job.rule
-    if item.tokens is None:
-        held(item.predicted / model.manifest.num_layers)
-        item.tokens = _tokenize(item)
-    started = perf_counter()
+    if item.tokens is None and not _tokenize(item, queue, held):
+        return None
+    assert item.tokens is not None
+    started = last = perf_counter()
     deepest = model.deepest_exit(rule.max_layer)
     # At τ = 0 only the deepest exit is needed.
     may_leave_early = rule.tau > 0 or job.every or item.sampled
@@ -208,14 +278,19 @@ def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: 
             reason = _reason(item, deepest)
             if reason:
                 break
+        now = perf_counter()
+        last, spent = now, now - last
         if job.dropped:
+            queue.charge(job, spent)
             return None
-        if queue.has_more_urgent_than(item):
+        if queue.has_more_urgent_than(item, spent):
             item.layer = layer + 1
-            item.model_s += perf_counter() - started
+            item.model_s += now - started
             queue.put_back(item)
             return None
-    item.model_s += perf_counter() - started
+    now = perf_counter()
+    item.model_s += now - started
+    queue.charge(job, now - last)
     item.hidden = None
     return _outcome(item, reason)
 
@@ -250,15 +325,32 @@ def _outcome(item: Item, reason: str) -> Outcome:
     )
 
 
-def _tokenize(item: Item) -> Tokens:
-    """The text's tokens; raises ApiError 422 if it is too long and may not be cut."""
-    started = perf_counter()
-    try:
-        return item.job.model.tokenize(item.text.text, item.text.text_pair, item.job.truncate)
-    except ValueError as error:
-        raise _too_long(item, error) from None
-    finally:
-        item.tokenize_s = perf_counter() - started
+def _tokenize(item: Item, queue: WorkQueue, held: Callable[[float], None]) -> bool:
+    """Find the text's tokens; False if its job was dropped or it was preempted. Raises ApiError 422 if it is too long
+    and may not be cut."""
+    job = item.job
+    if item.tokenization is None:
+        item.tokenization = job.model.tokenizer.start(item.text.text, item.text.text_pair, job.truncate)
+    while True:
+        held(job.piece_s)
+        started = perf_counter()
+        try:
+            item.tokens = item.tokenization.step()
+        except ValueError as error:
+            raise _too_long(item, error) from None
+        finally:
+            spent = perf_counter() - started
+            item.tokenize_s += spent
+        if item.tokens is not None:
+            item.tokenization = None
+            queue.charge(job, spent)
+            return True
+        if job.dropped:
+            queue.charge(job, spent)
+            return False
+        if queue.has_more_urgent_than(item, spent):
+            queue.put_back(item)
+            return False
 
 
 def _too_long(item: Item, error: ValueError) -> ApiError:

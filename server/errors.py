@@ -8,6 +8,7 @@ from starlette.responses import Response
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
+    403: "PermissionDeniedError",
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
@@ -24,6 +25,7 @@ TYPES = {
 # Why a request was not answered, in a word: a label in the metrics.
 Cause = Literal[
     "bad_request",
+    "malformed",
     "not_json",
     "unknown_field",
     "unknown_model",
@@ -38,6 +40,8 @@ Cause = Literal[
     "client_gone",
     "no_key",
     "rate_limited",
+    "over_share",
+    "other_origin",
     "conflict",
     "bad_artifact",
     "internal",

@@ -1,15 +1,23 @@
 """Run the server: one process, drained on SIGTERM."""
 
+import resource
 import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 
 from server import logs
-from server.app import create_app
-from server.http import Http
-from server.service import Service
+from server.app import Gate, create_app
+from server.connection import Listener
+from server.service import EngineError, Service
 from server.settings import Settings
+
+BACKLOG = 128  # connections that the system holds until they are accepted, which may all be at once
+OTHER_FILES = 64  # models, logs, the event loop
+MAX_CONNECTIONS = 10_000
 
 
 class _Server(uvicorn.Server):
@@ -24,6 +32,40 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def uvicorn_config(service: Service, on_failure: Callable[[], None]) -> uvicorn.Config:
+    """How uvicorn serves a service; on_failure is called when its models cannot be loaded."""
+    settings = service.settings
+    app = create_app(service, on_failure)
+    most = settings.max_connections or max_connections()
+    listener = Listener(app, Gate(service), most, settings.max_body_bytes, settings.body_timeout_s)
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        backlog=BACKLOG,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # server/shares.py reads them
+        # An accepted request ends by its own time-out; leave it that long, and a little.
+        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
+        http=listener.connection,  # type: ignore[arg-type]  # a function that makes one
+        ws="none",  # an upgrade is not offered: such a request is answered like any other
+    )
+
+
+def max_connections() -> int:
+    """As many connections as the process may have files, less what it needs itself."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # the system may have a limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES - BACKLOG))
+
+
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
 
@@ -35,23 +77,12 @@ def serve(settings: Settings) -> None:
     def stop() -> None:
         server.should_exit = True
 
-    config = uvicorn.Config(
-        create_app(service, on_failure=stop),
-        host=settings.host,
-        port=settings.port,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,  # nothing here uses a client's address
-        # An accepted request ends by its own time-out; leave it that long, and a little.
-        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
-        http=Http,
-        ws="none",  # an upgrade is not offered: such a request is answered like any other
-    )
-    server = _Server(config, service)
+    server = _Server(uvicorn_config(service, stop), service)
     # uvicorn handles these while it runs and raises them again at its end: a drained stop is a success.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
     server.run()
+    if isinstance(service.failure, EngineError):  # which is in the log
+        sys.exit(1)
     if service.failure is not None:
         raise service.failure

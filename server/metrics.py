@@ -127,6 +127,12 @@ class Metrics:
             ["model", "status"],
         )
         self.rejected = counter("de3_rejected", "Requests not answered, by cause", ["cause"])
+        self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or got stuck")
+        self.dropped_connections = counter(
+            "de3_dropped_connections",
+            "Connections closed for a limit: connection_limit, or unread (the client does not read its answers)",
+            ["reason"],
+        )
         self.far = counter(
             "de3_far_texts", "Texts far from every prototype at an exit (--ood-policy)", ["model"]
         )
@@ -163,6 +169,8 @@ class Metrics:
         r.register(_ModelGauges(self._served, in_force))
         for cause in get_args(Cause):  # a rate needs the zero before the first one
             self.rejected.labels(cause)
+        for reason in ("connection_limit", "unread"):
+            self.dropped_connections.labels(reason)
         for status in WITHOUT_MODEL:
             self.requests.labels("none", status)
         self._limits(settings)

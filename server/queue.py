@@ -1,7 +1,8 @@
-"""The bounded queue between the event loop and the engine threads."""
+"""The bounded queue between the event loop and the engine threads, which serves clients fairly."""
 
 from collections import deque
-from heapq import heapify, heappop, heappush
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from threading import Condition
 
@@ -9,14 +10,39 @@ from server.work import Item, Job
 
 MAX_TOGETHER = 16
 MAX_SHADOWS = 64
+# Seconds of engine time. A text is preempted for another client's if its own client has had this much more.
+GRAIN_S = 0.002
+MAX_CLIENTS = 4096  # that are remembered while they have nothing waiting
+
+Entry = tuple[float, int, Item]  # due, order of arrival, item
 
 
 class QueueFullError(Exception):
     """The queue has no room for these items."""
 
 
+@dataclass(slots=True, eq=False)
+class _Client:
+    """A client's items by urgency, and the engine time that it has had.
+
+    Attributes:
+        spent: seconds on the queue's virtual clock: who comes, or comes back, starts with what the clients that are
+            being served have had, and nothing is saved up.
+        items: a heap.
+        is_listed: whether it is among those that may be served next.
+    """
+
+    spent: float = 0.0
+    items: list[Entry] = field(default_factory=list)
+    is_listed: bool = False
+
+
 class WorkQueue:
-    """Items by urgency, the one that is due first first, at most `limit` waiting.
+    """Items that wait for an engine thread, at most `limit` of them.
+
+    Promised deadlines come first, the earliest before all. Then comes the client that has had the least engine time,
+    and of its items the one that is due first. So a client gets its share of the engine whatever others send, and
+    a client that is alone gets everything.
 
     Dropped jobs cost nothing and no room. Shadows' items are handed out only when nothing else waits; they
     take nobody's room, count in no number here, and go when the queue is closed.
@@ -24,10 +50,14 @@ class WorkQueue:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._items: list[tuple[float, int, Item]] = []  # a heap
+        self._promised: list[Entry] = []  # a heap
+        self._clients: dict[str, _Client] = {}
+        self._listed: list[tuple[float, int, _Client]] = []  # a heap by what they had spent when it was last put right
+        self._floor = 0.0  # what the client that was served last had spent
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time go first come, first served
         self._waiting = 0  # items of jobs that are not dropped
+        self._stored = 0  # and those of dropped ones that are still in a heap
         self._closed = False
         self._changed = Condition()
 
@@ -45,7 +75,7 @@ class WorkQueue:
             self._changed.notify(len(job.items))
 
     def put_back(self, item: Item) -> None:
-        """Let an item that was handed out wait once more. It was accepted, so the limit does not count."""
+        """Let a preempted item wait once more. It was accepted, so the limit does not count."""
         with self._changed:
             if item.job.dropped or (item.job.is_shadow and self._closed):
                 return
@@ -62,23 +92,25 @@ class WorkQueue:
         long as all are predicted to take no more than its `together_s` and other threads get their share.
         """
         with self._changed:
-            while (first := self._peek()) is None:
+            while (heap := self._first()) is None:
                 if self._closed:
                     return []
                 if not self._shadows:
                     self._changed.wait()
                 elif not (shadow := self._shadows.popleft()).job.dropped:
                     return [shadow]
-            room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 else 1
-            found, left = [self._take()], first.job.together_s - first.predicted
-            while len(found) < room and (item := self._peek()) is not None:
+            first = heap[0][2]
+            room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 and first.is_short else 1
+            items, left = [self._take(heap)], first.job.together_s - first.predicted
+            while len(items) < room and (heap := self._first()) is not None:
+                item = heap[0][2]
                 left -= item.predicted
                 if left < 0 or item.layer > 0 or item.job.model is not first.job.model:
                     break
-                if not item.job.together_s:
+                if not item.job.together_s or not item.is_short:
                     break
-                found.append(self._take())
-            return found
+                items.append(self._take(heap))
+            return items
 
     @property
     def shadow_room(self) -> int:
@@ -93,49 +125,57 @@ class WorkQueue:
                 item.job.future.cancel()
             self._shadows.clear()
 
-    def _peek(self) -> Item | None:
-        """The most urgent item, which _take takes; those of dropped jobs before it fall away."""
-        while self._items and self._items[0][2].job.dropped:
-            self._forget(heappop(self._items)[2].job)
-        return self._items[0][2] if self._items else None
+    def charge(self, job: Job, seconds: float) -> None:
+        """Count engine time that a job's client has had."""
+        if not job.is_shadow:
+            with self._changed:
+                self._client(job.client).spent += seconds
 
-    def _take(self) -> Item:
-        item = heappop(self._items)[2]
-        item.job.waiting -= 1
-        self._waiting -= 1
-        return item
+    def lead(self, job: Job) -> float:
+        """Seconds of engine time that a job's client has had more than others who wait; 0 if it is alone."""
+        with self._changed:
+            client = self._client(job.client)
+            others = [c.spent for _, _, c in self._listed if c is not client and c.items]
+            return max(0.0, client.spent - min(others)) if others else 0.0
+
+    def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
+        """Whether something waits for which this item must be preempted, after `seconds` of engine time.
+
+        That is whatever is no shadow, if this is one; an earlier promise; where nothing is promised, an item of its
+        own client that is due before it, or one of a client that has had less than its own by GRAIN_S.
+        """
+        with self._changed:
+            own = None
+            if not item.job.is_shadow:
+                own = self._client(item.job.client)
+                own.spent += seconds
+            heap = self._first()
+            if heap is None:
+                return False
+            if own is None:
+                return True
+            due, _, first = heap[0]
+            if item.job.is_promised or first.job.is_promised:
+                return first.job.is_promised and not (item.job.is_promised and item.due <= due)
+            other = self._clients[first.job.client]
+            return due < item.due if other is own else other.spent + GRAIN_S < own.spent
 
     def later_than(self, due: float) -> int:
         """How many of those that wait are due after then."""
         with self._changed:
-            return sum(when > due and not item.job.dropped for when, _, item in self._items)
-
-    def has_more_urgent_than(self, item: Item) -> bool:
-        """Whether something that waits is due before this item; all is that is no shadow, if this is one."""
-        with self._changed:
-            first = self._peek()
-            return first is not None and (item.job.is_shadow or first.due < item.due)
+            heaps = [self._promised, *(client.items for _, _, client in self._listed)]
+            return sum(when > due and not item.job.dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
         """Give a job up: its waiting items free their room at once and never run."""
         with self._changed:
             job.dropped = True
             self._forget(job)
-            if len(self._items) > 2 * self._waiting + MAX_TOGETHER:  # mostly dropped: let go of their texts
-                self._items = [entry for entry in self._items if not entry[2].job.dropped]
-                heapify(self._items)
-
-    def _add(self, item: Item) -> None:
-        if item.job.is_shadow:
-            self._shadows.append(item)
-            return
-        heappush(self._items, (item.due, next(self._order), item))
-        item.job.waiting += 1
-        self._waiting += 1
-
-    def _forget(self, job: Job) -> None:
-        self._waiting -= job.waiting
-        job.waiting = 0
+            if self._stored > 2 * self._waiting + MAX_TOGETHER:  # mostly dropped: let go of their texts
+                for heap in (self._promised, *(client.items for client in self._clients.values())):
+                    heap[:] = [entry for entry in heap if not entry[2].job.dropped]
+                    heapify(heap)
+                self._stored = self._waiting
 
     def close(self) -> None:
         """Accept nothing more; what waits is still handed out, but for shadows."""
@@ -143,3 +183,65 @@ class WorkQueue:
             self._closed = True
             self._shadows.clear()
             self._changed.notify_all()
+
+    def _first(self) -> list[Entry] | None:
+        """The heap whose first item is the most urgent, for _take; items of dropped jobs before it fall away."""
+        if self._clean(self._promised):
+            return self._promised
+        listed = self._listed
+        while listed:
+            spent, _, client = listed[0]
+            if not self._clean(client.items):
+                heappop(listed)
+                client.is_listed = False
+            elif spent < client.spent:
+                heapreplace(listed, (client.spent, next(self._order), client))
+            else:
+                self._floor = max(self._floor, spent)
+                return client.items
+        return None
+
+    def _clean(self, heap: list[Entry]) -> list[Entry]:
+        while heap and heap[0][2].job.dropped:
+            self._forget(heappop(heap)[2].job)
+            self._stored -= 1
+        return heap
+
+    def _take(self, heap: list[Entry]) -> Item:
+        item = heappop(heap)[2]
+        item.job.waiting -= 1
+        self._waiting -= 1
+        self._stored -= 1
+        return item
+
+    def _add(self, item: Item) -> None:
+        if item.job.is_shadow:
+            self._shadows.append(item)
+            return
+        entry = (item.due, next(self._order), item)
+        if item.job.is_promised:
+            heappush(self._promised, entry)
+        else:
+            client = self._client(item.job.client)
+            heappush(client.items, entry)
+            if not client.is_listed:
+                client.is_listed = True
+                client.spent = max(client.spent, self._floor)
+                heappush(self._listed, (client.spent, next(self._order), client))
+        item.job.waiting += 1
+        self._waiting += 1
+        self._stored += 1
+
+    def _client(self, name: str) -> _Client:
+        client = self._clients.get(name)
+        if client is None:
+            if len(self._clients) >= MAX_CLIENTS:  # those that are behind the clock are as good as new
+                self._clients = {
+                    n: c for n, c in self._clients.items() if c.is_listed or c.items or c.spent > self._floor
+                }
+            client = self._clients[name] = _Client(self._floor)
+        return client
+
+    def _forget(self, job: Job) -> None:
+        self._waiting -= job.waiting
+        job.waiting = 0

@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import logging
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -16,6 +15,7 @@ from server.access import Access
 from server.engine import Engine
 from server.errors import ApiError
 from server.exchange import HEADER, Exchange, Reporter, request_id
+from server.lane import Lane
 from server.load import TICK_S, Controller
 from server.logs import RequestLog
 from server.manager import Manager
@@ -24,10 +24,16 @@ from server.models import Models, Served, find, others
 from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.settings import Settings
+from server.shares import Clients, Shares
 from server.traces import Traces, provider
 from server.work import REPLY_S, Job
 
 log = logging.getLogger("de3")
+CHECK_S = 1.0  # between two looks at the engine threads
+
+
+class EngineError(Exception):
+    """An engine thread ended or is stuck."""
 
 
 class Service:
@@ -44,7 +50,11 @@ class Service:
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *others(store)])
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
         self.access = Access(settings)
-        self.engine = Engine(settings.engine_threads(), settings.max_queue, self.metrics.observe)
+        self._clients = Clients(settings.trusted_proxies)
+        self.texts_in_flight = Shares(settings.max_queue, "texts", lambda: self.engine.retry_after_s())
+        self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
+        self.lane = Lane()
+        self.engine = Engine(settings.engine_threads(), self.texts_in_flight.most, self.metrics.observe)
         self.models = Models()
         self.manager = Manager(settings, self.models, self.metrics, self.engine.queue.drop_shadows)
         self.state = "loading"
@@ -57,11 +67,11 @@ class Service:
         )
         self.failure: Exception | None = None
         self.in_flight = 0
-        self.texts_in_flight = 0  # of requests in flight
         self.lists: set[Job] = set()  # those with several texts
         self._short_s = 0.0  # of a short text through every layer
         self.controller: Controller | None = None
         self._ticks: asyncio.Task[None] | None = None
+        self._watchdog: asyncio.Task[None] | None = None
         self.shed = self._shed_response()
         self._reporters: list[Reporter] = []
         if settings.log_requests or settings.log_texts:
@@ -79,6 +89,7 @@ class Service:
             await self.manager.begin(self.artifacts)
             self._start_controller()
             self.engine.start()
+            self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
             # What is there now mostly stays: no collection need look at it again while requests wait.
             gc.collect()
             gc.freeze()
@@ -113,12 +124,24 @@ class Service:
     async def _tick(self, controller: Controller) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            controller.tick(self.texts_in_flight, self.ahead(), self.engine.finished)
+            controller.tick(self.texts_in_flight.total, self.ahead(), self.engine.finished)
+
+    async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
+        """End the server when an engine thread is lost: its supervisor starts a new one."""
+        while not (problem := self.engine.problem()):
+            await asyncio.sleep(CHECK_S)
+        if self.state == "stopping":  # the threads ended as they should
+            return
+        log.critical("%s: the server stops", problem)
+        self.state = "failed"
+        self.metrics.engine_failures.inc()
+        self.failure = EngineError(problem)
+        on_failure()
 
     def ahead(self) -> int:
         """Texts that a new short one finds before it: in flight, less what is done and what it overtakes."""
         later = self.engine.queue.later_than(perf_counter() + self._short_s)
-        return max(0, self.texts_in_flight - sum(job.finished for job in self.lists) - later)
+        return max(0, self.texts_in_flight.total - sum(job.finished for job in self.lists) - later)
 
     @property
     def level(self) -> int:
@@ -126,15 +149,15 @@ class Service:
         return self.controller.level if self.controller else 0
 
     @contextmanager
-    def holding(self, job: Job) -> Iterator[None]:
-        """Count a job's texts as in flight."""
-        self.texts_in_flight += len(job.items)
+    def holding(self, job: Job, client: str) -> Iterator[None]:
+        """Count a client's texts as in flight; raises ApiError 429 or 503 when they would be too many."""
+        self.texts_in_flight.take(client, len(job.items))
         if len(job.items) > 1:
             self.lists.add(job)
         try:
             yield
         finally:
-            self.texts_in_flight -= len(job.items)
+            self.texts_in_flight.give_back(client, len(job.items))
             self.lists.discard(job)
 
     def report(self, x: Exchange) -> None:
@@ -144,29 +167,29 @@ class Service:
 
     def stop(self) -> None:
         """Finish what was accepted, and send what is left to tell of it."""
+        if self.state != "failed":
+            self.state = "stopping"
         self.engine.stop()
         if self.traces is not None:
             self.traces.stop()
 
     def drain(self) -> None:
         """From now on not ready; requests that were accepted are still answered."""
-        self.state = "draining"
+        if self.state != "failed":
+            self.state = "draining"
 
     def check_open(self) -> None:
-        """Raise ApiError 503 while the models load, or when too many requests are in flight.
-
-        Before a body is read, so that bodies cannot fill the memory, and refusing costs little. A draining
-        server still answers what reaches it.
-        """
+        """Raise ApiError 503 while the models load. A draining server still answers what reaches it."""
         if not self.is_open:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
 
-        if self.in_flight > self.settings.max_queue:
-            raise self.overloaded()
+    def client(self, scope: Scope, owner: str) -> str:
+        """Who shares what is limited: the owner of an API key, else an address."""
+        return f"key {owner}" if owner else self._clients.name(scope)
 
     def sheds(self) -> bool:
         """Whether a new request must be refused to keep the latency objective."""
-        return self.controller is not None and self.controller.sheds(self.texts_in_flight, self.ahead)
+        return self.controller is not None and self.controller.sheds(self.texts_in_flight.total, self.ahead)
 
     def _shed_response(self) -> ASGIApp:
         """The answer to a request that is shed, made once: an overloaded server sends little else."""
@@ -213,25 +236,3 @@ class Service:
     def choose(self, served: Served, request: ClassifyRequest) -> Choice:
         """The exit rule of a request: its own wish, else the server's; raises ApiError 422."""
         return served.rules.of(request, self.level)
-
-    def overloaded(self) -> ApiError:
-        """The answer of a server whose queue is full."""
-        limit = self.settings.max_queue
-        return ApiError(
-            503,
-            f"overloaded: {len(self.engine.queue)} texts wait and {self.in_flight} requests are in flight, "
-            f"at most {limit} of each are allowed",
-            cause="queue_full",
-            retry_after=self.retry_after(),
-        )
-
-    def retry_after(self) -> int:
-        """Seconds until the present queue will be empty, at least 1, by the mean time of a text so far."""
-        seconds = [
-            sample.value
-            for metric in self.metrics.stage_latency.collect()
-            for sample in metric.samples
-            if sample.labels.get("stage") == "model" and sample.name.endswith(("_sum", "_count"))
-        ]
-        mean = sum(seconds[1::2]) / max(1.0, sum(seconds[0::2]))
-        return max(1, math.ceil(len(self.engine.queue) * mean / self.settings.engine_threads()))

@@ -19,11 +19,18 @@ class Settings(BaseModel):
         runtime: what runs the layers: onnxruntime, native (our kernels, for int8, on AMX or AVX-512 VNNI), or
             auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
         threads: engine threads, each runs one text at a time; 0: one for each core.
-        max_queue: most texts that wait, and most requests in flight; what would exceed it is answered 503.
+        max_queue: most texts in flight, from when a request is whole to its answer. What would exceed it is answered
+            503, or 429 for a client that has more than its share of them.
         max_texts: most texts in one request.
         max_body_bytes: largest request body.
         body_timeout_s: longest wait for a request's body.
         timeout_s: longest time from a request's arrival to its answer.
+        max_connections: most open connections; 0: as many as the process may have files, less what it needs itself.
+            At the limit a connection on which nothing is being answered is closed for a new one.
+        max_inflight_bytes: most bytes of bodies in memory, of all requests that are received or answered; shared
+            like max_queue.
+        trusted_proxies: networks, as in 10.0.0.0/8, whose X-Forwarded-For names the client. Clients without an API
+            key are told apart by address.
         ood_policy: what to do with texts that are far from every prototype: nothing, flag them, or also let
             them go deeper.
         tau, target_speedup, latency_budget_ms, max_disagreement: at most one, for requests that ask for none
@@ -57,6 +64,9 @@ class Settings(BaseModel):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 2**20
     body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
     timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_connections: Annotated[int, Field(ge=0)] = 0
+    max_inflight_bytes: Annotated[int, Field(ge=1024)] = 2**26
+    trusted_proxies: list[str] = []
     ood_policy: Literal["off", "flag", "deepen"] = "off"
     tau: Annotated[float, Field(ge=0, le=1)] | None = None
     target_speedup: Annotated[float, Field(ge=1)] | None = None
@@ -80,6 +90,8 @@ class Settings(BaseModel):
     def _fits(self) -> "Settings":
         if self.max_texts > self.max_queue:
             raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
+        if self.max_body_bytes > self.max_inflight_bytes:
+            raise ValueError("max_body_bytes must not exceed max_inflight_bytes: it could never be accepted")
         one_wish(self)
         return self
 

@@ -7,14 +7,16 @@ from bisect import bisect_left
 from statistics import median
 from time import perf_counter, thread_time
 
-from model_store.model import MAX_CHARS_PER_TOKEN, Model
+from model_store.model import Model
+from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE
 from server.protocol import Text
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
-# What the tokenizer is timed on: plain words, and what falls into many pieces.
-PLAIN, ODD = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;"
+# What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece looks at,
+# which fall into single letters, and of which it tries each part.
+PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
 
 
 class Timing:
@@ -24,7 +26,8 @@ class Timing:
         """Measure; also serves as warm-up: every layer runs on short texts and on the longest."""
         self._most = model.manifest.max_tokens
         self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # what is cut off costs nothing
-        self._char_s = max(_tokenizing(model, text, self._most_chars // 4) for text in (PLAIN, ODD))
+        self._plain_s = _tokenizing(model, PLAIN)  # a character
+        self._char_s = max(self._plain_s, _tokenizing(model, ODD), _tokenizing(model, LONG))
         self._first_exit = model.manifest.exit_layers[0]
         self._layers = model.manifest.num_layers - self._first_exit  # those after it
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
@@ -53,15 +56,24 @@ class Timing:
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
     def predict(self, text: Text) -> float:
-        """Seconds for a text through every layer, its tokens estimated from its characters."""
-        return self.full_depth_s(_tokens(text))
+        """Seconds for a text through every layer, its tokens estimated from its characters.
+
+        A long one is tokenized at its slowest; of short ones that would say too much, as they run together.
+        """
+        seconds = self.full_depth_s(_tokens(text))
+        return seconds + (self._tokenizer_s(text) if text.chars > PIECE else self._plain_s * text.chars)
+
+    @property
+    def piece_s(self) -> float:
+        """Seconds that tokenizing a piece of a long text takes at most."""
+        return 2 * PIECE * self._char_s
 
     def predict_first_exit(self, text: Text) -> float:
         """Seconds for a text to the first exit, the tokenizer at its slowest."""
         return self.first_exit_s(_tokens(text)) + self._tokenizer_s(text)
 
     def _tokenizer_s(self, text: Text) -> float:
-        return self._char_s * min(_chars(text), self._most_chars)
+        return self._char_s * min(text.chars, self._most_chars)
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
@@ -72,22 +84,18 @@ class Timing:
         return y[right - 1] + share * (y[right] - y[right - 1])
 
 
-def _chars(text: Text) -> int:
-    return len(text.text) + (len(text.text_pair) if text.text_pair else 0)
-
-
 def _tokens(text: Text) -> int:
-    return 2 + _chars(text) // CHARS_PER_TOKEN
+    return 2 + text.chars // CHARS_PER_TOKEN
 
 
-def _tokenizing(model: Model, text: str, chars: int) -> float:
-    """Seconds of the tokenizer for a character of such text, of which there are many."""
-    long, times = text * (1 + chars // len(text)), []
+def _tokenizing(model: Model, text: str) -> float:
+    """Seconds of the tokenizer for a character of a piece of such text."""
+    piece, times = (text * (1 + 2 * PIECE // len(text)))[: 2 * PIECE], []
     for _ in range(RUNS):
         started = _now()
-        model.tokenize(long)
+        model.tokenizer.encode([(piece, None)])
         times.append(_since(started))
-    return median(times) / len(long)
+    return median(times) / len(piece)
 
 
 def _run(model: Model, text: str) -> tuple[float, float]:

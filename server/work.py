@@ -10,6 +10,7 @@ from time import perf_counter
 from exits.rule import ExitRule, Reading
 from model_store.model import Model
 from model_store.segments import Array, Tokens
+from model_store.tokenizer import PIECE, Tokenization
 from server.protocol import Text
 from server.watch import Watch
 
@@ -37,8 +38,6 @@ class Outcome:
     is_far: bool = False
 
 
-# What has a deadline overtakes what has none and waits for less than this.
-HASTE_S = 1.0
 # From the last layer to the answer's first byte: of a request, and more for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
@@ -53,8 +52,10 @@ class Item:
         ends: when it must leave (perf_counter seconds), set as it starts; None: no deadline.
         due: when it should be answered (perf_counter seconds); the queue hands out the earliest first.
         layer: the next layer to run.
+        tokenization: how far its tokenizing is; None before it began, and when it is done.
         hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
         sampled: whether it counts for drift.
+        is_short: whether it is tokenized in one step, and may share a pass with others.
         rule: the job's, or a more cautious one once the text is_far from every prototype.
         passed: every exit passed, with what it said.
         outcome: there once it left.
@@ -70,9 +71,11 @@ class Item:
     layer: int = 0
     tokens: Tokens | None = None
     hidden: Array | None = None
+    tokenization: Tokenization | None = None
     rule: ExitRule = field(init=False)
     is_far: bool = False
     sampled: bool = field(init=False)
+    is_short: bool = field(init=False)
     passed: list[tuple[int, Reading]] = field(default_factory=list)
     tokenize_s: float = 0.0
     model_s: float = 0.0
@@ -81,6 +84,7 @@ class Item:
     def __post_init__(self) -> None:
         watch = self.job.watch
         self.rule, self.sampled = self.job.rule, watch is not None and watch.samples()
+        self.is_short = self.text.chars <= 2 * PIECE
 
     def say(self, layer: int, reading: Reading) -> None:
         """Note what an exit says, and whether it asks for caution."""
@@ -104,10 +108,13 @@ class Job:
             lists, but nothing waits for ever.
         together_s: texts predicted to take no longer may share a call with others; 0: one a call.
         layer_s: seconds of one layer for so many tokens.
+        piece_s: seconds that tokenizing a piece of a text takes at most.
         first_s: seconds that a text is likely to take to its first exit.
         budget_s: seconds from now to the deadline of every text; None: there is none.
         best_effort: where the deadline cannot be kept, answer at the first exits as soon as can be.
         is_shadow: nobody waits for it: it runs while nothing else does.
+        client: whose it is; the engine's time is shared between clients.
+        is_promised: whether its deadline is: it comes before what has none.
         every: ask every exit, even those that cannot end the way.
         deadline: when the last text must leave (perf_counter seconds).
         is_late: whether it will be later than asked for.
@@ -128,6 +135,9 @@ class Job:
     best_effort: bool = False
     watch: Watch | None = None
     is_shadow: bool = False
+    client: str = ""
+    piece_s: float = 0.0
+    is_promised: bool = field(default=False, init=False)
     every: bool = field(init=False)
     deadline: float | None = None
     is_late: bool = False
@@ -158,8 +168,9 @@ class Job:
     def hasten(self) -> None:
         """Its deadline is promised: it overtakes what has none."""
         assert self.deadline is not None
+        self.is_promised = True
         for item in self.items:
-            item.due = self.deadline - HASTE_S
+            item.due = self.deadline
 
     @property
     def finished(self) -> int:

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import uvicorn
 
-from server.app import create_app
-from server.http import Http
+from server.connection import BODY, Listener
+from server.main import uvicorn_config
 from server.queue import WorkQueue
 from server.service import Service
 from server.settings import Settings
@@ -42,9 +42,8 @@ class Server:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        config = uvicorn.Config(
-            create_app(service), port=0, log_config=None, access_log=False, http=Http, ws="none"
-        )
+        config = uvicorn_config(service, lambda: None)
+        self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
 
@@ -58,6 +57,10 @@ class Server:
         self._uvicorn.should_exit = True
         self._thread.join(30)
         assert not self._thread.is_alive()
+
+    def bodies_awaited(self) -> int:
+        """Connections whose request's head has come, and whose body has not."""
+        return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:
         return httpx.post(self.url + "/classify", json=body, timeout=30)
@@ -75,7 +78,7 @@ class Server:
 @contextmanager
 def serving(store: Path, **settings: Any) -> Iterator[Server]:
     """A server over a store, ready."""
-    server = Server(Service(Settings(store=store, **settings)))
+    server = Server(Service(Settings(store=store, port=0, **settings)))
     server.start()
     try:
         until(lambda: server.service.state == "ready", "readiness")

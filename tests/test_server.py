@@ -122,7 +122,7 @@ def test_max_layer_is_where_it_ends(server: Server, max_layer: int) -> None:
 
 
 def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
-    words = "good film and a dull plot " * 40
+    words = "good film and a dull plot " * 30
     row = server.classify(input=words, tau=0).json()
     assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
     ids = model.tokenize(words).ids[0]
@@ -134,7 +134,7 @@ def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
     refused = server.classify(input=["fine", words], truncate=False)
     assert refused.status_code == 422
     assert refused.json()["error"]["param"] == "input[1]"
-    assert "242 tokens, the model takes at most 64" in refused.json()["error"]["message"]
+    assert "182 tokens, the model takes at most 64" in refused.json()["error"]["message"]
     assert "truncated" not in server.classify(input="fine").json()["data"][0]
 
 
@@ -309,13 +309,16 @@ def test_server_timing_adds_up(server: Server) -> None:
 def test_a_slow_body_is_not_queue_time(server: Server) -> None:
     def slow() -> Iterator[bytes]:
         yield b'{"input": '
-        until(lambda: server.service.in_flight == 1, "the head to arrive")
+        until(lambda: server.bodies_awaited() == 1, "the head to arrive")
         time.sleep(0.3)
         yield b'"good"}'
 
     response = httpx.post(server.url + "/classify", content=slow())
-    stages = dict(x.split(";dur=") for x in response.headers["server-timing"].split(", "))
-    assert float(stages["read"]) > 250 > 5 * float(stages["queue"])
+    stages = {
+        name: float(took)
+        for name, took in (x.split(";dur=") for x in response.headers["server-timing"].split(", "))
+    }
+    assert stages["read"] > 250 and stages["queue"] <= stages["total"] - stages["read"] + 0.1
 
 
 def test_metrics_count_what_happened(server: Server) -> None:

@@ -64,8 +64,8 @@ class De3:
 
     def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""
-        if not self.service.engine.is_alive():
-            raise RuntimeError("an engine thread has ended")
+        if self.service.failure is not None:
+            raise self.service.failure
 
 
 def build(arguments: dict[str, str]) -> serve.Application:

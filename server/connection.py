@@ -1,0 +1,616 @@
+"""HTTP/1.1 for one client, under limits: the protocol that uvicorn runs for each connection.
+
+One request at a time: what a client pipelines waits, unparsed, until the answer before it is written and read. The
+application starts when a request is whole, so that a body that never ends holds a connection and nothing else.
+Every part of a request is limited in raw bytes and in time, and a connection on which a request cannot be read to
+its end is closed once the answer is sent.
+
+httptools (Node's llhttp) parses; it is fed up to the end of a message and no further. A head, and a chunked body,
+end with an empty line, and llhttp takes no other line ends than CR LF, so the place can be found beforehand.
+"""
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable
+from http import HTTPStatus
+from math import inf
+from time import monotonic, perf_counter
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
+from starlette.types import ASGIApp, Message, Scope
+
+from server.errors import ApiError
+from server.shares import Shares
+
+log = logging.getLogger("de3")
+
+MAX_HEAD_BYTES = 32 * 1024
+MAX_HEADERS = 100
+# Of a chunked body, beside the body itself: sizes, extensions, trailers.
+MAX_FRAMING_BYTES = 64 * 1024
+MIN_CHUNK_BYTES = 64  # on average, after the first MAX_SMALL_CHUNKS
+MAX_SMALL_CHUNKS = 1024
+MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to the system's buffers
+MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
+MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
+HEAD_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 5.0
+WRITE_TIMEOUT_S = 30.0
+LINGER_S = 2.0
+SWEEP_S = 0.25
+
+# What a connection is doing: waiting for a head, for a body, for the application, or for the client to close.
+HEAD, BODY, ANSWER, LINGER = range(4)
+_STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+# An upgrade is not offered: the request is answered as if it had not asked for one.
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
+_END = b"\r\n\r\n"
+
+
+class Gate(Protocol):
+    """What a connection asks the server."""
+
+    bytes_in_flight: Shares
+
+    def admit(self, scope: Scope) -> str | None:
+        """The client whose request this is; None if its body need not be read to answer it."""
+
+    def malformed(self) -> None:
+        """Count a request that is no HTTP."""
+
+    def dropped(self, why: str) -> None:
+        """Count a connection that was closed for its limits."""
+
+
+class Listener:
+    """What the connections of a server share.
+
+    Attributes:
+        connections: those that are open.
+    """
+
+    def __init__(
+        self, app: ASGIApp, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float
+    ) -> None:
+        self.app, self.gate = app, gate
+        self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
+        self.body_timeout_s = body_timeout_s
+        self.connections: set[Connection] = set()
+        self._by_address: dict[str, int] = {}
+        self._paused: set[Connection] = set()
+        self._sweeping = False
+
+    def connection(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any) -> "Connection":
+        """A connection, as uvicorn makes it."""
+        return Connection(self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop())
+
+    def opened(self, connection: "Connection") -> None:
+        """Count a connection; at the limit, close the one that can best be spared."""
+        self.connections.add(connection)
+        self._by_address[connection.address] = self._by_address.get(connection.address, 0) + 1
+        if len(self.connections) > self.max_connections:
+            spare = [c for c in self.connections if c.state != ANSWER]
+            victim = max(spare, key=lambda c: (self._by_address[c.address], -c.since), default=connection)
+            self.gate.dropped("connection_limit")
+            victim.abort()
+        if not self._sweeping:
+            self._sweeping = True
+            connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
+
+    def closed(self, connection: "Connection") -> None:
+        """Forget a connection."""
+        if connection not in self.connections:
+            return
+        self.connections.discard(connection)
+        self._paused.discard(connection)
+        left = self._by_address[connection.address] - 1
+        if left:
+            self._by_address[connection.address] = left
+        else:
+            del self._by_address[connection.address]
+
+    def paused(self, connection: "Connection") -> None:
+        """Note a client that does not read; if too much waits for such clients, cut who has the most."""
+        self._paused.add(connection)
+        unread = {c: c.unread() for c in self._paused}
+        while sum(unread.values()) > MAX_UNREAD_BYTES:
+            worst = max(unread, key=lambda c: unread[c])
+            del unread[worst]
+            self.gate.dropped("unread")
+            worst.abort()
+
+    @property
+    def paused_connections(self) -> int:
+        """Clients that do not read what is sent to them."""
+        return len(self._paused)
+
+    def resumed(self, connection: "Connection") -> None:
+        """It reads again."""
+        self._paused.discard(connection)
+
+    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End what is late; cheaper than a timer for each request."""
+        now = monotonic()
+        for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
+            connection.late(now)
+        self._sweeping = bool(self.connections)
+        if self._sweeping:
+            loop.call_later(SWEEP_S, self._sweep, loop)
+
+
+class Connection(asyncio.Protocol):
+    """A client's connection.
+
+    It is in a request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the client
+    closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
+
+    Attributes:
+        state: what it is doing.
+        since: when it began to (monotonic seconds).
+        deadline: until when the client must have sent what is awaited.
+        write_deadline: until when the client must have read.
+        address: of the client.
+    """
+
+    on_gone: Callable[[], None] | None = None
+
+    def __init__(
+        self,
+        listener: Listener,
+        root_path: str,
+        server_state: Any,
+        app_state: dict[str, Any],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self.loop = loop
+        self._listener, self._root_path = listener, root_path
+        self._server_state, self._app_state = server_state, app_state
+        self._transport: Any = None
+        self._parser = HttpRequestParser(self)
+        self.state, self.address = HEAD, ""
+        self.since = monotonic()
+        self.deadline, self.write_deadline = self.since + HEAD_TIMEOUT_S, inf
+        self._data = b""  # read and not parsed
+        self._searched = 0  # of it, without the end of a head
+        self._blank = 0  # bytes of empty lines before a head
+        self._reading_paused = False
+        self._resumed: asyncio.Event | None = None  # set once the client reads again
+        self._closing = False  # after the present answer
+        self._gone = False
+        self._discarded = 0
+        self._client, self._held = "", 0  # bytes in flight, and whose
+        self._request: _Request | None = None
+
+    # What uvicorn and the event loop call
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for the first head."""
+        self._transport = transport
+        peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
+        self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
+        self.address = self._peer[0] if self._peer else ""
+        self._server_state.connections.add(self)
+        self._listener.opened(self)
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """Tell whoever answers."""
+        self._gone = True
+        self._server_state.connections.discard(self)
+        self._listener.closed(self)
+        self._release()
+        self.deadline = self.write_deadline = inf
+        if self.on_gone is not None:
+            self.on_gone()
+        if self._resumed is not None:
+            self._resumed.set()
+        if self._request is not None:
+            self._request.end()
+
+    def shutdown(self) -> None:
+        """Close, if nothing is being answered; else after the answer."""
+        if self.state == ANSWER:
+            self._closing = True
+        else:
+            self._close()
+
+    def pause_writing(self) -> None:
+        """The client does not read: it has so long to begin again."""
+        self._resumed = asyncio.Event()
+        self.write_deadline = monotonic() + WRITE_TIMEOUT_S
+        self._listener.paused(self)
+
+    def resume_writing(self) -> None:
+        """The client reads."""
+        if self._resumed is not None:
+            self._resumed.set()
+            self._resumed = None
+        if not self._transport.is_closing():
+            self.write_deadline = inf
+        self._listener.resumed(self)
+        if self.state == HEAD:
+            self._go_on()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, or keep it until the present request is answered."""
+        if self.state == LINGER:
+            self._discarded += len(data)
+            if self._discarded > MAX_DISCARDED_BYTES:
+                self.abort()
+            return
+        if self.state == HEAD and not self._data and not self._blank:
+            self._wait(HEAD, HEAD_TIMEOUT_S)
+        self._data = self._data + data if self._data else data
+        if self.state == ANSWER or self._resumed is not None:
+            if len(self._data) > MAX_AHEAD_BYTES and not self._reading_paused:
+                self._reading_paused = True
+                self._transport.pause_reading()
+        else:
+            self._advance()
+
+    # Deadlines
+
+    def _wait(self, state: int, seconds: float) -> None:
+        self.state, self.since = state, monotonic()
+        self.deadline = self.since + seconds
+
+    def late(self, now: float) -> None:
+        """End what is late."""
+        if self.write_deadline < now or self.state == LINGER:
+            self.abort()
+        elif self.state == BODY:
+            limit = self._listener.body_timeout_s
+            error = ApiError(408, f"the body did not arrive within {limit:g} s", cause="slow_body")
+            self._start(error)
+        else:
+            self._close()
+
+    def _close(self) -> None:
+        """Close once what was written is sent; cut off where that takes too long."""
+        self.deadline = inf
+        self.write_deadline = min(self.write_deadline, monotonic() + WRITE_TIMEOUT_S)
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once."""
+        self._listener.closed(self)
+        self._transport.abort()
+
+    def _linger(self) -> None:
+        """Close, after a client that is still sending had time to see the answer."""
+        self._release()
+        self._data = b""
+        self._wait(LINGER, LINGER_S)
+        self._resume_reading()
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
+
+    def _resume_reading(self) -> None:
+        if self._reading_paused:
+            self._reading_paused = False
+            self._transport.resume_reading()
+
+    def unread(self) -> int:
+        """Bytes written that the client has not read."""
+        return int(self._transport.get_write_buffer_size())
+
+    # Parsing
+
+    def _advance(self) -> None:
+        try:
+            while self._data and (
+                self._take_head() if self.state == HEAD else self.state == BODY and self._take_body()
+            ):
+                pass
+        except ApiError as error:  # in a body
+            self._start(error)
+        except HttpParserUpgrade:
+            self._refuse(405, "CONNECT is not allowed; see /docs")
+        except (HttpParserError, ValueError) as error:
+            reason = str(error.__context__ or error)[:200]  # httptools wraps what callbacks raise
+            self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
+
+    def _take_head(self) -> bool:
+        """Parse a head; False if it is not whole. Raises ValueError or HttpParserError."""
+        data = self._data
+        if data.startswith(b"\r\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
+            left = data.lstrip(b"\r\n")
+            self._blank += len(data) - len(left)
+            self._data = data = left
+        if data and not 65 <= data[0] <= 90:  # TLS, for example: the client would wait for an answer
+            raise ValueError("it does not begin with a method")
+        end = data.find(_END, self._searched)
+        if self._blank + (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
+            raise ValueError(f"its head is larger than {MAX_HEAD_BYTES} bytes")
+        if end < 0:
+            self._searched = max(0, len(data) - len(_END) + 1)
+            return False
+        if data.count(b"\r\n", 0, end) > MAX_HEADERS:
+            raise ValueError(f"its head has more than {MAX_HEADERS} headers")
+        head, self._data = data[: end + len(_END)], data[end + len(_END) :]
+        self._searched = self._blank = 0
+        if b"pgrade:" in head or b"PGRADE:" in head:
+            head = _UPGRADE.sub(b"", head)
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._url, self._whole, self._length = b"", False, -1
+        self._expects_continue = False
+        self._body: list[bytes] = []
+        self._size = self._framing = 0
+        self._is_head = True
+        self._parser.feed_data(head)
+        self._is_head = False
+        self._begin()
+        return True
+
+    def on_url(self, url: bytes) -> None:
+        """A part of the request line."""
+        self._url += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer, which is ignored."""
+        if not self._is_head:
+            return
+        name = name.lower()
+        self._headers.append((name, value))
+        if name == b"content-length":
+            self._length = int(value)  # llhttp takes digits only
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self._expects_continue = True
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body."""
+        self._body.append(body)
+        self._size += len(body)
+        if self._length < 0 and len(self._body) > MAX_SMALL_CHUNKS + self._size // MIN_CHUNK_BYTES:
+            raise ValueError("too many small chunks")
+
+    def on_message_complete(self) -> None:
+        """The request is whole."""
+        self._whole = True
+
+    def _begin(self) -> None:
+        """A head is whole: wait for its body, or answer it now. Raises ValueError or HttpParserError."""
+        url = parse_url(self._url)
+        path = url.path.decode("ascii")
+        version = self._parser.get_http_version()
+        self._keep_alive = version != "1.0" and bool(self._parser.should_keep_alive())
+        scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": version,
+            "server": self._local,
+            "client": self._peer,
+            "scheme": "http",
+            "method": self._parser.get_method().decode("ascii"),
+            "root_path": self._root_path,
+            "path": self._root_path + (unquote(path) if "%" in path else path),
+            "raw_path": self._root_path.encode("ascii") + url.path,
+            "query_string": url.query or b"",
+            "headers": self._headers,
+            "state": self._app_state.copy(),
+            "de3.connection": self,
+            "de3.started": perf_counter(),
+        }
+        self._scope = scope
+        if self._whole:
+            self._start(b"")
+            return
+        client = self._listener.gate.admit(scope)
+        too_large = self._length > self._listener.max_body_bytes
+        # A body that is there already is read in any case: the connection can then be used again.
+        if (client is None or too_large) and not 0 <= self._length <= len(self._data):
+            self._start(self._too_large() if too_large else b"")
+            return
+        self._client = client or ""
+        self._wait(BODY, self._listener.body_timeout_s)
+        if self._expects_continue and not self._data:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _take_body(self) -> bool:
+        """Parse what there is of a body; False if more must come. Raises ApiError, ValueError, HttpParserError."""
+        if self._length >= 0:
+            left = self._length - self._size
+            piece, self._data = self._data[:left], self._data[left:]
+            self._hold(len(piece))
+            self._parser.feed_data(piece)
+        else:
+            self._take_chunks()
+        if self._whole:
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+            self._body = []
+            self._start(body)
+        return False
+
+    def _take_chunks(self) -> None:
+        data, at = self._data, 0
+        while not self._whole:
+            end = data.find(_END, at)
+            # Without an end in sight, all but what may be the beginning of one.
+            to = len(data) - len(_END) + 1 if end < 0 else end + len(_END)
+            if to <= at:
+                break
+            size = self._size
+            self._parser.feed_data(data[at:to])
+            size = self._size - size
+            self._framing += to - at - size + MIN_CHUNK_BYTES
+            at = to
+            if self._framing > MAX_FRAMING_BYTES + self._size:
+                raise ValueError(f"more than {MAX_FRAMING_BYTES} bytes of chunk sizes and trailers")
+            if self._size > self._listener.max_body_bytes:
+                raise self._too_large()
+            self._hold(size)
+        self._data = data[at:]
+
+    def _too_large(self) -> ApiError:
+        limit = self._listener.max_body_bytes
+        return ApiError(413, f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
+
+    def _hold(self, size: int) -> None:
+        """Count bytes of a body as in flight; raises ApiError 429 or 503."""
+        self._listener.gate.bytes_in_flight.take(self._client, size)
+        self._held += size
+
+    def _release(self) -> None:
+        if self._held:
+            self._listener.gate.bytes_in_flight.give_back(self._client, self._held)
+            self._held = 0
+        self._body = []
+
+    # Answering
+
+    def _start(self, body: bytes | ApiError) -> None:
+        """Let the application answer a request, given its body or why that was not read."""
+        self.state, self.deadline = ANSWER, inf
+        request = self._request = _Request(self, self._scope, body)
+        task = self.loop.create_task(request.run(self._listener.app))
+        self._server_state.tasks.add(task)
+        task.add_done_callback(self._server_state.tasks.discard)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer what is no HTTP, and close."""
+        self._listener.gate.malformed()
+        error = ApiError(status, message).response()
+        self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
+        self._linger()
+
+    def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Write a head and the beginning of its body."""
+        lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
+        for name, value in (*self._server_state.default_headers, *headers):
+            lines += (name, b": ", value, b"\r\n")
+        lines += (b"\r\n", body)
+        self._transport.write(b"".join(lines))
+
+    def write_more(self, data: bytes) -> None:
+        """Write more of a body."""
+        self._transport.write(data)
+
+    async def drain(self) -> None:
+        """Wait until the client reads what was written."""
+        if self._resumed is not None:
+            await self._resumed.wait()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the client closed the connection."""
+        return self._gone
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether another request may follow."""
+        return self._keep_alive and self._whole and not self._closing
+
+    def answered(self) -> None:
+        """The answer is written: go on to the next request, or close."""
+        self._server_state.total_requests += 1
+        self._request = None
+        if self._gone:
+            return
+        if self.keeps_alive:
+            self._release()
+            self._wait(HEAD, KEEP_ALIVE_S)
+            if self._data:
+                self._wait(HEAD, HEAD_TIMEOUT_S)
+            if self._data or self._reading_paused:
+                self.loop.call_soon(self._go_on)
+        elif self._whole:
+            self._release()
+            self._close()
+        else:
+            self._linger()
+
+    def broken(self) -> None:
+        """The application failed in the middle of an answer."""
+        self._request = None
+        self.abort()
+
+    def _go_on(self) -> None:
+        """Parse what came meanwhile, unless answers must be read first."""
+        if self._gone or self.state != HEAD or self._resumed is not None:
+            return
+        self._resume_reading()
+        self._advance()
+
+
+class _Request:
+    """A request and its answer, as ASGI has them."""
+
+    __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start", "_waiter")
+
+    def __init__(self, connection: Connection, scope: Scope, body: bytes | ApiError) -> None:
+        self._connection, self._scope = connection, scope
+        self._body: bytes | ApiError | None = body
+        self._start: Message | None = None  # of an answer, until its body begins
+        self._chunked = False
+        self._is_head = scope["method"] == "HEAD"
+        self._over = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let the application answer."""
+        try:
+            await app(self._scope, self.receive, self.send)
+        except Exception:  # the framework raises it again after it answered 500
+            log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
+        finally:
+            if not self._over:
+                self._over = True
+                self._connection.broken()
+
+    async def receive(self) -> Message:
+        """The whole body; then, once it is over, that it is. Raises ApiError where the body could not be read."""
+        body, self._body = self._body, None
+        if isinstance(body, ApiError):
+            raise body
+        if body is not None:
+            return {"type": "http.request", "body": body, "more_body": False}
+        if not (self._over or self._connection.is_gone):
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        return {"type": "http.disconnect"}
+
+    def end(self) -> None:
+        """It is over, or its client is gone."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def send(self, message: Message) -> None:
+        """Write an answer's head or a part of its body; waits while the client does not read."""
+        connection = self._connection
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if connection.is_gone:
+            self._over = True
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if self._start is not None:
+            self._write_head(self._start, body, more)
+            self._start = None
+        elif not self._is_head:
+            connection.write_more(self._framed(body, more))
+        if more:
+            await connection.drain()
+        else:
+            self._over = True
+            self.end()
+            connection.answered()
+
+    def _write_head(self, start: Message, body: bytes, more: bool) -> None:
+        headers = list(start.get("headers", ()))
+        status = start["status"]
+        if not any(name == b"content-length" for name, _ in headers) and status not in (204, 304):
+            self._chunked = True
+            headers.append((b"transfer-encoding", b"chunked"))
+        if not self._connection.keeps_alive:
+            headers.append((b"connection", b"close"))
+        self._connection.write(status, headers, b"" if self._is_head else self._framed(body, more))
+
+    def _framed(self, body: bytes, more: bool) -> bytes:
+        if not self._chunked:
+            return body
+        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        return chunk if more else chunk + b"0\r\n\r\n"
