@@ -1,5 +1,6 @@
 """The image and docker compose on a real engine; base images that cannot be pulled are stood in for."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -131,6 +132,47 @@ def test_the_container_is_locked_down(compose: Compose) -> None:
     assert found["CapDrop"] == ["ALL"] and found["SecurityOpt"] == ["no-new-privileges:true"]
 
 
+def limit(container: str, controller: str, v1: str, v2: str) -> int:
+    """A limit of the container's cgroup, of version 1 or 2, as a process in it reads it."""
+    places = f"/sys/fs/cgroup/{v2} /sys/fs/cgroup/{controller}/{v1}"
+    return int(docker("exec", container, "sh", "-c", f"cat {places} 2>/dev/null || true"))
+
+
+def python(container: str, code: str) -> subprocess.CompletedProcess[str]:
+    command = ["docker", "exec", container, "python3", "-c", code]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+
+
+def test_its_limits_are_in_force(compose: Compose) -> None:
+    server = compose.container("server")
+    assert limit(server, "memory", "memory.limit_in_bytes", "memory.max") == 2**30
+    assert limit(server, "pids", "pids.max", "pids.max") == 512
+    limits = docker("exec", server, "cat", "/proc/1/limits").splitlines()
+    (files,) = (line.split()[3:5] for line in limits if line.startswith("Max open files"))
+    assert files == ["2048", "2048"]
+    found = json.loads(docker("inspect", "--format", "{{json .HostConfig}}", compose.container("prometheus")))
+    assert found["Memory"] == found["MemorySwap"] == 2**30 and found["PidsLimit"] == 256
+
+    greedy = python(
+        server, "b'x' * 2**31"
+    )  # the largest process of the container: it is killed, not the server
+    assert greedy.returncode == 137, greedy
+    forks = python(
+        server,
+        "import threading\n"
+        "end = threading.Event()\n"
+        "try:\n"
+        "    for n in range(1000): threading.Thread(target=end.wait).start()\n"
+        "except RuntimeError as error: print(n, error)\n"
+        "end.set()",
+    )
+    started, error = forks.stdout.split(maxsplit=1)
+    assert int(started) < 512 and "can't start new thread" in error, forks
+    started_at = docker("inspect", "--format", "{{.RestartCount}} {{.State.Running}}", server)
+    assert started_at == "0 true"
+    assert httpx.get(compose.url + "/ready").status_code == 200
+
+
 def test_it_classifies(compose: Compose) -> None:
     answer = httpx.post(
         compose.url + "/classify", json={"input": ["a warm , funny , engaging film", "awful"]}
@@ -210,7 +252,10 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
             until(lambda: len(compose.requests_logged()) > before + 100, "short requests", 60)
             compose("restart", "server")
             compose.wait_until_healthy()
-            time.sleep(0.5)  # some more short ones, by the new process
+            again = len(compose.requests_logged())
+            until(
+                lambda: len(compose.requests_logged()) > again + 20, "short requests, by the new process", 60
+            )
         finally:
             stop.set()
         assert [done.result() for done in longs] == [200] * 3
@@ -243,6 +288,52 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
         compose.wait_until_healthy()
     answer = httpx.post(compose.url + "/classify", json={"input": "a lovely film"})
     assert answer.json()["model"] == "tiny-int8:1"
+
+
+def test_keys_come_in_files(compose: Compose) -> None:
+    """As .env advises: readable for user 10001, in a folder that others on this machine cannot enter."""
+    key, admin_key = "alice-0123456789", "root-0123456789abc"
+    with tempfile.TemporaryDirectory() as folder:
+        assert Path(folder).stat().st_mode & 0o777 == 0o700
+        keys, admin_keys = Path(folder, "keys"), Path(folder, "admin-keys")
+        keys.write_text(f"alice sha256:{hashlib.sha256(key.encode()).hexdigest()}\n")
+        admin_keys.write_text(f"root {admin_key}\n")
+        for path in (keys, admin_keys):
+            path.chmod(0o644)
+        files = {"DE3_API_KEYS_FILE": str(keys), "DE3_ADMIN_KEYS_FILE": str(admin_keys)}
+        compose("up", "--detach", "server", **files)
+        compose.wait_until_healthy()
+
+        def status(method: str, path: str, key: str | None = None, **body: Any) -> int:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            return httpx.request(method, compose.url + path, json=body, headers=headers).status_code
+
+        assert status("POST", "/classify", input="a lovely film") == 401
+        assert status("POST", "/classify", "alice-012345678x", input="a lovely film") == 401
+        assert status("POST", "/classify", key, input="a lovely film") == 200
+        assert status("POST", "/v1/models/no-such-model/unload", key) == 401
+        assert status("POST", "/v1/models/no-such-model/unload", admin_key) == 404
+        assert admin_key not in docker("inspect", compose.container("server"))
+
+        with pytest.raises(AssertionError, match="use DE3_API_KEYS_FILE"):
+            compose("up", "--detach", "server", DE3_API_KEYS=f"alice {key}")
+
+        keys.chmod(0o600)  # for its owner, who is not user 10001
+        server = compose.container("server")
+        docker("restart", "--time", "5", server)
+
+        def logged() -> str:
+            return subprocess.run(
+                ["docker", "logs", "--tail", "20", server], check=True, capture_output=True, text=True
+            ).stderr
+
+        until(lambda: "'DE3_API_KEYS_FILE'" in logged(), "the server to refuse to start", 30)
+        assert "is not readable" in logged()
+        docker("rm", "--force", server)  # before Compose, which cannot stop what is just being restarted
+    compose("up", "--detach", "server")
+    compose.wait_until_healthy()
+    answer = httpx.post(compose.url + "/classify", json={"input": "a lovely film"})
+    assert answer.status_code == 200  # no keys again
 
 
 def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:

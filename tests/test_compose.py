@@ -1,0 +1,106 @@
+"""docker-compose.yml as docker-compose reads it, without an engine; tests/test_docker.py runs it on one."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("docker-compose") is None, reason="no docker-compose here: tests/docker/packages.sh"
+)
+SET_BY_USERS = (
+    "GRAFANA_PASSWORD",
+    "DE3_API_KEYS",
+    "DE3_ADMIN_KEYS",
+    "DE3_API_KEYS_FILE",
+    "DE3_ADMIN_KEYS_FILE",
+)
+
+
+def config(**variables: str) -> dict[str, Any]:
+    """The project with these variables, and .env's."""
+    inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_USERS}
+    done = subprocess.run(
+        ["docker-compose", "--profile", "*", "config", "--format", "json"],
+        env=inherited | variables,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "variable is not set" not in done.stderr, done.stderr
+    project: dict[str, Any] = json.loads(done.stdout)
+    return project
+
+
+def test_every_service_has_limits() -> None:
+    services = config()["services"]
+    assert set(services) == {"server", "prometheus", "grafana", "loadtest"}
+    for name, service in services.items():
+        assert int(service["mem_limit"]) <= 2**30, name
+        assert service["memswap_limit"] == service["mem_limit"], name  # no swap on top
+        assert 0 < service["pids_limit"] <= 512, name
+        # A tmpfs is memory: by default half of the machine's.
+        assert all("size=" in tmpfs for tmpfs in service.get("tmpfs", [])), name
+    assert int(services["server"]["mem_limit"]) == 2**30
+
+
+def test_limits_can_be_set() -> None:
+    services = config(SERVER_MEMORY="3g", SERVER_PIDS="99", SERVER_FILES="77", GRAFANA_MEMORY="256m")[
+        "services"
+    ]
+    server = services["server"]
+    assert int(server["mem_limit"]) == int(server["memswap_limit"]) == 3 * 2**30
+    assert (server["pids_limit"], server["ulimits"]["nofile"]) == (99, 77)
+    assert int(services["grafana"]["mem_limit"]) == 2**28
+
+
+@pytest.mark.parametrize("unset", [{}, {"GRAFANA_PASSWORD": ""}])
+def test_grafana_creates_no_admin_without_a_password(unset: dict[str, str]) -> None:
+    """Its default, which an empty variable leaves in place, is admin with the password admin."""
+    environment = config(**unset)["services"]["grafana"]["environment"]
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
+    assert not environment["GF_SECURITY_ADMIN_PASSWORD"]
+
+
+def test_grafana_creates_an_admin_with_the_password() -> None:
+    environment = config(GRAFANA_PASSWORD="true love $5")["services"]["grafana"]["environment"]
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "false"
+    assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
+    assert environment["GF_SECURITY_ADMIN_PASSWORD"].replace("$$", "$") == "true love $5"
+
+
+def test_without_key_files_the_server_is_told_of_none() -> None:
+    project = config()
+    environment = project["services"]["server"]["environment"]
+    assert environment["DE3_API_KEYS_FILE"] == environment["DE3_ADMIN_KEYS_FILE"] == ""
+    for secret in project["secrets"].values():
+        assert Path(secret["file"]).is_file()  # or `up` would fail
+
+
+@pytest.mark.parametrize("which", ["api", "admin"])
+def test_a_key_file_is_mounted(which: str, tmp_path: Path) -> None:
+    variable = f"DE3_{which.upper()}_KEYS_FILE"
+    project = config(**{variable: str(tmp_path / "keys")})
+    server = project["services"]["server"]
+    (mounted,) = (s["target"] for s in server["secrets"] if s["source"] == f"{which}-keys")
+    assert server["environment"][variable] == mounted
+    assert project["secrets"][f"{which}-keys"]["file"] == str(tmp_path / "keys")
+
+
+@pytest.mark.parametrize("variable", ["DE3_API_KEYS", "DE3_ADMIN_KEYS"])
+@pytest.mark.parametrize("value", ["alice 0123456789abcdef", ""])
+@pytest.mark.parametrize("file", ["", "/etc/hostname"])
+def test_keys_in_a_variable_stop_the_start(variable: str, value: str, file: str) -> None:
+    """docker inspect would show them, and without them the server would be open."""
+    project = config(**{variable: value, f"{variable}_FILE": file})
+    assert "0123456789abcdef" not in json.dumps(project)
+    secret = project["secrets"][variable.removeprefix("DE3_").lower().replace("_", "-")]
+    assert f"use {variable}_FILE" in secret["file"]
+    assert not Path(secret["file"]).exists()  # of which `up` complains: tests/test_docker.py
