@@ -1,8 +1,9 @@
 """The Kubernetes manifests: valid by Kubernetes' own schemas, and in agreement with the image."""
 
+import re
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import kubernetes_validate
@@ -12,6 +13,7 @@ import yaml
 from server.settings import Settings
 
 FILE = Path("deploy/kubernetes/de3.yaml")
+UNITS = {"Mi": 2**20, "Gi": 2**30}
 DOCUMENTS: dict[str, dict[str, Any]] = {d["kind"]: d for d in yaml.safe_load_all(FILE.read_text())}
 
 
@@ -36,6 +38,7 @@ def test_they_fit_together_and_the_image() -> None:
         DOCUMENTS["Deployment"]["spec"]["selector"]["matchLabels"],
         DOCUMENTS["Service"]["spec"]["selector"],
         DOCUMENTS["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"],
+        DOCUMENTS["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"],
     ):
         assert selector.items() <= labels.items()
     (port,) = container["ports"]
@@ -48,6 +51,67 @@ def test_they_fit_together_and_the_image() -> None:
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
     Settings(**settings)
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
+
+
+def test_the_network_policy_lets_in_who_is_named_and_nobody_out() -> None:
+    policy = DOCUMENTS["NetworkPolicy"]["spec"]
+    assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert policy["egress"] == []
+    (rule,) = policy["ingress"]
+    (container,) = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": container["ports"][0]["containerPort"]}]
+    # An empty peer, or an empty selector in it, would let in everybody.
+    for peer in rule["from"]:
+        assert peer and all(selector["matchLabels"] for selector in peer.values()), peer
+    # Prometheus is where the adapter looks for it.
+    adapter = yaml.safe_load((FILE.parent / "adapter.yaml").read_text())
+    namespace = re.match(r"http://[\w-]+\.([\w-]+)\.svc", adapter["prometheus"]["url"])
+    assert namespace is not None
+    wanted = {"matchLabels": {"kubernetes.io/metadata.name": namespace[1]}}
+    assert {"namespaceSelector": wanted} in rule["from"]
+
+
+def test_keys_come_as_files_that_the_server_can_read() -> None:
+    pod = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    env = {e["name"]: e["value"] for e in container["env"]}
+    assert not {"DE3_API_KEYS", "DE3_ADMIN_KEYS"} & set(env)
+    (volume,) = (v for v in pod["volumes"] if "secret" in v)
+    (mount,) = (m for m in container["volumeMounts"] if m["name"] == volume["name"])
+    assert mount["readOnly"] is True
+    secret = volume["secret"]
+    assert not secret.get("optional", False)  # the pod waits for it, and does not start without keys
+    # A Secret's files belong to root and to the group fsGroup.
+    assert secret["defaultMode"] == 0o440
+    assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
+    # The command at the top of the file makes what is mounted here.
+    (command,) = re.findall(r"kubectl create secret generic .*", FILE.read_text())
+    assert f"generic {secret['secretName']} " in command
+    made = set(re.findall(r"--from-file=([\w-]+)=", command))
+    for name in ("DE3_API_KEYS_FILE", "DE3_ADMIN_KEYS_FILE"):
+        path = PurePosixPath(env[name])
+        assert str(path.parent) == mount["mountPath"]
+        made.remove(path.name)
+    assert not made
+
+
+def test_the_memory_limit_covers_what_the_server_admits() -> None:
+    """An upper bound by arithmetic, without the kernel's socket buffers."""
+
+    def size(text: str) -> int:
+        return int(text[:-2]) * UNITS[text[-2:]]
+
+    pod = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
+    env = {e["name"]: e["value"] for e in container["env"]}
+    (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if "emptyDir" in v)
+    reload = 360_000_000  # measured, with the demo model
+    assert memory["requests"] > reload + tmp
+    bodies = Settings().max_inflight_bytes * 9 // 8 * 5  # as bytes, and as strings of 4 bytes a character
+    connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and what is read ahead
+    unread = 2**26  # answers
+    assert memory["limits"] > reload + tmp + bodies + connections + unread
 
 
 def test_the_autoscaler_asks_for_a_metric_that_there_is() -> None:
