@@ -84,15 +84,16 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     assert 150 < len(run.answers) < 260  # Poisson: 200 ± 14
     waited = [x for x in run.latencies_ms() if x > 100]
     assert len(waited) > 30  # not the 2 that a generator would see that waits for its connections
-    assert quantile(run.latencies_ms(), 0.5) < 100
+    assert run.latencies_ms()[0] < 100  # but not everyone
 
 
 def test_a_closed_loop_sends_the_samples_in_turn() -> None:
     with plain_server(lambda _: reply("a")) as target:
-        run = load(target, SAMPLES, seconds=0.3, connections=4)
+        run = load(target, SAMPLES, seconds=1.0, connections=4)
     assert run.offered is None and len(run.answers) > len(SAMPLES)
-    assert run.rate() == pytest.approx(len(run.answers) / 0.3, rel=0.05)  # but for the last of them
-    assert [a.sample for a in run.answers[: 2 * len(SAMPLES)]] == [*range(len(SAMPLES))] * 2
+    last = sum(a.done > run.seconds for a in run.answers)
+    assert last <= 4 and run.rate() == len(run.answers) - last
+    assert [a.sample for a in run.answers] == [i % len(SAMPLES) for i in range(len(run.answers))]
 
 
 def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

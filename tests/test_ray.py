@@ -60,17 +60,18 @@ def test_each_node_has_a_replica(port: int) -> None:
 def test_a_killed_replica_is_replaced_and_every_request_answered(port: int) -> None:
     before = measure.replicas()
     with measure.Clients(port, TEXTS) as clients:
-        time.sleep(1)
+        until(lambda: clients.counts["200 tiny:1"] > 20, "answers")
         killed = measure.kill_one()
         until(lambda: len(measure.replicas().keys() - {killed}) == 2, "another replica", 60)
-        time.sleep(1)
+        after = clients.counts["200 tiny:1"]
+        until(lambda: clients.counts["200 tiny:1"] > after + 20, "answers with another replica")
     assert killed in before and len(set(measure.replicas().values())) == 2
     assert set(clients.counts) == {"200 tiny:1"}
 
 
 def test_a_model_is_changed_without_an_error(port: int, versions: Path) -> None:
     with measure.Clients(port, TEXTS) as clients:
-        time.sleep(1)
+        until(lambda: clients.counts["200 tiny:1"] > 20, "answers of the old version")
         measure.deploy(store=versions, models="tiny:2", min_replicas=2, max_replicas=2)
         until(lambda: clients.counts["200 tiny:2"] > 20, "answers of the new version")
     assert set(clients.counts) == {"200 tiny:1", "200 tiny:2"}
