@@ -91,8 +91,8 @@ def serve(
         list[str] | None,
         typer.Option(
             envvar="DE3_TRUSTED_PROXIES",
-            help="Network of proxies whose X-Forwarded-For names the client, as in 10.0.0.0/8; repeat for more. "
-            "Clients without a key share what is limited by address.",
+            help="Network of proxies whose X-Forwarded-For names the client, as in 10.0.0.0/8; repeat for "
+            "more. Clients without a key are told apart by address.",
             rich_help_panel=SERVING,
             show_default=False,
         ),

@@ -250,8 +250,6 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
     if status >= 500:
         return f"status {status}"
     if status >= 400 and not request.startswith(b"HEAD "):
-        if status == 400 and headers.get("content-type", "").startswith("text/plain"):
-            return ""  # from uvicorn's parser, before it is a request
         try:
             error = json.loads(body)["error"]
             if not (error["message"] and error["type"] and error["code"] == status):

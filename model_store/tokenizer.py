@@ -1,4 +1,4 @@
-"""From text to tokens, at most as many as the model takes, in steps short enough to be preempted between them."""
+"""From text to tokens, at most as many as the model takes, in short steps between which to preempt it."""
 
 import os
 import re
@@ -13,8 +13,8 @@ from model_store.segments import Tokens
 from model_store.store import Artifact, StoreError
 
 MAX_CHARS_PER_TOKEN = 100
-# A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters
-# that fall into single letters) takes 10 to 20 µs a character.
+# A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
+# letters that fall into single letters) takes 10 to 20 µs a character.
 PIECE = 512
 # Where a text may be cut without changing its tokens: before white space, else after punctuation.
 _SPACE, _PUNCTUATION = re.compile(r"(?<=\S)\s"), re.compile(r"[^\w\s]")
@@ -32,7 +32,9 @@ class _Frame:
         """Raises ValueError if special tokens stand elsewhere than before, between and after the texts."""
         encoding = _encode(tokenizer, [(_PROBE, pair)])[0]
         parts = [0 if s is None else s + 1 for s in encoding.sequence_ids]
-        places = [[i for i, part in enumerate(parts) if part == n] for n in (1, 2)[: 1 if pair is None else 2]]
+        places = [
+            [i for i, part in enumerate(parts) if part == n] for n in (1, 2)[: 1 if pair is None else 2]
+        ]
         self._between: list[tuple[list[int], list[int]]] = []  # ids and type ids before, between and after
         self._types: list[int] = []  # of the texts
         at = 0
@@ -98,7 +100,8 @@ class TextTokenizer:
         return _encode(self._tokenizer, texts)
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
-        """The tokens of a short text by its encoding; raises ValueError if it is too long and not to be cut."""
+        """The tokens of a short text by its encoding; raises ValueError if it is too long and not to be
+        cut."""
         if len(encoding) <= self.max_tokens:
             return _tokens(encoding.ids, encoding.type_ids, False)
         if not truncate:
@@ -124,7 +127,9 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _too_long(self, count: str) -> ValueError:
-        return ValueError(f"has {count} tokens, the model takes at most {self.max_tokens}; let truncate be true")
+        return ValueError(
+            f"has {count} tokens, the model takes at most {self.max_tokens}; let truncate be true"
+        )
 
 
 class Tokenization:
@@ -144,7 +149,8 @@ class Tokenization:
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
 
     def step(self) -> Tokens | None:
-        """Tokenize a piece; the tokens once there are enough, or all. Raises ValueError, see TextTokenizer."""
+        """Tokenize a piece; the tokens once there are enough, or all. Raises ValueError, see
+        TextTokenizer."""
         of = self._of
         if self._has_too_many_chars and not self._truncate:
             most = MAX_CHARS_PER_TOKEN * of.max_tokens
@@ -192,9 +198,7 @@ def _piece_end(text: str, start: int) -> int:
 def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:
     """The ids of an encoding's texts, without special tokens."""
     owners = encoding.sequence_ids
-    return [
-        [i for i, owner in zip(encoding.ids, owners, strict=True) if owner == n] for n in range(1 + pair)
-    ]
+    return [[i for i, owner in zip(encoding.ids, owners, strict=True) if owner == n] for n in range(1 + pair)]
 
 
 def _tokens(ids: Any, types: Any, truncated: bool) -> Tokens:

@@ -188,8 +188,8 @@ class Charge:
 class RateLimit:
     """So many texts a second, minute, hour or day for each key, over a sliding window.
 
-    A request costs as many as it has texts, or as it has started 4 KiB of body, or its texts have started 128 tokens,
-    whichever is most.
+    A request costs as many as it has texts, or as it has started 4 KiB of body, or its texts have started 128
+    tokens, whichever is most.
     """
 
     def __init__(self, rate: str) -> None:
@@ -207,8 +207,8 @@ class RateLimit:
         if texts > self._rate.amount:
             raise ApiError(
                 429,
-                f"input: this request counts as {texts} texts, and your limit is {self._rate}: send fewer at a "
-                "time",
+                f"input: this request counts as {texts} texts, and your limit is {self._rate}: "
+                "send fewer at a time",
                 "input",
                 "rate_limited",
             )

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import orjson
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from de3 import __version__
 from exits.guarantee import CONFIDENCE
+from model_store.manifest import Manifest
 from server import admin, examples
 from server.classify import classify, read_body
 from server.errors import ApiError
@@ -126,12 +128,13 @@ def is_classify(scope: Scope) -> bool:
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
     """Whether a request comes from a page that may ask, or from no page: browsers name the page's origin."""
-    headers = dict(scope["headers"])
-    origin = headers.get(b"origin")
-    if origin is None:
-        return True
-    text = origin.decode("latin-1")
-    return text in allowed or text.partition("://")[2] == headers.get(b"host", b"").decode("latin-1")
+    origin = host = None
+    for name, value in scope["headers"]:
+        if name == b"origin":
+            origin = value.decode("latin-1")
+        elif name == b"host":
+            host = value.decode("latin-1")
+    return origin is None or origin in allowed or origin.partition("://")[2] == host
 
 
 def route_path(scope: Scope) -> str:
@@ -183,6 +186,8 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one asked for, which are 170 KB
+    scraping = asyncio.Lock()  # many at a time would take the interpreter from everything else
     # It is for the documentation and its button to authorize: server/access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
     users = bearer if service.access.users is not None else []
@@ -205,14 +210,19 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         dependencies=users,
         responses={404: {"description": "no such model"}},
     )
-    async def calibration(name: str) -> JSONResponse:
+    async def calibration(name: str) -> Response:
         """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
         manifest = service.manifest(name)
-        found, full_name = manifest.calibration, f"{manifest.name}:{manifest.version}"
-        if found is None:
+        full_name = f"{manifest.name}:{manifest.version}"
+        if manifest.calibration is None:
             raise ApiError(404, f"{full_name} was exported without a calibration", "name")
-        body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
-        return JSONResponse(body | found.model_dump(by_alias=True))
+        kept = calibrations.get(full_name)
+        if kept is None or kept[0] is not manifest:  # the same version may be read anew
+            body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
+            body |= manifest.calibration.model_dump(by_alias=True)
+            calibrations.clear()
+            kept = calibrations[full_name] = (manifest, orjson.dumps(body))
+        return Response(kept[1], media_type="application/json")
 
     if service.access.admins is not None:
         admin.add_routes(app, service.manager, bearer)
@@ -230,9 +240,11 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        async with scraping:
+            body = await asyncio.to_thread(generate_latest, service.metrics.registry)
+        return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:

@@ -200,8 +200,8 @@ async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
     except LeadError:
         raise ApiError(
             429,
-            "latency_budget_ms: you have had more than your share of the engine, and others wait; try again, or "
-            "without a budget",
+            "latency_budget_ms: you have had more than your share of the engine, and others wait; "
+            "try again, or without a budget",
             "latency_budget_ms",
             "over_share",
             retry_after=1,

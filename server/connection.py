@@ -1,17 +1,19 @@
 """HTTP/1.1 for one client, under limits: the protocol that uvicorn runs for each connection.
 
-One request at a time: what a client pipelines waits, unparsed, until the answer before it is written and read. The
-application starts when a request is whole, so that a body that never ends holds a connection and nothing else.
-Every part of a request is limited in raw bytes and in time, and a connection on which a request cannot be read to
-its end is closed once the answer is sent.
+One request at a time: what a client pipelines waits, unparsed, until the answer before it is written and
+read. The application starts when a request is whole, so that a body that never ends holds a connection and
+nothing else. Every part of a request is limited in raw bytes and in time, and a connection on which a request
+cannot be read to its end is closed once the answer is sent.
 
-httptools (Node's llhttp) parses; it is fed up to the end of a message and no further. A head, and a chunked body,
-end with an empty line, and llhttp takes no other line ends than CR LF, so the place can be found beforehand.
+httptools (Node's llhttp) parses; it is fed up to the end of a message and no further. A head, and a chunked
+body, end with an empty line, and llhttp takes no other line ends than CR LF, so the place can be found
+beforehand.
 """
 
 import asyncio
 import logging
 import re
+import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from math import inf
@@ -36,6 +38,7 @@ MAX_SMALL_CHUNKS = 1024
 MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to the system's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
 MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
+SOCKET_BUFFER_BYTES = 2**17
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
@@ -83,9 +86,13 @@ class Listener:
         self._paused: set[Connection] = set()
         self._sweeping = False
 
-    def connection(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any) -> "Connection":
+    def connection(
+        self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any
+    ) -> "Connection":
         """A connection, as uvicorn makes it."""
-        return Connection(self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop())
+        return Connection(
+            self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop()
+        )
 
     def opened(self, connection: "Connection") -> None:
         """Count a connection; at the limit, close the one that can best be spared."""
@@ -144,8 +151,8 @@ class Listener:
 class Connection(asyncio.Protocol):
     """A client's connection.
 
-    It is in a request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the client
-    closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
+    It is in a request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the
+    client closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
 
     Attributes:
         state: what it is doing.
@@ -193,6 +200,10 @@ class Connection(asyncio.Protocol):
         self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
         self.address = self._peer[0] if self._peer else ""
+        # The system would let each connection grow to megabytes.
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
         self._server_state.connections.add(self)
         self._listener.opened(self)
 
@@ -316,7 +327,7 @@ class Connection(asyncio.Protocol):
     def _take_head(self) -> bool:
         """Parse a head; False if it is not whole. Raises ValueError or HttpParserError."""
         data = self._data
-        if data.startswith(b"\r\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
+        if data[:1] in (b"\r", b"\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
             left = data.lstrip(b"\r\n")
             self._blank += len(data) - len(left)
             self._data = data = left
@@ -410,7 +421,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self) -> bool:
-        """Parse what there is of a body; False if more must come. Raises ApiError, ValueError, HttpParserError."""
+        """Parse what there is of a body; False if more must come. Raises ApiError, ValueError,
+        HttpParserError."""
         if self._length >= 0:
             left = self._length - self._size
             piece, self._data = self._data[:left], self._data[left:]
@@ -561,7 +573,8 @@ class _Request:
                 self._connection.broken()
 
     async def receive(self) -> Message:
-        """The whole body; then, once it is over, that it is. Raises ApiError where the body could not be read."""
+        """The whole body; then, once it is over, that it is. Raises ApiError where the body could not be
+        read."""
         body, self._body = self._body, None
         if isinstance(body, ApiError):
             raise body

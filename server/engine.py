@@ -66,7 +66,8 @@ class Engine:
     def problem(self) -> str:
         """What is wrong with the threads, empty if nothing is; to be asked about once a second.
 
-        A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not come back.
+        A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not come
+        back.
         Checks are counted, not seconds: a process that was suspended has not been stuck.
         """
         for number, thread in enumerate(self._threads):
@@ -95,7 +96,8 @@ class Engine:
                 thread.join(1.0)
 
     def submit(self, job: Job) -> None:
-        """Accept a job; raises QueueFullError, or for a deadline that is not promised DeadlineError or LeadError."""
+        """Accept a job; raises QueueFullError, or for a deadline that is not promised DeadlineError or
+        LeadError."""
         if job.deadline is not None:
             if self.queue.lead(job) > LEAD_S:
                 raise LeadError
@@ -248,8 +250,8 @@ def _passed(item: Item, way: Passage) -> Outcome:
 
 
 def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: None) -> Outcome | None:
-    """Take one text on through its layers until it exits. Calls `held(seconds)` before each stretch that cannot be
-    preempted.
+    """Take one text on through its layers until it exits. Calls `held(seconds)` before each stretch that
+    cannot be preempted.
 
     None if its job was dropped, or if it was preempted and waits in the queue again.
     """
@@ -326,8 +328,8 @@ def _outcome(item: Item, reason: str) -> Outcome:
 
 
 def _tokenize(item: Item, queue: WorkQueue, held: Callable[[float], None]) -> bool:
-    """Find the text's tokens; False if its job was dropped or it was preempted. Raises ApiError 422 if it is too long
-    and may not be cut."""
+    """Find the text's tokens; False if its job was dropped or it was preempted. Raises ApiError 422 if it is
+    too long and may not be cut."""
     job = item.job
     if item.tokenization is None:
         item.tokenization = job.model.tokenizer.start(item.text.text, item.text.text_pair, job.truncate)

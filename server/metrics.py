@@ -130,7 +130,7 @@ class Metrics:
         self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or got stuck")
         self.dropped_connections = counter(
             "de3_dropped_connections",
-            "Connections closed for a limit: connection_limit, or unread (the client does not read its answers)",
+            "Connections closed for a limit: connection_limit, or unread (answers that are not read)",
             ["reason"],
         )
         self.far = counter(

@@ -160,7 +160,8 @@ IGNORED = ("user", "rid", "priority")
 def parse(body: bytes, max_texts: int) -> ClassifyRequest:
     """The request in a body; raises ApiError 400 for what is not JSON and 422 for a wrong value.
 
-    What is cheap to find wrong comes first: an error for each of 100,000 fields would take a quarter of a second.
+    What is cheap to find wrong comes first: an error for each of 100,000 fields would take a quarter of a
+    second.
     """
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:

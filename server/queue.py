@@ -26,8 +26,8 @@ class _Client:
     """A client's items by urgency, and the engine time that it has had.
 
     Attributes:
-        spent: seconds on the queue's virtual clock: who comes, or comes back, starts with what the clients that are
-            being served have had, and nothing is saved up.
+        spent: seconds on the queue's virtual clock: who comes, or comes back, starts with what the clients
+            that are being served have had, and nothing is saved up.
         items: a heap.
         is_listed: whether it is among those that may be served next.
     """
@@ -40,9 +40,9 @@ class _Client:
 class WorkQueue:
     """Items that wait for an engine thread, at most `limit` of them.
 
-    Promised deadlines come first, the earliest before all. Then comes the client that has had the least engine time,
-    and of its items the one that is due first. So a client gets its share of the engine whatever others send, and
-    a client that is alone gets everything.
+    Promised deadlines come first, the earliest before all. Then comes the client that has had the least
+    engine time, and of its items the one that is due first. So a client gets its share of the engine whatever
+    others send, and a client that is alone gets everything.
 
     Dropped jobs cost nothing and no room. Shadows' items are handed out only when nothing else waits; they
     take nobody's room, count in no number here, and go when the queue is closed.
@@ -52,7 +52,8 @@ class WorkQueue:
         self.limit = limit
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
-        self._listed: list[tuple[float, int, _Client]] = []  # a heap by what they had spent when it was last put right
+        # A heap, by what they had spent when it was last put right.
+        self._listed: list[tuple[float, int, _Client]] = []
         self._floor = 0.0  # what the client that was served last had spent
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time go first come, first served
@@ -100,7 +101,9 @@ class WorkQueue:
                 elif not (shadow := self._shadows.popleft()).job.dropped:
                     return [shadow]
             first = heap[0][2]
-            room = min(MAX_TOGETHER, -(-self._waiting // threads)) if first.layer == 0 and first.is_short else 1
+            room = min(MAX_TOGETHER, -(-self._waiting // threads))
+            if first.layer > 0 or not first.is_short:
+                room = 1
             items, left = [self._take(heap)], first.job.together_s - first.predicted
             while len(items) < room and (heap := self._first()) is not None:
                 item = heap[0][2]
@@ -141,8 +144,8 @@ class WorkQueue:
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
         """Whether something waits for which this item must be preempted, after `seconds` of engine time.
 
-        That is whatever is no shadow, if this is one; an earlier promise; where nothing is promised, an item of its
-        own client that is due before it, or one of a client that has had less than its own by GRAIN_S.
+        That is whatever is no shadow, if this is one; an earlier promise; where nothing is promised, an item
+        of its own client that is due before it, or one of a client that has had less than its own by GRAIN_S.
         """
         with self._changed:
             own = None
@@ -185,7 +188,8 @@ class WorkQueue:
             self._changed.notify_all()
 
     def _first(self) -> list[Entry] | None:
-        """The heap whose first item is the most urgent, for _take; items of dropped jobs before it fall away."""
+        """The heap whose first item is the most urgent, for _take; items of dropped jobs before it fall
+        away."""
         if self._clean(self._promised):
             return self._promised
         listed = self._listed

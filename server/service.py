@@ -51,7 +51,7 @@ class Service:
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.level))
         self.access = Access(settings)
         self._clients = Clients(settings.trusted_proxies)
-        self.texts_in_flight = Shares(settings.max_queue, "texts", lambda: self.engine.retry_after_s())
+        self.texts_in_flight = Shares(settings.max_queue, "texts", self._wait_s)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
         self.lane = Lane()
         self.engine = Engine(settings.engine_threads(), self.texts_in_flight.most, self.metrics.observe)
@@ -182,6 +182,9 @@ class Service:
         """Raise ApiError 503 while the models load. A draining server still answers what reaches it."""
         if not self.is_open:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
+
+    def _wait_s(self) -> int:
+        return self.engine.retry_after_s()
 
     def client(self, scope: Scope, owner: str) -> str:
         """Who shares what is limited: the owner of an API key, else an address."""

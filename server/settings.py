@@ -19,18 +19,18 @@ class Settings(BaseModel):
         runtime: what runs the layers: onnxruntime, native (our kernels, for int8, on AMX or AVX-512 VNNI), or
             auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
         threads: engine threads, each runs one text at a time; 0: one for each core.
-        max_queue: most texts in flight, from when a request is whole to its answer. What would exceed it is answered
-            503, or 429 for a client that has more than its share of them.
+        max_queue: most texts in flight, from when a request is whole to its answer. What would exceed it is
+            answered 503, or 429 for a client that has more than its share of them.
         max_texts: most texts in one request.
         max_body_bytes: largest request body.
         body_timeout_s: longest wait for a request's body.
         timeout_s: longest time from a request's arrival to its answer.
-        max_connections: most open connections; 0: as many as the process may have files, less what it needs itself.
-            At the limit a connection on which nothing is being answered is closed for a new one.
-        max_inflight_bytes: most bytes of bodies in memory, of all requests that are received or answered; shared
-            like max_queue.
-        trusted_proxies: networks, as in 10.0.0.0/8, whose X-Forwarded-For names the client. Clients without an API
-            key are told apart by address.
+        max_connections: most open connections; 0: as many as the process may have files, less what it needs
+            itself. At the limit a connection on which nothing is being answered is closed for a new one.
+        max_inflight_bytes: most bytes of bodies in memory, of all requests that are received or answered;
+            shared like max_queue.
+        trusted_proxies: networks, as in 10.0.0.0/8, whose X-Forwarded-For names the client. Clients without
+            an API key are told apart by address.
         ood_policy: what to do with texts that are far from every prototype: nothing, flag them, or also let
             them go deeper.
         tau, target_speedup, latency_budget_ms, max_disagreement: at most one, for requests that ask for none

@@ -17,9 +17,9 @@ SPARE = 1 / 8
 class Shares:
     """A limited amount, shared fairly between those who use it now.
 
-    A client's fair share is the limit divided by the number of clients that hold anything. While there is room, a
-    client may hold more than that, even everything. Once the limit is reached, those within their share may still
-    take from the spare room above it.
+    A client's fair share is the limit divided by the number of clients that hold anything. While there is
+    room, a client may hold more than that, even everything. Once the limit is reached, those within their
+    share may still take from the spare room above it.
 
     Attributes:
         most: the limit and the spare room.
@@ -27,14 +27,15 @@ class Shares:
     """
 
     def __init__(self, limit: int, what: str, wait_s: Callable[[], int] = lambda: 1) -> None:
-        """what: the unit, for messages. wait_s: seconds after which a refused client may try again."""
+        """what: the unit, for messages. wait_s: seconds after which to try again, for a refusal."""
         self.limit, self._what, self._wait_s = limit, what, wait_s
         self.most = limit + max(1, int(SPARE * limit))
         self._held: dict[str, int] = {}
         self.total = 0
 
     def take(self, client: str, amount: int) -> None:
-        """Take an amount; raises ApiError 429 for a client that is over its share, 503 when nothing is left."""
+        """Take an amount; raises ApiError 429 for a client that is over its share, 503 when nothing is
+        left."""
         held = self._held.get(client, 0)
         if self.total + amount > self.limit:
             clients = len(self._held) + (held == 0)
@@ -43,8 +44,8 @@ class Shares:
             if not within and clients > 1:
                 raise ApiError(
                     429,
-                    f"over your share: {held} of your {self._what} are in flight, and {amount} more would exceed "
-                    f"{share} while {clients} clients are served; send fewer at a time",
+                    f"over your share: {held} of your {self._what} are in flight, and {amount} more would "
+                    f"exceed {share} while {clients} clients are served; send fewer at a time",
                     cause="over_share",
                     retry_after=self._wait_s(),
                 )
@@ -71,9 +72,9 @@ class Shares:
 class Clients:
     """Tells clients without an API key apart, by address.
 
-    An IPv6 client is its /64 network, as a single host has that many addresses. Behind a proxy everybody has the
-    proxy's address, unless the proxy is trusted: then the client is the last address in X-Forwarded-For that is
-    not a trusted proxy's.
+    An IPv6 client is its /64 network, as a single host has that many addresses. Behind a proxy everybody has
+    the proxy's address, unless the proxy is trusted: then the client is the last address in X-Forwarded-For
+    that is not a trusted proxy's.
     """
 
     def __init__(self, trusted: list[str]) -> None:

@@ -14,8 +14,8 @@ from server.protocol import Text
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
-# What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece looks at,
-# which fall into single letters, and of which it tries each part.
+# What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
+# looks at, which fall into single letters, and of which it tries each part.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model_store.tokenizer import TextTokenizer
 from model_store.store import StoreError
+from model_store.tokenizer import TextTokenizer
 from server import connection
 from server.service import Service
 from server.settings import Settings

@@ -1,0 +1,317 @@
+"""Hostile clients, on real sockets: every part of a request has a limit in bytes and in time."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from http.client import HTTPResponse
+from pathlib import Path
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server import connection
+from server.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
+from tests.serving import Server, serving, until
+
+BODY = b'{"input": "good film"}'
+REQUEST = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny"], body_timeout_s=5) as running:
+        yield running
+
+
+def connect(server: Server, source: str = "127.0.0.1") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), 20, source_address=(source, 0))
+
+
+def answer(s: socket.socket) -> tuple[int, dict]:
+    """The next answer, and not a byte more: http.client would read ahead, into the answer after it."""
+    head = b""
+    while not head.endswith(b"\r\n\r\n"):
+        head += (byte := s.recv(1))
+        assert byte, head
+    length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+    body = b""
+    while len(body) < length:
+        body += s.recv(length - len(body))
+    return int(head[9:12]), json.loads(body)
+
+
+def is_closed(s: socket.socket) -> bool:
+    """Whether the server ends the connection, within the socket's time-out."""
+    try:
+        while s.recv(65536):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+def send(s: socket.socket, data: bytes) -> None:
+    """Send as much as the server takes."""
+    try:
+        s.sendall(data)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
+
+
+def works(server: Server) -> None:
+    assert server.classify(input="good").status_code == 200
+    assert server.service.bytes_in_flight.total == 0 == server.service.texts_in_flight.total
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"POST /classify HTTP/1.1\r\nX: " + b"a" * MAX_HEAD_BYTES, "head is larger than 32768 bytes"),
+        (b"GET /" + b"a" * MAX_HEAD_BYTES + b" HTTP/1.1\r\n\r\n", "head is larger"),
+        (b"GET / HTTP/1.1\r\n" + b"a:\r\n" * (MAX_HEADERS + 1) + b"\r\n", "more than 100 headers"),
+        (b"\r\n" * MAX_HEAD_BYTES, "head is larger"),
+        (b"\x16\x03\x01", "does not begin with a method"),
+        (CHUNKED + b"1\r\na\r\n" * 2000, "small chunks"),
+        (CHUNKED + b"2\r\n{}\r\n0\r\nX: " + b"a" * 2 * MAX_FRAMING_BYTES, "chunk sizes and trailers"),
+        (CHUNKED + b"1;" + b"x" * 2 * MAX_FRAMING_BYTES, "chunk sizes and trailers"),
+        (CHUNKED + b"4\r\n\r\n\r\n\r\n" * 2000, "chunk"),
+        (CHUNKED + b"zz\r\n", "chunk size"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", "Transfer-Encoding"),
+        (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", "Content-Length"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", "whitespace"),
+        (b"GET / HTTP/1.1\nHost: x\n\n\r\n\r\n", "CRLF"),
+    ],
+    ids=range(14),
+)
+def test_what_is_no_http_is_a_400_in_json_and_closed(server: Server, data: bytes, says: str) -> None:
+    before = server.metric("de3_rejected_total", cause="malformed")
+    with connect(server) as s:
+        send(s, data)
+        status, body = answer(s)
+        assert (status, body["error"]["code"]) == (400, 400) and says in body["error"]["message"], body
+        assert is_closed(s)
+    assert server.metric("de3_rejected_total", cause="malformed") == before + 1
+    works(server)
+
+
+def test_connect_is_405_in_json(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(s)[0] == 405 and is_closed(s)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 404),
+        (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 413),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", 200),
+        (CHUNKED.replace(b"/classify", b"/nope"), 404),
+    ],
+)
+def test_an_answer_before_the_body_ends_the_connection(
+    server: Server, monkeypatch: pytest.MonkeyPatch, head: bytes, status: int
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", 0.1)
+    with connect(server) as s:
+        s.sendall(head)
+        response = HTTPResponse(s, method="POST")
+        response.begin()
+        response.read()
+        assert (response.status, response.getheader("connection")) == (status, "close")
+        send(s, b"x")
+        assert is_closed(s)
+        until(lambda: not [c for c in server.listener.connections if c.state == connection.LINGER], "the end")
+    works(server)
+
+
+def test_a_slow_body_is_408_and_closed(store: Path) -> None:
+    with serving(store, models=["tiny"], body_timeout_s=0.1) as server, connect(server) as s:
+        s.sendall(REQUEST[:-3])
+        status, body = answer(s)
+        assert status == 408 and "did not arrive within 0.1 s" in body["error"]["message"]
+        assert is_closed(s)
+        works(server)
+        assert server.metric("de3_rejected_total", cause="slow_body") == 1
+
+
+def test_a_trailer_that_does_not_end_is_late_too(store: Path) -> None:
+    with serving(store, models=["tiny"], body_timeout_s=0.3) as server, connect(server) as s:
+        s.sendall(CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a")
+        assert answer(s)[0] == 408 and is_closed(s)
+        works(server)
+
+
+def test_empty_lines_do_not_keep_a_connection_open(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(connection, "KEEP_ALIVE_S", 0.1)
+    stop = threading.Event()
+    with connect(server) as s:
+
+        def drip() -> None:
+            while not stop.wait(0.01):
+                send(s, b"\r\n")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            assert is_closed(s)
+        finally:
+            stop.set()
+            dripping.join()
+
+
+def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(REQUEST * 50)
+        for _ in range(50):
+            assert answer(s)[0] == 200
+    before = server.metric("de3_rejected_total", cause="client_gone")
+    with connect(server) as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        s.setblocking(False)
+
+        def server_stops_writing() -> bool:
+            with suppress(BlockingIOError):
+                s.send(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+            return bool(server.listener.paused_connections)
+
+        until(server_stops_writing, "the server to stop writing")
+        (paused,) = server.listener._paused
+        assert paused.unread() < 2**18 and len(paused._data) < 2**19
+        works(server)
+    until(lambda: not server.listener.paused_connections, "the connection to be forgotten")
+    assert server.metric("de3_rejected_total", cause="client_gone") == before
+
+
+def test_clients_that_do_not_read_are_cut_before_they_fill_the_memory(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "MAX_UNREAD_BYTES", 300_000)
+    with serving(store, models=["tiny"], max_texts=1024, max_queue=8192) as server, ExitStack() as stack:
+        body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
+        request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        for _ in range(4):
+            s = stack.enter_context(socket.socket())
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            s.connect(("127.0.0.1", server.port))
+            s.settimeout(20)
+            send(s, request * 5)
+        until(lambda: server.metric("de3_dropped_connections_total", reason="unread") >= 2, "two to be cut")
+        assert server.classify(input="good").status_code == 200
+
+
+def test_at_the_limit_the_busiest_address_loses_a_connection(store: Path) -> None:
+    with serving(store, models=["tiny"], max_connections=20) as server, ExitStack() as stack:
+        mine = stack.enter_context(connect(server))
+        mine.sendall(REQUEST)
+        assert answer(mine)[0] == 200
+        others = [stack.enter_context(connect(server, "127.0.0.2")) for _ in range(60)]
+        for other in others:
+            send(other, b"POST /classify HTTP/1.1\r\n")
+        until(
+            lambda: server.metric("de3_dropped_connections_total", reason="connection_limit") == 41,
+            "those over the limit to be closed",
+        )
+        assert len(server.listener.connections) == 20
+        mine.sendall(REQUEST)
+        assert answer(mine)[0] == 200  # idle, and not closed for them
+        assert server.classify(input="good").status_code == 200  # there is room for a new one
+
+
+def test_unfinished_bodies_take_no_one_s_place(store: Path) -> None:
+    with serving(store, models=["tiny"], max_queue=4, max_texts=4) as server, ExitStack() as stack:
+        for _ in range(30):
+            s = stack.enter_context(connect(server))
+            s.sendall(REQUEST[:-1])
+        until(lambda: server.bodies_awaited() == 30, "the bodies to be awaited")
+        assert server.service.in_flight == 0
+        assert server.classify(input="good").status_code == 200
+    assert server.service.bytes_in_flight.total == 0
+
+
+def test_bodies_are_shared_out_by_address(store: Path) -> None:
+    sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 8000\r\n\r\n"
+    with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
+        for _ in range(2):
+            s = stack.enter_context(connect(server, "127.0.0.2"))
+            s.sendall(head + b"x" * 7999)
+        until(lambda: server.service.bytes_in_flight.total == 15_998, "the bodies to come")
+        greedy = stack.enter_context(connect(server, "127.0.0.2"))
+        greedy.sendall(head + b"x" * 7000)
+        assert answer(greedy)[0] == 503  # alone it had everything
+        assert server.classify(input="good").status_code == 200  # from the spare room
+        other = stack.enter_context(connect(server))
+        other.sendall(head + b"x" * 1000)
+        until(lambda: server.service.bytes_in_flight.total == 16_998, "the other's body")
+        greedy = stack.enter_context(connect(server, "127.0.0.2"))
+        greedy.sendall(head + b"x" * 7000)
+        status, body = answer(greedy)
+        assert status == 429 and "over your share" in body["error"]["message"]
+        assert is_closed(greedy)
+
+
+def test_a_body_that_was_awaited_with_100_continue(server: Server) -> None:
+    head = REQUEST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue").removesuffix(BODY)
+    with connect(server) as s:
+        s.sendall(head)
+        assert s.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        s.sendall(BODY)
+        assert answer(s)[0] == 200
+        s.sendall(head.replace(b"22\r\n", b"2000000000\r\n"))
+        assert answer(s)[0] == 413  # and no invitation
+
+
+def test_http_1_0_is_answered_and_closed(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(REQUEST.replace(b"HTTP/1.1", b"HTTP/1.0"))
+        assert answer(s)[0] == 200 and is_closed(s)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cuts=st.lists(st.integers(1, 400), max_size=12),
+    chunks=st.lists(st.integers(1, 22), min_size=1, max_size=8),
+    kinds=st.lists(st.sampled_from("lcg"), min_size=1, max_size=5),
+)
+def test_however_requests_are_cut_and_framed_each_is_answered(
+    server: Server, cuts: list[int], chunks: list[int], kinds: list[str]
+) -> None:
+    """With a length, chunked (with a body that holds what ends a message), and without a body."""
+    inner = b'{"input":\r\n\r\n "good film"}'
+    data, expected = b"", []
+    for kind in kinds:
+        if kind == "l":
+            data, expected = data + REQUEST, [*expected, 200]
+        elif kind == "g":
+            data, expected = data + b"\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", [*expected, 200]
+        else:
+            body, rest = b"", inner
+            for size in [*chunks, len(inner)]:
+                piece, rest = rest[:size], rest[size:]
+                body += b"%x\r\n%s\r\n" % (len(piece), piece) if piece else b""
+            data += CHUNKED + body + b"0\r\nTrailer: x\r\n\r\n"
+            expected.append(200)
+    with connect(server) as s:
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        at = 0
+        for cut in [*cuts, len(data)]:
+            s.sendall(data[at : at + cut])
+            at += cut
+        for kind, status in zip(kinds, expected, strict=True):
+            got, body = answer(s)
+            assert got == status, body
+            assert ("data" in body) == (kind != "g")
+
+
+def test_one_pair_of_long_texts_is_answered_soon(server: Server) -> None:
+    for text in ("a " * 25_600, "." * 51_200, ("qxzj" * 25 + " ") * 507):
+        row = server.classify(input={"text": text, "text_pair": text}).json()
+        assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
+        assert httpx.get(server.url + "/health", timeout=5).status_code == 200
