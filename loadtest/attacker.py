@@ -25,6 +25,7 @@ MAX_OPENED_PER_S = 500.0  # an attack on the server's limits, not a SYN flood
 BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen when the address of the peer is known
 TURN_BYTES = 2**20  # sent on one connection before the others get a turn
 RECEIVE_BYTES = 2**16
+PREPARED = 8  # scripts whose requests are made before the attack begins; attacks have no more different ones
 
 
 @dataclass
@@ -212,11 +213,16 @@ def _be_nice() -> None:
 
 
 def main(name: str, port: int, seconds: float, connections: int) -> None:
-    """Run an attack by its name and print what it did."""
+    """Say ready, run an attack by its name once a line comes in, and print what it did."""
     _be_nice()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    print(json.dumps(asdict(Attacker(ATTACKS[name], port, connections).run(seconds))))
+    attack = ATTACKS[name]
+    for number in range(min(connections, PREPARED)):
+        next(attack.script(number))
+    print("ready", flush=True)
+    if sys.stdin.readline():
+        print(json.dumps(asdict(Attacker(attack, port, connections).run(seconds))))
 
 
 if __name__ == "__main__":

@@ -319,7 +319,7 @@ def attack(
 
     rows = resilience.attack_all(arena, only or [], show)
     (out / "attacks.json").write_text(resilience.as_json(rows))
-    Console(width=None if sys.stdout.isatty() else 160).print(resilience.table(rows))
+    Console(width=None if sys.stdout.isatty() else 175).print(resilience.table(rows))
     if any(row.problems for row in rows):
         raise typer.Exit(1)
 

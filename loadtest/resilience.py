@@ -5,7 +5,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from http.client import HTTPException
 from pathlib import Path
@@ -100,7 +101,7 @@ class Arena:
     @property
     def quiet_s(self) -> float:
         """Length of the phases before and after an attack."""
-        return min(5.0, max(1.0, self.seconds / 4))
+        return min(5.0, max(0.5, self.seconds / 4))
 
     def attack(self, attack: Attack) -> Row:
         """Start a server, attack it, and see how it fares. Raises ValueError if it does not start."""
@@ -110,6 +111,7 @@ class Arena:
             running(
                 limit.apply(ours(self.store, self.model)), self.port, self.folder / "server.log"
             ) as server,
+            self._attacker(row) as attacker,
         ):
             good = self._ask()
             budget = BUDGET_MS if attack.with_budgets else None
@@ -118,7 +120,7 @@ class Arena:
                 time.sleep(self.quiet_s)
                 memory = Memory(limit.group is not None, server.memory_mb())
                 begin = time.monotonic()
-                row.sent, peak = self._run_attack(row, server)
+                row.sent, peak = self._run_attack(row, attacker, server)
                 end = time.monotonic()
                 time.sleep(self.quiet_s)
                 last = time.monotonic()
@@ -133,7 +135,7 @@ class Arena:
             row.survived = self._ask() == good and server.process.poll() is None
             row.memory = self._await_memory(memory, server, peak, end)
             died = limit.killed()
-        row.problems = _problems(row, attack.may_refuse)
+        row.problems = problems(row, attack.may_refuse)
         if died:
             row.problems.insert(0, "killed for its memory")
         return row
@@ -147,20 +149,35 @@ class Arena:
         except (OSError, HTTPException, ValueError, KeyError):
             return None
 
-    def _run_attack(self, row: Row, server: Running) -> tuple[dict[str, Any], float]:
-        """Run the attacking process; what it sent, and the peak of the server's memory meanwhile, MB."""
+    @contextmanager
+    def _attacker(self, row: Row) -> Iterator["subprocess.Popen[str]"]:
+        """The attacking process, ready to begin."""
         command = [sys.executable, "-m", "loadtest.attacker", row.attack, str(self.port)]
         command += [str(row.seconds), str(row.connections)]
-        peak = 0.0
-        with subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True) as attacker:
-            deadline = time.monotonic() + row.seconds + ASK_S
-            while attacker.poll() is None:
-                peak = max(peak, server.memory_mb())
-                if time.monotonic() > deadline:
-                    attacker.kill()
-                time.sleep(SAMPLE_S)
-            assert attacker.stdout is not None
-            said = attacker.stdout.read()
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        ) as attacker:
+            try:
+                assert attacker.stdout is not None
+                attacker.stdout.readline()
+                yield attacker
+            finally:
+                attacker.kill()
+
+    def _run_attack(
+        self, row: Row, attacker: "subprocess.Popen[str]", server: Running
+    ) -> tuple[dict[str, Any], float]:
+        """Let the attack begin; what it sent, and the peak of the server's memory meanwhile, MB."""
+        assert attacker.stdin is not None and attacker.stdout is not None
+        attacker.stdin.write("go\n")
+        attacker.stdin.flush()
+        peak, deadline = 0.0, time.monotonic() + row.seconds + ASK_S
+        while attacker.poll() is None and time.monotonic() < deadline:
+            peak = max(peak, server.memory_mb())
+            time.sleep(SAMPLE_S)
+        attacker.kill()
+        said = attacker.stdout.read()
         if not said:
             raise ValueError(f"the attacking process failed with {attacker.returncode}")
         return json.loads(said), peak
@@ -182,7 +199,7 @@ class Arena:
         return Memory(memory.limited, round(memory.before_mb, 1), round(peak, 1), round(now_mb, 1), back)
 
 
-def _problems(row: Row, may_refuse: float) -> list[str]:
+def problems(row: Row, may_refuse: float) -> list[str]:
     """What is not as it should be; may_refuse: share of the innocent requests that may be refused."""
     before, during, memory = row.phases["before"], row.phases["during"], row.memory
     assert memory is not None
@@ -190,7 +207,9 @@ def _problems(row: Row, may_refuse: float) -> list[str]:
     if not row.survived:
         found.append("did not survive: a good request is not answered as before")
     allowed_ms = max(P99_MS, P99_RATIO * before.p99_ms)
-    if not during.p99_ms <= allowed_ms:  # nan as well
+    if math.isnan(during.p99_ms):
+        found.append("no innocent request was answered 200")
+    elif during.p99_ms > allowed_ms:
         found.append(f"p99 during the attack {during.p99_ms:g} ms, allowed are {allowed_ms:g}")
     if during.refused > may_refuse * during.requests:
         found.append(f"{during.refused} of {during.requests} innocent requests were refused")
