@@ -30,7 +30,7 @@ class _Frame:
 
     def __init__(self, tokenizer: Tokenizer, pair: str | None) -> None:
         """Raises ValueError if special tokens stand elsewhere than before, between and after the texts."""
-        encoding = _encode(tokenizer, [(_PROBE, pair)])[0]
+        encoding = tokenizer.encode(_PROBE, pair)
         parts = [0 if s is None else s + 1 for s in encoding.sequence_ids]
         places = [
             [i for i, part in enumerate(parts) if part == n] for n in (1, 2)[: 1 if pair is None else 2]
@@ -56,12 +56,6 @@ class _Frame:
         return ids, types
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
-    # One call for many, and even for one: unlike Tokenizer.encode it releases the GIL.
-    batch = [text if pair is None else (text, pair) for text, pair in texts]
-    return list(tokenizer.encode_batch_fast(batch, add_special_tokens=special))
-
-
 class TextTokenizer:
     """An artifact's tokenizer.
 
@@ -74,7 +68,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.frames = {False: _Frame(tokenizer, None), True: _Frame(tokenizer, _PROBE)}
         for pair in (None, "a second text"):
-            encoding = _encode(tokenizer, [("a first text", pair)])[0]
+            encoding = tokenizer.encode("a first text", pair)
             if self._join(encoding, pair is not None) != (encoding.ids, encoding.type_ids):
                 raise ValueError("joins texts in a way that does not survive cutting them")
 
@@ -95,9 +89,13 @@ class TextTokenizer:
         except ValueError as error:
             raise StoreError(f"{file}: {error}") from None
 
-    def encode(self, texts: Sequence[Pair]) -> list[Encoding]:
-        """What the tokenizer makes of short texts or pairs, for `short`."""
-        return _encode(self._tokenizer, texts)
+    def encode(self, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
+        """What the tokenizer makes of short texts or pairs, with or without special tokens.
+
+        One call for many, and even for one: unlike Tokenizer.encode it releases the GIL.
+        """
+        batch = [text if pair is None else (text, pair) for text, pair in texts]
+        return list(self._tokenizer.encode_batch_fast(batch, add_special_tokens=special))
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
         """The tokens of a short text by its encoding; raises ValueError if it is too long and not to be
@@ -116,7 +114,10 @@ class TextTokenizer:
         return self.frames[pair].around(_parts(encoding, pair))
 
     def _cut(self, parts: list[list[int]], is_cut: bool = True) -> Tokens:
-        """The tokens of texts with these ids, cut at the longer text's end, as transformers does it."""
+        """The tokens of texts with these ids, cut at the longer text's end, as transformers does it.
+
+        But an odd place goes to the first text, not to the longer one: how long they are is not known here.
+        """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
         keep = room
@@ -163,7 +164,7 @@ class Tokenization:
         for n, text in enumerate(self._texts):
             if self._at[n] < len(text) and len(self._parts[n]) <= self._room:
                 end = _piece_end(text, self._at[n])
-                piece = _encode(of._tokenizer, [(text[self._at[n] : end], None)], special=False)[0]
+                piece = of.encode([(text[self._at[n] : end], None)], special=False)[0]
                 self._parts[n] += piece.ids
                 self._at[n] = end
                 break

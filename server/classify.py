@@ -57,6 +57,8 @@ async def classify(scope: Scope, receive: Receive, send: Send, service: Service)
     if answer is not None:  # no longer in flight: a client that reads slowly takes no one's place
         await _send(send, x.id, *answer)
     service.report(x)
+    if x.job is not None:
+        x.job.release()
 
 
 async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[bytes, str]:

@@ -58,8 +58,9 @@ class Engine:
         self._seen: list[tuple[int, int]] = [(0, 0)] * threads
         self.errors = 0  # of what the engine calls, which did not end a thread
 
-    def start(self) -> None:
-        """Start the threads."""
+    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+        """Start the threads; each calls warm_up first."""
+        self._warm_ups = [warm_up] * self.threads  # each is let go of, with the models that it knows
         for thread in self._threads:
             thread.start()
 
@@ -122,6 +123,10 @@ class Engine:
         return sum(self._finished)
 
     def _work(self, number: int) -> None:
+        try:
+            self._warm_ups.pop()()
+        except BaseException:
+            log.exception("an engine thread could not warm up; it goes on")
         while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
             pass
 

@@ -1,15 +1,15 @@
 """Models come, go and come back while the server runs, one change at a time."""
 
 import asyncio
-import ctypes
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from time import perf_counter
 from weakref import ref
 
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
+from server import memory
 from server.errors import ApiError
 from server.metrics import Metrics
 from server.models import MAX_LOADED, Models, Role, Served, load
@@ -126,14 +126,10 @@ class Manager:
 
 
 async def _give_back(models: list[ref[Model]]) -> None:
-    """Wait until models are gone, then hand what is free back to the system.
-
-    A load takes much that is soon free again, in whichever of the C library's arenas its thread has: without
-    this each thread that ever loaded a model would keep that much.
-    """
+    """Wait until models are gone, then hand what is free back to the system: a load takes much that is soon
+    free."""
     for _ in range(round(MAX_WAIT_S / WAIT_S)):
         if all(model() is None for model in models):
             break
         await asyncio.sleep(WAIT_S)
-    with suppress(OSError, AttributeError):  # glibc only
-        await asyncio.to_thread(ctypes.CDLL(None).malloc_trim, 0)
+    await asyncio.to_thread(memory.trim)

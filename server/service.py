@@ -5,12 +5,14 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from time import perf_counter
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from model_store.manifest import Manifest
 from model_store.store import Artifact, Store
+from server import memory
 from server.access import Access
 from server.engine import Engine
 from server.errors import ApiError
@@ -25,11 +27,13 @@ from server.protocol import ClassifyRequest
 from server.rules import Choice
 from server.settings import Settings
 from server.shares import Clients, Shares
+from server.timing import run_longest
 from server.traces import Traces, provider
 from server.work import REPLY_S, Job
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # between two looks at the engine threads
+TRIM_CHECKS = 10  # between two times that free memory is handed back
 
 
 class EngineError(Exception):
@@ -88,7 +92,8 @@ class Service:
             started = perf_counter()
             await self.manager.begin(self.artifacts)
             self._start_controller()
-            self.engine.start()
+            models = [served.model for served in self.models.all]
+            self.engine.start(lambda: run_longest(models))
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
             # What is there now mostly stays: no collection need look at it again while requests wait.
             gc.collect()
@@ -128,8 +133,13 @@ class Service:
 
     async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
         """End the server when an engine thread is lost: its supervisor starts a new one."""
-        while not (problem := self.engine.problem()):
+        for check in count(1):
+            if problem := self.engine.problem():
+                break
             await asyncio.sleep(CHECK_S)
+            if check % TRIM_CHECKS == 0:
+                gc.collect()  # little is not frozen
+                await asyncio.to_thread(memory.trim)
         if self.state == "stopping":  # the threads ended as they should
             return
         log.critical("%s: the server stops", problem)

@@ -28,11 +28,13 @@ def run_beside(shadow: Served, job: Job, request: ClassifyRequest, service: Serv
         is_shadow=True,
     )
 
+    ours, names = _labels(job), (job.model.full_name, shadow.model.full_name)
+
     def compare(done: "asyncio.Future[None]") -> None:
         if done.cancelled() or done.exception() is not None:
             return
-        names, metrics = (job.model.full_name, shadow.model.full_name), service.metrics
-        ours, theirs = _labels(job), _labels(second)
+        metrics, theirs = service.metrics, _labels(second)
+        second.release()
         metrics.shadow_texts.labels(*names).inc(len(ours))
         different = sum(a != b for a, b in zip(ours, theirs, strict=True))
         metrics.shadow_disagreements.labels(*names).inc(different)

@@ -4,6 +4,7 @@ In time of the thread's own: a model that is loaded while others serve waits for
 """
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from statistics import median
 from time import perf_counter, thread_time
 
@@ -86,6 +87,12 @@ class Timing:
 
 def _tokens(text: Text) -> int:
     return 2 + text.chars // CHARS_PER_TOKEN
+
+
+def run_longest(models: Sequence[Model]) -> None:
+    """Run texts as long as models take through every layer: a thread then has the memory for any other."""
+    for model in models:
+        model.full_depth(model.tokenize("a " * model.manifest.max_tokens))
 
 
 def _tokenizing(model: Model, text: str) -> float:

@@ -184,6 +184,10 @@ class Job:
             self._left -= 1
             return self._left == 0
 
+    def release(self) -> None:
+        """Let go of the items, which refer back to it: large texts must not wait for the collector."""
+        self.items = []
+
     def fail(self, error: Exception) -> None:
         """Fail the whole request with one item's error; called by an engine thread."""
         self.dropped = True

@@ -57,10 +57,8 @@ def is_closed(s: socket.socket) -> bool:
 
 def send(s: socket.socket, data: bytes) -> None:
     """Send as much as the server takes."""
-    try:
+    with suppress(BrokenPipeError, ConnectionResetError):
         s.sendall(data)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
 
 
 def works(server: Server) -> None:

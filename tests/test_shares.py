@@ -1,0 +1,104 @@
+"""Shares of what is limited: a lone client may use everything, nobody shuts others out, nothing is lost count of."""
+
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from server.errors import ApiError
+from server.shares import Clients, Shares
+
+LIMIT = 40
+
+
+class SharesMachine(RuleBasedStateMachine):
+    """Clients take and give back; a refusal is right and says why."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shares = Shares(LIMIT, "texts")
+        self.held: dict[str, list[int]] = {}
+
+    def of(self, client: str) -> int:
+        return sum(self.held.get(client, []))
+
+    @rule(client=st.sampled_from("abcd"), amount=st.integers(1, LIMIT))
+    def take(self, client: str, amount: int) -> None:
+        total = sum(map(self.of, self.held))
+        others = sum(1 for c in self.held if c != client and self.of(c))
+        within = self.of(client) + amount <= LIMIT // (others + 1)
+        try:
+            self.shares.take(client, amount)
+        except ApiError as error:
+            assert total + amount > LIMIT
+            assert error.status == (429 if others and not within else 503)
+            assert error.retry_after == 1
+            if within:
+                assert total + amount > self.shares.most
+        else:
+            assert total + amount <= (self.shares.most if within else LIMIT)
+            self.held.setdefault(client, []).append(amount)
+
+    @precondition(lambda self: any(self.held.values()))
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from([c for c, amounts in self.held.items() if amounts]))
+        self.shares.give_back(client, self.held[client].pop())
+
+    @invariant()
+    def it_counts(self) -> None:
+        assert self.shares.total == sum(map(self.of, self.held)) <= self.shares.most
+        assert self.shares._held == {c: self.of(c) for c in self.held if self.of(c)}
+
+
+TestShares = SharesMachine.TestCase
+
+
+def test_a_lone_client_may_hold_everything_and_a_newcomer_still_finds_room() -> None:
+    shares = Shares(LIMIT, "texts", lambda: 7)
+    shares.take("greedy", LIMIT)
+    with pytest.raises(ApiError, match="40 texts are in flight, at most 40") as full:
+        shares.take("greedy", 1)
+    assert (full.value.status, full.value.retry_after) == (503, 7)
+    shares.take("new", 5)
+    with pytest.raises(ApiError, match="over your share: 40 of your texts are in flight, and 1 more") as over:
+        shares.take("greedy", 1)
+    assert over.value.status == 429
+    with pytest.raises(ApiError) as none_left:
+        shares.take("third", 1)
+    assert none_left.value.status == 503
+    shares.give_back("greedy", LIMIT)
+    shares.take("third", 13)
+
+
+def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
+    headers = [(b"x-forwarded-for", value.encode("latin-1")) for value in forwarded]
+    return {"client": (peer, 1234) if peer else None, "headers": headers}
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "name"),
+    [
+        ("192.0.2.7", [], "192.0.2.7"),
+        ("192.0.2.7", ["203.0.113.9"], "192.0.2.7"),  # who is not trusted may say what they want
+        ("10.0.0.1", ["203.0.113.9"], "203.0.113.9"),
+        ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be made up
+        ("10.0.0.1", ["1.1.1.1", "203.0.113.9"], "203.0.113.9"),
+        ("10.0.0.1", ["10.0.0.2"], "10.0.0.2"),
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", [" , "], "10.0.0.1"),
+        ("10.0.0.1", ["nonsense\xff"], "unknown"),
+        ("::ffff:10.0.0.1", ["2001:db8:1:2:3:4:5:6"], "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", [], "2001:db8:1:2::/64"),
+        ("fd00::1", ["192.0.2.7"], "192.0.2.7"),
+        (None, [], ""),
+    ],
+)
+def test_clients_are_told_apart_by_address(peer: str | None, forwarded: list[str], name: str) -> None:
+    assert Clients(["10.0.0.0/8", "fd00::/8"]).name(scope(peer, *forwarded)) == name
+
+
+def test_a_network_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'.*say for example 10.0.0.0/8"):
+        Clients(["10.0.0.1/99"])

@@ -1,0 +1,146 @@
+"""Tokenizing in pieces: the same tokens as in one go, of every kind of tokenizer, and never a long piece."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, TextTokenizer
+
+WORDS = ["good", "film", "not", "bad", "a", "the", "plot", "dull", "x1", "qxzj", "scene", "long", "very"]
+CORPUS = [" ".join(random.Random(i).choices(WORDS, k=12)) + " é中?!" for i in range(200)]
+
+
+def wordpiece() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    tokenizer.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    return tokenizer
+
+
+def byte_level() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 1), ("<s>", 0), add_prefix_space=False)
+    return tokenizer
+
+
+def unigram() -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<unk>", "<s>"], unk_token="<unk>")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
+    return tokenizer  # without special tokens around a text
+
+
+KINDS = [wordpiece, byte_level, unigram]
+MADE = {kind.__name__: kind() for kind in KINDS}
+
+
+def whole(tokenizer: Tokenizer, text: str, pair: str | None, limit: int) -> tuple[list[int], list[int]]:
+    """Encoded in one go and cut by the tokenizer's own truncation, longest first."""
+    tokenizer.enable_truncation(limit, strategy="longest_first")
+    try:
+        encoding = tokenizer.encode(text) if pair is None else tokenizer.encode(text, pair)
+        return encoding.ids, encoding.type_ids
+    finally:
+        tokenizer.no_truncation()
+
+
+texts = st.lists(
+    st.sampled_from(
+        [*WORDS, "é", "中文", "...", "?!", "\n", "  ", "aaaa" * 30, "qxzj" * 25, "👍🏽", "x" * 150]
+    ),
+    min_size=1,
+    max_size=700,
+).map(lambda words: "".join(w + (" " if len(w) % 3 else "") for w in words) + "end")
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=40, deadline=None)
+@given(text=texts, pair=st.none() | texts, room=st.sampled_from([12, 60, 510]))
+def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
+    """In a window with an even number of places: of an odd number the tokenizer gives one more to the longer
+    text, which cannot be known unless all of both is tokenized; ours gives it to the first."""
+    tokenizer = MADE[kind]
+    limit = room + tokenizer.num_special_tokens_to_add(pair is not None)
+    most = MAX_CHARS_PER_TOKEN * limit
+    tokens = TextTokenizer(tokenizer, limit).start(text, pair, True).all()
+    ids, types = whole(tokenizer, text[:most], pair and pair[:most], limit)
+    assert tokens.ids[0].tolist() == ids
+    assert tokens.type_ids[0].tolist() == types
+    full = tokenizer.encode(text) if pair is None else tokenizer.encode(text, pair)
+    if len(full) > limit:
+        assert tokens.truncated
+    elif len(text) <= most and (pair is None or len(pair) <= most):
+        assert not tokens.truncated
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_no_piece_is_long_and_what_is_beyond_the_window_is_left(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, pieces = TextTokenizer(MADE[kind], 64), []
+    encode: Callable = TextTokenizer.encode
+
+    def counting(self: TextTokenizer, batch: list, special: bool = True) -> list:
+        pieces.extend(len(a) + len(b or "") for a, b in batch)
+        return encode(self, batch, special)
+
+    monkeypatch.setattr(TextTokenizer, "encode", counting)
+    for text in (
+        "a " * 3200,
+        "." * 6400,
+        "x" * 6400,
+        " " * 6399 + "a",
+        "中" * 6400,
+        ("qxzj" * 25 + " ") * 63,
+    ):
+        pieces.clear()
+        for pair in (None, text):
+            work = tokenizer.start(text, pair, True)
+            steps = 1
+            while work.step() is None:
+                steps += 1
+            assert steps <= len(text) // PIECE * 2 + 2
+        assert max(pieces) <= 2 * PIECE
+    pieces.clear()
+    tokenizer.start("good film " * 640, None, True).all()
+    assert len(pieces) == 1  # it has more tokens than the model takes
+
+
+def test_too_long_and_not_to_be_cut() -> None:
+    tokenizer = TextTokenizer(MADE["wordpiece"], 64)
+    for text, says in (
+        ("good film " * 60, "has 122 tokens, the model takes at most 64"),
+        ("good film " * 400, "has more than 64 tokens, the model takes at most 64"),
+        ("good film " * 700, "has more than 6400 characters, the most allowed"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            tokenizer.start(text, None, False).all()
+    assert len(tokenizer.start("good film " * 20, None, False).all()) == 42
+
+
+def test_a_tokenizer_whose_texts_cannot_be_cut_is_refused() -> None:
+    tokenizer = wordpiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP] $A", pair="$A [SEP] $B:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    with pytest.raises(ValueError, match="survive cutting"):
+        TextTokenizer(tokenizer, 64)
