@@ -56,7 +56,9 @@ def _new_group(name: str, size: int) -> Path | None:
     old = V1.is_dir()
     group = (V1 if old else V2) / name
     try:
-        group.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):  # of a run that was killed
+            group.rmdir()
+        group.mkdir()
         (group / ("memory.limit_in_bytes" if old else "memory.max")).write_text(str(size))
     except OSError:
         with suppress(OSError):
