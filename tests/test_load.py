@@ -149,7 +149,9 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
 
-        until(lambda: server.service.texts_in_flight.total / 200 + shed() == 8, "all lists to be held or shed")
+        until(
+            lambda: server.service.texts_in_flight.total / 200 + shed() == 8, "all lists to be held or shed"
+        )
         before = shed()
         refused = server.classify(input="a film")
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
