@@ -23,6 +23,7 @@ from server.errors import ApiError
 
 MAX_BUDGET_MS = 60_000
 LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
+MAX_BRACKETS = 2**16  # in a body, those in texts included: each may be a list or an object to make
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
@@ -163,6 +164,8 @@ def parse(body: bytes, max_texts: int) -> ClassifyRequest:
     What is cheap to find wrong comes first: an error for each of 100,000 fields would take a quarter of a
     second.
     """
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise ApiError(422, f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
         gc.disable()  # it would look at each of 300,000 lists again and again

@@ -201,7 +201,6 @@ class WorkQueue:
             elif spent < client.spent:
                 heapreplace(listed, (client.spent, next(self._order), client))
             else:
-                self._floor = max(self._floor, spent)
                 return client.items
         return None
 
@@ -213,6 +212,8 @@ class WorkQueue:
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
+        if not item.job.is_promised:
+            self._floor = max(self._floor, self._clients[item.job.client].spent)
         item.job.waiting -= 1
         self._waiting -= 1
         self._stored -= 1
@@ -227,10 +228,11 @@ class WorkQueue:
             heappush(self._promised, entry)
         else:
             client = self._client(item.job.client)
+            if not self._clean(client.items):
+                client.spent = max(client.spent, self._floor)
             heappush(client.items, entry)
             if not client.is_listed:
                 client.is_listed = True
-                client.spent = max(client.spent, self._floor)
                 heappush(self._listed, (client.spent, next(self._order), client))
         item.job.waiting += 1
         self._waiting += 1
@@ -239,12 +241,18 @@ class WorkQueue:
     def _client(self, name: str) -> _Client:
         client = self._clients.get(name)
         if client is None:
-            if len(self._clients) >= MAX_CLIENTS:  # those that are behind the clock are as good as new
-                self._clients = {
-                    n: c for n, c in self._clients.items() if c.is_listed or c.items or c.spent > self._floor
-                }
+            if len(self._clients) >= MAX_CLIENTS:
+                self._forget_clients()
             client = self._clients[name] = _Client(self._floor)
         return client
+
+    def _forget_clients(self) -> None:
+        """Set the clock forward, for half of those that have nothing waiting: they are then as good as
+        new."""
+        idle = sorted(c.spent for c in self._clients.values() if not c.is_listed)
+        if idle:
+            self._floor = max(self._floor, idle[len(idle) // 2])
+        self._clients = {n: c for n, c in self._clients.items() if c.is_listed or c.spent > self._floor}
 
     def _forget(self, job: Job) -> None:
         self._waiting -= job.waiting

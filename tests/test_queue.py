@@ -2,6 +2,7 @@
 
 import asyncio
 from threading import Thread
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from exits.rule import ExitRule
+from server.engine import LEAD_S, Engine, LeadError
 from server.protocol import Text
-from server.queue import MAX_SHADOWS, QueueFullError, WorkQueue
+from server.queue import GRAIN_S, MAX_SHADOWS, QueueFullError, WorkQueue
 from server.work import Job
 
 LIMIT = 7
@@ -25,6 +27,7 @@ def job(
     together_s: float = 0.0,
     model: Any = None,
     is_shadow: bool = False,
+    client: str = "",
 ) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
@@ -33,6 +36,7 @@ def job(
         *(model, rule, True, False, False, names, lambda _: seconds, future, together_s),
         submitted=submitted,
         is_shadow=is_shadow,
+        client=client,
     )
 
 
@@ -143,6 +147,164 @@ def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
         queue.put(job(1, submitted=k / 10, seconds=0.05))
     order = [queue.next()[0] for _ in range(21)]
     assert order.index(long.items[0]) == 10  # those that came within its own time went first
+
+
+def promised(deadline: float, client: str = "") -> Job:
+    new = job(1, client=client)
+    new.deadline = deadline
+    new.hasten()
+    return new
+
+
+class FairMachine(RuleBasedStateMachine):
+    """Clients of the queue against the plainest model of fairness: who has had the least engine time is
+    next."""
+
+    CLIENTS = ("a", "b", "c")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = WorkQueue(1000)
+        self.waiting: list[Any] = []
+        self.spent: dict[str, float] = dict.fromkeys(self.CLIENTS, 0.0)
+        self.floor = 0.0
+
+    def lowest(self) -> float:
+        return min(self.spent[item.job.client] for item in self.waiting if not item.job.is_promised)
+
+    def add(self, item: Any) -> None:
+        if not any(x.job.client == item.job.client and not x.job.is_promised for x in self.waiting):
+            self.spent[item.job.client] = max(self.spent[item.job.client], self.floor)
+        self.waiting.append(item)
+
+    @rule(client=st.sampled_from(CLIENTS), texts=st.integers(1, 3), submitted=st.integers(0, 5))
+    def put(self, client: str, texts: int, submitted: int) -> None:
+        new = job(texts, submitted, client=client)
+        self.queue.put(new)
+        for item in new.items:
+            self.add(item)
+
+    @rule(client=st.sampled_from(CLIENTS), deadline=st.integers(0, 50))
+    def put_promised(self, client: str, deadline: int) -> None:
+        new = promised(deadline, client)
+        self.queue.put(new)
+        self.waiting += new.items
+
+    @precondition(lambda self: self.waiting)
+    @rule(seconds=st.sampled_from([0.25, 1.0, 4.0]), back=st.booleans())
+    def run(self, seconds: float, back: bool) -> None:
+        (item,) = self.queue.next()
+        urgent = [x for x in self.waiting if x.job.is_promised]
+        if urgent:
+            assert item.due == min(x.due for x in urgent) and item in urgent
+        else:
+            assert self.spent[item.job.client] == self.lowest()
+            self.floor = max(self.floor, self.lowest())
+            assert item.due == min(x.due for x in self.waiting if x.job.client == item.job.client)
+        self.waiting.remove(item)
+        preempts = self.queue.has_more_urgent_than(item, seconds)
+        self.spent[item.job.client] = max(self.spent[item.job.client], 0.0) + seconds
+        others = [x for x in self.waiting if not x.job.is_promised]
+        if item.job.is_promised:
+            assert preempts == any(x.due < item.due for x in self.waiting if x.job.is_promised)
+        elif any(x.job.is_promised for x in self.waiting):
+            assert preempts
+        elif others:
+            lowest, own = self.lowest(), self.spent[item.job.client]
+            if lowest + GRAIN_S < own:
+                assert preempts
+            elif lowest > own:
+                assert not preempts
+        else:
+            assert not preempts
+        if back:
+            self.queue.put_back(item)
+            if item.job.is_promised:
+                self.waiting.append(item)
+            else:
+                self.add(item)
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        gone = data.draw(st.sampled_from(self.waiting)).job
+        self.queue.drop(gone)
+        self.waiting = [item for item in self.waiting if item.job is not gone]
+
+    @invariant()
+    def it_counts_what_waits(self) -> None:
+        assert len(self.queue) == len(self.waiting)
+        assert self.queue._stored == sum(len(c.items) for c in self.queue._clients.values()) + len(
+            self.queue._promised
+        )
+
+
+TestFairQueue = FairMachine.TestCase
+
+
+@given(
+    backlogs=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    costs=st.lists(st.sampled_from([0.125, 0.25, 0.5]), min_size=1, max_size=6),
+)
+def test_whatever_others_send_a_client_waits_for_its_share_only(
+    backlogs: list[int], costs: list[float]
+) -> None:
+    """A newcomer's text is served after at most one text of each other client."""
+    queue = WorkQueue(10_000)
+    for number, texts in enumerate(backlogs):
+        queue.put(job(texts, client=f"other {number}"))
+    for turn in range(sum(backlogs) // 2):
+        (item,) = queue.next()
+        queue.charge(item.job, costs[turn % len(costs)])
+    queue.put(new := job(1, submitted=10**6, client="new"))
+    before = []
+    while (item := queue.next()[0]) is not new.items[0]:
+        before.append(item.job.client)
+        queue.charge(item.job, costs[len(before) % len(costs)])
+    assert len(before) == len(set(before))
+
+
+def test_a_client_cannot_save_up_nor_shed_its_debts_by_a_pause() -> None:
+    queue = WorkQueue(100)
+    for _ in range(10):
+        queue.put(job(1, client="busy"))
+    for _ in range(5):
+        queue.charge(queue.next()[0].job, 1.0)
+    queue.put(job(3, client="late"))  # it has had nothing, and is not given 5 s in one go
+    order = []
+    for _ in range(6):
+        (item,) = queue.next()
+        order.append(item.job.client)
+        queue.charge(item.job, 1.0)
+    assert sorted(order[:2]) == sorted(order[2:4]) == sorted(order[4:]) == ["busy", "late"]
+    queue.put(job(2, client="late"))
+    while len(queue) > 2:
+        queue.charge(queue.next()[0].job, 1.0)
+    queue.charge(debtor := job(1, client="debtor"), 100.0)
+    queue.put(debtor)
+    assert [queue.next()[0].job.client for _ in range(3)][-1] == "debtor"
+
+
+def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
+    engine = Engine(1, 100)
+    engine.submit(job(1, client="patient"))
+    engine.queue.charge(job(1, client="greedy"), 2 * LEAD_S)
+    asking = job(1, client="greedy")
+    asking.deadline = perf_counter() + 100
+    with pytest.raises(LeadError):
+        engine.submit(asking)
+    engine.queue.next()
+    engine.submit(asking)  # nobody waits any more
+    assert asking.is_promised
+
+
+def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.queue.MAX_CLIENTS", 10)
+    queue = WorkQueue(100)
+    for number in range(100):
+        queue.put(job(1, client=str(number)))
+        queue.charge(queue.next()[0].job, 0.5)
+        assert len(queue._clients) <= 10
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))

@@ -1,4 +1,5 @@
-"""Shares of what is limited: a lone client may use everything, nobody shuts others out, nothing is lost count of."""
+"""Shares of what is limited: a lone client may use everything, nobody shuts others out, nothing is lost count
+of."""
 
 from typing import Any
 
