@@ -38,7 +38,12 @@ MAX_SMALL_CHUNKS = 1024
 MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to the system's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
 MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
-SOCKET_BUFFER_BYTES = 2**17
+SOCKET_BUFFER_BYTES = 2**16
+# Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth of
+# its time.
+MAX_BODY_BYTES_PER_S = 2.5e8
+MAX_WAIT_S = 0.001  # of a connection whose turn to read is to come; less is not worth a timer
+PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, of all connections
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
@@ -85,6 +90,8 @@ class Listener:
         self._by_address: dict[str, int] = {}
         self._paused: set[Connection] = set()
         self._sweeping = False
+        self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
+        self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def connection(
         self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any
@@ -118,6 +125,18 @@ class Listener:
             self._by_address[connection.address] = left
         else:
             del self._by_address[connection.address]
+
+    def wait_to_read(self, size: int) -> float:
+        """Seconds to wait, after so many bytes of a body, before more of it is read."""
+        now = monotonic()
+        self._read_at = max(now, self._read_at) + size / MAX_BODY_BYTES_PER_S
+        return self._read_at - now
+
+    def wait_for_pipelined(self) -> float:
+        """Seconds to wait before the next pipelined request is answered."""
+        now = monotonic()
+        self._pipelined_at = max(now, self._pipelined_at + PIPELINE_PAUSE_S)
+        return self._pipelined_at - now
 
     def paused(self, connection: "Connection") -> None:
         """Note a client that does not read; if too much waits for such clients, cut who has the most."""
@@ -256,9 +275,8 @@ class Connection(asyncio.Protocol):
             self._wait(HEAD, HEAD_TIMEOUT_S)
         self._data = self._data + data if self._data else data
         if self.state == ANSWER or self._resumed is not None:
-            if len(self._data) > MAX_AHEAD_BYTES and not self._reading_paused:
-                self._reading_paused = True
-                self._transport.pause_reading()
+            if len(self._data) > MAX_AHEAD_BYTES:
+                self._pause_reading()
         else:
             self._advance()
 
@@ -298,6 +316,15 @@ class Connection(asyncio.Protocol):
         self._resume_reading()
         if self._transport.can_write_eof():
             self._transport.write_eof()
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def _read_on(self) -> None:
+        if not self._gone and self.state == BODY:
+            self._resume_reading()
 
     def _resume_reading(self) -> None:
         if self._reading_paused:
@@ -423,13 +450,17 @@ class Connection(asyncio.Protocol):
     def _take_body(self) -> bool:
         """Parse what there is of a body; False if more must come. Raises ApiError, ValueError,
         HttpParserError."""
+        data = self._data
         if self._length >= 0:
             left = self._length - self._size
-            piece, self._data = self._data[:left], self._data[left:]
+            piece, self._data = data[:left], data[left:]
             self._hold(len(piece))
             self._parser.feed_data(piece)
         else:
             self._take_chunks()
+        if not self._whole and (wait := self._listener.wait_to_read(len(data))) > MAX_WAIT_S:
+            self._pause_reading()
+            self.loop.call_later(wait, self._read_on)
         if self._whole:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = []
@@ -527,7 +558,7 @@ class Connection(asyncio.Protocol):
             if self._data:
                 self._wait(HEAD, HEAD_TIMEOUT_S)
             if self._data or self._reading_paused:
-                self.loop.call_soon(self._go_on)
+                self.loop.call_later(self._listener.wait_for_pipelined(), self._go_on)
         elif self._whole:
             self._release()
             self._close()

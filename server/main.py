@@ -71,6 +71,7 @@ def serve(settings: Settings) -> None:
 
     Raises StoreError when a model is missing or not sound.
     """
+    sys.setswitchinterval(0.0005)
     logs.configure(settings.log_format)
     service = Service(settings)
 
