@@ -39,8 +39,8 @@ MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to 
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
 MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
 SOCKET_BUFFER_BYTES = 2**16
-# Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth of
-# its time.
+# Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth
+# of its time.
 MAX_BODY_BYTES_PER_S = 2.5e8
 MAX_WAIT_S = 0.001  # of a connection whose turn to read is to come; less is not worth a timer
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, of all connections

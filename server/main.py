@@ -71,6 +71,8 @@ def serve(settings: Settings) -> None:
 
     Raises StoreError when a model is missing or not sound.
     """
+    # An engine thread takes the interpreter's lock a dozen times for a text, each time after this long while
+    # the event loop is busy; Python's own 5 ms would add up to 60.
     sys.setswitchinterval(0.0005)
     logs.configure(settings.log_format)
     service = Service(settings)

@@ -105,9 +105,11 @@ class Gate:
 
 
 @contextmanager
-def process(store: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """`de3 serve` as a user runs it, on a port that the system chooses."""
-    command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), *arguments]
+def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
+    """`de3 serve` as a user runs it, on a port that the system chooses; or code that does so in another
+    way."""
+    program = ["-c", code] if code else ["-m", "de3.cli"]
+    command = [sys.executable, *program, "serve", "--store", str(store), *arguments]
     running = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "DE3_PORT": "0"}
     )

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.access import MAX_KEYS, Keys, RateLimit
+from server.access import MAX_KEYS, Charge, Keys, RateLimit
 from server.errors import ApiError
 from server.service import Service
 from server.settings import Settings
-from tests.serving import Server, serving
+from tests.serving import Gate, Server, serving, until
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-key-too"
 DIGEST = hashlib.sha256(BOB.encode()).hexdigest()
@@ -224,3 +225,84 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
     assert headers["x-frame-options"] == "DENY"
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
+    """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but makes the
+    work."""
+    with serving(store, models=["tiny"], cors_origins=["https://page.example"]) as server:
+
+        def ask(origin: str) -> httpx.Response:
+            headers = {"Origin": origin, "Content-Type": "text/plain"} if origin else {}
+            return httpx.post(server.url + "/classify", content=b'{"input": "good"}', headers=headers)
+
+        for allowed in ("", "https://page.example", server.url):
+            assert ask(allowed).status_code == 200
+        for other in ("https://other.example", "null", "https://page.example.evil", "http://127.0.0.1"):
+            refused = ask(other)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (403, "Origin")
+            assert "--cors-origin" in refused.json()["error"]["message"]
+        assert server.metric("de3_rejected_total", cause="other_origin") == 4
+        assert (
+            httpx.get(server.url + "/health", headers={"Origin": "https://other.example"}).status_code == 200
+        )
+
+
+def test_a_request_costs_what_it_takes(store: Path) -> None:
+    """One text for each text, each started 4 KiB of the body, and each started 128 tokens: the most of
+    these."""
+
+    def left(server: Server) -> int:
+        limit = server.service.access._limit
+        assert limit is not None
+        return limit._limiter.get_window_stats(limit._rate, "alice").remaining
+
+    with serving(store, models=["tiny"], api_keys=f"alice {ALICE}", rate_limit="100/hour") as server:
+
+        def cost(content: bytes, status: int) -> int:
+            before = left(server)
+            answer = httpx.post(server.url + "/classify", content=content, headers=bearer(ALICE))
+            assert answer.status_code == status, answer.text
+            return before - left(server)
+
+        assert cost(b'{"input": "good"}', 200) == 1
+        assert cost(b'{"input": ["good", "bad", "fine"]}', 200) == 3
+        assert cost(b'{"input": ""}', 422) == cost(b"{", 400) == 1
+        assert cost(b'{"input": "good", "user": "' + b"x" * 10_000 + b'"}', 200) == 3
+        assert cost(b'{"input": "' + b"x" * 20_000, 400) == 5
+        assert cost(b'{"input": ["good", "bad"], "user": "' + b"x" * 5000 + b'"}', 200) == 2
+    limit = RateLimit("10/hour")
+    charge = Charge(limit, "alice")
+    charge.raise_to(4)
+    charge.raise_to(2)
+    charge.settle(30)  # 500 tokens' worth: what is left of the limit
+    assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
+    with pytest.raises(ApiError, match="over your limit"):
+        Charge(limit, "alice").raise_to(1)
+    with pytest.raises(ApiError, match="counts as 11 texts"):
+        Charge(limit, "bob").raise_to(11)
+
+
+def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "max_queue": 8, "max_texts": 8, "threads": 1}
+    with serving(store, models=["tiny"], **settings) as server, ThreadPoolExecutor(4) as pool:
+
+        def ask(address: str, texts: int) -> httpx.Response:
+            headers = {"X-Forwarded-For": address}
+            return httpx.post(
+                server.url + "/classify", json={"input": ["good"] * texts}, headers=headers, timeout=30
+            )
+
+        greedy = pool.submit(ask, "203.0.113.1", 8)
+        until(lambda: server.service.texts_in_flight.total == 8, "the texts to be in flight")
+        other = pool.submit(ask, "203.0.113.2", 1)
+        until(lambda: server.service.texts_in_flight.total == 9, "the other's, in the spare room")
+        over = ask("203.0.113.1", 1)
+        assert (over.status_code, over.headers["retry-after"]) == (429, "1")
+        assert "over your share" in over.json()["error"]["message"]
+        gate.open()
+        assert [greedy.result().status_code, other.result().status_code] == [200, 200]
+        assert server.metric("de3_rejected_total", cause="over_share") == 1

@@ -1,0 +1,125 @@
+"""An engine thread survives what it calls; one that is lost ends the server, so that its supervisor restarts
+it."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server import engine, service
+from server.engine import Engine
+from server.queue import WorkQueue
+from server.service import EngineError
+from tests.serving import Server, process, serving, until, url_when_ready
+
+
+def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worse(BaseException):
+        """As the Rust libraries raise it: not an Exception."""
+
+    def broken(*_: object) -> None:
+        raise Worse
+
+    with serving(store, models=["tiny"], threads=1) as server:
+        monkeypatch.setattr(server.service.engine, "_observe", broken)
+        for _ in range(3):
+            assert server.classify(input=["good", "bad"]).status_code == 200
+        assert server.service.engine.errors == 6
+        assert all(thread.is_alive() for thread in server.service.engine._threads)
+        assert httpx.get(server.url + "/ready").status_code == 200
+
+
+def test_an_error_in_the_engine_fails_the_request_and_no_thread(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(store, models=["tiny"], threads=1) as server:
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "_finish", lambda *_: 1 / 0)
+            assert server.classify(input="good").status_code == 500
+        assert server.classify(input="good").status_code == 200
+
+
+def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(store, models=["tiny"], threads=1) as server:
+        failed = threading.Event()
+
+        def broken(*_: object) -> Any:
+            failed.set()
+            raise ValueError("a broken queue")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkQueue, "next", broken)
+            assert server.classify(input="good").status_code == 200  # by the thread that waits already
+            assert failed.wait(20)
+        assert server.classify(input="good").status_code == 200
+
+
+def lost(server: Server) -> None:
+    until(lambda: server.service.state == "failed", "the loss to be seen")
+    assert isinstance(server.service.failure, EngineError)
+    assert server.metric("de3_engine_failures_total") == 1
+    assert server.metric("de3_ready") == 0
+    ready = httpx.get(server.url + "/ready")
+    assert (ready.status_code, ready.json()) == (503, {"status": "failed"})
+
+
+def test_a_thread_that_ended_is_seen(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "CHECK_S", 0.05)
+    monkeypatch.setattr(Engine, "_step", lambda *_: False)
+    server = Server(service.Service(service.Settings(store=store, models=["tiny"], port=0)))
+    server.start()
+    try:
+        lost(server)
+    finally:
+        server.stop()
+
+
+def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model_store.segments import OnnxSegment
+
+    monkeypatch.setattr(service, "CHECK_S", 0.05)
+    monkeypatch.setattr(engine, "STUCK_CHECKS", 8)
+    stuck, go_on, run = threading.Event(), threading.Event(), OnnxSegment.run
+
+    def slow(segment: OnnxSegment, hidden: Any, with_exit: bool) -> Any:
+        if stuck.is_set():
+            go_on.wait(60)
+        return run(segment, hidden, with_exit)
+
+    with serving(store, models=["tiny"], threads=1) as server:
+        monkeypatch.setattr(OnnxSegment, "run", slow)
+        for _ in range(30):  # busy all the time, and not stuck
+            assert server.classify(input="good " * 60, tau=0).status_code == 200
+        assert server.service.state == "ready"
+        stuck.set()
+        waiting = threading.Thread(target=lambda: server.classify(input="good", tau=0))
+        waiting.start()
+        lost(server)
+        go_on.set()
+        waiting.join(20)
+
+
+STUCK = """
+import sys, threading, time
+from server import engine, service
+from de3.cli import main
+service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8
+engine.run_together = engine.run = lambda *_: time.sleep(600)
+sys.argv = ["de3", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_with_a_stuck_thread_exits_non_zero(store: Path) -> None:
+    options = ["--model", "tiny", "--threads", "1", "--timeout-s", "1"]
+    with process(store, *options, code=STUCK) as running:
+        url = url_when_ready(running)
+        assert httpx.post(url + "/classify", json={"input": "good"}, timeout=30).status_code == 504
+        assert running.wait(60) == 1

@@ -1,0 +1,93 @@
+"""Large bodies are parsed in turns: one at a time, with pauses, the clients in rotation, and none
+forgotten."""
+
+import asyncio
+
+import pytest
+
+from server.lane import Lane
+from server.protocol import ApiError, parse
+
+
+def test_one_at_a_time_and_clients_in_rotation() -> None:
+    async def go() -> list[str]:
+        lane, order, inside = Lane(), [], 0
+
+        async def one(client: str) -> None:
+            nonlocal inside
+            async with lane.turn(client):
+                assert inside == 0
+                inside += 1
+                await asyncio.sleep(0)
+                order.append(client)
+                inside -= 1
+
+        async with asyncio.TaskGroup() as tasks:
+            for client in ["greedy"] * 5 + ["other", "third"]:
+                tasks.create_task(one(client))
+        assert not lane._waiting
+        return order
+
+    order = asyncio.run(go())
+    assert sorted(order) == ["greedy"] * 5 + ["other", "third"]
+    assert order.index("other") < 3 and order.index("third") < 4
+
+
+@pytest.mark.parametrize("victim", range(4))
+def test_a_turn_is_not_lost_with_who_leaves(victim: int) -> None:
+    async def go() -> int:
+        lane, done = Lane(), 0
+
+        async def one() -> None:
+            nonlocal done
+            async with lane.turn("a"):
+                await asyncio.sleep(0.001)
+                done += 1
+
+        tasks = [asyncio.create_task(one()) for _ in range(4)]
+        while done < min(victim, 3):
+            await asyncio.sleep(0)
+        tasks[victim].cancel()
+        await asyncio.wait(tasks, timeout=10)
+        await asyncio.wait_for(one(), 10)
+        return done
+
+    assert asyncio.run(go()) in (4, 5)  # the one that left, and the last
+
+
+def test_after_a_turn_others_have_as_long() -> None:
+    async def go() -> None:
+        lane, loop = Lane(), asyncio.get_running_loop()
+        async with lane.turn("a"):
+            started = loop.time()
+            while loop.time() < started + 0.05:
+                pass
+        ended = loop.time()
+        async with lane.turn("a"):
+            assert loop.time() >= ended + 0.049
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (
+            b'{"input":"a",' + b",".join(b'"k%06d":0' % i for i in range(70_000)) + b"}",
+            422,
+            "k000000: unknown",
+        ),
+        (b'{"input":[' + b",".join([b'"a"'] * 250_000) + b"]}", 422, "250000 texts, at most 256"),
+        (b'{"input":"a","user":[' + b",".join([b"[]"] * 70_000) + b"]}", 422, "65536 opening brackets"),
+        (b'{"input":"a","user":"' + b"x" * 10**6, 400, "not JSON"),
+    ],
+)
+def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, says: str) -> None:
+    with pytest.raises(ApiError, match=says) as error:
+        parse(body, 256)
+    assert error.value.status == status
+
+
+def test_ignored_fields_may_hold_anything() -> None:
+    request = parse(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}', 256)
+    assert request.user is None and request.input[0].text == "a"
