@@ -94,7 +94,7 @@ CLASSIFY: dict[str, Any] = {
         422: error(422, _WRONG_TAU, "tau"),
         429: error(429, "over your limit of 100 per 1 second texts"),
         503: error(
-            503, "overloaded: 1024 texts wait and 40 requests are in flight, at most 1024 of each are allowed"
+            503, "overloaded: 1024 texts are in flight, at most 1024 are allowed"
         ),
         504: error(504, "no answer within 30 s"),
     },
