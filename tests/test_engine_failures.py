@@ -44,18 +44,18 @@ def test_an_error_in_the_engine_fails_the_request_and_no_thread(
 
 
 def test_an_error_in_the_queue_ends_no_thread(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(store, models=["tiny"], threads=1) as server:
-        failed = threading.Event()
+    take, failures = WorkQueue.next, []
 
-        def broken(*_: object) -> Any:
-            failed.set()
+    def broken(queue: WorkQueue, threads: int) -> Any:
+        if len(failures) < 3:
+            failures.append(1)
             raise ValueError("a broken queue")
+        return take(queue, threads)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(WorkQueue, "next", broken)
-            assert server.classify(input="good").status_code == 200  # by the thread that waits already
-            assert failed.wait(20)
+    monkeypatch.setattr(WorkQueue, "next", broken)
+    with serving(store, models=["tiny"], threads=1) as server:
         assert server.classify(input="good").status_code == 200
+        assert server.service.engine.errors == len(failures) == 3
 
 
 def lost(server: Server) -> None:

@@ -15,6 +15,7 @@ from loadtest.layers import layers
 from model_store.model import Model
 from model_store.segments import Passage
 from model_store.store import Store, StoreError
+from model_store.tokenizer import TextTokenizer
 from tests.conftest import make_rows
 from tests.serving import Gate, serving, until
 
@@ -172,15 +173,15 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
 def test_a_text_that_fails_does_not_fail_those_beside_it(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, tokenize = Gate(monkeypatch), Model.tokens
+    gate, short = Gate(monkeypatch), TextTokenizer.short
 
-    def broken(model: Model, encoding: Any, text: str, *rest: Any) -> Any:
-        tokens = tokenize(model, encoding, text, *rest)
-        if text == "broken":
+    def broken(tokenizer: TextTokenizer, encoding: Any, *rest: Any) -> Any:
+        tokens = short(tokenizer, encoding, *rest)
+        if encoding.ids == tokenizer.encode([("broken", None)])[0].ids:
             tokens.ids[0, 1] = 10**6  # no such row in the word table
         return tokens
 
-    monkeypatch.setattr(Model, "tokens", broken)
+    monkeypatch.setattr(TextTokenizer, "short", broken)
     with serving(store, threads=1, models=["tiny-int8"]) as server, ThreadPoolExecutor(5) as pool:
         texts = ["good", "dull", "broken", "bad", "fine"]
         answers = [pool.submit(server.classify, input=text) for text in texts]
