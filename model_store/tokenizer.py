@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,10 @@ MAX_CHARS_PER_TOKEN = 100
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
 # letters that fall into single letters) takes 10 to 20 µs a character.
 PIECE = 512
-# Where a text may be cut without changing its tokens: before white space, else after punctuation.
-_SPACE, _PUNCTUATION = re.compile(r"(?<=\S)\s"), re.compile(r"[^\w\s]")
+# White space at which a text may be cut. BERT deletes other control characters that Python takes for white
+# space.
+_SPACE = re.compile(r"(?<=\S)[ \t\n\r\u3000]")
+IDEOGRAPHS = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 _PROBE = "a"
 # One text at a time on each engine thread: the tokenizer's own thread pool would only get in their way.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -114,10 +117,8 @@ class TextTokenizer:
         return self.frames[pair].around(_parts(encoding, pair))
 
     def _cut(self, parts: list[list[int]], is_cut: bool = True) -> Tokens:
-        """The tokens of texts with these ids, cut at the longer text's end, as transformers does it.
-
-        But an odd place goes to the first text, not to the longer one: how long they are is not known here.
-        """
+        """The tokens of texts with these ids, cut at the longer text's end; an odd place goes to the
+        first."""
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
         keep = room
@@ -186,14 +187,32 @@ class Tokenization:
 
 
 def _piece_end(text: str, start: int) -> int:
-    """Where a piece that begins at `start` ends."""
+    """Where a piece that begins at `start` ends: where a cut changes no token.
+
+    That is before white space; else, where 512 characters have none, between punctuation and a letter or
+    digit, or beside a CJK ideograph or punctuation; else at the next such place. WordPiece has a token
+    boundary at each of these. Other tokenizers may have other tokens beside such a cut, but only in runs that
+    are so long.
+    """
     first, last = start + PIECE, start + 2 * PIECE
     if len(text) <= last:
         return len(text)
     if found := _SPACE.search(text, first, last):
         return found.start()
-    found = _PUNCTUATION.search(text, first, last)
-    return found.end() if found else last
+    marks = [at for at in range(first, last) if _is_mark(text[at])]
+    if marks:
+        return next((at + 1 for at in marks if text[at] != "'" and text[at + 1].isalnum()), marks[0] + 1)
+    ends = (
+        at for at in range(last, len(text)) if _is_mark(text[at]) or unicodedata.category(text[at]) == "Zs"
+    )
+    return next(ends, len(text))
+
+
+def _is_mark(char: str) -> bool:
+    """Whether a character is a token by itself: punctuation, an ASCII symbol or a CJK ideograph."""
+    if char.isascii():
+        return not char.isalnum() and char.isprintable() and char != " "
+    return unicodedata.category(char)[0] == "P" or unicodedata.name(char, "").startswith(IDEOGRAPHS)
 
 
 def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:

@@ -91,18 +91,20 @@ class Gate:
         self._service, self.bytes_in_flight = service, service.bytes_in_flight
 
     def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if its body need not be read to answer it."""
+        """The client whose request this is; None if no body is needed to answer it. Raises ApiError for a
+        request that is refused whatever its body says."""
         service = self._service
-        try:
-            if not is_classify(scope):
-                needs_body = service.access.check(route_path(scope), scope)
-                return service.client(scope, "") if needs_body else None
-            if service.sheds():
-                return None
-            service.check_open()
-            return service.client(scope, service.access.user(scope))
-        except ApiError:  # the application will say it
-            return None
+        if not is_classify(scope):
+            needs_body = service.access.check(route_path(scope), scope)
+            return service.client(scope, "") if needs_body else None
+        if service.sheds():
+            raise service.shed_error()
+        service.check_open()
+        return service.client(scope, service.access.user(scope))
+
+    def address(self, peer: tuple[str, int] | None) -> str:
+        """The address, or the IPv6 network, of a connection's other end."""
+        return self._service.address(peer)
 
     def malformed(self) -> None:
         """Count a request that is no HTTP."""

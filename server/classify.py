@@ -19,6 +19,7 @@ from server.errors import ApiError
 from server.exchange import HEADER, Exchange, request_id
 from server.models import Served
 from server.protocol import ClassifyRequest
+from server.queue import QueueFullError
 from server.rules import Choice
 from server.service import Service
 from server.shadow import run_beside
@@ -197,6 +198,8 @@ async def _run(job: Job, scope: Scope, service: Service, until: float) -> None:
 
     try:
         service.engine.submit(job)
+    except QueueFullError:  # it is closed: the server stops
+        raise ApiError(503, "the server stops", cause="queue_full", retry_after=1) from None
     except DeadlineError as error:
         raise _refused(job, error.args[0]) from None
     except LeadError:

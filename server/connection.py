@@ -39,6 +39,7 @@ MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to 
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
 MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
 SOCKET_BUFFER_BYTES = 2**16
+WRITE_BUFFER_BYTES = 2**14  # of an answer: with more unread, a client counts as one that does not read
 # Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth
 # of its time.
 MAX_BODY_BYTES_PER_S = 2.5e8
@@ -64,7 +65,11 @@ class Gate(Protocol):
     bytes_in_flight: Shares
 
     def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if its body need not be read to answer it."""
+        """The client whose request this is; None if no body is needed to answer it. Raises ApiError for a
+        request that is refused whatever its body says."""
+
+    def address(self, peer: tuple[str, int] | None) -> str:
+        """The address, or the IPv6 network, of a connection's other end."""
 
     def malformed(self) -> None:
         """Count a request that is no HTTP."""
@@ -87,7 +92,7 @@ class Listener:
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[Connection] = set()
-        self._by_address: dict[str, int] = {}
+        self._by_address: dict[str, dict[Connection, None]] = {}  # the oldest first
         self._paused: set[Connection] = set()
         self._sweeping = False
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
@@ -102,12 +107,13 @@ class Listener:
         )
 
     def opened(self, connection: "Connection") -> None:
-        """Count a connection; at the limit, close the one that can best be spared."""
+        """Count a connection; at the limit, evict the oldest of the busiest address on which nothing is
+        answered."""
         self.connections.add(connection)
-        self._by_address[connection.address] = self._by_address.get(connection.address, 0) + 1
+        self._by_address.setdefault(connection.address, {})[connection] = None
         if len(self.connections) > self.max_connections:
-            spare = [c for c in self.connections if c.state != ANSWER]
-            victim = max(spare, key=lambda c: (self._by_address[c.address], -c.since), default=connection)
+            busiest = max(self._by_address.values(), key=len)
+            victim = next((c for c in busiest if c.state != ANSWER), connection)
             self.gate.dropped("connection_limit")
             victim.abort()
         if not self._sweeping:
@@ -120,10 +126,8 @@ class Listener:
             return
         self.connections.discard(connection)
         self._paused.discard(connection)
-        left = self._by_address[connection.address] - 1
-        if left:
-            self._by_address[connection.address] = left
-        else:
+        del self._by_address[connection.address][connection]
+        if not self._by_address[connection.address]:
             del self._by_address[connection.address]
 
     def wait_to_read(self, size: int) -> float:
@@ -139,7 +143,7 @@ class Listener:
         return self._pipelined_at - now
 
     def paused(self, connection: "Connection") -> None:
-        """Note a client that does not read; if too much waits for such clients, cut who has the most."""
+        """Note a client that does not read; if too much waits for such clients, abort the largest."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:
@@ -159,12 +163,12 @@ class Listener:
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
         """End what is late; cheaper than a timer for each request."""
-        now = monotonic()
-        for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
-            connection.late(now)
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)
+        now = monotonic()
+        for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
+            connection.late(now)
 
 
 class Connection(asyncio.Protocol):
@@ -175,7 +179,6 @@ class Connection(asyncio.Protocol):
 
     Attributes:
         state: what it is doing.
-        since: when it began to (monotonic seconds).
         deadline: until when the client must have sent what is awaited.
         write_deadline: until when the client must have read.
         address: of the client.
@@ -197,12 +200,14 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self._parser = HttpRequestParser(self)
         self.state, self.address = HEAD, ""
-        self.since = monotonic()
-        self.deadline, self.write_deadline = self.since + HEAD_TIMEOUT_S, inf
+        self.deadline, self.write_deadline = monotonic() + HEAD_TIMEOUT_S, inf
         self._data = b""  # read and not parsed
         self._searched = 0  # of it, without the end of a head
         self._blank = 0  # bytes of empty lines before a head
         self._reading_paused = False
+        self._awaits_turn = False  # to have a pipelined request answered
+        self._keep_alive = False
+        self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set once the client reads again
         self._closing = False  # after the present answer
         self._gone = False
@@ -218,7 +223,8 @@ class Connection(asyncio.Protocol):
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
-        self.address = self._peer[0] if self._peer else ""
+        self.address = self._listener.gate.address(self._peer)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         # The system would let each connection grow to megabytes.
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
@@ -227,12 +233,13 @@ class Connection(asyncio.Protocol):
         self._listener.opened(self)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Tell whoever answers."""
+        """Notify the handler, and let go of everything."""
         self._gone = True
         self._server_state.connections.discard(self)
         self._listener.closed(self)
         self._release()
         self.deadline = self.write_deadline = inf
+        self._scope = {}  # which refers back to this
         if self.on_gone is not None:
             self.on_gone()
         if self._resumed is not None:
@@ -241,8 +248,8 @@ class Connection(asyncio.Protocol):
             self._request.end()
 
     def shutdown(self) -> None:
-        """Close, if nothing is being answered; else after the answer."""
-        if self.state == ANSWER:
+        """Close, if there is no request; else after its answer."""
+        if self.state in (BODY, ANSWER):
             self._closing = True
         else:
             self._close()
@@ -261,7 +268,7 @@ class Connection(asyncio.Protocol):
         if not self._transport.is_closing():
             self.write_deadline = inf
         self._listener.resumed(self)
-        if self.state == HEAD:
+        if not self._awaits_turn:
             self._go_on()
 
     def data_received(self, data: bytes) -> None:
@@ -274,7 +281,7 @@ class Connection(asyncio.Protocol):
         if self.state == HEAD and not self._data and not self._blank:
             self._wait(HEAD, HEAD_TIMEOUT_S)
         self._data = self._data + data if self._data else data
-        if self.state == ANSWER or self._resumed is not None:
+        if self.state == ANSWER or self._resumed is not None or self._awaits_turn:
             if len(self._data) > MAX_AHEAD_BYTES:
                 self._pause_reading()
         else:
@@ -283,8 +290,7 @@ class Connection(asyncio.Protocol):
     # Deadlines
 
     def _wait(self, state: int, seconds: float) -> None:
-        self.state, self.since = state, monotonic()
-        self.deadline = self.since + seconds
+        self.state, self.deadline = state, monotonic() + seconds
 
     def late(self, now: float) -> None:
         """End what is late."""
@@ -339,10 +345,10 @@ class Connection(asyncio.Protocol):
 
     def _advance(self) -> None:
         try:
-            while self._data and (
-                self._take_head() if self.state == HEAD else self.state == BODY and self._take_body()
-            ):
-                pass
+            if self.state == HEAD and self._data:
+                self._take_head()
+            if self.state == BODY and self._data:
+                self._take_body()
         except ApiError as error:  # in a body
             self._start(error)
         except HttpParserUpgrade:
@@ -351,8 +357,8 @@ class Connection(asyncio.Protocol):
             reason = str(error.__context__ or error)[:200]  # httptools wraps what callbacks raise
             self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
 
-    def _take_head(self) -> bool:
-        """Parse a head; False if it is not whole. Raises ValueError or HttpParserError."""
+    def _take_head(self) -> None:
+        """Parse a head, if it is whole. Raises ValueError or HttpParserError."""
         data = self._data
         if data[:1] in (b"\r", b"\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
             left = data.lstrip(b"\r\n")
@@ -365,12 +371,12 @@ class Connection(asyncio.Protocol):
             raise ValueError(f"its head is larger than {MAX_HEAD_BYTES} bytes")
         if end < 0:
             self._searched = max(0, len(data) - len(_END) + 1)
-            return False
+            return
         if data.count(b"\r\n", 0, end) > MAX_HEADERS:
             raise ValueError(f"its head has more than {MAX_HEADERS} headers")
         head, self._data = data[: end + len(_END)], data[end + len(_END) :]
         self._searched = self._blank = 0
-        if b"pgrade:" in head or b"PGRADE:" in head:
+        if b"upgrade:" in head.lower():
             head = _UPGRADE.sub(b"", head)
         self._headers: list[tuple[bytes, bytes]] = []
         self._url, self._whole, self._length = b"", False, -1
@@ -381,7 +387,6 @@ class Connection(asyncio.Protocol):
         self._parser.feed_data(head)
         self._is_head = False
         self._begin()
-        return True
 
     def on_url(self, url: bytes) -> None:
         """A part of the request line."""
@@ -398,6 +403,10 @@ class Connection(asyncio.Protocol):
         elif name == b"expect" and value.lower() == b"100-continue":
             self._expects_continue = True
 
+    def on_headers_complete(self) -> None:
+        """llhttp forgets what the head said once the message is complete."""
+        self._keep_alive = bool(self._parser.should_keep_alive())
+
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
         self._body.append(body)
@@ -412,9 +421,10 @@ class Connection(asyncio.Protocol):
     def _begin(self) -> None:
         """A head is whole: wait for its body, or answer it now. Raises ValueError or HttpParserError."""
         url = parse_url(self._url)
-        path = url.path.decode("ascii")
+        raw_path = url.path or b"/"  # an absolute URL may have none
+        path = raw_path.decode("ascii")
         version = self._parser.get_http_version()
-        self._keep_alive = version != "1.0" and bool(self._parser.should_keep_alive())
+        self._keep_alive = self._keep_alive and version != "1.0"
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -425,7 +435,7 @@ class Connection(asyncio.Protocol):
             "method": self._parser.get_method().decode("ascii"),
             "root_path": self._root_path,
             "path": self._root_path + (unquote(path) if "%" in path else path),
-            "raw_path": self._root_path.encode("ascii") + url.path,
+            "raw_path": self._root_path.encode("ascii") + raw_path,
             "query_string": url.query or b"",
             "headers": self._headers,
             "state": self._app_state.copy(),
@@ -436,20 +446,25 @@ class Connection(asyncio.Protocol):
         if self._whole:
             self._start(b"")
             return
-        client = self._listener.gate.admit(scope)
-        too_large = self._length > self._listener.max_body_bytes
+        refusal: ApiError | None = None
+        client = None
+        try:
+            client = self._listener.gate.admit(scope)
+        except ApiError as error:
+            refusal = error
+        if self._length > self._listener.max_body_bytes:
+            refusal = refusal or self._too_large()
         # A body that is there already is read in any case: the connection can then be used again.
-        if (client is None or too_large) and not 0 <= self._length <= len(self._data):
-            self._start(self._too_large() if too_large else b"")
+        if (client is None or refusal) and not 0 <= self._length <= len(self._data):
+            self._start(refusal or b"")
             return
         self._client = client or ""
         self._wait(BODY, self._listener.body_timeout_s)
         if self._expects_continue and not self._data:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
-    def _take_body(self) -> bool:
-        """Parse what there is of a body; False if more must come. Raises ApiError, ValueError,
-        HttpParserError."""
+    def _take_body(self) -> None:
+        """Parse what there is of a body. Raises ApiError, ValueError or HttpParserError."""
         data = self._data
         if self._length >= 0:
             left = self._length - self._size
@@ -465,27 +480,24 @@ class Connection(asyncio.Protocol):
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = []
             self._start(body)
-        return False
 
     def _take_chunks(self) -> None:
-        data, at = self._data, 0
         while not self._whole:
-            end = data.find(_END, at)
+            end = self._data.find(_END)
             # Without an end in sight, all but what may be the beginning of one.
-            to = len(data) - len(_END) + 1 if end < 0 else end + len(_END)
-            if to <= at:
+            to = len(self._data) - len(_END) + 1 if end < 0 else end + len(_END)
+            if to <= 0:
                 break
-            size = self._size
-            self._parser.feed_data(data[at:to])
-            size = self._size - size
-            self._framing += to - at - size + MIN_CHUNK_BYTES
-            at = to
+            piece, self._data = self._data[:to], self._data[to:]
+            before = self._size
+            self._parser.feed_data(piece)
+            size = self._size - before
+            self._framing += to - size + MIN_CHUNK_BYTES
             if self._framing > MAX_FRAMING_BYTES + self._size:
                 raise ValueError(f"more than {MAX_FRAMING_BYTES} bytes of chunk sizes and trailers")
             if self._size > self._listener.max_body_bytes:
                 raise self._too_large()
             self._hold(size)
-        self._data = data[at:]
 
     def _too_large(self) -> ApiError:
         limit = self._listener.max_body_bytes
@@ -493,8 +505,9 @@ class Connection(asyncio.Protocol):
 
     def _hold(self, size: int) -> None:
         """Count bytes of a body as in flight; raises ApiError 429 or 503."""
-        self._listener.gate.bytes_in_flight.take(self._client, size)
-        self._held += size
+        if size:
+            self._listener.gate.bytes_in_flight.take(self._client, size)
+            self._held += size
 
     def _release(self) -> None:
         if self._held:
@@ -555,10 +568,9 @@ class Connection(asyncio.Protocol):
         if self.keeps_alive:
             self._release()
             self._wait(HEAD, KEEP_ALIVE_S)
-            if self._data:
-                self._wait(HEAD, HEAD_TIMEOUT_S)
             if self._data or self._reading_paused:
-                self.loop.call_later(self._listener.wait_for_pipelined(), self._go_on)
+                self._awaits_turn, self.deadline = True, inf
+                self.loop.call_later(self._listener.wait_for_pipelined(), self._take_turn)
         elif self._whole:
             self._release()
             self._close()
@@ -570,9 +582,16 @@ class Connection(asyncio.Protocol):
         self._request = None
         self.abort()
 
+    def _take_turn(self) -> None:
+        """It is this connection's turn to have a pipelined request answered."""
+        self._awaits_turn = False
+        if self.state == HEAD:
+            self._wait(HEAD, HEAD_TIMEOUT_S)
+            self._go_on()
+
     def _go_on(self) -> None:
         """Parse what came meanwhile, unless answers must be read first."""
-        if self._gone or self.state != HEAD or self._resumed is not None:
+        if self.state not in (HEAD, BODY) or self._resumed is not None or self._transport.is_closing():
             return
         self._resume_reading()
         self._advance()

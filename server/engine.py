@@ -25,6 +25,7 @@ log = logging.getLogger("de3.engine")
 
 LEAD_S = 0.25  # engine time that a client may have had more than others, and still get promises
 STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
+MAX_FAILURES = 100  # steps in a row, after which a thread ends
 
 
 class DeadlineError(Exception):
@@ -55,6 +56,7 @@ class Engine:
         self._seconds = [0.0] * threads
         self._progress = [0] * threads  # steps and layers begun
         self._busy = [False] * threads
+        self._failures = [0] * threads  # steps that failed in a row
         self._seen: list[tuple[int, int]] = [(0, 0)] * threads
         self.errors = 0  # of what the engine calls, which did not end a thread
 
@@ -68,8 +70,7 @@ class Engine:
         """What is wrong with the threads, empty if nothing is; to be asked about once a second.
 
         A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not come
-        back.
-        Checks are counted, not seconds: a process that was suspended has not been stuck.
+        back. Checks are counted, not seconds: a process that was suspended has not been stuck.
         """
         for number, thread in enumerate(self._threads):
             if not thread.is_alive():
@@ -127,8 +128,10 @@ class Engine:
             self._warm_ups.pop()()
         except BaseException:
             log.exception("an engine thread could not warm up; it goes on")
+        self._failures[number] = 0
         while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
-            pass
+            if self._failures[number] > MAX_FAILURES:
+                return  # and the server with it
 
     def _step(self, number: int) -> bool:
         """Run what is next; False once there is nothing more to come. No error ends the thread."""
@@ -144,11 +147,12 @@ class Engine:
             log.exception("the engine failed; it goes on")
             for item in items:
                 item.job.fail(RuntimeError(str(error)))
-            if not items:
-                sleep(0.1)  # it may fail at once again
+            self._failures[number] += 1
+            sleep(0.01)  # it may fail at once again
             return True
         finally:
             self._busy[number] = False
+        self._failures[number] = 0
         return bool(items)
 
     def _finish(self, results: Sequence[tuple[Item, Outcome | Exception | None]], number: int) -> None:

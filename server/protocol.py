@@ -23,7 +23,7 @@ from server.errors import ApiError
 
 MAX_BUDGET_MS = 60_000
 LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
-MAX_BRACKETS = 2**16  # in a body, those in texts included: each may be a list or an object to make
+MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to make
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",

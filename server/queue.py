@@ -44,7 +44,7 @@ class WorkQueue:
     engine time, and of its items the one that is due first. So a client gets its share of the engine whatever
     others send, and a client that is alone gets everything.
 
-    Dropped jobs cost nothing and no room. Shadows' items are handed out only when nothing else waits; they
+    Dropped jobs cost nothing and no room. Shadows' items are scheduled only when nothing else waits; they
     take nobody's room, count in no number here, and go when the queue is closed.
     """
 
@@ -52,7 +52,7 @@ class WorkQueue:
         self.limit = limit
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
-        # A heap, by what they had spent when it was last put right.
+        # A heap, by what they had spent as of its last update.
         self._listed: list[tuple[float, int, _Client]] = []
         self._floor = 0.0  # what the client that was served last had spent
         self._shadows: deque[Item] = deque()
@@ -170,7 +170,7 @@ class WorkQueue:
             return sum(when > due and not item.job.dropped for heap in heaps for when, _, item in heap)
 
     def drop(self, job: Job) -> None:
-        """Give a job up: its waiting items free their room at once and never run."""
+        """Drop a job: its waiting items free their room at once and never run."""
         with self._changed:
             job.dropped = True
             self._forget(job)
@@ -181,7 +181,7 @@ class WorkQueue:
                 self._stored = self._waiting
 
     def close(self) -> None:
-        """Accept nothing more; what waits is still handed out, but for shadows."""
+        """Accept nothing more; what waits is still scheduled, but for shadows."""
         with self._changed:
             self._closed = True
             self._shadows.clear()
@@ -212,8 +212,10 @@ class WorkQueue:
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
-        if not item.job.is_promised:
-            self._floor = max(self._floor, self._clients[item.job.client].spent)
+        # A client that is served before its turn, as its deadline is promised, sets the clock only if nobody
+        # waits.
+        if not item.job.is_promised or self._stored == len(self._promised) + 1:
+            self._floor = max(self._floor, self._client(item.job.client).spent)
         item.job.waiting -= 1
         self._waiting -= 1
         self._stored -= 1

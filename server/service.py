@@ -134,14 +134,14 @@ class Service:
     async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
         """End the server when an engine thread is lost: its supervisor starts a new one."""
         for check in count(1):
-            if problem := self.engine.problem():
+            if self.state == "stopping":
+                return
+            if (problem := self.engine.problem()) and self.state != "stopping":
                 break
             await asyncio.sleep(CHECK_S)
             if check % TRIM_CHECKS == 0:
                 gc.collect()  # little is not frozen
                 await asyncio.to_thread(memory.trim)
-        if self.state == "stopping":  # the threads ended as they should
-            return
         log.critical("%s: the server stops", problem)
         self.state = "failed"
         self.metrics.engine_failures.inc()
@@ -193,6 +193,10 @@ class Service:
         if not self.is_open:
             raise ApiError(503, "the models are still loading", cause="loading", retry_after=1)
 
+    def address(self, peer: tuple[str, int] | None) -> str:
+        """The address, or the IPv6 network, of a connection's other end."""
+        return self._clients.name({"client": peer, "headers": []})
+
     def _wait_s(self) -> int:
         return self.engine.retry_after_s()
 
@@ -204,15 +208,16 @@ class Service:
         """Whether a new request must be refused to keep the latency objective."""
         return self.controller is not None and self.controller.sheds(self.texts_in_flight.total, self.ahead)
 
+    def shed_error(self) -> ApiError:
+        """Why a request is shed."""
+        objective = self.settings.slo_p99_ms or 0
+        message = f"overloaded: the objective of {objective:g} ms could not be kept"
+        return ApiError(503, message, cause="shed", retry_after=1)
+
     def _shed_response(self) -> ASGIApp:
         """The answer to a request that is shed, made once: an overloaded server sends little else."""
         refused, requests = self.metrics.rejected.labels("shed"), self.metrics.requests.labels("none", "503")
-        response = ApiError(
-            503,
-            f"overloaded: the objective of {self.settings.slo_p99_ms or 0:g} ms could not be kept",
-            cause="shed",
-            retry_after=1,
-        ).response()
+        response = self.shed_error().response()
         body = {"type": "http.response.body", "body": response.body}
 
         async def shed(scope: Scope, _: Receive, send: Send) -> None:

@@ -3,6 +3,7 @@
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from http.client import HTTPResponse
@@ -313,3 +314,69 @@ def test_one_pair_of_long_texts_is_answered_soon(server: Server) -> None:
         row = server.classify(input={"text": text, "text_pair": text}).json()
         assert row["data"][0]["truncated"] is True and row["usage"]["prompt_tokens"] == 64
         assert httpx.get(server.url + "/health", timeout=5).status_code == 200
+
+
+def test_connection_close_is_heeded_without_a_body_too(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n")
+        assert answer(s)[0] == 200 and s.recv(1) == b""
+
+
+def test_urls_in_absolute_form(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(b"GET http://example.com/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(s)[0] == 200
+        s.sendall(b"GET http://example.com HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(s)[0] == 404
+
+
+def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> None:
+    body = b'{"input": "' + b"a" * 2000 + b'"}'
+    with serving(store, models=["tiny"], max_body_bytes=1024) as server, connect(server) as s:
+        s.sendall(CHUNKED + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+        assert answer(s)[0] == 413
+        send(s, REQUEST)
+        status = s.recv(12)
+        assert status in (b"", b"HTTP/1.1 200")  # closed, or in step
+    with serving(store, models=["tiny"]) as server, connect(server) as s:
+        s.sendall(CHUNKED + b"0\r\n\r\n")
+        assert answer(s)[0] == 400  # empty is not JSON
+        assert not server.service.bytes_in_flight._held
+
+
+def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(REQUEST[:-3])
+        until(lambda: server.bodies_awaited() == 1, "the head to come")
+        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
+        waiting.loop.call_soon_threadsafe(waiting.shutdown)
+        s.sendall(REQUEST[-3:])
+        assert answer(s)[0] == 200 and is_closed(s)
+
+
+def test_pipelined_requests_are_paced_however_they_come(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PIPELINE_PAUSE_S", 0.02)
+    request = b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connect(server) as s:
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        started = time.monotonic()
+        for _ in range(10):
+            s.sendall(request * 3)
+        for _ in range(30):
+            assert answer(s)[0] == 404
+        assert time.monotonic() - started > 0.3  # most of them had to wait
+
+
+def test_a_refusal_does_not_depend_on_when_the_body_comes(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server may be full as the head comes, and have room again as the application starts."""
+    answers = iter([True])
+    monkeypatch.setattr(server.service, "sheds", lambda: next(answers, False))
+    with connect(server) as s:
+        s.sendall(REQUEST.removesuffix(BODY))
+        status, body = answer(s)
+        assert status == 503 and "overloaded" in body["error"]["message"]
+        assert is_closed(s)

@@ -78,7 +78,7 @@ def test_after_a_turn_others_have_as_long() -> None:
             "k000000: unknown",
         ),
         (b'{"input":[' + b",".join([b'"a"'] * 250_000) + b"]}", 422, "250000 texts, at most 256"),
-        (b'{"input":"a","user":[' + b",".join([b"[]"] * 70_000) + b"]}", 422, "65536 opening brackets"),
+        (b'{"input":"a","user":[' + b",".join([b"[]"] * 140_000) + b"]}", 422, "131072 opening brackets"),
         (b'{"input":"a","user":"' + b"x" * 10**6, 400, "not JSON"),
     ],
 )

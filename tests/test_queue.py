@@ -197,6 +197,8 @@ class FairMachine(RuleBasedStateMachine):
         urgent = [x for x in self.waiting if x.job.is_promised]
         if urgent:
             assert item.due == min(x.due for x in urgent) and item in urgent
+            if len(urgent) == len(self.waiting):
+                self.floor = max(self.floor, self.spent[item.job.client])
         else:
             assert self.spent[item.job.client] == self.lowest()
             self.floor = max(self.floor, self.lowest())
@@ -296,6 +298,21 @@ def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
     engine.queue.next()
     engine.submit(asking)  # nobody waits any more
     assert asking.is_promised
+
+
+def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> None:
+    queue = WorkQueue(100)
+    for _ in range(50):
+        queue.put(promised(0, "early"))
+        queue.charge(queue.next()[0].job, 1.0)
+    queue.put(job(20, client="late"))
+    queue.put(job(1, client="early"))
+    order = []
+    while "early" not in order:
+        (item,) = queue.next()
+        order.append(item.job.client)
+        queue.charge(item.job, 0.5)
+    assert len(order) <= 4
 
 
 def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

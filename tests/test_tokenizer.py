@@ -65,7 +65,21 @@ def whole(tokenizer: Tokenizer, text: str, pair: str | None, limit: int) -> tupl
 
 texts = st.lists(
     st.sampled_from(
-        [*WORDS, "é", "中文", "...", "?!", "\n", "  ", "aaaa" * 30, "qxzj" * 25, "👍🏽", "x" * 150]
+        [
+            *WORDS,
+            "é",
+            "中文",
+            "...",
+            "?!",
+            "\n",
+            "  ",
+            "aaaa" * 30,
+            "qxzj" * 25,
+            "pdf\x0cpage",
+            "\x85x\x1c",
+            "👍🏽",
+            "x" * 150,
+        ]
     ),
     min_size=1,
     max_size=700,
@@ -107,7 +121,6 @@ def test_no_piece_is_long_and_what_is_beyond_the_window_is_left(
     for text in (
         "a " * 3200,
         "." * 6400,
-        "x" * 6400,
         " " * 6399 + "a",
         "中" * 6400,
         ("qxzj" * 25 + " ") * 63,
@@ -121,8 +134,24 @@ def test_no_piece_is_long_and_what_is_beyond_the_window_is_left(
             assert steps <= len(text) // PIECE * 2 + 2
         assert max(pieces) <= 2 * PIECE
     pieces.clear()
+    tokenizer.start("x" * 6400, None, True).all()
+    assert pieces == [6400]  # nowhere to cut: of such a run no tokenizer tries each part
+    pieces.clear()
     tokenizer.start("good film " * 640, None, True).all()
     assert len(pieces) == 1  # it has more tokens than the model takes
+
+
+MARKS = ".€。中\u0301\x0cカ'\uf900\u3000\xa0\x85\u200b👍"
+RUNS = ("a", "good", "qxzj" * 25, "x" * 99, "y" * 150, "z" * 700)
+runs = st.lists(st.sampled_from([*MARKS, *RUNS]), min_size=1, max_size=300).map("".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=runs, room=st.sampled_from([60, 510]))
+def test_wordpiece_has_the_same_tokens_without_white_space_too(text: str, room: int) -> None:
+    tokenizer, limit = MADE["wordpiece"], room + 2
+    tokens = TextTokenizer(tokenizer, limit).start(text, None, True).all()
+    assert tokens.ids[0].tolist() == whole(tokenizer, text[: MAX_CHARS_PER_TOKEN * limit], None, limit)[0]
 
 
 def test_too_long_and_not_to_be_cut() -> None:
