@@ -55,7 +55,7 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
             service.metrics.rejected.labels("other_origin").inc()
             await OTHER_ORIGIN.response(request_id(scope))(scope, receive, send)
         elif is_classify(scope):
-            if service.sheds():
+            if service.sheds(scope):
                 await service.shed(scope, receive, send)
             else:
                 await classify(scope, receive, send, service)
@@ -97,7 +97,7 @@ class Gate:
         if not is_classify(scope):
             needs_body = service.access.check(route_path(scope), scope)
             return service.client(scope, "") if needs_body else None
-        if service.sheds():
+        if service.sheds(scope):
             raise service.shed_error()
         service.check_open()
         return service.client(scope, service.access.user(scope))

@@ -103,9 +103,11 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
         client=client,
         piece_s=served.timing.piece_s,
     )
-    with service.holding(job, client):
-        await _run(job, x.scope, service, x.started + settings.timeout_s)
-    charge.settle(sum(-(-item.outcome.tokens // TOKENS_PER_TEXT) for item in job.items if item.outcome))
+    try:
+        with service.holding(job, client):
+            await _run(job, x.scope, service, x.started + settings.timeout_s)
+    finally:  # also of a request that failed, as far as it came
+        charge.settle(sum(-(-len(item.tokens) // TOKENS_PER_TEXT) for item in job.items if item.tokens))
     shadow = service.models.shadow_of(served)
     if shadow is not None:
         run_beside(shadow, job, parsed, service)
@@ -122,15 +124,24 @@ async def _answer(x: Exchange, receive: Receive, service: Service) -> tuple[byte
 
 async def _parse_in_turn(body: bytes, client: str, x: Exchange, service: Service) -> ClassifyRequest:
     """The request in a large body; raises ApiError, or ClientDisconnect if its client leaves meanwhile."""
-    timeout_s = service.settings.timeout_s
+    timeout_s, connection = service.settings.timeout_s, x.scope.get("de3.connection")
+    task = asyncio.current_task()
+    assert task is not None
+    if connection is not None:
+        connection.on_gone = task.cancel  # its body must not wait on
     try:
         async with asyncio.timeout(x.started + timeout_s - perf_counter()), service.lane.turn(client):
-            connection = x.scope.get("de3.connection")
-            if connection is not None and connection.is_gone:
-                raise ClientDisconnect
             return protocol.parse(body, service.settings.max_texts)
     except TimeoutError:
         raise _too_late(timeout_s) from None
+    except asyncio.CancelledError:
+        if connection is None or not connection.is_gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        if connection is not None:
+            connection.on_gone = None
 
 
 def _too_late(timeout_s: float) -> ApiError:

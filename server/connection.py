@@ -12,6 +12,7 @@ beforehand.
 
 import asyncio
 import logging
+import random
 import re
 import socket
 from collections.abc import Callable
@@ -50,6 +51,8 @@ KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 SWEEP_S = 0.25
+GREED = 8  # times as many connections as are left may an address have
+SAMPLE = 256  # connections among which one is sought to evict
 
 # What a connection is doing: waiting for a head, for a body, for the application, or for the client to close.
 HEAD, BODY, ANSWER, LINGER = range(4)
@@ -92,7 +95,7 @@ class Listener:
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[Connection] = set()
-        self._by_address: dict[str, dict[Connection, None]] = {}  # the oldest first
+        self._by_address: dict[str, set[Connection]] = {}
         self._paused: set[Connection] = set()
         self._sweeping = False
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
@@ -107,13 +110,18 @@ class Listener:
         )
 
     def opened(self, connection: "Connection") -> None:
-        """Count a connection; at the limit, evict the oldest of the busiest address on which nothing is
-        answered."""
+        """Count a connection; evict one if its address has more than GREED times as many as are left.
+
+        That is one on which nothing is being answered: of the address that has the most, rather one on which
+        no request was answered yet, and the oldest. If there is none, it is the new one.
+        """
         self.connections.add(connection)
-        self._by_address.setdefault(connection.address, {})[connection] = None
-        if len(self.connections) > self.max_connections:
-            busiest = max(self._by_address.values(), key=len)
-            victim = next((c for c in busiest if c.state != ANSWER), connection)
+        mine = self._by_address.setdefault(connection.address, set())
+        mine.add(connection)
+        if len(mine) > GREED * (self.max_connections - len(self.connections)):
+            sample = random.sample(tuple(self.connections), min(SAMPLE, len(self.connections)))
+            spare = [c for c in (*sample, connection) if c.state != ANSWER]
+            victim = max(spare, key=lambda c: (len(self._by_address[c.address]), not c.answers, -c.opened_at))
             self.gate.dropped("connection_limit")
             victim.abort()
         if not self._sweeping:
@@ -126,7 +134,7 @@ class Listener:
             return
         self.connections.discard(connection)
         self._paused.discard(connection)
-        del self._by_address[connection.address][connection]
+        self._by_address[connection.address].discard(connection)
         if not self._by_address[connection.address]:
             del self._by_address[connection.address]
 
@@ -157,6 +165,16 @@ class Listener:
         """Clients that do not read what is sent to them."""
         return len(self._paused)
 
+    def make_room(self, client: str) -> bool:
+        """Give up an unfinished body for a client that is within its share: the largest of who holds the
+        most."""
+        shares = self.gate.bytes_in_flight
+        waiting = [c for c in self.connections if c.state == BODY and c.held and c.client != client]
+        if not waiting:
+            return False
+        max(waiting, key=lambda c: (shares.held(c.client), c.held)).give_up_body()
+        return True
+
     def resumed(self, connection: "Connection") -> None:
         """It reads again."""
         self._paused.discard(connection)
@@ -182,6 +200,10 @@ class Connection(asyncio.Protocol):
         deadline: until when the client must have sent what is awaited.
         write_deadline: until when the client must have read.
         address: of the client.
+        opened_at: monotonic seconds.
+        answers: how many requests were answered.
+        client: whose request it is.
+        held: bytes of its body that count as in flight.
     """
 
     on_gone: Callable[[], None] | None = None
@@ -200,7 +222,8 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self._parser = HttpRequestParser(self)
         self.state, self.address = HEAD, ""
-        self.deadline, self.write_deadline = monotonic() + HEAD_TIMEOUT_S, inf
+        self.opened_at, self.answers = monotonic(), 0
+        self.deadline, self.write_deadline = self.opened_at + HEAD_TIMEOUT_S, inf
         self._data = b""  # read and not parsed
         self._searched = 0  # of it, without the end of a head
         self._blank = 0  # bytes of empty lines before a head
@@ -212,7 +235,7 @@ class Connection(asyncio.Protocol):
         self._closing = False  # after the present answer
         self._gone = False
         self._discarded = 0
-        self._client, self._held = "", 0  # bytes in flight, and whose
+        self.client, self.held = "", 0
         self._request: _Request | None = None
 
     # What uvicorn and the event loop call
@@ -401,7 +424,7 @@ class Connection(asyncio.Protocol):
         if name == b"content-length":
             self._length = int(value)  # llhttp takes digits only
         elif name == b"expect" and value.lower() == b"100-continue":
-            self._expects_continue = True
+            self._expects_continue = self._parser.get_http_version() == "1.1"
 
     def on_headers_complete(self) -> None:
         """llhttp forgets what the head said once the message is complete."""
@@ -458,7 +481,7 @@ class Connection(asyncio.Protocol):
         if (client is None or refusal) and not 0 <= self._length <= len(self._data):
             self._start(refusal or b"")
             return
-        self._client = client or ""
+        self.client = client or ""
         self._wait(BODY, self._listener.body_timeout_s)
         if self._expects_continue and not self._data:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -505,14 +528,27 @@ class Connection(asyncio.Protocol):
 
     def _hold(self, size: int) -> None:
         """Count bytes of a body as in flight; raises ApiError 429 or 503."""
-        if size:
-            self._listener.gate.bytes_in_flight.take(self._client, size)
-            self._held += size
+        if not size:
+            return
+        shares = self._listener.gate.bytes_in_flight
+        try:
+            shares.take(self.client, size)
+        except ApiError as error:
+            if error.status != 503 or not self._listener.make_room(self.client):
+                raise
+            shares.take(self.client, size)
+        self.held += size
+
+    def give_up_body(self) -> None:
+        """Answer a request whose body is unfinished, for others have no room for theirs."""
+        self._release()
+        message = "the server needs the room of your unfinished body for others; send fewer at a time"
+        self._start(ApiError(429, message, cause="over_share", retry_after=1))
 
     def _release(self) -> None:
-        if self._held:
-            self._listener.gate.bytes_in_flight.give_back(self._client, self._held)
-            self._held = 0
+        if self.held:
+            self._listener.gate.bytes_in_flight.give_back(self.client, self.held)
+            self.held = 0
         self._body = []
 
     # Answering
@@ -562,6 +598,7 @@ class Connection(asyncio.Protocol):
     def answered(self) -> None:
         """The answer is written: go on to the next request, or close."""
         self._server_state.total_requests += 1
+        self.answers += 1
         self._request = None
         if self._gone:
             return

@@ -23,8 +23,10 @@ from server.work import Item, Job, Outcome, wake
 log = logging.getLogger("de3.engine")
 
 
-LEAD_S = 0.25  # engine time that a client may have had more than others, and still get promises
+# Engine time that a client may have had or been promised more than others, and still get promises.
+LEAD_S = 0.1
 STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
+OVERRUN = 1.5  # of the time predicted for texts that run together, by their tokens
 MAX_FAILURES = 100  # steps in a row, after which a thread ends
 
 
@@ -101,7 +103,10 @@ class Engine:
         """Accept a job; raises QueueFullError, or for a deadline that is not promised DeadlineError or
         LeadError."""
         if job.deadline is not None:
-            if self.queue.lead(job) > LEAD_S:
+            predicted = sum(item.predicted for item in job.items)
+            lead = self.queue.lead(job)
+            # One text may be promised however long it is; a batch counts as what is promised already.
+            if lead > LEAD_S or (lead >= 0 and len(job.items) > 1 and lead + predicted > LEAD_S):
                 raise LeadError
             needed = self.deadlines.promise(job)
             if needed:
@@ -188,7 +193,7 @@ class Engine:
         if first.layer == 0 and first.is_short and 0 < first.predicted <= first.job.together_s:
             self.deadlines.held(number, perf_counter() + sum(item.predicted for item in items))
             try:
-                results = run_together(items)
+                results = run_together(items, self.queue)
             except BaseException:  # one of them; which one shows when each runs alone
                 log.exception("texts that ran together failed")
             else:
@@ -214,13 +219,19 @@ class Engine:
             return RuntimeError("an item failed")
 
 
-def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | None]]:
-    """Take short texts of one model through the kernels in one call; each is computed by itself."""
+def run_together(
+    items: list[Item], queue: WorkQueue | None = None
+) -> list[tuple[Item, Outcome | Exception | None]]:
+    """Take short texts of one model through the kernels in one call; each is computed by itself.
+
+    Texts that turn out to be longer than predicted go back into the queue, but for the first, and run alone.
+    """
     started = perf_counter()
     model = items[0].job.model
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     results: list[tuple[Item, Outcome | Exception | None]] = []
     ways: list[tuple[Item, Passage]] = []
+    seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
         job, rule = item.job, item.job.rule
         if job.dropped:
@@ -231,17 +242,23 @@ def run_together(items: list[Item]) -> list[tuple[Item, Outcome | Exception | No
             results.append((item, _too_long(item, error)))
             continue
         item.tokens = tokens
+        seconds += job.layer_s(len(tokens)) * model.manifest.num_layers
+        if queue is not None and ways and seconds > OVERRUN * job.together_s:
+            item.is_short = False
+            queue.put_back(item)
+            continue
         deepest = model.deepest_exit(rule.max_layer)
         caution = job.watch.caution if job.watch else 1.0
         every = job.every or item.sampled
         ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, every, caution)))
-    tokenize_s = (perf_counter() - started) / len(items)
+    for item in items:  # those that fail or wait again have cost it, too
+        item.tokenize_s = (perf_counter() - started) / len(items)
     if ways:
         assert model.through is not None
         watch = items[0].job.watch  # they are of one model
         model.through([way for _, way in ways], watch.limits if watch else None)
     for item, way in ways:
-        item.tokenize_s, item.model_s = tokenize_s, way.seconds
+        item.model_s = way.seconds
         results.append((item, _passed(item, way)))
     return results
 
@@ -348,6 +365,7 @@ def _tokenize(item: Item, queue: WorkQueue, held: Callable[[float], None]) -> bo
         try:
             item.tokens = item.tokenization.step()
         except ValueError as error:
+            queue.charge(job, perf_counter() - started)
             raise _too_long(item, error) from None
         finally:
             spent = perf_counter() - started

@@ -15,8 +15,10 @@ from server.connection import Listener
 from server.service import EngineError, Service
 from server.settings import Settings
 
-BACKLOG = 128  # connections that the system holds until they are accepted, which may all be at once
-OTHER_FILES = 64  # models, logs, the event loop
+BACKLOG = 512  # connections that the system holds until they are accepted
+# Models, logs, the event loop; and connections that are accepted in one go, before others are evicted for
+# them.
+OTHER_FILES = 192
 MAX_CONNECTIONS = 10_000
 
 
@@ -63,7 +65,7 @@ def max_connections() -> int:
             soft = hard
     if soft == resource.RLIM_INFINITY:
         return MAX_CONNECTIONS
-    return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES - BACKLOG))
+    return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
 def serve(settings: Settings) -> None:

@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 import orjson
@@ -57,10 +58,9 @@ def _texts(value: Any) -> list[Text]:
 
 def _text(value: Any, where: str) -> Text:
     if isinstance(value, dict):
-        keys = set(value)
-        if keys != {"text", "text_pair"}:
-            wrong = sorted(keys ^ {"text", "text_pair"})
-            shown = [key[:100] for key in wrong[:5]]
+        if len(value) != 2 or "text" not in value or "text_pair" not in value:
+            wrong = {*islice(value, 6)} ^ {"text", "text_pair"}  # it may have 100,000 fields
+            shown = [key[:100] for key in sorted(wrong)[:5]]
             raise ValueError(
                 f"{where}: an object must have text and text_pair, and nothing else; see {shown}"
             )

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 from threading import Condition
+from time import perf_counter
 
 from server.work import Item, Job
 
@@ -12,6 +13,7 @@ MAX_TOGETHER = 16
 MAX_SHADOWS = 64
 # Seconds of engine time. A text is preempted for another client's if its own client has had this much more.
 GRAIN_S = 0.002
+RECENT_S = 1.0  # for which a client counts as active after it came or ran
 MAX_CLIENTS = 4096  # that are remembered while they have nothing waiting
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
@@ -28,13 +30,20 @@ class _Client:
     Attributes:
         spent: seconds on the queue's virtual clock: who comes, or comes back, starts with what the clients
             that are being served have had, and nothing is saved up.
+        promised: seconds that what is promised and waits is predicted to take.
         items: a heap.
         is_listed: whether it is among those that may be served next.
     """
 
     spent: float = 0.0
+    promised: float = 0.0
     items: list[Entry] = field(default_factory=list)
     is_listed: bool = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it has, or may have, anything in the queue."""
+        return self.is_listed or self.promised > 0
 
 
 class WorkQueue:
@@ -54,6 +63,8 @@ class WorkQueue:
         self._clients: dict[str, _Client] = {}
         # A heap, by what they had spent as of its last update.
         self._listed: list[tuple[float, int, _Client]] = []
+        # The client that came or ran last and when, and the last other one.
+        self._recent = (("", -RECENT_S), ("", -RECENT_S))
         self._floor = 0.0  # what the client that was served last had spent
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time go first come, first served
@@ -133,13 +144,18 @@ class WorkQueue:
         if not job.is_shadow:
             with self._changed:
                 self._client(job.client).spent += seconds
+                self._note(job.client)
 
     def lead(self, job: Job) -> float:
-        """Seconds of engine time that a job's client has had more than others who wait; 0 if it is alone."""
+        """Seconds of engine time that a job's client has had more than others who wait, and has been
+        promised; less than 0 if there was nobody else for RECENT_S."""
         with self._changed:
+            (name, last), (_, before) = self._recent
+            if perf_counter() - (before if name == job.client else last) > RECENT_S:
+                return -1.0
             client = self._client(job.client)
             others = [c.spent for _, _, c in self._listed if c is not client and c.items]
-            return max(0.0, client.spent - min(others)) if others else 0.0
+            return client.promised + (max(0.0, client.spent - min(others)) if others else 0.0)
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
         """Whether something waits for which this item must be preempted, after `seconds` of engine time.
@@ -216,20 +232,30 @@ class WorkQueue:
         # waits.
         if not item.job.is_promised or self._stored == len(self._promised) + 1:
             self._floor = max(self._floor, self._client(item.job.client).spent)
+        if item.job.is_promised:
+            item.job.promised_s -= item.predicted
+            self._client(item.job.client).promised -= item.predicted
         item.job.waiting -= 1
         self._waiting -= 1
         self._stored -= 1
         return item
+
+    def _note(self, client: str) -> None:
+        last = self._recent[0]
+        self._recent = ((client, perf_counter()), self._recent[1] if client == last[0] else last)
 
     def _add(self, item: Item) -> None:
         if item.job.is_shadow:
             self._shadows.append(item)
             return
         entry = (item.due, next(self._order), item)
+        client = self._client(item.job.client)
+        self._note(item.job.client)
         if item.job.is_promised:
             heappush(self._promised, entry)
+            item.job.promised_s += item.predicted
+            client.promised += item.predicted
         else:
-            client = self._client(item.job.client)
             if not self._clean(client.items):
                 client.spent = max(client.spent, self._floor)
             heappush(client.items, entry)
@@ -251,11 +277,14 @@ class WorkQueue:
     def _forget_clients(self) -> None:
         """Set the clock forward, for half of those that have nothing waiting: they are then as good as
         new."""
-        idle = sorted(c.spent for c in self._clients.values() if not c.is_listed)
+        idle = sorted(c.spent for c in self._clients.values() if not c.is_waiting)
         if idle:
             self._floor = max(self._floor, idle[len(idle) // 2])
-        self._clients = {n: c for n, c in self._clients.items() if c.is_listed or c.spent > self._floor}
+        self._clients = {n: c for n, c in self._clients.items() if c.is_waiting or c.spent > self._floor}
 
     def _forget(self, job: Job) -> None:
         self._waiting -= job.waiting
         job.waiting = 0
+        if job.promised_s:
+            self._client(job.client).promised -= job.promised_s
+            job.promised_s = 0.0

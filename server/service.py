@@ -204,9 +204,19 @@ class Service:
         """Who shares what is limited: the owner of an API key, else an address."""
         return f"key {owner}" if owner else self._clients.name(scope)
 
-    def sheds(self) -> bool:
-        """Whether a new request must be refused to keep the latency objective."""
-        return self.controller is not None and self.controller.sheds(self.texts_in_flight.total, self.ahead)
+    def sheds(self, scope: Scope) -> bool:
+        """Whether a new request must be refused to keep the latency objective.
+
+        Not that of a client that has nothing in flight while others have: the queue serves it before them.
+        """
+        texts = self.texts_in_flight
+        if self.controller is None or not self.controller.sheds(texts.total, self.ahead):
+            return False
+        try:
+            client = self.client(scope, self.access.user(scope))
+        except ApiError:
+            return True
+        return texts.held(client) > 0 or texts.total == 0
 
     def shed_error(self) -> ApiError:
         """Why a request is shed."""

@@ -9,20 +9,20 @@ from starlette.types import Scope
 from server.errors import ApiError
 
 Network = IPv4Network | IPv6Network
-# Above the limit there is room for clients that hold less than their share, so that one client that holds
-# everything does not shut the others out until it is done.
+# Beyond the limit there is so much for others than a client that holds all of it.
 SPARE = 1 / 8
 
 
 class Shares:
-    """A limited amount, shared fairly between those who use it now.
+    """A limited amount, shared between those who use it now.
 
-    A client's fair share is the limit divided by the number of clients that hold anything. While there is
-    room, a client may hold more than that, even everything. Once the limit is reached, those within their
-    share may still take from the spare room above it.
+    A client that is alone may hold the limit. Otherwise nobody may hold more than would then be left for the
+    others: each client that takes what it can leaves half of what it found, so that the next one finds
+    something.
 
     Attributes:
-        most: the limit and the spare room.
+        limit: what a client may hold if it is alone.
+        most: all there is.
         total: what is held.
     """
 
@@ -33,15 +33,18 @@ class Shares:
         self._held: dict[str, int] = {}
         self.total = 0
 
+    def held(self, client: str) -> int:
+        """What a client holds."""
+        return self._held.get(client, 0)
+
     def take(self, client: str, amount: int) -> None:
-        """Take an amount; raises ApiError 429 for a client that is over its share, 503 when nothing is
-        left."""
+        """Take an amount; raises ApiError 429 for a client that holds more than its fair share, else 503."""
         held = self._held.get(client, 0)
-        if self.total + amount > self.limit:
+        total = self.total + amount
+        if total > self.limit if held == self.total else held + amount > self.most - total:
             clients = len(self._held) + (held == 0)
             share = self.limit // clients
-            within = held + amount <= share
-            if not within and clients > 1:
+            if clients > 1 and held + amount > share:
                 raise ApiError(
                     429,
                     f"over your share: {held} of your {self._what} are in flight, and {amount} more would "
@@ -49,13 +52,12 @@ class Shares:
                     cause="over_share",
                     retry_after=self._wait_s(),
                 )
-            if not within or self.total + amount > self.most:
-                raise ApiError(
-                    503,
-                    f"overloaded: {self.total} {self._what} are in flight, at most {self.limit} are allowed",
-                    cause="queue_full",
-                    retry_after=self._wait_s(),
-                )
+            raise ApiError(
+                503,
+                f"overloaded: {self.total} {self._what} are in flight, at most {self.limit} are allowed",
+                cause="queue_full",
+                retry_after=self._wait_s(),
+            )
         self._held[client] = held + amount
         self.total += amount
 

@@ -144,7 +144,8 @@ class Job:
     items: list[Item] = field(init=False)
     submitted: float = field(default_factory=perf_counter)
     dropped: bool = False
-    waiting: int = 0  # items in the queue; owned by the queue's lock
+    waiting: int = 0  # items in the queue; owned by the queue's lock, as is the next
+    promised_s: float = 0.0  # seconds that those of them are predicted to take, if the deadline is promised
     _left: int = field(init=False)
     _lock: Lock = field(default_factory=Lock)
 

@@ -287,7 +287,7 @@ def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
-    settings = {"trusted_proxies": ["127.0.0.0/8"], "max_queue": 8, "max_texts": 8, "threads": 1}
+    settings = {"trusted_proxies": ["127.0.0.0/8"], "max_queue": 32, "max_texts": 32, "threads": 1}
     with serving(store, models=["tiny"], **settings) as server, ThreadPoolExecutor(4) as pool:
 
         def ask(address: str, texts: int) -> httpx.Response:
@@ -296,10 +296,10 @@ def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
                 server.url + "/classify", json={"input": ["good"] * texts}, headers=headers, timeout=30
             )
 
-        greedy = pool.submit(ask, "203.0.113.1", 8)
-        until(lambda: server.service.texts_in_flight.total == 8, "the texts to be in flight")
+        greedy = pool.submit(ask, "203.0.113.1", 32)
+        until(lambda: server.service.texts_in_flight.total == 32, "the texts to be in flight")
         other = pool.submit(ask, "203.0.113.2", 1)
-        until(lambda: server.service.texts_in_flight.total == 9, "the other's, in the spare room")
+        until(lambda: server.service.texts_in_flight.total == 33, "the other's, in the spare room")
         over = ask("203.0.113.1", 1)
         assert (over.status_code, over.headers["retry-after"]) == (429, "1")
         assert "over your share" in over.json()["error"]["message"]

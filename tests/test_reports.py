@@ -53,7 +53,7 @@ def test_an_id_that_is_not_safe_is_replaced(server: Server, bad: str) -> None:
 
 
 def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.service, "sheds", lambda: True)
+    monkeypatch.setattr(server.service, "sheds", lambda _: True)
     answer = post(server, {"X-Request-ID": "mine"}, input="good")
     assert (answer.status_code, answer.headers["x-request-id"]) == (503, "mine")
 

@@ -1,6 +1,7 @@
 """Shares of what is limited: a lone client may use everything, nobody shuts others out, nothing is lost count
 of."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -28,17 +29,20 @@ class SharesMachine(RuleBasedStateMachine):
     def take(self, client: str, amount: int) -> None:
         total = sum(map(self.of, self.held))
         others = sum(1 for c in self.held if c != client and self.of(c))
-        within = self.of(client) + amount <= LIMIT // (others + 1)
+        fits = (
+            self.of(client) + amount <= self.shares.most - total - amount
+            if others
+            else total + amount <= LIMIT
+        )
         try:
             self.shares.take(client, amount)
         except ApiError as error:
-            assert total + amount > LIMIT
-            assert error.status == (429 if others and not within else 503)
+            assert not fits
+            over = self.of(client) + amount > LIMIT // (others + 1)
+            assert error.status == (429 if others and over else 503)
             assert error.retry_after == 1
-            if within:
-                assert total + amount > self.shares.most
         else:
-            assert total + amount <= (self.shares.most if within else LIMIT)
+            assert fits
             self.held.setdefault(client, []).append(amount)
 
     @precondition(lambda self: any(self.held.values()))
@@ -56,21 +60,27 @@ class SharesMachine(RuleBasedStateMachine):
 TestShares = SharesMachine.TestCase
 
 
-def test_a_lone_client_may_hold_everything_and_a_newcomer_still_finds_room() -> None:
+def test_a_lone_client_may_hold_everything_and_others_still_find_room() -> None:
     shares = Shares(LIMIT, "texts", lambda: 7)
-    shares.take("greedy", LIMIT)
+    for _ in range(LIMIT):
+        shares.take("greedy", 1)
     with pytest.raises(ApiError, match="40 texts are in flight, at most 40") as full:
         shares.take("greedy", 1)
     assert (full.value.status, full.value.retry_after) == (503, 7)
-    shares.take("new", 5)
+    shares.take("new", 2)
     with pytest.raises(ApiError, match="over your share: 40 of your texts are in flight, and 1 more") as over:
         shares.take("greedy", 1)
     assert over.value.status == 429
-    with pytest.raises(ApiError) as none_left:
-        shares.take("third", 1)
-    assert none_left.value.status == 503
-    shares.give_back("greedy", LIMIT)
-    shares.take("third", 13)
+
+
+def test_however_many_are_greedy_a_newcomer_finds_room() -> None:
+    shares = Shares(2**26, "bytes")
+    for client in range(8):  # the first holds the limit, the second half of the rest
+        for size in (2**22, 2**20, 2**16, 2**12, 2**8, 1):
+            with suppress(ApiError):
+                while True:
+                    shares.take(str(client), size)
+    shares.take("new", 2**14)
 
 
 def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
