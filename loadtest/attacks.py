@@ -255,3 +255,17 @@ def _long_texts(seed: int) -> bytes:
 def long_texts(number: int) -> Iterator[Step]:
     """Twenty plain texts of 48 KB a request, at full depth."""
     return _ask(_long_texts(number % 8))
+
+
+@_attack()
+def too_long(_: int) -> Iterator[Step]:
+    """Texts that are slow to tokenize, too long and not to be cut: work that ends in a 422."""
+    text = (("qxzj" * 25 + " ") * 11)[:1024]
+    return _ask(_post(json.dumps({"input": text, "truncate": False}).encode()))
+
+
+@_attack(connections=40, with_budgets=True)
+def promises(_: int) -> Iterator[Step]:
+    """Twenty long texts a request, with a latency budget of a minute: promised work goes before other."""
+    texts = ["a " * (TEXT_CHARACTERS // 2)] * 20
+    return _ask(_post(json.dumps({"input": texts, "latency_budget_ms": 60_000}).encode()))
