@@ -12,6 +12,7 @@ from model_store.manifest import Manifest
 from model_store.store import StoreError
 
 Array = NDArray[np.float32]
+NOWHERE = "/nonexistent/de3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +209,8 @@ def session_options() -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    # No tensor is read from another file: the graphs are checked for that, and this folder does not exist.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
     # The segments are fused as they are written; more would fuse Add and LayerNormalization into
     # SkipLayerNormalization, which measured 5 times slower than the two (docs/performance.md).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC

@@ -12,7 +12,12 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if !defined(__x86_64__) || !defined(__linux__)
+#define MISSING "kernels are for Linux on x86-64 only"
+#elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
+#define MISSING "they were built with a compiler that knows no AMX: build again with gcc 11 or clang 12, or newer"
+#warning "This compiler knows no AMX: the kernels are left out, and ONNX Runtime runs every model, at half the speed."
+#else
 #define HAVE_KERNELS 1
 #include <cpuid.h>
 #include <immintrin.h>
@@ -565,9 +570,16 @@ static int run_exit(const Model *m, int number, const float *from, int tokens, c
     } else {
         memcpy(pooled, from, (size_t)hidden * 4);
     }
-    for (int k = 0; k < leave->labels; k++)
+    int finite = 1;
+    for (int k = 0; k < leave->labels; k++) {
         logits[k] = leave->bias[k] + dot(pooled, leave->classifier + (size_t)k * hidden, hidden);
+        finite = finite && isfinite(logits[k]);
+    }
     if (!metric) return 0;
+    if (!finite) { /* int8 would make numbers of it */
+        for (int k = 0; k < leave->labels; k++) distances[k] = NAN;
+        return 0;
+    }
     Product p = {.w = &leave->space, .scale = range_of(pooled, hidden), .tokens = 1, .to = embedded};
     quantize(pooled, hidden, p.scale, bytes);
     p.then = PLAIN;
@@ -577,7 +589,7 @@ static int run_exit(const Model *m, int number, const float *from, int tokens, c
     float length = sqrtf(dot(embedded, embedded, metric));
     for (int k = 0; k < leave->labels; k++) {
         float cosine = dot(embedded, prototypes + (size_t)k * metric, metric);
-        distances[k] = 1.0f - (length > 0 ? cosine / length : 0.0f);
+        distances[k] = 1.0f - (length == 0 ? 0.0f : cosine / length);
     }
     return 0;
 }
@@ -689,8 +701,8 @@ static int run_through(const Model *m, Text *texts, int count, const float *cons
                                 : run_embeddings(m, t->ids, t->types, t->tokens, t->hidden);
             if (failed) return -1;
             if (leave->is_set && (t->every || t->tau > 0.0 || number == t->deepest)) {
-                float *logits = t->logits + number * leave->labels, *distances = NULL;
-                if (leave->metric) distances = t->distances + number * leave->labels;
+                float *logits = t->logits + (size_t)number * leave->labels, *distances = NULL;
+                if (leave->metric) distances = t->distances + (size_t)number * leave->labels;
                 if (run_exit(m, number, t->hidden, t->tokens, prototypes[number], logits, distances)) return -1;
                 if (far && leave->metric && !t->is_far && nearest(distances, leave->labels) > far[number]) {
                     t->is_far = 1;
@@ -767,6 +779,15 @@ static void free_model(Model *m) {
 
 /* ---- Python ----------------------------------------------------------------------------------------- */
 
+/* why_not(): what is missing where supported() gives nothing. */
+static PyObject *py_why_not(PyObject *self, PyObject *none) {
+#ifdef HAVE_KERNELS
+    return PyUnicode_FromString(supported() ? "" : "this processor has neither AMX nor AVX-512 VNNI");
+#else
+    return PyUnicode_FromString(MISSING);
+#endif
+}
+
 static PyObject *py_supported(PyObject *self, PyObject *none) {
 #ifdef HAVE_KERNELS
     return PyUnicode_FromString((const char *[]){"", "vnni", "amx"}[supported()]);
@@ -791,6 +812,10 @@ static PyObject *py_use(PyObject *self, PyObject *args) {
 
 static PyObject *py_peak(PyObject *self, PyObject *none) {
     double rate;
+    if (!supported()) {
+        PyErr_SetString(PyExc_RuntimeError, "this processor has neither AMX nor AVX-512 VNNI");
+        return NULL;
+    }
     Py_BEGIN_ALLOW_THREADS;
     rate = peak();
     Py_END_ALLOW_THREADS;
@@ -853,11 +878,15 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
         int out = which == 0 ? 3 * m->hidden : which == 2 ? m->inner : m->hidden;
         ok = holds(&w, (size_t)in * out, 1, "weight") && holds(&scale, out, 4, "scale") &&
              holds(&bias, out, 4, "bias");
-        free_linear(linear);
-        memset(linear, 0, sizeof *linear);
-        if (ok && pack(linear, in, out, w.buf, scale.buf, bias.buf)) {
+        Linear packed = {0}; /* a weight that is refused leaves the one before */
+        if (ok && pack(&packed, in, out, w.buf, scale.buf, bias.buf)) {
+            free_linear(&packed);
             PyErr_NoMemory();
             ok = 0;
+        }
+        if (ok) {
+            free_linear(linear);
+            *linear = packed;
         }
     }
     PyBuffer_Release(&w);
@@ -1018,6 +1047,10 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
             size_t k = (size_t)leave->labels;
             if (!leave->is_set) PyErr_SetString(PyExc_ValueError, "this layer has no exit");
             ok = leave->is_set && !logits.readonly && holds(&logits, k, 4, "logits");
+            if (ok && !leave->metric && distances.buf) {
+                PyErr_SetString(PyExc_ValueError, "this layer has no metric space, so no distances");
+                ok = 0;
+            }
             if (ok && leave->metric)
                 ok = prototypes.buf && distances.buf && !distances.readonly &&
                      holds(&distances, k, 4, "distances") &&
@@ -1153,6 +1186,7 @@ done:
 #endif
 
 static PyMethodDef methods[] = {
+    {"why_not", py_why_not, METH_NOARGS, "Why there are no kernels here; empty where there are."},
     {"supported", py_supported, METH_NOARGS, "What this machine has for the kernels: amx, vnni or nothing."},
 #ifdef HAVE_KERNELS
     {"new", py_new, METH_VARARGS, "new(hidden, heads, inner, layers, gelu, mean)"},
