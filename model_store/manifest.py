@@ -15,7 +15,11 @@ VERSION = re.compile(r"[1-9][0-9]{0,8}")
 # Every file that an artifact may have. A name that does not match is refused, so none leads elsewhere.
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
+# A manifest is hostile until it is checked: each thing that is too many would be an error of its own.
+MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
+
 Share = Annotated[float, Field(ge=0, le=1)]
+Label = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -65,7 +69,7 @@ class TradeOff(_Part):
     disagreement_bound: Share
     mean_exit_layer: float = Field(ge=0)
     speedup: float = Field(ge=0)
-    histogram: list[Share]
+    histogram: list[Share] = Field(max_length=MAX_LAYERS)
 
 
 class Reference(_Part):
@@ -99,10 +103,10 @@ class Calibration(_Part):
     tune_size: int = Field(ge=1)
     certify_size: int = Field(ge=1)
     max_loss: float
-    exit_accuracy: list[Share]
+    exit_accuracy: list[Share] = Field(max_length=MAX_LAYERS)
     default: TradeOff
-    table: list[TradeOff]
-    references: list[Reference]
+    table: list[TradeOff] = Field(max_length=MAX_ROWS)
+    references: list[Reference] = Field(max_length=MAX_LAYERS)
 
 
 class Manifest(_Part):
@@ -121,10 +125,10 @@ class Manifest(_Part):
     version: int = Field(ge=1)
     created: int = Field(ge=0, description="Unix time, seconds")
     encoder: str
-    labels: list[str] = Field(min_length=2)
+    labels: list[Label] = Field(min_length=2, max_length=MAX_LABELS)
     num_layers: int = Field(ge=1, le=99)
-    exit_layers: list[int] = Field(min_length=1)
-    prototype_layers: list[int]
+    exit_layers: list[int] = Field(min_length=1, max_length=MAX_LAYERS)
+    prototype_layers: list[int] = Field(max_length=MAX_LAYERS)
     hidden_size: int = Field(ge=1)
     metric_dim: int = Field(ge=1)
     max_tokens: int = Field(ge=3, le=32768)
@@ -134,7 +138,7 @@ class Manifest(_Part):
     defaults: Defaults
     calibration: Calibration | None
     export: dict[str, Any]
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

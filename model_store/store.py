@@ -16,7 +16,9 @@ from pydantic import ValidationError
 from model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST_BYTES = 16 * 2**20
+MAX_MANIFEST_BYTES = 2**20
+MAX_SEGMENT_BYTES = 2**31 - 1  # of what protobuf can read
+MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
 STALE_S = 86_400  # no export takes a day
 
 
@@ -48,7 +50,9 @@ class Artifact:
         path = self.path / name
         if name not in self.manifest.files:
             raise StoreError(f"{path}: the manifest does not list this file")
-        entry = self.manifest.files[name]
+        entry, most = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_SEGMENT_BYTES)
+        if entry.bytes > most:
+            raise StoreError(f"{path}: {entry.bytes} bytes, at most {most} are allowed")
         data = _read_inside(self.path, path, entry.bytes)
         if len(data) != entry.bytes:
             raise StoreError(f"{path}: damaged: {len(data)} bytes, the manifest says {entry.bytes}")

@@ -12,6 +12,7 @@ from tokenizers import Encoding, Tokenizer
 
 from model_store.segments import Tokens
 from model_store.store import Artifact, StoreError
+from model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
@@ -70,6 +71,8 @@ class TextTokenizer:
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self.frames = {False: _Frame(tokenizer, None), True: _Frame(tokenizer, _PROBE)}
+        if self.frames[True].size + 2 > max_tokens:
+            raise ValueError(f"{self.frames[True].size} special tokens leave no room in {max_tokens} tokens")
         for pair in (None, "a second text"):
             encoding = tokenizer.encode("a first text", pair)
             if self._join(encoding, pair is not None) != (encoding.ids, encoding.type_ids):
@@ -79,10 +82,9 @@ class TextTokenizer:
     def of(cls, artifact: Artifact) -> "TextTokenizer":
         """That of an artifact; raises StoreError."""
         file = artifact.path / "tokenizer.json"
+        data = cls.check(artifact)
         try:
-            tokenizer = Tokenizer.from_str(artifact.read("tokenizer.json").decode())
-        except StoreError:
-            raise
+            tokenizer = Tokenizer.from_str(data.decode())
         except Exception as error:  # tokenizers raises plain Exception
             raise StoreError(f"{file}: not a tokenizer: {error}") from None
         if tokenizer.padding is not None or tokenizer.truncation is not None:
@@ -91,6 +93,16 @@ class TextTokenizer:
             return cls(tokenizer, artifact.manifest.max_tokens)
         except ValueError as error:
             raise StoreError(f"{file}: {error}") from None
+
+    @staticmethod
+    def check(artifact: Artifact) -> bytes:
+        """The file, with nothing in it that may not be run; raises StoreError."""
+        data = artifact.read("tokenizer.json")
+        try:
+            check_tokenizer(data)
+        except TokenizerError as error:
+            raise StoreError(f"{artifact.path / 'tokenizer.json'}: {error}") from None
+        return data
 
     def encode(self, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
         """What the tokenizer makes of short texts or pairs, with or without special tokens.
@@ -222,4 +234,6 @@ def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:
 
 
 def _tokens(ids: Any, types: Any, truncated: bool) -> Tokens:
+    if not ids:
+        raise ValueError("has no tokens: there is nothing in it that the model reads")
     return Tokens(np.array([ids], np.int64), np.array([types], np.int64), truncated)

@@ -1,0 +1,116 @@
+"""What a tokenizer.json may hold. A model may come from anywhere, so this is checked before anything runs it.
+
+The components that the encoders' own tokenizers are made of are allowed, with bounds on what makes a text
+longer
+or slow: a normalizer that replaces a letter by a thousand, three times over, would fill any memory with one
+text.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+_NORMALIZERS = "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Prepend Replace Sequence Strip StripAccents"
+_PRE_TOKENIZERS = "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Sequence Split" + (
+    " Whitespace WhitespaceSplit"
+)
+_POST_PROCESSORS = "BertProcessing ByteLevel RobertaProcessing Sequence TemplateProcessing"
+PARTS = {
+    "normalizer": frozenset(_NORMALIZERS.split()),
+    "pre_tokenizer": frozenset(_PRE_TOKENIZERS.split()),
+    "post_processor": frozenset(_POST_PROCESSORS.split()),
+}
+MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
+MAX_PARTS = 16  # of a Sequence, with all inside it
+MAX_CONTENT = 4  # characters that a Replace or Prepend may put in
+MAX_INSERTS = 4  # such components
+MAX_WORD_CHARS = 200  # of which WordPiece tries each part
+MAX_ADDED_TOKENS, MAX_ADDED_CHARS = 10_000, 200
+MAX_SPECIAL_TOKENS = 16  # around a text or a pair
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that is not run; the message says why."""
+
+
+def check_tokenizer(data: bytes) -> None:
+    """Raise TokenizerError for a tokenizer.json that may not be run."""
+    try:
+        parts = json.loads(data)
+    except (ValueError, RecursionError):
+        raise TokenizerError("not JSON in UTF-8") from None
+    if not isinstance(parts, dict) or not isinstance(parts.get("model"), dict):
+        raise TokenizerError("not a tokenizer: it has no model")
+    inserts = 0
+    for kind, allowed in PARTS.items():
+        components = list(_components(parts.get(kind)))
+        if len(components) > MAX_PARTS:
+            raise TokenizerError(f"{kind}: more than {MAX_PARTS} parts")
+        for component in components:
+            name = component.get("type")
+            if name not in allowed:
+                raise TokenizerError(f"{kind}: {str(name)[:50]!r} is not one of {', '.join(sorted(allowed))}")
+            _check_component(kind, component)
+            inserts += name in ("Prepend", "Replace")
+    if inserts > MAX_INSERTS:
+        raise TokenizerError(f"normalizer: at most {MAX_INSERTS} parts may put in text")
+    _check_model(parts["model"])
+    _check_added(parts.get("added_tokens") or [])
+
+
+def _check_component(kind: str, component: dict[str, Any]) -> None:
+    name = component["type"]
+    if name in ("Prepend", "Replace"):
+        content = component.get("prepend" if name == "Prepend" else "content")
+        if not isinstance(content, str) or len(content) > MAX_CONTENT:
+            raise TokenizerError(f"{kind}: {name} may put in at most {MAX_CONTENT} characters")
+    if name in ("Replace", "Split"):
+        _check_pattern(kind, component.get("pattern"), name)
+    if name == "TemplateProcessing":
+        for form in ("single", "pair"):
+            pieces = component.get(form)
+            if not isinstance(pieces, list) or len(pieces) > MAX_SPECIAL_TOKENS:
+                raise TokenizerError(f"{kind}: more than {MAX_SPECIAL_TOKENS} parts around a text")
+
+
+def _check_added(added: Any) -> None:
+    if not isinstance(added, list) or len(added) > MAX_ADDED_TOKENS:
+        raise TokenizerError(f"added_tokens: more than {MAX_ADDED_TOKENS}")
+    for token in added:
+        content = token.get("content") if isinstance(token, dict) else None
+        if not isinstance(content, str) or not 0 < len(content) <= MAX_ADDED_CHARS:
+            raise TokenizerError(f"added_tokens: each must have 1 to {MAX_ADDED_CHARS} characters")
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    # Old files have no type; then the library tries them in turn.
+    if (name := model.get("type", "WordPiece")) not in MODELS:
+        raise TokenizerError(f"model: {str(name)[:50]!r} is not one of {', '.join(MODELS)}")
+    if model.get("dropout"):
+        raise TokenizerError("model: dropout would give a text other tokens each time")
+    most = model.get("max_input_chars_per_word", 0)
+    if not isinstance(most, int) or most > MAX_WORD_CHARS:
+        raise TokenizerError(f"model: max_input_chars_per_word may be at most {MAX_WORD_CHARS}")
+
+
+def _check_pattern(kind: str, pattern: Any, name: str) -> None:
+    """A literal string: a regular expression can take for ever on a text made for it."""
+    text = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
+    if not isinstance(text, str) or not text:
+        raise TokenizerError(f"{kind}: the pattern of {name} must be a string that is not empty")
+
+
+def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """A component and, if it is a Sequence, those inside it."""
+    if part is None:
+        return
+    if not isinstance(part, dict) or depth > 4:
+        raise TokenizerError("a component is no object, or is too deep inside others")
+    yield part
+    if part.get("type") == "Sequence":
+        for key in ("normalizers", "pretokenizers", "processors"):
+            inside = part.get(key) or []
+            if not isinstance(inside, list) or len(inside) > MAX_PARTS:
+                raise TokenizerError(f"a Sequence has more than {MAX_PARTS} parts")
+            for one in inside:
+                yield from _components(one, depth + 1)
