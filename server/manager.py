@@ -8,6 +8,7 @@ from time import perf_counter
 from weakref import ref
 
 from model_store.model import Model
+from model_store.prove import Prover
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
 from server import memory
 from server.errors import ApiError
@@ -33,15 +34,29 @@ class Manager:
         self._settings, self._models, self._metrics = settings, models, metrics
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
+        self._prover = Prover()
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
-        """Load the first models; of several of a name the first is current. Raises StoreError, ValueError."""
+        """Load the first models; of several of a name the first is current.
+
+        One that was not asked for by name is left out if it is bad. Raises StoreError or ValueError if one
+        that was is bad, or none is left.
+        """
         async with self._changing:
             for artifact in artifacts:
                 is_first = artifact.manifest.name not in self._models.routes
-                await self._serve(artifact, "current" if is_first else "beside")
+                try:
+                    await self._serve(artifact, "current" if is_first else "beside")
+                except StoreError as error:
+                    if self._settings.models or (artifact is artifacts[-1] and not self._models.routes):
+                        raise
+                    log.error("%s is not served: %s", artifact.full_name, error)
+
+    def stop(self) -> None:
+        """Give up what is being loaded."""
+        self._prover.stop()
 
     async def load(
         self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
@@ -104,6 +119,7 @@ class Manager:
 
     async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         started = perf_counter()
+        await asyncio.to_thread(self._prover.prove, artifact, self._settings.runtime)
         served = await asyncio.to_thread(load, artifact, self._settings)
         self._metrics.add(served)
         self._forget(self._models.add(served, role, share, back))

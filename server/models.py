@@ -1,5 +1,6 @@
 """The models that a server has loaded: which version answers a name, and which others run beside it."""
 
+import logging
 import random
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from server.settings import Settings
 from server.timing import Timing
 from server.watch import Watch
 
+log = logging.getLogger("de3")
 # A shared call saves thread switches and trips to memory, but gives no way to more urgent texts.
 TOGETHER_S = 0.004
 MAX_HISTORY = 16  # versions to roll back to
@@ -21,13 +23,28 @@ MAX_LOADED = 16
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
-    """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store."""
+    """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store.
+
+    A bad one that was not asked for by name is left out. Raises StoreError if one that was is bad, or none is
+    left.
+    """
     names = wanted or list(store.versions())
     if not names:
         raise StoreError(f"{store.path} holds no model; make one with de3 export")
     if len(names) > MAX_LOADED:
         raise StoreError(f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: name those")
-    return [store.open(name) for name in names]
+    if wanted:
+        return [store.open(name) for name in names]
+    artifacts, errors = [], []
+    for name in names:
+        try:
+            artifacts.append(store.open(name))
+        except StoreError as error:
+            errors.append(error)
+            log.error("%s is not served: %s", name, error)
+    if not artifacts:
+        raise errors[0]
+    return artifacts
 
 
 def others(store: Store) -> list[Artifact]:

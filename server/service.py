@@ -179,6 +179,7 @@ class Service:
         """Finish what was accepted, and send what is left to tell of it."""
         if self.state != "failed":
             self.state = "stopping"
+        self.manager.stop()
         self.engine.stop()
         if self.traces is not None:
             self.traces.stop()
