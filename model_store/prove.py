@@ -32,7 +32,8 @@ class Prover:
         """Load and run an artifact elsewhere; raises StoreError if that fails, or takes too long or too
         much."""
         size = sum(entry.bytes for entry in artifact.manifest.files.values())
-        command = [sys.executable, "-c", PROGRAM, str(artifact.path.absolute()), runtime]
+        # -P: no module is taken from the working directory.
+        command = [sys.executable, "-P", "-c", PROGRAM, str(artifact.path.absolute()), runtime]
         command.append(str(MEMORY_BYTES + COPIES * size))
         with self._lock:
             if self._stopped:

@@ -600,7 +600,7 @@ class Connection(asyncio.Protocol):
         self._server_state.total_requests += 1
         self.answers += 1
         self._request = None
-        if self._gone:
+        if self._gone or self._transport.is_closing():  # aborted meanwhile, for what it did not read
             return
         if self.keeps_alive:
             self._release()

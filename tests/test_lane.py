@@ -2,11 +2,15 @@
 forgotten."""
 
 import asyncio
+import socket
+from pathlib import Path
 
+import httpx
 import pytest
 
 from server.lane import Lane
 from server.protocol import ApiError, parse
+from tests.serving import serving, until
 
 
 def test_one_at_a_time_and_clients_in_rotation() -> None:
@@ -91,3 +95,19 @@ def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, sa
 def test_ignored_fields_may_hold_anything() -> None:
     request = parse(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}', 256)
     assert request.user is None and request.input[0].text == "a"
+
+
+def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> None:
+    body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
+    with serving(store, models=["tiny"]) as server:
+        lane = server.service.lane
+        lane._is_free = False  # somebody has the turn, and does not give it back
+        with socket.create_connection(("127.0.0.1", server.port)) as s:
+            s.sendall(
+                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            until(lambda: lane._waiting, "the body to wait")
+        until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
+        assert server.service.in_flight == 0 == server.service.bytes_in_flight.total
+        lane._is_free = True
+        assert httpx.post(server.url + "/classify", content=body).status_code == 200

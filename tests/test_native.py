@@ -1,5 +1,6 @@
 """The kernels against ONNX Runtime and against the exit rule. Skipped where the processor cannot run them."""
 
+import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,10 @@ from model_store.model import Model
 from model_store.segments import Passage
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
+from server.engine import run_together
+from server.protocol import Text
+from server.queue import WorkQueue
+from server.work import Job
 from tests.conftest import make_rows
 from tests.serving import Gate, serving, until
 
@@ -211,3 +216,18 @@ def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
     (row,) = found["layers"]  # the model takes fewer than a million tokens
     assert row["tokens"] == 3 and row["kernels_us"] > 0
     assert 0 < row["kernels_of_peak"] < 1 and 0 < row["onnxruntime_of_peak"] < 1
+
+
+def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
+    future: Any = asyncio.new_event_loop().create_future()
+    texts = [Text("good"), Text("bad"), Text("dull")]
+    predicted, actual = (lambda _: 0.001), (lambda _: 1.0)  # seconds of a text, and of a layer by its tokens
+    rule = ExitRule(0, 1)
+    job = Job(native, rule, True, False, False, texts, predicted, future, 0.004, actual)
+    queue = WorkQueue(10)
+    queue.put(job)
+    items = queue.next()
+    assert items == job.items
+    assert [item for item, _ in run_together(items, queue)] == items[:1]
+    assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
+    assert items[1].tokens is not None
