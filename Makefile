@@ -1,12 +1,13 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
 # make test    set up everything and run all tests
 # make lint    ruff (lint and format) and mypy
+# make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
 
-.PHONY: serve test lint format setup clean
+.PHONY: serve test lint sanitize format setup clean
 
 serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
@@ -18,6 +19,9 @@ lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+
+sanitize: $(DEV)/ready
+	tests/sanitize.sh $(DEV)/bin/python
 
 format: $(DEV)/ready
 	$(DEV)/bin/ruff check --fix .

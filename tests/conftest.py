@@ -1,10 +1,22 @@
 """Small real models, made and trained here, so that every test runs on a fresh machine."""
 
+import importlib.util
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
+
+if path := os.environ.get("DE3_TEST_KERNELS"):  # those that tests/sanitize.sh built
+    spec = importlib.util.spec_from_file_location("native.kernels", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["native.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    import native
+
+    native.kernels = module  # type: ignore[attr-defined]
+    os.environ.pop("LD_PRELOAD", None)  # other processes run without the sanitizers
 
 # One thread: on models this small several only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -438,6 +438,26 @@ def test_what_ends_the_process_that_proves_a_model_ends_no_other(
         prove.Prover().prove(Store(store).open("tiny"), "auto")
 
 
+def test_a_graph_of_known_operators_cannot_take_all_memory(copies: Path) -> None:
+    def outer_product(proto: Any) -> None:  # 160 kB of weights, 3.6 GB of their sum
+        graph = proto.graph
+        for name, shape in (("column", (1, 30_000, 1)), ("row", (1, 1, 30_000))):
+            graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
+        for n in graph.node:
+            n.input[:] = ["shifted" if x == "hidden" else x for x in n.input]
+        nodes = [
+            helper.make_node("Add", ["column", "row"], ["large"]),
+            helper.make_node("ReduceMean", ["large"], ["small"], axes=[1, 2], keepdims=1),
+            helper.make_node("Add", ["hidden", "small"], ["shifted"]),
+        ]
+        for n in reversed(nodes):
+            graph.node.insert(0, n)
+
+    forge(copies, "tiny", 1, outer_product)
+    with pytest.raises(StoreError, match=r"allocate|alloc|memory"):
+        prove.Prover().prove(Store(copies).open("tiny"), "auto")
+
+
 def test_proving_says_what_is_wrong_and_can_be_stopped(
     store: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

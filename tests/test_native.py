@@ -7,22 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto
 
 from exits.rule import ExitRule, read
+from export import graph
 from loadtest.layers import layers
 from model_store.model import Model
-from model_store.segments import Passage
+from model_store.segments import Passage, session_options
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
+from native import NoKernelsError
+from native.segments import Shapes, load
 from server.engine import run_together
 from server.protocol import Text
 from server.queue import WorkQueue
 from server.work import Job
 from tests.conftest import make_rows
 from tests.serving import Gate, serving, until
+from training import encoders
 
 kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
 if not kernels.supported():
@@ -59,6 +65,103 @@ def test_every_number_of_tokens_has_its_loops(store: Path, native: Model) -> Non
         a, b = (m.segments[1].run(hidden, False).hidden for m in (native, theirs))
         differences = np.abs(a - b)
         assert np.median(differences) < 1e-5 and differences.max() < 0.1, tokens
+
+
+def random_segments(
+    rng: np.random.Generator,
+    hidden: int,
+    heads: int,
+    inner: int,
+    labels: int,
+    metric: int,
+    gelu: bool,
+    mean: bool,
+) -> list[Any]:
+    """Embeddings and one layer of random weights, each with an exit, as export builds them; metric 0: without
+    prototypes."""
+
+    def linear(inputs: int, outputs: int) -> encoders.Linear:
+        weight, bias = rng.normal(0, 0.08, (inputs, outputs)), rng.normal(0, 0.1, outputs)
+        return encoders.Linear(weight.astype(np.float32), bias.astype(np.float32))
+
+    def table(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    def norm() -> encoders.Norm:
+        return encoders.Norm(1 + 0.1 * table(hidden), 0.1 * table(hidden), 1e-12)
+
+    built = []
+    for layer in range(2):
+        g = graph.Graph(int8=True)
+        if layer:
+            block = encoders.Layer(
+                linear(hidden, 3 * hidden), linear(hidden, hidden), norm(), linear(hidden, inner),
+                linear(inner, hidden), norm(), heads, "gelu" if gelu else "relu",
+            )  # fmt: skip
+            g.output(graph.block(g, g.input("hidden", [1, "tokens", hidden]), block), "next_hidden", [])
+        else:
+            ids, types = (
+                g.input(x, [1, "tokens"], TensorProto.INT64) for x in ("input_ids", "token_type_ids")
+            )
+            tables = encoders.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
+            g.output(graph.embed(g, tables, ids, types), "hidden", [])
+        space = linear(hidden, metric) if metric else None
+        pooling = "mean" if mean else "cls"
+        graph.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space)
+        built.append(g.model(f"layer_{layer}"))
+    return built
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.tuples(st.sampled_from([48, 64, 128, 192, 256]), st.sampled_from([1, 2, 4, 8, 12])),
+    *(st.sampled_from([40, 64, 128, 320, 448]), st.integers(2, 40), st.sampled_from([0, 32, 64, 96, 100])),
+    *(st.booleans(), st.booleans(), st.integers(1, 96), st.integers(0, 2**32 - 1)),
+)
+def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
+    width: tuple[int, int],
+    inner: int,
+    labels: int,
+    metric: int,
+    gelu: bool,
+    mean: bool,
+    tokens: int,
+    seed: int,
+) -> None:
+    rng, (hidden, heads) = np.random.default_rng(seed), width
+    if hidden % heads:
+        return
+    built = random_segments(rng, hidden, heads, inner, labels, metric, gelu, mean)
+    ids, types = rng.integers(0, 20, (1, tokens)), rng.integers(0, 2, (1, tokens))
+    prototypes = rng.normal(size=(labels, metric)).astype(np.float32)
+    prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
+    has_kernels = not (hidden % 64 or inner % 64 or hidden // heads % 16 or metric % 32)
+    spaces = {0, 1} if metric else set()
+    try:
+        model = load([m.graph for m in built], mean, {0, 1}, spaces, Shapes(hidden, labels, metric))
+    except NoKernelsError:
+        assert not has_kernels
+        return
+    assert has_kernels
+    feed: dict[str, Any] = {"input_ids": ids, "token_type_ids": types, "with_exit": np.array(True)}
+    if metric:
+        feed["prototypes"] = prototypes
+    before: np.ndarray = ids
+    for layer, proto in enumerate(built):
+        session = ort.InferenceSession(proto.SerializeToString(), session_options())
+        expected = session.run(None, feed)
+        given = [np.full(x.shape, np.nan, np.float32) for x in expected]
+        logits, distances = given[1], given[2] if metric else None
+        kernels.run(model, layer, before, types, given[0], prototypes if metric else None, logits, distances)
+        # Rounding errors, but for the few that end in another step of a quantization.
+        assert np.median(np.abs(expected[0] - given[0])) < 1e-5
+        for a, b in zip(expected, given, strict=True):
+            assert np.abs(a - b).max() < 0.1 * max(1.0, np.ptp(a))
+        before = given[0]
+        feed = {
+            "hidden": before,
+            **{k: v for k, v in feed.items() if k not in ("input_ids", "token_type_ids")},
+        }
 
 
 @pytest.mark.skipif(kernels.supported() != "amx", reason="this processor has no AMX to compare with")
