@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from signal import SIGKILL
 from threading import Lock
 
 from model_store.manifest import Manifest
@@ -50,6 +51,10 @@ class Prover:
             raise StoreError(f"{artifact.path}: takes more than {TIMEOUT_S:g} s to load and run") from None
         finally:
             self._running = None
+        if process.returncode == -SIGKILL:
+            raise StoreError(
+                f"{artifact.path}: the process that loads it was killed, probably for lack of memory"
+            )
         if process.returncode != 0:
             lines = complaint.strip().splitlines()
             raise StoreError(
@@ -74,6 +79,10 @@ def child() -> None:
     # Of the heap and private mappings; address space would count what is only reserved.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with suppress(
+        OSError
+    ):  # where a container's memory is not enough, the kernel kills this process, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
     artifact = Artifact(Path(path), Manifest.model_validate_json(sys.stdin.read()))
     from model_store.model import Model  # within the limits
 

@@ -424,6 +424,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
     ("code", "says"),
     [
         ("import os; os.abort()", "ends the process that loads it"),
+        ("import os; os.kill(os.getpid(), 9)", "was killed, probably for lack of memory"),
         ("import time; time.sleep(60)", "takes more than 1 s"),
         ("from model_store.prove import child; bytearray(2**33)", "MemoryError"),
     ],
