@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import guarantee, signals
+from exits import guarantee
 from exits.recorded import Recorded
 from exits.rule import exit_index
+from exits.signals import Signal, signal_of
 
-LAMS = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-# Squares: signals crowd near 0, so the grid is finest there.
+SIGNALS: tuple[Signal, ...] = tuple(signal_of(lam) for lam in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0))
+# Squares: scores crowd near 0, so the grid is finest there.
 TAUS = tuple(round((i / 60) ** 2, 6) for i in range(61))
 # For the promises made at the default λ; has every one of TAUS.
 FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
@@ -26,7 +27,10 @@ MAX_SPEEDUP = 1000.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one (λ, τ) gives on a set of samples; see model_store.manifest.TradeOff for the fields."""
+    """What one (λ, τ) gives on a set of samples; see model_store.manifest.TradeOff for the fields.
+
+    λ names the signal, as it does in a manifest: 0 is entropy, otherwise EDR(λ).
+    """
 
     lam: float
     tau: float
@@ -54,9 +58,9 @@ def speedup(num_layers: int, mean_exit_layer: float) -> float:
     return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
 
 
-def outcome(recorded: Recorded, signal: NDArray[np.float64], tau: float, lam: float) -> Outcome:
-    """What leaving at signal < τ gives; signal is (n, exits), by default EDR at λ."""
-    index = exit_index(signal, tau)
+def outcome(recorded: Recorded, scores: NDArray[np.float64], tau: float, lam: float) -> Outcome:
+    """What leaving at score < τ gives; scores of the samples at every exit: (n, exits)."""
+    index = exit_index(scores, tau)
     rows = np.arange(len(index))
     correct = recorded.correct
     here, full = correct[rows, index], correct[:, -1]
@@ -84,19 +88,14 @@ def _mean_and_error(x: NDArray[np.float64]) -> tuple[float, float]:
     return float(x.mean()), math.sqrt(max(float(x.var()), 1 / n) / n)
 
 
-def fused(recorded: Recorded, lam: float) -> NDArray[np.float64]:
-    """EDR (n, exits) at λ."""
-    return signals.edr(recorded.entropy, recorded.distance_ratio, lam)
-
-
 def trade_off(
-    recorded: Recorded, lams: Sequence[float] = LAMS, taus: Sequence[float] = TAUS
+    recorded: Recorded, candidates: Sequence[Signal] = SIGNALS, taus: Sequence[float] = TAUS
 ) -> list[Outcome]:
-    """The outcome of every (λ, τ) of the grid; at each λ the bounds hold for τ raised step by step from 0."""
+    """The outcome of every signal and τ; for each signal the bounds hold for τ raised step by step from 0."""
     table, n = [], len(recorded.labels)
-    for lam in lams:
-        signal = fused(recorded, lam)
-        rows = [outcome(recorded, signal, tau, lam) for tau in sorted(taus)]
+    for signal in candidates:
+        scores = signal.scores(recorded)
+        rows = [outcome(recorded, scores, tau, signal.lam) for tau in sorted(taus)]
         # At τ = 0 the answers are those of full depth: nothing to bound.
         errors = [round(row.disagreement * n) for row in rows if row.tau > 0]
         bounds = [0.0] * (len(rows) - len(errors)) + guarantee.sequence_bounds(errors, n)

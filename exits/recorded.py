@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import signals
+from exits import formulas
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Recorded:
         return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
 
     @property
-    def entropy(self) -> signals.Floats:
+    def entropy(self) -> formulas.Floats:
         """The local signal, (n, exits)."""
-        return signals.entropy(signals.softmax(self.logits))
+        return formulas.entropy(formulas.softmax(self.logits))
 
     @property
-    def distance_ratio(self) -> signals.Floats:
+    def distance_ratio(self) -> formulas.Floats:
         """The global signal, (n, exits); NaN at exits without prototypes."""
-        return signals.distance_ratio(self.logits, self.distances)
+        return formulas.distance_ratio(self.logits, self.distances)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from exits import calibration
 from exits.recorded import Recorded
 from exits.reference import quantiles
+from exits.signals import signal_of
 from export.record import record
 from export.segments import build
 from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
@@ -237,7 +238,7 @@ def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, 
 def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibration:
     """Choose the default on the tuning samples; report everything on the certifying ones."""
     chosen = calibration.choose(calibration.trade_off(tuned), max_loss)
-    fine = calibration.trade_off(certified, lams=(chosen.lam,), taus=calibration.FINE_TAUS)
+    fine = calibration.trade_off(certified, (signal_of(chosen.lam),), calibration.FINE_TAUS)
     table = [o for o in calibration.trade_off(certified) if o.lam != chosen.lam] + fine
     default = next(o for o in table if (o.lam, o.tau) == (chosen.lam, chosen.tau))
     console.print(

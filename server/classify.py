@@ -264,7 +264,7 @@ def _row(item: Item, job: Job, model: Model) -> dict[str, Any]:
             "num_layers": model.manifest.num_layers,
             "reason": o.reason,
             "tau": item.rule.tau,
-            "lambda": job.rule.lam,
+            "lambda": job.rule.signal.lam,
             **protocol.reading_row(o.reading),
         },
     }

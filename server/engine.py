@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter, sleep
 
-from exits.rule import read
+from exits.reading import read
+from exits.rule import ExitReason
 from model_store.model import Model
 from model_store.segments import Passage
 from server.deadlines import Deadlines
@@ -250,7 +251,7 @@ def run_together(
         deepest = model.deepest_exit(rule.max_layer)
         caution = job.watch.caution if job.watch else 1.0
         every = job.every or item.sampled
-        ways.append((item, Passage(tokens, rule.tau, rule.lam, deepest, every, caution)))
+        ways.append((item, Passage(tokens, rule.tau, rule.signal.lam, deepest, every, caution)))
     for item in items:  # those that fail or wait again have cost it, too
         item.tokenize_s = (perf_counter() - started) / len(items)
     if ways:
@@ -271,7 +272,7 @@ def _passed(item: Item, way: Passage) -> Outcome:
         asked = [m for m in manifest.exit_layers if m <= way.layer]
     for layer in asked:
         distances = way.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        item.say(layer, read(way.logits[layer].tolist(), distances, job.rule.lam))
+        item.say(layer, read(way.logits[layer].tolist(), distances))
     return _outcome(item, _reason(item, way.deepest))
 
 
@@ -290,7 +291,7 @@ def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: 
     # At τ = 0 only the deepest exit is needed.
     may_leave_early = rule.tau > 0 or job.every or item.sampled
     layer_s = job.layer_s(len(item.tokens))
-    reason = ""
+    reason: ExitReason | None = None
     for layer in range(item.layer, deepest + 1):
         if item.ends is not None and item.passed and perf_counter() + layer_s > item.ends:
             reason = "deadline"
@@ -302,7 +303,7 @@ def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: 
         item.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
-            item.say(layer, read(step.logits.tolist(), distances, rule.lam))
+            item.say(layer, read(step.logits.tolist(), distances))
             reason = _reason(item, deepest)
             if reason:
                 break
@@ -323,18 +324,18 @@ def run(item: Item, queue: WorkQueue, held: Callable[[float], None] = lambda _: 
     return _outcome(item, reason)
 
 
-def _reason(item: Item, deepest: int) -> str:
-    """Why an item leaves at the exit that it passed last; empty if it does not."""
+def _reason(item: Item, deepest: int) -> ExitReason | None:
+    """Why an item leaves at the exit that it passed last; None if it does not."""
     layer, reading = item.passed[-1]
     if layer == item.job.model.manifest.num_layers:
         return "last_layer"
-    if item.rule.exits(reading):
+    if item.rule.exits(reading.score):
         return "threshold"
-    return "max_layer" if layer == deepest else ""
+    return "max_layer" if layer == deepest else None
 
 
-def _outcome(item: Item, reason: str) -> Outcome:
-    assert item.tokens is not None
+def _outcome(item: Item, reason: ExitReason | None) -> Outcome:
+    assert item.tokens is not None and reason is not None
     layer, reading = item.passed[-1]  # at a deadline: the deepest answer so far
     waited = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s  # of a shadow nobody's time
     if item.sampled and item.job.watch is not None:

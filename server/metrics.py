@@ -17,6 +17,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from de3 import __version__
+from exits.rule import ExitReason
 from model_store.model import Model
 from server.errors import Cause
 from server.models import Served
@@ -37,7 +38,6 @@ SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0
 # What can come of a request, with a model and without one.
 STATUSES = ("200", "422", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
-REASONS = ("threshold", "last_layer", "max_layer", "deadline")
 KEPT_MODELS = 8  # that are served no longer, and whose numbers can still be read
 InForce = Callable[[Served], Choice]
 
@@ -256,7 +256,7 @@ class Metrics:
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
         """A function with the label look-ups of one model done once."""
         name, depth = served.model.full_name, served.model.manifest.num_layers
-        layers = {reason: self.exit_layer.labels(name, reason) for reason in REASONS}
+        layers = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]
         counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.far)
         run, saved, full_depth, tokens, far = (c.labels(name) for c in counters)

@@ -19,7 +19,8 @@ from pydantic import (
 )
 from pydantic_core import from_json
 
-from exits.rule import MAX_LAM, Reading
+from exits.reading import Reading
+from exits.signals import MAX_LAM
 from server.errors import ApiError
 
 MAX_BUDGET_MS = 60_000
@@ -217,7 +218,7 @@ def reading_row(reading: Reading) -> dict[str, Any]:
     return {
         "entropy": reading.entropy,
         "distance_ratio": reading.distance_ratio,
-        "edr": reading.edr,
+        "edr": reading.score,
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from exits.guarantee import CONFIDENCE
 from exits.rule import ExitRule
+from exits.signals import signal_of
 from exits.wishes import Wishes
 from model_store.manifest import Manifest, TradeOff
 from server.errors import ApiError
@@ -45,7 +46,7 @@ class Choice:
 
     def row(self) -> dict[str, Any]:
         """How τ was chosen, as `explain` shows it."""
-        found: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.lam}
+        found: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.signal.lam}
         if self.wanted is not None:
             found["wanted"] = self.wanted
         if self.expected is not None:
@@ -98,11 +99,11 @@ class Rules:
         self, tau: float, lam: float, by: str, wanted: float | None = None, max_layer: int | None = None
     ) -> Choice:
         expected = self._rows.get((tau, lam)) if max_layer is None else None
-        return Choice(ExitRule(tau, lam, max_layer), by, wanted, expected)
+        return Choice(ExitRule(tau, signal_of(lam), max_layer), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
         """The choice of a row of the calibration's table."""
-        return Choice(ExitRule(row.tau, row.lam), by, wanted, row)
+        return Choice(ExitRule(row.tau, signal_of(row.lam)), by, wanted, row)
 
     def of(self, request: ClassifyRequest, level: int = 0) -> Choice:
         """The choice that fulfils a request, or what holds at a level of load; raises ApiError 422."""

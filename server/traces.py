@@ -114,7 +114,7 @@ class Traces:
                 "de3.exit.num_layers": item.job.model.manifest.num_layers,
                 "de3.exit.reason": o.reason,
                 "de3.exit.tau": item.rule.tau,
-                "de3.exit.edr": o.reading.edr,
+                "de3.exit.edr": o.reading.score,
             },
             start_time=submitted,
         )

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from exits import reference
-from exits.rule import Reading
+from exits.reading import Reading
 from model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from chance

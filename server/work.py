@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from threading import Lock
 from time import perf_counter
 
-from exits.rule import ExitRule, Reading
+from exits.reading import Reading
+from exits.rule import ExitReason, ExitRule
 from model_store.model import Model
 from model_store.segments import Array, Tokens
 from model_store.tokenizer import PIECE, Tokenization
@@ -22,12 +23,11 @@ class Outcome:
     Attributes:
         layer: the exit's layer.
         is_far: whether it was far from every prototype at some exit.
-        reason: threshold, last_layer, max_layer or deadline.
         passed: every exit passed, (layer, reading), the last one being where it left.
     """
 
     layer: int
-    reason: str
+    reason: ExitReason
     reading: Reading
     passed: list[tuple[int, Reading]]
     tokens: int
@@ -89,6 +89,7 @@ class Item:
     def say(self, layer: int, reading: Reading) -> None:
         """Note what an exit says, and whether it asks for caution."""
         self.passed.append((layer, reading))
+        reading.score = self.rule.signal.score([r for _, r in self.passed])
         watch = self.job.watch
         if watch is not None and not self.is_far and watch.is_far(layer, reading):
             self.is_far = True

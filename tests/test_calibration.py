@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from exits import calibration
 from exits.recorded import Recorded
+from exits.signals import Edr, Entropy, signal_of
 
 
 def recorded(n: int = 400, seed: int = 0) -> Recorded:
@@ -23,7 +24,7 @@ def recorded(n: int = 400, seed: int = 0) -> Recorded:
 @pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (4.0, 1.0), (2.0, 0.0)])
 def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) -> None:
     r = recorded()
-    o = calibration.outcome(r, calibration.fused(r, lam), tau, lam)
+    o = calibration.outcome(r, signal_of(lam).scores(r), tau, lam)
     right = full = differs = layers = 0
     for i in range(len(r.labels)):
         for j in range(3):
@@ -57,14 +58,16 @@ def test_speedup_counts_layer_0_as_nothing() -> None:
 
 def test_full_depth_is_exact_and_always_allowed() -> None:
     r = recorded(40)
-    full = calibration.outcome(r, calibration.fused(r, 1.0), 0.0, 1.0)
+    full = calibration.outcome(r, Edr(1.0).scores(r), 0.0, 1.0)
     assert (full.loss, full.loss_interval, full.mean_exit_layer) == (0, (0, 0), 2)
     assert calibration.choose([full], max_loss=0.0) == full
 
 
 @given(st.floats(0, 0.2), st.integers(0, 5))
 def test_the_choice_keeps_its_margin_and_is_the_fastest_that_does(max_loss: float, seed: int) -> None:
-    table = calibration.trade_off(recorded(seed=seed), lams=(0.0, 2.0), taus=(0.0, 0.1, 0.3, 0.6, 1.0))
+    table = calibration.trade_off(
+        recorded(seed=seed), candidates=(Entropy(), Edr(2.0)), taus=(0.0, 0.1, 0.3, 0.6, 1.0)
+    )
     chosen = calibration.choose(table, max_loss)
 
     def kept(o: calibration.Outcome) -> bool:
@@ -77,13 +80,12 @@ def test_the_choice_keeps_its_margin_and_is_the_fastest_that_does(max_loss: floa
 
 def test_the_margin_for_chance_holds() -> None:
     """Of many calibrations on fresh samples, few choose a τ whose true loss is above the limit."""
-    signal_of = lambda r: calibration.fused(r, 1.0)  # noqa: E731
     truth = recorded(40_000, seed=99)
     taus = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-    true_loss = {t: calibration.outcome(truth, signal_of(truth), t, 1.0).loss for t in taus}
+    true_loss = {t: calibration.outcome(truth, Edr(1.0).scores(truth), t, 1.0).loss for t in taus}
     violated = 0
     for seed in range(100):
         r = recorded(600, seed)
-        chosen = calibration.choose([calibration.outcome(r, signal_of(r), t, 1.0) for t in taus], 0.05)
+        chosen = calibration.choose([calibration.outcome(r, Edr(1.0).scores(r), t, 1.0) for t in taus], 0.05)
         violated += true_loss[chosen.tau] > 0.05
     assert violated <= 10

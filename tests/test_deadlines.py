@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exits.rule import ExitRule
+from exits.signals import Edr
 from server.deadlines import Deadlines
 from server.protocol import Text
 from server.work import REPLY_S, Item, Job
@@ -32,7 +33,7 @@ def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = 
     future: Any = asyncio.Future(loop=LOOP)
     return Job(
         model,
-        ExitRule(0, 1),
+        ExitRule(0, Edr(1.0)),
         True,
         False,
         False,

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from exits.rule import ExitRule, read
+from exits.reading import read
+from exits.rule import ExitRule
+from exits.signals import signal_of
 from model_store.model import Model
 from model_store.store import Store
 
@@ -30,14 +32,14 @@ def test_it_is_sound_and_small() -> None:
 def test_it_tells_good_from_bad_and_leaves_early() -> None:
     model = Model(Store(MODELS).open("sst2"))
     defaults = model.manifest.defaults
-    rule = ExitRule(defaults.tau, defaults.lam)
+    rule = ExitRule(defaults.tau, signal_of(defaults.lam))
     layers = []
     for text, label in TEXTS.items():
         for layer, step in enumerate(model.full_depth(model.tokenize(text))):
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
-            reading = read(step.logits.tolist(), distances, rule.lam)
-            if rule.exits(reading) or layer == model.manifest.num_layers:
+            reading = read(step.logits.tolist(), distances)
+            if rule.exits(rule.signal.score([reading])) or layer == model.manifest.num_layers:
                 layers.append(layer)
                 break
         assert model.manifest.labels[reading.label] == label, text

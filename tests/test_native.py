@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from exits.rule import ExitRule, read
+from exits.reading import read
+from exits.rule import ExitRule
+from exits.signals import Edr, signal_of
 from export import graph
 from loadtest.layers import layers
 from model_store.model import Model
@@ -197,13 +199,13 @@ def test_together_each_leaves_as_alone_and_as_the_rule_says(
     assert native.through is not None
     native.through(ways)
     for (_, tau), way in zip(batch, ways, strict=True):
-        rule = ExitRule(tau, lam)
+        rule = ExitRule(tau, signal_of(lam))
         for layer, step in enumerate(native.full_depth(way.tokens)):
             assert step.logits is not None
             if tau > 0 or layer == deepest:
                 assert way.logits[layer].tolist() == step.logits.tolist()  # bit for bit
             distances = None if step.distances is None else step.distances.tolist()
-            if layer == deepest or rule.exits(read(step.logits.tolist(), distances, lam)):
+            if layer == deepest or rule.exits(rule.signal.score([read(step.logits.tolist(), distances)])):
                 break
         assert way.layer == layer
         assert not way.logits[layer + 1 :].any()
@@ -215,7 +217,7 @@ def test_the_decision_is_that_of_the_exit_rule(
 ) -> None:
     logits = data.draw(st.lists(st.floats(-30, 30, width=32), min_size=classes, max_size=classes))
     distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
-    edr = read(logits, distances if has_distances else None, lam).edr
+    edr = signal_of(lam).score([read(logits, distances if has_distances else None)])
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
     if edr is not None:  # and at the very edge
         taus += [edr, math.nextafter(edr, 2.0)]
@@ -325,7 +327,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     future: Any = asyncio.new_event_loop().create_future()
     texts = [Text("good"), Text("bad"), Text("dull")]
     predicted, actual = (lambda _: 0.001), (lambda _: 1.0)  # seconds of a text, and of a layer by its tokens
-    rule = ExitRule(0, 1)
+    rule = ExitRule(0, Edr(1.0))
     job = Job(native, rule, True, False, False, texts, predicted, future, 0.004, actual)
     queue = WorkQueue(10)
     queue.put(job)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from exits.rule import ExitRule
+from exits.signals import Edr
 from server.engine import LEAD_S, Engine, LeadError
 from server.protocol import Text
 from server.queue import GRAIN_S, MAX_SHADOWS, QueueFullError, WorkQueue
@@ -31,7 +32,7 @@ def job(
 ) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
     future: Any = asyncio.Future(loop=LOOP)
-    rule, names = ExitRule(0, 1), [Text(str(i)) for i in range(texts)]
+    rule, names = ExitRule(0, Edr(1.0)), [Text(str(i)) for i in range(texts)]
     return Job(
         *(model, rule, True, False, False, names, lambda _: seconds, future, together_s),
         submitted=submitted,

@@ -6,33 +6,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from exits import signals
-from exits.rule import ExitRule, exit_index, read
+from exits import formulas
+from exits.reading import read
+from exits.rule import ExitRule, exit_index
+from exits.signals import Edr, Entropy, signal_of
 
 
 @pytest.mark.parametrize(("tau", "lam"), [(-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, -1), (0.5, 101)])
 def test_a_rule_out_of_range_is_refused(tau: float, lam: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
-        ExitRule(tau, lam)
+        ExitRule(tau, signal_of(lam))
 
 
 def test_below_is_strict() -> None:
-    reading = read([2.0, 0.0], [0.2, 0.5], 1.0)
-    assert reading.edr is not None
-    assert not ExitRule(reading.edr, 1.0).exits(reading)
-    assert ExitRule(np.nextafter(reading.edr, 1), 1.0).exits(reading)
+    score = Edr(1.0).score([read([2.0, 0.0], [0.2, 0.5])])
+    assert score is not None
+    assert not ExitRule(score, Edr(1.0)).exits(score)
+    assert ExitRule(np.nextafter(score, 1), Edr(1.0)).exits(score)
 
 
 def test_tau_0_never_exits_even_at_edr_0() -> None:
-    sure = read([1000.0, 0.0], [0.0, 1.0], 1.0)
-    assert sure.edr == 0
-    assert not ExitRule(0, 1).exits(sure)
+    sure = Edr(1.0).score([read([1000.0, 0.0], [0.0, 1.0])])
+    assert sure == 0
+    assert not ExitRule(0, Edr(1.0)).exits(sure)
 
 
 def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
-    assert read([5.0, 0.0], None, 1.0).edr is None
-    assert not ExitRule(1, 1).exits(read([5.0, 0.0], None, 1.0))
-    assert ExitRule(1, 0).exits(read([5.0, 0.0], None, 0.0))
+    readings = [read([5.0, 0.0], None)]
+    assert Edr(1.0).score(readings) is None
+    assert not ExitRule(1, Edr(1.0)).exits(None)
+    assert ExitRule(1, Entropy()).exits(Entropy().score(readings))
 
 
 @given(st.data(), st.integers(2, 9), st.sampled_from([0.0, 0.5, 1.0, 30.0]))
@@ -40,25 +43,27 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
     floats = st.lists(st.floats(-50, 50, width=32), min_size=classes, max_size=classes)
     logits = data.draw(floats)
     distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
-    r = read(logits, distances, lam)
+    r, signal = read(logits, distances), signal_of(lam)
     assert r.label == np.argmax(logits)
-    np.testing.assert_allclose(r.probs, signals.softmax(logits), rtol=1e-12)
-    entropy, ratio = signals.entropy(signals.softmax(logits)), signals.distance_ratio(logits, distances)
+    np.testing.assert_allclose(r.probs, formulas.softmax(logits), rtol=1e-12)
+    entropy, ratio = formulas.entropy(formulas.softmax(logits)), formulas.distance_ratio(logits, distances)
     assert r.entropy == pytest.approx(float(entropy), abs=1e-12)
     assert r.distance_ratio == pytest.approx(float(ratio), abs=1e-12)
     # From the reading's own parts: a harmonic mean of a near-zero signal magnifies a rounding error.
-    assert r.edr == pytest.approx(float(signals.edr(r.entropy, r.distance_ratio, lam)), abs=1e-12)
-    assert read(logits, None, lam).edr == (r.entropy if lam == 0 else None)
+    assert signal.score([r]) == pytest.approx(
+        float(formulas.edr(r.entropy, r.distance_ratio, lam)), abs=1e-12
+    )
+    assert signal.score([read(logits, None)]) == (r.entropy if lam == 0 else None)
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    assert read([1.0, 1.0], None, 0.0).label == 0
-    assert read([0.0, 1.0, 0.0], [0.2, 0.4, 0.9], 1.0).distance_ratio == pytest.approx(0.75)
+    assert read([1.0, 1.0], None).label == 0
+    assert read([0.0, 1.0, 0.0], [0.2, 0.4, 0.9]).distance_ratio == pytest.approx(0.75)
 
 
 def test_logits_that_are_not_numbers_never_exit_early() -> None:
-    broken = read([float("nan"), 0.0], [0.1, 0.2], 1.0)
-    assert not ExitRule(1, 1).exits(broken)
+    for signal in (Entropy(), Edr(1.0)):
+        assert not ExitRule(1, signal).exits(signal.score([read([float("nan"), 0.0], [0.1, 0.2])]))
 
 
 @given(

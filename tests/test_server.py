@@ -14,7 +14,8 @@ import httpx
 import numpy as np
 import pytest
 
-from exits.rule import read
+from exits.reading import read
+from exits.signals import signal_of
 from model_store.model import Model
 from model_store.store import Store
 from server.errors import Cause
@@ -40,9 +41,10 @@ def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
         assert step.logits is not None
         distances = None if step.distances is None else step.distances.tolist()
-        reading = read(step.logits.tolist(), distances, lam)  # tests/test_rule.py: it is what the paper says
+        reading = read(step.logits.tolist(), distances)  # tests/test_rule.py: it is what the paper says
+        score = signal_of(lam).score([reading])
         last = layer == model.manifest.num_layers
-        if last or (reading.edr is not None and reading.edr < tau):
+        if last or (score is not None and score < tau):
             return {
                 "label": model.manifest.labels[int(np.argmax(step.logits))],
                 "probs": reading.probs,
@@ -54,7 +56,7 @@ def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
                     "lambda": lam,
                     "entropy": reading.entropy,
                     "distance_ratio": reading.distance_ratio,
-                    "edr": reading.edr,
+                    "edr": score,
                 },
             }
     raise AssertionError
@@ -99,7 +101,7 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
     row = server.classify(input=pair, tau=0).json()["data"][0]
     step = model.full_depth(model.tokenize("good film", "a dull plot"))[-1]
     assert step.logits is not None
-    assert row["probs"] == read(step.logits.tolist(), None, 0).probs
+    assert row["probs"] == read(step.logits.tolist(), None).probs
     assert row["probs"] != server.classify(input="good film a dull plot", tau=0).json()["data"][0]["probs"]
     many = server.classify(input=[pair, pair], tau=0).json()["data"]
     assert [r["probs"] for r in many] == [row["probs"]] * 2

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from exits import signals
+from exits import formulas
 
 unit = st.floats(0, 1)
 lams = st.floats(0, 100)
@@ -19,68 +19,70 @@ def test_a_case_computed_by_hand() -> None:
     # r1 = 0.2, r2 = 0.5: DR = ½·(1 − 0.3/0.5) = 0.2
     # λ = 2: EDR = 3/(2/0.2 + 1/0.721928) = 3/11.385179 = 0.263500
     logits = np.log([0.8, 0.2])
-    h = signals.entropy(signals.softmax(logits))
-    dr = signals.distance_ratio(logits, [0.2, 0.5])
+    h = formulas.entropy(formulas.softmax(logits))
+    dr = formulas.distance_ratio(logits, [0.2, 0.5])
     assert h == pytest.approx(0.721928, abs=1e-6)
     assert dr == pytest.approx(0.2)
-    assert signals.edr(h, dr, 2.0) == pytest.approx(0.263500, abs=1e-6)
+    assert formulas.edr(h, dr, 2.0) == pytest.approx(0.263500, abs=1e-6)
 
 
 def test_three_classes_by_hand() -> None:
     # ranked: class 2, then class 0; r1 = 0.9, r2 = 0.3: DR = ½·(1 + 0.6/0.9) = 0.8333
-    assert signals.distance_ratio([1.0, 0.0, 2.0], [0.3, 0.1, 0.9]) == pytest.approx(5 / 6)
+    assert formulas.distance_ratio([1.0, 0.0, 2.0], [0.3, 0.1, 0.9]) == pytest.approx(5 / 6)
     # p = (½, ¼, ¼): H = 1.5·ln 2, / ln 3 = 0.946395
-    assert signals.entropy([0.5, 0.25, 0.25]) == pytest.approx(0.946395, abs=1e-6)
+    assert formulas.entropy([0.5, 0.25, 0.25]) == pytest.approx(0.946395, abs=1e-6)
 
 
 @pytest.mark.parametrize("k", [2, 3, 150])
 def test_entropy_limits(k: int) -> None:
-    assert signals.entropy(np.eye(k)[1]) == 0
-    assert signals.entropy(np.full(k, 1 / k)) == pytest.approx(1)
-    assert signals.entropy(np.full(k, 1 / k)) <= 1
+    assert formulas.entropy(np.eye(k)[1]) == 0
+    assert formulas.entropy(np.full(k, 1 / k)) == pytest.approx(1)
+    assert formulas.entropy(np.full(k, 1 / k)) <= 1
 
 
 def test_one_class_has_no_entropy() -> None:
     with pytest.raises(ValueError, match="at least 2 classes"):
-        signals.entropy([1.0])
+        formulas.entropy([1.0])
 
 
 def test_distance_ratio_limits() -> None:
-    assert signals.distance_ratio([2.0, 1.0], [0.0, 0.0]) == 0.5  # both on their prototypes
-    assert signals.distance_ratio([2.0, 1.0], [0.0, 0.7]) == 0  # geometry agrees fully
-    assert signals.distance_ratio([2.0, 1.0], [0.7, 0.0]) == 1  # and contradicts fully
-    assert signals.distance_ratio([2.0, 1.0], [-1e-7, 0.7]) == 0  # rounding below 0 is 0
-    assert math.isnan(signals.distance_ratio([2.0, 1.0], [math.nan, math.nan]))
+    assert formulas.distance_ratio([2.0, 1.0], [0.0, 0.0]) == 0.5  # both on their prototypes
+    assert formulas.distance_ratio([2.0, 1.0], [0.0, 0.7]) == 0  # geometry agrees fully
+    assert formulas.distance_ratio([2.0, 1.0], [0.7, 0.0]) == 1  # and contradicts fully
+    assert formulas.distance_ratio([2.0, 1.0], [-1e-7, 0.7]) == 0  # rounding below 0 is 0
+    assert math.isnan(formulas.distance_ratio([2.0, 1.0], [math.nan, math.nan]))
 
 
 def test_ties_rank_the_lowest_index_first() -> None:
-    assert signals.distance_ratio([1.0, 1.0, 1.0], [0.1, 0.5, 0.9]) == pytest.approx(0.5 * (1 - 0.4 / 0.5))
-    assert signals.distance_ratio([0.0, 1.0, 1.0], [0.1, 0.5, 0.9]) == pytest.approx(0.5 * (1 - 0.4 / 0.9))
+    assert formulas.distance_ratio([1.0, 1.0, 1.0], [0.1, 0.5, 0.9]) == pytest.approx(0.5 * (1 - 0.4 / 0.5))
+    assert formulas.distance_ratio([0.0, 1.0, 1.0], [0.1, 0.5, 0.9]) == pytest.approx(0.5 * (1 - 0.4 / 0.9))
 
 
 def test_logits_too_far_apart_for_softmax_are_still_ranked() -> None:
-    assert signals.distance_ratio([0.0, -2000.0, -1000.0], [0.2, 0.1, 0.8]) == pytest.approx(0.5 * (1 - 0.75))
+    assert formulas.distance_ratio([0.0, -2000.0, -1000.0], [0.2, 0.1, 0.8]) == pytest.approx(
+        0.5 * (1 - 0.75)
+    )
 
 
 def test_edr_limits() -> None:
-    assert signals.edr(0.3, 0.9, 0) == 0.3  # λ = 0 is entropy alone
-    assert signals.edr(0.3, 0.0, 0) == 0.3  # whatever DR is
-    assert signals.edr(0.3, math.nan, 0) == 0.3
-    assert signals.edr(0.0, 0.4, 2) == 0
-    assert signals.edr(0.4, 0.0, 2) == 0
-    assert signals.edr(0.0, 0.0, 2) == 0
-    assert signals.edr(1.0, 1.0, 5) == 1
+    assert formulas.edr(0.3, 0.9, 0) == 0.3  # λ = 0 is entropy alone
+    assert formulas.edr(0.3, 0.0, 0) == 0.3  # whatever DR is
+    assert formulas.edr(0.3, math.nan, 0) == 0.3
+    assert formulas.edr(0.0, 0.4, 2) == 0
+    assert formulas.edr(0.4, 0.0, 2) == 0
+    assert formulas.edr(0.0, 0.0, 2) == 0
+    assert formulas.edr(1.0, 1.0, 5) == 1
 
 
 @given(unit, unit, lams)
 def test_edr_lies_between_its_signals(h: float, dr: float, lam: float) -> None:
-    value = float(signals.edr(h, dr, lam))
+    value = float(formulas.edr(h, dr, lam))
     assert min(h, dr if lam else h) - 1e-12 <= value <= max(h, dr if lam else h) + 1e-12
 
 
 @given(st.floats(1e-3, 1), st.floats(1e-3, 1), st.floats(0.01, 100))
 def test_edr_is_the_papers_formula(h: float, dr: float, lam: float) -> None:
-    assert signals.edr(h, dr, lam) == pytest.approx((lam + 1) / (lam / dr + 1 / h))
+    assert formulas.edr(h, dr, lam) == pytest.approx((lam + 1) / (lam / dr + 1 / h))
 
 
 @given(
@@ -88,12 +90,12 @@ def test_edr_is_the_papers_formula(h: float, dr: float, lam: float) -> None:
 )
 def test_many_at_once_are_as_one_at_a_time(logits: np.ndarray) -> None:
     distances = np.abs(np.sin(logits))
-    h = signals.entropy(signals.softmax(logits))
-    dr = signals.distance_ratio(logits, distances)
+    h = formulas.entropy(formulas.softmax(logits))
+    dr = formulas.distance_ratio(logits, distances)
     assert ((h >= 0) & (h <= 1) & (dr >= 0) & (dr <= 1)).all()
     for i, row in enumerate(logits):
-        assert h[i] == pytest.approx(float(signals.entropy(signals.softmax(row))), abs=1e-12)
-        assert dr[i] == signals.distance_ratio(row, distances[i])
+        assert h[i] == pytest.approx(float(formulas.entropy(formulas.softmax(row))), abs=1e-12)
+        assert dr[i] == formulas.distance_ratio(row, distances[i])
 
 
 @given(
@@ -104,8 +106,8 @@ def test_many_at_once_are_as_one_at_a_time(logits: np.ndarray) -> None:
 def test_the_order_of_the_classes_does_not_matter(
     logits: np.ndarray, distances: np.ndarray, order: list[int]
 ) -> None:
-    assert signals.distance_ratio(logits, distances) == signals.distance_ratio(
+    assert formulas.distance_ratio(logits, distances) == formulas.distance_ratio(
         logits[order], distances[order]
     )
-    h = [float(signals.entropy(signals.softmax(x))) for x in (logits, logits[order])]
+    h = [float(formulas.entropy(formulas.softmax(x))) for x in (logits, logits[order])]
     assert h[0] == pytest.approx(h[1], abs=1e-12)

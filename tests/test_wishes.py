@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exits import calibration, guarantee, reference
+from exits.signals import Edr
 from exits.wishes import Wishes
 from tests.test_calibration import recorded
 
 
 def table(seed: int = 0, n: int = 400) -> list[calibration.Outcome]:
-    return calibration.trade_off(recorded(n, seed), lams=(1.0,))
+    return calibration.trade_off(recorded(n, seed), (Edr(1.0),))
 
 
 def test_the_bound_is_clopper_and_pearsons() -> None:
@@ -50,9 +51,9 @@ def test_bounds_of_a_sequence_never_fall(errors: list[int]) -> None:
 @pytest.mark.parametrize("most", [0.03, 0.08])
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations(most: float) -> None:
     population = recorded(20_000, 1)
-    truth = {row.tau: row.disagreement for row in calibration.trade_off(population, lams=(1.0,))}
+    truth = {row.tau: row.disagreement for row in calibration.trade_off(population, (Edr(1.0),))}
     rng, broken, trials, chosen = np.random.default_rng(0), 0, 400, []
-    signal = calibration.fused(population, 1.0)
+    signal = Edr(1.0).scores(population)
     labels = population.logits.argmax(-1)
     taus = sorted(truth)
     for _ in range(trials):

@@ -11,6 +11,7 @@ from rich.table import Table
 from exits import calibration
 from exits.recorded import Recorded
 from exits.rule import exit_index
+from exits.signals import signal_of
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
@@ -32,22 +33,22 @@ class Curve:
 
 def curves(recorded: Recorded, lams: Sequence[float]) -> list[Curve]:
     """The curves of entropy, distance ratio and EDR at each λ."""
-    signals = {"entropy": calibration.fused(recorded, 0.0)}
+    scores = {"entropy": recorded.entropy}
     if len(recorded.exit_layers) > 1:
-        signals["distance ratio"] = recorded.distance_ratio
-        signals |= {f"EDR λ={lam:g}": calibration.fused(recorded, lam) for lam in lams}
-    return [_curve(name, signal, recorded) for name, signal in signals.items()]
+        scores["distance ratio"] = recorded.distance_ratio
+        scores |= {f"EDR λ={lam:g}": signal_of(lam).scores(recorded) for lam in lams}
+    return [_curve(name, values, recorded) for name, values in scores.items()]
 
 
-def _curve(name: str, signal: NDArray[np.float64], recorded: Recorded) -> Curve:
-    """Sweep τ over the signal's own quantiles, so that curves of different signals are equally fine."""
-    early = signal[:, :-1].ravel()
+def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
+    """Sweep τ over the scores' own quantiles, so that curves of different signals are equally fine."""
+    early = scores[:, :-1].ravel()
     taus = [0.0, *np.unique(np.quantile(early, np.linspace(0, 1, 200))), 1.1] if early.size else [0.0]
     layers = np.asarray(recorded.exit_layers)
     correct, rows = recorded.correct, np.arange(len(recorded.labels))
     points: dict[float, float] = {}
     for tau in taus:
-        index = exit_index(signal, float(tau))
+        index = exit_index(scores, float(tau))
         points[calibration.speedup(int(layers[-1]), float(layers[index].mean()))] = float(
             correct[rows, index].mean()
         )
@@ -80,7 +81,7 @@ def curve_table(found: Sequence[Curve]) -> Table:
 
 def default_line(recorded: Recorded, tau: float, lam: float) -> str:
     """What an artifact's default (λ, τ) gives on these samples."""
-    o = calibration.outcome(recorded, calibration.fused(recorded, lam), tau, lam)
+    o = calibration.outcome(recorded, signal_of(lam).scores(recorded), tau, lam)
     low, high = (100 * x for x in o.accuracy_interval)
     return (
         f"Default λ = {lam:g}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "

@@ -10,6 +10,7 @@ import numpy as np
 from exits import calibration
 from exits.recorded import Recorded
 from exits.rule import exit_index
+from exits.signals import signal_of
 
 THREADS = 2
 
@@ -74,10 +75,10 @@ def deadlines(
     seeds: int = 5,
 ) -> list[dict[str, Any]]:
     """Both policies for each case (budget in ms, share of the capacity at τ); means over seeds."""
-    signal = calibration.fused(found, lam)
+    scores = signal_of(lam).scores(found)
 
     def leaving(at: float) -> tuple[float, Any]:
-        index = exit_index(signal, at)
+        index = exit_index(scores, at)
         return float(np.asarray(found.exit_layers)[index].mean()), index
 
     policies = {"default": [leaving(tau)], "predicted": [leaving(t) for t in calibration.TAUS]}

@@ -1,14 +1,17 @@
 """Texts from elsewhere: which score tells them apart, what caution buys, how soon drift shows."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from exits import calibration, reference
+from exits.reading import Reading, read
 from exits.recorded import Recorded
-from exits.rule import ExitRule, Reading, exit_index, read
+from exits.rule import ExitRule, exit_index
+from exits.signals import signal_of
 from loadtest.studies.samples import NO_LABEL, nearest
 from model_store.manifest import Manifest
 from server.watch import WINDOW, Drift, Watch
@@ -29,10 +32,10 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
 
     like: samples from home, which the scores that need more than the manifest are fitted on.
     """
-    tau, lam = manifest.defaults.tau, manifest.defaults.lam
+    tau, signal = manifest.defaults.tau, signal_of(manifest.defaults.lam)
 
     def left(found: Recorded) -> NDArray[np.int64]:
-        return exit_index(calibration.fused(found, lam), tau)
+        return exit_index(signal.scores(found), tau)
 
     def at_exit(value: Callable[[Recorded], Floats]) -> Callable[[Recorded], Floats]:
         def score(found: Recorded) -> Floats:
@@ -96,13 +99,13 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
     }
 
 
-def readings(found: Recorded, lam: float) -> list[list[Reading]]:
+def readings(found: Recorded) -> list[list[Reading]]:
     """What a server reads, of every sample at every exit."""
     logits, distances = found.logits.tolist(), found.distances.tolist()
     missing: NDArray[np.bool_] = np.asarray(np.isnan(found.distances).any(-1))
     return [
         [
-            read(logits[n][e], None if missing[n, e] else distances[n][e], lam)
+            read(logits[n][e], None if missing[n, e] else distances[n][e])
             for e in range(len(found.exit_layers))
         ]
         for n in range(len(found.labels))
@@ -111,14 +114,14 @@ def readings(found: Recorded, lam: float) -> list[list[Reading]]:
 
 def policy(manifest: Manifest, found: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
     """Accuracy, speed-up and share of far texts under an --ood-policy; full_depth: far texts never leave."""
-    watch, rule = Watch(manifest, name), ExitRule(manifest.defaults.tau, manifest.defaults.lam)
+    watch, rule = Watch(manifest, name), ExitRule(manifest.defaults.tau, signal_of(manifest.defaults.lam))
     right, layers, far_texts = 0, 0, 0
-    for label, row in zip(found.labels, readings(found, rule.lam), strict=True):
-        tau, far = rule.tau, False
-        for layer, reading in zip(found.exit_layers, row, strict=True):
+    for label, row in zip(found.labels, readings(found), strict=True):
+        cautious, far = rule, False
+        for i, (layer, reading) in enumerate(zip(found.exit_layers, row, strict=True), 1):
             if not far and watch.is_far(layer, reading):
-                far, tau = True, 0.0 if full_depth else tau * watch.caution
-            if layer == found.exit_layers[-1] or (reading.edr is not None and reading.edr < tau):
+                far, cautious = True, replace(rule, tau=0.0 if full_depth else rule.tau * watch.caution)
+            if layer == found.exit_layers[-1] or cautious.exits(cautious.signal.score(row[:i])):
                 right, layers = right + (reading.label == label), layers + layer
                 break
         far_texts += far
@@ -139,8 +142,8 @@ def drift(manifest: Manifest, home: Recorded, away: Recorded, switches: int, see
     calibrated = manifest.calibration
     if calibrated is None:
         raise ValueError("the model has no calibration")
-    lam, generator = manifest.defaults.lam, np.random.default_rng(seed)
-    here, there = ([row[0] for row in readings(found, lam)] for found in (home, away))
+    generator = np.random.default_rng(seed)
+    here, there = ([row[0] for row in readings(found)] for found in (home, away))
 
     def psi(window: Drift) -> float:
         return window.statistics()["nearest", "psi"]

@@ -8,6 +8,7 @@ import numpy as np
 from exits import calibration, guarantee
 from exits.recorded import Recorded
 from exits.rule import exit_index
+from exits.signals import signal_of
 
 
 def promise(
@@ -29,11 +30,11 @@ def promise(
     start_layers: what tokens, embeddings and their exit cost, in layers; for the speed by time.
     """
     labels, rows = population.logits.argmax(-1), np.arange(len(population.labels))
-    signal, taus = calibration.fused(population, lam), sorted(t for t in taus if t > 0)
+    scores, taus = signal_of(lam).scores(population), sorted(t for t in taus if t > 0)
     differs = np.empty((len(rows), len(taus)), np.float64)
     depth = np.empty(len(taus))
     for i, tau in enumerate(taus):
-        index = exit_index(signal, tau)
+        index = exit_index(scores, tau)
         differs[:, i] = labels[rows, index] != labels[:, -1]
         depth[i] = np.asarray(population.exit_layers)[index].mean()
     truth, full = differs.mean(0), float(population.exit_layers[-1])
