@@ -1,6 +1,6 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
 # make test    set up everything and run all tests
-# make lint    ruff (lint and format) and mypy
+# make lint    ruff (lint and format), mypy and import-linter
 # make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 PORT ?= 8000
@@ -19,6 +19,7 @@ lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
+	$(DEV)/bin/lint-imports
 
 sanitize: $(DEV)/ready
 	tests/sanitize.sh $(DEV)/bin/python

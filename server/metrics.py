@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from typing import get_args
 
 from prometheus_client import (
@@ -16,7 +17,6 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3 import __version__
 from exits.rule import ExitReason
 from model_store.model import Model
 from server.engine.work import Job, Outcome, Served
@@ -183,7 +183,7 @@ class Metrics:
     def _limits(self, settings: Settings) -> None:
         """The limits that alerts compare with."""
         r = self.registry
-        Info("de3", "The server", registry=r).info({"version": __version__})
+        Info("de3", "The server", registry=r).info({"version": version("de3")})
         Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
         Gauge("de3_queue_limit_texts", "Most texts in flight (--max-queue)", registry=r).set(
             settings.max_queue

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 import orjson
@@ -17,7 +18,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from de3 import __version__
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
 from server.errors import RequestError
@@ -141,7 +141,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
     app = FastAPIOffline(
         title="DE3",
-        version=__version__,
+        version=version("de3"),
         summary="Text classification that exits early",
         description=examples.DESCRIPTION,
         redoc_url=None,
