@@ -32,7 +32,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
         async with asyncio.TaskGroup() as tasks:
             for client in ["greedy"] * 5 + ["other", "third"]:
                 tasks.create_task(one(client))
-        assert not lane._waiting
+        assert not lane._pending
         return order
 
     order = asyncio.run(go())
@@ -109,7 +109,7 @@ def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> 
             s.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            until(lambda: lane._waiting, "the body to wait")
+            until(lambda: lane._pending, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
         assert server.service.in_flight == 0 == server.frontend.bytes_in_flight.total
         lane._is_free = True

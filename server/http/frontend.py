@@ -94,7 +94,7 @@ class Frontend:
         self.report(exchange)
 
     def malformed(self) -> None:
-        """Count a request that is no HTTP."""
+        """Count a request that is not HTTP."""
         self.service.metrics.rejected.labels("malformed").inc()
 
     def dropped(self, reason: str) -> None:
