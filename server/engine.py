@@ -15,7 +15,7 @@ from time import perf_counter, sleep
 from exits.reading import read
 from exits.rule import ExitReason
 from model_store.model import Model
-from model_store.segments import Passage
+from model_store.segments import ForwardPass
 from server.deadlines import Deadlines
 from server.errors import ApiError
 from server.queue import QueueFullError, WorkQueue
@@ -231,7 +231,7 @@ def run_together(
     model = items[0].job.model
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     results: list[tuple[Item, Outcome | Exception | None]] = []
-    ways: list[tuple[Item, Passage]] = []
+    ways: list[tuple[Item, ForwardPass]] = []
     seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
         job, rule = item.job, item.job.rule
@@ -251,7 +251,7 @@ def run_together(
         deepest = model.deepest_exit(rule.max_layer)
         caution = job.watch.caution if job.watch else 1.0
         every = job.every or item.sampled
-        ways.append((item, Passage(tokens, rule.tau, rule.signal.lam, deepest, every, caution)))
+        ways.append((item, ForwardPass(tokens, rule.tau, rule.signal, deepest, every, caution)))
     for item in items:  # those that fail or wait again have cost it, too
         item.tokenize_s = (perf_counter() - started) / len(items)
     if ways:
@@ -264,12 +264,12 @@ def run_together(
     return results
 
 
-def _passed(item: Item, way: Passage) -> Outcome:
+def _passed(item: Item, way: ForwardPass) -> Outcome:
     """The outcome of a way through the kernels."""
     manifest, job = item.job.model.manifest, item.job
-    asked = [way.layer]
+    asked = [way.exit_layer]
     if job.every or item.sampled:
-        asked = [m for m in manifest.exit_layers if m <= way.layer]
+        asked = [m for m in manifest.exit_layers if m <= way.exit_layer]
     for layer in asked:
         distances = way.distances[layer].tolist() if layer in manifest.prototype_layers else None
         item.say(layer, read(way.logits[layer].tolist(), distances))
