@@ -30,13 +30,14 @@ typedef struct {
     Signal signal;
     double caution; /* what tau is multiplied by from the first exit on that is too far from its prototypes */
 
-    float *hidden;              /* (tokens, hidden) */
-    float *logits, *distances;  /* (num_layers + 1, num_labels) */
+    float *hidden;             /* (tokens, hidden) */
+    float *logits, *distances; /* (num_layers + 1, num_labels) */
+    Reading *readings;         /* of the exits computed so far; room for (num_layers + 1) */
+    int num_readings;
 
     int exit_layer; /* -1: it has not left */
-    int is_far, num_readings;
+    int is_far;
     double seconds;
-    Reading readings[MAX_LAYERS + 1]; /* of the exits computed so far */
 } Pass;
 
 /* Run the layers until each text has left. All texts run a layer before any runs the next, so that its weights

@@ -294,7 +294,9 @@ static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
     p->distances = b[3].buf;
     p->tokens = (int)tokens;
     p->exit_layer = -1;
-    p->hidden = aligned_alloc(64, ROUND_UP(tokens * m->hidden * 4, 64));
+    size_t states = tokens * m->hidden * 4; /* hidden is a multiple of 64 */
+    p->hidden = aligned_alloc(64, states + ROUND_UP((m->num_layers + 1) * sizeof(Reading), 64));
+    p->readings = (Reading *)((char *)p->hidden + states);
     return require_memory(p->hidden != NULL);
 }
 
@@ -307,9 +309,10 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][4];
     const float *prototypes[MAX_LAYERS + 1];
+    Pass passes[MAX_TEXTS];
     if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
     const Model *m = model_of(capsule);
-    int count = (int)PyList_GET_SIZE(texts), opened = 0, failed;
+    int count = (int)PyList_GET_SIZE(texts), opened = 0, begun = 0, failed;
     int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) &&
              require(count >= 1 && count <= MAX_TEXTS && PyList_GET_SIZE(rows) == m->num_layers + 1,
                      "1 to 64 texts, and prototypes for every layer");
@@ -321,10 +324,11 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
                         holds(&spaces[i], size, 4, "prototypes")));
         prototypes[i] = spaces[i].buf;
     }
-    Pass *passes = ok ? calloc(count, sizeof(Pass)) : NULL;
-    ok = ok && require_memory(passes != NULL);
-    if (ok) memset(buffers, 0, sizeof buffers[0] * count);
-    for (int i = 0; ok && i < count; i++) ok = open_pass(m, PyList_GET_ITEM(texts, i), &passes[i], buffers[i]);
+    for (int i = 0; ok && i < count; i++, begun++) {
+        passes[i] = (Pass){0};
+        memset(buffers[i], 0, sizeof buffers[i]);
+        ok = open_pass(m, PyList_GET_ITEM(texts, i), &passes[i], buffers[i]);
+    }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
         failed = run_passes(m, passes, count, prototypes, far.buf);
@@ -337,11 +341,10 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
         if (pair == NULL) Py_CLEAR(result);
         else PyList_SET_ITEM(result, i, pair);
     }
-    for (int i = 0; passes != NULL && i < count; i++) {
+    for (int i = 0; i < begun; i++) {
         free(passes[i].hidden);
         for (int j = 0; j < 4; j++) PyBuffer_Release(&buffers[i][j]);
     }
-    free(passes);
     for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
     PyBuffer_Release(&far);
     return result;

@@ -1,4 +1,4 @@
-/* Every operation in plain C, for any processor: what the others are compared with. Slow. */
+/* Every operation in plain C, for any processor. Slow: the definition that the others are compared with. */
 #include "kernels.h"
 
 #include <math.h>
@@ -34,9 +34,10 @@ static Range product(const Product *p) {
             int32_t sum = 0;
             for (int k = 0; k < w->in; k++) sum += x[k] * w->tiles[tile_index(w->in, k, column)];
             sum -= p->quantization.zero * w->sums[column];
+            /* fmaf: one rounding, as in the vector units, so that products agree to the last bit */
             float value = fmaf((float)sum, w->scale[column] * p->quantization.scale, w->bias[column]);
             if (p->then == GELU) value = gelu(value);
-            if (p->then == RELU) value = value < 0.0f ? 0.0f : value;
+            if (p->then == RELU) value = value > 0.0f ? value : 0.0f;
             if (p->then == RESIDUAL) value += p->residual[at];
             range.low = fminf(range.low, value);
             range.high = fmaxf(range.high, value);
@@ -83,9 +84,10 @@ static void attention(const float *qkv, int tokens, int hidden, int num_heads, f
 static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
     for (int t = 0; t < tokens; t++) {
         float *x = rows + (size_t)t * hidden, mean = 0.0f, variance = 0.0f;
-        for (int i = 0; i < hidden; i++) mean += x[i] / hidden;
-        for (int i = 0; i < hidden; i++) variance += (x[i] - mean) * (x[i] - mean) / hidden;
-        float inverse = 1.0f / sqrtf(variance + norm->epsilon);
+        for (int i = 0; i < hidden; i++) mean += x[i];
+        mean /= hidden;
+        for (int i = 0; i < hidden; i++) variance += (x[i] - mean) * (x[i] - mean);
+        float inverse = 1.0f / sqrtf(variance / hidden + norm->epsilon);
         for (int i = 0; i < hidden; i++) x[i] = (x[i] - mean) * inverse * norm->scale[i] + norm->shift[i];
     }
 }

@@ -5,12 +5,12 @@
 #include "kernels.h"
 
 #if !defined(__x86_64__) || !defined(__linux__)
-static const char *why_not(void) { return "it is for Linux on x86-64"; }
+static const char *why_not(void) { return "needs Linux on x86-64"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
 #warning "This compiler does not know AMX: no kernels for x86-64, ONNX Runtime runs every model at half the speed."
-static const char *why_not(void) { return "it was built with a compiler older than gcc 11 or clang 12"; }
+static const char *why_not(void) { return "needs a build with gcc 11, clang 12 or newer"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #else
@@ -22,7 +22,7 @@ const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #include <unistd.h>
 
 static const char *vnni_why_not(void) {
-    static const char *const missing = "the processor has no AVX-512 VNNI";
+    static const char *const missing = "needs AVX-512 VNNI";
     unsigned a, b, c, d, features, low, high;
     if (!__get_cpuid(1, &a, &b, &features, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return missing;
     const unsigned avx512 = (1u << 16) | (1u << 17) | (1u << 30) | (1u << 31); /* F, DQ, BW, VL */
@@ -36,7 +36,7 @@ static const char *amx_why_not(void) {
     const char *missing = vnni_why_not();
     if (missing != NULL) return missing;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    if (!(d & (1u << 24)) || !(d & (1u << 25))) return "the processor has no AMX";
+    if (!(d & (1u << 24)) || !(d & (1u << 25))) return "needs AMX";
     /* Linux gives tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system gives no AMX registers";
 }
