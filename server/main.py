@@ -1,20 +1,24 @@
 """Run the server: one process, drained on SIGTERM."""
 
+import logging
 import resource
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType
 
 import uvicorn
 
 from server import logs
-from server.app import Gate, create_app
-from server.connection import Listener
+from server.http.app import PROTOCOLS, create_app
+from server.http.frontend import Frontend
+from server.http.listener import Listener
+from server.http.protocol import Protocol
 from server.service import EngineError, Service
 from server.settings import Settings
 
+log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the system holds until they are accepted
 # Models, logs, the event loop; and connections that are accepted in one go, before others are evicted for
 # them.
@@ -34,12 +38,14 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def uvicorn_config(service: Service, on_failure: Callable[[], None]) -> uvicorn.Config:
+def uvicorn_config(
+    service: Service, on_failure: Callable[[], None], protocols: Mapping[str, Protocol] = PROTOCOLS
+) -> uvicorn.Config:
     """How uvicorn serves a service; on_failure is called when its models cannot be loaded."""
-    settings = service.settings
-    app = create_app(service, on_failure)
+    settings, frontend = service.settings, Frontend(service, protocols)
+    app = create_app(frontend, on_failure)
     most = settings.max_connections or max_connections()
-    listener = Listener(app, Gate(service), most, settings.max_body_bytes, settings.body_timeout_s)
+    listener = Listener(app, frontend, most, settings.max_body_bytes, settings.body_timeout_s)
     return uvicorn.Config(
         app,
         host=settings.host,
@@ -68,15 +74,17 @@ def max_connections() -> int:
     return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was accepted and return.
+def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what was accepted and return. Logs the warnings first.
 
-    Raises StoreError when a model is missing or not sound.
+    Raises StoreError when a model is missing or damaged.
     """
-    # An engine thread takes the interpreter's lock a dozen times for a text, each time after this long while
-    # the event loop is busy; Python's own 5 ms would add up to 60.
+    # An engine thread takes the GIL a dozen times for a text, each time after this long while the event loop
+    # is busy; with Python's default of 5 ms that would be up to 60 ms.
     sys.setswitchinterval(0.0005)
     logs.configure(settings.log_format)
+    for warning in warnings:
+        log.warning(warning)
     service = Service(settings)
 
     def stop() -> None:

@@ -1,4 +1,4 @@
-"""Models come, go and come back while the server runs, one change at a time."""
+"""Loads, replaces, rolls back and unloads models while the server runs, one change at a time."""
 
 import asyncio
 import logging
@@ -11,26 +11,27 @@ from model_store.model import Model
 from model_store.prove import Prover
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
 from server import memory
-from server.errors import ApiError
+from server.engine.work import Served
+from server.errors import RequestError
 from server.metrics import Metrics
-from server.models import MAX_LOADED, Models, Role, Served, load
+from server.models import MAX_LOADED, Models, Role, load
 from server.settings import Settings
 
 log = logging.getLogger("de3")
-WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of a model that is unloaded
+WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of an unloaded model
 
 
 class Manager:
     """Changes what is served.
 
-    A model is loaded and warmed up beside the others before it takes anybody's place, so a bad artifact
-    changes nothing. A request that is under way keeps the model that it began with.
+    A model is loaded and warmed up beside the others before it replaces one, so a bad artifact changes
+    nothing. A request in flight keeps the model that it began with.
     """
 
     def __init__(
         self, settings: Settings, models: Models, metrics: Metrics, drop_shadows: Callable[[], None]
     ) -> None:
-        """`drop_shadows`: called when models go: texts that wait for idle time would keep them in memory."""
+        """`drop_shadows`: called when models are unloaded: pending shadows would keep them in memory."""
         self._settings, self._models, self._metrics = settings, models, metrics
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
@@ -41,8 +42,8 @@ class Manager:
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
         """Load the first models; of several of a name the first is current.
 
-        One that was not asked for by name is left out if it is bad. Raises StoreError or ValueError if one
-        that was is bad, or none is left.
+        A bad one is skipped unless it was asked for by name. Raises StoreError or ValueError if one that was
+        is bad, or if none is left.
         """
         async with self._changing:
             for artifact in artifacts:
@@ -55,33 +56,33 @@ class Manager:
                     log.error("%s is not served: %s", artifact.full_name, error)
 
     def stop(self) -> None:
-        """Give up what is being loaded."""
+        """Abandon what is being loaded."""
         self._prover.stop()
 
     async def load(
         self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
     ) -> Served:
-        """Serve a version (the newest), read from the store anew; raises ApiError 404, 409 or 422."""
+        """Serve a version (the newest), read from the store anew; raises RequestError."""
         async with self._one_change():
             artifact = await self._open(name, version)
             route = self._models.routes.get(name)
             if role != "current" and (route is None or route.current == artifact.manifest.version):
                 why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"
-                raise ApiError(409, f"role: {why}, so it cannot be {role}", "role", "conflict")
+                raise RequestError(f"role: {why}, so it cannot be {role}", "role", "conflict")
             return await self._change(artifact, role, share)
 
     async def roll_back(self, name: str) -> Served:
-        """Let the version answer again that was current before; raises ApiError 404, 409 or 422."""
+        """Make the previous current version current again; raises RequestError."""
         async with self._one_change():
             self._models.get(name)
             route = self._models.routes.get(name)
             if route is None or not route.before:
-                raise ApiError(409, f"{name}: no version was current before", "name", "conflict")
+                raise RequestError(f"{name}: no version was current before", "name", "conflict")
             artifact = await self._open(name, route.before[-1])
             return await self._change(artifact, "current", back=True)
 
     async def unload(self, name: str, version: int | None = None) -> list[Served]:
-        """Serve a version, or all of a name, no longer; raises ApiError 404 or 409."""
+        """Stop serving a version, or all versions of a name; raises RequestError."""
         async with self._one_change():
             gone = self._models.remove(name, version)
             self._forget(gone)
@@ -90,7 +91,7 @@ class Manager:
     @asynccontextmanager
     async def _one_change(self) -> AsyncIterator[None]:
         if self._changing.locked():
-            raise ApiError(409, "another change of the models is under way; try again", cause="conflict")
+            raise RequestError("another change of the models is in progress; try again", cause="conflict")
         async with self._changing:
             yield
 
@@ -98,7 +99,7 @@ class Manager:
         try:
             return await asyncio.to_thread(self._store.open, name if version is None else f"{name}:{version}")
         except UnknownModelError as error:
-            raise ApiError(404, str(error), "name", "unknown_model") from None
+            raise RequestError(str(error), "name", "unknown_model") from None
         except StoreError as error:
             raise self._refused(error) from None
 
@@ -107,15 +108,15 @@ class Manager:
         route = self._models.routes.get(artifact.manifest.name)
         replaces = route is not None and route.version_in(role) is not None
         if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
-            raise ApiError(409, f"{MAX_LOADED} models are loaded, the most allowed", cause="conflict")
+            raise RequestError(f"{MAX_LOADED} models are loaded, the most allowed", cause="conflict")
         try:
             return await self._serve(artifact, role, share, back)
         except (StoreError, ValueError, OSError) as error:
             raise self._refused(error) from None
 
-    def _refused(self, error: Exception) -> ApiError:
+    def _refused(self, error: Exception) -> RequestError:
         log.warning("a model was not loaded: %s", error)
-        return ApiError(422, f"not loaded, what was served before still is: {error}", "name", "bad_artifact")
+        return RequestError(f"not loaded, what was served before still is: {error}", "name", "bad_artifact")
 
     async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         started = perf_counter()
@@ -130,7 +131,7 @@ class Manager:
         return served
 
     def _forget(self, gone: list[Served]) -> None:
-        """Let the memory of models go once nothing uses them any more."""
+        """Free the memory of models once nothing uses them any more."""
         if gone:
             self._drop_shadows()
         for served in gone:
@@ -142,8 +143,7 @@ class Manager:
 
 
 async def _give_back(models: list[ref[Model]]) -> None:
-    """Wait until models are gone, then hand what is free back to the system: a load takes much that is soon
-    free."""
+    """Wait until models are freed, then hand the memory back to the system."""
     for _ in range(round(MAX_WAIT_S / WAIT_S)):
         if all(model() is None for model in models):
             break

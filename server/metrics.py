@@ -19,31 +19,30 @@ from prometheus_client.registry import Collector
 from de3 import __version__
 from exits.rule import ExitReason
 from model_store.model import Model
+from server.engine.work import Job, Outcome, Served
 from server.errors import Cause
-from server.models import Served
 from server.rules import Choice
 from server.settings import Settings
-from server.work import Job, Outcome
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # half as many series; Prometheus does not need them
+disable_created_metrics()  # type: ignore[no-untyped-call]  # half the series, and Prometheus needs none of them
 
-# From the embeddings alone to the time-out, finest where the server mostly is.
+# From the embeddings alone to the time-out, finest where most requests are.
 STAGE_BUCKETS = (
     *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
-# What leaves early is sure, so both signals crowd near 0.
+# A text leaves early when it is sure, so both signals crowd near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
-# What can come of a request, with a model and without one.
+# The possible outcomes of a request, with a model and without one.
 STATUSES = ("200", "422", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
-KEPT_MODELS = 8  # that are served no longer, and whose numbers can still be read
+KEPT_MODELS = 8  # unloaded ones whose metrics can still be read
 InForce = Callable[[Served], Choice]
 
 
 class _ModelGauges(Collector):
-    """What is worked out when it is asked for, not with every text; by model."""
+    """Gauges by model that are computed at each scrape, not with every text."""
 
     def __init__(self, served: dict[str, Served], in_force: InForce) -> None:
         self._served, self._in_force = served, in_force
@@ -51,22 +50,24 @@ class _ModelGauges(Collector):
     def collect(self) -> Iterable[GaugeMetricFamily]:
         """The gauges; no drift for a model whose window is not full yet, no accuracy without calibration."""
         tau = GaugeMetricFamily(
-            "de3_tau", "τ in force for requests that name none, raised under load", labels=["model"]
+            "de3_tau",
+            "τ in force for requests without a wish of their own; raised under load",
+            labels=["model"],
         )
         full = GaugeMetricFamily(
             "de3_full_depth_accuracy", "Accuracy at full depth, by the calibration", labels=["model"]
         )
         drift = GaugeMetricFamily(
             "de3_drift",
-            "How the last texts differ from calibration, by signal of the first exit; 0: not at all",
+            "How recent texts differ from the calibration's, by signal of the first exit; 0: not at all",
             labels=["model", "signal", "statistic"],
         )
         for name, served in list(self._served.items()):
             tau.add_metric([name], self._in_force(served).rule.tau)
             if served.rules.wishes is not None:
                 full.add_metric([name], served.rules.wishes.rows[0].accuracy)
-            if served.watch.drift is not None:
-                for (signal, statistic), value in served.watch.drift.statistics().items():
+            if served.monitor.drift is not None:
+                for (signal, statistic), value in served.monitor.drift.statistics().items():
                     drift.add_metric([name, signal, statistic], value)
         yield from (tau, full, drift)
 
@@ -80,22 +81,22 @@ class Metrics:
     """All metrics, in a registry of their own."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """`deepest`: the most layers that a served model has; `in_force`: the choice for requests without."""
+        """deepest: the most layers that a served model has. in_force: the choice for requests without a wish."""
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
             "de3_exit_layer",
-            "Layer at which a text left (0: embeddings), and why",
+            "Layer at which a text left (0: embeddings), by reason",
             ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
         )
         self.layers_run = counter("de3_layers_run", "Encoder layers executed", ["model"])
-        self.layers_saved = counter("de3_layers_saved", "Encoder layers that leaving early saved", ["model"])
+        self.layers_saved = counter("de3_layers_saved", "Encoder layers that early exits saved", ["model"])
         self.full_depth = counter(
             "de3_full_depth_seconds",
-            "Model time that the texts would have taken through every layer: their own, scaled by the time "
-            "of a layer as measured at start",
+            "Model time that the texts would have taken at full depth: their own, scaled by the time per layer "
+            "that was measured at start-up",
             ["model"],
         )
         self.tokens = counter("de3_tokens", "Tokens of the texts that left", ["model"])
@@ -104,52 +105,56 @@ class Metrics:
         )
         self.distance_ratio = histogram(
             "de3_exit_distance_ratio",
-            "Distance ratio at the exit where a text left, if that has prototypes",
+            "Distance ratio at the exit where a text left, if that exit has prototypes",
             ["model"],
             buckets=SIGNAL_BUCKETS,
         )
         self.request_latency = histogram(
             "de3_request_latency_seconds",
-            "From a request's head to its answer, or to its time-out",
+            "From a request's head to its response or time-out",
             ["model"],
             # The objective is one: whether p99 is within it must not be a guess.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
         )
         self.stage_latency = histogram(
             "de3_stage_latency_seconds",
-            "Time of one text in a stage: queue, tokenize, model",
+            "Time that a text spends in a stage: queue, tokenize, model",
             ["model", "stage"],
             buckets=STAGE_BUCKETS,
         )
         self.requests = counter(
             "de3_requests",
-            "Answers to /classify by HTTP status; model is none where no model was found",
+            "Classification requests by HTTP status; model is none where no model was found",
             ["model", "status"],
         )
-        self.rejected = counter("de3_rejected", "Requests not answered, by cause", ["cause"])
-        self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or got stuck")
+        self.rejected = counter("de3_rejected", "Requests that were not answered, by cause", ["cause"])
+        self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or are stuck")
         self.dropped_connections = counter(
             "de3_dropped_connections",
-            "Connections closed for a limit: connection_limit, or unread (answers that are not read)",
+            "Connections closed at a limit: connection_limit, or unread (a client does not read its responses)",
             ["reason"],
         )
         self.far = counter(
-            "de3_far_texts", "Texts far from every prototype at an exit (--ood-policy)", ["model"]
+            "de3_far_texts",
+            "Out-of-distribution texts: far from every prototype at an exit (--ood-policy)",
+            ["model"],
         )
         self.degraded = counter(
             "de3_degraded_texts", "Texts answered with a τ that was raised under load", ["model"]
         )
         self.calibrated = counter(
-            "de3_calibrated_texts", "Texts that left by a τ that the calibration knows", ["model"]
+            "de3_calibrated_texts", "Texts answered with a τ of the calibration table", ["model"]
         )
         self.expected_right = counter(
-            "de3_expected_right_texts", "How many of those are right, by the calibration", ["model"]
+            "de3_expected_right_texts",
+            "Expected number of correct ones among de3_calibrated_texts, by the calibration",
+            ["model"],
         )
         self.shadow_texts = counter(
-            "de3_shadow_texts", "Texts that a shadow ran as well", ["model", "shadow"]
+            "de3_shadow_texts", "Texts that a shadow model also ran", ["model", "shadow"]
         )
         self.shadow_disagreements = counter(
-            "de3_shadow_disagreements", "Those that it labels otherwise", ["model", "shadow"]
+            "de3_shadow_disagreements", "Texts that a shadow model labelled differently", ["model", "shadow"]
         )
         self._model = Gauge(
             "de3_model_info",
@@ -176,35 +181,37 @@ class Metrics:
         self._limits(settings)
 
     def _limits(self, settings: Settings) -> None:
-        """What alerts compare with."""
+        """The limits that alerts compare with."""
         r = self.registry
         Info("de3", "The server", registry=r).info({"version": __version__})
         Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
-        Gauge("de3_queue_limit_texts", "Most texts that may wait", registry=r).set(settings.max_queue)
+        Gauge("de3_queue_limit_texts", "Most texts in flight (--max-queue)", registry=r).set(
+            settings.max_queue
+        )
         if settings.slo_p99_ms is not None:
             objective = Gauge("de3_latency_objective_seconds", "--slo-p99-ms, in seconds", registry=r)
             objective.set(settings.slo_p99_ms / 1000)
 
-    def watch(
+    def read_from(
         self,
         queue_length: Callable[[], int],
         is_ready: Callable[[], bool],
         in_flight: Callable[[], int],
         level: Callable[[], int],
     ) -> None:
-        """Read these whenever the metrics are scraped."""
+        """Read these values at each scrape."""
         for name, help_, value in (
-            ("de3_in_flight_requests", "Requests being answered", in_flight),
+            ("de3_in_flight_requests", "Requests in flight", in_flight),
             ("de3_ready", "1 once every model is loaded and warmed up", is_ready),
-            ("de3_queue_texts", "Texts waiting for an engine thread", queue_length),
-            ("de3_load_level", "Steps by which the default τ is raised under load", level),
+            ("de3_queue_texts", "Texts pending in the queue", queue_length),
+            ("de3_load_level", "Load level: steps by which the default τ is raised", level),
         ):
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def add(self, served: Served) -> None:
-        """Count what this model does from now on."""
+        """Begin to count for this model."""
         name = served.model.full_name
-        if name in self._served:  # read anew, perhaps for another runtime
+        if name in self._served:  # reloaded, perhaps with another runtime
             self.drop(self._served[name])
         self._model.labels(*_info(served)).set(1)
         for status in STATUSES:
@@ -218,7 +225,7 @@ class Metrics:
             self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Say nothing more of a model that is no longer served; what it did can be read for a while."""
+        """Remove a model that was unloaded; its counters can still be read for a while."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
@@ -232,13 +239,13 @@ class Metrics:
                 metric.remove_by_labels({"shadow": oldest})
             del self._observers[oldest]
 
-    def answered(self, job: Job, choice: Choice) -> None:
+    def answered(self, job: Job) -> None:
         """Count the texts of an answered request by how τ was chosen."""
-        model = job.model.full_name
+        choice, model = job.choice, job.model.full_name
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
-            # Not those that a deadline cut short, or that caution sent on.
+            # Not those that a deadline cut short, or that ran deeper as out of distribution.
             texts = sum(
                 item.rule.tau == choice.rule.tau
                 and item.outcome is not None
@@ -250,11 +257,11 @@ class Metrics:
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""
-        if observer := self._observers.get(model.full_name):  # for texts under way when it was dropped, too
+        if observer := self._observers.get(model.full_name):  # also for texts in flight when it was dropped
             observer(outcome)
 
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
-        """A function with the label look-ups of one model done once."""
+        """The observer of one model, with its labels looked up once."""
         name, depth = served.model.full_name, served.model.manifest.num_layers
         layers = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]

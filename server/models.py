@@ -9,15 +9,14 @@ from typing import Literal
 from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError
-from server.errors import ApiError
+from server.engine.timing import Timing
+from server.engine.work import Served
+from server.errors import RequestError
+from server.ood import OodMonitor
 from server.rules import Rules
 from server.settings import Settings
-from server.timing import Timing
-from server.watch import Watch
 
 log = logging.getLogger("de3")
-# A shared call saves thread switches and trips to memory, but gives no way to more urgent texts.
-TOGETHER_S = 0.004
 MAX_HISTORY = 16  # versions to roll back to
 MAX_LOADED = 16
 
@@ -25,14 +24,16 @@ MAX_LOADED = 16
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
     """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store.
 
-    A bad one that was not asked for by name is left out. Raises StoreError if one that was is bad, or none is
-    left.
+    A bad artifact is skipped unless it was asked for by name. Raises StoreError if one that was is bad, or if
+    none is left.
     """
     names = wanted or list(store.versions())
     if not names:
         raise StoreError(f"{store.path} holds no model; make one with de3 export")
     if len(names) > MAX_LOADED:
-        raise StoreError(f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: name those")
+        raise StoreError(
+            f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: choose with --model"
+        )
     if wanted:
         return [store.open(name) for name in names]
     artifacts, errors = [], []
@@ -47,28 +48,13 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     return artifacts
 
 
-def others(store: Store) -> list[Artifact]:
-    """The newest of every model in the store that has a sound manifest: what may be loaded later."""
-    found = []
+def newest(store: Store) -> list[Artifact]:
+    """The newest version of every model in the store whose manifest is valid: what may be loaded later."""
+    artifacts = []
     for name in store.versions():
-        with suppress(StoreError):  # it cannot be loaded, and is nobody's concern here
-            found.append(store.open(name))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """A loaded model, how long it takes here, how its τ is chosen, and how its texts are watched."""
-
-    model: Model
-    timing: Timing
-    rules: Rules
-    watch: Watch
-
-    @property
-    def together_s(self) -> float:
-        """Texts that are predicted to take no longer may share a call; 0: one a call."""
-        return 0.0 if self.model.through is None else TOGETHER_S
+        with suppress(StoreError):  # it cannot be loaded, which matters once it is asked for
+            artifacts.append(store.open(name))
+    return artifacts
 
 
 def load(artifact: Artifact, settings: Settings) -> Served:
@@ -79,11 +65,11 @@ def load(artifact: Artifact, settings: Settings) -> Served:
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except ApiError as error:  # as a request would be told that asked for it
+    except RequestError as error:  # the same as a request with this wish would get
         raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
     model = Model(artifact, settings.runtime)
     try:
-        return Served(model, Timing(model), rules, Watch(manifest, settings.ood_policy))
+        return Served(model, Timing(model), rules, OodMonitor(manifest, settings.ood_policy))
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 
@@ -98,7 +84,7 @@ class Route:
     Attributes:
         current: answers requests that name no version.
         canary: answers the `share` of them instead.
-        shadow: runs the texts of current's requests as well; its answers are compared, and given to nobody.
+        shadow: runs the texts of current's requests as well; its labels are compared, and go to nobody.
         before: versions that were current, the last one last.
     """
 
@@ -109,7 +95,7 @@ class Route:
     before: list[int] = field(default_factory=list)
 
     def give(self, role: Role, version: int, share: float = 0.0) -> None:
-        """Give a role to a version; it loses the one that it had, unless that is current."""
+        """Give a role to a version; it loses the role that it had, unless that is current."""
         if role == "current" and version != self.current:
             self.before = [*self.before, self.current][-MAX_HISTORY:]
             self.current = version
@@ -151,7 +137,7 @@ class Models:
         return [served for versions in list(self._versions.values()) for served in list(versions.values())]
 
     def get(self, name: str | None) -> Served:
-        """The model of a request; raises ApiError 404 for one that is not served."""
+        """The model of a request; raises RequestError if it is not served."""
         if name is None:
             name = next(iter(self.routes))
         route = self.routes.get(name)
@@ -160,7 +146,7 @@ class Models:
         return self.current(name)
 
     def current(self, name: str) -> Served:
-        """A name's current version, or that of name:version; raises ApiError 404."""
+        """A name's current version, or that of name:version; raises RequestError."""
         if name in self.routes:
             return self._versions[name][self.routes[name].current]
         served = self.all
@@ -176,7 +162,7 @@ class Models:
         return next((r for r in roles if route.version_in(r) == manifest.version), "beside")
 
     def shadow_of(self, served: Served) -> Served | None:
-        """Who runs the texts of this model as well, if anybody."""
+        """The shadow that runs the texts of this model as well, if it has one."""
         name = served.model.manifest.name
         route = self.routes.get(name)
         if route is None or route.shadow is None or route.current != served.model.manifest.version:
@@ -203,17 +189,17 @@ class Models:
         return _gone(before, self.all)
 
     def remove(self, name: str, version: int | None) -> list[Served]:
-        """Serve a version, or all of a name, no longer; returns what is gone. Raises ApiError 404 and 409."""
+        """Serve a version, or all of a name, no longer; returns what is gone. Raises
+        RequestError."""
         self.get(name if version is None else f"{name}:{version}")
         route, before = self.routes[name], self.all
         if version is None or self._versions[name].keys() == {version}:
             if len(self.routes) == 1:
-                raise ApiError(409, f"{name} is the only model that is served", "name", "conflict")
+                raise RequestError(f"{name} is the only model that is served", "name", "conflict")
             del self.routes[name], self._versions[name]
         elif version == route.current:
             others = ", ".join(f"{name}:{v}" for v in self._versions[name] if v != version)
-            raise ApiError(
-                409,
+            raise RequestError(
                 f"version: {name}:{version} answers for {name}; load another as current first "
                 f"(loaded are {others}), or unload all of {name}",
                 "version",
@@ -229,10 +215,9 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
     return [s for s in before if not any(s is other for other in after)]
 
 
-def unknown_model(name: str, served: list[str]) -> ApiError:
-    """The answer to a name that is not served."""
-    return ApiError(
-        404,
+def unknown_model(name: str, served: list[str]) -> RequestError:
+    """The error of a name that is not served."""
+    return RequestError(
         f"model: no model {name[:100]!r} is served; there are: {', '.join(served)}",
         "model",
         "unknown_model",

@@ -1,4 +1,4 @@
-"""From a request's wish to its exit rule: the chooser of τ for one model."""
+"""The choice of τ: from what a request wishes to its exit rule."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,14 +8,10 @@ from exits.rule import ExitRule
 from exits.signals import signal_of
 from exits.wishes import Wishes
 from model_store.manifest import Manifest, TradeOff
-from server.errors import ApiError
-from server.protocol import ClassifyRequest
-from server.settings import Settings
+from server.errors import RequestError
+from server.settings import Settings, Wish
 
-MAX_LOAD_LOSS = 0.02  # of accuracy, where no floor is set
-
-# What asks for a rule: a request, or the settings for requests that ask nothing. It has at most one wish.
-Wish = ClassifyRequest | Settings
+MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +19,10 @@ class Choice:
     """An exit rule, and why it is this one.
 
     Attributes:
-        by: the wish it came from, or default, or overload.
-        wanted: the wish's value, if it has one.
-        expected: what the calibration says of this τ; None if τ and λ are not in its table.
-        budget_s: the wish for a latency.
+        by: the field of the wish that decided, or default, or overload.
+        wanted: that field's value, if there is one.
+        expected: the row of the calibration's table for this τ and λ; None if they are not in it.
+        budget_s: the latency budget, if one was asked for.
         is_degraded: whether τ was raised under load.
     """
 
@@ -38,7 +34,7 @@ class Choice:
     is_degraded: bool = False
 
     def share(self, num_layers: int) -> float:
-        """The part of the layers' time that a text is expected to need."""
+        """The share of the full-depth time that a text is expected to take."""
         if self.expected is None:
             return 1.0
         # The embeddings and the tokenizer cost about a layer.
@@ -46,22 +42,17 @@ class Choice:
 
     def row(self) -> dict[str, Any]:
         """How τ was chosen, as `explain` shows it."""
-        found: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.signal.lam}
+        row: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.signal.lam}
         if self.wanted is not None:
-            found["wanted"] = self.wanted
+            row["wanted"] = self.wanted
         if self.expected is not None:
-            e = self.expected
-            found["expected"] = {
-                "accuracy": e.accuracy,
-                "speedup": e.speedup,
-                "disagreement": e.disagreement,
-                "disagreement_bound": e.disagreement_bound,
-            }
-        return found
+            fields = ("accuracy", "speedup", "disagreement", "disagreement_bound")
+            row["expected"] = {name: getattr(self.expected, name) for name in fields}
+        return row
 
 
 class Rules:
-    """Chooses the rule of every request to one model; choices are made once and kept."""
+    """Chooses the exit rule of each request to one model."""
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
         self._defaults, self._exits = manifest.defaults, manifest.exit_layers
@@ -72,17 +63,14 @@ class Rules:
         rows = [row for row in table if row.lam == manifest.defaults.lam]
         self.wishes = Wishes(rows) if rows else None
         tau = self._defaults.tau if settings.tau is None else settings.tau
-        self.default = self._choice(tau, self._defaults.lam, "default")
-        self.default = self._of(settings, self.default)
+        default = self._choice(tau, self._defaults.lam, "default")
+        self.default = self._of(replace(settings.wish, tau=None), default)
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
         """What the default may become under load, level 1 first; none if the default is a promise itself."""
-        if (
-            self.wishes is None
-            or settings.target_speedup is not None
-            or settings.max_disagreement is not None
-        ):
+        promises = (settings.target_speedup, settings.max_disagreement)
+        if self.wishes is None or any(value is not None for value in promises):
             return []
         least = settings.min_accuracy
         if least is None:
@@ -92,7 +80,7 @@ class Rules:
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def in_force(self, level: int) -> Choice:
-        """What holds for requests that ask nothing, at a level of load."""
+        """The choice for requests without a wish, at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
@@ -102,35 +90,35 @@ class Rules:
         return Choice(ExitRule(tau, signal_of(lam), max_layer), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
-        """The choice of a row of the calibration's table."""
+        """The choice that a row of the calibration's table stands for."""
         return Choice(ExitRule(row.tau, signal_of(row.lam)), by, wanted, row)
 
-    def of(self, request: ClassifyRequest, level: int = 0) -> Choice:
-        """The choice that fulfils a request, or what holds at a level of load; raises ApiError 422."""
-        if request.lam is not None or request.max_layer is not None or request.tau is not None:
-            return self._own(request.tau, request.lam, request.max_layer)
-        return self._of(request, self.in_force(level))
+    def of(self, wish: Wish, level: int = 0) -> Choice:
+        """The choice that fulfils a wish, or the one in force at a load level; raises RequestError."""
+        if wish.lam is not None or wish.max_layer is not None or wish.tau is not None:
+            return self._explicit(wish.tau, wish.lam, wish.max_layer)
+        return self._of(wish, self.in_force(level))
 
-    def _of(self, wish: Wish, else_: Choice) -> Choice:
-        """The choice that fulfils a wish other than τ, if there is one."""
+    def _of(self, wish: Wish, otherwise: Choice) -> Choice:
+        """The choice that fulfils a wish without τ."""
         if wish.latency_budget_ms is not None:
             # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
             budget = wish.latency_budget_ms
-            return replace(else_, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
+            return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
         if wish.target_speedup is not None:
             wishes = self._table("target_speedup")
             row = wishes.at_speedup(wish.target_speedup)
             if row is None:
                 most = wishes.rows[-1].speedup
-                raise ApiError(422, f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
+                raise RequestError(f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
             return self.at(row, "target_speedup", wish.target_speedup)
         if wish.max_disagreement is not None:
             row = self._table("max_disagreement").within_disagreement(wish.max_disagreement)
             return self.at(row, "max_disagreement", wish.max_disagreement)
-        return else_
+        return otherwise
 
     def certificate(self, choice: Choice) -> dict[str, Any] | None:
-        """The promise on answers that differ from full depth, if it was asked for."""
+        """What is promised on the rate of answers that differ from full depth, if that was asked for."""
         if choice.by != "max_disagreement" or choice.expected is None:
             return None
         return {
@@ -140,10 +128,9 @@ class Rules:
             "samples": self._samples,
         }
 
-    def _own(self, tau: float | None, lam: float | None, max_layer: int | None) -> Choice:
+    def _explicit(self, tau: float | None, lam: float | None, max_layer: int | None) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
-            raise ApiError(
-                422,
+            raise RequestError(
                 f"max_layer: must be from {self._exits[0]} to {self._exits[-1]}, got {max_layer}",
                 "max_layer",
             )
@@ -159,5 +146,5 @@ class Rules:
 
     def _table(self, field: str) -> Wishes:
         if self.wishes is None:
-            raise ApiError(422, f"{field}: {self.name} was exported without a calibration; give tau", field)
+            raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
         return self.wishes

@@ -1,103 +1,220 @@
-"""What the server can be told; `de3 serve` fills this from flags and DE3_* variables."""
+"""The settings of one server. Each is declared here once: `de3 serve` makes its flags, variables, help and
+defaults of these fields."""
 
 import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from server.protocol import MAX_BUDGET_MS, one_wish
+PREFIX = "DE3_"
+# Variables with the prefix that are no setting of the server.
+OTHER_VARIABLES = {"DE3_ADMIN_KEY": "de3 models load, unload and rollback send it to a server"}
+MAX_BUDGET_MS = 60_000
+EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How a text shall be classified; checks that its fields go together. None: no such wish.
+
+    Attributes:
+        tau: leave at the first exit whose score is below it.
+        lam: EDR's λ.
+        max_layer: go no deeper than this layer.
+        target_speedup: the mean speed-up over full depth, by the calibration.
+        latency_budget_ms: answer within this time, at the deepest exit reached by then.
+        max_disagreement: the rate of answers that may differ from full depth, at 95% confidence.
+        best_effort: with a budget that cannot be met: answer at the first exit.
+    """
+
+    tau: float | None = None
+    lam: float | None = None
+    max_layer: int | None = None
+    target_speedup: float | None = None
+    latency_budget_ms: float | None = None
+    max_disagreement: float | None = None
+    best_effort: bool = False
+
+    def __post_init__(self) -> None:
+        asked = [name for name in EXCLUSIVE if getattr(self, name) is not None]
+        if len(asked) > 1:
+            raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
+        for value, name in ((self.lam, "lambda"), (self.max_layer, "max_layer")):
+            if asked and asked != ["tau"] and value is not None:
+                raise ValueError(f"{name}: goes with tau only, not with {asked[0]}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """How a field of Settings is set from the command line.
+
+    Attributes:
+        panel: the heading in --help under which it is listed.
+        flag: its flag, where that is not the field's name; a list's flag is repeated.
+    """
+
+    panel: str = "Options"
+    flag: str = ""
+
+
+LIMITS = Option("Limits")
+DEFAULTS = Option("Requests without a wish of their own")
+LOAD = Option("Under load")
+ACCESS = Option("Access")
+LOGS = Option("Logs and traces")
 
 
 class Settings(BaseModel):
     """Settings of one server; checks itself.
 
-    Attributes:
-        store: folder of the model store.
-        models: models to serve, as name or name:version; empty: the newest version of each in the store.
-            A request that names none gets the first, one that names no version the first of that name.
-        runtime: what runs the layers: onnxruntime, native (our kernels, for int8, on AMX or AVX-512 VNNI), or
-            auto, which takes the kernels where there are some for the model and gives way to ONNX Runtime.
-        threads: engine threads, each runs one text at a time; 0: one for each core.
-        max_queue: most texts in flight, from when a request is whole to its answer. What would exceed it is
-            answered 503, or 429 for a client that has more than its share of them.
-        max_texts: most texts in one request.
-        max_body_bytes: largest request body.
-        body_timeout_s: longest wait for a request's body.
-        timeout_s: longest time from a request's arrival to its answer.
-        max_connections: most open connections; 0: as many as the process may have files, less what it needs
-            itself. At the limit a connection on which nothing is being answered is closed for a new one.
-        max_inflight_bytes: most bytes of bodies in memory, of all requests that are received or answered;
-            shared like max_queue.
-        trusted_proxies: networks, as in 10.0.0.0/8, whose X-Forwarded-For names the client. Clients without
-            an API key are told apart by address.
-        ood_policy: what to do with texts that are far from every prototype: nothing, flag them, or also let
-            them go deeper.
-        tau, target_speedup, latency_budget_ms, max_disagreement: at most one, for requests that ask for none
-            of them. All unset: each model's calibrated default.
-        slo_p99_ms: the latency that the server tries to keep, first by raising the default τ, then by
-            shedding load; None: it does neither.
-        min_accuracy: under load τ is raised only as far as the calibrated accuracy stays at least this;
-            None: 2 points under that of full depth.
-        max_load_disagreement: and as the calibrated disagreement with full depth stays at most this.
-        api_keys_file, api_keys: keys that /classify and /v1/models ask for, in a file or as text
-            (server/access.py: Keys.read); unset: everybody may ask.
-        admin_keys_file, admin_keys: keys for changing the models; unset: nobody can.
-        rate_limit: texts for each API key, as in 100/second.
-        cors_origins: pages of these origins may ask from a browser; * for all; as in https://page.example.
-        log_format: of the log on standard error: text, or json, one object a line.
-        log_requests: log a line for each request to /classify.
-        log_texts: and in it the texts themselves.
-        traces: send OpenTelemetry traces, as the OTEL_* variables say.
+    A field's description is the help of its flag. Secrets have no flag, only a variable, as other users of
+    the machine can see a process's flags.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
 
-    store: Path = Path("models")
-    models: list[str] = []
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
-    runtime: Literal["auto", "native", "onnxruntime"] = "auto"
-    threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    max_queue: Annotated[int, Field(ge=1)] = 1024
-    max_texts: Annotated[int, Field(ge=1)] = 256
-    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**20
-    body_timeout_s: Annotated[float, Field(gt=0)] = 10.0
-    timeout_s: Annotated[float, Field(gt=0)] = 30.0
-    max_connections: Annotated[int, Field(ge=0)] = 0
-    max_inflight_bytes: Annotated[int, Field(ge=1024)] = 2**26
-    trusted_proxies: list[str] = []
-    ood_policy: Literal["off", "flag", "deepen"] = "off"
-    tau: Annotated[float, Field(ge=0, le=1)] | None = None
-    target_speedup: Annotated[float, Field(ge=1)] | None = None
-    latency_budget_ms: Annotated[float, Field(gt=0, le=MAX_BUDGET_MS)] | None = None
-    max_disagreement: Annotated[float, Field(ge=0, le=1)] | None = None
-    slo_p99_ms: Annotated[float, Field(gt=0)] | None = None
-    min_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
-    max_load_disagreement: Annotated[float, Field(ge=0, le=1)] = 1.0
-    api_keys_file: Path | None = None
+    store: Annotated[Path, Option()] = Field(Path("models"), description="Folder of the model store.")
+    models: Annotated[list[str], Option(flag="--model")] = Field(
+        [],
+        description="name or name:version; repeat for more (in the variable: separated by spaces). The first "
+        "answers requests that name none, the first version of a name those that name no version. "
+        "[default: the newest of each in the store]",
+    )
+    host: Annotated[str, Option()] = Field("127.0.0.1", description="0.0.0.0 to be reached from elsewhere.")
+    port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
+    threads: Annotated[int, Option()] = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="Engine threads, each of which runs one text at a time; 0: one per core.",
+    )
+    runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
+        "auto",
+        description="onnxruntime, native (our kernels: int8, AMX or AVX-512), or auto: native where possible.",
+    )
+    max_queue: Annotated[int, LIMITS] = Field(
+        1024,
+        ge=1,
+        description="Most texts in flight. Beyond it the answer is 503, or 429 for a client that has more than "
+        "its share.",
+    )
+    max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Most texts in one request.")
+    max_body_bytes: Annotated[int, LIMITS] = Field(2**20, ge=1024, description="Largest request body.")
+    body_timeout_s: Annotated[float, LIMITS] = Field(10.0, gt=0, description="Longest wait for a body.")
+    timeout_s: Annotated[float, LIMITS] = Field(
+        30.0, gt=0, description="Longest time from a request's arrival to its response."
+    )
+    max_connections: Annotated[int, LIMITS] = Field(
+        0, ge=0, description="Most open connections; 0: what the limit of open files allows."
+    )
+    max_inflight_bytes: Annotated[int, LIMITS] = Field(
+        2**26, ge=1024, description="Most bytes of request bodies in memory, of all requests together."
+    )
+    trusted_proxies: Annotated[list[str], Option("Limits", "--trusted-proxy")] = Field(
+        [],
+        description="Network of proxies whose X-Forwarded-For names the client, as in 10.0.0.0/8; repeat for "
+        "more. Clients without a key are told apart by address.",
+    )
+    ood_policy: Annotated[Literal["off", "flag", "deepen"], Option()] = Field(
+        "off",
+        description="Texts far from every prototype: off, flag them, or deepen: also let them go deeper.",
+    )
+    tau: Annotated[float | None, DEFAULTS] = Field(
+        None, ge=0, le=1, description="Their τ. [default: each model's calibrated one]"
+    )
+    target_speedup: Annotated[float | None, DEFAULTS] = Field(
+        None, ge=1, description="Or their mean speed-up, by the calibration."
+    )
+    latency_budget_ms: Annotated[float | None, DEFAULTS] = Field(
+        None, gt=0, le=MAX_BUDGET_MS, description="Or the time within which to answer."
+    )
+    max_disagreement: Annotated[float | None, DEFAULTS] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Or the rate of answers that may differ from full depth, at 95% confidence.",
+    )
+    slo_p99_ms: Annotated[float | None, LOAD] = Field(
+        None,
+        gt=0,
+        description="Latency objective: when it is exceeded, the default τ is raised, then load is shed.",
+    )
+    min_accuracy: Annotated[float | None, LOAD] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="τ is raised only as far as the calibrated accuracy is at least this. "
+        "[default: 0.02 under full depth]",
+    )
+    max_load_disagreement: Annotated[float, LOAD] = Field(
+        1.0, ge=0, le=1, description="And the calibrated disagreement with full depth at most this."
+    )
+    api_keys_file: Annotated[Path | None, ACCESS] = Field(
+        None,
+        description="Keys for /classify and /v1/models: lines of a name and a key, or a name and "
+        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. [default: no key is needed]",
+    )
     api_keys: SecretStr | None = None
-    admin_keys_file: Path | None = None
+    admin_keys_file: Annotated[Path | None, ACCESS] = Field(
+        None,
+        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. [default: nobody can]",
+    )
     admin_keys: SecretStr | None = None
-    rate_limit: str | None = None
-    cors_origins: list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]] = []
-    log_format: Literal["text", "json"] = "text"
-    log_requests: bool = False
-    log_texts: bool = False
-    traces: bool = False
+    rate_limit: Annotated[str | None, ACCESS] = Field(
+        None, description="Texts for each API key, as in 100/second."
+    )
+    cors_origins: Annotated[
+        list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]], Option("Access", "--cors-origin")
+    ] = Field([], description="Pages of this origin may send requests; repeat for more, * for all.")
+    log_format: Annotated[Literal["text", "json"], LOGS] = Field(
+        "text", description="text, or json: one object a line."
+    )
+    log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line for each request.")
+    log_texts: Annotated[bool, LOGS] = Field(
+        False, description="And the texts in it: mind that they are your users'."
+    )
+    traces: Annotated[bool, LOGS] = Field(
+        False,
+        description="Send OpenTelemetry traces, to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the otel extra.",
+    )
 
     @model_validator(mode="after")
-    def _fits(self) -> "Settings":
+    def _check_together(self) -> "Settings":
         if self.max_texts > self.max_queue:
             raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
         if self.max_body_bytes > self.max_inflight_bytes:
             raise ValueError("max_body_bytes must not exceed max_inflight_bytes: it could never be accepted")
-        one_wish(self)
+        _ = self.wish
         return self
+
+    @property
+    def wish(self) -> Wish:
+        """What holds for requests without a wish of their own."""
+        return Wish(**{name: getattr(self, name) for name in EXCLUSIVE})
 
     def engine_threads(self) -> int:
         """The number of engine threads: as set, or one for each core that this process may use."""
         return self.threads or available_cores()
+
+
+def option(name: str) -> Option | None:
+    """How a field of Settings is set from the command line; None for a secret, which has a variable only."""
+    metadata: Iterable[Any] = Settings.model_fields[name].metadata
+    return next((m for m in metadata if isinstance(m, Option)), None)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field of Settings."""
+    return PREFIX + name.upper()
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: misspelt, or of another version."""
+    known = {variable(name) for name in Settings.model_fields} | OTHER_VARIABLES.keys()
+    return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 
 def available_cores() -> int:

@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import uvicorn
 
-from server.connection import BODY, Listener
+from server.engine.queue import WorkQueue
+from server.http.connection import BODY
+from server.http.listener import Listener
 from server.main import uvicorn_config
-from server.queue import WorkQueue
 from server.service import Service
 from server.settings import Settings
 
@@ -44,6 +45,7 @@ class Server:
         self.service = service
         config = uvicorn_config(service, lambda: None)
         self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
+        self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
 

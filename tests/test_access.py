@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.access import MAX_KEYS, Charge, Keys, RateLimit
-from server.errors import ApiError
+from server.errors import RequestError
+from server.http.access import MAX_KEYS, Charge, Keys, RateLimit
+from server.http.app import PROTOCOLS
+from server.http.frontend import Frontend
 from server.service import Service
 from server.settings import Settings
 from tests.serving import Gate, Server, serving, until
@@ -112,7 +114,7 @@ def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(time, "time", lambda: now)
     limit = RateLimit("10/minute")
     limit.take("alice", 10)
-    with pytest.raises(ApiError):
+    with pytest.raises(RequestError):
         limit.take("alice", 1)
     now += 121
     limit.take("alice", 10)
@@ -166,7 +168,7 @@ def test_settings_that_cannot_be_used_stop_the_start(
     store: Path, settings: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(ValueError, match=r"DE3_API_KEYS|rate_limit|admin_keys") as error:
-        Service(Settings(store=store, **settings))
+        Frontend(Service(Settings(store=store, **settings)), PROTOCOLS)
     assert says in str(error.value)
 
 
@@ -187,7 +189,7 @@ def test_a_key_may_hold_the_sign_of_comments() -> None:
     keys = Keys.read(f"alice {ALICE}#and-more  # her second", "where")
     for key, known in ((ALICE, False), (f"{ALICE}#and-more", True)):
         scope = {"headers": [(b"authorization", f"Bearer {key}".encode())]}
-        with nullcontext() if known else pytest.raises(ApiError):
+        with nullcontext() if known else pytest.raises(RequestError):
             assert keys.owner(scope) == "alice"
 
 
@@ -253,7 +255,7 @@ def test_a_request_costs_what_it_takes(store: Path) -> None:
     these."""
 
     def left(server: Server) -> int:
-        limit = server.service.access._limit
+        limit = server.frontend.access._limit
         assert limit is not None
         return limit._limiter.get_window_stats(limit._rate, "alice").remaining
 
@@ -277,9 +279,9 @@ def test_a_request_costs_what_it_takes(store: Path) -> None:
     charge.raise_to(2)
     charge.settle(30)  # 500 tokens' worth: what is left of the limit
     assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
-    with pytest.raises(ApiError, match="over your limit"):
+    with pytest.raises(RequestError, match="over your limit"):
         Charge(limit, "alice").raise_to(1)
-    with pytest.raises(ApiError, match="counts as 11 texts"):
+    with pytest.raises(RequestError, match="counts as 11 texts"):
         Charge(limit, "bob").raise_to(11)
 
 
@@ -297,9 +299,9 @@ def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
             )
 
         greedy = pool.submit(ask, "203.0.113.1", 32)
-        until(lambda: server.service.texts_in_flight.total == 32, "the texts to be in flight")
+        until(lambda: server.service.admission.texts.total == 32, "the texts to be in flight")
         other = pool.submit(ask, "203.0.113.2", 1)
-        until(lambda: server.service.texts_in_flight.total == 33, "the other's, in the spare room")
+        until(lambda: server.service.admission.texts.total == 33, "the other's, in the spare room")
         over = ask("203.0.113.1", 1)
         assert (over.status_code, over.headers["retry-after"]) == (429, "1")
         assert "over your share" in over.json()["error"]["message"]

@@ -13,11 +13,10 @@ import pytest
 from model_store.manifest import TradeOff
 from model_store.segments import OnnxSegment
 from model_store.store import Store
-from server import timing
+from server.engine import timing
 from server.models import load
-from server.protocol import Text
+from server.ood import WINDOW
 from server.settings import Settings
-from server.watch import WINDOW
 from tests.conftest import make_rows
 from tests.serving import Server, serving, until
 
@@ -229,7 +228,7 @@ def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
 
 def test_the_tokenizer_is_predicted_too(server: Server) -> None:
     measured = server.service.models.all[0].timing
-    short, long = (measured.predict_first_exit(Text("a film " * n)) for n in (50, 500))
+    short, long = (measured.predict_first_exit(len("a film " * n)) for n in (50, 500))
     assert measured.first_exit_s(900) == measured.first_exit_s(64)  # cut to what the model takes
     assert long > 2 * short
 
@@ -308,7 +307,7 @@ def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -
 
 
 def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.watch.PER_SECOND", 1e9)  # look at every text
+    monkeypatch.setattr("server.ood.MAX_PER_S", 1e9)  # look at every text
     with serving(store, models=["tiny-int8"], tau=0.3) as server:
 
         def drift(statistic: str) -> float | None:

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server import connection
-from server.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
+from server.http import connection, listener
+from server.http.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
 from tests.serving import Server, serving, until
 
 BODY = b'{"input": "good film"}'
@@ -65,7 +65,7 @@ def send(s: socket.socket, data: bytes) -> None:
 
 def works(server: Server) -> None:
     assert server.classify(input="good").status_code == 200
-    assert server.service.bytes_in_flight.total == 0 == server.service.texts_in_flight.total
+    assert server.frontend.bytes_in_flight.total == 0 == server.service.admission.texts.total
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Se
 def test_clients_that_do_not_read_are_cut_before_they_fill_the_memory(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "MAX_UNREAD_BYTES", 300_000)
+    monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 300_000)
     with serving(store, models=["tiny"], max_texts=1024, max_queue=8192) as server, ExitStack() as stack:
         body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
         request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -232,7 +232,7 @@ def test_unfinished_bodies_take_no_one_s_place(store: Path) -> None:
         until(lambda: server.bodies_awaited() == 30, "the bodies to be awaited")
         assert server.service.in_flight == 0
         assert server.classify(input="good").status_code == 200
-    assert server.service.bytes_in_flight.total == 0
+    assert server.frontend.bytes_in_flight.total == 0
 
 
 def test_bodies_are_shared_out_by_address(store: Path) -> None:
@@ -242,14 +242,14 @@ def test_bodies_are_shared_out_by_address(store: Path) -> None:
         for _ in range(2):
             s = stack.enter_context(connect(server, "127.0.0.2"))
             s.sendall(head + b"x" * 7999)
-        until(lambda: server.service.bytes_in_flight.total == 15_998, "the bodies to come")
+        until(lambda: server.frontend.bytes_in_flight.total == 15_998, "the bodies to come")
         greedy = stack.enter_context(connect(server, "127.0.0.2"))
         greedy.sendall(head + b"x" * 7000)
         assert answer(greedy)[0] == 503  # alone it had everything
         assert server.classify(input="good").status_code == 200  # from the spare room
         other = stack.enter_context(connect(server))
         other.sendall(head + b"x" * 1000)
-        until(lambda: server.service.bytes_in_flight.total == 16_998, "the other's body")
+        until(lambda: server.frontend.bytes_in_flight.total == 16_998, "the other's body")
         greedy = stack.enter_context(connect(server, "127.0.0.2"))
         greedy.sendall(head + b"x" * 7000)
         status, body = answer(greedy)
@@ -342,7 +342,7 @@ def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> No
     with serving(store, models=["tiny"]) as server, connect(server) as s:
         s.sendall(CHUNKED + b"0\r\n\r\n")
         assert answer(s)[0] == 400  # empty is not JSON
-        assert not server.service.bytes_in_flight._held
+        assert not server.frontend.bytes_in_flight._held
 
 
 def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> None:
@@ -358,7 +358,7 @@ def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> No
 def test_pipelined_requests_are_paced_however_they_come(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connection, "PIPELINE_PAUSE_S", 0.02)
+    monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 0.02)
     request = b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n"
     with connect(server) as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -375,7 +375,7 @@ def test_a_refusal_does_not_depend_on_when_the_body_comes(
 ) -> None:
     """The server may be full as the head comes, and have room again as the application starts."""
     answers = iter([True])
-    monkeypatch.setattr(server.service, "sheds", lambda _: next(answers, False))
+    monkeypatch.setattr(server.frontend, "sheds", lambda _: next(answers, False))
     with connect(server) as s:
         s.sendall(REQUEST.removesuffix(BODY))
         status, body = answer(s)
@@ -399,9 +399,9 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
             (8, 32),
         ):
             s = stack.enter_context(connect(server, f"127.0.0.{address}"))
-            before = server.service.bytes_in_flight.total
+            before = server.frontend.bytes_in_flight.total
             s.sendall(head + b"x" * size)
-            until(lambda n=before + size: server.service.bytes_in_flight.total == n, "the body")
+            until(lambda n=before + size: server.frontend.bytes_in_flight.total == n, "the body")
             holders.append(s)
         mine = stack.enter_context(connect(server))
         mine.sendall(head + b"x" * 200)  # more than is left

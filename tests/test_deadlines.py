@@ -1,20 +1,15 @@
 """Promised deadlines, by a simulation with a clock of its own: every promise is kept, whoever else comes."""
 
-import asyncio
 import heapq
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits.rule import ExitRule
-from exits.signals import Edr
-from server.deadlines import Deadlines
-from server.protocol import Text
-from server.work import REPLY_S, Item, Job
+from server.engine.deadlines import Deadlines
+from server.engine.work import REPLY_S, Item, Job
+from tests import jobs
 
-LOOP = asyncio.new_event_loop()
 THREADS, LAYERS = 2, 6
 
 
@@ -23,24 +18,15 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("server.deadlines.perf_counter", lambda: self.now)
+        monkeypatch.setattr("server.engine.deadlines.perf_counter", lambda: self.now)
 
 
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:
     """Texts with their seconds to the first exit; a text through every layer takes LAYERS times as long."""
-    seconds = {str(i): first for i, first in enumerate(firsts)}
-    model: Any = None
-    future: Any = asyncio.Future(loop=LOOP)
-    return Job(
-        model,
-        ExitRule(0, Edr(1.0)),
-        True,
-        False,
-        False,
-        [Text(name) for name in seconds],
-        lambda text: LAYERS * seconds[text.text],
-        future,
-        first_s=lambda text: seconds[text.text],
+    return jobs.job(
+        [str(i) for i in range(len(firsts))],
+        [LAYERS * first for first in firsts],
+        first_exit_s=firsts,
         budget_s=budget_s,
         best_effort=best_effort,
         submitted=clock.now,
@@ -57,19 +43,19 @@ asked = st.tuples(
 
 @settings(max_examples=300, deadline=None)
 @given(
-    jobs=st.lists(asked, min_size=1, max_size=12),
+    asked_jobs=st.lists(asked, min_size=1, max_size=12),
     uses=st.lists(st.floats(0, 1), min_size=1, max_size=30),
     others=st.lists(st.floats(0, 0.03), max_size=20),
 )
 def test_every_promise_is_kept(
-    jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
+    asked_jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
 ) -> None:
     """Texts take from their first exit to all the time they may; work without a deadline fills the gaps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch)
         deadlines = Deadlines(THREADS)
         arrivals, at = [], clock.now
-        for gap, firsts, budget_s in jobs:
+        for gap, firsts, budget_s in asked_jobs:
             at += gap
             arrivals.append((at, firsts, budget_s))
         arrivals.reverse()
@@ -93,18 +79,18 @@ def test_every_promise_is_kept(
             if waiting:
                 _, _, item = heapq.heappop(waiting)
                 ends = deadlines.begin(item, thread)
-                may = max(item.first_s, ends - clock.now)
+                may = max(item.first_exit_s, ends - clock.now)
                 use = uses[spent % len(uses)]
                 spent += 1
-                free[thread] = clock.now + item.first_s + use * (may - item.first_s)
-                if free[thread] < max(ends, clock.now + item.first_s):
+                free[thread] = clock.now + item.first_exit_s + use * (may - item.first_exit_s)
+                if free[thread] < max(ends, clock.now + item.first_exit_s):
                     # It left earlier than it might: told at once in the engine, as the thread is free then.
-                    deadlines.held(thread, free[thread])
+                    deadlines.occupy(thread, free[thread])
                 kept.append((free[thread], item.job.deadline))
             else:
                 held = others.pop() if others else 0.0
                 free[thread] += held or max(1e-6, arrivals[-1][0] - free[thread])
-                deadlines.held(thread, free[thread] if held else 0.0)
+                deadlines.occupy(thread, free[thread] if held else 0.0)
         assert all(end <= (deadline or 0.0) + 1e-9 for end, deadline in kept)
 
 
@@ -115,7 +101,7 @@ def test_a_larger_budget_never_gives_less_time(budget: float, more: float, texts
         ends = []
         for budget_s in (budget, budget + more):
             deadlines = Deadlines(THREADS)
-            deadlines.held(1, clock.now + held)
+            deadlines.occupy(1, clock.now + held)
             one = job(clock, [0.002] * texts, budget_s)
             if deadlines.promise(one):
                 ends.append(-1.0)
@@ -130,7 +116,7 @@ def test_a_text_alone_gets_the_whole_budget_and_a_list_shares_it(monkeypatch: py
     alone = job(clock, [0.01], 0.1)
     assert deadlines.promise(alone) == 0
     assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
-    deadlines.held(0, 0.0)
+    deadlines.occupy(0, 0.0)
     many = job(clock, [0.01] * 4, 0.1)
     assert deadlines.promise(many) == 0
     left = (many.deadline or 0.0) - clock.now

@@ -8,9 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from server import engine, service
-from server.engine import Engine
-from server.queue import WorkQueue
+from server import service
+from server.engine import engine
+from server.engine.engine import Engine
+from server.engine.queue import WorkQueue
 from server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
@@ -107,10 +108,11 @@ def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
 
 STUCK = """
 import sys, threading, time
-from server import engine, service
+from server import service
+from server.engine import engine
 from de3.cli import main
 service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8
-engine.run_together = engine.run = lambda *_: time.sleep(600)
+engine.run_group = engine.run = lambda *_: time.sleep(600)
 sys.argv = ["de3", *sys.argv[1:]]
 main()
 """

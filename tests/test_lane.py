@@ -8,8 +8,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.lane import Lane
-from server.protocol import ApiError, parse
+from server.engine.work import Text
+from server.errors import RequestError
+from server.http.classify import parse
+from server.http.errors import STATUSES
+from server.http.lane import Lane
 from tests.serving import serving, until
 
 
@@ -87,20 +90,20 @@ def test_after_a_turn_others_have_as_long() -> None:
     ],
 )
 def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, says: str) -> None:
-    with pytest.raises(ApiError, match=says) as error:
+    with pytest.raises(RequestError, match=says) as error:
         parse(body, 256)
-    assert error.value.status == status
+    assert STATUSES[error.value.cause] == status
 
 
 def test_ignored_fields_may_hold_anything() -> None:
     request = parse(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}', 256)
-    assert request.user is None and request.input[0].text == "a"
+    assert request.texts == [Text("a")]
 
 
 def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> None:
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
     with serving(store, models=["tiny"]) as server:
-        lane = server.service.lane
+        lane = server.frontend.lane
         lane._is_free = False  # somebody has the turn, and does not give it back
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
@@ -108,6 +111,6 @@ def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> 
             )
             until(lambda: lane._waiting, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
-        assert server.service.in_flight == 0 == server.service.bytes_in_flight.total
+        assert server.service.in_flight == 0 == server.frontend.bytes_in_flight.total
         lane._is_free = True
         assert httpx.post(server.url + "/classify", content=body).status_code == 200

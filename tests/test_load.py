@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.load import TICK_S, Controller
+from server.overload import TICK_S, Controller
 from tests.conftest import make_rows
 from tests.serving import Gate, Server, serving, until
 
@@ -122,14 +122,17 @@ def test_a_list_is_counted_as_its_texts_are_done(store: Path, monkeypatch: pytes
     with serving(store, models=["tiny"], threads=1) as server:
         service = server.service
         asking = _ask_in_threads(server, [{"input": [text for text, _ in make_rows(50, 5)]}])
-        until(lambda: service.texts_in_flight.total == 50, "the list to come")
-        assert len(service.lists) == 1
+        until(lambda: service.admission.texts.total == 50, "the list to come")
+        assert len(service.admission._batches) == 1
         before = service.engine.finished
         gate.open()
         asking[0].join()
         assert service.engine.finished == before + 50
-        until(lambda: service.ahead() == 0 == service.texts_in_flight.total, "the list to be gone")
-        assert not service.lists
+        until(
+            lambda: service.admission._queued_before_a_short_text() == 0 == service.admission.texts.total,
+            "the list to be gone",
+        )
+        assert not service.admission._batches
 
 
 def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
@@ -141,18 +144,18 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
     ) as server:
         texts = [text for text, _ in make_rows(200, 5)]
         waiting = _ask_in_threads(server, [{"input": texts}] * 8)
-        controller = server.service.controller
+        controller = server.service.admission._controller
         assert controller is not None
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
         client = {"client": ("127.0.0.1", 1), "headers": []}
-        until(lambda: server.service.sheds(client), "shedding")
-        assert not server.service.sheds(client | {"client": ("192.0.2.1", 1)})  # who has nothing in flight
+        until(lambda: server.frontend.sheds(client), "shedding")
+        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # who has nothing in flight
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
 
         until(
-            lambda: server.service.texts_in_flight.total / 200 + shed() == 8, "all lists to be held or shed"
+            lambda: server.service.admission.texts.total / 200 + shed() == 8, "all lists to be held or shed"
         )
         before = shed()
         refused = server.classify(input="a film")
@@ -163,7 +166,7 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         tick = controller.tick
         monkeypatch.setattr(controller, "tick", lambda *_: None)  # stay at this level for now
         gate.open()
-        until(lambda: server.service.texts_in_flight.total < 5, "the queue to empty")
+        until(lambda: server.service.admission.texts.total < 5, "the queue to empty")
         degraded = server.metric("de3_degraded_texts_total", model="tiny:1")
         raised = server.classify(input="a film", explain=True)
         assert raised.json()["tau_choice"]["by"] == "overload"

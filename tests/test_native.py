@@ -3,7 +3,6 @@
 Where this machine has no fast kernels, the tests use the reference.
 """
 
-import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,10 +26,9 @@ from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
 from native.graph_reader import Shapes, load
-from server.engine import run_together
-from server.protocol import Text
-from server.queue import WorkQueue
-from server.work import Job
+from server.engine.queue import WorkQueue
+from server.engine.run import run_group
+from tests import jobs
 from tests.conftest import make_rows, using
 from tests.serving import Gate, serving, until
 from training import encoders
@@ -407,15 +405,13 @@ def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
 
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
-    future: Any = asyncio.new_event_loop().create_future()
-    texts = [Text("good"), Text("bad"), Text("dull")]
-    predicted, actual = (lambda _: 0.001), (lambda _: 1.0)  # seconds of a text, and of a layer by its tokens
-    rule = ExitRule(0, Edr(1.0))
-    job = Job(native, rule, True, False, False, texts, predicted, future, 0.004, actual)
+    texts = ["good", "bad", "dull"]
+    # Far more for a layer, once the tokens are known, than predicted for the text.
+    job = jobs.job(texts, [0.001] * 3, model=native, max_group_s=0.004, layer_s=1.0)
     queue = WorkQueue(10)
     queue.put(job)
     items = queue.next()
     assert items == job.items
-    assert [item for item, _ in run_together(items, queue)] == items[:1]
+    assert [item for item, _ in run_group(items, queue)] == items[:1]
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
     assert items[1].tokens is not None

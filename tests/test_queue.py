@@ -1,6 +1,5 @@
 """The queue: most urgent first, nothing lost or run twice, never above its limit, dropped jobs forgotten."""
 
-import asyncio
 from threading import Thread
 from time import perf_counter
 from typing import Any
@@ -10,32 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from exits.rule import ExitRule
-from exits.signals import Edr
-from server.engine import LEAD_S, Engine, LeadError
-from server.protocol import Text
-from server.queue import GRAIN_S, MAX_SHADOWS, QueueFullError, WorkQueue
-from server.work import Job
+from server.engine.engine import MAX_LEAD_S, Engine
+from server.engine.queue import GRAIN_S, MAX_SHADOWS, WorkQueue
+from server.engine.work import Job
+from server.errors import RequestError
+from tests import jobs
 
 LIMIT = 7
-LOOP = asyncio.new_event_loop()
 
 
 def job(
     texts: int,
     submitted: float = 0.0,
     seconds: float = 1.0,
-    together_s: float = 0.0,
+    max_group_s: float = 0.0,
     model: Any = None,
     is_shadow: bool = False,
     client: str = "",
 ) -> Job:
     """A job whose texts are predicted to take `seconds` each."""
-    future: Any = asyncio.Future(loop=LOOP)
-    rule, names = ExitRule(0, Edr(1.0)), [Text(str(i)) for i in range(texts)]
-    return Job(
-        *(model, rule, True, False, False, names, lambda _: seconds, future, together_s),
+    return jobs.job(
+        [str(i) for i in range(texts)],
+        [seconds] * texts,
         submitted=submitted,
+        max_group_s=max_group_s,
+        model=model,
         is_shadow=is_shadow,
         client=client,
     )
@@ -55,7 +53,7 @@ class QueueMachine(RuleBasedStateMachine):
     def put_shadow(self, texts: int) -> None:
         new = job(texts, is_shadow=True)
         if len(self.shadows) + texts > MAX_SHADOWS:
-            with pytest.raises(QueueFullError):
+            with pytest.raises(RequestError, match="the server stops"):
                 self.queue.put(new)
         else:
             self.queue.put(new)
@@ -69,7 +67,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert not self.queue.has_more_urgent_than(item)
         self.queue.put(other := job(1, submitted=99))
         assert self.queue.has_more_urgent_than(item)  # anything is
-        self.queue.put_back(item)
+        self.queue.requeue(item)
         assert self.queue.next(2) == other.items and self.queue.next(2) == [item]
 
     @rule(
@@ -81,7 +79,7 @@ class QueueMachine(RuleBasedStateMachine):
     def put(self, texts: int, submitted: int, seconds: float, model: str) -> None:
         new = job(texts, submitted, seconds, 2.5, model)
         if len(self.waiting) + texts > LIMIT:
-            with pytest.raises(QueueFullError):
+            with pytest.raises(RequestError, match="the server stops"):
                 self.queue.put(new)
         else:
             self.queue.put(new)
@@ -93,7 +91,7 @@ class QueueMachine(RuleBasedStateMachine):
         first, *others = sorted(self.waiting, key=lambda item: item.due)  # of equals the first that came
         expected = [first]
         for item in others if first.layer == 0 else []:
-            total = sum(x.predicted for x in [*expected, item])
+            total = sum(x.predicted_s for x in [*expected, item])
             fits = total <= 2.5 and item.layer == 0 and item.job.model == first.job.model
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
@@ -111,8 +109,8 @@ class QueueMachine(RuleBasedStateMachine):
         urgent = self.queue.has_more_urgent_than(item)
         assert urgent or not any(other.due < item.due for other in self.waiting)
         self.running.remove(item)
-        self.queue.put_back(item)
-        if not item.job.dropped:
+        self.queue.requeue(item)
+        if not item.job.is_dropped:
             self.waiting.append(item)
 
     @precondition(lambda self: self.waiting)
@@ -126,9 +124,9 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        """An item of a job that runs fails: its others stay in the queue, but are never handed out."""
+        """An item of a job that runs fails: its others stay in the queue, but are never scheduled."""
         gone = data.draw(st.sampled_from(self.waiting)).job
-        gone.dropped = True
+        gone.is_dropped = True
         self.queue.drop(gone)
         self.waiting = [item for item in self.waiting if item.job is not gone]
 
@@ -153,7 +151,7 @@ def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
 def promised(deadline: float, client: str = "") -> Job:
     new = job(1, client=client)
     new.deadline = deadline
-    new.hasten()
+    new.promise()
     return new
 
 
@@ -221,7 +219,7 @@ class FairMachine(RuleBasedStateMachine):
         else:
             assert not preempts
         if back:
-            self.queue.put_back(item)
+            self.queue.requeue(item)
             if item.job.is_promised:
                 self.waiting.append(item)
             else:
@@ -291,10 +289,10 @@ def test_a_client_cannot_save_up_nor_shed_its_debts_by_a_pause() -> None:
 def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
     engine = Engine(1, 100)
     engine.submit(job(1, client="patient"))
-    engine.queue.charge(job(1, client="greedy"), 2 * LEAD_S)
+    engine.queue.charge(job(1, client="greedy"), 2 * MAX_LEAD_S)
     asking = job(1, client="greedy")
     asking.deadline = perf_counter() + 100
-    with pytest.raises(LeadError):
+    with pytest.raises(RequestError, match="more than your share"):
         engine.submit(asking)
     engine.queue.next()
     engine.submit(asking)  # nobody waits any more
@@ -317,7 +315,7 @@ def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> N
 
 
 def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.queue.MAX_CLIENTS", 10)
+    monkeypatch.setattr("server.engine.queue.MAX_CLIENTS", 10)
     queue = WorkQueue(100)
     for number in range(100):
         queue.put(job(1, client=str(number)))
@@ -328,7 +326,7 @@ def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
 def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int) -> None:
     queue = WorkQueue(100)
-    jobs = [job(n, together_s=3.0) for n in sizes]
+    submitted = [job(n, max_group_s=3.0) for n in sizes]
     taken: list[Any] = []
 
     def work() -> None:
@@ -338,13 +336,13 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
     workers = [Thread(target=work) for _ in range(threads)]
     for worker in workers:
         worker.start()
-    for j in jobs:
+    for j in submitted:
         queue.put(j)
     queue.close()
     for worker in workers:
         worker.join(10)
-    assert sorted(map(id, taken)) == sorted(id(item) for j in jobs for item in j.items)
-    with pytest.raises(QueueFullError):
+    assert sorted(map(id, taken)) == sorted(id(item) for j in submitted for item in j.items)
+    with pytest.raises(RequestError, match="the server stops"):
         queue.put(job(1))
 
 
@@ -355,9 +353,9 @@ def test_shadows_can_be_dropped() -> None:
     item = queue.next()[0]
     queue.drop_shadows()
     assert shadow.future.cancelled() and queue.shadow_room == MAX_SHADOWS
-    queue.put_back(item)
+    queue.requeue(item)
     queue.put(failed := job(2, is_shadow=True))
-    failed.dropped = True
+    failed.is_dropped = True
     queue.put(last := job(1, is_shadow=True))
     assert queue.next() == last.items
 
@@ -369,20 +367,20 @@ def test_shadows_go_when_the_queue_is_closed() -> None:
     item = queue.next()[0]
     queue.put(real)
     queue.close()
-    queue.put_back(item)
+    queue.requeue(item)
     assert (queue.next(), queue.next()) == (real.items, [])
 
 
 def test_short_texts_come_together_within_their_limits() -> None:
     queue = WorkQueue(100)
     for n, seconds in ((3, 1.0), (4, 1.0), (1, 9.0)):
-        queue.put(job(n, seconds=seconds, together_s=4.0))
+        queue.put(job(n, seconds=seconds, max_group_s=4.0))
     assert len(queue.next(threads=4)) == 2  # its share of the 8 that wait
     assert len(queue.next(threads=1)) == 4  # 4 s of them
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
-    started = job(3, together_s=4.0)
+    started = job(3, max_group_s=4.0)
     queue.put(started)
     item = queue.next(threads=3)[0]
     item.layer = 2
-    queue.put_back(item)
+    queue.requeue(item)
     assert queue.next(threads=1) == [item]  # what has started goes on alone

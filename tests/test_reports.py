@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.traces import MAX_TEXTS, STOP_S, Traces
+from server.http.traces import MAX_TEXTS, STOP_S, Traces
 from tests.serving import Server, free_port, process, serving, until
 
 
@@ -53,7 +53,7 @@ def test_an_id_that_is_not_safe_is_replaced(server: Server, bad: str) -> None:
 
 
 def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.service, "sheds", lambda _: True)
+    monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
     answer = post(server, {"X-Request-ID": "mine"}, input="good")
     assert (answer.status_code, answer.headers["x-request-id"]) == (503, "mine")
 
@@ -109,9 +109,9 @@ def spans(server: Server) -> Iterator[InMemorySpanExporter]:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     traces = Traces(provider)
-    server.service._reporters.append(traces)
+    server.frontend._reporters.append(traces)
     yield exporter
-    server.service._reporters.remove(traces)
+    server.frontend._reporters.remove(traces)
 
 
 def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanExporter) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from model_store.store import StoreError
 from model_store.tokenizer import TextTokenizer
-from server import connection
+from server.http import connection
 from server.service import Service
 from server.settings import Settings
 from tests.serving import Gate, Server, process, serving, until, url_when_ready

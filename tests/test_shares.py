@@ -8,8 +8,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.errors import ApiError
-from server.shares import Clients, Shares
+from server.errors import RequestError
+from server.http.clients import Clients
+from server.shares import Shares
 
 LIMIT = 40
 
@@ -36,11 +37,11 @@ class SharesMachine(RuleBasedStateMachine):
         )
         try:
             self.shares.take(client, amount)
-        except ApiError as error:
+        except RequestError as error:
             assert not fits
             over = self.of(client) + amount > LIMIT // (others + 1)
-            assert error.status == (429 if others and over else 503)
-            assert error.retry_after == 1
+            assert error.cause == ("over_share" if others and over else "queue_full")
+            assert error.retry_after_s == 1
         else:
             assert fits
             self.held.setdefault(client, []).append(amount)
@@ -64,20 +65,22 @@ def test_a_lone_client_may_hold_everything_and_others_still_find_room() -> None:
     shares = Shares(LIMIT, "texts", lambda: 7)
     for _ in range(LIMIT):
         shares.take("greedy", 1)
-    with pytest.raises(ApiError, match="40 texts are in flight, at most 40") as full:
+    with pytest.raises(RequestError, match="40 texts are in flight, at most 40") as full:
         shares.take("greedy", 1)
-    assert (full.value.status, full.value.retry_after) == (503, 7)
+    assert (full.value.cause, full.value.retry_after_s) == ("queue_full", 7)
     shares.take("new", 2)
-    with pytest.raises(ApiError, match="over your share: 40 of your texts are in flight, and 1 more") as over:
+    with pytest.raises(
+        RequestError, match="over your share: 40 of your texts are in flight, and 1 more"
+    ) as over:
         shares.take("greedy", 1)
-    assert over.value.status == 429
+    assert over.value.cause == "over_share"
 
 
 def test_however_many_are_greedy_a_newcomer_finds_room() -> None:
     shares = Shares(2**26, "bytes")
     for client in range(8):  # the first holds the limit, the second half of the rest
         for size in (2**22, 2**20, 2**16, 2**12, 2**8, 1):
-            with suppress(ApiError):
+            with suppress(RequestError):
                 while True:
                     shares.take(str(client), size)
     shares.take("new", 2**14)

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.types import ASGIApp
 
-from server.app import create_app
+from server.http.app import PROTOCOLS, create_app
+from server.http.frontend import Frontend
 from server.service import Service
 from server.settings import Settings
 
@@ -54,13 +55,14 @@ class De3:
         """Load and warm up the models: Ray sends requests only after that."""
         logging.basicConfig(level=logging.INFO)
         self.service = Service(Settings(**settings))
+        self._frontend = Frontend(self.service, PROTOCOLS)
         await self.service.load(lambda: None)
         if self.service.failure is not None:
             raise self.service.failure
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """What answers."""
-        return create_app(self.service)
+        """The application that Ray serves."""
+        return create_app(self._frontend)
 
     def check_health(self) -> None:
         """Ray asks now and then, and replaces a replica that raises."""

@@ -10,7 +10,8 @@ from contextlib import suppress
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.app import CLASSIFY_PATHS, route_path
+from server.http.app import PROTOCOLS
+from server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
 TRIES = 2
@@ -26,7 +27,7 @@ class Repeat:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        if scope["type"] != "http" or route_path(scope) not in CLASSIFY_PATHS:
+        if scope["type"] != "http" or route_path(scope) not in PROTOCOLS:
             await self._app(scope, receive, send)
             return
         read, whole = await _read(receive)

@@ -14,7 +14,7 @@ from exits.rule import ExitRule, exit_index
 from exits.signals import signal_of
 from loadtest.studies.samples import NO_LABEL, nearest
 from model_store.manifest import Manifest
-from server.watch import WINDOW, Drift, Watch
+from server.ood import WINDOW, Drift, OodMonitor
 
 ALARM = 0.25  # of the PSI, as the usual reading has it
 Floats = NDArray[np.float64]
@@ -114,13 +114,16 @@ def readings(found: Recorded) -> list[list[Reading]]:
 
 def policy(manifest: Manifest, found: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
     """Accuracy, speed-up and share of far texts under an --ood-policy; full_depth: far texts never leave."""
-    watch, rule = Watch(manifest, name), ExitRule(manifest.defaults.tau, signal_of(manifest.defaults.lam))
+    monitor, rule = (
+        OodMonitor(manifest, name),
+        ExitRule(manifest.defaults.tau, signal_of(manifest.defaults.lam)),
+    )
     right, layers, far_texts = 0, 0, 0
     for label, row in zip(found.labels, readings(found), strict=True):
         cautious, far = rule, False
         for i, (layer, reading) in enumerate(zip(found.exit_layers, row, strict=True), 1):
-            if not far and watch.is_far(layer, reading):
-                far, cautious = True, replace(rule, tau=0.0 if full_depth else rule.tau * watch.caution)
+            if not far and monitor.is_far(layer, reading):
+                far, cautious = True, replace(rule, tau=0.0 if full_depth else rule.tau * monitor.caution)
             if layer == found.exit_layers[-1] or cautious.exits(cautious.signal.score(row[:i])):
                 right, layers = right + (reading.label == label), layers + layer
                 break

@@ -11,24 +11,24 @@ beforehand.
 """
 
 import asyncio
-import logging
-import random
 import re
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from math import inf
 from time import monotonic, perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
-from starlette.types import ASGIApp, Message, Scope
+from starlette.types import Scope
 
-from server.errors import ApiError
-from server.shares import Shares
+from server.errors import RequestError
+from server.http import errors
+from server.http.asgi import AsgiRequest
 
-log = logging.getLogger("de3")
+if TYPE_CHECKING:
+    from server.http.listener import Listener
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100
@@ -38,21 +38,13 @@ MIN_CHUNK_BYTES = 64  # on average, after the first MAX_SMALL_CHUNKS
 MAX_SMALL_CHUNKS = 1024
 MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to the system's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
-MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
 SOCKET_BUFFER_BYTES = 2**16
 WRITE_BUFFER_BYTES = 2**14  # of an answer: with more unread, a client counts as one that does not read
-# Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth
-# of its time.
-MAX_BODY_BYTES_PER_S = 2.5e8
 MAX_WAIT_S = 0.001  # of a connection whose turn to read is to come; less is not worth a timer
-PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, of all connections
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
-SWEEP_S = 0.25
-GREED = 8  # times as many connections as are left may an address have
-SAMPLE = 256  # connections among which one is sought to evict
 
 # What a connection is doing: waiting for a head, for a body, for the application, or for the client to close.
 HEAD, BODY, ANSWER, LINGER = range(4)
@@ -60,133 +52,6 @@ _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
 # An upgrade is not offered: the request is answered as if it had not asked for one.
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 _END = b"\r\n\r\n"
-
-
-class Gate(Protocol):
-    """What a connection asks the server."""
-
-    bytes_in_flight: Shares
-
-    def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if no body is needed to answer it. Raises ApiError for a
-        request that is refused whatever its body says."""
-
-    def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's other end."""
-
-    def malformed(self) -> None:
-        """Count a request that is no HTTP."""
-
-    def dropped(self, why: str) -> None:
-        """Count a connection that was closed for its limits."""
-
-
-class Listener:
-    """What the connections of a server share.
-
-    Attributes:
-        connections: those that are open.
-    """
-
-    def __init__(
-        self, app: ASGIApp, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float
-    ) -> None:
-        self.app, self.gate = app, gate
-        self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
-        self.body_timeout_s = body_timeout_s
-        self.connections: set[Connection] = set()
-        self._by_address: dict[str, set[Connection]] = {}
-        self._paused: set[Connection] = set()
-        self._sweeping = False
-        self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
-        self._pipelined_at = 0.0  # when the next pipelined request may be answered
-
-    def connection(
-        self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any
-    ) -> "Connection":
-        """A connection, as uvicorn makes it."""
-        return Connection(
-            self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop()
-        )
-
-    def opened(self, connection: "Connection") -> None:
-        """Count a connection; evict one if its address has more than GREED times as many as are left.
-
-        That is one on which nothing is being answered: of the address that has the most, rather one on which
-        no request was answered yet, and the oldest. If there is none, it is the new one.
-        """
-        self.connections.add(connection)
-        mine = self._by_address.setdefault(connection.address, set())
-        mine.add(connection)
-        if len(mine) > GREED * (self.max_connections - len(self.connections)):
-            sample = random.sample(tuple(self.connections), min(SAMPLE, len(self.connections)))
-            spare = [c for c in (*sample, connection) if c.state != ANSWER]
-            victim = max(spare, key=lambda c: (len(self._by_address[c.address]), not c.answers, -c.opened_at))
-            self.gate.dropped("connection_limit")
-            victim.abort()
-        if not self._sweeping:
-            self._sweeping = True
-            connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
-
-    def closed(self, connection: "Connection") -> None:
-        """Forget a connection."""
-        if connection not in self.connections:
-            return
-        self.connections.discard(connection)
-        self._paused.discard(connection)
-        self._by_address[connection.address].discard(connection)
-        if not self._by_address[connection.address]:
-            del self._by_address[connection.address]
-
-    def wait_to_read(self, size: int) -> float:
-        """Seconds to wait, after so many bytes of a body, before more of it is read."""
-        now = monotonic()
-        self._read_at = max(now, self._read_at) + size / MAX_BODY_BYTES_PER_S
-        return self._read_at - now
-
-    def wait_for_pipelined(self) -> float:
-        """Seconds to wait before the next pipelined request is answered."""
-        now = monotonic()
-        self._pipelined_at = max(now, self._pipelined_at + PIPELINE_PAUSE_S)
-        return self._pipelined_at - now
-
-    def paused(self, connection: "Connection") -> None:
-        """Note a client that does not read; if too much waits for such clients, abort the largest."""
-        self._paused.add(connection)
-        unread = {c: c.unread() for c in self._paused}
-        while sum(unread.values()) > MAX_UNREAD_BYTES:
-            worst = max(unread, key=lambda c: unread[c])
-            del unread[worst]
-            self.gate.dropped("unread")
-            worst.abort()
-
-    @property
-    def paused_connections(self) -> int:
-        """Clients that do not read what is sent to them."""
-        return len(self._paused)
-
-    def make_room(self, client: str) -> bool:
-        """Give up an unfinished body for a client that is within its share: the largest of who holds the
-        most."""
-        shares = self.gate.bytes_in_flight
-        waiting = [c for c in self.connections if c.state == BODY and c.held and c.client != client]
-        if not waiting:
-            return False
-        max(waiting, key=lambda c: (shares.held(c.client), c.held)).give_up_body()
-        return True
-
-    def resumed(self, connection: "Connection") -> None:
-        """It reads again."""
-        self._paused.discard(connection)
-
-    def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End what is late; cheaper than a timer for each request."""
-        self._sweeping = bool(self.connections)
-        if self._sweeping:
-            loop.call_later(SWEEP_S, self._sweep, loop)
-        now = monotonic()
-        for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
-            connection.late(now)
 
 
 class Connection(asyncio.Protocol):
@@ -210,7 +75,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self,
-        listener: Listener,
+        listener: "Listener",
         root_path: str,
         server_state: Any,
         app_state: dict[str, Any],
@@ -236,7 +101,7 @@ class Connection(asyncio.Protocol):
         self._gone = False
         self._discarded = 0
         self.client, self.held = "", 0
-        self._request: _Request | None = None
+        self._request: AsgiRequest | None = None
 
     # What uvicorn and the event loop call
 
@@ -321,7 +186,7 @@ class Connection(asyncio.Protocol):
             self.abort()
         elif self.state == BODY:
             limit = self._listener.body_timeout_s
-            error = ApiError(408, f"the body did not arrive within {limit:g} s", cause="slow_body")
+            error = RequestError(f"the body did not arrive within {limit:g} s", cause="slow_body")
             self._start(error)
         else:
             self._close()
@@ -372,7 +237,7 @@ class Connection(asyncio.Protocol):
                 self._take_head()
             if self.state == BODY and self._data:
                 self._take_body()
-        except ApiError as error:  # in a body
+        except RequestError as error:  # in a body
             self._start(error)
         except HttpParserUpgrade:
             self._refuse(405, "CONNECT is not allowed; see /docs")
@@ -469,11 +334,11 @@ class Connection(asyncio.Protocol):
         if self._whole:
             self._start(b"")
             return
-        refusal: ApiError | None = None
+        refusal: RequestError | None = None
         client = None
         try:
             client = self._listener.gate.admit(scope)
-        except ApiError as error:
+        except RequestError as error:
             refusal = error
         if self._length > self._listener.max_body_bytes:
             refusal = refusal or self._too_large()
@@ -487,7 +352,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self) -> None:
-        """Parse what there is of a body. Raises ApiError, ValueError or HttpParserError."""
+        """Parse what there is of a body. Raises RequestError, ValueError or HttpParserError."""
         data = self._data
         if self._length >= 0:
             left = self._length - self._size
@@ -522,19 +387,19 @@ class Connection(asyncio.Protocol):
                 raise self._too_large()
             self._hold(size)
 
-    def _too_large(self) -> ApiError:
+    def _too_large(self) -> RequestError:
         limit = self._listener.max_body_bytes
-        return ApiError(413, f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
+        return RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
 
     def _hold(self, size: int) -> None:
-        """Count bytes of a body as in flight; raises ApiError 429 or 503."""
+        """Count bytes of a body as in flight; raises RequestError."""
         if not size:
             return
         shares = self._listener.gate.bytes_in_flight
         try:
             shares.take(self.client, size)
-        except ApiError as error:
-            if error.status != 503 or not self._listener.make_room(self.client):
+        except RequestError as error:
+            if error.cause == "over_share" or not self._listener.make_room(self.client):
                 raise
             shares.take(self.client, size)
         self.held += size
@@ -543,7 +408,7 @@ class Connection(asyncio.Protocol):
         """Answer a request whose body is unfinished, for others have no room for theirs."""
         self._release()
         message = "the server needs the room of your unfinished body for others; send fewer at a time"
-        self._start(ApiError(429, message, cause="over_share", retry_after=1))
+        self._start(RequestError(message, cause="over_share", retry_after_s=1))
 
     def _release(self) -> None:
         if self.held:
@@ -553,10 +418,10 @@ class Connection(asyncio.Protocol):
 
     # Answering
 
-    def _start(self, body: bytes | ApiError) -> None:
+    def _start(self, body: bytes | RequestError) -> None:
         """Let the application answer a request, given its body or why that was not read."""
         self.state, self.deadline = ANSWER, inf
-        request = self._request = _Request(self, self._scope, body)
+        request = self._request = AsgiRequest(self, self._scope, body)
         task = self.loop.create_task(request.run(self._listener.app))
         self._server_state.tasks.add(task)
         task.add_done_callback(self._server_state.tasks.discard)
@@ -564,7 +429,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, status: int, message: str) -> None:
         """Answer what is no HTTP, and close."""
         self._listener.gate.malformed()
-        error = ApiError(status, message).response()
+        error = errors.plain_response(status, message)
         self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
         self._linger()
 
@@ -632,85 +497,3 @@ class Connection(asyncio.Protocol):
             return
         self._resume_reading()
         self._advance()
-
-
-class _Request:
-    """A request and its answer, as ASGI has them."""
-
-    __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start", "_waiter")
-
-    def __init__(self, connection: Connection, scope: Scope, body: bytes | ApiError) -> None:
-        self._connection, self._scope = connection, scope
-        self._body: bytes | ApiError | None = body
-        self._start: Message | None = None  # of an answer, until its body begins
-        self._chunked = False
-        self._is_head = scope["method"] == "HEAD"
-        self._over = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    async def run(self, app: ASGIApp) -> None:
-        """Let the application answer."""
-        try:
-            await app(self._scope, self.receive, self.send)
-        except Exception:  # the framework raises it again after it answered 500
-            log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
-        finally:
-            if not self._over:
-                self._over = True
-                self._connection.broken()
-
-    async def receive(self) -> Message:
-        """The whole body; then, once it is over, that it is. Raises ApiError where the body could not be
-        read."""
-        body, self._body = self._body, None
-        if isinstance(body, ApiError):
-            raise body
-        if body is not None:
-            return {"type": "http.request", "body": body, "more_body": False}
-        if not (self._over or self._connection.is_gone):
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
-        return {"type": "http.disconnect"}
-
-    def end(self) -> None:
-        """It is over, or its client is gone."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def send(self, message: Message) -> None:
-        """Write an answer's head or a part of its body; waits while the client does not read."""
-        connection = self._connection
-        if message["type"] == "http.response.start":
-            self._start = message
-            return
-        if connection.is_gone:
-            self._over = True
-            return
-        body, more = message.get("body", b""), message.get("more_body", False)
-        if self._start is not None:
-            self._write_head(self._start, body, more)
-            self._start = None
-        elif not self._is_head:
-            connection.write_more(self._framed(body, more))
-        if more:
-            await connection.drain()
-        else:
-            self._over = True
-            self.end()
-            connection.answered()
-
-    def _write_head(self, start: Message, body: bytes, more: bool) -> None:
-        headers = list(start.get("headers", ()))
-        status = start["status"]
-        if not any(name == b"content-length" for name, _ in headers) and status not in (204, 304):
-            self._chunked = True
-            headers.append((b"transfer-encoding", b"chunked"))
-        if not self._connection.keeps_alive:
-            headers.append((b"connection", b"close"))
-        self._connection.write(status, headers, b"" if self._is_head else self._framed(body, more))
-
-    def _framed(self, body: bytes, more: bool) -> bytes:
-        if not self._chunked:
-            return body
-        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
-        return chunk if more else chunk + b"0\r\n\r\n"

@@ -20,14 +20,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from de3 import __version__
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
-from server import admin, examples
-from server.classify import classify, read_body
-from server.errors import ApiError
-from server.exchange import HEADER, request_id
-from server.service import Service
+from server.errors import RequestError
+from server.http import admin, errors, examples
+from server.http.classify import CLASSIFY
+from server.http.endpoint import answer, read_body
+from server.http.exchange import HEADER, request_id
+from server.http.frontend import Frontend, route_path
+from server.http.protocol import Protocol
 
-CLASSIFY_PATHS = ("/classify", "/v1/classify")
-READS = ("GET", "HEAD", "OPTIONS")
+PROTOCOLS: dict[str, Protocol] = {"/classify": CLASSIFY, "/v1/classify": CLASSIFY}
+READ_METHODS = ("GET", "HEAD", "OPTIONS")
 # The documentation has a script and styles in its page, and loads nothing from elsewhere.
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -41,37 +43,37 @@ SECURITY_HEADERS = [
 ]
 
 
-def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
+def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
     """The application of a service; on_failure is called when its models cannot be loaded."""
-    other = create_api(service, on_failure)
-    origins = service.settings.cors_origins
+    service = frontend.service
+    settings, api = service.settings, create_api(frontend, on_failure)
+    origins = settings.cors_origins
     # With keys a page has none, unless its user gave it one.
-    checks_origin = service.access.users is None and "*" not in origins
+    checks_origin = frontend.access.users is None and "*" not in origins
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await other(scope, receive, send)
-        elif checks_origin and scope["method"] not in READS and not _same_origin(scope, origins):
+            await api(scope, receive, send)
+        elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             service.metrics.rejected.labels("other_origin").inc()
-            await OTHER_ORIGIN.response(request_id(scope))(scope, receive, send)
-        elif is_classify(scope):
-            if service.sheds(scope):
-                await service.shed(scope, receive, send)
+            await errors.response(OTHER_ORIGIN, request_id(scope))(scope, receive, send)
+        elif frontend.is_classify(scope):
+            if frontend.sheds(scope):
+                await frontend.shed(scope, receive, send)
             else:
-                await classify(scope, receive, send, service)
+                await answer(scope, receive, send, frontend, frontend.protocols[route_path(scope)])
         else:
             send = _with_headers(send, scope)
             try:
-                if service.access.check(route_path(scope), scope):
-                    settings = service.settings
+                if frontend.access.check(route_path(scope), scope):
                     body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
-                    receive = _then(body, receive)
-            except ApiError as error:
-                await error.response()(scope, receive, send)
+                    receive = _replay(body, receive)
+            except RequestError as error:
+                await errors.response(error)(scope, receive, send)
             except ClientDisconnect:
                 pass
             else:
-                await other(scope, receive, send)
+                await api(scope, receive, send)
 
     if not origins:
         return app
@@ -84,52 +86,15 @@ def create_app(service: Service, on_failure: Callable[[], None] = lambda: None) 
     )
 
 
-class Gate:
-    """What the connections of a service ask before they read a body, and what they tell."""
-
-    def __init__(self, service: Service) -> None:
-        self._service, self.bytes_in_flight = service, service.bytes_in_flight
-
-    def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if no body is needed to answer it. Raises ApiError for a
-        request that is refused whatever its body says."""
-        service = self._service
-        if not is_classify(scope):
-            needs_body = service.access.check(route_path(scope), scope)
-            return service.client(scope, "") if needs_body else None
-        if service.sheds(scope):
-            raise service.shed_error()
-        service.check_open()
-        return service.client(scope, service.access.user(scope))
-
-    def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's other end."""
-        return self._service.address(peer)
-
-    def malformed(self) -> None:
-        """Count a request that is no HTTP."""
-        self._service.metrics.rejected.labels("malformed").inc()
-
-    def dropped(self, why: str) -> None:
-        """Count a connection that was closed for its limits."""
-        self._service.metrics.dropped_connections.labels(why).inc()
-
-
-OTHER_ORIGIN = ApiError(
-    403,
-    "Origin: pages of another origin may not ask; the server's operator can allow yours with --cors-origin",
+OTHER_ORIGIN = RequestError(
+    "Origin: pages of this origin may not send requests; the server's operator can allow it with --cors-origin",
     "Origin",
     "other_origin",
 )
 
 
-def is_classify(scope: Scope) -> bool:
-    """Whether a request is to classify."""
-    return scope["method"] == "POST" and route_path(scope) in CLASSIFY_PATHS
-
-
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
-    """Whether a request comes from a page that may ask, or from no page: browsers name the page's origin."""
+    """Whether a request is from a page of an allowed origin, or from no page; browsers send the page's origin."""
     origin = host = None
     for name, value in scope["headers"]:
         if name == b"origin":
@@ -139,13 +104,8 @@ def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
     return origin is None or origin in allowed or origin.partition("://")[2] == host
 
 
-def route_path(scope: Scope) -> str:
-    """The path below the prefix under which a proxy or Ray serves this application."""
-    return str(scope["path"]).removeprefix(scope.get("root_path", ""))
-
-
-def _then(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read, then what comes."""
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Receives a body that was read already, then what follows it."""
     read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -155,7 +115,7 @@ def _then(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_headers(send: Send, scope: Scope) -> Send:
-    """Sends answers with their request's id, and what keeps a browser from misusing a page."""
+    """Adds the request's id and the security headers to a response."""
     extra = [(HEADER, request_id(scope).encode()), *SECURITY_HEADERS]
 
     async def with_headers(message: Message) -> None:
@@ -166,8 +126,9 @@ def _with_headers(send: Send, scope: Scope) -> Send:
     return with_headers
 
 
-def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
-    """Every route but /classify, which is here for the documentation only."""
+def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
+    """Every route except those of PROTOCOLS; /classify is here for the documentation only."""
+    service = frontend.service
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -175,6 +136,7 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         yield
         loading.cancel()
         await asyncio.to_thread(service.stop)
+        await asyncio.to_thread(frontend.stop)
 
     # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
     app = FastAPIOffline(
@@ -188,17 +150,17 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.service = service
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one asked for, which are 170 KB
-    scraping = asyncio.Lock()  # many at a time would take the interpreter from everything else
-    # It is for the documentation and its button to authorize: server/access.py checks keys.
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
+    scraping = asyncio.Lock()  # several at a time would hold the GIL for too long
+    # For the documentation and its Authorize button; access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
-    users = bearer if service.access.users is not None else []
+    users = bearer if frontend.access.users is not None else []
 
     @app.post("/classify", tags=["classify"], dependencies=users, **examples.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
     async def post_classify() -> Response:
-        """Classify a text, a pair of texts, or a list of them, leaving at the first exit that is sure."""
-        raise HTTPException(404)  # a path that only looks like it: create_app answers the real one
+        """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
+        raise HTTPException(404)  # a path that only resembles it: create_app answers the real one
 
     @app.get("/v1/models", tags=["models"], dependencies=users)
     async def models() -> dict[str, Any]:
@@ -217,16 +179,17 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
         manifest = service.manifest(name)
         full_name = f"{manifest.name}:{manifest.version}"
         if manifest.calibration is None:
-            raise ApiError(404, f"{full_name} was exported without a calibration", "name")
+            message = f"{full_name} was exported without a calibration"
+            raise RequestError(message, "name", "unknown_model")
         kept = calibrations.get(full_name)
-        if kept is None or kept[0] is not manifest:  # the same version may be read anew
+        if kept is None or kept[0] is not manifest:  # the same version may have been reloaded
             body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
             body |= manifest.calibration.model_dump(by_alias=True)
             calibrations.clear()
             kept = calibrations[full_name] = (manifest, orjson.dumps(body))
         return Response(kept[1], media_type="application/json")
 
-    if service.access.admins is not None:
+    if frontend.access.admins is not None:
         admin.add_routes(app, service.manager, bearer)
 
     @app.head("/health", include_in_schema=False)
@@ -248,13 +211,20 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
             body = await asyncio.to_thread(generate_latest, service.metrics.registry)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
-    @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return error.response()
+    _add_error_handlers(app)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Answer every error in OpenAI's format."""
+
+    @app.exception_handler(RequestError)
+    async def request_error(_: Request, error: RequestError) -> Response:
+        return errors.response(error)
 
     @app.exception_handler(RequestValidationError)
     async def wrong_value(_: Request, error: RequestValidationError) -> Response:
-        return admin.explain(error).response()
+        return errors.response(admin.explain(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -263,18 +233,16 @@ def create_api(service: Service, on_failure: Callable[[], None]) -> FastAPI:
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",
         }.get(error.status_code, str(error.detail))
-        response = ApiError(error.status_code, message).response()
+        response = errors.plain_response(error.status_code, message)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
     async def crash(_: Request, __: Exception) -> Response:
-        return ApiError(500, "internal error; the server's log has the details").response()
-
-    return app
+        return errors.plain_response(500, "internal error; the server's log has the details")
 
 
-def model_row(manifest: Any) -> dict[str, Any]:
+def model_row(manifest: Manifest) -> dict[str, Any]:
     """One model as /v1/models lists it."""
     c = manifest.calibration
     return {

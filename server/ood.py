@@ -1,4 +1,4 @@
-"""Far from home: texts unlike those of the calibration, one by one and as a drift of all."""
+"""Out-of-distribution texts, one by one, and drift of all of them, against the calibration's texts."""
 
 import math
 from collections import deque
@@ -12,16 +12,16 @@ from exits.reading import Reading
 from model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from chance
-PER_SECOND = 200  # texts looked at: enough, and free at any load
+MAX_PER_S = 200  # texts sampled: enough, and cheap under any load
 # τ is multiplied by this from the first exit on at which a text is far from every prototype. Full depth for
-# these would cost half the speed-up of their domain and measured no more accurate (docs/budgets.md).
+# such texts would cost half the speed-up of their domain, and measured no more accurate (docs/budgets.md).
 CAUTION = 0.5
 
 
 class Drift:
-    """A sliding window of what the first exit with prototypes says, against calibration.
+    """A sliding window of the first exit's readings, against calibration.
 
-    The first exit is the one that every text reaches; deeper ones see only what stayed.
+    Every text reaches the first exit; deeper ones see only those that stayed.
     """
 
     def __init__(self, expected: Reference) -> None:
@@ -36,15 +36,15 @@ class Drift:
         self._next = 0.0
 
     def wants(self) -> bool:
-        """Whether it is time to look at another text."""
+        """Whether it is time to sample another text."""
         now = perf_counter()
         if now < self._next:
             return False
-        self._next = now + 1 / PER_SECOND
+        self._next = now + 1 / MAX_PER_S
         return True
 
     def add(self, reading: Reading) -> None:
-        """What the first exit said of a text."""
+        """Add the first exit's reading of a text."""
         self._window.append(reading)
 
     def statistics(self) -> dict[tuple[str, str], float]:
@@ -52,16 +52,16 @@ class Drift:
         readings = list(self._window)
         if len(readings) < WINDOW:
             return {}
-        found = {}
+        statistics = {}
         for signal, expected in self._expected.items():
             values = [float(getattr(r, signal)) for r in readings]
-            found[signal, "psi"] = reference.psi(values, expected)
-            found[signal, "ks"] = reference.ks(values, expected)
-        return found
+            statistics[signal, "psi"] = reference.psi(values, expected)
+            statistics[signal, "ks"] = reference.ks(values, expected)
+        return statistics
 
 
-class Watch:
-    """What is watched of one model's texts.
+class OodMonitor:
+    """Flags a model's out-of-distribution texts, scores them and samples them for drift.
 
     Attributes:
         limits: the largest distance to the nearest prototype by layer, (layers + 1,) float64; inf where there
@@ -71,9 +71,9 @@ class Watch:
     """
 
     def __init__(self, manifest: Manifest, policy: str) -> None:
-        found = manifest.calibration.references if manifest.calibration else []
-        self._nearest = {r.layer: r.nearest for r in found if r.nearest is not None}
-        self.drift = Drift(found[0]) if found and found[0].nearest is not None else None
+        references = manifest.calibration.references if manifest.calibration else []
+        self._nearest = {r.layer: r.nearest for r in references if r.nearest is not None}
+        self.drift = Drift(references[0]) if references and references[0].nearest is not None else None
         self.caution = CAUTION if policy == "deepen" else 1.0
         self.limits: NDArray[np.float64] | None = None
         if policy != "off":
@@ -87,12 +87,12 @@ class Watch:
         return self.drift is not None and self.drift.wants()
 
     def sample(self, layer: int, reading: Reading) -> None:
-        """Count a text by the first exit that it was asked at, if that is the first of the model."""
+        """Add a text's first reading to the sample, if it is of the model's first exit."""
         if self.drift is not None and layer == self.drift.layer:
             self.drift.add(reading)
 
     def is_far(self, layer: int, reading: Reading) -> bool:
-        """Whether a text is further from every prototype of this exit than nearly all of the calibration."""
+        """Whether a text is further from every prototype of this exit than 99% of the calibration's."""
         if self.limits is None or reading.nearest is None:
             return False
         return reading.nearest > float(self.limits[layer])

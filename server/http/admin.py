@@ -8,10 +8,11 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model_store.manifest import NAME
-from server.errors import ApiError
-from server.examples import error
+from server.engine.work import Served
+from server.errors import RequestError
+from server.http.examples import error
 from server.manager import Manager
-from server.models import Role, Served
+from server.models import Role
 
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="of a model, without version")]
 Version = Annotated[int, Field(ge=1, le=10**9)]
@@ -72,18 +73,18 @@ def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> N
         return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
 
 
-def explain(wrong: RequestValidationError) -> ApiError:
+def explain(wrong: RequestValidationError) -> RequestError:
     """The first problem of a request to one of these routes, as an answer."""
     first = wrong.errors()[0]
     place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not JSON", cause="not_json")
+        return RequestError("the body is not JSON", cause="not_json")
     if first["type"] == "value_error":  # of _fits, which names the field itself
         message = message.removeprefix("Value error, ")
-        return ApiError(422, message, message.partition(":")[0])
+        return RequestError(message, message.partition(":")[0])
     if len(place) < 2:
-        return ApiError(422, f"the body must be a JSON object, sent as application/json: {message}")
-    return ApiError(422, f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
+        return RequestError(f"the body must be a JSON object, sent as application/json: {message}")
+    return RequestError(f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
 
 
 def _said(served: Served, role: Role) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Deadlines: which may still be promised, and how long each text may take so that every promise is kept.
+"""Deadlines: which can be promised, and how long each text may take so that every promise is kept.
 
-Texts with a deadline run before all others, the earliest deadline first. A promise is given only if, by the
-times measured at start-up, every promised text reaches its first exit in time; what time is left beyond that
-is shared out as texts begin.
+Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only
+if, by the times measured at start-up, every promised text reaches its first exit in time; the time that is
+left beyond that is divided among the texts as they begin.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from heapq import heapify, heapreplace
 from threading import Lock
 from time import perf_counter
 
-from server.work import Item, Job
+from server.engine.work import Item, Job
 
 
 @dataclass(slots=True)
@@ -30,30 +30,32 @@ class _Promise:
 
 
 class Deadlines:
-    """The promises that hold, and until when each engine thread is held by what it runs."""
+    """The promises in force, and until when each engine thread is occupied by what it runs."""
 
     def __init__(self, threads: int) -> None:
         self._promises: dict[Job, _Promise] = {}
         self._free_at = [0.0] * threads  # perf_counter seconds
         self._lock = Lock()
 
-    def held(self, thread: int, until: float) -> None:
-        """A thread is likely to be busy until then."""
+    def occupy(self, thread: int, until: float) -> None:
+        """A thread cannot be preempted before then (perf_counter seconds)."""
         self._free_at[thread] = until
 
     def promise(self, job: Job) -> float:
-        """Promise a job's deadline if that can be kept, with all promised before; else the seconds it would
-        take, and nothing is promised.
+        """Promise a job's deadline if it and all earlier promises can be kept; returns 0, or else the seconds
+        that it would take, and promises nothing.
 
-        A job with best_effort then gets the first deadline that can be, and leaves at its first exits.
+        A job with best_effort gets the earliest deadline that can be kept, and leaves at its first exits.
         """
         assert job.deadline is not None
         now = perf_counter()
-        firsts = {item.index: item.first_s for item in job.items}
-        new = _Promise(job.deadline, firsts, sum(firsts.values()), sum(item.predicted for item in job.items))
+        firsts = {item.index: item.first_exit_s for item in job.items}
+        new = _Promise(
+            job.deadline, firsts, sum(firsts.values()), sum(item.predicted_s for item in job.items)
+        )
         with self._lock:
             needed = self._needed(new, now)
-            if needed and not job.best_effort:
+            if needed and not job.request.wish.best_effort:
                 return needed
             if needed:
                 last = max((p.deadline for p in self._promises.values()), default=0.0)
@@ -63,9 +65,9 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Promise, now: float) -> float:
-        """0 if all promises can be kept, else about how many seconds the new one should ask for.
+        """0 if all promises can be kept, else about the seconds that the new one needs.
 
-        Plays the queue through: the most urgent text goes to the thread that is free first.
+        Simulates the schedule: the most urgent text goes to the thread that is free first.
         """
         free = [max(now, t) for t in self._free_at]
         heapify(free)
@@ -79,14 +81,14 @@ class Deadlines:
                 if promise is new:
                     return end - now
                 if promise.deadline >= new.deadline and end - new.first_s <= promise.deadline:
-                    return promise.deadline - now + new.first_s  # it would be late for the new one's sake
+                    return promise.deadline - now + new.first_s  # it would be late because of the new one
         return 0.0
 
     def begin(self, item: Item, thread: int) -> float:
-        """When a text that begins now must leave at the latest; its thread is held until then.
+        """When a text that begins now must leave at the latest; occupies its thread until then.
 
-        Beyond its first exit it gets, of the time that no promise needs, the part that it has in the work
-        that waits.
+        Beyond its first exit it gets a share of the time that no promise needs, in proportion to its part of
+        the promised work.
         """
         now, job = perf_counter(), item.job
         with self._lock:
@@ -94,9 +96,9 @@ class Deadlines:
             if own is None:  # dropped meanwhile
                 return now
             own.firsts.pop(item.index)
-            own.first_s -= item.first_s
-            own.predicted_s -= item.predicted
-            extra, first_s, predicted_s, longest = float("inf"), item.first_s, item.predicted, 0.0
+            own.first_s -= item.first_exit_s
+            own.predicted_s -= item.predicted_s
+            extra, first_s, predicted_s, longest = float("inf"), item.first_exit_s, item.predicted_s, 0.0
             for promise in sorted(self._promises.values(), key=lambda p: p.deadline):
                 first_s += promise.first_s
                 predicted_s += promise.predicted_s
@@ -106,16 +108,16 @@ class Deadlines:
                         max(0.0, promise.deadline - max(now, 0.0 if i == thread else t))
                         for i, t in enumerate(self._free_at)
                     )
-                    # Handing out texts to n threads wastes at most n − 1 of the longest (Graham's bound).
+                    # List scheduling on n threads wastes at most n − 1 times the longest text (Graham's bound).
                     spare = left - first_s - (len(self._free_at) - 1) * longest
-                    extra = min(extra, spare * item.predicted / max(predicted_s, 1e-9))
+                    extra = min(extra, spare * item.predicted_s / max(predicted_s, 1e-9))
             if not own.firsts:
                 del self._promises[job]
-            ends = now if job.is_late else min(own.deadline, now + item.first_s + max(0.0, extra))
-            self._free_at[thread] = max(ends, now + item.first_s)
+            ends = now if job.is_late else min(own.deadline, now + item.first_exit_s + max(0.0, extra))
+            self._free_at[thread] = max(ends, now + item.first_exit_s)
             return ends
 
     def drop(self, job: Job) -> None:
-        """Forget a job that was given up."""
+        """Forget a job that was dropped."""
         with self._lock:
             self._promises.pop(job, None)

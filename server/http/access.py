@@ -13,7 +13,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import SecretStr
 from starlette.types import Scope
 
-from server.errors import ApiError
+from server.errors import RequestError
 from server.settings import Settings
 
 MIN_KEY_CHARS = 16
@@ -80,14 +80,14 @@ class Keys:
         return not set(self._digests.values()).isdisjoint(others._digests.values())
 
     def owner(self, scope: Scope) -> str:
-        """The name of who sent `Authorization: Bearer KEY`; raises ApiError 401."""
+        """The name of who sent `Authorization: Bearer KEY`; raises RequestError."""
         for header, value in scope["headers"]:
             if header == b"authorization":
                 scheme, _, key = value.partition(b" ")
                 if scheme.lower() == b"bearer" and (name := self._find(key.strip())) is not None:
                     return name
-                raise ApiError(401, "this API key is unknown; send Authorization: Bearer KEY", cause="no_key")
-        raise ApiError(401, "an API key is needed; send Authorization: Bearer KEY", cause="no_key")
+                raise RequestError("this API key is unknown; send Authorization: Bearer KEY", cause="no_key")
+        raise RequestError("an API key is needed; send Authorization: Bearer KEY", cause="no_key")
 
     def _find(self, key: bytes) -> str | None:
         sent, found = _digest(key), None
@@ -111,14 +111,14 @@ class Access:
             raise ValueError("rate_limit: is for each API key, and there are none; give api_keys_file")
 
     def user(self, scope: Scope) -> str:
-        """The name of who asks to classify; empty where no key is needed. Raises ApiError 401."""
+        """The name of who asks to classify; empty where no key is needed. Raises RequestError."""
         return "" if self.users is None else self.users.owner(scope)
 
     def _looks(self, scope: Scope) -> None:
-        """Let users and admins look; raises ApiError 401."""
+        """Let users and admins look; raises RequestError."""
         try:
             self.user(scope)
-        except ApiError:
+        except RequestError:
             if self.admins is None:
                 raise
             self.admins.owner(scope)
@@ -128,7 +128,7 @@ class Access:
         return Charge(self._limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
-        """Let a request other than to classify go on; whether it is an admin's. Raises ApiError 401.
+        """Let a request other than to classify go on; whether it is an admin's. Raises RequestError.
 
         Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
         change anything, a user's to look. So no route is open by mistake, whatever strange path leads to it.
@@ -140,10 +140,10 @@ class Access:
             return False
         try:
             self.admins.owner(scope)
-        except ApiError:
+        except RequestError:
             if self.users is not None:
                 self.users.owner(scope)
-                raise ApiError(401, "this needs an admin's key", cause="no_key") from None
+                raise RequestError("this needs an admin's key", cause="no_key") from None
             raise
         return True
 
@@ -172,7 +172,7 @@ class Charge:
         self._limit, self._owner, self._texts = limit, owner, 0
 
     def raise_to(self, texts: int) -> None:
-        """Make it cost so many texts in all; raises ApiError 429 where that is over the limit."""
+        """Make it cost so many texts in all; raises RequestError where that is over the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.check(texts)
             self._limit.take(self._owner, texts - self._texts)
@@ -203,10 +203,9 @@ class RateLimit:
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def check(self, texts: int) -> None:
-        """Raise ApiError 429 for a request that costs more than the limit ever allows."""
+        """Raise RequestError for a request that costs more than the limit ever allows."""
         if texts > self._rate.amount:
-            raise ApiError(
-                429,
+            raise RequestError(
                 f"input: this request counts as {texts} texts, and your limit is {self._rate}: "
                 "send fewer at a time",
                 "input",
@@ -220,10 +219,10 @@ class RateLimit:
             self._limiter.hit(self._rate, owner, cost=cost)
 
     def take(self, owner: str, texts: int) -> None:
-        """Count texts of an owner; raises ApiError 429 when that would be too many."""
+        """Count texts of an owner; raises RequestError when that would be too many."""
         if not self._limiter.hit(self._rate, owner, cost=texts):
             reset = self._limiter.get_window_stats(self._rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))
-            raise ApiError(
-                429, f"over your limit, in texts: {self._rate}", cause="rate_limited", retry_after=wait
+            raise RequestError(
+                f"over your limit, in texts: {self._rate}", cause="rate_limited", retry_after_s=wait
             )

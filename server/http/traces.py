@@ -1,7 +1,7 @@
 """OpenTelemetry traces: a span for each request, each of its texts, and each stage of those.
 
-The spans are made when the request is over, from the times that were taken anyway, so a request that is not
-sampled costs little. Where they are sent, and how many, the standard OTEL_* variables say.
+The spans are made when the request is over, from times that were measured anyway, so a request that is not
+sampled costs little. The standard OTEL_* variables say where they are sent, and how many.
 """
 
 import os
@@ -9,14 +9,14 @@ from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
-from server.exchange import Exchange
-from server.work import Item
+from server.engine.work import Item
+from server.http.exchange import Exchange
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-STOP_S = 3.0  # for sending the last spans; a collector that hangs must not hold up a stop
+STOP_S = 3.0  # for sending the last spans; a collector that hangs must not delay a stop
 MAX_TEXTS = 16  # of one request; a list of hundreds would fill the exporter's queue
 
 
@@ -33,9 +33,9 @@ def provider() -> "TracerProvider":
         ) from None
     if "service.name" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
-    found = TracerProvider(resource=Resource.create())
-    found.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return found
+    tracers = TracerProvider(resource=Resource.create())
+    tracers.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return tracers
 
 
 class Traces:
@@ -54,7 +54,7 @@ class Traces:
         sending.start()
         sending.join(STOP_S)
 
-    def __call__(self, x: Exchange) -> None:
+    def __call__(self, exchange: Exchange) -> None:
         """Make the spans of one request."""
         offset = time_ns() - perf_counter_ns()
 
@@ -63,7 +63,7 @@ class Traces:
 
         parents = {
             str(k, "latin-1"): str(v, "latin-1")
-            for k, v in x.scope["headers"]
+            for k, v in exchange.scope["headers"]
             if k in (b"traceparent", b"tracestate")
         }
         root = self._tracer.start_span(
@@ -72,32 +72,32 @@ class Traces:
             self._trace.SpanKind.SERVER,
             {
                 "http.request.method": "POST",
-                "http.route": x.scope["path"],
-                "http.response.status_code": x.status,
-                "de3.request_id": x.id,
-                "de3.model": x.model,
+                "http.route": exchange.scope["path"],
+                "http.response.status_code": exchange.status,
+                "de3.request_id": exchange.id,
+                "de3.model": exchange.model,
             },
-            start_time=ns(x.started),
+            start_time=ns(exchange.started),
         )
         if root.is_recording():
-            if x.cause:
-                root.set_attribute("error.type", x.cause)
-            if x.status >= 500:
+            if exchange.cause:
+                root.set_attribute("error.type", exchange.cause)
+            if exchange.status >= 500:
                 root.set_status(self._trace.StatusCode.ERROR)
             inside = self._trace.set_span_in_context(root)
-            if x.job is not None:
-                root.set_attribute("de3.texts", len(x.job.items))
-                self._stage("read", inside, ns(x.started), ns(x.job.submitted))
-                for item in x.job.items[:MAX_TEXTS]:
-                    self._text(item, inside, ns(x.job.submitted))
-        root.end(ns(x.ended))
+            if exchange.job is not None:
+                root.set_attribute("de3.texts", len(exchange.job.items))
+                self._stage("read", inside, ns(exchange.started), ns(exchange.job.submitted))
+                for item in exchange.job.items[:MAX_TEXTS]:
+                    self._text(item, inside, ns(exchange.job.submitted))
+        root.end(ns(exchange.ended))
 
     def _stage(self, name: str, inside: "Context", start: int, end: int, layer: int | None = None) -> None:
         attributes = {} if layer is None else {"de3.exit.layer": layer}
         self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
 
     def _text(self, item: Item, inside: "Context", submitted: int) -> None:
-        """A text's span. One that gave way between layers waited more than once: its waits come first."""
+        """A text's span. A text that was preempted was pending more than once; the span shows the sum first."""
         o = item.outcome
         if o is None:
             return

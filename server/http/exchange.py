@@ -1,4 +1,4 @@
-"""A request to /classify and what came of it, for whoever reports on it: the request log, the traces."""
+"""One HTTP request and its response, for whoever reports on it: the request log, the traces."""
 
 import itertools
 import re
@@ -9,12 +9,12 @@ from time import perf_counter
 
 from starlette.types import Scope
 
+from server.engine.work import Job, Request
 from server.errors import Cause
-from server.work import Job
 
 HEADER = b"x-request-id"
 _WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
-# Unique without asking the system for randomness for every answer.
+# Unique without a call to the system's random generator for every response.
 _ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
 
 
@@ -35,11 +35,10 @@ class Exchange:
 
     Attributes:
         started, ended: perf_counter seconds.
-        owner: who has the API key; empty where none is needed.
-        model: name:version, or none where no model was found.
+        owner: whose API key it has; empty where none is needed.
         status: HTTP status; 499: the client went away.
         cause: why it was not answered, as in the metrics; None if it was.
-        job: its texts; None where it was refused before it had any.
+        request: the parsed request; None where it was refused before.
     """
 
     id: str
@@ -47,10 +46,20 @@ class Exchange:
     started: float = field(default_factory=perf_counter)
     ended: float = 0.0
     owner: str = ""
-    model: str = "none"
     status: int = 500
     cause: Cause | None = None
-    job: Job | None = None
+    request: Request | None = None
+
+    @property
+    def job(self) -> Job | None:
+        """What ran its texts; None where it was refused before it had any."""
+        return None if self.request is None else self.request.job
+
+    @property
+    def model(self) -> str:
+        """name:version, or none where no model was found."""
+        served = None if self.request is None else self.request.served
+        return "none" if served is None else served.model.full_name
 
 
 Reporter = Callable[[Exchange], None]

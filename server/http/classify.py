@@ -1,9 +1,8 @@
-"""The wire format of /classify: a superset of vLLM's and SGLang's. Parse once, serialize once."""
+"""The protocol of /classify, a superset of vLLM's and SGLang's: request and response as JSON."""
 
 import gc
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import fields
 from itertools import islice
 from typing import Annotated, Any
 
@@ -21,11 +20,12 @@ from pydantic_core import from_json
 
 from exits.reading import Reading
 from exits.signals import MAX_LAM
-from server.errors import ApiError
+from server.engine.work import Item, Job, Request, Text
+from server.errors import RequestError
+from server.http.protocol import LARGE_BODY_BYTES, Protocol
+from server.settings import MAX_BUDGET_MS, Wish
 
-MAX_BUDGET_MS = 60_000
-LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
-MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to make
+MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
@@ -33,19 +33,6 @@ ALLOWED = {
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """One text, or a pair of texts."""
-
-    text: str
-    text_pair: str | None = None
-
-    @property
-    def chars(self) -> int:
-        """Characters of both."""
-        return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
 
 
 def _texts(value: Any) -> list[Text]:
@@ -73,8 +60,8 @@ def _text(value: Any, where: str) -> Text:
 
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        found = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-        what = found.get(type(value), "null")
+        kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        what = kinds.get(type(value), "null")
         raise ValueError(f"{where}: must be a text, or an object with text and text_pair; got {what}")
     if not value.strip():
         raise ValueError(f"{where}: must not be empty")
@@ -137,43 +124,35 @@ class ClassifyRequest(BaseModel):
     priority: Any = Field(None, description="accepted and ignored")
 
     @model_validator(mode="after")
-    def _one_wish(self) -> "ClassifyRequest":
-        one_wish(self)
+    def _check_together(self) -> "ClassifyRequest":
+        _ = self.wish
         return self
 
-
-WISHES = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
-
-
-def one_wish(values: Any) -> None:
-    """Check that at most one of WISHES is asked, and that λ and max_layer go with τ only; or ValueError."""
-    asked = [name for name in WISHES if getattr(values, name) is not None]
-    if len(asked) > 1:
-        raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(WISHES)}")
-    for name, alias in (("lam", "lambda"), ("max_layer", "max_layer")):
-        if asked and asked != ["tau"] and getattr(values, name, None) is not None:
-            raise ValueError(f"{alias}: goes with tau only, not with {asked[0]}")
+    @property
+    def wish(self) -> Wish:
+        """The fields that decide where its texts leave."""
+        return Wish(**{name: getattr(self, name) for name in WISH_FIELDS})
 
 
+WISH_FIELDS = [field.name for field in fields(Wish)]
 KNOWN = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
 IGNORED = ("user", "rid", "priority")
 
 
-def parse(body: bytes, max_texts: int) -> ClassifyRequest:
-    """The request in a body; raises ApiError 400 for what is not JSON and 422 for a wrong value.
+def parse(body: bytes, max_texts: int) -> Request:
+    """The request in a body; raises RequestError for what is not JSON or has a wrong value.
 
-    What is cheap to find wrong comes first: an error for each of 100,000 fields would take a quarter of a
-    second.
+    Cheap checks come first: pydantic's errors for 100,000 unknown fields would take a quarter of a second.
     """
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise ApiError(422, f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
+        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
-        gc.disable()  # it would look at each of 300,000 lists again and again
+        gc.disable()  # it would traverse 300,000 new lists again and again
     try:
         value = from_json(body, cache_strings="none")
     except ValueError as error:
-        raise ApiError(400, f"the body is not JSON in UTF-8: {error}", cause="not_json") from None
+        raise RequestError(f"the body is not JSON in UTF-8: {error}", cause="not_json") from None
     finally:
         if collects:
             gc.enable()
@@ -182,60 +161,93 @@ def parse(body: bytes, max_texts: int) -> ClassifyRequest:
             if field not in KNOWN:
                 name = field[:100]
                 known = ", ".join(KNOWN)
-                raise ApiError(422, f"{name}: unknown field; known are {known}", name, "unknown_field")
+                raise RequestError(f"{name}: unknown field; known are {known}", name, "unknown_field")
         for field in IGNORED:
             value.pop(field, None)
         texts = value.get("input")
         if isinstance(texts, list) and len(texts) > max_texts:
-            raise ApiError(422, f"input: {len(texts)} texts, at most {max_texts} are allowed", "input")
+            raise RequestError(f"input: {len(texts)} texts, at most {max_texts} are allowed", "input")
     try:
-        return ClassifyRequest.model_validate(value)
+        parsed = ClassifyRequest.model_validate(value)
     except ValidationError as error:
         raise _explain(error) from None
+    return Request(parsed.input, parsed.wish, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
 
 
-def _explain(error: ValidationError) -> ApiError:
+def _explain(error: ValidationError) -> RequestError:
     """The first problem that pydantic found, with the field's name and what is allowed."""
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:
-        # From one_wish, whose message begins with the field; or the body is no object.
+        # From Wish, whose message begins with the field; or the body is not an object.
         text = str(first["ctx"]["error"]) if kind == "value_error" else ""
         text = text or 'the body must be a JSON object like {"input": "a text"}'
-        return ApiError(422, text, text.partition(":")[0] if kind == "value_error" else None)
+        return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
     field = str(loc[0])[:100]
     if kind == "missing":
-        return ApiError(422, f"{field}: is required", field)
+        return RequestError(f"{field}: is required", field)
     if kind == "value_error":  # from _texts; it may begin with the place inside the field
         inner = str(first["ctx"]["error"])
-        return ApiError(422, f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
+        return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
     allowed = ALLOWED.get(field, "")
-    return ApiError(422, f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
+    return RequestError(f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
 
 
-def reading_row(reading: Reading) -> dict[str, Any]:
-    """The signals of one exit as JSON has them."""
-    return {
-        "entropy": reading.entropy,
-        "distance_ratio": reading.distance_ratio,
-        "edr": reading.score,
-    }
-
-
-def answer(
-    request_id: str,
-    model: str,
-    data: Sequence[dict[str, Any]],
-    tokens: int,
-    more: dict[str, Any] | None = None,
-) -> bytes:
-    """The body of an answer; data has one row for each text, more: further fields."""
-    body = {
+def serialize(request_id: str, job: Job) -> bytes:
+    """The response's body for a job that is done: one row for each text, in order."""
+    tokens = job.tokens
+    body: dict[str, Any] = {
         "id": f"classify-{request_id}",
         "object": "list",
         "created": int(time.time()),
-        "model": model,
-        "data": data,
+        "model": job.model.full_name,
+        "data": [_row(item, job) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
-    return orjson.dumps(body | more if more else body)
+    certificate = job.served.rules.certificate(job.choice)
+    if certificate is not None:
+        body["certificate"] = certificate
+    if job.request.explain:
+        body["tau_choice"] = job.choice.row()
+    return orjson.dumps(body)
+
+
+def _row(item: Item, job: Job) -> dict[str, Any]:
+    """The answer to one text."""
+    outcome, manifest = item.outcome, job.model.manifest
+    assert outcome is not None  # the job is done
+    reading = outcome.reading
+    row: dict[str, Any] = {
+        "index": item.index,
+        "label": manifest.labels[reading.label],
+        "probs": reading.probs,
+        "num_classes": len(manifest.labels),
+        "exit": {
+            "layer": outcome.layer,
+            "num_layers": manifest.num_layers,
+            "reason": outcome.reason,
+            "tau": item.rule.tau,
+            "lambda": item.rule.signal.lam,
+            **_signals(reading),
+        },
+    }
+    if outcome.truncated:
+        row["truncated"] = True
+    if job.request.ood:
+        row["ood_score"] = job.served.monitor.score(outcome.passed)
+    if outcome.is_far:
+        row["out_of_distribution"] = True
+    if job.request.explain:
+        row["layers"] = [
+            {"layer": layer, **_signals(r), "label": manifest.labels[r.label], "probs": r.probs}
+            for layer, r in outcome.passed
+        ]
+    return row
+
+
+def _signals(reading: Reading) -> dict[str, Any]:
+    """The signals of one exit."""
+    return {"entropy": reading.entropy, "distance_ratio": reading.distance_ratio, "edr": reading.score}
+
+
+CLASSIFY = Protocol(parse, serialize)

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from server.errors import TYPES, ApiError
-from server.protocol import ClassifyRequest
+import orjson
+
+from server.http import errors
+from server.http.classify import ClassifyRequest
 
 DESCRIPTION = """
 Every encoder layer has a classifier and class prototypes. A text leaves at the first layer where entropy and
@@ -62,8 +64,8 @@ _ANSWER = {
 def error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
     """An error as OpenAPI documents it."""
     return {
-        "description": TYPES[status],
-        "content": {"application/json": {"example": ApiError(status, message, param).body()}},
+        "description": errors.TYPES[status],
+        "content": {"application/json": {"example": orjson.loads(errors.body(status, message, param))}},
     }
 
 

@@ -1,6 +1,6 @@
 """How long a model takes on this machine, measured once while it warms up.
 
-In time of the thread's own: a model that is loaded while others serve waits for processors in between.
+Measured in CPU time of the thread: a model that is loaded under load waits for processors in between.
 """
 
 from bisect import bisect_left
@@ -10,11 +10,10 @@ from time import perf_counter, thread_time
 
 from model_store.model import Model
 from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE
-from server.protocol import Text
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
-CHARS_PER_TOKEN = 4  # of English; the order of work and what runs together depend on it
+CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
 # What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
 # looks at, which fall into single letters, and of which it tries each part.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
@@ -56,25 +55,26 @@ class Timing:
         deeper = max(0, layer - self._first_exit) * self.layer_s(tokens)
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
-    def predict(self, text: Text) -> float:
-        """Seconds for a text through every layer, its tokens estimated from its characters.
+    def predict(self, chars: int) -> float:
+        """Seconds for a text of so many characters through every layer.
 
-        A long one is tokenized at its slowest; of short ones that would say too much, as they run together.
+        A long text is assumed to be tokenized at the slowest rate. For short ones that would be far too much,
+        and they run in groups.
         """
-        seconds = self.full_depth_s(_tokens(text))
-        return seconds + (self._tokenizer_s(text) if text.chars > PIECE else self._plain_s * text.chars)
+        seconds = self.full_depth_s(_tokens(chars))
+        return seconds + (self._tokenizer_s(chars) if chars > PIECE else self._plain_s * chars)
 
     @property
     def piece_s(self) -> float:
         """Seconds that tokenizing a piece of a long text takes at most."""
         return 2 * PIECE * self._char_s
 
-    def predict_first_exit(self, text: Text) -> float:
-        """Seconds for a text to the first exit, the tokenizer at its slowest."""
-        return self.first_exit_s(_tokens(text)) + self._tokenizer_s(text)
+    def predict_first_exit(self, chars: int) -> float:
+        """Seconds for a text of so many characters to the first exit, tokenized at the slowest rate."""
+        return self.first_exit_s(_tokens(chars)) + self._tokenizer_s(chars)
 
-    def _tokenizer_s(self, text: Text) -> float:
-        return self._char_s * min(text.chars, self._most_chars)
+    def _tokenizer_s(self, chars: int) -> float:
+        return self._char_s * min(chars, self._most_chars)
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
@@ -85,8 +85,8 @@ class Timing:
         return y[right - 1] + share * (y[right] - y[right - 1])
 
 
-def _tokens(text: Text) -> int:
-    return 2 + text.chars // CHARS_PER_TOKEN
+def _tokens(chars: int) -> int:
+    return 2 + chars // CHARS_PER_TOKEN
 
 
 def run_longest(models: Sequence[Model]) -> None:

@@ -1,0 +1,88 @@
+"""Admission: how many texts may be in flight, the load level, and when to shed."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+from server.engine.engine import Engine
+from server.engine.work import REPLY_S, Job
+from server.models import Models
+from server.overload import TICK_S, Controller
+from server.settings import Settings
+from server.shares import Shares
+
+
+class Admission:
+    """Texts in flight, shared fairly between clients, and the load level that keeps the latency objective.
+
+    Attributes:
+        texts: the shares of the texts in flight.
+    """
+
+    def __init__(self, settings: Settings, models: Models, retry_after_s: Callable[[], int]) -> None:
+        self._settings, self._models = settings, models
+        self.texts = Shares(settings.max_queue, "texts", retry_after_s)
+        self._batches: set[Job] = set()  # jobs with several texts
+        self._engine: Engine | None = None
+        self._controller: Controller | None = None
+        self._short_s = 0.0  # of a short text at full depth
+        self._ticks: asyncio.Task[None] | None = None
+
+    def start(self, engine: Engine) -> None:
+        """Begin to keep the latency objective, if there is one; once the models are loaded."""
+        self._engine = engine
+        if self._settings.slo_p99_ms is None:
+            return
+        first, threads = self._models.all[0], engine.threads
+        share = first.rules.default.share(first.model.manifest.num_layers)
+        guess = threads / (share * first.timing.full_depth_s(32) + REPLY_S)
+        self._short_s = first.timing.full_depth_s(8)
+        objective_s = self._settings.slo_p99_ms / 1000
+        self._controller = Controller(objective_s, self._max_level, guess, threads)
+        self._ticks = asyncio.create_task(self._tick(self._controller, engine))
+
+    def _max_level(self) -> int:
+        """The most steps by which any model's default τ can be raised."""
+        return max(len(served.rules.steps) for served in self._models.all)
+
+    async def _tick(self, controller: Controller, engine: Engine) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
+
+    def _queued_before_a_short_text(self) -> int:
+        """Texts that a new short one has to wait for: in flight, less those done and those it overtakes."""
+        assert self._engine is not None
+        later = self._engine.queue.later_than(perf_counter() + self._short_s)
+        return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)
+
+    @property
+    def level(self) -> int:
+        """The load level: by how many steps the default τ is raised."""
+        return self._controller.level if self._controller else 0
+
+    def sheds(self, client: Callable[[], str | None]) -> bool:
+        """Whether a new request must be refused to keep the latency objective.
+
+        A client that has nothing in flight while others have is admitted: the queue serves it before them.
+        client: whose request it is; None: it is not authorized. Called only under load.
+        """
+        controller, texts = self._controller, self.texts
+        if controller is None or not controller.sheds(texts.total, self._queued_before_a_short_text):
+            return False
+        name = client()
+        return name is None or texts.amount(name) > 0 or texts.total == 0
+
+    @contextmanager
+    def admit(self, job: Job) -> Iterator[None]:
+        """Count a job's texts as in flight; raises RequestError when they would be too many."""
+        count = len(job.items)
+        self.texts.take(job.client, count)
+        if count > 1:
+            self._batches.add(job)
+        try:
+            yield
+        finally:
+            self.texts.give_back(job.client, count)
+            self._batches.discard(job)

@@ -1,0 +1,1 @@
+"""The engine: runs requests. It knows no protocol."""

@@ -1,0 +1,221 @@
+"""The engine: threads that each run one text at a time until it exits.
+
+On a CPU, batching short texts buys nothing: one unpadded sample at a time for each core has both the highest
+throughput and the lowest latency (docs/design.md). ONNX Runtime and the kernels release the GIL while a layer
+runs, so the threads share the model and scale with the cores. At a layer boundary a text can be preempted by
+a more urgent one, so a long text does not delay short ones.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from threading import Thread
+from time import perf_counter, sleep
+
+from model_store.model import Model
+from server.engine.deadlines import Deadlines
+from server.engine.queue import WorkQueue
+from server.engine.run import Result, run, run_group
+from server.engine.work import Item, Job, Outcome, wake
+from server.errors import RequestError
+
+log = logging.getLogger("de3.engine")
+
+# Engine time that a client may have had or been promised more than others, and still be given promises.
+MAX_LEAD_S = 0.1
+STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
+MAX_FAILURES = 100  # steps in a row, after which a thread ends
+
+
+class Engine:
+    """A queue and the threads that empty it.
+
+    `observe` is called with every item that left, by the thread that ran it.
+    """
+
+    def __init__(
+        self, threads: int, max_queue: int, observe: Callable[[Model, Outcome], None] | None = None
+    ) -> None:
+        self.threads = threads
+        self.queue = WorkQueue(max_queue)
+        self._observe = observe
+        self._threads = [
+            Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
+        ]
+        self.deadlines = Deadlines(threads)
+        self._finished = [0] * threads
+        self._seconds = [0.0] * threads
+        self._progress = [0] * threads  # steps and layers begun
+        self._busy = [False] * threads
+        self._failures = [0] * threads  # steps that failed in a row
+        self._checked: list[tuple[int, int]] = [(0, 0)] * threads
+        self.errors = 0  # of what the engine calls, which did not end a thread
+
+    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
+        """Start the threads; each calls warm_up first."""
+        self._warm_ups = [warm_up] * self.threads  # each is let go of, with the models that it refers to
+        for thread in self._threads:
+            thread.start()
+
+    def problem(self) -> str:
+        """What is wrong with the threads, empty if nothing is; to be asked once a second.
+
+        A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not
+        recover. Checks are counted, not seconds: a process that was suspended has not been stuck.
+        """
+        for number, thread in enumerate(self._threads):
+            if not thread.is_alive():
+                return f"engine thread {number} has ended"
+            if self._is_stuck(number):
+                return f"engine thread {number} has made no progress for {STUCK_CHECKS} s"
+        return ""
+
+    def _is_stuck(self, number: int) -> bool:
+        progress, checks = self._checked[number]
+        is_still = self._busy[number] and self._progress[number] == progress
+        self._checked[number] = (self._progress[number], checks + 1 if is_still else 0)
+        return checks >= STUCK_CHECKS
+
+    def retry_after_s(self) -> int:
+        """Seconds until what is pending now will be done, at least 1, by the mean time of a text so far."""
+        mean = sum(self._seconds) / max(1, self.finished)
+        return max(1, math.ceil(len(self.queue) * mean / self.threads))
+
+    def stop(self) -> None:
+        """Finish what was accepted, then end the threads; those that are stuck end with the process."""
+        self.queue.close()
+        for number, thread in enumerate(self._threads):
+            while thread.is_alive() and not self._is_stuck(number):  # not alive if the models never loaded
+                thread.join(1.0)
+
+    def submit(self, job: Job) -> None:
+        """Accept a job; raises RequestError if the queue has no room or its deadline cannot be promised."""
+        if job.deadline is not None:
+            self._promise(job)
+        try:
+            self.queue.put(job)
+        except RequestError:
+            self.deadlines.drop(job)
+            raise
+
+    def _promise(self, job: Job) -> None:
+        """Promise a job's deadline; raises RequestError."""
+        predicted_s = sum(item.predicted_s for item in job.items)
+        lead_s = self.queue.lead(job)
+        # One text may be promised however long it is; a batch counts as what is promised already.
+        if lead_s > MAX_LEAD_S or (lead_s >= 0 and len(job.items) > 1 and lead_s + predicted_s > MAX_LEAD_S):
+            message = (
+                "latency_budget_ms: you have had more than your share of the engine, and others wait; "
+                "try again, or without a budget"
+            )
+            raise RequestError(message, "latency_budget_ms", "over_share", retry_after_s=1)
+        needed_s = self.deadlines.promise(job)
+        if needed_s:
+            assert job.choice.budget_s is not None and job.deadline is not None
+            needed_s += job.submitted + job.choice.budget_s - job.deadline  # and for the response
+            message = (
+                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be kept, the first exit would "
+                f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
+            )
+            raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
+        job.promise()
+
+    def drop(self, job: Job) -> None:
+        """Drop a job; an item that runs stops at its next layer."""
+        self.queue.drop(job)
+        self.deadlines.drop(job)
+
+    @property
+    def finished(self) -> int:
+        """Texts that left, so far, shadows' not counted."""
+        return sum(self._finished)
+
+    def _work(self, number: int) -> None:
+        try:
+            self._warm_ups.pop()()
+        except BaseException:
+            log.exception("an engine thread could not warm up; it goes on")
+        self._failures[number] = 0
+        while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
+            if self._failures[number] > MAX_FAILURES:
+                return  # and the server with it
+
+    def _step(self, number: int) -> bool:
+        """Schedule, run, finish; False once the queue is closed and empty. No error ends the thread."""
+        items: list[Item] = []
+        try:
+            items = self.queue.next(self.threads)
+            self._busy[number] = True
+            self._progress[number] += 1
+            self._finish(self._run(items, number) if items else (), number)
+            self.deadlines.occupy(number, 0.0)
+        except BaseException as error:
+            self.errors += 1
+            log.exception("the engine failed; it goes on")
+            for item in items:
+                item.job.fail(RuntimeError(str(error)))
+            self._failures[number] += 1
+            sleep(0.01)  # it may fail at once again
+            return True
+        finally:
+            self._busy[number] = False
+        self._failures[number] = 0
+        return bool(items)
+
+    def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Result | None]]:
+        """The result of each item: an outcome, an error, or None if it was dropped or preempted."""
+        first = items[0]
+        if first.layer == 0 and first.is_short and 0 < first.predicted_s <= first.job.max_group_s:
+            self.deadlines.occupy(number, perf_counter() + sum(item.predicted_s for item in items))
+            try:
+                results = run_group(items, self.queue)
+            except BaseException:  # one of them; which one shows when each runs alone
+                log.exception("a group of texts failed; each runs alone")
+            else:
+                for item in items:
+                    self.queue.charge(item.job, item.tokenize_s + item.model_s)
+                return results
+        return [(item, self._run_alone(item, number)) for item in items]
+
+    def _run_alone(self, item: Item, number: int) -> Result | None:
+        def occupy(seconds: float) -> None:
+            self._progress[number] += 1
+            if item.job.deadline is None:
+                self.deadlines.occupy(number, perf_counter() + seconds)
+
+        try:
+            if item.job.deadline is not None and item.ends is None:
+                item.ends = self.deadlines.begin(item, number)
+            return run(item, self.queue, occupy)
+        except RequestError as error:
+            return error
+        except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
+            log.exception("an item failed")
+            return RuntimeError("an item failed")
+
+    def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
+        """Record the results of items, and wake those who wait for them."""
+        done: list[tuple[Job, Exception | None]] = []
+        for item, result in results:
+            if isinstance(result, Exception):
+                item.job.fail(result)
+            elif result is not None:
+                if not item.job.is_shadow:
+                    self._finished[number] += 1
+                    self._seconds[number] += result.tokenize_s + result.model_s
+                if item.job.finish(item, result):
+                    done.append((item.job, None))
+                self._report(item, result)
+        if done:
+            wake(done)
+
+    def _report(self, item: Item, outcome: Outcome) -> None:
+        """Call the observer, whose errors are no request's."""
+        if self._observe is None:
+            return
+        try:
+            self._observe(item.job.model, outcome)
+        except BaseException:
+            self.errors += 1
+            if self.errors == 1:  # each text would have one
+                log.exception("a text was answered, but not counted; further such errors are not logged")

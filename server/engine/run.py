@@ -1,0 +1,181 @@
+"""How a text runs: tokenized, then layer by layer until it exits; alone, or in a group of short ones."""
+
+from collections.abc import Callable, Sequence
+from time import perf_counter
+
+from exits.reading import read
+from exits.rule import ExitReason
+from model_store.segments import ForwardPass
+from server.engine.queue import WorkQueue
+from server.engine.work import Item, Outcome
+from server.errors import RequestError
+
+GROUP_OVERRUN = 1.5  # of MAX_GROUP_S, once the tokens of a group are known
+
+Result = Outcome | Exception
+
+
+def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None) -> Outcome | None:
+    """Run one text through the layers until it exits. Calls `occupy(seconds)` before each stretch that cannot
+    be preempted.
+
+    None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
+    """
+    job, model, rule = item.job, item.job.model, item.job.choice.rule
+    if item.tokens is None and not _tokenize(item, queue, occupy):
+        return None
+    assert item.tokens is not None
+    started = last = perf_counter()
+    deepest = model.deepest_exit(rule.max_layer)
+    # At τ = 0 only the deepest exit is needed.
+    may_leave_early = rule.tau > 0 or item.asks_all_exits
+    layer_s = job.served.timing.layer_s(len(item.tokens))
+    reason: ExitReason | None = None
+    for layer in range(item.layer, deepest + 1):
+        if item.ends is not None and item.passed and perf_counter() + layer_s > item.ends:
+            reason = "deadline"
+            break
+        occupy(layer_s)
+        segment = model.segments[layer]
+        asked = segment.is_exit and (may_leave_early or layer == deepest)
+        step = segment.embed(item.tokens, asked) if item.hidden is None else segment.run(item.hidden, asked)
+        item.hidden = step.hidden
+        if step.logits is not None:
+            distances = None if step.distances is None else step.distances.tolist()
+            item.record(layer, read(step.logits.tolist(), distances))
+            reason = _exit_reason(item, deepest)
+            if reason:
+                break
+        now = perf_counter()
+        last, spent = now, now - last
+        if job.is_dropped:
+            queue.charge(job, spent)
+            return None
+        if queue.has_more_urgent_than(item, spent):
+            item.layer = layer + 1
+            item.model_s += now - started
+            queue.requeue(item)
+            return None
+    now = perf_counter()
+    item.model_s += now - started
+    queue.charge(job, now - last)
+    item.hidden = None
+    return _outcome(item, reason)
+
+
+def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
+    """Why an item leaves at the exit that it passed last; None if it does not."""
+    layer, reading = item.passed[-1]
+    if layer == item.job.model.manifest.num_layers:
+        return "last_layer"
+    if item.rule.exits(reading.score):
+        return "threshold"
+    return "max_layer" if layer == deepest else None
+
+
+def _outcome(item: Item, reason: ExitReason | None) -> Outcome:
+    assert item.tokens is not None and reason is not None
+    layer, reading = item.passed[-1]  # at a deadline: the deepest answer so far
+    pending_s = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s
+    if item.is_sampled and item.job.monitor is not None:
+        item.job.monitor.sample(*item.passed[0])
+    return Outcome(
+        layer=layer,
+        reason=reason,
+        reading=reading,
+        passed=item.passed,
+        tokens=len(item.tokens),
+        truncated=item.tokens.truncated,
+        queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
+        tokenize_s=item.tokenize_s,
+        model_s=item.model_s,
+        is_far=item.is_far,
+    )
+
+
+def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> bool:
+    """Tokenize a text piece by piece; False if its job was dropped or it was preempted. Raises RequestError
+    if it is too long and may not be truncated."""
+    job, text = item.job, item.text
+    if item.tokenization is None:
+        item.tokenization = job.model.tokenizer.start(text.text, text.text_pair, job.request.truncate)
+    while True:
+        occupy(job.served.timing.piece_s)
+        started = perf_counter()
+        try:
+            item.tokens = item.tokenization.step()
+        except ValueError as error:
+            queue.charge(job, perf_counter() - started)
+            raise _too_long(item, error) from None
+        finally:
+            spent = perf_counter() - started
+            item.tokenize_s += spent
+        if item.tokens is not None:
+            item.tokenization = None
+            queue.charge(job, spent)
+            return True
+        if job.is_dropped:
+            queue.charge(job, spent)
+            return False
+        if queue.has_more_urgent_than(item, spent):
+            queue.requeue(item)
+            return False
+
+
+def _too_long(item: Item, error: ValueError) -> RequestError:
+    field = f"input[{item.index}]" if len(item.job.items) > 1 else "input"
+    return RequestError(f"{field}: {error}", field, "too_long")
+
+
+def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tuple[Item, Result | None]]:
+    """Run short texts of one model through the kernels in one call; each is computed by itself.
+
+    Texts that turn out to be longer than predicted are requeued, but for the first, and run alone.
+    """
+    started = perf_counter()
+    served = items[0].job.served
+    model, monitor = served.model, items[0].job.monitor
+    encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
+    results: list[tuple[Item, Result | None]] = []
+    passes: list[tuple[Item, ForwardPass]] = []
+    seconds = 0.0
+    for item, encoding in zip(items, encodings, strict=True):
+        job, rule = item.job, item.job.choice.rule
+        if job.is_dropped:
+            continue
+        try:
+            tokens = model.tokenizer.short(encoding, item.text.text_pair is not None, job.request.truncate)
+        except ValueError as error:
+            results.append((item, _too_long(item, error)))
+            continue
+        item.tokens = tokens
+        seconds += served.timing.layer_s(len(tokens)) * model.manifest.num_layers
+        if queue is not None and passes and seconds > GROUP_OVERRUN * job.max_group_s:
+            item.is_short = False
+            queue.requeue(item)
+            continue
+        deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
+        passes.append(
+            (item, ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution))
+        )
+    for item in items:  # those that fail or are requeued have cost it, too
+        item.tokenize_s = (perf_counter() - started) / len(items)
+    if passes:
+        assert model.through is not None
+        model.through([one for _, one in passes], monitor.limits if monitor else None)
+    for item, one in passes:
+        item.model_s = one.seconds
+        results.append((item, _group_outcome(item, one)))
+    return results
+
+
+def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:
+    """The outcome of a pass through the kernels, which decided where it left."""
+    manifest = item.job.model.manifest
+    asked = [passed.exit_layer]
+    if item.asks_all_exits:
+        asked = [m for m in manifest.exit_layers if m <= passed.exit_layer]
+    for layer in asked:
+        distances = passed.distances[layer].tolist() if layer in manifest.prototype_layers else None
+        item.record(layer, read(passed.logits[layer].tolist(), distances))
+    return _outcome(item, _exit_reason(item, passed.deepest))

@@ -1,0 +1,296 @@
+"""What the engine works on: a request, and the job that runs it, with an item for each text."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from time import perf_counter
+
+from exits.reading import Reading
+from exits.rule import ExitReason, ExitRule
+from model_store.model import Model
+from model_store.segments import Array, Tokens
+from model_store.tokenizer import PIECE, Tokenization
+from server.engine.timing import Timing
+from server.ood import OodMonitor
+from server.rules import Choice, Rules
+from server.settings import Wish
+
+# A group shares one call to the kernels, which saves thread switches and trips to memory, but cannot be
+# preempted.
+MAX_GROUP_S = 0.004
+# From the last layer to the response's first byte: of a request, and more for each of its texts.
+REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text, or a pair of texts."""
+
+    text: str
+    text_pair: str | None = None
+
+    @property
+    def chars(self) -> int:
+        """Characters of both."""
+        return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Texts to classify, and how; what every protocol's request becomes.
+
+    Attributes:
+        model: name or name:version; None: the server's first model.
+        explain: report every exit passed.
+        ood: report how unlike the calibration's texts a text is.
+        client: whose request it is: the engine's time is shared between clients.
+        expires_at: when its time is up (perf_counter seconds); None: after the server's `timeout_s` from now.
+        served, job: the model, and what runs it, once they are known: whoever reports on a failed request finds
+            here how far it got.
+    """
+
+    texts: Sequence[Text]
+    wish: Wish = field(default_factory=Wish)
+    model: str | None = None
+    truncate: bool = True
+    explain: bool = False
+    ood: bool = False
+    client: str = ""
+    expires_at: float | None = None
+    served: "Served | None" = None
+    job: "Job | None" = None
+
+    def cancel(self, error: Exception) -> None:
+        """End the wait for its job with an error, if it has one that is not done."""
+        if self.job is not None and not self.job.future.done():
+            self.job.future.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model, how long it takes here, how its τ is chosen, and the monitor of its texts."""
+
+    model: Model
+    timing: Timing
+    rules: Rules
+    monitor: OodMonitor
+
+    @property
+    def max_group_s(self) -> float:
+        """Texts that are predicted to take no longer in all may share a call; 0: one text a call."""
+        return 0.0 if self.model.through is None else MAX_GROUP_S
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Where and why an item left, and what it cost (seconds).
+
+    Attributes:
+        layer: the exit's layer.
+        passed: every exit passed, (layer, reading), the last one being where it left.
+        is_far: whether it was far from every prototype at some exit.
+    """
+
+    layer: int
+    reason: ExitReason
+    reading: Reading
+    passed: list[tuple[int, Reading]]
+    tokens: int
+    truncated: bool
+    queue_s: float
+    tokenize_s: float
+    model_s: float
+    is_far: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One text of a job, and how far it got: at a layer boundary it can be preempted and requeued.
+
+    Attributes:
+        predicted_s: seconds that it is likely to take through every layer.
+        due: when it should be answered (perf_counter seconds); the queue schedules the earliest first.
+        first_exit_s: seconds that it is likely to take to its first exit; known with a deadline only.
+        ends: when it must leave (perf_counter seconds), set as it starts; None: no deadline.
+        layer: the next layer to run.
+        tokenization: the state of its tokenization; None before it began, and when it is done.
+        hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
+        is_sampled: whether it counts for drift.
+        is_short: whether it is tokenized in one step, and may be part of a group.
+        rule: the job's, or a more cautious one once the text is_far from every prototype.
+        passed: every exit passed, with its reading.
+        outcome: there once it left.
+    """
+
+    job: "Job"
+    index: int
+    text: Text
+    predicted_s: float
+    due: float
+    first_exit_s: float = 0.0
+    ends: float | None = None
+    layer: int = 0
+    tokens: Tokens | None = None
+    hidden: Array | None = None
+    tokenization: Tokenization | None = None
+    rule: ExitRule = field(init=False)
+    is_far: bool = False
+    is_sampled: bool = field(init=False)
+    is_short: bool = field(init=False)
+    passed: list[tuple[int, Reading]] = field(default_factory=list)
+    tokenize_s: float = 0.0
+    model_s: float = 0.0
+    outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        self.rule = self.job.choice.rule
+        monitor = self.job.monitor
+        self.is_sampled = monitor is not None and monitor.samples()
+        self.is_short = self.text.chars <= 2 * PIECE
+
+    @property
+    def asks_all_exits(self) -> bool:
+        """Whether every exit is asked, even those at which it cannot leave."""
+        return self.job.asks_all_exits or self.is_sampled
+
+    def record(self, layer: int, reading: Reading) -> None:
+        """Score an exit's reading and keep it; from a text that is far from every prototype on, be cautious."""
+        self.passed.append((layer, reading))
+        reading.score = self.rule.signal.score([passed for _, passed in self.passed])
+        monitor = self.job.monitor
+        if monitor is not None and not self.is_far and monitor.is_far(layer, reading):
+            self.is_far = True
+            self.rule = replace(self.rule, tau=self.rule.tau * monitor.caution)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The items of one request, with the rule they share and the future that waits for them.
+
+    Every item is finished by exactly one engine thread; the last one wakes the event loop. A job is dropped
+    when its client is gone, its time is up or one of its items failed: what has not run then never runs.
+
+    An item is due after its own predicted time and that of the items before it in the batch, so short texts
+    overtake long ones and single texts large batches, but nothing waits forever.
+
+    Attributes:
+        is_shadow: nobody waits for it: it runs while nothing else does.
+        is_dropped: nobody waits for it any more.
+        is_promised: whether its deadline is: it comes before what has none.
+        is_late: whether it will be later than asked for.
+        asks_all_exits: whether each exit is asked, even those at which its items cannot leave.
+        deadline: when the last text must leave (perf_counter seconds); None: there is none.
+        pending: its items in the queue; kept by the queue, as is promised_s, their predicted time if promised.
+    """
+
+    served: Served
+    choice: Choice
+    request: Request
+    future: "asyncio.Future[None]"
+    is_shadow: bool = False
+    submitted: float = field(default_factory=perf_counter)
+    items: list[Item] = field(init=False)
+    is_dropped: bool = False
+    is_promised: bool = False
+    is_late: bool = False
+    asks_all_exits: bool = field(init=False)
+    deadline: float | None = None
+    pending: int = 0
+    promised_s: float = 0.0
+    _left: int = field(init=False)
+    _lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
+        # A deadline needs an answer at any time; a score and a flag need what every exit said.
+        is_flagged = self.monitor is not None and self.monitor.limits is not None
+        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
+        if budget_s is not None:
+            self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
+        due, self.items = self.submitted, []
+        for index, text in enumerate(request.texts):
+            predicted_s = timing.predict(text.chars)
+            due += predicted_s
+            item = Item(self, index, text, predicted_s, due)
+            if budget_s is not None:
+                item.first_exit_s = timing.predict_first_exit(text.chars)
+            self.items.append(item)
+        self._left = len(self.items)
+
+    @property
+    def model(self) -> Model:
+        """The model that runs it."""
+        return self.served.model
+
+    @property
+    def monitor(self) -> OodMonitor | None:
+        """What watches its texts; nothing does a shadow's."""
+        return None if self.is_shadow else self.served.monitor
+
+    @property
+    def client(self) -> str:
+        """Whose it is."""
+        return self.request.client
+
+    @property
+    def max_group_s(self) -> float:
+        """Its texts may be part of a group that is predicted to take no longer; 0: each runs by itself."""
+        # With a deadline by itself, so that it can leave after any layer.
+        return 0.0 if self.deadline is not None or self.is_shadow else self.served.max_group_s
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its texts, as far as they are known."""
+        return sum(len(item.tokens) for item in self.items if item.tokens)
+
+    @property
+    def finished(self) -> int:
+        """Texts that left."""
+        return len(self.items) - self._left
+
+    def promise(self) -> None:
+        """Its deadline is promised: it overtakes what has none."""
+        assert self.deadline is not None
+        self.is_promised = True
+        for item in self.items:
+            item.due = self.deadline
+
+    def finish(self, item: Item, outcome: Outcome) -> bool:
+        """Record an item's outcome; whether it was the last. Called by an engine thread."""
+        item.outcome = outcome
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+    def labels(self) -> list[str]:
+        """The label of each text; of a job that is done."""
+        names = self.model.manifest.labels
+        return [names[item.outcome.reading.label] for item in self.items if item.outcome is not None]
+
+    def release(self) -> None:
+        """Let go of the items, which refer back to it: large texts must not wait for the garbage collector."""
+        self.items = []
+        self.request.job = None
+
+    def fail(self, error: Exception) -> None:
+        """Fail the whole request with one item's error; called by an engine thread."""
+        self.is_dropped = True
+        wake([(self, error)])
+
+
+def wake(jobs: list[tuple[Job, Exception | None]]) -> None:
+    """Tell the event loop that jobs are done or failed: once for all, as waking it costs a thread switch."""
+
+    def settle() -> None:
+        for job, error in jobs:
+            if job.future.done():  # the client went away, or another item failed first
+                continue
+            if error is None:
+                job.future.set_result(None)
+            else:
+                job.future.set_exception(error)
+
+    with suppress(RuntimeError):  # the event loop is closed: nobody is waiting
+        jobs[0][0].future.get_loop().call_soon_threadsafe(settle)

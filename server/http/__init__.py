@@ -1,0 +1,1 @@
+"""The HTTP side: connections, protocols, keys and what reports on requests."""

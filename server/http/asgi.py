@@ -1,0 +1,96 @@
+"""One request of a connection, as an ASGI application receives and answers it."""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp, Message, Scope
+
+from server.errors import RequestError
+
+if TYPE_CHECKING:
+    from server.http.connection import Connection
+
+log = logging.getLogger("de3")
+
+
+class AsgiRequest:
+    """The request's scope and messages; writes the response to the connection."""
+
+    __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start", "_waiter")
+
+    def __init__(self, connection: "Connection", scope: Scope, body: bytes | RequestError) -> None:
+        self._connection, self._scope = connection, scope
+        self._body: bytes | RequestError | None = body
+        self._start: Message | None = None  # of an answer, until its body begins
+        self._chunked = False
+        self._is_head = scope["method"] == "HEAD"
+        self._over = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def run(self, app: ASGIApp) -> None:
+        """Let the application answer."""
+        try:
+            await app(self._scope, self.receive, self.send)
+        except Exception:  # the framework raises it again after it answered 500
+            log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
+        finally:
+            if not self._over:
+                self._over = True
+                self._connection.broken()
+
+    async def receive(self) -> Message:
+        """The whole body; then, once it is over, that it is. Raises RequestError where the body could not be
+        read."""
+        body, self._body = self._body, None
+        if isinstance(body, RequestError):
+            raise body
+        if body is not None:
+            return {"type": "http.request", "body": body, "more_body": False}
+        if not (self._over or self._connection.is_gone):
+            self._waiter = self._connection.loop.create_future()
+            await self._waiter
+        return {"type": "http.disconnect"}
+
+    def end(self) -> None:
+        """It is over, or its client is gone."""
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def send(self, message: Message) -> None:
+        """Write an answer's head or a part of its body; waits while the client does not read."""
+        connection = self._connection
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        if connection.is_gone:
+            self._over = True
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        if self._start is not None:
+            self._write_head(self._start, body, more)
+            self._start = None
+        elif not self._is_head:
+            connection.write_more(self._framed(body, more))
+        if more:
+            await connection.drain()
+        else:
+            self._over = True
+            self.end()
+            connection.answered()
+
+    def _write_head(self, start: Message, body: bytes, more: bool) -> None:
+        headers = list(start.get("headers", ()))
+        status = start["status"]
+        if not any(name == b"content-length" for name, _ in headers) and status not in (204, 304):
+            self._chunked = True
+            headers.append((b"transfer-encoding", b"chunked"))
+        if not self._connection.keeps_alive:
+            headers.append((b"connection", b"close"))
+        self._connection.write(status, headers, b"" if self._is_head else self._framed(body, more))
+
+    def _framed(self, body: bytes, more: bool) -> bytes:
+        if not self._chunked:
+            return body
+        chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""
+        return chunk if more else chunk + b"0\r\n\r\n"

@@ -1,0 +1,175 @@
+"""A request to classify, in any protocol: read, parse, infer, serialize.
+
+Plain ASGI: a web framework's routing and request objects would cost as much as an encoder layer.
+"""
+
+import asyncio
+import logging
+from time import perf_counter
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from server.engine.work import Job, Request
+from server.errors import RequestError
+from server.http import errors
+from server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
+from server.http.exchange import HEADER, Exchange, request_id
+from server.http.frontend import Frontend
+from server.http.protocol import LARGE_BODY_BYTES, Protocol
+from server.infer import infer, timed_out
+
+log = logging.getLogger("de3")
+
+
+async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, protocol: Protocol) -> None:
+    """Answer one request; every outcome is counted."""
+    exchange = Exchange(request_id(scope), scope, scope.get("de3.started") or perf_counter())
+    service, body, timing = frontend.service, b"", ""
+    failure: RequestError | None = None
+    service.in_flight += 1
+    try:
+        job = await _classify(exchange, receive, frontend, protocol)
+        body = protocol.serialize(exchange.id, job)
+        timing = _timing(job, exchange.started, perf_counter())
+        exchange.status = 200
+    except RequestError as error:
+        failure = error
+    except ClientDisconnect:  # nobody reads an answer
+        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+    except Exception:
+        log.exception("request %s failed", exchange.id)
+        failure = RequestError("internal error; the server's log has the details", cause="internal")
+    finally:
+        service.in_flight -= 1
+        if failure is not None:
+            exchange.status, exchange.cause = errors.STATUSES[failure.cause], failure.cause
+        exchange.ended = perf_counter()
+        _count(exchange, frontend)
+    # No longer in flight: a client that reads slowly takes up no one's share.
+    if failure is not None:
+        await errors.response(failure, exchange.id, protocol.error(failure))(scope, receive, send)
+    elif body:
+        await _send(send, exchange.id, body, timing)
+    frontend.report(exchange)
+    if exchange.job is not None:
+        exchange.job.release()
+
+
+def _count(exchange: Exchange, frontend: Frontend) -> None:
+    metrics = frontend.service.metrics
+    if exchange.cause is not None:
+        metrics.rejected.labels(exchange.cause).inc()
+    metrics.requests.labels(exchange.model, str(exchange.status)).inc()
+    if exchange.status in (200, 504):  # refusals are quick, and would distort the latency
+        metrics.request_latency.labels(exchange.model).observe(exchange.ended - exchange.started)
+
+
+async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, protocol: Protocol) -> Job:
+    """Read, parse and run a request; raises RequestError or ClientDisconnect."""
+    service, scope = frontend.service, exchange.scope
+    service.check_open()
+    exchange.owner = frontend.access.user(scope)
+    settings = service.settings
+    body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
+    client = frontend.client(scope, exchange.owner)
+    charge = frontend.access.charge(exchange.owner)
+    if len(body) > BYTES_PER_TEXT:
+        charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
+    try:
+        if len(body) <= LARGE_BODY_BYTES:
+            request = protocol.parse(body, settings.max_texts)
+        else:
+            request = await _parse_in_turn(body, client, exchange, frontend, protocol)
+    except RequestError:
+        charge.settle(1)
+        raise
+    charge.raise_to(len(request.texts))
+    exchange.request = request
+    request.client, request.expires_at = client, exchange.started + settings.timeout_s
+    connection = scope.get("de3.connection")
+    if connection is not None:
+        connection.on_gone = lambda: request.cancel(ClientDisconnect())
+    try:
+        return await infer(request, service)
+    finally:  # also of a request that failed: it pays for what ran
+        if connection is not None:
+            connection.on_gone = None
+        if request.job is not None:
+            tokens = (len(item.tokens) for item in request.job.items if item.tokens)
+            charge.settle(sum(-(-count // TOKENS_PER_TEXT) for count in tokens))
+
+
+async def _parse_in_turn(
+    body: bytes, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
+) -> Request:
+    """The request in a large body; raises RequestError, or ClientDisconnect if its client leaves meanwhile."""
+    settings, connection = frontend.service.settings, exchange.scope.get("de3.connection")
+    task = asyncio.current_task()
+    assert task is not None
+    if connection is not None:
+        connection.on_gone = task.cancel  # it must not wait on with its body in memory
+    left_s = exchange.started + settings.timeout_s - perf_counter()
+    try:
+        async with asyncio.timeout(left_s), frontend.lane.turn(client):
+            return protocol.parse(body, settings.max_texts)
+    except TimeoutError:
+        raise timed_out(settings.timeout_s) from None
+    except asyncio.CancelledError:
+        if connection is None or not connection.is_gone:
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        if connection is not None:
+            connection.on_gone = None
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
+    """A request's body; raises RequestError as soon as it is too large, or when it does not arrive in time."""
+    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit() and int(value) > limit:
+            raise too_large
+    chunks: list[bytes] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(timeout_s):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > limit:
+                    raise too_large
+                chunks.append(chunk)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        reason = f"the body did not arrive within {timeout_s:g} s"
+        raise RequestError(reason, cause="slow_body") from None
+    return b"".join(chunks)
+
+
+def _timing(job: Job, started: float, ended: float) -> str:
+    """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
+    outcomes = [item.outcome for item in job.items if item.outcome]
+    queue = max([o.queue_s for o in outcomes])
+    tokenize = sum([o.tokenize_s for o in outcomes])
+    model = sum([o.model_s for o in outcomes])
+    return (
+        f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
+        f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "
+        f"total;dur={1000 * (ended - started):.3f}"
+    )
+
+
+async def _send(send: Send, request_id: str, body: bytes, timing: str) -> None:
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"server-timing", timing.encode()),
+        (HEADER, request_id.encode()),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

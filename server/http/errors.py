@@ -1,0 +1,72 @@
+"""Errors as HTTP clients see them: {"error": {"message", "type", "param", "code"}}."""
+
+import orjson
+from starlette.responses import Response
+
+from server.errors import Cause, RequestError
+
+TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    409: "ConflictError",
+    413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+    504: "TimeoutError",
+}
+STATUSES: dict[Cause, int] = {
+    "bad_request": 422,
+    "malformed": 400,
+    "not_json": 400,
+    "unknown_field": 422,
+    "unknown_model": 404,
+    "too_large": 413,
+    "too_long": 422,
+    "slow_body": 408,
+    "loading": 503,
+    "queue_full": 503,
+    "shed": 503,
+    "budget": 503,
+    "timeout": 504,
+    "client_gone": 499,  # nobody reads it: for the metrics and the log
+    "no_key": 401,
+    "rate_limited": 429,
+    "over_share": 429,
+    "other_origin": 403,
+    "conflict": 409,
+    "bad_artifact": 422,
+    "internal": 500,
+}
+
+
+def body(status: int, message: str, param: str | None = None) -> bytes:
+    """The body of an error, in OpenAI's format as vLLM uses it."""
+    kind = TYPES.get(status, "Error")
+    return orjson.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}})
+
+
+def openai_body(error: RequestError) -> bytes:
+    """The body of a request's error, in OpenAI's format."""
+    return body(STATUSES[error.cause], error.message, error.field)
+
+
+def plain_response(status: int, message: str) -> Response:
+    """An error that is none of a request's: of a path or a method."""
+    return Response(body(status, message), status, media_type="application/json")
+
+
+def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
+    """The HTTP response to a request's error; content: its body, in OpenAI's format if not given."""
+    headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    if error.cause == "no_key":
+        headers["WWW-Authenticate"] = "Bearer"
+    if request_id is not None:
+        headers["X-Request-ID"] = request_id
+    content = openai_body(error) if content is None else content
+    return Response(content, STATUSES[error.cause], headers, "application/json")

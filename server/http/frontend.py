@@ -1,0 +1,117 @@
+"""What all HTTP requests share: who may send them, what they may take, and who reports on them."""
+
+from collections.abc import Mapping
+
+from starlette.types import Receive, Scope, Send
+
+from server.errors import RequestError
+from server.http import errors
+from server.http.access import Access
+from server.http.clients import Clients
+from server.http.exchange import HEADER, Exchange, Reporter, request_id
+from server.http.lane import Lane
+from server.http.protocol import Protocol
+from server.http.request_log import RequestLog
+from server.http.traces import Traces, provider
+from server.service import Service
+from server.shares import Shares
+
+
+class Frontend:
+    """The HTTP side of a service. Connections ask it before they read a body (listener.py: Gate).
+
+    Attributes:
+        protocols: by path.
+        bytes_in_flight: the shares of the bytes of bodies in flight.
+        lane: where large bodies take turns to be parsed.
+    """
+
+    def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
+        """protocols: by path."""
+        settings = service.settings
+        self.service, self.protocols = service, protocols
+        self.access = Access(settings)
+        self._clients = Clients(settings.trusted_proxies)
+        self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
+        self.lane = Lane()
+        self._reporters: list[Reporter] = []
+        if settings.log_requests or settings.log_texts:
+            self._reporters.append(RequestLog(settings.log_format, settings.log_texts))
+        self._traces = Traces(provider()) if settings.traces else None
+        if self._traces is not None:
+            self._reporters.append(self._traces)
+        objective = f"overloaded: the objective of {settings.slo_p99_ms or 0:g} ms could not be kept"
+        self._shed_error = RequestError(objective, cause="shed", retry_after_s=1)
+        # Made once: an overloaded server sends little else.
+        self._shed_response = errors.response(self._shed_error)
+        metrics, status = service.metrics, str(self._shed_response.status_code)
+        self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
+
+    def is_classify(self, scope: Scope) -> bool:
+        """Whether a request is to classify."""
+        return scope["method"] == "POST" and route_path(scope) in self.protocols
+
+    def admit(self, scope: Scope) -> str | None:
+        """The client whose request this is; None if no body is needed to answer it. Raises RequestError for a
+        request that is refused whatever its body says."""
+        if not self.is_classify(scope):
+            needs_body = self.access.check(route_path(scope), scope)
+            return self.client(scope, "") if needs_body else None
+        if self.sheds(scope):
+            raise self._shed_error
+        self.service.check_open()
+        return self.client(scope, self.access.user(scope))
+
+    def client(self, scope: Scope, owner: str) -> str:
+        """Who shares what is limited: the owner of an API key, else an address."""
+        return f"key {owner}" if owner else self._clients.name(scope)
+
+    def address(self, peer: tuple[str, int] | None) -> str:
+        """The address, or the IPv6 network, of a connection's other end."""
+        return self._clients.name({"client": peer, "headers": []})
+
+    def sheds(self, scope: Scope) -> bool:
+        """Whether a request to classify is refused to keep the latency objective."""
+
+        def client() -> str | None:
+            try:
+                return self.client(scope, self.access.user(scope))
+            except RequestError:
+                return None
+
+        return self.service.admission.sheds(client)
+
+    async def shed(self, scope: Scope, _: Receive, send: Send) -> None:
+        """Answer a request that is shed."""
+        for counter in self._shed_counters:
+            counter.inc()
+        response = self._shed_response
+        exchange = Exchange(request_id(scope), scope, status=response.status_code, cause="shed")
+        headers = [*response.raw_headers, (HEADER, exchange.id.encode())]
+        await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await send({"type": "http.response.body", "body": response.body})
+        exchange.ended = exchange.started
+        self.report(exchange)
+
+    def malformed(self) -> None:
+        """Count a request that is no HTTP."""
+        self.service.metrics.rejected.labels("malformed").inc()
+
+    def dropped(self, reason: str) -> None:
+        """Count a connection that was closed at a limit."""
+        self.service.metrics.dropped_connections.labels(reason).inc()
+
+    def report(self, exchange: Exchange) -> None:
+        """Log and trace a request that is over, as far as that was asked for."""
+        for reporter in self._reporters:
+            reporter(exchange)
+
+    def stop(self) -> None:
+        """Send the last traces."""
+        if self._traces is not None:
+            self._traces.stop()
+
+
+def route_path(scope: Scope) -> str:
+    """The path below the prefix under which a proxy or Ray serves this application."""
+    return str(scope["path"]).removeprefix(scope.get("root_path", ""))

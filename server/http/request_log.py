@@ -1,0 +1,47 @@
+"""One log line for each request to classify."""
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+from server.http.exchange import Exchange
+
+log = logging.getLogger("de3.requests")
+
+
+class RequestLog:
+    """Logs a line for each request; the texts themselves, which are users' data, only `with_texts`."""
+
+    def __init__(self, style: str, with_texts: bool) -> None:
+        self._style, self._with_texts = style, with_texts
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Log one request."""
+        ms = 1000 * (exchange.ended - exchange.started)
+        fields: dict[str, Any] = {
+            "request_id": exchange.id,
+            "model": exchange.model,
+            "status": exchange.status,
+            "duration_ms": round(ms, 3),
+        }
+        if exchange.owner:
+            fields["owner"] = exchange.owner
+        if exchange.cause:
+            fields["cause"] = exchange.cause
+        if exchange.job is not None:
+            outcomes = [item.outcome for item in exchange.job.items if item.outcome]
+            fields |= {
+                "texts": len(exchange.job.items),
+                "tokens": sum(o.tokens for o in outcomes),
+                "tau": exchange.job.choice.rule.tau,
+                "exit_layers": [o.layer for o in outcomes],
+                "exit_reasons": sorted({o.reason for o in outcomes}),
+                "queue_ms": round(1000 * max((o.queue_s for o in outcomes), default=0.0), 3),
+                "model_ms": round(1000 * sum(o.model_s for o in outcomes), 3),
+            }
+            if self._with_texts:
+                fields["input"] = [asdict(item.text) for item in exchange.job.items]
+        if self._style == "json":
+            log.info("request", extra=fields)
+        else:
+            log.info(" ".join(f"{name}={value!r}" for name, value in fields.items()))

@@ -1,0 +1,82 @@
+"""From a request to its answer: what lies between the protocols and the engine.
+
+Every protocol calls `infer`, and nothing below it knows HTTP.
+"""
+
+import asyncio
+from dataclasses import replace
+from time import perf_counter
+
+from server.engine.work import Job, Request, Served
+from server.errors import RequestError
+from server.service import Service
+
+
+async def infer(request: Request, service: Service) -> Job:
+    """Classify the texts of a request; the job that is done has the outcomes.
+
+    Raises RequestError when the request is not answered. `request.cancel(error)` ends it, and raises error.
+    """
+    service.check_open()
+    request.served = served = service.models.get(request.model)
+    choice = served.rules.of(request.wish, service.admission.level)
+    request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
+    with service.admission.admit(job):
+        await _wait(job, service)
+    shadow = service.models.shadow_of(served)
+    if shadow is not None:
+        _run_shadow(shadow, job, service)
+    service.metrics.answered(job)
+    return job
+
+
+async def _wait(job: Job, service: Service) -> None:
+    """Submit a job and wait until it is done, its time is up or it is cancelled."""
+    service.engine.submit(job)
+    timeout_s = service.settings.timeout_s
+    expires_at = job.request.expires_at
+    left_s = timeout_s if expires_at is None else expires_at - perf_counter()
+    timer = job.future.get_loop().call_later(left_s, job.request.cancel, timed_out(timeout_s))
+    try:
+        await job.future
+    except BaseException:
+        # What is pending leaves the queue at once, and what runs stops at its next layer.
+        service.engine.drop(job)
+        raise
+    finally:
+        timer.cancel()
+
+
+def timed_out(timeout_s: float) -> RequestError:
+    """The error of a request whose time is up."""
+    return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
+
+
+def _run_shadow(shadow: Served, job: Job, service: Service) -> None:
+    """Let a shadow model run the texts of a job that is done, and count where its labels differ.
+
+    It runs while nothing else is pending and is preempted after each layer, so that a server without idle
+    time runs none. Its answers go to nobody.
+    """
+    if len(job.items) > service.engine.queue.shadow_room:
+        return
+    future = asyncio.get_running_loop().create_future()
+    try:
+        choice = shadow.rules.of(job.request.wish, service.admission.level)
+        request = Request(job.request.texts)
+        second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
+        service.engine.submit(second)
+    except RequestError:  # a wish that this version cannot fulfil, or no room
+        return
+    labels, names = job.labels(), (job.model.full_name, shadow.model.full_name)
+
+    def compare(done: "asyncio.Future[None]") -> None:
+        if done.cancelled() or done.exception() is not None:
+            return
+        shadow_labels = second.labels()
+        second.release()
+        service.metrics.shadow_texts.labels(*names).inc(len(labels))
+        different = sum(a != b for a, b in zip(labels, shadow_labels, strict=True))
+        service.metrics.shadow_disagreements.labels(*names).inc(different)
+
+    future.add_done_callback(compare)

@@ -1,0 +1,41 @@
+"""Jobs of a model that exists in name only, for the tests of the queue and of the deadlines."""
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from exits.rule import ExitRule
+from exits.signals import Edr
+from server.engine.work import Job, Request, Text
+from server.rules import Choice
+from server.settings import Wish
+
+LOOP = asyncio.new_event_loop()
+NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, caution=1.0)
+
+
+def job(
+    texts: Sequence[str],
+    full_s: Sequence[float],
+    *,
+    model: Any = None,
+    max_group_s: float = 0.0,
+    layer_s: float = 0.0,
+    first_exit_s: Sequence[float] = (),
+    budget_s: float | None = None,
+    best_effort: bool = False,
+    client: str = "",
+    submitted: float | None = None,
+    is_shadow: bool = False,
+) -> Job:
+    """A job whose texts are predicted to take `full_s` seconds each through every layer."""
+    full, first = iter(full_s), iter(first_exit_s)
+    timing: Any = SimpleNamespace(
+        predict=lambda _: next(full), predict_first_exit=lambda _: next(first), layer_s=lambda _: layer_s
+    )
+    served: Any = SimpleNamespace(model=model, timing=timing, monitor=NO_MONITOR, max_group_s=max_group_s)
+    request = Request([Text(text) for text in texts], Wish(best_effort=best_effort), client=client)
+    choice = Choice(ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
+    new = {} if submitted is None else {"submitted": submitted}
+    return Job(served, choice, request, LOOP.create_future(), is_shadow, **new)
