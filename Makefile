@@ -6,6 +6,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
+NATIVE := $(wildcard native/*.c native/*.h)
 
 .PHONY: serve test lint sanitize format setup clean
 
@@ -32,12 +33,12 @@ setup: $(DEV)/ready
 
 # The environment is made anew only when pyproject.toml or the kernels changed. Serving has one of its own, so that it
 # installs neither torch nor transformers.
-$(SERVE)/ready: pyproject.toml native/kernels.c
+$(SERVE)/ready: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(SERVE)
 	$(SERVE)/bin/pip install --quiet --editable .
 	touch $@
 
-$(DEV)/ready: pyproject.toml native/kernels.c
+$(DEV)/ready: pyproject.toml $(NATIVE)
 	$(PYTHON) -m venv $(DEV)
 	$(DEV)/bin/pip install --quiet --editable '.[dev]'
 	touch $@

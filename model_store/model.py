@@ -43,7 +43,7 @@ class Model:
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
         runtime: what runs them: native or onnxruntime.
-        through: takes several samples through all layers at once; None unless native.
+        through: runs several samples through all layers in one call; None unless native.
     """
 
     def __init__(self, artifact: Artifact, runtime: str = "auto") -> None:
@@ -172,15 +172,15 @@ def check(artifact: Artifact) -> str:
 def _kernels_of(artifact: Artifact, graphs: Sequence[Any]) -> tuple[Any, Any]:
     """The kernels, and their model of an artifact; raises NoKernelsError."""
     try:
-        from native import kernels, segments
+        from native import graph_reader, kernels
     except ImportError as error:  # not built, or onnx is not installed
         raise NoKernelsError(str(error)) from None
     manifest = artifact.manifest
     if manifest.precision != "int8":
         raise NoKernelsError("only int8 artifacts have kernels")
-    shapes = segments.Shapes(manifest.hidden_size, len(manifest.labels), manifest.metric_dim)
+    shapes = graph_reader.Shapes(manifest.hidden_size, len(manifest.labels), manifest.metric_dim)
     exits, spaces = set(manifest.exit_layers), set(manifest.prototype_layers)
-    return kernels, segments.load(graphs, manifest.pooling == "mean", exits, spaces, shapes)
+    return kernels, graph_reader.load(graphs, manifest.pooling == "mean", exits, spaces, shapes)
 
 
 def check_segment(artifact: Artifact, layer: int, data: bytes) -> Any:

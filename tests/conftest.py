@@ -4,8 +4,10 @@ import importlib.util
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -29,6 +31,29 @@ GOOD = "good great lovely superb fine warm funny charming bright fresh".split() 
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905
 FILLER = "the a film movie plot actor scene it is was and with of this one story very quite".split()  # noqa: SIM905
 OTHER = "not never but ##s".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Any]:
+    """The kernels, those of the reference where this machine has no faster ones."""
+    module = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
+    if not module.supported():
+        module.use("reference")
+    yield module
+    module.use("")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Kernels of this name instead of the best."""
+    from native import kernels
+
+    before = kernels.supported()
+    kernels.use(name)
+    try:
+        yield
+    finally:
+        kernels.use(before)
 
 
 def make_rows(count: int, seed: int) -> list[tuple[str, str]]:

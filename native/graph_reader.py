@@ -1,5 +1,4 @@
-"""An artifact's int8 segments for the kernels: the weights of its ONNX graphs, if those compute what kernels
-do.
+"""Reads an artifact's int8 ONNX graphs into a model of the kernels, if they compute what the kernels compute.
 
 A graph is read node by node. Whatever export/graph.py would not have built (another operator, attribute,
 type, shape or connection) has no kernels, and ONNX Runtime runs it.
@@ -45,7 +44,7 @@ class Shapes:
 
 
 class _Reader:
-    """Reads a graph's nodes in their order, and raises NoKernelsError for the first that is another one."""
+    """Reads a graph's nodes in their order, and raises NoKernelsError at the first unexpected one."""
 
     def __init__(self, graph: Any, weights: dict[str, Any]) -> None:
         """weights: the graph's initializers, or those of the graph around a branch, by name."""
@@ -146,7 +145,7 @@ class _Layer:
 
 
 def load(graphs: Sequence[Any], mean: bool, exits: set[int], spaces: set[int], shapes: Shapes) -> Any:
-    """A kernels' model of the segments in these GraphProtos, index = layer; raises NoKernelsError.
+    """Build the kernels' model of the segments in these GraphProtos, index = layer; raises NoKernelsError.
 
     mean: whether exits see the mean of the tokens, else the first one. exits: the layers that have one.
     spaces: those whose exit has a metric space.
