@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-if path := os.environ.get("DE3_TEST_KERNELS"):  # those that tests/sanitize.sh built
+if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh built
     spec = importlib.util.spec_from_file_location("native.kernels", path)
     assert spec is not None and spec.loader is not None
     sys.modules["native.kernels"] = module = importlib.util.module_from_spec(spec)
