@@ -51,7 +51,7 @@ class _ModelGauges(Collector):
         """The gauges; no drift for a model whose window is not full yet, no accuracy without calibration."""
         tau = GaugeMetricFamily(
             "de3_tau",
-            "τ in force for requests without a wish of their own; raised under load",
+            "τ in force for requests that choose none; raised under load",
             labels=["model"],
         )
         full = GaugeMetricFamily(
@@ -81,7 +81,7 @@ class Metrics:
     """All metrics, in a registry of their own."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: the most layers that a served model has. in_force: the choice for requests without a wish."""
+        """deepest: the most layers that a served model has. in_force: the choice for requests without options."""
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)

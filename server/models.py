@@ -60,12 +60,12 @@ def newest(store: Store) -> list[Artifact]:
 def load(artifact: Artifact, settings: Settings) -> Served:
     """Load a model and warm it up, so that no request pays for first runs.
 
-    Raises StoreError, or ValueError for a wish in the settings that the model cannot fulfil.
+    Raises StoreError, or ValueError for exit options in the settings that the model cannot fulfil.
     """
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except RequestError as error:  # the same as a request with this wish would get
+    except RequestError as error:  # the same as a request with these options would get
         raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
     model = Model(artifact, settings.runtime)
     try:

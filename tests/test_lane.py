@@ -13,6 +13,7 @@ from server.errors import RequestError
 from server.http.classify import parse
 from server.http.errors import STATUSES
 from server.http.lane import Lane
+from server.http.protocol import Call
 from tests.serving import serving, until
 
 
@@ -91,12 +92,12 @@ def test_after_a_turn_others_have_as_long() -> None:
 )
 def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, says: str) -> None:
     with pytest.raises(RequestError, match=says) as error:
-        parse(body, 256)
+        parse(Call(body))
     assert STATUSES[error.value.cause] == status
 
 
 def test_ignored_fields_may_hold_anything() -> None:
-    request = parse(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}', 256)
+    request = parse(Call(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}'))
     assert request.texts == [Text("a")]
 
 

@@ -11,7 +11,7 @@ import pytest
 from server.engine.work import Job, Request, Text
 from server.errors import RequestError
 from server.http.app import PROTOCOLS
-from server.http.protocol import Protocol
+from server.http.protocol import Call, Protocol
 from server.service import Service
 from server.settings import Settings
 from tests.serving import Server, until
@@ -19,15 +19,15 @@ from tests.serving import Server, until
 KEY = "alice-has-a-long-key"
 
 
-def parse(body: bytes, max_texts: int) -> Request:
+def parse(call: Call) -> Request:
     """{"inputs": text or [texts]}."""
     try:
-        inputs = orjson.loads(body)["inputs"]
+        inputs = orjson.loads(call.body)["inputs"]
         texts = [Text(text + "") for text in (inputs if isinstance(inputs, list) else [inputs])]
     except (ValueError, KeyError, TypeError):
         raise RequestError("inputs: must be a text or a list of texts", "inputs") from None
-    if not 0 < len(texts) <= max_texts:
-        raise RequestError(f"inputs: 1 to {max_texts} texts are allowed, got {len(texts)}", "inputs")
+    if not 0 < len(texts) <= call.max_texts:
+        raise RequestError(f"inputs: 1 to {call.max_texts} texts are allowed, got {len(texts)}", "inputs")
     return Request(texts)
 
 

@@ -57,11 +57,11 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             service.metrics.rejected.labels("other_origin").inc()
             await errors.response(OTHER_ORIGIN, request_id(scope))(scope, receive, send)
-        elif frontend.is_classify(scope):
+        elif (match := frontend.protocol(scope)) is not None:
             if frontend.sheds(scope):
                 await frontend.shed(scope, receive, send)
             else:
-                await answer(scope, receive, send, frontend, frontend.protocols[route_path(scope)])
+                await answer(scope, receive, send, frontend, *match)
         else:
             send = _with_headers(send, scope)
             try:

@@ -22,8 +22,8 @@ from exits.reading import Reading
 from exits.signals import MAX_LAM
 from server.engine.work import Item, Job, Request, Text
 from server.errors import RequestError
-from server.http.protocol import LARGE_BODY_BYTES, Protocol
-from server.settings import MAX_BUDGET_MS, Wish
+from server.http.protocol import LARGE_BODY_BYTES, Call, Protocol
+from server.settings import MAX_BUDGET_MS, ExitOptions
 
 MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
 ALLOWED = {
@@ -125,25 +125,26 @@ class ClassifyRequest(BaseModel):
 
     @model_validator(mode="after")
     def _check_together(self) -> "ClassifyRequest":
-        _ = self.wish
+        _ = self.options
         return self
 
     @property
-    def wish(self) -> Wish:
+    def options(self) -> ExitOptions:
         """The fields that decide where its texts leave."""
-        return Wish(**{name: getattr(self, name) for name in WISH_FIELDS})
+        return ExitOptions(**{name: getattr(self, name) for name in OPTION_FIELDS})
 
 
-WISH_FIELDS = [field.name for field in fields(Wish)]
+OPTION_FIELDS = [field.name for field in fields(ExitOptions)]
 KNOWN = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
 IGNORED = ("user", "rid", "priority")
 
 
-def parse(body: bytes, max_texts: int) -> Request:
-    """The request in a body; raises RequestError for what is not JSON or has a wrong value.
+def parse(call: Call) -> Request:
+    """The request in a call; raises RequestError for what is not JSON or has a wrong value.
 
     Cheap checks come first: pydantic's errors for 100,000 unknown fields would take a quarter of a second.
     """
+    body, max_texts = call.body, call.max_texts
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
         raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
@@ -171,7 +172,7 @@ def parse(body: bytes, max_texts: int) -> Request:
         parsed = ClassifyRequest.model_validate(value)
     except ValidationError as error:
         raise _explain(error) from None
-    return Request(parsed.input, parsed.wish, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
+    return Request(parsed.input, parsed.options, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
 
 
 def _explain(error: ValidationError) -> RequestError:
@@ -179,7 +180,7 @@ def _explain(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:
-        # From Wish, whose message begins with the field; or the body is not an object.
+        # From ExitOptions, whose message begins with the field; or the body is not an object.
         text = str(first["ctx"]["error"]) if kind == "value_error" else ""
         text = text or 'the body must be a JSON object like {"input": "a text"}'
         return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
