@@ -9,6 +9,7 @@ class Reading:
     """An exit's classification of one sample, and what the signals are computed from.
 
     Attributes:
+        logits: K of them.
         probs: class probabilities, K of them.
         label: the most probable class (ties: lowest index).
         entropy: the local signal, in [0, 1].
@@ -17,6 +18,7 @@ class Reading:
         score: the signal's score at this exit, in [0, 1]; None until it is asked, and where it has none.
     """
 
+    logits: list[float]
     probs: list[float]
     label: int
     entropy: float
@@ -46,13 +48,13 @@ def read(logits: list[float], distances: list[float] | None) -> Reading:
     entropy = (log(total) - mean) / log(len(logits))
     entropy = min(max(entropy, 0.0), 1.0)  # in this order NaN stays NaN, which is below no τ
     if distances is None:
-        return Reading(probs, label, entropy, None, None)
+        return Reading(logits, probs, label, entropy, None, None)
     second = 1 - label if len(logits) == 2 else _second(logits, label)
     # Rounding in float32 can leave a cosine distance slightly outside [0, 2].
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    return Reading(probs, label, entropy, ratio, min(distances))
+    return Reading(logits, probs, label, entropy, ratio, min(distances))
 
 
 def _second(logits: list[float], first: int) -> int:

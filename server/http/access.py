@@ -22,7 +22,9 @@ MAX_FILE_BYTES = 2**20
 # What counts as one text for the rate limit, beside a text itself.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
 # Paths that reveal nothing of users or texts.
-_OPEN = re.compile(r"/(|health|ready|metrics|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)")
+_OPEN = re.compile(
+    r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
+)
 _COMMENT = re.compile(r"(^|\s)#.*")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")

@@ -21,14 +21,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
 from server.errors import RequestError
-from server.http import admin, errors, examples
+from server.http import admin, errors, examples, hugging_face, open_inference, tei
 from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
 from server.http.frontend import Frontend, route_path
 from server.http.protocol import Protocol
 
-PROTOCOLS: dict[str, Protocol] = {"/classify": CLASSIFY, "/v1/classify": CLASSIFY}
+PROTOCOLS: dict[str, Protocol] = {
+    "/classify": CLASSIFY,
+    "/v1/classify": CLASSIFY,
+    "/": hugging_face.TEXT_CLASSIFICATION,
+    "/predict": tei.PREDICT,
+    "/v2/models/{model}/infer": open_inference.INFER,
+    "/v2/models/{model}/versions/{version}/infer": open_inference.INFER,
+}
 READ_METHODS = ("GET", "HEAD", "OPTIONS")
 # The documentation has a script and styles in its page, and loads nothing from elsewhere.
 SECURITY_HEADERS = [
@@ -189,6 +196,8 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
             kept = calibrations[full_name] = (manifest, orjson.dumps(body))
         return Response(kept[1], media_type="application/json")
 
+    open_inference.add_routes(app, service, dependencies=users)
+    tei.add_routes(app, service, dependencies=users)
     if frontend.access.admins is not None:
         admin.add_routes(app, service.manager, bearer)
 

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from exits.reading import Reading
 from server.engine.work import Item, Job, Request, Text
+from server.http import hugging_face
 from server.http.fields import OptionFields, check_count, check_fields, load_json
 from server.http.protocol import Call, Protocol
 
@@ -81,6 +82,8 @@ IGNORED = ("user", "rid", "priority")
 def parse(call: Call) -> Request:
     """The request in a call; raises RequestError for what is not JSON or has a wrong value."""
     value = load_json(call.body)
+    if isinstance(value, dict) and "inputs" in value and "input" not in value:
+        return hugging_face.request_of(value, call.max_texts, nests_one=False)
     if isinstance(value, dict):
         for field in IGNORED:
             value.pop(field, None)
@@ -91,6 +94,8 @@ def parse(call: Call) -> Request:
 
 def serialize(request_id: str, job: Job) -> bytes:
     """The response's body for a job that is done: one row for each text, in order."""
+    if isinstance(job.request, hugging_face.TaskRequest):
+        return hugging_face.serialize(request_id, job)
     tokens = job.tokens
     body: dict[str, Any] = {
         "id": f"classify-{request_id}",
