@@ -40,14 +40,14 @@ def tail(value: float, reference: Sequence[float]) -> float:
 
 def _level(value: float, reference: Sequence[float]) -> float:
     """The share of calibration samples < value: the reference's cumulative distribution function."""
-    at = bisect_left(reference, value)
-    if at == 0:
+    i = bisect_left(reference, value)
+    if i == 0:
         return 0.0
-    if at == len(reference):
+    if i == len(reference):
         return 1.0
-    low, high = reference[at - 1], reference[at]
+    low, high = reference[i - 1], reference[i]
     share = (value - low) / (high - low)
-    return LEVELS[at - 1] + share * (LEVELS[at] - LEVELS[at - 1])
+    return LEVELS[i - 1] + share * (LEVELS[i] - LEVELS[i - 1])
 
 
 def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -> float | None:
