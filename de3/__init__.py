@@ -1,4 +1,4 @@
-"""DE3: the command line over the rooms `training`, `export`, `model_store` and `server`."""
+"""The command line of DE3, on top of `training`, `export`, `model_store`, `server` and `loadtest`."""
 
 from importlib.metadata import version
 

@@ -95,12 +95,10 @@ def default_line(recorded: Recorded, tau: float, lam: float) -> str:
 
 def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) -> None:
     """Plot accuracy by exit, and accuracy against speed-up, into one PNG."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2))
+    figure = Figure(figsize=(12, 4.5))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     accuracy = 100 * recorded.correct.mean(0)
     bars = left.bar([str(m) for m in recorded.exit_layers], accuracy, color="#4c78a8")
     left.bar_label(bars, fmt="%.1f", fontsize=8)
@@ -117,4 +115,3 @@ def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) ->
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
