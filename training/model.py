@@ -15,7 +15,7 @@ POOLINGS = ("mean", "cls")
 
 
 class De3Config(PretrainedConfig):
-    """The configuration of a DE3-BERT, beside that of its encoder.
+    """The configuration of a DE3-BERT, in addition to that of its encoder.
 
     Args:
         encoder: the encoder's configuration as a dict (it carries `model_type`).
