@@ -64,8 +64,8 @@ class _ModelGauges(Collector):
         )
         for name, served in list(self._served.items()):
             tau.add_metric([name], self._in_force(served).rule.tau)
-            if served.rules.wishes is not None:
-                full.add_metric([name], served.rules.wishes.rows[0].accuracy)
+            if served.rules.trade_offs is not None:
+                full.add_metric([name], served.rules.trade_offs.rows[0].accuracy)
             if served.monitor.drift is not None:
                 for (signal, statistic), value in served.monitor.drift.statistics().items():
                     drift.add_metric([name, signal, statistic], value)

@@ -6,7 +6,7 @@ from typing import Any
 from exits.guarantee import CONFIDENCE
 from exits.rule import ExitRule
 from exits.signals import signal_of
-from exits.wishes import Wishes
+from exits.trade_offs import TradeOffs
 from model_store.manifest import Manifest, TradeOff
 from server.errors import RequestError
 from server.settings import ExitOptions, Settings
@@ -61,7 +61,7 @@ class Rules:
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.lam): row for row in table}
         rows = [row for row in table if row.lam == manifest.defaults.lam]
-        self.wishes = Wishes(rows) if rows else None
+        self.trade_offs = TradeOffs(rows) if rows else None
         tau = self._defaults.tau if settings.tau is None else settings.tau
         default = self._choice(tau, self._defaults.lam, "default")
         self.default = self._of(replace(settings.options, tau=None), default)
@@ -70,12 +70,12 @@ class Rules:
     def _steps(self, settings: Settings) -> list[Choice]:
         """What the default may become under load, level 1 first; none if the default is a promise itself."""
         promises = (settings.target_speedup, settings.max_disagreement)
-        if self.wishes is None or any(value is not None for value in promises):
+        if self.trade_offs is None or any(value is not None for value in promises):
             return []
         least = settings.min_accuracy
         if least is None:
-            least = self.wishes.rows[0].accuracy - MAX_LOAD_LOSS
-        rows = self.wishes.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
+            least = self.trade_offs.rows[0].accuracy - MAX_LOAD_LOSS
+        rows = self.trade_offs.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
@@ -106,10 +106,10 @@ class Rules:
             budget = options.latency_budget_ms
             return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
         if options.target_speedup is not None:
-            wishes = self._table("target_speedup")
-            row = wishes.at_speedup(options.target_speedup)
+            trade_offs = self._table("target_speedup")
+            row = trade_offs.at_speedup(options.target_speedup)
             if row is None:
-                most = wishes.rows[-1].speedup
+                most = trade_offs.rows[-1].speedup
                 raise RequestError(f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
             return self.at(row, "target_speedup", options.target_speedup)
         if options.max_disagreement is not None:
@@ -144,7 +144,7 @@ class Rules:
             max_layer,
         )
 
-    def _table(self, field: str) -> Wishes:
-        if self.wishes is None:
+    def _table(self, field: str) -> TradeOffs:
+        if self.trade_offs is None:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
-        return self.wishes
+        return self.trade_offs

@@ -81,7 +81,7 @@ class Settings(BaseModel):
         [],
         description="name or name:version; repeat for more (in the variable: separated by spaces). The first "
         "answers requests that name none, the first version of a name those that name no version. "
-        "[default: the newest of each in the store]",
+        "Default: the newest of each in the store.",
     )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="0.0.0.0 to be reached from elsewhere.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
@@ -123,7 +123,7 @@ class Settings(BaseModel):
         description="Texts far from every prototype: off, flag them, or deepen: also let them go deeper.",
     )
     tau: Annotated[float | None, DEFAULTS] = Field(
-        None, ge=0, le=1, description="τ of requests that choose none. [default: each model's calibrated one]"
+        None, ge=0, le=1, description="τ of requests that choose none. Default: each model's calibrated one."
     )
     target_speedup: Annotated[float | None, DEFAULTS] = Field(
         None, ge=1, description="Or their mean speed-up, by the calibration."
@@ -147,7 +147,7 @@ class Settings(BaseModel):
         ge=0,
         le=1,
         description="τ is raised only as far as the calibrated accuracy is at least this. "
-        "[default: 0.02 under full depth]",
+        "Default: 0.02 under full depth.",
     )
     max_load_disagreement: Annotated[float, LOAD] = Field(
         1.0, ge=0, le=1, description="And the calibrated disagreement with full depth at most this."
@@ -155,12 +155,12 @@ class Settings(BaseModel):
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="Keys for /classify and /v1/models: lines of a name and a key, or a name and "
-        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. [default: no key is needed]",
+        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. Default: no key is needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. [default: nobody can]",
+        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: nobody can.",
     )
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[str | None, ACCESS] = Field(

@@ -151,7 +151,7 @@ SLOW_FILES = (
     "training",
     "fuzz",
     "dashboards",
-    "wishes",
+    "trade_offs",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 LEAST_GAIN = 1.1  # speed-up of a step under load over the step before
 
 
-class Wishes:
+class TradeOffs:
     """The rows of a calibration table at one λ, by ascending τ; the first is full depth (τ = 0).
 
     A row has the fields of exits.calibration.Outcome, as does a manifest's TradeOff.
