@@ -279,7 +279,7 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
         ("--port 70000", "error: port: Input should be less than or equal to 65535"),
         ("--timeout-s inf", "error: timeout_s: Input should be a finite number"),
         ("--max-texts 9999", "error: settings: Value error, max_texts must not exceed max_queue"),
-        ("--store /nowhere", "error: /nowhere: no such store; make one with de3 export"),
+        ("--store /nowhere", "error: /nowhere: no such store; create one with de3 export"),
         ("--model [/x]", "error: no model '[/x]' in"),
     ],
 )

@@ -208,29 +208,43 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         """The server."""
         return {"name": "de3", "version": version_of("de3"), "extensions": []}
 
-    @app.get("/v2/health/live", **tags)
+    @app.get("/v2/health/live", tags=["Open Inference Protocol"])
     async def live() -> dict[str, bool]:
         """200 as long as the process lives."""
         return {"live": True}
 
-    @app.get("/v2/health/ready", **tags)
+    @app.get(
+        "/v2/health/ready", tags=["Open Inference Protocol"], responses={503: {"description": "not ready"}}
+    )
     async def ready() -> JSONResponse:
         """200 once every model is loaded and warmed up, else 503."""
         is_ready = service.state == "ready"
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
-    @app.get("/v2/models/{model}/ready", **tags)
-    @app.get("/v2/models/{model}/versions/{version}/ready", **tags)
-    async def model_ready(model: str, version: str = "") -> dict[str, Any]:
-        """200 if the model is served."""
-        manifest = service.manifest(f"{model}:{version}" if version else model)
-        return {"name": manifest.name, "ready": True}
+    of_model: Any = {
+        "responses": {404: {"description": "no such model"}, 503: {"description": "not ready"}},
+        **tags,
+    }
 
-    @app.get("/v2/models/{model}", **tags)
-    @app.get("/v2/models/{model}/versions/{version}", **tags)
-    async def metadata(model: str, version: str = "") -> dict[str, Any]:
+    @app.get("/v2/models/{model}/ready", **of_model)
+    async def model_ready(model: str) -> dict[str, Any]:
+        """200 if the model is served."""
+        return {"name": service.manifest(model).name, "ready": True}
+
+    @app.get("/v2/models/{model}/versions/{version}/ready", **of_model)
+    async def version_ready(model: str, version: str) -> dict[str, Any]:
+        """200 if this version of the model is served."""
+        return {"name": service.manifest(f"{model}:{version}").name, "ready": True}
+
+    @app.get("/v2/models/{model}", **of_model)
+    async def metadata(model: str) -> dict[str, Any]:
         """The model's inputs and outputs."""
-        return _metadata(service.manifest(f"{model}:{version}" if version else model), service)
+        return _metadata(service.manifest(model), service)
+
+    @app.get("/v2/models/{model}/versions/{version}", **of_model)
+    async def version_metadata(model: str, version: str) -> dict[str, Any]:
+        """This version's inputs and outputs."""
+        return _metadata(service.manifest(f"{model}:{version}"), service)
 
 
 def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
