@@ -1,4 +1,4 @@
-"""The `de3` command. Each command imports what it needs when it runs, so that serving needs no torch."""
+"""The `de3` command. Each command imports its dependencies when it runs, so serving needs no torch."""
 
 import sys
 from pathlib import Path
@@ -16,8 +16,8 @@ from loadtest.cli import app as loadtest_app
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
-    help="Text classifiers that exit early (DE3-BERT): train, export, serve.",
-    epilog="Usual order: de3 train → de3 evaluate → de3 export → de3 serve.",
+    help="Train, export and serve text classifiers with early exit (DE3-BERT).",
+    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve.",
 )
 app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
@@ -29,12 +29,12 @@ TRAINING = "Training"
 
 
 def main() -> None:
-    """Run the command line; an error that the user can mend is one line, not a traceback."""
+    """Run the command line; an error that the user can fix is reported in one line, without a traceback."""
     from pydantic import ValidationError
 
     try:
         app()
-    except ValidationError as error:  # of settings: a ValueError whose text has many lines
+    except ValidationError as error:  # a ValueError with one line per setting
         problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
         _fail("; ".join(problems))
     except (ValueError, OSError) as error:
@@ -67,16 +67,16 @@ def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]
     if exits == "all":
         return list(range(0 if embedding_exit else 1, num_layers + 1))
     try:
-        return [int(x) for x in exits.split(",")]
+        return [int(layer) for layer in exits.split(",")]
     except ValueError:
         raise ValueError(f"--exits must be all, last or layers like 0,2,4,6; got {exits!r}") from None
 
 
-def _rows(file: Path | None, dataset: str | None, split: str, columns: Any) -> list[Any]:
+def _read_rows(file: Path | None, dataset: str | None, split: str, columns: Any) -> list[Any]:
     from training import data
 
     if (file is None) == (dataset is None):
-        raise ValueError("give the data as a file or with --dataset, one of the two")
+        raise ValueError("give the data either as a file or with --dataset")
     return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
 
 
@@ -84,22 +84,22 @@ File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file."
 Dataset = Annotated[
     str | None,
     typer.Option(
-        help="Instead of a file: a Hugging Face data set, name or name:config.", rich_help_panel=DATA
+        help="Instead of a file: a Hugging Face data set, as name or name:config.", rich_help_panel=DATA
     ),
 ]
 DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
 TextColumn = Annotated[
-    str, typer.Option(help="Column of the text (a number from 0 with --no-header).", rich_help_panel=DATA)
+    str, typer.Option(help="Column of the text (with --no-header a number from 0).", rich_help_panel=DATA)
 ]
 PairColumn = Annotated[
-    str | None, typer.Option(help="Column of the second text of a pair.", rich_help_panel=DATA)
+    str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=DATA)
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
 Header = Annotated[bool, typer.Option(help="Whether the first row names the columns.", rich_help_panel=DATA)]
 Quotes = Annotated[
     bool | None,
     typer.Option(
-        help="Whether quotation marks delimit fields. [default: yes in .csv, no in .tsv]",
+        help="Whether quotation marks delimit fields. Default: yes in .csv, no in .tsv.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -108,8 +108,8 @@ Quotes = Annotated[
 LabelNames = Annotated[
     str | None,
     typer.Option(
-        help="Names for the data's labels in their sorted order, e.g. negative,positive. "
-        "[default: as in the data]",
+        help="New names of the data's labels in their sorted order, e.g. negative,positive. "
+        "Default: as in the data.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -135,8 +135,8 @@ def train(
     held_back: Annotated[
         int | None,
         typer.Option(
-            help="Samples of each of the two parts that training never sees (tune, certify). "
-            "[default: a tenth each, at most 4000]",
+            help="Number of samples in each of the two held-out parts (tune, certify). "
+            "Default: a tenth each, at most 4000.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -144,8 +144,8 @@ def train(
     fragments: Annotated[
         bool,
         typer.Option(
-            help="The data holds fragments of its own texts (as SST-2's phrases): keep a text and its "
-            "fragments in one part.",
+            help="The data contains fragments of its own texts (as SST-2's phrases): keep a text and its "
+            "fragments in the same part.",
             rich_help_panel=DATA,
         ),
     ] = False,
@@ -157,31 +157,29 @@ def train(
         ),
     ] = "all",
     embedding_exit: Annotated[
-        bool, typer.Option(help="Also exit on the embedding output, layer 0.", rich_help_panel=MODEL)
+        bool, typer.Option(help="Add an exit on the embedding output, layer 0.", rich_help_panel=MODEL)
     ] = True,
     pooling: Annotated[
         str,
         typer.Option(
-            help="How a layer's tokens become one vector: mean, or cls as in the paper.",
+            help="Pooling of a layer's tokens: mean, or cls as in the paper.",
             rich_help_panel=MODEL,
         ),
     ] = "mean",
     metric_dim: Annotated[
         int | None,
         typer.Option(
-            help="Width of the prototype space. [default: the encoder's]",
+            help="Width of the prototype space. Default: the encoder's hidden size.",
             show_default=False,
             rich_help_panel=MODEL,
         ),
     ] = None,
     last_prototypes: Annotated[
-        bool, typer.Option(help="A prototype space at the last layer too.", rich_help_panel=MODEL)
+        bool, typer.Option(help="Add a prototype space at the last layer.", rich_help_panel=MODEL)
     ] = False,
     gamma: Annotated[
         float,
-        typer.Option(
-            min=0, max=1, help="γ, sliding-average factor of the prototypes.", rich_help_panel=MODEL
-        ),
+        typer.Option(min=0, max=1, help="γ, moving-average factor of the prototypes.", rich_help_panel=MODEL),
     ] = 0.01,
     alpha: Annotated[
         float, typer.Option(help="α, weight of the distance-aware loss.", rich_help_panel=TRAINING)
@@ -197,10 +195,10 @@ def train(
     ] = 1e-3,
     weight_decay: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 0.01,
     warmup: Annotated[
-        float, typer.Option(help="Share of the steps with a rising learning rate.", rich_help_panel=TRAINING)
+        float, typer.Option(help="Share of the steps with learning-rate warm-up.", rich_help_panel=TRAINING)
     ] = 0.06,
     max_length: Annotated[
-        int, typer.Option(help="Cut training texts to so many tokens.", rich_help_panel=TRAINING)
+        int, typer.Option(help="Truncate training texts to this number of tokens.", rich_help_panel=TRAINING)
     ] = 128,
     teacher: Annotated[
         Path | None,
@@ -212,7 +210,8 @@ def train(
     distill: Annotated[
         float,
         typer.Option(
-            help="Share of the loss that follows the teacher, not the label.", rich_help_panel=TRAINING
+            help="Share of the loss that uses the teacher's logits instead of the label.",
+            rich_help_panel=TRAINING,
         ),
     ] = 0.5,
     temperature: Annotated[
@@ -221,31 +220,31 @@ def train(
     augment: Annotated[
         int,
         typer.Option(
-            help="Altered copies of each sample (words replaced, texts joined) for the teacher to label.",
+            help="Number of altered copies of each sample (words replaced, texts joined), labelled by the teacher.",
             rich_help_panel=TRAINING,
         ),
     ] = 0,
     patience: Annotated[
         int,
         typer.Option(
-            help="Stop after so many epochs without a better one; 0: never.", rich_help_panel=TRAINING
+            help="Stop after this many epochs without improvement; 0: never.", rich_help_panel=TRAINING
         ),
     ] = 0,
     prototypes: Annotated[
         str,
         typer.Option(
-            help="At the end: refit (train the prototype spaces anew on the finished encoder), means (only "
-            "recompute the prototypes over all of train) or sliding (leave the sliding averages).",
+            help="Final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only "
+            "recompute the prototypes over the training data) or sliding (keep the moving averages).",
             rich_help_panel=TRAINING,
         ),
     ] = "refit",
-    bf16: Annotated[bool, typer.Option(help="bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order.")] = 0,
-    resume: Annotated[bool, typer.Option(help="Go on after the last whole epoch in --out.")] = False,
+    bf16: Annotated[bool, typer.Option(help="Use bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order of samples.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
 ) -> None:
-    """Train a DE3-BERT on labelled text; the best epoch lands in --out.
+    """Train a DE3-BERT on labelled texts; writes the best epoch to --out.
 
-    Two parts of the data are kept back by seed and never trained on: tune.jsonl and certify.jsonl in --out.
+    Two parts of the data, chosen by seed, are held out: tune.jsonl and certify.jsonl in --out.
 
     Example: de3 train data/train.tsv --text-column sentence --encoder bert-base-uncased --out runs/sst2
     """
@@ -278,7 +277,9 @@ def train(
         bf16=bf16,
         prototypes=prototypes,
     )
-    rows = _rows(file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes))
+    rows = _read_rows(
+        file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes)
+    )
     names = label_names.split(",") if label_names else data.label_order(rows)
     names = [name.strip() for name in names]
     if len(names) < 2:
@@ -292,16 +293,16 @@ def train(
     )
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    settings_of_encoder = AutoConfig.from_pretrained(encoder)
+    encoder_config = AutoConfig.from_pretrained(encoder)
     model = De3Model.from_encoder(
         encoder,
         names,
-        exit_layers=_exit_layers(exits, embedding_exit, settings_of_encoder.num_hidden_layers),
+        exit_layers=_exit_layers(exits, embedding_exit, encoder_config.num_hidden_layers),
         pooling=pooling,
         metric_dim=metric_dim,
         last_prototypes=last_prototypes,
         gamma=gamma,
-        max_tokens=min(tokenizer.model_max_length, max_tokens(settings_of_encoder)),
+        max_tokens=min(tokenizer.model_max_length, max_tokens(encoder_config)),
     )
     run(model, tokenizer, parts, settings, out, teacher, resume)
     console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out}")
@@ -310,7 +311,7 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[
-        Path, typer.Argument(help="A checkpoint, or an artifact's folder <store>/<name>/<version>.")
+        Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")
     ],
     file: File = None,
     dataset: Dataset = None,
@@ -321,18 +322,16 @@ def evaluate(
     header: Header = True,
     quotes: Quotes = None,
     label_names: LabelNames = None,
-    lambdas: Annotated[str, typer.Option(help="The λ to try in EDR.")] = "0.5,1,2,4,8",
+    lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
     png: Annotated[
         Path | None,
-        typer.Option(
-            help="Where the plot goes. [default: evaluation.png in the checkpoint]", show_default=False
-        ),
+        typer.Option(help="File of the plot. Default: evaluation.png in the checkpoint.", show_default=False),
     ] = None,
 ) -> None:
-    """Show how right every exit is, and what accuracy each exit signal keeps at which speed-up.
+    """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
-    Without data it uses the samples that training kept back to certify. An artifact is run as it serves,
-    through its ONNX segments, and its default τ is judged too.
+    Without data it uses certify.jsonl, which training held out. An artifact runs through its ONNX segments, as
+    it does when serving, and its default τ is evaluated too.
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
@@ -356,12 +355,12 @@ def evaluate(
         from training.predict import predict
 
         checkpoint = De3Model.from_pretrained(model)
-        names = [checkpoint.config.id2label[k] for k in range(checkpoint.config.num_labels)]
+        names = checkpoint.config.label_names
     if file is None and dataset is None:
         examples = data.load_examples(model / "certify.jsonl", names)
     else:
         columns = data.Columns(text_column, pair_column, label_column, header, quotes)
-        rows = data.rename(_rows(file, dataset, split, columns), label_names)
+        rows = data.rename(_read_rows(file, dataset, split, columns), label_names)
         examples = data.to_examples(rows, names)
     if is_artifact:
         recorded = record(opened, examples)
@@ -369,16 +368,16 @@ def evaluate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         encoded = data.encode(examples, tokenizer, checkpoint.config.max_tokens)
         recorded = predict(checkpoint, encoded, tokenizer.pad_token_id)
-    found = evaluation.curves(recorded, [float(x) for x in lambdas.split(",")])
+    curves = evaluation.curves(recorded, [float(lam) for lam in lambdas.split(",")])
     output = Console()
     output.print(evaluation.exit_table(recorded))
     if len(recorded.exit_layers) > 1:
-        output.print(evaluation.curve_table(found))
+        output.print(evaluation.curve_table(curves))
         if is_artifact:
             defaults = opened.manifest.defaults
             output.print(evaluation.default_line(recorded, defaults.tau, defaults.lam), highlight=False)
         target = png or (Path("evaluation.png") if is_artifact else model / "evaluation.png")
-        evaluation.plot(recorded, found, target, f"{model.name}, {len(examples)} samples")
+        evaluation.plot(recorded, curves, target, f"{model.name}, {len(examples)} samples")
         console.print(f"plot: {target}")
 
 
@@ -386,48 +385,49 @@ def evaluate(
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(
-            help="A trained checkpoint, as de3 train writes it; for --full-depth also an artifact's folder."
-        ),
+        typer.Argument(help="A checkpoint of de3 train; with --full-depth also an artifact's folder."),
     ],
     name: Annotated[
         str | None,
-        typer.Option(help="Name of the model in the store; needed unless --full-depth.", show_default=False),
+        typer.Option(
+            help="Name of the model in the store; required without --full-depth.", show_default=False
+        ),
     ] = None,
     store: StoreOption = Path("models"),
     quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples to choose λ and τ on: jsonl with "text" (and "text_pair") and "label". '
-            "[default: the checkpoint's tune.jsonl]",
+            help='Samples to choose λ and τ on, as jsonl with "text" (and "text_pair") and "label". '
+            "Default: the checkpoint's tune.jsonl.",
             show_default=False,
         ),
     ] = None,
     certify: Annotated[
         Path | None,
         typer.Option(
-            help="Samples for the reported numbers. [default: the checkpoint's certify.jsonl]",
+            help="Samples for the reported numbers. Default: the checkpoint's certify.jsonl.",
             show_default=False,
         ),
     ] = None,
     max_loss: Annotated[
-        float, typer.Option(help="Points of accuracy that the default τ may lose against full depth.")
+        float,
+        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
     ] = 0.5,
     max_int8_loss: Annotated[
-        float, typer.Option(help="Points of accuracy that int8 may cost any exit.")
+        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
     ] = 1.0,
     full_depth: Annotated[
         Path | None,
         typer.Option(
-            help="Write one plain ONNX graph without exits into this new folder instead.", show_default=False
+            help="Write one plain ONNX graph without exits to this new folder instead.", show_default=False
         ),
     ] = None,
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
-    The export proves itself against the PyTorch model and publishes nothing when it fails.
-    With --full-depth it writes one plain ONNX graph instead, for other servers to run.
+    The export is compared with the PyTorch model, and nothing is published if it differs too much.
+    With --full-depth it writes one plain ONNX graph instead, for other servers.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
@@ -441,7 +441,7 @@ def export(
         console.print(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
         return
     if name is None:
-        raise ValueError("--name is needed: the model's name in the store")
+        raise ValueError("--name is required: the model's name in the store")
     from export.exporter import ExportSettings
     from export.exporter import export as run
     from model_store.store import Store
@@ -454,18 +454,23 @@ def export(
 
 @app.command()
 def calibrate(
-    model: Annotated[str, typer.Argument(help="name or name:version in the store.")],
+    model: Annotated[str, typer.Argument(help="Model in the store, as name or name:version.")],
     tune: Annotated[
         Path,
-        typer.Option(help='Samples to choose λ and τ on: jsonl with "text" (and "text_pair") and "label".'),
+        typer.Option(
+            help='Samples to choose λ and τ on, as jsonl with "text" (and "text_pair") and "label".'
+        ),
     ],
-    certify: Annotated[Path, typer.Option(help="Other samples, for the reported numbers and every promise.")],
+    certify: Annotated[
+        Path, typer.Option(help="Other samples, for the reported numbers and the guarantees.")
+    ],
     store: StoreOption = Path("models"),
     max_loss: Annotated[
-        float, typer.Option(help="Points of accuracy that the default τ may lose against full depth.")
+        float,
+        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
     ] = 0.5,
 ) -> None:
-    """Calibrate a model anew, for example on your own traffic: the next version, with new λ, τ and promises.
+    """Recalibrate a model, for example on your own traffic: writes its next version with new λ, τ and guarantees.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
@@ -473,8 +478,8 @@ def calibrate(
     from export.recalibrate import recalibrate
     from model_store.store import Store
 
-    found = Store(store)
-    path = recalibrate(found.open(model), found, tune, certify, max_loss / 100)
+    models = Store(store)
+    path = recalibrate(models.open(model), models, tune, certify, max_loss / 100)
     console.print(f"published {path}. Next: de3 serve --store {store}")
 
 

@@ -1,11 +1,11 @@
 """The formulas of DE3-BERT (arXiv 2402.05948) on arrays: the two signals and their fusion.
 
-Local signal: the entropy of an exit's class probabilities. Global signal: whether the sample lies nearer
-to the prototype of the class that the classifier ranks first than to that of the second. Both are small
-when the exit is sure.
+Local signal: the entropy of an exit's class probabilities. Global signal: how much nearer the sample is to
+the prototype of the top-ranked class than to that of the second-ranked class. Both are small when the exit
+is confident.
 
-Every function takes arrays with the classes in the last axis and any axes before it, computes in float64
-and returns values in [0, 1].
+In every function the classes are the last axis, and any axes may precede it. All compute in float64 and
+return values in [0, 1].
 """
 
 import numpy as np
@@ -16,15 +16,15 @@ Floats = NDArray[np.float64]
 
 def softmax(logits: ArrayLike) -> Floats:
     """Class probabilities, shape (..., K), of logits, shape (..., K)."""
-    x = np.asarray(logits, dtype=np.float64)
-    e = np.exp(x - x.max(axis=-1, keepdims=True))
-    return np.asarray(e / e.sum(axis=-1, keepdims=True))
+    values = np.asarray(logits, dtype=np.float64)
+    weights = np.exp(values - values.max(axis=-1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=-1, keepdims=True))
 
 
 def entropy(probs: ArrayLike) -> Floats:
     """Entropy of probs (..., K) divided by log K, shape (...): 0 is certain, 1 is uniform.
 
-    Raises ValueError for fewer than two classes, where entropy says nothing.
+    Raises ValueError for fewer than two classes.
     """
     p = np.asarray(probs, dtype=np.float64)
     if p.shape[-1] < 2:
@@ -36,13 +36,13 @@ def entropy(probs: ArrayLike) -> Floats:
 def distance_ratio(logits: ArrayLike, distances: ArrayLike) -> Floats:
     """DR (Eq. 11), shape (...), of logits and cosine distances to the prototypes, both (..., K).
 
-    DR = ½·(1 + (r1 − r2)/max(r1, r2)), with r1 and r2 the distances to the prototypes of the classes that
-    the classifier ranks first and second (ties: lowest index). r1 = r2 = 0 gives ½; NaN distances (an exit
+    DR = ½·(1 + (r1 − r2)/max(r1, r2)), where r1 and r2 are the distances to the prototypes of the classes
+    ranked first and second by the classifier (ties: lowest index). r1 = r2 = 0 gives ½; NaN distances (an exit
     without prototypes) give NaN.
     """
     # Logits, not probabilities: softmax can round two different logits to the same probability.
     ranked = np.argsort(-np.asarray(logits, dtype=np.float64), axis=-1, kind="stable")[..., :2]
-    # Rounding in float32 can leave a cosine distance a hair outside [0, 2].
+    # Rounding in float32 can put a cosine distance slightly outside [0, 2].
     r = np.clip(np.take_along_axis(np.asarray(distances, dtype=np.float64), ranked, axis=-1), 0.0, 2.0)
     r1, r2 = r[..., 0], r[..., 1]
     largest = np.maximum(r1, r2)
@@ -52,12 +52,12 @@ def distance_ratio(logits: ArrayLike, distances: ArrayLike) -> Floats:
 def edr(entropy: ArrayLike, distance_ratio: ArrayLike, lam: float) -> Floats:
     """EDR (Eq. 12), shape (...): the weighted harmonic mean (λ + 1)/(λ/DR + 1/Entropy).
 
-    λ = 0 is entropy alone, whatever DR is (NaN too). Entropy 0, or DR 0 with λ > 0, gives 0.
+    λ = 0 is entropy alone and ignores DR, even NaN. Entropy 0, or DR 0 with λ > 0, gives 0.
     """
     h = np.asarray(entropy, dtype=np.float64)
     if lam == 0:
         return h
     dr = np.asarray(distance_ratio, dtype=np.float64)
-    # The same mean with its fractions cleared: no division by a signal that is 0, unless both are.
-    below = lam * h + dr
-    return np.asarray((lam + 1.0) * h * dr / np.where(below == 0, 1.0, below))
+    # Multiplied out, so that nothing is divided by a signal that is 0.
+    denominator = lam * h + dr
+    return np.asarray((lam + 1.0) * h * dr / np.where(denominator == 0, 1.0, denominator))

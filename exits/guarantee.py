@@ -1,13 +1,14 @@
-"""How often early answers may differ from full depth, with a promise that holds.
+"""Statistical guarantees on how often early answers differ from full depth.
 
-Risk control by Learn-then-Test with a fixed sequence ("Fast yet Safe: Early-Exiting with Risk Control",
-NeurIPS 2024): τ is raised from 0 on, the rate of differing answers is bounded at each step by an exact
-binomial bound, and the first step whose bound is too high ends the walk. Because the order is fixed before
-the data are seen, every step may use the full error probability: in at most 5% of calibrations is the true
-rate above the one asked for.
+Risk control by Learn-then-Test with fixed-sequence testing ("Fast yet Safe: Early-Exiting with Risk
+Control", NeurIPS 2024): τ ascends from 0, an exact binomial bound limits the rate of differing answers at
+each step, and the first step whose bound is too high ends the sequence. The order is fixed before the data
+are seen, so every step may use the full error probability. The true rate exceeds the requested one in at
+most 5% of calibrations.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -15,23 +16,23 @@ CONFIDENCE = 0.95
 
 
 def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
-    """The one-sided Clopper–Pearson bound of a rate of which `errors` of n samples were seen, in [0, 1].
+    """One-sided Clopper–Pearson upper bound of an error rate, in [0, 1], from `errors` in n samples.
 
-    The p with P(Binomial(n, p) ≤ errors) = 1 − confidence.
+    It is the p with P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n.
     """
     if not 0 <= errors <= n or n < 1:
         raise ValueError(f"errors must be from 0 to n and n at least 1, got {errors} of {n}")
     if errors == n:
         return 1.0
     k = np.arange(errors + 1)
-    factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-    ways = factorials[n] - factorials[k] - factorials[n - k]
+    log_factorials = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    log_binomials = log_factorials[n] - log_factorials[k] - log_factorials[n - k]
     low, high = errors / n, 1.0
     for _ in range(60):
         p = (low + high) / 2
-        if p == 1.0:  # no room left between the two
+        if p == 1.0:  # low and high are adjacent floats
             break
-        if np.exp(ways + k * np.log(p) + (n - k) * np.log1p(-p)).sum() > 1 - confidence:
+        if np.exp(log_binomials + k * np.log(p) + (n - k) * np.log1p(-p)).sum() > 1 - confidence:
             low = p
         else:
             high = p
@@ -39,14 +40,9 @@ def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
 
 
 def sequence_bounds(errors: Sequence[int], n: int, confidence: float = CONFIDENCE) -> list[float]:
-    """Bounds for settings in the fixed order in which they are tried; each at least as high as those before.
+    """Bounds of settings in the fixed order in which they are tested; they never descend.
 
-    The last setting whose bound is below a wish is the one to take, and the bound holds for it.
+    The setting to take is the last one whose bound is within the requested rate. The bound holds for it.
     """
-    found: list[float] = []
-    known: dict[int, float] = {}
-    for count in errors:
-        if count not in known:
-            known[count] = upper_bound(count, n, confidence)
-        found.append(max(known[count], found[-1] if found else 0.0))
-    return found
+    bound_of = {count: upper_bound(count, n, confidence) for count in set(errors)}
+    return list(accumulate((bound_of[count] for count in errors), max))

@@ -1,4 +1,4 @@
-"""What one exit says of one sample."""
+"""One exit's result for one sample."""
 
 from dataclasses import dataclass
 from math import exp, log
@@ -9,14 +9,16 @@ class Reading:
     """An exit's classification of one sample, and what the signals are computed from.
 
     Attributes:
+        logits: K of them.
         probs: class probabilities, K of them.
         label: the most probable class (ties: lowest index).
         entropy: the local signal, in [0, 1].
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
-        score: the signal's score at this exit, in [0, 1]; None until it is asked, and where it has none.
+        score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
     """
 
+    logits: list[float]
     probs: list[float]
     label: int
     entropy: float
@@ -28,15 +30,15 @@ class Reading:
 def read(logits: list[float], distances: list[float] | None) -> Reading:
     """Read one exit of one sample: its logits and its distances to the prototypes, K each.
 
-    The formulas of `exits.formulas` for one sample in plain Python: a server does this after every layer, and
-    NumPy takes 20 times as long for a handful of classes. `native/rule.c` does the same operations in the
-    same order, so that both come to the same decision.
+    These are the formulas of `exits.formulas` for one sample, in plain Python: a server calls this after
+    every layer, and NumPy takes 20 times as long for a handful of classes. `native/rule.c` does the same
+    operations in the same order, so both make the same decision.
     """
     top = max(logits)
     label = logits.index(top)
     weights = [exp(x - top) for x in logits]
     total = 0.0
-    for w in weights:  # not sum(), which compensates from Python 3.12 on, as the C code does not
+    for w in weights:  # not sum(): from Python 3.12 it uses compensated summation, unlike the C code
         total += w
     probs = [w / total for w in weights]
     # −Σ p·log p with log p = (x − top) − log total; 0·(−inf) cannot occur: logits are finite.
@@ -44,15 +46,15 @@ def read(logits: list[float], distances: list[float] | None) -> Reading:
     for p, x in zip(probs, logits, strict=True):
         mean += p * (x - top)
     entropy = (log(total) - mean) / log(len(logits))
-    entropy = min(max(entropy, 0.0), 1.0)  # in this order NaN stays NaN, which is below no τ
+    entropy = min(max(entropy, 0.0), 1.0)  # in this order NaN stays NaN, which is never below τ
     if distances is None:
-        return Reading(probs, label, entropy, None, None)
+        return Reading(logits, probs, label, entropy, None, None)
     second = 1 - label if len(logits) == 2 else _second(logits, label)
-    # Rounding in float32 can leave a cosine distance slightly outside [0, 2].
+    # Rounding in float32 can put a cosine distance slightly outside [0, 2].
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    return Reading(probs, label, entropy, ratio, min(distances))
+    return Reading(logits, probs, label, entropy, ratio, min(distances))
 
 
 def _second(logits: list[float], first: int) -> int:

@@ -1,4 +1,4 @@
-"""What every exit said of every sample: the common currency of evaluation, calibration and tests."""
+"""The outputs of every exit for every sample, as evaluation, calibration and tests use them."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from exits import formulas
 
 @dataclass(frozen=True)
 class Recorded:
-    """All exits of n samples, run to full depth.
+    """All exits of n samples that were run to full depth.
 
     Attributes:
         exit_layers: the layers of the exits, ascending; the last is M.
@@ -26,7 +26,7 @@ class Recorded:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each exit is right, (n, exits)."""
+        """Whether each exit's label is correct, (n, exits)."""
         return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
 
     @property

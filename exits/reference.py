@@ -1,4 +1,7 @@
-"""What calibration saw of each signal, kept as quantiles: how unusual a text is, and whether inputs drift."""
+"""Reference distributions of the signals, as quantiles of the calibration samples.
+
+They tell how far out of distribution a text is, and whether the inputs drift.
+"""
 
 import math
 from bisect import bisect_left, bisect_right
@@ -8,51 +11,51 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-# Finer at the ends: a score looks at the upper tail.
+# Finer at the ends: the OOD score depends on the upper tail.
 LEVELS = (
     *(0.0, 0.01, 0.02),
     *(round(0.05 * i, 2) for i in range(1, 20)),
     *(0.98, 0.99, 0.995, 0.998, 0.999, 1.0),
 )
-FAR_LEVEL = 0.99  # a distance above this quantile is beyond what calibration saw
-LEAST_TAIL = 0.0005  # of a value beyond every one that calibration saw
-BINS = 10
+FAR_LEVEL = 0.99  # a distance above this quantile is out of distribution
+LEAST_TAIL = 0.0005  # tail of a value above every calibration sample
+BINS = 10  # of the PSI
 DIGITS = 6
 
 
 def quantiles(values: NDArray[np.floating]) -> list[float]:
-    """The values at LEVELS of samples (n,), rounded to DIGITS."""
+    """The quantiles at LEVELS of samples (n,), rounded to DIGITS."""
     return [round(float(x), DIGITS) for x in np.quantile(np.asarray(values, np.float64), LEVELS)]
 
 
 def far(reference: Sequence[float]) -> float:
-    """The limit of a nearest-prototype distance, by its quantiles."""
+    """The nearest-prototype distance above which a text is out of distribution, from its quantiles."""
     return reference[LEVELS.index(FAR_LEVEL)]
 
 
 def tail(value: float, reference: Sequence[float]) -> float:
-    """The share of calibration samples at least so large, in [LEAST_TAIL, 1]; linear between quantiles."""
+    """The share of calibration samples ≥ value, in [LEAST_TAIL, 1]; linear between quantiles."""
     return max(LEAST_TAIL, 1.0 - _level(value, reference))
 
 
 def _level(value: float, reference: Sequence[float]) -> float:
-    """The share of calibration samples below a value: the reference's distribution function."""
-    at = bisect_left(reference, value)
-    if at == 0:
+    """The share of calibration samples < value: the reference's cumulative distribution function."""
+    i = bisect_left(reference, value)
+    if i == 0:
         return 0.0
-    if at == len(reference):
+    if i == len(reference):
         return 1.0
-    low, high = reference[at - 1], reference[at]
+    low, high = reference[i - 1], reference[i]
     share = (value - low) / (high - low)
-    return LEVELS[at - 1] + share * (LEVELS[at] - LEVELS[at - 1])
+    return LEVELS[i - 1] + share * (LEVELS[i] - LEVELS[i - 1])
 
 
 def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -> float | None:
-    """How unusual a text is, in [0, 1): 1 − the geometric mean of `tail` over the exits that it passed.
+    """The OOD score of a text, in [0, 1): 1 − the geometric mean of `tail` over the exits it passed.
 
-    nearest: distance to the nearest prototype at each exit passed that has prototypes; references: their
-    quantiles. None if there is no such exit. Of the scores tried this ranks texts of another domain best
-    (docs/budgets.md).
+    nearest: distance to the nearest prototype at each passed exit that has prototypes; references: their
+    quantiles. None if there is no such exit. Of the scores tested, this one separates texts of another
+    domain best (docs/budgets.md).
     """
     if not nearest:
         return None
@@ -61,11 +64,11 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
 
 
 def psi(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Population stability index of a window of values against calibration, over its deciles; 0: alike.
+    """Population stability index of a window of values against the calibration deciles; 0: no difference.
 
-    Usual reading: above 0.25 the inputs have changed. A half counts for each bin, so that none is empty.
+    A PSI above 0.25 usually means that the inputs have shifted. Each bin starts at ½, so that none is empty.
     """
-    upto: dict[float, float] = {}  # deciles, and the share up to each: where some are equal, the last
+    upto: dict[float, float] = {}  # share up to each decile; of equal deciles, the last
     for i in range(1, BINS):
         level = round(i / BINS, 2)
         upto[reference[LEVELS.index(level)]] = level
@@ -78,16 +81,16 @@ def psi(values: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def ks(values: Sequence[float], reference: Sequence[float]) -> float:
-    """Kolmogorov–Smirnov statistic, the largest gap between the distributions, in [0, 1]; 0: alike."""
+    """Kolmogorov–Smirnov statistic, the largest gap between the distributions, in [0, 1]; 0: no gap."""
     ordered, largest = sorted(round(x, DIGITS) for x in values), 0.0
     for x in set(ordered):
         below, upto = bisect_left(ordered, x) / len(ordered), bisect_right(ordered, x) / len(ordered)
-        equal = bisect_right(reference, x)  # where many are equal, the reference jumps
+        equal = bisect_right(reference, x)  # equal quantiles: the reference jumps
         reached = LEVELS[equal - 1] if equal and reference[equal - 1] == x else _level(x, reference)
         largest = max(largest, abs(_level(x, reference) - below), abs(upto - reached))
     return largest
 
 
 def is_ascending(values: Sequence[float]) -> bool:
-    """Whether these can be quantiles."""
+    """Whether the values can be quantiles at LEVELS."""
     return len(values) == len(LEVELS) and all(a <= b for a, b in pairwise(values))

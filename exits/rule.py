@@ -1,7 +1,7 @@
-"""The exit rule of DE3-BERT: leave at the first exit whose score is below τ, else at the last layer.
+"""The exit rule of DE3-BERT: exit at the first layer whose score is below τ, else at the last one.
 
-This is its home in Python. Its home in C is `native/rule.c`, which decides for the kernels; both agree to the
-last bit (tests/test_native.py).
+This is the Python implementation. `native/rule.c` is the kernels' implementation in C; the two agree bit for
+bit (tests/test_native.py).
 """
 
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from numpy.typing import NDArray
 
 from exits.signals import Signal
 
-# Why a text left where it did.
+# Why a text exited at its layer.
 ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]
 
 
 @dataclass(frozen=True, slots=True)
 class ExitRule:
-    """When a sample leaves; checks itself.
+    """When a sample exits; validates itself.
 
     Attributes:
-        tau: τ in [0, 1]; leave at score < τ, strictly, so 0 means never early.
-        signal: what scores a sample.
-        max_layer: leave at the deepest exit that is not deeper than this; None: the last layer.
+        tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
+        signal: scores a sample at an exit.
+        max_layer: exit at the latest at the deepest exit not deeper than this; None: at the last layer.
     """
 
     tau: float
@@ -35,15 +35,15 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def exits(self, score: float | None) -> bool:
-        """Whether a sample with this score leaves; None, from an exit that cannot tell, never does."""
+        """Whether a sample with this score exits; None (no score at this exit) never does."""
         return score is not None and score < self.tau
 
 
 def exit_index(scores: NDArray[np.float64], tau: float) -> NDArray[np.int64]:
-    """Where samples leave, (n,): the first exit whose score (n, exits) is below τ, else the last one.
+    """The index of each sample's exit, (n,): the first whose score (n, exits) is below τ, else the last.
 
-    The last exit's score does not matter, and NaN (an exit that cannot tell) is never below τ.
+    The last exit's score is not used. NaN (no score at this exit) is never below τ.
     """
-    sure = scores < tau
-    sure[:, -1] = True
-    return np.asarray(sure.argmax(axis=1))
+    below = scores < tau
+    below[:, -1] = True
+    return np.asarray(below.argmax(axis=1))

@@ -1,6 +1,6 @@
-"""Exit signals: how unsure a sample is, from what the exits passed so far said.
+"""Exit signals: the uncertainty of a sample, from its readings at the exits passed so far.
 
-To add a signal: a class here with the members of `Signal`, and a case for its code in `native/rule.c`.
+To add a signal, write a class here with the members of `Signal` and a case for its code in `native/rule.c`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ MAX_LAM = 100.0
 
 
 class Signal(Protocol):
-    """Scores a sample at an exit: 0 is sure, 1 is unsure.
+    """Scores a sample at an exit: 0 is certain, 1 is uncertain.
 
     Attributes:
         code: the signal's number in `native/rule.h`.
@@ -28,11 +28,11 @@ class Signal(Protocol):
         """EDR's λ; 0 for a signal without one."""
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """The score in [0, 1] of one sample, from the readings of the exits passed so far, the last one's
-        included; None where this exit cannot tell."""
+        """The score of one sample, in [0, 1], from its readings up to and including this exit; None if this
+        exit has no score."""
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
-        """The scores of recorded samples at every exit, (n, exits); NaN where an exit cannot tell."""
+        """The scores of recorded samples at every exit, (n, exits); NaN at exits without a score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +43,11 @@ class Entropy:
     lam: ClassVar[float] = 0.0
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """The last exit's normalized entropy."""
+        """The normalized entropy at this exit."""
         return readings[-1].entropy
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
-        """The same of recorded samples."""
+        """The normalized entropy of recorded samples, (n, exits)."""
         return recorded.entropy
 
 
@@ -59,23 +59,23 @@ class Edr:
     code: ClassVar[int] = 1
 
     def score(self, readings: Sequence[Reading]) -> float | None:
-        """The last exit's EDR; None at an exit without prototypes."""
+        """EDR at this exit; None if it has no prototypes."""
         entropy, ratio = readings[-1].entropy, readings[-1].distance_ratio
         if ratio is None:
             return None
-        # The same mean with its fractions cleared: no division by a signal that is 0, unless both are.
-        below = self.lam * entropy + ratio
-        return (self.lam + 1.0) * entropy * ratio / below if below else 0.0
+        # Multiplied out, so that nothing is divided by a signal that is 0.
+        denominator = self.lam * entropy + ratio
+        return (self.lam + 1.0) * entropy * ratio / denominator if denominator else 0.0
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
-        """The same of recorded samples."""
+        """EDR of recorded samples, (n, exits)."""
         return formulas.edr(recorded.entropy, recorded.distance_ratio, self.lam)
 
 
 def signal_of(lam: float) -> Signal:
-    """The signal that a request's or an artifact's λ stands for: λ = 0 is entropy alone.
+    """The signal for a request's or an artifact's λ; λ = 0 is entropy alone.
 
-    Raises ValueError for a λ outside [0, 100].
+    Raises ValueError for λ outside [0, 100].
     """
     if not 0 <= lam <= MAX_LAM:
         raise ValueError(f"lambda must be in [0, {MAX_LAM:g}], got {lam}")

@@ -1,4 +1,4 @@
-"""Checkpoint → artifact: build the segments, prove them, calibrate them, publish them."""
+"""Checkpoint → artifact: build the segments, verify them, calibrate them, publish them."""
 
 import time
 from collections.abc import Sequence
@@ -17,13 +17,12 @@ from exits import calibration
 from exits.recorded import Recorded
 from exits.reference import quantiles
 from exits.signals import signal_of
+from export.build import build
 from export.record import record
-from export.segments import build
 from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
-from training import data as datas
-from training.data import Example
+from training.data import Example, encode, load_examples
 from training.model import De3Model
 from training.predict import predict
 from training.progress import console
@@ -32,17 +31,17 @@ MAX_FP32_DIFFERENCE = 1e-3
 
 
 class ExportError(ValueError):
-    """The export did not prove itself; nothing was published."""
+    """The exported model differs too much from the checkpoint; nothing was published."""
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export and how much may be lost; checks itself.
+    """What to export and how much accuracy may be lost; validates itself.
 
     Attributes:
         quantize: "int8" or "none".
-        max_loss: largest loss of accuracy against full depth at the default (λ, τ), a share.
-        max_int8_loss: largest loss of accuracy of any exit by int8, a share.
+        max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
+        max_int8_loss: largest accuracy loss of any exit by int8, a fraction.
     """
 
     name: str
@@ -64,18 +63,19 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    λ and τ are chosen on tune_file, the reported numbers come from certify_file; by default those that
-    training kept back.
-    Raises ExportError when the segments differ from the PyTorch model by more than allowed, or ValueError
-    when the checkpoint cannot be exported. Nothing is published then.
+    λ and τ are chosen on tune_file, and the reported numbers come from certify_file. The default files are
+    those that training held out.
+
+    Raises ExportError if the segments differ from the PyTorch model by more than allowed, and ValueError if
+    the checkpoint cannot be exported. In both cases nothing is published.
     """
     tokenizer_json = plain_tokenizer(checkpoint)
     model = De3Model.from_pretrained(checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     _check_prototypes(model)
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
-    tune = datas.load_examples(tune_file or checkpoint / "tune.jsonl", names)
-    certify = datas.load_examples(certify_file or checkpoint / "certify.jsonl", names)
+    names = model.config.label_names
+    tune = load_examples(tune_file or checkpoint / "tune.jsonl", names)
+    certify = load_examples(certify_file or checkpoint / "certify.jsonl", names)
     int8 = settings.quantize == "int8"
     segments = build(model, int8, "token_type_ids" in tokenizer.model_input_names)
     with store.new_version(settings.name) as draft:
@@ -86,34 +86,34 @@ def export(
                 "tokenizer.json": tokenizer_json.encode(),
             }
         )
-        takes_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
-        manifest = _manifest(model, draft, settings, takes_types)
-        ready = Model(Artifact(draft.path, manifest), "onnxruntime")
-        proof: dict[str, Any] = {"parity": parity(model, tokenizer, ready, certify, int8)}
-        tuned = record(ready, tune, "the tuning samples")
-        certified = record(ready, certify, "the certifying samples")
+        has_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
+        manifest = _manifest(model, draft, settings, has_types)
+        exported = Model(Artifact(draft.path, manifest), "onnxruntime")
+        proof: dict[str, Any] = {"parity": parity(model, tokenizer, exported, certify, int8)}
+        tuned = record(exported, tune, "the tuning samples")
+        certified = record(exported, certify, "the certifying samples")
         if int8:
-            encoded = datas.encode(certify, tokenizer, manifest.max_tokens)
+            encoded = encode(certify, tokenizer, manifest.max_tokens)
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
-        table = calibrate(tuned, certified, settings.max_loss)
+        calibrated = calibrate(tuned, certified, settings.max_loss)
         final = manifest.model_copy(
             update={
                 "export": proof,
-                "calibration": table,
-                "defaults": Defaults(tau=table.default.tau, lam=table.default.lam),
+                "calibration": calibrated,
+                "defaults": Defaults(tau=calibrated.default.tau, lam=calibrated.default.lam),
             }
         )
-        # Once more through the schema: model_copy does not validate.
+        # Validate: model_copy does not.
         return draft.publish(Manifest.model_validate(final.model_dump()))
 
 
 def _check_prototypes(model: De3Model) -> None:
     for layer, seen in zip(model.config.prototype_layers, model.prototype_seen, strict=True):
-        missing = [model.config.id2label[k] for k, s in enumerate(seen.tolist()) if not s]
+        missing = [name for name, s in zip(model.config.label_names, seen.tolist(), strict=True) if not s]
         if missing:
             raise ValueError(
-                f"layer {layer} has no prototype for {', '.join(missing[:5])}: training saw no such sample"
+                f"layer {layer} has no prototype for {', '.join(missing[:5])}: training had no such sample"
             )
 
 
@@ -126,7 +126,7 @@ def _prototypes(model: De3Model) -> dict[str, Any]:
 
 
 def plain_tokenizer(checkpoint: Path) -> str:
-    """The checkpoint's tokenizer.json without padding and truncation."""
+    """The checkpoint's tokenizer.json without padding and truncation; raises ValueError if it is missing."""
     file = checkpoint / "tokenizer.json"
     if not file.exists():
         raise ValueError(f"{file}: missing; save the checkpoint with a fast tokenizer")
@@ -144,7 +144,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         version=draft.next_version(),
         created=int(time.time()),
         encoder=config.encoder["model_type"],
-        labels=[config.id2label[k] for k in range(config.num_labels)],
+        labels=config.label_names,
         num_layers=config.num_layers,
         exit_layers=config.exit_layers,
         prototype_layers=config.prototype_layers,
@@ -162,52 +162,52 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
 
 
 def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
-    """Real samples of many lengths: spread over the lengths that occur, and some joined up to the limit."""
-    ranked = sorted(examples, key=lambda e: len(repr(e.text)))
-    chosen = [ranked[i] for i in np.linspace(0, len(ranked) - 1, min(count, len(ranked))).astype(int)]
-    words = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in ranked[::-1][:400])
+    """Examples of many lengths: spread over the lengths that occur, and some joined up to max_tokens."""
+    by_length = sorted(examples, key=lambda e: len(repr(e.text)))
+    chosen = [
+        by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)
+    ]
+    long = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in by_length[::-1][:400])
     limit = model.manifest.max_tokens
-    return (
-        chosen + [Example(words[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(words, 0)]
-    )
+    return chosen + [Example(long[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(long, 0)]
 
 
 @torch.no_grad()
 def parity(
-    model: De3Model, tokenizer: Any, ready: Model, examples: Sequence[Example], int8: bool
+    model: De3Model, tokenizer: Any, exported: Model, examples: Sequence[Example], int8: bool
 ) -> dict[str, Any]:
-    """Run segments and the PyTorch model on the same samples, one by one; print and return the differences.
+    """Run the segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError above 1e-3 for fp32. (int8 is judged by accuracy.)
+    Raises ExportError above 1e-3 for fp32. (For int8, int8_loss compares accuracies.)
     """
     exits, spaces = model.config.exit_layers, model.config.prototype_layers
     largest = {"logits": [0.0] * len(exits), "distances": [0.0] * len(spaces)}
-    samples = parity_samples(examples, ready)
+    samples = parity_samples(examples, exported)
     lengths = []
     for example in samples:
-        encoded = datas.encode([example], tokenizer, ready.manifest.max_tokens)
+        encoded = encode([example], tokenizer, exported.manifest.max_tokens)
         inputs, _ = encoded.batch([0], tokenizer.pad_token_id)
         expected = model(**inputs)
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
-        tokens = ready.tokenize(text, pair)
+        tokens = exported.tokenize(text, pair)
         if tokens.ids[0].tolist() != encoded.ids[0]:
             raise ExportError(f"the exported tokenizer differs from the checkpoint's on {text[:80]!r}")
         lengths.append(len(tokens))
-        steps = ready.full_depth(tokens)
-        for kind, layers, theirs in (
+        steps = exported.full_depth(tokens)
+        for output, layers, values in (
             ("logits", exits, expected.logits[0].numpy()),
             ("distances", spaces, expected.distances[0].numpy()),
         ):
             for j, layer in enumerate(layers):
-                difference = float(np.abs(getattr(steps[layer], kind) - theirs[j]).max())
-                largest[kind][j] = max(largest[kind][j], difference)
+                difference = float(np.abs(getattr(steps[layer], output) - values[j]).max())
+                largest[output][j] = max(largest[output][j], difference)
     span = f"{min(lengths)} to {max(lengths)} tokens"
-    table = Table(title=f"Largest difference to PyTorch, {len(samples)} samples of {span}")
+    table = Table(title=f"Largest difference from PyTorch, {len(samples)} samples of {span}")
     for column in ("layer", "logits", "distances"):
         table.add_column(column, justify="right")
     for j, layer in enumerate(exits):
-        far = f"{largest['distances'][j]:.1e}" if layer in spaces else "–"
-        table.add_row(str(layer), f"{largest['logits'][j]:.1e}", far)
+        distances = f"{largest['distances'][j]:.1e}" if layer in spaces else "–"
+        table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)
     console.print(table)
     worst = max(largest["logits"] + largest["distances"])
     if not int8 and not worst <= MAX_FP32_DIFFERENCE:  # "not <=" catches NaN
@@ -216,27 +216,27 @@ def parity(
 
 
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
-    """Accuracy by exit of int8 against fp32 on the same samples; raises ExportError above `allowed`."""
-    ours, theirs = int8.correct.mean(0), reference.correct.mean(0)
-    table = Table(title=f"Accuracy by exit, int8 against fp32 ({len(int8.labels)} certifying samples)")
+    """The accuracy of each exit in int8 and fp32, on the same samples; raises ExportError above `allowed`."""
+    quantized, full = int8.correct.mean(0), reference.correct.mean(0)
+    table = Table(title=f"Accuracy by exit, int8 and fp32 ({len(int8.labels)} certifying samples)")
     for column in ("layer", "fp32", "int8", "loss"):
         table.add_column(column, justify="right")
-    for layer, a, b in zip(int8.exit_layers, theirs, ours, strict=True):
+    for layer, a, b in zip(int8.exit_layers, full, quantized, strict=True):
         table.add_row(str(layer), f"{100 * a:.2f}", f"{100 * b:.2f}", f"{100 * (a - b):+.2f}")
     console.print(table)
-    losses = (theirs - ours).tolist()
+    losses = (full - quantized).tolist()
     worst = max(losses)
     if worst > allowed:
         layer = int8.exit_layers[losses.index(worst)]
         raise ExportError(
-            f"int8 costs exit {layer} {100 * worst:.2f} points of accuracy, {100 * allowed:.2f} are allowed: "
-            "export with --quantize none, or allow it with --max-int8-loss"
+            f"int8 costs exit {layer} {100 * worst:.2f} points of accuracy, more than {100 * allowed:.2f}: "
+            "export with --quantize none, or raise --max-int8-loss"
         )
-    return {"fp32_accuracy": theirs.tolist(), "int8_accuracy": ours.tolist()}
+    return {"fp32_accuracy": full.tolist(), "int8_accuracy": quantized.tolist()}
 
 
 def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibration:
-    """Choose the default on the tuning samples; report everything on the certifying ones."""
+    """Choose the default on the tuning samples and report all numbers on the certifying samples."""
     chosen = calibration.choose(calibration.trade_off(tuned), max_loss)
     fine = calibration.trade_off(certified, (signal_of(chosen.lam),), calibration.FINE_TAUS)
     table = [o for o in calibration.trade_off(certified) if o.lam != chosen.lam] + fine
@@ -263,22 +263,22 @@ def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibrat
 
 
 def _references(certified: Recorded) -> list[dict[str, Any]]:
-    """What the certifying samples gave at each exit, as quantiles."""
-    found = []
+    """The quantiles of each exit's signals on the certifying samples."""
+    references = []
     for j, layer in enumerate(certified.exit_layers):
-        row: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
-        row["entropy"] = quantiles(certified.entropy[:, j])
+        reference: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
+        reference["entropy"] = quantiles(certified.entropy[:, j])
         if not np.isnan(certified.distances[0, j]).any():
-            row["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
-            row["nearest"] = quantiles(certified.distances[:, j].min(-1))
-        found.append(row)
-    return found
+            reference["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
+            reference["nearest"] = quantiles(certified.distances[:, j].min(-1))
+        references.append(reference)
+    return references
 
 
 def _rounded(outcome: calibration.Outcome) -> dict[str, Any]:
-    """An outcome as the manifest keeps it: six digits are more than any of these numbers knows."""
+    """An outcome's fields with six decimals, more than their precision."""
 
-    def short(x: Any) -> Any:
-        return [short(y) for y in x] if isinstance(x, list | tuple) else round(x, 6)
+    def rounded(value: Any) -> Any:
+        return [rounded(item) for item in value] if isinstance(value, list | tuple) else round(value, 6)
 
-    return {k: short(v) for k, v in asdict(outcome).items()}
+    return {k: rounded(v) for k, v in asdict(outcome).items()}

@@ -1,6 +1,6 @@
-"""One plain ONNX graph of a whole model, without exits: what other servers run, for comparison.
+"""A whole model as one plain ONNX graph without exits, for comparison with other servers.
 
-The same nodes and weights as the segments, one after the other, with the last layer's classifier at the end.
+It has the nodes and weights of all segments in order, and the last layer's classifier.
 """
 
 import json
@@ -16,20 +16,20 @@ from model_store.store import Artifact, read_manifest
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """One model of all segments: input_ids, token_type_ids (1, T) in, logits (1, K) of the last exit out."""
+    """One model of all segments: inputs input_ids and token_type_ids (1, T); output logits (1, K) of the last exit."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
     for layer, segment in enumerate(segments):
         graph, prefix = segment.graph, f"l{layer}_"
-        given = {"hidden": hidden} if layer else {x.name: x.name for x in graph.input}
+        inputs = {"hidden": hidden} if layer else {x.name: x.name for x in graph.input}
         plain = [node for node in graph.node if node.op_type != "If"]
         branches = [node for node in graph.node if node.op_type == "If"]
         if layer == len(segments) - 1:
             plain += next(a.g for a in branches[0].attribute if a.name == "then_branch").node
 
-        def name(value: str, given: dict[str, str] = given, prefix: str = prefix) -> str:
-            return given.get(value, prefix + value if value else "")
+        def name(value: str, inputs: dict[str, str] = inputs, prefix: str = prefix) -> str:
+            return inputs.get(value, prefix + value if value else "")
 
         for node in plain:
             copy = onnx.NodeProto()
@@ -47,7 +47,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
     logits = prefix + "yes_logits"
     needed, kept = {logits}, []
-    for node in reversed(nodes):  # what the prototypes alone needed falls away
+    for node in reversed(nodes):  # leave out nodes that only the prototypes use
         if needed & set(node.output):
             needed |= set(node.input)
             kept.append(node)
@@ -73,7 +73,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An int8 model with the same weights in float32 and float32 operators."""
+    """An int8 model as float32: the same weights, dequantized, and float32 operators."""
     arrays = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     weights: dict[str, NDArray[Any]] = {}
@@ -82,9 +82,9 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "DynamicQuantizeLinear":
             hidden = node.input[0]
         elif node.op_type == "DynamicQuantizeMatMul":
-            x, weight, scale, _, bias = node.input
+            activations, weight, scale, _, bias = node.input
             weights[weight] = arrays[weight] * arrays[scale]
-            nodes.append(helper.make_node("MatMul", [x, weight], [out + "_product"]))
+            nodes.append(helper.make_node("MatMul", [activations, weight], [out + "_product"]))
             nodes.append(helper.make_node("Add", [out + "_product", bias], [out]))
         elif node.op_type == "QAttention":
             _, weight, bias, _, scale = node.input[:5]
@@ -94,7 +94,7 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Attention", inputs, [out], domain=node.domain, num_heads=heads))
         else:
             nodes.append(node)
-    used = {x for node in nodes for x in node.input}
+    used = {name for node in nodes for name in node.input}
     result = onnx.ModelProto()
     result.CopyFrom(model)
     del result.graph.node[:], result.graph.initializer[:]
@@ -109,7 +109,7 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[str], max_tokens: int) -> None:
-    """Write model.onnx, tokenizer.json (unpadded) and config.json (labels, max_tokens) into a new folder."""
+    """Write model.onnx, tokenizer.json and config.json (labels, max_tokens) into a new folder."""
     folder.mkdir(parents=True, exist_ok=False)
     (folder / "model.onnx").write_bytes(model.SerializeToString())
     (folder / "tokenizer.json").write_bytes(tokenizer)
@@ -120,11 +120,12 @@ def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[s
 def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     """Write the full-depth model of a checkpoint or of an artifact's folder into a new folder.
 
-    Of an int8 artifact a float32 model can be had too: the same weights, as they are after rounding.
-    Raises ValueError for a folder that exists, StoreError for an artifact that is not sound.
+    An int8 artifact can also be written as float32, with the same quantized weights.
+
+    Raises ValueError if the folder exists, and StoreError if the artifact is damaged.
     """
     if folder.exists():
-        raise ValueError(f"{folder} exists already; name a new folder")
+        raise ValueError(f"{folder} exists already; choose a new folder")
     if (source / "manifest.json").exists():
         manifest = read_manifest(source)
         artifact = Artifact(source, manifest)
@@ -137,14 +138,13 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
         return
     from transformers import AutoTokenizer  # slow to import, and an artifact does not need it
 
+    from export.build import build
     from export.exporter import plain_tokenizer
-    from export.segments import build
     from training.model import De3Model
 
     tokenizer = plain_tokenizer(source).encode()
     trained = De3Model.from_pretrained(source).eval()
     types = "token_type_ids" in AutoTokenizer.from_pretrained(source).model_input_names
     config = trained.config
-    labels = [config.id2label[k] for k in range(config.num_labels)]
     segments = list(build(trained.float(), int8, types).values())
-    write(folder, stitch(segments), tokenizer, labels, config.max_tokens)
+    write(folder, stitch(segments), tokenizer, config.label_names, config.max_tokens)

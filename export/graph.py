@@ -1,7 +1,7 @@
-"""The ONNX segments, built node by node from weights with ONNX Runtime's fused operators.
+"""The parts of an ONNX segment, built node by node from weights with ONNX Runtime's fused operators.
 
-Building instead of tracing a PyTorch module gives the fused operators by construction, for fp32 and int8
-alike, whatever version of PyTorch or transformers made the weights.
+Unlike tracing a PyTorch module, this yields the fused operators for fp32 and int8 with every version of
+PyTorch and transformers.
 
 A segment runs one unpadded sample:
 
@@ -9,9 +9,9 @@ A segment runs one unpadded sample:
                       → hidden (1, T, H)
     layer_NN.onnx     hidden (1, T, H) → next_hidden (1, T, H)
 
-and, where the layer has an exit, also takes with_exit, a boolean, and gives logits (1, K); where the exit has
-prototypes, it takes them, (K, D), unit rows, and gives distances (1, K). Without with_exit these are zeros:
-the exit is a branch, so that a sample that cannot leave at a layer does not pay for it.
+If its layer has an exit, it also takes with_exit, a boolean, and returns logits (1, K). If the exit has
+prototypes, it takes them, (K, D) with unit rows, and returns distances (1, K). Without with_exit these are zeros:
+the exit is a branch, so a sample that cannot exit at a layer does not pay for it.
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ ACTIVATIONS = {"gelu": "Gelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "Fas
 
 
 class Graph:
-    """An ONNX graph that grows by function calls: every method returns the name of its output."""
+    """A builder of ONNX graphs: methods append nodes and return the name of the output."""
 
     def __init__(self, int8: bool, prefix: str = "") -> None:
-        """`prefix` of every name: a branch may not use those of the graph around it."""
+        """All names start with `prefix`: a branch may not reuse names of the enclosing graph."""
         self.int8 = int8
         self.prefix = prefix
         self.nodes: list[onnx.NodeProto] = []
@@ -46,8 +46,8 @@ class Graph:
         return name
 
     def output(self, value: str, name: str, shape: list[int | str]) -> None:
-        """Give `value` out as `name`."""
-        for node in self.nodes:  # rename instead of an Identity, which would copy
+        """Declare `value` as the output `name`."""
+        for node in self.nodes:  # rename: an Identity node would copy
             node.input[:] = [name if x == value else x for x in node.input]
             node.output[:] = [name if x == value else x for x in node.output]
         self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
@@ -59,7 +59,7 @@ class Graph:
         return name
 
     def node(self, op: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> str:
-        """Append an operator; "" leaves an optional input out. Returns the first output's name."""
+        """Append an operator; "" omits an optional input. Returns the first output's name."""
         names = [f"{self.prefix}v{len(self.nodes)}_{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
         return names[0]
@@ -69,7 +69,7 @@ class Graph:
         return self.node(op, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
 
     def linear(self, x: str, linear: Linear) -> str:
-        """x·W + b, with activations quantized on the fly in int8."""
+        """x·W + b; in int8 the activations are quantized dynamically."""
         bias = self.constant(linear.bias)
         if not self.int8:
             return self.node("Add", self.node("MatMul", x, self.constant(linear.weight)), bias)
@@ -82,9 +82,9 @@ class Graph:
         return self.node("LayerNormalization", x, scale, shift, epsilon=norm.epsilon, axis=-1)
 
     def branch(self, flag: str, yes: "Graph", no: "Graph", names: list[str], shape: list[int | str]) -> None:
-        """Give out, as `names`, what `yes` gives if the boolean `flag` is true, else what `no` gives.
+        """Declare as outputs `names` those of `yes` if the boolean `flag` is true, else those of `no`.
 
-        Both see the values of this graph; their weights become its own.
+        Both may use this graph's values; their weights are added to it.
         """
         then, other = (helper.make_graph(g.nodes, g.prefix, [], g.outputs) for g in (yes, no))
         self.nodes.append(helper.make_node("If", [flag], names, then_branch=then, else_branch=other))
@@ -101,7 +101,7 @@ class Graph:
 
 
 def quantize(weight: Array) -> tuple[NDArray[np.int8], Array]:
-    """Symmetric int8 of weight (inputs, outputs), one scale for each output: weight ≈ int8 · scale."""
+    """Symmetric int8 of weight (inputs, outputs) with one scale per output: weight ≈ int8 · scale."""
     scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
@@ -109,8 +109,8 @@ def quantize(weight: Array) -> tuple[NDArray[np.int8], Array]:
 def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
     """Hidden states (1, T, H) of the embedding output."""
     if g.int8:
-        # One scale a row. A cast after the Gather: a DequantizeLinear of the table would be folded into
-        # a float32 table when the session loads.
+        # One scale per row. The cast follows the Gather, because ONNX Runtime would fold a DequantizeLinear
+        # of the table into a float32 table when it loads the model.
         rows, scale = quantize(np.ascontiguousarray(tables.word.T))
         picked = g.node("Cast", g.node("Gather", g.constant(rows.T), ids), to=TensorProto.FLOAT)
         x = g.node("Mul", picked, g.node("Gather", g.constant(scale[:, None]), ids))
@@ -129,7 +129,7 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
     """Hidden states (1, T, H) after one transformer block."""
     if layer.activation not in ACTIVATIONS:
         raise ValueError(
-            f"activation {layer.activation!r} cannot be exported; these can: {list(ACTIVATIONS)}"
+            f"activation {layer.activation!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}"
         )
     bias = g.constant(layer.qkv.bias)
     if g.int8:
@@ -160,7 +160,7 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
 def exit_heads(g: Graph, hidden: str, pooling: str, classifier: Linear, prototypical: Linear | None) -> None:
     """Add an exit: the input with_exit, the outputs logits and, with a prototypical network, distances.
 
-    Heads stay float32 except for the prototypical network's weights: they cost next to nothing.
+    Heads stay in float32, except for the prototypical network's weights: they cost almost nothing.
     """
     labels = classifier.bias.shape[0]
     flag = g.input("with_exit", [], TensorProto.BOOL)
@@ -175,7 +175,7 @@ def exit_heads(g: Graph, hidden: str, pooling: str, classifier: Linear, prototyp
     names = ["logits"]
     if prototypical is not None:
         prototypes = g.input("prototypes", [labels, prototypical.bias.shape[0]])
-        # 1 − cos, with unit prototypes: only h' is divided by its length.
+        # 1 − cos: the prototypes are unit vectors, so only h' is normalized.
         unit = yes.node("LpNormalization", yes.linear(pooled, prototypical), axis=1, p=2)
         one = yes.constant(np.ones(1, np.float32))
         distances = yes.node("Gemm", unit, prototypes, one, alpha=-1.0, transB=1)

@@ -1,4 +1,4 @@
-"""Calibrate an artifact anew on other samples: the model stays, λ, τ and every promise become theirs."""
+"""Recalibrate an artifact on other samples: new λ, τ and guarantees for the same model."""
 
 import time
 from pathlib import Path
@@ -8,28 +8,28 @@ from export.record import record
 from model_store.manifest import Defaults, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store
-from training import data as datas
+from training.data import load_examples
 
-MAX_SHARED = 0.05  # of the certifying texts: real traffic repeats some
+MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
 
 def recalibrate(
     artifact: Artifact, store: Store, tune_file: Path, certify_file: Path, max_loss: float
 ) -> Path:
-    """Write the next version of an artifact, the same files with a new calibration; returns its folder.
+    """Write an artifact's next version, the same files with a new calibration; returns its folder.
 
-    Raises ValueError for samples that cannot be read, StoreError for an artifact that is not sound.
+    Raises ValueError for samples that cannot be read or used, and StoreError for a damaged artifact.
     """
     names = list(artifact.manifest.labels)
-    tune, certify = (datas.load_examples(file, names) for file in (tune_file, certify_file))
+    tune, certify = (load_examples(file, names) for file in (tune_file, certify_file))
     shared = len({e.text for e in tune} & {e.text for e in certify})
     if shared > MAX_SHARED * len(certify):
         raise ValueError(
-            f"{certify_file}: {shared} of its texts are in {tune_file} too; promises need samples that "
-            "nothing was chosen on"
+            f"{certify_file}: {shared} of its texts are in {tune_file} too; guarantees need samples that "
+            "were not used to choose λ and τ"
         )
     model = Model(artifact, "onnxruntime")
-    table = calibrate(
+    calibrated = calibrate(
         record(model, tune, "the tuning samples"), record(model, certify, "the certifying samples"), max_loss
     )
     with store.new_version(artifact.manifest.name) as draft:
@@ -38,8 +38,8 @@ def recalibrate(
             update={
                 "version": draft.next_version(),
                 "created": int(time.time()),
-                "calibration": table,
-                "defaults": Defaults(tau=table.default.tau, lam=table.default.lam),
+                "calibration": calibrated,
+                "defaults": Defaults(tau=calibrated.default.tau, lam=calibrated.default.lam),
             }
         )
         return draft.publish(Manifest.model_validate(manifest.model_dump()))

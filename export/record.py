@@ -1,4 +1,4 @@
-"""Run an artifact's segments over labelled texts: every exit of every sample, as they will serve."""
+"""Record every exit of an artifact's segments for labelled texts, as they run when serving."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """All exits of examples, in their order, one sample at a time, full depth, on all cores."""
+    """All exits of examples, in their order; each sample runs unbatched to full depth, in parallel on all cores."""
 
     def full_depth(example: Example) -> list[Step]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)

@@ -1,7 +1,7 @@
-"""The attacking process of `de3 loadtest attack`: many nonblocking connections, one thread, little CPU.
+"""The attacking process of `de3 loadtest attack`: many nonblocking connections in one thread.
 
-It has a process of its own, at nice 19, so that it takes neither the interpreter of the client that measures
-nor, on a machine that all share, the server's cores: an attacker elsewhere would not either.
+It runs as a separate process at nice 19, so that it competes neither for the measuring client's interpreter
+nor for the server's cores. A remote attacker would not compete for them either.
 """
 
 import heapq
@@ -19,22 +19,22 @@ from time import monotonic
 
 from loadtest.attacks import ATTACKS, Answer, Attack, Step
 
-SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the innocent client is at 127.0.0.1
-BACK_OFF_S = 0.2  # before a connection is opened again
-MAX_OPENED_PER_S = 500.0  # an attack on the server's limits, not a SYN flood
-BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is chosen when the address of the peer is known
-TURN_BYTES = 2**20  # sent on one connection before the others get a turn
+SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the innocent client uses 127.0.0.1
+BACK_OFF_S = 0.2  # before a closed connection is reopened
+MAX_OPENED_PER_S = 500.0  # the attacks target the server's limits; they are no SYN flood
+BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is assigned at connect()
+TURN_BYTES = 2**20  # sent on one connection before it is another's turn
 RECEIVE_BYTES = 2**16
-PREPARED = 8  # scripts whose requests are made before the attack begins; attacks have no more different ones
+PREPARED = 8  # scripts whose requests are built before the attack starts; no attack has more variants
 
 
 @dataclass
 class Sent:
-    """What an attack did.
+    """The traffic of an attack.
 
     Attributes:
-        connections: how many were opened.
-        closed: how many of them the server closed, or refused.
+        connections: number of opened connections.
+        closed: number of connections that the server closed or refused.
         statuses: number of answers by status.
     """
 
@@ -45,7 +45,7 @@ class Sent:
 
 
 class _Connection:
-    """One connection and how far its script is."""
+    """One connection and the state of its script."""
 
     def __init__(self, number: int, script: Iterator[Step]) -> None:
         self.script = script
@@ -58,17 +58,19 @@ class _Connection:
         self.unsent = memoryview(b"")
         self.received = b""
         self.awaits_answer = False
-        self.pauses = False
+        self.is_paused = False
 
 
 class Attacker:
-    """Runs an attack's script on so many connections at once."""
+    """Runs an attack's script on several connections at once."""
 
     def __init__(self, attack: Attack, port: int, connections: int) -> None:
         self._attack, self._address = attack, ("127.0.0.1", port)
         self._epoll = select.epoll()
         self._open: dict[int, _Connection] = {}
-        self._timers: list[tuple[float, int, int, _Connection | None]] = []  # when, tie, number, pausing
+        self._timers: list[
+            tuple[float, int, int, _Connection | None]
+        ] = []  # due, tie-breaker, number, paused
         self._ties = 0
         self.sent = Sent()
         self._next_open = monotonic()
@@ -76,7 +78,7 @@ class Attacker:
             self._open_later(number)
 
     def run(self, seconds: float) -> Sent:
-        """Attack for so many seconds."""
+        """Attack for `seconds` and return the traffic."""
         end = monotonic() + seconds
         while (now := monotonic()) < end:
             self._run_timers(now)
@@ -90,29 +92,29 @@ class Attacker:
         return self.sent
 
     def _open_later(self, number: int, seconds: float = 0.0) -> None:
-        """Open a connection in so many seconds, or when the rate of new ones allows it."""
-        when = max(self._next_open, monotonic() + seconds)
-        self._next_open = when + 1 / MAX_OPENED_PER_S
-        self._at(when, number)
+        """Open a connection after `seconds`, or once the rate limit for new connections allows it."""
+        due = max(self._next_open, monotonic() + seconds)
+        self._next_open = due + 1 / MAX_OPENED_PER_S
+        self._add_timer(due, number)
 
-    def _at(self, when: float, number: int, pausing: _Connection | None = None) -> None:
+    def _add_timer(self, due: float, number: int, paused: _Connection | None = None) -> None:
         self._ties += 1
-        heapq.heappush(self._timers, (when, self._ties, number, pausing))
+        heapq.heappush(self._timers, (due, self._ties, number, paused))
 
     def _run_timers(self, now: float) -> None:
         while self._timers and self._timers[0][0] <= now:
-            _, _, number, pausing = heapq.heappop(self._timers)
-            if pausing is None:
+            _, _, number, paused = heapq.heappop(self._timers)
+            if paused is None:
                 self._connect(number)
-            elif self._open.get(pausing.socket.fileno()) is pausing:
-                pausing.pauses = False
-                self._go_on(pausing)
+            elif self._open.get(paused.socket.fileno()) is paused:
+                paused.is_paused = False
+                self._continue(paused)
 
     def _connect(self, number: int) -> None:
         try:
             connection = _Connection(number, self._attack.script(number))
             connection.socket.connect_ex(self._address)
-        except OSError:  # no port, or no descriptor, is free
+        except OSError:  # no free port or file descriptor
             self._open_later(number, BACK_OFF_S)
             return
         self._open[connection.socket.fileno()] = connection
@@ -126,19 +128,19 @@ class Attacker:
         if events & select.EPOLLIN:
             self._receive(connection)
         elif events & (select.EPOLLERR | select.EPOLLHUP | select.EPOLLRDHUP):
-            self._again(connection, closed=True)
+            self._reconnect(connection, closed=True)
         elif events & select.EPOLLOUT:
-            self._go_on(connection)
+            self._continue(connection)
 
-    def _again(self, connection: _Connection, closed: bool) -> None:
-        """Close, and open a connection in its place a little later."""
+    def _reconnect(self, connection: _Connection, closed: bool) -> None:
+        """Close a connection and open another in its place after BACK_OFF_S."""
         self.sent.closed += closed
         del self._open[connection.socket.fileno()]
         connection.socket.close()
         self._open_later(connection.number, BACK_OFF_S)
 
     def _receive(self, connection: _Connection) -> None:
-        """Read what came, and go on after an answer that the script waits for."""
+        """Read, and continue the script if it waited for this answer."""
         try:
             data = connection.socket.recv(RECEIVE_BYTES)
         except BlockingIOError:
@@ -146,26 +148,26 @@ class Attacker:
         except OSError:
             data = b""
         if not data:
-            self._again(connection, closed=True)
+            self._reconnect(connection, closed=True)
             return
         connection.received += data
         while (status := _take_answer(connection)) is not None:
             self.sent.statuses[status] = self.sent.statuses.get(status, 0) + 1
             connection.awaits_answer = False
         if not connection.awaits_answer and not connection.unsent:
-            self._go_on(connection)
+            self._continue(connection)
 
-    def _go_on(self, connection: _Connection) -> None:
-        """Take the script's next steps until one has to wait."""
+    def _continue(self, connection: _Connection) -> None:
+        """Run the script until it has to wait."""
         turn = 0
-        while not connection.awaits_answer and not connection.pauses:
+        while not connection.awaits_answer and not connection.is_paused:
             if connection.unsent:
                 try:
                     count = connection.socket.send(connection.unsent[: TURN_BYTES - turn])
                 except BlockingIOError:
                     count = 0
                 except OSError:
-                    self._again(connection, closed=True)
+                    self._reconnect(connection, closed=True)
                     return
                 self.sent.megabytes += count / 1e6
                 turn += count
@@ -177,20 +179,20 @@ class Attacker:
             step = next(connection.script, None)
             match step:
                 case None:
-                    self._again(connection, closed=False)
+                    self._reconnect(connection, closed=False)
                     return
                 case bytes():
                     connection.unsent = memoryview(step)
                 case Answer():
                     connection.awaits_answer = True
                 case _:
-                    connection.pauses = True
-                    self._at(monotonic() + step, connection.number, connection)
+                    connection.is_paused = True
+                    self._add_timer(monotonic() + step, connection.number, connection)
         self._epoll.modify(connection.socket, self._mask())
 
 
 def _take_answer(connection: _Connection) -> str | None:
-    """The status of the first whole answer that was received, which is removed; None if there is none."""
+    """Remove the first complete answer from the received data and return its status; None if there is none."""
     head, end, body = connection.received.partition(b"\r\n\r\n")
     if not end:
         return None
@@ -206,17 +208,17 @@ def _take_answer(connection: _Connection) -> str | None:
 
 
 def _be_nice() -> None:
-    """Let the server and the innocent client run first."""
+    """Give the server and the innocent client priority."""
     os.nice(19)
-    with suppress(OSError):  # where each session has a share of its own, nice counts only within one
+    with suppress(OSError):  # with autogroups, nice only applies within one group
         Path("/proc/self/autogroup").write_text("19")
 
 
 def main(name: str, port: int, seconds: float, connections: int) -> None:
-    """Say ready, run an attack by its name once a line comes in, and print what it did."""
+    """Print "ready", run the named attack once a line arrives on stdin, and print its traffic as JSON."""
     _be_nice()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     attack = ATTACKS[name]
     for number in range(min(connections, PREPARED)):
         next(attack.script(number))

@@ -1,4 +1,4 @@
-"""The attacks of `de3 loadtest attack`: what each of their connections does."""
+"""The attacks of `de3 loadtest attack`, as a script for each connection."""
 
 import json
 import random
@@ -11,17 +11,17 @@ MAX_BODY_BYTES = 2**20  # the server's default
 CONSONANTS = "bcdfghjklmnpqrstvwxz"
 WORDS = "the a film movie plot actor scene it is was and with of this one story very quite good bad".split()  # noqa: SIM905
 TEXT_CHARACTERS = 51_200
-FOR_EVER_S = 3600.0
+FOREVER_S = 3600.0
 
 
 class Answer:
-    """A step of an attack: wait until the server has answered."""
+    """A step of an attack: wait for the server's answer."""
 
 
 ANSWER = Answer()
-# What a connection does next: send these bytes, wait for so many seconds, or wait for an answer.
+# A step: send bytes, sleep for seconds, or wait for an answer.
 Step = bytes | float | Answer
-# The steps of one connection, by its number; after the last it is closed and opened again.
+# The steps of one connection, by its number. After the last step the connection is closed and reopened.
 Script = Callable[[int], Iterator[Step]]
 
 
@@ -30,12 +30,12 @@ class Attack:
     """An attack.
 
     Attributes:
-        what: what it does, in a sentence.
+        what: a description in one sentence.
         script: the steps of one connection.
-        connections: how many, unless the user says another number.
-        reads: whether what the server sends is read at all.
+        connections: default number of connections.
+        reads: whether the attacker reads what the server sends.
         may_refuse: share of the innocent client's requests that the server may refuse with 429 or 503.
-        with_budgets: whether the innocent client also asks for a latency budget.
+        with_budgets: whether the innocent client also sends requests with a latency budget.
     """
 
     name: str
@@ -62,7 +62,7 @@ def _attack(
 
 
 def _head(length: int | str, path: str = "/classify") -> bytes:
-    """The head of a POST with so long a body, or with chunks."""
+    """The head of a POST whose body has this length, or this transfer encoding."""
     framing = f"Content-Length: {length}" if isinstance(length, int) else f"Transfer-Encoding: {length}"
     return f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{framing}\r\n\r\n".encode()
 
@@ -71,8 +71,8 @@ def _post(body: bytes) -> bytes:
     return _head(len(body)) + body
 
 
-def _ask(request: bytes) -> Iterator[Step]:
-    """Send a request again and again, each after the answer to the last."""
+def _repeat(request: bytes) -> Iterator[Step]:
+    """Send a request again after each answer."""
     while True:
         yield request
         yield ANSWER
@@ -86,13 +86,13 @@ def _pair(text: str) -> bytes:
 @_attack()
 def pair_of_words(_: int) -> Iterator[Step]:
     """Pairs of two long texts of one-letter words, 102 KB."""
-    return _ask(_pair("a " * (TEXT_CHARACTERS // 2)))
+    return _repeat(_pair("a " * (TEXT_CHARACTERS // 2)))
 
 
 @_attack()
 def pair_of_dots(_: int) -> Iterator[Step]:
     """Pairs of two long texts of full stops, 102 KB."""
-    return _ask(_pair("." * TEXT_CHARACTERS))
+    return _repeat(_pair("." * TEXT_CHARACTERS))
 
 
 @_attack()
@@ -117,7 +117,7 @@ def endless_trailer(_: int) -> Iterator[Step]:
 
 @_attack(connections=1200)
 def unread_bodies(_: int) -> Iterator[Step]:
-    """POST to a path that does not exist, with a body of 1 GB of which a byte is sent now and then."""
+    """POST to an unknown path with a body of 1 GB, of which one byte is sent every second."""
     yield _head(1_000_000_000, "/nope")
     yield ANSWER
     while True:
@@ -127,7 +127,7 @@ def unread_bodies(_: int) -> Iterator[Step]:
 
 @_attack(connections=1200)
 def slow_bodies(_: int) -> Iterator[Step]:
-    """Bodies of a byte a second, which go on after the 408."""
+    """Bodies sent at one byte per second, even after the 408."""
     yield _head(100_000)
     while True:
         yield b" "
@@ -136,15 +136,15 @@ def slow_bodies(_: int) -> Iterator[Step]:
 
 @_attack(reads=False)
 def pipelined(_: int) -> Iterator[Step]:
-    """14,000 requests at once on each connection, whose answers are never read."""
+    """14,000 pipelined requests on each connection, whose answers are never read."""
     yield b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 14_000
-    yield FOR_EVER_S
+    yield FOREVER_S
 
 
 @_attack()
 def many_headers(_: int) -> Iterator[Step]:
-    """Heads of 30,000 empty headers."""
-    return _ask(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 30_000 + b"\r\n")
+    """Requests with 30,000 empty headers."""
+    return _repeat(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 30_000 + b"\r\n")
 
 
 @cache
@@ -156,12 +156,12 @@ def _unknown_fields() -> bytes:
 @_attack()
 def unknown_fields(_: int) -> Iterator[Step]:
     """Bodies of 1 MB with 100,000 unknown fields."""
-    return _ask(_unknown_fields())
+    return _repeat(_unknown_fields())
 
 
 @cache
 def _user(part: str) -> bytes:
-    """A body of just under 1 MiB whose `user` is a list of this part."""
+    """A request with a body of just under 1 MiB whose `user` is a list of copies of this part."""
     start, end = '{"input":"good","user":[', "]}"
     count = (MAX_BODY_BYTES - len(start) - len(end) + 1) // (len(part) + 1)
     body = start + ",".join([part] * count) + end
@@ -170,8 +170,8 @@ def _user(part: str) -> bytes:
 
 @_attack()
 def nested_user(number: int) -> Iterator[Step]:
-    """Bodies of 1 MiB whose user is a list of lists, on half of the connections 200 deep."""
-    return _ask(_user("[]" if number % 2 else "[" * 200 + "]" * 200))
+    """Bodies of 1 MiB whose user is a list of lists, nested 200 deep on half of the connections."""
+    return _repeat(_user("[]" if number % 2 else "[" * 200 + "]" * 200))
 
 
 @cache
@@ -183,8 +183,8 @@ def _many_texts() -> bytes:
 
 @_attack()
 def many_texts(_: int) -> Iterator[Step]:
-    """262,000 texts in one list, as many as 1 MiB holds."""
-    return _ask(_many_texts())
+    """Batches of 262,000 texts, as many as fit into 1 MiB."""
+    return _repeat(_many_texts())
 
 
 @cache
@@ -196,13 +196,13 @@ def _one_byte_chunks() -> bytes:
 @_attack()
 def one_byte_chunks(_: int) -> Iterator[Step]:
     """Bodies of 100 KB in chunks of one byte."""
-    return _ask(_one_byte_chunks())
+    return _repeat(_one_byte_chunks())
 
 
 def _unfinished(length: int) -> Iterator[Step]:
     yield _head(length)
     yield b'{"input":"' + b"a" * (length - 11)
-    yield ANSWER  # it closes and begins again once the server gave up
+    yield ANSWER  # the server times out; then the connection is reopened
 
 
 @_attack(connections=1200, may_refuse=0.1)
@@ -219,13 +219,13 @@ def large_unfinished(_: int) -> Iterator[Step]:
 
 @_attack(connections=200, may_refuse=0.1)
 def large_users(_: int) -> Iterator[Step]:
-    """Bodies of 1 MiB of which a short text is in the input and the rest in user."""
-    return _ask(_user('"' + "x" * 1000 + '"'))
+    """Bodies of 1 MiB with a short input; the rest is in user."""
+    return _repeat(_user('"' + "x" * 1000 + '"'))
 
 
 @cache
 def _single_pieces(seed: int) -> bytes:
-    """Six texts of words of 100 random consonants, which no vocabulary has."""
+    """A request with six texts of words of 100 random consonants, which are in no vocabulary."""
     rng = random.Random(seed)
 
     def text() -> str:
@@ -237,8 +237,8 @@ def _single_pieces(seed: int) -> bytes:
 
 @_attack(with_budgets=True)
 def single_pieces(number: int) -> Iterator[Step]:
-    """Six texts a request of 51,200 characters, in words that fall into single letters."""
-    return _ask(_single_pieces(number % 8))
+    """Requests with six texts of 51,200 characters, in words that are tokenized letter by letter."""
+    return _repeat(_single_pieces(number % 8))
 
 
 @cache
@@ -253,19 +253,19 @@ def _long_texts(seed: int) -> bytes:
 
 @_attack(connections=4, with_budgets=True)
 def long_texts(number: int) -> Iterator[Step]:
-    """Twenty plain texts of 48 KB a request, at full depth."""
-    return _ask(_long_texts(number % 8))
+    """Requests with twenty plain texts of 48 KB, at full depth."""
+    return _repeat(_long_texts(number % 8))
 
 
 @_attack()
 def too_long(_: int) -> Iterator[Step]:
-    """Texts that are slow to tokenize, too long and not to be cut: work that ends in a 422."""
+    """Texts that are slow to tokenize and too long, without truncation: work that ends in a 422."""
     text = (("qxzj" * 25 + " ") * 11)[:1024]
-    return _ask(_post(json.dumps({"input": text, "truncate": False}).encode()))
+    return _repeat(_post(json.dumps({"input": text, "truncate": False}).encode()))
 
 
 @_attack(connections=40, with_budgets=True)
 def promises(_: int) -> Iterator[Step]:
-    """Twenty long texts a request, with a latency budget of a minute: promised work goes before other."""
+    """Requests with twenty long texts and a latency budget of a minute, which are scheduled before others."""
     texts = ["a " * (TEXT_CHARACTERS // 2)] * 20
-    return _ask(_post(json.dumps({"input": texts, "latency_budget_ms": 60_000}).encode()))
+    return _repeat(_post(json.dumps({"input": texts, "latency_budget_ms": 60_000}).encode()))

@@ -1,4 +1,4 @@
-"""de3 loadtest: send real texts, measure answers, compare with what people run today."""
+"""de3 loadtest: load tests, comparisons with other servers, fault injection and attacks."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from loadtest import options
 from loadtest.studies.cli import app as studies_app
 
 if TYPE_CHECKING:
@@ -18,60 +19,55 @@ app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with o
 app.add_typer(studies_app, name="study")
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
-Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
-TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
-LabelColumn = Annotated[str, typer.Option(help="Column of the right labels, if there is one.")]
-LabelNames = Annotated[str, typer.Option(help="Names of labels that are numbers, separated by commas.")]
-Seconds = Annotated[float, typer.Option(help="Length of one measurement.", min=0.5)]
-
 
 def _samples(texts: Path, text_column: str, label_column: str, label_names: str) -> "list[Sample]":
     from loadtest.texts import read
 
-    return read(texts, text_column, label_column, [x for x in label_names.split(",") if x])
+    return read(texts, text_column, label_column, [name for name in label_names.split(",") if name])
 
 
 @app.command()
 def run(
-    url: Annotated[str, typer.Argument(help="The server, for example http://127.0.0.1:8000")],
-    texts: Texts,
-    text_column: TextColumn = "sentence",
-    label_column: LabelColumn = "label",
-    label_names: LabelNames = "",
+    url: options.Url,
+    texts: options.Texts,
+    text_column: options.TextColumn = "sentence",
+    label_column: options.LabelColumn = "label",
+    label_names: options.LabelNames = "",
     rate: Annotated[
         float | None,
         typer.Option(
-            help="Requests per second, at random times (open loop). [default: as fast as it answers]",
+            help="Requests per second, with Poisson arrivals (open loop). Default: closed loop.",
             show_default=False,
         ),
     ] = None,
     connections: Annotated[int, typer.Option(help="Connections of a closed loop.", min=1, max=500)] = 16,
-    seconds: Seconds = 10.0,
+    seconds: options.Seconds = 10.0,
     tau: Annotated[
         list[float] | None,
         typer.Option(
-            help="τ to ask for; repeat for a mix. [default: the server's]", min=0, max=1, show_default=False
+            help="τ of the requests; repeat for a mix. Default: the server's.",
+            min=0,
+            max=1,
+            show_default=False,
         ),
     ] = None,
-    long_share: Annotated[float, typer.Option(help="Share of texts made long.", min=0, max=1)] = 0.0,
-    long_words: Annotated[int, typer.Option(help="Words of a long text.", min=1)] = 450,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here.", show_default=False)
-    ] = None,
+    long_share: Annotated[float, typer.Option(help="Share of long texts.", min=0, max=1)] = 0.0,
+    long_words: Annotated[int, typer.Option(help="Number of words of a long text.", min=1)] = 450,
+    json_file: options.Json = None,
     png: Annotated[
-        Path | None, typer.Option(help="Write the latency distribution here.", show_default=False)
+        Path | None, typer.Option(help="Plot the latency distribution into this file.", show_default=False)
     ] = None,
 ) -> None:
-    """Load one server and report latency, throughput, errors and accuracy.
+    """Load a running server and report latency, throughput, errors and accuracy.
 
-    Every answer is compared with the answer to the same text asked alone.
+    Every label is compared with that of the same text sent alone.
 
     Example: de3 loadtest run http://127.0.0.1:8000 --texts dev.tsv --label-names negative,positive --rate 300
     """
     from rich.progress import Progress
 
     from loadtest import report
-    from loadtest.client import Target, ask_alone, load, wrong_labels
+    from loadtest.client import Target, ask_alone, send_traffic, wrong_labels
     from loadtest.texts import with_long, with_taus
 
     samples = with_long(_samples(texts, text_column, label_column, label_names), long_share, long_words)
@@ -80,38 +76,38 @@ def run(
     try:
         alone = ask_alone(target, samples)
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("loading", total=seconds)
+            task = progress.add_task("sending requests", total=seconds)
 
-            def show(passed: float) -> None:
-                progress.update(task, completed=passed)
+            def show(elapsed: float) -> None:
+                progress.update(task, completed=elapsed)
 
-            found = load(target, samples, seconds, rate, connections, progress=show)
+            result = send_traffic(target, samples, seconds, rate, connections, progress=show)
     except OSError as error:
         raise ValueError(f"{url}: {error}; is the server running?") from None
-    row = report.summary(found, wrong_labels(found, alone))
+    row = report.summary(result, wrong_labels(result, alone))
     Console(width=None if sys.stdout.isatty() else 120).print(report.table({url: row}))
     if json_file:
         json_file.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
     if png:
-        report.plot_cdf(png, {url: found.latencies_ms()}, f"{rate:g} requests/s" if rate else "closed loop")
+        report.plot_cdf(png, {url: result.latencies_ms()}, f"{rate:g} requests/s" if rate else "closed loop")
 
 
 @app.command()
 def ramp(
-    texts: Texts,
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
-    text_column: TextColumn = "sentence",
-    label_column: LabelColumn = "label",
-    label_names: LabelNames = "",
-    slo_p99_ms: Annotated[float, typer.Option(help="The latency objective.", min=1)] = 50.0,
+    texts: options.Texts,
+    store: options.Store = Path("models"),
+    model: options.Model = "sst2",
+    text_column: options.TextColumn = "sentence",
+    label_column: options.LabelColumn = "label",
+    label_names: options.LabelNames = "",
+    slo_p99_ms: options.SloP99 = 50.0,
     min_accuracy: Annotated[
-        float | None, typer.Option(help="The accuracy floor. [default: de3 serve's]", show_default=False)
+        float | None, typer.Option(help="Accuracy floor. Default: that of de3 serve.", show_default=False)
     ] = None,
-    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for ramp.json and ramp.png.")] = Path("loadtest-results"),
 ) -> None:
-    """Raise the load to twice the capacity and lower it again, with the server's load controller off and on.
+    """Ramp the request rate up to twice the capacity and down, with the server's load controller off and on.
 
     Example: de3 loadtest ramp --texts dev.tsv --label-names negative,positive
     """
@@ -120,69 +116,69 @@ def ramp(
     from loadtest.ramp import ramp as run_ramp
 
     samples = _samples(texts, text_column, label_column, label_names)
-    options = [] if min_accuracy is None else ["--min-accuracy", f"{min_accuracy:g}"]
-    found = run_ramp(store, model, samples, slo_p99_ms, options, out, port)
+    floor = [] if min_accuracy is None else ["--min-accuracy", f"{min_accuracy:g}"]
+    results = run_ramp(store, model, samples, slo_p99_ms, floor, out, port)
     keys = ("offered_per_s", "answered", "within_slo", "p50_ms", "p99_ms", "accuracy", "tau")
     table = Table("controller", "phase", *keys)
-    for name, one in found["runs"].items():
-        for phase, row in one["phases"].items():
+    for name, result in results["runs"].items():
+        for phase, row in result["phases"].items():
             table.add_row(name, phase, *(str(row[key]) for key in keys))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    for name, one in found["runs"].items():
-        console.print(
-            f"controller {name}: p99 within the objective {one['recovery_s']:g} s after the overload"
-        )
+    for name, result in results["runs"].items():
+        recovery_s = result["recovery_s"]
+        console.print(f"controller {name}: p99 meets the objective {recovery_s:g} s after the overload")
     console.print(f"results and plot: {out}")
 
 
 @app.command()
 def fuzz(
-    url: Annotated[str, typer.Argument(help="The server, for example http://127.0.0.1:8000")],
-    requests: Annotated[int, typer.Option(help="How many requests.", min=1)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Another seed, other requests.")] = 1,
+    url: options.Url,
+    requests: Annotated[int, typer.Option(help="Number of requests.", min=1)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Seed of the random requests.")] = 1,
 ) -> None:
-    """Send requests that no client should send; fails if one brings anything but a clear answer.
+    """Send malformed requests to a server; fails if one of them gets a wrong answer.
 
-    Every answer must be HTTP, below 500 or an honest 503, with errors of the documented shape; and the server
-    must still answer as it did before. Send it to a server of your own only.
+    Every answer must be HTTP with a status below 500 (or 503 or 504), and errors must have the documented
+    shape. At the end the server must answer a valid request as before. Only test your own servers.
     """
     from rich.progress import Progress
 
-    from loadtest import fuzz as fuzzing
+    from loadtest import fuzz as fuzzer
 
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("requests", total=requests)
-        found = fuzzing.fuzz(url, requests, seed, lambda done: progress.update(task, completed=done))
-    print(", ".join(f"{status}: {count}" for status, count in sorted(found.statuses.items())))
-    for what, request in found.problems:
-        print(f"{what}\n    {request[:500]!r}")
-    if found.problems:
+        result = fuzzer.fuzz(url, requests, seed, lambda done: progress.update(task, completed=done))
+    print(", ".join(f"{status}: {count}" for status, count in sorted(result.statuses.items())))
+    for problem, request in result.problems:
+        print(f"{problem}\n    {request[:500]!r}")
+    if result.problems:
         raise typer.Exit(1)
 
 
 @app.command()
 def soak(
-    texts: Texts,
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, without a version.")] = "sst2",
-    minutes: Annotated[float, typer.Option(help="How long.", min=0.1)] = 60.0,
-    reload_s: Annotated[float, typer.Option(help="Seconds between two reloads.", min=1)] = 60.0,
-    text_column: TextColumn = "sentence",
-    port: Annotated[int, typer.Option(help="Port to start the server on.")] = 8100,
+    texts: options.Texts,
+    store: options.Store = Path("models"),
+    model: options.ModelName = "sst2",
+    minutes: Annotated[float, typer.Option(help="Duration.", min=0.1)] = 60.0,
+    reload_s: Annotated[float, typer.Option(help="Seconds between two reloads of the model.", min=1)] = 60.0,
+    text_column: options.TextColumn = "sentence",
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for soak.json and soak.png.")] = Path("loadtest-results"),
 ) -> None:
-    """Start our server and ask it everything at once for an hour, reloading its model now and then.
+    """Start a server and send it mixed traffic for an hour, while its model is reloaded regularly.
 
-    Single texts, lists, long ones, budgets, nonsense, clients that hang up or read slowly. Fails if an answer
-    is wrong, missing or changes, or if the memory grows by more than 5% from the second quarter to the last.
+    The traffic: single texts, batches, long texts, latency budgets, malformed requests, clients that hang up
+    or read slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5%
+    from the second quarter to the last.
     """
     import secrets
 
     from rich.progress import Progress
 
-    from loadtest import soak as soaking
+    from loadtest import soak as soak_test
 
-    soaking.check_plots()
+    soak_test.check_plots()
     from loadtest.servers import ours, running
 
     key = secrets.token_hex(16)
@@ -197,84 +193,86 @@ def soak(
     ):
         task = progress.add_task("seconds", total=60 * minutes)
 
-        def show(passed: float, found: soaking.Soak) -> None:
-            progress.update(task, completed=passed)
+        def show(elapsed: float, _: soak_test.Soak) -> None:
+            progress.update(task, completed=elapsed)
 
-        found = soaking.soak(started.target.url, samples, 60 * minutes, model, key, reload_s, show)
-    soaking.report(found, out)
-    for name, count in sorted(found.counts.items()):
+        result = soak_test.soak(started.target.url, samples, 60 * minutes, model, key, reload_s, show)
+    soak_test.report(result, out)
+    for name, count in sorted(result.counts.items()):
         print(f"{count:>9,}  {name}")
-    memory = [mb for _, mb in found.memory]
-    print(f"{found.reloads} reloads; memory {min(memory):.0f} to {max(memory):.0f} MB")
-    print(f"from the second quarter to the last it grew by {found.growth_mb():+.1f} MB")
-    for problem in found.problems:
+    memory = [mb for _, mb in result.memory]
+    print(f"{result.reloads} reloads; memory {min(memory):.0f} to {max(memory):.0f} MB")
+    print(f"memory growth from the second quarter to the last: {result.growth_mb():+.1f} MB")
+    for problem in result.problems:
         print(problem)
-    if found.problems or found.growth_mb() > 0.05 * max(memory):
+    if result.problems or result.growth_mb() > 0.05 * max(memory):
         raise typer.Exit(1)
 
 
 @app.command()
 def capacity(
-    texts: Texts,
-    wanted: Annotated[float, typer.Option(help="Requests per second that you need in all.", min=1)] = 1000.0,
-    slo_p99_ms: Annotated[float, typer.Option(help="The latency objective.", min=1)] = 50.0,
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
-    text_column: TextColumn = "sentence",
-    seconds: Seconds = 8.0,
-    port: Annotated[int, typer.Option(help="Port to start the server on.")] = 8100,
+    texts: options.Texts,
+    wanted: Annotated[float, typer.Option(help="Total requests per second that you need.", min=1)] = 1000.0,
+    slo_p99_ms: options.SloP99 = 50.0,
+    store: options.Store = Path("models"),
+    model: options.Model = "sst2",
+    text_column: options.TextColumn = "sentence",
+    seconds: options.Seconds = 8.0,
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for the server's log.")] = Path("loadtest-results"),
 ) -> None:
-    """Find the highest rate within an objective on this machine, and what that means for Kubernetes and Ray.
+    """Find the highest request rate within a latency objective on this machine; advise on Kubernetes and Ray.
 
-    The load generator shares this machine's cores, so the true capacity is somewhat higher.
+    The load generator shares the machine's cores, so the true capacity is somewhat higher.
     """
-    from loadtest import capacity as measure
+    from loadtest import capacity as search
     from loadtest.servers import ours, running
     from server.settings import available_cores
 
     out.mkdir(parents=True, exist_ok=True)
     samples = _samples(texts, text_column, "label", "")
 
-    def show(step: measure.Step) -> None:
-        kept = "kept" if step.keeps(slo_p99_ms) else "not kept"
+    def show(step: search.Step) -> None:
+        verdict = "met" if step.keeps(slo_p99_ms) else "missed"
         console.print(
-            f"{step.rate:.0f}/s: p99 {step.p99_ms:.1f} ms, {step.unanswered:.1%} unanswered: {kept}"
+            f"{step.rate:.0f}/s: p99 {step.p99_ms:.1f} ms, {step.unanswered:.1%} unanswered: {verdict}"
         )
 
     with running(ours(store, model), port, out / "server.log") as started:
-        rate = measure.capacity(started.target, samples, slo_p99_ms, seconds, show)
+        rate = search.capacity(started.target, samples, slo_p99_ms, seconds, show)
     if rate == 0:
-        raise ValueError(f"no rate is within {slo_p99_ms:g} ms here; allow more, or take a faster machine")
-    print("\n".join(measure.advice(rate, slo_p99_ms, wanted, available_cores())))
+        raise ValueError(
+            f"no rate has a p99 within {slo_p99_ms:g} ms here: raise --slo-p99-ms or use a faster machine"
+        )
+    print("\n".join(search.advice(rate, slo_p99_ms, wanted, available_cores())))
 
 
 @app.command()
 def faults(
-    texts: Texts,
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, without a version.")] = "sst2",
-    only: Annotated[list[str] | None, typer.Option(help="A fault's name; repeat for more.")] = None,
-    text_column: TextColumn = "sentence",
-    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    texts: options.Texts,
+    store: options.Store = Path("models"),
+    model: options.ModelName = "sst2",
+    only: Annotated[list[str] | None, typer.Option(help="Name of a fault; repeat for more.")] = None,
+    text_column: options.TextColumn = "sentence",
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for faults.json.")] = Path("loadtest-results"),
 ) -> None:
-    """Make trouble for servers of our own, and count what was accepted and lost: nothing may be.
+    """Inject faults into our own server and count accepted requests that are lost; fails if there are any.
 
     SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, a jumping clock.
     """
     from dataclasses import asdict
 
-    from loadtest import faults as trouble
+    from loadtest import faults as injection
 
     out.mkdir(parents=True, exist_ok=True)
-    ground = trouble.Ground(store, model, _samples(texts, text_column, "label", ""), port, out)
+    testbed = injection.Testbed(store, model, _samples(texts, text_column, "label", ""), port, out)
 
-    def show(row: trouble.Row) -> None:
-        lost = "not tried" if row.lost is None else f"lost {row.lost}"
+    def show(row: injection.Row) -> None:
+        lost = "not tested" if row.lost is None else f"lost {row.lost}"
         print(f"{row.fault}\n    {row.happened}\n    {lost}", flush=True)
 
-    rows = trouble.faults(ground, only or [], show)
+    rows = injection.faults(testbed, only or [], show)
     (out / "faults.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if any(row.lost for row in rows):
         raise typer.Exit(1)
@@ -282,30 +280,30 @@ def faults(
 
 @app.command()
 def attack(
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
-    only: Annotated[list[str] | None, typer.Option(help="An attack's name; repeat for more.")] = None,
-    seconds: Annotated[float, typer.Option(help="Length of one attack.", min=0.5)] = 20.0,
+    store: options.Store = Path("models"),
+    model: options.Model = "sst2",
+    only: Annotated[list[str] | None, typer.Option(help="Name of an attack; repeat for more.")] = None,
+    seconds: Annotated[float, typer.Option(help="Duration of one attack.", min=0.5)] = 20.0,
     connections: Annotated[
         int | None,
         typer.Option(
-            help="Connections of each attack. [default: the attack's, 4 to 1,200]", min=1, show_default=False
+            help="Connections of each attack. Default: the attack's, 4 to 1,200.", min=1, show_default=False
         ),
     ] = None,
     memory_wait_s: Annotated[
-        float, typer.Option(help="Longest wait for the server's memory to be back.", min=0)
+        float, typer.Option(help="Longest time for the server's memory to recover.", min=0)
     ] = 60.0,
-    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for attacks.json.")] = Path("loadtest-results"),
 ) -> None:
-    """Attack servers of our own, and see that an innocent client is served meanwhile.
+    """Attack our own server and check that an innocent client is still served.
 
-    Each attack is on a server that it starts itself, with 1 GiB of memory and 1,024 open files. It comes from
-    127.0.0.2 to 127.0.0.9, from a process at nice 19; the innocent client, at 127.0.0.1, asks 20 times a
-    second. A row fails if the server dies or keeps the memory, or if the innocent client is refused, gets no
-    answer, or waits: p99 above 50 ms and above 5 times that before the attack.
+    Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a
+    process at nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The innocent client, at 127.0.0.1, sends 20
+    requests per second. An attack fails if the server dies or keeps the memory, or if the innocent client is
+    refused, gets no answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
 
-    There is no URL to give: attack servers of your own only.
+    There is no URL to give, so that only your own servers can be attacked.
 
     Example: de3 loadtest attack --only endless_header --seconds 10
     """
@@ -326,13 +324,11 @@ def attack(
 
 @app.command()
 def layers(
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="An int8 model, name or name:version.")] = "sst2",
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers here.", show_default=False)
-    ] = None,
+    store: options.Store = Path("models"),
+    model: Annotated[str, typer.Option(help="An int8 model, as name or name:version.")] = "sst2",
+    json_file: options.Json = None,
 ) -> None:
-    """Time one encoder layer in this process: ONNX Runtime, our kernels, and the processor's peak.
+    """Time one encoder layer in ONNX Runtime and in our kernels, and compare with the processor's peak.
 
     Example: de3 loadtest layers --model sst2
     """
@@ -342,7 +338,7 @@ def layers(
     from model_store.store import Store
 
     with console.status("measuring"):
-        found = measure(Store(store).open(model))
+        results = measure(Store(store).open(model))
     table = Table(
         "tokens",
         "ONNX Runtime, µs",
@@ -350,10 +346,10 @@ def layers(
         "ratio",
         "ONNX Runtime, % of peak",
         "kernels, % of peak",
-        title=f"peak of a core ({found['instructions']}): "
-        f"{found['peak_multiply_adds_per_s'] / 1e12:.2f}e12 int8 multiply-adds a second",
+        title=f"peak of one core ({results['instructions']}): "
+        f"{results['peak_multiply_adds_per_s'] / 1e12:.2f}e12 int8 multiply-adds per second",
     )
-    for row in found["layers"]:
+    for row in results["layers"]:
         table.add_row(
             str(row["tokens"]),
             f"{row['onnxruntime_us']:.0f}",
@@ -364,7 +360,7 @@ def layers(
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     if json_file:
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        json_file.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @app.command()
@@ -375,43 +371,43 @@ def peer(
             help="fused_app, litserve_app, bentoml_app, mlserver_app, transformers_app or infinity_app"
         ),
     ],
-    arguments: Annotated[list[str] | None, typer.Argument(help="Passed on; see --help of the peer.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(help="Passed to the peer; see its --help.")] = None,
 ) -> None:
-    """Start one of the servers that ours is compared with; its environment is made on first use.
+    """Start one of the peer servers; its environment is created on first use.
 
     Example: de3 loadtest peer fused_app -- full-depth-int8 --port 8100
     """
     from loadtest.servers import PEERS, peer_command
 
-    known = sorted(p.stem for p in PEERS.glob("*_app.py"))
-    if name not in known:
-        raise ValueError(f"no peer {name!r}; there are {', '.join(known)}")
+    names = sorted(p.stem for p in PEERS.glob("*_app.py"))
+    if name not in names:
+        raise ValueError(f"no peer {name!r}; there are {', '.join(names)}")
     command = [*peer_command(name), *(arguments or [])]
     os.execv(command[0], command)
 
 
 @app.command()
 def compare(
-    texts: Texts,
-    store: Annotated[Path, typer.Option(help="Our model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="Our model, name or name:version.")] = "sst2",
+    texts: options.Texts,
+    store: options.Store = Path("models"),
+    model: options.Model = "sst2",
     stock: Annotated[
         Path | None,
         typer.Option(
-            help="A stock sequence classification model of the same encoder, for peers that know no other "
-            "(transformers, Infinity). [default: leave these out]",
+            help="A stock sequence classification model on the same encoder, for the peers that support no other "
+            "(transformers, Infinity). Default: omit these peers.",
             show_default=False,
         ),
     ] = None,
-    text_column: TextColumn = "sentence",
-    label_column: LabelColumn = "label",
-    label_names: LabelNames = "",
-    seconds: Seconds = 6.0,
-    rounds: Annotated[int, typer.Option(help="Repetitions; the servers take turns.", min=1)] = 3,
-    port: Annotated[int, typer.Option(help="Port to start servers on.")] = 8100,
+    text_column: options.TextColumn = "sentence",
+    label_column: options.LabelColumn = "label",
+    label_names: options.LabelNames = "",
+    seconds: options.Seconds = 6.0,
+    rounds: options.Rounds = 3,
+    port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for results.json and plots.")] = Path("loadtest-results"),
 ) -> None:
-    """Run ours and its peers in turn on this machine, and print the ratios.
+    """Compare our server with its peers on this machine, in turn, and print the ratios.
 
     Example: de3 loadtest compare --texts dev.tsv --label-names negative,positive
     """

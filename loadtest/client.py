@@ -1,8 +1,8 @@
-"""The load generator: one thread, blocking on select, so that it takes little of what it measures.
+"""The load generator: one thread, blocking on select, so that it uses little CPU.
 
-Open loop: requests are sent at the times of a Poisson process, whether or not earlier ones are answered, and
-a latency counts from the time at which its request was due: a server that stalls pays for everyone who would
-have come. Closed loop: so many connections, each sending its next request when it has its answer.
+Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency
+counts from the time its request was due, so a stall of the server counts for every request that arrives
+during it. Closed loop: each connection sends its next request once it has its answer.
 """
 
 import json
@@ -20,18 +20,28 @@ from urllib.parse import urlsplit
 from loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
-GRACE_S = 20.0  # for the last answers
-MAX_BROKEN = 1000  # connections; a server that breaks more of them is not worth measuring
+GRACE_S = 20.0  # wait for the last answers
+MAX_BROKEN = 1000  # broken connections before a run is aborted
+
+
+def post(
+    fields: dict[str, Any], path: str = "/classify", host: str = "localhost", request_id: str = ""
+) -> bytes:
+    """The bytes of a POST with a JSON body."""
+    body = json.dumps(fields).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head += f"X-Request-ID: {request_id}\r\n" if request_id else ""
+    return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how it is asked.
+    """A server and the format of its requests and answers.
 
     Attributes:
         url: scheme, host and port.
-        body: the JSON to send for a text.
-        label: the label in an answer's JSON.
+        body: makes a request's JSON from a text.
+        label: takes the label from an answer's JSON.
     """
 
     url: str
@@ -42,31 +52,28 @@ class Target:
     def request(self, sample: Sample) -> bytes:
         """The bytes of a request."""
         fields = self.body(sample.text) | ({} if sample.tau is None else {"tau": sample.tau})
-        body = json.dumps(fields).encode()
-        head = f"POST {self.path} HTTP/1.1\r\nHost: {urlsplit(self.url).netloc}\r\n"
-        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+        return post(fields, self.path, urlsplit(self.url).netloc)
 
 
 @dataclass(slots=True)
 class Answer:
-    """What came of one request; times in seconds from the run's start."""
+    """The result of one request; times are seconds since the start of the run."""
 
     sample: int
     due: float
     sent: float
     done: float = 0.0
-    status: int = 0  # 0: the connection broke, or no answer came
+    status: int = 0  # 0: no answer, or a broken connection
     body: bytes = b""
 
 
 @dataclass
 class Run:
-    """What a load test found.
+    """The result of a load test.
 
     Attributes:
-        offered: requests per second, or None for a closed loop.
-        cpu_s: processor time of the generator itself.
+        offered: requests per second; None for a closed loop.
+        cpu_s: CPU time of the generator itself.
     """
 
     samples: list[Sample]
@@ -78,29 +85,29 @@ class Run:
     labels: list[str | None] = field(default_factory=list)
 
     def ok(self, long: bool | None = None) -> list[Answer]:
-        """The answers with status 200; long: only to such texts."""
+        """The answers with status 200; `long` selects those to long or to short texts."""
         chosen = [a for a in self.answers if a.status == 200]
         return chosen if long is None else [a for a in chosen if self.samples[a.sample].long == long]
 
     def latencies_ms(self, long: bool | None = None) -> list[float]:
-        """Latencies of the answers, sorted."""
+        """The sorted latencies of the answers with status 200."""
         return sorted(1000 * (a.done - a.due) for a in self.ok(long))
 
     def lateness_ms(self, share: float) -> float:
-        """A quantile of how late the generator itself was."""
+        """A quantile of the generator's own delay in sending requests."""
         return quantile([1000 * (a.sent - a.due) for a in self.answers if a.sent], share)
 
     def rate(self) -> float:
-        """Answers per second, of those that came within the time."""
+        """Throughput: answers per second within the duration of the run."""
         return sum(a.done <= self.seconds for a in self.ok()) / self.seconds
 
     def statuses(self) -> dict[int, int]:
-        """Number of answers by status; 0 is no answer."""
+        """Number of requests by status; 0: no answer."""
         return dict(Counter(a.status for a in self.answers))
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """A quantile of some values; nan of none."""
+    """A quantile of values; nan if there are none."""
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
@@ -119,7 +126,7 @@ class _Connection:
         self.socket.sendall(request)
 
     def receive(self) -> Answer | None:
-        """The answer once it is whole; its status stays 0 when the connection breaks."""
+        """The answer once it is complete; its status stays 0 if the connection breaks."""
         try:
             data = self.socket.recv(1 << 18)
         except OSError:
@@ -132,18 +139,17 @@ class _Connection:
         head, end, body = self._data.partition(b"\r\n\r\n")
         if not end:
             return None
-        lowered = head.lower()
-        at = lowered.find(b"content-length:")
-        if at < 0:
+        _, has_length, rest = head.lower().partition(b"content-length:")
+        if not has_length:
             raise ValueError(f"an answer without Content-Length: {head[:200]!r}")
-        length = int(lowered[at + 15 :].split(b"\r\n", 1)[0])
+        length = int(rest.split(b"\r\n", 1)[0])
         if len(body) < length:
             return None
         answer.status, answer.body, self._data = int(head[9:12]), body, b""
         return answer
 
 
-def load(
+def send_traffic(
     target: Target,
     samples: list[Sample],
     seconds: float,
@@ -152,17 +158,17 @@ def load(
     seed: int = 0,
     progress: Callable[[float], None] = lambda _: None,
 ) -> Run:
-    """Send samples, in turn and from the start again, for so many seconds.
+    """Send samples in order, repeatedly, for `seconds`.
 
     Args:
-        rate: requests per second (open loop), or that as a function of the seconds that have passed; None: a
+        rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a
             closed loop over `connections`.
-        progress: called now and then with the seconds that have passed.
+        progress: called every 0.25 s with the elapsed seconds.
     """
     cpu = _cpu()
     rate_at = rate if callable(rate) or rate is None else lambda _: rate
     generator = _Generator(target, samples, seconds, rate_at, connections, random.Random(seed))
-    answers = generator.go(progress)
+    answers = generator.run(progress)
     offered = rate if rate is None or isinstance(rate, float | int) else len(answers) / seconds
     run = Run(samples, answers, seconds, offered, connections, _cpu() - cpu)
     run.labels = [_label(target, a) for a in answers]
@@ -170,7 +176,7 @@ def load(
 
 
 class _Generator:
-    """One run: what is due waits until a connection is idle, is sent, and is collected."""
+    """One run: a request that is due is pending until a connection is idle, then in flight until it is answered."""
 
     def __init__(
         self,
@@ -186,14 +192,14 @@ class _Generator:
         self._seconds, self._rate, self._rng = seconds, rate, rng
         self._idle = deque(_Connection(self._address) for _ in range(connections))
         self._busy: set[_Connection] = set()
-        self._waiting: deque[Answer] = deque()  # due, but every connection is busy
+        self._pending: deque[Answer] = deque()  # due, but every connection is busy
         self._answers: list[Answer] = []
         self._broken = 0
         self._next = rng.expovariate(rate(0.0)) if rate else 0.0
         self._start = perf_counter()
 
-    def go(self, progress: Callable[[float], None]) -> list[Answer]:
-        """Run; returns every request that was sent."""
+    def run(self, progress: Callable[[float], None]) -> list[Answer]:
+        """Run to the end and return the results of all requests."""
         shown = 0.0
         while True:
             now = self._now()
@@ -202,35 +208,35 @@ class _Generator:
                 shown = now + 0.25
             self._add_due(now)
             self._send()
-            over = now >= self._seconds and not self._waiting and not self._busy
-            if over or now >= self._seconds + GRACE_S or self._broken > MAX_BROKEN:
+            done = now >= self._seconds and not self._pending and not self._busy
+            if done or now >= self._seconds + GRACE_S or self._broken > MAX_BROKEN:
                 break
-            more = self._rate and now < self._seconds and not self._waiting
-            self._collect(max(0.0, self._next - now) if more else 0.1)
+            has_next = self._rate and now < self._seconds and not self._pending
+            self._collect(max(0.0, self._next - now) if has_next else 0.1)
         for connection in [*self._idle, *self._busy]:
             connection.socket.close()
-        return [*self._answers, *self._waiting]  # the last were due, but never sent: no answer
+        return [*self._answers, *self._pending]  # the pending ones were never sent and count as unanswered
 
     def _now(self) -> float:
         return perf_counter() - self._start
 
     def _add_due(self, now: float) -> None:
         def add(due: float) -> None:
-            number = len(self._answers) + len(self._waiting)
-            self._waiting.append(Answer(number % len(self._requests), due, 0.0))
+            number = len(self._answers) + len(self._pending)
+            self._pending.append(Answer(number % len(self._requests), due, 0.0))
 
         if self._rate:
             while self._next <= min(now, self._seconds):
                 add(self._next)
                 self._next += self._rng.expovariate(self._rate(self._next))
         elif now < self._seconds:
-            while len(self._waiting) < len(self._idle):
+            while len(self._pending) < len(self._idle):
                 add(now)
 
     def _send(self) -> None:
-        while self._waiting and (self._idle or len(self._busy) < MAX_CONNECTIONS):
+        while self._pending and (self._idle or len(self._busy) < MAX_CONNECTIONS):
             connection = self._idle.popleft() if self._idle else _Connection(self._address)
-            answer = self._waiting.popleft()
+            answer = self._pending.popleft()
             self._answers.append(answer)
             answer.sent = self._now()
             try:
@@ -239,8 +245,8 @@ class _Generator:
             except OSError:  # the server closed it
                 self._replace(connection)
 
-    def _collect(self, wait: float) -> None:
-        for connection in select.select(list(self._busy), [], [], wait)[0]:
+    def _collect(self, timeout: float) -> None:
+        for connection in select.select(list(self._busy), [], [], timeout)[0]:
             answer = connection.receive()
             if answer is None:
                 continue
@@ -277,7 +283,7 @@ def _cpu() -> float:
 
 
 def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
-    """The label of every sample, asked one at a time: what the answers under load must equal."""
+    """The label of every sample, sent one at a time: answers under load must have the same labels."""
     connection = _Connection(_address(target))
     labels = []
     for i, sample in enumerate(samples):
@@ -291,7 +297,7 @@ def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
 
 
 def wrong_labels(run: Run, alone: list[str | None]) -> int:
-    """Answers whose label differs from that of the same text asked alone."""
+    """Number of answers whose label differs from that of the same text sent alone."""
     return sum(
         label != alone[answer.sample]
         for answer, label in zip(run.answers, run.labels, strict=True)
@@ -300,7 +306,7 @@ def wrong_labels(run: Run, alone: list[str | None]) -> int:
 
 
 def accuracy(run: Run) -> float | None:
-    """Share of right answers among those to samples whose label is known; None if labels have other names."""
+    """Accuracy on the samples with a known label; None if the server uses other label names."""
     pairs = [
         (label, run.samples[answer.sample].label)
         for answer, label in zip(run.answers, run.labels, strict=True)

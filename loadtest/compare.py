@@ -1,12 +1,10 @@
-"""Ours and its peers on one machine, in turn, with the same texts."""
+"""Compare our server with its peers on one machine, in turn, with the same texts."""
 
 import json
 import os
 import platform
-import re
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from pathlib import Path
@@ -14,19 +12,19 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from rich.console import Console
 from rich.markup import escape
 
 from loadtest import report
-from loadtest.client import Run, Target, ask_alone, load, quantile, wrong_labels
+from loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
+from loadtest.metrics import Metrics
 from loadtest.servers import Running, Server, running
 from loadtest.texts import Sample, with_long
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 CONNECTIONS = 16
-LONG_SHARE, LONG_WORDS = 0.05, 450  # 450 words are more than 512 tokens: cut to 512 by every server
+LONG_SHARE, LONG_WORDS = 0.05, 450  # more than 512 tokens: every server truncates to 512
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
 CURVE = (0.2, 0.4, 0.6, 0.8, 0.95)
 
@@ -36,8 +34,8 @@ class Comparison:
     """Runs several servers in turn, each alone on the machine.
 
     Attributes:
-        servers: ours first; full depth of ours second; then ours by other means, and the peers.
-        rounds: how often each measurement is repeated, the servers taking turns.
+        servers: first ours, second ours at full depth; then other configurations of ours, and the peers.
+        rounds: repetitions of each measurement; the servers take turns.
     """
 
     servers: list[Server]
@@ -52,7 +50,7 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def all(self, ours_at: Callable[[float], Server]) -> dict[str, Any]:
-        """Every measurement; ours_at gives our server with a τ. Writes results.json and plots."""
+        """Run all measurements and write results.json and plots; `ours_at` makes our server with a τ."""
         mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
         self.results["machine"] = {
             "cpu": _cpu_name(),
@@ -64,7 +62,7 @@ class Comparison:
         ours, best = self.servers[0], self._best_peer()
         rate = self._median(best.name, "saturation", "answers_per_s") / 3
         console.print(
-            f"the fastest peer is {best.name}; latency at a third of its load: {rate:.0f} requests/s"
+            f"the fastest peer is {best.name}; measuring latency at a third of its throughput: {rate:.0f} requests/s"
         )
         pair = [ours, best]
         short = self._open_loop("latency", pair, self.samples, rate)
@@ -85,10 +83,10 @@ class Comparison:
     def _started(self, server: Server) -> Any:
         return running(server, self.port, self.out / "server.log")
 
-    def _measure(self, run: Running, samples: list[Sample], seconds: float, rate: float | None) -> Run:
+    def _measure(self, server: Running, samples: list[Sample], seconds: float, rate: float | None) -> Run:
         """One run after a short warm-up."""
-        load(run.target, samples[:200], 1.0, connections=CONNECTIONS)
-        return load(run.target, samples, seconds, rate, CONNECTIONS)
+        send_traffic(server.target, samples[:200], 1.0, connections=CONNECTIONS)
+        return send_traffic(server.target, samples, seconds, rate, CONNECTIONS)
 
     def _saturation(self) -> None:
         rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in self.servers}
@@ -105,10 +103,10 @@ class Comparison:
                     self.servers.remove(server)
                     del rows[server.name]
         self.results["saturation"] = rows
-        console.print(report.table({name: found[0] for name, found in rows.items()}))
+        console.print(report.table({name: runs[0] for name, runs in rows.items()}))
 
     def _saturated(self, server: Server, check: bool) -> dict[str, Any]:
-        """One run as fast as it answers; check: whether each answer equals that of its text asked alone."""
+        """One closed-loop run; `check`: compare each label with that of the same text sent alone."""
         with self._started(server) as started:
             alone = ask_alone(started.target, self.samples) if check else None
             run = self._measure(started, self.samples, self.seconds, None)
@@ -119,7 +117,7 @@ class Comparison:
     def _open_loop(
         self, name: str, servers: list[Server], samples: list[Sample], rate: float
     ) -> dict[str, Run]:
-        """Latencies at a rate, the servers taking turns; returns the last run of each."""
+        """Measure latencies at a rate, the servers taking turns; returns the last run of each."""
         rows: dict[str, list[dict[str, Any]]] = {s.name: [] for s in servers}
         last = {}
         for number in range(self.rounds):
@@ -129,22 +127,22 @@ class Comparison:
                     run = last[server.name] = self._measure(started, samples, self.seconds, rate)
                     rows[server.name].append(report.summary(run))
         self.results[name] = {"rate": rate, "servers": rows}
-        console.print(report.table({server: found[-1] for server, found in rows.items()}))
+        console.print(report.table({server: runs[-1] for server, runs in rows.items()}))
         return last
 
     def _saved(self) -> None:
-        """Model time of a text alone, by the server's own metrics: what leaving early really saves."""
-        found = []
+        """Measure what early exit saves: the model time of a single text, from the server's metrics."""
+        costs = []
         for server in self.servers[:2]:
             console.print(f"model time: {server.name}")
             with self._started(server) as started:
-                load(started.target, self.samples[:200], 1.0, connections=1)
+                send_traffic(started.target, self.samples[:200], 1.0, connections=1)
                 before = _model_time(started.target.url)
-                load(started.target, self.samples, self.seconds, connections=1)
+                send_traffic(started.target, self.samples, self.seconds, connections=1)
                 after = _model_time(started.target.url)
                 texts, seconds, layers = (b - a for a, b in zip(before, after, strict=True))
-                found.append({"model_ms": 1000 * seconds / texts, "layers": layers / texts})
-        early, full = found
+                costs.append({"model_ms": 1000 * seconds / texts, "layers": layers / texts})
+        early, full = costs
         self.results["saved"] = {
             "early": early,
             "full_depth": full,
@@ -153,11 +151,11 @@ class Comparison:
         }
 
     def _stages(self) -> None:
-        """Where the time of one request goes, alone on the machine: shares of its latency."""
-        console.print("where the time of one request goes")
+        """Measure the shares of a single request's latency by stage."""
+        console.print("latency of a single request by stage")
         with self._started(self.servers[0]) as started:
-            load(started.target, self.samples[:200], 1.0, connections=1)
-            stages = time_of_one(started.target, self.samples)
+            send_traffic(started.target, self.samples[:200], 1.0, connections=1)
+            stages = stage_times(started.target, self.samples)
         total = stages["latency"]
         self.results["stages"] = {
             "latency_ms": total,
@@ -167,21 +165,21 @@ class Comparison:
     def _curve(self, servers: list[Server]) -> None:
         curves: dict[str, list[tuple[float, float]]] = {}
         for server in servers:
-            top = self._median(server.name, "saturation", "answers_per_s")
-            console.print(f"latency against load: {server.name}")
+            throughput = self._median(server.name, "saturation", "answers_per_s")
+            console.print(f"latency against request rate: {server.name}")
             with self._started(server) as started:
                 for share in CURVE:
-                    run = self._measure(started, self.samples, self.seconds / 2, share * top)
+                    rate = share * throughput
+                    run = self._measure(started, self.samples, self.seconds / 2, rate)
                     p95 = quantile(run.latencies_ms(), 0.95)
-                    curves.setdefault(server.name, []).append((round(share * top, 1), round(p95, 3)))
+                    curves.setdefault(server.name, []).append((round(rate, 1), round(p95, 3)))
         self.results["curve"] = curves
-        title = "Latency against offered load"
+        title = "Latency against request rate"
         report.plot_curves(self.out / "latency-load.png", curves, (title, "requests/s", "p95 latency, ms"))
 
     def _taus(self, ours_at: Callable[[float], Server]) -> None:
         points = []
-        with ExitStack() as stack:
-            started = stack.enter_context(self._started(ours_at(0.0)))
+        with self._started(ours_at(0.0)) as started:
             for tau in TAUS:
                 console.print(f"throughput against accuracy: τ = {tau:g}")
                 run = self._measure(
@@ -200,8 +198,8 @@ class Comparison:
         curves = {"de3, by τ": [(p["answers_per_s"], 100 * p["accuracy"]) for p in points]}
         for name, rows in self.results["saturation"].items():
             if not name.startswith("de3") and rows[0]["accuracy"] is not None:
-                speed = self._median(name, "saturation", "answers_per_s")
-                curves[name] = [(speed, 100 * rows[0]["accuracy"])]
+                throughput = self._median(name, "saturation", "answers_per_s")
+                curves[name] = [(throughput, 100 * rows[0]["accuracy"])]
         labels = ("Throughput against accuracy", "answers/s", "accuracy, %")
         report.plot_curves(self.out / "throughput-accuracy.png", curves, labels)
 
@@ -215,16 +213,16 @@ class Comparison:
         return float(median(row[key] for row in self.results[what][server]))
 
     def _ratios(self, best: Server) -> dict[str, str]:
-        """Ours against the peers: medians of the rounds' ratios, and their range."""
-        ours, full, found = self.servers[0].name, self.servers[1].name, {}
+        """Ours against the peers: the median of the rounds' ratios, and their range."""
+        ours, full, ratios = self.servers[0].name, self.servers[1].name, {}
         rows = self.results["saturation"]
         for peer in self._peers():
             pairs = zip(rows[ours], rows[peer.name], strict=True)
-            found[f"throughput, {ours} / {peer.name}"] = report.spread(
+            ratios[f"throughput, {ours} / {peer.name}"] = report.spread(
                 [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
             )
         pairs = zip(rows[full], rows[best.name], strict=True)
-        found[f"throughput, {full} / {best.name}"] = report.spread(
+        ratios[f"throughput, {full} / {best.name}"] = report.spread(
             [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
         )
         for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
@@ -234,14 +232,14 @@ class Comparison:
                     a[f"latency_ms_{group}"][q] / b[f"latency_ms_{group}"][q]
                     for a, b in zip(servers[ours], servers[best.name], strict=True)
                 ]
-                found[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
-        return found
+                ratios[f"{what} ({group}) {q}, {ours} / {best.name}"] = report.spread(values)
+        return ratios
 
 
-def time_of_one(target: Target, samples: list[Sample]) -> dict[str, float]:
-    """Mean milliseconds of a request by stage, from Server-Timing, sent one at a time.
+def stage_times(target: Target, samples: list[Sample]) -> dict[str, float]:
+    """Mean milliseconds of a request by stage, from Server-Timing; requests are sent one at a time.
 
-    `server` is what the server spends beside its stages, `network` what the client waits beyond the server.
+    `server` is the server's time outside its stages, `network` the client's time outside the server.
     """
     sums: dict[str, float] = {}
     parts = urlsplit(target.url)
@@ -252,32 +250,26 @@ def time_of_one(target: Target, samples: list[Sample]) -> dict[str, float]:
         connection.request("POST", target.path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         response.read()
-        found = {"latency": 1000 * (perf_counter() - start)}
+        times = {"latency": 1000 * (perf_counter() - start)}
         for stage in response.headers["server-timing"].split(", "):
             name, _, value = stage.partition(";dur=")
-            found[name] = float(value)
-        inside = sum(found[name] for name in ("read", "queue", "tokenize", "model"))
-        found["server"] = found["total"] - inside
-        found["network"] = found["latency"] - found.pop("total")
-        for name, value in found.items():
+            times[name] = float(value)
+        stages = sum(times[name] for name in ("read", "queue", "tokenize", "model"))
+        times["server"] = times["total"] - stages
+        times["network"] = times["latency"] - times.pop("total")
+        for name, value in times.items():
             sums[name] = sums.get(name, 0.0) + value
     connection.close()
     return {name: value / len(samples) for name, value in sums.items()}
 
 
 def _model_time(url: str) -> tuple[float, float, float]:
-    """Texts answered, their model seconds and layers so far, from /metrics."""
-    with urlopen(url + "/metrics") as response:
-        lines = response.read().decode().splitlines()
-
-    def value(start: str) -> float:
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(start, line))
-
-    stage = r'_%s\{.*stage="model"'
+    """Totals so far: texts, their model time in seconds, and layers run."""
+    metrics, stage = Metrics(url), "de3_stage_latency_seconds"
     return (
-        value("de3_stage_latency_seconds" + stage % "count"),
-        value("de3_stage_latency_seconds" + stage % "sum"),
-        value("de3_layers_run_total"),
+        metrics.total(f"{stage}_count", stage="model"),
+        metrics.total(f"{stage}_sum", stage="model"),
+        metrics.total("de3_layers_run_total"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Trouble on purpose, against a real server process: what happens, and is any accepted thing lost?"""
+"""Fault injection against a real server process: what happens, and is any accepted request lost?"""
 
 import json
 import os
@@ -12,22 +12,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.request import Request, urlopen
 
-from loadtest.servers import ours, running
+from loadtest.client import post
+from loadtest.metrics import Metrics
+from loadtest.servers import ours, reload, running
 from loadtest.texts import Sample
 from model_store.store import Store, StoreError
 
 KEY = "an-admin-key-for-faults"
 TIMEOUT_S = 60.0
 KILLS = 20
-WAVES = 10  # of an overload, until one is refused
-CLIENT_GONE = 499  # status in the log
+WAVES = 10  # attempts to overload the server
+CLIENT_GONE = 499  # logged status of a request whose client hung up
 CLOCK_LIBRARIES = (
     "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1",
     "/usr/lib/faketime/libfaketime.so.1",
@@ -36,15 +37,15 @@ CLOCK_LIBRARIES = (
 
 @dataclass(frozen=True)
 class Row:
-    """A fault: what happened, and how much that was accepted was lost; None: it could not be tried here."""
+    """The result of a fault: what happened, and how many accepted requests were lost; None: not tested."""
 
     fault: str
     happened: str
     lost: int | None
 
 
-class Ground:
-    """Where faults happen: a store and texts to send, and servers on a port."""
+class Testbed:
+    """Starts servers of a store on a port and sends them texts."""
 
     def __init__(self, store: Path, model: str, samples: Sequence[Sample], port: int, folder: Path) -> None:
         self.store, self.model, self.port, self.folder = store, model, port, folder
@@ -52,7 +53,7 @@ class Ground:
 
     @contextmanager
     def server(self, *options: str, store: Path | None = None) -> Iterator["subprocess.Popen[bytes]"]:
-        """A server that logs its requests as JSON; its process."""
+        """A server that logs its requests as JSON; yields its process."""
         keys = self.folder / "admin-keys"
         keys.write_text(f"faults {KEY}\n")
         logging = ["--log-requests", "--log-format", "json", "--admin-keys-file", str(keys)]
@@ -61,21 +62,26 @@ class Ground:
             yield started.process
 
     @property
+    def url(self) -> str:
+        """The address of the server."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
     def log(self) -> Path:
         """The log of the last server."""
         return self.folder / "server.log"
 
     def logged(self) -> dict[str, int]:
         """Status by request id, as the server logged them."""
-        found = {}
+        statuses = {}
         for line in self.log.read_text(errors="replace").splitlines():
             if line.startswith("{") and '"de3.requests"' in line:
-                row = json.loads(line)
-                found[row["request_id"]] = row["status"]
-        return found
+                record = json.loads(line)
+                statuses[record["request_id"]] = record["status"]
+        return statuses
 
     def ask(self, texts: Sequence[str], name: str = "", **fields: object) -> int:
-        """Ask once, on a connection of its own; the status. Raises OSError or HTTPException."""
+        """Send a request on a new connection; returns the status. Raises OSError or HTTPException."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
             headers = {"X-Request-ID": name} if name else {}
@@ -84,22 +90,19 @@ class Ground:
             answer = connection.getresponse()
             answer.read()
             if answer.status == 503 and not answer.headers["Retry-After"]:
-                raise ValueError("a 503 without Retry-After")
+                raise ValueError("503 without Retry-After")
             return answer.status
         finally:
             connection.close()
 
     def send(self, texts: Sequence[str], name: str = "x", **fields: object) -> socket.socket:
-        """Send a request with this id and do not wait."""
-        body = json.dumps({"input": list(texts), **fields}).encode()
+        """Send a request with this id and do not wait for the answer."""
         connection = socket.create_connection(("127.0.0.1", self.port), TIMEOUT_S)
-        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nX-Request-ID: {name}\r\n"
-        head += f"Content-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
+        connection.sendall(post({"input": list(texts), **fields}, request_id=name))
         return connection
 
     def at_once(self, batches: Sequence[Sequence[str]], tau: float) -> list[int]:
-        """The statuses of requests that are sent together."""
+        """Send requests at the same time; returns their statuses."""
         barrier, statuses = threading.Barrier(len(batches)), list[int]()
 
         def client(texts: Sequence[str]) -> None:
@@ -113,25 +116,22 @@ class Ground:
             thread.join()
         return statuses
 
-    def metric(self, name: str, label: str = "") -> float:
-        """A metric's sum over its labels, or over the series with one label."""
-        with urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=TIMEOUT_S) as answer:
-            lines = answer.read().decode().splitlines()
-        lines = [line for line in lines if line.startswith((name + " ", name + "{")) and label in line]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels."""
+        return Metrics(self.url).total(name, **labels)
 
     def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
-        """Wait for a condition; seconds that it took. Raises ValueError when it does not come."""
+        """Wait for a condition; returns the seconds that took. Raises ValueError after `seconds`."""
         started = time.monotonic()
         while not condition():
             if time.monotonic() - started > seconds:
-                raise ValueError(f"waited {seconds:g} s in vain")
+                raise ValueError(f"timed out after {seconds:g} s")
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def answered_during(self, what: Callable[[], None], clients: int = 4) -> tuple[set[str], int]:
-        """Ids of requests that were answered 200 while something happens, and how many were not answered."""
-        stop, answered, without, wrong = threading.Event(), set(), [0], list[ValueError]()
+    def answered_during(self, fault: Callable[[], None], clients: int = 4) -> tuple[set[str], int]:
+        """Send requests during a fault: the ids of those answered 200, and the number left unanswered."""
+        stop, answered, unanswered, errors = threading.Event(), set(), [0], list[ValueError]()
 
         def client(number: int) -> None:
             rng = random.Random(number)
@@ -143,100 +143,96 @@ class Ground:
                     if self.ask([rng.choice(self.texts)], name) == 200:
                         answered.add(name)
                 except (OSError, HTTPException):
-                    without[0] += 1
+                    unanswered[0] += 1
                     time.sleep(0.02)
                 except ValueError as error:
-                    wrong.append(error)
+                    errors.append(error)
 
         threads = [threading.Thread(target=client, args=(n,)) for n in range(clients)]
         for thread in threads:
             thread.start()
         try:
             time.sleep(1)
-            what()
+            fault()
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
-        if wrong:
-            raise wrong[0]
-        return answered, without[0]
+        if errors:
+            raise errors[0]
+        return answered, unanswered[0]
 
     def lost(self, answered: set[str]) -> int:
-        """Requests that the server says it answered, and whose client has no answer."""
-        said = {name for name, status in self.logged().items() if status == 200 and name.startswith("fault-")}
-        return len(said - answered)
+        """Number of requests that the server logged as answered, but whose client got no answer."""
+        logged = {
+            name for name, status in self.logged().items() if status == 200 and name.startswith("fault-")
+        }
+        return len(logged - answered)
 
 
-def sigterm(ground: Ground) -> Row:
-    """SIGTERM with long lists under way and short requests coming.
+def sigterm(testbed: Testbed) -> Row:
+    """SIGTERM with large batches in flight and short requests arriving.
 
-    A request that uvicorn gave up is in its log; one that was refused or cut off unread was not accepted.
+    uvicorn logs each request that it cancels. A request that was refused, or dropped unread, was not accepted.
     """
-    with ground.server() as process:
+    with testbed.server() as process:
         statuses: list[int] = []
         batches: list[threading.Thread] = []
         took = [0.0]
 
         def batch() -> None:
-            statuses.append(ground.ask(ground.texts[:256], tau=0))
+            statuses.append(testbed.ask(testbed.texts[:256], tau=0))
 
-        def under_way() -> bool:
-            if not batches or not batches[-1].is_alive():  # the last one was done before it was seen
+        def in_flight() -> bool:
+            if not batches or not batches[-1].is_alive():  # the last one finished too early
                 batches.append(threading.Thread(target=batch))
                 batches[-1].start()
-            return ground.metric("de3_queue_texts") > 100
+            return testbed.metric("de3_queue_texts") > 100
 
         def stop() -> None:
-            ground.wait(under_way)
+            testbed.wait(in_flight)
             started = time.monotonic()
             process.send_signal(signal.SIGTERM)
             process.wait(TIMEOUT_S)
             took[0] = time.monotonic() - started
             batches[-1].join()
 
-        answered, without = ground.answered_during(stop)
-    given_up = re.findall(r"Cancel (\d+) running task", ground.log.read_text(errors="replace"))
-    lost = ground.lost(answered) + sum(map(int, given_up)) + (process.returncode != 0)
+        answered, unanswered = testbed.answered_during(stop)
+    cancelled = re.findall(r"Cancel (\d+) running task", testbed.log.read_text(errors="replace"))
+    lost = testbed.lost(answered) + sum(map(int, cancelled)) + (process.returncode != 0)
     lost += len(batches) - statuses.count(200)
     return Row(
-        "SIGTERM under load, a list of 256 under way",
+        "SIGTERM under load, a batch of 256 texts in flight",
         "refuses new connections, answers what it accepted, "
-        f"exits with {process.returncode} after {took[0]:.1f} s ({len(answered)} answered, then {without} "
+        f"exits with {process.returncode} after {took[0]:.1f} s ({len(answered)} answered, then {unanswered} "
         "refused)",
         lost,
     )
 
 
-def killed(ground: Ground) -> Row:
-    """SIGKILL while a model is loaded; then a new start."""
+def killed(testbed: Testbed) -> Row:
+    """SIGKILL while a model is being reloaded, then a restart."""
     with TemporaryDirectory() as folder:
-        store = Path(shutil.copytree(ground.store, Path(folder) / "store"))
+        store = Path(shutil.copytree(testbed.store, Path(folder) / "store"))
         for _ in range(3):
-            with ground.server(store=store) as process:
-                reload = threading.Thread(target=_reload, args=(ground,), daemon=True)
-                reload.start()
+            with testbed.server(store=store) as process:
+                threading.Thread(target=_try_reload, args=(testbed,), daemon=True).start()
                 time.sleep(random.uniform(0.1, 0.8))
                 process.kill()
                 process.wait()
             _verify(store)
-        with ground.server(store=store):
-            status = ground.ask(ground.texts[:1])
+        with testbed.server(store=store):
+            status = testbed.ask(testbed.texts[:1])
     return Row(
         "SIGKILL while a model is reloaded, three times",
-        f"the store is whole, the next start serves ({status}); what was in flight has no answer",
+        f"the store is intact, and the server restarts ({status}); in-flight requests get no answer",
         0 if status == 200 else 1,
     )
 
 
-def _reload(ground: Ground) -> int:
-    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-    url = f"http://127.0.0.1:{ground.port}/v1/models/{ground.model}/load"
-    try:
-        with urlopen(Request(url, b"{}", headers), timeout=TIMEOUT_S) as answer:
-            return int(answer.status)
-    except OSError:
-        return 0
+def _try_reload(testbed: Testbed) -> None:
+    with suppress(OSError):  # the server is killed meanwhile
+        reload(testbed.url, testbed.model, KEY)
 
 
 _WRITER = """
@@ -256,217 +252,220 @@ while True:
 
 
 def _writer(store: Path, model: str) -> "subprocess.Popen[str]":
-    """A process that writes versions of a model, one after the other, as an export writes them."""
+    """A process that keeps writing new versions of a model, as an export does."""
     command = [sys.executable, "-c", _WRITER, str(store), model]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _verify(store: Path) -> int:
-    """Check every file of every version; how many versions. Raises StoreError."""
-    found = Store(store)
-    names = [f"{name}:{v}" for name, versions in found.versions().items() for v in versions]
+    """Check every file of every version; returns the number of versions. Raises StoreError."""
+    models = Store(store)
+    names = models.names()
     for name in names:
-        found.open(name).verify()
+        models.open(name).verify()
     return len(names)
 
 
-def killed_while_writing(ground: Ground) -> Row:
-    """SIGKILL in the middle of writing a version, at many moments."""
+def killed_while_writing(testbed: Testbed) -> Row:
+    """SIGKILL at random times while a version is being written."""
     with TemporaryDirectory() as folder:
-        store = Path(shutil.copytree(ground.store, Path(folder) / "store"))
+        store = Path(shutil.copytree(testbed.store, Path(folder) / "store"))
         rng, versions = random.Random(4), 0
         for _ in range(KILLS):
-            writer = _writer(store, ground.model)
+            writer = _writer(store, testbed.model)
             assert writer.stdout is not None
-            writer.stdout.readline()  # one is written: it is at the next
+            writer.stdout.readline()  # one version is complete: it writes the next
             time.sleep(rng.uniform(0.0, 0.3))
             writer.kill()
             writer.communicate()
             versions = _verify(store)
-            kept = sorted(Store(store).versions()[ground.model])[1:-1]
-            for version in kept:  # room for the next
-                shutil.rmtree(store / ground.model / str(version))
-        drafts = len(list((store / ground.model).glob(".draft-*")))
+            surplus = sorted(Store(store).versions()[testbed.model])[1:-1]
+            for version in surplus:  # free disk space
+                shutil.rmtree(store / testbed.model / str(version))
+        drafts = len(list((store / testbed.model).glob(".draft-*")))
     return Row(
         f"SIGKILL while a version is written, {KILLS} times",
-        f"every version that can be seen is whole (the last look: {versions}); {drafts} hidden drafts are "
-        "left, which the first export a day later removes",
+        f"every visible version is intact (at the end: {versions}); {drafts} hidden drafts are left, which the "
+        "first export after a day removes",
         0,
     )
 
 
-def full_disk(ground: Ground) -> Row:
-    """No space left while a version is written."""
-    size = sum(p.stat().st_size for p in (ground.store / ground.model).rglob("*") if p.is_file())
+def full_disk(testbed: Testbed) -> Row:
+    """No space left on the disk while a version is written."""
+    fault = "the disk is full while a version is written"
+    size = sum(p.stat().st_size for p in (testbed.store / testbed.model).rglob("*") if p.is_file())
     with TemporaryDirectory() as folder, ExitStack() as stack:
         options = f"size={int(1.5 * size)}"
         mounted = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True
         )
         if mounted.returncode != 0:
-            return Row(
-                "the disk is full while a version is written", "not tried: may not mount a small disk", None
-            )
+            return Row(fault, "not tested: no permission to mount a small disk", None)
         stack.callback(subprocess.run, ["umount", folder], check=False)
         store = Path(folder) / "store"
-        shutil.copytree(ground.store / ground.model, store / ground.model)
-        writer = _writer(store, ground.model)
-        _, said = writer.communicate(timeout=TIMEOUT_S)
+        shutil.copytree(testbed.store / testbed.model, store / testbed.model)
+        writer = _writer(store, testbed.model)
+        _, errors = writer.communicate(timeout=TIMEOUT_S)
         versions = _verify(store)
-        left = [p.name for p in (store / ground.model).iterdir() if p.name.startswith(".")]
+        drafts = [p.name for p in (store / testbed.model).iterdir() if p.name.startswith(".")]
     return Row(
-        "the disk is full while a version is written",
-        f"the export fails ({said.strip().splitlines()[-1]}); {versions} version is there, whole; "
-        f"{len(left)} drafts are left",
-        0 if versions >= 1 and not left else 1,
+        fault,
+        f"the export fails ({errors.strip().splitlines()[-1]}); the existing version is intact; "
+        f"{len(drafts)} drafts are left",
+        0 if versions >= 1 and not drafts else 1,
     )
 
 
-def hang_up(ground: Ground) -> Row:
-    """Clients that close as soon as they have asked."""
-    with ground.server("--max-queue", "6000"):  # room for all of them
+def hang_up(testbed: Testbed) -> Row:
+    """Clients that hang up as soon as they have sent their request."""
+    with testbed.server("--max-queue", "6000"):  # room for all requests
 
         def many() -> None:
             for number in range(100):
-                ground.send(ground.texts[:50], f"hang-up-{number}", tau=0).close()
+                testbed.send(testbed.texts[:50], f"hang-up-{number}", tau=0).close()
 
-        answered, without = ground.answered_during(many)
-        # A request is in its connection's buffer before the server knows of it.
-        took = ground.wait(lambda: len(_hang_ups(ground)) == 100)
-        took += ground.wait(lambda: ground.metric("de3_in_flight_requests") == 0)
-        gone = ground.metric("de3_rejected_total", 'cause="client_gone"')
-        lost = ground.lost(answered) + without
-    statuses = _hang_ups(ground)
-    dropped, done = statuses.count(CLIENT_GONE), statuses.count(200)  # done before they hung up
+        answered, unanswered = testbed.answered_during(many)
+        # A request may still be in its connection's buffer, where the server does not see it.
+        took = testbed.wait(lambda: len(_hang_ups(testbed)) == 100)
+        took += testbed.wait(lambda: testbed.metric("de3_in_flight_requests") == 0)
+        gone = testbed.metric("de3_rejected_total", cause="client_gone")
+        lost = testbed.lost(answered) + unanswered
+    statuses = _hang_ups(testbed)
+    dropped, done = statuses.count(CLIENT_GONE), statuses.count(200)  # finished before the client hung up
     if not dropped or dropped + done != 100 or gone != dropped:
-        raise ValueError(f"{dropped} of 100 requests were dropped (metric: {gone:.0f}), {done} answered")
+        raise ValueError(f"{dropped} of 100 requests were dropped (metric: {gone:.0f}), {done} were answered")
     return Row(
         "100 clients hang up, with 50 texts each at full depth",
         f"the texts of {dropped} are dropped at the next layer, nothing is in flight {took:.1f} s "
-        f"later, {len(answered)} others were answered meanwhile",
+        f"later, {len(answered)} other requests were answered meanwhile",
         lost,
     )
 
 
-def _hang_ups(ground: Ground) -> list[int]:
+def _hang_ups(testbed: Testbed) -> list[int]:
     """The statuses that the server logged for clients that hung up."""
-    return [status for name, status in ground.logged().items() if name.startswith("hang-up-")]
+    return [status for name, status in testbed.logged().items() if name.startswith("hang-up-")]
 
 
-def slow_readers(ground: Ground) -> Row:
-    """Clients that never read what they asked for."""
-    with ground.server():
-        before = ground.metric("process_resident_memory_bytes")
+def slow_readers(testbed: Testbed) -> Row:
+    """Clients that never read their answers."""
+    with testbed.server():
+        before = testbed.metric("process_resident_memory_bytes")
         with ExitStack() as stack:
 
             def many() -> None:
                 for _ in range(50):
-                    client = stack.enter_context(ground.send(ground.texts[:200], explain=True))
+                    client = stack.enter_context(testbed.send(testbed.texts[:200], explain=True))
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
                 time.sleep(3)
 
-            answered, without = ground.answered_during(many)
-            grown = (ground.metric("process_resident_memory_bytes") - before) / 1e6
-            took = ground.wait(lambda: _connections(ground.port) <= 2, 90)
-        lost = ground.lost(answered) + without
+            answered, unanswered = testbed.answered_during(many)
+            grown = (testbed.metric("process_resident_memory_bytes") - before) / 1e6
+            took = testbed.wait(lambda: _connections(testbed.port) <= 2, 90)
+        lost = testbed.lost(answered) + unanswered
     return Row(
         "50 clients do not read their answers",
-        f"their answers wait in the system's buffers (the server grew by {grown:.0f} MB), the connections "
-        f"are closed (all were {took:.0f} s later); {len(answered)} others were answered meanwhile",
+        f"their answers stay in the socket buffers (the server grew by {grown:.0f} MB), and all connections "
+        f"were closed after {took:.0f} s; {len(answered)} other requests were answered meanwhile",
         lost,
     )
 
 
 def _connections(port: int) -> int:
-    """Connections that the server's side has, from the kernel's table."""
+    """Number of the server's established connections, from the kernel's table."""
     rows = Path("/proc/net/tcp").read_text().splitlines()[1:]
     return sum(row.split()[1].endswith(f":{port:04X}") and row.split()[3] == "01" for row in rows)
 
 
-def slow_heads(ground: Ground) -> Row:
-    """Clients that begin a request and go on for ever."""
-    with ground.server():
-        clients = [socket.create_connection(("127.0.0.1", ground.port)) for _ in range(200)]
+def slow_heads(testbed: Testbed) -> Row:
+    """Clients that start a request and never finish it."""
+    with testbed.server():
+        clients = [socket.create_connection(("127.0.0.1", testbed.port)) for _ in range(200)]
 
         def drip() -> None:
             for client in clients:
                 client.sendall(b"POST /classify HTTP/1.1\r\n")
             time.sleep(2)
 
-        answered, without = ground.answered_during(drip)
-        took = ground.wait(lambda: _connections(ground.port) <= 2, 60)
+        answered, unanswered = testbed.answered_during(drip)
+        took = testbed.wait(lambda: _connections(testbed.port) <= 2, 60)
         for client in clients:
             client.close()
-        lost = ground.lost(answered) + without
+        lost = testbed.lost(answered) + unanswered
     return Row(
-        "200 clients begin a request and never end it",
-        f"they are closed after 10 s (all were {took:.0f} s later); {len(answered)} others were answered",
+        "200 clients start a request and never finish it",
+        f"their connections time out after 10 s (all were closed {took:.0f} s later); {len(answered)} other "
+        "requests were answered",
         lost,
     )
 
 
-def overload(ground: Ground) -> Row:
-    """Far more at once than the queue holds."""
-    with ground.server("--max-queue", "300"):
+def overload(testbed: Testbed) -> Row:
+    """Many more texts at once than the queue holds."""
+    with testbed.server("--max-queue", "300"):
         waves = 0
         statuses: list[int] = []
-        while not statuses.count(503) and waves < WAVES:  # a wave may trickle in on a busy machine
+        # On a busy machine the requests of a wave may arrive too slowly to overload the server.
+        while not statuses.count(503) and waves < WAVES:
             waves += 1
-            statuses = ground.at_once([ground.texts[:100]] * 40, tau=0)
-        after = ground.ask(ground.texts[:1])
+            statuses = testbed.at_once([testbed.texts[:100]] * 40, tau=0)
+        after = testbed.ask(testbed.texts[:1])
     refused = statuses.count(503)
     if not refused or after != 200:
-        raise ValueError(f"{refused} were refused, and the next request was answered {after}")
+        raise ValueError(f"{refused} requests were refused, and the next one got {after}")
     return Row(
-        "40 lists of 100 at once, a queue of 300",
-        f"{statuses.count(200)} are answered, {refused} refused with 503 and Retry-After; it serves on",
+        "40 batches of 100 texts at once, a queue of 300",
+        f"{statuses.count(200)} are answered, {refused} refused with 503 and Retry-After; it keeps serving",
         40 - refused - statuses.count(200),
     )
 
 
-def clock(ground: Ground) -> Row:
-    """The system's clock jumps a day forth and back."""
-    fault = "the clock jumps a day forward, two back, and home"
+def clock(testbed: Testbed) -> Row:
+    """The system's clock jumps a day forward and back."""
+    fault = "the clock jumps a day forward, two days back, and back to the right time"
     library = next((path for path in CLOCK_LIBRARIES if Path(path).exists()), None)
     if library is None:
-        return Row(fault, "not tried: libfaketime is not installed (Debian: libfaketime)", None)
-    jump = ground.folder / "clock"
+        return Row(fault, "not tested: libfaketime is not installed (Debian: libfaketime)", None)
+    jump = testbed.folder / "clock"
 
-    def to(when: str) -> None:  # in one step: the library ends the process over half a line
-        (ground.folder / "clock.new").write_text(when)
-        (ground.folder / "clock.new").replace(jump)
+    def set_clock(offset: str) -> None:  # atomically: the library aborts the process on a partial line
+        (testbed.folder / "clock.new").write_text(offset)
+        (testbed.folder / "clock.new").replace(jump)
 
-    to("+0")
+    set_clock("+0")
     faked = {
         "LD_PRELOAD": library,
         "FAKETIME_TIMESTAMP_FILE": str(jump),
         "FAKETIME_NO_CACHE": "1",
-        # The clock that timers use does not jump when somebody sets the time. Named so by version.
+        # The monotonic clock, which timers use, does not jump. The variable's name depends on the version.
         "DONT_FAKE_MONOTONIC": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
     before = {name: os.environ.get(name) for name in faked}
     os.environ.update(faked)
     try:
-        with ground.server() as process:
+        with testbed.server() as process:
             for name in faked:
                 os.environ.pop(name)
 
             def jumps() -> None:
-                for when in ("+1d", "-1d", "+0"):
-                    to(when)
+                for offset in ("+1d", "-1d", "+0"):
+                    set_clock(offset)
                     time.sleep(1.5)
 
-            answered, without = ground.answered_during(jumps)
+            answered, unanswered = testbed.answered_during(jumps)
             alive = process.poll() is None
-            lost = ground.lost(answered) + without
+            lost = testbed.lost(answered) + unanswered
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
     return Row(
-        fault, f"nothing: {len(answered)} requests were answered; only time stamps jump", lost + (not alive)
+        fault,
+        f"nothing but the time stamps changes; {len(answered)} requests were answered",
+        lost + (not alive),
     )
 
 
@@ -476,9 +475,9 @@ FAULTS = (
 
 
 def faults(
-    ground: Ground, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
+    testbed: Testbed, only: Sequence[str] = (), on_row: Callable[[Row], None] = lambda _: None
 ) -> list[Row]:
-    """Try every fault, or those named; each with a server of its own. Raises ValueError for another name."""
+    """Test every fault, or those named, each with its own server. Raises ValueError for an unknown name."""
     known = [fault.__name__ for fault in FAULTS]
     if wrong := [name for name in only if name not in known]:
         raise ValueError(f"no fault {wrong[0]!r}; there are: {', '.join(known)}")
@@ -487,7 +486,7 @@ def faults(
         if only and fault.__name__ not in only:
             continue
         try:
-            row = fault(ground)
+            row = fault(testbed)
         except (StoreError, ValueError, OSError, HTTPException, subprocess.SubprocessError) as error:
             row = Row((fault.__doc__ or fault.__name__).rstrip("."), f"FAILED: {error}", 1)
         rows.append(row)

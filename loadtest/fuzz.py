@@ -1,8 +1,8 @@
-"""Ask what no client should ask, and see that the server answers it with a clear error, or hangs up.
+"""A fuzzer: sends malformed requests; the server must answer with a clear error or close the connection.
 
-Requests are changed from good ones in every place: JSON values, JSON bytes, headers, the request line. An
-answer must be HTTP, below 500 (or an honest 503 or 504), and an error must have the documented shape. What is
-HTTP must be answered, and a good request must get the same answer after all this as before.
+Requests are mutations of valid ones: JSON values, JSON bytes, headers, the request line. An answer must be
+HTTP with a status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed
+request must be answered, and at the end a valid request must get the same answer as at the start.
 """
 
 import json
@@ -18,26 +18,14 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 TIMEOUT_S = 60.0
-PATIENCE_S = 0.3  # for the first byte of an answer
-MAX_FOUND = 20  # examples that are kept
+FIRST_BYTE_S = 0.3  # wait for the first byte of an answer
+MAX_PROBLEMS = 20  # recorded examples
 
-# What goes wrong in parsers.
+# Values that parsers often mishandle.
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 0.5, 1e308, -1e308, 2**31, 2**63, 2**64, 10**400, 1e-320),
-    *(
-        "",
-        " ",
-        "\x00",
-        "a\x00b",
-        "\ud800",
-        "\ufeff",
-        "é" * 300,
-        "😀" * 50,
-        "\u202e",
-        "%s%n",
-        "../../etc/passwd",
-    ),
-    *("{{7*7}}", "'; DROP TABLE x; --", "a" * 5000),
+    *("", " ", "\x00", "a\x00b", "\ud800", "\ufeff", "é" * 300, "😀" * 50, "\u202e", "%s%n"),
+    *("../../etc/passwd", "{{7*7}}", "'; DROP TABLE x; --", "a" * 5000),
     *("中" * 3000, " " * 2000, "[SEP] [CLS] [PAD]", "NaN", "1"),
     *([], [[]], [[[]]], {}, {"text": ""}),
     *({"text": "a", "text_pair": None}, {"text": 1}, ["a"] * 300, [None]),
@@ -45,17 +33,8 @@ STRANGE: tuple[Any, ...] = (
 )
 FIELDS = (
     *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
-    *(
-        "target_speedup",
-        "max_disagreement",
-        "best_effort",
-        "user",
-        "rid",
-        "priority",
-        "unknown",
-        "__proto__",
-        "",
-    ),
+    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown"),
+    *("__proto__", ""),
 )
 GOOD = (
     {"input": "a warm , funny , engaging film"},
@@ -66,115 +45,59 @@ GOOD = (
     {"input": "good", "target_speedup": 2},
 )
 PATHS = (
-    *(
-        "/",
-        "/classify/",
-        "/v1/classify",
-        "/v1/models",
-        "/v1/models/x/calibration",
-        "/metrics",
-        "/docs",
-        "/health",
-    ),
-    *(
-        "/%00",
-        "/classify?x=1",
-        "/..//../etc/passwd",
-        "/v1/models/%2e%2e/calibration",
-        "/" + "a" * 3000,
-        "*",
-        "//",
-    ),
-    *(
-        "/v1/models/sst2/load",
-        "/openapi.json",
-        "/ready",
-        "http://other/classify",
-        "/classify#x",
-        "/cl\xe4ssify",
-    ),
-)
-METHODS = (
-    "POST",
-    "GET",
-    "PUT",
-    "HEAD",
-    "OPTIONS",
-    "DELETE",
-    "PATCH",
-    "TRACE",
-    "CONNECT",
-    "post",
-    "BREW",
-    "P" * 40,
+    *("/", "/classify/", "/v1/classify", "/v1/models", "/v1/models/x/calibration", "/metrics", "/docs"),
+    *("/health", "/%00", "/classify?x=1", "/..//../etc/passwd", "/v1/models/%2e%2e/calibration"),
+    *("/" + "a" * 3000, "*", "//", "/v1/models/sst2/load", "/openapi.json", "/ready"),
+    *("http://other/classify", "/classify#x", "/cl\xe4ssify"),
 )
 STANDARD = ("POST", "GET", "PUT", "HEAD", "OPTIONS", "DELETE", "PATCH")
+METHODS = (*STANDARD, "TRACE", "CONNECT", "post", "BREW", "P" * 40)
 HEADERS = (
     *("Content-Type: text/plain", "Content-Type: application/xml; charset=\x80", "Expect: 100-continue"),
-    *(
-        "Transfer-Encoding: chunked",
-        "Transfer-Encoding: gzip, chunked",
-        "Content-Length: -1",
-        "Content-Length: 0",
-    ),
-    "Content-Length: 99999999999999999999",
-    *("Content-Length: 5\r\nContent-Length: 6", "X: " + "y" * 40_000),
-    *(
-        "X-Request-ID: \x01\x02",
-        "X-Request-ID: " + "a" * 500,
-        "traceparent: 00-zz-zz-zz",
-        "Authorization: Bearer",
-    ),
-    *(
-        "Authorization: Bearer \xff\xfe",
-        "Connection: close",
-        "Connection: upgrade\r\nUpgrade: websocket",
-        "nocolon",
-    ),
-    *(
-        ": empty",
-        " folded: x",
-        "Host:",
-        "Content-Encoding: gzip",
-        "Accept: */*;q=\x00",
-        "Cookie: " + "a=b;" * 900,
-    ),
+    *("Transfer-Encoding: chunked", "Transfer-Encoding: gzip, chunked"),
+    *("Content-Length: -1", "Content-Length: 0", "Content-Length: 99999999999999999999"),
+    *("Content-Length: 5\r\nContent-Length: 6", "X: " + "y" * 40_000, "X-Request-ID: \x01\x02"),
+    *("X-Request-ID: " + "a" * 500, "traceparent: 00-zz-zz-zz", "Authorization: Bearer"),
+    *("Authorization: Bearer \xff\xfe", "Connection: close", "Connection: upgrade\r\nUpgrade: websocket"),
+    *("nocolon", ": empty", " folded: x", "Host:", "Content-Encoding: gzip", "Accept: */*;q=\x00"),
+    "Cookie: " + "a=b;" * 900,
 )
 
-SPLINTERS = (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
-# Larger bodies are refused by their length, perhaps before they are sent.
+FRAGMENTS = (b"\x00", b"\xff\xfe", b'"', b"{", b"\\u", b"1e999", b"NaN", b"\r\n")
+# Larger bodies are refused by their length, possibly before they are sent.
 MAX_BODY_BYTES = 2**20
 
 
 @dataclass
-class Found:
-    """What came of it.
+class Result:
+    """The result of a fuzz test.
 
     Attributes:
-        statuses: how many answers had each status; closed: no answer, the connection was closed.
-        problems: answers that break the rules, with the requests that they came to.
+        statuses: number of answers by status; "closed": the connection was closed without an answer.
+        problems: what was wrong with an answer, and its request.
+        count: number of requests.
     """
 
     statuses: Counter[str] = field(default_factory=Counter)
     problems: list[tuple[str, bytes]] = field(default_factory=list)
     count: int = 0
 
-    def problem(self, what: str, request: bytes) -> None:
-        """Note a broken rule."""
-        if len(self.problems) < MAX_FOUND:
-            self.problems.append((what, request[:2000]))
+    def problem(self, message: str, request: bytes) -> None:
+        """Record a problem."""
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append((message, request[:2000]))
 
 
 @dataclass(frozen=True)
-class Question:
-    """A request; is_http: whether it is a whole one, to which there must be an answer."""
+class RawRequest:
+    """The bytes of a request; is_http: whether it is well-formed HTTP, which must be answered."""
 
     data: bytes
     is_http: bool = True
 
 
-def make(rng: random.Random, host: str) -> Question:
-    """A request that is wrong in one or a few places, or now and then in none."""
+def make(rng: random.Random, host: str) -> RawRequest:
+    """A random request with one or a few errors, rarely with none."""
     body = _body(rng)
     is_http = len(body) < MAX_BODY_BYTES
     method, path, headers = "POST", "/classify", ["Content-Type: application/json"]
@@ -198,8 +121,8 @@ def make(rng: random.Random, host: str) -> Question:
     head = "\r\n".join([f"{method} {path} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode("latin-1")
     if rng.random() < 0.03:
         is_http = False
-        head = _damage(rng, head)
-    return Question(head + body, is_http)
+        head = _mutate(rng, head)
+    return RawRequest(head + body, is_http)
 
 
 def _body(rng: random.Random) -> bytes:
@@ -214,10 +137,10 @@ def _body(rng: random.Random) -> bytes:
             value.pop("input", None)
     body = json.dumps(value).encode("utf-8", "surrogatepass")
     if 0.7 <= kind < 0.9:
-        body = _damage(rng, body)
+        body = _mutate(rng, body)
     elif kind > 0.98:
-        deep = rng.choice((10, 1000, 20_000))
-        body = b'{"input":' + b"[" * deep + b"]" * rng.choice((0, deep)) + b"}"
+        depth = rng.choice((10, 1000, 20_000))
+        body = b'{"input":' + b"[" * depth + b"]" * rng.choice((0, depth)) + b"}"
     elif kind > 0.97:
         body = rng.randbytes(rng.choice((0, 1, 100, 5000)))
     elif kind > 0.965:
@@ -225,26 +148,26 @@ def _body(rng: random.Random) -> bytes:
     return body
 
 
-def _damage(rng: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
+def _mutate(rng: random.Random, data: bytes) -> bytes:
+    mutated = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 5))):
-        if not changed:
+        if not mutated:
             break
-        at = rng.randrange(len(changed))
+        i = rng.randrange(len(mutated))
         match rng.randrange(4):
             case 0:
-                changed[at] = rng.randrange(256)
+                mutated[i] = rng.randrange(256)
             case 1:
-                del changed[at : at + rng.choice((1, 3, 20))]
+                del mutated[i : i + rng.choice((1, 3, 20))]
             case 2:
-                changed[at:at] = rng.choice(SPLINTERS)
+                mutated[i:i] = rng.choice(FRAGMENTS)
             case _:
-                changed[at:at] = changed[at : at + 30]
-    return bytes(changed)
+                mutated[i:i] = mutated[i : i + 30]
+    return bytes(mutated)
 
 
 def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> str:
-    """What is wrong with an answer; empty if nothing is."""
+    """What is wrong with an answer; empty if it is correct."""
     if status in (503, 504):
         return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
     if status >= 500:
@@ -253,64 +176,64 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
         try:
             error = json.loads(body)["error"]
             if not (error["message"] and error["type"] and error["code"] == status):
-                return f"an error without message, type or its code: {body[:300]!r}"
+                return f"an error without message, type or the right code: {body[:300]!r}"
         except (ValueError, KeyError, TypeError):
-            return f"status {status} with another shape: {body[:300]!r}"
+            return f"status {status} with the wrong shape: {body[:300]!r}"
     return ""
 
 
-def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Found:
-    """Send so many requests, one after the other; raises OSError when nobody listens any more.
+def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Result:
+    """Send requests one after the other; raises OSError if the server stops listening.
 
-    A connection is kept as long as the server keeps it, so that what one leaves behind meets the next.
+    A connection is reused as long as the server keeps it open, so that leftovers of one request would affect
+    the next.
     """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
-    rng, found = random.Random(seed), Found()
+    rng, result = random.Random(seed), Result()
     before = _answer(url)
     connection = socket.create_connection(address, TIMEOUT_S)
     for number in range(requests):
         request = make(rng, parts.netloc)
-        found.count += 1
-        if not ask(connection, request, found):
+        result.count += 1
+        if not send(connection, request, result):
             connection.close()
             connection = socket.create_connection(address, TIMEOUT_S)
         on_progress(number + 1)
     connection.close()
     if (after := _answer(url)) != before:
-        found.problem(f"a good request was answered {before!r} before, and {after!r} after all this", b"")
-    return found
+        result.problem(f"a valid request was answered {before!r} before the test, {after!r} after it", b"")
+    return result
 
 
 def _answer(url: str) -> Any:
-    """What a good request is answered."""
+    """The answer to a valid request."""
     body = json.dumps(GOOD[2]).encode()
     with urlopen(Request(url + "/classify", body), timeout=TIMEOUT_S) as answer:
         return json.load(answer)["data"]
 
 
-def ask(connection: socket.socket, question: Question, found: Found) -> bool:
-    """Send one request and note what comes of it; whether the connection can be used again."""
-    request = question.data
+def send(connection: socket.socket, raw: RawRequest, result: Result) -> bool:
+    """Send a request and record its result; returns whether the connection can be reused."""
+    request = raw.data
     try:
         connection.sendall(request)
-        if not question.is_http and not select.select([connection], [], [], PATIENCE_S)[0]:
-            connection.shutdown(socket.SHUT_WR)  # it waits for more, and there is none
+        if not raw.is_http and not select.select([connection], [], [], FIRST_BYTE_S)[0]:
+            connection.shutdown(socket.SHUT_WR)  # the server waits for more data
         answer = HTTPResponse(connection, method=request.split(b" ", 1)[0].decode("latin-1"))
         answer.begin()
         body = answer.read()
     except TimeoutError:
-        found.problem(f"neither an answer nor an end within {TIMEOUT_S:g} s", request)
+        result.problem(f"neither answered nor closed within {TIMEOUT_S:g} s", request)
         return False
     except (OSError, HTTPException) as error:
-        found.statuses["closed"] += 1
-        if question.is_http:
-            found.problem(f"no answer, though it is HTTP: {error!r}", request)
+        result.statuses["closed"] += 1
+        if raw.is_http:
+            result.problem(f"no answer to a well-formed request: {error!r}", request)
         return False
-    found.statuses[str(answer.status)] += 1
+    result.statuses[str(answer.status)] += 1
     headers = {name.lower(): value for name, value in answer.getheaders()}
-    wrong = check(answer.status, headers, body, request)
-    if wrong:
-        found.problem(wrong, request)
-    # After a refusal the server may not have read all of it.
+    if problem := check(answer.status, headers, body, request):
+        result.problem(problem, request)
+    # The server may refuse a request without reading all of it.
     return answer.status == 200 and not answer.will_close

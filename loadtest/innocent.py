@@ -1,11 +1,10 @@
-"""An innocent client beside an attack: short sentences at a steady pace, and how they were answered.
+"""An innocent client during an attack: sends short sentences at a constant rate and records the answers.
 
-Half of the requests go over one connection that is kept, half over a new one each. A latency counts from the
-time at which its request was due, so that a server that stalls pays for everyone who would have come.
+Half of the requests use one kept-alive connection, the other half a new connection each. A latency counts
+from the time its request was due, so a stall of the server counts for every request that is due during it.
 """
 
 import asyncio
-import json
 import math
 import os
 import threading
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from loadtest.client import quantile
+from loadtest.client import post, quantile
 
-RATE = 20.0  # requests per second, on both kinds of connection together
+RATE = 20.0  # requests per second over both kinds of connection
 TIMEOUT_S = 10.0
 REFUSED = (429, 503)
-NO_ANSWER = 0  # the connection broke, could not be opened, or there was no answer within TIMEOUT_S
+NO_ANSWER = 0  # no answer within TIMEOUT_S, or a failed connection
 SENTENCES = (
     *("a warm , funny , engaging film", "it is dull", "the plot was a mess", "a very good story"),
     *("not quite good", "the actor was lovely and the scene was bright", "tired and stale"),
@@ -29,14 +28,14 @@ SENTENCES = (
 
 @dataclass(frozen=True)
 class Phase:
-    """How the requests of a stretch of time were answered.
+    """The answers to the requests of one phase.
 
     Attributes:
-        p50_ms: of the answers with status 200; nan if there are none, as for the next two.
-        refused: 429 and 503.
-        errors: any other status.
-        unanswered: no answer within TIMEOUT_S, or a broken connection.
-        reopened: the server had closed the kept connection before it answered; they were sent once more.
+        p50_ms, p99_ms, max_ms: latency of the answers with status 200; nan if there are none.
+        refused: number of 429 and 503.
+        errors: number of other statuses.
+        unanswered: number without an answer within TIMEOUT_S.
+        reopened: number sent again because the server had closed the kept-alive connection.
     """
 
     requests: int
@@ -50,7 +49,7 @@ class Phase:
 
     @classmethod
     def of(cls, answers: "Sequence[Answer]") -> "Phase":
-        """The phase of these answers."""
+        """Summarize answers."""
         latencies = [a.latency_ms for a in answers if a.status == 200]
         statuses = [a.status for a in answers]
         refused, unanswered = sum(s in REFUSED for s in statuses), statuses.count(NO_ANSWER)
@@ -68,12 +67,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one request.
+    """The result of one request.
 
     Attributes:
-        due: when it was to be sent, by time.monotonic.
-        with_budget: whether it asked for a latency budget.
-        reopened: whether it was sent a second time, as the server had closed the kept connection.
+        due: when the request was due, by time.monotonic.
+        with_budget: whether it had a latency budget.
+        reopened: whether it was sent again because the server had closed the kept-alive connection.
     """
 
     due: float
@@ -84,10 +83,10 @@ class Answer:
 
 
 class Innocent:
-    """The client, in a thread of its own from start to stop.
+    """The client, in its own thread.
 
     Args:
-        budget_ms: also send as many requests with this latency budget.
+        budget_ms: if set, also send requests with this latency budget, at half the rate.
     """
 
     def __init__(self, port: int, budget_ms: float | None = None) -> None:
@@ -104,22 +103,22 @@ class Innocent:
         self.stop()
 
     def stop(self) -> None:
-        """Send no more, and wait for the answers to what was sent."""
+        """Stop sending, and wait for the answers to all requests."""
         self._end = monotonic()
         self._thread.join()
 
     def between(self, start: float, end: float) -> list[Answer]:
-        """What came of the requests that were due in a stretch of time, without those with a budget."""
+        """The answers to requests without a budget that were due in [start, end)."""
         return [a for a in self._answers if start <= a.due < end and not a.with_budget]
 
     def budgets(self, start: float, end: float) -> tuple[int, int]:
-        """How many requests of a stretch of time asked for a budget, and how many were answered within it."""
-        asked = [a for a in self._answers if start <= a.due < end and a.with_budget]
+        """The number of requests with a budget that were due in [start, end), and of those answered within it."""
+        answers = [a for a in self._answers if start <= a.due < end and a.with_budget]
         budget = self._budget_ms or 0.0
-        return len(asked), sum(a.status == 200 and a.latency_ms <= budget for a in asked)
+        return len(answers), sum(a.status == 200 and a.latency_ms <= budget for a in answers)
 
     async def _run(self) -> None:
-        _be_urgent()
+        _use_realtime_priority()
         clients = [self._kept(False), self._new()]
         if self._budget_ms is not None:
             clients.append(self._kept(True))
@@ -129,26 +128,24 @@ class Innocent:
         fields: dict[str, Any] = {"input": SENTENCES[number % len(SENTENCES)]}
         if with_budget:
             fields["latency_budget_ms"] = self._budget_ms
-        body = json.dumps(fields).encode()
-        head = f"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+        return post(fields)
 
     async def _kept(self, with_budget: bool) -> None:
-        """Ask on one connection; one that the server closed between two requests is opened again."""
+        """Send requests on one connection, which is reopened if the server closes it between two requests."""
         connection = _Connection(self._port)
         due, number = monotonic(), 0
         while due < self._end:
             await asyncio.sleep(due - monotonic())
             request = self._request(number, with_budget)
             status, reopened = NO_ANSWER, False
-            if monotonic() - due < TIMEOUT_S:  # or it would have given up by now
+            if monotonic() - due < TIMEOUT_S:  # else the request has timed out already
                 status, reopened = await connection.ask(request)
             self._answers.append(Answer(due, _since_ms(due), status, with_budget, reopened))
             due, number = due + 2 / RATE, number + 1
         connection.close()
 
     async def _new(self) -> None:
-        """Ask on a new connection each time, whether or not the last request is answered."""
+        """Send each request on a new connection, whether or not the last one is answered."""
         due, number = monotonic() + 1 / RATE, 0
         async with asyncio.TaskGroup() as tasks:
             while due < self._end:
@@ -163,9 +160,9 @@ class Innocent:
         connection.close()
 
 
-def _be_urgent() -> None:
-    """Let this thread run as soon as it has something to do, where that is allowed (as root): a client
-    elsewhere would not wait for the processors that the server keeps busy."""
+def _use_realtime_priority() -> None:
+    """Give this thread real-time priority if permitted (as root): a remote client would not compete with the
+    server for its cores."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
@@ -175,7 +172,7 @@ def _since_ms(due: float) -> float:
 
 
 class _Stale(Exception):
-    """A connection was closed by the server before any of the answer came."""
+    """The server closed a connection before it sent any part of the answer."""
 
 
 class _Connection:
@@ -189,14 +186,14 @@ class _Connection:
             self._streams = None
 
     async def ask(self, request: bytes) -> tuple[int, bool]:
-        """The status of the answer, or NO_ANSWER; and whether a kept connection had to be opened again."""
+        """The status of the answer, or NO_ANSWER, and whether a kept-alive connection was reopened."""
         reopened = False
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 if self._streams is not None:
                     try:
                         return await self._try(*self._streams, request), False
-                    except _Stale:  # the server may close an idle connection: every client asks once more
+                    except _Stale:  # the server may close an idle connection: clients then retry
                         self.close()
                         reopened = True
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)

@@ -1,4 +1,4 @@
-"""Time of one encoder layer, in process, by ONNX Runtime and by the kernels, against the processor's peak."""
+"""Time one encoder layer in ONNX Runtime and in the kernels, and compare with the processor's peak."""
 
 from collections.abc import Sequence
 from statistics import median
@@ -15,14 +15,14 @@ LENGTHS = (8, 16, 25, 32, 64, 128, 256, 512)
 
 
 def layers(artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7) -> dict[str, Any]:
-    """Microseconds of layer 1 by number of tokens, on one thread; medians, the two taking turns.
+    """Microseconds of layer 1 on one thread by number of tokens: medians of alternating measurements.
 
-    `_of_peak` is the share of the multiply-adds that one core could do; attention's, in float32, count too.
+    `_of_peak` is the share of one core's peak int8 multiply-adds; attention's float32 ones count too.
 
-    Raises StoreError where the kernels cannot run the model.
+    Raises StoreError if the kernels cannot run the model.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
-    from native import kernels  # there, or the line above would have failed
+    from native import kernels  # present, or the line above would have raised
 
     size = artifact.manifest.hidden_size
     weights = _weights(artifact.read(artifact.manifest.segment_files()[1]))
@@ -34,19 +34,20 @@ def layers(artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7
         hidden = generator.standard_normal((1, tokens, size), np.float32)
         times: list[list[float]] = [[], []]
         for _ in range(rounds):
-            for model, found in zip(models, times, strict=True):
-                found.append(_time(model.segments[1], hidden))
-        theirs, ours = (median(found) for found in times)
+            for model, seconds in zip(models, times, strict=True):
+                seconds.append(_time(model.segments[1], hidden))
+        onnxruntime_s, kernels_s = map(median, times)
         products = tokens * weights + 2 * tokens * tokens * size
         rows.append(
-            {"tokens": tokens, "onnxruntime_us": theirs * 1e6, "kernels_us": ours * 1e6}
-            | {"onnxruntime_of_peak": products / theirs / peak, "kernels_of_peak": products / ours / peak}
+            {"tokens": tokens, "onnxruntime_us": onnxruntime_s * 1e6, "kernels_us": kernels_s * 1e6}
+            | {"onnxruntime_of_peak": products / onnxruntime_s / peak}
+            | {"kernels_of_peak": products / kernels_s / peak}
         )
     return {"instructions": kernels.supported(), "peak_multiply_adds_per_s": peak, "layers": rows}
 
 
 def _weights(file: bytes) -> int:
-    """Weights of a layer without its exit: the multiply-adds of a token, but for attention's scores."""
+    """Number of weights of a layer without its exit: the multiply-adds of a token, without attention scores."""
     import onnx
 
     graph = onnx.load_model_from_string(file).graph

@@ -1,4 +1,4 @@
-"""What happens past saturation: a ramp of load, with the server's load controller off and on."""
+"""Overload: a ramp of the request rate past saturation, with the server's load controller off and on."""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from loadtest import report
-from loadtest.client import Answer, Run, load, quantile
+from loadtest.client import Answer, Run, quantile, send_traffic
 from loadtest.servers import ours, running
 from loadtest.texts import Sample
 
 console = Console(stderr=True)
-# (name, seconds, load as a share of the capacity at its begin and its end)
+# (name, seconds, request rate at the start and at the end as a share of the capacity)
 PHASES = (("half", 5, 0.5, 0.5), ("ramp", 5, 0.5, 2.0), ("twice", 10, 2.0, 2.0), ("half again", 10, 0.5, 0.5))
 SECONDS = sum(length for _, length, _, _ in PHASES)
 WINDOW_S = 0.5
@@ -30,24 +30,26 @@ def ramp(
     out: Path,
     port: int,
 ) -> dict[str, Any]:
-    """Run the ramp twice and compare; writes ramp.json and ramp.png into out.
+    """Run the ramp without and with the controller; write ramp.json and ramp.png into out.
 
-    options: of de3 serve, for the server with the controller.
+    options: further options of de3 serve for the server with the controller.
     """
     out.mkdir(parents=True, exist_ok=True)
     log = out / "server.log"
     with running(ours(store, model), port, log) as started:
-        load(started.target, samples[:200], 1.0, connections=CONNECTIONS)
+        send_traffic(started.target, samples[:200], 1.0, connections=CONNECTIONS)
         capacity = median(
-            load(started.target, samples, 3.0, connections=CONNECTIONS).rate() for _ in range(3)
+            send_traffic(started.target, samples, 3.0, connections=CONNECTIONS).rate() for _ in range(3)
         )
     console.print(f"capacity at the default τ: {capacity:.0f} answers/s")
     results: dict[str, Any] = {"capacity": capacity, "slo_ms": slo_ms, "runs": {}}
     for name, extra in (("off", []), ("on", ["--slo-p99-ms", f"{slo_ms:g}", *options])):
         console.print(f"the ramp, controller {name}: {SECONDS} s")
         with running(ours(store, model, options=extra), port, log) as started:
-            load(started.target, samples[:200], 1.0, connections=2)  # warm, but no load
-            run = load(started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS)
+            send_traffic(started.target, samples[:200], 1.0, connections=2)  # warm up
+            run = send_traffic(
+                started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS
+            )
         results["runs"][name] = _summary(run, slo_ms)
     (out / "ramp.json").write_text(json.dumps(results, indent=1) + "\n")
     _plot(out / "ramp.png", results)
@@ -55,7 +57,7 @@ def ramp(
 
 
 def _rate(second: float) -> float:
-    """The load at a time, as a share of the capacity."""
+    """The request rate at a time, as a share of the capacity."""
     start = 0.0
     for _, length, begin, end in PHASES:
         if second < start + length:
@@ -65,21 +67,21 @@ def _rate(second: float) -> float:
 
 
 def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
-    """By phase and by window."""
+    """The numbers by phase and by window, and the seconds until p99 meets the objective after the overload."""
     pairs = list(zip(run.answers, run.labels, strict=True))
 
     def within(start: float, end: float) -> dict[str, Any]:
-        found = [(a, label) for a, label in pairs if start <= a.due < end]
-        ok = [(a, label) for a, label in found if a.status == 200]
+        due = [(a, label) for a, label in pairs if start <= a.due < end]
+        ok = [(a, label) for a, label in due if a.status == 200]
         latencies = sorted(1000 * (a.done - a.due) for a, _ in ok)
-        right = [label == run.samples[a.sample].label for a, label in ok]
+        correct = [label == run.samples[a.sample].label for a, label in ok]
         return {
-            "offered_per_s": round(len(found) / (end - start), 1),
-            "answered": round(len(ok) / len(found), 4) if found else None,
-            "within_slo": round(sum(x <= slo_ms for x in latencies) / len(found), 4) if found else None,
+            "offered_per_s": round(len(due) / (end - start), 1),
+            "answered": round(len(ok) / len(due), 4) if due else None,
+            "within_slo": round(sum(ms <= slo_ms for ms in latencies) / len(due), 4) if due else None,
             "p50_ms": round(quantile(latencies, 0.5), 2) if ok else None,
             "p99_ms": round(quantile(latencies, 0.99), 2) if ok else None,
-            "accuracy": round(sum(right) / len(right), 4) if right else None,
+            "accuracy": round(sum(correct) / len(correct), 4) if correct else None,
             "tau": round(median(_tau(a) for a, _ in ok[:: max(1, len(ok) // 50)]), 6) if ok else None,
         }
 
@@ -91,11 +93,14 @@ def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
         {"at": i * WINDOW_S, **within(i * WINDOW_S, (i + 1) * WINDOW_S)}
         for i in range(int(SECONDS / WINDOW_S))
     ]
-    gone = SECONDS - PHASES[-1][1]  # when the overload ends
-    bad = [
-        w["at"] + WINDOW_S for w in windows if w["at"] >= gone and not (w["p99_ms"] or slo_ms + 1) <= slo_ms
+    overload_end = SECONDS - PHASES[-1][1]
+    missed = [  # ends of later windows that miss the objective
+        w["at"] + WINDOW_S
+        for w in windows
+        if w["at"] >= overload_end and not (w["p99_ms"] or slo_ms + 1) <= slo_ms
     ]
-    return {"phases": phases, "windows": windows, "recovery_s": max(bad, default=gone) - gone}
+    recovery_s = max(missed, default=overload_end) - overload_end
+    return {"phases": phases, "windows": windows, "recovery_s": recovery_s}
 
 
 def _tau(answer: Answer) -> float:
@@ -103,18 +108,18 @@ def _tau(answer: Answer) -> float:
 
 
 def _plot(path: Path, results: dict[str, Any]) -> None:
-    """Offered load, latency, share answered in time, and τ against time."""
+    """Plot request rate, p99, share within the objective, and τ over time."""
     figure, axes = report.panels(4, "A ramp to twice the capacity, load controller off and on", "seconds")
     offered = results["runs"]["on"]["windows"]
     axes[0].plot([w["at"] for w in offered], [w["offered_per_s"] for w in offered], color="gray")
     axes[0].axhline(results["capacity"], linestyle=":", color="gray")
-    axes[0].set_ylabel("requests/s\n(dots: capacity)")
+    axes[0].set_ylabel("requests/s\n(dotted: capacity)")
     for name, run in results["runs"].items():
         at = [w["at"] for w in run["windows"]]
         for axis, key, label in (
             (axes[1], "p99_ms", "p99, ms"),
-            (axes[2], "within_slo", "answered within\nthe objective"),
-            (axes[3], "tau", "τ in force"),
+            (axes[2], "within_slo", "share within\nthe objective"),
+            (axes[3], "tau", "τ"),
         ):
             values = [float("nan") if w[key] is None else w[key] for w in run["windows"]]
             axis.plot(at, values, label=f"controller {name}")

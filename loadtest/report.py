@@ -1,4 +1,4 @@
-"""What a load test found: as a table, as JSON, as plots."""
+"""The results of load tests as tables, JSON and plots."""
 
 from pathlib import Path
 from statistics import median
@@ -10,7 +10,7 @@ from loadtest.client import Run, accuracy, quantile
 
 
 def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
-    """The numbers of a run, as JSON."""
+    """The numbers of a run for JSON; wrong: number of wrong labels, None if not checked."""
     numbers: dict[str, Any] = {
         "offered_per_s": run.offered,
         "connections": None if run.offered else run.connections,
@@ -39,32 +39,32 @@ def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> Table:
-    """Runs by name as a table."""
-    found = Table()
+    """A table of summaries by name."""
+    table = Table()
     for column in ("", "answers/s", "p50 ms", "p95 ms", "p99 ms", "accuracy", "errors", "wrong", "own CPU"):
-        found.add_column(column, justify="left" if not column else "right", no_wrap=True)
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for name, row in rows.items():
         latency = row.get("latency_ms_all", {})
-        bad = sum(n for status, n in row["statuses"].items() if status != "200")
-        found.add_row(
+        errors = sum(n for status, n in row["statuses"].items() if status != "200")
+        table.add_row(
             name,
             f"{row['answers_per_s']:.0f}",
             *(f"{latency.get(q, float('nan')):.2f}" for q in ("p50", "p95", "p99")),
             "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.2f}%",
-            str(bad),
+            str(errors),
             "–" if row["wrong_labels"] is None else str(row["wrong_labels"]),
             f"{100 * row['generator']['cpu_share']:.0f}%",
         )
-    return found
+    return table
 
 
 def spread(values: list[float]) -> str:
-    """Median and range."""
+    """Median and range as text."""
     return f"{median(values):.2f} ({min(values):.2f} … {max(values):.2f})"
 
 
 def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
-    """Latency distributions of several runs."""
+    """Plot the latency distributions of several runs."""
     figure, axes = _figure(title, "latency, ms", "share of answers")
     for name, values in latencies.items():
         axes.plot(values, [(i + 1) / len(values) for i in range(len(values))], label=name)
@@ -75,7 +75,7 @@ def plot_cdf(path: Path, latencies: dict[str, list[float]], title: str) -> None:
 def plot_curves(
     path: Path, curves: dict[str, list[tuple[float, float]]], labels: tuple[str, str, str]
 ) -> None:
-    """Lines of (x, y) points; labels: title, x, y."""
+    """Plot curves of (x, y) points; labels: title, x, y."""
     figure, axes = _figure(*labels)
     for name, points in curves.items():
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
@@ -85,27 +85,23 @@ def plot_curves(
 
 
 def panels(count: int, title: str, x: str) -> tuple[Any, Any]:
-    """A figure of panels above each other, sharing their x axis."""
-    import matplotlib
+    """A figure of stacked panels with a common x axis."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(count, 1, sharex=True, figsize=(7, 2.1 * count))
+    figure = Figure(figsize=(7, 2.1 * count))
+    axes = figure.subplots(count, 1, sharex=True)
     axes[0].set_title(title)
     axes[-1].set_xlabel(x)
-    for one in axes:
-        one.grid(alpha=0.3)
+    for panel in axes:
+        panel.grid(alpha=0.3)
     return figure, axes
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Any, Any]:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes

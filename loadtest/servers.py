@@ -1,4 +1,4 @@
-"""The servers that are compared: ours and its peers, each started by one command, in its own environment."""
+"""The compared servers: ours and its peers, each started by one command in its own environment."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from loadtest.client import Target
 
@@ -26,12 +26,12 @@ START_S = 180.0
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server and how to ask it.
+    """How to start a server and how to send it requests.
 
     Attributes:
-        command: what to run; {port} is replaced.
-        ready: path that answers 200 once it serves.
-        note: what differs from ours, for the report.
+        command: the command line; {port} is replaced.
+        ready: path that answers 200 once the server is ready.
+        note: the difference from ours, for the report.
     """
 
     name: str
@@ -43,20 +43,20 @@ class Server:
     note: str = ""
 
     def target(self, port: int) -> Target:
-        """The server as the load generator sees it."""
+        """The server as a target of the load generator."""
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
 
 
 def ours(
     store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
 ) -> Server:
-    """Our server; `fields` go into every request (tau and the like), `options` to de3 serve."""
-    what = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
-    what += ", ONNX Runtime" if runtime == "onnxruntime" else ""
+    """Our server; `fields` are added to every request (such as tau), `options` to de3 serve."""
+    variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
+    variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
     command += ["--runtime", runtime, *options]
     return Server(
-        f"de3 ({what})",
+        f"de3 ({variant})",
         [*command, "--port", "{port}"],
         ready="/ready",
         body=lambda text: {"input": text, **fields},
@@ -64,22 +64,22 @@ def ours(
     )
 
 
-def peer(name: str, script: str, *arguments: str, **how: Any) -> Server:
-    """A peer that is a script of ours in `peers`, with its environment; `how`: fields of Server."""
-    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], **how)
+def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
+    """The peer that a script in `peers` starts, with its environment; `fields` are those of Server."""
+    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], **fields)
 
 
 def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
-    """The servers that people run today, at full depth.
+    """The common alternatives to our server, at full depth.
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        stock: folder of a stock sequence classification model, for those that know no other.
+        stock: folder of a stock sequence classification model, for peers that support no other.
     """
-    found = [
+    servers = [
         peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
         peer("fused graph, FastAPI, fp32", "fused_app", str(fp32)),
-        peer("LitServe, int8", "litserve_app", str(int8), "--batch", "4"),  # the best of those tried
+        peer("LitServe, int8", "litserve_app", str(int8), "--batch", "4"),  # the best of the tested sizes
         peer("BentoML, int8", "bentoml_app", str(int8), ready="/readyz"),
         peer(
             "MLServer, int8",
@@ -94,8 +94,8 @@ def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
         ),
     ]
     if stock is not None:
-        note = "a stock head on the same encoder, fine-tuned: other weights, the same work"
-        found += [
+        note = "a fine-tuned stock model on the same encoder: other weights, the same amount of work"
+        servers += [
             peer("transformers, FastAPI, fp32", "transformers_app", str(stock), note=note),
             peer(
                 "Infinity, fp32",
@@ -106,35 +106,35 @@ def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
                 note=note,
             ),
         ]
-    return found
+    return servers
 
 
 def peer_command(script: str) -> list[str]:
-    """The command that starts a peer's script, its environment made and filled on first use."""
+    """The command that starts a peer's script; its environment is created on first use."""
     path = PEERS / f"{script}.py"
     python = environment(script, dependencies(path))
     return [str(python), str(path)]
 
 
 def dependencies(script: Path) -> list[str]:
-    """What a script needs, from its inline metadata (PEP 723)."""
-    found = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.M)
-    if found is None:
+    """The packages that a script needs, from its inline metadata (PEP 723)."""
+    metadata = re.search(r"^# /// script\n((?:#.*\n)+?)# ///$", script.read_text(), re.M)
+    if metadata is None:
         raise ValueError(f"{script}: has no inline script metadata")
-    text = "".join(line.removeprefix("# ").removeprefix("#") for line in found[1].splitlines(True))
+    text = "".join(line.removeprefix("# ").removeprefix("#") for line in metadata[1].splitlines(True))
     return list(tomllib.loads(text)["dependencies"])
 
 
-def environment(name: str, needs: list[str]) -> Path:
-    """The Python of a virtual environment of this name with these packages."""
+def environment(name: str, packages: list[str]) -> Path:
+    """The Python of the virtual environment of this name, with these packages."""
     folder = CACHE / name
-    done = folder / "installed"
-    if not done.exists() or done.read_text() != "\n".join(needs):
+    installed = folder / "installed"
+    if not installed.exists() or installed.read_text() != "\n".join(packages):
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
-        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *needs]
+        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
         subprocess.run(command, check=True)
-        done.write_text("\n".join(needs))
+        installed.write_text("\n".join(packages))
     return folder / "bin" / "python"
 
 
@@ -146,39 +146,39 @@ class Running:
     process: subprocess.Popen[bytes]
 
     def memory_mb(self) -> float:
-        """Memory of the server's processes now, MB: resident, what they share counted once (PSS)."""
+        """Current memory of the server's processes, MB: resident, with shared pages counted once (PSS)."""
         total = 0
-        for pid in _family(self.process.pid):
+        for pid in _process_tree(self.process.pid):
             try:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:
                 continue
-            found = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
-            total += int(found[1]) if found else 0
+            pss = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
+            total += int(pss[1]) if pss else 0
         return total / 1000
 
 
-def _family(pid: int) -> list[int]:
-    found = [pid]
+def _process_tree(pid: int) -> list[int]:
+    pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
             children = task.read_text().split()
         except OSError:
             continue
         for child in children:
-            found += _family(int(child))
-    return found
+            pids += _process_tree(int(child))
+    return pids
 
 
 @contextmanager
 def running(server: Server, port: int, log: Path) -> Iterator[Running]:
-    """A server, started and ready; stopped at the end.
+    """Start a server, wait until it is ready, and stop it at the end of the block.
 
     Raises ValueError with the end of its log if it does not start.
     """
     target = server.target(port)
     if _answers(target.url + server.ready):
-        raise ValueError(f"something answers on port {port} already; stop it, or name another with --port")
+        raise ValueError(f"a server answers on port {port} already; stop it, or choose another with --port")
     command = [part.replace("{port}", str(port)) for part in server.command]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -195,9 +195,16 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
         process.send_signal(signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(20)
-        with suppress(ProcessLookupError):  # workers that outlive it, too: they would keep the port
+        with suppress(ProcessLookupError):  # workers that outlive the server would keep the port
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def reload(url: str, model: str, admin_key: str) -> None:
+    """Reload a model of a running server of ours; raises OSError if that fails."""
+    headers = {"Authorization": f"Bearer {admin_key}", "Content-Type": "application/json"}
+    with urlopen(Request(f"{url}/v1/models/{model}/load", b"{}", headers), timeout=60):
+        pass
 
 
 def _answers(url: str) -> bool:

@@ -1,8 +1,7 @@
-"""A long run of everything at once: is memory flat, is every request answered, do answers stay the same?"""
+"""A soak test with mixed traffic: memory must stay flat, and every request must get the same answer as before."""
 
 import json
 import random
-import re
 import socket
 import threading
 import time
@@ -13,25 +12,27 @@ from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
 
 from loadtest import fuzz
+from loadtest.client import post
+from loadtest.metrics import Metrics
+from loadtest.servers import reload
 from loadtest.texts import Sample
 
 CLIENTS = 4
-PAUSE_S = 0.02  # of a client, between two requests, on average
-LOOK_S = 5.0
-IDLE_S = 2.0  # the server closes a connection that is idle for 5 s; a request sent into that would be lost
+PAUSE_S = 0.02  # mean pause of a client between two requests
+SAMPLE_S = 5.0  # between two samples of the memory
+IDLE_S = 2.0  # then reconnect: the server closes a connection that is idle for 5 s
 TIMEOUT_S = 60.0
 
 
 @dataclass
 class Soak:
-    """What came of it.
+    """The result of a soak test.
 
     Attributes:
         counts: requests by kind and status.
-        problems: what should not have happened.
+        problems: wrong, missing or changed answers.
         memory: (seconds, MB) of the server's process.
     """
 
@@ -40,13 +41,13 @@ class Soak:
     memory: list[tuple[float, float]] = field(default_factory=list)
     reloads: int = 0
 
-    def problem(self, what: str) -> None:
-        """Note what should not have happened."""
+    def problem(self, message: str) -> None:
+        """Record a problem."""
         if len(self.problems) < 50:
-            self.problems.append(what)
+            self.problems.append(message)
 
     def growth_mb(self) -> float:
-        """How much the memory grew from the second quarter's median to the last's, MB."""
+        """The growth of the memory from the median of the second quarter to that of the last, MB."""
         values = [mb for _, mb in self.memory]
         quarter = len(values) // 4
         if quarter == 0:
@@ -56,7 +57,7 @@ class Soak:
 
 
 class _Client:
-    """One of those that ask; each has a connection that it keeps."""
+    """A client that sends random requests on one connection."""
 
     def __init__(self, url: str, samples: list[Sample], known: dict[str, str], soak: Soak, seed: int) -> None:
         self._address = urlsplit(url)
@@ -65,24 +66,24 @@ class _Client:
         self._connection = self._connect()
         self._used = time.monotonic()
         self._kinds: list[tuple[float, Callable[[], None]]] = [
-            (0.72, self._one),
-            (0.10, self._list),
+            (0.72, self._single),
+            (0.10, self._batch),
             (0.05, self._long),
-            (0.04, self._in_time),
-            (0.05, self._nonsense),
+            (0.04, self._with_budget),
+            (0.05, self._malformed),
             (0.02, self._hang_up),
             (0.02, self._read_slowly),
         ]
 
     def run(self, stop: threading.Event) -> None:
-        """Ask until told to stop."""
+        """Send requests until `stop` is set."""
         kinds = [kind for _, kind in self._kinds]
         weights = [weight for weight, _ in self._kinds]
         while not stop.is_set():
             kind = self._rng.choices(kinds, weights)[0]
             try:
                 kind()
-            except Exception as error:  # an answer of another shape, too: the client must go on
+            except Exception as error:  # also an answer of the wrong shape: the client must continue
                 self._soak.problem(f"{kind.__name__}: {error!r}")
                 self._connection.close()
                 self._connection = self._connect()
@@ -96,7 +97,7 @@ class _Client:
 
     def _ask(self, kind: str, body: dict[str, Any], allowed: tuple[int, ...] = (200,)) -> Any:
         if time.monotonic() - self._used > IDLE_S:
-            self._connection.close()  # request() opens it again
+            self._connection.close()  # request() reopens it
         self._connection.request("POST", "/classify", json.dumps(body))
         answer = self._connection.getresponse()
         content = answer.read()
@@ -106,50 +107,50 @@ class _Client:
             self._soak.problem(f"{kind}: {answer.status} {content[:200]!r}")
         return json.loads(content) if answer.status == 200 else None
 
-    def _one(self) -> None:
+    def _single(self) -> None:
         text = self._text()
         if answer := self._ask("one text", {"input": text}):
-            label = answer["data"][0]["label"]
-            if self._known.setdefault(text, label) != label:
-                self._soak.problem(f"one text: {text!r} was {self._known[text]}, now {label}")
+            self._compare([text], answer)
 
-    def _list(self) -> None:
+    def _batch(self) -> None:
         texts = [self._text() for _ in range(20)]
-        if answer := self._ask("list, explained", {"input": texts, "explain": True, "ood": True}):
-            labels = [row["label"] for row in answer["data"]]
-            for text, label in zip(texts, labels, strict=True):
-                if self._known.setdefault(text, label) != label:
-                    self._soak.problem(f"list: {text!r} was {self._known[text]}, now {label}")
+        if answer := self._ask("batch, explained", {"input": texts, "explain": True, "ood": True}):
+            self._compare(texts, answer)
+
+    def _compare(self, texts: list[str], answer: Any) -> None:
+        """Report the texts whose label changed."""
+        for text, result in zip(texts, answer["data"], strict=True):
+            label = result["label"]
+            if self._known.setdefault(text, label) != label:
+                self._soak.problem(f"{text!r} was {self._known[text]}, now {label}")
 
     def _long(self) -> None:
         self._ask("long, full depth", {"input": " ".join(self._text() for _ in range(12)), "tau": 0})
 
-    def _in_time(self) -> None:
+    def _with_budget(self) -> None:
         self._ask("within 20 ms", {"input": self._text(), "latency_budget_ms": 20}, (200, 503))
 
-    def _nonsense(self) -> None:
+    def _malformed(self) -> None:
         request = fuzz.make(self._rng, self._address.netloc)
         with socket.create_connection((self._address.hostname, self._address.port), TIMEOUT_S) as connection:
-            found = fuzz.Found()
-            fuzz.ask(connection, request, found)
-            for what, _ in found.problems:
-                self._soak.problem(f"nonsense: {what}")
-            for status, count in found.statuses.items():
-                self._soak.counts[f"nonsense {status}"] += count
+            result = fuzz.Result()
+            fuzz.send(connection, request, result)
+            for problem, _ in result.problems:
+                self._soak.problem(f"malformed: {problem}")
+            for status, count in result.statuses.items():
+                self._soak.counts[f"malformed {status}"] += count
 
-    def _raw(self, body: dict[str, Any]) -> socket.socket:
+    def _send(self, body: dict[str, Any]) -> socket.socket:
         connection = socket.create_connection((self._address.hostname, self._address.port), TIMEOUT_S)
-        content = json.dumps(body).encode()
-        head = f"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
-        connection.sendall(head.encode() + content)
+        connection.sendall(post(body))
         return connection
 
     def _hang_up(self) -> None:
-        self._raw({"input": [self._text() for _ in range(50)], "tau": 0}).close()
+        self._send({"input": [self._text() for _ in range(50)], "tau": 0}).close()
         self._soak.counts["hung up"] += 1
 
     def _read_slowly(self) -> None:
-        with self._raw({"input": [self._text() for _ in range(100)], "explain": True}) as connection:
+        with self._send({"input": [self._text() for _ in range(100)], "explain": True}) as connection:
             time.sleep(0.5)
             answer = HTTPResponse(connection)
             answer.begin()
@@ -171,70 +172,60 @@ def soak(
     reload_s: float = 60.0,
     on_progress: Callable[[float, Soak], None] = lambda *_: None,
 ) -> Soak:
-    """Ask a server everything at once, and reload a model now and then if there is an admin key."""
-    found, stop = Soak(), threading.Event()
-    known: dict[str, str] = {}  # labels by text, from its first answer
-    clients = [_Client(url, samples, known, found, seed) for seed in range(CLIENTS)]
+    """Send mixed traffic to a server and, with an admin key, reload a model every reload_s."""
+    result, stop = Soak(), threading.Event()
+    known: dict[str, str] = {}  # label of each text's first answer
+    clients = [_Client(url, samples, known, result, seed) for seed in range(CLIENTS)]
     threads = [threading.Thread(target=client.run, args=(stop,)) for client in clients]
     for thread in threads:
         thread.start()
     started = reloaded = time.monotonic()
     try:
         while (passed := time.monotonic() - started) < seconds:
-            stop.wait(min(LOOK_S, reload_s, max(0.1, seconds - passed)))
-            found.memory.append((time.monotonic() - started, _memory_mb(url)))
+            stop.wait(min(SAMPLE_S, reload_s, max(0.1, seconds - passed)))
+            memory_mb = Metrics(url).total("process_resident_memory_bytes") / 1e6
+            result.memory.append((time.monotonic() - started, memory_mb))
             if admin_key and time.monotonic() - reloaded > reload_s:
                 reloaded = time.monotonic()
-                _reload(url, model or "", admin_key, found)
-            on_progress(passed, found)
+                try:
+                    reload(url, model or "", admin_key)
+                    result.reloads += 1
+                except OSError as error:
+                    result.problem(f"reload: {error!r}")
+            on_progress(passed, result)
     finally:
         stop.set()
         for thread in threads:
             thread.join()
-    return found
-
-
-def _memory_mb(url: str) -> float:
-    with urlopen(url + "/metrics", timeout=TIMEOUT_S) as answer:
-        found = re.search(r"^process_resident_memory_bytes (\S+)", answer.read().decode(), re.M)
-    return float(found[1]) / 1e6 if found else 0.0
-
-
-def _reload(url: str, model: str, key: str, found: Soak) -> None:
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    try:
-        with urlopen(Request(f"{url}/v1/models/{model}/load", b"{}", headers), timeout=TIMEOUT_S):
-            found.reloads += 1
-    except OSError as error:
-        found.problem(f"reload: {error!r}")
+    return result
 
 
 def check_plots() -> None:
-    """Raise ValueError where there is nothing to draw with: better before an hour than after it."""
+    """Raise ValueError if matplotlib is missing: better before the test than after an hour."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ValueError(f"this command draws a plot ({error}): pip install '.[train]'") from None
 
 
-def report(found: Soak, out: Path) -> None:
+def report(result: Soak, out: Path) -> None:
     """Write soak.json and soak.png into out."""
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
     numbers = {
-        "requests": dict(found.counts),
-        "problems": found.problems,
-        "reloads": found.reloads,
-        "growth_mb": found.growth_mb(),
-        "memory_mb": found.memory,
+        "requests": dict(result.counts),
+        "problems": result.problems,
+        "reloads": result.reloads,
+        "growth_mb": result.growth_mb(),
+        "memory_mb": result.memory,
     }
     (out / "soak.json").write_text(json.dumps(numbers, indent=1))
     figure = Figure(figsize=(8, 3))
     axes = figure.subplots()
-    axes.plot([s / 60 for s, _ in found.memory], [mb for _, mb in found.memory], linewidth=1)
+    axes.plot([s / 60 for s, _ in result.memory], [mb for _, mb in result.memory], linewidth=1)
     axes.set_ylim(0)
     axes.set_xlabel("minutes")
-    axes.set_ylabel("memory of the server, MB")
+    axes.set_ylabel("server memory, MB")
     figure.tight_layout()
     figure.savefig(out / "soak.png", dpi=80)

@@ -1,4 +1,4 @@
-"""Real texts to send, from a file."""
+"""Samples to send, read from a file."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A text, its right label if known, whether it is one of the long ones, and the τ to ask for."""
+    """A text, its correct label if known, whether it was made long, and the requested τ."""
 
     text: str
     label: str | None = None
@@ -19,7 +19,7 @@ class Sample:
 
 
 def read(path: Path, text_column: str, label_column: str, label_names: Sequence[str]) -> list[Sample]:
-    """The samples of a tsv, csv or jsonl file with named columns, or of a file with one text a line (txt).
+    """The samples of a tsv, csv or jsonl file with named columns, or of a txt file with one text per line.
 
     Labels that are numbers index label_names; a file without label_column gives samples without labels.
     Raises ValueError naming the file and what is missing.
@@ -35,7 +35,7 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             rows = list(csv.DictReader(file))
         else:
             raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
-    found = []
+    samples = []
     for row in rows:
         if text_column not in row:
             raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
@@ -44,14 +44,14 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             label = str(label)
             label = label_names[int(label)] if label.isdigit() and label_names else label
         if str(row[text_column]).strip():
-            found.append(Sample(str(row[text_column]), label))
-    if not found:
-        raise ValueError(f"{path}: holds no text")
-    return found
+            samples.append(Sample(str(row[text_column]), label))
+    if not samples:
+        raise ValueError(f"{path}: contains no text")
+    return samples
 
 
 def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) -> list[Sample]:
-    """The samples with a share of them replaced by long ones: samples joined up to so many words."""
+    """The samples, with a share of them replaced by texts of `words` words, joined from other samples."""
     rng = random.Random(seed)
     mixed = []
     for sample in samples:
@@ -66,5 +66,5 @@ def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) ->
 
 
 def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
-    """The samples once for each τ, the τ taking turns."""
+    """Each sample once with every τ."""
     return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples

@@ -1,4 +1,4 @@
-"""The manifest of an artifact: what it is, how it was made, and the hash of every file."""
+"""The manifest of an artifact: its model, calibration and export, and the hash of every file."""
 
 import re
 from itertools import pairwise
@@ -12,10 +12,10 @@ SCHEMA_VERSION = 3
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
-# Every file that an artifact may have. A name that does not match is refused, so none leads elsewhere.
+# The names of an artifact's files. Any other is refused, so no path leads out of the folder.
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
-# A manifest is hostile until it is checked: each thing that is too many would be an error of its own.
+# A manifest is untrusted until it is checked. Without limits, every surplus entry could be an error of its own.
 MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
 MAX_INT = 2**31 - 1  # also of a file's bytes: protobuf reads no more
 MAX_WIDTH = 2**16
@@ -27,7 +27,7 @@ Label = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-# λ is `lambda` in JSON and `lam` in Python, where the word is taken.
+# λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
 Lam = Annotated[float, Field(ge=0, le=100, alias="lambda")]
 
 
@@ -45,22 +45,22 @@ class FileEntry(_Part):
 
 
 class Defaults(_Part):
-    """The exit rule of a request that names none."""
+    """The exit rule of a request that does not set one."""
 
     tau: Share
     lam: Lam
 
 
 class TradeOff(_Part):
-    """What one (λ, τ) gives on the certifying samples.
+    """Accuracy and cost of one (λ, τ) on the certifying samples.
 
     Attributes:
-        accuracy: share of right answers; `accuracy_interval` is its 95% Wilson interval.
-        loss: accuracy at full depth minus accuracy here; `loss_interval` is its 95% interval, paired.
-        disagreement: share of answers that differ from full depth; `disagreement_bound` is what the true rate
-            is at most, with 95% confidence (exits.guarantee).
+        accuracy: share of correct answers; `accuracy_interval` is its 95% Wilson interval.
+        loss: accuracy at full depth minus accuracy; `loss_interval` is its paired 95% interval.
+        disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound of
+            the true rate with 95% confidence (exits.guarantee).
         speedup: M / mean exit layer, at most 1000.
-        histogram: share of samples leaving at each exit, in the order of `exit_layers`.
+        histogram: share of samples that exit at each exit, in the order of `exit_layers`.
     """
 
     lam: Lam
@@ -77,10 +77,10 @@ class TradeOff(_Part):
 
 
 class Reference(_Part):
-    """What the certifying samples gave at one exit: quantiles at exits.reference.LEVELS.
+    """The signals of the certifying samples at one exit, as quantiles at exits.reference.LEVELS.
 
     Attributes:
-        nearest: distance to the nearest prototype; like distance_ratio None at an exit without prototypes.
+        nearest: distance to the nearest prototype; None, as distance_ratio, at an exit without prototypes.
     """
 
     layer: Layer
@@ -98,10 +98,10 @@ class Reference(_Part):
 
 
 class Calibration(_Part):
-    """How the defaults were chosen and what they give.
+    """How the defaults were chosen, and their accuracy and cost.
 
-    λ and τ were chosen on `tune_size` samples; every number in here is from `certify_size` others.
-    `references` has one entry for each exit.
+    λ and τ were chosen on `tune_size` samples. All numbers are from `certify_size` other samples.
+    `references` has one entry per exit.
     """
 
     tune_size: Count
@@ -117,11 +117,11 @@ class Manifest(_Part):
     """manifest.json of an artifact.
 
     Attributes:
-        exit_layers: layers with an exit, ascending, 0 being the embedding output; the last is num_layers.
-        prototype_layers: those with prototypes.
+        exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
+        prototype_layers: exits with prototypes.
         max_tokens: longest input, special tokens included.
         token_types: whether embeddings.onnx takes token_type_ids.
-        export: how the export proved itself: parity, and for int8 the accuracy by exit against fp32.
+        export: the checks of the export: parity with PyTorch and, for int8, the accuracy by exit against fp32.
     """
 
     schema_version: Literal[3]
@@ -153,11 +153,13 @@ class Manifest(_Part):
             raise ValueError("prototype_layers must be the exit layers, with or without the last")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
-        found = self.calibration.references if self.calibration else []
-        if self.calibration and [r.layer for r in found] != exits:
+        references = self.calibration.references if self.calibration else []
+        if self.calibration and [r.layer for r in references] != exits:
             raise ValueError("calibration.references must have one entry for each exit layer")
-        if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in found):
-            raise ValueError("calibration.references: nearest must be there where prototypes are, only there")
+        if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in references):
+            raise ValueError(
+                "calibration.references: nearest must be set exactly at the exits with prototypes"
+            )
         table = self.calibration.table if self.calibration else []
         rows = sorted((r for r in table if r.lam == self.defaults.lam), key=lambda r: r.tau)
         if self.calibration and (not rows or rows[0].tau != 0):
@@ -166,9 +168,9 @@ class Manifest(_Part):
             b.speedup < a.speedup or b.disagreement_bound < a.disagreement_bound for a, b in pairwise(rows)
         ):
             raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
-        wrong = [name for name in self.files if not FILE.fullmatch(name)]
-        if wrong:
-            raise ValueError(f"files may not contain {wrong[0]!r}")
+        invalid = [name for name in self.files if not FILE.fullmatch(name)]
+        if invalid:
+            raise ValueError(f"files may not contain {invalid[0]!r}")
         missing = [name for name in self.required_files() if name not in self.files]
         if missing:
             raise ValueError(f"files lacks {missing[0]!r}")
@@ -177,9 +179,9 @@ class Manifest(_Part):
         return self
 
     def segment_files(self) -> list[str]:
-        """The segments' files in the order in which they run; index = layer."""
+        """The files of the segments in the order in which they run; index = layer."""
         return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]
 
     def required_files(self) -> list[str]:
-        """The files that an artifact of this shape must have."""
+        """The files that the artifact must have."""
         return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]

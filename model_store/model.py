@@ -44,7 +44,7 @@ class Model:
         segments: index = layer; 0 is the embeddings.
         runtime: what runs them: native or onnxruntime.
         why_not_native: why the kernels do not run an int8 artifact; else empty.
-        through: takes several samples through all layers at once; None unless native.
+        through: runs several samples through all layers in one call; None unless native.
     """
 
     def __init__(

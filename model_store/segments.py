@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from exits.signals import Signal
 from model_store.manifest import Manifest
 from model_store.store import StoreError
 
@@ -100,54 +101,52 @@ class OnnxSegment:
 
 
 @dataclass(slots=True)
-class Passage:
-    """A sample on its way through all layers.
+class ForwardPass:
+    """A sample's pass through the layers, the exit rule between them.
 
     Attributes:
-        tau, lam: leave at the first exit with EDR < tau.
+        tau, signal: leave at the first exit whose score is below tau.
         deepest: the layer at which to leave at the latest, one with an exit.
-        every: ask every exit passed, also those that cannot end the way (tau 0).
+        ask_all: compute every exit passed, also those at which it cannot leave (tau 0).
         caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
-        is_far: whether there was one.
-        layer: where it left.
-        seconds: what it took.
-        logits, distances: (layers + 1, K), index = layer; zeros at exits not asked.
+        exit_layer: where it left.
+        seconds: compute time.
+        logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
     """
 
     tokens: Tokens
     tau: float
-    lam: float
+    signal: Signal
     deepest: int
-    every: bool
+    ask_all: bool
     caution: float = 1.0
-    layer: int = -1
-    is_far: bool = False
-    seconds: float = 0.0
+    exit_layer: int = field(default=-1, init=False)
+    seconds: float = field(default=0.0, init=False)
     logits: Array = field(init=False)
     distances: Array = field(init=False)
 
 
 class Through:
-    """All native segments in one call, the exit rule between them: no Python, and no GIL, on the way."""
+    """All native segments in one call, the exit rule between them, without Python and the GIL."""
 
     def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
         self._through, self._model = kernels.through, model
         self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
         self._shape = (manifest.num_layers + 1, len(manifest.labels))
 
-    def __call__(self, samples: Sequence[Passage], far: NDArray[np.float64] | None = None) -> None:
-        """Take samples through the layers until each has left; fills what Passage calls results.
+    def __call__(self, passes: Sequence[ForwardPass], far: NDArray[np.float64] | None = None) -> None:
+        """Run 1 to 64 samples until each has left; fills exit_layer, seconds, logits and distances.
 
-        far: the largest distance to the nearest prototype allowed, (layers + 1,); None: any.
+        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any.
         """
-        rows = []
-        for s in samples:
-            s.logits, s.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
-            ids, types = s.tokens.ids, s.tokens.type_ids
-            rows.append((ids, types, s.tau, s.lam, s.deepest, s.every, s.caution, s.logits, s.distances))
-        found = self._through(self._model, rows, self._prototypes, far)
-        for s, (layer, seconds, is_far) in zip(samples, found, strict=True):
-            s.layer, s.seconds, s.is_far = layer, seconds, bool(is_far)
+        texts = []
+        for p in passes:
+            p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
+            rule = (p.tau, p.signal.code, p.signal.lam, p.deepest, p.ask_all, p.caution)
+            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances))
+        results = self._through(self._model, texts, self._prototypes, far)
+        for p, (exit_layer, seconds) in zip(passes, results, strict=True):
+            p.exit_layer, p.seconds = exit_layer, seconds
 
 
 def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:

@@ -1,4 +1,4 @@
-"""A folder of artifacts: <store>/<name>/<version>/. Lists, finds, verifies, and adds atomically."""
+"""The model store: a folder of artifacts, <store>/<name>/<version>/, with integrity checks and atomic writes."""
 
 import hashlib
 import json
@@ -21,11 +21,11 @@ MAX_MANIFEST_BYTES = 2**20
 MAX_ARTIFACT_BYTES = 2**32  # of all files that are loaded
 MAX_MESSAGE = 500  # characters of an error: most quote something from an artifact
 MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
-STALE_S = 86_400  # no export takes a day
+STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
 
 class StoreError(ValueError):
-    """An artifact is missing, damaged or not what its manifest says; the message names the file.
+    """An artifact is missing, damaged or does not match its manifest; the message names the file.
 
     What it quotes may come from the artifact, so the message is cut, and has no control characters.
     """
@@ -36,12 +36,12 @@ class StoreError(ValueError):
 
 
 class UnknownModelError(StoreError):
-    """No such model or version."""
+    """The store has no such model or version."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a model on disk, its manifest read and checked, its files not yet."""
+    """One version of a model on disk. Its manifest has been checked, its files have not."""
 
     path: Path
     manifest: Manifest
@@ -52,16 +52,16 @@ class Artifact:
         return f"{self.manifest.name}:{self.manifest.version}"
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, after checking them against the manifest's hash.
+        """The bytes of a file, checked against the manifest's hash. Raises StoreError.
 
-        What is checked is what is returned: nobody can change the file in between. Raises StoreError.
+        The file is read once, so it cannot change between the check and its use.
         """
         path = self.path / name
         if name not in self.manifest.files:
             raise StoreError(f"{path}: the manifest does not list this file")
-        entry, most = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_INT)
-        if entry.bytes > most:
-            raise StoreError(f"{path}: {entry.bytes} bytes, at most {most} are allowed")
+        entry, limit = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_INT)
+        if entry.bytes > limit:
+            raise StoreError(f"{path}: {entry.bytes} bytes, at most {limit} are allowed")
         data = _read_inside(self.path, path, entry.bytes)
         if len(data) != entry.bytes:
             raise StoreError(f"{path}: damaged: {len(data)} bytes, the manifest says {entry.bytes}")
@@ -94,17 +94,21 @@ class Store:
     def versions(self) -> dict[str, list[int]]:
         """Versions by model name, both ascending (10 is newer than 9)."""
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: no such store; make one with de3 export")
-        found: dict[str, list[int]] = {}
+            raise StoreError(f"{self.path}: no such store; create one with de3 export")
+        versions: dict[str, list[int]] = {}
         for folder in sorted(self.path.iterdir()):
             if NAME.fullmatch(folder.name) and folder.is_dir():
                 numbers = [int(v.name) for v in folder.iterdir() if VERSION.fullmatch(v.name) and v.is_dir()]
                 if numbers:
-                    found[folder.name] = sorted(numbers)
-        return found
+                    versions[folder.name] = sorted(numbers)
+        return versions
+
+    def names(self) -> list[str]:
+        """Every version as name:version."""
+        return [f"{name}:{v}" for name, versions in self.versions().items() for v in versions]
 
     def open(self, model: str) -> Artifact:
-        """The artifact of `name`, its newest version, or `name:version`. Raises StoreError."""
+        """The artifact of `name` (its newest version) or `name:version`. Raises StoreError."""
         name, _, version = model.partition(":")
         versions = self.versions()
         if name not in versions:
@@ -116,34 +120,34 @@ class Store:
         elif VERSION.fullmatch(version) and int(version) in versions[name]:
             number = int(version)
         else:
-            have = ", ".join(map(str, versions[name]))
-            raise UnknownModelError(f"no version {version!r} of model {name!r}; there are: {have}")
+            existing = ", ".join(map(str, versions[name]))
+            raise UnknownModelError(f"no version {version!r} of model {name!r}; there are: {existing}")
         return self.open_path(self.path / name / str(number))
 
     def open_path(self, path: Path) -> Artifact:
-        """The artifact in a folder <name>/<version>; raises StoreError when its manifest is not sound."""
+        """The artifact in a folder <name>/<version>; raises StoreError if its manifest is invalid."""
         if path.resolve() != self.path.resolve() / path.parent.name / path.name:
             raise StoreError(f"{path}: leads outside the store, to {path.resolve()}")
         artifact = Artifact(path, read_manifest(path))
         if (artifact.manifest.name, str(artifact.manifest.version)) != (path.parent.name, path.name):
             raise StoreError(
-                f"{path / MANIFEST}: it is the manifest of {artifact.full_name}, not of this folder"
+                f"{path / MANIFEST}: this is the manifest of {artifact.full_name}, not of this folder"
             )
         return artifact
 
     @contextmanager
     def new_version(self, name: str) -> Iterator["Draft"]:
-        """Write a new version of a model: all of it appears at the end of the block, or none.
+        """A draft of a model's new version; the draft's `publish` makes the whole version visible at once.
 
-        Raises StoreError for a name that a store cannot hold.
+        Raises StoreError for an invalid name.
         """
         if not NAME.fullmatch(name):
             raise StoreError(f"model name {name!r} must match {NAME.pattern}")
         (self.path / name).mkdir(parents=True, exist_ok=True)
-        for old in (self.path / name).glob(".draft-*"):  # of an export that was killed
+        for old in (self.path / name).glob(".draft-*"):  # left by a killed export
             if time.time() - old.stat().st_mtime > STALE_S:
                 shutil.rmtree(old, ignore_errors=True)
-        # A leading dot keeps the draft out of every listing; the same file system makes rename atomic.
+        # The leading dot hides the draft from listings; on the same file system the rename is atomic.
         draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.path / name))
         try:
             yield Draft(draft, self.path / name)
@@ -153,7 +157,7 @@ class Store:
 
 @dataclass
 class Draft:
-    """A version being written, in a hidden folder beside the finished ones."""
+    """A version being written, in a hidden folder beside the published ones."""
 
     path: Path
     model_path: Path
@@ -167,24 +171,24 @@ class Draft:
                 os.fsync(file.fileno())
 
     def next_version(self) -> int:
-        """The number after the newest."""
+        """The number after the newest version's."""
         return 1 + max(
             (int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0
         )
 
     def entries(self) -> dict[str, dict[str, object]]:
-        """Hash and size of every file written so far, as the manifest wants them."""
+        """Hash and size of every file written so far, for the manifest."""
         return {
             p.name: {"sha256": hashlib.sha256(p.read_bytes()).hexdigest(), "bytes": p.stat().st_size}
             for p in sorted(self.path.iterdir())
         }
 
     def publish(self, manifest: Manifest) -> Path:
-        """Add the manifest and make the version visible, in one rename; returns its folder."""
+        """Add the manifest and publish the version by one rename; returns its folder."""
         self.write({MANIFEST: _by_field(manifest).encode()})
         self.path.chmod(0o755)
         final = self.model_path / str(manifest.version)
-        self.path.rename(final)  # fails, rather than replaces, when another export took the number
+        self.path.rename(final)  # fails if another export has taken the number
         directory = os.open(self.model_path, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -194,18 +198,18 @@ class Draft:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest in an artifact's folder; raises StoreError naming the file and what is wrong with it."""
+    """The manifest in an artifact's folder; raises StoreError with the file and the reason."""
     file = path / MANIFEST
     data = _read_inside(path, file, MAX_MANIFEST_BYTES)
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: not JSON: {error}") from None
-    found = raw.get("schema_version") if isinstance(raw, dict) else None
-    if found != SCHEMA_VERSION:
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
         raise StoreError(
-            f"{file}: schema version {found!r}, this release reads {SCHEMA_VERSION}: "
-            "export the model again, or use a release that knows that version"
+            f"{file}: schema version {version!r}, this release reads {SCHEMA_VERSION}: "
+            "export the model again, or use a release that supports that version"
         )
     try:
         return Manifest.model_validate_json(data)
@@ -216,7 +220,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in folder, at most `limit`; a link that leads out of it is refused."""
+    """The bytes of a regular file in folder, at most `limit`; links that lead outside are refused."""
     try:
         real = path.resolve(strict=True)
         if real.parent != folder.resolve(strict=True):
@@ -233,6 +237,6 @@ def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
 
 
 def _by_field(manifest: Manifest) -> str:
-    """The manifest as JSON with each field on a line of its own, so that a diff can be read."""
+    """The manifest as JSON with one line per field, for readable diffs."""
     fields = manifest.model_dump(by_alias=True).items()
     return "{\n" + ",\n".join(f' "{k}": {json.dumps(v, ensure_ascii=False)}' for k, v in fields) + "\n}\n"

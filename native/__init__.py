@@ -1,4 +1,4 @@
-"""Encoder layers in C, for AMX or AVX-512 VNNI; on other processors ONNX Runtime runs the segments."""
+"""Encoder layers in C, fast on AMX and AVX-512 VNNI; on other processors ONNX Runtime runs the segments."""
 
 
 class NoKernelsError(Exception):

@@ -19,7 +19,7 @@ async def infer(request: Request, service: Service) -> Job:
     """
     service.check_open()
     request.served = served = service.models.get(request.model)
-    choice = served.rules.of(request.wish, service.admission.level)
+    choice = served.rules.of(request.options, service.admission.level)
     request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
     with service.admission.admit(job):
         await _wait(job, service)
@@ -62,11 +62,11 @@ def _run_shadow(shadow: Served, job: Job, service: Service) -> None:
         return
     future = asyncio.get_running_loop().create_future()
     try:
-        choice = shadow.rules.of(job.request.wish, service.admission.level)
+        choice = shadow.rules.of(job.request.options, service.admission.level)
         request = Request(job.request.texts)
         second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
         service.engine.submit(second)
-    except RequestError:  # a wish that this version cannot fulfil, or no room
+    except RequestError:  # options that this version cannot fulfil, or no room
         return
     labels, names = job.labels(), (job.model.full_name, shadow.model.full_name)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from importlib.metadata import version
 from typing import get_args
 
 from prometheus_client import (
@@ -16,7 +17,6 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3 import __version__
 from exits.rule import ExitReason
 from model_store.model import Model
 from server.engine.work import Job, Outcome, Served
@@ -51,7 +51,7 @@ class _ModelGauges(Collector):
         """The gauges; no drift for a model whose window is not full yet, no accuracy without calibration."""
         tau = GaugeMetricFamily(
             "de3_tau",
-            "τ in force for requests without a wish of their own; raised under load",
+            "τ in force for requests that choose none; raised under load",
             labels=["model"],
         )
         full = GaugeMetricFamily(
@@ -64,8 +64,8 @@ class _ModelGauges(Collector):
         )
         for name, served in list(self._served.items()):
             tau.add_metric([name], self._in_force(served).rule.tau)
-            if served.rules.wishes is not None:
-                full.add_metric([name], served.rules.wishes.rows[0].accuracy)
+            if served.rules.trade_offs is not None:
+                full.add_metric([name], served.rules.trade_offs.rows[0].accuracy)
             if served.monitor.drift is not None:
                 for (signal, statistic), value in served.monitor.drift.statistics().items():
                     drift.add_metric([name, signal, statistic], value)
@@ -81,7 +81,7 @@ class Metrics:
     """All metrics, in a registry of their own."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: the most layers that a served model has. in_force: the choice for requests without a wish."""
+        """deepest: the most layers that a served model has. in_force: the choice for requests without options."""
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
@@ -183,7 +183,7 @@ class Metrics:
     def _limits(self, settings: Settings) -> None:
         """The limits that alerts compare with."""
         r = self.registry
-        Info("de3", "The server", registry=r).info({"version": __version__})
+        Info("de3", "The server", registry=r).info({"version": version("de3")})
         Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
         Gauge("de3_queue_limit_texts", "Most texts in flight (--max-queue)", registry=r).set(
             settings.max_queue

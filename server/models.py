@@ -62,12 +62,12 @@ def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lam
     """Load a model and warm it up, so that no request pays for first runs.
 
     check: called before each run; what it raises ends the loading.
-    Raises StoreError, or ValueError for a wish in the settings that the model cannot fulfil.
+    Raises StoreError, or ValueError for exit options in the settings that the model cannot fulfil.
     """
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except RequestError as error:  # the same as a request with this wish would get
+    except RequestError as error:  # the same as a request with these options would get
         raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
     model = Model(artifact, settings.runtime, check)
     try:

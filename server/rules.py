@@ -1,4 +1,4 @@
-"""The choice of τ: from what a request wishes to its exit rule."""
+"""The choice of τ: from a request's options to its exit rule."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 from exits.guarantee import CONFIDENCE
 from exits.rule import ExitRule
 from exits.signals import signal_of
-from exits.wishes import Wishes
+from exits.trade_offs import TradeOffs
 from model_store.manifest import Manifest, TradeOff
 from server.errors import RequestError
-from server.settings import Settings, Wish
+from server.settings import ExitOptions, Settings
 
 MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
 
@@ -19,7 +19,7 @@ class Choice:
     """An exit rule, and why it is this one.
 
     Attributes:
-        by: the field of the wish that decided, or default, or overload.
+        by: the option that decided, or default, or overload.
         wanted: that field's value, if there is one.
         expected: the row of the calibration's table for this τ and λ; None if they are not in it.
         budget_s: the latency budget, if one was asked for.
@@ -61,26 +61,26 @@ class Rules:
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.lam): row for row in table}
         rows = [row for row in table if row.lam == manifest.defaults.lam]
-        self.wishes = Wishes(rows) if rows else None
+        self.trade_offs = TradeOffs(rows) if rows else None
         tau = self._defaults.tau if settings.tau is None else settings.tau
         default = self._choice(tau, self._defaults.lam, "default")
-        self.default = self._of(replace(settings.wish, tau=None), default)
+        self.default = self._of(replace(settings.options, tau=None), default)
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
         """What the default may become under load, level 1 first; none if the default is a promise itself."""
         promises = (settings.target_speedup, settings.max_disagreement)
-        if self.wishes is None or any(value is not None for value in promises):
+        if self.trade_offs is None or any(value is not None for value in promises):
             return []
         least = settings.min_accuracy
         if least is None:
-            least = self.wishes.rows[0].accuracy - MAX_LOAD_LOSS
-        rows = self.wishes.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
+            least = self.trade_offs.rows[0].accuracy - MAX_LOAD_LOSS
+        rows = self.trade_offs.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def in_force(self, level: int) -> Choice:
-        """The choice for requests without a wish, at a load level."""
+        """The choice for requests without options, at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
@@ -93,28 +93,28 @@ class Rules:
         """The choice that a row of the calibration's table stands for."""
         return Choice(ExitRule(row.tau, signal_of(row.lam)), by, wanted, row)
 
-    def of(self, wish: Wish, level: int = 0) -> Choice:
-        """The choice that fulfils a wish, or the one in force at a load level; raises RequestError."""
-        if wish.lam is not None or wish.max_layer is not None or wish.tau is not None:
-            return self._explicit(wish.tau, wish.lam, wish.max_layer)
-        return self._of(wish, self.in_force(level))
+    def of(self, options: ExitOptions, level: int = 0) -> Choice:
+        """The choice that fulfils a request's options, or the one in force; raises RequestError."""
+        if options.lam is not None or options.max_layer is not None or options.tau is not None:
+            return self._explicit(options.tau, options.lam, options.max_layer)
+        return self._of(options, self.in_force(level))
 
-    def _of(self, wish: Wish, otherwise: Choice) -> Choice:
-        """The choice that fulfils a wish without τ."""
-        if wish.latency_budget_ms is not None:
+    def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
+        """The choice that fulfils options without τ."""
+        if options.latency_budget_ms is not None:
             # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
-            budget = wish.latency_budget_ms
+            budget = options.latency_budget_ms
             return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
-        if wish.target_speedup is not None:
-            wishes = self._table("target_speedup")
-            row = wishes.at_speedup(wish.target_speedup)
+        if options.target_speedup is not None:
+            trade_offs = self._table("target_speedup")
+            row = trade_offs.at_speedup(options.target_speedup)
             if row is None:
-                most = wishes.rows[-1].speedup
+                most = trade_offs.rows[-1].speedup
                 raise RequestError(f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
-            return self.at(row, "target_speedup", wish.target_speedup)
-        if wish.max_disagreement is not None:
-            row = self._table("max_disagreement").within_disagreement(wish.max_disagreement)
-            return self.at(row, "max_disagreement", wish.max_disagreement)
+            return self.at(row, "target_speedup", options.target_speedup)
+        if options.max_disagreement is not None:
+            row = self._table("max_disagreement").within_disagreement(options.max_disagreement)
+            return self.at(row, "max_disagreement", options.max_disagreement)
         return otherwise
 
     def certificate(self, choice: Choice) -> dict[str, Any] | None:
@@ -144,7 +144,7 @@ class Rules:
             max_layer,
         )
 
-    def _table(self, field: str) -> Wishes:
-        if self.wishes is None:
+    def _table(self, field: str) -> TradeOffs:
+        if self.trade_offs is None:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
-        return self.wishes
+        return self.trade_offs

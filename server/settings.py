@@ -17,8 +17,8 @@ EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
-    """How a text shall be classified; checks that its fields go together. None: no such wish.
+class ExitOptions:
+    """What decides where a text exits; checks that its fields go together. None: not asked for.
 
     Attributes:
         tau: leave at the first exit whose score is below it.
@@ -61,7 +61,7 @@ class Option:
 
 
 LIMITS = Option("Limits")
-DEFAULTS = Option("Requests without a wish of their own")
+DEFAULTS = Option("Default exit options")
 LOAD = Option("Under load")
 ACCESS = Option("Access")
 LOGS = Option("Logs and traces")
@@ -81,7 +81,7 @@ class Settings(BaseModel):
         [],
         description="name or name:version; repeat for more (in the variable: separated by spaces). The first "
         "answers requests that name none, the first version of a name those that name no version. "
-        "[default: the newest of each in the store]",
+        "Default: the newest of each in the store.",
     )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="0.0.0.0 to be reached from elsewhere.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
@@ -123,7 +123,7 @@ class Settings(BaseModel):
         description="Texts far from every prototype: off, flag them, or deepen: also let them go deeper.",
     )
     tau: Annotated[float | None, DEFAULTS] = Field(
-        None, ge=0, le=1, description="Their τ. [default: each model's calibrated one]"
+        None, ge=0, le=1, description="τ of requests that choose none. Default: each model's calibrated one."
     )
     target_speedup: Annotated[float | None, DEFAULTS] = Field(
         None, ge=1, description="Or their mean speed-up, by the calibration."
@@ -147,7 +147,7 @@ class Settings(BaseModel):
         ge=0,
         le=1,
         description="τ is raised only as far as the calibrated accuracy is at least this. "
-        "[default: 0.02 under full depth]",
+        "Default: 0.02 under full depth.",
     )
     max_load_disagreement: Annotated[float, LOAD] = Field(
         1.0, ge=0, le=1, description="And the calibrated disagreement with full depth at most this."
@@ -155,12 +155,12 @@ class Settings(BaseModel):
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="Keys for /classify and /v1/models: lines of a name and a key, or a name and "
-        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. [default: no key is needed]",
+        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. Default: no key is needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. [default: nobody can]",
+        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: nobody can.",
     )
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[str | None, ACCESS] = Field(
@@ -187,13 +187,13 @@ class Settings(BaseModel):
             raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
         if self.max_body_bytes > self.max_inflight_bytes:
             raise ValueError("max_body_bytes must not exceed max_inflight_bytes: it could never be accepted")
-        _ = self.wish
+        _ = self.options
         return self
 
     @property
-    def wish(self) -> Wish:
-        """What holds for requests without a wish of their own."""
-        return Wish(**{name: getattr(self, name) for name in EXCLUSIVE})
+    def options(self) -> ExitOptions:
+        """The exit options of requests that have none."""
+        return ExitOptions(**{name: getattr(self, name) for name in EXCLUSIVE})
 
     def engine_threads(self) -> int:
         """The number of engine threads: as set, or one for each core that this process may use."""

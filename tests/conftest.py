@@ -4,11 +4,15 @@ import importlib.util
 import os
 import random
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
-if path := os.environ.get("DE3_TEST_KERNELS"):  # those that tests/sanitize.sh built
+if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh built
     spec = importlib.util.spec_from_file_location("native.kernels", path)
     assert spec is not None and spec.loader is not None
     sys.modules["native.kernels"] = module = importlib.util.module_from_spec(spec)
@@ -27,6 +31,29 @@ GOOD = "good great lovely superb fine warm funny charming bright fresh".split() 
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905
 FILLER = "the a film movie plot actor scene it is was and with of this one story very quite".split()  # noqa: SIM905
 OTHER = "not never but ##s".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Any]:
+    """The kernels, those of the reference where this machine has no faster ones."""
+    module = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
+    if not module.supported():
+        module.use("reference")
+    yield module
+    module.use("")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Kernels of this name instead of the best."""
+    from native import kernels
+
+    before = kernels.supported()
+    kernels.use(name)
+    try:
+        yield
+    finally:
+        kernels.use(before)
 
 
 def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
@@ -113,50 +140,82 @@ def save_encoder(folder: Path, family: str = "bert", layers: int = 3, activation
     return folder
 
 
+# Longest first, so that no worker of pytest-xdist begins a long one when the others are done.
+SLOW_FILES = (
+    "docker",
+    "ray",
+    "models",
+    "attacks",
+    "trouble",
+    "studies",
+    "training",
+    "fuzz",
+    "dashboards",
+    "trade_offs",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            making = folder.with_suffix(".making")
+            making.mkdir()
+            make(making)
+            making.rename(folder)
+    return folder
+
+
+def run_de3(arguments: str) -> None:
+    """A command as a user types it."""
+    from typer.testing import CliRunner
+
+    from de3.cli import app
+
+    result = CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_encoder(tmp_path_factory.mktemp("encoder"))
+    return made_once(tmp_path_factory, "encoder", save_encoder)
 
 
 @pytest.fixture(scope="session")
 def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "train.tsv"
-    path.write_text("sentence\tlabel\n" + "".join(f"{t}\t{label}\n" for t, label in make_rows(2400, 1)))
-    return path
+    def make(folder: Path) -> None:
+        rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(2400, 1))
+        (folder / "train.tsv").write_text("sentence\tlabel\n" + rows)
+
+    return made_once(tmp_path_factory, "data", make) / "train.tsv"
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
     """A small DE3-BERT, trained by the command a user types."""
-    from typer.testing import CliRunner
-
-    from de3.cli import app
-
-    out = tmp_path_factory.mktemp("checkpoint")
-    result = CliRunner().invoke(
-        app,
+    command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
-        f"--out {out} --epochs 8 --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16".split(),
-        catch_exceptions=False,
+        "--epochs 8 --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
     )
-    assert result.exit_code == 0, result.output
-    return out
+    return made_once(tmp_path_factory, "checkpoint", lambda folder: run_de3(f"{command} {folder}"))
 
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types."""
-    from typer.testing import CliRunner
 
-    from de3.cli import app
+    def make(folder: Path) -> None:
+        for name, quantize in (("tiny", "none"), ("tiny-int8", "int8")):
+            run_de3(
+                f"export {checkpoint} --name {name} --store {folder} --quantize {quantize} --max-loss 3 "
+                "--max-int8-loss 3"
+            )
 
-    path = tmp_path_factory.mktemp("store")
-    for name, quantize in (("tiny", "none"), ("tiny-int8", "int8")):
-        result = CliRunner().invoke(
-            app,
-            f"export {checkpoint} --name {name} --store {path} --quantize {quantize} --max-loss 3 "
-            "--max-int8-loss 3".split(),
-            catch_exceptions=False,
-        )
-        assert result.exit_code == 0, result.output
-    return path
+    return made_once(tmp_path_factory, "store", make)

@@ -9,7 +9,7 @@ from exits.rule import ExitRule
 from exits.signals import Edr
 from server.engine.work import Job, Request, Text
 from server.rules import Choice
-from server.settings import Wish
+from server.settings import ExitOptions
 
 LOOP = asyncio.new_event_loop()
 NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, caution=1.0)
@@ -35,7 +35,7 @@ def job(
         predict=lambda _: next(full), predict_first_exit=lambda _: next(first), layer_s=lambda _: layer_s
     )
     served: Any = SimpleNamespace(model=model, timing=timing, monitor=NO_MONITOR, max_group_s=max_group_s)
-    request = Request([Text(text) for text in texts], Wish(best_effort=best_effort), client=client)
+    request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)
     choice = Choice(ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}
     return Job(served, choice, request, LOOP.create_future(), is_shadow, **new)

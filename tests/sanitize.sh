@@ -13,6 +13,6 @@ CFLAGS="$checks" LDFLAGS="$checks" "$python" -c "from setuptools import setup; s
     build_ext --build-lib "$build" --build-temp "$build/objects" --force
 # Python frees nothing at its end, which is no leak of the kernels. Capturing "sys" leaves the reports visible.
 LD_PRELOAD="$(realpath "$asan") $(realpath "$(gcc -print-file-name=libubsan.so)")" \
-    ASAN_OPTIONS=detect_leaks=0 DE3_TEST_KERNELS="$(find "$build" -name 'kernels*.so')" \
+    ASAN_OPTIONS=detect_leaks=0 SANITIZED_KERNELS="$(find "$build" -name 'kernels*.so')" \
     "$python" -m pytest --capture=sys tests/test_native.py tests/test_hostile_models.py \
     -k "not proves and not proving and not verify and not bad_model and not no_tensor"

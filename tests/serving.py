@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import httpx
 import uvicorn
 
 from server.engine.queue import WorkQueue
+from server.http.app import PROTOCOLS
 from server.http.connection import BODY
 from server.http.listener import Listener
+from server.http.protocol import Protocol
 from server.main import uvicorn_config
 from server.service import Service
 from server.settings import Settings
@@ -41,9 +43,9 @@ def free_port() -> int:
 class Server:
     """A running server."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, protocols: Mapping[str, Protocol] = PROTOCOLS) -> None:
         self.service = service
-        config = uvicorn_config(service, lambda: None)
+        config = uvicorn_config(service, lambda: None, protocols)
         self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
         self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)

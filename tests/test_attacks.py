@@ -57,7 +57,7 @@ def test_a_row_fails_for_what_the_innocent_client_sees() -> None:
         return "; ".join(resilience.problems(found, may_refuse))
 
     assert why() == "" == why(p99_ms=50.0)
-    assert why(p99_ms=51.0) == "p99 during the attack 51 ms, allowed are 50"
+    assert why(p99_ms=51.0) == "p99 of 51 ms during the attack, at most 50 allowed"
     assert why(p99_ms=float("nan")) == "no innocent request was answered 200"
     assert why(refused=1) == "1 of 100 innocent requests were refused"
     assert why(refused=10, may_refuse=0.1) == "" != why(refused=11, may_refuse=0.1)
@@ -70,7 +70,9 @@ def test_a_row_fails_for_what_the_server_does() -> None:
     assert resilience.problems(slow, 0) == []
     dead, fat, unlimited = row(), row(), row()
     dead.survived = False
-    assert resilience.problems(dead, 0) == ["did not survive: a good request is not answered as before"]
+    assert resilience.problems(dead, 0) == [
+        "did not survive: a valid request is no longer answered as before"
+    ]
     fat.memory = replace(MEMORY, after_mb=250.0, back_s=None)
     assert resilience.problems(fat, 0) == ["memory 250 MB after, 150 before"]
     unlimited.memory = replace(MEMORY, limited=False, peak_mb=1200.0)
@@ -148,7 +150,7 @@ def test_an_attack_answers_to_what_the_server_sends() -> None:
                     connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
 
         threading.Thread(target=answer, daemon=True).start()
-        attack = replace(ATTACKS["pipelined"], script=lambda _: attacks._ask(b"GET /"), reads=True)
+        attack = replace(ATTACKS["pipelined"], script=lambda _: attacks._repeat(b"GET /"), reads=True)
         sent = Attacker(attack, listening.getsockname()[1], 1).run(2.0)
     assert received == [b"GET /"] * 3 and sent.statuses == {"404": 3}
 

@@ -1,4 +1,4 @@
-"""Wishes over HTTP: speed-up, certified disagreement, latency budgets on slow layers, far texts, drift."""
+"""TradeOffs over HTTP: speed-up, certified disagreement, latency budgets on slow layers, far texts, drift."""
 
 import threading
 import time

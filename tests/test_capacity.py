@@ -20,7 +20,7 @@ def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     def tried(_: Any, __: Any, rate: float, ___: float) -> capacity.Step:
         return capacity.Step(rate, 10 if rate < 500 else 80, 0.0)
 
-    monkeypatch.setattr(capacity, "load", lambda *_, **__: Warm())
+    monkeypatch.setattr(capacity, "send_traffic", lambda *_, **__: Warm())
     monkeypatch.setattr(capacity, "_try", tried)
     assert capacity.capacity(Target("http://x"), [], 50, 1) == pytest.approx(500, rel=0.03)
     assert capacity.capacity(Target("http://x"), [], 5, 1) == 0

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import threading
@@ -38,17 +37,6 @@ def test_committed_dashboards_are_those_that_the_code_makes() -> None:
     for path, text in generate.files().items():
         assert path.read_text() == text, "run python -m deploy.grafana.generate"
     assert set(generate.FOLDER.glob("*")) == set(generate.files())
-
-
-def test_compose_hands_every_setting_on() -> None:
-    """And nothing else is handed on under a DE3_ name, where a typing error would go unseen."""
-    service = yaml.safe_load(Path("docker-compose.yml").read_text())["services"]["server"]
-    given = {entry.partition("=")[0] for entry in service["environment"]}
-    sources = Path("de3/serve.py").read_text()
-    known = set(re.findall(r'(?:envvar=|_secret\()"(DE3_\w+)"', sources))
-    known -= {"DE3_API_KEYS", "DE3_ADMIN_KEYS"}  # docker inspect would show them: they come in files
-    fixed_by_the_image = {"DE3_HOST", "DE3_PORT", "DE3_STORE"}
-    assert {name for name in given if name.startswith("DE3_")} == known - fixed_by_the_image
 
 
 def test_every_panel_says_what_it_shows() -> None:

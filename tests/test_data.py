@@ -50,7 +50,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: no text"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{', "a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: no text, or it is not a text"),
+        ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: no text, or it is not text"),
         ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: no label"),
         ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: field larger"),
     ],

@@ -52,11 +52,11 @@ def test_the_check_finds_what_is_wrong() -> None:
     as_json = {"content-type": "application/json"}
     good = json.dumps({"error": {"message": "m", "type": "t", "param": None, "code": 422}}).encode()
     assert check(422, as_json, good, b"POST ") == ""
-    assert "its code" in check(404, as_json, good, b"POST ")
-    assert "another shape" in check(422, as_json, b'{"detail": 1}', b"POST ")
+    assert "the right code" in check(404, as_json, good, b"POST ")
+    assert "wrong shape" in check(422, as_json, b'{"detail": 1}', b"POST ")
     assert check(500, as_json, good, b"POST ") == "status 500"
-    assert "another shape" in check(404, {"content-type": "text/html"}, b"<html>", b"POST ")
-    assert "another shape" in check(404, {"content-type": "text/plain"}, b"no", b"POST ")
+    assert "wrong shape" in check(404, {"content-type": "text/html"}, b"<html>", b"POST ")
+    assert "wrong shape" in check(404, {"content-type": "text/plain"}, b"no", b"POST ")
     assert check(503, {}, b"", b"POST ") == "503 without Retry-After"
     assert check(503, {"retry-after": "1"}, b"", b"POST ") == ""
 

@@ -37,6 +37,7 @@ from server.logs import JsonFormatter, TextFormatter
 from server.models import find, load, newest
 from server.service import Service
 from server.settings import Settings
+from tests.conftest import using
 from tests.serving import serving, until
 
 RUNTIMES = ("onnxruntime", "auto")
@@ -488,10 +489,10 @@ def test_a_graph_that_export_does_not_build_is_refused(
             Model(Store(copies).open(model), runtime)
 
 
-def test_what_has_no_kernels_runs_all_the_same(copies: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("native.kernels")
-    if Model(Store(copies).open("tiny-int8")).runtime != "native":
-        pytest.skip("the kernels do not run here")
+def test_what_has_no_kernels_runs_all_the_same(
+    kernels: Any, copies: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Model(Store(copies).open("tiny-int8")).runtime == "native"
     forge(copies, "tiny-int8", 1, other_activation)
     artifact = Store(copies).open("tiny-int8")
     with caplog.at_level(logging.INFO, "de3"):
@@ -520,8 +521,9 @@ def test_a_file_of_many_parts_is_refused_before_it_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_a_mutated_graph_is_refused_or_gives_what_onnx_runtime_gives(copies: Path, seed: int) -> None:
-    pytest.importorskip("native.kernels")
+def test_a_mutated_graph_is_refused_or_gives_what_onnx_runtime_gives(
+    kernels: Any, copies: Path, seed: int
+) -> None:
     rng = random.Random(seed)
 
     def mutate(proto: Any) -> None:
@@ -564,11 +566,8 @@ def test_a_mutated_graph_is_refused_or_gives_what_onnx_runtime_gives(copies: Pat
                     assert np.abs(a.distances - b.distances).max() < 0.2
 
 
-def test_the_kernels_give_no_distances_without_a_metric_space(store: Path) -> None:
-    kernels = pytest.importorskip("native.kernels")
-    model = Model(Store(store).open("tiny-int8"))
-    if model.runtime != "native":
-        pytest.skip("the kernels do not run here")
+def test_the_kernels_give_no_distances_without_a_metric_space(kernels: Any, store: Path) -> None:
+    model = Model(Store(store).open("tiny-int8"), "native")
     last: Any = model.segments[-1]
     hidden = np.zeros((1, 2, 64), np.float32)
     logits, distances = np.zeros(2, np.float32), np.zeros(2, np.float32)
@@ -576,21 +575,17 @@ def test_the_kernels_give_no_distances_without_a_metric_space(store: Path) -> No
         kernels.run(last._model, last.layer, hidden, None, hidden.copy(), None, logits, distances)
 
 
-def test_what_is_not_a_number_stays_none(store: Path) -> None:
-    pytest.importorskip("native.kernels")
-    model = Model(Store(store).open("tiny-int8"))
-    if model.runtime != "native":
-        pytest.skip("the kernels do not run here")
-    step = model.segments[1].run(np.full((1, 3, 64), np.nan, np.float32), True)
-    assert step.logits is not None and step.distances is not None
-    assert np.isnan(step.logits).all() and np.isnan(step.distances).all()
+def test_what_is_not_a_number_stays_none(kernels: Any, store: Path) -> None:
+    model = Model(Store(store).open("tiny-int8"), "native")
+    for name in kernels.implementations():
+        with using(name):
+            step = model.segments[1].run(np.full((1, 3, 64), np.nan, np.float32), True)
+        assert step.logits is not None and step.distances is not None
+        assert np.isnan(step.logits).all() and np.isnan(step.distances).all()
 
 
-def test_weights_that_are_refused_leave_those_before(store: Path) -> None:
-    kernels = pytest.importorskip("native.kernels")
-    model = Model(Store(store).open("tiny-int8"))
-    if model.runtime != "native":
-        pytest.skip("the kernels do not run here")
+def test_weights_that_are_refused_leave_those_before(kernels: Any, store: Path) -> None:
+    model = Model(Store(store).open("tiny-int8"), "native")
     layer: Any = model.segments[1]
     hidden = np.random.default_rng(1).normal(size=(1, 5, 64)).astype(np.float32)
     before = layer.run(hidden, True)
@@ -678,7 +673,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
         prover.prove(Store(store).open("tiny"), "auto")
 
 
-def test_verify_finds_what_is_wrong_without_running_it(copies: Path) -> None:
+def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Path) -> None:
     forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))
     forge(copies, "tiny-int8", 1, other_activation)
     result = CliRunner().invoke(app, ["models", "verify", "--store", str(copies)])

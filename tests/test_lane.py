@@ -13,6 +13,7 @@ from server.errors import RequestError
 from server.http.classify import parse
 from server.http.errors import STATUSES
 from server.http.lane import Lane
+from server.http.protocol import Call
 from tests.serving import serving, until
 
 
@@ -32,7 +33,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
         async with asyncio.TaskGroup() as tasks:
             for client in ["greedy"] * 5 + ["other", "third"]:
                 tasks.create_task(one(client))
-        assert not lane._waiting
+        assert not lane._pending
         return order
 
     order = asyncio.run(go())
@@ -91,12 +92,12 @@ def test_after_a_turn_others_have_as_long() -> None:
 )
 def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, says: str) -> None:
     with pytest.raises(RequestError, match=says) as error:
-        parse(body, 256)
+        parse(Call(body))
     assert STATUSES[error.value.cause] == status
 
 
 def test_ignored_fields_may_hold_anything() -> None:
-    request = parse(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}', 256)
+    request = parse(Call(b'{"input":"a","user":[[[]],{"x":1}],"rid":null,"priority":1e308}'))
     assert request.texts == [Text("a")]
 
 
@@ -109,7 +110,7 @@ def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> 
             s.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
             )
-            until(lambda: lane._waiting, "the body to wait")
+            until(lambda: lane._pending, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")
         assert server.service.in_flight == 0 == server.frontend.bytes_in_flight.total
         lane._is_free = True

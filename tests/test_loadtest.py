@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from de3.cli import app
 from export.full_depth import export_full_depth
 from loadtest import client, report, servers
-from loadtest.client import Target, accuracy, ask_alone, load, quantile, wrong_labels
+from loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
 from loadtest.layers import layers
 from loadtest.texts import Sample, read, with_long, with_taus
 from model_store.store import Store, StoreError
@@ -79,7 +79,7 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
         return reply("a")
 
     with plain_server(answer) as target:
-        run = load(target, SAMPLES, seconds=1.0, rate=200, connections=2, seed=1)
+        run = send_traffic(target, SAMPLES, seconds=1.0, rate=200, connections=2, seed=1)
     assert run.statuses() == {200: len(run.answers)}
     assert 150 < len(run.answers) < 260  # Poisson: 200 ± 14
     waited = [x for x in run.latencies_ms() if x > 100]
@@ -89,7 +89,7 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
 
 def test_a_closed_loop_sends_the_samples_in_turn() -> None:
     with plain_server(lambda _: reply("a")) as target:
-        run = load(target, SAMPLES, seconds=1.0, connections=4)
+        run = send_traffic(target, SAMPLES, seconds=1.0, connections=4)
     assert run.offered is None and len(run.answers) > len(SAMPLES)
     last = sum(a.done > run.seconds for a in run.answers)
     assert last <= 4 and run.rate() == len(run.answers) - last
@@ -105,7 +105,7 @@ def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.Mon
         return reply("a")
 
     with plain_server(slow) as target:
-        run = load(target, SAMPLES, seconds=0.5, rate=200, connections=2)
+        run = send_traffic(target, SAMPLES, seconds=0.5, rate=200, connections=2)
     assert len(run.answers) > 70 and run.statuses()[0] > 40
     assert run.rate() < 25  # 20 a second is what it can; answers after the end do not count
 
@@ -118,7 +118,7 @@ def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
         9: b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n!",
     }
     with plain_server(lambda number: answers.get(number, reply("a"))) as target:
-        run = load(target, SAMPLES[:10], seconds=0.2, rate=200, connections=1)
+        run = send_traffic(target, SAMPLES[:10], seconds=0.2, rate=200, connections=1)
     statuses = run.statuses()
     assert statuses[503] == 1 and statuses[0] == 1
     assert wrong_labels(run, ["a"] * 10) == 2  # "b", and what is no answer
@@ -131,7 +131,7 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
     with serving(store, models=["tiny-int8"]) as server:
         target = Target(server.url)
         alone = ask_alone(target, samples)
-        run = load(target, samples, seconds=0.5, connections=8)
+        run = send_traffic(target, samples, seconds=0.5, connections=8)
         assert wrong_labels(run, alone) == 0 and set(run.statuses()) == {200}
         share = accuracy(run)
         assert share is not None and share > 0.7

@@ -1,4 +1,7 @@
-"""The kernels against ONNX Runtime and against the exit rule. Skipped where the processor cannot run them."""
+"""The kernels against ONNX Runtime, against each other and against the exit rule.
+
+Where this machine has no fast kernels, the tests use the reference.
+"""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +18,13 @@ from onnx import TensorProto
 
 from exits.reading import read
 from exits.rule import ExitRule
-from exits.signals import signal_of
+from exits.signals import Edr, Entropy, Signal, signal_of
 from export import graph
 from loadtest.layers import layers
 from model_store.graph_reader import network_of, read_segment
 from model_store.manifest import Manifest
 from model_store.model import Model
-from model_store.segments import Passage, session_options
+from model_store.segments import ForwardPass, session_options
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
@@ -29,45 +32,61 @@ from native.network import Network, build
 from server.engine.queue import WorkQueue
 from server.engine.run import run_group
 from tests import jobs
-from tests.conftest import make_rows
+from tests.conftest import make_rows, using
 from tests.serving import Gate, serving, until
 from training import encoders
 
 kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
-if not kernels.supported():
-    pytest.skip("this processor has neither AMX nor AVX-512 VNNI", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("kernels")
+ALL = kernels.implementations()  # the reference is the last
+each = pytest.mark.parametrize("implementation", ALL)
 
 TEXTS = ["good", *(text for text, _ in make_rows(60, 9)), "a dull plot and a good film " * 12]
 
 
 @pytest.fixture(scope="module")
-def native(store: Path) -> Model:
+def native(kernels: Any, store: Path) -> Model:
     return Model(Store(store).open("tiny-int8"), "native")
 
 
-def test_they_give_what_onnx_runtime_gives(store: Path, native: Model) -> None:
-    theirs = Model(Store(store).open("tiny-int8"), "onnxruntime")
-    assert (native.runtime, theirs.runtime) == ("native", "onnxruntime")
+@pytest.fixture(scope="module")
+def onnx(store: Path) -> Model:
+    return Model(Store(store).open("tiny-int8"), "onnxruntime")
+
+
+def assert_equal_but_for_rounding(differences: Any, scale: float = 1.0) -> None:
+    """But for the few rounding errors that end in another step of a quantization."""
+    assert np.median(differences) < 1e-5 and np.max(differences) < 0.1 * scale
+
+
+@each
+def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implementation: str) -> None:
+    assert (native.runtime, onnx.runtime) == ("native", "onnxruntime")
     differences = []
     for text in TEXTS:
         tokens = native.tokenize(text)
-        for a, b in zip(native.full_depth(tokens), theirs.full_depth(tokens), strict=True):
+        with using(implementation):
+            ours = native.full_depth(tokens)
+        for a, b in zip(ours, onnx.full_depth(tokens), strict=True):
             assert a.logits is not None and b.logits is not None
             differences.append(np.abs(a.logits - b.logits).max())
             if a.distances is not None and b.distances is not None:
                 differences.append(np.abs(a.distances - b.distances).max())
-    # Rounding errors, but for the few that end in another step of a quantization.
-    assert np.median(differences) < 1e-5 and max(differences) < 0.1
+    assert_equal_but_for_rounding(differences)
 
 
-def test_every_number_of_tokens_has_its_loops(store: Path, native: Model) -> None:
-    theirs = Model(Store(store).open("tiny-int8"), "onnxruntime")
+def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> None:
     size = native.manifest.hidden_size
     for tokens in (*range(1, 38), 47, 48, 49, 64, 65):
         hidden = np.random.default_rng(tokens).standard_normal((1, tokens, size)).astype(np.float32)
-        a, b = (m.segments[1].run(hidden, False).hidden for m in (native, theirs))
-        differences = np.abs(a - b)
-        assert np.median(differences) < 1e-5 and differences.max() < 0.1, tokens
+        expected = onnx.segments[1].run(hidden, False).hidden
+        found = []
+        for name in ALL:
+            with using(name):
+                found.append(native.segments[1].run(hidden, False).hidden)
+        for ours in found:
+            assert_equal_but_for_rounding(np.abs(ours - expected))
+            assert_equal_but_for_rounding(np.abs(ours - found[-1]))
 
 
 def random_segments(
@@ -115,6 +134,17 @@ def random_segments(
     return built
 
 
+def run(
+    name: str, model: Any, layer: int, before: Any, types: Any, prototypes: Any, like: list[Any]
+) -> list[Any]:
+    """A layer's hidden states, logits and, with prototypes, distances, of the shapes of `like`."""
+    values = [np.full(x.shape, np.nan, np.float32) for x in like]
+    distances = values[2] if len(values) > 2 else None
+    with using(name):
+        kernels.run(model, layer, before, types, values[0], prototypes, values[1], distances)
+    return values
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.tuples(st.sampled_from([48, 64, 128, 192, 256]), st.sampled_from([1, 2, 4, 8, 12])),
@@ -154,40 +184,45 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
     feed: dict[str, Any] = {"input_ids": ids, "token_type_ids": types, "with_exit": np.array(True)}
     if metric:
         feed["prototypes"] = prototypes
+    else:
+        prototypes = None
     before: np.ndarray = ids
     for layer, proto in enumerate(built):
         session = ort.InferenceSession(proto.SerializeToString(), session_options())
         expected = session.run(None, feed)
-        given = [np.full(x.shape, np.nan, np.float32) for x in expected]
-        logits, distances = given[1], given[2] if metric else None
-        kernels.run(model, layer, before, types, given[0], prototypes if metric else None, logits, distances)
-        # Rounding errors, but for the few that end in another step of a quantization.
-        assert np.median(np.abs(expected[0] - given[0])) < 1e-5
-        for a, b in zip(expected, given, strict=True):
-            assert np.abs(a - b).max() < 0.1 * max(1.0, np.ptp(a))
-        before = given[0]
+        found = [run(name, model, layer, before, types, prototypes, expected) for name in ALL]
+        for ours in found:
+            for theirs in (expected, found[-1]):
+                assert_equal_but_for_rounding(np.abs(ours[0] - theirs[0]), max(1.0, np.ptp(theirs[0])))
+                for a, b in zip(theirs[1:], ours[1:], strict=True):
+                    assert np.abs(a - b).max() < 0.1 * max(1.0, np.ptp(a))
+        before = expected[0]
         feed = {
             "hidden": before,
             **{k: v for k, v in feed.items() if k not in ("input_ids", "token_type_ids")},
         }
 
 
-@pytest.mark.skipif(kernels.supported() != "amx", reason="this processor has no AMX to compare with")
+@pytest.mark.skipif("amx" not in ALL, reason="this processor has no AMX to compare with")
 def test_vnni_gives_the_bits_of_amx(native: Model) -> None:
     for text in (*TEXTS[:20], TEXTS[-1]):
-        tokens = native.tokenize(text)
-        with_amx = native.full_depth(tokens)
-        kernels.use("vnni")
-        try:
-            without = native.full_depth(tokens)
-        finally:
-            kernels.use("amx")
-        for a, b in zip(with_amx, without, strict=True):
+        tokens, found = native.tokenize(text), []
+        for name in ("amx", "vnni"):
+            with using(name):
+                found.append(native.full_depth(tokens))
+        for a, b in zip(*found, strict=True):
             assert a.hidden.tobytes() == b.hidden.tobytes()
 
 
-def passage(model: Model, text: str, tau: float, lam: float, deepest: int = 3) -> Passage:
-    return Passage(model.tokenize(text), tau, lam, deepest, every=False)
+def test_the_best_implementation_is_in_use() -> None:
+    with using(""):
+        fast = ALL[0] if ALL[0] != "reference" else ""
+        assert ALL[-1] == "reference" and kernels.supported() == fast
+        assert bool(kernels.why_not()) == (not fast)
+    with using("reference"):
+        assert kernels.supported() == "reference" and not kernels.why_not()
+    with pytest.raises(ValueError, match="cannot run quantum"):
+        kernels.use("quantum")
 
 
 @settings(max_examples=30, deadline=None)
@@ -198,42 +233,54 @@ def passage(model: Model, text: str, tau: float, lam: float, deepest: int = 3) -
     st.sampled_from([0.0, 0.5, 4.0]),
     st.integers(0, 3),
 )
-def test_together_each_leaves_as_alone_and_as_the_rule_says(
+def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
     native: Model, batch: list[tuple[str, float]], lam: float, deepest: int
 ) -> None:
-    ways = [passage(native, text, tau, lam, deepest) for text, tau in batch]
+    signal = signal_of(lam)
+    passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
-    native.through(ways)
-    for (_, tau), way in zip(batch, ways, strict=True):
-        rule = ExitRule(tau, signal_of(lam))
-        for layer, step in enumerate(native.full_depth(way.tokens)):
+    native.through(passes)
+    for p in passes:
+        rule = ExitRule(p.tau, signal)
+        for layer, step in enumerate(native.full_depth(p.tokens)):
             assert step.logits is not None
-            if tau > 0 or layer == deepest:
-                assert way.logits[layer].tolist() == step.logits.tolist()  # bit for bit
+            if p.tau > 0 or layer == deepest:
+                assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
             distances = None if step.distances is None else step.distances.tolist()
-            if layer == deepest or rule.exits(rule.signal.score([read(step.logits.tolist(), distances)])):
+            if layer == deepest or rule.exits(signal.score([read(step.logits.tolist(), distances)])):
                 break
-        assert way.layer == layer
-        assert not way.logits[layer + 1 :].any()
+        assert p.exit_layer == layer
+        assert not p.logits[layer + 1 :].any()
 
 
-@given(st.data(), st.integers(2, 6), st.sampled_from([0.0, 0.5, 1.0, 30.0]), st.booleans())
+@given(
+    st.data(), st.integers(2, 6), st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)]), st.booleans()
+)
 def test_the_decision_is_that_of_the_exit_rule(
-    data: st.DataObject, classes: int, lam: float, has_distances: bool
+    data: st.DataObject, classes: int, signal: Signal, has_distances: bool
 ) -> None:
-    logits = data.draw(st.lists(st.floats(-30, 30, width=32), min_size=classes, max_size=classes))
-    distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
-    edr = signal_of(lam).score([read(logits, distances if has_distances else None)])
+    def floats(low: float, high: float) -> list[float]:
+        return data.draw(st.lists(st.floats(low, high, width=32), min_size=classes, max_size=classes))
+
+    passed: list[tuple[list[float], list[float] | None]] = [
+        (floats(-30, 30), floats(-(2**-20), 2) if has_distances else None)
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
+    expected = signal.score([read(*values) for values in passed])
+    buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
+    score = kernels.score(buffers, signal.code, signal.lam)
+    assert math.isnan(score) if expected is None else score == expected  # bit for bit
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
-    if edr is not None:  # and at the very edge
-        taus += [edr, math.nextafter(edr, 2.0)]
-    buffers = [np.float32(logits), np.float32(distances) if has_distances else None]
+    if expected is not None:  # and at the very edge
+        taus += [expected, min(math.nextafter(expected, 2.0), 1.0)]
     for tau in taus:
-        assert kernels.leaves(*buffers, tau, lam) == (edr is not None and edr < tau)
+        assert kernels.exits(score, tau) == ExitRule(tau, signal).exits(expected)
 
 
 def test_logits_that_are_not_numbers_never_leave_early() -> None:
-    assert not kernels.leaves(np.float32([math.nan, 0]), np.float32([0.1, 0.2]), 1.0, 1.0)
+    broken = [(np.float32([math.nan, 0]), np.float32([0.1, 0.2]))]
+    for signal in (Entropy(), Edr(1.0)):
+        assert not kernels.exits(kernels.score(broken, signal.code, signal.lam), 1.0)
 
 
 def test_only_int8_has_kernels(store: Path) -> None:
@@ -273,9 +320,44 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="have no kernels"):
         kernels.new(65, 1, 64, 1, True, True)
-    for texts in ([], [(ids,)], [(ids, ids, 0.0, 1.0, 9, 0, np.zeros((4, 2), np.float32), hidden)]):
+    prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
+    logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
+
+    def text(**wrong: Any) -> tuple[Any, ...]:
+        fields = {
+            "ids": ids,
+            "types": ids,
+            "tau": 0.0,
+            "signal": 1,
+            "lam": 1.0,
+            "deepest": 3,
+            "ask_all": False,
+        }
+        fields |= {"caution": 1.0, "logits": logits, "distances": distances}
+        return tuple((fields | wrong).values())
+
+    assert kernels.through(model, [text()], prototypes, None)[0][0] == 3
+    for texts in (
+        [],
+        [text()] * 65,
+        [(ids,)],
+        [text(), text(deepest=9)],
+        [text(signal=2)],
+        [text(signal=-1)],
+        [text(ids=big)],
+        [text(types=big)],
+        [text(types=None)],
+        [text(ids=ids[:, :0].copy(), types=ids[:, :0].copy())],
+        [text(logits=logits[:2].copy())],
+        [text(distances=bytes(32))],
+    ):
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            kernels.through(model, texts, prototypes, None)
+    with pytest.raises(ValueError, match="prototypes"):
+        kernels.through(model, [text()], prototypes[:3], None)
+    for passed in ([], [(logits[0], logits)], [(logits[0, :1].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
-            kernels.through(model, texts, [None] * 4)
+            kernels.score(passed, 0, 0.0)
 
 
 def test_a_text_that_fails_does_not_fail_those_beside_it(
@@ -320,6 +402,7 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
 
 
+@pytest.mark.skipif(ALL == ["reference"], reason="the reference's peak is no measure")
 def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
     found = layers(Store(store).open("tiny-int8"), lengths=(3, 10**6), rounds=1)
     (row,) = found["layers"]  # the model takes fewer than a million tokens

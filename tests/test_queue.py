@@ -167,11 +167,13 @@ class FairMachine(RuleBasedStateMachine):
         self.waiting: list[Any] = []
         self.spent: dict[str, float] = dict.fromkeys(self.CLIENTS, 0.0)
         self.floor = 0.0
+        self.known: set[str] = set()
 
     def lowest(self) -> float:
         return min(self.spent[item.job.client] for item in self.waiting if not item.job.is_promised)
 
     def add(self, item: Any) -> None:
+        self.known.add(item.job.client)
         if not any(x.job.client == item.job.client and not x.job.is_promised for x in self.waiting):
             self.spent[item.job.client] = max(self.spent[item.job.client], self.floor)
         self.waiting.append(item)
@@ -187,6 +189,9 @@ class FairMachine(RuleBasedStateMachine):
     def put_promised(self, client: str, deadline: int) -> None:
         new = promised(deadline, client)
         self.queue.put(new)
+        if client not in self.known:  # one that is known keeps its account: it overtakes in any case
+            self.spent[client] = max(self.spent[client], self.floor)
+        self.known.add(client)
         self.waiting += new.items
 
     @precondition(lambda self: self.waiting)
@@ -312,6 +317,17 @@ def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> N
         order.append(item.job.client)
         queue.charge(item.job, 0.5)
     assert len(order) <= 4
+
+
+def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
+    queue = WorkQueue(100)
+    queue.put(gone := job(2, client="early"))
+    queue.charge(queue.next()[0].job, 5.0)
+    queue.drop(gone)  # its other item is still stored
+    queue.put(promised(0, "early"))
+    queue.next()  # alone: it sets the clock
+    queue.put(job(1, client="late"))
+    assert queue._clients["late"].spent == queue._clients["early"].spent == 5.0
 
 
 def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

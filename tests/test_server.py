@@ -379,8 +379,8 @@ def test_at_full_depth_no_time_is_saved(server: Server) -> None:
 
 def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
     served = server.service.models.get("tiny")
-    assert served.rules.wishes is not None
-    full = served.rules.wishes.rows[0]
+    assert served.rules.trade_offs is not None
+    full = served.rules.trade_offs.rows[0]
 
     def counts() -> tuple[float, float]:
         return tuple(

@@ -85,6 +85,7 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
         return run(segment, hidden, with_exit)  # type: ignore[arg-type]
 
     with serving(store, threads=1, models=["tiny"]) as server:
+        assert server.classify(input="good").status_code == 200  # the engine's thread has warmed up
         monkeypatch.setattr(Segment, "run", slow)
         body = b'{"input": "good", "tau": 0}'
         with socket.create_connection(("127.0.0.1", server.port)) as s:

@@ -179,7 +179,7 @@ def test_wrong_arguments_are_one_clear_line(
 
 
 def test_data_must_come_from_one_place(encoder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="one of the two"):
+    with pytest.raises(ValueError, match="either as a file"):
         de3(f"train --encoder {encoder} --out {tmp_path}")
 
 

@@ -57,17 +57,17 @@ def test_nothing_accepted_is_lost(fault: str, store: Path, texts: Path, tmp_path
 
 
 def test_a_fault_that_fails_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: faults.Ground) -> faults.Row:
-        raise ValueError("waited in vain")
+    def broken(_: faults.Testbed) -> faults.Row:
+        raise ValueError("timed out")
 
     monkeypatch.setattr(faults, "FAULTS", (broken,))
-    (row,) = faults.faults(faults.Ground(tmp_path, "tiny", [], 0, tmp_path))
-    assert (row.happened, row.lost) == ("FAILED: waited in vain", 1)
+    (row,) = faults.faults(faults.Testbed(tmp_path, "tiny", [], 0, tmp_path))
+    assert (row.happened, row.lost) == ("FAILED: timed out", 1)
 
 
 def test_an_unknown_fault_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no fault 'flood'; there are: sigterm, "):
-        faults.faults(faults.Ground(tmp_path, "tiny", [], 0, tmp_path), ["flood"])
+        faults.faults(faults.Testbed(tmp_path, "tiny", [], 0, tmp_path), ["flood"])
 
 
 def test_drafts_of_exports_that_were_killed_go_after_a_day(tmp_path: Path) -> None:

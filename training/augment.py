@@ -1,7 +1,7 @@
-"""More text to distil from: altered copies of the training texts, for the teacher to label.
+"""Data augmentation for distillation: altered copies of the training texts, which the teacher labels.
 
-A fine-tuned teacher is sure of nearly every text it was trained on, so those teach little beyond their
-labels. Altered copies show the student where the teacher's opinion turns.
+A fine-tuned teacher is confident about nearly every text it was trained on, so those add little to their
+labels. Altered copies show the student where the teacher's decision changes.
 """
 
 import random
@@ -13,30 +13,30 @@ import torch
 from training.data import Example, Text
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
-JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares of texts, of words, of words
+JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares: of the texts, of the words, of the words
 
 
 def neighbours(
     texts: Sequence[Text], tokenizer: Any, table: torch.Tensor, k: int = 10
 ) -> dict[str, list[str]]:
-    """The k words of texts that are nearest to each word of texts in the encoder's word table (rows, width).
+    """For each word of texts, its k nearest words of texts in the encoder's word embeddings (rows, width).
 
-    Only words that are one token; nearest by cosine, which finds synonyms and antonyms alike: the teacher
-    tells them apart.
+    Only single-token words count. Cosine similarity finds synonyms and antonyms alike; the teacher tells them
+    apart.
     """
-    found = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
-    words = [w for w, ids in found.items() if len(ids) == 1 and w.isalpha()]
-    rows = torch.nn.functional.normalize(table[[found[w][0] for w in words]].float(), dim=-1)
-    result = {}
+    ids_of = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
+    words = [w for w, ids in ids_of.items() if len(ids) == 1 and w.isalpha()]
+    vectors = torch.nn.functional.normalize(table[[ids_of[w][0] for w in words]].float(), dim=-1)
+    nearest_words = {}
     for start in range(0, len(words), 1000):
-        nearest = (rows[start : start + 1000] @ rows.T).topk(min(k + 1, len(words))).indices.tolist()
+        nearest = (vectors[start : start + 1000] @ vectors.T).topk(min(k + 1, len(words))).indices.tolist()
         for word, indices in zip(words[start : start + 1000], nearest, strict=True):
-            result[word] = [words[i] for i in indices if words[i] != word]
-    return result
+            nearest_words[word] = [words[i] for i in indices if words[i] != word]
+    return nearest_words
 
 
 def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int) -> list[Text]:
-    """`copies` altered texts of each example: half joined to another one, words replaced and deleted."""
+    """`copies` altered texts of each example: words replaced or deleted, half of the texts joined to another."""
     rng = random.Random(seed)
 
     def alter(text: str) -> str:

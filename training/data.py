@@ -1,4 +1,4 @@
-"""Labelled text from files or `datasets`, its split, its tokens and its batches."""
+"""Labelled texts: read from files or `datasets`, saved, tokenized and batched."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """One labelled text or pair of texts; `label` counts from 0 in the order of the label names."""
+    """A labelled text or pair of texts; `label` is an index into the label names."""
 
     text: Text
     label: int
@@ -26,11 +26,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a file keeps its texts and labels: column names, or numbers from 0 where it has no header.
+    """The columns of a file's texts and labels: names, or numbers from 0 if it has no header.
 
     Attributes:
-        quotes: whether quotation marks delimit fields (csv) or are text (as in GLUE's tsv files);
-            None: they delimit in .csv, and are text in .tsv.
+        quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
+            None: they delimit fields in .csv only.
     """
 
     text: str = "text"
@@ -55,30 +55,32 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
 
 
 def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
-    """The text or pair, and the label, of one record; raises ValueError saying where and what is wrong."""
+    """The text or pair, and the label, of one record; raises ValueError with `where` and the reason."""
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not an object with named columns")
 
     def text(column: str) -> str:
         value = record.get(column)
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: no {column}, or it is not a text; the row has: {', '.join(record)}")
+            raise ValueError(f"{where}: no {column}, or it is not text; the row has: {', '.join(record)}")
         return value.strip()
 
     label = record.get(columns.label)
     if isinstance(label, list | dict | float) or label is None or label == "":
-        raise ValueError(f"{where}: no {columns.label}, or it is no label; the row has: {', '.join(record)}")
+        raise ValueError(
+            f"{where}: no {columns.label}, or it is not a label; the row has: {', '.join(record)}"
+        )
     first = text(columns.text)
     return ((first, text(columns.text_pair)) if columns.text_pair else first), str(label)
 
 
 def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
-    kind = path.suffix
-    if kind not in (".tsv", ".csv", ".jsonl"):
+    suffix = path.suffix
+    if suffix not in (".tsv", ".csv", ".jsonl"):
         raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file")
     # "-sig": some files begin with a byte order mark.
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if kind == ".jsonl":
+        if suffix == ".jsonl":
             for i, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -86,10 +88,10 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
                     except ValueError as error:
                         raise ValueError(f"{path}:{i}: not JSON: {error}") from None
             return
-        quoted = kind == ".csv" if columns.quotes is None else columns.quotes
+        quoted = suffix == ".csv" if columns.quotes is None else columns.quotes
         reader = csv.reader(
             file,
-            delimiter="\t" if kind == ".tsv" else ",",
+            delimiter="\t" if suffix == ".tsv" else ",",
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         )
         csv.field_size_limit(2**24)
@@ -103,7 +105,10 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
-    """The (text, label) rows of a `datasets` name, "path" or "path:config", label numbers named if it can."""
+    """The (text, label) rows of a `datasets` data set, "path" or "path:config".
+
+    Label numbers are replaced by their names where the data set has names.
+    """
     from datasets import ClassLabel, load_dataset
 
     path, _, config = name.partition(":")
@@ -118,36 +123,36 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
 
 def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
     """The distinct labels of rows, in numeric order if all are whole numbers, else alphabetically."""
-    found = {label for _, label in rows}
-    return sorted(found, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
+    labels = {label for _, label in rows}
+    return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
 
 def to_examples(rows: Sequence[tuple[Text, str]], names: Sequence[str]) -> list[Example]:
-    """Rows as examples, labels counted in the order of `names`; raises ValueError for any other label."""
+    """Rows as examples, each label as its index in `names`; raises ValueError for any other label."""
     index = {label: i for i, label in enumerate(names)}
     unknown = sorted({label for _, label in rows} - index.keys())
     if unknown:
         raise ValueError(
-            f"labels {unknown[:5]} are not among {list(index)[:20]}; if the data names them otherwise, "
-            "give --label-names in the order of the data's sorted labels"
+            f"labels {unknown[:5]} are not among {list(index)[:20]}; if the data uses other names, "
+            "give --label-names in the order of its sorted labels"
         )
     return [Example(text, index[label]) for text, label in rows]
 
 
 def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tuple[Text, str]]:
-    """Rows with their labels, in sorted order, renamed to the comma-separated label_names."""
+    """Rows with their labels renamed to the comma-separated label_names, in sorted order of the labels."""
     if label_names is None:
         return list(rows)
     order = label_order(rows)
-    names = [x.strip() for x in label_names.split(",")]
+    names = [name.strip() for name in label_names.split(",")]
     if len(names) != len(order) or len(set(names)) != len(names):
         raise ValueError(f"the data has the labels {order}; --label-names must name each once, got {names}")
-    new = dict(zip(order, names, strict=True))
-    return [(text, new[label]) for text, label in rows]
+    new_names = dict(zip(order, names, strict=True))
+    return [(text, new_names[label]) for text, label in rows]
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, the label by name."""
+    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, with the label's name."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
@@ -156,7 +161,7 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
 
 
 def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
-    """Read what `save_examples` wrote."""
+    """Read a file that `save_examples` wrote; raises ValueError if it is missing."""
     if not path.exists():
         raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
     with path.open(encoding="utf-8") as file:
@@ -167,7 +172,7 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of examples, unpadded; `type_ids` is empty where the encoder has no token types."""
+    """Unpadded token ids of examples; `type_ids` is empty if the encoder has no token types."""
 
     ids: list[list[int]]
     type_ids: list[list[int]]
@@ -177,11 +182,11 @@ class Encoded:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Padded model inputs, each (batch, tokens), and labels (batch,) of the given rows."""
+        """Padded model inputs, each (batch, tokens), and labels (batch,) of some rows."""
 
-        def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
+        def padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(
-                [torch.tensor(lists[i]) for i in rows], batch_first=True, padding_value=fill
+                [torch.tensor(sequences[i]) for i in rows], batch_first=True, padding_value=fill
             )
 
         ids = padded(self.ids, pad_id)
@@ -196,7 +201,7 @@ class Encoded:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "texts") -> Encoded:
-    """Tokenize examples, cut to max_length tokens (pairs: the longer text first)."""
+    """Tokenize examples, truncated to max_length tokens (pairs: the longer text first)."""
     ids: list[list[int]] = []
     types: list[list[int]] = []
     step = 1000
@@ -211,9 +216,9 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: s
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:
-    """Rows in batches of like length (little padding), the batches in random order.
+    """Batches of rows of similar length (little padding), in random order.
 
-    Lengths are jittered by up to 2 tokens before sorting so that batches differ from epoch to epoch.
+    Up to 4 is added to each length before sorting, so that batches differ from epoch to epoch.
     """
     rng = random.Random(seed)
     rows = sorted(range(len(lengths)), key=lambda i: lengths[i] + 4 * rng.random())
@@ -223,6 +228,6 @@ def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list
 
 
 def evaluation_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Rows in batches of like length, shortest first."""
+    """Batches of rows of similar length, shortest first."""
     rows = sorted(range(len(lengths)), key=lambda i: lengths[i])
     return [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]

@@ -1,6 +1,6 @@
-"""The one place that knows encoder families: their weights under common names.
+"""The weights of the supported encoder families under common names: the only code that knows the families.
 
-Training needs nothing of this (every Hugging Face encoder returns its hidden states); export does.
+Only export needs it: for training, every Hugging Face encoder returns its hidden states.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Layer:
-    """One post-norm transformer block; `qkv` is query, key and value side by side, (hidden, 3·hidden)."""
+    """One post-norm transformer block; `qkv` is query, key and value concatenated, (hidden, 3·hidden)."""
 
     qkv: Linear
     attention_out: Linear
@@ -48,7 +48,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Tables of (rows, width); `position` starts at the first token's row. `projection` widens to hidden."""
+    """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden."""
 
     word: Array
     position: Array
@@ -58,20 +58,20 @@ class Embeddings:
 
 
 def max_tokens(config: Any) -> int:
-    """How many tokens an encoder takes, special ones included."""
+    """The most tokens that an encoder takes, special tokens included."""
     return int(config.max_position_embeddings) - _first_position(config)
 
 
 def _first_position(config: Any) -> int:
-    """RoBERTa and MPNet count positions from after the padding id."""
+    """RoBERTa and MPNet number positions from the padding id + 1."""
     return int(config.pad_token_id) + 1 if config.model_type in ("roberta", "mpnet") else 0
 
 
 def embeddings(encoder: Any, token_types: bool) -> Embeddings:
     """The embedding tables of an encoder; raises ValueError for a family that cannot be exported.
 
-    token_types: whether the tokenizer gives token types. Where it gives none, or the encoder knows only
-    one, that one is part of `position`.
+    token_types: whether the tokenizer returns token types. If it returns none, or the encoder has only one,
+    the embedding of type 0 is added to `position`.
     """
     config = encoder.config
     _check(config)
@@ -87,22 +87,22 @@ def embeddings(encoder: Any, token_types: bool) -> Embeddings:
         position=position,
         token_type=token_type,
         norm=_norm(tables.LayerNorm),
-        projection=_linear(projection) if projection is not None else None,
+        projection=linear(projection) if projection is not None else None,
     )
 
 
 def layers(encoder: Any) -> list[Layer]:
-    """The blocks of an encoder, first to last; raises ValueError for a family that cannot be exported."""
+    """The blocks of an encoder in order; raises ValueError for a family that cannot be exported."""
     config = encoder.config
     _check(config)
     if config.model_type == "distilbert":
         return [
             Layer(
                 qkv=_side_by_side(b.attention.q_lin, b.attention.k_lin, b.attention.v_lin),
-                attention_out=_linear(b.attention.out_lin),
+                attention_out=linear(b.attention.out_lin),
                 attention_norm=_norm(b.sa_layer_norm),
-                ffn_in=_linear(b.ffn.lin1),
-                ffn_out=_linear(b.ffn.lin2),
+                ffn_in=linear(b.ffn.lin1),
+                ffn_out=linear(b.ffn.lin2),
                 ffn_norm=_norm(b.output_layer_norm),
                 num_heads=config.n_heads,
                 activation=config.activation,
@@ -112,10 +112,10 @@ def layers(encoder: Any) -> list[Layer]:
     return [
         Layer(
             qkv=_side_by_side(b.attention.self.query, b.attention.self.key, b.attention.self.value),
-            attention_out=_linear(b.attention.output.dense),
+            attention_out=linear(b.attention.output.dense),
             attention_norm=_norm(b.attention.output.LayerNorm),
-            ffn_in=_linear(b.intermediate.dense),
-            ffn_out=_linear(b.output.dense),
+            ffn_in=linear(b.intermediate.dense),
+            ffn_out=linear(b.output.dense),
             ffn_norm=_norm(b.output.LayerNorm),
             num_heads=config.num_attention_heads,
             activation=config.hidden_act,
@@ -127,10 +127,12 @@ def layers(encoder: Any) -> list[Layer]:
 def _check(config: Any) -> None:
     if config.model_type not in EXPORTABLE:
         raise ValueError(
-            f"encoders of type {config.model_type!r} cannot be exported; these can: {', '.join(EXPORTABLE)}"
+            f"encoders of type {config.model_type!r} cannot be exported; supported: {', '.join(EXPORTABLE)}"
         )
     if getattr(config, "position_embedding_type", "absolute") != "absolute":
-        raise ValueError(f"only absolute positions can be exported, not {config.position_embedding_type!r}")
+        raise ValueError(
+            f"only absolute position embeddings can be exported, not {config.position_embedding_type!r}"
+        )
     if getattr(config, "is_decoder", False):
         raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
 
@@ -139,12 +141,13 @@ def _array(tensor: Any) -> Array:
     return np.asarray(tensor.detach().float().cpu().numpy())
 
 
-def _linear(module: nn.Linear) -> Linear:
+def linear(module: nn.Linear) -> Linear:
+    """The weights of a linear layer, with the weight transposed to (inputs, outputs)."""
     return Linear(np.ascontiguousarray(_array(module.weight).T), _array(module.bias))
 
 
 def _side_by_side(*modules: nn.Linear) -> Linear:
-    parts = [_linear(m) for m in modules]
+    parts = [linear(m) for m in modules]
     return Linear(np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts]))
 
 

@@ -1,4 +1,4 @@
-"""How right each exit is, and what each exit signal trades of accuracy for speed: a table and a plot."""
+"""The accuracy of each exit, and accuracy against speed-up for each exit signal, as tables and a plot."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against speed-up of one signal, both (points,), speed-up ascending."""
+    """Accuracy against speed-up for one signal, both (points,); speed-up ascends."""
 
     name: str
     speedup: NDArray[np.float64]
     accuracy: NDArray[np.float64]
 
     def at(self, speedup: float) -> float:
-        """Accuracy at a speed-up, between points linearly; NaN beyond the curve."""
+        """Accuracy at a speed-up, linear between points; NaN outside the curve."""
         if not self.speedup[0] <= speedup <= self.speedup[-1]:
             return float("nan")
         return float(np.interp(speedup, self.speedup, self.accuracy))
@@ -41,7 +41,7 @@ def curves(recorded: Recorded, lams: Sequence[float]) -> list[Curve]:
 
 
 def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
-    """Sweep τ over the scores' own quantiles, so that curves of different signals are equally fine."""
+    """Sweep τ over the quantiles of the scores, so that the curves of all signals have equal resolution."""
     early = scores[:, :-1].ravel()
     taus = [0.0, *np.unique(np.quantile(early, np.linspace(0, 1, 200))), 1.1] if early.size else [0.0]
     layers = np.asarray(recorded.exit_layers)
@@ -52,12 +52,12 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
         points[calibration.speedup(int(layers[-1]), float(layers[index].mean()))] = float(
             correct[rows, index].mean()
         )
-    x = sorted(points)
-    return Curve(name, np.array(x), np.array([points[s] for s in x]))
+    speedups = sorted(points)
+    return Curve(name, np.array(speedups), np.array([points[s] for s in speedups]))
 
 
 def exit_table(recorded: Recorded) -> Table:
-    """Accuracy of every exit with its 95% interval."""
+    """The accuracy of every exit, with its 95% interval."""
     table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} samples)")
     for column in ("layer", "accuracy", "95% interval"):
         table.add_column(column, justify="right")
@@ -67,20 +67,20 @@ def exit_table(recorded: Recorded) -> Table:
     return table
 
 
-def curve_table(found: Sequence[Curve]) -> Table:
-    """Accuracy of every signal at a row of speed-ups."""
+def curve_table(curves: Sequence[Curve]) -> Table:
+    """The accuracy of every signal at SPEEDUPS."""
     table = Table(title="Accuracy at a speed-up of M / mean exit layer")
     table.add_column("signal")
     for s in SPEEDUPS:
         table.add_column(f"{s:g}×", justify="right")
-    for curve in found:
+    for curve in curves:
         cells = [f"{100 * curve.at(s):.2f}" if not np.isnan(curve.at(s)) else "–" for s in SPEEDUPS]
         table.add_row(curve.name, *cells)
     return table
 
 
 def default_line(recorded: Recorded, tau: float, lam: float) -> str:
-    """What an artifact's default (λ, τ) gives on these samples."""
+    """The outcome of an artifact's default (λ, τ) on these samples, as text."""
     o = calibration.outcome(recorded, signal_of(lam).scores(recorded), tau, lam)
     low, high = (100 * x for x in o.accuracy_interval)
     return (
@@ -88,33 +88,30 @@ def default_line(recorded: Recorded, tau: float, lam: float) -> str:
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×\n"
-        f"Leaving at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
+        f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
     )
 
 
-def plot(recorded: Recorded, found: Sequence[Curve], path: Path, title: str) -> None:
-    """Draw accuracy by exit, and accuracy against speed-up, side by side into a PNG."""
-    import matplotlib
+def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) -> None:
+    """Plot accuracy by exit, and accuracy against speed-up, into one PNG."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), width_ratios=(1, 2))
+    figure = Figure(figsize=(12, 4.5))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
     accuracy = 100 * recorded.correct.mean(0)
     bars = left.bar([str(m) for m in recorded.exit_layers], accuracy, color="#4c78a8")
     left.bar_label(bars, fmt="%.1f", fontsize=8)
     left.set(xlabel="exit layer (0: embeddings)", ylabel="accuracy, %", title="Each exit alone")
     left.set_ylim(max(0, min(accuracy) - 8), min(100, max(accuracy) + 4))
-    for curve in found:
+    for curve in curves:
         shown = curve.speedup <= 10
         right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, linewidth=1.4)
     right.axhline(accuracy[-1], color="grey", linestyle=":", label="full depth")
-    right.set(xlabel="speed-up: M / mean exit layer", ylabel="accuracy, %", title="Leaving early")
+    right.set(xlabel="speed-up: M / mean exit layer", ylabel="accuracy, %", title="Early exit")
     right.grid(alpha=0.3)
     right.legend(fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The training loss of DE3-BERT (Eq. 2 and 6), and distillation on top of it."""
+"""The training loss of DE3-BERT (Eq. 2 and 6), with optional distillation."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 def layer_weights(exit_layers: list[int], by: str) -> Tensor:
     """Weights of the exits, shape (exits,), summing to 1.
 
-    "depth": layer m weighs m, or m + 1 if there is an exit on the embeddings. "uniform": all alike.
+    "depth": layer m has weight m, or m + 1 if the embeddings have an exit. "uniform": all equal.
     """
     if by == "uniform":
         weights = torch.ones(len(exit_layers))

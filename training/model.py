@@ -1,6 +1,6 @@
 """The DE3-BERT model: a Hugging Face encoder with a classifier and a prototype space at every exit.
 
-Saved and loaded the Hugging Face way (config.json, model.safetensors).
+It is saved and loaded as any Hugging Face model (config.json, model.safetensors).
 """
 
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ POOLINGS = ("mean", "cls")
 
 
 class De3Config(PretrainedConfig):
-    """What a DE3-BERT is made of, beside the encoder's own configuration.
+    """The configuration of a DE3-BERT, in addition to that of its encoder.
 
     Args:
         encoder: the encoder's configuration as a dict (it carries `model_type`).
         exit_layers: layers that have a classifier, ascending; 0 is the embedding output and the last must
             be the encoder's depth M. Default: 1…M.
-        pooling: how a layer's tokens become h^(m): "mean" over the sample's tokens, or "cls", its first.
+        pooling: h^(m) of a layer: the "mean" of the sample's tokens, or "cls", the first token.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
-        last_prototypes: give the last layer a prototype space too (for drift and studies).
-        gamma: γ of Eq. 1, the sliding-average factor of the prototypes.
+        last_prototypes: whether the last layer has a prototype space too (for drift and studies).
+        gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         max_tokens: the most tokens that the encoder takes.
     """
 
@@ -64,6 +64,11 @@ class De3Config(PretrainedConfig):
         return AutoConfig.for_model(**self.encoder)
 
     @property
+    def label_names(self) -> list[str]:
+        """The label names in the order of the logits."""
+        return [self.id2label[k] for k in range(self.num_labels)]
+
+    @property
     def prototype_layers(self) -> list[int]:
         """The exits that have a prototype space: all but the last, unless `last_prototypes`."""
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
@@ -71,7 +76,7 @@ class De3Config(PretrainedConfig):
 
 @dataclass
 class De3Output:
-    """What one forward pass gives, exits in the order of `exit_layers`.
+    """The outputs of a forward pass; exits are in the order of `exit_layers`.
 
     Attributes:
         logits: (batch, exits, num_labels).
@@ -92,13 +97,13 @@ class De3Model(PreTrainedModel):
     _supports_sdpa = True
 
     prototypes: Tensor  # (prototype exits, num_labels, metric_dim)
-    prototype_seen: Tensor  # (prototype exits, num_labels), bool: a class never seen has no prototype
+    prototype_seen: Tensor  # (prototype exits, num_labels), bool: a class without samples has no prototype
 
     def __init__(self, config: De3Config) -> None:
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config())
         if getattr(self.encoder, "pooler", None) is not None:
-            self.encoder.pooler = None  # every exit pools for itself
+            self.encoder.pooler = None  # every exit does its own pooling
         width, labels, spaces = config.hidden_size, config.num_labels, len(config.prototype_layers)
         self.dropout = nn.Dropout(getattr(config.encoder_config(), "hidden_dropout_prob", 0.1))
         self.classifiers = nn.ModuleList(nn.Linear(width, labels) for _ in config.exit_layers)
@@ -109,7 +114,7 @@ class De3Model(PreTrainedModel):
 
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
-        """A new model over a pretrained encoder, from a folder or the hub, with untrained heads."""
+        """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
         encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
         config = De3Config(
             encoder=encoder.config.to_dict(),
@@ -134,8 +139,8 @@ class De3Model(PreTrainedModel):
     ) -> De3Output:
         """All exits of a padded batch; input_ids and attention_mask are (batch, tokens)."""
         pooled = self.pooled(input_ids, attention_mask, token_type_ids)
-        # Heads run in float32: they are nearly free, and distances to prototypes are differences of
-        # nearly equal numbers.
+        # The heads run in float32: they cost little, and a prototype distance is a difference of nearly
+        # equal numbers.
         with torch.autocast(input_ids.device.type, enabled=False):
             logits = [f(self.dropout(pooled[:, i])) for i, f in enumerate(self.classifiers)]
             embedded = self.embed(pooled)
@@ -146,7 +151,7 @@ class De3Model(PreTrainedModel):
     ) -> Tensor:
         """h^(m) of every exit, (batch, exits, hidden), in float32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        # Some tokenizers give token types to encoders that know none.
+        # Some tokenizers return token types for encoders that have none.
         if token_type_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
         states = self.encoder(**inputs, output_hidden_states=True).hidden_states
@@ -165,9 +170,9 @@ class De3Model(PreTrainedModel):
 
     @torch.no_grad()
     def update_prototypes(self, embedded: Tensor, labels: Tensor) -> None:
-        """One sliding-average step: cp_k ← (1−γ)·cp_k + γ·mean of the batch's h' with label k (Eq. 1).
+        """One moving-average step: cp_k ← (1−γ)·cp_k + γ·mean of the batch's h' with label k (Eq. 1).
 
-        A class absent from the batch keeps its prototype; a class seen for the first time starts at its
+        A class that is not in the batch keeps its prototype. A class seen for the first time starts at its
         mean. No gradient flows through the prototypes. embedded is (batch, spaces, metric_dim).
         """
         for k in labels.unique().tolist():

@@ -1,4 +1,4 @@
-"""Run a model over data: every exit of every sample."""
+"""Record every exit of a PyTorch model for every sample."""
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from training.progress import track
 def predict(
     model: De3Model, data: Encoded, pad_id: int, batch_size: int = 128, what: str = "", bf16: bool = False
 ) -> Recorded:
-    """Logits and distances of all exits, in the order of data, by the model in evaluation mode.
+    """Logits and distances of all exits in the order of data, with the model in evaluation mode.
 
-    float32 unless `bf16`, which is several times faster on CPUs that have it and right to about 2 digits.
+    Computes in float32 unless `bf16`, which is several times faster on CPUs with support for it and accurate
+    to about 2 digits.
     """
     model.eval()
     config = model.config

@@ -1,4 +1,4 @@
-"""Progress bars for long work; silent where nobody is looking."""
+"""Progress bars for long operations, shown only on a terminal."""
 
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -10,9 +10,9 @@ console = Console(stderr=True)
 T = TypeVar("T")
 
 
-def track(work: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over work with a progress bar on a terminal; a bar in a log would only be noise."""
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Iterate over items, with a progress bar on a terminal; in a log a bar would only be noise."""
     if not console.is_terminal:
-        yield from work
+        yield from items
         return
-    yield from rich_track(work, description, total, console=console, transient=True)
+    yield from rich_track(items, description, total, console=console, transient=True)

@@ -1,16 +1,16 @@
-"""What becomes of the prototype spaces once the encoder is trained.
+"""The final prototype spaces, computed once the encoder is trained.
 
-L_DAR only pulls (Eq. 2): trained jointly, over epochs the prototypical networks turn every sample into nearly
-the same direction, and cosine distances stop telling classes apart. Fitted by the same loss for one epoch on
-the finished encoder they do tell, and EDR beats entropy; docs/demo-model.md has the numbers.
+L_DAR has no term that separates classes (Eq. 2). In joint training over several epochs, the prototypical
+networks map every sample to nearly the same direction, and cosine distances no longer separate classes.
+Trained with the same loss for one epoch on the finished encoder, they do separate classes, and EDR beats
+entropy (docs/demo-model.md).
 """
 
 import torch
 from torch import Tensor
 
-from training import data as datas
 from training import loss as losses
-from training.data import Encoded
+from training.data import Encoded, training_batches
 from training.model import De3Model
 from training.progress import track
 
@@ -18,10 +18,10 @@ CHOICES = ("refit", "means", "sliding")
 
 
 def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, seed: int, bf16: bool) -> None:
-    """Settle the prototypes, in one pass over train with the encoder as it is.
+    """Compute the final prototypes in one pass over the training data, with the encoder frozen.
 
-    how: "refit" trains the prototypical networks anew by L_DAR and takes the class means of h' over all of
-    data as prototypes; "means" takes the means with the networks as they are; "sliding" leaves the sliding
+    how: "refit" retrains the prototypical networks with L_DAR and takes the class means of h' over all data
+    as prototypes; "means" takes the class means with the networks unchanged; "sliding" keeps the moving
     averages of training (Eq. 1).
     """
     spaces = len(model.config.prototype_layers)
@@ -34,7 +34,7 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
             torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)  # biases start at 0
         model.prototype_seen.zero_()
     optimizer = torch.optim.AdamW(model.prototypical.parameters(), lr=lr)
-    batches = datas.training_batches([len(x) for x in data.ids], 64, seed)
+    batches = training_batches([len(ids) for ids in data.ids], 64, seed)
     labels_count = model.config.num_labels
     sums = torch.zeros(labels_count, spaces, model.config.hidden_size, device=model.device)
     counts = torch.zeros(labels_count, device=model.device)
@@ -57,7 +57,7 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
 
 @torch.no_grad()
 def _take_means(model: De3Model, sums: Tensor, counts: Tensor) -> None:
-    """Prototypes = mean h' of each class: h' is linear in h, so it is the network's output for the mean h."""
+    """Set each prototype to its class's mean h'. h' is linear in h, so that is the network's output for mean h."""
     seen = counts > 0
     means = model.embed(sums[seen] / counts[seen, None, None])  # (classes, spaces, metric_dim)
     model.prototypes[:, seen] = means.transpose(0, 1)

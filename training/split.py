@@ -1,4 +1,4 @@
-"""Keep two parts of the data back: one to tune on, one to certify with."""
+"""Split the data into training data and two held-out parts: one to tune on, one to certify on."""
 
 import hashlib
 import random
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from training.data import Example, Text
 
-SHORTEST_FRAGMENT = 3  # words; shorter ones are everybody's
+SHORTEST_FRAGMENT = 3  # words; shorter ones occur everywhere
 
 
 @dataclass(frozen=True)
 class Split:
-    """Train, and the two parts of it that training never sees: one to tune, one to certify."""
+    """The training samples and the two held-out parts."""
 
     train: list[Example]
     tune: list[Example]
@@ -23,16 +23,18 @@ class Split:
 def split(
     examples: Sequence[Example], seed: int, held_back: int | None = None, fragments: bool = False
 ) -> Split:
-    """Keep two parts of examples back, chosen by seed, about `held_back` samples each.
+    """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
-    Default size: a tenth each, at most 4,000. A text that occurs twice falls into one part only. With
-    `fragments` (the data holds fragments of its own texts, as SST-2's phrases) so do a text and its
-    fragments: a fragment of texts in several parts is left out, or stays in train if it has fewer than 3
-    words. Without that, a model is judged on texts whose sentences it has seen.
+    By default each is a tenth of the examples, at most 4,000. Equal texts are in the same part. With
+    `fragments` (the data contains fragments of its own texts, as SST-2's phrases), a text and its fragments
+    are too: a fragment of texts in several parts is left out, or kept in train if it has fewer than 3 words.
+    Otherwise the evaluation would use sentences that the model has seen in training.
+
+    Raises ValueError if there are too few samples or distinct texts.
     """
     size = min(len(examples) // 10, 4000) if held_back is None else held_back
     if size < 1 or 2 * size >= len(examples):
-        raise ValueError(f"cannot keep back 2 x {size} of {len(examples)} samples; set --held-back")
+        raise ValueError(f"cannot hold out 2 x {size} of {len(examples)} samples; set --held-back")
     texts = {e.text for e in examples}
     whole = whole_texts(texts) if fragments else {text: {text} for text in texts}
     members: dict[Text, list[Example]] = defaultdict(list)
@@ -43,28 +45,28 @@ def split(
     def rank(text: Text) -> bytes:
         return hashlib.sha256(f"{seed}\0{text!r}".encode()).digest()
 
-    # Whole texts in an order drawn by seed, each bringing its fragments: tune is filled first, then certify.
+    # Whole texts with their fragments, in an order given by the seed, fill tune first, then certify.
     part_of: dict[Text, int] = {}
     filled = 0
-    for text in sorted({w for found in whole.values() for w in found}, key=rank):
+    for text in sorted({text for texts in whole.values() for text in texts}, key=rank):
         part_of[text] = min(filled // size, 2)
         filled += len(members[text])
     parts: tuple[list[Example], ...] = ([], [], [])
     for example in sorted(examples, key=lambda e: rank(e.text)):
-        found = {part_of[w] for w in whole[example.text]}
-        if len(found) == 1:
-            parts[found.pop()].append(example)
+        indices = {part_of[text] for text in whole[example.text]}
+        if len(indices) == 1:
+            parts[indices.pop()].append(example)
         elif _is_short(example.text):
             parts[2].append(example)
     tune, certify, train = parts
     if not (tune and certify and train):
-        raise ValueError("too few distinct texts to keep two parts back")
+        raise ValueError("too few distinct texts to hold out two parts")
     random.Random(seed).shuffle(train)
     return Split(train=train, tune=tune, certify=certify)
 
 
 def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
-    """For each text the longest texts that contain it, word for word; itself if none does (or a pair)."""
+    """For each text, the longest texts that contain it word for word; a pair, or a text in no other: itself."""
     by_words = {tuple(t.split()): t for t in texts if isinstance(t, str)}
     lengths = {len(words) for words in by_words}
     inside: dict[Text, set[Text]] = defaultdict(set)
@@ -74,7 +76,7 @@ def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
                 fragment = by_words.get(words[start : start + length])
                 if fragment is not None:
                     inside[fragment].add(text)
-    return {text: {w for w in inside[text] if not inside[w]} or {text} for text in texts}
+    return {text: {whole for whole in inside[text] if not inside[whole]} or {text} for text in texts}
 
 
 def _is_short(text: Text) -> bool:

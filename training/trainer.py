@@ -1,4 +1,4 @@
-"""The training loop: a checkpoint in, the best epoch out, resumable at every epoch."""
+"""The training loop: saves the best epoch as a checkpoint and can resume after every epoch."""
 
 import hashlib
 import json
@@ -16,11 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from exits.recorded import Recorded
 from training import augment, prototypes
-from training import data as datas
 from training import loss as losses
-from training.data import Encoded, Example
+from training.data import Encoded, Example, encode, load_examples, save_examples, training_batches
 from training.model import De3Model
 from training.predict import predict
 from training.progress import console
@@ -31,15 +29,15 @@ RESUME = "resume.safetensors"
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train; checks itself.
+    """The training settings; they validate themselves.
 
     Attributes:
         alpha: α, the weight of L_DAR (Eq. 6).
-        weights: how layers weigh in the loss, "depth" or "uniform".
-        distill: share of the loss that follows the teacher instead of the label, in [0, 1].
-        augment: altered copies of each sample, which the teacher labels.
-        patience: stop after so many epochs without a better tuning score; 0 never stops.
-        prototypes: what becomes of the prototypes at the end: "refit", "means" or "sliding"
+        weights: the layers' weights in the loss, "depth" or "uniform".
+        distill: share of the loss that uses the teacher's logits instead of the label, in [0, 1].
+        augment: number of altered copies of each sample, which the teacher labels.
+        patience: stop after this many epochs without a better tuning score; 0: never.
+        prototypes: how the final prototypes are computed: "refit", "means" or "sliding"
             (training.prototypes).
     """
 
@@ -85,32 +83,32 @@ def train(
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
-    The best epoch is the one whose exits, weighted as in the loss, are right most often on `split.tune`.
-    `out` also receives the two kept-back parts, which `de3 export` and `de3 evaluate` read, and the state
-    that `resume` continues from.
+    The best epoch has the highest accuracy on `split.tune`, averaged over the exits with the weights of the
+    loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate` read, and the
+    state from which `resume` continues.
     """
-    names = [model.config.id2label[k] for k in range(model.config.num_labels)]
+    names = model.config.label_names
     if settings.augment and teacher is None:
-        raise ValueError("--augment needs a --teacher: only it can label altered texts")
+        raise ValueError("--augment needs a --teacher to label the altered texts")
     identity = _identity(settings, model, split, teacher)
     if resume:
         _check_resumable(out, identity)  # before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    datas.save_examples(out / "tune.jsonl", split.tune, names)
-    datas.save_examples(out / "certify.jsonl", split.certify, names)
+    save_examples(out / "tune.jsonl", split.tune, names)
+    save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
-    longest = min(settings.max_length, model.config.max_tokens)
-    learnt = list(split.train)
+    max_length = min(settings.max_length, model.config.max_tokens)
+    examples = list(split.train)
     if settings.augment:
-        learnt += altered(model, tokenizer, split.train, settings)
-    teacher_logits = teach(teacher, learnt, split, names, settings) if teacher else None
+        examples += altered(model, tokenizer, split.train, settings)
+    teacher_logits = teach(teacher, examples, split, names, settings) if teacher else None
     if settings.augment and teacher_logits is not None:
         # Altered texts have no label but the teacher's.
-        said = teacher_logits.argmax(-1).tolist()
         n = len(split.train)
-        learnt[n:] = [Example(e.text, said[i]) for i, e in enumerate(learnt[n:], n)]
-    train_data = datas.encode(learnt, tokenizer, longest, "train")
-    tune_data = datas.encode(split.tune, tokenizer, longest, "tune")
+        labels = teacher_logits[n:].argmax(-1).tolist()
+        examples[n:] = [Example(e.text, label) for e, label in zip(examples[n:], labels, strict=True)]
+    train_data = encode(examples, tokenizer, max_length, "train")
+    tune_data = encode(split.tune, tokenizer, max_length, "tune")
     pad_id = tokenizer.pad_token_id
 
     run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
@@ -119,7 +117,7 @@ def train(
         run.load()
     while run.epoch < settings.epochs:
         if settings.patience and run.epoch - run.best_epoch >= settings.patience:
-            console.print(f"no better epoch for {settings.patience}: stopping")
+            console.print(f"no improvement for {settings.patience} epochs: stopping")
             break
         started = time.monotonic()
         mean_loss = run.one_epoch()
@@ -139,7 +137,7 @@ def train(
 
     model = De3Model.from_pretrained(out, dtype=torch.float32)
     if settings.augment:
-        train_data = datas.encode(split.train, tokenizer, longest, "train")
+        train_data = encode(split.train, tokenizer, max_length, "train")
     prototypes.finish(
         model, train_data, pad_id, settings.prototypes, settings.head_lr, settings.seed, settings.bf16
     )
@@ -150,7 +148,7 @@ def train(
 
 
 class _Run:
-    """The moving parts of one training run, and their state on disk."""
+    """The state of a training run, in memory and on disk."""
 
     def __init__(
         self,
@@ -164,7 +162,7 @@ class _Run:
     ) -> None:
         self.model, self.settings, self.data, self.pad_id = model, settings, data, pad_id
         self.teacher_logits, self.out, self.identity = teacher_logits, out, identity
-        self.lengths = [len(x) for x in data.ids]
+        self.lengths = [len(ids) for ids in data.ids]
         self.weights = losses.layer_weights(model.config.exit_layers, settings.weights).to(model.device)
         self.epoch, self.step, self.best, self.best_epoch = 0, 0, -math.inf, 0
         self.history: list[dict[str, Any]] = []
@@ -172,7 +170,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Parameters by learning rate and decay: biases and norms do not decay."""
+        """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
         for name, p in self.model.named_parameters():
             groups.setdefault((name.startswith("encoder."), p.ndim > 1), []).append(p)
@@ -190,12 +188,12 @@ class _Run:
     def one_epoch(self) -> float:
         """Train one epoch; returns its mean loss."""
         s = self.settings
-        # Seeded by epoch, so that a resumed run goes on as the unbroken one would have.
+        # The seed depends on the epoch, so that a resumed run equals an uninterrupted one.
         seed = s.seed * 1_000_003 + self.epoch
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        batches = datas.training_batches(self.lengths, s.batch_size, seed)
+        batches = training_batches(self.lengths, s.batch_size, seed)
         self.model.train()
         sum_of_losses = 0.0
         bar = Progress(
@@ -226,7 +224,7 @@ class _Run:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=s.bf16):
             out = model(**inputs)
         model.update_prototypes(out.embedded.detach(), labels)
-        distances = model.distances(out.embedded)  # to the prototypes as they are after this batch
+        distances = model.distances(out.embedded)  # to the prototypes after this batch's update
         teacher = self.teacher_logits[rows].to(model.device) if self.teacher_logits is not None else None
         loss = losses.total(
             out.logits, distances, labels, self.weights, s.alpha, teacher, s.distill, s.temperature
@@ -242,18 +240,18 @@ class _Run:
         return loss.item()
 
     def _rate(self) -> float:
-        """Linear warm-up, then linear decay to 0."""
+        """The learning rate's factor: linear warm-up, then linear decay to 0."""
         warmup = max(1, round(self.settings.warmup * self.total_steps))
         if self.step < warmup:
             return (self.step + 1) / warmup
         return max(0.0, (self.total_steps - self.step) / max(1, self.total_steps - warmup))
 
-    # The state is one file of tensors with JSON beside them: it is replaced whole, and resuming unpickles
-    # nothing.
+    # The state is one file, tensors with JSON metadata: it is replaced atomically, and resuming needs no
+    # pickle.
     _COUNTERS = ("epoch", "step", "best", "best_epoch", "history")
 
     def save(self) -> None:
-        """Write the state to `out`/resume.safetensors, replacing the last one only once it is whole."""
+        """Write the state to `out`/resume.safetensors, atomically."""
         names = {p: n for n, p in self.model.named_parameters()}
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         for p, state in self.optimizer.state.items():
@@ -268,10 +266,10 @@ class _Run:
         new.replace(self.out / RESUME)
 
     def load(self) -> None:
-        """Continue from `out`/resume.safetensors."""
+        """Restore the state from `out`/resume.safetensors."""
         file = self.out / RESUME
         if not file.exists():
-            console.print(f"nothing to resume in {self.out}: starting from the beginning")
+            console.print(f"no state to resume in {self.out}: starting from the beginning")
             return
         for k, v in json.loads(_metadata(file)["counters"]).items():
             setattr(self, k, v)
@@ -287,7 +285,7 @@ class _Run:
 
 
 def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: Path | None) -> str:
-    """A digest of all that makes a run what it is: another one must not be resumed from its state."""
+    """A digest of everything that defines a run: its state must not be used to resume another one."""
     parts = (settings, model.config.to_json_string(), split, teacher and teacher.resolve())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -296,7 +294,7 @@ def _check_resumable(out: Path, identity: str) -> None:
     file = out / RESUME
     if file.exists() and _metadata(file)["identity"] != identity:
         raise ValueError(
-            f"{file} is of a run with other settings or data; drop --resume or use the same ones"
+            f"{file} belongs to a run with other settings or data; drop --resume or use the same ones"
         )
 
 
@@ -308,7 +306,7 @@ def _metadata(file: Path) -> dict[str, str]:
 def altered(
     model: De3Model, tokenizer: Any, examples: list[Example], settings: TrainSettings
 ) -> list[Example]:
-    """Altered copies of examples, as yet without a label."""
+    """Altered copies of examples; the teacher labels them later."""
     table = model.encoder.get_input_embeddings().weight.detach()
     near = augment.neighbours([e.text for e in examples], tokenizer, table)
     texts = augment.augment(examples, near, settings.augment, settings.seed)
@@ -316,36 +314,36 @@ def altered(
 
 
 def teach(
-    teacher: Path, learnt: list[Example], split: Split, names: list[str], settings: TrainSettings
+    teacher: Path, examples: list[Example], split: Split, names: list[str], settings: TrainSettings
 ) -> torch.Tensor:
-    """The teacher's logits on the samples to learn, (n, num_labels), kept beside it for the next student.
+    """The teacher's logits for the training examples, (n, num_labels), cached in the teacher's folder.
 
-    Raises ValueError if the teacher was trained on samples that are kept back here, or has other labels.
+    Raises ValueError if the teacher may have been trained on samples that are held out here, or if it has
+    other labels.
     """
     for part in ("tune", "certify"):
-        if datas.load_examples(teacher / f"{part}.jsonl", names) != getattr(split, part):
+        if load_examples(teacher / f"{part}.jsonl", names) != getattr(split, part):
             raise ValueError(
-                f"{teacher} kept other samples back than this run does, so it may have been trained on them: "
+                f"{teacher} held out other samples than this run, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"
             )
     model = De3Model.from_pretrained(teacher, dtype=torch.float32)
-    theirs = [model.config.id2label[k] for k in range(model.config.num_labels)]
-    if theirs != names:
+    if (theirs := model.config.label_names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"
         )
-    longest = min(settings.max_length, model.config.max_tokens)
+    max_length = min(settings.max_length, model.config.max_tokens)
     digest = hashlib.sha256((teacher / "model.safetensors").read_bytes())
-    digest.update(repr((longest, settings.bf16, [e.text for e in learnt])).encode())
+    digest.update(repr((max_length, settings.bf16, [e.text for e in examples])).encode())
     cache = teacher / f"logits-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
         tokenizer = AutoTokenizer.from_pretrained(teacher)
-        data = datas.encode(learnt, tokenizer, longest, "train for the teacher")
-        said: Recorded = predict(
+        data = encode(examples, tokenizer, max_length, "train for the teacher")
+        recorded = predict(
             model, data, tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
         )
-        right = said.correct[: len(split.train), -1].mean()
-        console.print(f"the teacher is right on {right:.4f} of train")
-        save_file({"logits": torch.from_numpy(said.logits[:, -1].copy())}, cache)
+        accuracy = recorded.correct[: len(split.train), -1].mean()
+        console.print(f"the teacher's accuracy on train: {accuracy:.4f}")
+        save_file({"logits": torch.from_numpy(recorded.logits[:, -1].copy())}, cache)
     logits: torch.Tensor = load_file(cache)["logits"]
     return logits

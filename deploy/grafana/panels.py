@@ -1,4 +1,4 @@
-"""What the dashboards show: every panel with its PromQL. Dashboards, pictures and tests come of this."""
+"""Every panel of the dashboards, with its PromQL. Dashboards, pictures and tests are made from this."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 M = '{model=~"$model"}'
 R = "[$__rate_interval]"
 ALL_MODELS = ".+:.+"  # name:version; not `none`, where requests without a model are counted
-DRIFTED = 0.25  # population stability index: above, by custom, the texts have changed
+DRIFTED = 0.25  # population stability index: by convention, above it the texts have changed
 
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and the name of what it gives; {{label}} stands for a label's value."""
+    """PromQL, and the name of its result; {{label}} stands for a label's value."""
 
     expr: str
     legend: str = ""
@@ -22,11 +22,11 @@ class Panel:
     """A panel.
 
     Attributes:
-        kind: stat (one number over the time shown), lines, stack, or heatmap (of a histogram's buckets).
-        unit: as Grafana names it.
-        width: of 24 columns.
-        least, most: of the axis, if not by the data.
-        limit: a line that means trouble above it.
+        kind: stat (one number for the time range), lines, stack, or heatmap (of a histogram's buckets).
+        unit: Grafana's name of it.
+        width: in columns, of 24.
+        least, most: range of the axis; None: from the data.
+        limit: a threshold, drawn as a line.
     """
 
     title: str
@@ -69,7 +69,7 @@ def _stage(name: str) -> str:
 
 
 def _speedup(stages: str, window: str = R) -> str:
-    """Time at full depth / time spent. What early exit cannot save, tokenizing, is on both sides."""
+    """Time at full depth / time spent. Tokenizing, which early exit cannot save, is on both sides."""
     spent = _sum("de3_stage_latency_seconds_sum", window=window, labels=_stage(stages))
     full = _sum("de3_full_depth_seconds_total", window=window)
     if stages == "model":
@@ -89,7 +89,7 @@ def _accuracy(window: str = R) -> str:
 
 
 def _share(metric: str, window: str = R) -> str:
-    """Of the texts that left."""
+    """The share of the texts that left."""
     return f"{_sum(metric, window=window)} / {_sum('de3_exit_layer_count', window=window)}"
 
 
@@ -102,10 +102,10 @@ _SAVED_RANGE = (
     f"sum(increase(de3_stage_latency_seconds_sum{_stage('model')}[$__range]))"
 )
 _ACCURACY = Panel(
-    "Accuracy expected",
+    "Expected accuracy",
     "lines",
     "percentunit",
-    "By the calibration, of the texts that left by a τ it knows; and of full depth.",
+    "Accuracy by the calibration: of texts answered with a τ of the calibration table, and at full depth.",
     (
         Query(_accuracy(), "as answered"),
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
@@ -117,25 +117,35 @@ SPEED_UP = Dashboard(
     "de3-speed-up",
     "Speed-up",
     (
-        _stat("Speed-up in layers", "suffix:×", _layers("[$__range]"), "All layers / layers run."),
+        _stat(
+            "Speed-up in layers",
+            "suffix:×",
+            _layers("[$__range]"),
+            "All layers / layers run, over the time range.",
+        ),
         _stat(
             "Speed-up in model time",
             "suffix:×",
             _speedup("model", "[$__range]"),
-            "Time that every layer would have taken, by estimate, / time in the model.",
+            "Estimated time through every layer / time in the model.",
         ),
-        _stat("Model time saved", "s", _SAVED_RANGE, "Of one core: time at full depth less time spent."),
         _stat(
-            "Accuracy expected",
+            "Model time saved",
+            "s",
+            _SAVED_RANGE,
+            "Seconds of one core: estimated time at full depth minus time spent.",
+        ),
+        _stat(
+            "Expected accuracy",
             "percentunit",
             _accuracy("[$__range]"),
-            "By the calibration, of the texts that left by a τ it knows.",
+            "By the calibration, of texts answered with a τ of the calibration table.",
         ),
         Panel(
             "Speed-up over full depth",
             "lines",
             "suffix:×",
-            "In layers, in model time, and in model time and tokenizing together, as a core feels it.",
+            "In layers, in model time, and in model time plus tokenizing, which is all of the engine's work.",
             (
                 Query(_layers(), "layers"),
                 Query(_speedup("model"), "model time"),
@@ -146,7 +156,7 @@ SPEED_UP = Dashboard(
             "Mean exit layer",
             "lines",
             "none",
-            "Layer 0 is the exit on the embeddings.",
+            "Mean layer at which texts left. Layer 0 is the exit on the embeddings.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_sum', 'model')} / {_sum('de3_exit_layer_count', 'model')}",
@@ -155,10 +165,10 @@ SPEED_UP = Dashboard(
             ),
         ),
         Panel(
-            "Share leaving at each layer",
+            "Exit layers",
             "heatmap",
             "percentunit",
-            "Of the texts, over time.",
+            "Share of the texts that left at each layer.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_bucket', 'le')} / scalar({_sum('de3_exit_layer_count')})",
@@ -167,10 +177,10 @@ SPEED_UP = Dashboard(
             ),
         ),
         Panel(
-            "Why texts leave",
+            "Exit reasons",
             "stack",
             "percentunit",
-            "threshold: sure enough; last_layer: full depth; max_layer and deadline: as the request asked.",
+            "threshold: score below τ; last_layer: full depth; max_layer, deadline: limits of the request.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_count', 'reason')} / scalar({_sum('de3_exit_layer_count')})",
@@ -183,7 +193,7 @@ SPEED_UP = Dashboard(
             "Layers run and saved",
             "stack",
             "ops",
-            "Encoder layers a second.",
+            "Encoder layers per second.",
             (
                 Query(_sum("de3_layers_run_total"), "run"),
                 Query(_sum("de3_layers_saved_total"), "saved"),
@@ -193,7 +203,7 @@ SPEED_UP = Dashboard(
             "Cores saved",
             "lines",
             "none",
-            "Seconds of model time saved each second.",
+            "Seconds of model time saved per second.",
             (Query(_SAVED, "cores"),),
         ),
     ),
@@ -207,44 +217,44 @@ LATENCY = Dashboard(
             "Requests",
             "reqps",
             _sum("de3_requests_total", labels=""),
-            "All of /classify, refused ones too; now.",
+            "Current rate of classification requests, refused ones included.",
         ),
         _stat(
-            "p99",
+            "p99 latency",
             "s",
             f"histogram_quantile(0.99, {_sum('de3_request_latency_seconds_bucket', 'le', '[$__range]')})",
-            "From a request's head to its answer.",
+            "From a request's head to its response or time-out, over the time range.",
         ),
         _stat(
-            "Answered",
+            "Success rate",
             "percentunit",
             _sum("de3_requests_total", window="[$__range]", labels='{status="200"}')
             + " / "
             + _sum("de3_requests_total", window="[$__range]", labels=""),
-            "Share of requests with status 200.",
+            "Share of requests with status 200, over the time range.",
         ),
         _stat(
-            "Engine busy",
+            "Engine utilization",
             "percentunit",
             _sum("de3_stage_latency_seconds_sum", labels=_stage("tokenize|model"))
             + " / sum(de3_engine_threads)",
-            "Share of the engine threads' time with a text in hand; now.",
+            "Share of the engine threads' time spent on texts, currently.",
         ),
         Panel(
-            "Latency of requests",
+            "Request latency",
             "lines",
             "s",
-            "From a request's head to its answer; and the objective, if there is one (--slo-p99-ms).",
+            "From a request's head to its response or time-out; and the objective, if set (--slo-p99-ms).",
             (
                 *_quantiles("de3_request_latency_seconds"),
                 Query("max(de3_latency_objective_seconds)", "objective"),
             ),
         ),
         Panel(
-            "Where a text's time goes",
+            "Time per stage",
             "stack",
             "s",
-            "Mean time in each stage.",
+            "Mean time of a text in each stage.",
             (
                 Query(
                     f"{_sum('de3_stage_latency_seconds_sum', 'stage')} / "
@@ -256,40 +266,40 @@ LATENCY = Dashboard(
         *(
             Panel(title, "lines", "s", what, _quantiles("de3_stage_latency_seconds", _stage(stage)), width=8)
             for stage, title, what in (
-                ("queue", "Waiting", "Of one text, for an engine thread."),
-                ("tokenize", "Tokenizing", "Of one text."),
-                ("model", "In the model", "Of one text, to the layer where it left."),
+                ("queue", "Queue time", "Time that a text waits for an engine thread."),
+                ("tokenize", "Tokenizing time", "Time to tokenize a text."),
+                ("model", "Model time", "Time of a text in the model, to the layer at which it left."),
             )
         ),
         Panel(
             "Queue",
             "lines",
             "none",
-            "Texts that wait, and requests in flight.",
+            "Texts pending in the queue, and requests in flight.",
             (
-                Query("sum(de3_queue_texts)", "texts waiting"),
+                Query("sum(de3_queue_texts)", "pending texts"),
                 Query("sum(de3_in_flight_requests)", "requests in flight"),
             ),
         ),
         Panel(
-            "Answers by status",
+            "Responses by status",
             "stack",
             "reqps",
-            "499: the client went away.",
+            "499: the client disconnected.",
             (Query(_sum("de3_requests_total", "status", labels=""), "{{status}}"),),
         ),
         Panel(
-            "Not answered, by cause",
+            "Rejected requests by cause",
             "stack",
             "reqps",
-            "docs/grafana.md says what each means.",
+            "Requests that were not answered. docs/grafana.md explains each cause.",
             (Query(_sum("de3_rejected_total", "cause", labels=""), "{{cause}}"),),
         ),
         Panel(
-            "Processor and memory",
+            "CPU and memory",
             "lines",
             "short",
-            "Cores used by the server, and its memory in GB.",
+            "Cores used by the server, and its resident memory in GB.",
             (
                 Query('sum(rate(process_cpu_seconds_total{job="de3"}[$__rate_interval]))', "cores"),
                 Query('sum(process_resident_memory_bytes{job="de3"}) / 1e9', "GB"),
@@ -302,7 +312,7 @@ QUALITY = Dashboard(
     "de3-quality",
     "Quality",
     (
-        _stat("τ in force", "none", f"max(de3_tau{M})", "For requests that name none."),
+        _stat("τ in force", "none", f"max(de3_tau{M})", "τ for requests that name no target of their own."),
         _stat(
             "Drift",
             "none",
@@ -313,43 +323,43 @@ QUALITY = Dashboard(
             "Degraded",
             "percentunit",
             _share("de3_degraded_texts_total", "[$__range]"),
-            "Texts answered with a τ that was raised under load.",
+            "Share of the texts answered with a τ that was raised under load.",
         ),
         _stat(
-            "Far from home",
+            "Out of distribution",
             "percentunit",
             _share("de3_far_texts_total", "[$__range]"),
-            "Texts far from every prototype, with --ood-policy flag or deepen.",
+            "Share of the texts far from every prototype at an exit; needs --ood-policy flag or deepen.",
         ),
         Panel(
-            "Entropy where texts left",
+            "Entropy at exit",
             "lines",
             "none",
-            "0: sure. Of the classifier of the exit.",
+            "Normalized entropy at the exit where a text left. 0: certain; 1: uniform.",
             _quantiles("de3_exit_entropy"),
             most=1,
         ),
         Panel(
-            "Distance ratio where texts left",
+            "Distance ratio at exit",
             "lines",
             "none",
-            "0: the nearest prototype is of the class that the classifier ranks first; above ½: it is not.",
+            "Below ½: nearer to the prototype of the predicted class than to the second's; above ½: farther.",
             _quantiles("de3_exit_distance_ratio"),
             most=1,
         ),
         Panel(
-            "Drift",
+            "Drift (PSI)",
             "lines",
             "none",
-            "Population stability index of the last 500 texts at the first exit against calibration.",
+            "Population stability index: the last 500 texts at the first exit against the calibration.",
             (Query('max by (signal) (de3_drift{model=~"$model", statistic="psi"})', "{{signal}}"),),
             limit=DRIFTED,
         ),
         Panel(
-            "Drift, by distribution",
+            "Drift (KS)",
             "lines",
             "none",
-            "Kolmogorov–Smirnov statistic: the largest gap between both distributions.",
+            "Kolmogorov–Smirnov statistic: the largest gap between the two distributions.",
             (Query('max by (signal) (de3_drift{model=~"$model", statistic="ks"})', "{{signal}}"),),
             most=1,
         ),
@@ -357,17 +367,17 @@ QUALITY = Dashboard(
             "τ in force",
             "lines",
             "none",
-            "Raised under load, where the server has a latency objective.",
+            "τ for requests that name no target of their own; raised under load if there is a latency objective.",
             (Query(f"max by (model) (de3_tau{M})", "{{model}}"),),
         ),
         Panel(
-            "Degraded and far",
+            "Degraded and out of distribution",
             "lines",
             "percentunit",
-            "Shares of the texts: answered with a raised τ; far from every prototype.",
+            "Shares of the texts: answered with a τ raised under load; far from every prototype at an exit.",
             (
                 Query(_share("de3_degraded_texts_total"), "degraded"),
-                Query(_share("de3_far_texts_total"), "far"),
+                Query(_share("de3_far_texts_total"), "out of distribution"),
             ),
         ),
         _ACCURACY,
@@ -380,7 +390,7 @@ QUALITY = Dashboard(
         ),
     ),
 )
-# Accuracy belongs beside speed, too.
+# Accuracy is shown beside speed, too.
 SPEED_UP = Dashboard(SPEED_UP.uid, SPEED_UP.title, (*SPEED_UP.panels, _ACCURACY))
 
 DASHBOARDS = (SPEED_UP, LATENCY, QUALITY)

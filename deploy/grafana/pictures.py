@@ -1,4 +1,4 @@
-"""Draw the dashboards from a Prometheus, for docs and reports: python -m deploy.grafana.pictures --help"""
+"""Draw the dashboards from the data of a Prometheus, for the docs: python -m deploy.grafana.pictures --help"""
 
 import re
 from datetime import UTC, datetime
@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel, Query
 
 COLUMNS, ROW_INCHES, WIDTH_INCHES = 24, 0.36, 15.0
-POINTS = 200  # in time
+POINTS = 200  # in the time range
 
 
 class Series:
-    """One line: name, labels, times and values."""
+    """One series: name, labels, times and values."""
 
     def __init__(self, query: Query, row: dict[str, Any]) -> None:
         self.labels: dict[str, str] = row["metric"]
@@ -31,14 +31,14 @@ class Series:
 
 
 class Source:
-    """A Prometheus, and the time to look at (Unix seconds)."""
+    """A Prometheus, and the time range to query (Unix seconds)."""
 
     def __init__(self, url: str, start: float, end: float) -> None:
         self._url, self.start, self.end = url, start, end
         self._step = max(5, round((end - start) / POINTS))
 
     def _ask(self, path: str, expr: str, **parameters: float) -> list[dict[str, Any]]:
-        # As Grafana fills them in; four scrapes are its least rate interval.
+        # As Grafana substitutes them; its shortest rate interval is four scrapes.
         for name, value in (
             ("$__rate_interval", f"{max(20, 2 * self._step)}s"),
             ("$__range", f"{round(self.end - self.start)}s"),
@@ -53,12 +53,12 @@ class Source:
         return rows
 
     def series(self, query: Query) -> list[Series]:
-        """What a query gives over time."""
+        """The series of a query over the time range."""
         rows = self._ask("query_range", query.expr, start=self.start, end=self.end, step=self._step)
         return [Series(query, row) for row in rows]
 
     def number(self, query: Query) -> float:
-        """What a query gives for the whole time; nan for nothing."""
+        """The result of a query for the whole time range; nan if it is empty."""
         rows = self._ask("query", query.expr, time=self.end)
         return float(rows[0]["value"][1]) if rows else float("nan")
 
@@ -82,7 +82,7 @@ def _stat(axes: Axes, panel: Panel, source: Source) -> None:
 def _heatmap(axes: Axes, panel: Panel, source: Source) -> None:
     rows = sorted(source.series(panel.queries[0]), key=lambda s: float(s.labels["le"]))
     bounds = [s.labels["le"] for s in rows]
-    # Buckets count what is at most their bound: the difference is what lies between two.
+    # Buckets are cumulative: the difference of two is the count between their bounds.
     counts = np.diff(np.array([s.values for s in rows]), axis=0, prepend=0)
     last = max(i for i, c in enumerate(counts) if np.nanmax(c) > 0) + 1
     mesh = axes.pcolormesh(rows[0].times, range(last), counts[:last], cmap="Blues", vmin=0, shading="nearest")
@@ -97,7 +97,7 @@ def _lines(axes: Axes, panel: Panel, source: Source) -> None:
         times = max((s.times for s in found), key=len)
         layers = {s.name: np.zeros(len(times)) for s in found if np.nanmax(s.values) > 0}
         for s in found:
-            if s.name in layers:  # it may have begun later
+            if s.name in layers:  # it may start later than others
                 layers[s.name][np.searchsorted(times, s.times)] = np.nan_to_num(s.values)
         if layers:
             axes.stackplot(times, list(layers.values()), labels=list(layers), alpha=0.7)
@@ -114,7 +114,7 @@ def _lines(axes: Axes, panel: Panel, source: Source) -> None:
 
 
 def draw(board: Dashboard, source: Source) -> Figure:
-    """A dashboard with its panels where Grafana has them."""
+    """A dashboard, with its panels laid out as in Grafana."""
     places, x, y, row_height = [], 0, 0, 0
     for panel in board.panels:
         if x + panel.width > COLUMNS:
@@ -150,7 +150,7 @@ def main(
     ] = None,
     end: Annotated[float | None, typer.Option(help="Unix time. [default: now]")] = None,
 ) -> None:
-    """Draw every dashboard, from the series that Prometheus has, as FOLDER/speed-up.png and so on."""
+    """Draw every dashboard from the data of Prometheus, as FOLDER/speed-up.png and so on."""
     mpl.use("agg")
     last = datetime.now(UTC).timestamp() if end is None else end
     source = Source(prometheus, last - 1800 if start is None else start, last)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Waves of requests to the server at $1, for ever: most by its defaults, some with a τ of their own, some long.
+# Sends waves of requests to the server at $1 without end: most with defaults, some with their own τ, some long.
 set -eu
 texts=$(dirname "$0")/texts.txt
 while :; do

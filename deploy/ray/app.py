@@ -1,8 +1,8 @@
 """The Ray Serve application: serve run deploy.ray.app:build store=/models max_replicas=8
 
-Each replica is one server: the same HTTP routes, engine and models as `de3 serve`. Ray starts them, on as
-many machines as its cluster has, sends each request to one of the less busy, starts a new one for one that
-fails, and adds or removes some by the number of requests that wait and run.
+Each replica is a server with the HTTP routes, engine and models of `de3 serve`. Ray starts the replicas on
+the machines of its cluster, sends each request to one of the less busy, replaces replicas that fail, and
+adds or removes replicas by the number of pending and in-flight requests.
 """
 
 import logging
@@ -20,17 +20,17 @@ from server.settings import Settings
 
 
 class Options(BaseModel):
-    """What `serve run` can be told, as name=value; everything else goes to the server (server/settings.py).
+    """The options of `serve run`, as name=value; all others are settings of the server (server/settings.py).
 
     Attributes:
-        min_replicas, max_replicas: how many replicas there are at least and at most.
-        cores: of a replica, each with an engine thread.
-        target_requests: under way in each replica, on average: with more, Ray adds replicas. If unset, two
-            for each core: they keep the cores busy, more would only wait.
-        upscale_delay_s, downscale_delay_s: how long there must be more or fewer requests than that before
-            replicas are added or removed. A replica takes about 5 s to start, so Ray's own 30 s are long.
-        max_requests: under way in a replica, at most; others wait in Ray's proxy.
-        max_queued: requests that wait in one of Ray's proxies, at most; it answers others with 503.
+        min_replicas, max_replicas: limits of the number of replicas.
+        cores: number of a replica's cores, each with an engine thread.
+        target_requests: mean number of in-flight requests per replica above which Ray adds replicas. Default:
+            two per core, which keep the cores busy; more would only be queued.
+        upscale_delay_s, downscale_delay_s: how long the number must be above or below target_requests before
+            Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is long.
+        max_requests: limit of a replica's in-flight requests; further ones are queued in Ray's proxy.
+        max_queued: limit of the requests queued in one of Ray's proxies; further ones are answered with 503.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -45,14 +45,14 @@ class Options(BaseModel):
     max_queued: int = Field(default=1024, ge=1)
 
 
-# A class that Ray makes in a process of its own, from these settings.
+# Ray creates one instance per replica, in its own process.
 @serve.deployment
 @serve.ingress()
 class De3:
     """One replica."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]  # Ray awaits it
-        """Load and warm up the models: Ray sends requests only after that."""
+        """Load and warm up the models; Ray sends requests only afterwards."""
         logging.basicConfig(level=logging.INFO)
         self.service = Service(Settings(**settings))
         self._frontend = Frontend(self.service, PROTOCOLS)
@@ -61,24 +61,24 @@ class De3:
             raise self.service.failure
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        """The application that Ray serves."""
+        """The ASGI application that Ray serves."""
         return create_app(self._frontend)
 
     def check_health(self) -> None:
-        """Ray asks now and then, and replaces a replica that raises."""
+        """Ray's health check: a replica that raises is replaced."""
         if self.service.failure is not None:
             raise self.service.failure
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
-    """The application, for `serve run`, `build` and `deploy`; raises ValueError for a wrong option."""
+    """The application, for `serve run`, `build` and `deploy`; raises ValueError for an invalid option."""
     options = Options.model_validate(arguments)
     settings: dict[str, Any] = {"threads": options.cores, **(options.model_extra or {})}
     if isinstance(settings.get("models"), str):
         settings["models"] = settings["models"].split()
-    Settings.model_validate(settings)  # here, where whoever typed it sees the error
+    Settings.model_validate(settings)  # validated here, so that the error appears where the option was typed
     settings.setdefault("store", "models")
-    for name in ("store", "api_keys_file", "admin_keys_file"):  # a replica has another working directory
+    for name in ("store", "api_keys_file", "admin_keys_file"):  # replicas have another working directory
         if name in settings:
             settings[name] = str(Path(settings[name]).absolute())
     deployment = De3.options(  # type: ignore[attr-defined]  # the decorator is untyped
@@ -93,7 +93,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },
-        logging_config={"enable_access_log": False},  # it costs as much as a layer; DE3 has one of its own
+        logging_config={"enable_access_log": False},  # costs as much as a layer; DE3 has its own
         health_check_period_s=5,
         graceful_shutdown_timeout_s=40,
     )

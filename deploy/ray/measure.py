@@ -1,4 +1,4 @@
-"""What Ray costs and gives on this machine: python -m deploy.ray.measure --help"""
+"""Measure the overhead and the scaling of Ray on this machine: python -m deploy.ray.measure --help"""
 
 import json
 import os
@@ -20,7 +20,7 @@ from ray import serve
 from ray.cluster_utils import Cluster
 
 from deploy.ray.app import build
-from loadtest.client import Target, load, quantile
+from loadtest.client import Target, quantile, send_traffic
 from loadtest.servers import ours, running
 from loadtest.texts import Sample, read
 
@@ -30,57 +30,57 @@ SCALE_TIMEOUT_S = 240.0
 
 @contextmanager
 def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
-    """A Ray cluster on this machine: so many nodes, each a raylet of its own with so many cores."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would send statistics
-    # Requests of a replica that died are asked again: in Ray's own proxy, and where HAProxy stands before it.
+    """A Ray cluster on this machine; each node is a raylet with the given number of cores."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
+    # Retry the requests of a replica that died, in Ray's own proxy and in HAProxy, if Ray uses it.
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "deploy.ray.repeat:middlewares"
     os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
-    found = Cluster(initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False})
+    ray_cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False}
+    )
     try:
         for _ in range(nodes - 1):
-            found.add_node(num_cpus=cores)
-        ray.init(address=found.address, logging_level="ERROR", log_to_driver=False)
+            ray_cluster.add_node(num_cpus=cores)
+        ray.init(address=ray_cluster.address, logging_level="ERROR", log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        yield found
+        yield ray_cluster
     finally:
         serve.shutdown()
         ray.shutdown()
-        found.shutdown()
+        ray_cluster.shutdown()
 
 
 def deploy(**arguments: Any) -> None:
-    """Deploy, or deploy anew, and wait until it serves."""
+    """Deploy or redeploy the application and wait until it is ready."""
     serve.run(build({k: str(v) for k, v in arguments.items()}), name="de3", route_prefix="/")
 
 
 def replicas() -> dict[int, str]:
-    """Process and node of every replica."""
+    """The node of every replica, by process id."""
 
     @ray.remote(num_cpus=0)  # type: ignore[untyped-decorator]
-    def pids() -> list[int]:
-        found = []
+    def replica_pids() -> list[int]:
+        pids = []
         for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
+            with suppress(OSError):  # the process has ended
                 if path.read_bytes().startswith(b"ray::ServeReplica:de3"):
-                    found.append(int(path.parent.name))
-            except OSError:
-                continue
-        return found
+                    pids.append(int(path.parent.name))
+        return pids
 
-    found = {}
-    for pid in ray.get(pids.remote()):
-        with suppress(OSError):  # it ended meanwhile
-            found[pid] = _node_of(pid)
-    return found
+    nodes = {}
+    for pid in ray.get(replica_pids.remote()):
+        with suppress(OSError):  # the process has ended
+            nodes[pid] = _node_of(pid)
+    return nodes
 
 
 def _node_of(pid: int) -> str:
-    """The raylet that started a worker: its parent process. Raises OSError for one that ended."""
+    """The id of the raylet that started a worker: its parent process. Raises OSError if the worker has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 
 class Clients:
-    """Asks in a loop, each client on connections that it keeps, and counts what comes."""
+    """Clients that send requests in a loop on kept-alive connections, and count the answers."""
 
     def __init__(self, port: int, texts: list[str], count: int = 4) -> None:
         self._port, self._texts = port, texts
@@ -117,56 +117,55 @@ class Clients:
 
 
 def kill_one() -> int:
-    """SIGKILL for one replica; its process."""
+    """SIGKILL one replica; returns its process id."""
     pid = next(iter(replicas()))
     os.kill(pid, signal.SIGKILL)
     return pid
 
 
 def _rate(port: int, samples: list[Sample], seconds: float, connections: int) -> tuple[float, float]:
-    """Answers a second, and p50 in ms."""
-    run = load(Target(f"http://127.0.0.1:{port}"), samples, seconds, connections=connections)
+    """Throughput in answers/s, and p50 in ms."""
+    run = send_traffic(Target(f"http://127.0.0.1:{port}"), samples, seconds, connections=connections)
     return run.rate(), quantile(run.latencies_ms(), 0.5)
 
 
-def _until(count: int, began: float) -> float:
-    """Waits for so many replicas; seconds since then."""
+def _scaled_to(count: int, started: float) -> float:
+    """Wait for this number of replicas; returns the seconds since `started`."""
     while len(replicas()) != count:
-        if time.monotonic() - began > SCALE_TIMEOUT_S:
+        if time.monotonic() - started > SCALE_TIMEOUT_S:
             raise SystemExit(f"{len(replicas())} replicas after {SCALE_TIMEOUT_S:g} s, not {count}")
         time.sleep(0.5)
-    return time.monotonic() - began
+    return time.monotonic() - started
 
 
 def main(
     texts: Annotated[Path, typer.Argument(help="Texts to send, as for de3 loadtest run.")],
-    store: Annotated[Path, typer.Option(help="A model store.")] = Path("models"),
-    model: Annotated[str, typer.Option(help="A model's name.")] = "sst2",
+    store: Annotated[Path, typer.Option(help="The model store.")] = Path("models"),
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "sst2",
     text_column: Annotated[str, typer.Option(help="Column of the texts.")] = "sentence",
-    seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 6.0,
-    rounds: Annotated[int, typer.Option(help="Repetitions; the servers take turns.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.")] = 6.0,
+    rounds: Annotated[int, typer.Option(help="Number of repetitions; the servers take turns.")] = 3,
     port: Annotated[int, typer.Option(help="Port to use.")] = 8800,
 ) -> None:
-    """Measure the proxy's cost and a second replica's gain; kill a replica; change models; use two nodes."""
+    """Measure the proxy's overhead, scaling to two replicas and nodes, a killed replica, and a rolling update."""
     samples = read(texts, text_column, "label", [])
-    rows: dict[str, list[tuple[float, float]]] = {}
+    results: dict[str, list[tuple[float, float]]] = {}
 
-    def note(name: str, at: int) -> None:
+    def measure(name: str, port: int) -> None:
         for connections in (1, 16):
-            rows.setdefault(f"{name}, {connections} connections", []).append(
-                _rate(at, samples, seconds, connections)
-            )
+            result = _rate(port, samples, seconds, connections)
+            results.setdefault(f"{name}, {connections} connections", []).append(result)
 
     with TemporaryDirectory() as folder, cluster(1, 4, port):
         for _ in range(rounds):
             server = ours(store, model, options=["--threads", "1"])
             with running(server, port + 1, Path(folder) / "log"):
-                note("de3 serve, one engine thread", port + 1)
+                measure("de3 serve, one engine thread", port + 1)
             for count in (1, 2):
                 deploy(store=store, models=model, min_replicas=count, max_replicas=count)
-                note(f"Ray, {count} replicas with one thread", port)
-    for name, found in rows.items():
-        rate, p50 = (median(values) for values in zip(*found, strict=True))
+                measure(f"Ray, {count} replicas with one thread", port)
+    for name, rates in results.items():
+        rate, p50 = (median(values) for values in zip(*rates, strict=True))
         print(f"{name}: {rate:.0f} answers/s, p50 {p50:.2f} ms")
     with cluster(2, 1, port):
         deploy(store=store, models=model, min_replicas=2, max_replicas=2)
@@ -183,13 +182,13 @@ def main(
         print(f"a rolling change of settings: {dict(clients.counts)}")
     with cluster(1, 2, port):
         deploy(store=store, models=model, min_replicas=1, max_replicas=2)
-        began = time.monotonic()
+        started = time.monotonic()
         with Clients(port, [s.text for s in samples], count=16) as clients:
-            grown = _until(2, began)
+            scale_up_s = _scaled_to(2, started)
             time.sleep(2)
-        began = time.monotonic()
-        print(f"autoscaling: 2 replicas {grown:.0f} s after 16 clients came: {dict(clients.counts)}")
-        print(f"autoscaling: 1 replica {_until(1, began):.0f} s after they went")
+        started = time.monotonic()
+        print(f"autoscaling: 2 replicas {scale_up_s:.0f} s after 16 clients started: {dict(clients.counts)}")
+        print(f"autoscaling: 1 replica {_scaled_to(1, started):.0f} s after they stopped")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Repeats, in Ray's proxy, a request whose replica died under it: to classify changes nothing.
+"""Retries in Ray's proxy the requests of a replica that died: classification has no side effects.
 
-Set RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares where Ray is started.
+Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
 TRIES = 2
-MAX_BODY_BYTES = 2**20  # larger bodies are not kept, and so not repeated,
-MAX_WAIT_S = 5.0  # nor those that come so slowly
+MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered, and so not retried
+MAX_WAIT_S = 5.0  # nor are those whose body takes longer
 
 
 class Repeat:
-    """ASGI middleware: asks again where the proxy ends without an answer, as it does when a replica dies."""
+    """ASGI middleware that retries when the proxy ends without an answer, as it does if a replica dies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,44 +30,44 @@ class Repeat:
         if scope["type"] != "http" or route_path(scope) not in PROTOCOLS:
             await self._app(scope, receive, send)
             return
-        read, whole = await _read(receive)
-        over = False  # it is answered, or nobody waits for an answer
+        messages, is_complete = await _read(receive)
+        is_done = False  # answered, or the client has hung up
 
         async def reply(message: Message) -> None:
-            nonlocal over
-            over = True
+            nonlocal is_done
+            is_done = True
             await send(message)
 
-        for number in range(TRIES if whole else 1):
-            if number:
-                log.warning("a replica gave no answer: asking again")
-            left = list(read)
+        for attempt in range(TRIES if is_complete else 1):
+            if attempt:
+                log.warning("no answer from a replica: retrying")
+            unread = list(messages)
 
-            async def again(left: list[Message] = left) -> Message:
-                nonlocal over
-                message = left.pop(0) if left else await receive()
-                over = over or message["type"] == "http.disconnect"
+            async def replay(unread: list[Message] = unread) -> Message:
+                nonlocal is_done
+                message = unread.pop(0) if unread else await receive()
+                is_done = is_done or message["type"] == "http.disconnect"
                 return message
 
-            await self._app(dict(scope), again, reply)
-            if over:
+            await self._app(dict(scope), replay, reply)
+            if is_done:
                 return
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
-    """A request's messages up to the end of its body, or to the most that is kept; whether that is all."""
-    read, size = [], 0
+    """A request's messages up to the end of its body or the buffer limit, and whether they are complete."""
+    messages, size = [], 0
     with suppress(TimeoutError):
         async with asyncio.timeout(MAX_WAIT_S):
             while size <= MAX_BODY_BYTES:
                 message = await receive()
-                read.append(message)
+                messages.append(message)
                 size += len(message.get("body", b""))
                 if not message.get("more_body", False):
-                    return read, message["type"] == "http.request"
-    return read, False
+                    return messages, message["type"] == "http.request"
+    return messages, False
 
 
 def middlewares() -> list[Middleware]:
-    """What Ray's proxy is to use."""
+    """The middlewares for Ray's proxy."""
     return [Middleware(Repeat)]

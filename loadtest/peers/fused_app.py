@@ -1,9 +1,9 @@
 # /// script
 # dependencies = ["fastapi", "uvicorn[standard]", "onnxruntime>=1.20", "orjson", "tokenizers", "numpy"]
 # ///
-"""Peer: the full-depth ONNX graph behind lean FastAPI, one unpadded sample a call, one thread each.
+"""Peer: the full-depth ONNX graph behind a minimal FastAPI app, one unpadded sample per call and thread.
 
-The strongest plain server we know: `de3 export --full-depth` makes its graph, as fused as the segments are.
+The fastest plain server we know. `de3 export --full-depth` makes its graph, with the segments' fused operators.
 Run by: fused_app.py FOLDER --port PORT [--threads N] [--default-session]
 """
 
@@ -44,9 +44,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=8100)
-    # Twice the cores: the best of those tried; while one waits for Python's lock, another computes.
+    # Twice the cores, the best of the tested values: while one thread waits for the GIL, another computes.
     parser.add_argument("--threads", type=int, default=2 * len(os.sched_getaffinity(0)))
-    parser.add_argument("--default-session", action="store_true", help="ONNX Runtime's own settings")
+    parser.add_argument("--default-session", action="store_true", help="use ONNX Runtime's default settings")
     args = parser.parse_args()
     app = create(Graph(args.folder, args.default_session), args.threads)
     uvicorn.run(app, port=args.port, access_log=False, log_level="warning")

@@ -18,6 +18,6 @@ if __name__ == "__main__":
     parser.add_argument("--engine", default="torch")
     args = parser.parse_args()
     command = str(Path(sys.executable).parent / "infinity_emb")
-    served = ["--model-id", args.folder, "--served-model-name", "peer", "--port", args.port]
-    how = ["--engine", args.engine, "--device", "cpu", "--no-bettertransformer", "--no-model-warmup"]
-    os.execv(command, [command, "v2", *served, *how])
+    model = ["--model-id", args.folder, "--served-model-name", "peer", "--port", args.port]
+    engine = ["--engine", args.engine, "--device", "cpu", "--no-bettertransformer", "--no-model-warmup"]
+    os.execv(command, [command, "v2", *model, *engine])

@@ -1,7 +1,7 @@
 # /// script
 # dependencies = ["transformers>=4.44", "torch>=2.4", "fastapi", "uvicorn[standard]"]
 # ///
-"""Peer: what people write first: a transformers pipeline in a FastAPI function.
+"""Peer: the most common setup, a transformers pipeline in a FastAPI function.
 
 FOLDER holds a stock sequence classification model. Run by: transformers_app.py FOLDER --port PORT
 """

@@ -1,4 +1,4 @@
-"""Do promises of a largest disagreement hold, and what do they cost? Calibration repeated by resampling."""
+"""Do the guarantees on disagreement hold, and what do they cost? Calibration repeated by resampling."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +21,13 @@ def promise(
     taus: Sequence[float] = calibration.FINE_TAUS,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """For each wish: how often its promise is broken, and its speed against an oracle's.
+    """For each wish (a max_disagreement): how often it is violated, and the speed-up against an oracle's.
 
-    The population stands for the world: its rates are the true ones. Each trial draws `size` samples of it
-    with replacement, certifies with them, takes the largest τ whose bound keeps the wish, and looks up the
-    true rate. The oracle takes the fastest τ whose true rate keeps the wish.
+    The rates of the population are the true rates. Each trial draws `size` samples with replacement,
+    certifies on them, takes the largest τ whose bound is within the wish, and looks up its true rate. The
+    oracle takes the fastest τ whose true rate is within the wish.
 
-    start_layers: what tokens, embeddings and their exit cost, in layers; for the speed by time.
+    start_layers: the cost of tokenization, embeddings and their exit, in layers, for the speed-up by time.
     """
     labels, rows = population.logits.argmax(-1), np.arange(len(population.labels))
     scores, taus = signal_of(lam).scores(population), sorted(t for t in taus if t > 0)
@@ -42,16 +42,16 @@ def promise(
     generator = np.random.default_rng(seed)
     chosen = np.zeros((trials, len(wishes)), int)
     for trial in range(trials):
-        times = np.bincount(generator.integers(len(rows), size=size), minlength=len(rows))
-        errors = [round(float(x)) for x in times @ differs]
+        counts = np.bincount(generator.integers(len(rows), size=size), minlength=len(rows))
+        errors = [round(float(count)) for count in counts @ differs]
         bounds = guarantee.sequence_bounds(errors, size)
         chosen[trial] = np.searchsorted(bounds, wishes, side="right")  # bounds ascend
-    found = []
+    rows_by_wish = []
     for wish, picks in zip(wishes, chosen.T, strict=True):
         oracle = float(depths[truths <= wish].min())
         layers = depths[picks]
         share = np.divide(oracle, layers, out=np.ones_like(layers), where=layers > 0)
-        found.append(
+        rows_by_wish.append(
             {
                 "wish": wish,
                 "broken": float((truths[picks] > wish).mean()),
@@ -60,12 +60,12 @@ def promise(
                 "of_oracle_time": float(((oracle + start_layers) / (layers + start_layers)).mean()),
             }
         )
-    return found
+    return rows_by_wish
 
 
 def table(rows: list[dict[str, float]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows to print."""
-    columns = ["wish", "broken", "speed-up", "of the oracle's: layers", "model time"]
+    """The columns and rows of a table."""
+    columns = ["max. disagreement", "violated", "speed-up", "of the oracle's: layers", "model time"]
     return columns, [
         [
             f"{100 * r['wish']:g}%",

@@ -1,4 +1,4 @@
-"""Texts of a file, run through every exit of a model."""
+"""Record every exit of a model for the texts of a file."""
 
 from pathlib import Path
 
@@ -15,25 +15,25 @@ NO_LABEL = -1
 
 
 def recorded(model: Model, path: Path, columns: tuple[str, str], label_names: list[str]) -> Recorded:
-    """Every exit of every text; the label is NO_LABEL where the file has none that the model knows.
+    """Every exit of every text; the label is NO_LABEL if the file has none or the model does not know it.
 
-    columns: of text and label. label_names: those of labels that are numbers.
+    columns: those of the text and the label. label_names: names of numeric labels.
     """
-    known = {name: i for i, name in enumerate(model.manifest.labels)}
+    index = {name: i for i, name in enumerate(model.manifest.labels)}
     examples = [
-        Example(sample.text, known.get(sample.label or "", NO_LABEL))
+        Example(sample.text, index.get(sample.label or "", NO_LABEL))
         for sample in read(path, *columns, label_names)
     ]
     return record(model, examples, path.name)
 
 
-def nearest(found: Recorded) -> NDArray[np.float64]:
+def nearest(texts: Recorded) -> NDArray[np.float64]:
     """Distance to the nearest prototype, (n, exits); NaN at exits without prototypes."""
-    return np.asarray(found.distances.min(-1), np.float64)
+    return np.asarray(texts.distances.min(-1), np.float64)
 
 
 def joined(parts: list[Recorded]) -> Recorded:
-    """All samples of several recordings of one model."""
+    """The samples of several recordings of the same model."""
     return Recorded(
         parts[0].exit_layers,
         np.concatenate([p.logits for p in parts]),

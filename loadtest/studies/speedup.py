@@ -1,21 +1,19 @@
-"""How right is the speed-up in model time that the server shows? Against the same texts at full depth."""
+"""Check the speed-up in model time that the server reports against the same texts at full depth."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from urllib.request import urlopen
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from loadtest.client import Target, load
+from loadtest.client import send_traffic
+from loadtest.metrics import Metrics
 from loadtest.servers import ours, running
 from loadtest.texts import Sample
 
 
 @dataclass(frozen=True)
 class Row:
-    """One rate in one round: what the server says, and what it was; both full depth / default τ."""
+    """One rate in one round: the reported (said) and the measured (was) speed-up, full depth / default τ."""
 
     rate: float
     said: float
@@ -32,12 +30,12 @@ def speedup(
     port: int,
     on_row: Callable[[Row], None] = lambda _: None,
 ) -> list[Row]:
-    """Run the default τ and τ = 0 in turn, each in a server of its own, at every rate (requests a second)."""
+    """Measure the default τ and τ = 0 in turn, each on its own server, at every rate (requests/s)."""
     rows = []
     for _ in range(rounds):
         early, full = (_run(store, model, o, samples, rates, seconds, port) for o in ([], ["--tau", "0"]))
-        for rate, (mean, said), (mean_full, _) in zip(rates, early, full, strict=True):
-            rows.append(Row(rate, said / mean, mean_full / mean))
+        for rate, (early_s, reported_s), (full_s, _) in zip(rates, early, full, strict=True):
+            rows.append(Row(rate, reported_s / early_s, full_s / early_s))
             on_row(rows[-1])
     return rows
 
@@ -51,28 +49,26 @@ def _run(
     seconds: float,
     port: int,
 ) -> list[tuple[float, float]]:
-    """For each rate: mean model time of a text, and what the server says of full depth, s."""
-    found = []
+    """For each rate: mean model time of a text, and the server's estimate of it at full depth, s."""
+    times = []
     with (
         TemporaryDirectory() as folder,
         running(ours(store, model, options=options), port, Path(folder) / "log") as server,
     ):
         for rate in rates:
-            before = _totals(server.target)
-            load(server.target, samples, seconds, rate=rate)
-            texts, spent, full = (b - a for a, b in zip(before, _totals(server.target), strict=True))
-            found.append((spent / texts, full / texts))
-    return found
+            before = _totals(server.target.url)
+            send_traffic(server.target, samples, seconds, rate=rate)
+            after = _totals(server.target.url)
+            texts, model_s, full_s = (b - a for a, b in zip(before, after, strict=True))
+            times.append((model_s / texts, full_s / texts))
+    return times
 
 
-def _totals(target: Target) -> tuple[float, float, float]:
-    """Texts so far, their model time, and what that would have been at full depth, s."""
-    with urlopen(target.url + "/metrics", timeout=10) as answer:
-        families = list(text_string_to_metric_families(answer.read().decode()))
-    found = [sample for family in families for sample in family.samples]
-
-    def total(name: str) -> float:
-        return sum(s.value for s in found if s.name == name and s.labels.get("stage", "model") == "model")
-
-    stage = "de3_stage_latency_seconds"
-    return total(f"{stage}_count"), total(f"{stage}_sum"), total("de3_full_depth_seconds_total")
+def _totals(url: str) -> tuple[float, float, float]:
+    """Totals so far: texts, their model time, and its estimate at full depth, s."""
+    metrics, stage = Metrics(url), "de3_stage_latency_seconds"
+    return (
+        metrics.total(f"{stage}_count", stage="model"),
+        metrics.total(f"{stage}_sum", stage="model"),
+        metrics.total("de3_full_depth_seconds_total"),
+    )

@@ -55,7 +55,7 @@ class Deadlines:
         )
         with self._lock:
             needed = self._needed(new, now)
-            if needed and not job.request.wish.best_effort:
+            if needed and not job.request.options.best_effort:
                 return needed
             if needed:
                 last = max((p.deadline for p in self._promises.values()), default=0.0)

@@ -66,7 +66,8 @@ class WorkQueue:
         self._shadows: deque[Item] = deque()
         self._order = count()  # items that are due at the same time go first come, first served
         self._pending = 0  # items of jobs that are not dropped
-        self._stored = 0  # these, and those of dropped jobs that are still in a heap
+        self._pending_promised = 0  # those whose deadline is promised
+        self._stored = 0  # the pending ones, and those of dropped jobs that are still in a heap
         self._closed = False
         self._changed = Condition()
 
@@ -228,9 +229,10 @@ class WorkQueue:
         item = heappop(heap)[2]
         # A client that is served before its turn, for a promised deadline, sets the clock only if nothing else
         # is pending.
-        if not item.job.is_promised or self._stored == len(self._promised) + 1:
+        if self._pending == self._pending_promised or not item.job.is_promised:
             self._floor = max(self._floor, self._client(item.job.client).spent)
         if item.job.is_promised:
+            self._pending_promised -= 1
             item.job.promised_s -= item.predicted_s
             self._client(item.job.client).promised -= item.predicted_s
         item.job.pending -= 1
@@ -251,6 +253,7 @@ class WorkQueue:
         self._note(item.job.client)
         if item.job.is_promised:
             heappush(self._promised, entry)
+            self._pending_promised += 1
             item.job.promised_s += item.predicted_s
             client.promised += item.predicted_s
         else:
@@ -281,6 +284,8 @@ class WorkQueue:
 
     def _forget(self, job: Job) -> None:
         self._pending -= job.pending
+        if job.is_promised:
+            self._pending_promised -= job.pending
         job.pending = 0
         if job.promised_s:
             self._client(job.client).promised -= job.promised_s

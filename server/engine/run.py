@@ -5,7 +5,7 @@ from time import perf_counter
 
 from exits.reading import read
 from exits.rule import ExitReason
-from model_store.segments import Passage
+from model_store.segments import ForwardPass
 from server.engine.queue import WorkQueue
 from server.engine.work import Item, Outcome
 from server.errors import RequestError
@@ -137,7 +137,7 @@ def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tup
     model, monitor = served.model, items[0].job.monitor
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
     results: list[tuple[Item, Result | None]] = []
-    passes: list[tuple[Item, Passage]] = []
+    passes: list[tuple[Item, ForwardPass]] = []
     seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
         job, rule = item.job, item.job.choice.rule
@@ -156,7 +156,7 @@ def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tup
             continue
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
         passes.append(
-            (item, Passage(tokens, rule.tau, rule.signal.lam, deepest, item.asks_all_exits, caution))
+            (item, ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution))
         )
     for item in items:  # those that fail or are requeued have cost it, too
         item.tokenize_s = (perf_counter() - started) / len(items)
@@ -169,12 +169,12 @@ def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tup
     return results
 
 
-def _group_outcome(item: Item, passed: Passage) -> Outcome:
+def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:
     """The outcome of a pass through the kernels, which decided where it left."""
     manifest = item.job.model.manifest
-    asked = [passed.layer]
+    asked = [passed.exit_layer]
     if item.asks_all_exits:
-        asked = [m for m in manifest.exit_layers if m <= passed.layer]
+        asked = [m for m in manifest.exit_layers if m <= passed.exit_layer]
     for layer in asked:
         distances = passed.distances[layer].tolist() if layer in manifest.prototype_layers else None
         item.record(layer, read(passed.logits[layer].tolist(), distances))

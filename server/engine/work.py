@@ -15,7 +15,7 @@ from model_store.tokenizer import PIECE, Tokenization
 from server.engine.timing import Timing
 from server.ood import OodMonitor
 from server.rules import Choice, Rules
-from server.settings import Wish
+from server.settings import ExitOptions
 
 # A group shares one call to the kernels, which saves thread switches and trips to memory, but cannot be
 # preempted.
@@ -52,7 +52,7 @@ class Request:
     """
 
     texts: Sequence[Text]
-    wish: Wish = field(default_factory=Wish)
+    options: ExitOptions = field(default_factory=ExitOptions)
     model: str | None = None
     truncate: bool = True
     explain: bool = False

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: API keys and rate limits."""
+"""API keys and rate limits."""
 
 import hashlib
 import hmac
@@ -21,17 +21,19 @@ MAX_KEYS = 256  # each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # What counts as one text for the rate limit, beside a text itself.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-# What tells nothing of users or texts.
-_OPEN = re.compile(r"/(|health|ready|metrics|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)")
+# Paths that reveal nothing of users or texts.
+_OPEN = re.compile(
+    r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
+)
 _COMMENT = re.compile(r"(^|\s)#.*")
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Keys:
-    """API keys by the name of who has them, kept as SHA-256 digests.
+    """API keys by the name of their owner, kept as SHA-256 digests.
 
-    Every digest is compared, each in constant time, so that the time taken tells nothing of a key.
+    Every digest is compared, each in constant time, so that the time reveals nothing of a key.
     """
 
     def __init__(self, digests: dict[str, bytes]) -> None:
@@ -80,7 +82,7 @@ class Keys:
         return not set(self._digests.values()).isdisjoint(others._digests.values())
 
     def owner(self, scope: Scope) -> str:
-        """The name of who sent `Authorization: Bearer KEY`; raises RequestError."""
+        """The owner of the key in `Authorization: Bearer KEY`; raises RequestError."""
         for header, value in scope["headers"]:
             if header == b"authorization":
                 scheme, _, key = value.partition(b" ")
@@ -98,7 +100,7 @@ class Keys:
 
 
 class Access:
-    """Who may ask what. Without keys everybody may classify, and nobody change the models."""
+    """Authorization. Without keys every client may classify, and none may change the models."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError for keys or a rate that cannot be used."""
@@ -111,11 +113,11 @@ class Access:
             raise ValueError("rate_limit: is for each API key, and there are none; give api_keys_file")
 
     def user(self, scope: Scope) -> str:
-        """The name of who asks to classify; empty where no key is needed. Raises RequestError."""
+        """The owner of a classification request's key; empty where none is needed. Raises RequestError."""
         return "" if self.users is None else self.users.owner(scope)
 
-    def _looks(self, scope: Scope) -> None:
-        """Let users and admins look; raises RequestError."""
+    def _check_reader(self, scope: Scope) -> None:
+        """Users and admins may read; raises RequestError for others."""
         try:
             self.user(scope)
         except RequestError:
@@ -124,19 +126,19 @@ class Access:
             self.admins.owner(scope)
 
     def charge(self, owner: str) -> "Charge":
-        """What a request of this owner costs."""
+        """The charge of a new request of this owner."""
         return Charge(self._limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
-        """Let a request other than to classify go on; whether it is an admin's. Raises RequestError.
+        """Authorize a request other than to classify; whether it is an admin's. Raises RequestError.
 
         Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
-        change anything, a user's to look. So no route is open by mistake, whatever strange path leads to it.
+        change anything, a user's to read. So no route is open by mistake, whatever path leads to it.
         """
         if _OPEN.fullmatch(path):
             return False
         if self.admins is None or scope["method"] in ("GET", "HEAD", "OPTIONS"):
-            self._looks(scope)
+            self._check_reader(scope)
             return False
         try:
             self.admins.owner(scope)
@@ -166,30 +168,30 @@ def _digest(key: bytes) -> bytes:
 
 
 class Charge:
-    """What a request costs its key, in texts; it rises as more becomes known of the request."""
+    """What a request counts against its key's rate limit, in texts; raised as more of the request is known."""
 
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
         self._limit, self._owner, self._texts = limit, owner, 0
 
     def raise_to(self, texts: int) -> None:
-        """Make it cost so many texts in all; raises RequestError where that is over the limit."""
+        """Make it count as so many texts in all; raises RequestError if that is over the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.check(texts)
             self._limit.take(self._owner, texts - self._texts)
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """The same for work that is done: over the limit it costs what is left of it."""
+        """The same for work that was done: beyond the limit it uses up what is left."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
 
 
 class RateLimit:
-    """So many texts a second, minute, hour or day for each key, over a sliding window.
+    """A number of texts per second, minute, hour or day for each key, over a sliding window.
 
-    A request costs as many as it has texts, or as it has started 4 KiB of body, or its texts have started 128
-    tokens, whichever is most.
+    A request counts as its number of texts, of started 4 KiB of body, or of started 128 tokens of its texts,
+    whichever is the most.
     """
 
     def __init__(self, rate: str) -> None:
@@ -213,7 +215,7 @@ class RateLimit:
             )
 
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner as far as the limit allows."""
+        """Count texts of an owner, as far as the limit allows."""
         left = self._limiter.get_window_stats(self._rate, owner).remaining
         if cost := min(texts, left):
             self._limiter.hit(self._rate, owner, cost=cost)

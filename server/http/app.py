@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any
 
 import orjson
@@ -17,18 +18,24 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from de3 import __version__
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
 from server.errors import RequestError
-from server.http import admin, errors, examples
+from server.http import admin, errors, examples, hugging_face, open_inference, tei
 from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
 from server.http.frontend import Frontend, route_path
 from server.http.protocol import Protocol
 
-PROTOCOLS: dict[str, Protocol] = {"/classify": CLASSIFY, "/v1/classify": CLASSIFY}
+PROTOCOLS: dict[str, Protocol] = {
+    "/classify": CLASSIFY,
+    "/v1/classify": CLASSIFY,
+    "/": hugging_face.TEXT_CLASSIFICATION,
+    "/predict": tei.PREDICT,
+    "/v2/models/{model}/infer": open_inference.INFER,
+    "/v2/models/{model}/versions/{version}/infer": open_inference.INFER,
+}
 READ_METHODS = ("GET", "HEAD", "OPTIONS")
 # The documentation has a script and styles in its page, and loads nothing from elsewhere.
 SECURITY_HEADERS = [
@@ -57,11 +64,11 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             service.metrics.rejected.labels("other_origin").inc()
             await errors.response(OTHER_ORIGIN, request_id(scope))(scope, receive, send)
-        elif frontend.is_classify(scope):
+        elif (match := frontend.protocol(scope)) is not None:
             if frontend.sheds(scope):
                 await frontend.shed(scope, receive, send)
             else:
-                await answer(scope, receive, send, frontend, frontend.protocols[route_path(scope)])
+                await answer(scope, receive, send, frontend, *match)
         else:
             send = _with_headers(send, scope)
             try:
@@ -141,7 +148,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
     app = FastAPIOffline(
         title="DE3",
-        version=__version__,
+        version=version("de3"),
         summary="Text classification that exits early",
         description=examples.DESCRIPTION,
         redoc_url=None,
@@ -189,6 +196,8 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
             kept = calibrations[full_name] = (manifest, orjson.dumps(body))
         return Response(kept[1], media_type="application/json")
 
+    open_inference.add_routes(app, service, dependencies=users)
+    tei.add_routes(app, service, dependencies=users)
     if frontend.access.admins is not None:
         admin.add_routes(app, service.manager, bearer)
 

@@ -22,17 +22,17 @@ class AsgiRequest:
     def __init__(self, connection: "Connection", scope: Scope, body: bytes | RequestError) -> None:
         self._connection, self._scope = connection, scope
         self._body: bytes | RequestError | None = body
-        self._start: Message | None = None  # of an answer, until its body begins
+        self._start: Message | None = None  # of the response, until its body begins
         self._chunked = False
         self._is_head = scope["method"] == "HEAD"
         self._over = False
         self._waiter: asyncio.Future[None] | None = None
 
     async def run(self, app: ASGIApp) -> None:
-        """Let the application answer."""
+        """Run the application."""
         try:
             await app(self._scope, self.receive, self.send)
-        except Exception:  # the framework raises it again after it answered 500
+        except Exception:  # the framework raises it again after its response of 500
             log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
         finally:
             if not self._over:
@@ -40,8 +40,8 @@ class AsgiRequest:
                 self._connection.broken()
 
     async def receive(self) -> Message:
-        """The whole body; then, once it is over, that it is. Raises RequestError where the body could not be
-        read."""
+        """The complete body; after that, waits for the end and reports the disconnect. Raises RequestError where
+        the body could not be read."""
         body, self._body = self._body, None
         if isinstance(body, RequestError):
             raise body
@@ -53,12 +53,12 @@ class AsgiRequest:
         return {"type": "http.disconnect"}
 
     def end(self) -> None:
-        """It is over, or its client is gone."""
+        """The exchange is over, or the client is gone."""
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def send(self, message: Message) -> None:
-        """Write an answer's head or a part of its body; waits while the client does not read."""
+        """Write the response's head or a part of its body; waits while the client does not read."""
         connection = self._connection
         if message["type"] == "http.response.start":
             self._start = message
@@ -77,7 +77,7 @@ class AsgiRequest:
         else:
             self._over = True
             self.end()
-            connection.answered()
+            connection.responded()
 
     def _write_head(self, start: Message, body: bytes, more: bool) -> None:
         headers = list(start.get("headers", ()))

@@ -1,38 +1,17 @@
 """The protocol of /classify, a superset of vLLM's and SGLang's: request and response as JSON."""
 
-import gc
 import time
-from dataclasses import fields
 from itertools import islice
 from typing import Annotated, Any
 
 import orjson
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WithJsonSchema,
-    model_validator,
-)
-from pydantic_core import from_json
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from exits.reading import Reading
-from exits.signals import MAX_LAM
 from server.engine.work import Item, Job, Request, Text
-from server.errors import RequestError
-from server.http.protocol import LARGE_BODY_BYTES, Protocol
-from server.settings import MAX_BUDGET_MS, Wish
-
-MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
-ALLOWED = {
-    "tau": " (allowed: 0 to 1)",
-    "lambda": f" (allowed: 0 to {MAX_LAM:g})",
-    "target_speedup": " (allowed: 1 or more)",
-    "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
-    "max_disagreement": " (allowed: 0 to 1)",
-}
+from server.http import hugging_face
+from server.http.fields import OptionFields, check_count, check_fields, load_json
+from server.http.protocol import Call, Protocol
 
 
 def _texts(value: Any) -> list[Text]:
@@ -80,41 +59,14 @@ _ONE = [
 _INPUT_SCHEMA = {"anyOf": [*_ONE, {"type": "array", "minItems": 1, "items": {"anyOf": _ONE}}]}
 
 
-class ClassifyRequest(BaseModel):
+class ClassifyRequest(OptionFields):
     """A request to classify one or more texts."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str | None = Field(
         None, description="name (its current version, or a canary) or name:version; default: the first served"
     )
     input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
         description="a text, a pair, or a list of them"
-    )
-    tau: float | None = Field(
-        None, ge=0, le=1, description="leave at the first exit with EDR < tau; 0: never early"
-    )
-    lam: float | None = Field(
-        None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"
-    )
-    max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
-    target_speedup: float | None = Field(
-        None, ge=1, description="instead of tau: the mean speed-up over full depth, by the calibration"
-    )
-    latency_budget_ms: float | None = Field(
-        None,
-        gt=0,
-        le=MAX_BUDGET_MS,
-        description="instead of tau: answer within this time, at the deepest exit reached by then",
-    )
-    best_effort: bool = Field(
-        False, description="with a budget that cannot be met: answer at the first exit instead of 503"
-    )
-    max_disagreement: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
     )
     truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
     explain: bool = Field(False, description="report every exit passed")
@@ -123,78 +75,27 @@ class ClassifyRequest(BaseModel):
     rid: Any = Field(None, description="accepted and ignored")
     priority: Any = Field(None, description="accepted and ignored")
 
-    @model_validator(mode="after")
-    def _check_together(self) -> "ClassifyRequest":
-        _ = self.wish
-        return self
 
-    @property
-    def wish(self) -> Wish:
-        """The fields that decide where its texts leave."""
-        return Wish(**{name: getattr(self, name) for name in WISH_FIELDS})
-
-
-WISH_FIELDS = [field.name for field in fields(Wish)]
-KNOWN = [f.alias or name for name, f in ClassifyRequest.model_fields.items()]
 IGNORED = ("user", "rid", "priority")
 
 
-def parse(body: bytes, max_texts: int) -> Request:
-    """The request in a body; raises RequestError for what is not JSON or has a wrong value.
-
-    Cheap checks come first: pydantic's errors for 100,000 unknown fields would take a quarter of a second.
-    """
-    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
-    collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
-    if collects:
-        gc.disable()  # it would traverse 300,000 new lists again and again
-    try:
-        value = from_json(body, cache_strings="none")
-    except ValueError as error:
-        raise RequestError(f"the body is not JSON in UTF-8: {error}", cause="not_json") from None
-    finally:
-        if collects:
-            gc.enable()
+def parse(call: Call) -> Request:
+    """The request in a call; raises RequestError for what is not JSON or has a wrong value."""
+    value = load_json(call.body)
+    if isinstance(value, dict) and "inputs" in value and "input" not in value:
+        return hugging_face.request_of(value, call.max_texts, nests_one=False)
     if isinstance(value, dict):
-        for field in value:
-            if field not in KNOWN:
-                name = field[:100]
-                known = ", ".join(KNOWN)
-                raise RequestError(f"{name}: unknown field; known are {known}", name, "unknown_field")
         for field in IGNORED:
             value.pop(field, None)
-        texts = value.get("input")
-        if isinstance(texts, list) and len(texts) > max_texts:
-            raise RequestError(f"input: {len(texts)} texts, at most {max_texts} are allowed", "input")
-    try:
-        parsed = ClassifyRequest.model_validate(value)
-    except ValidationError as error:
-        raise _explain(error) from None
-    return Request(parsed.input, parsed.wish, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
-
-
-def _explain(error: ValidationError) -> RequestError:
-    """The first problem that pydantic found, with the field's name and what is allowed."""
-    first = error.errors(include_url=False)[0]
-    kind, loc, message = first["type"], first["loc"], first["msg"]
-    if not loc:
-        # From Wish, whose message begins with the field; or the body is not an object.
-        text = str(first["ctx"]["error"]) if kind == "value_error" else ""
-        text = text or 'the body must be a JSON object like {"input": "a text"}'
-        return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
-    field = str(loc[0])[:100]
-    if kind == "missing":
-        return RequestError(f"{field}: is required", field)
-    if kind == "value_error":  # from _texts; it may begin with the place inside the field
-        inner = str(first["ctx"]["error"])
-        return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
-    allowed = ALLOWED.get(field, "")
-    return RequestError(f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)
+        check_count(value.get("input"), "input", call.max_texts)
+    parsed = check_fields(ClassifyRequest, value, '{"input": "a text"}')
+    return Request(parsed.input, parsed.options, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
 
 
 def serialize(request_id: str, job: Job) -> bytes:
     """The response's body for a job that is done: one row for each text, in order."""
+    if isinstance(job.request, hugging_face.TaskRequest):
+        return hugging_face.serialize(request_id, job)
     tokens = job.tokens
     body: dict[str, Any] = {
         "id": f"classify-{request_id}",

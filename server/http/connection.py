@@ -1,13 +1,12 @@
 """HTTP/1.1 for one client, under limits: the protocol that uvicorn runs for each connection.
 
-One request at a time: what a client pipelines waits, unparsed, until the answer before it is written and
-read. The application starts when a request is whole, so that a body that never ends holds a connection and
-nothing else. Every part of a request is limited in raw bytes and in time, and a connection on which a request
-cannot be read to its end is closed once the answer is sent.
+One request at a time: pipelined requests stay unparsed until the response before them is written and read.
+The application starts when a request is complete, so that an unfinished body occupies a connection and
+nothing else. Every part of a request is limited in raw bytes and in time. A connection on which a request
+cannot be read to its end is closed once the response is sent.
 
-httptools (Node's llhttp) parses; it is fed up to the end of a message and no further. A head, and a chunked
-body, end with an empty line, and llhttp takes no other line ends than CR LF, so the place can be found
-beforehand.
+httptools (Node's llhttp) parses. It is fed up to the end of a message and no further: a head, and a chunked
+body, end with an empty line, and llhttp accepts no line ends but CR LF, so the end can be found beforehand.
 """
 
 import asyncio
@@ -36,20 +35,20 @@ MAX_HEADERS = 100
 MAX_FRAMING_BYTES = 64 * 1024
 MIN_CHUNK_BYTES = 64  # on average, after the first MAX_SMALL_CHUNKS
 MAX_SMALL_CHUNKS = 1024
-MAX_AHEAD_BYTES = 16 * 1024  # read while an answer is awaited: more is left to the system's buffers
-MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the answer
+MAX_PIPELINED_BYTES = 16 * 1024  # read before the response is written: more stays in the system's buffers
+MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the response
 SOCKET_BUFFER_BYTES = 2**16
-WRITE_BUFFER_BYTES = 2**14  # of an answer: with more unread, a client counts as one that does not read
-MAX_WAIT_S = 0.001  # of a connection whose turn to read is to come; less is not worth a timer
+WRITE_BUFFER_BYTES = 2**14  # of a response: a client with more unread counts as one that does not read
+MIN_READ_PAUSE_S = 0.001  # a shorter pause is not worth a timer
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 
-# What a connection is doing: waiting for a head, for a body, for the application, or for the client to close.
-HEAD, BODY, ANSWER, LINGER = range(4)
+# What a connection waits for: a head, a body, the application's response, or the client to close.
+HEAD, BODY, RESPONSE, LINGER = range(4)
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
-# An upgrade is not offered: the request is answered as if it had not asked for one.
+# An upgrade is not offered: the header is ignored.
 _UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 _END = b"\r\n\r\n"
 
@@ -57,18 +56,18 @@ _END = b"\r\n\r\n"
 class Connection(asyncio.Protocol):
     """A client's connection.
 
-    It is in a request's scope as `de3.connection`. Whoever answers may set `on_gone`, to be called when the
+    It is in a request's scope as `de3.connection`. The endpoint may set `on_gone`, which is called when the
     client closes the connection: waiting for ASGI's disconnect message would cost a task for each request.
 
     Attributes:
-        state: what it is doing.
-        deadline: until when the client must have sent what is awaited.
-        write_deadline: until when the client must have read.
-        address: of the client.
+        state: what it waits for.
+        deadline: when the client must have sent what is awaited (monotonic seconds).
+        write_deadline: when the client must have read what was written (monotonic seconds).
+        address: the client's.
         opened_at: monotonic seconds.
-        answers: how many requests were answered.
+        responses: how many requests were answered.
         client: whose request it is.
-        held: bytes of its body that count as in flight.
+        body_bytes: bytes of its body that count as in flight.
     """
 
     on_gone: Callable[[], None] | None = None
@@ -87,20 +86,20 @@ class Connection(asyncio.Protocol):
         self._transport: Any = None
         self._parser = HttpRequestParser(self)
         self.state, self.address = HEAD, ""
-        self.opened_at, self.answers = monotonic(), 0
+        self.opened_at, self.responses = monotonic(), 0
         self.deadline, self.write_deadline = self.opened_at + HEAD_TIMEOUT_S, inf
         self._data = b""  # read and not parsed
         self._searched = 0  # of it, without the end of a head
         self._blank = 0  # bytes of empty lines before a head
         self._reading_paused = False
-        self._awaits_turn = False  # to have a pipelined request answered
+        self._awaits_turn = False  # for a pipelined request
         self._keep_alive = False
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set once the client reads again
-        self._closing = False  # after the present answer
+        self._closing = False  # after the current response
         self._gone = False
         self._discarded = 0
-        self.client, self.held = "", 0
+        self.client, self.body_bytes = "", 0
         self._request: AsgiRequest | None = None
 
     # What uvicorn and the event loop call
@@ -121,7 +120,7 @@ class Connection(asyncio.Protocol):
         self._listener.opened(self)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Notify the handler, and let go of everything."""
+        """Tell the endpoint, and release everything."""
         self._gone = True
         self._server_state.connections.discard(self)
         self._listener.closed(self)
@@ -136,20 +135,20 @@ class Connection(asyncio.Protocol):
             self._request.end()
 
     def shutdown(self) -> None:
-        """Close, if there is no request; else after its answer."""
-        if self.state in (BODY, ANSWER):
+        """Close now if there is no request, else after its response."""
+        if self.state in (BODY, RESPONSE):
             self._closing = True
         else:
             self._close()
 
     def pause_writing(self) -> None:
-        """The client does not read: it has so long to begin again."""
+        """The client does not read: start its time-out."""
         self._resumed = asyncio.Event()
         self.write_deadline = monotonic() + WRITE_TIMEOUT_S
         self._listener.paused(self)
 
     def resume_writing(self) -> None:
-        """The client reads."""
+        """The client reads again."""
         if self._resumed is not None:
             self._resumed.set()
             self._resumed = None
@@ -157,10 +156,10 @@ class Connection(asyncio.Protocol):
             self.write_deadline = inf
         self._listener.resumed(self)
         if not self._awaits_turn:
-            self._go_on()
+            self._resume_parsing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came, or keep it until the present request is answered."""
+        """Parse the data, or keep it until the current request is answered."""
         if self.state == LINGER:
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES:
@@ -169,8 +168,8 @@ class Connection(asyncio.Protocol):
         if self.state == HEAD and not self._data and not self._blank:
             self._wait(HEAD, HEAD_TIMEOUT_S)
         self._data = self._data + data if self._data else data
-        if self.state == ANSWER or self._resumed is not None or self._awaits_turn:
-            if len(self._data) > MAX_AHEAD_BYTES:
+        if self.state == RESPONSE or self._resumed is not None or self._awaits_turn:
+            if len(self._data) > MAX_PIPELINED_BYTES:
                 self._pause_reading()
         else:
             self._advance()
@@ -180,8 +179,8 @@ class Connection(asyncio.Protocol):
     def _wait(self, state: int, seconds: float) -> None:
         self.state, self.deadline = state, monotonic() + seconds
 
-    def late(self, now: float) -> None:
-        """End what is late."""
+    def expire(self, now: float) -> None:
+        """End what is past its deadline."""
         if self.write_deadline < now or self.state == LINGER:
             self.abort()
         elif self.state == BODY:
@@ -192,7 +191,7 @@ class Connection(asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Close once what was written is sent; cut off where that takes too long."""
+        """Close once what was written is sent; abort if that takes too long."""
         self.deadline = inf
         self.write_deadline = min(self.write_deadline, monotonic() + WRITE_TIMEOUT_S)
         self._transport.close()
@@ -203,7 +202,7 @@ class Connection(asyncio.Protocol):
         self._transport.abort()
 
     def _linger(self) -> None:
-        """Close, after a client that is still sending had time to see the answer."""
+        """Close, after a client that is still sending had time to see the response."""
         self._release()
         self._data = b""
         self._wait(LINGER, LINGER_S)
@@ -216,7 +215,7 @@ class Connection(asyncio.Protocol):
             self._reading_paused = True
             self._transport.pause_reading()
 
-    def _read_on(self) -> None:
+    def _resume_body(self) -> None:
         if not self._gone and self.state == BODY:
             self._resume_reading()
 
@@ -246,13 +245,13 @@ class Connection(asyncio.Protocol):
             self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
 
     def _take_head(self) -> None:
-        """Parse a head, if it is whole. Raises ValueError or HttpParserError."""
+        """Parse a head, if it is complete. Raises ValueError or HttpParserError."""
         data = self._data
         if data[:1] in (b"\r", b"\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
             left = data.lstrip(b"\r\n")
             self._blank += len(data) - len(left)
             self._data = data = left
-        if data and not 65 <= data[0] <= 90:  # TLS, for example: the client would wait for an answer
+        if data and not 65 <= data[0] <= 90:  # TLS, for example, whose client would wait for a response
             raise ValueError("it does not begin with a method")
         end = data.find(_END, self._searched)
         if self._blank + (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
@@ -267,7 +266,7 @@ class Connection(asyncio.Protocol):
         if b"upgrade:" in head.lower():
             head = _UPGRADE.sub(b"", head)
         self._headers: list[tuple[bytes, bytes]] = []
-        self._url, self._whole, self._length = b"", False, -1
+        self._url, self._is_complete, self._length = b"", False, -1
         self._expects_continue = False
         self._body: list[bytes] = []
         self._size = self._framing = 0
@@ -303,11 +302,11 @@ class Connection(asyncio.Protocol):
             raise ValueError("too many small chunks")
 
     def on_message_complete(self) -> None:
-        """The request is whole."""
-        self._whole = True
+        """The request is complete."""
+        self._is_complete = True
 
     def _begin(self) -> None:
-        """A head is whole: wait for its body, or answer it now. Raises ValueError or HttpParserError."""
+        """A head is complete: wait for its body, or start now. Raises ValueError or HttpParserError."""
         url = parse_url(self._url)
         raw_path = url.path or b"/"  # an absolute URL may have none
         path = raw_path.decode("ascii")
@@ -331,7 +330,7 @@ class Connection(asyncio.Protocol):
             "de3.started": perf_counter(),
         }
         self._scope = scope
-        if self._whole:
+        if self._is_complete:
             self._start(b"")
             return
         refusal: RequestError | None = None
@@ -342,7 +341,7 @@ class Connection(asyncio.Protocol):
             refusal = error
         if self._length > self._listener.max_body_bytes:
             refusal = refusal or self._too_large()
-        # A body that is there already is read in any case: the connection can then be used again.
+        # A body that was received already is read in any case, so that the connection can be reused.
         if (client is None or refusal) and not 0 <= self._length <= len(self._data):
             self._start(refusal or b"")
             return
@@ -352,25 +351,25 @@ class Connection(asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _take_body(self) -> None:
-        """Parse what there is of a body. Raises RequestError, ValueError or HttpParserError."""
+        """Parse what was received of a body. Raises RequestError, ValueError or HttpParserError."""
         data = self._data
         if self._length >= 0:
             left = self._length - self._size
             piece, self._data = data[:left], data[left:]
-            self._hold(len(piece))
+            self._count_body(len(piece))
             self._parser.feed_data(piece)
         else:
             self._take_chunks()
-        if not self._whole and (wait := self._listener.wait_to_read(len(data))) > MAX_WAIT_S:
+        if not self._is_complete and (wait := self._listener.wait_to_read(len(data))) > MIN_READ_PAUSE_S:
             self._pause_reading()
-            self.loop.call_later(wait, self._read_on)
-        if self._whole:
+            self.loop.call_later(wait, self._resume_body)
+        if self._is_complete:
             body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             self._body = []
             self._start(body)
 
     def _take_chunks(self) -> None:
-        while not self._whole:
+        while not self._is_complete:
             end = self._data.find(_END)
             # Without an end in sight, all but what may be the beginning of one.
             to = len(self._data) - len(_END) + 1 if end < 0 else end + len(_END)
@@ -385,13 +384,13 @@ class Connection(asyncio.Protocol):
                 raise ValueError(f"more than {MAX_FRAMING_BYTES} bytes of chunk sizes and trailers")
             if self._size > self._listener.max_body_bytes:
                 raise self._too_large()
-            self._hold(size)
+            self._count_body(size)
 
     def _too_large(self) -> RequestError:
         limit = self._listener.max_body_bytes
         return RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
 
-    def _hold(self, size: int) -> None:
+    def _count_body(self, size: int) -> None:
         """Count bytes of a body as in flight; raises RequestError."""
         if not size:
             return
@@ -402,32 +401,34 @@ class Connection(asyncio.Protocol):
             if error.cause == "over_share" or not self._listener.make_room(self.client):
                 raise
             shares.take(self.client, size)
-        self.held += size
+        self.body_bytes += size
 
-    def give_up_body(self) -> None:
-        """Answer a request whose body is unfinished, for others have no room for theirs."""
+    def refuse_body(self) -> None:
+        """Refuse a request whose body is unfinished, to make room for others."""
         self._release()
-        message = "the server needs the room of your unfinished body for others; send fewer at a time"
+        message = (
+            "the server needs the memory of your unfinished body for other clients; send fewer at a time"
+        )
         self._start(RequestError(message, cause="over_share", retry_after_s=1))
 
     def _release(self) -> None:
-        if self.held:
-            self._listener.gate.bytes_in_flight.give_back(self.client, self.held)
-            self.held = 0
+        if self.body_bytes:
+            self._listener.gate.bytes_in_flight.give_back(self.client, self.body_bytes)
+            self.body_bytes = 0
         self._body = []
 
-    # Answering
+    # Responding
 
     def _start(self, body: bytes | RequestError) -> None:
-        """Let the application answer a request, given its body or why that was not read."""
-        self.state, self.deadline = ANSWER, inf
+        """Start the application on a request, given its body or why that was not read."""
+        self.state, self.deadline = RESPONSE, inf
         request = self._request = AsgiRequest(self, self._scope, body)
         task = self.loop.create_task(request.run(self._listener.app))
         self._server_state.tasks.add(task)
         task.add_done_callback(self._server_state.tasks.discard)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer what is no HTTP, and close."""
+        """Refuse what is not HTTP, and close."""
         self._listener.gate.malformed()
         error = errors.plain_response(status, message)
         self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
@@ -458,14 +459,14 @@ class Connection(asyncio.Protocol):
     @property
     def keeps_alive(self) -> bool:
         """Whether another request may follow."""
-        return self._keep_alive and self._whole and not self._closing
+        return self._keep_alive and self._is_complete and not self._closing
 
-    def answered(self) -> None:
-        """The answer is written: go on to the next request, or close."""
+    def responded(self) -> None:
+        """The response is written: go on to the next request, or close."""
         self._server_state.total_requests += 1
-        self.answers += 1
+        self.responses += 1
         self._request = None
-        if self._gone or self._transport.is_closing():  # aborted meanwhile, for what it did not read
+        if self._gone or self._transport.is_closing():  # aborted meanwhile, as it did not read
             return
         if self.keeps_alive:
             self._release()
@@ -473,26 +474,26 @@ class Connection(asyncio.Protocol):
             if self._data or self._reading_paused:
                 self._awaits_turn, self.deadline = True, inf
                 self.loop.call_later(self._listener.wait_for_pipelined(), self._take_turn)
-        elif self._whole:
+        elif self._is_complete:
             self._release()
             self._close()
         else:
             self._linger()
 
     def broken(self) -> None:
-        """The application failed in the middle of an answer."""
+        """The application failed in the middle of a response."""
         self._request = None
         self.abort()
 
     def _take_turn(self) -> None:
-        """It is this connection's turn to have a pipelined request answered."""
+        """It is this connection's turn for a pipelined request."""
         self._awaits_turn = False
         if self.state == HEAD:
             self._wait(HEAD, HEAD_TIMEOUT_S)
-            self._go_on()
+            self._resume_parsing()
 
-    def _go_on(self) -> None:
-        """Parse what came meanwhile, unless answers must be read first."""
+    def _resume_parsing(self) -> None:
+        """Parse what was received meanwhile, unless the client must read first."""
         if self.state not in (HEAD, BODY) or self._resumed is not None or self._transport.is_closing():
             return
         self._resume_reading()

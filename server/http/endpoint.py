@@ -5,6 +5,7 @@ Plain ASGI: a web framework's routing and request objects would cost as much as 
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from time import perf_counter
 
 from starlette.requests import ClientDisconnect
@@ -16,20 +17,27 @@ from server.http import errors
 from server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
 from server.http.exchange import HEADER, Exchange, request_id
 from server.http.frontend import Frontend
-from server.http.protocol import LARGE_BODY_BYTES, Protocol
+from server.http.protocol import LARGE_BODY_BYTES, Call, Protocol
 from server.infer import infer, timed_out
 
 log = logging.getLogger("de3")
 
 
-async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, protocol: Protocol) -> None:
-    """Answer one request; every outcome is counted."""
+async def answer(
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    frontend: Frontend,
+    protocol: Protocol,
+    path: Mapping[str, str],
+) -> None:
+    """Answer one request; every outcome is counted. path: the values of its parameters."""
     exchange = Exchange(request_id(scope), scope, scope.get("de3.started") or perf_counter())
     service, body, timing = frontend.service, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1
     try:
-        job = await _classify(exchange, receive, frontend, protocol)
+        job = await _classify(exchange, receive, frontend, protocol, path)
         body = protocol.serialize(exchange.id, job)
         timing = _timing(job, exchange.started, perf_counter())
         exchange.status = 200
@@ -65,7 +73,9 @@ def _count(exchange: Exchange, frontend: Frontend) -> None:
         metrics.request_latency.labels(exchange.model).observe(exchange.ended - exchange.started)
 
 
-async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, protocol: Protocol) -> Job:
+async def _classify(
+    exchange: Exchange, receive: Receive, frontend: Frontend, protocol: Protocol, path: Mapping[str, str]
+) -> Job:
     """Read, parse and run a request; raises RequestError or ClientDisconnect."""
     service, scope = frontend.service, exchange.scope
     service.check_open()
@@ -76,11 +86,12 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, pr
     charge = frontend.access.charge(exchange.owner)
     if len(body) > BYTES_PER_TEXT:
         charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
+    call = Call(body, path, scope["headers"], settings.max_texts)
     try:
         if len(body) <= LARGE_BODY_BYTES:
-            request = protocol.parse(body, settings.max_texts)
+            request = protocol.parse(call)
         else:
-            request = await _parse_in_turn(body, client, exchange, frontend, protocol)
+            request = await _parse_in_turn(call, client, exchange, frontend, protocol)
     except RequestError:
         charge.settle(1)
         raise
@@ -101,7 +112,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, pr
 
 
 async def _parse_in_turn(
-    body: bytes, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
+    call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
     """The request in a large body; raises RequestError, or ClientDisconnect if its client leaves meanwhile."""
     settings, connection = frontend.service.settings, exchange.scope.get("de3.connection")
@@ -112,7 +123,7 @@ async def _parse_in_turn(
     left_s = exchange.started + settings.timeout_s - perf_counter()
     try:
         async with asyncio.timeout(left_s), frontend.lane.turn(client):
-            return protocol.parse(body, settings.max_texts)
+            return protocol.parse(call)
     except TimeoutError:
         raise timed_out(settings.timeout_s) from None
     except asyncio.CancelledError:

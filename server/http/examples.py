@@ -8,16 +8,15 @@ from server.http import errors
 from server.http.classify import ClassifyRequest
 
 DESCRIPTION = """
-Every encoder layer has a classifier and class prototypes. A text leaves at the first layer where entropy and
-distance to the prototypes, fused into EDR, fall below **tau**: easy texts leave after a layer or two, hard
-ones go deep.
+Every encoder layer has a classifier and class prototypes. A text exits at the first layer where EDR, which
+fuses the entropy and the distances to the prototypes, is below **tau**. Easy texts exit after a layer or two,
+hard ones go deeper.
 
-- `tau: 0` never leaves early (full depth); a larger `tau` leaves earlier. Without it the model's calibrated
-  default is used.
-- Or say what you need, instead of `tau`: `target_speedup`, `max_disagreement` (with full depth, certified) or
+- `tau: 0` runs every text to full depth; a larger `tau` exits earlier. The default is the model's calibrated tau.
+- Instead of `tau`, give a target: `target_speedup`, `max_disagreement` (with full depth, certified) or
   `latency_budget_ms`.
-- `explain: true` shows what every exit on the way said, and how tau was chosen.
-- `ood: true` scores how unlike the calibration's texts a text is.
+- `explain: true` reports every exit that was passed, and how tau was chosen.
+- `ood: true` scores how far a text is out of the calibration's distribution.
 
 Errors have the shape `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -30,8 +29,8 @@ _REQUESTS = {
     "at most 3 layers": {"input": "not exactly a masterpiece , but it has its moments", "max_layer": 3},
     "three times as fast": {"input": "a warm , funny , engaging film", "target_speedup": 3},
     "within 8 ms": {"input": "a warm , funny , engaging film", "latency_budget_ms": 8},
-    "at most 2% unlike full depth": {"input": "a warm , funny , engaging film", "max_disagreement": 0.02},
-    "far from home?": {"input": "the battery lasts two days", "ood": True},
+    "at most 2% disagreement": {"input": "a warm , funny , engaging film", "max_disagreement": 0.02},
+    "out of distribution?": {"input": "the battery lasts two days", "ood": True},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
 _ANSWER = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
 
 from server.errors import RequestError
@@ -21,7 +22,6 @@ class Frontend:
     """The HTTP side of a service. Connections ask it before they read a body (listener.py: Gate).
 
     Attributes:
-        protocols: by path.
         bytes_in_flight: the shares of the bytes of bodies in flight.
         lane: where large bodies take turns to be parsed.
     """
@@ -29,7 +29,11 @@ class Frontend:
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
         """protocols: by path."""
         settings = service.settings
-        self.service, self.protocols = service, protocols
+        self.service = service
+        self._protocols = {path: protocol for path, protocol in protocols.items() if "{" not in path}
+        self._templates = [
+            (compile_path(path)[0], protocol) for path, protocol in protocols.items() if "{" in path
+        ]
         self.access = Access(settings)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
@@ -47,14 +51,22 @@ class Frontend:
         metrics, status = service.metrics, str(self._shed_response.status_code)
         self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
 
-    def is_classify(self, scope: Scope) -> bool:
-        """Whether a request is to classify."""
-        return scope["method"] == "POST" and route_path(scope) in self.protocols
+    def protocol(self, scope: Scope) -> tuple[Protocol, dict[str, str]] | None:
+        """The protocol of a request to classify, and its path's parameters; None for another request."""
+        if scope["method"] != "POST":
+            return None
+        path = route_path(scope)
+        if (protocol := self._protocols.get(path)) is not None:
+            return protocol, {}
+        for pattern, protocol in self._templates:
+            if (match := pattern.match(path)) is not None:
+                return protocol, match.groupdict()
+        return None
 
     def admit(self, scope: Scope) -> str | None:
         """The client whose request this is; None if no body is needed to answer it. Raises RequestError for a
         request that is refused whatever its body says."""
-        if not self.is_classify(scope):
+        if self.protocol(scope) is None:
             needs_body = self.access.check(route_path(scope), scope)
             return self.client(scope, "") if needs_body else None
         if self.sheds(scope):
@@ -94,7 +106,7 @@ class Frontend:
         self.report(exchange)
 
     def malformed(self) -> None:
-        """Count a request that is no HTTP."""
+        """Count a request that is not HTTP."""
         self.service.metrics.rejected.labels("malformed").inc()
 
     def dropped(self, reason: str) -> None:

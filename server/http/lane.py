@@ -1,4 +1,4 @@
-"""Large bodies are parsed one at a time, so that parsing leaves the event loop to others half of the time."""
+"""Large bodies are parsed one at a time, with pauses, so that parsing takes at most half of the event loop."""
 
 import asyncio
 from collections import deque
@@ -8,22 +8,22 @@ from time import perf_counter
 
 
 class Lane:
-    """One turn at a time, the clients that wait in rotation; after each turn a pause as long as it took."""
+    """One turn at a time, clients in rotation; after each turn a pause as long as the turn."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns
+        self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns
         self._is_free = True
 
     @asynccontextmanager
     async def turn(self, client: str) -> AsyncIterator[None]:
-        """Wait for a turn and have it."""
+        """Wait for a turn; the turn lasts as long as the context."""
         if not self._is_free:
-            mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.setdefault(client, deque()).append(mine)
+            own: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._pending.setdefault(client, deque()).append(own)
             try:
-                await mine
+                await own
             except asyncio.CancelledError:
-                if mine.done() and not mine.cancelled():  # it was given the turn in the same moment
+                if own.done() and not own.cancelled():  # it got the turn at the same moment
                     self._pass_on()
                 raise
         self._is_free = False
@@ -36,13 +36,13 @@ class Lane:
     def _pass_on(self) -> None:
         """Give the turn to the next client."""
         self._is_free = True
-        while self._waiting and self._is_free:
-            client = next(iter(self._waiting))
-            futures = self._waiting.pop(client)
+        while self._pending and self._is_free:
+            client = next(iter(self._pending))
+            futures = self._pending.pop(client)
             while futures and self._is_free:
                 future = futures.popleft()
                 if not future.done():
                     self._is_free = False
                     future.set_result(None)
             if futures:
-                self._waiting[client] = futures  # at the end
+                self._pending[client] = futures  # at the end

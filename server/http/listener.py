@@ -7,17 +7,17 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Scope
 
-from server.http.connection import ANSWER, BODY, Connection
+from server.http.connection import BODY, RESPONSE, Connection
 from server.shares import Shares
 
-MAX_UNREAD_BYTES = 2**26  # answers that clients do not read, of all connections
-# Of bodies that do not come in one piece, all connections together: reading them takes the event loop a fifth
-# of its time.
+MAX_UNREAD_BYTES = 2**26  # of responses that clients do not read, on all connections
+# Of bodies that do not arrive in one piece, on all connections: reading them takes a fifth of the event
+# loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
-PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, of all connections
+PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, on all connections
 SWEEP_S = 0.25
-GREED = 8  # times as many connections as are left may an address have
-SAMPLE = 256  # connections among which one is sought to evict
+MAX_ADDRESS_RATIO = 8  # of an address's connections to those that are left for others
+EVICTION_SAMPLE = 256  # connections among which the one to evict is chosen
 
 
 class Gate(Protocol):
@@ -33,7 +33,7 @@ class Gate(Protocol):
         """The address, or the IPv6 network, of a connection's other end."""
 
     def malformed(self) -> None:
-        """Count a request that is no HTTP."""
+        """Count a request that is not HTTP."""
 
     def dropped(self, reason: str) -> None:
         """Count a connection that was closed at a limit."""
@@ -60,24 +60,26 @@ class Listener:
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def connection(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any) -> Connection:
-        """A connection, as uvicorn makes it."""
+        """Make a connection; called by uvicorn."""
         return Connection(
             self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop()
         )
 
     def opened(self, connection: Connection) -> None:
-        """Count a connection; evict one if its address has more than GREED times as many as are left.
+        """Count a connection; evict one if its address has more than MAX_ADDRESS_RATIO times as many as are left.
 
-        That is one on which nothing is being answered: of the address that has the most, rather one on which
-        no request was answered yet, and the oldest. If there is none, it is the new one.
+        The victim is a connection without a request in progress, of the address that has the most; first those
+        on which nothing was answered yet, first the oldest. If there is none, it is the new one.
         """
         self.connections.add(connection)
         mine = self._by_address.setdefault(connection.address, set())
         mine.add(connection)
-        if len(mine) > GREED * (self.max_connections - len(self.connections)):
-            sample = random.sample(tuple(self.connections), min(SAMPLE, len(self.connections)))
-            spare = [c for c in (*sample, connection) if c.state != ANSWER]
-            victim = max(spare, key=lambda c: (len(self._by_address[c.address]), not c.answers, -c.opened_at))
+        if len(mine) > MAX_ADDRESS_RATIO * (self.max_connections - len(self.connections)):
+            sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
+            spare = [c for c in (*sample, connection) if c.state != RESPONSE]
+            victim = max(
+                spare, key=lambda c: (len(self._by_address[c.address]), not c.responses, -c.opened_at)
+            )
             self.gate.dropped("connection_limit")
             victim.abort()
         if not self._sweeping:
@@ -107,7 +109,7 @@ class Listener:
         return self._pipelined_at - now
 
     def paused(self, connection: Connection) -> None:
-        """Note a client that does not read; if too much waits for such clients, abort the largest."""
+        """Note a client that does not read; if too much is unread in all, abort the largest."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:
@@ -122,24 +124,26 @@ class Listener:
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Give up an unfinished body for a client that is within its share: the largest of who holds the
-        most."""
+        """Refuse an unfinished body in favour of a client that is within its share; false if there is none.
+
+        It is the largest body of the client that has the most bytes in flight.
+        """
         shares = self.gate.bytes_in_flight
-        waiting = [c for c in self.connections if c.state == BODY and c.held and c.client != client]
-        if not waiting:
+        unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]
+        if not unfinished:
             return False
-        max(waiting, key=lambda c: (shares.amount(c.client), c.held)).give_up_body()
+        max(unfinished, key=lambda c: (shares.amount(c.client), c.body_bytes)).refuse_body()
         return True
 
     def resumed(self, connection: Connection) -> None:
-        """It reads again."""
+        """A client reads again."""
         self._paused.discard(connection)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End what is late; cheaper than a timer for each request."""
+        """End what is past its deadline; cheaper than a timer for each request."""
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)
         now = monotonic()
         for connection in [c for c in self.connections if c.deadline < now or c.write_deadline < now]:
-            connection.late(now)
+            connection.expire(now)

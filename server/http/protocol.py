@@ -1,7 +1,7 @@
 """What distinguishes one protocol from another."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from server.engine.work import Job, Request
 from server.errors import RequestError
@@ -11,15 +11,31 @@ LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
 
 
 @dataclass(frozen=True, slots=True)
+class Call:
+    """One HTTP request to classify.
+
+    Attributes:
+        path: the values of the path's parameters.
+        headers: names are lower case.
+        max_texts: the most texts that a request may have.
+    """
+
+    body: bytes
+    path: Mapping[str, str] = field(default_factory=dict)
+    headers: Sequence[tuple[bytes, bytes]] = ()
+    max_texts: int = 256
+
+
+@dataclass(frozen=True, slots=True)
 class Protocol:
-    """How bodies become requests, and finished jobs become responses.
+    """How calls become requests, and finished jobs become responses.
 
     To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. Keys,
     limits, metrics and logs come with it. A protocol in full:
 
-        def parse(body: bytes, max_texts: int) -> Request:
+        def parse(call: Call) -> Request:
             try:
-                return Request([Text(orjson.loads(body)["text"])])
+                return Request([Text(orjson.loads(call.body)["text"])])
             except (ValueError, KeyError, TypeError):
                 raise RequestError("the body must be a JSON object with a text") from None
 
@@ -28,12 +44,15 @@ class Protocol:
 
         PROTOCOLS["/label"] = Protocol(parse, serialize)
 
+    A path may have parameters, as in /models/{model}/label; they are in `Call.path`. What a response needs of
+    its request, a subclass of Request can carry.
+
     Attributes:
-        parse: (body, most texts allowed) to a request; raises RequestError.
+        parse: raises RequestError.
         serialize: (request id, job that is done) to the JSON of the response.
         error: the JSON of an error, whose status is the same in every protocol (`errors.STATUSES`).
     """
 
-    parse: Callable[[bytes, int], Request]
+    parse: Callable[[Call], Request]
     serialize: Callable[[str, Job], bytes]
     error: Callable[[RequestError], bytes] = errors.openai_body

@@ -1,25 +1,23 @@
-"""A DE3-BERT model as ONNX models: one for the embeddings, one for each layer, each with its exit."""
-
-from typing import Any
+"""Build the ONNX segments of a DE3-BERT: one for the embeddings and one per layer, each with its exit."""
 
 import onnx
 from onnx import TensorProto
 
 from export.graph import Graph, block, embed, exit_heads
 from training import encoders
-from training.encoders import Linear
+from training.encoders import linear
 from training.model import De3Model
 
 
 def file_name(layer: int) -> str:
-    """The file of a layer's segment; layer 0 is the embedding output."""
+    """The file name of a layer's segment; layer 0 is the embedding output."""
     return "embeddings.onnx" if layer == 0 else f"layer_{layer:02}.onnx"
 
 
 def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.ModelProto]:
     """The segments of a model by file name, in the order in which they run.
 
-    token_types: whether the model's tokenizer gives token types.
+    token_types: whether the model's tokenizer returns token types.
     """
     shape = [1, "tokens", model.config.hidden_size]
     tables = encoders.embeddings(model.encoder, token_types)
@@ -45,15 +43,10 @@ def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model) -> None:
     """Add the exit of a layer, if it has one."""
     config = model.config
     if layer in config.exit_layers:
-        classifier = _linear(model.classifiers[config.exit_layers.index(layer)])
+        classifier = linear(model.classifiers[config.exit_layers.index(layer)])
         space = (
-            _linear(model.prototypical[config.prototype_layers.index(layer)])
+            linear(model.prototypical[config.prototype_layers.index(layer)])
             if layer in config.prototype_layers
             else None
         )
         exit_heads(g, hidden, config.pooling, classifier, space)
-
-
-def _linear(module: Any) -> Linear:
-    weight = module.weight.detach().float().cpu().numpy()
-    return Linear(weight.T.copy(), module.bias.detach().float().cpu().numpy())

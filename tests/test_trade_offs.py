@@ -1,4 +1,4 @@
-"""From wishes to τ: the guarantee's bounds, the choosers, and how unusual a text is."""
+"""From what is asked for to τ: the guarantee's bounds, the choosers, and how unusual a text is."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from exits import calibration, guarantee, reference
 from exits.signals import Edr
-from exits.wishes import Wishes
+from exits.trade_offs import TradeOffs
 from tests.test_calibration import recorded
 
 
@@ -72,47 +72,47 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations(most: float)
 
 @given(st.integers(0, 8), st.lists(st.floats(1, 50), min_size=2, max_size=5))
 def test_a_larger_speed_up_never_gives_a_smaller_tau(seed: int, targets: list[float]) -> None:
-    wishes = Wishes(table(seed % 3))
-    found = [wishes.at_speedup(target) for target in sorted(targets)]
+    trade_offs = TradeOffs(table(seed % 3))
+    found = [trade_offs.at_speedup(target) for target in sorted(targets)]
     taus = [math.inf if row is None else row.tau for row in found]
     assert taus == sorted(taus)
     for target, row in zip(sorted(targets), found, strict=True):
         if row is None:
-            assert wishes.rows[-1].speedup < target
+            assert trade_offs.rows[-1].speedup < target
         else:
             assert row.speedup >= target
-            assert all(other.speedup < target for other in wishes.rows if other.tau < row.tau)
+            assert all(other.speedup < target for other in trade_offs.rows if other.tau < row.tau)
 
 
 @given(st.integers(0, 2), st.lists(st.floats(0, 1), min_size=2, max_size=5))
 def test_more_disagreement_never_gives_a_smaller_tau(seed: int, wanted: list[float]) -> None:
-    wishes = Wishes(table(seed))
-    found = [wishes.within_disagreement(most) for most in sorted(wanted)]
+    trade_offs = TradeOffs(table(seed))
+    found = [trade_offs.within_disagreement(most) for most in sorted(wanted)]
     assert [row.tau for row in found] == sorted(row.tau for row in found)
     for most, row in zip(sorted(wanted), found, strict=True):
         assert row.disagreement_bound <= most
-        assert all(o.disagreement_bound > most for o in wishes.rows if o.tau > row.tau)
+        assert all(o.disagreement_bound > most for o in trade_offs.rows if o.tau > row.tau)
 
 
 def test_a_wish_too_small_for_any_early_exit_is_full_depth() -> None:
-    assert Wishes(table()).within_disagreement(0.0).tau == 0
+    assert TradeOffs(table()).within_disagreement(0.0).tau == 0
 
 
 def test_steps_under_load_are_faster_each_and_stop_at_the_floor() -> None:
-    wishes = Wishes(table(n=2000))
-    full = wishes.rows[0].accuracy
-    steps = wishes.under_load(0.01, full - 0.05, 1.0)
+    trade_offs = TradeOffs(table(n=2000))
+    full = trade_offs.rows[0].accuracy
+    steps = trade_offs.under_load(0.01, full - 0.05, 1.0)
     assert steps
     assert all(row.tau > 0.01 and row.accuracy >= full - 0.05 for row in steps)
     speeds = [row.speedup for row in steps]
     assert all(b >= 1.1 * a for a, b in pairwise(speeds))
-    assert len(wishes.under_load(0.01, full - 0.05, 0.02)) < len(steps)
-    assert wishes.under_load(0.01, 1.0, 1.0) == []
+    assert len(trade_offs.under_load(0.01, full - 0.05, 0.02)) < len(steps)
+    assert trade_offs.under_load(0.01, 1.0, 1.0) == []
 
 
 def test_a_table_without_full_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="begins with"):
-        Wishes([replace(table()[0], tau=0.5)])
+        TradeOffs([replace(table()[0], tau=0.5)])
 
 
 SAMPLE = np.random.default_rng(0).gamma(2.0, size=4000)

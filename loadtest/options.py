@@ -1,0 +1,22 @@
+"""The command-line options that several commands of `de3 loadtest` share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Url = Annotated[str, typer.Argument(help="URL of the server, e.g. http://127.0.0.1:8000")]
+Store = Annotated[Path, typer.Option(help="The model store.")]
+Model = Annotated[str, typer.Option(help="Model, as name or name:version.")]
+ModelName = Annotated[str, typer.Option(help="Model, without a version.")]
+Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
+TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
+LabelColumn = Annotated[str, typer.Option(help="Column of the correct labels, if there is one.")]
+LabelNames = Annotated[str, typer.Option(help="Comma-separated names of numeric labels.")]
+Seconds = Annotated[float, typer.Option(help="Duration of one measurement.", min=0.5)]
+Rounds = Annotated[int, typer.Option(help="Number of repetitions; the servers take turns.", min=1)]
+SloP99 = Annotated[float, typer.Option(help="Latency objective (p99), ms.", min=1)]
+Port = Annotated[int, typer.Option(help="Port of the started servers.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Write the results to this JSON file.", show_default=False)
+]

@@ -1,0 +1,92 @@
+/* The operations that a layer is made of, and their implementations.
+ *
+ * Hidden states are float32 (tokens, hidden), row by row. hidden is a multiple of 64, and so is inner. Every
+ * implementation quantizes alike and sums int8 products exactly; in float32 they differ by rounding only.
+ */
+#ifndef NATIVE_KERNELS_H
+#define NATIVE_KERNELS_H
+
+#include "model.h"
+
+/* A float32 value is about scale · (uint8 value − zero). */
+typedef struct {
+    float scale;
+    int zero;
+} Quantization;
+
+typedef struct {
+    float low, high;
+} Range;
+
+/* What follows a product. */
+typedef enum { PLAIN, GELU, RELU, RESIDUAL } Then;
+
+/* to = x·W + b, and what follows. */
+typedef struct {
+    const Linear *w;
+    const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
+    Quantization quantization; /* of x */
+    int tokens;
+    Then then;
+    const float *residual; /* (tokens, w->out), for RESIDUAL */
+    float *to;             /* (tokens, w->out) */
+} Product;
+
+enum { ATTENTION_ROWS = 4 };
+
+typedef struct {
+    const char *name;
+
+    /* What this machine lacks for it; NULL: nothing. All other functions need what it asks for. */
+    const char *(*why_not)(void);
+
+    /* Called before and after a thread's products; NULL: nothing to do. */
+    void (*begin)(void);
+    void (*end)(void);
+
+    /* The range of values, with 0 in it; count is a multiple of 16. */
+    Range (*range)(const float *x, size_t count);
+
+    /* To uint8, rounded to nearest (ties: even) and saturated; count is a multiple of 16. */
+    void (*quantize)(const float *x, size_t count, Quantization q, uint8_t *to);
+
+    /* The range of what was written, with 0 in it; only after GELU and RELU. */
+    Range (*product)(const Product *p);
+
+    /* softmax(Q·Kᵀ/√width)·V for every head, width = hidden / num_heads, a multiple of 16; qkv is (tokens,
+     * 3·hidden), to is (tokens, hidden). work: (width + ATTENTION_ROWS, tokens rounded up to 16) floats. */
+    void (*attention)(const float *qkv, int tokens, int hidden, int num_heads, float *work, float *to);
+
+    /* In place, row by row. */
+    void (*layer_norm)(float *rows, int tokens, int hidden, const Norm *norm);
+
+    /* One row: word · scale + position + type; type may be NULL. */
+    void (*embed)(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to);
+
+    /* The mean of all rows. */
+    void (*mean)(const float *rows, int tokens, int hidden, float *to);
+
+    /* count is a multiple of 16. */
+    float (*dot)(const float *a, const float *b, int count);
+
+    /* Run int8 multiply-adds on values in registers, between begin() and end(); how many. Measures the peak. */
+    double (*multiply_adds)(void);
+} Kernels;
+
+/* All implementations, the best first; the last one runs on every machine. A further one is a file that defines
+ * its table, its name here, and the file's name in pyproject.toml. */
+#define IMPLEMENTATIONS(X) X(amx) X(vnni) X(reference)
+
+#define DECLARE(name) extern const Kernels name##_kernels;
+IMPLEMENTATIONS(DECLARE)
+#undef DECLARE
+
+extern const Kernels *const all_kernels[];
+extern const int num_kernels;
+
+/* Those in use, chosen as the module loads: the first that this machine can run. */
+extern const Kernels *kernels;
+
+void choose_kernels(void);
+
+#endif

@@ -1,0 +1,157 @@
+#include "layers.h"
+
+#include <math.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels.h"
+
+static pthread_key_t buffer_key;
+static pthread_once_t buffer_once = PTHREAD_ONCE_INIT;
+static void make_key(void) { pthread_key_create(&buffer_key, free); }
+
+/* A buffer of the calling thread, kept for its next call and freed when the thread ends. */
+static void *scratch(size_t bytes) {
+    static __thread void *buffer;
+    static __thread size_t size;
+    if (bytes > size) {
+        pthread_once(&buffer_once, make_key);
+        free(buffer);
+        size = ROUND_UP(bytes + bytes / 4, 4096);
+        buffer = aligned_alloc(64, size);
+        if (buffer == NULL) size = 0;
+        pthread_setspecific(buffer_key, buffer);
+    }
+    return buffer;
+}
+
+/* ONNX's DynamicQuantizeLinear: the range of the values, with 0 in it, onto 0 … 255. */
+static Quantization quantization_of(Range range) {
+    float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
+    Quantization q = {.scale = max == min ? 1.0f : (max - min) / 255.0f};
+    q.zero = (int)nearbyintf(fminf(fmaxf(-min / q.scale, 0.0f), 255.0f));
+    return q;
+}
+
+/* to = x·W + b and what follows; x is (tokens, in), bytes is scratch for (tokens rounded up to 16, in). */
+static Range multiply(const Kernels *k, const Linear *w, const float *x, Range range, int tokens, Then then,
+                      const float *residual, uint8_t *bytes, float *to) {
+    Product p = {w, bytes, quantization_of(range), tokens, then, residual, to};
+    k->quantize(x, (size_t)tokens * w->in, p.quantization, bytes);
+    return k->product(&p);
+}
+
+int run_layer(const Model *m, int number, const float *from, int tokens, float *to) {
+    const Kernels *k = kernels;
+    const Layer *layer = &m->layers[number];
+    int hidden = m->hidden, padded = ROUND_UP(tokens, 16), inner = m->inner;
+    size_t count = (size_t)tokens * hidden, states = ROUND_UP(count * 4, 64);
+    size_t widest = ROUND_UP((size_t)(inner > 3 * hidden ? inner : 3 * hidden) * tokens * 4, 64);
+    size_t quantized = (size_t)(inner > hidden ? inner : hidden) * padded;
+    size_t attention = (size_t)(hidden / m->num_heads + ATTENTION_ROWS) * padded * 4;
+    char *memory = scratch(widest + quantized + 2 * states + attention);
+    if (memory == NULL) return -1;
+    float *values = (float *)memory; /* query, key and value; then the feed-forward network's middle */
+    uint8_t *bytes = (uint8_t *)(memory + widest);
+    float *context = (float *)(memory + widest + quantized), *middle = context + states / 4;
+    float *work = middle + states / 4;
+
+    if (k->begin) k->begin();
+    multiply(k, &layer->qkv, from, k->range(from, count), tokens, PLAIN, NULL, bytes, values);
+    k->attention(values, tokens, hidden, m->num_heads, work, context);
+    multiply(k, &layer->out, context, k->range(context, count), tokens, RESIDUAL, from, bytes, middle);
+    k->layer_norm(middle, tokens, hidden, &layer->after_attention);
+    Range range = multiply(k, &layer->up, middle, k->range(middle, count), tokens, m->has_gelu ? GELU : RELU, NULL,
+                           bytes, values);
+    multiply(k, &layer->down, values, range, tokens, RESIDUAL, middle, bytes, to);
+    if (k->end) k->end();
+    k->layer_norm(to, tokens, hidden, &layer->after_ffn);
+    return 0;
+}
+
+int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int tokens, float *to) {
+    const Kernels *k = kernels;
+    size_t hidden = m->hidden;
+    for (int t = 0; t < tokens; t++) {
+        if (ids[t] < 0 || ids[t] >= m->num_words || t >= m->num_positions) return -1;
+        if (m->num_types && (types[t] < 0 || types[t] >= m->num_types)) return -1;
+        k->embed(m->words + ids[t] * hidden, m->word_scales[ids[t]], m->positions + t * hidden,
+                 m->num_types ? m->types + types[t] * hidden : NULL, m->hidden, to + t * hidden);
+    }
+    k->layer_norm(to, tokens, m->hidden, &m->norm);
+    return 0;
+}
+
+int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, const float *prototypes,
+             float *logits, float *distances) {
+    const Kernels *k = kernels;
+    const ExitHead *head = &m->exits[layer];
+    int hidden = m->hidden, metric = head->metric;
+    size_t states = ROUND_UP((size_t)hidden * 4, 64), space = ROUND_UP((size_t)metric * 4, 64);
+    char *memory = scratch(states + space + (size_t)16 * hidden);
+    if (memory == NULL) return -1;
+    float *pooled = (float *)memory, *embedded = (float *)(memory + states);
+    uint8_t *bytes = (uint8_t *)(memory + states + space);
+
+    if (m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
+    else memcpy(pooled, hidden_states, (size_t)hidden * 4);
+    int is_finite = 1;
+    for (int i = 0; i < head->num_labels; i++) {
+        logits[i] = head->bias[i] + k->dot(pooled, head->classifier + (size_t)i * hidden, hidden);
+        is_finite = is_finite && isfinite(logits[i]);
+    }
+    if (!metric) return 0;
+    if (!is_finite) { /* int8 would make numbers of it */
+        for (int i = 0; i < head->num_labels; i++) distances[i] = NAN;
+        return 0;
+    }
+    if (k->begin) k->begin();
+    multiply(k, &head->projection, pooled, k->range(pooled, hidden), 1, PLAIN, NULL, bytes, embedded);
+    if (k->end) k->end();
+    float length = sqrtf(k->dot(embedded, embedded, metric));
+    for (int i = 0; i < head->num_labels; i++) {
+        float cosine = k->dot(embedded, prototypes + (size_t)i * metric, metric);
+        distances[i] = 1.0f - (length == 0 ? 0.0f : cosine / length);
+    }
+    return 0;
+}
+
+/* Compute an exit, and the decision. */
+static int ask(const Model *m, int layer, Pass *p, const float *prototypes, double far) {
+    const ExitHead *head = &m->exits[layer];
+    float *logits = p->logits + (size_t)layer * head->num_labels;
+    float *distances = head->metric ? p->distances + (size_t)layer * head->num_labels : NULL;
+    if (run_exit(m, layer, p->hidden, p->tokens, prototypes, logits, distances)) return -1;
+    Reading *reading = &p->readings[p->num_readings++];
+    *reading = read_exit(logits, distances, head->num_labels);
+    if (reading->nearest > far && !p->is_far) {
+        p->is_far = 1;
+        p->tau *= p->caution;
+    }
+    if (layer == p->deepest || exits(score(p->signal, p->readings, p->num_readings), p->tau)) p->exit_layer = layer;
+    return 0;
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+int run_passes(const Model *m, Pass *passes, int count, const float *const *prototypes, const double *far) {
+    for (int layer = 0; layer <= m->num_layers; layer++)
+        for (int i = 0; i < count; i++) {
+            Pass *p = &passes[i];
+            if (p->exit_layer >= 0) continue;
+            double start = now();
+            int failed = layer ? run_layer(m, layer, p->hidden, p->tokens, p->hidden)
+                               : run_embeddings(m, p->ids, p->types, p->tokens, p->hidden);
+            int is_asked = m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
+            if (!failed && is_asked) failed = ask(m, layer, p, prototypes[layer], far ? far[layer] : INFINITY);
+            if (failed) return -1;
+            p->seconds += now() - start;
+        }
+    return 0;
+}

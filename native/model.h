@@ -1,0 +1,76 @@
+/* A model: the weights of an artifact's int8 segments.
+ *
+ * It is built once and then only read, so threads share it. Names of shapes: in and out of a linear layer,
+ * hidden: the width of the hidden states, inner: that of the feed-forward network's middle.
+ */
+#ifndef NATIVE_MODEL_H
+#define NATIVE_MODEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define MAX_LAYERS 100
+#define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
+
+/* x·W + b with W in int8: (in, out), in a multiple of 64, out of 32. */
+typedef struct {
+    int in, out;
+    int8_t *tiles;  /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
+    float *scale;   /* (out) */
+    float *bias;    /* (out) */
+    int32_t *sums;  /* (out): the sum of an output's weights, to correct for the activations' zero point */
+} Linear;
+
+typedef struct {
+    float *scale, *shift; /* (hidden) */
+    float epsilon;
+} Norm;
+
+typedef struct {
+    int is_set, num_labels, metric; /* metric: dimensions of the metric space; 0: no prototypes */
+    float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
+    Linear projection;              /* to the metric space */
+} ExitHead;
+
+typedef struct {
+    Linear qkv, out, up, down;
+    Norm after_attention, after_ffn;
+} Layer;
+
+typedef struct {
+    int hidden, num_heads, inner, num_layers;
+    int has_gelu;  /* else ReLU */
+    int has_mean;  /* exits see the mean of the tokens, else the first token */
+    int num_words, num_positions, num_types;
+    int8_t *words;                 /* (num_words, hidden) */
+    float *word_scales;            /* (num_words) */
+    float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
+    Norm norm;                     /* of the embeddings */
+    Layer layers[MAX_LAYERS + 1];  /* from 1 */
+    ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
+} Model;
+
+/* Where a weight is in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are next to
+ * each other, as the instructions for int8 products of AMX, AVX-512 VNNI and others take them. */
+static inline size_t tile_index(int in, int input, int output) {
+    size_t tile = (size_t)(output / 16) * (in / 64) + input / 64;
+    return tile * 1024 + input % 64 / 4 * 64 + output % 16 * 4 + input % 4;
+}
+
+/* Whether there are kernels for these sizes. */
+int has_kernels(int hidden, int num_heads, int inner, int num_layers);
+
+/* Whether a layer has all its weights; 0: the embeddings. */
+int is_complete(const Model *m, int layer);
+
+/* A copy at an address that is a multiple of 64; NULL: no memory. */
+void *copy_of(const void *from, size_t bytes);
+
+/* Pack weights (in, out) row by row. -1: no memory; free_linear frees what there is. */
+int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias);
+
+void free_linear(Linear *w);
+void free_norm(Norm *n);
+void free_model(Model *m);
+
+#endif

@@ -1,0 +1,404 @@
+/* The extension module native.kernels: arguments checked, buffers held, and the GIL released while layers run.
+ * native/kernels.pyi has the functions' types. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kernels.h"
+#include "layers.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#define CAPSULE "native.Model"
+#define MAX_TOKENS (1 << 16)
+
+/* Whether the kernels in use are meant for a server: the reference is not, unless a test chose it. */
+static int is_fast;
+
+static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
+
+static Model *model_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
+
+/* Whether a condition holds; else an error is set, unless there is one. */
+static int require(int condition, const char *message) {
+    if (!condition && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, message);
+    return condition;
+}
+
+static int require_memory(int condition) {
+    if (!condition) PyErr_NoMemory();
+    return condition;
+}
+
+/* Whether a buffer holds exactly so many elements of so many bytes; else an error is set. */
+static int holds(const Py_buffer *buffer, size_t count, size_t size, const char *name) {
+    if ((size_t)buffer->len == count * size) return 1;
+    PyErr_Format(PyExc_ValueError, "%s: has %zd bytes, expected %zu", name, buffer->len, count * size);
+    return 0;
+}
+
+static int in_range(const Model *m, int layer, int first) {
+    if (layer >= first && layer <= m->num_layers) return 1;
+    PyErr_Format(PyExc_ValueError, "layer %d is not one of %d to %d", layer, first, m->num_layers);
+    return 0;
+}
+
+/* None, or NULL with the error that was set; releases buffers. */
+static PyObject *done(int ok, Py_buffer *buffers, int count) {
+    for (int i = 0; i < count; i++) PyBuffer_Release(&buffers[i]);
+    if (!ok) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* ---- implementations -------------------------------------------------------------------------------- */
+
+static void use_best(void) {
+    choose_kernels();
+    is_fast = kernels != all_kernels[num_kernels - 1];
+}
+
+static PyObject *py_implementations(PyObject *self, PyObject *none) {
+    PyObject *names = PyList_New(0);
+    for (int i = 0; names != NULL && i < num_kernels; i++) {
+        if (all_kernels[i]->why_not() != NULL) continue;
+        PyObject *name = PyUnicode_FromString(all_kernels[i]->name);
+        if (name == NULL || PyList_Append(names, name)) Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+static PyObject *py_supported(PyObject *self, PyObject *none) {
+    return PyUnicode_FromString(is_fast ? kernels->name : "");
+}
+
+static PyObject *py_why_not(PyObject *self, PyObject *none) {
+    PyObject *text = PyUnicode_FromString("");
+    for (int i = 0; !is_fast && text != NULL && i < num_kernels - 1; i++) {
+        const Kernels *k = all_kernels[i];
+        PyObject *longer = PyUnicode_FromFormat("%U%s%s: %s", text, i ? "; " : "", k->name, k->why_not());
+        Py_SETREF(text, longer);
+    }
+    return text;
+}
+
+static PyObject *py_use(PyObject *self, PyObject *args) {
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s", &name)) return NULL;
+    if (*name == '\0') {
+        use_best();
+        Py_RETURN_NONE;
+    }
+    for (int i = 0; i < num_kernels; i++)
+        if (strcmp(all_kernels[i]->name, name) == 0 && all_kernels[i]->why_not() == NULL) {
+            kernels = all_kernels[i];
+            is_fast = 1;
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this machine cannot run %s", name);
+}
+
+static PyObject *py_peak(PyObject *self, PyObject *none) {
+    const Kernels *k = kernels;
+    struct timespec a, b;
+    double count = 0, seconds;
+    Py_BEGIN_ALLOW_THREADS;
+    if (k->begin) k->begin();
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    do {
+        count += k->multiply_adds();
+        clock_gettime(CLOCK_MONOTONIC, &b);
+        seconds = b.tv_sec - a.tv_sec + 1e-9 * (b.tv_nsec - a.tv_nsec);
+    } while (seconds < 0.2);
+    if (k->end) k->end();
+    Py_END_ALLOW_THREADS;
+    return PyFloat_FromDouble(count / seconds);
+}
+
+/* ---- building a model ------------------------------------------------------------------------------- */
+
+static PyObject *py_new(PyObject *self, PyObject *args) {
+    int hidden, num_heads, inner, num_layers, gelu, mean;
+    if (!PyArg_ParseTuple(args, "iiiipp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean)) return NULL;
+    if (!require(has_kernels(hidden, num_heads, inner, num_layers), "these sizes have no kernels")) return NULL;
+    Model *m = calloc(1, sizeof(Model));
+    if (m == NULL) return PyErr_NoMemory();
+    *m = (Model){hidden, num_heads, inner, num_layers, .has_gelu = gelu, .has_mean = mean};
+    PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
+    if (capsule == NULL) free_model(m);
+    return capsule;
+}
+
+/* set_linear(model, layer, which, weight (in, out) int8, scale (out), bias (out)) */
+static PyObject *py_set_linear(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, which;
+    Py_buffer b[3];
+    if (!PyArg_ParseTuple(args, "Oiiy*y*y*", &capsule, &number, &which, &b[0], &b[1], &b[2])) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 1) &&
+             require(which >= 0 && which <= 3, "which must be 0 (qkv), 1 (out), 2 (up) or 3 (down)");
+    if (ok) {
+        Layer *l = &m->layers[number];
+        Linear *linear = (Linear *[]){&l->qkv, &l->out, &l->up, &l->down}[which];
+        int in = which == 3 ? m->inner : m->hidden;
+        int out = which == 0 ? 3 * m->hidden : which == 2 ? m->inner : m->hidden;
+        Linear packed = {0}; /* weights that are refused leave those before */
+        ok = holds(&b[0], (size_t)in * out, 1, "weight") && holds(&b[1], out, 4, "scale") &&
+             holds(&b[2], out, 4, "bias") &&
+             require_memory(!pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf));
+        free_linear(ok ? linear : &packed);
+        if (ok) *linear = packed;
+    }
+    return done(ok, b, 3);
+}
+
+/* set_norm(model, layer, which, scale, shift, epsilon); layer 0: the embeddings' norm */
+static PyObject *py_set_norm(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, which;
+    float epsilon;
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "Oiiy*y*f", &capsule, &number, &which, &b[0], &b[1], &epsilon)) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 0) && holds(&b[0], m->hidden, 4, "scale") &&
+             holds(&b[1], m->hidden, 4, "shift");
+    if (ok) {
+        Layer *l = &m->layers[number];
+        Norm *norm = number == 0 ? &m->norm : which == 0 ? &l->after_attention : &l->after_ffn;
+        free_norm(norm);
+        *norm = (Norm){copy_of(b[0].buf, b[0].len), copy_of(b[1].buf, b[1].len), epsilon};
+        ok = require_memory(norm->scale && norm->shift);
+    }
+    return done(ok, b, 2);
+}
+
+/* set_embeddings(model, words (V, H) int8, scales (V), positions (P, H), types (T, H) or empty) */
+static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    Py_buffer b[4];
+    if (!PyArg_ParseTuple(args, "Oy*y*y*y*", &capsule, &b[0], &b[1], &b[2], &b[3])) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL;
+    if (ok) {
+        size_t words = b[1].len / 4, positions = b[2].len / 4 / m->hidden, types = b[3].len / 4 / m->hidden;
+        ok = holds(&b[0], words * m->hidden, 1, "words") && holds(&b[1], words, 4, "scales") &&
+             holds(&b[2], positions * m->hidden, 4, "positions") && holds(&b[3], types * m->hidden, 4, "types") &&
+             require(!m->words && words <= 1 << 30 && positions <= 1 << 30 && types <= 1 << 30,
+                     "the embeddings are set already, or too large");
+        if (ok) {
+            m->words = copy_of(b[0].buf, b[0].len);
+            m->word_scales = copy_of(b[1].buf, b[1].len);
+            m->positions = copy_of(b[2].buf, b[2].len);
+            m->types = copy_of(b[3].buf, b[3].len);
+            m->num_words = (int)words;
+            m->num_positions = (int)positions;
+            m->num_types = (int)types;
+            ok = require_memory(m->words && m->word_scales && m->positions && m->types);
+        }
+    }
+    return done(ok, b, 4);
+}
+
+/* set_exit(model, layer, classifier (K, H), bias (K), weight (H, D) int8, scale (D), bias (D)); the last three
+ * are empty for an exit without prototypes */
+static PyObject *py_set_exit(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number;
+    Py_buffer b[5];
+    if (!PyArg_ParseTuple(args, "Oiy*y*y*y*y*", &capsule, &number, &b[0], &b[1], &b[2], &b[3], &b[4])) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 0);
+    if (ok) {
+        ExitHead *head = &m->exits[number];
+        int labels = (int)(b[1].len / 4), metric = (int)(b[3].len / 4);
+        ok = holds(&b[0], (size_t)labels * m->hidden, 4, "classifier") && holds(&b[1], labels, 4, "bias") &&
+             holds(&b[2], (size_t)metric * m->hidden, 1, "weight") && holds(&b[3], metric, 4, "scale") &&
+             holds(&b[4], metric, 4, "bias") && require(!head->is_set, "this exit is set already") &&
+             require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
+        for (int i = 0; ok && i <= m->num_layers; i++)
+            ok = require(labels >= 2 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
+                         "exits must have the same labels, 2 or more");
+        if (ok) {
+            *head = (ExitHead){.num_labels = labels, .metric = metric};
+            head->classifier = copy_of(b[0].buf, b[0].len);
+            head->bias = copy_of(b[1].buf, b[1].len);
+            ok = require_memory(
+                head->classifier && head->bias &&
+                !(metric && pack_linear(&head->projection, m->hidden, metric, b[2].buf, b[3].buf, b[4].buf)));
+            head->is_set = ok;
+        }
+    }
+    return done(ok, b, 5);
+}
+
+/* ---- running ---------------------------------------------------------------------------------------- */
+
+/* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its
+ * exit. from: ids int64 (T) for layer 0, else hidden states (T, H). types: int64 (T) for layer 0 of a model that
+ * has them. to: hidden states (T, H). All but from and to may be None. */
+static PyObject *py_run(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number, failed = 0;
+    Py_buffer b[6] = {0};
+    Py_buffer *from = &b[0], *types = &b[1], *to = &b[2], *prototypes = &b[3], *logits = &b[4], *distances = &b[5];
+    if (!PyArg_ParseTuple(args, "Oiy*z*w*z*z*z*", &capsule, &number, from, types, to, prototypes, logits, distances))
+        return NULL;
+    const Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 0);
+    size_t tokens = ok ? (size_t)to->len / 4 / m->hidden : 0;
+    ok = ok && holds(to, tokens * m->hidden, 4, "to") &&
+         (number ? holds(from, tokens * m->hidden, 4, "from") : holds(from, tokens, 8, "ids")) &&
+         (number || !m->num_types || holds(types, tokens, 8, "types")) &&
+         require(tokens >= 1 && tokens <= MAX_TOKENS && is_complete(m, number),
+                 "no tokens, too many, or a layer that is not complete");
+    if (ok && logits->buf) {
+        const ExitHead *head = &m->exits[number];
+        size_t labels = head->num_labels;
+        ok = require(head->is_set, "this layer has no exit") && holds(logits, labels, 4, "logits") &&
+             require(head->metric || !distances->buf, "this layer has no metric space, so no distances") &&
+             require(!logits->readonly && (!head->metric || (prototypes->buf && distances->buf && !distances->readonly)),
+                     "an exit's arrays are missing or read-only") &&
+             (!head->metric || (holds(distances, labels, 4, "distances") &&
+                                holds(prototypes, labels * head->metric, 4, "prototypes")));
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS;
+        failed = number ? run_layer(m, number, from->buf, (int)tokens, to->buf)
+                        : run_embeddings(m, from->buf, types->buf, (int)tokens, to->buf);
+        if (!failed && logits->buf)
+            failed = run_exit(m, number, to->buf, (int)tokens, prototypes->buf, logits->buf, distances->buf);
+        Py_END_ALLOW_THREADS;
+        ok = require(!failed, "an id outside the tables, or no memory");
+    }
+    return done(ok, b, 6);
+}
+
+/* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong. */
+static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
+    if (!PyArg_ParseTuple(text, "y*z*didipdw*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam,
+                          &p->deepest, &p->ask_all, &p->caution, &b[2], &b[3]))
+        return 0;
+    size_t tokens = b[0].len / 8, size = (size_t)m->exits[m->num_layers].num_labels * (m->num_layers + 1);
+    int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
+             (!m->num_types || holds(&b[1], tokens, 8, "types")) && holds(&b[2], size, 4, "logits") &&
+             holds(&b[3], size, 4, "distances") &&
+             require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
+             require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
+             require(p->signal.code >= 0 && p->signal.code < NUM_SIGNALS, "there is no such signal");
+    if (!ok) return 0;
+    p->ids = b[0].buf;
+    p->types = b[1].buf;
+    p->logits = b[2].buf;
+    p->distances = b[3].buf;
+    p->tokens = (int)tokens;
+    p->exit_layer = -1;
+    size_t states = tokens * m->hidden * 4; /* hidden is a multiple of 64 */
+    p->hidden = aligned_alloc(64, states + ROUND_UP((m->num_layers + 1) * sizeof(Reading), 64));
+    p->readings = (Reading *)((char *)p->hidden + states);
+    return require_memory(p->hidden != NULL);
+}
+
+/* through(model, texts, prototypes, far) → [(exit layer, seconds)]
+ * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, deepest, ask_all, caution, logits,
+ * distances)], the last two float32 (num_layers + 1, K), filled at the exits that were computed. prototypes: [(K,
+ * D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they mean. */
+static PyObject *py_through(PyObject *self, PyObject *args) {
+    enum { MAX_TEXTS = 64 };
+    PyObject *capsule, *texts, *rows, *result = NULL;
+    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][4];
+    const float *prototypes[MAX_LAYERS + 1];
+    Pass passes[MAX_TEXTS];
+    if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
+    const Model *m = model_of(capsule);
+    int count = (int)PyList_GET_SIZE(texts), opened = 0, begun = 0, failed;
+    int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) &&
+             require(count >= 1 && count <= MAX_TEXTS && PyList_GET_SIZE(rows) == m->num_layers + 1,
+                     "1 to 64 texts, and prototypes for every layer");
+    for (int i = 0; ok && i <= m->num_layers; i++, opened++) {
+        spaces[i] = (Py_buffer){0};
+        size_t size = (size_t)m->exits[i].num_labels * m->exits[i].metric;
+        ok = require(is_complete(m, i), "a layer is not complete") &&
+             (!size || (PyObject_GetBuffer(PyList_GET_ITEM(rows, i), &spaces[i], PyBUF_SIMPLE) == 0 &&
+                        holds(&spaces[i], size, 4, "prototypes")));
+        prototypes[i] = spaces[i].buf;
+    }
+    for (int i = 0; ok && i < count; i++, begun++) {
+        passes[i] = (Pass){0};
+        memset(buffers[i], 0, sizeof buffers[i]);
+        ok = open_pass(m, PyList_GET_ITEM(texts, i), &passes[i], buffers[i]);
+    }
+    if (ok) {
+        Py_BEGIN_ALLOW_THREADS;
+        failed = run_passes(m, passes, count, prototypes, far.buf);
+        Py_END_ALLOW_THREADS;
+        ok = require(!failed, "an id outside the tables, or no memory");
+    }
+    if (ok) result = PyList_New(count);
+    for (int i = 0; result != NULL && i < count; i++) {
+        PyObject *pair = Py_BuildValue("id", passes[i].exit_layer, passes[i].seconds);
+        if (pair == NULL) Py_CLEAR(result);
+        else PyList_SET_ITEM(result, i, pair);
+    }
+    for (int i = 0; i < begun; i++) {
+        free(passes[i].hidden);
+        for (int j = 0; j < 4; j++) PyBuffer_Release(&buffers[i][j]);
+    }
+    for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
+    PyBuffer_Release(&far);
+    return result;
+}
+
+/* ---- the rule, for the tests ------------------------------------------------------------------------ */
+
+/* score(exits, signal, lam): exits: [(logits (K), distances (K) or None)], those asked so far. */
+static PyObject *py_score(PyObject *self, PyObject *args) {
+    PyObject *list;
+    Signal signal;
+    Reading readings[MAX_LAYERS + 1];
+    if (!PyArg_ParseTuple(args, "O!id", &PyList_Type, &list, &signal.code, &signal.lam)) return NULL;
+    int count = (int)PyList_GET_SIZE(list);
+    int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits");
+    for (int i = 0; ok && i < count; i++) {
+        Py_buffer b[2] = {0};
+        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "y*z*", &b[0], &b[1])) return NULL;
+        int labels = (int)(b[0].len / 4);
+        ok = require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
+             (!b[1].buf || holds(&b[1], labels, 4, "distances"));
+        if (ok) readings[i] = read_exit(b[0].buf, b[1].buf, labels);
+        for (int j = 0; j < 2; j++) PyBuffer_Release(&b[j]);
+    }
+    return ok ? PyFloat_FromDouble(score(signal, readings, count)) : NULL;
+}
+
+static PyObject *py_exits(PyObject *self, PyObject *args) {
+    double score, tau;
+    if (!PyArg_ParseTuple(args, "dd", &score, &tau)) return NULL;
+    return PyBool_FromLong(exits(score, tau));
+}
+
+static PyMethodDef methods[] = {
+    {"implementations", py_implementations, METH_NOARGS, "Those that this machine can run, the best first."},
+    {"supported", py_supported, METH_NOARGS, "The implementation in use; empty if it is only the reference."},
+    {"why_not", py_why_not, METH_NOARGS, "What this machine lacks, if supported() is empty."},
+    {"use", py_use, METH_VARARGS, "use(name): another implementation, for a test; empty: the best again."},
+    {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best."},
+    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},
+    {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
+    {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
+    {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
+    {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
+    {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
+    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
+    {"score", py_score, METH_VARARGS, "score(exits, signal, lam)"},
+    {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernels", NULL, -1, methods, NULL, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit_kernels(void) {
+    use_best();
+    return PyModule_Create(&definition);
+}

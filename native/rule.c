@@ -1,0 +1,50 @@
+#include "rule.h"
+
+#include <math.h>
+#include <stddef.h>
+
+static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* NaN stays */
+
+/* The most probable class but for `skip` (-1: none); ties: lowest index. */
+static int best(const float *logits, int num_labels, int skip) {
+    int found = skip == 0 ? 1 : 0;
+    for (int k = found + 1; k < num_labels; k++)
+        if (k != skip && logits[k] > logits[found]) found = k;
+    return found;
+}
+
+Reading read_exit(const float *logits, const float *distances, int num_labels) {
+    Reading reading = {.label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
+    double top = logits[reading.label], total = 0.0, mean = 0.0;
+    for (int k = 0; k < num_labels; k++) total += exp(logits[k] - top);
+    for (int k = 0; k < num_labels; k++) mean += exp(logits[k] - top) / total * (logits[k] - top);
+    reading.entropy = clip((log(total) - mean) / log(num_labels), 0.0, 1.0);
+    if (distances == NULL) return reading;
+
+    double r1 = clip(distances[reading.label], 0.0, 2.0);
+    double r2 = clip(distances[best(logits, num_labels, reading.label)], 0.0, 2.0);
+    double largest = r1 > r2 ? r1 : r2;
+    reading.distance_ratio = largest != 0.0 ? 0.5 * (1.0 + (r1 - r2) / largest) : 0.5;
+    float nearest = distances[0];
+    for (int k = 1; k < num_labels; k++)
+        if (distances[k] < nearest) nearest = distances[k];
+    reading.nearest = nearest;
+    return reading;
+}
+
+double score(Signal signal, const Reading *readings, int count) {
+    const Reading *last = &readings[count - 1];
+    switch (signal.code) {
+    case ENTROPY:
+        return last->entropy;
+    case EDR: {
+        if (signal.lam == 0.0) return last->entropy;
+        double below = signal.lam * last->entropy + last->distance_ratio;
+        return below != 0.0 ? (signal.lam + 1.0) * last->entropy * last->distance_ratio / below : 0.0;
+    }
+    default:
+        return NAN;
+    }
+}
+
+int exits(double score, double tau) { return score < tau; }

@@ -1,0 +1,33 @@
+/* The exit decision, operation by operation as in exits/reading.py, exits/signals.py and exits/rule.py.
+ *
+ * Everything is float64, in Python's order and without fused multiply-adds (-ffp-contract=off), so that both
+ * come to the same decision for every text (tests/test_native.py).
+ */
+#ifndef NATIVE_RULE_H
+#define NATIVE_RULE_H
+
+/* What one exit says of one text. */
+typedef struct {
+    int label;                      /* the most probable class (ties: lowest index) */
+    double entropy;                 /* in [0, 1] */
+    double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
+} Reading;
+
+/* Which score is compared with tau: the `code` of a signal in exits/signals.py. */
+enum { ENTROPY, EDR, NUM_SIGNALS };
+
+typedef struct {
+    int code;
+    double lam; /* EDR's weight of the distance ratio */
+} Signal;
+
+/* Read one exit: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
+Reading read_exit(const float *logits, const float *distances, int num_labels);
+
+/* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: the exit cannot tell. */
+double score(Signal signal, const Reading *readings, int count);
+
+/* Whether that is sure enough. NaN never is. */
+int exits(double score, double tau);
+
+#endif

@@ -1,0 +1,127 @@
+"""What the protocols share: bodies of JSON, and the fields of the exit options."""
+
+import gc
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
+
+from exits.signals import MAX_LAM
+from server.errors import RequestError
+from server.http.protocol import LARGE_BODY_BYTES
+from server.settings import MAX_BUDGET_MS, ExitOptions
+
+MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
+ALLOWED = {
+    "tau": " (allowed: 0 to 1)",
+    "lambda": f" (allowed: 0 to {MAX_LAM:g})",
+    "target_speedup": " (allowed: 1 or more)",
+    "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
+    "max_disagreement": " (allowed: 0 to 1)",
+}
+
+
+class OptionFields(BaseModel):
+    """The exit options, as every protocol has them in its JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    tau: float | None = Field(
+        None, ge=0, le=1, description="leave at the first exit with EDR < tau; 0: never early"
+    )
+    lam: float | None = Field(
+        None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"
+    )
+    max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
+    target_speedup: float | None = Field(
+        None, ge=1, description="instead of tau: the mean speed-up over full depth, by the calibration"
+    )
+    latency_budget_ms: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        description="instead of tau: answer within this time, at the deepest exit reached by then",
+    )
+    best_effort: bool = Field(
+        False, description="with a budget that cannot be met: answer at the first exit instead of 503"
+    )
+    max_disagreement: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
+    )
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "OptionFields":
+        _ = self.options
+        return self
+
+    @property
+    def options(self) -> ExitOptions:
+        """The fields that decide where texts exit."""
+        return ExitOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
+
+
+OPTION_NAMES = [field.name for field in fields(ExitOptions)]
+Fields = TypeVar("Fields", bound=BaseModel)
+
+
+def load_json(body: bytes) -> Any:
+    """The JSON of a body; raises RequestError."""
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
+    collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
+    if collects:
+        gc.disable()  # it would traverse 300,000 new lists again and again
+    try:
+        return from_json(body, cache_strings="none")
+    except ValueError as error:
+        raise RequestError(f"the body is not JSON in UTF-8: {error}", cause="not_json") from None
+    finally:
+        if collects:
+            gc.enable()
+
+
+def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
+    """A JSON value as fields; raises RequestError. example: an object as it could be, for messages.
+
+    Unknown fields come first: pydantic's errors for 100,000 of them would take a quarter of a second.
+    """
+    if isinstance(value, dict):
+        known = [f.alias or name for name, f in kind.model_fields.items()]
+        for field in value:
+            if field not in known:
+                name = field[:100]
+                message = f"{name}: unknown field; known are {', '.join(known)}"
+                raise RequestError(message, name, "unknown_field")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise _explain(error, example) from None
+
+
+def check_count(texts: Any, field: str, most: int) -> None:
+    """Raise RequestError if a list has too many texts, before each is looked at."""
+    if isinstance(texts, list) and len(texts) > most:
+        raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
+
+
+def _explain(error: ValidationError, example: str) -> RequestError:
+    """The first problem that pydantic found, with the field's name and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    kind, loc, message = first["type"], first["loc"], first["msg"]
+    if not loc:
+        # From ExitOptions, whose message begins with the field; or the body is not an object.
+        text = str(first["ctx"]["error"]) if kind == "value_error" else ""
+        text = text or f"the body must be a JSON object like {example}"
+        return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
+    field = str(loc[0])[:100]
+    if kind == "missing":
+        return RequestError(f"{field}: is required", field)
+    if kind == "value_error":  # from a validator of ours; it may begin with the place inside the field
+        inner = str(first["ctx"]["error"])
+        return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
+    allowed = ALLOWED.get(field, "")
+    return RequestError(f"{field}: {message[0].lower()}{message[1:]}{allowed}", field)

@@ -1,0 +1,129 @@
+"""The protocol of Hugging Face's text-classification task: POST / for InferenceClient(base_url), and bodies
+with `inputs` on /classify."""
+
+from dataclasses import dataclass
+from math import exp
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from exits.reading import Reading
+from server.engine.work import Item, Job, Request, Text
+from server.errors import RequestError
+from server.http.fields import OptionFields, check_count, check_fields, load_json
+from server.http.protocol import Call, Protocol
+
+Function = Literal["softmax", "sigmoid", "none"]
+
+
+@dataclass(slots=True, eq=False)
+class TaskRequest(Request):
+    """What its response must know.
+
+    Attributes:
+        is_nested: whether the response is a list with an entry for each text.
+        top_k: the number of labels; None: all.
+        function: of the logits, for the scores.
+    """
+
+    is_nested: bool = True
+    top_k: int | None = None
+    function: Function = "softmax"
+
+
+def _inputs(value: Any) -> list[Text]:
+    """The texts of `inputs`: a text, {"text", "text_pair"}, or a list of them."""
+    if isinstance(value, list):
+        if not value:
+            raise ValueError("must not be an empty list; give at least one text")
+        return [_text(entry, f"[{i}]") for i, entry in enumerate(value)]
+    return [_text(value, "")]
+
+
+def _text(value: Any, where: str) -> Text:
+    texts = [value]
+    if isinstance(value, dict):
+        if not {"text"} <= value.keys() <= {"text", "text_pair"}:
+            raise ValueError(f"{where}: an object must have text, and may have text_pair")
+        texts = list(value.values()) if len(value) == 1 else [value["text"], value["text_pair"]]
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: a text must be a string that is not empty")
+    return Text(*texts)
+
+
+class Parameters(OptionFields):
+    """`parameters`; the exit options are ours."""
+
+    top_k: int | None = Field(None, ge=1, description="most labels of a text")
+    function_to_apply: Function | None = Field(None, description="softmax unless set")
+    truncation: bool | Literal["only_first", "longest_first"] | None = Field(
+        True, description="cut texts that are too long instead of refusing them"
+    )
+    padding: Any = Field(None, description="accepted and ignored")
+    max_length: Any = Field(None, description="accepted and ignored")
+
+
+class TaskFields(BaseModel):
+    """A body of the task."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = None
+    inputs: Annotated[list[Text], BeforeValidator(_inputs)]
+    parameters: dict[str, Any] | None = None
+
+
+def parse(call: Call) -> Request:
+    """The request in a call; raises RequestError."""
+    return request_of(load_json(call.body), call.max_texts)
+
+
+def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
+    """The request in a JSON value; raises RequestError. nests_one: also the response for a single text is a
+    list with an entry for each text."""
+    if isinstance(value, dict):
+        value.pop("options", None)  # of the hosted API, as use_cache
+        check_count(value.get("inputs"), "inputs", max_texts)
+    fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
+    parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
+    return TaskRequest(
+        fields.inputs,
+        parameters.options,
+        fields.model,
+        truncate=parameters.truncation is not False,
+        is_nested=nests_one or isinstance(value["inputs"], list),
+        top_k=parameters.top_k,
+        function=parameters.function_to_apply or "softmax",
+    )
+
+
+def serialize(_: str, job: Job) -> bytes:
+    """[[{"label", "score"}, …], …], the most probable first."""
+    assert isinstance(job.request, TaskRequest)
+    rows = [_scores(item, job, job.request) for item in job.items]
+    return orjson.dumps(rows if job.request.is_nested else rows[0])
+
+
+def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
+    assert item.outcome is not None  # the job is done
+    scores = _apply(request.function, item.outcome.reading)
+    ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
+    return [{"label": label, "score": score} for score, label in ranked[: request.top_k]]
+
+
+def _apply(function: Function, reading: Reading) -> list[float]:
+    if function == "softmax":
+        return reading.probs
+    if function == "none":
+        return reading.logits
+    return [1 / (1 + exp(-x)) if x > -700 else 0.0 for x in reading.logits]
+
+
+def error(problem: RequestError) -> bytes:
+    """{"error"}."""
+    return orjson.dumps({"error": problem.message})
+
+
+TEXT_CLASSIFICATION = Protocol(parse, serialize, error)

@@ -1,0 +1,254 @@
+"""The Open Inference Protocol, version 2, over REST: POST /v2/models/{model}[/versions/{version}]/infer.
+
+Input: `text`, and `text_pair` for pairs, of datatype BYTES and shape [n] or [n, 1], as JSON or as binary
+tensors. Output: `label`, `probs` and `exit_layer`, as JSON. The exit options are in `parameters`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from model_store.manifest import Manifest
+from server.engine.work import Job, Request, Text
+from server.errors import RequestError
+from server.http.fields import OptionFields, check_fields, load_json
+from server.http.protocol import Call, Protocol
+from server.service import Service
+
+INPUTS, OUTPUTS = ("text", "text_pair"), ("label", "probs", "exit_layer")
+HEADER_LENGTH = b"inference-header-content-length"
+EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'
+
+
+@dataclass(slots=True, eq=False)
+class InferRequest(Request):
+    """What its response must know.
+
+    Attributes:
+        id: the client's, given back.
+        outputs: those that were asked for.
+    """
+
+    id: str | None = None
+    outputs: Sequence[str] = OUTPUTS
+
+
+class Parameters(OptionFields):
+    """`parameters` of a request: the exit options, and what clients add."""
+
+    truncate: bool = True
+    binary_data_output: Any = Field(None, description="accepted; outputs are JSON")
+    priority: Any = Field(None, description="accepted and ignored")
+    timeout: Any = Field(None, description="accepted and ignored")
+
+
+class Tensor(BaseModel):
+    """An input."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class Output(BaseModel):
+    """An output that is asked for."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferFields(BaseModel):
+    """The JSON of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[Tensor] = Field(max_length=len(INPUTS))
+    outputs: list[Output] = Field([], max_length=len(OUTPUTS))
+
+
+def parse(call: Call) -> InferRequest:
+    """The request in a call; raises RequestError."""
+    head, binary = _split(call)
+    fields = check_fields(InferFields, load_json(head), EXAMPLE)
+    parameters = check_fields(Parameters, fields.parameters, '{"tau": 0.1}')
+    columns: dict[str, list[str]] = {}
+    for tensor in fields.inputs:
+        if tensor.name not in INPUTS or tensor.name in columns:
+            raise RequestError(f"inputs: {tensor.name[:100]!r} is not one of {', '.join(INPUTS)}", "inputs")
+        size = tensor.parameters.get("binary_data_size")
+        if size is not None:
+            if not isinstance(size, int) or not 0 <= size <= len(binary):
+                raise RequestError(f"inputs: {tensor.name}: binary_data_size does not fit the body", "inputs")
+            columns[tensor.name], binary = _decode(binary[:size], tensor, call.max_texts), binary[size:]
+        else:
+            columns[tensor.name] = _strings(tensor, call.max_texts)
+    if binary:
+        raise RequestError("inputs: the body has more binary data than its tensors", "inputs")
+    texts, pairs = columns.get("text"), columns.get("text_pair")
+    if not texts or (pairs is not None and len(pairs) != len(texts)):
+        raise RequestError("inputs: text is required, and text_pair must be as long", "inputs")
+    unknown = [output.name for output in fields.outputs if output.name not in OUTPUTS]
+    if unknown:
+        raise RequestError(f"outputs: {unknown[0][:100]!r} is not one of {', '.join(OUTPUTS)}", "outputs")
+    name = call.path["model"]
+    return InferRequest(
+        [Text(text, pairs[i] if pairs else None) for i, text in enumerate(texts)],
+        parameters.options,
+        f"{name}:{call.path['version']}" if "version" in call.path else name,
+        truncate=parameters.truncate,
+        id=fields.id,
+        outputs=[output.name for output in fields.outputs] or OUTPUTS,
+    )
+
+
+def _split(call: Call) -> tuple[bytes, bytes]:
+    """The JSON of a body, and the binary tensors after it."""
+    for name, value in call.headers:
+        if name == HEADER_LENGTH:
+            if not value.isdigit() or int(value) > len(call.body):
+                raise RequestError("Inference-Header-Content-Length: does not fit the body", cause="not_json")
+            return call.body[: int(value)], call.body[int(value) :]
+    return call.body, b""
+
+
+def _count(tensor: Tensor, most: int) -> int:
+    """The number of strings in a tensor of shape [n] or [n, 1]."""
+    where = f"inputs: {tensor.name}"
+    if tensor.datatype != "BYTES":
+        raise RequestError(f"{where}: the datatype must be BYTES, got {tensor.datatype[:20]!r}", "inputs")
+    shape = tensor.shape
+    if not 1 <= len(shape) <= 2 or shape[0] < 1 or shape[1:] not in ([], [1]):
+        raise RequestError(f"{where}: the shape must be [n] or [n, 1]", "inputs")
+    if shape[0] > most:
+        raise RequestError(f"{where}: {shape[0]} texts, at most {most} are allowed", "inputs")
+    return shape[0]
+
+
+def _strings(tensor: Tensor, most: int) -> list[str]:
+    count, data = _count(tensor, most), tensor.data or []
+    if len(data) == count and all(isinstance(row, list) and len(row) == 1 for row in data):
+        data = [row[0] for row in data]
+    if len(data) != count:
+        raise RequestError(f"inputs: {tensor.name}: has {len(data)} texts, its shape says {count}", "inputs")
+    return [_checked(text, tensor.name, i) for i, text in enumerate(data)]
+
+
+def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
+    """Strings from binary BYTES: each is its length, 4 bytes little-endian, and its bytes."""
+    texts: list[str] = []
+    for i in range(_count(tensor, most)):
+        end = 4 + int.from_bytes(data[:4], "little")
+        if len(data) < end or len(data) < 4:
+            raise RequestError(f"inputs: {tensor.name}: has fewer texts than its shape says", "inputs")
+        try:
+            texts.append(_checked(data[4:end].decode(), tensor.name, i))
+        except UnicodeDecodeError:
+            raise RequestError(f"inputs: {tensor.name}[{i}]: must be UTF-8", "inputs") from None
+        data = data[end:]
+    if data:
+        raise RequestError(f"inputs: {tensor.name}: has more texts than its shape says", "inputs")
+    return texts
+
+
+def _checked(text: Any, name: str, i: int) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise RequestError(f"inputs: {name}[{i}]: must be a text that is not empty", "inputs")
+    return text
+
+
+def serialize(_: str, job: Job) -> bytes:
+    """The outputs that were asked for, one row for each text."""
+    request, manifest = job.request, job.model.manifest
+    assert isinstance(request, InferRequest)
+    outcomes = [item.outcome for item in job.items if item.outcome is not None]
+    tensors: dict[str, dict[str, Any]] = {
+        "label": _tensor("BYTES", [len(outcomes)], job.labels()),
+        "probs": _tensor(
+            "FP64", [len(outcomes), len(manifest.labels)], [p for o in outcomes for p in o.reading.probs]
+        ),
+        "exit_layer": _tensor("INT64", [len(outcomes)], [o.layer for o in outcomes]),
+    }
+    body = {
+        "model_name": manifest.name,
+        "model_version": str(manifest.version),
+        "outputs": [{"name": name, **tensors[name]} for name in request.outputs],
+    }
+    return orjson.dumps(body if request.id is None else body | {"id": request.id})
+
+
+def _tensor(datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
+    return {"datatype": datatype, "shape": shape, "data": data}
+
+
+def error(problem: RequestError) -> bytes:
+    """{"error"}."""
+    return orjson.dumps({"error": problem.message})
+
+
+def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
+    """Add health, readiness and metadata."""
+    tags: Any = {"tags": ["Open Inference Protocol"], **common}
+
+    @app.get("/v2", **tags)
+    async def server() -> dict[str, Any]:
+        """The server."""
+        return {"name": "de3", "version": version_of("de3"), "extensions": []}
+
+    @app.get("/v2/health/live", **tags)
+    async def live() -> dict[str, bool]:
+        """200 as long as the process lives."""
+        return {"live": True}
+
+    @app.get("/v2/health/ready", **tags)
+    async def ready() -> JSONResponse:
+        """200 once every model is loaded and warmed up, else 503."""
+        is_ready = service.state == "ready"
+        return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
+
+    @app.get("/v2/models/{model}/ready", **tags)
+    @app.get("/v2/models/{model}/versions/{version}/ready", **tags)
+    async def model_ready(model: str, version: str = "") -> dict[str, Any]:
+        """200 if the model is served."""
+        manifest = service.manifest(f"{model}:{version}" if version else model)
+        return {"name": manifest.name, "ready": True}
+
+    @app.get("/v2/models/{model}", **tags)
+    @app.get("/v2/models/{model}/versions/{version}", **tags)
+    async def metadata(model: str, version: str = "") -> dict[str, Any]:
+        """The model's inputs and outputs."""
+        return _metadata(service.manifest(f"{model}:{version}" if version else model), service)
+
+
+def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
+    shapes: dict[str, tuple[str, list[int]]] = {
+        "text": ("BYTES", [-1]),
+        "text_pair": ("BYTES", [-1]),
+        "label": ("BYTES", [-1]),
+        "probs": ("FP64", [-1, len(manifest.labels)]),
+        "exit_layer": ("INT64", [-1]),
+    }
+    tensors = {name: {"name": name, "datatype": d, "shape": s} for name, (d, s) in shapes.items()}
+    return {
+        "name": manifest.name,
+        "versions": [str(m.version) for m in service.manifests() if m.name == manifest.name],
+        "platform": "de3",
+        "inputs": [tensors[name] for name in INPUTS],
+        "outputs": [tensors[name] for name in OUTPUTS],
+    }
+
+
+INFER = Protocol(parse, serialize, error)

@@ -1,0 +1,127 @@
+"""The protocol of Text Embeddings Inference: POST /predict, GET /info."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import orjson
+from fastapi import FastAPI
+from pydantic import BeforeValidator, Field
+
+from exits.reading import Reading
+from server.engine.work import Item, Job, Request, Text
+from server.errors import Cause, RequestError
+from server.http.fields import OptionFields, check_count, check_fields, load_json
+from server.http.protocol import Call, Protocol
+from server.service import Service
+
+# TEI's names for why a request failed.
+ERROR_TYPES: dict[Cause, str] = {
+    "over_share": "overloaded",
+    "rate_limited": "overloaded",
+    "queue_full": "overloaded",
+}
+
+
+@dataclass(slots=True, eq=False)
+class PredictRequest(Request):
+    """What its response must know.
+
+    Attributes:
+        is_batch: whether the response is a list with an entry for each text.
+        raw_scores: logits instead of probabilities.
+    """
+
+    is_batch: bool = False
+    raw_scores: bool = False
+
+
+def _inputs(value: Any) -> tuple[list[Text], bool]:
+    """The texts of `inputs`, and whether they are a batch. As in TEI a flat list of two texts is one pair."""
+    if isinstance(value, str):
+        return [_text([value], "")], False
+    if not isinstance(value, list) or not value:
+        raise ValueError("must be a text, a list of one text or of two (a pair), or a list of such lists")
+    if isinstance(value[0], str):
+        return [_text(value, "")], False
+    return [_text(entry, f"[{i}]") for i, entry in enumerate(value)], True
+
+
+def _text(entry: Any, where: str) -> Text:
+    if not isinstance(entry, list) or not 1 <= len(entry) <= 2:
+        raise ValueError(f"{where}: must be a list of one text, or of two for a pair")
+    for text in entry:
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: a text must be a string that is not empty")
+    return Text(*entry)
+
+
+class PredictFields(OptionFields):
+    """The body of /predict; the exit options are ours."""
+
+    inputs: Annotated[tuple[list[Text], bool], BeforeValidator(_inputs)]
+    raw_scores: bool = Field(False, description="logits instead of probabilities")
+    truncate: bool | None = Field(False, description="cut texts that are too long instead of refusing them")
+    truncation_direction: Any = Field("right", description="accepted; texts are cut at their end")
+
+
+def parse(call: Call) -> PredictRequest:
+    """The request in a call; raises RequestError."""
+    value = load_json(call.body)
+    if isinstance(value, dict):
+        check_count(value.get("inputs"), "inputs", max(call.max_texts, 2))
+    fields = check_fields(PredictFields, value, '{"inputs": "a text"}')
+    texts, is_batch = fields.inputs
+    return PredictRequest(
+        texts, fields.options, truncate=bool(fields.truncate), is_batch=is_batch, raw_scores=fields.raw_scores
+    )
+
+
+def serialize(_: str, job: Job) -> bytes:
+    """[{"score", "label"}, …], the most probable first; of a batch a list of these."""
+    assert isinstance(job.request, PredictRequest)
+    rows = [_scores(item, job, job.request.raw_scores) for item in job.items]
+    return orjson.dumps(rows if job.request.is_batch else rows[0])
+
+
+def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
+    assert item.outcome is not None  # the job is done
+    reading: Reading = item.outcome.reading
+    scores = reading.logits if raw else reading.probs
+    rows = [{"score": s, "label": n} for s, n in zip(scores, job.model.manifest.labels, strict=True)]
+    return sorted(rows, key=lambda row: -float(str(row["score"])))
+
+
+def error(problem: RequestError) -> bytes:
+    """{"error", "error_type"}."""
+    kind = ERROR_TYPES.get(problem.cause, "validation")
+    return orjson.dumps({"error": problem.message, "error_type": kind})
+
+
+def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
+    """Add /info."""
+
+    @app.get("/info", tags=["Text Embeddings Inference"], **common)
+    async def info() -> dict[str, Any]:
+        """The first model, as Text Embeddings Inference describes its own."""
+        manifest, settings = service.manifests()[0], service.settings
+        ids = {str(k): label for k, label in enumerate(manifest.labels)}
+        return {
+            "model_id": f"{manifest.name}:{manifest.version}",
+            "model_sha": None,
+            "model_dtype": manifest.precision,
+            "model_type": {
+                "classifier": {"id2label": ids, "label2id": {label: int(k) for k, label in ids.items()}}
+            },
+            "max_concurrent_requests": settings.max_queue,
+            "max_input_length": manifest.max_tokens,
+            "max_batch_tokens": settings.max_texts * manifest.max_tokens,
+            "max_batch_requests": settings.max_texts,
+            "max_client_batch_size": settings.max_texts,
+            "auto_truncate": False,
+            "tokenization_workers": settings.engine_threads(),
+            "version": version("de3"),
+        }
+
+
+PREDICT = Protocol(parse, serialize, error)

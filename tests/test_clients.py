@@ -1,0 +1,222 @@
+"""The clients that people have, against one running server, with nothing changed but the address."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+from tritonclient.utils import InferenceServerException
+
+from tests.serving import Server, serving
+
+TEXTS = ["a good film", "dull and boring", "it is not bad"]
+KEY = "alice-has-a-long-key"
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny", "tiny-int8"], max_texts=8) as running:
+        yield running
+
+
+def ours(server: Server, **body: Any) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = server.classify(**body).json()["data"]
+    return rows
+
+
+def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
+    """A row's labels and probabilities, the most probable first."""
+    return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
+
+
+# tritonclient
+
+
+@pytest.fixture
+def triton(server: Server) -> Iterator[InferenceServerClient]:
+    client = InferenceServerClient(f"127.0.0.1:{server.port}")
+    yield client
+    client.close()
+
+
+def tensor(name: str, texts: list[str], binary: bool, shape: tuple[int, ...] | None = None) -> InferInput:
+    values = np.array([text.encode() for text in texts], dtype=np.object_).reshape(shape or (len(texts),))
+    found = InferInput(name, list(values.shape), "BYTES")
+    found.set_data_from_numpy(values, binary_data=binary)
+    return found
+
+
+@pytest.mark.parametrize("binary", [True, False])
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_triton_infers(
+    server: Server, triton: InferenceServerClient, binary: bool, shape: tuple[int, ...]
+) -> None:
+    result = triton.infer("tiny", [tensor("text", TEXTS, binary, shape)], request_id="r1")
+    rows = ours(server, input=TEXTS, model="tiny")
+    assert result.as_numpy("label").tolist() == [row["label"] for row in rows]
+    assert result.as_numpy("exit_layer").tolist() == [row["exit"]["layer"] for row in rows]
+    np.testing.assert_array_equal(result.as_numpy("probs"), [row["probs"] for row in rows])
+    response = result.get_response()
+    assert (response["model_name"], response["model_version"], response["id"]) == ("tiny", "1", "r1")
+
+
+def test_triton_sets_tau_asks_for_outputs_and_sends_pairs(
+    server: Server, triton: InferenceServerClient
+) -> None:
+    inputs = [tensor("text", TEXTS, True), tensor("text_pair", TEXTS[::-1], True)]
+    outputs = [InferRequestedOutput("exit_layer"), InferRequestedOutput("label", binary_data=False)]
+    result = triton.infer("tiny-int8", inputs, "1", outputs=outputs, parameters={"tau": 0.0})
+    assert result.as_numpy("exit_layer").tolist() == [3, 3, 3] and result.as_numpy("probs") is None
+    pairs = [{"text": a, "text_pair": b} for a, b in zip(TEXTS, TEXTS[::-1], strict=True)]
+    rows = ours(server, input=pairs, model="tiny-int8", tau=0)
+    assert result.as_numpy("label").tolist() == [row["label"] for row in rows]
+
+
+def test_triton_asks_about_the_server(triton: InferenceServerClient) -> None:
+    assert triton.is_server_live() and triton.is_server_ready()
+    assert triton.is_model_ready("tiny") and triton.is_model_ready("tiny-int8", "1")
+    assert not triton.is_model_ready("other")
+    assert triton.get_server_metadata()["name"] == "de3"
+    metadata = triton.get_model_metadata("tiny")
+    assert metadata["versions"] == ["1"]
+    assert [x["name"] for x in metadata["outputs"]] == ["label", "probs", "exit_layer"]
+
+
+def test_triton_sees_what_is_wrong(triton: InferenceServerClient) -> None:
+    with pytest.raises(InferenceServerException, match="no model 'other' is served"):
+        triton.infer("other", [tensor("text", TEXTS, True)])
+    with pytest.raises(InferenceServerException, match="9 texts, at most 8"):
+        triton.infer("tiny", [tensor("text", ["good"] * 9, True)])
+    with pytest.raises(InferenceServerException, match=r"tau: .*allowed: 0 to 1"):
+        triton.infer("tiny", [tensor("text", TEXTS, False)], parameters={"tau": 2.0})
+    with pytest.raises(InferenceServerException, match="'words' is not one of text, text_pair"):
+        triton.infer("tiny", [tensor("words", TEXTS, True)])
+
+
+@pytest.mark.parametrize(
+    ("binary", "size", "says"),
+    [
+        (b"\x04\x00\x00\x00good", 8, "has fewer texts than its shape says"),
+        (b"\x04\x00\x00\x00good\x01", 9, "has fewer texts"),
+        (b"\xff\xff\xff\xffgood", 8, "has fewer texts"),
+        (b"\x04\x00\x00\x00good\x03\x00\x00\x00bad\x00", 16, "has more texts than its shape says"),
+        (b"\x01\x00\x00\x00\xff\x03\x00\x00\x00bad", 12, "must be UTF-8"),
+        (b"", 8, "binary_data_size does not fit"),
+        (b"", -1, "binary_data_size does not fit"),
+        (b"x", True, "has fewer texts than its shape says"),
+    ],
+)
+def test_binary_tensors_that_do_not_fit(server: Server, binary: bytes, size: Any, says: str) -> None:
+    head = httpx.Request(
+        "POST",
+        server.url,
+        json={
+            "inputs": [
+                {"name": "text", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": size}}
+            ]
+        },
+    ).content
+    answer = httpx.post(
+        server.url + "/v2/models/tiny/infer",
+        content=head + binary,
+        headers={"Inference-Header-Content-Length": str(len(head))},
+    )
+    assert answer.status_code in (400, 422) and says in answer.json()["error"], answer.text
+
+
+# huggingface_hub
+
+
+def test_hugging_face_classifies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the tests set, for the hub
+    client = InferenceClient(server.url)
+    (row,) = ours(server, input=TEXTS[0])
+    result = client.text_classification(TEXTS[0])
+    assert [(one.label, one.score) for one in result] == ranked(row)
+    assert len(client.text_classification(TEXTS[0], top_k=1)) == 1
+    scores = {
+        f: client.text_classification(TEXTS[0], function_to_apply=f)[0].score for f in ("none", "sigmoid")
+    }  # type: ignore[arg-type]
+    assert scores["sigmoid"] == pytest.approx(1 / (1 + np.exp(-scores["none"])))
+    with pytest.raises(HfHubHTTPError, match="422"):
+        client.text_classification("")
+
+
+def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
+    (row,) = ours(server, input=TEXTS[0])
+    flat = [{"label": label, "score": score} for label, score in ranked(row)]
+    for path, expected in (("/classify", flat), ("/", [flat])):
+        answer = httpx.post(server.url + path, json={"inputs": TEXTS[0], "options": {"use_cache": False}})
+        assert answer.json() == expected, path
+    both = httpx.post(server.url + "/classify", json={"inputs": TEXTS[:2], "parameters": {"tau": 0}}).json()
+    assert [len(one) for one in both] == [2, 2]
+
+
+# Text Embeddings Inference, by the bodies of its documentation
+
+
+@pytest.mark.parametrize(
+    ("inputs", "texts", "is_batch"),
+    [
+        ("a good film", ["a good film"], False),
+        (["a good film"], ["a good film"], False),
+        (["a good film", "it is"], [{"text": "a good film", "text_pair": "it is"}], False),
+        ([["a good film"], ["dull"]], ["a good film", "dull"], True),
+        ([["good", "bad"]], [{"text": "good", "text_pair": "bad"}], True),
+    ],
+)  # fmt: skip
+def test_tei_predicts(server: Server, inputs: Any, texts: list[Any], is_batch: bool) -> None:
+    body = {"inputs": inputs, "raw_scores": False, "truncate": True, "truncation_direction": "right"}
+    answer = httpx.post(server.url + "/predict", json=body)
+    rows = [
+        [{"score": score, "label": label} for label, score in ranked(row)]
+        for row in ours(server, input=texts)
+    ]
+    assert answer.status_code == 200 and answer.json() == (rows if is_batch else rows[0])
+
+
+def test_tei_refuses_long_texts_unless_told_to_truncate(server: Server) -> None:
+    long = "good film " * 500
+    refused = httpx.post(server.url + "/predict", json={"inputs": long})
+    assert refused.status_code == 422 and refused.json()["error_type"] == "validation"
+    assert httpx.post(server.url + "/predict", json={"inputs": long, "truncate": True}).status_code == 200
+    raw = httpx.post(server.url + "/predict", json={"inputs": "good", "raw_scores": True, "tau": 0}).json()
+    (row,) = ours(server, input="good", tau=0)
+    assert np.exp(raw[0]["score"] - raw[1]["score"]) == pytest.approx(ranked(row)[0][1] / ranked(row)[1][1])
+    info = httpx.get(server.url + "/info").json()
+    assert info["model_id"] == "tiny:1" and info["model_type"]["classifier"]["id2label"]["1"] == "positive"
+
+
+@pytest.mark.parametrize(
+    "inputs", [None, [], [[]], [["a", "b", "c"]], ["a", "b", "c"], "", [""], [1], {"text": "a"}]
+)
+def test_tei_says_what_is_wrong(server: Server, inputs: Any) -> None:
+    answer = httpx.post(server.url + "/predict", json={"inputs": inputs})
+    assert answer.status_code == 422 and answer.json()["error"].startswith("inputs")
+
+
+def test_every_protocol_needs_a_key_if_there_are_keys(store: Path) -> None:
+    with serving(store, models=["tiny"], api_keys=f"alice {KEY}") as server:
+        calls = {
+            "/": {"inputs": "good"},
+            "/predict": {"inputs": "good"},
+            "/v2/models/tiny/infer": {
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["good"]}]
+            },
+        }
+        for path, body in calls.items():
+            assert httpx.post(server.url + path, json=body).status_code == 401, path
+            answer = httpx.post(server.url + path, json=body, headers={"Authorization": f"Bearer {KEY}"})
+            assert answer.status_code == 200, path
+        for path, status in {
+            "/info": 401,
+            "/v2/models/tiny": 401,
+            "/v2": 401,
+            "/v2/health/ready": 200,
+        }.items():
+            assert httpx.get(server.url + path).status_code == status, path

@@ -1,0 +1,88 @@
+"""A further protocol is one module and one path: here, Text Embeddings Inference's /predict, in short."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+
+from server.engine.work import Job, Request, Text
+from server.errors import RequestError
+from server.http.app import PROTOCOLS
+from server.http.protocol import Call, Protocol
+from server.service import Service
+from server.settings import Settings
+from tests.serving import Server, until
+
+KEY = "alice-has-a-long-key"
+
+
+def parse(call: Call) -> Request:
+    """{"inputs": text or [texts]}."""
+    try:
+        inputs = orjson.loads(call.body)["inputs"]
+        texts = [Text(text + "") for text in (inputs if isinstance(inputs, list) else [inputs])]
+    except (ValueError, KeyError, TypeError):
+        raise RequestError("inputs: must be a text or a list of texts", "inputs") from None
+    if not 0 < len(texts) <= call.max_texts:
+        raise RequestError(f"inputs: 1 to {call.max_texts} texts are allowed, got {len(texts)}", "inputs")
+    return Request(texts)
+
+
+def serialize(request_id: str, job: Job) -> bytes:
+    """[[{"label", "score"}]], the most probable first."""
+    labels = job.model.manifest.labels
+    return orjson.dumps(
+        [
+            sorted(
+                ({"label": n, "score": p} for n, p in zip(labels, item.outcome.reading.probs, strict=True)),
+                key=lambda row: -row["score"],
+            )
+            for item in job.items
+            if item.outcome is not None
+        ]
+    )
+
+
+def error(problem: RequestError) -> bytes:
+    """{"error", "error_type"}."""
+    return orjson.dumps({"error": problem.message, "error_type": problem.cause})
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    settings = Settings(
+        store=store, models=["tiny"], port=0, max_texts=4, api_keys=f"alice {KEY}", rate_limit="5/hour"
+    )
+    running = Server(Service(settings), {**PROTOCOLS, "/predict": Protocol(parse, serialize, error)})
+    running.start()
+    until(lambda: running.service.state == "ready", "readiness")
+    yield running
+    running.stop()
+
+
+def predict(server: Server, body: Any, key: str = KEY) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(server.url + "/predict", json=body, headers=headers, timeout=30)
+
+
+def test_it_answers_as_classify_does(server: Server) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
+    theirs = httpx.post(server.url + "/classify", json={"input": "good"}, headers=headers).json()["data"][0]
+    answer = predict(server, {"inputs": ["good", "bad"]})
+    assert answer.status_code == 200 and "server-timing" in answer.headers
+    assert answer.json()[0][0] == {"label": theirs["label"], "score": max(theirs["probs"])}
+
+
+def test_keys_limits_and_metrics_come_with_it(server: Server) -> None:
+    assert predict(server, {"inputs": "good"}, key="wrong").json()["error_type"] == "no_key"
+    too_many = predict(server, {"inputs": ["good"] * 5})
+    assert (too_many.status_code, too_many.json()["error_type"]) == (422, "bad_request")
+    predict(server, {"inputs": "good"})
+    over = predict(server, {"inputs": "good"})  # the sixth text in this hour, one of which was refused
+    assert (over.status_code, over.json()["error_type"]) == (429, "rate_limited")
+    assert int(over.headers["retry-after"]) > 0
+    assert server.metric("de3_rejected_total", cause="rate_limited") == 1
+    assert server.metric("de3_requests_total", model="tiny:1", status="200") == 3
