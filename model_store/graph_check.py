@@ -1,23 +1,34 @@
-"""What a segment's ONNX file may hold. A model may come from anywhere, so this is checked before anything
-runs it.
+"""What a segment's ONNX file may hold: a few short fields and weights. A model may come from anywhere, so this
+is checked before anything runs it.
 
-ONNX Runtime would read weights from any file that a graph names, and runs loops without end and tensors
-without limit. A segment needs none of that: the operators below are those that export/graph.py builds with.
+ONNX Runtime would read weights from any file that a graph names, and takes functions, configurations and
+weights of branches from fields that a segment has no need of. The fields below are those that export/graph.py
+writes. Whether the operators in them make up a segment is for graph_reader.py to say.
 """
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import onnx
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
-_ONNX = "Add Cast Constant DynamicQuantizeLinear Gather Gemm If LayerNormalization LpNormalization MatMul Mul"
-_MORE = "ReduceMean Relu Shape Slice"
-_MICROSOFT = "Attention DynamicQuantizeMatMul FastGelu Gelu QAttention"
-OPERATORS = {"": frozenset(f"{_ONNX} {_MORE}".split()), MICROSOFT: frozenset(_MICROSOFT.split())}
-MAX_NODES = 64  # of a segment; the largest that export builds has 21
-MAX_DEPTH = 1  # of branches
+MAX_FIELDS = 10_000  # of a file; the largest that export writes has about 400
+MAX_VALUE_BYTES = 1000  # of a field that is neither a message nor a weight
+MAX_NAME = 200  # characters
+FIELDS = {
+    "ModelProto": "ir_version producer_name graph opset_import",
+    "GraphProto": "node name initializer input output",
+    "branch": "node name output",
+    "NodeProto": "input output op_type domain attribute",
+    "AttributeProto": "name type i f ints g t",
+    "TensorProto": "dims data_type name raw_data",
+    "ValueInfoProto": "name type",
+    "TypeProto": "tensor_type",
+    "Tensor": "elem_type shape",
+    "TensorShapeProto": "dim",
+    "Dimension": "dim_value dim_param",
+    "OperatorSetIdProto": "domain version",
+}
 
 
 class GraphError(ValueError):
@@ -27,46 +38,76 @@ class GraphError(ValueError):
 def read_graph(data: bytes) -> Any:
     """The GraphProto in a file; raises GraphError for what a segment may not hold."""
     try:
+        _count_fields(memoryview(data), onnx.ModelProto.DESCRIPTOR, MAX_FIELDS)
         model = onnx.load_model_from_string(data)
+    except GraphError:
+        raise
     except Exception as error:  # protobuf raises its own classes
         raise GraphError(f"not an ONNX model: {type(error).__name__}") from None
-    if model.functions or model.training_info:
-        raise GraphError("it has functions or training steps of its own")
+    _check_fields(model, "ModelProto")
     for opset in model.opset_import:
         if OPSETS.get(opset.domain) != opset.version:
-            raise GraphError(f"it needs version {opset.version} of the operators {opset.domain[:50]!r}")
-    nodes = 0
-    for graph, depth in _graphs(model.graph, 0):
-        if depth > MAX_DEPTH:
-            raise GraphError("it has branches inside of branches")
-        if graph.sparse_initializer:
-            raise GraphError("it has sparse weights")
-        nodes += len(graph.node)
-        if nodes > MAX_NODES:
-            raise GraphError(f"it has more than {MAX_NODES} operators")
-        _check_tensors(graph.initializer)
-        for node in graph.node:
-            if node.op_type not in OPERATORS.get(node.domain, ()):
-                name = f"{node.domain}.{node.op_type}".lstrip(".")
-                raise GraphError(f"the operator {name[:100]!r} is not one that a segment is made of")
-            for attribute in node.attribute:
-                if attribute.HasField("sparse_tensor") or attribute.sparse_tensors or attribute.ref_attr_name:
-                    raise GraphError(f"{node.op_type} has an attribute that is not allowed")
-                _check_tensors((*((attribute.t,) if attribute.HasField("t") else ()), *attribute.tensors))
+            raise GraphError(f"it needs version {opset.version} of the operators {opset.domain!r}")
     return model.graph
 
 
-def _graphs(graph: Any, depth: int) -> Iterator[tuple[Any, int]]:
-    yield graph, depth
-    if depth > MAX_DEPTH:
-        return
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*((attribute.g,) if attribute.HasField("g") else ()), *attribute.graphs):
-                yield from _graphs(inner, depth + 1)
+def _count_fields(data: memoryview, kind: Any, left: int) -> int:
+    """How many of `left` fields remain after those of a message; raises GraphError if there are more.
+
+    Parsing would turn two bytes into an object of a hundred.
+    """
+    at = 0
+    while at < len(data):
+        left -= 1
+        if left < 0:
+            raise GraphError(f"it has more than {MAX_FIELDS} fields")
+        tag, at = _varint(data, at)
+        field, wire, size = kind.fields_by_number.get(tag >> 3), tag & 7, 0
+        if wire == 0:
+            _, at = _varint(data, at)
+        elif wire == 2:
+            size, at = _varint(data, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise GraphError("not an ONNX model: it has a field of no known type")
+        if field is None:  # to this release of onnx; ONNX Runtime might know it
+            raise GraphError(f"it has a field {tag >> 3} that ONNX does not know")
+        if at + size > len(data):
+            raise GraphError("not an ONNX model: it ends within a field")
+        if wire == 2 and field.message_type is not None:
+            left = _count_fields(data[at : at + size], field.message_type, left)
+        elif size > MAX_VALUE_BYTES and field.name != "raw_data":
+            raise GraphError(f"it has a name or list of {size} bytes")
+        at += size
+    return left
 
 
-def _check_tensors(tensors: Iterable[Any]) -> None:
-    for tensor in tensors:
-        if tensor.data_location != onnx.TensorProto.DEFAULT or tensor.external_data:
-            raise GraphError(f"the tensor {tensor.name[:100]!r} is kept in another file")
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """The number that begins at `at`, and where it ends."""
+    value = 0
+    for n, byte in enumerate(data[at : at + 10]):
+        value |= (byte & 127) << 7 * n
+        if byte < 128:
+            return value, at + n + 1
+    raise GraphError("not an ONNX model: it has a number without an end")
+
+
+def _check_fields(message: Any, kind: str) -> None:
+    """Raise GraphError for a field that export does not write, or a name that is not short, plain ASCII."""
+    allowed = FIELDS.get(kind, "").split()
+    for field, value in message.ListFields():
+        if field.name not in allowed:
+            raise GraphError(f"{kind} has the field {field.name}, which export does not write")
+        if field.name == "raw_data":
+            continue
+        is_one = isinstance(value, str | bytes) or not hasattr(value, "__len__")
+        for one in [value] if is_one else value:
+            if field.message_type is not None:
+                _check_fields(one, "branch" if field.name == "g" else field.message_type.name)
+            elif isinstance(one, bytes) or (isinstance(one, str) and not _is_name(one)):
+                raise GraphError(f"{one[:MAX_NAME]!r} is no name of at most {MAX_NAME} printable characters")
+
+
+def _is_name(text: str) -> bool:
+    return len(text) <= MAX_NAME and text.isascii() and text.isprintable()

@@ -17,8 +17,12 @@ FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensor
 
 # A manifest is untrusted until it is checked. Without limits, every surplus entry could be an error of its own.
 MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
+MAX_INT = 2**31 - 1  # also of a file's bytes: protobuf reads no more
+MAX_WIDTH = 2**16
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MAX_INT)]
+Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Label = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -37,7 +41,7 @@ class FileEntry(_Part):
     """Hash and size of one file."""
 
     sha256: Sha256
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=MAX_INT)
 
 
 class Defaults(_Part):
@@ -79,7 +83,7 @@ class Reference(_Part):
         nearest: distance to the nearest prototype; None, as distance_ratio, at an exit without prototypes.
     """
 
-    layer: int = Field(ge=0)
+    layer: Layer
     entropy: list[float]
     distance_ratio: list[float] | None
     nearest: list[float] | None
@@ -100,8 +104,8 @@ class Calibration(_Part):
     `references` has one entry per exit.
     """
 
-    tune_size: int = Field(ge=1)
-    certify_size: int = Field(ge=1)
+    tune_size: Count
+    certify_size: Count
     max_loss: float
     exit_accuracy: list[Share] = Field(max_length=MAX_LAYERS)
     default: TradeOff
@@ -122,15 +126,15 @@ class Manifest(_Part):
 
     schema_version: Literal[3]
     name: str = Field(pattern=f"^{NAME.pattern}$")
-    version: int = Field(ge=1)
-    created: int = Field(ge=0, description="Unix time, seconds")
-    encoder: str
+    version: int = Field(ge=1, le=999_999_999)
+    created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
+    encoder: str = Field(max_length=200)
     labels: list[Label] = Field(min_length=2, max_length=MAX_LABELS)
     num_layers: int = Field(ge=1, le=99)
-    exit_layers: list[int] = Field(min_length=1, max_length=MAX_LAYERS)
-    prototype_layers: list[int] = Field(max_length=MAX_LAYERS)
-    hidden_size: int = Field(ge=1)
-    metric_dim: int = Field(ge=1)
+    exit_layers: list[Layer] = Field(min_length=1, max_length=MAX_LAYERS)
+    prototype_layers: list[Layer] = Field(max_length=MAX_LAYERS)
+    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
+    metric_dim: int = Field(ge=1, le=MAX_WIDTH)
     max_tokens: int = Field(ge=3, le=32768)
     token_types: bool
     pooling: Literal["mean", "cls"]
@@ -170,6 +174,8 @@ class Manifest(_Part):
         missing = [name for name in self.required_files() if name not in self.files]
         if missing:
             raise ValueError(f"files lacks {missing[0]!r}")
+        if extra := self.files.keys() - {*self.required_files(), "README.md"}:
+            raise ValueError(f"files may not contain {min(extra)!r}")
         return self
 
     def segment_files(self) -> list[str]:

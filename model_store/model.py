@@ -1,15 +1,14 @@
 """An artifact opened for running: its tokenizer and its segments."""
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnxruntime as ort
-from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 
 from model_store.graph_check import GraphError, read_graph
+from model_store.graph_reader import network_of, read_segment
 from model_store.segments import (
     Array,
     NativeSegment,
@@ -24,6 +23,7 @@ from model_store.segments import (
 from model_store.store import Artifact, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
+from native.network import Embeddings, Exit, Layer, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's values over the texts of the proof
@@ -43,56 +43,60 @@ class Model:
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
         runtime: what runs them: native or onnxruntime.
+        why_not_native: why the kernels do not run an int8 artifact; else empty.
         through: runs several samples through all layers in one call; None unless native.
     """
 
-    def __init__(self, artifact: Artifact, runtime: str = "auto") -> None:
+    def __init__(
+        self, artifact: Artifact, runtime: str = "auto", check: Callable[[], None] = lambda: None
+    ) -> None:
         """Read, check and load every file; raises StoreError for the first that is not sound.
 
         runtime: onnxruntime, native, or auto: native where it can and gives what ONNX Runtime gives.
+        check: called before each step that may take long; what it raises ends the loading.
         """
-        self.manifest = artifact.manifest
+        self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
-        manifest = self.manifest
+        self._check = check
         self.tokenizer = TextTokenizer.of(artifact)
         prototypes = unit_prototypes(artifact)
         options = session_options()
-
-        files = [artifact.read(file) for file in manifest.segment_files()]
-        graphs = [check_segment(artifact, layer, data) for layer, data in enumerate(files)]
-
-        def session(layer: int, file: str) -> Any:
+        self.runtime, self.why_not_native = "onnxruntime", ""
+        self.through: Through | None = None
+        weights, segments = [], []
+        for layer, name in enumerate(manifest.segment_files()):
+            check()
+            file, data = artifact.path / name, artifact.read(name)
+            read = check_segment(artifact, layer, data)
+            if runtime != "onnxruntime" and manifest.precision == "int8":
+                weights.append(read)
             try:
                 # From bytes: what runs is what was checked.
-                return ort.InferenceSession(files[layer], options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime raises its own classes, without a common base
-                raise StoreError(
-                    f"{artifact.path / file}: not a model ONNX Runtime can run: {error}"
-                ) from None
-
-        self.runtime = "onnxruntime"
-        self.through: Through | None = None
-        self.segments: Sequence[Segment] = [
-            OnnxSegment(
-                layer, session(layer, file), manifest, prototypes.get(layer), str(artifact.path / file)
-            )
-            for layer, file in enumerate(manifest.segment_files())
-        ]
-        if runtime != "onnxruntime":
-            try:
-                self.segments, self.through = self._native(artifact, graphs, prototypes)
-                self.runtime = "native"
-            except NoKernelsError as error:
-                log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)
-                if runtime == "native":
-                    raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
+                raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
+            segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer), str(file)))
+        self.segments: Sequence[Segment] = segments
+        if runtime == "onnxruntime":
+            return
+        try:
+            if not weights:
+                raise NoKernelsError("only int8 artifacts have kernels")
+            self.segments, self.through = self._native(artifact, network_of(weights, manifest), prototypes)
+            self.runtime = "native"
+        except NoKernelsError as error:
+            log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)
+            self.why_not_native = str(error) if weights else ""
+            if runtime == "native":
+                raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
 
     def _native(
-        self, artifact: Artifact, graphs: Sequence[Any], prototypes: dict[int, Array]
+        self, artifact: Artifact, network: Network, prototypes: dict[int, Array]
     ) -> tuple[Sequence[Segment], Through]:
         """The segments as the kernels run them; NoKernelsError unless they give what ONNX Runtime gives."""
-        manifest = self.manifest
-        kernels, model = _kernels_of(artifact, graphs)
+        model, manifest = build(network), self.manifest
+        from native import kernels  # there, or build() would have failed
+
         native = [
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
             for layer in range(manifest.num_layers + 1)
@@ -112,11 +116,15 @@ class Model:
         for text, pair in texts:
             tokens = self.tokenize(text, pair)
             try:
-                theirs = full_depth(self.segments, tokens)
+                theirs = full_depth(self.segments, tokens, self._check)
+            except StoreError:
+                raise
             except Exception as error:  # onnxruntime raises its own classes, without a common base
                 raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
             try:
-                ours = full_depth(native, tokens)
+                ours = full_depth(native, tokens, self._check)
+            except StoreError:
+                raise
             except ValueError as error:
                 raise NoKernelsError(str(error)) from None
             for layer, (a, b) in enumerate(zip(theirs, ours, strict=True)):
@@ -152,51 +160,13 @@ class Model:
         return full_depth(self.segments, tokens)
 
 
-def check(artifact: Artifact) -> str:
-    """Check what is in an artifact's files, without running any of it; raises StoreError.
-
-    Why an int8 artifact has no kernels here, if it has none; else empty.
-    """
-    TextTokenizer.check(artifact)
-    unit_prototypes(artifact)
-    files = artifact.manifest.segment_files()
-    graphs = [check_segment(artifact, layer, artifact.read(file)) for layer, file in enumerate(files)]
-    if artifact.manifest.precision == "int8":
-        try:
-            _kernels_of(artifact, graphs)
-        except NoKernelsError as error:
-            return str(error)
-    return ""
-
-
-def _kernels_of(artifact: Artifact, graphs: Sequence[Any]) -> tuple[Any, Any]:
-    """The kernels, and their model of an artifact; raises NoKernelsError."""
+def check_segment(artifact: Artifact, layer: int, data: bytes) -> tuple[Embeddings | Layer, Exit | None]:
+    """The weights in a segment's file and those of its exit; raises StoreError for a graph that export does
+    not build, or that is another one than the manifest says."""
     try:
-        from native import graph_reader, kernels
-    except ImportError as error:  # not built, or onnx is not installed
-        raise NoKernelsError(str(error)) from None
-    manifest = artifact.manifest
-    if manifest.precision != "int8":
-        raise NoKernelsError("only int8 artifacts have kernels")
-    shapes = graph_reader.Shapes(manifest.hidden_size, len(manifest.labels), manifest.metric_dim)
-    exits, spaces = set(manifest.exit_layers), set(manifest.prototype_layers)
-    return kernels, graph_reader.load(graphs, manifest.pooling == "mean", exits, spaces, shapes)
-
-
-def check_segment(artifact: Artifact, layer: int, data: bytes) -> Any:
-    """The GraphProto of a segment's file; raises StoreError for what a segment may not hold, or if it has
-    another exit than the manifest says."""
-    file = artifact.path / artifact.manifest.segment_files()[layer]
-    try:
-        graph = read_graph(data)
+        return read_segment(read_graph(data), layer, artifact.manifest)
     except GraphError as error:
-        raise StoreError(f"{file}: {error}") from None
-    manifest = artifact.manifest
-    # An exit is a branch that gives out logits and, with prototypes, distances.
-    wanted = [1 + (layer in manifest.prototype_layers)] if layer in manifest.exit_layers else []
-    if [len(node.output) for node in graph.node if node.op_type == "If"] != wanted:
-        raise StoreError(f"{file}: it has another exit than the manifest says")
-    return graph
+        raise StoreError(f"{artifact.path / artifact.manifest.segment_files()[layer]}: {error}") from None
 
 
 def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
@@ -205,8 +175,10 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
     file = artifact.path / "prototypes.safetensors"
     try:
         tensors = load_tensors(artifact.read("prototypes.safetensors"))
-    except SafetensorError as error:
-        raise StoreError(f"{file}: not a safetensors file: {error}") from None
+    except StoreError:
+        raise
+    except Exception as error:  # besides SafetensorError a KeyError, for a type that NumPy has not
+        raise StoreError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None
     shape = (len(manifest.labels), manifest.metric_dim)
     found: dict[int, Array] = {}
     for layer in manifest.prototype_layers:

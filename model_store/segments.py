@@ -1,6 +1,6 @@
 """The layers of a loaded artifact, each run on one unpadded sample, by ONNX Runtime or by our kernels."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -194,10 +194,14 @@ class NativeSegment:
         return Step(hidden, logits, distances)
 
 
-def full_depth(segments: Sequence[Segment], tokens: Tokens) -> list[Step]:
-    """Every segment's step for one sample; index = layer."""
+def full_depth(
+    segments: Sequence[Segment], tokens: Tokens, check: Callable[[], None] = lambda: None
+) -> list[Step]:
+    """Every segment's step for one sample; index = layer. check: called before each."""
+    check()
     steps = [segments[0].embed(tokens, True)]
     for segment in segments[1:]:
+        check()
         steps.append(segment.run(steps[-1].hidden, True))
     return steps
 

@@ -7,23 +7,32 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
+from model_store.manifest import MAX_INT, NAME, SCHEMA_VERSION, VERSION, Manifest
+from model_store.printable import printable
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
-MAX_SEGMENT_BYTES = 2**31 - 1  # protobuf's limit
+MAX_ARTIFACT_BYTES = 2**32  # of all files that are loaded
+MAX_MESSAGE = 500  # characters of an error: most quote something from an artifact
 MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
 STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
 
 class StoreError(ValueError):
-    """An artifact is missing, damaged or does not match its manifest; the message names the file."""
+    """An artifact is missing, damaged or does not match its manifest; the message names the file.
+
+    What it quotes may come from the artifact, so the message is cut, and has no control characters.
+    """
+
+    def __init__(self, message: str) -> None:
+        is_short = len(message) <= MAX_MESSAGE
+        super().__init__(printable(message if is_short else message[:MAX_MESSAGE] + "…"))
 
 
 class UnknownModelError(StoreError):
@@ -50,7 +59,7 @@ class Artifact:
         path = self.path / name
         if name not in self.manifest.files:
             raise StoreError(f"{path}: the manifest does not list this file")
-        entry, limit = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_SEGMENT_BYTES)
+        entry, limit = self.manifest.files[name], MAX_FILE_BYTES.get(name, MAX_INT)
         if entry.bytes > limit:
             raise StoreError(f"{path}: {entry.bytes} bytes, at most {limit} are allowed")
         data = _read_inside(self.path, path, entry.bytes)
@@ -59,6 +68,16 @@ class Artifact:
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise StoreError(f"{path}: damaged: its sha256 differs from the manifest's")
         return data
+
+    def size(self) -> int:
+        """Bytes of the files that are loaded, as they are on disk; raises StoreError if that is too much."""
+        total = 0
+        for name in self.manifest.required_files():
+            with suppress(OSError, RuntimeError):  # read() says what is wrong with it
+                total += min(self.manifest.files[name].bytes, (self.path / name).stat().st_size)
+        if total > MAX_ARTIFACT_BYTES:
+            raise StoreError(f"{self.path}: {total} bytes, at most {MAX_ARTIFACT_BYTES} are allowed")
+        return total
 
     def verify(self) -> None:
         """Read and check every file; raises StoreError for the first that is missing or damaged."""
@@ -196,7 +215,7 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate_json(data)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "manifest"
+        where = ".".join(str(x)[:100] for x in first["loc"]) or "manifest"
         raise StoreError(f"{file}: {where}: {first['msg']}") from None
 
 
@@ -213,7 +232,7 @@ def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
         return real.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: missing") from None
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
         raise StoreError(f"{path}: cannot be read: {error}") from None
 
 

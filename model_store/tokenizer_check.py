@@ -23,10 +23,12 @@ PARTS = {
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 MAX_PARTS = 16  # of a Sequence, with all inside it
 MAX_CONTENT = 4  # characters that a Replace or Prepend may put in
-MAX_INSERTS = 4  # such components
+MAX_GROWTH = 4  # times the characters that a text had, by all of them together
 MAX_WORD_CHARS = 200  # of which WordPiece tries each part
-MAX_ADDED_TOKENS, MAX_ADDED_CHARS = 10_000, 200
-MAX_SPECIAL_TOKENS = 16  # around a text or a pair
+MAX_CHARS = 200  # of any string: an entry of the vocabulary, an added or special token, a name
+MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
+MAX_ADDED_TOKENS = 10_000
+MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also, that one of them stands for
 
 
 class TokenizerError(ValueError):
@@ -36,24 +38,28 @@ class TokenizerError(ValueError):
 def check_tokenizer(data: bytes) -> None:
     """Raise TokenizerError for a tokenizer.json that may not be run."""
     try:
-        parts = json.loads(data)
+        parts = json.loads(data, object_pairs_hook=_object)
+    except TokenizerError:
+        raise
     except (ValueError, RecursionError):
         raise TokenizerError("not JSON in UTF-8") from None
     if not isinstance(parts, dict) or not isinstance(parts.get("model"), dict):
         raise TokenizerError("not a tokenizer: it has no model")
-    inserts = 0
+    _check_strings({**parts, "model": {**parts["model"], "merges": None}}, MAX_CHARS)
+    _check_strings(parts["model"].get("merges"), MAX_MERGE_CHARS)
+    growth = 1.0
     for kind, allowed in PARTS.items():
         components = list(_components(parts.get(kind)))
         if len(components) > MAX_PARTS:
             raise TokenizerError(f"{kind}: more than {MAX_PARTS} parts")
         for component in components:
             name = component.get("type")
-            if name not in allowed:
+            if not isinstance(name, str) or name not in allowed:
                 raise TokenizerError(f"{kind}: {str(name)[:50]!r} is not one of {', '.join(sorted(allowed))}")
             _check_component(kind, component)
-            inserts += name in ("Prepend", "Replace")
-    if inserts > MAX_INSERTS:
-        raise TokenizerError(f"normalizer: at most {MAX_INSERTS} parts may put in text")
+            growth *= _growth(component)
+    if growth > MAX_GROWTH:
+        raise TokenizerError(f"normalizer: a text may become at most {MAX_GROWTH} times as long")
     _check_model(parts["model"])
     _check_added(parts.get("added_tokens") or [])
 
@@ -71,6 +77,24 @@ def _check_component(kind: str, component: dict[str, Any]) -> None:
             pieces = component.get(form)
             if not isinstance(pieces, list) or len(pieces) > MAX_SPECIAL_TOKENS:
                 raise TokenizerError(f"{kind}: more than {MAX_SPECIAL_TOKENS} parts around a text")
+        special = component.get("special_tokens")
+        for token in special.values() if isinstance(special, dict) else ():
+            for name in ("ids", "tokens"):
+                found = token.get(name) if isinstance(token, dict) else None
+                if not isinstance(found, list) or len(found) > MAX_SPECIAL_TOKENS:
+                    raise TokenizerError(
+                        f"{kind}: a special token with more than {MAX_SPECIAL_TOKENS} {name}"
+                    )
+
+
+def _growth(component: dict[str, Any]) -> float:
+    """How many times as long a Replace or Prepend can make a text; that may be of one character."""
+    match component["type"]:
+        case "Replace":
+            return max(1.0, len(component["content"]) / len(component["pattern"]["String"]))
+        case "Prepend":
+            return 1.0 + len(component["prepend"])
+    return 1.0
 
 
 def _check_added(added: Any) -> None:
@@ -78,8 +102,8 @@ def _check_added(added: Any) -> None:
         raise TokenizerError(f"added_tokens: more than {MAX_ADDED_TOKENS}")
     for token in added:
         content = token.get("content") if isinstance(token, dict) else None
-        if not isinstance(content, str) or not 0 < len(content) <= MAX_ADDED_CHARS:
-            raise TokenizerError(f"added_tokens: each must have 1 to {MAX_ADDED_CHARS} characters")
+        if not isinstance(content, str) or not content:
+            raise TokenizerError(f"added_tokens: each must have 1 to {MAX_CHARS} characters")
 
 
 def _check_model(model: dict[str, Any]) -> None:
@@ -91,6 +115,28 @@ def _check_model(model: dict[str, Any]) -> None:
     most = model.get("max_input_chars_per_word", 0)
     if not isinstance(most, int) or most > MAX_WORD_CHARS:
         raise TokenizerError(f"model: max_input_chars_per_word may be at most {MAX_WORD_CHARS}")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key occurs twice: the library might take another of them than Python."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise TokenizerError("an object has a key twice")
+    return found
+
+
+def _check_strings(part: Any, most: int) -> None:
+    """No string in it, keys included, may have more than `most` characters."""
+    parts = [part]
+    while parts:
+        match parts.pop():
+            case str() as text if len(text) > most:
+                raise TokenizerError(f"{text[:20]!r}…: no string may have more than {most} characters")
+            case dict() as inside:
+                parts += inside
+                parts += inside.values()
+            case list() as inside:
+                parts += inside
 
 
 def _check_pattern(kind: str, pattern: Any, name: str) -> None:

@@ -5,13 +5,15 @@ import logging
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
+from model_store.printable import printable
+
 
 def configure(style: str) -> None:
     """Log to standard error: style text, or json, one object a line."""
     handler = logging.StreamHandler()
     if style == "json":
         handler.setFormatter(
-            OrjsonFormatter(
+            JsonFormatter(
                 "%(levelname)s %(name)s %(message)s",
                 rename_fields={"levelname": "level", "name": "logger"},
                 reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
@@ -19,13 +21,29 @@ def configure(style: str) -> None:
             )
         )
     else:
-        handler.setFormatter(_OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-class _OneLine(logging.Formatter):
-    """Keeps each message on one line: a name from a model's file must not be able to forge a log line."""
+class TextFormatter(logging.Formatter):
+    """A record in one line; the lines of its traceback are indented, so that none looks like a record.
+
+    What a client or a model's file puts into either is escaped.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = record.message.replace("\r", "\\r").replace("\n", "\\n")
+        """The first line."""
+        record.message = printable(record.message)
         return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """All of it."""
+        return "\n    ".join(map(printable, super().format(record).split("\n")))
+
+
+class JsonFormatter(OrjsonFormatter):
+    """A record as one object in one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """All of it."""
+        return printable(super().format(record))

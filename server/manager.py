@@ -8,13 +8,14 @@ from time import perf_counter
 from weakref import ref
 
 from model_store.model import Model
-from model_store.prove import Prover
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
 from server import memory
+from server.background import in_background
 from server.engine.work import Served
 from server.errors import RequestError
 from server.metrics import Metrics
 from server.models import MAX_LOADED, Models, Role, load
+from server.prove import Prover
 from server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -50,7 +51,7 @@ class Manager:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
                     await self._serve(artifact, "current" if is_first else "beside")
-                except StoreError as error:
+                except Exception as error:  # whatever a forged artifact may cause
                     if self._settings.models or (artifact is artifacts[-1] and not self._models.routes):
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)
@@ -120,8 +121,9 @@ class Manager:
 
     async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         started = perf_counter()
-        await asyncio.to_thread(self._prover.prove, artifact, self._settings.runtime)
-        served = await asyncio.to_thread(load, artifact, self._settings)
+        await in_background(lambda: self._prover.prove(artifact, self._settings.runtime))
+        check = self._prover.limit(artifact)
+        served = await in_background(lambda: load(artifact, self._settings, check))
         self._metrics.add(served)
         self._forget(self._models.add(served, role, share, back))
         log.info(

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -40,7 +41,7 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     for name in names:
         try:
             artifacts.append(store.open(name))
-        except StoreError as error:
+        except Exception as error:  # whatever a forged manifest may cause
             errors.append(error)
             log.error("%s is not served: %s", name, error)
     if not artifacts:
@@ -52,14 +53,15 @@ def newest(store: Store) -> list[Artifact]:
     """The newest version of every model in the store whose manifest is valid: what may be loaded later."""
     artifacts = []
     for name in store.versions():
-        with suppress(StoreError):  # it cannot be loaded, which matters once it is asked for
+        with suppress(Exception):  # it cannot be loaded, which matters once it is asked for
             artifacts.append(store.open(name))
     return artifacts
 
 
-def load(artifact: Artifact, settings: Settings) -> Served:
+def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lambda: None) -> Served:
     """Load a model and warm it up, so that no request pays for first runs.
 
+    check: called before each run; what it raises ends the loading.
     Raises StoreError, or ValueError for exit options in the settings that the model cannot fulfil.
     """
     manifest = artifact.manifest
@@ -67,9 +69,11 @@ def load(artifact: Artifact, settings: Settings) -> Served:
         rules = Rules(manifest, settings)
     except RequestError as error:  # the same as a request with these options would get
         raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
-    model = Model(artifact, settings.runtime)
+    model = Model(artifact, settings.runtime, check)
     try:
-        return Served(model, Timing(model), rules, OodMonitor(manifest, settings.ood_policy))
+        return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
+    except StoreError:
+        raise
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
 

@@ -1,11 +1,13 @@
 """Model files that mean harm, forged here: refused by name before anything runs them, or run by ONNX Runtime
 only."""
 
+import asyncio
 import hashlib
 import json
 import logging
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +23,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from de3.cli import app
-from model_store import prove
 from model_store.graph_check import GraphError, read_graph
 from model_store.model import Model
+from model_store.printable import printable
 from model_store.segments import full_depth, session_options
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from model_store.tokenizer_check import TokenizerError, check_tokenizer
-from server.logs import _OneLine
+from server import prove
+from server.background import in_background
+from server.engine.timing import Timing
+from server.logs import JsonFormatter, TextFormatter
+from server.models import find, load, newest
 from server.service import Service
 from server.settings import Settings
 from tests.conftest import using
@@ -42,12 +48,18 @@ def copies(store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store, tmp_path / "store"))
 
 
+def edit(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Change an artifact's manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def rehash(folder: Path, name: str) -> None:
     """Make the manifest agree with a file that was changed."""
-    data, path = (folder / name).read_bytes(), folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    path.write_text(json.dumps(manifest))
+    data = (folder / name).read_bytes()
+    entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    edit(folder, lambda m: m["files"].update({name: entry}))
 
 
 def forge(store: Path, model: str, layer: int, change: Callable[[Any], None]) -> str:
@@ -75,7 +87,8 @@ def branch(proto: Any, which: str = "else_branch") -> Any:
 
 
 def node(proto: Any, op: str) -> Any:
-    return next(n for n in proto.graph.node if n.op_type == op)
+    graph = getattr(proto, "graph", proto)  # a branch is a graph itself
+    return next(n for n in graph.node if n.op_type == op)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -92,7 +105,7 @@ def test_no_tensor_is_read_from_another_file(
 
     name = forge(copies, model, 1, change)
     monkeypatch.chdir("/")
-    with pytest.raises(StoreError, match=rf"{name}: the tensor .* is kept in another file"):
+    with pytest.raises(StoreError, match=rf"{name}: TensorProto has the field (data_location|external_data)"):
         Model(Store(copies).open(model), runtime)
 
 
@@ -130,15 +143,25 @@ def huge() -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: p.graph.node.append(looping()), "the operator 'Loop' is not one"),
-        (lambda p: p.graph.node.append(huge()), "the operator 'ConstantOfShape' is not one"),
-        (lambda p: branch(p).node.append(huge()), "the operator 'ConstantOfShape' is not one"),
-        (lambda p: p.graph.node.extend([node(p, "Add")] * 70), "more than 64 operators"),
-        (lambda p: branch(p).node.append(node(p, "If")), "branches inside of branches"),
+        (lambda p: p.graph.node.append(looping()), "branch has the field input"),
+        (lambda p: p.graph.node.append(huge()), "it goes on after its last operator"),
+        (lambda p: branch(p).node.append(huge()), "it goes on after its last operator"),
+        (lambda p: p.graph.node.insert(3, huge()), "operator 4 is ConstantOfShape, not"),
+        (lambda p: p.graph.node.extend([node(p, "Add")] * 70), "a value has no name, or that of another"),
+        (lambda p: branch(p).node.append(node(p, "If")), "a value has no name, or that of another"),
+        (lambda p: p.graph.node.extend([onnx.NodeProto()] * 20_000), "more than 10000 fields"),
         (lambda p: p.opset_import.add(domain="evil", version=1), "version 1 of the operators 'evil'"),
-        (lambda p: p.functions.add(name="f", domain="x"), "functions or training steps"),
-        (lambda p: p.graph.sparse_initializer.add(), "sparse weights"),
-        (lambda p: setattr(node(p, "Add"), "domain", "evil"), r"the operator 'evil.Add' is not one"),
+        (lambda p: p.functions.add(name="f", domain="x"), "ModelProto has the field functions"),
+        (lambda p: p.metadata_props.add(key="x", value="y"), "ModelProto has the field metadata_props"),
+        (lambda p: p.graph.sparse_initializer.add(), "GraphProto has the field sparse_initializer"),
+        (
+            lambda p: setattr(node(p, "LayerNormalization"), "domain", "evil"),
+            "is evil.LayerNormalization, not",
+        ),
+        (lambda p: setattr(node(p, "Add"), "name", "x"), "NodeProto has the field name"),
+        (lambda p: node(p, "Add").output.append("\x1b[31mx\n"), r"'\\x1b\[31mx\\n' is no name"),
+        (lambda p: node(p, "Add").output.append("x" * 201), "is no name of at most 200 printable"),
+        (lambda p: node(p, "Add").output.append("x" * 2**20), "a name or list of 1048576 bytes"),
     ],
 )
 def test_a_graph_holds_only_what_a_segment_is_made_of(
@@ -173,16 +196,19 @@ def test_a_manifest_is_read_within_limits(copies: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("tokenizer.json", 2**32), ("prototypes.safetensors", 2**32), ("layer_01.onnx", 2**33)]
+    ("name", "size", "says"),
+    [
+        ("tokenizer.json", 2**30, f"tokenizer.json: {2**30} bytes, at most"),
+        ("prototypes.safetensors", 2**30, f"prototypes.safetensors: {2**30} bytes, at most"),
+        ("layer_01.onnx", 2**33, "layer_01.onnx.bytes: Input should be less than"),
+    ],
 )
-def test_a_sparse_file_is_not_read(copies: Path, name: str, size: int) -> None:
+def test_a_sparse_file_is_not_read(copies: Path, name: str, size: int, says: str) -> None:
     folder = copies / "tiny" / "1"
     with (folder / name).open("wb") as file:
         file.truncate(size)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"sha256": "0" * 64, "bytes": size}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match=rf"{name}: {size} bytes, at most"):
+    edit(folder, lambda m: m["files"].update({name: {"sha256": "0" * 64, "bytes": size}}))
+    with pytest.raises(StoreError, match=says):
         Model(Store(copies).open("tiny"))
 
 
@@ -190,10 +216,17 @@ def replace(content: str) -> dict:
     return {"type": "Replace", "pattern": {"String": "a"}, "content": content}
 
 
-def template(count: int) -> dict:
+def replaces(*contents: str) -> dict:
+    return {"type": "Sequence", "normalizers": [replace(content) for content in contents]}
+
+
+LONG = "x" * 201
+
+
+def template(count: int, **special_token: Any) -> dict:
     piece = {"SpecialToken": {"id": "[CLS]", "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
-    special = {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"]}}
+    special = {"[CLS]": {"id": "[CLS]", "ids": [1], "tokens": ["[CLS]"], **special_token}}
     pair = [*([piece] * count), text, {"Sequence": {"id": "B", "type_id": 1}}]
     return {
         "type": "TemplateProcessing",
@@ -206,11 +239,11 @@ def template(count: int) -> dict:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.update(normalizer=replace("a" * 1000)), "at most 4 characters"),
-        (
-            lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [replace("aaaa")] * 10}),
-            "at most 4 parts may put in text",
-        ),
+        (lambda t: t.update(normalizer=replace("a" * 5)), "at most 4 characters"),
+        (lambda t: t.update(normalizer=replaces("aaaa", "aa")), "at most 4 times as long"),
+        (lambda t: t.update(normalizer=replaces("aaaa", "aaaa", "aaaa", "aaaa")), "at most 4 times as long"),
+        (lambda t: t.update(normalizer={"type": "Prepend", "prepend": "abcd"}), "at most 4 times as long"),
+        (lambda t: t.update(normalizer={"type": []}), r"'\[\]' is not one of"),
         (lambda t: t.update(normalizer={"type": "Precompiled", "x": 1}), "'Precompiled' is not one of"),
         (
             lambda t: t.update(
@@ -222,7 +255,21 @@ def template(count: int) -> dict:
         (lambda t: t["model"].update(type="Evil"), "'Evil' is not one of"),
         (lambda t: t["model"].update(type="BPE", dropout=0.5), "dropout"),
         (lambda t: t.update(post_processor=template(600)), "more than 16 parts around a text"),
-        (lambda t: t.update(added_tokens=[{"content": "x" * 1000}]), "1 to 200 characters"),
+        (lambda t: t.update(added_tokens=[{"content": ""}]), "1 to 200 characters"),
+        (lambda t: t.update(added_tokens=[{"content": LONG}]), "no string may have more than 200"),
+        (lambda t: t["model"]["vocab"].update({LONG: 7}), "no string may have more than 200"),
+        (lambda t: t["model"].update(type="Unigram", vocab=[[LONG, -1.0]]), "no string may have more"),
+        (lambda t: t["model"].update(merges=[LONG * 2 + "  "]), "no string may have more than 401"),
+        (lambda t: t["model"].update(unk_token=LONG), "no string may have more than 200"),
+        (lambda t: t["model"].update(continuing_subword_prefix=LONG), "no string may have more than 200"),
+        (lambda t: t["model"].update(end_of_word_suffix=LONG), "no string may have more than 200"),
+        (lambda t: t.update(post_processor=template(1, tokens=[LONG])), "no string may have more than 200"),
+        (lambda t: t.update(post_processor=template(1, tokens=["x"] * 17)), "more than 16 tokens"),
+        (lambda t: t.update(post_processor=template(1, ids=[1] * 17)), "more than 16 ids"),
+        (
+            lambda t: t.update(post_processor={"type": "BertProcessing", "sep": [LONG, 3], "cls": ["x", 2]}),
+            "no string may have more than 200",
+        ),
         (lambda t: t.update(added_tokens=[{}] * 10_001), "more than 10000"),
         (lambda t: t.update(model=None), "it has no model"),
     ],
@@ -237,8 +284,11 @@ def test_a_tokenizer_has_only_parts_that_are_known(copies: Path, change: Callabl
         Model(Store(copies).open("tiny"))
 
 
+TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # which of them is read may differ
+
+
 def test_a_tokenizer_check_survives_any_json() -> None:
-    for data in (b"[]", b"1", b"{}", b"\xff", b"[" * 100_000, b'{"model": {}, "normalizer": 3}'):
+    for data in (b"[]", b"1", b"{}", b"\xff", b"[" * 100_000, b'{"model": {}, "normalizer": 3}', TWICE):
         with pytest.raises(TokenizerError):
             check_tokenizer(data)
 
@@ -278,7 +328,7 @@ def zero_point(proto: Any) -> None:
 
 def other_residual(proto: Any) -> None:
     adds = [n for n in proto.graph.node if n.op_type == "Add"]
-    adds[1].input[1] = "hidden"  # instead of what the first norm gave
+    adds[-1].input[1] = "hidden"  # instead of what the first norm gave
 
 
 def other_activation(proto: Any) -> None:
@@ -294,29 +344,180 @@ def infinite_weight(proto: Any) -> None:
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
 
 
+def shadowed_weight(name: str) -> Callable[[Any], None]:
+    """A branch with a weight of its own, by the name of a value outside."""
+
+    def change(proto: Any) -> None:
+        inner = branch(proto, "then_branch")
+        own = node(inner, "Gemm").input[1] if name == "weight" else name
+        inner.initializer.append(numpy_helper.from_array(np.ones((64, 2), np.float32), own))
+
+    return change
+
+
+def wide_logits(proto: Any) -> None:
+    """The exit's logits are (1, 5), declared as (1, 2)."""
+    gemm = node(branch(proto, "then_branch"), "Gemm")
+    for i, array in ((1, np.zeros((64, 5), np.float32)), (2, np.zeros(5, np.float32))):
+        name = gemm.input[i]
+        weight = next(w for w in proto.graph.initializer if w.name == name)
+        weight.CopyFrom(numpy_helper.from_array(array, name))
+
+
+def other_zeros(proto: Any) -> None:
+    inner = branch(proto)
+    inner.node[0].attribute[0].t.CopyFrom(numpy_helper.from_array(np.zeros((1, 5), np.float32)))
+
+
+def prepend(proto: Any, *nodes: Any, **weights: np.ndarray) -> None:
+    """Put nodes before a layer's, which make `shifted` of `hidden`."""
+    for n in proto.graph.node:
+        n.input[:] = ["shifted" if x == "hidden" else x for x in n.input]
+    for n in reversed(nodes):
+        proto.graph.node.insert(0, n)
+    proto.graph.initializer.extend(numpy_helper.from_array(w, name) for name, w in weights.items())
+
+
+def slow(proto: Any) -> None:
+    """Twelve products of matrices of 3500 by 3500, from 28 kB of weights."""
+    prepend(
+        proto,
+        helper.make_node("Mul", ["column", "row"], ["x0"]),
+        *(helper.make_node("MatMul", ["x0", f"x{i}"], [f"x{i + 1}"]) for i in range(12)),
+        helper.make_node("ReduceMean", ["x12"], ["small"], axes=[0, 1], keepdims=0),
+        helper.make_node("Add", ["hidden", "small"], ["shifted"]),
+        column=np.ones((3500, 1), np.float32),
+        row=np.ones((1, 3500), np.float32),
+    )
+
+
+def outer_product(proto: Any) -> None:
+    """3.6 GB of the sum of 240 kB of weights."""
+    prepend(
+        proto,
+        helper.make_node("Add", ["column", "row"], ["large"]),
+        helper.make_node("ReduceMean", ["large"], ["small"], axes=[1, 2], keepdims=1),
+        helper.make_node("Add", ["hidden", "small"], ["shifted"]),
+        column=np.ones((1, 30_000, 1), np.float32),
+        row=np.ones((1, 1, 30_000), np.float32),
+    )
+
+
+def more_for_one_word(proto: Any) -> None:
+    """Memory that depends on the words of a text, so that no trial need show it."""
+    graph = proto.graph
+    for name, array in (
+        ("sizes", np.ones(64, np.float32)),
+        ("column", np.ones((1, 30_000, 1), np.float32)),
+        ("zero", np.zeros(1, np.int64)),
+        ("one", np.ones(1, np.int64)),
+    ):
+        graph.initializer.append(numpy_helper.from_array(array, name))
+    at = next(i for i, n in enumerate(graph.node) if n.op_type == "If")
+    for n in graph.node[at - 1 : at]:
+        n.output[:] = ["before"]
+    nodes = [
+        helper.make_node("Gather", ["sizes", "input_ids"], ["wanted"]),
+        helper.make_node("ReduceMean", ["wanted"], ["mean"], axes=[1], keepdims=0),
+        helper.make_node("Cast", ["mean"], ["end"], to=TensorProto.INT64),
+        helper.make_node("Slice", ["column", "zero", "end", "one"], ["some"]),
+        helper.make_node("ReduceMean", ["some"], ["small"], axes=[1, 2], keepdims=1),
+        helper.make_node("Add", ["before", "small"], ["hidden"]),
+    ]
+    for n in reversed(nodes):
+        graph.node.insert(at, n)
+
+
+def unused_weight(proto: Any) -> None:
+    proto.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "more"))
+
+
+def weight_twice(proto: Any) -> None:
+    weight = proto.graph.initializer[0]
+    proto.graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(weight) + 1, weight.name))
+
+
+def few_positions(proto: Any) -> None:
+    name = node(proto, "Slice").input[0]
+    weight = next(w for w in proto.graph.initializer if w.name == name)
+    weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight)[:1].copy(), name))
+
+
+BOTH, INT8 = ("tiny", "tiny-int8"), ("tiny-int8",)
 FOREIGN = [
-    (lambda p: attribute(p, "QAttention", unidirectional=1), "QAttention .* has another unidirectional"),
-    (lambda p: attribute(p, "LayerNormalization", axis=1), "LayerNormalization .* has another axis"),
-    (lambda p: attribute(p, "Gemm", alpha=0.5), "Gemm .* has another alpha"),
-    (zero_point, "DynamicQuantizeMatMul .* takes another value"),
-    (other_residual, "Add .* takes another value"),
-    (other_activation, "operator 7 is FastGelu"),
-    (infinite_weight, "QAttention .* a weight that is not finite"),
+    (
+        INT8,
+        1,
+        lambda p: attribute(p, "QAttention", unidirectional=1),
+        "QAttention .* has another 'unidirectional'",
+    ),
+    (INT8, 1, lambda p: attribute(p, "QAttention", num_heads=2**40), "another 'num_heads'"),
+    (INT8, 1, zero_point, "DynamicQuantizeMatMul .* takes another value"),
+    (
+        BOTH,
+        1,
+        lambda p: attribute(p, "LayerNormalization", axis=1),
+        "LayerNormalization .* has another 'axis'",
+    ),
+    (BOTH, 1, lambda p: attribute(p, "LayerNormalization", epsilon=float("nan")), "another 'epsilon'"),
+    (BOTH, 1, lambda p: attribute(p, "Gemm", alpha=0.5), "Gemm .* has another 'alpha'"),
+    (BOTH, 1, other_residual, "Add .* takes another value"),
+    (BOTH, 1, infinite_weight, "ttention .* a weight that is not finite"),
+    (BOTH, 1, shadowed_weight("weight"), "branch has the field initializer"),
+    (BOTH, 1, shadowed_weight("next_hidden"), "branch has the field initializer"),
+    (BOTH, 1, wide_logits, "Gemm .* has a weight of another type or shape"),
+    (BOTH, 1, other_zeros, "other values than zeros"),
+    (BOTH, 1, slow, "operator 1 is Mul, not"),
+    (BOTH, 1, outer_product, "operator 1 is Add, not"),
+    (BOTH, 0, more_for_one_word, "gives out another value as hidden"),
+    (BOTH, 0, few_positions, "1 positions, too few for 64 tokens"),
+    (BOTH, 1, unused_weight, "nothing uses the weight 'more'"),
+    (BOTH, 1, weight_twice, "a value has no name, or that of another"),
 ]
 
 
-@pytest.mark.parametrize(("change", "why"), FOREIGN)
-def test_a_graph_that_computes_something_else_has_no_kernels(
-    kernels: Any, copies: Path, change: Callable[[Any], None], why: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("model", "layer", "change", "why"),
+    [(model, *rest) for models_, *rest in FOREIGN for model in models_],
+)
+def test_a_graph_that_export_does_not_build_is_refused(
+    copies: Path, model: str, layer: int, change: Callable[[Any], None], why: str
+) -> None:
+    name = forge(copies, model, layer, change)
+    for runtime in RUNTIMES:
+        with pytest.raises(StoreError, match=rf"{name}: .*{why}"):
+            Model(Store(copies).open(model), runtime)
+
+
+def test_what_has_no_kernels_runs_all_the_same(
+    kernels: Any, copies: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert Model(Store(copies).open("tiny-int8")).runtime == "native"
-    forge(copies, "tiny-int8", 1, change)
+    forge(copies, "tiny-int8", 1, other_activation)
     artifact = Store(copies).open("tiny-int8")
     with caplog.at_level(logging.INFO, "de3"):
-        assert Model(artifact).runtime == "onnxruntime"
-    assert f"layer 1: {why.split(' .* ', maxsplit=1)[0]}" in caplog.text
-    with pytest.raises(StoreError, match=rf"layer 1: .*{why}"):
+        model = Model(artifact)
+    assert model.runtime == "onnxruntime" and model.full_depth(model.tokenize("good"))
+    assert model.why_not_native == "layer 1: there is no kernel for FastGelu"
+    assert "ONNX Runtime runs it: layer 1: there is no kernel for FastGelu" in caplog.text
+    with pytest.raises(StoreError, match="layer 1: there is no kernel for FastGelu"):
         Model(artifact, "native")
+
+
+def test_a_file_of_many_parts_is_refused_before_it_is_parsed() -> None:
+    inner = b"\x0a\x00" * 12_000_000  # operators without anything, of a hundred bytes each in memory
+    size = b"".join(bytes([len(inner) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes(
+        [len(inner) >> 21]
+    )
+    started = perf_counter()
+    with pytest.raises(GraphError, match="more than 10000 fields"):
+        read_graph(b"\x08\x08\x3a" + size + inner)
+    assert perf_counter() - started < 1
+    nested = b""
+    for _ in range(3000):  # graphs in attributes of operators of graphs
+        nested = b"\x32" + onnx.AttributeProto(s=nested).SerializeToString()[1:]
+    with pytest.raises(GraphError):
+        read_graph(nested)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -418,7 +619,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
         ("import os; os.abort()", "ends the process that loads it"),
         ("import os; os.kill(os.getpid(), 9)", "was killed, probably for lack of memory"),
         ("import time; time.sleep(60)", "takes more than 1 s"),
-        ("from model_store.prove import child; bytearray(2**33)", "MemoryError"),
+        ("from server.prove import child; bytearray(2**33)", "MemoryError"),
     ],
 )
 def test_what_ends_the_process_that_proves_a_model_ends_no_other(
@@ -431,22 +632,16 @@ def test_what_ends_the_process_that_proves_a_model_ends_no_other(
         prove.Prover().prove(Store(store).open("tiny"), "auto")
 
 
-def test_a_graph_of_known_operators_cannot_take_all_memory(copies: Path) -> None:
-    def outer_product(proto: Any) -> None:  # 160 kB of weights, 3.6 GB of their sum
-        graph = proto.graph
-        for name, shape in (("column", (1, 30_000, 1)), ("row", (1, 1, 30_000))):
-            graph.initializer.append(numpy_helper.from_array(np.ones(shape, np.float32), name))
-        for n in graph.node:
-            n.input[:] = ["shifted" if x == "hidden" else x for x in n.input]
-        nodes = [
-            helper.make_node("Add", ["column", "row"], ["large"]),
-            helper.make_node("ReduceMean", ["large"], ["small"], axes=[1, 2], keepdims=1),
-            helper.make_node("Add", ["hidden", "small"], ["shifted"]),
-        ]
-        for n in reversed(nodes):
-            graph.node.insert(0, n)
+def test_a_graph_as_export_builds_it_cannot_take_all_memory(copies: Path) -> None:
+    tokens = 32_768  # the attention of which needs 16 GiB
 
-    forge(copies, "tiny", 1, outer_product)
+    def more_positions(proto: Any) -> None:
+        name = node(proto, "Slice").input[0]
+        weight = next(w for w in proto.graph.initializer if w.name == name)
+        weight.CopyFrom(numpy_helper.from_array(np.ones((tokens, 64), np.float32), name))
+
+    forge(copies, "tiny", 0, more_positions)
+    edit(copies / "tiny" / "1", lambda m: m.update(max_tokens=tokens))
     with pytest.raises(StoreError, match=r"allocate|alloc|memory"):
         prove.Prover().prove(Store(copies).open("tiny"), "auto")
 
@@ -457,7 +652,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
     prover = prove.Prover()
     prover.prove(Store(store).open("tiny"), "auto")
     name = forge(copies, "tiny", 1, lambda p: p.graph.node.append(huge()))
-    with pytest.raises(StoreError, match=rf"^\S*{name}: the operator 'ConstantOfShape'"):
+    with pytest.raises(StoreError, match=rf"^\S*{name}: it goes on after its last"):
         prover.prove(Store(copies).open("tiny"), "auto")
     monkeypatch.setattr(prove, "PROGRAM", "import time; time.sleep(600)")
     failed: list[StoreError] = []
@@ -480,13 +675,209 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
 
 def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Path) -> None:
     forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))
-    forge(copies, "tiny-int8", 1, other_residual)
+    forge(copies, "tiny-int8", 1, other_activation)
     result = CliRunner().invoke(app, ["models", "verify", "--store", str(copies)])
     assert result.exit_code == 1
-    assert "tiny:1  NOT SOUND" in result.output and "'Loop' is not one" in result.output
-    assert "tiny-int8:1  sound, without kernels: layer 1: Add" in result.output
+    assert "tiny:1  NOT SOUND" in result.output and "branch has the field input" in result.output
+    assert "tiny-int8:1  sound, without kernels: " in result.output
 
 
-def test_a_log_message_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    record = logging.LogRecord("de3", logging.ERROR, "", 0, "a\n2026 INFO de3: forged\rx", None, None)
-    assert _OneLine("%(message)s").format(record) == "a\\n2026 INFO de3: forged\\rx"
+def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on which the server's own measuring takes too long is refused before the server measures."""
+    monkeypatch.setattr(prove, "TIMEOUT_S", 3.0)
+    code = "import time, server.engine.timing as t; t._run = lambda *a: time.sleep(60); "
+    monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
+    with pytest.raises(StoreError, match="takes more than 3 s"):
+        prove.Prover().prove(Store(store).open("tiny"), "auto")
+
+
+def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact, prover = Store(store).open("tiny-int8"), prove.Prover()
+    calls = 0
+
+    def count() -> None:
+        nonlocal calls
+        calls += 1
+
+    model = Model(artifact, check=count)
+    loaded = calls
+    Timing(model, count)
+    assert loaded > 4 and calls > loaded + 3 * 5  # before each layer of each text, and each text timed
+    monkeypatch.setattr(prove, "TIMEOUT_S", 0.0)
+    late = prover.limit(artifact)
+    with pytest.raises(StoreError, match="takes more than 0 s"):
+        load(artifact, Settings(store=store), late)
+    monkeypatch.setattr(prove, "TIMEOUT_S", 60.0)
+    check = prover.limit(artifact)
+    prover.stop()
+    for step in (lambda: Model(artifact, check=check), lambda: Timing(model, check)):
+        with pytest.raises(StoreError, match="the server stops"):
+            step()
+
+
+def test_the_end_of_the_server_waits_for_no_model_that_loads() -> None:
+    async def main() -> None:
+        assert await in_background(lambda: 3) == 3
+        with pytest.raises(StoreError, match="bad"):
+            await in_background(lambda: raise_(StoreError("bad")))
+        asyncio.get_running_loop().create_task(in_background(done.wait))
+        await asyncio.sleep(0.01)
+
+    done, started = threading.Event(), perf_counter()
+    asyncio.run(main())
+    assert perf_counter() - started < 5
+    assert all(t.daemon for t in threading.enumerate() if t.name == "de3-load")
+    done.set()
+
+
+def raise_(error: Exception) -> Any:
+    raise error
+
+
+DIGITS = 10**4299
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"]["layer_01.onnx"].update(bytes=2**31), "bytes: Input should be less than"),
+        (lambda m: m["files"]["layer_01.onnx"].update(bytes=DIGITS), "bytes: Input should be less than"),
+        (lambda m: m.update(created=DIGITS), "created: Input should be less than"),
+        (lambda m: m.update(version=DIGITS), "version: Input should be less than"),
+        (lambda m: m.update(hidden_size=2**40), "hidden_size: Input should be less than"),
+        (lambda m: m.update(metric_dim=2**40), "metric_dim: Input should be less than"),
+        (lambda m: m.update(exit_layers=[DIGITS]), "exit_layers.0: Input should be less than"),
+        (lambda m: m["calibration"].update(tune_size=DIGITS), "tune_size: Input should be less than"),
+        (
+            lambda m: m["files"].update({"layer_99.onnx": m["files"]["layer_01.onnx"]}),
+            "may not contain 'layer_99",
+        ),
+        (lambda m: m["files"].update({"x" * 10**5: m["files"]["layer_01.onnx"]}), "may not contain 'xxx"),
+        (lambda m: m.update({"y" * 10**5: 1}), "yyy: Extra inputs"),
+        (lambda m: m.update(schema_version="z" * 10**5), "schema version 'zzz"),
+    ],
+)
+def test_a_manifest_has_no_number_or_file_that_is_too_much(
+    copies: Path, change: Callable, message: str
+) -> None:
+    edit(copies / "tiny" / "1", change)
+    with pytest.raises(StoreError, match=message) as caught:
+        Store(copies).open("tiny")
+    assert len(str(caught.value)) < 600
+
+
+def test_memory_limits_follow_the_files_that_are_there(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copies / "tiny" / "1"
+    artifact = Store(copies).open("tiny")
+    files = [folder / name for name in artifact.manifest.required_files()]
+    assert artifact.size() == sum(file.stat().st_size for file in files)
+    edit(folder, lambda m: m["files"]["layer_01.onnx"].update(bytes=2**31 - 1))
+    assert Store(copies).open("tiny").size() == artifact.size()
+    monkeypatch.setattr("model_store.store.MAX_ARTIFACT_BYTES", 1000)
+    with pytest.raises(StoreError, match="bytes, at most 1000 are allowed"):
+        prove.Prover().prove(artifact, "auto")
+
+
+def test_any_error_of_a_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = copies / "loop" / "1"
+    loop.mkdir(parents=True)
+    (loop / "manifest.json").symlink_to("manifest.json")
+    with pytest.raises(StoreError, match="cannot be read"):
+        Store(copies).open("loop")
+    opened, served = Store.open, []
+
+    def broken(store: Store, model: str) -> Any:
+        return opened(store, model) if model != "tiny" else raise_(RecursionError("forged"))
+
+    monkeypatch.setattr(Store, "open", broken)
+    artifacts = find(Store(copies), [])
+    assert [a.full_name for a in artifacts] == [a.full_name for a in newest(Store(copies))] == ["tiny-int8:1"]
+    with pytest.raises(RecursionError):
+        find(Store(copies), ["tiny"])
+    monkeypatch.undo()
+
+    def loading(artifact: Any, *_: Any) -> Any:
+        served.append(artifact.manifest.name)
+        return load(artifact, Settings(store=copies)) if len(served) > 1 else raise_(KeyError("forged"))
+
+    monkeypatch.setattr("server.manager.load", loading)
+    with serving(copies) as server:
+        assert server.classify(input="good").json()["model"] == "tiny-int8:1"
+
+
+@pytest.mark.parametrize("kind", ["F8_E4M3", "BF16", "X"])
+def test_prototypes_of_a_type_that_numpy_has_not_are_refused(copies: Path, kind: str) -> None:
+    head = json.dumps({"x": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
+    folder = copies / "tiny" / "1"
+    (folder / "prototypes.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + b"\0\0")
+    rehash(folder, "prototypes.safetensors")
+    with pytest.raises(StoreError, match=r"prototypes.safetensors: (not a safetensors file|has no tensor)"):
+        Model(Store(copies).open("tiny"))
+
+
+EVIL = "x\x1b[31m\x9b2K\n2026 INFO de3: forged\r\u2028\u202ey"
+
+
+def test_errors_are_short_and_have_no_control_characters() -> None:
+    assert str(StoreError(EVIL)) == r"x\u001b[31m\u009b2K\n2026 INFO de3: forged\r\u2028\u202ey"
+    assert len(str(StoreError("a" * 10**6))) == 501
+    assert printable("grüße 中 \N{GRINNING FACE}") == "grüße 中 \N{GRINNING FACE}"
+
+
+def test_the_process_that_proves_a_model_cannot_say_too_much(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = Store(store).open("tiny")
+    for code, says in (
+        ("import sys; sys.stdin.read(); print('x' * 10**8)", "says too much"),
+        (f"print({EVIL!r} + 'x' * 1000); import sys; sys.exit(3)", r"^\\u2028\\u202eyxxx"),
+        (f"raise RuntimeError({EVIL!r})", r"\(1\): \S*y"),
+    ):
+        monkeypatch.setattr(prove, "PROGRAM", code)
+        with pytest.raises(StoreError, match=says) as caught:
+            prove.Prover().prove(artifact, "auto")
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+def test_verify_goes_on_after_any_error_and_prints_no_control_characters(copies: Path) -> None:
+    def labels(folder: Path) -> None:
+        edit(folder, lambda m: m.update(labels=[EVIL, "[red]b"]))
+
+    labels(copies / "tiny" / "1")
+    folder = Path(shutil.copytree(copies / "tiny" / "1", copies / "bad" / "1"))
+    edit(folder, lambda m: m.update(name="bad"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text()) | {"normalizer": {"type": []}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(folder, "tokenizer.json")
+    worse = Path(shutil.copytree(folder, copies / "worse" / "1"))
+    edit(worse, lambda m: m.update({"name": "worse", EVIL: 1}))
+    results = {
+        command: CliRunner().invoke(app, ["models", *command.split(), "--store", str(copies)])
+        for command in ("verify", "list", "show tiny")
+    }
+    for result in results.values():
+        assert all(line.isprintable() for line in result.output.split("\n")), result.output
+    lines = results["verify"].output.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["bad:1", "NOT SOUND"],
+        ["tiny:1", "sound"],
+        ["tiny-int8:1", "sound"],
+        ["worse:1", "NOT SOUND"],
+    ]
+    assert json.loads(results["show tiny"].output)["labels"] == [EVIL, "[red]b"]
+
+
+def test_a_log_record_cannot_be_forged() -> None:
+    try:
+        raise ValueError(EVIL + "\n2026 INFO de3: forged")
+    except ValueError:
+        error = sys.exc_info()
+    record = logging.LogRecord("de3", logging.ERROR, "", 0, "%s", (EVIL,), error)
+    first, *rest = TextFormatter("%(levelname)s %(message)s").format(record).split("\n")
+    assert first == r"ERROR x\u001b[31m\u009b2K\n2026 INFO de3: forged\r\u2028\u202ey"
+    assert len(rest) > 3 and all(line.startswith("    ") and line.isprintable() for line in rest)
+    (line,) = JsonFormatter("%(levelname)s %(message)s").format(record).splitlines()
+    assert line.isprintable() and json.loads(line)["message"] == EVIL
+    assert "forged" in json.loads(line)["exc_info"]

@@ -5,6 +5,7 @@ Where this machine has no fast kernels, the tests use the reference.
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from exits.rule import ExitRule
 from exits.signals import Edr, Entropy, Signal, signal_of
 from export import graph
 from loadtest.layers import layers
+from model_store.graph_reader import network_of, read_segment
+from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.segments import ForwardPass, session_options
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
-from native.graph_reader import Shapes, load
+from native.network import Network, build
 from server.engine.queue import WorkQueue
 from server.engine.run import run_group
 from tests import jobs
@@ -166,9 +169,14 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
     prototypes = rng.normal(size=(labels, metric)).astype(np.float32)
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     has_kernels = not (hidden % 64 or inner % 64 or hidden // heads % 16 or metric % 32)
-    spaces = {0, 1} if metric else set()
+    manifest = Manifest.model_construct(
+        **{"num_layers": 1, "exit_layers": [0, 1], "prototype_layers": [0, 1] if metric else []},
+        **{"hidden_size": hidden, "metric_dim": metric, "labels": [""] * labels, "max_tokens": 96},
+        **{"token_types": True, "pooling": "mean" if mean else "cls", "precision": "int8"},
+    )
+    segments = [read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)]
     try:
-        model = load([m.graph for m in built], mean, {0, 1}, spaces, Shapes(hidden, labels, metric))
+        model = build(network_of(segments, manifest))
     except NoKernelsError:
         assert not has_kernels
         return
@@ -282,14 +290,12 @@ def test_only_int8_has_kernels(store: Path) -> None:
 
 
 def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from native import graph_reader
+    artifact = Store(store).open("tiny-int8")
 
-    artifact, load = Store(store).open("tiny-int8"), graph_reader._build
+    def mixed_up(network: Network) -> Any:
+        return build(replace(network, layers=network.layers[::-1]))
 
-    def mixed_up(tables: Any, norm: Any, layers: list, heads: dict, *rest: Any) -> Any:
-        return load(tables, norm, layers[::-1], heads, *rest)
-
-    monkeypatch.setattr(graph_reader, "_build", mixed_up)
+    monkeypatch.setattr("model_store.model.build", mixed_up)
     assert Model(artifact).runtime == "onnxruntime"
     with pytest.raises(StoreError, match="differ from ONNX Runtime"):
         Model(artifact, "native")

@@ -119,7 +119,7 @@ def test_a_manifest_that_does_not_fit_its_segments_is_refused(copy: Path) -> Non
     with pytest.raises(StoreError, match=r"layer_00 must be finite float32 of shape \(3, 64\)"):
         open_model(copy)
     edit(copy, lambda m: m.update(labels=["a", "b"], hidden_size=32))
-    with pytest.raises(StoreError, match=r"embeddings.onnx: hidden has shape .* expected \[1, -1, 32\]"):
+    with pytest.raises(StoreError, match=r"embeddings.onnx: hidden has 64 dimensions, the manifest says 32"):
         open_model(copy)
 
 

@@ -4,7 +4,7 @@ Measured in CPU time of the thread: a model that is loaded under load waits for 
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter, thread_time
 
@@ -22,19 +22,22 @@ PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 
 class Timing:
     """Seconds to the first exit and through every layer, by number of tokens."""
 
-    def __init__(self, model: Model) -> None:
-        """Measure; also serves as warm-up: every layer runs on short texts and on the longest."""
+    def __init__(self, model: Model, check: Callable[[], None] = lambda: None, runs: int = RUNS) -> None:
+        """Measure; also serves as warm-up: every layer runs on short texts and on the longest.
+
+        check: called before each run; what it raises ends the measuring. runs: of each text.
+        """
         self._most = model.manifest.max_tokens
         self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # what is cut off costs nothing
-        self._plain_s = _tokenizing(model, PLAIN)  # a character
-        self._char_s = max(self._plain_s, _tokenizing(model, ODD), _tokenizing(model, LONG))
+        self._plain_s = _tokenizing(model, PLAIN, check, runs)  # a character
+        self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
         self._layers = model.manifest.num_layers - self._first_exit  # those after it
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
         self._first: list[float] = []
         self._full: list[float] = []
         for length in self._lengths:
-            times = [_run(model, "a " * (length - 2)) for _ in range(RUNS if length <= 512 else 1)]
+            times = [_run(model, "a " * (length - 2), check) for _ in range(runs if length <= 512 else 1)]
             self._first.append(median(first for first, _ in times))
             self._full.append(median(full for _, full in times))
 
@@ -95,18 +98,20 @@ def run_longest(models: Sequence[Model]) -> None:
         model.full_depth(model.tokenize("a " * model.manifest.max_tokens))
 
 
-def _tokenizing(model: Model, text: str) -> float:
+def _tokenizing(model: Model, text: str, check: Callable[[], None], runs: int) -> float:
     """Seconds of the tokenizer for a character of a piece of such text."""
     piece, times = (text * (1 + 2 * PIECE // len(text)))[: 2 * PIECE], []
-    for _ in range(RUNS):
+    for _ in range(runs):
+        check()
         started = _now()
         model.tokenizer.encode([(piece, None)])
         times.append(_since(started))
     return median(times) / len(piece)
 
 
-def _run(model: Model, text: str) -> tuple[float, float]:
+def _run(model: Model, text: str, check: Callable[[], None]) -> tuple[float, float]:
     """Seconds to a text's first exit, and through every layer."""
+    check()
     tokens, first = model.tokenize(text), 0.0
     started = _now()
     step = model.segments[0].embed(tokens, True)

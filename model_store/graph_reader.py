@@ -1,0 +1,279 @@
+"""Reads a segment's graph node by node, and refuses whatever export/graph.py would not have built.
+
+Operators alone say little: known ones can be connected to a graph that needs any amount of time or memory, or
+that computes something else for one word. So the nodes, their order, attributes and connections, and the
+types and shapes of the weights must be those of an export. What then remains free is the weights' values.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from model_store.graph_check import MICROSOFT, GraphError
+from model_store.manifest import Manifest
+from native.network import Embeddings, Exit, Layer, Linear, Network, Norm
+
+Array = NDArray[Any]
+ANY = -1  # a size that the weight itself decides
+ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a node takes: its element type and shape."""
+
+    dtype: type
+    shape: tuple[int, ...]
+
+
+def floats(*shape: int) -> Weight:
+    """A float32 weight."""
+    return Weight(np.float32, shape)
+
+
+def network_of(segments: Sequence[tuple[Any, Exit | None]], manifest: Manifest) -> Network:
+    """The network of what read_segment gave for each segment, index = layer."""
+    embeddings, *layers = (part for part, _ in segments)
+    exits = {layer: head for layer, (_, head) in enumerate(segments) if head is not None}
+    return Network(manifest.hidden_size, embeddings, layers, exits, manifest.pooling == "mean")
+
+
+def read_segment(graph: Any, layer: int, manifest: Manifest) -> tuple[Embeddings | Layer, Exit | None]:
+    """The weights of a segment and of its exit; raises GraphError for a graph that export does not build."""
+    try:
+        has_exit, has_space = layer in manifest.exit_layers, layer in manifest.prototype_layers
+        # An exit is a branch that gives out logits and, with prototypes, distances.
+        wanted = [1 + has_space] if has_exit else []
+        if [len(node.output) for node in graph.node if node.op_type == "If"] != wanted:
+            raise GraphError("it has another exit than the manifest says")
+        _check_names(graph)
+        r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
+        part = r.layer(manifest) if layer else r.embeddings(manifest)
+        head = r.exit("next_hidden" if layer else "hidden", has_space, manifest) if has_exit else None
+        r.end()
+        if unused := r.weights.keys() - r.used:
+            raise GraphError(f"nothing uses the weight {min(unused)!r}")
+        return part, head
+    except GraphError:
+        raise
+    except Exception as error:  # of protobuf or NumPy, over what is no graph of ours
+        raise GraphError(f"{type(error).__name__}: {error}") from None
+
+
+def _check_names(graph: Any) -> None:
+    """No value may have the name of another, inside of branches neither."""
+    nodes = list(graph.node)
+    for node in graph.node:
+        nodes += [inner for a in node.attribute if a.HasField("g") for inner in a.g.node]
+    names = [x.name for x in (*graph.input, *graph.initializer)] + [x for n in nodes for x in n.output]
+    if "" in names or len(set(names)) != len(names):
+        raise GraphError("a value has no name, or that of another")
+
+
+class _Reader:
+    """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
+
+    def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
+        """weights: the graph's initializers, or those of the graph around a branch, by name."""
+        self._nodes, self.weights, self._int8 = list(graph.node), weights, int8
+        self._at = 0
+        self.used: set[str] = set()  # weights
+        self.attributes: dict[str, Any] = {}  # of the last node
+
+    def next_op(self) -> str:
+        """The next node's operator; empty at the end."""
+        return str(self._nodes[self._at].op_type) if self._at < len(self._nodes) else ""
+
+    def node(
+        self, op: str, *inputs: str | Weight, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> tuple[list[str], list[Array]]:
+        """The names of the next node's outputs, and the weights that it takes.
+
+        inputs: names of values, weights, or "" for one that is left out. attributes: those that it must have,
+        and no others; None: any value.
+        """
+        if self._at >= len(self._nodes):
+            raise GraphError(f"it ends before {op}")
+        node = self._nodes[self._at]
+        self._at += 1
+        if (node.domain, node.op_type) != (domain, op):
+            found = f"{node.domain}.{node.op_type}".lstrip(".")
+            raise GraphError(f"operator {self._at} is {found}, not {op}")
+        names = [a.name for a in node.attribute]
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        wrong = set(names) ^ set(attributes)
+        wrong |= {n for n, v in attributes.items() if v is not None and self.attributes.get(n) != v}
+        wrong |= {n for n in names if names.count(n) > 1}
+        if wrong:
+            raise GraphError(f"{op} (operator {self._at}) has another {min(wrong)!r}")
+        if len(node.input) != len(inputs) or len(node.output) != outputs:
+            raise GraphError(f"{op} (operator {self._at}) has other inputs or outputs")
+        weights = []
+        for name, wanted in zip(node.input, inputs, strict=True):
+            if isinstance(wanted, Weight):
+                weights.append(self._weight(op, name, wanted))
+            elif name != wanted:
+                raise GraphError(f"{op} (operator {self._at}) takes another value")
+        return list(node.output), weights
+
+    def _weight(self, op: str, name: str, wanted: Weight) -> Array:
+        tensor = self.weights.get(name)
+        if tensor is None:
+            raise GraphError(f"{op} (operator {self._at}) takes a value where a weight should be")
+        self.used.add(name)
+        array: Array = numpy_helper.to_array(tensor)
+        same = len(array.shape) == len(wanted.shape) and all(
+            size > 0 and expected in (size, ANY)
+            for size, expected in zip(array.shape, wanted.shape, strict=True)
+        )
+        if array.dtype != wanted.dtype or not same:
+            raise GraphError(f"{op} (operator {self._at}) has a weight of another type or shape")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise GraphError(f"{op} (operator {self._at}) has a weight that is not finite")
+        return np.ascontiguousarray(array) if array.ndim else array
+
+    def linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
+        """x·W + b: the output's name, and the weights."""
+        # The sizes of scale and bias are compared below: with ANY, the weight decides them.
+        if self._int8:
+            (out,), (weight, scale, bias) = self.node(
+                *("DynamicQuantizeMatMul", x, Weight(np.int8, (inputs, outputs))),
+                *(floats(outputs), "", floats(outputs)),
+                domain=MICROSOFT,
+            )
+        else:
+            scale = None
+            (product,), (weight,) = self.node("MatMul", x, floats(inputs, outputs))
+            (out,), (bias,) = self.node("Add", product, floats(outputs))
+        if len(bias) != weight.shape[1] or (scale is not None and len(scale) != len(bias)):
+            raise GraphError(f"operator {self._at} has a weight of another shape")
+        return out, Linear(weight, bias, scale)
+
+    def norm(self, x: str, size: int) -> tuple[str, Norm]:
+        """Layer norm: the output's name, and the weights."""
+        (out,), (scale, shift) = self.node(
+            "LayerNormalization", x, floats(size), floats(size), epsilon=None, axis=-1
+        )
+        epsilon = float(self.attributes["epsilon"])
+        if not 0 <= epsilon <= 1:
+            raise GraphError(f"LayerNormalization (operator {self._at}) has another 'epsilon'")
+        return out, Norm(scale, shift, epsilon)
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self._at != len(self._nodes):
+            raise GraphError("it goes on after its last operator")
+
+    def embeddings(self, manifest: Manifest) -> Embeddings:
+        """The embeddings, whose output must be called hidden."""
+        ids, scale = "input_ids", None
+        if self._int8:
+            (rows,), (word,) = self.node("Gather", Weight(np.int8, (ANY, ANY)), ids)
+            (picked,), _ = self.node("Cast", rows, to=TensorProto.FLOAT)
+            (scales,), (scale,) = self.node("Gather", floats(len(word), 1), ids)
+            (x,), _ = self.node("Mul", picked, scales)
+        else:
+            (x,), (word,) = self.node("Gather", floats(ANY, ANY), ids)
+        width = word.shape[1]
+        (tokens,), _ = self.node("Shape", ids, start=1, end=2)
+        zero = Weight(np.int64, (1,))
+        (rows,), (position, *zeros) = self.node("Slice", floats(ANY, width), zero, tokens, zero)
+        if any(z[0] != 0 for z in zeros):
+            raise GraphError("its positions do not begin with the first")
+        if len(position) < manifest.max_tokens:
+            raise GraphError(f"it has {len(position)} positions, too few for {manifest.max_tokens} tokens")
+        (x,), _ = self.node("Add", x, rows)
+        token_type = None
+        if manifest.token_types:
+            (rows,), (token_type,) = self.node("Gather", floats(ANY, width), "token_type_ids")
+            (x,), _ = self.node("Add", x, rows)
+        x, norm = self.norm(x, width)
+        projection = None
+        if self.next_op() in ("MatMul", "DynamicQuantizeMatMul"):
+            x, projection = self.linear(x, width, manifest.hidden_size)
+        elif width != manifest.hidden_size:
+            raise GraphError(f"hidden has {width} dimensions, the manifest says {manifest.hidden_size}")
+        self._is_called(x, "hidden")
+        return Embeddings(word, scale, position, token_type, norm, projection)
+
+    def layer(self, manifest: Manifest) -> Layer:
+        """A transformer block from hidden to next_hidden."""
+        hidden, scale = manifest.hidden_size, None
+        wide = floats(3 * hidden)
+        if self._int8:
+            (x, x_scale, x_zero), _ = self.node("DynamicQuantizeLinear", "hidden", outputs=3)
+            (attended,), (weight, bias, scale) = self.node(
+                *("QAttention", x, Weight(np.int8, (hidden, 3 * hidden)), wide, x_scale, wide, "", x_zero),
+                domain=MICROSOFT,
+                num_heads=None,
+            )
+        else:
+            (attended,), (weight, bias) = self.node(
+                "Attention", "hidden", floats(hidden, 3 * hidden), wide, domain=MICROSOFT, num_heads=None
+            )
+        heads = self.attributes["num_heads"]
+        if not isinstance(heads, int) or not 1 <= heads <= hidden or hidden % heads:
+            raise GraphError("its attention has another 'num_heads'")
+        out, attention_out = self.linear(attended, hidden, hidden)
+        (x,), _ = self.node("Add", out, "hidden")
+        middle, attention_norm = self.norm(x, hidden)
+        up, ffn_in = self.linear(middle, hidden, ANY)
+        activation = self.next_op()
+        if activation not in ACTIVATIONS:
+            raise GraphError(f"its activation is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
+        (x,), _ = self.node(activation, up, domain="" if activation == "Relu" else MICROSOFT)
+        down, ffn_out = self.linear(x, len(ffn_in.bias), hidden)
+        (x,), _ = self.node("Add", down, middle)
+        x, ffn_norm = self.norm(x, hidden)
+        self._is_called(x, "next_hidden")
+        qkv = Linear(weight, bias, scale)
+        return Layer(qkv, attention_out, attention_norm, ffn_in, ffn_out, ffn_norm, heads, activation)
+
+    def exit(self, hidden: str, has_space: bool, manifest: Manifest) -> Exit:
+        """An exit: a branch of its own, and one of zeros."""
+        labels = len(manifest.labels)
+        names = ["logits", "distances"][: 1 + has_space]
+        outputs, _ = self.node("If", "with_exit", outputs=len(names), then_branch=None, else_branch=None)
+        then, other = self.attributes["then_branch"], self.attributes["else_branch"]
+        if outputs != names:
+            raise GraphError("its exit gives out other values")
+        yes = _Reader(then, self.weights, self._int8)
+        if manifest.pooling == "mean":
+            (pooled,), _ = yes.node("ReduceMean", hidden, axes=[1], keepdims=0)
+        else:
+            (pooled,), (first,) = yes.node("Gather", hidden, Weight(np.int64, ()), axis=1)
+            if first != 0:
+                raise GraphError("its exit sees another token than the first")
+        (logits,), (weight, bias) = yes.node(
+            "Gemm", pooled, floats(manifest.hidden_size, labels), floats(labels)
+        )
+        given, space = [logits], None
+        if has_space:
+            x, space = yes.linear(pooled, manifest.hidden_size, manifest.metric_dim)
+            (unit,), _ = yes.node("LpNormalization", x, axis=1, p=2)
+            (distances,), (one,) = yes.node("Gemm", unit, "prototypes", floats(1), alpha=-1.0, transB=1)
+            if one[0] != 1:
+                raise GraphError("its distances are not 1 - cos")
+            given.append(distances)
+        yes.end()
+        self.used |= yes.used
+        no = _Reader(other, self.weights, self._int8)
+        zeros = []
+        for _ in names:
+            (value,), _ = no.node("Constant", value=None)
+            array = numpy_helper.to_array(no.attributes["value"])
+            if array.dtype != np.float32 or array.shape != (1, labels) or array.any():
+                raise GraphError("its exit gives out other values than zeros when it is not asked")
+            zeros.append(value)
+        no.end()
+        if [o.name for o in then.output] != given or [o.name for o in other.output] != zeros:
+            raise GraphError("its exit gives out other values")
+        return Exit(Linear(weight, bias, None), space)
+
+    def _is_called(self, value: str, name: str) -> None:
+        if value != name:
+            raise GraphError(f"it gives out another value as {name}")

@@ -1,0 +1,145 @@
+"""The weights of an encoder with exits, and the kernels' model that is built from them.
+
+Linear weights are (inputs, outputs). In int8 each has a scale for each output: weight · scale ≈ float32.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from native import NoKernelsError
+
+Array = NDArray[Any]
+NONE = np.zeros(0, np.float32)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """x·W + b; scale: None for float32."""
+
+    weight: Array
+    bias: Array
+    scale: Array | None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer norm."""
+
+    scale: Array
+    shift: Array
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Tables by word (V, E), position (P, E) and token type (T, E) or None; word_scale (V, 1) in int8."""
+
+    word: Array
+    word_scale: Array | None
+    position: Array
+    token_type: Array | None
+    norm: Norm
+    projection: Linear | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transformer block; activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them."""
+
+    qkv: Linear
+    attention_out: Linear
+    attention_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    ffn_norm: Norm
+    num_heads: int
+    activation: str
+
+
+@dataclass(frozen=True)
+class Exit:
+    """An exit: its classifier, always float32, and its metric space, if it has one."""
+
+    classifier: Linear
+    space: Linear | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A whole model.
+
+    Attributes:
+        hidden_size: the width of the hidden states.
+        exits: by layer, 0 being the embeddings.
+        mean: whether exits see the mean of the tokens, else the first one.
+    """
+
+    hidden_size: int
+    embeddings: Embeddings
+    layers: list[Layer]
+    exits: dict[int, Exit]
+    mean: bool
+
+
+def build(network: Network) -> Any:
+    """The kernels' model of a network; raises NoKernelsError for one that they cannot run."""
+    try:
+        from native import kernels
+    except ImportError as error:  # not built
+        raise NoKernelsError(str(error)) from None
+    if not kernels.supported():
+        raise NoKernelsError(kernels.why_not())
+    tables, first = network.embeddings, network.layers[0]
+    if tables.projection is not None:
+        raise NoKernelsError("its embeddings have a projection")
+    for number, layer in enumerate(network.layers, 1):
+        if layer.activation not in ("Gelu", "Relu"):
+            raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
+        if _sizes(layer) != _sizes(first):
+            raise NoKernelsError(f"layer {number}: its sizes are not those of the layer before")
+    try:
+        is_gelu = first.activation == "Gelu"
+        heads, inner = first.num_heads, first.ffn_in.weight.shape[1]
+        model = kernels.new(network.hidden_size, heads, inner, len(network.layers), is_gelu, network.mean)
+        kernels.set_embeddings(
+            model,
+            *(tables.word, _scale(tables.word_scale), tables.position),
+            NONE if tables.token_type is None else tables.token_type,
+        )
+        _set_norm(model, 0, 0, tables.norm)
+        for number, layer in enumerate(network.layers, 1):
+            linears = (layer.qkv, layer.attention_out, layer.ffn_in, layer.ffn_out)
+            for which, linear in enumerate(linears):
+                kernels.set_linear(model, number, which, linear.weight, _scale(linear.scale), linear.bias)
+            for which, norm in enumerate((layer.attention_norm, layer.ffn_norm)):
+                _set_norm(model, number, which, norm)
+        for number, head in network.exits.items():
+            classifier, space = head.classifier, head.space
+            in_space = (
+                (NONE, NONE, NONE) if space is None else (space.weight, _scale(space.scale), space.bias)
+            )
+            kernels.set_exit(
+                model, number, np.ascontiguousarray(classifier.weight.T), classifier.bias, *in_space
+            )
+    except ValueError as error:  # sizes that have no kernels
+        raise NoKernelsError(str(error)) from None
+    return model
+
+
+def _sizes(layer: Layer) -> tuple[int, int, str]:
+    return layer.num_heads, layer.ffn_in.weight.shape[1], layer.activation
+
+
+def _scale(scale: Array | None) -> Array:
+    if scale is None:
+        raise NoKernelsError("only int8 artifacts have kernels")
+    return scale
+
+
+def _set_norm(model: Any, layer: int, which: int, norm: Norm) -> None:
+    from native import kernels
+
+    kernels.set_norm(model, layer, which, norm.scale, norm.shift, norm.epsilon)
