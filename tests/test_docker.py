@@ -21,7 +21,7 @@ import pytest
 from tests.serving import free_port, until
 
 PROJECT, IMAGE = "de3-test", "de3-test/server"
-SLOW = {"input": ["it is long and loud , and it has nothing at all to say to anyone " * 8] * 256, "tau": 0}
+SLOW = {"input": ["it is long and loud , and it has nothing at all to say to anyone " * 8] * 96, "tau": 0}
 
 
 def _works() -> bool:
@@ -247,7 +247,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
     with ThreadPoolExecutor(8) as pool:
         try:
             longs = [pool.submit(long, n) for n in range(3)]
-            until(lambda: waiting(compose) > 256, "two long requests to be accepted")
+            until(lambda: waiting(compose) > 96, "two long requests to be accepted")
             streams = [pool.submit(stream, n) for n in range(4)]
             until(lambda: len(compose.requests_logged()) > before + 100, "short requests", 60)
             compose("restart", "server")
@@ -269,7 +269,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
 def test_docker_stop_drains(compose: Compose) -> None:
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(lambda: httpx.post(compose.url + "/classify", json=SLOW, timeout=60).status_code)
-        until(lambda: waiting(compose) > 100, "the long request to be accepted")
+        until(lambda: waiting(compose) > 40, "the long request to be accepted")
         server = compose.container("server")
         docker("stop", server)
         assert long.result() == 200
