@@ -39,7 +39,10 @@ class ExitOptions:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
-        asked = [name for name in EXCLUSIVE if getattr(self, name) is not None]
+        values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
+        if values == (None, None, None, None):
+            return
+        asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
         if len(asked) > 1:
             raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
         for value, name in ((self.lam, "lambda"), (self.max_layer, "max_layer")):

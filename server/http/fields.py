@@ -1,7 +1,7 @@
 """What the protocols share: bodies of JSON, and the fields of the exit options."""
 
 import gc
-from dataclasses import fields
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -58,13 +58,20 @@ class OptionFields(BaseModel):
         _ = self.options
         return self
 
-    @property
+    @cached_property
     def options(self) -> ExitOptions:
         """The fields that decide where texts exit."""
-        return ExitOptions(**{name: getattr(self, name) for name in OPTION_NAMES})
+        return ExitOptions(
+            self.tau,
+            self.lam,
+            self.max_layer,
+            self.target_speedup,
+            self.latency_budget_ms,
+            self.max_disagreement,
+            self.best_effort,
+        )
 
 
-OPTION_NAMES = [field.name for field in fields(ExitOptions)]
 Fields = TypeVar("Fields", bound=BaseModel)
 
 
@@ -90,7 +97,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
     Unknown fields come first: pydantic's errors for 100,000 of them would take a quarter of a second.
     """
     if isinstance(value, dict):
-        known = [f.alias or name for name, f in kind.model_fields.items()]
+        known = _known(kind)
         for field in value:
             if field not in known:
                 name = field[:100]
@@ -100,6 +107,12 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
         return kind.model_validate(value)
     except ValidationError as error:
         raise _explain(error, example) from None
+
+
+@cache
+def _known(kind: type[BaseModel]) -> list[str]:
+    """The names that a JSON object of this kind may have."""
+    return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def check_count(texts: Any, field: str, most: int) -> None:
