@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import version
-from typing import get_args
+from typing import Any, get_args
 
 from prometheus_client import (
     CollectorRegistry,
@@ -169,6 +169,7 @@ class Metrics:
             *(self.shadow_texts, self.shadow_disagreements),
         )
         self._gone: list[str] = []
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # of models that are not forgotten
         self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
@@ -238,6 +239,7 @@ class Metrics:
             for metric in (self.shadow_texts, self.shadow_disagreements):
                 metric.remove_by_labels({"shadow": oldest})
             del self._observers[oldest]
+            self._children.clear()
 
     def answered(self, job: Job) -> None:
         """Count the texts of an answered request by how τ was chosen."""
@@ -252,8 +254,24 @@ class Metrics:
                 and item.outcome.reason != "deadline"
                 for item in job.items
             )
-            self.calibrated.labels(model).inc(texts)
-            self.expected_right.labels(model).inc(texts * choice.expected.accuracy)
+            self._child(self.calibrated, model).inc(texts)
+            self._child(self.expected_right, model).inc(texts * choice.expected.accuracy)
+
+    def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
+        """Count a request by its response; model is none where no model was found."""
+        if cause is not None:
+            self.rejected.labels(cause).inc()
+        self._child(self.requests, model, str(status)).inc()
+        if status in (200, 504):  # refusals are quick, and would distort the latency
+            self._child(self.request_latency, model).observe(latency_s)
+
+    def _child(self, metric: Any, *labels: str) -> Any:
+        """A metric's series, kept: a look-up by prometheus_client takes as long as an exit."""
+        key = (metric, labels)
+        child = self._children.get(key)
+        if child is None:
+            child = self._children[key] = metric.labels(*labels)
+        return child
 
     def observe(self, model: Model, outcome: Outcome) -> None:
         """Count one text that left; called by engine threads."""

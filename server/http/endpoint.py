@@ -53,7 +53,8 @@ async def answer(
         if failure is not None:
             exchange.status, exchange.cause = errors.STATUSES[failure.cause], failure.cause
         exchange.ended = perf_counter()
-        _count(exchange, frontend)
+        latency_s = exchange.ended - exchange.started
+        service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
     # No longer in flight: a client that reads slowly takes up no one's share.
     if failure is not None:
         await errors.response(failure, exchange.id, protocol.error(failure))(scope, receive, send)
@@ -62,15 +63,6 @@ async def answer(
     frontend.report(exchange)
     if exchange.job is not None:
         exchange.job.release()
-
-
-def _count(exchange: Exchange, frontend: Frontend) -> None:
-    metrics = frontend.service.metrics
-    if exchange.cause is not None:
-        metrics.rejected.labels(exchange.cause).inc()
-    metrics.requests.labels(exchange.model, str(exchange.status)).inc()
-    if exchange.status in (200, 504):  # refusals are quick, and would distort the latency
-        metrics.request_latency.labels(exchange.model).observe(exchange.ended - exchange.started)
 
 
 async def _classify(
