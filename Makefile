@@ -6,6 +6,7 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
+WORKERS := 4
 NATIVE := $(wildcard native/*.c native/*.h)
 
 .PHONY: serve test lint sanitize format setup clean
@@ -14,7 +15,7 @@ serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
 
 test: $(DEV)/ready
-	$(DEV)/bin/pytest
+	$(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
