@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from de3.classify import classify
 from de3.models import StoreOption
 from de3.models import app as models_app
 from de3.serve import serve
@@ -484,6 +485,7 @@ def calibrate(
 
 
 app.command()(serve)
+app.command()(classify)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,13 @@ CHANGE_TIMEOUT_S = 600.0  # loading a model takes time
 Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running server.")]
 
 
+def check_url(url: str) -> str:
+    """The URL of a server without a slash at its end; raises ValueError."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url: must begin with http:// or https://; did you mean http://{url}?")
+    return url.rstrip("/")
+
+
 @app.command("load")
 def models_load(
     model: Annotated[
@@ -173,7 +180,7 @@ def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str
             )
         body = body | {"version": int(version)}
     request = Request(
-        f"{url.rstrip('/')}/v1/models/{quote(name, safe='')}/{action}",
+        f"{check_url(url)}/v1/models/{quote(name, safe='')}/{action}",
         json.dumps(body).encode(),
         {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
     )

@@ -26,7 +26,7 @@ def serve(**values: Any) -> None:
 
 def _warnings() -> list[str]:
     """What the environment holds that no setting reads."""
-    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} is a client's"
+    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} are for clients"
     return [f"{name} is no setting and has no effect: {hint}" for name in unknown_variables(os.environ)]
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 PREFIX = "DE3_"
-# Variables with the prefix that are no setting of the server.
-OTHER_VARIABLES = {"DE3_ADMIN_KEY": "de3 models load, unload and rollback send it to a server"}
+# Variables with the prefix that are not settings of the server.
+OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")  # of clients
 MAX_BUDGET_MS = 60_000
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 
@@ -216,7 +216,7 @@ def variable(name: str) -> str:
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like settings and are none: misspelt, or of another version."""
-    known = {variable(name) for name in Settings.model_fields} | OTHER_VARIABLES.keys()
+    known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 

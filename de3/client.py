@@ -1,0 +1,205 @@
+"""A client of a running server, blocking or asynchronous.
+
+    from de3.client import Client
+
+    with Client("http://localhost:8000") as client:
+        answer = client.classify(["a fine film", "a dull one"], tau=0.1)
+        print([(row.label, row.exit.layer) for row in answer.rows])
+
+A request that is shed or rate-limited is sent again, after the time that the server names.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+
+URL = "http://127.0.0.1:8000"
+RETRIED = (429, 503)
+MAX_PAUSE_S = 30.0
+Input = str | dict[str, str] | tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """Where a text exited, and why; the fields of `exit` in docs/api.md."""
+
+    layer: int
+    num_layers: int
+    reason: str
+    tau: float
+    lam: float
+    entropy: float
+    distance_ratio: float | None
+    edr: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The answer to one text; `raw` is its JSON, with what `explain` and `ood` add."""
+
+    label: str
+    probs: list[float]
+    exit: Exit
+    is_truncated: bool
+    raw: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to a request: a row for each text, in order.
+
+    Attributes:
+        model: name:version.
+        tokens: of all texts.
+        raw: the JSON of the response.
+    """
+
+    model: str
+    rows: list[Row]
+    tokens: int
+    raw: dict[str, Any]
+
+
+class ServerError(Exception):
+    """A request that the server did not answer.
+
+    Attributes:
+        status: the HTTP status.
+        field: the field at fault; None if none is.
+        retry_after_s: seconds after which the same request may succeed; None: it will not by itself.
+    """
+
+    def __init__(self, status: int, message: str, field: str | None, retry_after_s: float | None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.field, self.retry_after_s = status, message, field, retry_after_s
+
+
+def _headers(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _body(inputs: Input | Sequence[Input], options: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of a request; a tuple is a pair. `lam` is sent as lambda."""
+
+    def one(text: Input) -> Any:
+        return {"text": text[0], "text_pair": text[1]} if isinstance(text, tuple) else text
+
+    is_batch = isinstance(inputs, Sequence) and not isinstance(inputs, str | tuple)
+    given = {("lambda" if k == "lam" else k): v for k, v in options.items() if v is not None}
+    return {"input": [one(text) for text in inputs] if is_batch else one(inputs), **given}  # type: ignore[arg-type]
+
+
+def _checked(response: httpx.Response) -> Any:
+    """The JSON of a response; raises ServerError."""
+    if response.status_code == 200:
+        return response.json()
+    try:
+        error = response.json()["error"]
+        message, field = error["message"], error["param"]
+    except (ValueError, KeyError, TypeError):  # of a proxy
+        message, field = f"HTTP {response.status_code}: {response.text[:200]}", None
+    after = response.headers.get("retry-after", "")
+    raise ServerError(response.status_code, message, field, float(after) if after.isdigit() else None)
+
+
+def _answer(json: dict[str, Any]) -> Answer:
+    rows = []
+    for row in json["data"]:
+        exit_ = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
+        rows.append(Row(row["label"], row["probs"], Exit(**exit_), row.get("truncated", False), row))
+    return Answer(json["model"], rows, json["usage"]["total_tokens"], json)
+
+
+def _pause_s(error: ServerError, attempt: int, retries: int) -> float | None:
+    """Seconds to wait before another attempt; None: there is none.
+
+    What the server names, or more after each attempt, and a random part, so that clients that were refused
+    together do not come back together. Without Retry-After the same request would fail again.
+    """
+    if attempt >= retries or error.status not in RETRIED or error.retry_after_s is None:
+        return None
+    pause_s: float = max(error.retry_after_s, 0.1 * 2**attempt) * random.uniform(1.0, 1.5)
+    return min(MAX_PAUSE_S, pause_s)
+
+
+class Client:
+    """A blocking client; threads may share it.
+
+    `classify` takes the request's fields of docs/api.md as keywords: model, tau, lam, max_layer,
+    target_speedup, latency_budget_ms, max_disagreement, best_effort, truncate, explain, ood.
+    """
+
+    def __init__(
+        self, url: str = URL, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4
+    ) -> None:
+        self._retries = retries
+        self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
+
+    def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
+        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
+        body, attempt = _body(inputs, options), 0
+        while True:
+            try:
+                return _answer(_checked(self._http.post("/classify", json=body)))
+            except ServerError as error:
+                pause_s = _pause_s(error, attempt, self._retries)
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+                attempt += 1
+
+    def models(self) -> list[dict[str, Any]]:
+        """The served models; raises ServerError."""
+        return list(_checked(self._http.get("/v1/models"))["data"])
+
+    def close(self) -> None:
+        """Close its connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """The same for asyncio."""
+
+    def __init__(
+        self, url: str = URL, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4
+    ) -> None:
+        self._retries = retries
+        self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
+
+    async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
+        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
+        body, attempt = _body(inputs, options), 0
+        while True:
+            try:
+                return _answer(_checked(await self._http.post("/classify", json=body)))
+            except ServerError as error:
+                pause_s = _pause_s(error, attempt, self._retries)
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+                attempt += 1
+
+    async def models(self) -> list[dict[str, Any]]:
+        """The served models; raises ServerError."""
+        return list(_checked(await self._http.get("/v1/models"))["data"])
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()

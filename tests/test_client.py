@@ -1,0 +1,155 @@
+"""Our own client and `de3 classify`, against a running server."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from typer.testing import CliRunner, Result
+
+from de3 import client as de3_client
+from de3.cli import app
+from de3.client import AsyncClient, Client, ServerError
+from tests.conftest import make_rows
+from tests.serving import Gate, Server, serving, until
+
+TEXTS = [text for text, _ in make_rows(100, 11)]
+KEY = "alice-has-a-long-key"
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny", "tiny-int8"], max_texts=64) as running:
+        yield running
+
+
+def test_both_clients_give_what_the_server_answers(server: Server) -> None:
+    expected = server.classify(input=TEXTS[:5], tau=0.1, model="tiny").json()
+    with Client(server.url) as client:
+        answer = client.classify(TEXTS[:5], tau=0.1, model="tiny", explain=None)
+        assert [row.raw for row in answer.rows] == expected["data"]
+        assert (answer.model, answer.tokens) == ("tiny:1", expected["usage"]["total_tokens"])
+        first = answer.rows[0]
+        assert first.exit.lam == first.raw["exit"]["lambda"] and first.label == first.raw["label"]
+        pair = client.classify(("good film", "a dull plot"), tau=0, lam=2).rows[0]
+        assert (pair.exit.lam, pair.exit.layer) == (2, 3)
+        assert [m["id"] for m in client.models()] == ["tiny:1", "tiny-int8:1"]
+
+    async def go() -> list[Any]:
+        async with AsyncClient(server.url) as other:
+            answers = await asyncio.gather(*(other.classify(t, tau=0.1, model="tiny") for t in TEXTS[:5]))
+            assert len(await other.models()) == 2
+            return [a.rows[0].label for a in answers]
+
+    assert asyncio.run(go()) == [row["label"] for row in expected["data"]]
+
+
+def test_errors_name_the_field(server: Server) -> None:
+    with Client(server.url) as client, pytest.raises(ServerError, match="allowed: 0 to 1") as error:
+        client.classify("good", tau=2)
+    assert (error.value.status, error.value.field, error.value.retry_after_s) == (422, "tau", None)
+
+
+def test_a_refused_request_is_sent_again_after_the_servers_time(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, pauses = Gate(monkeypatch), []
+    with serving(store, models=["tiny"], max_queue=4, max_texts=4, threads=1) as server:
+
+        def pause(seconds: float) -> None:
+            pauses.append(seconds)
+            gate.open()  # the queue empties
+            until(lambda: server.service.admission.texts.total == 0, "the room")
+
+        monkeypatch.setattr(de3_client, "time", SimpleNamespace(sleep=pause))
+        full = threading.Thread(target=lambda: server.classify(input=["good"] * 4))
+        full.start()
+        until(lambda: server.service.admission.texts.total == 4, "the queue to be full")
+        with Client(server.url) as client:
+            assert client.classify("good").rows[0].label in ("positive", "negative")
+        full.join()
+        assert len(pauses) == 1 and 1.0 <= pauses[0] <= 1.5  # Retry-After: 1
+
+
+def test_what_cannot_succeed_is_not_sent_again(store: Path) -> None:
+    with (
+        serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="3/hour") as server,
+        Client(server.url, KEY) as client,
+        pytest.raises(ServerError, match="counts as 4 texts"),
+    ):
+        client.classify(["good"] * 4)
+    assert server.metric("de3_rejected_total", cause="rate_limited") == 1
+
+
+def test_an_answer_of_a_proxy_is_an_error_too() -> None:
+    transport = httpx.MockTransport(lambda _: httpx.Response(502, text="<html>bad gateway"))
+    client = Client()
+    client._http = httpx.Client(base_url="http://x", transport=transport)
+    with pytest.raises(ServerError, match="HTTP 502: <html>"):
+        client.classify("good")
+
+
+def de3(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["classify", *arguments])
+
+
+def test_the_command_classifies_texts(server: Server) -> None:
+    result = de3("a good film", "a dull plot", "--tau", "0", "--url", server.url)
+    assert result.exit_code == 0, result.output
+    assert [line.split("  ")[0] for line in result.output.splitlines()] == [
+        row["label"] for row in server.classify(input=["a good film", "a dull plot"], tau=0).json()["data"]
+    ]
+    assert "layer 3" in result.output
+
+
+def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows: list[Any] = [text if i % 2 else {"text": text, "id": i} for i, text in enumerate(TEXTS)]
+    rows[7] = {"text": TEXTS[7], "text_pair": "a dull plot"}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ("--file", str(file), "--out", str(out), "--url", server.url, "--tau", "0.1")
+    assert de3(*command).exit_code == 0
+    whole = out.read_text()
+    labels = [json.loads(line)["label"] for line in whole.splitlines()]
+    inputs: list[Any] = list(TEXTS)
+    inputs[7] = rows[7]
+    expected = [
+        r["label"] for i in (0, 50) for r in server.classify(input=inputs[i : i + 50], tau=0.1).json()["data"]
+    ]
+    assert labels == expected
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:41]) + lines[41][:10])  # as an interrupted run leaves it
+    before = server.metric("de3_tokens_total")
+    assert de3(*command).exit_code == 0
+    assert out.read_text() == whole
+    assert 0 < server.metric("de3_tokens_total") - before < before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--file", "x.jsonl"), "give texts, or --file and --out"),
+        ((), "give texts"),
+        (("good", "--url", "localhost:8000"), "did you mean http://localhost:8000"),
+        (("good", "--url", "http://127.0.0.1:9"), "is it running"),
+        (("good", "--tau", "7"), "the server answers 422: tau: "),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(server: Server, arguments: tuple[str, ...], says: str) -> None:
+    if "--url" not in arguments:
+        arguments = (*arguments, "--url", server.url)
+    result = de3(*arguments)
+    assert result.exit_code == 1 and says in str(result.exception)
+
+
+def test_a_line_that_is_no_text_is_named(server: Server, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    for content, says in (("not json\n", "line 1: not JSON"), ('"a"\n["b"]\n', "line 2: must be a text")):
+        file.write_text(content)
+        result = de3("--file", str(file), "--out", str(tmp_path / "out"), "--url", server.url)
+        assert result.exit_code == 1 and says in str(result.exception)
