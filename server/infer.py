@@ -19,13 +19,14 @@ async def infer(request: Request, service: Service) -> Job:
     """
     service.check_open()
     request.served = served = service.models.get(request.model)
-    choice = served.rules.of(request.options, service.admission.level)
+    level = service.admission.level
+    choice = served.rules.of(request.options, level)
     request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
     with service.admission.admit(job):
         await _wait(job, service)
     shadow = service.models.shadow_of(served)
     if shadow is not None:
-        _run_shadow(shadow, job, service)
+        _run_shadow(shadow, job, level, service)
     service.metrics.answered(job)
     return job
 
@@ -52,7 +53,7 @@ def timed_out(timeout_s: float) -> RequestError:
     return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
 
 
-def _run_shadow(shadow: Served, job: Job, service: Service) -> None:
+def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """Let a shadow model run the texts of a job that is done, and count where its labels differ.
 
     It runs while nothing else is pending and is preempted after each layer, so that a server without idle
@@ -62,21 +63,26 @@ def _run_shadow(shadow: Served, job: Job, service: Service) -> None:
         return
     future = asyncio.get_running_loop().create_future()
     try:
-        choice = shadow.rules.of(job.request.options, service.admission.level)
+        choice = shadow.rules.of(job.request.options, level)
         request = Request(job.request.texts)
         second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
         service.engine.submit(second)
     except RequestError:  # options that this version cannot fulfil, or no room
         return
-    labels, names = job.labels(), (job.model.full_name, shadow.model.full_name)
+    # A text that a deadline cut short says nothing of the model: the shadow has none.
+    labels = [
+        None if item.outcome is None or item.outcome.reason == "deadline" else label
+        for item, label in zip(job.items, job.labels(), strict=True)
+    ]
+    names = job.model.full_name, shadow.model.full_name
 
     def compare(done: "asyncio.Future[None]") -> None:
-        if done.cancelled() or done.exception() is not None:
-            return
         shadow_labels = second.labels()
         second.release()
-        service.metrics.shadow_texts.labels(*names).inc(len(labels))
-        different = sum(a != b for a, b in zip(labels, shadow_labels, strict=True))
-        service.metrics.shadow_disagreements.labels(*names).inc(different)
+        if done.cancelled() or done.exception() is not None:
+            return
+        pairs = [(a, b) for a, b in zip(labels, shadow_labels, strict=True) if a is not None]
+        service.metrics.shadow_texts.labels(*names).inc(len(pairs))
+        service.metrics.shadow_disagreements.labels(*names).inc(sum(a != b for a, b in pairs))
 
     future.add_done_callback(compare)

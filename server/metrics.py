@@ -35,7 +35,7 @@ REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
 # A text leaves early when it is sure, so both signals crowd near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 # The possible outcomes of a request, with a model and without one.
-STATUSES = ("200", "422", "499", "500", "503", "504")
+STATUSES = ("200", "422", "429", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
 KEPT_MODELS = 8  # unloaded ones whose metrics can still be read
 InForce = Callable[[Served], Choice]

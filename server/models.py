@@ -149,6 +149,10 @@ class Models:
             return self._versions[name][route.canary]
         return self.current(name)
 
+    def first(self) -> Served:
+        """The current version of the first name."""
+        return self.current(next(iter(self.routes)))
+
     def current(self, name: str) -> Served:
         """A name's current version, or that of name:version; raises RequestError."""
         if name in self.routes:

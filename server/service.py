@@ -135,6 +135,10 @@ class Service:
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         return {"role": role, **share}
 
+    def first_manifest(self) -> Manifest:
+        """That of the version that answers requests without a model."""
+        return self.models.first().model.manifest if self.is_open else self.artifacts[0].manifest
+
     def manifest(self, name: str) -> Manifest:
         """That of a name (its current version) or name:version; raises RequestError."""
         self.check_open()

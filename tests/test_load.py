@@ -160,7 +160,7 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         before = shed()
         refused = server.classify(input="a film")
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-        assert "objective of 100 ms" in refused.json()["error"]["message"]
+        assert "objective of 100 ms cannot be met" in refused.json()["error"]["message"]
         assert shed() == before + 1
         assert server.metric("de3_tau", model="tiny:1") > 0
         tick = controller.tick

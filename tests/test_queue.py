@@ -297,7 +297,7 @@ def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
     engine.queue.charge(job(1, client="greedy"), 2 * MAX_LEAD_S)
     asking = job(1, client="greedy")
     asking.deadline = perf_counter() + 100
-    with pytest.raises(RequestError, match="more than your share"):
+    with pytest.raises(RequestError, match="over your share"):
         engine.submit(asking)
     engine.queue.next()
     engine.submit(asking)  # nobody waits any more

@@ -37,6 +37,9 @@ def port(versions: Path) -> Iterator[int]:
     found = free_port()
     with measure.cluster(2, 1, found):
         measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
+        until(
+            lambda: classify(found, input="good").status_code == 200, "the proxy to know the application", 60
+        )
         yield found
 
 

@@ -105,8 +105,8 @@ class Engine:
         # One text may be promised however long it is; a batch counts as what is promised already.
         if lead_s > MAX_LEAD_S or (lead_s >= 0 and len(job.items) > 1 and lead_s + predicted_s > MAX_LEAD_S):
             message = (
-                "latency_budget_ms: you have had more than your share of the engine, and others wait; "
-                "try again, or without a budget"
+                "latency_budget_ms: over your share of the engine's time while other clients wait; "
+                "try again later, or without a budget"
             )
             raise RequestError(message, "latency_budget_ms", "over_share", retry_after_s=1)
         needed_s = self.deadlines.promise(job)
@@ -114,7 +114,7 @@ class Engine:
             assert job.choice.budget_s is not None and job.deadline is not None
             needed_s += job.submitted + job.choice.budget_s - job.deadline  # and for the response
             message = (
-                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be kept, the first exit would "
+                f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be met, the first exit would "
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
             )
             raise RequestError(message, "latency_budget_ms", "budget", retry_after_s=1)
@@ -168,12 +168,14 @@ class Engine:
         if first.layer == 0 and first.is_short and 0 < first.predicted_s <= first.job.max_group_s:
             self.deadlines.occupy(number, perf_counter() + sum(item.predicted_s for item in items))
             try:
-                results = run_group(items, self.queue)
+                results, too_long = run_group(items)
             except BaseException:  # one of them; which one shows when each runs alone
                 log.exception("a group of texts failed; each runs alone")
             else:
                 for item in items:
                     self.queue.charge(item.job, item.tokenize_s + item.model_s)
+                for item in too_long:  # last: from here on another thread may run them
+                    self.queue.requeue(item)
                 return results
         return [(item, self._run_alone(item, number)) for item in items]
 

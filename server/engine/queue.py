@@ -27,20 +27,21 @@ class _Client:
     Attributes:
         spent: seconds on the queue's virtual clock: a client that is new, or was idle, starts with what the
             clients that are being served have had, so that idle time gives no credit.
-        promised: predicted seconds of its pending items whose deadline is promised.
+        promised, num_promised: predicted seconds and number of its pending items whose deadline is promised.
         items: a heap.
         is_listed: whether it is among those that may be served next.
     """
 
     spent: float = 0.0
     promised: float = 0.0
+    num_promised: int = 0
     items: list[Entry] = field(default_factory=list)
     is_listed: bool = False
 
     @property
     def is_pending(self) -> bool:
         """Whether it has, or may have, anything in the queue."""
-        return self.is_listed or self.promised > 0
+        return self.is_listed or self.num_promised > 0
 
 
 class WorkQueue:
@@ -234,7 +235,7 @@ class WorkQueue:
         if item.job.is_promised:
             self._pending_promised -= 1
             item.job.promised_s -= item.predicted_s
-            self._client(item.job.client).promised -= item.predicted_s
+            self._unpromise(item.job.client, 1, item.predicted_s)
         item.job.pending -= 1
         self._pending -= 1
         self._stored -= 1
@@ -256,6 +257,7 @@ class WorkQueue:
             self._pending_promised += 1
             item.job.promised_s += item.predicted_s
             client.promised += item.predicted_s
+            client.num_promised += 1
         else:
             if not self._clean(client.items):
                 client.spent = max(client.spent, self._floor)
@@ -284,9 +286,14 @@ class WorkQueue:
 
     def _forget(self, job: Job) -> None:
         self._pending -= job.pending
-        if job.is_promised:
+        if job.is_promised and job.pending:
             self._pending_promised -= job.pending
-        job.pending = 0
-        if job.promised_s:
-            self._client(job.client).promised -= job.promised_s
+            self._unpromise(job.client, job.pending, job.promised_s)
             job.promised_s = 0.0
+        job.pending = 0
+
+    def _unpromise(self, name: str, items: int, seconds: float) -> None:
+        client = self._client(name)
+        client.num_promised -= items
+        # A sum of floats may not come back to 0 by itself.
+        client.promised = client.promised - seconds if client.num_promised else 0.0

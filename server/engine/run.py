@@ -127,16 +127,17 @@ def _too_long(item: Item, error: ValueError) -> RequestError:
     return RequestError(f"{field}: {error}", field, "too_long")
 
 
-def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tuple[Item, Result | None]]:
+def run_group(items: Sequence[Item]) -> tuple[list[tuple[Item, Result]], list[Item]]:
     """Run short texts of one model through the kernels in one call; each is computed by itself.
 
-    Texts that turn out to be longer than predicted are requeued, but for the first, and run alone.
+    Returns the results, and the items that turned out to be too long for the group and did not run.
     """
     started = perf_counter()
     served = items[0].job.served
     model, monitor = served.model, items[0].job.monitor
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
-    results: list[tuple[Item, Result | None]] = []
+    results: list[tuple[Item, Result]] = []
+    too_long: list[Item] = []
     passes: list[tuple[Item, ForwardPass]] = []
     seconds = 0.0
     for item, encoding in zip(items, encodings, strict=True):
@@ -149,16 +150,17 @@ def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tup
             results.append((item, _too_long(item, error)))
             continue
         item.tokens = tokens
-        seconds += served.timing.layer_s(len(tokens)) * model.manifest.num_layers
-        if queue is not None and passes and seconds > GROUP_OVERRUN * job.max_group_s:
+        item_s = served.timing.layer_s(len(tokens)) * model.manifest.num_layers
+        if passes and seconds + item_s > GROUP_OVERRUN * job.max_group_s:
             item.is_short = False
-            queue.requeue(item)
+            too_long.append(item)
             continue
+        seconds += item_s
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
         passes.append(
             (item, ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution))
         )
-    for item in items:  # those that fail or are requeued have cost it, too
+    for item in items:  # those that fail or do not run have cost it, too
         item.tokenize_s = (perf_counter() - started) / len(items)
     if passes:
         assert model.through is not None
@@ -166,7 +168,7 @@ def run_group(items: Sequence[Item], queue: WorkQueue | None = None) -> list[tup
     for item, one in passes:
         item.model_s = one.seconds
         results.append((item, _group_outcome(item, one)))
-    return results
+    return results, too_long
 
 
 def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:

@@ -63,10 +63,12 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
             await api(scope, receive, send)
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             service.metrics.rejected.labels("other_origin").inc()
-            await errors.response(OTHER_ORIGIN, request_id(scope))(scope, receive, send)
+            match = frontend.protocol(scope)
+            body = match[0].error(OTHER_ORIGIN) if match is not None else None
+            await errors.response(OTHER_ORIGIN, request_id(scope), body)(scope, receive, send)
         elif (match := frontend.protocol(scope)) is not None:
             if frontend.sheds(scope):
-                await frontend.shed(scope, receive, send)
+                await frontend.shed(scope, send, match[0])
             else:
                 await answer(scope, receive, send, frontend, *match)
         else:

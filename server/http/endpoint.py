@@ -33,6 +33,26 @@ async def answer(
 ) -> None:
     """Answer one request; every outcome is counted. path: the values of its parameters."""
     exchange = Exchange(request_id(scope), scope, scope.get("de3.started") or perf_counter())
+    try:
+        body, timing = await _answer(exchange, receive, send, frontend, protocol, path)
+        # No longer in flight: a client that reads slowly takes up no one's share.
+        if body:
+            await _send(send, exchange.id, body, timing)
+    finally:
+        frontend.report(exchange)
+        if exchange.job is not None:
+            exchange.job.release()
+
+
+async def _answer(
+    exchange: Exchange,
+    receive: Receive,
+    send: Send,
+    frontend: Frontend,
+    protocol: Protocol,
+    path: Mapping[str, str],
+) -> tuple[bytes, str]:
+    """The response's body and timing; sends an error itself, and returns nothing then."""
     service, body, timing = frontend.service, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1
@@ -43,8 +63,11 @@ async def answer(
         exchange.status = 200
     except RequestError as error:
         failure = error
-    except ClientDisconnect:  # nobody reads an answer
+    except ClientDisconnect:  # nobody reads a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+    except asyncio.CancelledError:  # the server stops before the response
+        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+        raise
     except Exception:
         log.exception("request %s failed", exchange.id)
         failure = RequestError("internal error; the server's log has the details", cause="internal")
@@ -55,14 +78,10 @@ async def answer(
         exchange.ended = perf_counter()
         latency_s = exchange.ended - exchange.started
         service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
-    # No longer in flight: a client that reads slowly takes up no one's share.
     if failure is not None:
-        await errors.response(failure, exchange.id, protocol.error(failure))(scope, receive, send)
-    elif body:
-        await _send(send, exchange.id, body, timing)
-    frontend.report(exchange)
-    if exchange.job is not None:
-        exchange.job.release()
+        response = errors.response(failure, exchange.id, protocol.error(failure))
+        await response(exchange.scope, receive, send)
+    return body, timing
 
 
 async def _classify(
@@ -92,6 +111,8 @@ async def _classify(
     request.client, request.expires_at = client, exchange.started + settings.timeout_s
     connection = scope.get("de3.connection")
     if connection is not None:
+        if connection.is_gone:
+            raise ClientDisconnect
         connection.on_gone = lambda: request.cancel(ClientDisconnect())
     try:
         return await infer(request, service)
@@ -137,7 +158,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
         return bytes(message["body"])
     too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
     for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit() and int(value) > limit:
+        if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
             raise too_large
     chunks: list[bytes] = []
     size, more = 0, True

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from starlette.responses import Response
 from starlette.routing import compile_path
-from starlette.types import Receive, Scope, Send
+from starlette.types import Scope, Send
 
 from server.errors import RequestError
 from server.http import errors
@@ -44,11 +45,14 @@ class Frontend:
         self._traces = Traces(provider()) if settings.traces else None
         if self._traces is not None:
             self._reporters.append(self._traces)
-        objective = f"overloaded: the objective of {settings.slo_p99_ms or 0:g} ms could not be kept"
+        objective = f"overloaded: the latency objective of {settings.slo_p99_ms or 0:g} ms cannot be met"
         self._shed_error = RequestError(objective, cause="shed", retry_after_s=1)
-        # Made once: an overloaded server sends little else.
-        self._shed_response = errors.response(self._shed_error)
-        metrics, status = service.metrics, str(self._shed_response.status_code)
+        # Made once for each protocol: an overloaded server sends little else.
+        self._shed_responses: dict[Protocol, Response] = {
+            protocol: errors.response(self._shed_error, None, protocol.error(self._shed_error))
+            for protocol in protocols.values()
+        }
+        metrics, status = service.metrics, str(errors.STATUSES["shed"])
         self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
 
     def protocol(self, scope: Scope) -> tuple[Protocol, dict[str, str]] | None:
@@ -93,11 +97,11 @@ class Frontend:
 
         return self.service.admission.sheds(client)
 
-    async def shed(self, scope: Scope, _: Receive, send: Send) -> None:
+    async def shed(self, scope: Scope, send: Send, protocol: Protocol) -> None:
         """Answer a request that is shed."""
         for counter in self._shed_counters:
             counter.inc()
-        response = self._shed_response
+        response = self._shed_responses[protocol]
         exchange = Exchange(request_id(scope), scope, status=response.status_code, cause="shed")
         headers = [*response.raw_headers, (HEADER, exchange.id.encode())]
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})

@@ -19,7 +19,7 @@ Function = Literal["softmax", "sigmoid", "none"]
 
 @dataclass(slots=True, eq=False)
 class TaskRequest(Request):
-    """What its response must know.
+    """A request, with what its response depends on.
 
     Attributes:
         is_nested: whether the response is a list with an entry for each text.

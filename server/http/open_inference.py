@@ -28,10 +28,10 @@ EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data
 
 @dataclass(slots=True, eq=False)
 class InferRequest(Request):
-    """What its response must know.
+    """A request, with what its response depends on.
 
     Attributes:
-        id: the client's, given back.
+        id: the client's request id, which the response repeats.
         outputs: those that were asked for.
     """
 
@@ -119,7 +119,7 @@ def _split(call: Call) -> tuple[bytes, bytes]:
     """The JSON of a body, and the binary tensors after it."""
     for name, value in call.headers:
         if name == HEADER_LENGTH:
-            if not value.isdigit() or int(value) > len(call.body):
+            if not value.isdigit() or len(value) > 18 or int(value) > len(call.body):
                 raise RequestError("Inference-Header-Content-Length: does not fit the body", cause="not_json")
             return call.body[: int(value)], call.body[int(value) :]
     return call.body, b""
@@ -150,16 +150,18 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
 def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
     """Strings from binary BYTES: each is its length, 4 bytes little-endian, and its bytes."""
     texts: list[str] = []
+    at = 0
     for i in range(_count(tensor, most)):
-        end = 4 + int.from_bytes(data[:4], "little")
-        if len(data) < end or len(data) < 4:
+        start = at + 4
+        end = start + int.from_bytes(data[at:start], "little")
+        if len(data) < end or len(data) < start:
             raise RequestError(f"inputs: {tensor.name}: has fewer texts than its shape says", "inputs")
         try:
-            texts.append(_checked(data[4:end].decode(), tensor.name, i))
+            texts.append(_checked(data[start:end].decode(), tensor.name, i))
         except UnicodeDecodeError:
             raise RequestError(f"inputs: {tensor.name}[{i}]: must be UTF-8", "inputs") from None
-        data = data[end:]
-    if data:
+        at = end
+    if at < len(data):
         raise RequestError(f"inputs: {tensor.name}: has more texts than its shape says", "inputs")
     return texts
 

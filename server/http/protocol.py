@@ -33,11 +33,12 @@ class Protocol:
     To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. Keys,
     limits, metrics and logs come with it. A protocol in full:
 
+        class LabelFields(BaseModel):
+            text: Annotated[str, Field(min_length=1, pattern=r"\\S")]
+
         def parse(call: Call) -> Request:
-            try:
-                return Request([Text(orjson.loads(call.body)["text"])])
-            except (ValueError, KeyError, TypeError):
-                raise RequestError("the body must be a JSON object with a text") from None
+            fields = check_fields(LabelFields, load_json(call.body), '{"text": "a text"}')
+            return Request([Text(fields.text)])
 
         def serialize(request_id: str, job: Job) -> bytes:
             return orjson.dumps({"labels": job.labels()})

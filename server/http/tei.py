@@ -17,15 +17,14 @@ from server.service import Service
 
 # TEI's names for why a request failed.
 ERROR_TYPES: dict[Cause, str] = {
-    "over_share": "overloaded",
-    "rate_limited": "overloaded",
-    "queue_full": "overloaded",
+    **dict.fromkeys(("over_share", "rate_limited", "queue_full", "shed", "loading", "budget"), "overloaded"),
+    **dict.fromkeys(("timeout", "internal"), "backend"),
 }
 
 
 @dataclass(slots=True, eq=False)
 class PredictRequest(Request):
-    """What its response must know.
+    """A request, with what its response depends on.
 
     Attributes:
         is_batch: whether the response is a list with an entry for each text.
@@ -69,7 +68,9 @@ def parse(call: Call) -> PredictRequest:
     """The request in a call; raises RequestError."""
     value = load_json(call.body)
     if isinstance(value, dict):
-        check_count(value.get("inputs"), "inputs", max(call.max_texts, 2))
+        inputs = value.get("inputs")
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else it is one text or pair
+            check_count(inputs, "inputs", call.max_texts)
     fields = check_fields(PredictFields, value, '{"inputs": "a text"}')
     texts, is_batch = fields.inputs
     return PredictRequest(
@@ -88,8 +89,8 @@ def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
     assert item.outcome is not None  # the job is done
     reading: Reading = item.outcome.reading
     scores = reading.logits if raw else reading.probs
-    rows = [{"score": s, "label": n} for s, n in zip(scores, job.model.manifest.labels, strict=True)]
-    return sorted(rows, key=lambda row: -float(str(row["score"])))
+    ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
+    return [{"score": score, "label": label} for score, label in ranked]
 
 
 def error(problem: RequestError) -> bytes:
@@ -104,7 +105,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
     @app.get("/info", tags=["Text Embeddings Inference"], **common)
     async def info() -> dict[str, Any]:
         """The first model, as Text Embeddings Inference describes its own."""
-        manifest, settings = service.manifests()[0], service.settings
+        manifest, settings = service.first_manifest(), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {
             "model_id": f"{manifest.name}:{manifest.version}",
