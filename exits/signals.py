@@ -1,6 +1,7 @@
 """Exit signals: the uncertainty of a sample, from its readings at the exits passed so far.
 
-To add a signal, write a class here with the members of `Signal` and a case for its code in `native/rule.c`.
+To add a signal, write a class here with the members of `Signal` and select it in `signal_of`. Add its code to
+`native/rule.h`, a case to `native/rule.c: score`, and the signal to `exits/calibration.py: SIGNALS`.
 """
 
 from collections.abc import Sequence

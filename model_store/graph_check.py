@@ -106,7 +106,9 @@ def _check_fields(message: Any, kind: str) -> None:
             if field.message_type is not None:
                 _check_fields(one, "branch" if field.name == "g" else field.message_type.name)
             elif isinstance(one, bytes) or (isinstance(one, str) and not _is_name(one)):
-                raise GraphError(f"{one[:MAX_NAME]!r} is no name of at most {MAX_NAME} printable characters")
+                raise GraphError(
+                    f"{one[:MAX_NAME]!r} is not a name of at most {MAX_NAME} printable ASCII characters"
+                )
 
 
 def _is_name(text: str) -> bool:

@@ -166,7 +166,7 @@ class _Reader:
     def end(self) -> None:
         """Nothing may follow."""
         if self._at != len(self._nodes):
-            raise GraphError("it goes on after its last operator")
+            raise GraphError("unexpected operators at the end")
 
     def embeddings(self, manifest: Manifest) -> Embeddings:
         """The embeddings, whose output must be called hidden."""

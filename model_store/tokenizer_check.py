@@ -151,7 +151,7 @@ def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     if part is None:
         return
     if not isinstance(part, dict) or depth > 4:
-        raise TokenizerError("a component is no object, or is too deep inside others")
+        raise TokenizerError("a component is not an object, or is nested too deeply")
     yield part
     if part.get("type") == "Sequence":
         for key in ("normalizers", "pretokenizers", "processors"):

@@ -6,7 +6,7 @@
 #ifndef NATIVE_RULE_H
 #define NATIVE_RULE_H
 
-/* What one exit says of one text. */
+/* One exit's output for one text. */
 typedef struct {
     int label;                      /* the most probable class (ties: lowest index) */
     double entropy;                 /* in [0, 1] */
@@ -24,10 +24,10 @@ typedef struct {
 /* Read one exit: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
 Reading read_exit(const float *logits, const float *distances, int num_labels);
 
-/* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: the exit cannot tell. */
+/* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);
 
-/* Whether that is sure enough. NaN never is. */
+/* Whether the score is below tau; false for NaN. */
 int exits(double score, double tau);
 
 #endif

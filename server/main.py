@@ -54,7 +54,7 @@ def uvicorn_config(
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=False,  # server/shares.py reads them
+        proxy_headers=False,  # http/clients.py reads them
         # An accepted request ends by its own time-out; leave it that long, and a little.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
         http=listener.connection,  # type: ignore[arg-type]  # a function that makes one

@@ -117,7 +117,7 @@ class Manager:
 
     def _refused(self, error: Exception) -> RequestError:
         log.warning("a model was not loaded: %s", error)
-        return RequestError(f"not loaded, what was served before still is: {error}", "name", "bad_artifact")
+        return RequestError(f"not loaded; the served models are unchanged: {error}", "name", "bad_artifact")
 
     async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         started = perf_counter()

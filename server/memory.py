@@ -1,4 +1,4 @@
-"""Memory that is free is handed back to the system.
+"""Returns freed memory to the operating system.
 
 The C library keeps what is freed in the arena of the thread that freed it: without this a server would keep
 what its largest requests, or a model's loading, once took.

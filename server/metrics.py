@@ -87,7 +87,7 @@ class Metrics:
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
             "de3_exit_layer",
-            "Layer at which a text left (0: embeddings), by reason",
+            "Exit layer of each text (0: embeddings), by reason",
             ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
         )

@@ -182,7 +182,7 @@ class Models:
     ) -> list[Served]:
         """Serve a model in a role; returns those that are no longer served, as it took their place.
 
-        back: it is the version that was current before, which is thereby used up.
+        back: a rollback, which removes the version from the history.
         """
         name, version = served.model.manifest.name, served.model.manifest.version
         before = self.all

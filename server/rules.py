@@ -68,7 +68,7 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """What the default may become under load, level 1 first; none if the default is a promise itself."""
+        """What the default may become under load, level 1 first; none if the default is itself a guarantee."""
         promises = (settings.target_speedup, settings.max_disagreement)
         if self.trade_offs is None or any(value is not None for value in promises):
             return []

@@ -123,22 +123,24 @@ class Settings(BaseModel):
     )
     ood_policy: Annotated[Literal["off", "flag", "deepen"], Option()] = Field(
         "off",
-        description="Texts far from every prototype: off, flag them, or deepen: also let them go deeper.",
+        description="Texts far from every prototype: off, flag them, or deepen: also halve their τ.",
     )
     tau: Annotated[float | None, DEFAULTS] = Field(
         None, ge=0, le=1, description="τ of requests that choose none. Default: each model's calibrated one."
     )
     target_speedup: Annotated[float | None, DEFAULTS] = Field(
-        None, ge=1, description="Or their mean speed-up, by the calibration."
+        None,
+        ge=1,
+        description="Mean speed-up of requests that choose nothing, by the calibration; instead of --tau.",
     )
     latency_budget_ms: Annotated[float | None, DEFAULTS] = Field(
-        None, gt=0, le=MAX_BUDGET_MS, description="Or the time within which to answer."
+        None, gt=0, le=MAX_BUDGET_MS, description="Time within which to answer them; instead of --tau."
     )
     max_disagreement: Annotated[float | None, DEFAULTS] = Field(
         None,
         ge=0,
         le=1,
-        description="Or the rate of answers that may differ from full depth, at 95% confidence.",
+        description="Rate of their answers that may differ from full depth, at 95% confidence; instead of --tau.",
     )
     slo_p99_ms: Annotated[float | None, LOAD] = Field(
         None,
@@ -149,11 +151,14 @@ class Settings(BaseModel):
         None,
         ge=0,
         le=1,
-        description="τ is raised only as far as the calibrated accuracy is at least this. "
+        description="Under load τ is raised only as far as the calibrated accuracy is at least this. "
         "Default: 0.02 under full depth.",
     )
     max_load_disagreement: Annotated[float, LOAD] = Field(
-        1.0, ge=0, le=1, description="And the calibrated disagreement with full depth at most this."
+        1.0,
+        ge=0,
+        le=1,
+        description="Under load τ is raised only as far as the calibrated disagreement is at most this.",
     )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
@@ -163,7 +168,7 @@ class Settings(BaseModel):
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: nobody can.",
+        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: models cannot be changed.",
     )
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[str | None, ACCESS] = Field(
@@ -176,9 +181,7 @@ class Settings(BaseModel):
         "text", description="text, or json: one object a line."
     )
     log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line for each request.")
-    log_texts: Annotated[bool, LOGS] = Field(
-        False, description="And the texts in it: mind that they are your users'."
-    )
+    log_texts: Annotated[bool, LOGS] = Field(False, description="Also log the texts, which are user data.")
     traces: Annotated[bool, LOGS] = Field(
         False,
         description="Send OpenTelemetry traces, to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the otel extra.",

@@ -129,6 +129,25 @@ def test_binary_tensors_that_do_not_fit(server: Server, binary: bytes, size: Any
     assert answer.status_code in (400, 422) and says in answer.json()["error"], answer.text
 
 
+def test_a_length_of_too_many_digits_is_refused(server: Server) -> None:
+    answer = httpx.post(
+        server.url + "/v2/models/tiny/infer",
+        content=b"{}",
+        headers={"Inference-Header-Content-Length": "9" * 5000},
+    )
+    assert answer.status_code == 400 and "does not fit the body" in answer.json()["error"]
+
+
+def test_a_shed_request_is_answered_in_its_protocols_format(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.frontend, "sheds", lambda _: True)
+    answer = httpx.post(server.url + "/predict", json={"inputs": "good"})
+    assert (answer.status_code, answer.json()["error_type"]) == (503, "overloaded")
+    assert "overloaded" in httpx.post(server.url + "/v2/models/tiny/infer", json={}).json()["error"]
+    assert server.classify(input="good").json()["error"]["code"] == 503
+
+
 # huggingface_hub
 
 
@@ -188,6 +207,8 @@ def test_tei_refuses_long_texts_unless_told_to_truncate(server: Server) -> None:
     raw = httpx.post(server.url + "/predict", json={"inputs": "good", "raw_scores": True, "tau": 0}).json()
     (row,) = ours(server, input="good", tau=0)
     assert np.exp(raw[0]["score"] - raw[1]["score"]) == pytest.approx(ranked(row)[0][1] / ranked(row)[1][1])
+    too_many = httpx.post(server.url + "/predict", json={"inputs": [["good"]] * 9})
+    assert too_many.status_code == 422 and "at most 8" in too_many.json()["error"]
     info = httpx.get(server.url + "/info").json()
     assert info["model_id"] == "tiny:1" and info["model_type"]["classifier"]["id2label"]["1"] == "positive"
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.engine import MAX_LEAD_S, Engine
-from server.engine.queue import GRAIN_S, MAX_SHADOWS, WorkQueue
+from server.engine.queue import MAX_SHADOWS, PREEMPTION_LEAD_S, WorkQueue
 from server.engine.work import Job
 from server.errors import RequestError
 from tests import jobs
@@ -217,7 +217,7 @@ class FairMachine(RuleBasedStateMachine):
             assert preempts
         elif others:
             lowest, own = self.lowest(), self.spent[item.job.client]
-            if lowest + GRAIN_S < own:
+            if lowest + PREEMPTION_LEAD_S < own:
                 assert preempts
             elif lowest > own:
                 assert not preempts
@@ -317,6 +317,20 @@ def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> N
         order.append(item.job.client)
         queue.charge(item.job, 0.5)
     assert len(order) <= 4
+
+
+def test_a_client_whose_promises_are_done_has_none_left() -> None:
+    """Sums of floats do not come back to 0, and such a client could never be forgotten."""
+    queue = WorkQueue(100)
+    for seconds in (0.1, 0.2, 0.3):
+        new = job(2, seconds=seconds, client="hurried")
+        new.deadline = 1.0
+        new.promise()
+        queue.put(new)
+    queue.drop(new)
+    while len(queue):
+        queue.next()
+    assert not queue._clients["hurried"].is_pending and queue._clients["hurried"].promised == 0
 
 
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:

@@ -21,7 +21,7 @@ from server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
 
-# Engine time that a client may have had or been promised more than others, and still be given promises.
+# Lead in engine time over others up to which a client's deadlines are still promised.
 MAX_LEAD_S = 0.1
 STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
 MAX_FAILURES = 100  # steps in a row, after which a thread ends

@@ -12,8 +12,8 @@ from server.errors import RequestError
 
 MAX_GROUP = 16
 MAX_SHADOWS = 64
-# Seconds of engine time. A text is preempted by another client's if its own client has had this much more.
-GRAIN_S = 0.002
+# A text is preempted by another client's if its own client has had this much more engine time.
+PREEMPTION_LEAD_S = 0.002
 RECENT_S = 1.0  # for which a client counts as active after it came or ran
 MAX_CLIENTS = 4096  # that are remembered while they have nothing pending
 
@@ -25,8 +25,8 @@ class _Client:
     """A client's pending items by urgency, and the engine time that it has had.
 
     Attributes:
-        spent: seconds on the queue's virtual clock: a client that is new, or was idle, starts with what the
-            clients that are being served have had, so that idle time gives no credit.
+        spent: virtual time: engine seconds received. A new or idle client starts at the virtual time of the
+            clients that are being served, so it cannot save up time.
         promised, num_promised: predicted seconds and number of its pending items whose deadline is promised.
         items: a heap.
         is_listed: whether it is among those that may be served next.
@@ -162,7 +162,7 @@ class WorkQueue:
 
         Any item preempts a shadow; an earlier promise preempts everything else. Where nothing is promised, an
         item of the same client preempts if it is due earlier, and one of another client if that client has
-        had less engine time by GRAIN_S.
+        had less engine time by PREEMPTION_LEAD_S.
         """
         with self._changed:
             own = None
@@ -178,7 +178,7 @@ class WorkQueue:
             if item.job.is_promised or first.job.is_promised:
                 return first.job.is_promised and not (item.job.is_promised and item.due <= due)
             other = self._clients[first.job.client]
-            return due < item.due if other is own else other.spent + GRAIN_S < own.spent
+            return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
     def later_than(self, due: float) -> int:
         """How many pending items are due after then."""

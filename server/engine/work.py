@@ -152,11 +152,11 @@ class Item:
 
     @property
     def asks_all_exits(self) -> bool:
-        """Whether every exit is asked, even those at which it cannot leave."""
+        """Whether every exit is evaluated, even those at which it may not exit."""
         return self.job.asks_all_exits or self.is_sampled
 
     def record(self, layer: int, reading: Reading) -> None:
-        """Score an exit's reading and keep it; from a text that is far from every prototype on, be cautious."""
+        """Score and keep an exit's reading; once a text is out of distribution, lower its τ."""
         self.passed.append((layer, reading))
         reading.score = self.rule.signal.score([passed for _, passed in self.passed])
         monitor = self.job.monitor
@@ -178,9 +178,9 @@ class Job:
     Attributes:
         is_shadow: nobody waits for it: it runs while nothing else does.
         is_dropped: nobody waits for it any more.
-        is_promised: whether its deadline is: it comes before what has none.
-        is_late: whether it will be later than asked for.
-        asks_all_exits: whether each exit is asked, even those at which its items cannot leave.
+        is_promised: its deadline was accepted: it is scheduled before jobs without one.
+        is_late: best effort: the deadline that it asked for cannot be met.
+        asks_all_exits: every exit is evaluated, even those at which its items may not exit.
         deadline: when the last text must leave (perf_counter seconds); None: there is none.
         pending: its items in the queue; kept by the queue, as is promised_s, their predicted time if promised.
     """

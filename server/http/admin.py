@@ -1,4 +1,4 @@
-"""Routes that change which models are served; there only if there are admin keys (server/access.py)."""
+"""Routes that change which models are served; there only if there are admin keys (access.py)."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -53,23 +53,23 @@ def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> N
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
         404: error(404, "no version '3' of model 'sst2'; there are: 1, 2", "name"),
         409: error(409, "sst2 is the only model that is served", "name"),
-        422: error(422, "not loaded, what was served before still is: layer_02.onnx: damaged", "name"),
+        422: error(422, "not loaded; the served models are unchanged: layer_02.onnx: damaged", "name"),
     }
     common: dict[str, Any] = {"tags": ["change models"], "responses": errors, "dependencies": dependencies}
 
     @app.post("/v1/models/{name}/load", **common)
     async def load(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
-        """Load a version and, once it is warm, let it answer; loading the same one again reads it anew."""
+        """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
         return _said(await manager.load(name, what.version, what.role, what.share), what.role)
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def rollback(name: Name) -> dict[str, Any]:
-        """Let the version answer again that was current before."""
+        """Make the previous current version current again."""
         return _said(await manager.roll_back(name), "current")
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
-        """Serve a version, or all of a name, no longer."""
+        """Stop serving a version, or all versions of a name."""
         return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
 
 

@@ -28,7 +28,7 @@ class OptionFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     tau: float | None = Field(
-        None, ge=0, le=1, description="leave at the first exit with EDR < tau; 0: never early"
+        None, ge=0, le=1, description="exit at the first layer with EDR < tau; 0: never early"
     )
     lam: float | None = Field(
         None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"

@@ -1,4 +1,4 @@
-"""Large bodies are parsed one at a time, with pauses, so that parsing takes at most half of the event loop."""
+"""Large bodies are parsed one at a time, with pauses, so that parsing takes at most half of the event loop's time."""
 
 import asyncio
 from collections import deque
