@@ -101,8 +101,8 @@ class _Reader:
         node = self._nodes[self._at]
         self._at += 1
         if (node.domain, node.op_type) != (domain, op):
-            found = f"{node.domain}.{node.op_type}".lstrip(".")
-            raise GraphError(f"operator {self._at} is {found}, not {op}")
+            operator = f"{node.domain}.{node.op_type}".lstrip(".")
+            raise GraphError(f"operator {self._at} is {operator}, not {op}")
         names = [a.name for a in node.attribute]
         self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         wrong = set(names) ^ set(attributes)

@@ -180,7 +180,7 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
     except Exception as error:  # besides SafetensorError a KeyError, for a type that NumPy has not
         raise StoreError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None
     shape = (len(manifest.labels), manifest.metric_dim)
-    found: dict[int, Array] = {}
+    unit: dict[int, Array] = {}
     for layer in manifest.prototype_layers:
         rows = tensors.get(f"layer_{layer:02}")
         if rows is None:
@@ -191,5 +191,5 @@ def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
         if (lengths == 0).any():
             label = manifest.labels[int(np.argmin(lengths))]
             raise StoreError(f"{file}: layer_{layer:02} has no prototype for label {label!r}")
-        found[layer] = np.ascontiguousarray(rows / lengths)
-    return found
+        unit[layer] = np.ascontiguousarray(rows / lengths)
+    return unit

@@ -151,13 +151,13 @@ class Through:
 
 def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:
     """Raise StoreError unless a session takes and gives exactly these shapes; −1 is a free dimension."""
-    for what, found, wanted in (
+    for what, actual, wanted in (
         ("takes", {x.name: x.shape for x in session.get_inputs()}, takes),
         ("gives", {x.name: x.shape for x in session.get_outputs()}, gives),
     ):
-        if set(found) != set(wanted):
-            raise StoreError(f"{file}: {what} {sorted(found)}, the manifest asks for {sorted(wanted)}")
-        for name, shape in found.items():
+        if set(actual) != set(wanted):
+            raise StoreError(f"{file}: {what} {sorted(actual)}, the manifest asks for {sorted(wanted)}")
+        for name, shape in actual.items():
             # A free dimension (tokens) has a name instead of a size.
             if [x if isinstance(x, int) else -1 for x in shape] != wanted[name]:
                 raise StoreError(f"{file}: {name} has shape {shape}, expected {wanted[name]}")

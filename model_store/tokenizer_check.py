@@ -80,8 +80,8 @@ def _check_component(kind: str, component: dict[str, Any]) -> None:
         special = component.get("special_tokens")
         for token in special.values() if isinstance(special, dict) else ():
             for name in ("ids", "tokens"):
-                found = token.get(name) if isinstance(token, dict) else None
-                if not isinstance(found, list) or len(found) > MAX_SPECIAL_TOKENS:
+                entries = token.get(name) if isinstance(token, dict) else None
+                if not isinstance(entries, list) or len(entries) > MAX_SPECIAL_TOKENS:
                     raise TokenizerError(
                         f"{kind}: a special token with more than {MAX_SPECIAL_TOKENS} {name}"
                     )
@@ -119,10 +119,10 @@ def _check_model(model: dict[str, Any]) -> None:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key occurs twice: the library might take another of them than Python."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
         raise TokenizerError("an object has a key twice")
-    return found
+    return fields
 
 
 def _check_strings(part: Any, most: int) -> None:

@@ -7,10 +7,10 @@ static double clip(double x, double low, double high) { return x < low ? low : x
 
 /* The most probable class but for `skip` (-1: none); ties: lowest index. */
 static int best(const float *logits, int num_labels, int skip) {
-    int found = skip == 0 ? 1 : 0;
-    for (int k = found + 1; k < num_labels; k++)
-        if (k != skip && logits[k] > logits[found]) found = k;
-    return found;
+    int top = skip == 0 ? 1 : 0;
+    for (int k = top + 1; k < num_labels; k++)
+        if (k != skip && logits[k] > logits[top]) top = k;
+    return top;
 }
 
 Reading read_exit(const float *logits, const float *distances, int num_labels) {

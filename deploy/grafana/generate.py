@@ -18,7 +18,7 @@ PanelBuilder = timeseries.Panel | stat.Panel | heatmap.Panel
 
 
 def _lines(panel: Panel) -> timeseries.Panel:
-    found = (
+    visual = (
         timeseries.Panel()
         .fill_opacity(30 if panel.kind == "stack" else 5)
         .show_points(common.VisibilityMode.NEVER)
@@ -31,13 +31,13 @@ def _lines(panel: Panel) -> timeseries.Panel:
         )
     )
     if panel.kind == "stack":
-        found.stacking(build_common.StackingConfig().mode(common.StackingMode.NORMAL))
+        visual.stacking(build_common.StackingConfig().mode(common.StackingMode.NORMAL))
     if panel.limit is not None:
         steps = [dashboard.Threshold(color="green"), dashboard.Threshold(value=panel.limit, color="red")]
-        found.thresholds(build.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(steps))
+        visual.thresholds(build.ThresholdsConfig().mode(dashboard.ThresholdsMode.ABSOLUTE).steps(steps))
         style = build_common.GraphThresholdsStyleConfig()
-        found.thresholds_style(style.mode(common.GraphThresholdsStyleMode.DASHED))
-    return found
+        visual.thresholds_style(style.mode(common.GraphThresholdsStyleMode.DASHED))
+    return visual
 
 
 def _visual(panel: Panel) -> PanelBuilder:
@@ -52,12 +52,12 @@ def _visual(panel: Panel) -> PanelBuilder:
 
 
 def _panel(panel: Panel) -> PanelBuilder:
-    found = _visual(panel).title(panel.title).description(panel.description).unit(panel.unit)
-    found = found.datasource(SOURCE).span(panel.width).height(panel.height)
+    built = _visual(panel).title(panel.title).description(panel.description).unit(panel.unit)
+    built = built.datasource(SOURCE).span(panel.width).height(panel.height)
     if panel.least is not None and panel.kind != "heatmap":
-        found.min(panel.least)
+        built.min(panel.least)
     if panel.most is not None:
-        found.max(panel.most)
+        built.max(panel.most)
     for i, query in enumerate(panel.queries):
         target = prometheus.Dataquery().ref_id(chr(ord("A") + i)).datasource(SOURCE)
         target.expr(query.expr).legend_format(query.legend)
@@ -67,8 +67,8 @@ def _panel(panel: Panel) -> PanelBuilder:
             target.range()
         if panel.kind == "heatmap":
             target.format(PromQueryFormat.HEATMAP)
-        found.with_target(target)
-    return found
+        built.with_target(target)
+    return built
 
 
 def make(board: Dashboard) -> str:
@@ -84,7 +84,7 @@ def make(board: Dashboard) -> str:
         .multi(True)
     )
     others = build.DashboardLink("DE3").type(dashboard.DashboardLinkType.DASHBOARDS).tags(["de3"])
-    found = (
+    definition = (
         build.Dashboard(board.title)
         .uid(board.uid)
         .tags(["de3"])
@@ -97,8 +97,8 @@ def make(board: Dashboard) -> str:
         .link(others.keep_time(True).include_vars(True))
     )
     for panel in board.panels:
-        found.with_panel(_panel(panel))
-    built = found.build()
+        definition.with_panel(_panel(panel))
+    built = definition.build()
     for variable in built.templating.list_val or []:  # of later versions; this one's schema has none of them
         variable.auto = variable.auto_min = variable.auto_count = None
     return JSONEncoder(sort_keys=True, indent=2).encode(built) + "\n"

@@ -92,17 +92,17 @@ def _heatmap(axes: Axes, panel: Panel, source: Source) -> None:
 
 
 def _lines(axes: Axes, panel: Panel, source: Source) -> None:
-    found = [s for query in panel.queries for s in source.series(query)]
+    matching = [s for query in panel.queries for s in source.series(query)]
     if panel.kind == "stack":
-        times = max((s.times for s in found), key=len)
-        layers = {s.name: np.zeros(len(times)) for s in found if np.nanmax(s.values) > 0}
-        for s in found:
+        times = max((s.times for s in matching), key=len)
+        layers = {s.name: np.zeros(len(times)) for s in matching if np.nanmax(s.values) > 0}
+        for s in matching:
             if s.name in layers:  # it may start later than others
                 layers[s.name][np.searchsorted(times, s.times)] = np.nan_to_num(s.values)
         if layers:
             axes.stackplot(times, list(layers.values()), labels=list(layers), alpha=0.7)
     else:
-        for s in found:
+        for s in matching:
             axes.plot(s.times, s.values, label=s.name, linewidth=1.2)
     if panel.limit is not None:
         axes.axhline(panel.limit, color="#cf222e", linestyle="--", linewidth=1)

@@ -92,11 +92,11 @@ class Keys:
         raise RequestError("an API key is needed; send Authorization: Bearer KEY", cause="no_key")
 
     def _find(self, key: bytes) -> str | None:
-        sent, found = _digest(key), None
+        sent, owner = _digest(key), None
         for name, digest in self._digests.items():
             if hmac.compare_digest(sent, digest):
-                found = name
-        return found
+                owner = name
+        return owner
 
 
 class Access:
