@@ -300,7 +300,8 @@ def test_health_ready_and_docs(server: Server) -> None:
     schema = httpx.get(server.url + "/openapi.json").json()
     operation = schema["paths"]["/classify"]["post"]
     body = operation["requestBody"]["content"]["application/json"]
-    assert {"input", "tau", "lambda", "max_layer", "truncate", "explain"} <= set(body["schema"]["properties"])
+    fields = schema["components"]["schemas"]["ClassifyRequest"]["properties"]
+    assert {"input", "tau", "lambda", "max_layer", "truncate", "explain"} <= fields.keys()
     for name, example in body["examples"].items():
         accepted = httpx.post(server.url + "/classify", json=example["value"])
         assert accepted.status_code == 200, (name, accepted.text)
@@ -404,3 +405,19 @@ def test_every_cause_has_a_series_before_it_happens(store: Path) -> None:
             if s.name == "de3_rejected_total"
         }
     assert causes == set(get_args(Cause)) >= {"shed", "client_gone"}
+
+
+def test_the_schema_names_its_parts(server: Server) -> None:
+    schema = httpx.get(server.url + "/openapi.json").json()
+    components = schema["components"]["schemas"]
+    assert {"ClassifyRequest", "ClassifyResponse", "ErrorResponse"} <= components.keys()
+    assert "HTTPValidationError" not in components
+    operation = schema["paths"]["/classify"]["post"]
+    content = operation["requestBody"]["content"]["application/json"]
+    assert content["schema"] == {"$ref": "#/components/schemas/ClassifyRequest"}
+    assert operation["responses"]["503"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/ErrorResponse"
+    }
+    for path, operations in schema["paths"].items():
+        for one in operations.values():
+            assert one["summary"] and one["summary"] != path

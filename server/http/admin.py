@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from model_store.manifest import NAME
 from server.engine.work import Served
 from server.errors import RequestError
-from server.http.examples import error
+from server.http.openapi import error
 from server.manager import Manager
 from server.models import Role
 

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
 from server.errors import RequestError
-from server.http import admin, errors, examples, hugging_face, open_inference, tei
+from server.http import admin, errors, hugging_face, open_inference, openapi, tei
 from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
@@ -152,7 +152,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         title="DE3",
         version=version("de3"),
         summary="Text classification that exits early",
-        description=examples.DESCRIPTION,
+        description=openapi.DESCRIPTION,
         redoc_url=None,
         redirect_slashes=False,  # it would redirect to wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
@@ -165,7 +165,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     bearer = [Depends(HTTPBearer(auto_error=False))]
     users = bearer if frontend.access.users is not None else []
 
-    @app.post("/classify", tags=["classify"], dependencies=users, **examples.CLASSIFY)
+    @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
     async def post_classify() -> Response:
         """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
@@ -223,6 +223,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     _add_error_handlers(app)
+    openapi.document(app)
     return app
 
 

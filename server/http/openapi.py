@@ -1,12 +1,17 @@
-"""What /docs shows: the request's schema with examples to try, and real answers."""
+"""The OpenAPI schema: named components, summaries, examples to try in /docs."""
 
-from typing import Any
+from typing import Any, Literal
 
 import orjson
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
 
+from exits.rule import ExitReason
 from server.http import errors
 from server.http.classify import ClassifyRequest
 
+REF = "#/components/schemas/{model}"
 DESCRIPTION = """
 Every encoder layer has a classifier and class prototypes. A text exits at the first layer where EDR, which
 fuses the entropy and the distances to the prototypes, is below **tau**. Easy texts exit after a layer or two,
@@ -76,7 +81,7 @@ CLASSIFY: dict[str, Any] = {
             "required": True,
             "content": {
                 "application/json": {
-                    "schema": ClassifyRequest.model_json_schema(by_alias=True),
+                    "schema": {"$ref": REF.format(model="ClassifyRequest")},
                     "examples": {name: {"value": value} for name, value in _REQUESTS.items()},
                 }
             },
@@ -85,7 +90,12 @@ CLASSIFY: dict[str, Any] = {
     "responses": {
         200: {
             "description": "One row for each text, in order",
-            "content": {"application/json": {"example": _ANSWER}},
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": REF.format(model="ClassifyResponse")},
+                    "example": _ANSWER,
+                }
+            },
         },
         400: error(400, "the body is not JSON in UTF-8: EOF while parsing an object at line 1 column 1"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
@@ -98,3 +108,96 @@ CLASSIFY: dict[str, Any] = {
         504: error(504, "no answer within 30 s"),
     },
 }
+
+
+class Exit(BaseModel):
+    """Where a text exited, and why."""
+
+    layer: int = Field(description="0 is the embeddings")
+    num_layers: int
+    reason: ExitReason
+    tau: float
+    lam: float = Field(alias="lambda")
+    entropy: float
+    distance_ratio: float | None
+    edr: float | None
+
+
+class ClassifiedText(BaseModel):
+    """The answer to one text; further fields come with `explain`, `ood` and truncation."""
+
+    model_config = ConfigDict(extra="allow")
+
+    index: int
+    label: str
+    probs: list[float] = Field(description="in the order of the model's labels")
+    num_classes: int
+    exit: Exit
+
+
+class Usage(BaseModel):
+    """Tokens of all texts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ClassifyResponse(BaseModel):
+    """The answer to a request: a row for each text, in order."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[ClassifiedText]
+    usage: Usage
+
+
+class ErrorDetails(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None = Field(description="the field at fault, if one is")
+    code: int = Field(description="the HTTP status")
+
+
+class ErrorResponse(BaseModel):
+    """An error of any route."""
+
+    error: ErrorDetails
+
+
+def document(app: FastAPI) -> None:
+    """Give an application's schema named components for requests, answers and errors, and plain summaries."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            _improve(made())
+        return made()
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _improve(schema: dict[str, Any]) -> None:
+    _, ours = models_json_schema(
+        [(ClassifyRequest, "validation"), (ClassifyResponse, "validation"), (ErrorResponse, "validation")],
+        ref_template=REF,
+    )
+    components = schema.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which the server never sends
+        components.pop(name, None)
+    components.update(ours["$defs"])
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            operation["summary"] = operation.get("description", "").partition("\n")[0].rstrip(".")
+            for status, response in operation["responses"].items():
+                if status >= "400":
+                    content = response.setdefault("content", {}).setdefault("application/json", {})
+                    content["schema"] = {"$ref": REF.format(model="ErrorResponse")}
+                    if status == "422":
+                        response["description"] = errors.TYPES[422]
