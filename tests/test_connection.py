@@ -409,3 +409,11 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
         status, body = answer(given_up)
         assert status == 429 and "unfinished body" in body["error"]["message"]
         assert server.bodies_awaited() == 8
+
+
+def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store: Path) -> None:
+    with serving(store, models=["tiny"], max_body_bytes=2000) as server, connect(server) as s:
+        body = b'{"input": "good", "user": "' + b"x" * 2000 + b'"}'
+        s.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        status, error = answer(s)
+        assert status == 413 and "2000 bytes" in error["error"]["message"]
