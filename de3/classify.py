@@ -75,7 +75,7 @@ def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[s
         return [row.raw for row in client.classify(inputs, **options).rows]
     except ServerError as error:
         raise ValueError(f"the server answers {error.status}: {error.message}") from None
-    except httpx.TransportError as error:
+    except (httpx.TransportError, httpx.InvalidURL) as error:
         raise ValueError(f"no answer from the server ({error}); is it running? de3 serve") from None
 
 

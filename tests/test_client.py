@@ -137,6 +137,7 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
         ((), "give texts"),
         (("good", "--url", "localhost:8000"), "did you mean http://localhost:8000"),
         (("good", "--url", "http://127.0.0.1:9"), "is it running"),
+        (("good", "--url", "http://[x"), "no answer from the server"),
         (("good", "--tau", "7"), "the server answers 422: tau: "),
     ],
 )

@@ -106,7 +106,7 @@ def test_the_memory_limit_covers_what_the_server_admits() -> None:
     memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
     env = {e["name"]: e["value"] for e in container["env"]}
     (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if "emptyDir" in v)
-    reload = 360_000_000  # measured, with the demo model
+    reload = 410_000_000  # measured, with the demo model: the server and the process that tries it
     assert memory["requests"] > reload + tmp
     bodies = Settings().max_inflight_bytes * 9 // 8 * 5  # as bytes, and as strings of 4 bytes a character
     connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and what is read ahead
