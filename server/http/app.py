@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exits.guarantee import CONFIDENCE
@@ -26,6 +26,7 @@ from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
 from server.http.frontend import Frontend, route_path
+from server.http.page import page
 from server.http.protocol import Protocol
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -129,7 +130,9 @@ def _with_headers(send: Send, scope: Scope) -> Send:
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), *extra]
+            headers = list(message.get("headers", []))
+            own = {name for name, _ in headers}  # the page has a content security policy of its own
+            message["headers"] = headers + [header for header in extra if header[0] not in own]
         await send(message)
 
     return with_headers
@@ -202,6 +205,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     tei.add_routes(app, service, dependencies=users)
     if frontend.access.admins is not None:
         admin.add_routes(app, service.manager, bearer)
+
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    async def get_page() -> HTMLResponse:
+        return page()
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# For CI: what some tests need beyond Python, Prometheus, faketime and a running Docker engine with what makes stand-ins for base
-# images. Tests for which something is missing are skipped and say so; this script says it, too, and succeeds.
+# For CI: what some tests need beyond Python: Prometheus, faketime, Chromium, and a running Docker engine with what makes
+# stand-ins for base images. Tests for which something is missing are skipped and say so; this script says it, too, and succeeds.
 set -uo pipefail
 
 # command:package, where Debian has them; each by itself, so that one that is missing costs nothing else.
 for pair in prometheus:prometheus promtool:prometheus dockerd:docker.io docker:docker-cli \
-    docker-compose:docker-compose debootstrap:debootstrap iptables:iptables faketime:faketime; do
+    docker-compose:docker-compose debootstrap:debootstrap iptables:iptables faketime:faketime \
+    chromium:chromium; do
     command -v "${pair%%:*}" > /dev/null && continue
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
         echo "not installed, and this is no Debian with root rights: ${pair%%:*}"

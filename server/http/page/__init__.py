@@ -1,0 +1,27 @@
+"""The page at GET /, on which one sees a text leave early: one response, its style and script inside."""
+
+import hashlib
+from base64 import b64encode
+from functools import cache
+from importlib.resources import files
+
+from starlette.responses import HTMLResponse
+
+
+def _source(style: str) -> str:
+    return f"'sha256-{b64encode(hashlib.sha256(style.encode()).digest()).decode()}'"
+
+
+@cache
+def page() -> HTMLResponse:
+    """The page. It loads nothing else, and runs no script but its own."""
+    html, style, script = (
+        (files(__name__) / f"page.{kind}").read_text("utf-8") for kind in ("html", "css", "js")
+    )
+    policy = (
+        f"default-src 'none'; script-src {_source(script)}; style-src {_source(style)}; img-src data:; "
+        "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    )
+    html = html.replace("<style></style>", f"<style>{style}</style>")
+    html = html.replace('<script type="module"></script>', f'<script type="module">{script}</script>')
+    return HTMLResponse(html, headers={"Content-Security-Policy": policy, "Cache-Control": "no-cache"})

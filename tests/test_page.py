@@ -1,0 +1,237 @@
+"""The page at GET /, used in a real browser: by pointer, by keyboard alone, on a phone, with a key, with errors."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from tests.serving import Server, serving
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+# The last four: the browser asks nobody for anything that the page does not.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+KEY = "alice-has-a-long-key"
+DEMO = Path(__file__).parents[1] / "models"
+HARD = "Strange, slow, and somehow impossible to look away from."
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving(DEMO) as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    yield from opened(browser, server)
+
+
+def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
+    """The page, which must load nothing from elsewhere and break no rule of its policy."""
+    with browser.new_context(**context) as contexts:
+        page = contexts.new_page()
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda line: wrong.append(line.text) if "Refused to" in line.text else None)
+        page.on(
+            "request",
+            lambda sent: None if sent.url.startswith((server.url, "data:")) else wrong.append(sent.url),
+        )
+        page.goto(server.url + "/")
+        yield page
+        assert wrong == []
+
+
+def exit_layer(page: Page) -> int:
+    return int(page.locator("#layers .exit").get_attribute("data-layer") or "-1")
+
+
+def slide(page: Page, end: float) -> None:
+    """Drag the slider's thumb: 0 is its left end, 1 its right end."""
+    slider = page.locator("#slider")
+    box, last = slider.bounding_box(), int(slider.get_attribute("max") or 0)
+    assert box is not None
+    at = int(slider.input_value()) / last
+    page.mouse.move(box["x"] + 8 + (box["width"] - 16) * at, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    # The thumb's centre stays its radius away from both ends of the track.
+    page.mouse.move(box["x"] + 8 + (box["width"] - 16) * end, box["y"] + box["height"] / 2, steps=8)
+    page.mouse.up()
+
+
+def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None:
+    page.fill("#text", "A wonderful film.")
+    expect(page.locator("#summary strong")).to_contain_text("positive")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
+    expect(page.locator("#layers .saved")).to_have_count(6)
+
+    page.fill("#text", HARD)
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
+    slide(page, 1)  # τ = 1: every text leaves at the first exit
+    expect(page.locator("#value")).to_have_text("1.000")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
+    slide(page, 0)
+    expect(page.locator("#value")).to_have_text("0.000")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
+    expect(page.locator("#expected")).to_contain_text("0.0% of labels unlike full depth")
+
+    # What the page shows is what the server says.
+    row = server.classify(input=HARD, tau=0).json()["data"][0]
+    expect(page.locator("#summary strong")).to_have_text(f"{row['label']} {max(row['probs']) * 100:.1f}%")
+
+
+def test_full_depth_is_shown_beside_an_early_answer(page: Page) -> None:
+    page.get_by_role("button", name="Not bad.").click()
+    expect(page.locator("#summary")).to_contain_text("Full depth disagrees: positive")
+    expect(page.locator("#summary strong")).to_contain_text("negative")
+    page.get_by_label("Compare with full depth").uncheck()
+    expect(page.locator("#summary")).not_to_contain_text("Full depth")
+    expect(page.locator("#layers .saved small").first).to_have_text("not run")
+
+
+@pytest.mark.parametrize(
+    ("choice", "field", "words"),
+    [
+        ("Speed-up", "target_speedup", "3.00×"),
+        ("Disagreement", "max_disagreement", "2%"),
+        ("Latency budget", "latency_budget_ms", "2 ms"),
+    ],
+)
+def test_other_choices_send_their_field(page: Page, choice: str, field: str, words: str) -> None:
+    with page.expect_request(lambda sent: sent.method == "POST" and field in (sent.post_data or "")):
+        page.get_by_label(choice, exact=True).check()
+    expect(page.locator("#value")).to_have_text(words)
+    expect(page.locator("#layers .exit")).to_have_count(1)
+
+
+def test_everything_by_keyboard_alone(page: Page) -> None:
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    stops = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        stops.append(page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()"))
+        if page.evaluate("document.activeElement.id") == "text":
+            break
+    page.keyboard.press("Control+A")
+    page.keyboard.type("I expected to hate it, and I did not.")
+    while page.evaluate("document.activeElement.id") != "slider":
+        page.keyboard.press("Tab")
+        stops.append(page.evaluate("document.activeElement.id || document.activeElement.value"))
+        assert len(stops) < 40, stops
+    page.keyboard.press("End")
+    expect(page.locator("#value")).to_have_text("1.000")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
+    page.keyboard.press("Home")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
+    page.keyboard.press("Shift+Tab")  # to the choices, of which the arrow keys pick one
+    page.keyboard.press("ArrowDown")
+    expect(page.locator("#slider-label")).to_contain_text("speed-up")
+    focused = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+    assert focused == "solid"  # one sees where one is
+
+
+def test_refusals_are_the_servers_own_words(page: Page) -> None:
+    page.locator("#text").fill("word " * 250_000)
+    expect(page.get_by_role("alert")).to_contain_text("larger than 1048576 bytes")
+    expect(page.locator("#layers li")).to_have_count(0)
+    page.locator("#text").fill("word " * 100_000)
+    page.get_by_label("Latency budget").check()
+    expect(page.get_by_role("alert")).to_contain_text("cannot be met")
+    page.locator("#text").fill("A wonderful film.")
+    expect(page.locator("#problem")).to_be_empty()
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    page.locator("#text").fill("")
+    expect(page.locator("#summary")).to_contain_text("Type a text")
+
+
+def test_a_server_that_is_gone_is_said_kindly(page: Page) -> None:
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    page.route("**/classify", lambda route: route.abort())
+    page.fill("#text", "anything")
+    expect(page.locator("#problem")).to_contain_text("The server cannot be reached. Is it still running?")
+    page.unroute("**/classify")
+    expect(page.locator("#layers .exit")).to_have_count(1, timeout=10_000)  # it tries again by itself
+
+
+def test_live_figures_come_from_the_metrics(page: Page, server: Server) -> None:
+    expect(page.locator("#exits li")).to_have_count(7)
+    for _ in range(3):
+        server.classify(input=["A wonderful film."] * 8)
+    expect(page.locator("#rate")).not_to_have_text("–", timeout=15_000)
+    expect(page.locator("#p99")).to_contain_text("ms")
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        {"color_scheme": "light"},
+        {"color_scheme": "dark"},
+        {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True},
+    ],
+    ids=["light", "dark", "phone"],
+)
+def test_wcag(browser: Browser, server: Server, context: dict[str, Any]) -> None:
+    for page in opened(browser, server, reduced_motion="reduce", **context):
+        expect(page.locator("#layers .exit")).to_have_count(1)
+        expect(page.locator("#exits li")).to_have_count(7)
+        tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
+        found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
+        assert found.violations_count == 0, found.generate_report()
+        assert page.evaluate(
+            "document.documentElement.scrollWidth <= innerWidth"
+        )  # nothing to scroll sideways
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
+    with serving(DEMO, api_keys=f"alice {KEY}") as server:
+        assert httpx.get(server.url + "/").status_code == 200
+        assert httpx.get(server.url + "/v1/models").status_code == 401
+        for page in opened(browser, server):
+            expect(page.get_by_role("heading", name="This server needs an API key")).to_be_visible()
+            expect(page.locator("#main")).to_be_hidden()
+            page.keyboard.type("a-wrong-key-of-mine")
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
+            page.fill("#key", KEY)
+            page.get_by_role("button", name="Use this key").click()
+            expect(page.locator("#layers .exit")).to_have_count(1)
+            page.reload()
+            expect(page.locator("#layers .exit")).to_have_count(1)
+            assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_markup_in_a_text_or_label_stays_text(page: Page) -> None:
+    page.fill("#text", "<img src=x onerror=document.title='owned'> a fine film")
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    assert page.title().startswith("DE3")
+
+
+def test_a_pair_on_a_model_that_is_asked_for_one(page: Page) -> None:
+    page.get_by_label("A pair of texts").check()
+    expect(page.locator("#summary")).to_contain_text("Type both texts")
+    with page.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
+        page.get_by_label("Second text of the pair").fill("It was fine.")
+    expect(page.locator("#layers .exit")).to_have_count(1)
+
+
+def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:
+    response = httpx.get(server.url + "/")
+    policy = response.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and "unsafe" not in policy
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert httpx.head(server.url + "/").headers["content-length"] == response.headers["content-length"]
+    assert len(response.content) < 40_000
