@@ -14,8 +14,16 @@ from tests.serving import Server, serving
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
-# The last four: the browser asks nobody for anything that the page does not.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+# The browser itself asks nobody for anything.
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 KEY = "alice-has-a-long-key"
 DEMO = Path(__file__).parents[1] / "models"
 HARD = "Strange, slow, and somehow impossible to look away from."
