@@ -1,6 +1,9 @@
 """The `de3` command. Each command imports its dependencies when it runs, so serving needs no torch."""
 
+import shlex
 import sys
+from collections import Counter
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -47,8 +50,19 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"de3 {version('de3')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
+def _commands(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     pass
 
 
@@ -97,10 +111,18 @@ PairColumn = Annotated[
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
 Header = Annotated[bool, typer.Option(help="Whether the first row names the columns.", rich_help_panel=DATA)]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
 Quotes = Annotated[
     bool | None,
     typer.Option(
-        help="Whether quotation marks delimit fields. Default: yes in .csv, no in .tsv.",
+        help="Whether quotation marks delimit fields. Default: no in .tsv, else yes.",
         show_default=False,
         rich_help_panel=DATA,
     ),
@@ -132,6 +154,7 @@ def train(
     label_column: LabelColumn = "label",
     header: Header = True,
     quotes: Quotes = None,
+    delimiter: Delimiter = None,
     label_names: LabelNames = None,
     held_back: Annotated[
         int | None,
@@ -251,11 +274,11 @@ def train(
     """
     _need_train_extra()
     import torch
-    from transformers import AutoConfig, AutoTokenizer
 
-    from training import data
+    from training import checks, data
     from training.encoders import max_tokens
     from training.model import De3Model
+    from training.progress import warn
     from training.split import split as split_examples
     from training.trainer import TrainSettings
     from training.trainer import train as run
@@ -279,22 +302,22 @@ def train(
         prototypes=prototypes,
     )
     rows = _read_rows(
-        file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes)
+        file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
     )
-    names = label_names.split(",") if label_names else data.label_order(rows)
-    names = [name.strip() for name in names]
-    if len(names) < 2:
-        raise ValueError(f"a classifier needs at least 2 labels, the data has {names}")
-    parts = split_examples(
-        data.to_examples(data.rename(rows, label_names), names), seed, held_back, fragments
-    )
+    warnings = checks.labels(Counter(label for _, label in rows))
+    rows = data.rename(rows, label_names)
+    names = [name.strip() for name in label_names.split(",")] if label_names else data.label_order(rows)
+    examples = data.to_examples(rows, names)
+    encoder_config, tokenizer = checks.open_encoder(encoder, exits == "last")
+    warnings += checks.unknown_tokens(tokenizer, examples)
+    parts = split_examples(examples, seed, held_back, fragments)
+    warnings += checks.held_out(parts, names)
     console.print(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
+    warn(warnings)
     torch.manual_seed(seed)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    encoder_config = AutoConfig.from_pretrained(encoder)
     model = De3Model.from_encoder(
         encoder,
         names,
@@ -304,9 +327,18 @@ def train(
         last_prototypes=last_prototypes,
         gamma=gamma,
         max_tokens=min(tokenizer.model_max_length, max_tokens(encoder_config)),
+        input=data.input_of(examples),
     )
-    run(model, tokenizer, parts, settings, out, teacher, resume)
-    console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out}")
+    command = shlex.join(["de3", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    try:
+        run(model, tokenizer, parts, settings, out, teacher, resume, command)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on after the last complete epoch with: {command}", soft_wrap=True)
+        sys.exit(130)
+    if exits == "last":
+        console.print(f"saved to {out}. Next: de3 evaluate {out}, or use it as a --teacher")
+    else:
+        console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out} --name NAME")
 
 
 @app.command()
@@ -322,11 +354,16 @@ def evaluate(
     label_column: LabelColumn = "label",
     header: Header = True,
     quotes: Quotes = None,
+    delimiter: Delimiter = None,
     label_names: LabelNames = None,
     lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
     png: Annotated[
         Path | None,
-        typer.Option(help="File of the plot. Default: evaluation.png in the checkpoint.", show_default=False),
+        typer.Option(
+            help="File of the plot. Default: evaluation.png in the checkpoint, or evaluation-VERSION.png beside "
+            "the artifact.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
@@ -339,6 +376,7 @@ def evaluate(
     _need_train_extra()
     from training import data
     from training import evaluate as evaluation
+    from training.progress import warn
 
     is_artifact = (model / "manifest.json").exists()
     if is_artifact:
@@ -350,34 +388,37 @@ def evaluate(
         opened = Model(Store(model.parent.parent).open_path(model))
         names = opened.manifest.labels
     else:
-        from transformers import AutoTokenizer
-
-        from training.model import De3Model
+        from training.checkpoint import Checkpoint
         from training.predict import predict
 
-        checkpoint = De3Model.from_pretrained(model)
-        names = checkpoint.config.label_names
+        checkpoint = Checkpoint(model)
+        names = checkpoint.names
     if file is None and dataset is None:
+        if is_artifact:
+            raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
         examples = data.load_examples(model / "certify.jsonl", names)
     else:
-        columns = data.Columns(text_column, pair_column, label_column, header, quotes)
+        columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
         rows = data.rename(_read_rows(file, dataset, split, columns), label_names)
         examples = data.to_examples(rows, names)
+    takes = opened.manifest.input if is_artifact else checkpoint.config.input
+    data.check_input(examples, takes, str(file or dataset or model))
     if is_artifact:
         recorded = record(opened, examples)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        encoded = data.encode(examples, tokenizer, checkpoint.config.max_tokens)
-        recorded = predict(checkpoint, encoded, tokenizer.pad_token_id)
+        encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens)
+        recorded = predict(checkpoint.model, encoded, checkpoint.tokenizer.pad_token_id)
     curves = evaluation.curves(recorded, [float(lam) for lam in lambdas.split(",")])
     output = Console()
     output.print(evaluation.exit_table(recorded))
+    warn(evaluation.weaknesses(recorded, names))
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if is_artifact:
             defaults = opened.manifest.defaults
             output.print(evaluation.default_line(recorded, defaults.tau, defaults.lam), highlight=False)
-        target = png or (Path("evaluation.png") if is_artifact else model / "evaluation.png")
+        beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
+        target = png or beside
         evaluation.plot(recorded, curves, target, f"{model.name}, {len(examples)} samples")
         console.print(f"plot: {target}")
 

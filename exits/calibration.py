@@ -88,6 +88,12 @@ def _mean_and_error(losses: NDArray[np.float64]) -> tuple[float, float]:
     return float(losses.mean()), math.sqrt(max(float(losses.var()), 1 / n) / n)
 
 
+def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, float]:
+    """95% interval of the accuracy that `after` lost against `before`, each (n,), on the same samples."""
+    loss, error = _mean_and_error(before.astype(float) - after)
+    return loss - Z95 * error, loss + Z95 * error
+
+
 def trade_off(
     recorded: Recorded, candidates: Sequence[Signal] = SIGNALS, taus: Sequence[float] = TAUS
 ) -> list[Outcome]:

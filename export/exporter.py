@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from exits import calibration
+from exits.calibration import paired_interval
 from exits.recorded import Recorded
 from exits.reference import quantiles
 from exits.signals import signal_of
@@ -22,10 +22,12 @@ from export.record import record
 from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
-from training.data import Example, encode, load_examples
+from training.checkpoint import Checkpoint
+from training.data import Example, encode
+from training.evaluate import weaknesses
 from training.model import De3Model
 from training.predict import predict
-from training.progress import console
+from training.progress import console, warn
 
 MAX_FP32_DIFFERENCE = 1e-3
 
@@ -69,13 +71,11 @@ def export(
     Raises ExportError if the segments differ from the PyTorch model by more than allowed, and ValueError if
     the checkpoint cannot be exported. In both cases nothing is published.
     """
+    opened = Checkpoint(checkpoint)
+    model, tokenizer = opened.model, opened.tokenizer
     tokenizer_json = plain_tokenizer(checkpoint)
-    model = De3Model.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     _check_prototypes(model)
-    names = model.config.label_names
-    tune = load_examples(tune_file or checkpoint / "tune.jsonl", names)
-    certify = load_examples(certify_file or checkpoint / "certify.jsonl", names)
+    tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
     int8 = settings.quantize == "int8"
     segments = build(model, int8, "token_type_ids" in tokenizer.model_input_names)
     with store.new_version(settings.name) as draft:
@@ -96,6 +96,7 @@ def export(
             encoded = encode(certify, tokenizer, manifest.max_tokens)
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
+        warn(weaknesses(certified, opened.names))
         calibrated = calibrate(tuned, certified, settings.max_loss)
         final = manifest.model_copy(
             update={
@@ -126,11 +127,8 @@ def _prototypes(model: De3Model) -> dict[str, Any]:
 
 
 def plain_tokenizer(checkpoint: Path) -> str:
-    """The checkpoint's tokenizer.json without padding and truncation; raises ValueError if it is missing."""
-    file = checkpoint / "tokenizer.json"
-    if not file.exists():
-        raise ValueError(f"{file}: missing; save the checkpoint with a fast tokenizer")
-    tokenizer = Tokenizer.from_file(str(file))
+    """The checkpoint's tokenizer.json without padding and truncation."""
+    tokenizer = Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return str(tokenizer.to_str())
@@ -153,6 +151,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         max_tokens=config.max_tokens,
         token_types=token_types,
         pooling=config.pooling,
+        input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
         defaults=Defaults(tau=0, lam=1),
         calibration=None,
@@ -216,21 +215,25 @@ def parity(
 
 
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
-    """The accuracy of each exit in int8 and fp32, on the same samples; raises ExportError above `allowed`."""
+    """The accuracy of each exit in int8 and fp32, on the same samples.
+
+    Raises ExportError if the loss of an exit is above `allowed` with 95% confidence: of few samples, a few may
+    differ by chance.
+    """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
     table = Table(title=f"Accuracy by exit, int8 and fp32 ({len(int8.labels)} certifying samples)")
-    for column in ("layer", "fp32", "int8", "loss"):
+    for column in ("layer", "fp32", "int8", "loss", "95% interval"):
         table.add_column(column, justify="right")
-    for layer, a, b in zip(int8.exit_layers, full, quantized, strict=True):
-        table.add_row(str(layer), f"{100 * a:.2f}", f"{100 * b:.2f}", f"{100 * (a - b):+.2f}")
+    intervals = [paired_interval(a, b) for a, b in zip(reference.correct.T, int8.correct.T, strict=True)]
+    for layer, a, b, (low, high) in zip(int8.exit_layers, full, quantized, intervals, strict=True):
+        span = f"{100 * low:+.2f} … {100 * high:+.2f}"
+        table.add_row(str(layer), f"{100 * a:.2f}", f"{100 * b:.2f}", f"{100 * (a - b):+.2f}", span)
     console.print(table)
-    losses = (full - quantized).tolist()
-    worst = max(losses)
-    if worst > allowed:
-        layer = int8.exit_layers[losses.index(worst)]
+    low, worst = max((low, j) for j, (low, _) in enumerate(intervals))
+    if low > allowed:
         raise ExportError(
-            f"int8 costs exit {layer} {100 * worst:.2f} points of accuracy, more than {100 * allowed:.2f}: "
-            "export with --quantize none, or raise --max-int8-loss"
+            f"int8 costs exit {int8.exit_layers[worst]} at least {100 * low:.2f} points of accuracy, more than "
+            f"{100 * allowed:.2f}: export with --quantize none, or raise --max-int8-loss"
         )
     return {"fp32_accuracy": full.tolist(), "int8_accuracy": quantized.tolist()}
 

@@ -136,15 +136,12 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
             raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
         write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
         return
-    from transformers import AutoTokenizer  # slow to import, and an artifact does not need it
-
-    from export.build import build
+    from export.build import build  # slow to import, and an artifact does not need it
     from export.exporter import plain_tokenizer
-    from training.model import De3Model
+    from training.checkpoint import Checkpoint
 
+    opened = Checkpoint(source)
     tokenizer = plain_tokenizer(source).encode()
-    trained = De3Model.from_pretrained(source).eval()
-    types = "token_type_ids" in AutoTokenizer.from_pretrained(source).model_input_names
-    config = trained.config
-    segments = list(build(trained.float(), int8, types).values())
-    write(folder, stitch(segments), tokenizer, config.label_names, config.max_tokens)
+    types = "token_type_ids" in opened.tokenizer.model_input_names
+    segments = list(build(opened.model, int8, types).values())
+    write(folder, stitch(segments), tokenizer, opened.names, opened.config.max_tokens)

@@ -8,7 +8,7 @@ from export.record import record
 from model_store.manifest import Defaults, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store
-from training.data import load_examples
+from training.data import check_input, load_examples
 
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
@@ -22,6 +22,8 @@ def recalibrate(
     """
     names = list(artifact.manifest.labels)
     tune, certify = (load_examples(file, names) for file in (tune_file, certify_file))
+    for file, examples in ((tune_file, tune), (certify_file, certify)):
+        check_input(examples, artifact.manifest.input, str(file))
     shared = len({e.text for e in tune} & {e.text for e in certify})
     if shared > MAX_SHARED * len(certify):
         raise ValueError(

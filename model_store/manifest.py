@@ -121,6 +121,7 @@ class Manifest(_Part):
         prototype_layers: exits with prototypes.
         max_tokens: longest input, special tokens included.
         token_types: whether embeddings.onnx takes token_type_ids.
+        input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
         export: the checks of the export: parity with PyTorch and, for int8, the accuracy by exit against fp32.
     """
 
@@ -138,6 +139,7 @@ class Manifest(_Part):
     max_tokens: int = Field(ge=3, le=32768)
     token_types: bool
     pooling: Literal["mean", "cls"]
+    input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
     defaults: Defaults
     calibration: Calibration | None

@@ -29,7 +29,7 @@ def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:
     marked = write(tmp_path / "a.tsv", "\ufefftext\tlabel\ngood\t1\n")
     assert data.read_rows(marked, Columns()) == [("good", "1")]
     (tmp_path / "b.tsv").write_bytes("text\tlabel\ncafé\t1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"b.tsv: not UTF-8"):
+    with pytest.raises(ValueError, match=r"b.tsv: not UTF-8 .* iconv"):
         data.read_rows(tmp_path / "b.tsv", Columns())
 
 
@@ -43,15 +43,20 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.tsv", "sentence\tlabel\nx\t1\n", "a.tsv:2: no text, or .*; the row has: sentence"),
-        ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: no label"),
-        ("a.txt", "x", "expected a .tsv, .csv or .jsonl"),
+        (
+            "a.tsv",
+            "sentence\tlabel\nx\t1\n",
+            "a.tsv:2: no column 'text'; it has 'sentence', 'label': set --text-column",
+        ),
+        ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: label is empty"),
+        ("a.txt", "x", "expected a .tsv, .csv or .jsonl file; of another one give --delimiter"),
         ("a.tsv", "text\tlabel\n", "has no rows"),
-        ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: no text"),
+        ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: text is empty"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
         ("a.jsonl", '{"text": "x", "label": 1}\n{', "a.jsonl:2: not JSON"),
-        ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: no text, or it is not text"),
-        ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: no label"),
+        ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got \\['x'\\]"),
+        ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
+        ("a.csv", "text;label\nx;1\n", "separated by semicolons or tabs. Give --delimiter"),
         ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: field larger"),
     ],
 )
@@ -60,10 +65,19 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str,
         data.read_rows(write(tmp_path / name, text), Columns())
 
 
+def test_any_delimiter(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", 'text;label\n"good; fine";1\n')
+    assert data.read_rows(file, Columns(delimiter=";")) == [("good; fine", "1")]
+    file = write(tmp_path / "a.txt", "text\tlabel\ngood, fine\t1\n")
+    assert data.read_rows(file, Columns(delimiter="tab")) == [("good, fine", "1")]
+    with pytest.raises(ValueError, match="one character or tab"):
+        data.read_rows(file, Columns(delimiter="::"))
+
+
 def test_a_datasets_folder(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", '{"text": "x", "label": "b"}\n{"text": "y", "label": "a"}\n')
     assert data.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
-    with pytest.raises(ValueError, match="row 0: no sentence"):
+    with pytest.raises(ValueError, match="row 0: no column 'sentence'"):
         data.read_dataset(str(tmp_path), "train", Columns("sentence"))
 
 

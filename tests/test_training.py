@@ -90,7 +90,7 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     names = ["negative", "positive"]
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
-    model = De3Model.from_encoder(str(encoder), names, exit_layers=[0, 1, 2, 3], max_tokens=64)
+    model = De3Model.from_encoder(str(encoder), names, exit_layers=[0, 1, 2, 3], max_tokens=64, input="text")
     return model, tokenizer, splits.split(datas.to_examples(rows, names), 0, 300)
 
 
@@ -166,7 +166,7 @@ def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) 
         ("--label-names a,b,c", "--label-names must name each once"),
         ("--weights width", "depth or uniform"),
         ("--held-back 5000", "--held-back"),
-        ("--text-column text", "no text"),
+        ("--text-column text", "no column 'text'"),
         ("--augment 1", "--augment needs a --teacher"),
         ("--distill 2", r"distill must be in \[0, 1\]"),
     ],

@@ -30,7 +30,8 @@ class Columns:
 
     Attributes:
         quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
-            None: they delimit fields in .csv only.
+            None: they delimit fields unless the file is a .tsv.
+        delimiter: between fields; None: a comma in .csv, a tab in .tsv, and .jsonl has none.
     """
 
     text: str = "text"
@@ -38,17 +39,20 @@ class Columns:
     label: str = "label"
     header: bool = True
     quotes: bool | None = None
+    delimiter: str | None = None
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
-    """The (text, label) rows of a .tsv, .csv or .jsonl file.
+    """The (text, label) rows of a .tsv, .csv or .jsonl file, or of any file with a delimiter.
 
     Raises ValueError, naming file, line and column, when a column or a value is missing.
     """
     try:
         rows = [_row(record, columns, f"{path}:{line}") for line, record in _records(path, columns)]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8: {error}") from None
+        raise ValueError(
+            f"{path}: not UTF-8 ({error}); convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
@@ -59,28 +63,47 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
     if not isinstance(record, dict):
         raise ValueError(f"{where}: not an object with named columns")
 
-    def text(column: str) -> str:
-        value = record.get(column)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{where}: no {column}, or it is not text; the row has: {', '.join(record)}")
+    def cell(column: str, option: str) -> Any:
+        if column not in record:
+            names = list(record)
+            hint = "; is it separated by semicolons or tabs? Give --delimiter" if len(names) == 1 else ""
+            raise ValueError(
+                f"{where}: no column {column!r}; it has {', '.join(map(repr, names))}: set {option}{hint}"
+            )
+        value = record[column]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise ValueError(f"{where}: {column} is empty; remove the row, or fill it in")
+        return value
+
+    def text(column: str, option: str) -> str:
+        value = cell(column, option)
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
         return value.strip()
 
-    label = record.get(columns.label)
-    if isinstance(label, list | dict | float) or label is None or label == "":
+    label = cell(columns.label, "--label-column")
+    if isinstance(label, list | dict | float):
         raise ValueError(
-            f"{where}: no {columns.label}, or it is not a label; the row has: {', '.join(record)}"
+            f"{where}: {columns.label} must be a label, text or a whole number, got {label!r:.50}"
         )
-    first = text(columns.text)
-    return ((first, text(columns.text_pair)) if columns.text_pair else first), str(label)
+    first = text(columns.text, "--text-column")
+    return ((first, text(columns.text_pair, "--pair-column")) if columns.text_pair else first), str(label)
 
 
 def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix
-    if suffix not in (".tsv", ".csv", ".jsonl"):
-        raise ValueError(f"{path}: expected a .tsv, .csv or .jsonl file")
+    if columns.delimiter is None and suffix not in (".tsv", ".csv", ".jsonl"):
+        raise ValueError(
+            f"{path}: expected a .tsv, .csv or .jsonl file; of another one give --delimiter: tab, ; or ,"
+        )
+    delimiter = {"tab": "\t", "\\t": "\t", None: "\t" if suffix == ".tsv" else ","}.get(
+        columns.delimiter, columns.delimiter
+    )
+    if len(str(delimiter)) != 1:
+        raise ValueError(f"--delimiter must be one character or tab, got {delimiter!r}")
     # "-sig": some files begin with a byte order mark.
     with path.open(encoding="utf-8-sig", newline="") as file:
-        if suffix == ".jsonl":
+        if suffix == ".jsonl" and columns.delimiter is None:
             for i, line in enumerate(file, 1):
                 if line.strip():
                     try:
@@ -88,10 +111,10 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
                     except ValueError as error:
                         raise ValueError(f"{path}:{i}: not JSON: {error}") from None
             return
-        quoted = suffix == ".csv" if columns.quotes is None else columns.quotes
+        quoted = suffix != ".tsv" if columns.quotes is None else columns.quotes
         reader = csv.reader(
             file,
-            delimiter="\t" if suffix == ".tsv" else ",",
+            delimiter=str(delimiter),
             quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
         )
         csv.field_size_limit(2**24)
@@ -99,7 +122,9 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             names = next(reader, None) if columns.header else None
             for row in reader:
                 if row:
-                    yield reader.line_num, dict(zip(names or map(str, range(len(row))), row, strict=False))
+                    columns_of_row = names or list(map(str, range(len(row))))
+                    missing = dict.fromkeys(columns_of_row[len(row) :])  # a row that is short
+                    yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
         except csv.Error as error:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
@@ -168,6 +193,23 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
         is_pair = '"text_pair"' in file.readline()
     rows = read_rows(path, Columns(text_pair="text_pair" if is_pair else None))
     return to_examples(rows, names)
+
+
+def input_of(examples: Sequence[Example]) -> str:
+    """What a model of these samples takes: "text" or "pair"."""
+    return "pair" if isinstance(examples[0].text, tuple) else "text"
+
+
+def check_input(examples: Sequence[Example], expected: str | None, where: str) -> None:
+    """Raise ValueError for single texts where a model takes pairs, or the reverse; expected None: not known."""
+    if expected is not None and input_of(examples) != expected:
+        hint = (
+            "give --pair-column, the column of the second text"
+            if expected == "pair"
+            else "drop --pair-column"
+        )
+        takes, has = ("pairs of texts", "single texts") if expected == "pair" else ("single texts", "pairs")
+        raise ValueError(f"{where}: the model was trained on {takes}, and these are {has}: {hint}")
 
 
 @dataclass(frozen=True)

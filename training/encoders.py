@@ -13,6 +13,8 @@ from torch import nn
 Array = NDArray[np.float32]
 
 EXPORTABLE = ("bert", "roberta", "distilbert", "electra")
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+TEACHERS = (*EXPORTABLE, "mpnet")  # with one exit, at the end
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,25 @@ def layers(encoder: Any) -> list[Layer]:
     ]
 
 
+def check_trainable(config: Any, teacher_only: bool) -> None:
+    """Raise ValueError for an encoder that cannot be exported, or be a teacher."""
+    if not (teacher_only and config.model_type in TEACHERS):
+        _check(config)
+
+
 def _check(config: Any) -> None:
     if config.model_type not in EXPORTABLE:
+        hint = "; with --exits last it can be a --teacher" if config.model_type in TEACHERS else ""
         raise ValueError(
-            f"encoders of type {config.model_type!r} cannot be exported; supported: {', '.join(EXPORTABLE)}"
+            f"encoders of type {config.model_type!r} cannot be exported; supported: {', '.join(EXPORTABLE)}{hint}"
         )
     if getattr(config, "position_embedding_type", "absolute") != "absolute":
         raise ValueError(
             f"only absolute position embeddings can be exported, not {config.position_embedding_type!r}"
         )
+    activation = getattr(config, "hidden_act", getattr(config, "activation", None))
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation {activation!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}")
     if getattr(config, "is_decoder", False):
         raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
 

@@ -56,15 +56,34 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
     return Curve(name, np.array(speedups), np.array([points[s] for s in speedups]))
 
 
-def exit_table(recorded: Recorded) -> Table:
+def exit_table(recorded: Recorded, what: str = "") -> Table:
     """The accuracy of every exit, with its 95% interval."""
-    table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} samples)")
+    table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)")
     for column in ("layer", "accuracy", "95% interval"):
         table.add_column(column, justify="right")
     for layer, right in zip(recorded.exit_layers, recorded.correct.T, strict=True):
         low, high = calibration.wilson(int(right.sum()), len(right))
         table.add_row(str(layer), f"{100 * right.mean():.2f}", f"{100 * low:.2f} … {100 * high:.2f}")
     return table
+
+
+def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
+    """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
+    n, warnings = len(recorded.labels), []
+    counts = np.bincount(recorded.labels, minlength=len(names))
+    most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
+    low, high = calibration.wilson(right, n)
+    if high - low > 0.1:
+        warnings.append(
+            f"{n} samples are few: the accuracy at full depth lies between {100 * low:.0f}% and {100 * high:.0f}% "
+            "(95% confidence)"
+        )
+    if low <= counts[most] / n:
+        warnings.append(
+            f"full depth is right for {100 * right / n:.1f}%, and always answering {names[most]!r} would be for "
+            f"{100 * counts[most] / n:.1f}%: the model has learned little"
+        )
+    return warnings
 
 
 def curve_table(curves: Sequence[Curve]) -> Table:

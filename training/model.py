@@ -26,6 +26,7 @@ class De3Config(PretrainedConfig):
         last_prototypes: whether the last layer has a prototype space too (for drift and studies).
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         max_tokens: the most tokens that the encoder takes.
+        input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
     """
 
     model_type = "de3-bert"
@@ -39,6 +40,7 @@ class De3Config(PretrainedConfig):
         last_prototypes: bool = False,
         gamma: float = 0.01,
         max_tokens: int = 512,
+        input: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.encoder = encoder or AutoConfig.for_model("bert").to_dict()
@@ -51,6 +53,7 @@ class De3Config(PretrainedConfig):
         self.last_prototypes = last_prototypes
         self.gamma = gamma
         self.max_tokens = max_tokens
+        self.input = input
         if self.exit_layers != sorted(set(self.exit_layers)) or self.exit_layers[:1] < [0]:
             raise ValueError(f"exit_layers must ascend from 0 or more, got {self.exit_layers}")
         if self.exit_layers[-1:] != [self.num_layers]:
@@ -115,7 +118,8 @@ class De3Model(PreTrainedModel):
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
-        encoder = AutoModel.from_pretrained(name, dtype=torch.float32)
+        encoder, loaded = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        check_loaded(loaded, name, optional="pooler.")
         config = De3Config(
             encoder=encoder.config.to_dict(),
             id2label=dict(enumerate(labels)),
@@ -180,6 +184,20 @@ class De3Model(PreTrainedModel):
             moved = (1 - self.config.gamma) * self.prototypes[:, k] + self.config.gamma * mean
             self.prototypes[:, k] = torch.where(self.prototype_seen[:, k, None], moved, mean)
             self.prototype_seen[:, k] = True
+
+
+def check_loaded(loaded: dict[str, Any], name: str, optional: str | None = None) -> None:
+    """Raise ValueError unless every weight came from the file: a missing one would be random.
+
+    loaded: what from_pretrained reports; optional: the start of names that may be missing.
+    """
+    missing = [key for key in loaded["missing_keys"] if optional is None or not key.startswith(optional)]
+    wrong = [*missing, *(str(item[0]) for item in loaded.get("mismatched_keys", ()))]
+    if wrong:
+        raise ValueError(
+            f"{name}: its file lacks {len(wrong)} of the model's weights, or has them in another shape: "
+            f"{', '.join(sorted(wrong)[:3])}{' …' if len(wrong) > 3 else ''}"
+        )
 
 
 AutoConfig.register("de3-bert", De3Config)

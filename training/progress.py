@@ -1,13 +1,18 @@
-"""Progress bars for long operations, shown only on a terminal."""
+"""Progress of long operations: a bar on a terminal, a line now and then in a log."""
 
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import track as rich_track
 
 console = Console(stderr=True)
 T = TypeVar("T")
+LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -16,3 +21,55 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         yield from items
         return
     yield from rich_track(items, description, total, console=console, transient=True)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """Print warnings, each on a line."""
+    for warning in warnings:
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+
+
+class Meter:
+    """How far a training is, and how long the rest will take at the speed of the steps so far."""
+
+    def __init__(self) -> None:
+        self._spent_s, self._steps = 0.0, 0  # of all epochs of this process
+
+    @contextmanager
+    def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:
+        """Follow one epoch of so many steps, from its first step on."""
+        self._epoch, self._epochs, self._total = epoch, epochs, steps
+        self._last = self._printed = time.monotonic()
+        self._bar = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}  {task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        with self._bar:
+            self._task = self._bar.add_task("", total=steps, epoch=f"{epoch}/{epochs}", loss=0.0, left="")
+            yield self
+
+    def step(self, number: int, loss: float) -> None:
+        """A step is done; loss is the mean of the epoch's steps."""
+        now = time.monotonic()
+        self._spent_s, self._steps, self._last = self._spent_s + now - self._last, self._steps + 1, now
+        remaining = (self._epochs - self._epoch + 1) * self._total - number
+        left = f"about {duration(remaining * self._spent_s / self._steps)} left"
+        self._bar.update(self._task, completed=number, loss=loss, left=left)
+        if not console.is_terminal and (self._steps == 1 or now - self._printed >= LOG_EVERY_S):
+            self._printed = now
+            console.print(
+                f"  epoch {self._epoch}/{self._epochs} step {number}/{self._total} loss {loss:.4f}  {left}"
+            )
+
+
+def duration(seconds: float) -> str:
+    """A time span for people: 40 s, 12 min, 2 h 5 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

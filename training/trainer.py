@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 from training import augment, prototypes
 from training import loss as losses
+from training.checkpoint import Checkpoint, is_finished, read_record, write_record
 from training.data import Encoded, Example, encode, load_examples, save_examples, training_batches
+from training.evaluate import exit_table, weaknesses
 from training.model import De3Model
 from training.predict import predict
-from training.progress import console
+from training.progress import Meter, console, warn
 from training.split import Split
 
 RESUME = "resume.safetensors"
@@ -80,34 +80,35 @@ def train(
     out: Path,
     teacher: Path | None = None,
     resume: bool = False,
+    command: str | None = None,
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
     The best epoch has the highest accuracy on `split.tune`, averaged over the exits with the weights of the
-    loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate` read, and the
-    state from which `resume` continues.
+    loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate` read, and until the
+    end the state from which `resume` continues.
+
+    command: what resumes this run; kept in the checkpoint, for those who open it too early.
+
+    Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
     """
     names = model.config.label_names
     if settings.augment and teacher is None:
         raise ValueError("--augment needs a --teacher to label the altered texts")
     identity = _identity(settings, model, split, teacher)
-    if resume:
-        _check_resumable(out, identity)  # before anything is written
+    _check_out(out, identity, resume)  # before anything is written
+    if resume and is_finished(out):
+        console.print(f"{out} is finished: there is nothing to resume")
+        finished: De3Model = Checkpoint(out).model
+        return finished
     out.mkdir(parents=True, exist_ok=True)
     save_examples(out / "tune.jsonl", split.tune, names)
     save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
+    record = {"settings": asdict(settings), "identity": identity, "command": command}
+    write_record(out, finished=False, **record)
     max_length = min(settings.max_length, model.config.max_tokens)
-    examples = list(split.train)
-    if settings.augment:
-        examples += altered(model, tokenizer, split.train, settings)
-    teacher_logits = teach(teacher, examples, split, names, settings) if teacher else None
-    if settings.augment and teacher_logits is not None:
-        # Altered texts have no label but the teacher's.
-        n = len(split.train)
-        labels = teacher_logits[n:].argmax(-1).tolist()
-        examples[n:] = [Example(e.text, label) for e, label in zip(examples[n:], labels, strict=True)]
-    train_data = encode(examples, tokenizer, max_length, "train")
+    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, teacher)
     tune_data = encode(split.tune, tokenizer, max_length, "tune")
     pad_id = tokenizer.pad_token_id
 
@@ -135,16 +136,36 @@ def train(
             model.save_pretrained(out)
         run.save()
 
-    model = De3Model.from_pretrained(out, dtype=torch.float32)
+    model = Checkpoint(out, unfinished=True).model
     if settings.augment:
         train_data = encode(split.train, tokenizer, max_length, "train")
     prototypes.finish(
         model, train_data, pad_id, settings.prototypes, settings.head_lr, settings.seed, settings.bf16
     )
     model.save_pretrained(out)
-    record = {"settings": asdict(settings), "best_epoch": run.best_epoch, "history": run.history}
-    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    recorded = predict(model, tune_data, pad_id, what="tune", bf16=settings.bf16)
+    console.print(exit_table(recorded, "tuning "))
+    warn(weaknesses(recorded, names))
+    write_record(out, finished=True, best_epoch=run.best_epoch, history=run.history, **record)
+    (out / RESUME).unlink()
     return model
+
+
+def _training_data(
+    model: De3Model, tokenizer: Any, split: Split, settings: TrainSettings, teacher: Path | None
+) -> tuple[Encoded, torch.Tensor | None]:
+    """What to train on, altered copies included, and the teacher's logits for it, (n, num_labels)."""
+    examples = list(split.train)
+    if settings.augment:
+        examples += altered(model, tokenizer, split.train, settings)
+    logits = None
+    if teacher is not None:
+        logits = teach(teacher, examples, split, model.config.label_names, settings)
+        # Altered texts have no label but the teacher's.
+        n = len(split.train)
+        labels = logits[n:].argmax(-1).tolist()
+        examples[n:] = [Example(e.text, label) for e, label in zip(examples[n:], labels, strict=True)]
+    return encode(examples, tokenizer, min(settings.max_length, model.config.max_tokens), "train"), logits
 
 
 class _Run:
@@ -168,6 +189,7 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.total_steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
+        self.meter = Meter()
 
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
@@ -196,23 +218,10 @@ class _Run:
         batches = training_batches(self.lengths, s.batch_size, seed)
         self.model.train()
         sum_of_losses = 0.0
-        bar = Progress(
-            TextColumn("epoch {task.fields[epoch]}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        with bar:
-            task = bar.add_task("", total=len(batches), epoch=self.epoch + 1, loss=math.nan)
+        with self.meter.epoch(self.epoch + 1, self.settings.epochs, len(batches)) as meter:
             for i, rows in enumerate(batches, 1):
                 sum_of_losses += self._one_step(rows)
-                bar.update(task, advance=1, loss=sum_of_losses / i)
-                if not console.is_terminal and i % 100 == 0:
-                    console.print(f"  epoch {self.epoch + 1} step {i}/{len(batches)} {sum_of_losses / i:.4f}")
+                meter.step(i, sum_of_losses / i)
         self.epoch += 1
         return sum_of_losses / len(batches)
 
@@ -290,12 +299,18 @@ def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: P
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _check_resumable(out: Path, identity: str) -> None:
-    file = out / RESUME
-    if file.exists() and _metadata(file)["identity"] != identity:
-        raise ValueError(
-            f"{file} belongs to a run with other settings or data; drop --resume or use the same ones"
-        )
+def _check_out(out: Path, identity: str, resume: bool) -> None:
+    """Raise ValueError if a run may not write to `out`."""
+    if resume:
+        file = out / RESUME
+        before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
+        if before is not None and before != identity:
+            raise ValueError(
+                f"{out} belongs to a run with other settings or data: use the same, or another --out"
+            )
+    elif (out / "config.json").exists() or read_record(out) is not None:
+        what = "a finished checkpoint" if is_finished(out) else "a training that can go on with --resume"
+        raise ValueError(f"{out} has {what}: choose another --out, or delete the folder")
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -327,8 +342,9 @@ def teach(
                 f"{teacher} held out other samples than this run, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"
             )
-    model = De3Model.from_pretrained(teacher, dtype=torch.float32)
-    if (theirs := model.config.label_names) != names:
+    opened = Checkpoint(teacher)
+    model = opened.model
+    if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"
         )
@@ -337,10 +353,9 @@ def teach(
     digest.update(repr((max_length, settings.bf16, [e.text for e in examples])).encode())
     cache = teacher / f"logits-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
-        tokenizer = AutoTokenizer.from_pretrained(teacher)
-        data = encode(examples, tokenizer, max_length, "train for the teacher")
+        data = encode(examples, opened.tokenizer, max_length, "train for the teacher")
         recorded = predict(
-            model, data, tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
+            model, data, opened.tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
         )
         accuracy = recorded.correct[: len(split.train), -1].mean()
         console.print(f"the teacher's accuracy on train: {accuracy:.4f}")

@@ -1,0 +1,262 @@
+"""What a user may get wrong on the way to a model: refused or warned about before it costs hours or trust."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner, Result
+
+from de3.cli import app
+from exits.recorded import Recorded
+from export.exporter import ExportError, int8_loss
+from tests.conftest import make_rows, save_encoder
+from training import checks, trainer
+from training.checkpoint import Checkpoint, read_record, write_record
+from training.data import Example
+from training.evaluate import weaknesses
+from training.split import Split
+
+TYPES = ["modernbert", "deberta-v2", "albert", "xlm-roberta", "gpt2", "t5", "mpnet"]
+
+
+def de3(arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments.split())
+
+
+def refusal(arguments: str) -> str:
+    result = de3(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def training(data_file: Path, encoder: Path, out: Path) -> str:
+    return (
+        f"train {data_file} --text-column sentence --encoder {encoder} --out {out} --lr 1e-3 --batch-size 64 "
+        "--epochs 1 --held-back 100 --no-bf16"
+    )
+
+
+@pytest.fixture
+def stock(tmp_path: Path, encoder: Path) -> Path:
+    """A classifier as transformers saves it."""
+    folder = tmp_path / "stock"
+    config = BertConfig.from_pretrained(encoder, num_labels=2)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
+
+
+# 1: weights that are not there
+
+
+@pytest.mark.parametrize(
+    "command", ["export {} --full-depth {}/out", "export {} --name x --store {}/s", "evaluate {}"]
+)
+def test_a_plain_classifier_is_not_taken_for_a_checkpoint(stock: Path, tmp_path: Path, command: str) -> None:
+    assert "is a plain bert model, without exits" in refusal(command.format(stock, tmp_path))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "s").exists()
+
+
+def drop(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {key: value for key, value in tensors.items() if name not in key}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_missing_weights_are_never_filled_in(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    drop(copy, "classifiers.2")
+    message = refusal(f"export {copy} --name x --store {tmp_path}/s")
+    assert "lacks 2 of the model's weights" in message and "classifiers.2.bias" in message
+
+
+def test_an_encoder_with_missing_weights_is_not_trained(data_file: Path, tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder")
+    drop(encoder, "layer.1.output.dense")
+    assert "lacks 2 of the model's weights" in refusal(training(data_file, encoder, tmp_path / "out"))
+
+
+# 2: a training that is not finished
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose training was interrupted by Ctrl-C after its best epoch was saved."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "interrupted"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.prototypes, "finish", interrupt)
+        result = de3(training(data_file, encoder, out))
+    assert result.exit_code == 130 and "interrupted; go on" in result.output and "--resume" in result.output
+    return out
+
+
+def test_an_unfinished_training_is_not_used(
+    interrupted: Path, tmp_path: Path, data_file: Path, encoder: Path
+) -> None:
+    assert (interrupted / "model.safetensors").exists()
+    commands = [
+        f"evaluate {interrupted}",
+        f"export {interrupted} --name x --store {tmp_path}/s",
+        f"export {interrupted} --full-depth {tmp_path}/full",
+        training(data_file, encoder, tmp_path / "student") + f" --teacher {interrupted}",
+    ]
+    for command in commands:
+        message = refusal(command)
+        assert "is not finished" in message and "--resume" in message
+    assert "can go on with --resume" in refusal(training(data_file, encoder, interrupted))
+
+    assert de3(training(data_file, encoder, interrupted) + " --resume").exit_code == 0
+    assert Checkpoint(interrupted).names == ["0", "1"]
+    assert not (interrupted / "resume.safetensors").exists()
+    again = de3(training(data_file, encoder, interrupted) + " --resume")
+    assert again.exit_code == 0 and "nothing to resume" in again.output
+
+
+# 3: encoders that cannot be exported
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_what_cannot_be_exported_is_not_trained(kind: str, data_file: Path, tmp_path: Path) -> None:
+    AutoConfig.for_model(kind).save_pretrained(tmp_path / "encoder")
+    message = refusal(training(data_file, tmp_path / "encoder", tmp_path / "out"))
+    assert f"{kind!r} cannot be exported; supported: bert, roberta, distilbert, electra" in message
+    assert ("--exits last" in message) == (kind == "mpnet")
+
+
+def test_an_encoder_that_is_none(checkpoint: Path, data_file: Path, tmp_path: Path, stock: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for encoder, message in (
+        (checkpoint, "is a checkpoint of de3 train; give the encoder that it was trained from"),
+        (tmp_path / "nowhere", "no such folder"),
+        (tmp_path / "empty", "has no config.json"),
+    ):
+        assert message in refusal(training(data_file, encoder, tmp_path / "out"))
+
+
+# 4: words that the tokenizer does not know
+
+
+def test_an_encoder_without_its_tokenizer_is_refused(data_file: Path, tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder")
+    for file in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        (encoder / file).unlink(missing_ok=True)
+    message = refusal(training(data_file, encoder, tmp_path / "out"))
+    assert "tokenizer.json" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_words_are_counted(encoder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    known = [Example(text, 0) for text, _ in make_rows(50, 1)]
+    assert checks.unknown_tokens(tokenizer, known) == []
+    with pytest.raises(ValueError, match="100% of the texts' tokens are unknown"):
+        checks.unknown_tokens(tokenizer, [Example("Ωψ Ωψ", 0)])
+    few = [*known, *[Example("Ωψ", 0)] * 20]
+    assert "unknown to the encoder's tokenizer" in checks.unknown_tokens(tokenizer, few)[0]
+
+
+# 5: pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[str], Path]:
+    """Made once: a data file of pairs, a checkpoint trained on it, and its artifact."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = training(folder / "data.jsonl", encoder, folder / "checkpoint").replace("sentence", "a")
+    assert de3(train + " --pair-column b").exit_code == 0
+    done = de3(f"export {folder}/checkpoint --name pairs --store {folder}/store --max-int8-loss 50")
+    assert done.exit_code == 0, done.output
+    return lambda name: folder / name
+
+
+def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
+    data, artifact = pairs("data.jsonl"), pairs("store") / "pairs/1"
+    assert json.loads((artifact / "manifest.json").read_text())["input"] == "pair"
+    for model in (pairs("checkpoint"), artifact):
+        message = refusal(f"evaluate {model} {data} --text-column a")
+        assert "trained on pairs of texts, and these are single texts: give --pair-column" in message
+        assert de3(f"evaluate {model} {data} --text-column a --pair-column b").exit_code == 0
+    single = pairs("single.jsonl")
+    single.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in make_rows(60, 3)))
+    store = pairs("store")
+    message = refusal(f"calibrate pairs --store {store} --tune {single} --certify {single}")
+    assert "these are single texts" in message
+
+
+def test_a_model_of_single_texts_takes_no_pairs(checkpoint: Path, pairs: Callable[[str], Path]) -> None:
+    message = refusal(
+        f"evaluate {checkpoint} {pairs('data.jsonl')} --text-column a --pair-column b "
+        "--label-names negative,positive"
+    )
+    assert "drop --pair-column" in message
+
+
+# 6: what would be lost, or is worth little
+
+
+def test_a_checkpoint_is_not_overwritten(checkpoint: Path, data_file: Path, encoder: Path) -> None:
+    before = (checkpoint / "model.safetensors").stat().st_mtime_ns
+    assert "has a finished checkpoint" in refusal(training(data_file, encoder, checkpoint))
+    assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
+
+
+def recorded(labels: list[int], answers: list[int]) -> Recorded:
+    logits = np.zeros((len(labels), 1, 2), np.float32)
+    logits[np.arange(len(labels)), 0, answers] = 1
+    return Recorded([1], logits, np.full_like(logits, np.nan), np.array(labels))
+
+
+def test_weak_numbers_are_called_weak() -> None:
+    few = weaknesses(recorded([0, 1] * 15, [0, 1] * 9 + [1, 0] * 6), ["no", "yes"])
+    assert "30 samples are few" in few[0] and "has learned little" in few[1]
+    majority = weaknesses(recorded([0, 0, 0, 1] * 500, [0] * 2000), ["no", "yes"])
+    assert majority == [
+        "full depth is right for 75.0%, and always answering 'no' would be for 75.0%: the model has learned little"
+    ]
+    assert weaknesses(recorded([0, 1] * 500, [0, 1] * 450 + [1, 0] * 50), ["no", "yes"]) == []
+
+
+def test_labels_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match="scores, not classes"):
+        checks.labels(Counter({"3.8": 4, "2.25": 9, "1": 7}))
+    with pytest.raises(ValueError, match="is --label-column the right one"):
+        checks.labels(Counter({str(i): 1 for i in range(100)}))
+    with pytest.raises(ValueError, match="every row has the label 'a'"):
+        checks.labels(Counter({"a": 5}))
+    assert checks.labels(Counter({"1": 50, "2": 50})) == []
+    assert "1 labels have fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}))[0]
+
+
+def test_a_label_with_nothing_to_train_on_is_refused() -> None:
+    train, other = [Example("a", 0)], [Example("b", 1)]
+    with pytest.raises(ValueError, match="no sample of b is left to train on"):
+        checks.held_out(Split(train, other, other), ["a", "b"])
+
+
+def test_int8_is_judged_by_an_interval() -> None:
+    right = [0, 1] * 183
+    five_off = [1 - label if i % 73 == 0 else label for i, label in enumerate(right)]
+    exact, off = recorded(right, right), recorded(right, five_off)
+    assert int8_loss(off, exact, 0.01)["int8_accuracy"][0] < 0.99  # 6 of 366 by chance
+    labels = right * 20
+    with pytest.raises(ExportError, match=r"int8 costs exit 1 at least 1.* points"):
+        int8_loss(recorded(labels, five_off * 20), recorded(labels, labels), 0.01)
+
+
+def test_the_record_is_replaced_whole(tmp_path: Path) -> None:
+    write_record(tmp_path, finished=False, command="de3 train --resume")
+    assert read_record(tmp_path) == {"finished": False, "command": "de3 train --resume"}
+    (tmp_path / "training.json").write_text("{")
+    assert read_record(tmp_path) is None

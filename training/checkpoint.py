@@ -1,0 +1,125 @@
+"""A checkpoint of `de3 train`, opened: the only way in which commands read one.
+
+Its training.json says whether the training is finished, and by which command it can be resumed.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from training.data import Example, check_input, load_examples
+from training.model import De3Config, De3Model, check_loaded
+
+RECORD = "training.json"
+
+
+class Checkpoint:
+    """A finished checkpoint.
+
+    Attributes:
+        model: in float32, in evaluation mode.
+        tokenizer: its Hugging Face tokenizer.
+        names: the labels, in the order of the logits.
+    """
+
+    def __init__(self, folder: Path, unfinished: bool = False) -> None:
+        """Raises ValueError for a folder that is no checkpoint, is not whole, or is not finished.
+
+        unfinished: accept a training that is not finished.
+        """
+        check(folder)
+        if not unfinished:
+            _check_finished(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{folder / 'tokenizer.json'}: missing; save the checkpoint's tokenizer there")
+        self.folder = folder
+        quiet()
+        try:
+            self.model, loaded = De3Model.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=False
+            )
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{folder}: the weights cannot be loaded: {error}") from None
+        check_loaded(loaded, str(folder))
+        self.model.eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.names = self.model.config.label_names
+
+    @property
+    def config(self) -> De3Config:
+        """The model's configuration."""
+        config: De3Config = self.model.config
+        return config
+
+    def held_out(self, part: str, file: Path | None = None) -> list[Example]:
+        """The samples of tune or certify, or of another file; raises ValueError."""
+        examples = load_examples(file or self.folder / f"{part}.jsonl", self.names)
+        check_input(examples, self.config.input, str(file or self.folder))
+        return examples
+
+
+def check(folder: Path) -> None:
+    """Raise ValueError, with the next step, unless the folder is a checkpoint of de3 train."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; a checkpoint is what de3 train writes to --out")
+    if (folder / "manifest.json").exists():
+        raise ValueError(f"{folder} is an exported model, not a checkpoint of de3 train")
+    kind = model_type(folder)
+    if kind is None:
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json; de3 train writes one to --out")
+    if kind != De3Config.model_type:
+        raise ValueError(
+            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train; to give it exits: "
+            f"de3 train DATA --encoder {folder} --out CHECKPOINT"
+        )
+
+
+def model_type(folder: Path) -> str | None:
+    """The type of a folder's model by its config.json; None if there is none."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    return str(config.get("model_type")) if isinstance(config, dict) else None
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The contents of training.json; None if there is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def write_record(folder: Path, **record: Any) -> None:
+    """Replace training.json atomically."""
+    new = folder / "training.new"
+    new.write_text(json.dumps(record, indent=1) + "\n")
+    new.replace(folder / RECORD)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the training that wrote a checkpoint is finished."""
+    record = read_record(folder)
+    return record is not None and bool(record.get("finished", True))  # of a version that wrote it at the end
+
+
+def _check_finished(folder: Path) -> None:
+    if is_finished(folder):
+        return
+    command = (read_record(folder) or {}).get("command")
+    hint = f"finish it with: {command}" if command else "repeat its de3 train command with --resume"
+    raise ValueError(f"{folder} is not finished: its training still runs, or was interrupted; {hint}")
+
+
+def quiet() -> None:
+    """Silence the progress bars and the advice of transformers; errors are raised."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,133 @@
+"""What is checked before a training starts, so that it does not end in hours with a useless model."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from training import checkpoint, encoders
+from training.data import Example, Text
+from training.split import Split
+
+MAX_LABELS = 1000
+FEW = 5  # samples of a label
+MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
+
+
+def open_encoder(name: str, teacher_only: bool) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of an encoder from a folder or the hub.
+
+    teacher_only: it is trained with one exit, as a teacher, and never exported.
+
+    Raises ValueError, with what works, for an encoder that cannot be used.
+    """
+    checkpoint.quiet()
+    folder = Path(name)
+    if folder.is_dir():
+        kind = checkpoint.model_type(folder)
+        if kind is None:
+            raise ValueError(
+                f"--encoder {name}: the folder has no config.json, so it is no Hugging Face model"
+            )
+        if kind == "de3-bert":
+            raise ValueError(
+                f"--encoder {name} is a checkpoint of de3 train; give the encoder that it was trained from, "
+                "or use the checkpoint as --teacher"
+            )
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"--encoder {name}: no such folder")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        encoders.check_trainable(config, teacher_only)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--encoder {name}: no such folder, and it cannot be read from the Hugging Face hub ({reason})"
+        ) from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"--encoder {name}: its tokenizer is a slow one; export needs a tokenizer.json (a fast tokenizer)"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"--encoder {name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: "
+            "they do not belong together"
+        )
+    return config, tokenizer
+
+
+def labels(counts: Counter[str]) -> list[str]:
+    """Warnings about labels with so many rows each; raises ValueError for what is no classification."""
+    total = counts.total()
+    if len(counts) < 2:
+        raise ValueError(
+            f"a classifier needs at least 2 labels; every row has the label {next(iter(counts))!r}"
+        )
+    if all(map(_is_number, counts)) and not all(map(_is_whole, counts)):
+        raise ValueError(
+            f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes; "
+            "group them into classes first"
+        )
+    if len(counts) > MAX_LABELS or len(counts) > total / 2:
+        raise ValueError(
+            f"{len(counts)} labels in {total} rows: is --label-column the right one? "
+            f"At most {MAX_LABELS} labels, with at least two rows each on average, can be trained"
+        )
+    rare = sorted((name for name, count in counts.items() if count < FEW), key=lambda name: counts[name])
+    if not rare:
+        return []
+    shown = ", ".join(f"{name!r} ({counts[name]})" for name in rare[:5])
+    return [f"{len(rare)} labels have fewer than {FEW} rows, and will hardly be learned: {shown}"]
+
+
+def held_out(parts: Split, names: Sequence[str]) -> list[str]:
+    """Warnings about a split; raises ValueError if a label has no sample to train on."""
+    trained = Counter(example.label for example in parts.train)
+    missing = [name for i, name in enumerate(names) if not trained[i]]
+    if missing:
+        raise ValueError(
+            f"no sample of {', '.join(missing[:5])} is left to train on: give more rows of each label, or remove it"
+        )
+    size = len(parts.certify)
+    if size >= 300:
+        return []
+    return [
+        f"only {size} certifying samples: the reported accuracy will be uncertain by ±{98 / size**0.5:.0f} points"
+    ]
+
+
+def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+    """Warnings about words that the tokenizer does not know; raises ValueError if most are unknown."""
+    unknown = tokenizer.unk_token_id
+    texts = [text for example in examples[:2000] for text in _texts(example.text)]
+    ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in one]
+    if not ids:
+        raise ValueError(
+            "the tokenizer makes no tokens of the texts: are its files (tokenizer.json) in the folder?"
+        )
+    share = ids.count(unknown) / len(ids) if unknown is not None else 0.0
+    message = f"{100 * share:.0f}% of the texts' tokens are unknown to the encoder's tokenizer"
+    if share > MAX_UNKNOWN:
+        raise ValueError(
+            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it of the texts' language?"
+        )
+    return [message] if share > WARN_UNKNOWN else []
+
+
+def _texts(text: Text) -> tuple[str, ...]:
+    return text if isinstance(text, tuple) else (text,)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_whole(label: str) -> bool:
+    return float(label).is_integer()
