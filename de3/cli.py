@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections import Counter
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -211,9 +212,27 @@ def train(
     weights: Annotated[
         str, typer.Option(help="Layer weights in the loss: depth or uniform.", rich_help_panel=TRAINING)
     ] = "depth",
-    epochs: Annotated[int, typer.Option(rich_help_panel=TRAINING)] = 3,
-    batch_size: Annotated[int, typer.Option(rich_help_panel=TRAINING)] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate of the encoder.", rich_help_panel=TRAINING)] = 5e-5,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; shown when "
+            "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "auto",
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the data.", show_default="by --recipe", rich_help_panel=TRAINING),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a step.", show_default="by --recipe", rich_help_panel=TRAINING)
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of the encoder.", show_default="by --recipe", rich_help_panel=TRAINING
+        ),
+    ] = None,
     head_lr: Annotated[
         float, typer.Option(help="Learning rate of the exits' heads.", rich_help_panel=TRAINING)
     ] = 1e-3,
@@ -249,11 +268,13 @@ def train(
         ),
     ] = 0,
     patience: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Stop after this many epochs without improvement; 0: never.", rich_help_panel=TRAINING
+            help="Stop after this many epochs without improvement; 0: never.",
+            show_default="by --recipe",
+            rich_help_panel=TRAINING,
         ),
-    ] = 0,
+    ] = None,
     prototypes: Annotated[
         str,
         typer.Option(
@@ -276,6 +297,7 @@ def train(
     import torch
 
     from training import checks, data
+    from training import recipe as recipes
     from training.encoders import max_tokens
     from training.model import De3Model
     from training.progress import warn
@@ -283,24 +305,6 @@ def train(
     from training.trainer import TrainSettings
     from training.trainer import train as run
 
-    settings = TrainSettings(
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        head_lr=head_lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        alpha=alpha,
-        weights=weights,
-        distill=distill,
-        temperature=temperature,
-        augment=augment,
-        max_length=max_length,
-        patience=patience,
-        seed=seed,
-        bf16=bf16,
-        prototypes=prototypes,
-    )
     rows = _read_rows(
         file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
     )
@@ -312,10 +316,27 @@ def train(
     warnings += checks.unknown_tokens(tokenizer, examples)
     parts = split_examples(examples, seed, held_back, fragments)
     warnings += checks.held_out(parts, names)
+    chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
+    settings = TrainSettings(
+        **asdict(chosen),
+        head_lr=head_lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        alpha=alpha,
+        weights=weights,
+        distill=distill,
+        temperature=temperature,
+        augment=augment,
+        max_length=max_length,
+        seed=seed,
+        bf16=bf16,
+        prototypes=prototypes,
+    )
     console.print(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
+    console.print(f"recipe ({recipe}): {chosen}")
     warn(warnings)
     torch.manual_seed(seed)
     model = De3Model.from_encoder(

@@ -126,12 +126,11 @@ class Route:
 
 
 class Models:
-    """Loaded models. Only the event loop changes them, each time in one step: a request sees all or nothing.
+    """Loaded models. Only the event loop changes them, each time in one step: a request sees all or nothing."""
 
-    The first name is the one that answers requests that name none.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, default: str | None = None) -> None:
+        """default: the name that answers requests that name none; None: only one that is alone does."""
+        self._default = default
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
 
@@ -143,15 +142,19 @@ class Models:
     def get(self, name: str | None) -> Served:
         """The model of a request; raises RequestError if it is not served."""
         if name is None:
-            name = next(iter(self.routes))
+            name = self.default_name()
         route = self.routes.get(name)
         if route is not None and route.canary is not None and random.random() < route.share:
             return self._versions[name][route.canary]
         return self.current(name)
 
-    def first(self) -> Served:
-        """The current version of the first name."""
-        return self.current(next(iter(self.routes)))
+    def default_name(self) -> str:
+        """The name that answers requests that name none; raises RequestError if there is no such name."""
+        if self._default in self.routes:
+            return str(self._default)
+        if len(self.routes) == 1:
+            return next(iter(self.routes))
+        raise no_default(list(self.routes))
 
     def current(self, name: str) -> Served:
         """A name's current version, or that of name:version; raises RequestError."""
@@ -221,6 +224,26 @@ class Models:
 
 def _gone(before: list[Served], after: list[Served]) -> list[Served]:
     return [s for s in before if not any(s is other for other in after)]
+
+
+def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
+    """The name that answers requests that name none; raises StoreError if it is not served."""
+    name = settings.default_model
+    if name is None:
+        return settings.models[0].partition(":")[0] if settings.models else None
+    served = list(dict.fromkeys(a.manifest.name for a in artifacts))
+    if name not in served:
+        raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
+    return name
+
+
+def no_default(names: list[str]) -> RequestError:
+    """The error of a request that names no model, where several are served."""
+    return RequestError(
+        f"model: is required, as several are served: {', '.join(names)}; the server's operator can choose one "
+        "with --default-model",
+        "model",
+    )
 
 
 def unknown_model(name: str, served: list[str]) -> RequestError:

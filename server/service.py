@@ -16,7 +16,7 @@ from server.engine.timing import run_longest
 from server.errors import RequestError
 from server.manager import Manager
 from server.metrics import Metrics
-from server.models import Models, find, newest
+from server.models import Models, default_of, find, newest
 from server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -40,7 +40,7 @@ class Service:
         store = Store(settings.store)
         self.artifacts: list[Artifact] = find(store, settings.models)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
-        self.models = Models()
+        self.models = Models(default_of(settings, self.artifacts))
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.admission.level))
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
@@ -135,9 +135,10 @@ class Service:
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
         return {"role": role, **share}
 
-    def first_manifest(self) -> Manifest:
-        """That of the version that answers requests without a model."""
-        return self.models.first().model.manifest if self.is_open else self.artifacts[0].manifest
+    def default_manifest(self) -> Manifest:
+        """That of the version that answers requests without a model; raises RequestError if none does."""
+        self.check_open()
+        return self.models.current(self.models.default_name()).model.manifest
 
     def manifest(self, name: str) -> Manifest:
         """That of a name (its current version) or name:version; raises RequestError."""

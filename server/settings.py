@@ -86,6 +86,11 @@ class Settings(BaseModel):
         "answers requests that name none, the first version of a name those that name no version. "
         "Default: the newest of each in the store.",
     )
+    default_model: Annotated[str | None, Option()] = Field(
+        None,
+        description="Name of the model that answers requests that name none. Default: the first --model; of "
+        "several models that are served without --model, none does.",
+    )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="0.0.0.0 to be reached from elsewhere.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
     threads: Annotated[int, Option()] = Field(

@@ -429,3 +429,22 @@ def test_others_in_the_store_stop_no_start(versions: Path) -> None:
 def test_too_many_models_at_start_are_refused(versions: Path) -> None:
     with pytest.raises(StoreError, match=f"at most {MAX_LOADED}"):
         find(Store(versions), ["tiny:1"] * (MAX_LOADED + 1))
+
+
+def test_a_request_without_a_model_where_several_are_served(store: Path) -> None:
+    """Nobody named a first, so no model is taken by its name's place in the alphabet."""
+    with serving(store) as server:
+        for path, body in (
+            ("/classify", {"input": "good"}),
+            ("/predict", {"inputs": "good"}),
+            ("/", {"inputs": "good"}),
+        ):
+            response = httpx.post(server.url + path, json=body)
+            assert response.status_code == 422, path
+            assert "model: is required, as several are served: tiny, tiny-int8" in response.text
+        assert server.classify(input="good", model="tiny").status_code == 200
+    for settings in ({"default_model": "tiny-int8"}, {"models": ["tiny-int8", "tiny"]}):
+        with serving(store, **settings) as server:
+            assert server.classify(input="good").json()["model"] == "tiny-int8:1"
+    with pytest.raises(StoreError, match="--default-model other: is not served; there are: tiny, tiny-int8"):
+        Service(Settings(store=store, default_model="other"))
