@@ -19,6 +19,7 @@ Cause = Literal[
     "timeout",
     "client_gone",
     "no_key",
+    "forbidden",
     "rate_limited",
     "over_share",
     "other_origin",

@@ -145,7 +145,7 @@ class Access:
         except RequestError:
             if self.users is not None:
                 self.users.owner(scope)
-                raise RequestError("this needs an admin's key", cause="no_key") from None
+                raise RequestError("this needs an admin's key", cause="forbidden") from None
             raise
         return True
 

@@ -36,6 +36,7 @@ STATUSES: dict[Cause, int] = {
     "timeout": 504,
     "client_gone": 499,  # nobody reads it: for the metrics and the log
     "no_key": 401,
+    "forbidden": 403,
     "rate_limited": 429,
     "over_share": 429,
     "other_origin": 403,
