@@ -9,6 +9,8 @@ Cause = Literal[
     "not_json",
     "unknown_field",
     "unknown_model",
+    "unknown_path",
+    "wrong_method",
     "too_large",
     "too_long",
     "slow_body",

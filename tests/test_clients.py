@@ -148,6 +148,33 @@ def test_a_shed_request_is_answered_in_its_protocols_format(
     assert server.classify(input="good").json()["error"]["code"] == 503
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/models/other/versions/1/ready", 404),
+        ("POST", "/v2/repository/index", 404),
+        ("GET", "/v2/models/tiny/infer", 404),
+        ("GET", "/predict", 404),
+        ("DELETE", "/info", 405),
+        ("GET", "/classify", 405),
+        ("GET", "/v1/models/other/calibration", 404),
+    ],
+)
+def test_errors_of_all_routes_have_their_protocols_format(
+    server: Server, method: str, path: str, status: int
+) -> None:
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    if path.startswith("/v2"):
+        assert answer.json().keys() == {"error"} and isinstance(error, str)
+    elif path in ("/predict", "/info"):
+        assert answer.json() == {"error": error, "error_type": "validation"} and isinstance(error, str)
+    else:
+        assert error["code"] == status and error["message"]
+
+
 # huggingface_hub
 
 

@@ -35,6 +35,11 @@ class Frontend:
         self._templates = [
             (compile_path(path)[0], protocol) for path, protocol in protocols.items() if "{" in path
         ]
+        self._by_first_part = {
+            part: protocol
+            for path, protocol in protocols.items()
+            for part in (path.split("/")[1], *protocol.others)
+        }
         self.access = Access(settings)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
@@ -108,6 +113,15 @@ class Frontend:
         await send({"type": "http.response.body", "body": response.body})
         exchange.ended = exchange.started
         self.report(exchange)
+
+    def refuse(self, error: RequestError, scope: Scope) -> Response:
+        """Count a refused request, and make the response, in the format of the protocol whose path it is.
+
+        For requests on all routes but those to classify, whose outcomes endpoint.py counts.
+        """
+        self.service.metrics.rejected.labels(error.cause).inc()
+        protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
+        return errors.response(error, content=None if protocol is None else protocol.error(error))
 
     def malformed(self) -> None:
         """Count a request that is not HTTP."""

@@ -52,8 +52,10 @@ class Protocol:
         parse: raises RequestError.
         serialize: (request id, job that is done) to the JSON of the response.
         error: the JSON of an error, whose status is the same in every protocol (`errors.STATUSES`).
+        others: the first parts of further paths whose errors have this protocol's format.
     """
 
     parse: Callable[[Call], Request]
     serialize: Callable[[str, Job], bytes]
     error: Callable[[RequestError], bytes] = errors.openai_body
+    others: Sequence[str] = ()

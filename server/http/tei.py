@@ -125,4 +125,4 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         }
 
 
-PREDICT = Protocol(parse, serialize, error)
+PREDICT = Protocol(parse, serialize, error, ("info",))
