@@ -1,5 +1,6 @@
 """The clients that people have, against one running server, with nothing changed but the address."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,35 @@ def test_errors_of_all_routes_have_their_protocols_format(
         assert answer.json() == {"error": error, "error_type": "validation"} and isinstance(error, str)
     else:
         assert error["code"] == status and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/classify", {"input": ["good", "LONG"], "truncate": False}, "input[1]"),
+        ("/classify", {"inputs": ["good", "LONG"], "parameters": {"truncation": False}}, "inputs[1]"),
+        ("/", {"inputs": "LONG", "parameters": {"truncation": False}}, "inputs"),
+        ("/predict", {"inputs": [["good"], ["LONG"]]}, "inputs[1]"),
+        (
+            "/v2/models/tiny/infer",
+            {
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": ["good", "LONG"]}],
+                "parameters": {"truncate": False},
+            },
+            "inputs: text[1]",
+        ),
+    ],
+)
+def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
+    server: Server, path: str, body: dict[str, Any], name: str
+) -> None:
+    content = json.dumps(body).replace("LONG", "good film " * 100)
+    answer = httpx.post(server.url + path, content=content)
+    error = answer.json()["error"]
+    message = error["message"] if isinstance(error, dict) else error
+    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the model takes"), (
+        message
+    )
 
 
 # huggingface_hub

@@ -63,11 +63,11 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
             await api(scope, receive, send)
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             await frontend.refuse(OTHER_ORIGIN, scope)(scope, receive, _with_headers(send, scope))
-        elif (match := frontend.protocol(scope)) is not None:
+        elif (route := frontend.route(scope)) is not None:
             if frontend.sheds(scope):
-                await frontend.shed(scope, send, match[0])
+                await frontend.shed(scope, send, route)
             else:
-                await answer(scope, receive, send, frontend, *match)
+                await answer(scope, receive, send, frontend, route)
         else:
             send = _with_headers(send, scope)
             try:

@@ -34,6 +34,7 @@ class Exchange:
     """One request, filled in as it is answered.
 
     Attributes:
+        route: the template of its path, as in `app.py: PROTOCOLS`.
         started, ended: perf_counter seconds.
         owner: whose API key it has; empty where none is needed.
         status: HTTP status; 499: the client went away.
@@ -43,6 +44,7 @@ class Exchange:
 
     id: str
     scope: Scope
+    route: str
     started: float = field(default_factory=perf_counter)
     ended: float = 0.0
     owner: str = ""

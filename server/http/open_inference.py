@@ -7,7 +7,7 @@ tensors. Output: `label`, `probs` and `exit_layer`, as JSON. The exit options ar
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 from fastapi import FastAPI
@@ -34,6 +34,8 @@ class InferRequest(Request):
         id: the client's request id, which the response repeats.
         outputs: those that were asked for.
     """
+
+    input_name: ClassVar[str] = "inputs: text"
 
     id: str | None = None
     outputs: Sequence[str] = OUTPUTS

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from server.engine.work import Job, Request
 from server.errors import RequestError
@@ -59,3 +60,16 @@ class Protocol:
     serialize: Callable[[str, Job], bytes]
     error: Callable[[RequestError], bytes] = errors.openai_body
     others: Sequence[str] = ()
+
+
+class Route(NamedTuple):
+    """Where a request to classify goes.
+
+    Attributes:
+        template: the path, as in `app.py: PROTOCOLS`.
+        path: the values of its parameters.
+    """
+
+    template: str
+    protocol: Protocol
+    path: Mapping[str, str]
