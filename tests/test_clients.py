@@ -19,6 +19,12 @@ TEXTS = ["a good film", "dull and boring", "it is not bad"]
 KEY = "alice-has-a-long-key"
 
 
+# The bodies are those of the documentation: for vLLM docs/models/pooling_models/classify.md and the example
+# classification_online.py; for SGLang classify_models.md and native_api.ipynb; for vLLM's semantic router the
+# contract in http_classifier_inference.go.
+CAFE, BROKEN = "Loved the new café—coffee was great.", "This update broke everything. Frustrating."
+
+
 @pytest.fixture(scope="module")
 def server(store: Path) -> Iterator[Server]:
     with serving(store, models=["tiny", "tiny-int8"], max_texts=8) as running:
@@ -33,6 +39,117 @@ def ours(server: Server, **body: Any) -> list[dict[str, Any]]:
 def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
     """A row's labels and probabilities, the most probable first."""
     return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
+
+
+# vLLM and SGLang
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
+@pytest.mark.parametrize("texts", [CAFE, [CAFE, BROKEN]])
+def test_the_documented_request_of_vllm_and_sglang(server: Server, path: str, texts: Any) -> None:
+    model = httpx.get(server.url + "/v1/models").json()["data"][0]["id"]  # as vLLM's example does
+    headers = {"accept": "application/json", "Content-Type": "application/json"}
+    answer = httpx.post(server.url + path, json={"model": model, "input": texts}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    count = len(texts) if isinstance(texts, list) else 1
+    assert body["id"].startswith("classify-") and body["object"] == "list" and body["model"] == model
+    assert isinstance(body["created"], int) and body["created"] > 1_700_000_000
+    for index, row in enumerate(body["data"]):
+        assert row.keys() >= {"index", "label", "probs", "num_classes"}
+        assert (row["index"], row["num_classes"], len(row["probs"])) == (index, 2, 2)
+        assert sum(row["probs"]) == pytest.approx(1) and row["label"] in ("negative", "positive")
+    usage = body["usage"]
+    assert len(body["data"]) == count and usage["completion_tokens"] == 0
+    assert 0 < usage["prompt_tokens"] == usage["total_tokens"]
+
+
+def test_every_documented_field_of_vllm_works(server: Server) -> None:
+    plain = ours(server, input=CAFE)
+    for fields in (
+        # What a client sends that spells out vLLM's defaults.
+        {
+            **dict.fromkeys(("model", "user", "truncate_prompt_tokens", "padding", "truncation_side")),
+            **dict.fromkeys(("mm_processor_kwargs", "cache_salt", "use_activation")),
+            "priority": 0,
+            "add_special_tokens": True,
+        },
+        {"truncate_prompt_tokens": -1, "truncation_side": "right", "use_activation": True, "user": "u-1"},
+        {"padding": "max_length", "cache_salt": "c2FsdA", "priority": -1, "activation": True, "rid": "r-1"},
+    ):
+        assert ours(server, input=CAFE, **fields) == plain, fields
+    for name in ("use_activation", "activation"):
+        (raw,) = ours(server, input=CAFE, explain=True, **{name: False})
+        weights = np.exp(raw["probs"])
+        assert plain[0]["label"] == raw["label"]
+        assert weights / weights.sum() == pytest.approx(plain[0]["probs"])
+        assert raw["layers"][-1]["probs"] == raw["probs"]
+    assert server.classify(input=CAFE, request_id="mine").json()["id"] == "classify-mine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: input should be -1 or null"),
+        ({"truncation_side": "left"}, "truncation_side: input should be 'right' or null"),
+        ({"add_special_tokens": False}, "add_special_tokens: input should be True or null"),
+        ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
+        ({"request_id": 7}, "request_id: input should be a valid string"),
+        (
+            {"messages": [{"role": "user", "content": CAFE}]},
+            "messages: unknown field; known are ",
+        ),
+        ({"chat_template": "{{ x }}"}, "chat_template: unknown field"),
+        ({"softmax": True}, "softmax: unknown field"),
+        (
+            {"input": [[9707, 11, 847], [791]]},
+            "input[0]: must be a text, or an object with text and text_pair",
+        ),
+        ({"input": [9707, 11, 847]}, "input[0]: must be a text"),
+        ({"text": CAFE}, "text: unknown field"),
+    ],
+)
+def test_what_vllm_has_and_we_have_not_is_refused_by_name(
+    server: Server, fields: dict[str, Any], says: str
+) -> None:
+    answer = server.classify(**{"input": CAFE, **fields})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["message"].startswith(says) and error["param"] == says.partition(":")[0].partition("[")[0]
+
+
+def test_sglangs_own_classify(server: Server) -> None:
+    """The example reads `embedding` of each response."""
+    rows = ours(server, input=[CAFE, BROKEN])
+    answer = server.classify(model="tiny", text=[CAFE, BROKEN], rid="r-1")
+    assert [len(one["embedding"]) for one in answer.json()] == [2, 2]
+    for one, row in zip(answer.json(), rows, strict=True):
+        weights = np.exp(one["embedding"])
+        assert weights / weights.sum() == pytest.approx(row["probs"])
+        assert one["meta_info"] == {
+            "id": answer.headers["x-request-id"],
+            "prompt_tokens": one["meta_info"]["prompt_tokens"],
+        }
+    single = server.classify(text=CAFE, tau=0).json()
+    assert len(single["embedding"]) == 2 and single["meta_info"]["prompt_tokens"] > 2
+    for wrong, says in (
+        ({"text": ""}, "text: must be a text that is not empty"),
+        ({"text": []}, "text: must not be an empty list"),
+        ({"text": ["good", 1]}, "text[1]: must be a text"),
+        ({"text": ["good", "good film " * 100]}, "text[1]: has 202 tokens"),
+        ({"text": ["good"] * 9}, "text: 9 texts, at most 8"),
+        ({"text": "good", "sampling_params": {}}, "sampling_params: unknown field; known are"),
+    ):
+        refused = server.classify(**wrong)
+        assert refused.status_code == 422, wrong
+        assert refused.json()["error"]["message"].startswith(says)
+
+
+def test_vllms_semantic_router(server: Server) -> None:
+    """It wants every label once, by name, and scores that add up to 1."""
+    answer = httpx.post(server.url + "/classify", json={"inputs": CAFE}).json()
+    assert {one["label"] for one in answer} == {"negative", "positive"} and len(answer) == 2
+    assert sum(one["score"] for one in answer) == pytest.approx(1)
 
 
 # tritonclient

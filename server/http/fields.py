@@ -19,6 +19,9 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
+    "truncate_prompt_tokens": " or null: texts are cut to what the model takes",
+    "truncation_side": " or null: texts are cut at their end",
+    "add_special_tokens": " or null: the model needs them",
 }
 
 
