@@ -154,6 +154,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         redirect_slashes=False,  # it would redirect to wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
     app.state.service = service
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
@@ -164,11 +165,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
     @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
-    async def post_classify() -> Response:
+    async def classify() -> Response:
         """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
         raise HTTPException(404)  # a path that only resembles it: create_app answers the real one
 
-    @app.get("/v1/models", tags=["models"], dependencies=users)
+    @app.get("/v1/models", tags=["models"], dependencies=users, **openapi.MODELS)
     async def models() -> dict[str, Any]:
         """The served models: labels, layers, role, defaults, and what the defaults give."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from exits.reading import Reading
 from server.engine.work import Item, Job, Request, Text
@@ -61,16 +61,18 @@ def _string(value: Any, where: str) -> str:
     return value
 
 
-_ONE = [
-    {"type": "string", "minLength": 1},
-    {
-        "type": "object",
-        "properties": {"text": {"type": "string"}, "text_pair": {"type": "string"}},
-        "required": ["text", "text_pair"],
-        "additionalProperties": False,
-    },
-]
-_INPUT_SCHEMA = {"anyOf": [*_ONE, {"type": "array", "minItems": 1, "items": {"anyOf": _ONE}}]}
+class TextPair(BaseModel):
+    """Two texts that are classified together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    text_pair: str
+
+
+# For the schema; `_texts` does the work, without a model for each text.
+OneText = Annotated[str, Field(min_length=1)] | TextPair
+OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
 
 
 class ClassifyRequest(OptionFields):
@@ -79,7 +81,7 @@ class ClassifyRequest(OptionFields):
     model: str | None = Field(
         None, description="name (its current version, or a canary) or name:version; default: the first served"
     )
-    input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
+    input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"
     )
     truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
