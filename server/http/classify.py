@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from exits.reading import Reading
 from server.engine.work import Item, Job, Request, Text
 from server.http import hugging_face, sglang
-from server.http.fields import OptionFields, check_count, check_fields, load_json
+from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
 from server.http.protocol import Call, Protocol
 
 
@@ -75,8 +75,8 @@ OneText = Annotated[str, Field(min_length=1)] | TextPair
 OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
 
 
-class ClassifyRequest(OptionFields):
-    """A request to classify one or more texts."""
+class ClassifyFields(OptionFields):
+    """The fields of most requests."""
 
     model: str | None = Field(
         None, description="name (its current version, or a canary) or name:version; default: the first served"
@@ -87,6 +87,11 @@ class ClassifyRequest(OptionFields):
     truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
     explain: bool = Field(False, description="report every exit passed")
     ood: bool = Field(False, description="report how unlike the calibration's texts a text is, as ood_score")
+
+
+class ClassifyRequest(ClassifyFields):
+    """A request to classify one or more texts."""
+
     request_id: str | None = Field(None, max_length=128, description="for the response's id")
     use_activation: bool | None = Field(None, description="false: logits in probs, instead of probabilities")
     activation: bool | None = Field(None, description="the former name of use_activation")
@@ -103,6 +108,8 @@ class ClassifyRequest(OptionFields):
     mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
+EXAMPLE = '{"input": "a text"}'
+OFTEN = frozenset(known_fields(ClassifyFields))
 IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
 
 
@@ -115,19 +122,25 @@ def parse(call: Call) -> Request:
                 return hugging_face.request_of(value, call.max_texts, nests_one=False)
             if "text" in value:
                 return sglang.request_of(value, call.max_texts)
-        for field in value.keys() & IGNORED:
-            del value[field]
         check_count(value.get("input"), "input", call.max_texts)
-    parsed = check_fields(ClassifyRequest, value, '{"input": "a text"}')
+        if not value.keys() <= OFTEN:
+            return _with_all_fields(value)
+    return _request(check_fields(ClassifyFields, value, EXAMPLE))
+
+
+def _with_all_fields(value: dict[str, Any]) -> Classification:
+    for field in value.keys() & IGNORED:
+        del value[field]
+    fields = check_fields(ClassifyRequest, value, EXAMPLE)
+    request = _request(fields)
+    request.id = fields.request_id
+    request.raw = fields.use_activation is False or fields.activation is False
+    return request
+
+
+def _request(fields: ClassifyFields) -> Classification:
     return Classification(
-        parsed.input,
-        parsed.options,
-        parsed.model,
-        parsed.truncate,
-        parsed.explain,
-        parsed.ood,
-        id=parsed.request_id,
-        raw=parsed.use_activation is False or parsed.activation is False,
+        fields.input, fields.options, fields.model, fields.truncate, fields.explain, fields.ood
     )
 
 

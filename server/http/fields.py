@@ -100,7 +100,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
     Unknown fields come first: pydantic's errors for 100,000 of them would take a quarter of a second.
     """
     if isinstance(value, dict):
-        known = _known(kind)
+        known = known_fields(kind)
         for field in value:
             if field not in known:
                 name = field[:100]
@@ -113,7 +113,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
 
 
 @cache
-def _known(kind: type[BaseModel]) -> list[str]:
+def known_fields(kind: type[BaseModel]) -> list[str]:
     """The names that a JSON object of this kind may have."""
     return [field.alias or name for name, field in kind.model_fields.items()]
 
