@@ -142,7 +142,7 @@ class TextTokenizer:
 
     def _too_long(self, count: str) -> ValueError:
         return ValueError(
-            f"has {count} tokens, the model takes at most {self.max_tokens}; set truncate to true"
+            f"has {count} tokens, the model takes at most {self.max_tokens}; shorten it, or allow truncation"
         )
 
 
@@ -170,7 +170,9 @@ class Tokenization:
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
             max_chars = MAX_CHARS_PER_TOKEN * tokenizer.max_tokens
-            raise ValueError(f"has more than {max_chars} characters, the most allowed; set truncate to true")
+            raise ValueError(
+                f"has more than {max_chars} characters, the most allowed; shorten it, or allow truncation"
+            )
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
             encoding = tokenizer.encode([(text, rest[0] if rest else None)])[0]

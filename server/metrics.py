@@ -127,7 +127,9 @@ class Metrics:
             "Classification requests by HTTP status; model is none where no model was found",
             ["model", "status"],
         )
-        self.rejected = counter("de3_rejected", "Requests that were not answered, by cause", ["cause"])
+        self.rejected = counter(
+            "de3_rejected", "Requests on any route that were not answered, by cause", ["cause"]
+        )
         self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or are stuck")
         self.dropped_connections = counter(
             "de3_dropped_connections",

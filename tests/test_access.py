@@ -251,6 +251,48 @@ def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) 
         )
 
 
+def test_refusals_are_counted_on_every_route(store: Path) -> None:
+    root = "root-has-a-long-key-too"
+    keys = {"api_keys": f"alice {ALICE}", "admin_keys": f"root {root}", "max_body_bytes": 2000}
+    with serving(store, models=["tiny"], **keys) as server:
+
+        def causes() -> dict[str, float]:
+            return {
+                sample.labels["cause"]: sample.value
+                for family in server.service.metrics.registry.collect()
+                for sample in family.samples
+                if sample.name == "de3_rejected_total" and sample.value
+            }
+
+        expected: dict[str, float] = {}
+        load, unload = "/v1/models/tiny/load", "/v1/models/tiny/unload"
+        calls: list[tuple[str, str, str, bytes, int, str]] = [
+            ("GET", "/v1/models", "", b"", 401, "no_key"),
+            ("GET", "/info", "nobody-has-this-key", b"", 401, "no_key"),
+            ("POST", load, "", b"{}", 401, "no_key"),
+            ("POST", load, ALICE, b"{}", 403, "forbidden"),
+            ("POST", load, root, b"{", 400, "not_json"),
+            ("POST", load, root, b'{"role": "\xff"}', 400, "not_json"),
+            ("POST", load, root, b'{"version": 0}', 422, "bad_request"),
+            ("POST", load, root, b"x" * 2001, 413, "too_large"),
+            ("POST", load, root, b'{"version": 9}', 404, "unknown_model"),
+            ("POST", unload, root, b"", 409, "conflict"),
+            ("GET", "/v1/models/none/calibration", ALICE, b"", 404, "unknown_model"),
+            ("GET", "/v2/models/none", ALICE, b"", 404, "unknown_model"),
+            ("GET", "/nothing", ALICE, b"", 404, "unknown_path"),
+            ("DELETE", "/health", "", b"", 405, "wrong_method"),
+            ("POST", "/classify", "", b"{}", 401, "no_key"),  # once, also where another place counts it
+        ]
+        for method, path, key, body, status, cause in calls:
+            headers = {"Content-Type": "application/json"} | (bearer(key) if key else {})
+            answer = httpx.request(method, server.url + path, content=body, headers=headers)
+            assert answer.status_code == status, (method, path, answer.text)
+            expected[cause] = expected.get(cause, 0) + 1
+            assert causes() == expected, (method, path)
+        assert httpx.get(server.url + "/health").status_code == 200 and causes() == expected
+        assert server.metric("de3_requests_total", status="401") == 1  # of classification requests only
+
+
 def test_a_request_costs_what_it_takes(store: Path) -> None:
     """One text for each text, each started 4 KiB of the body, and each started 128 tokens: the most of
     these."""

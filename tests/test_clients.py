@@ -1,6 +1,11 @@
 """The clients that people have, against one running server, with nothing changed but the address."""
 
-from collections.abc import Iterator
+import asyncio
+import importlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +14,27 @@ import numpy as np
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
+from openapi_spec_validator import OpenAPIV31SpecValidator
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
+from typer.testing import CliRunner
 
+from de3.cli import app as de3_app
+from de3.client import AsyncClient, Client
+from server.http.app import PROTOCOLS, create_api
+from server.http.frontend import Frontend
+from server.service import Service
+from server.settings import Settings
 from tests.serving import Server, serving
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]
 KEY = "alice-has-a-long-key"
+
+
+# The bodies are those of the documentation: for vLLM docs/models/pooling_models/classify.md and the example
+# classification_online.py; for SGLang classify_models.md and native_api.ipynb; for vLLM's semantic router the
+# contract in http_classifier_inference.go.
+CAFE, BROKEN = "Loved the new café—coffee was great.", "This update broke everything. Frustrating."
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +51,250 @@ def ours(server: Server, **body: Any) -> list[dict[str, Any]]:
 def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
     """A row's labels and probabilities, the most probable first."""
     return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
+
+
+# All of them
+
+
+def by_vllm(url: str, texts: list[str]) -> Any:
+    rows = httpx.post(url + "/classify", json={"model": "tiny", "input": texts}).json()["data"]
+    return [(row["label"], max(row["probs"])) for row in rows]
+
+
+def by_sglang(url: str, texts: list[str]) -> Any:
+    rows = [httpx.post(url + "/v1/classify", json={"model": "tiny", "input": t}).json() for t in texts]
+    return [(row["data"][0]["label"], max(row["data"][0]["probs"])) for row in rows]
+
+
+def by_triton(url: str, texts: list[str]) -> Any:
+    client = InferenceServerClient(url.removeprefix("http://"))
+    result = client.infer("tiny", [tensor("text", texts, binary=True)])
+    client.close()
+    return list(
+        zip(result.as_numpy("label").tolist(), result.as_numpy("probs").max(axis=1).tolist(), strict=True)
+    )
+
+
+def by_hugging_face(url: str, texts: list[str]) -> Any:
+    ranked = [InferenceClient(url).text_classification(text, top_k=1) for text in texts]
+    return [(first.label, first.score) for (first,) in ranked]
+
+
+def by_tei(url: str, texts: list[str]) -> Any:
+    rows = httpx.post(url + "/predict", json={"inputs": [[text] for text in texts]}).json()
+    return [(row[0]["label"], row[0]["score"]) for row in rows]
+
+
+def by_our_client(url: str, texts: list[str]) -> Any:
+    with Client(url) as client:
+        return [(row.label, max(row.probs)) for row in client.classify(texts).rows]
+
+
+def by_our_async_client(url: str, texts: list[str]) -> Any:
+    async def answers() -> Any:
+        async with AsyncClient(url) as client:
+            rows = await asyncio.gather(*(client.classify(text) for text in texts))
+            return [(row.rows[0].label, max(row.rows[0].probs)) for row in rows]
+
+    return asyncio.run(answers())
+
+
+def by_our_command(url: str, texts: list[str]) -> Any:
+    result = CliRunner().invoke(de3_app, ["classify", *texts, "--url", url], catch_exceptions=False)
+    rows = [line.split() for line in result.output.splitlines()]
+    return [(row[0], float(row[1])) for row in rows]
+
+
+OTHERS = (by_vllm, by_sglang, by_triton, by_hugging_face, by_tei)
+OURS = (by_our_client, by_our_async_client, by_our_command)
+
+
+@pytest.mark.parametrize("client", [*OTHERS, *OURS])
+def test_every_client_gets_the_same_answer(
+    server: Server, client: Callable[[str, list[str]], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the tests set, for the hub
+    expected = [(row["label"], max(row["probs"])) for row in ours(server, input=TEXTS)]
+    assert [(label, round(score, 2)) for label, score in client(server.url, TEXTS)] == [
+        (label, round(score, 2)) for label, score in expected
+    ]
+
+
+# A client generated from the OpenAPI schema
+
+
+@pytest.fixture(scope="module")
+def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The package that openapi-python-client makes of /openapi.json, without a warning."""
+    folder = tmp_path_factory.mktemp("generated")
+    (folder / "config.yaml").write_text("post_hooks: []\n")  # it would format the code
+    command = [sys.executable, "-m", "openapi_python_client", "generate"]
+    command += [
+        "--url",
+        server.url + "/openapi.json",
+        "--meta",
+        "none",
+        "--output-path",
+        str(folder / "de3_generated"),
+        "--fail-on-warning",
+    ]
+    command += ["--config", str(folder / "config.yaml")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0 and "arning" not in done.stdout, done.stdout + done.stderr
+    sys.path.insert(0, str(folder))
+    yield importlib.import_module
+    sys.path.remove(str(folder))
+
+
+def test_a_generated_client_reads_typed_answers(server: Server, generated: Any) -> None:
+    classify = generated("de3_generated.api.classify.classify")
+    models = generated("de3_generated.models")
+    client = generated("de3_generated").Client(server.url)
+    pair = models.TextPair(text="a good film", text_pair="dull")
+    body = models.ClassifyRequest(input_=[*TEXTS, pair], model="tiny", tau=0.1, explain=True)
+    answer = classify.sync(client=client, body=body)
+    assert isinstance(answer, models.ClassifyResponse)
+    assert (answer.model, answer.usage.total_tokens > 0, len(answer.data)) == ("tiny:1", True, 4)
+    expected = ours(server, input=[*TEXTS, pair.to_dict()], model="tiny", tau=0.1, explain=True)
+    for row, raw in zip(answer.data, expected, strict=True):
+        assert (row.label, row.probs, row.exit_.layer) == (raw["label"], raw["probs"], raw["exit"]["layer"])
+        assert row.exit_.reason == models.ExitReason(raw["exit"]["reason"])
+        assert (row.exit_.tau, row.exit_.lambda_) == (0.1, raw["exit"]["lambda"]) and not row.truncated
+        assert [passed.edr for passed in row.layers] == [passed["edr"] for passed in raw["layers"]]
+        assert row.to_dict().items() >= raw.items()
+
+    refused = classify.sync(client=client, body=models.ClassifyRequest(input_="good", tau=2.0))
+    assert isinstance(refused, models.ErrorResponse)
+    assert (refused.error.code, refused.error.param) == (422, "tau")
+
+    async def ask() -> Any:
+        return await classify.asyncio(client=client, body=models.ClassifyRequest(input_="good"))
+
+    assert asyncio.run(ask()).data[0].index == 0
+    (listed, _) = generated("de3_generated.api.models.models").sync(client=client).data
+    assert (listed.id, listed.labels) == ("tiny:1", ["negative", "positive"])
+    metadata = generated("de3_generated.api.open_inference_protocol.model_metadata")
+    assert "no model 'x' is served" in metadata.sync("x", client=client).error
+
+
+def test_the_schema_is_valid(store: Path) -> None:
+    settings = Settings(store=store, api_keys=f"alice {KEY}", admin_keys="root root-has-a-long-key")  # type: ignore[arg-type]
+    api = create_api(Frontend(Service(settings), PROTOCOLS), lambda: None)
+    schema = json.loads(json.dumps(api.openapi()))
+    assert [error.message for error in OpenAPIV31SpecValidator(schema).iter_errors()] == []
+    operations = [operation for path in schema["paths"].values() for operation in path.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations) > 15
+
+
+# vLLM and SGLang
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v1/classify"])
+@pytest.mark.parametrize("texts", [CAFE, [CAFE, BROKEN]])
+def test_the_documented_request_of_vllm_and_sglang(server: Server, path: str, texts: Any) -> None:
+    model = httpx.get(server.url + "/v1/models").json()["data"][0]["id"]  # as vLLM's example does
+    headers = {"accept": "application/json", "Content-Type": "application/json"}
+    answer = httpx.post(server.url + path, json={"model": model, "input": texts}, headers=headers)
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    count = len(texts) if isinstance(texts, list) else 1
+    assert body["id"].startswith("classify-") and body["object"] == "list" and body["model"] == model
+    assert isinstance(body["created"], int) and body["created"] > 1_700_000_000
+    for index, row in enumerate(body["data"]):
+        assert row.keys() >= {"index", "label", "probs", "num_classes"}
+        assert (row["index"], row["num_classes"], len(row["probs"])) == (index, 2, 2)
+        assert sum(row["probs"]) == pytest.approx(1) and row["label"] in ("negative", "positive")
+    usage = body["usage"]
+    assert len(body["data"]) == count and usage["completion_tokens"] == 0
+    assert 0 < usage["prompt_tokens"] == usage["total_tokens"]
+
+
+def test_every_documented_field_of_vllm_works(server: Server) -> None:
+    plain = ours(server, input=CAFE)
+    for fields in (
+        # What a client sends that spells out vLLM's defaults.
+        {
+            **dict.fromkeys(("model", "user", "truncate_prompt_tokens", "padding", "truncation_side")),
+            **dict.fromkeys(("mm_processor_kwargs", "cache_salt", "use_activation")),
+            "priority": 0,
+            "add_special_tokens": True,
+        },
+        {"truncate_prompt_tokens": -1, "truncation_side": "right", "use_activation": True, "user": "u-1"},
+        {"padding": "max_length", "cache_salt": "c2FsdA", "priority": -1, "activation": True, "rid": "r-1"},
+    ):
+        assert ours(server, input=CAFE, **fields) == plain, fields
+    for name in ("use_activation", "activation"):
+        (raw,) = ours(server, input=CAFE, explain=True, **{name: False})
+        weights = np.exp(raw["probs"])
+        assert plain[0]["label"] == raw["label"]
+        assert weights / weights.sum() == pytest.approx(plain[0]["probs"])
+        assert raw["layers"][-1]["probs"] == raw["probs"]
+    assert server.classify(input=CAFE, request_id="mine").json()["id"] == "classify-mine"
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: input should be -1 or null"),
+        ({"truncation_side": "left"}, "truncation_side: input should be 'right' or null"),
+        ({"add_special_tokens": False}, "add_special_tokens: input should be True or null"),
+        ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
+        ({"request_id": 7}, "request_id: input should be a valid string"),
+        (
+            {"messages": [{"role": "user", "content": CAFE}]},
+            "messages: unknown field; known are ",
+        ),
+        ({"chat_template": "{{ x }}"}, "chat_template: unknown field"),
+        ({"softmax": True}, "softmax: unknown field"),
+        (
+            {"input": [[9707, 11, 847], [791]]},
+            "input[0]: must be a text, or an object with text and text_pair",
+        ),
+        ({"input": [9707, 11, 847]}, "input[0]: must be a text"),
+        ({"text": CAFE}, "text: unknown field"),
+    ],
+)
+def test_what_vllm_has_and_we_have_not_is_refused_by_name(
+    server: Server, fields: dict[str, Any], says: str
+) -> None:
+    answer = server.classify(**{"input": CAFE, **fields})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["message"].startswith(says) and error["param"] == says.partition(":")[0].partition("[")[0]
+
+
+def test_sglangs_own_classify(server: Server) -> None:
+    """The example reads `embedding` of each response."""
+    rows = ours(server, input=[CAFE, BROKEN])
+    answer = server.classify(model="tiny", text=[CAFE, BROKEN], rid="r-1")
+    assert [len(one["embedding"]) for one in answer.json()] == [2, 2]
+    for one, row in zip(answer.json(), rows, strict=True):
+        weights = np.exp(one["embedding"])
+        assert weights / weights.sum() == pytest.approx(row["probs"])
+        assert one["meta_info"] == {
+            "id": answer.headers["x-request-id"],
+            "prompt_tokens": one["meta_info"]["prompt_tokens"],
+        }
+    single = server.classify(text=CAFE, tau=0).json()
+    assert len(single["embedding"]) == 2 and single["meta_info"]["prompt_tokens"] > 2
+    for wrong, says in (
+        ({"text": ""}, "text: must be a text that is not empty"),
+        ({"text": []}, "text: must not be an empty list"),
+        ({"text": ["good", 1]}, "text[1]: must be a text"),
+        ({"text": ["good", "good film " * 100]}, "text[1]: has 202 tokens"),
+        ({"text": ["good"] * 9}, "text: 9 texts, at most 8"),
+        ({"text": "good", "sampling_params": {}}, "sampling_params: unknown field; known are"),
+    ):
+        refused = server.classify(**wrong)
+        assert refused.status_code == 422, wrong
+        assert refused.json()["error"]["message"].startswith(says)
+
+
+def test_vllms_semantic_router(server: Server) -> None:
+    """It wants every label once, by name, and scores that add up to 1."""
+    answer = httpx.post(server.url + "/classify", json={"inputs": CAFE}).json()
+    assert {one["label"] for one in answer} == {"negative", "positive"} and len(answer) == 2
+    assert sum(one["score"] for one in answer) == pytest.approx(1)
 
 
 # tritonclient
@@ -148,6 +411,62 @@ def test_a_shed_request_is_answered_in_its_protocols_format(
     assert server.classify(input="good").json()["error"]["code"] == 503
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/v2/models/other", 404),
+        ("GET", "/v2/models/other/versions/1/ready", 404),
+        ("POST", "/v2/repository/index", 404),
+        ("GET", "/v2/models/tiny/infer", 404),
+        ("GET", "/predict", 404),
+        ("DELETE", "/info", 405),
+        ("GET", "/classify", 405),
+        ("GET", "/v1/models/other/calibration", 404),
+    ],
+)
+def test_errors_of_all_routes_have_their_protocols_format(
+    server: Server, method: str, path: str, status: int
+) -> None:
+    answer = httpx.request(method, server.url + path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    if path.startswith("/v2"):
+        assert answer.json().keys() == {"error"} and isinstance(error, str)
+    elif path in ("/predict", "/info"):
+        assert answer.json() == {"error": error, "error_type": "validation"} and isinstance(error, str)
+    else:
+        assert error["code"] == status and error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "name"),
+    [
+        ("/classify", {"input": ["good", "LONG"], "truncate": False}, "input[1]"),
+        ("/classify", {"inputs": ["good", "LONG"], "parameters": {"truncation": False}}, "inputs[1]"),
+        ("/", {"inputs": "LONG", "parameters": {"truncation": False}}, "inputs"),
+        ("/predict", {"inputs": [["good"], ["LONG"]]}, "inputs[1]"),
+        (
+            "/v2/models/tiny/infer",
+            {
+                "inputs": [{"name": "text", "datatype": "BYTES", "shape": [2], "data": ["good", "LONG"]}],
+                "parameters": {"truncate": False},
+            },
+            "inputs: text[1]",
+        ),
+    ],
+)
+def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
+    server: Server, path: str, body: dict[str, Any], name: str
+) -> None:
+    content = json.dumps(body).replace("LONG", "good film " * 100)
+    answer = httpx.post(server.url + path, content=content)
+    error = answer.json()["error"]
+    message = error["message"] if isinstance(error, dict) else error
+    assert answer.status_code == 422 and message.startswith(f"{name}: has 202 tokens, the model takes"), (
+        message
+    )
+
+
 # huggingface_hub
 
 
@@ -176,7 +495,49 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
     assert [len(one) for one in both] == [2, 2]
 
 
-# Text Embeddings Inference, by the bodies of its documentation
+# Text Embeddings Inference
+
+# Requests and responses of its README and of router/tests/test_http_predict.rs with its snapshots, of which
+# the first labels are here; errors as docs/openapi.json shows them.
+TEI_TRANSCRIPT: list[tuple[Any, Any]] = [
+    ({"inputs": "I like you."}, [{"score": 0.9, "label": "love"}]),
+    (
+        {"inputs": "test"},
+        [{"score": 0.9972132, "label": "neutral"}, {"score": 0.0007965705, "label": "approval"}],
+    ),
+    ({"inputs": [["test"]] * 5}, [[{"score": 0.9972132, "label": "neutral"}]] * 5),
+    ({"inputs": [["test"]] * 9}, {"error": "Batch size error", "error_type": "validation"}),
+]
+TEI_INFO = {
+    "required": {"model_id", "model_dtype", "model_type", "max_concurrent_requests", "max_input_length"}
+    | {"max_batch_tokens", "max_client_batch_size", "auto_truncate", "tokenization_workers", "version"},
+    "optional": {"docker_label", "max_batch_requests", "model_sha", "sha"},
+}
+
+
+def shape(value: Any) -> Any:
+    """The types of a JSON value; a list's is that of its entries, which must be alike."""
+    if isinstance(value, dict):
+        return {key: shape(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        first, *rest = [shape(entry) for entry in value]
+        assert all(entry == first for entry in rest)
+        return [first]
+    return type(value)
+
+
+@pytest.mark.parametrize(("request_", "response"), TEI_TRANSCRIPT)
+def test_answers_have_the_shape_of_teis(server: Server, request_: Any, response: Any) -> None:
+    answer = httpx.post(server.url + "/predict", json=request_).json()
+    assert shape(answer) == shape(response)
+    if isinstance(answer, dict):
+        assert answer["error_type"] == response["error_type"]
+
+
+def test_info_has_the_fields_of_teis(server: Server) -> None:
+    info = httpx.get(server.url + "/info").json()
+    assert TEI_INFO["required"] <= info.keys() <= TEI_INFO["required"] | TEI_INFO["optional"]
+    assert info["model_type"]["classifier"].keys() == {"id2label", "label2id"}
 
 
 @pytest.mark.parametrize(

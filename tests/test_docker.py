@@ -311,7 +311,7 @@ def test_keys_come_in_files(compose: Compose) -> None:
         assert status("POST", "/classify", input="a lovely film") == 401
         assert status("POST", "/classify", "alice-012345678x", input="a lovely film") == 401
         assert status("POST", "/classify", key, input="a lovely film") == 200
-        assert status("POST", "/v1/models/no-such-model/unload", key) == 401
+        assert status("POST", "/v1/models/no-such-model/unload", key) == 403
         assert status("POST", "/v1/models/no-such-model/unload", admin_key) == 404
         assert admin_key not in docker("inspect", compose.container("server"))
 

@@ -55,6 +55,26 @@ def test_it_answers_what_de3_serve_answers(port: int, versions: Path) -> None:
     assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny:1"
 
 
+@pytest.mark.parametrize(
+    ("sent", "is_kept"), [([], False), (["my-own"], True), (["a b"], False), (["{}", "my-own"], True)]
+)
+def test_a_response_has_one_request_id(port: int, sent: list[str], is_kept: bool) -> None:
+    """The answer's `id` is made of the id that the replica logs."""
+    headers = [("X-Request-ID", one) for one in sent]
+    url = f"http://127.0.0.1:{port}"
+    answer = httpx.post(url + "/classify", json={"input": "good"}, headers=headers)
+    (request_id,) = answer.headers.get_list("x-request-id")
+    assert answer.json()["id"] == f"classify-{request_id}"
+    assert (request_id == "my-own") is is_kept and request_id not in ("", "a b", "{}")
+    for other in (
+        httpx.post(url + "/classify", json={}, headers=headers),
+        httpx.get(url + "/v1/models", headers=headers),
+        httpx.get(url + "/nothing", headers=headers),
+    ):
+        (request_id,) = other.headers.get_list("x-request-id")
+        assert (request_id == "my-own") is is_kept
+
+
 def test_each_node_has_a_replica(port: int) -> None:
     assert len(set(measure.replicas().values())) == 2
 

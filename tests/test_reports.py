@@ -136,6 +136,25 @@ def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanEx
     assert found["tokenize"].end_time == found["model"].start_time
 
 
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/v1/classify", "/v1/classify"),
+        ("/predict", "/predict"),
+        ("/v2/models/tiny/infer", "/v2/models/{model}/infer"),
+        ("/v2/models/tiny/versions/1/infer", "/v2/models/{model}/versions/{version}/infer"),
+    ],
+)
+def test_a_span_has_the_name_of_its_route(
+    server: Server, spans: InMemorySpanExporter, path: str, route: str
+) -> None:
+    httpx.post(server.url + path, json={})
+    until(spans.get_finished_spans, "the span")
+    (root,) = spans.get_finished_spans()
+    assert root.name == f"POST {route}"
+    assert root.attributes is not None and root.attributes["http.route"] == route
+
+
 def test_a_failed_request_says_why_in_its_trace(server: Server, spans: InMemorySpanExporter) -> None:
     post(server, input="good", tau=7)
     until(spans.get_finished_spans, "the span")

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.app import PROTOCOLS, create_app
+from server.http.exchange import HEADER
 from server.http.frontend import Frontend
 from server.service import Service
 from server.settings import Settings
@@ -62,12 +63,26 @@ class De3:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """The ASGI application that Ray serves."""
-        return create_app(self._frontend)
+        return _without_id(create_app(self._frontend))
 
     def check_health(self) -> None:
         """Ray's health check: a replica that raises is replaced."""
         if self.service.failure is not None:
             raise self.service.failure
+
+
+def _without_id(app: ASGIApp) -> ASGIApp:
+    """Omits X-Request-ID from responses: Ray gives each request an id, which is the server's too, and adds it."""
+
+    async def without_id(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [header for header in message["headers"] if header[0] != HEADER]
+            await send(message)
+
+        await app(scope, receive, send_without_id)
+
+    return without_id
 
 
 def build(arguments: dict[str, str]) -> serve.Application:

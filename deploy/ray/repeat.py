@@ -1,5 +1,6 @@
-"""Retries in Ray's proxy the requests of a replica that died: classification has no side effects.
+"""Middlewares for Ray's proxy: retries of the requests of a replica that died, and request ids that are safe.
 
+Classification has no side effects, so its requests can be retried.
 Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares.
 """
 
@@ -11,6 +12,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.http.app import PROTOCOLS
+from server.http.exchange import HEADER, WELL_FORMED
 from server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
@@ -68,6 +70,24 @@ async def _read(receive: Receive) -> tuple[list[Message], bool]:
     return messages, False
 
 
+class SafeIds:
+    """ASGI middleware that drops an X-Request-ID that is not well formed: Ray would send it back as it came, and
+    makes an id where there is none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on."""
+        if scope["type"] == "http":
+            scope["headers"] = [
+                (name, value)
+                for name, value in scope["headers"]
+                if name != HEADER or WELL_FORMED.fullmatch(value)
+            ]
+        await self._app(scope, receive, send)
+
+
 def middlewares() -> list[Middleware]:
     """The middlewares for Ray's proxy."""
-    return [Middleware(Repeat)]
+    return [Middleware(Repeat), Middleware(SafeIds)]

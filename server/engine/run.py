@@ -123,7 +123,8 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
 
 
 def _too_long(item: Item, error: ValueError) -> RequestError:
-    field = f"input[{item.index}]" if len(item.job.items) > 1 else "input"
+    name = item.job.request.input_name
+    field = f"{name}[{item.index}]" if len(item.job.items) > 1 else name
     return RequestError(f"{field}: {error}", field, "too_long")
 
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from threading import Lock
 from time import perf_counter
+from typing import ClassVar
 
 from exits.reading import Reading
 from exits.rule import ExitReason, ExitRule
@@ -42,6 +43,7 @@ class Request:
     """Texts to classify, and how; what every protocol's request becomes.
 
     Attributes:
+        input_name: what the protocol calls the texts, for messages.
         model: name or name:version; None: the server's first model.
         explain: report every exit passed.
         ood: report how unlike the calibration's texts a text is.
@@ -50,6 +52,8 @@ class Request:
         served, job: the model, and what runs it, once they are known: whoever reports on a failed request finds
             here how far it got.
     """
+
+    input_name: ClassVar[str] = "input"
 
     texts: Sequence[Text]
     options: ExitOptions = field(default_factory=ExitOptions)

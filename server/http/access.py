@@ -145,7 +145,7 @@ class Access:
         except RequestError:
             if self.users is not None:
                 self.users.owner(scope)
-                raise RequestError("this needs an admin's key", cause="no_key") from None
+                raise RequestError("this needs an admin's key", cause="forbidden") from None
             raise
         return True
 
@@ -208,10 +208,8 @@ class RateLimit:
         """Raise RequestError for a request that costs more than the limit ever allows."""
         if texts > self._rate.amount:
             raise RequestError(
-                f"input: this request counts as {texts} texts, and your limit is {self._rate}: "
-                "send fewer at a time",
-                "input",
-                "rate_limited",
+                f"this request counts as {texts} texts, and your limit is {self._rate}: send fewer at a time",
+                cause="rate_limited",
             )
 
     def drain(self, owner: str, texts: int) -> None:

@@ -29,11 +29,11 @@ class Load(BaseModel):
         description="current: answers for the name; canary: answers a share of its requests; shadow: runs "
         "them as well and is compared; beside: answers those that name its version",
     )
-    share: float = Field(default=0.0, gt=0, lt=1, description="of the requests, for a canary")
+    share: float | None = Field(default=None, gt=0, lt=1, description="of the requests, for a canary")
 
     @model_validator(mode="after")
     def _fits(self) -> "Load":
-        if ("share" in self.model_fields_set) != (self.role == "canary"):
+        if (self.share is None) == (self.role == "canary"):
             raise ValueError("share: is for a canary, which needs one")
         return self
 
@@ -51,6 +51,7 @@ def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> N
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
+        403: error(403, "this needs an admin's key"),
         404: error(404, "no version '3' of model 'sst2'; there are: 1, 2", "name"),
         409: error(409, "sst2 is the only model that is served", "name"),
         422: error(422, "not loaded; the served models are unchanged: layer_02.onnx: damaged", "name"),
@@ -58,17 +59,17 @@ def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> N
     common: dict[str, Any] = {"tags": ["change models"], "responses": errors, "dependencies": dependencies}
 
     @app.post("/v1/models/{name}/load", **common)
-    async def load(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
+    async def load_model(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
         """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
-        return _said(await manager.load(name, what.version, what.role, what.share), what.role)
+        return _said(await manager.load(name, what.version, what.role, what.share or 0.0), what.role)
 
     @app.post("/v1/models/{name}/rollback", **common)
-    async def rollback(name: Name) -> dict[str, Any]:
+    async def roll_back_model(name: Name) -> dict[str, Any]:
         """Make the previous current version current again."""
         return _said(await manager.roll_back(name), "current")
 
     @app.post("/v1/models/{name}/unload", **common)
-    async def unload(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
+    async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
         """Stop serving a version, or all versions of a name."""
         return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
 

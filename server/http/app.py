@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from exits.guarantee import CONFIDENCE
 from model_store.manifest import Manifest
-from server.errors import RequestError
-from server.http import admin, errors, hugging_face, open_inference, openapi, tei
+from server.errors import Cause, RequestError
+from server.http import admin, hugging_face, open_inference, openapi, tei
 from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
@@ -63,15 +63,12 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
         if scope["type"] != "http":
             await api(scope, receive, send)
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
-            service.metrics.rejected.labels("other_origin").inc()
-            match = frontend.protocol(scope)
-            body = match[0].error(OTHER_ORIGIN) if match is not None else None
-            await errors.response(OTHER_ORIGIN, request_id(scope), body)(scope, receive, send)
-        elif (match := frontend.protocol(scope)) is not None:
+            await frontend.refuse(OTHER_ORIGIN, scope)(scope, receive, _with_headers(send, scope))
+        elif (route := frontend.route(scope)) is not None:
             if frontend.sheds(scope):
-                await frontend.shed(scope, send, match[0])
+                await frontend.shed(scope, send, route)
             else:
-                await answer(scope, receive, send, frontend, *match)
+                await answer(scope, receive, send, frontend, route)
         else:
             send = _with_headers(send, scope)
             try:
@@ -79,9 +76,9 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                     body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
                     receive = _replay(body, receive)
             except RequestError as error:
-                await errors.response(error)(scope, receive, send)
-            except ClientDisconnect:
-                pass
+                await frontend.refuse(error, scope)(scope, receive, send)
+            except ClientDisconnect:  # nobody reads a response
+                service.metrics.rejected.labels("client_gone").inc()
             else:
                 await api(scope, receive, send)
 
@@ -160,6 +157,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         redirect_slashes=False,  # it would redirect to wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
     app.state.service = service
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
@@ -170,11 +168,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
     @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
-    async def post_classify() -> Response:
+    async def classify() -> Response:
         """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
         raise HTTPException(404)  # a path that only resembles it: create_app answers the real one
 
-    @app.get("/v1/models", tags=["models"], dependencies=users)
+    @app.get("/v1/models", tags=["models"], dependencies=users, **openapi.MODELS)
     async def models() -> dict[str, Any]:
         """The served models: labels, layers, role, defaults, and what the defaults give."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]
@@ -230,21 +228,22 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
             body = await asyncio.to_thread(generate_latest, service.metrics.registry)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
-    _add_error_handlers(app)
+    _add_error_handlers(app, frontend)
     openapi.document(app)
     return app
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Answer every error in OpenAI's format."""
+def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
+    """Count and answer every error as the frontend does."""
+    causes: dict[int, Cause] = {400: "not_json", 404: "unknown_path", 405: "wrong_method"}
 
     @app.exception_handler(RequestError)
-    async def request_error(_: Request, error: RequestError) -> Response:
-        return errors.response(error)
+    async def request_error(request: Request, error: RequestError) -> Response:
+        return frontend.refuse(error, request.scope)
 
     @app.exception_handler(RequestValidationError)
-    async def wrong_value(_: Request, error: RequestValidationError) -> Response:
-        return errors.response(admin.explain(error))
+    async def wrong_value(request: Request, error: RequestValidationError) -> Response:
+        return frontend.refuse(admin.explain(error), request.scope)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -253,13 +252,15 @@ def _add_error_handlers(app: FastAPI) -> None:
             404: f"no such path: {path}; see /docs",
             405: f"{request.method} is not allowed on {path}; see /docs",
         }.get(error.status_code, str(error.detail))
-        response = errors.plain_response(error.status_code, message)
+        cause = causes.get(error.status_code, "bad_request")
+        response = frontend.refuse(RequestError(message, cause=cause), request.scope)
         response.headers.update(error.headers or {})
         return response
 
     @app.exception_handler(Exception)
-    async def crash(_: Request, __: Exception) -> Response:
-        return errors.plain_response(500, "internal error; the server's log has the details")
+    async def crash(request: Request, _: Exception) -> Response:
+        error = RequestError("internal error; the server's log has the details", cause="internal")
+        return frontend.refuse(error, request.scope)
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:

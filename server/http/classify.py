@@ -1,17 +1,31 @@
 """The protocol of /classify, a superset of vLLM's and SGLang's: request and response as JSON."""
 
 import time
+from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from exits.reading import Reading
 from server.engine.work import Item, Job, Request, Text
-from server.http import hugging_face
-from server.http.fields import OptionFields, check_count, check_fields, load_json
+from server.http import hugging_face, sglang
+from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
 from server.http.protocol import Call, Protocol
+
+
+@dataclass(slots=True, eq=False)
+class Classification(Request):
+    """A request, with what its response depends on.
+
+    Attributes:
+        id: the client's, for the response's id.
+        raw: logits instead of probabilities.
+    """
+
+    id: str | None = None
+    raw: bool = False
 
 
 def _texts(value: Any) -> list[Text]:
@@ -47,73 +61,115 @@ def _string(value: Any, where: str) -> str:
     return value
 
 
-_ONE = [
-    {"type": "string", "minLength": 1},
-    {
-        "type": "object",
-        "properties": {"text": {"type": "string"}, "text_pair": {"type": "string"}},
-        "required": ["text", "text_pair"],
-        "additionalProperties": False,
-    },
-]
-_INPUT_SCHEMA = {"anyOf": [*_ONE, {"type": "array", "minItems": 1, "items": {"anyOf": _ONE}}]}
+class TextPair(BaseModel):
+    """Two texts that are classified together."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str
+    text_pair: str
 
 
-class ClassifyRequest(OptionFields):
-    """A request to classify one or more texts."""
+# For the schema; `_texts` does the work, without a model for each text.
+OneText = Annotated[str, Field(min_length=1)] | TextPair
+OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
+
+
+class ClassifyFields(OptionFields):
+    """The fields of most requests."""
 
     model: str | None = Field(
         None, description="name (its current version, or a canary) or name:version; default: the first served"
     )
-    input: Annotated[list[Text], BeforeValidator(_texts), WithJsonSchema(_INPUT_SCHEMA)] = Field(
+    input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"
     )
     truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
     explain: bool = Field(False, description="report every exit passed")
     ood: bool = Field(False, description="report how unlike the calibration's texts a text is, as ood_score")
+
+
+class ClassifyRequest(ClassifyFields):
+    """A request to classify one or more texts."""
+
+    request_id: str | None = Field(None, max_length=128, description="for the response's id")
+    use_activation: bool | None = Field(None, description="false: logits in probs, instead of probabilities")
+    activation: bool | None = Field(None, description="the former name of use_activation")
+    truncate_prompt_tokens: Literal[-1] | None = Field(
+        None, description="accepted; texts are cut to what the model takes"
+    )
+    truncation_side: Literal["right"] | None = Field(None, description="accepted; texts are cut at their end")
+    add_special_tokens: Literal[True] | None = Field(None, description="accepted; the model needs them")
     user: Any = Field(None, description="accepted and ignored")
     rid: Any = Field(None, description="accepted and ignored")
     priority: Any = Field(None, description="accepted and ignored")
+    padding: Any = Field(None, description="accepted and ignored")
+    cache_salt: Any = Field(None, description="accepted and ignored")
+    mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
-IGNORED = ("user", "rid", "priority")
+EXAMPLE = '{"input": "a text"}'
+OFTEN = frozenset(known_fields(ClassifyFields))
+IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
 
 
 def parse(call: Call) -> Request:
     """The request in a call; raises RequestError for what is not JSON or has a wrong value."""
     value = load_json(call.body)
-    if isinstance(value, dict) and "inputs" in value and "input" not in value:
-        return hugging_face.request_of(value, call.max_texts, nests_one=False)
     if isinstance(value, dict):
-        for field in IGNORED:
-            value.pop(field, None)
+        if "input" not in value:
+            if "inputs" in value:
+                return hugging_face.request_of(value, call.max_texts, nests_one=False)
+            if "text" in value:
+                return sglang.request_of(value, call.max_texts)
         check_count(value.get("input"), "input", call.max_texts)
-    parsed = check_fields(ClassifyRequest, value, '{"input": "a text"}')
-    return Request(parsed.input, parsed.options, parsed.model, parsed.truncate, parsed.explain, parsed.ood)
+        if not value.keys() <= OFTEN:
+            return _with_all_fields(value)
+    return _request(check_fields(ClassifyFields, value, EXAMPLE))
+
+
+def _with_all_fields(value: dict[str, Any]) -> Classification:
+    for field in value.keys() & IGNORED:
+        del value[field]
+    fields = check_fields(ClassifyRequest, value, EXAMPLE)
+    request = _request(fields)
+    request.id = fields.request_id
+    request.raw = fields.use_activation is False or fields.activation is False
+    return request
+
+
+def _request(fields: ClassifyFields) -> Classification:
+    return Classification(
+        fields.input, fields.options, fields.model, fields.truncate, fields.explain, fields.ood
+    )
 
 
 def serialize(request_id: str, job: Job) -> bytes:
     """The response's body for a job that is done: one row for each text, in order."""
-    if isinstance(job.request, hugging_face.TaskRequest):
+    request = job.request
+    if isinstance(request, hugging_face.TaskRequest):
         return hugging_face.serialize(request_id, job)
+    if isinstance(request, sglang.LogitsRequest):
+        return sglang.serialize(request_id, job)
+    assert isinstance(request, Classification)
     tokens = job.tokens
     body: dict[str, Any] = {
-        "id": f"classify-{request_id}",
+        "id": f"classify-{request.id or request_id}",
         "object": "list",
         "created": int(time.time()),
         "model": job.model.full_name,
-        "data": [_row(item, job) for item in job.items],
+        "data": [_row(item, job, request) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     certificate = job.served.rules.certificate(job.choice)
     if certificate is not None:
         body["certificate"] = certificate
-    if job.request.explain:
+    if request.explain:
         body["tau_choice"] = job.choice.row()
     return orjson.dumps(body)
 
 
-def _row(item: Item, job: Job) -> dict[str, Any]:
+def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     """The answer to one text."""
     outcome, manifest = item.outcome, job.model.manifest
     assert outcome is not None  # the job is done
@@ -121,7 +177,7 @@ def _row(item: Item, job: Job) -> dict[str, Any]:
     row: dict[str, Any] = {
         "index": item.index,
         "label": manifest.labels[reading.label],
-        "probs": reading.probs,
+        "probs": reading.logits if request.raw else reading.probs,
         "num_classes": len(manifest.labels),
         "exit": {
             "layer": outcome.layer,
@@ -134,13 +190,18 @@ def _row(item: Item, job: Job) -> dict[str, Any]:
     }
     if outcome.truncated:
         row["truncated"] = True
-    if job.request.ood:
+    if request.ood:
         row["ood_score"] = job.served.monitor.score(outcome.passed)
     if outcome.is_far:
         row["out_of_distribution"] = True
-    if job.request.explain:
+    if request.explain:
         row["layers"] = [
-            {"layer": layer, **_signals(r), "label": manifest.labels[r.label], "probs": r.probs}
+            {
+                "layer": layer,
+                **_signals(r),
+                "label": manifest.labels[r.label],
+                "probs": r.logits if request.raw else r.probs,
+            }
             for layer, r in outcome.passed
         ]
     return row

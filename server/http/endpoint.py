@@ -5,7 +5,6 @@ Plain ASGI: a web framework's routing and request objects would cost as much as 
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from time import perf_counter
 
 from starlette.requests import ClientDisconnect
@@ -17,24 +16,17 @@ from server.http import errors
 from server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
 from server.http.exchange import HEADER, Exchange, request_id
 from server.http.frontend import Frontend
-from server.http.protocol import LARGE_BODY_BYTES, Call, Protocol
+from server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
 from server.infer import infer, timed_out
 
 log = logging.getLogger("de3")
 
 
-async def answer(
-    scope: Scope,
-    receive: Receive,
-    send: Send,
-    frontend: Frontend,
-    protocol: Protocol,
-    path: Mapping[str, str],
-) -> None:
-    """Answer one request; every outcome is counted. path: the values of its parameters."""
-    exchange = Exchange(request_id(scope), scope, scope.get("de3.started") or perf_counter())
+async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, route: Route) -> None:
+    """Answer one request; every outcome is counted."""
+    exchange = Exchange(request_id(scope), scope, route.template, scope.get("de3.started") or perf_counter())
     try:
-        body, timing = await _answer(exchange, receive, send, frontend, protocol, path)
+        body, timing = await _answer(exchange, receive, send, frontend, route)
         # No longer in flight: a client that reads slowly takes up no one's share.
         if body:
             await _send(send, exchange.id, body, timing)
@@ -45,19 +37,14 @@ async def answer(
 
 
 async def _answer(
-    exchange: Exchange,
-    receive: Receive,
-    send: Send,
-    frontend: Frontend,
-    protocol: Protocol,
-    path: Mapping[str, str],
+    exchange: Exchange, receive: Receive, send: Send, frontend: Frontend, route: Route
 ) -> tuple[bytes, str]:
     """The response's body and timing; sends an error itself, and returns nothing then."""
-    service, body, timing = frontend.service, b"", ""
+    service, protocol, body, timing = frontend.service, route.protocol, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1
     try:
-        job = await _classify(exchange, receive, frontend, protocol, path)
+        job = await _classify(exchange, receive, frontend, route)
         body = protocol.serialize(exchange.id, job)
         timing = _timing(job, exchange.started, perf_counter())
         exchange.status = 200
@@ -84,11 +71,9 @@ async def _answer(
     return body, timing
 
 
-async def _classify(
-    exchange: Exchange, receive: Receive, frontend: Frontend, protocol: Protocol, path: Mapping[str, str]
-) -> Job:
+async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, route: Route) -> Job:
     """Read, parse and run a request; raises RequestError or ClientDisconnect."""
-    service, scope = frontend.service, exchange.scope
+    service, scope, protocol = frontend.service, exchange.scope, route.protocol
     service.check_open()
     exchange.owner = frontend.access.user(scope)
     settings = service.settings
@@ -97,7 +82,7 @@ async def _classify(
     charge = frontend.access.charge(exchange.owner)
     if len(body) > BYTES_PER_TEXT:
         charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
-    call = Call(body, path, scope["headers"], settings.max_texts)
+    call = Call(body, route.path, scope["headers"], settings.max_texts)
     try:
         if len(body) <= LARGE_BODY_BYTES:
             request = protocol.parse(call)

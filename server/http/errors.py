@@ -26,6 +26,8 @@ STATUSES: dict[Cause, int] = {
     "not_json": 400,
     "unknown_field": 422,
     "unknown_model": 404,
+    "unknown_path": 404,
+    "wrong_method": 405,
     "too_large": 413,
     "too_long": 422,
     "slow_body": 408,
@@ -36,6 +38,7 @@ STATUSES: dict[Cause, int] = {
     "timeout": 504,
     "client_gone": 499,  # nobody reads it: for the metrics and the log
     "no_key": 401,
+    "forbidden": 403,
     "rate_limited": 429,
     "over_share": 429,
     "other_origin": 403,
@@ -57,7 +60,7 @@ def openai_body(error: RequestError) -> bytes:
 
 
 def plain_response(status: int, message: str) -> Response:
-    """An error that is none of a request's: of a path or a method."""
+    """An error of what is no request: not HTTP, or to open a tunnel."""
     return Response(body(status, message), status, media_type="application/json")
 
 

@@ -13,7 +13,7 @@ from server.engine.work import Job, Request
 from server.errors import Cause
 
 HEADER = b"x-request-id"
-_WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
+WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
 # Unique without a call to the system's random generator for every response.
 _ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
 
@@ -24,7 +24,7 @@ def request_id(scope: Scope) -> str:
     Well formed are up to 128 ASCII letters, digits and _ . : / + = @ -, so that an id is safe in any log.
     """
     for name, value in scope["headers"]:
-        if name == HEADER and _WELL_FORMED.fullmatch(value):
+        if name == HEADER and WELL_FORMED.fullmatch(value):
             return str(value, "ascii")
     return f"{_ID}{next(_NUMBER):016x}"
 
@@ -34,6 +34,7 @@ class Exchange:
     """One request, filled in as it is answered.
 
     Attributes:
+        route: the template of its path, as in `app.py: PROTOCOLS`.
         started, ended: perf_counter seconds.
         owner: whose API key it has; empty where none is needed.
         status: HTTP status; 499: the client went away.
@@ -43,6 +44,7 @@ class Exchange:
 
     id: str
     scope: Scope
+    route: str
     started: float = field(default_factory=perf_counter)
     ended: float = 0.0
     owner: str = ""

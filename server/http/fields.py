@@ -19,6 +19,9 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
+    "truncate_prompt_tokens": " or null: texts are cut to what the model takes",
+    "truncation_side": " or null: texts are cut at their end",
+    "add_special_tokens": " or null: the model needs them",
 }
 
 
@@ -97,7 +100,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
     Unknown fields come first: pydantic's errors for 100,000 of them would take a quarter of a second.
     """
     if isinstance(value, dict):
-        known = _known(kind)
+        known = known_fields(kind)
         for field in value:
             if field not in known:
                 name = field[:100]
@@ -110,7 +113,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
 
 
 @cache
-def _known(kind: type[BaseModel]) -> list[str]:
+def known_fields(kind: type[BaseModel]) -> list[str]:
     """The names that a JSON object of this kind may have."""
     return [field.alias or name for name, field in kind.model_fields.items()]
 

@@ -12,7 +12,7 @@ from server.http.access import Access
 from server.http.clients import Clients
 from server.http.exchange import HEADER, Exchange, Reporter, request_id
 from server.http.lane import Lane
-from server.http.protocol import Protocol
+from server.http.protocol import Protocol, Route
 from server.http.request_log import RequestLog
 from server.http.traces import Traces, provider
 from server.service import Service
@@ -31,10 +31,17 @@ class Frontend:
         """protocols: by path."""
         settings = service.settings
         self.service = service
-        self._protocols = {path: protocol for path, protocol in protocols.items() if "{" not in path}
+        self._routes = {
+            path: Route(path, protocol, {}) for path, protocol in protocols.items() if "{" not in path
+        }
         self._templates = [
-            (compile_path(path)[0], protocol) for path, protocol in protocols.items() if "{" in path
+            (compile_path(path)[0], path, protocol) for path, protocol in protocols.items() if "{" in path
         ]
+        self._by_first_part = {
+            part: protocol
+            for path, protocol in protocols.items()
+            for part in (path.split("/")[1], *protocol.others)
+        }
         self.access = Access(settings)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
@@ -55,22 +62,22 @@ class Frontend:
         metrics, status = service.metrics, str(errors.STATUSES["shed"])
         self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
 
-    def protocol(self, scope: Scope) -> tuple[Protocol, dict[str, str]] | None:
-        """The protocol of a request to classify, and its path's parameters; None for another request."""
+    def route(self, scope: Scope) -> Route | None:
+        """The route of a request to classify; None for another request."""
         if scope["method"] != "POST":
             return None
         path = route_path(scope)
-        if (protocol := self._protocols.get(path)) is not None:
-            return protocol, {}
-        for pattern, protocol in self._templates:
+        if (route := self._routes.get(path)) is not None:
+            return route
+        for pattern, template, protocol in self._templates:
             if (match := pattern.match(path)) is not None:
-                return protocol, match.groupdict()
+                return Route(template, protocol, match.groupdict())
         return None
 
     def admit(self, scope: Scope) -> str | None:
         """The client whose request this is; None if no body is needed to answer it. Raises RequestError for a
         request that is refused whatever its body says."""
-        if self.protocol(scope) is None:
+        if self.route(scope) is None:
             needs_body = self.access.check(route_path(scope), scope)
             return self.client(scope, "") if needs_body else None
         if self.sheds(scope):
@@ -97,17 +104,28 @@ class Frontend:
 
         return self.service.admission.sheds(client)
 
-    async def shed(self, scope: Scope, send: Send, protocol: Protocol) -> None:
+    async def shed(self, scope: Scope, send: Send, route: Route) -> None:
         """Answer a request that is shed."""
         for counter in self._shed_counters:
             counter.inc()
-        response = self._shed_responses[protocol]
-        exchange = Exchange(request_id(scope), scope, status=response.status_code, cause="shed")
+        response = self._shed_responses[route.protocol]
+        exchange = Exchange(
+            request_id(scope), scope, route.template, status=response.status_code, cause="shed"
+        )
         headers = [*response.raw_headers, (HEADER, exchange.id.encode())]
         await send({"type": "http.response.start", "status": response.status_code, "headers": headers})
         await send({"type": "http.response.body", "body": response.body})
         exchange.ended = exchange.started
         self.report(exchange)
+
+    def refuse(self, error: RequestError, scope: Scope) -> Response:
+        """Count a refused request, and make the response, in the format of the protocol whose path it is.
+
+        For requests on all routes but those to classify, whose outcomes endpoint.py counts.
+        """
+        self.service.metrics.rejected.labels(error.cause).inc()
+        protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
+        return errors.response(error, content=None if protocol is None else protocol.error(error))
 
     def malformed(self) -> None:
         """Count a request that is not HTTP."""

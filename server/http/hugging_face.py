@@ -3,7 +3,7 @@ with `inputs` on /classify."""
 
 from dataclasses import dataclass
 from math import exp
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -26,6 +26,8 @@ class TaskRequest(Request):
         top_k: the number of labels; None: all.
         function: of the logits, for the scores.
     """
+
+    input_name: ClassVar[str] = "inputs"
 
     is_nested: bool = True
     top_k: int | None = None

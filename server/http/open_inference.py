@@ -7,7 +7,7 @@ tensors. Output: `label`, `probs` and `exit_layer`, as JSON. The exit options ar
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version as version_of
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 from fastapi import FastAPI
@@ -34,6 +34,8 @@ class InferRequest(Request):
         id: the client's request id, which the response repeats.
         outputs: those that were asked for.
     """
+
+    input_name: ClassVar[str] = "inputs: text"
 
     id: str | None = None
     outputs: Sequence[str] = OUTPUTS
@@ -206,19 +208,19 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
     tags: Any = {"tags": ["Open Inference Protocol"], **common}
 
     @app.get("/v2", **tags)
-    async def server() -> dict[str, Any]:
+    async def server_metadata() -> dict[str, Any]:
         """The server."""
         return {"name": "de3", "version": version_of("de3"), "extensions": []}
 
     @app.get("/v2/health/live", tags=["Open Inference Protocol"])
-    async def live() -> dict[str, bool]:
+    async def server_live() -> dict[str, bool]:
         """200 as long as the process lives."""
         return {"live": True}
 
     @app.get(
         "/v2/health/ready", tags=["Open Inference Protocol"], responses={503: {"description": "not ready"}}
     )
-    async def ready() -> JSONResponse:
+    async def server_ready() -> JSONResponse:
         """200 once every model is loaded and warmed up, else 503."""
         is_ready = service.state == "ready"
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
@@ -234,17 +236,17 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         return {"name": service.manifest(model).name, "ready": True}
 
     @app.get("/v2/models/{model}/versions/{version}/ready", **of_model)
-    async def version_ready(model: str, version: str) -> dict[str, Any]:
+    async def model_version_ready(model: str, version: str) -> dict[str, Any]:
         """200 if this version of the model is served."""
         return {"name": service.manifest(f"{model}:{version}").name, "ready": True}
 
     @app.get("/v2/models/{model}", **of_model)
-    async def metadata(model: str) -> dict[str, Any]:
+    async def model_metadata(model: str) -> dict[str, Any]:
         """The model's inputs and outputs."""
         return _metadata(service.manifest(model), service)
 
     @app.get("/v2/models/{model}/versions/{version}", **of_model)
-    async def version_metadata(model: str, version: str) -> dict[str, Any]:
+    async def model_version_metadata(model: str, version: str) -> dict[str, Any]:
         """This version's inputs and outputs."""
         return _metadata(service.manifest(f"{model}:{version}"), service)
 

@@ -75,6 +75,14 @@ def error(status: int, message: str, param: str | None = None) -> dict[str, Any]
 
 _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 
+MODELS: dict[str, Any] = {
+    "responses": {
+        200: {
+            "description": "The first answers requests that name no model",
+            "content": {"application/json": {"schema": {"$ref": REF.format(model="ModelList")}}},
+        }
+    }
+}
 CLASSIFY: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {
@@ -123,16 +131,29 @@ class Exit(BaseModel):
     edr: float | None
 
 
-class ClassifiedText(BaseModel):
-    """The answer to one text; further fields come with `explain`, `ood` and truncation."""
+class PassedExit(BaseModel):
+    """An exit that a text passed, the last of them the one where it left."""
 
-    model_config = ConfigDict(extra="allow")
+    layer: int
+    label: str
+    probs: list[float]
+    entropy: float
+    distance_ratio: float | None
+    edr: float | None
+
+
+class ClassifiedText(BaseModel):
+    """The answer to one text."""
 
     index: int
     label: str
     probs: list[float] = Field(description="in the order of the model's labels")
     num_classes: int
     exit: Exit
+    truncated: bool = Field(False, description="whether the text was cut")
+    ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")
+    out_of_distribution: bool = Field(False, description="whether it was far from every prototype at an exit")
+    layers: list[PassedExit] = Field([], description="with explain: every exit passed")
 
 
 class Usage(BaseModel):
@@ -156,6 +177,28 @@ class ClassifyResponse(BaseModel):
     usage: Usage
 
 
+class ServedModel(BaseModel):
+    """A served version of a model; further fields describe its role, defaults and calibration."""
+
+    model_config = ConfigDict(extra="allow")
+
+    id: str = Field(description="name:version")
+    name: str
+    version: int
+    labels: list[str]
+    num_layers: int
+    exit_layers: list[int]
+    max_tokens: int
+    precision: str
+
+
+class ModelList(BaseModel):
+    """The served models."""
+
+    object: Literal["list"]
+    data: list[ServedModel]
+
+
 class ErrorDetails(BaseModel):
     """What is wrong."""
 
@@ -166,9 +209,26 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """An error of any route."""
+    """An error."""
 
     error: ErrorDetails
+
+
+class OpenInferenceError(BaseModel):
+    """An error of the Open Inference Protocol."""
+
+    error: str
+
+
+class TextEmbeddingsError(BaseModel):
+    """An error of Text Embeddings Inference."""
+
+    error: str
+    error_type: str
+
+
+# By the first part of the path.
+ERRORS: dict[str, type[BaseModel]] = {"v2": OpenInferenceError, "info": TextEmbeddingsError}
 
 
 def document(app: FastAPI) -> None:
@@ -184,20 +244,20 @@ def document(app: FastAPI) -> None:
 
 
 def _improve(schema: dict[str, Any]) -> None:
-    _, ours = models_json_schema(
-        [(ClassifyRequest, "validation"), (ClassifyResponse, "validation"), (ErrorResponse, "validation")],
-        ref_template=REF,
-    )
+    models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse]
+    models += ERRORS.values()
+    _, ours = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     components = schema.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which the server never sends
         components.pop(name, None)
     components.update(ours["$defs"])
-    for operations in schema["paths"].values():
+    for path, operations in schema["paths"].items():
+        error_model = ERRORS.get(path.split("/")[1], ErrorResponse).__name__
         for operation in operations.values():
             operation["summary"] = operation.get("description", "").partition("\n")[0].rstrip(".")
             for status, response in operation["responses"].items():
                 if status >= "400":
                     content = response.setdefault("content", {}).setdefault("application/json", {})
-                    content["schema"] = {"$ref": REF.format(model="ErrorResponse")}
+                    content["schema"] = {"$ref": REF.format(model=error_model)}
                     if status == "422":
                         response["description"] = errors.TYPES[422]

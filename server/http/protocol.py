@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from server.engine.work import Job, Request
 from server.errors import RequestError
@@ -52,8 +53,23 @@ class Protocol:
         parse: raises RequestError.
         serialize: (request id, job that is done) to the JSON of the response.
         error: the JSON of an error, whose status is the same in every protocol (`errors.STATUSES`).
+        others: the first parts of further paths whose errors have this protocol's format.
     """
 
     parse: Callable[[Call], Request]
     serialize: Callable[[str, Job], bytes]
     error: Callable[[RequestError], bytes] = errors.openai_body
+    others: Sequence[str] = ()
+
+
+class Route(NamedTuple):
+    """Where a request to classify goes.
+
+    Attributes:
+        template: the path, as in `app.py: PROTOCOLS`.
+        path: the values of its parameters.
+    """
+
+    template: str
+    protocol: Protocol
+    path: Mapping[str, str]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import orjson
 from fastapi import FastAPI
@@ -30,6 +30,8 @@ class PredictRequest(Request):
         is_batch: whether the response is a list with an entry for each text.
         raw_scores: logits instead of probabilities.
     """
+
+    input_name: ClassVar[str] = "inputs"
 
     is_batch: bool = False
     raw_scores: bool = False
@@ -125,4 +127,4 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
         }
 
 
-PREDICT = Protocol(parse, serialize, error)
+PREDICT = Protocol(parse, serialize, error, ("info",))

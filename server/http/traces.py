@@ -67,12 +67,12 @@ class Traces:
             if k in (b"traceparent", b"tracestate")
         }
         root = self._tracer.start_span(
-            "POST /classify",
+            f"POST {exchange.route}",
             self._parent.extract(parents),
             self._trace.SpanKind.SERVER,
             {
                 "http.request.method": "POST",
-                "http.route": exchange.scope["path"],
+                "http.route": exchange.route,
                 "http.response.status_code": exchange.status,
                 "de3.request_id": exchange.id,
                 "de3.model": exchange.model,
