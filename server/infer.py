@@ -19,6 +19,7 @@ async def infer(request: Request, service: Service) -> Job:
     """
     service.check_open()
     request.served = served = service.models.get(request.model)
+    _check_texts(request, served)
     level = service.admission.level
     choice = served.rules.of(request.options, level)
     request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
@@ -29,6 +30,23 @@ async def infer(request: Request, service: Service) -> Job:
         _run_shadow(shadow, job, level, service)
     service.metrics.answered(job)
     return job
+
+
+def _check_texts(request: Request, served: Served) -> None:
+    """Raise RequestError for a single text where the model takes pairs, or the reverse."""
+    takes = served.model.manifest.input
+    if takes is None:
+        return
+    wants_pair = takes == "pair"
+    for index, text in enumerate(request.texts):
+        if (text.text_pair is not None) != wants_pair:
+            what = (
+                "pairs of texts, and this is a single text"
+                if wants_pair
+                else "single texts, and this is a pair"
+            )
+            name = request.name_of(index)
+            raise RequestError(f"{name}: {served.model.full_name} takes {what}", name)
 
 
 async def _wait(job: Job, service: Service) -> None:

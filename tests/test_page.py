@@ -228,12 +228,17 @@ def test_markup_in_a_text_or_label_stays_text(page: Page) -> None:
     assert page.title().startswith("DE3")
 
 
-def test_a_pair_on_a_model_that_is_asked_for_one(page: Page) -> None:
-    page.get_by_label("A pair of texts").check()
-    expect(page.locator("#summary")).to_contain_text("Type both texts")
-    with page.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
-        page.get_by_label("Second text of the pair").fill("It was fine.")
+def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: Path) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
+    expect(page.get_by_label("A pair of texts")).to_be_disabled()  # the demo model takes single texts
+    with serving(store, models=["tiny"]) as server:
+        for page in opened(browser, server):
+            page.fill("#text", "good")
+            page.get_by_label("A pair of texts").check()
+            expect(page.locator("#summary")).to_contain_text("Type both texts")
+            with page.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
+                page.get_by_label("Second text of the pair").fill("bad")
+            expect(page.locator("#layers .exit")).to_have_count(1)
 
 
 def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from de3.cli import app
 from exits.recorded import Recorded
 from export.exporter import ExportError, int8_loss
 from tests.conftest import make_rows, save_encoder
+from tests.serving import serving
 from training import checks, trainer
 from training.checkpoint import Checkpoint, read_record, write_record
 from training.data import Example
@@ -193,6 +195,21 @@ def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
     store = pairs("store")
     message = refusal(f"calibrate pairs --store {store} --tune {single} --certify {single}")
     assert "these are single texts" in message
+
+
+def test_a_server_refuses_what_the_model_does_not_take(pairs: Callable[[str], Path]) -> None:
+    pair = {"text": "good", "text_pair": "bad"}
+    with serving(pairs("store")) as server:
+        assert server.classify(input=[pair, pair]).status_code == 200
+        wrong = server.classify(input=[pair, "good"])
+        assert wrong.status_code == 422 and wrong.json()["error"]["param"] == "input[1]"
+        assert "input[1]: pairs:1 takes pairs of texts, and this is a single text" in wrong.text
+        inputs = httpx.post(server.url + "/predict", json={"inputs": "good"})
+        assert inputs.status_code == 422 and "inputs: pairs:1 takes pairs of texts" in inputs.text
+        assert httpx.get(server.url + "/v1/models").json()["data"][0]["input"] == "pair"
+    with serving(Path(__file__).parents[1] / "models") as server:
+        wrong = server.classify(input=pair)
+        assert wrong.status_code == 422 and "sst2:1 takes single texts, and this is a pair" in wrong.text
 
 
 def test_a_model_of_single_texts_takes_no_pairs(checkpoint: Path, pairs: Callable[[str], Path]) -> None:

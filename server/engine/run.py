@@ -123,8 +123,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
 
 
 def _too_long(item: Item, error: ValueError) -> RequestError:
-    name = item.job.request.input_name
-    field = f"{name}[{item.index}]" if len(item.job.items) > 1 else name
+    field = item.job.request.name_of(item.index)
     return RequestError(f"{field}: {error}", field, "too_long")
 
 

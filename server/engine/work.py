@@ -66,6 +66,10 @@ class Request:
     served: "Served | None" = None
     job: "Job | None" = None
 
+    def name_of(self, index: int) -> str:
+        """What a message calls one of the texts."""
+        return f"{self.input_name}[{index}]" if len(self.texts) > 1 else self.input_name
+
     def cancel(self, error: Exception) -> None:
         """End the wait for its job with an error, if it has one that is not done."""
         if self.job is not None and not self.job.future.done():

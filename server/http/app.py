@@ -277,6 +277,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "num_layers": manifest.num_layers,
         "exit_layers": manifest.exit_layers,
         "max_tokens": manifest.max_tokens,
+        "input": manifest.input,
         "precision": manifest.precision,
         "defaults": {"tau": manifest.defaults.tau, "lambda": manifest.defaults.lam},
         "calibration": c.default.model_dump(by_alias=True) if c else None,

@@ -40,11 +40,10 @@ def _texts(value: Any) -> list[Text]:
 def _text(value: Any, where: str) -> Text:
     if isinstance(value, dict):
         if len(value) != 2 or "text" not in value or "text_pair" not in value:
-            wrong = {*islice(value, 6)} ^ {"text", "text_pair"}  # it may have 100,000 fields
-            shown = [key[:100] for key in sorted(wrong)[:5]]
-            raise ValueError(
-                f"{where}: an object must have text and text_pair, and nothing else; see {shown}"
-            )
+            missing = [key for key in ("text", "text_pair") if key not in value]
+            surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # it may have 100,000 fields
+            problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
+            raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
         return Text(
             _string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair")
         )

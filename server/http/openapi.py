@@ -189,6 +189,7 @@ class ServedModel(BaseModel):
     num_layers: int
     exit_layers: list[int]
     max_tokens: int
+    input: str | None = Field(description="what it takes: text, pair, or null for both")
     precision: str
 
 

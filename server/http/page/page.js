@@ -238,7 +238,10 @@ function drawLayer(layer, signals, status, kind, tau, i) {
     const top = Math.max(...signals.probs);
     const label = element("div", { class: "label" }, element("span", { title: signals.label }, signals.label), element("span", {}, percent(top)));
     probs.append(label, bar(top, "share"));
-    spoken = signals.edr === null ? `entropy ${signals.entropy.toFixed(3)}` : `EDR ${signals.edr.toFixed(4)}, entropy ${signals.entropy.toFixed(3)}, distance ratio ${signals.distance_ratio.toFixed(3)}`;
+    spoken = [["EDR", signals.edr], ["entropy", signals.entropy], ["distance ratio", signals.distance_ratio]]
+      .filter(([, value]) => value !== null)
+      .map(([signal, value]) => `${signal} ${value.toFixed(4)}`)
+      .join(", ");
     bars.title = spoken;
   } else {
     for (const style of ["entropy", "ratio", "edr"]) bars.append(bar(0, `bar ${style}`));
@@ -423,13 +426,14 @@ async function use(model) {
   } catch (error) {
     if (!(error instanceof Refused)) throw error;  // without a calibration there is no curve
   }
+  if (model.input !== null) $("is-pair").checked = model.input === "pair";
+  $("is-pair").disabled = model.input !== null;
+  $("pair-field").hidden = !$("is-pair").checked;
   const examples = EXAMPLES[model.labels.join()] ?? [];
   $("examples").hidden = examples.length === 0;
   $("examples").querySelector("ul").replaceChildren(...examples.map((text) => {
     const button = element("button", { type: "button" }, text);
     button.addEventListener("click", () => {
-      $("is-pair").checked = false;
-      $("pair-field").hidden = true;
       $("text").value = text;
       ask(0);
     });
