@@ -17,6 +17,8 @@ COPY . .
 RUN /opt/de3/bin/pip install --no-cache-dir --no-deps . \
     # Nothing is installed at run time, and a test suite of a library serves nobody.
     && /opt/de3/bin/pip uninstall --yes pip \
+    # The demo model is in the image once, in /models.
+    && cd /opt/de3/lib/python3*/site-packages/de3 && rm -r demo && ln -s /models demo \
     && find /opt/de3 -type d -name tests -prune -exec rm -rf {} +
 
 FROM ${PYTHON_IMAGE}

@@ -1,5 +1,6 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
 # make test    set up everything and run all tests
+# make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter
 # make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
@@ -7,15 +8,21 @@ PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
 WORKERS := 4
+# pip's progress bars are for a terminal.
+QUIET := $(shell test -t 2 || echo --quiet)
 NATIVE := $(wildcard native/*.c native/*.h)
 
-.PHONY: serve test lint sanitize format setup clean
+.PHONY: serve test wheel lint sanitize format setup clean
 
 serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
 
 test: $(DEV)/ready
 	$(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+wheel:
+	deploy/release/build.sh $(PYTHON)
+	PORT=$(PORT) deploy/release/try.sh dist/*.whl $(PYTHON)
 
 lint: $(DEV)/ready
 	$(DEV)/bin/ruff check .
@@ -35,14 +42,16 @@ setup: $(DEV)/ready
 # The environment is made anew only when pyproject.toml or the kernels changed. Serving has one of its own, so that it
 # installs neither torch nor transformers.
 $(SERVE)/ready: pyproject.toml $(NATIVE)
+	@echo "Installing what serving needs into $(SERVE): once, about a minute (75 MB to download)."
 	$(PYTHON) -m venv $(SERVE)
-	$(SERVE)/bin/pip install --quiet --editable .
+	$(SERVE)/bin/pip install $(QUIET) --editable .
 	touch $@
 
 $(DEV)/ready: pyproject.toml $(NATIVE)
+	@echo "Installing everything into $(DEV), PyTorch included: once, several minutes."
 	$(PYTHON) -m venv $(DEV)
-	$(DEV)/bin/pip install --quiet --editable '.[dev]'
+	$(DEV)/bin/pip install $(QUIET) --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(SERVE) $(DEV) build *.egg-info
+	rm -rf $(SERVE) $(DEV) build dist native/*.so *.egg-info

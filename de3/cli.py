@@ -72,9 +72,7 @@ def _need_train_extra() -> None:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"this command needs the train extra ({error}): pip install '.[train]' in a checkout"
-        ) from None
+        raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
 
 
 def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:

@@ -1,27 +1,47 @@
-"""`de3 serve`: its options are the fields of server.settings.Settings."""
+"""`de3 serve`: its options are the fields of server.settings.Settings, and --demo."""
 
 import os
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
 from server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
+DEMO_MODEL = "sst2"
 
-def serve(**values: Any) -> None:
+
+def serve(context: typer.Context, demo: bool, **values: Any) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
     Example: de3 serve --store models --port 8000
     """
+    from model_store.store import NoModelsError
     from server.main import serve as run
 
     given = {name: value for name, value in values.items() if value is not None}
+    if demo:
+        source = context.get_parameter_source("store")
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError("--demo: cannot go with --store; give one of them")
+        given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
     for name in Settings.model_fields:
         # An empty secret is passed on: it is a mistake that must not go unnoticed.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
             given[name] = secret
-    run(Settings(**given), _warnings())
+    try:
+        run(Settings(**given), _warnings())
+    except NoModelsError as error:
+        raise ValueError(
+            f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
+        ) from None
+
+
+def demo_store() -> Path:
+    """The store of the demo model: de3/demo in an installed package, models/ in a checkout (pyproject.toml)."""
+    installed = Path(__file__).parent / "demo"
+    return installed if installed.is_dir() else installed.parents[1] / "models"
 
 
 def _warnings() -> list[str]:
@@ -51,7 +71,12 @@ def _parameter(name: str) -> Parameter | None:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-_parameters = [parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None]
+_demo = typer.Option("--demo", help="Serve the demo model, which comes with de3, instead of a store.")
+_parameters = [
+    Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    Parameter("demo", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _demo]),
+    *(parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None),
+]
 # Typer reads a command's options from its signature.
 serve.__signature__ = Signature(_parameters)  # type: ignore[attr-defined]
 serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters}

@@ -27,6 +27,7 @@ from native.network import Embeddings, Exit, Layer, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's values over the texts of the proof
+SLOWER = 1.5  # ONNX Runtime's time for an SST-2 sentence by the kernels' (docs/performance.md)
 MIN_SPREAD = 0.2  # where a layer says much the same of all of them
 PROOF = (
     ("a", None),
@@ -85,8 +86,14 @@ class Model:
             self.segments, self.through = self._native(artifact, network_of(weights, manifest), prototypes)
             self.runtime = "native"
         except NoKernelsError as error:
-            log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)
             self.why_not_native = str(error) if weights else ""
+            if weights:
+                log.warning(
+                    "%s: ONNX Runtime runs it: %s; texts take about %g times as long as with the kernels",
+                    *(self.full_name, error, SLOWER),
+                )
+            else:
+                log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)
             if runtime == "native":
                 raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
 

@@ -35,6 +35,10 @@ class StoreError(ValueError):
         super().__init__(printable(message if is_short else message[:MAX_MESSAGE] + "…"))
 
 
+class NoModelsError(StoreError):
+    """There is no store in this place, or no model in it."""
+
+
 class UnknownModelError(StoreError):
     """The store has no such model or version."""
 
@@ -94,7 +98,7 @@ class Store:
     def versions(self) -> dict[str, list[int]]:
         """Versions by model name, both ascending (10 is newer than 9)."""
         if not self.path.is_dir():
-            raise StoreError(f"{self.path}: no such store; create one with de3 export")
+            raise NoModelsError(f"{self.path}: no such store; create one with de3 export")
         versions: dict[str, list[int]] = {}
         for folder in sorted(self.path.iterdir()):
             if NAME.fullmatch(folder.name) and folder.is_dir():

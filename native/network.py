@@ -4,6 +4,7 @@ Linear weights are (inputs, outputs). In int8 each has a scale for each output: 
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -86,10 +87,14 @@ class Network:
 
 def build(network: Network) -> Any:
     """The kernels' model of a network; raises NoKernelsError for one that they cannot run."""
+    if find_spec("native.kernels") is None:
+        raise NoKernelsError(
+            "the AMX and AVX-512 kernels were not built: de3 was installed without a C compiler"
+        )
     try:
         from native import kernels
-    except ImportError as error:  # not built
-        raise NoKernelsError(str(error)) from None
+    except ImportError as error:
+        raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
     if not kernels.supported():
         raise NoKernelsError(kernels.why_not())
     tables, first = network.embeddings, network.layers[0]

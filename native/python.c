@@ -1,6 +1,7 @@
 /* The extension module native.kernels: arguments checked, buffers held, and the GIL released while layers run.
  * native/kernels.pyi has the functions' types. */
 #define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030b0000 /* one build for Python 3.11 and all later versions */
 #include <Python.h>
 
 #include "kernels.h"
@@ -78,7 +79,8 @@ static PyObject *py_why_not(PyObject *self, PyObject *none) {
     for (int i = 0; !is_fast && text != NULL && i < num_kernels - 1; i++) {
         const Kernels *k = all_kernels[i];
         PyObject *longer = PyUnicode_FromFormat("%U%s%s: %s", text, i ? "; " : "", k->name, k->why_not());
-        Py_SETREF(text, longer);
+        Py_DECREF(text);
+        text = longer;
     }
     return text;
 }
@@ -312,22 +314,22 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     Pass passes[MAX_TEXTS];
     if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
     const Model *m = model_of(capsule);
-    int count = (int)PyList_GET_SIZE(texts), opened = 0, begun = 0, failed;
+    int count = (int)PyList_Size(texts), opened = 0, begun = 0, failed;
     int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) &&
-             require(count >= 1 && count <= MAX_TEXTS && PyList_GET_SIZE(rows) == m->num_layers + 1,
+             require(count >= 1 && count <= MAX_TEXTS && PyList_Size(rows) == m->num_layers + 1,
                      "1 to 64 texts, and prototypes for every layer");
     for (int i = 0; ok && i <= m->num_layers; i++, opened++) {
         spaces[i] = (Py_buffer){0};
         size_t size = (size_t)m->exits[i].num_labels * m->exits[i].metric;
         ok = require(is_complete(m, i), "a layer is not complete") &&
-             (!size || (PyObject_GetBuffer(PyList_GET_ITEM(rows, i), &spaces[i], PyBUF_SIMPLE) == 0 &&
+             (!size || (PyObject_GetBuffer(PyList_GetItem(rows, i), &spaces[i], PyBUF_SIMPLE) == 0 &&
                         holds(&spaces[i], size, 4, "prototypes")));
         prototypes[i] = spaces[i].buf;
     }
     for (int i = 0; ok && i < count; i++, begun++) {
         passes[i] = (Pass){0};
         memset(buffers[i], 0, sizeof buffers[i]);
-        ok = open_pass(m, PyList_GET_ITEM(texts, i), &passes[i], buffers[i]);
+        ok = open_pass(m, PyList_GetItem(texts, i), &passes[i], buffers[i]);
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
@@ -339,7 +341,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     for (int i = 0; result != NULL && i < count; i++) {
         PyObject *pair = Py_BuildValue("id", passes[i].exit_layer, passes[i].seconds);
         if (pair == NULL) Py_CLEAR(result);
-        else PyList_SET_ITEM(result, i, pair);
+        else PyList_SetItem(result, i, pair);
     }
     for (int i = 0; i < begun; i++) {
         free(passes[i].hidden);
@@ -358,11 +360,11 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
     Signal signal;
     Reading readings[MAX_LAYERS + 1];
     if (!PyArg_ParseTuple(args, "O!id", &PyList_Type, &list, &signal.code, &signal.lam)) return NULL;
-    int count = (int)PyList_GET_SIZE(list);
+    int count = (int)PyList_Size(list);
     int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits");
     for (int i = 0; ok && i < count; i++) {
         Py_buffer b[2] = {0};
-        if (!PyArg_ParseTuple(PyList_GET_ITEM(list, i), "y*z*", &b[0], &b[1])) return NULL;
+        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*", &b[0], &b[1])) return NULL;
         int labels = (int)(b[0].len / 4);
         ok = require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
              (!b[1].buf || holds(&b[1], labels, 4, "distances"));

@@ -9,7 +9,7 @@ from typing import Literal
 
 from model_store.manifest import Manifest
 from model_store.model import Model
-from model_store.store import Artifact, Store, StoreError
+from model_store.store import Artifact, NoModelsError, Store, StoreError
 from server.engine.timing import Timing
 from server.engine.work import Served
 from server.errors import RequestError
@@ -26,11 +26,11 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store.
 
     A bad artifact is skipped unless it was asked for by name. Raises StoreError if one that was is bad, or if
-    none is left.
+    none is left, and NoModelsError if there was none.
     """
     names = wanted or list(store.versions())
     if not names:
-        raise StoreError(f"{store.path} holds no model; make one with de3 export")
+        raise NoModelsError(f"{store.path} holds no model; add one with de3 export")
     if len(names) > MAX_LOADED:
         raise StoreError(
             f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: choose with --model"

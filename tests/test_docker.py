@@ -117,6 +117,8 @@ def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
     )
     assert listed == "None"
     assert docker("exec", server, "python3", "-c", "import native.kernels; print(1)") == "1"
+    demo = "from de3.serve import demo_store; print(demo_store().resolve())"
+    assert docker("exec", server, "python3", "-c", demo) == "/models"
 
 
 def test_the_container_is_locked_down(compose: Compose) -> None:

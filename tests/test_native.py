@@ -4,6 +4,7 @@ Where this machine has no fast kernels, the tests use the reference.
 """
 
 import math
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -281,6 +282,16 @@ def test_logits_that_are_not_numbers_never_leave_early() -> None:
     broken = [(np.float32([math.nan, 0]), np.float32([0.1, 0.2]))]
     for signal in (Entropy(), Edr(1.0)):
         assert not kernels.exits(kernels.score(broken, signal.code, signal.lam), 1.0)
+
+
+def test_without_kernels_one_warning_says_why_and_what_it_costs(
+    store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "native.kernels", None)
+    assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
+    (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "tiny-int8:1: ONNX Runtime runs it: the AMX and AVX-512 kernels were not built" in line
+    assert line.endswith("texts take about 1.5 times as long as with the kernels")
 
 
 def test_only_int8_has_kernels(store: Path) -> None:

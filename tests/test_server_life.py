@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model_store.store import StoreError
+from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from server.http import connection
 from server.service import Service
@@ -228,6 +228,40 @@ def test_a_store_without_models_is_refused_before_the_port_opens(tmp_path: Path,
         Service(Settings(store=store, models=["other"]))
 
 
+@pytest.mark.parametrize("make", [False, True])
+def test_without_a_store_the_message_names_the_next_command(
+    make: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from de3.cli import main
+
+    if make:
+        (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["de3", "serve"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 1 and len(lines) == 1
+    assert "de3 export" in lines[0] and "--store DIR" in lines[0] and "de3 serve --demo" in lines[0]
+
+
+def test_demo_serves_the_demo_model_whatever_the_variable_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from de3.cli import main
+
+    served: list[Settings] = []
+    monkeypatch.setattr("server.main.serve", lambda settings, warnings: served.append(settings))
+    monkeypatch.setenv("DE3_STORE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["de3", "serve", "--demo", "--port", "8001"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    (settings,) = served
+    artifact = Store(settings.store).open(settings.models[0])
+    assert artifact.full_name == "sst2:1" and settings.port == 8001
+
+
 @pytest.mark.slow
 def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
     limits = ["--max-texts", "1024", "--max-queue", "8192"]
@@ -279,7 +313,11 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
         ("--port 70000", "error: port: Input should be less than or equal to 65535"),
         ("--timeout-s inf", "error: timeout_s: Input should be a finite number"),
         ("--max-texts 9999", "error: settings: Value error, max_texts must not exceed max_queue"),
-        ("--store /nowhere", "error: /nowhere: no such store; create one with de3 export"),
+        (
+            "--store /nowhere",
+            "error: /nowhere: no such store; create one with de3 export, name another store",
+        ),
+        ("--demo", "error: --demo: cannot go with --store"),
         ("--model [/x]", "error: no model '[/x]' in"),
     ],
 )

@@ -1,0 +1,159 @@
+"""A release as a new user gets it: built from the tracked files, installed where there is no checkout."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from zipfile import ZipFile
+
+import httpx
+import pytest
+
+from tests.serving import free_port, until
+
+ROOT = Path(__file__).parents[1]
+# What the tests' own environment must not lend to the new user.
+ENVIRONMENT = {name: v for name, v in os.environ.items() if not name.startswith(("DE3_", "PYTHONPATH"))}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout, so no list of tracked files"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler"),
+]
+
+
+def run(*command: str | Path, cwd: Path, env: Mapping[str, str] = ENVIRONMENT) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, check=False, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def tracked() -> list[str]:
+    return run("git", "ls-files", "-z", cwd=ROOT).rstrip("\0").split("\0")
+
+
+@pytest.fixture(scope="module")
+def dist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the built sdist and wheel."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    reached = subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "auditwheel"],
+        cwd=tmp_path_factory.mktemp("index"),
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if reached.returncode != 0:
+        pytest.skip(f"no package index: {reached.stderr[-200:]}")
+    for name in tracked:
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    run("deploy/release/build.sh", sys.executable, cwd=checkout)
+    return checkout / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an environment, env, that the wheel was installed into; says what try.sh said in output."""
+    folder = tmp_path_factory.mktemp("user") / "home"
+    ported = ENVIRONMENT | {"PORT": str(free_port())}
+    output = run(ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=ported)
+    (folder / "output").write_text(output)
+    return folder
+
+
+def test_the_wheel_holds_every_module_the_kernels_the_demo_model_and_no_more(
+    wheel: Path, tracked: list[str]
+) -> None:
+    assert re.fullmatch(r"de3-[0-9.]+-cp311-abi3-manylinux_\w+_x86_64\.whl", wheel.name)
+    with ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and name[-1] != "/"}
+        (licence,) = (name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE"))
+        assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+        for name in tracked:
+            if name.startswith("models/"):
+                copy = archive.read(name.replace("models/", "de3/demo/", 1))
+                assert sha256(copy).digest() == sha256((ROOT / name).read_bytes()).digest(), name
+    code = {
+        name
+        for name in tracked
+        if name.endswith((".py", ".pyi", "py.typed")) and not name.startswith(("tests/", "deploy/grafana/"))
+    }
+    demo = {n.replace("models/", "de3/demo/", 1) for n in tracked if n.startswith("models/")}
+    assert names == code | demo | {"native/kernels.abi3.so"}
+
+
+def test_the_checksums_are_those_of_the_files(dist: Path) -> None:
+    lines = run("sha256sum", "--check", "SHA256SUMS", cwd=dist).splitlines()
+    assert len(lines) == 2 and all(line.endswith(": OK") for line in lines)
+
+
+def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
+    output = (user / "output").read_text()
+    print(output)  # the seconds, for pytest -rP
+    assert '"label":"positive"' in output
+    assert re.search(
+        r"^runtime: (native|onnxruntime)$", output, re.M
+    )  # that which this processor should have
+    assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
+        str(user)
+    )
+    assert "torch" not in run(user / "env/bin/pip", "list", cwd=user)
+
+
+def test_a_new_user_without_a_store_is_told_of_the_demo(user: Path) -> None:
+    done = subprocess.run(
+        [user / "env/bin/de3", "serve"],
+        cwd=user,
+        env=ENVIRONMENT,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith("error: models: no such store") and "de3 serve --demo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@contextmanager
+def demo_server(user: Path) -> Iterator[tuple[str, str]]:
+    """The URL and the log of `de3 serve --demo`, once it is ready."""
+    log = user / "log"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [user / "env/bin/de3", "serve", "--demo", "--port", "0"], cwd=user, env=ENVIRONMENT, stderr=file
+        )
+    try:
+        until(lambda: "ready in" in log.read_text(), "the server to be ready", 60)
+        text = log.read_text()
+        (url,) = re.findall(r"running on (http://[0-9.:]+)", text)
+        yield url, text
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
+    user: Path, dist: Path
+) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    # The environment of the wheel, whose dependencies are the same.
+    again = ("install", "--quiet", "--no-deps", "--force-reinstall")
+    run(user / "env/bin/pip", *again, sdist, cwd=user, env=ENVIRONMENT | {"CC": "/bin/false"})
+    with demo_server(user) as (url, log):
+        (warning,) = (line for line in log.splitlines() if "WARNING" in line)
+        assert "the AMX and AVX-512 kernels were not built" in warning and "times as long" in warning
+        answer = httpx.post(f"{url}/classify", json={"input": ["a warm , funny film", "awful"]}).json()
+        assert [row["label"] for row in answer["data"]] == ["positive", "negative"]
