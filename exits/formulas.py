@@ -61,3 +61,16 @@ def edr(entropy: ArrayLike, distance_ratio: ArrayLike, lam: float) -> Floats:
     # Multiplied out, so that nothing is divided by a signal that is 0.
     denominator = lam * h + dr
     return np.asarray((lam + 1.0) * h * dr / np.where(denominator == 0, 1.0, denominator))
+
+
+def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
+    """What `exits.signals.Risk` weighs, shape (..., 5): 1, margin, entropy, log entropy, log DR.
+
+    logits and distances are (..., K); log DR is 0 where the distances are NaN (an exit without prototypes).
+    """
+    values = np.asarray(logits, dtype=np.float64)
+    top = np.partition(values, -2, axis=-1)[..., -2:]
+    h = entropy(softmax(values))
+    ratio = distance_ratio(values, distances)
+    log_ratio = np.log(np.maximum(np.where(np.isnan(ratio), 1.0, ratio), 1e-12))
+    return np.stack([np.ones_like(h), top[..., 1] - top[..., 0], h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)

@@ -9,26 +9,30 @@ class Reading:
     """An exit's classification of one sample, and what the signals are computed from.
 
     Attributes:
+        layer: the exit's.
         logits: K of them.
         probs: class probabilities, K of them.
         label: the most probable class (ties: lowest index).
+        margin: the highest logit minus the second.
         entropy: the local signal, in [0, 1].
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
     """
 
+    layer: int
     logits: list[float]
     probs: list[float]
     label: int
+    margin: float
     entropy: float
     distance_ratio: float | None
     nearest: float | None
     score: float | None = None
 
 
-def read(logits: list[float], distances: list[float] | None) -> Reading:
-    """Read one exit of one sample: its logits and its distances to the prototypes, K each.
+def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
+    """Read one exit of one sample: its layer, its logits and its distances to the prototypes, K each.
 
     These are the formulas of `exits.formulas` for one sample, in plain Python: a server calls this after
     every layer, and NumPy takes 20 times as long for a handful of classes. `native/rule.c` does the same
@@ -47,14 +51,15 @@ def read(logits: list[float], distances: list[float] | None) -> Reading:
         mean += p * (x - top)
     entropy = (log(total) - mean) / log(len(logits))
     entropy = min(max(entropy, 0.0), 1.0)  # in this order NaN stays NaN, which is never below τ
-    if distances is None:
-        return Reading(logits, probs, label, entropy, None, None)
     second = 1 - label if len(logits) == 2 else _second(logits, label)
+    margin = top - logits[second]
+    if distances is None:
+        return Reading(layer, logits, probs, label, margin, entropy, None, None)
     # Rounding in float32 can put a cosine distance slightly outside [0, 2].
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    return Reading(logits, probs, label, entropy, ratio, min(distances))
+    return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances))
 
 
 def _second(logits: list[float], first: int) -> int:

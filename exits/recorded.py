@@ -24,6 +24,10 @@ class Recorded:
     distances: NDArray[np.float32]
     labels: NDArray[np.int64]
 
+    def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
+        """Some of the samples."""
+        return Recorded(self.exit_layers, self.logits[which], self.distances[which], self.labels[which])
+
     @property
     def correct(self) -> NDArray[np.bool_]:
         """Whether each exit's label is correct, (n, exits)."""

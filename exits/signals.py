@@ -1,32 +1,48 @@
 """Exit signals: the uncertainty of a sample, from its readings at the exits passed so far.
 
-To add a signal, write a class here with the members of `Signal` and select it in `signal_of`. Add its code to
-`native/rule.h`, a case to `native/rule.c: score`, and the signal to `exits/calibration.py: SIGNALS`.
+To add a signal, write a class here with the members of `Signal` and select it in `signal_of`. That is enough to serve
+it, layer by layer. For the kernels, which run short texts through all layers in one call, also give it a code of its
+own: in `native/rule.h`, with a case in `native/rule.c: score`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field
+from math import exp, log
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
 
 from exits import formulas
 from exits.reading import Reading
 from exits.recorded import Recorded
 
 MAX_LAM = 100.0
+SMALLEST = 1e-12  # of what a logarithm is taken
+FEATURES = 5  # of Risk, at each exit
+
+SignalName = Literal["entropy", "edr", "risk"]
+Weights = tuple[float, ...]
 
 
 class Signal(Protocol):
     """Scores a sample at an exit: 0 is certain, 1 is uncertain.
 
     Attributes:
-        code: the signal's number in `native/rule.h`.
+        name: what requests and artifacts call it.
+        code: its number in `native/rule.h`; None: the kernels do not have it.
+        table: parameters for the kernels, float64; None: it has none.
     """
 
-    code: ClassVar[int]
+    name: ClassVar[SignalName]
+    code: ClassVar[int | None]
 
     @property
-    def lam(self) -> float:
-        """EDR's λ; 0 for a signal without one."""
+    def lam(self) -> float | None:
+        """EDR's λ; None for a signal without one."""
+
+    @property
+    def table(self) -> bytes | None:
+        """See the class."""
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The score of one sample, in [0, 1], from its readings up to and including this exit; None if this
@@ -40,8 +56,10 @@ class Signal(Protocol):
 class Entropy:
     """The local signal alone."""
 
-    code: ClassVar[int] = 0
-    lam: ClassVar[float] = 0.0
+    name: ClassVar[SignalName] = "entropy"
+    code: ClassVar[int | None] = 0
+    lam: ClassVar[float | None] = None
+    table: ClassVar[bytes | None] = None
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The normalized entropy at this exit."""
@@ -57,27 +75,94 @@ class Edr:
     """Entropy and distance ratio fused (Eq. 12): EDR = (λ + 1)/(λ/DR + 1/Entropy), λ in (0, 100]."""
 
     lam: float
-    code: ClassVar[int] = 1
+    name: ClassVar[SignalName] = "edr"
+    code: ClassVar[int | None] = 1
+    table: ClassVar[bytes | None] = None
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """EDR at this exit; None if it has no prototypes."""
-        entropy, ratio = readings[-1].entropy, readings[-1].distance_ratio
-        if ratio is None:
-            return None
-        # Multiplied out, so that nothing is divided by a signal that is 0.
-        denominator = self.lam * entropy + ratio
-        return (self.lam + 1.0) * entropy * ratio / denominator if denominator else 0.0
+        return edr(readings[-1], self.lam)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """EDR of recorded samples, (n, exits)."""
         return formulas.edr(recorded.entropy, recorded.distance_ratio, self.lam)
 
 
-def signal_of(lam: float) -> Signal:
-    """The signal for a request's or an artifact's λ; λ = 0 is entropy alone.
+def edr(reading: Reading, lam: float) -> float | None:
+    """EDR of one exit (Eq. 12), λ above 0; None if it has no prototypes."""
+    entropy, ratio = reading.entropy, reading.distance_ratio
+    if ratio is None:
+        return None
+    # Multiplied out, so that nothing is divided by a signal that is 0.
+    denominator = lam * entropy + ratio
+    return (lam + 1.0) * entropy * ratio / denominator if denominator else 0.0
 
-    Raises ValueError for λ outside [0, 100].
+
+@dataclass(frozen=True, slots=True)
+class Risk:
+    """The probability that this exit's label is not that of full depth.
+
+    At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
+    + w4·log DR, where margin is the highest logit minus the second; fitted by `exits.risk` on samples that were not
+    trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+
+    Attributes:
+        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
+            prototypes.
     """
-    if not 0 <= lam <= MAX_LAM:
+
+    weights: tuple[Weights | None, ...]
+    table: bytes | None = field(init=False, repr=False, compare=False)
+    name: ClassVar[SignalName] = "risk"
+    code: ClassVar[int | None] = 2
+    lam: ClassVar[float | None] = None
+
+    def __post_init__(self) -> None:
+        rows = [weights or (np.nan,) * FEATURES for weights in self.weights]
+        object.__setattr__(self, "table", np.array(rows, np.float64).tobytes())
+
+    def score(self, readings: Sequence[Reading]) -> float | None:
+        """The risk at this exit; None at the last one."""
+        reading = readings[-1]
+        w = self.weights[reading.layer]
+        if w is None:
+            return None
+        h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
+        z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
+        if w[4] != 0.0:
+            if reading.distance_ratio is None:
+                return None
+            ratio = SMALLEST if reading.distance_ratio < SMALLEST else reading.distance_ratio
+            z += w[4] * log(ratio)
+        return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
+
+    def scores(self, recorded: Recorded) -> formulas.Floats:
+        """The risk of recorded samples, (n, exits)."""
+        features = formulas.risk_features(recorded.logits, recorded.distances)
+        weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
+        z = (features * np.array(weights)).sum(-1)
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
+
+
+def signal_of(
+    name: SignalName, lam: float | None = None, weights: tuple[Weights | None, ...] | None = None
+) -> Signal:
+    """The signal of a name; λ for edr (0 is entropy alone), weights for risk.
+
+    Raises ValueError for a λ outside [0, 100], or with a signal that has none, and for risk without weights.
+    """
+    if lam is not None and not 0 <= lam <= MAX_LAM:
         raise ValueError(f"lambda must be in [0, {MAX_LAM:g}], got {lam}")
+    if name == "risk":
+        if weights is None:
+            raise ValueError("the model has no risk; de3 calibrate adds it")
+        if lam is not None:
+            raise ValueError("lambda goes with the signal edr only")
+        return Risk(weights)
+    if name == "entropy":
+        if lam:
+            raise ValueError("lambda goes with the signal edr only")
+        return Entropy()
+    if lam is None:
+        raise ValueError("the signal edr needs lambda")
     return Edr(lam) if lam else Entropy()

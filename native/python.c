@@ -277,9 +277,16 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     return done(ok, b, 6);
 }
 
+/* Whether a signal is known and its weights, if it has any, are those of so many layers; takes the weights. */
+static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
+    signal->weights = weights->buf;
+    return require(signal->code >= 0 && signal->code < NUM_SIGNALS, "there is no such signal") &&
+           (signal->code != RISK || holds(weights, (size_t)layers * RISK_FEATURES, 8, "weights"));
+}
+
 /* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong. */
 static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
-    if (!PyArg_ParseTuple(text, "y*z*didipdw*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam,
+    if (!PyArg_ParseTuple(text, "y*z*didz*ipdw*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
                           &p->deepest, &p->ask_all, &p->caution, &b[2], &b[3]))
         return 0;
     size_t tokens = b[0].len / 8, size = (size_t)m->exits[m->num_layers].num_labels * (m->num_layers + 1);
@@ -288,7 +295,7 @@ static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
              holds(&b[3], size, 4, "distances") &&
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
-             require(p->signal.code >= 0 && p->signal.code < NUM_SIGNALS, "there is no such signal");
+             has_signal(&p->signal, &b[4], m->num_layers + 1);
     if (!ok) return 0;
     p->ids = b[0].buf;
     p->types = b[1].buf;
@@ -303,13 +310,13 @@ static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
 }
 
 /* through(model, texts, prototypes, far) → [(exit layer, seconds)]
- * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, deepest, ask_all, caution, logits,
- * distances)], the last two float32 (num_layers + 1, K), filled at the exits that were computed. prototypes: [(K,
+ * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, logits,
+ * distances)], weights float64 (num_layers + 1, 5) for the signal risk or None, the last two float32 (num_layers + 1, K), filled at the exits that were computed. prototypes: [(K,
  * D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they mean. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     enum { MAX_TEXTS = 64 };
     PyObject *capsule, *texts, *rows, *result = NULL;
-    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][4];
+    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][5];
     const float *prototypes[MAX_LAYERS + 1];
     Pass passes[MAX_TEXTS];
     if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
@@ -345,7 +352,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     }
     for (int i = 0; i < begun; i++) {
         free(passes[i].hidden);
-        for (int j = 0; j < 4; j++) PyBuffer_Release(&buffers[i][j]);
+        for (int j = 0; j < 5; j++) PyBuffer_Release(&buffers[i][j]);
     }
     for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
     PyBuffer_Release(&far);
@@ -359,19 +366,22 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
     Signal signal;
     Reading readings[MAX_LAYERS + 1];
-    if (!PyArg_ParseTuple(args, "O!id", &PyList_Type, &list, &signal.code, &signal.lam)) return NULL;
+    Py_buffer weights = {0};
+    if (!PyArg_ParseTuple(args, "O!idz*", &PyList_Type, &list, &signal.code, &signal.lam, &weights)) return NULL;
     int count = (int)PyList_Size(list);
-    int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits");
+    int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits") && has_signal(&signal, &weights, count);
     for (int i = 0; ok && i < count; i++) {
         Py_buffer b[2] = {0};
-        if (!PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*", &b[0], &b[1])) return NULL;
+        ok = PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*", &b[0], &b[1]);
         int labels = (int)(b[0].len / 4);
-        ok = require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
+        ok = ok && require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
              (!b[1].buf || holds(&b[1], labels, 4, "distances"));
-        if (ok) readings[i] = read_exit(b[0].buf, b[1].buf, labels);
+        if (ok) readings[i] = read_exit(i, b[0].buf, b[1].buf, labels);
         for (int j = 0; j < 2; j++) PyBuffer_Release(&b[j]);
     }
-    return ok ? PyFloat_FromDouble(score(signal, readings, count)) : NULL;
+    double value = ok ? score(signal, readings, count) : 0.0;
+    PyBuffer_Release(&weights);
+    return ok ? PyFloat_FromDouble(value) : NULL;
 }
 
 static PyObject *py_exits(PyObject *self, PyObject *args) {
@@ -393,7 +403,7 @@ static PyMethodDef methods[] = {
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
     {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
-    {"score", py_score, METH_VARARGS, "score(exits, signal, lam)"},
+    {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},
 };

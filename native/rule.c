@@ -3,6 +3,8 @@
 #include <math.h>
 #include <stddef.h>
 
+#define SMALLEST 1e-12 /* of what a logarithm is taken */
+
 static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* NaN stays */
 
 /* The most probable class but for `skip` (-1: none); ties: lowest index. */
@@ -13,16 +15,18 @@ static int best(const float *logits, int num_labels, int skip) {
     return top;
 }
 
-Reading read_exit(const float *logits, const float *distances, int num_labels) {
-    Reading reading = {.label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
+Reading read_exit(int layer, const float *logits, const float *distances, int num_labels) {
+    Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
     double top = logits[reading.label], total = 0.0, mean = 0.0;
     for (int k = 0; k < num_labels; k++) total += exp(logits[k] - top);
     for (int k = 0; k < num_labels; k++) mean += exp(logits[k] - top) / total * (logits[k] - top);
+    int second = best(logits, num_labels, reading.label);
+    reading.margin = top - logits[second];
     reading.entropy = clip((log(total) - mean) / log(num_labels), 0.0, 1.0);
     if (distances == NULL) return reading;
 
     double r1 = clip(distances[reading.label], 0.0, 2.0);
-    double r2 = clip(distances[best(logits, num_labels, reading.label)], 0.0, 2.0);
+    double r2 = clip(distances[second], 0.0, 2.0);
     double largest = r1 > r2 ? r1 : r2;
     reading.distance_ratio = largest != 0.0 ? 0.5 * (1.0 + (r1 - r2) / largest) : 0.5;
     float nearest = distances[0];
@@ -30,6 +34,14 @@ Reading read_exit(const float *logits, const float *distances, int num_labels) {
         if (distances[k] < nearest) nearest = distances[k];
     reading.nearest = nearest;
     return reading;
+}
+
+static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
+
+/* z of the logistic regression: exits/signals.py, Risk. */
+static double risk_logit(const double *w, const Reading *r) {
+    double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));
+    return w[4] != 0.0 ? z + w[4] * log(at_least(r->distance_ratio, SMALLEST)) : z;
 }
 
 double score(Signal signal, const Reading *readings, int count) {
@@ -41,6 +53,10 @@ double score(Signal signal, const Reading *readings, int count) {
         if (signal.lam == 0.0) return last->entropy;
         double below = signal.lam * last->entropy + last->distance_ratio;
         return below != 0.0 ? (signal.lam + 1.0) * last->entropy * last->distance_ratio / below : 0.0;
+    }
+    case RISK: {
+        const double *w = signal.weights + RISK_FEATURES * last->layer;
+        return 1.0 / (1.0 + exp(-clip(risk_logit(w, last), -700.0, 700.0)));
     }
     default:
         return NAN;

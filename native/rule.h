@@ -8,21 +8,25 @@
 
 /* One exit's output for one text. */
 typedef struct {
+    int layer;
     int label;                      /* the most probable class (ties: lowest index) */
+    double margin;                  /* the highest logit minus the second */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
 } Reading;
 
 /* Which score is compared with tau: the `code` of a signal in exits/signals.py. */
-enum { ENTROPY, EDR, NUM_SIGNALS };
+enum { ENTROPY, EDR, RISK, NUM_SIGNALS };
+#define RISK_FEATURES 5
 
 typedef struct {
     int code;
-    double lam; /* EDR's weight of the distance ratio */
+    double lam;           /* EDR's weight of the distance ratio */
+    const double *weights; /* RISK's, (num_layers + 1, RISK_FEATURES): see exits/signals.py; NaN: no exit */
 } Signal;
 
-/* Read one exit: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
-Reading read_exit(const float *logits, const float *distances, int num_labels);
+/* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
+Reading read_exit(int layer, const float *logits, const float *distances, int num_labels);
 
 /* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);

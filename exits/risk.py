@@ -1,0 +1,81 @@
+"""Fit the signal `risk`: at each exit, the probability that its label is not that of full depth.
+
+A logistic regression per exit, on samples that the model was not trained on. It needs no labels: the target is
+whether the exit and full depth disagree.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from exits import formulas
+from exits.recorded import Recorded
+from exits.signals import Risk, Weights
+
+Floats = NDArray[np.float64]
+RIDGE = 0.01  # of standardized weights, in samples
+MAX_STEPS = 100
+
+
+def fit(recorded: Recorded) -> Risk:
+    """The risk of a model, from the exits of n samples that were run to full depth."""
+    features = formulas.risk_features(recorded.logits, recorded.distances)
+    labels = recorded.logits.argmax(-1)
+    differs = (labels != labels[:, -1:]).astype(np.float64)
+    weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
+    for j, layer in enumerate(recorded.exit_layers[:-1]):
+        weights[layer] = tuple(regress(features[:, j], differs[:, j]).tolist())
+    return Risk(tuple(weights))
+
+
+def cross_fit(recorded: Recorded, groups: Sequence[int] | NDArray[np.int64] | None = None, folds: int = 5) -> Floats:
+    """Scores of the samples themselves, (n, exits), each by a risk that was fitted without its group.
+
+    groups: the group of each sample, (n,); None: each is its own.
+    """
+    n = len(recorded.labels)
+    group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    fold = np.random.default_rng(0).permutation(int(group.max()) + 1)[group] % folds
+    scores = np.full(recorded.logits.shape[:2], np.nan)
+    for k in range(folds):
+        inside = fold == k
+        if inside.any():
+            scores[inside] = fit(recorded.rows(~inside)).scores(recorded.rows(inside))
+    return scores
+
+
+def regress(features: Floats, targets: Floats) -> Floats:
+    """Weights (F,) of a logistic regression of targets (n,), 0 or 1, on features (n, F), of which the first is 1.
+
+    A ridge on the standardized weights, but not on the constant, keeps them finite where the targets are separable
+    or all alike. A feature that does not vary gets the weight 0.
+    """
+    x = features[:, 1:]
+    mean, spread = x.mean(0), x.std(0)
+    varies = spread > 1e-9
+    z = np.ones((len(x), 1 + int(varies.sum())))
+    z[:, 1:] = (x[:, varies] - mean[varies]) / spread[varies]
+    ridge = np.full(z.shape[1], RIDGE)
+    ridge[0] = 1e-3
+    w = np.zeros(z.shape[1])
+    loss = _loss(z, targets, w, ridge)
+    for _ in range(MAX_STEPS):  # Newton's method, each step halved until the loss falls
+        p = 1 / (1 + np.exp(-np.clip(z @ w, -500, 500)))
+        gradient = z.T @ (p - targets) + ridge * w
+        hessian = (z * (p * (1 - p))[:, None]).T @ z + np.diag(ridge)
+        step = np.linalg.solve(hessian, gradient)
+        while (new := _loss(z, targets, w - step, ridge)) > loss and np.abs(step).max() > 1e-9:
+            step = step / 2
+        w, loss = w - step, min(new, loss)
+        if np.abs(step).max() < 1e-9:
+            break
+    weights = np.zeros(features.shape[1])
+    weights[1:][varies] = w[1:] / spread[varies]
+    weights[0] = w[0] - (weights[1:] * mean).sum()
+    return weights
+
+
+def _loss(z: Floats, targets: Floats, w: Floats, ridge: Floats) -> float:
+    logits = z @ w
+    return float((np.logaddexp(0, logits) - targets * logits).sum() + 0.5 * (ridge * w * w).sum())
