@@ -127,6 +127,14 @@ Quotes = Annotated[
     ),
 ]
 
+SignalOption = Annotated[
+    str,
+    typer.Option(
+        help="What is compared with τ by default: risk, edr or entropy, or auto: what is fastest on the tuning "
+        "samples. Requests may name another.",
+    ),
+]
+
 LabelNames = Annotated[
     str | None,
     typer.Option(
@@ -254,7 +262,7 @@ def train(
             help="Share of the loss that uses the teacher's logits instead of the label.",
             rich_help_panel=TRAINING,
         ),
-    ] = 0.5,
+    ] = 1.0,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
     ] = 2.0,
@@ -427,7 +435,8 @@ def evaluate(
     else:
         encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens)
         recorded = predict(checkpoint.model, encoded, checkpoint.tokenizer.pad_token_id)
-    curves = evaluation.curves(recorded, [float(lam) for lam in lambdas.split(",")])
+    risk = opened.manifest.signal("risk") if is_artifact and opened.manifest.risk is not None else None
+    curves = evaluation.curves(recorded, [float(lam) for lam in lambdas.split(",")], risk)
     output = Console()
     output.print(evaluation.exit_table(recorded))
     warn(evaluation.weaknesses(recorded, names))
@@ -435,7 +444,8 @@ def evaluate(
         output.print(evaluation.curve_table(curves))
         if is_artifact:
             defaults = opened.manifest.defaults
-            output.print(evaluation.default_line(recorded, defaults.tau, defaults.lam), highlight=False)
+            line = evaluation.default_line(recorded, defaults.tau, opened.manifest.default_signal)
+            output.print(line, highlight=False)
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
         target = png or beside
         evaluation.plot(recorded, curves, target, f"{model.name}, {len(examples)} samples")
@@ -459,7 +469,7 @@ def export(
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples to choose λ and τ on, as jsonl with "text" (and "text_pair") and "label". '
+            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label". '
             "Default: the checkpoint's tune.jsonl.",
             show_default=False,
         ),
@@ -474,10 +484,11 @@ def export(
     max_loss: Annotated[
         float,
         typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
-    ] = 0.5,
+    ] = 1.0,
     max_int8_loss: Annotated[
         float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
     ] = 1.0,
+    signal: SignalOption = "auto",
     full_depth: Annotated[
         Path | None,
         typer.Option(
@@ -507,7 +518,7 @@ def export(
     from export.exporter import export as run
     from model_store.store import Store
 
-    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100)
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     path = run(checkpoint, Store(store), settings, tune, certify)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
@@ -519,7 +530,7 @@ def calibrate(
     tune: Annotated[
         Path,
         typer.Option(
-            help='Samples to choose λ and τ on, as jsonl with "text" (and "text_pair") and "label".'
+            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label".'
         ),
     ],
     certify: Annotated[
@@ -529,9 +540,12 @@ def calibrate(
     max_loss: Annotated[
         float,
         typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
-    ] = 0.5,
+    ] = 1.0,
+    signal: SignalOption = "auto",
 ) -> None:
-    """Recalibrate a model, for example on your own traffic: writes its next version with new λ, τ and guarantees.
+    """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
+
+    It also gives the signal risk to a model that was exported without it.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
@@ -540,7 +554,7 @@ def calibrate(
     from model_store.store import Store
 
     models = Store(store)
-    path = recalibrate(models.open(model), models, tune, certify, max_loss / 100)
+    path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
     console.print(f"published {path}. Next: de3 serve --store {store}")
 
 

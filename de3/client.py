@@ -13,7 +13,7 @@ import asyncio
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import httpx
@@ -32,7 +32,9 @@ class Exit:
     num_layers: int
     reason: str
     tau: float
-    lam: float
+    signal: str
+    lam: float | None
+    score: float | None
     entropy: float
     distance_ratio: float | None
     edr: float | None
@@ -110,8 +112,9 @@ def _checked(response: httpx.Response) -> Any:
 def _answer(json: dict[str, Any]) -> Answer:
     rows = []
     for row in json["data"]:
-        exit_ = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
-        rows.append(Row(row["label"], row["probs"], Exit(**exit_), row.get("truncated", False), row))
+        given = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
+        known = {field.name: given.get(field.name) for field in fields(Exit)}  # a newer server may say more
+        rows.append(Row(row["label"], row["probs"], Exit(**known), row.get("truncated", False), row))
     return Answer(json["model"], rows, json["usage"]["total_tokens"], json)
 
 
@@ -130,7 +133,7 @@ def _pause_s(error: ServerError, attempt: int, retries: int) -> float | None:
 class Client:
     """A blocking client; threads may share it.
 
-    `classify` takes the request's fields of docs/api.md as keywords: model, tau, lam, max_layer,
+    `classify` takes the request's fields of docs/api.md as keywords: model, tau, signal, lam, max_layer,
     target_speedup, latency_budget_ms, max_disagreement, best_effort, truncate, explain, ood.
     """
 

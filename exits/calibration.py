@@ -1,10 +1,10 @@
-"""The trade-off table and the default (λ, τ) of recorded exits, with confidence intervals.
+"""The trade-off table and the default (signal, τ) of recorded exits, with confidence intervals.
 
-λ and τ are chosen on one set of samples and evaluated on another.
+The signal is chosen on one set of samples; every number comes from another.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,26 +13,27 @@ from numpy.typing import NDArray
 from exits import guarantee
 from exits.recorded import Recorded
 from exits.rule import exit_index
-from exits.signals import Signal, signal_of
+from exits.signals import Edr, Entropy, Signal, SignalName
 
-SIGNALS: tuple[Signal, ...] = tuple(signal_of(lam) for lam in (0.0, 0.5, 1.0, 2.0, 4.0, 8.0))
+LAMS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Quadratic spacing: most scores are near 0, so the grid is finest there.
 TAUS = tuple(round((i / 60) ** 2, 6) for i in range(61))
-# For the guarantees at the default λ; includes all of TAUS.
+# For the guarantees; includes all of TAUS.
 FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 Z95_ONE_SIDED = 1.644854
 MAX_SPEEDUP = 1000.0
+MERIT_AT = (0.01, 0.02, 0.05)
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy and cost of one (λ, τ) on a set of samples; model_store.manifest.TradeOff explains the fields.
+    """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff explains the fields."""
 
-    λ selects the signal, as in a manifest: 0 is entropy, otherwise EDR(λ).
-    """
-
-    lam: float
+    signal: SignalName
+    lam: float | None
     tau: float
     accuracy: float
     accuracy_interval: tuple[float, float]
@@ -45,7 +46,38 @@ class Outcome:
     disagreement_bound: float = 1.0  # set by trade_off, which needs the whole sequence
 
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class Samples:
+    """Recorded samples, and which of them are related.
+
+    Attributes:
+        groups: the number of each sample's group, (n,); related samples have the same.
+    """
+
+    recorded: Recorded
+    groups: NDArray[np.int64]
+
+    @classmethod
+    def independent(cls, recorded: Recorded) -> "Samples":
+        """Samples of which each is a group of its own."""
+        return cls(recorded, np.arange(len(recorded.labels)))
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups."""
+        return len(np.unique(self.groups))
+
+    def rows(self, which: NDArray[np.bool_]) -> "Samples":
+        """Some of the samples."""
+        return Samples(self.recorded.rows(which), self.groups[which])
+
+
+def candidates() -> list[Signal]:
+    """The signals of the paper, which need no fitting: entropy, and EDR with several λ."""
+    return [Entropy(), *(Edr(lam) for lam in LAMS)]
+
+
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """95% Wilson score interval of a proportion: `successes` of n samples."""
     p, z = successes / n, Z95
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -58,21 +90,24 @@ def speedup(num_layers: int, mean_exit_layer: float) -> float:
     return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
 
 
-def outcome(recorded: Recorded, scores: NDArray[np.float64], tau: float, lam: float) -> Outcome:
+def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Outcome:
     """The outcome of exiting at score < τ; `scores` holds every exit of every sample, (n, exits)."""
+    recorded = samples.recorded
     index = exit_index(scores, tau)
     rows = np.arange(len(index))
     correct = recorded.correct
     early, full = correct[rows, index], correct[:, -1]
     n = len(index)
-    loss, error = _mean_and_error(full.astype(float) - early) if tau > 0 else (0.0, 0.0)
+    loss, error = mean_and_error(full.astype(float) - early, samples.groups) if tau > 0 else (0.0, 0.0)
     labels = recorded.logits.argmax(-1)
     mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
+    size = effective_size(early, samples.groups)
     return Outcome(
-        lam=lam,
+        signal=signal.name,
+        lam=signal.lam,
         tau=tau,
         accuracy=float(early.mean()),
-        accuracy_interval=wilson(int(early.sum()), n),
+        accuracy_interval=wilson(early.mean() * size, size),
         loss=loss,
         loss_interval=(loss - Z95 * error, loss + Z95 * error),
         disagreement=float((labels[rows, index] != labels[:, -1]).mean()),
@@ -82,42 +117,88 @@ def outcome(recorded: Recorded, scores: NDArray[np.float64], tau: float, lam: fl
     )
 
 
-def _mean_and_error(losses: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean and its standard error; the variance is at least that of one differing sample in n."""
-    n = len(losses)
-    return float(losses.mean()), math.sqrt(max(float(losses.var()), 1 / n) / n)
+def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
+    """The mean of values (n,) and its standard error, which counts groups, not samples.
+
+    The variance is at least that of one sample that differs in n.
+    """
+    n, mean = len(values), float(values.mean())
+    error = math.sqrt(max(float(values.var()), 1 / n) / n)
+    if groups is not None:
+        _, number = np.unique(groups, return_inverse=True)
+        if (count := int(number.max()) + 1) < n:
+            totals = np.bincount(number, values - mean, count)
+            error = max(error, math.sqrt(float((totals**2).sum()) * count / max(1, count - 1)) / n)
+    return mean, error
+
+
+def effective_size(hits: NDArray[np.bool_], groups: NDArray[np.int64]) -> float:
+    """How many independent samples would tell a proportion as exactly as these, some of which are related."""
+    n = len(hits)
+    if len(np.unique(groups)) == n:
+        return float(n)
+    mean, error = mean_and_error(hits.astype(float), groups)
+    if error == 0 or not 0 < mean < 1:
+        return float(len(np.unique(groups)))
+    return float(min(n, max(1.0, mean * (1 - mean) / error**2)))
 
 
 def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, float]:
     """95% interval of the accuracy that `after` lost against `before`, each (n,), on the same samples."""
-    loss, error = _mean_and_error(before.astype(float) - after)
+    loss, error = mean_and_error(before.astype(float) - after)
     return loss - Z95 * error, loss + Z95 * error
 
 
 def trade_off(
-    recorded: Recorded, candidates: Sequence[Signal] = SIGNALS, taus: Sequence[float] = TAUS
+    samples: Samples, signal: Signal, taus: Sequence[float] = TAUS, scores: Floats | None = None
 ) -> list[Outcome]:
-    """The outcome of every signal and τ; a signal's disagreement bounds form one fixed sequence of ascending τ."""
-    table, n = [], len(recorded.labels)
-    for signal in candidates:
-        scores = signal.scores(recorded)
-        rows = [outcome(recorded, scores, tau, signal.lam) for tau in sorted(taus)]
-        # At τ = 0 every answer is that of full depth: there is nothing to bound.
-        errors = [round(row.disagreement * n) for row in rows if row.tau > 0]
-        bounds = [0.0] * (len(rows) - len(errors)) + guarantee.sequence_bounds(errors, n)
-        table += [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
-    return table
+    """The outcomes of one signal by ascending τ; their disagreement bounds form one fixed sequence.
 
-
-def choose(table: Sequence[Outcome], max_loss: float) -> Outcome:
-    """The fastest outcome whose loss against full depth is below max_loss, with a margin for sampling error.
-
-    The one-sided 95% upper bound of the loss must be below max_loss. τ = 0 is always allowed.
+    scores: the signal's, where they were cross-fitted.
     """
+    if scores is None:
+        scores = signal.scores(samples.recorded)
+    rows = [outcome(samples, scores, tau, signal) for tau in sorted(taus)]
+    # At τ = 0 every answer is that of full depth: there is nothing to bound.
+    above = [row for row in rows if row.tau > 0]
+    labels = samples.recorded.logits.argmax(-1)
+    number = np.arange(len(labels))
+    bounds, cache = [0.0] * (len(rows) - len(above)), dict[tuple[float, int], float]()
+    for row in above:
+        differs = labels[number, exit_index(scores, row.tau)] != labels[:, -1]
+        n = round(effective_size(differs, samples.groups))
+        key = (row.disagreement, n)
+        if key not in cache:
+            cache[key] = guarantee.upper_bound(math.ceil(row.disagreement * n - 1e-9), n)
+        bounds.append(max(bounds[-1], cache[key]) if bounds else cache[key])
+    return [replace(row, disagreement_bound=b) for row, b in zip(rows, bounds, strict=True)]
 
-    def upper(o: Outcome) -> float:
-        error = (o.loss_interval[1] - o.loss) / Z95
-        return o.loss + Z95_ONE_SIDED * error
 
-    allowed = [o for o in table if o.tau == 0 or upper(o) < max_loss]
-    return min(allowed, key=lambda o: (o.mean_exit_layer, o.loss, o.lam, o.tau))
+def upper_loss(row: Outcome) -> float:
+    """The one-sided 95% upper bound of a row's loss."""
+    return row.loss + Z95_ONE_SIDED * (row.loss_interval[1] - row.loss) / Z95
+
+
+def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
+    """The last row, by ascending τ, up to which every row's loss is below max_loss with 95% confidence.
+
+    The rows are of one signal and tested in this order, fixed before the data were seen: the first that fails ends
+    the sequence, and the confidence holds for the row that is chosen. τ = 0 always passes.
+    """
+    chosen = None
+    for row in sorted(table, key=lambda r: r.tau):
+        if row.tau > 0 and upper_loss(row) >= max_loss:
+            break
+        chosen = row
+    assert chosen is not None
+    return chosen
+
+
+def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
+    """The highest speed-up of a table at which the labels differ from full depth at most so often."""
+    return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
+
+
+def merit(table: Sequence[Outcome]) -> float:
+    """How good a signal is: the geometric mean of its speed-ups at 1, 2 and 5% disagreement with full depth."""
+    return math.exp(sum(math.log(speed_within(table, d)) for d in MERIT_AT) / len(MERIT_AT))

@@ -73,4 +73,6 @@ def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
     h = entropy(softmax(values))
     ratio = distance_ratio(values, distances)
     log_ratio = np.log(np.maximum(np.where(np.isnan(ratio), 1.0, ratio), 1e-12))
-    return np.stack([np.ones_like(h), top[..., 1] - top[..., 0], h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
+    return np.stack(
+        [np.ones_like(h), top[..., 1] - top[..., 0], h, np.log(np.maximum(h, 1e-12)), log_ratio], -1
+    )

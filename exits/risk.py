@@ -29,7 +29,9 @@ def fit(recorded: Recorded) -> Risk:
     return Risk(tuple(weights))
 
 
-def cross_fit(recorded: Recorded, groups: Sequence[int] | NDArray[np.int64] | None = None, folds: int = 5) -> Floats:
+def cross_fit(
+    recorded: Recorded, groups: Sequence[int] | NDArray[np.int64] | None = None, folds: int = 5
+) -> Floats:
     """Scores of the samples themselves, (n, exits), each by a risk that was fitted without its group.
 
     groups: the group of each sample, (n,); None: each is its own.

@@ -26,6 +26,15 @@ class TradeOffs:
         index = bisect_left(self._speedups, wanted)
         return self.rows[index] if index < len(self.rows) else None
 
+    def at_disagreement(self, most: float) -> Any:
+        """The row of the largest τ up to which the samples' disagreement is at most `most`."""
+        chosen = self.rows[0]
+        for row in self.rows[1:]:
+            if row.disagreement > most:
+                break
+            chosen = row
+        return chosen
+
     def within_disagreement(self, most: float) -> Any:
         """The row of the largest τ whose disagreement with full depth is certified to be at most `most`."""
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]

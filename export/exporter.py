@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,12 @@ from rich.table import Table
 from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
 
-from exits import calibration
 from exits.calibration import paired_interval
 from exits.recorded import Recorded
-from exits.reference import quantiles
-from exits.signals import signal_of
 from export.build import build
+from export.calibrate import Part, calibrate
 from export.record import record
-from model_store.manifest import Calibration, Defaults, FileEntry, Manifest
+from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
 from training.checkpoint import Checkpoint
@@ -44,12 +42,14 @@ class ExportSettings:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
         max_int8_loss: largest accuracy loss of any exit by int8, a fraction.
+        signal: the default's: auto, risk, edr or entropy.
     """
 
     name: str
     quantize: str = "int8"
-    max_loss: float = 0.005
+    max_loss: float = 0.01
     max_int8_loss: float = 0.01
+    signal: str = "auto"
 
     def __post_init__(self) -> None:
         if self.quantize not in ("int8", "none"):
@@ -65,8 +65,8 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    λ and τ are chosen on tune_file, and the reported numbers come from certify_file. The default files are
-    those that training held out.
+    The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The default files
+    are those that training held out.
 
     Raises ExportError if the segments differ from the PyTorch model by more than allowed, and ValueError if
     the checkpoint cannot be exported. In both cases nothing is published.
@@ -97,14 +97,10 @@ def export(
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
         warn(weaknesses(certified, opened.names))
-        calibrated = calibrate(tuned, certified, settings.max_loss)
-        final = manifest.model_copy(
-            update={
-                "export": proof,
-                "calibration": calibrated,
-                "defaults": Defaults(tau=calibrated.default.tau, lam=calibrated.default.lam),
-            }
+        calibrated = calibrate(
+            Part.of(tuned, tune), Part.of(certified, certify), settings.max_loss, settings.signal
         )
+        final = manifest.model_copy(update={"export": proof, **calibrated.fields()})
         # Validate: model_copy does not.
         return draft.publish(Manifest.model_validate(final.model_dump()))
 
@@ -137,7 +133,7 @@ def plain_tokenizer(checkpoint: Path) -> str:
 def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_types: bool) -> Manifest:
     config = model.config
     return Manifest(
-        schema_version=3,
+        schema_version=SCHEMA_VERSION,
         name=settings.name,
         version=draft.next_version(),
         created=int(time.time()),
@@ -153,7 +149,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         pooling=config.pooling,
         input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
-        defaults=Defaults(tau=0, lam=1),
+        defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
         export={},
         files={name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()},
@@ -236,52 +232,3 @@ def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, 
             f"{100 * allowed:.2f}: export with --quantize none, or raise --max-int8-loss"
         )
     return {"fp32_accuracy": full.tolist(), "int8_accuracy": quantized.tolist()}
-
-
-def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibration:
-    """Choose the default on the tuning samples and report all numbers on the certifying samples."""
-    chosen = calibration.choose(calibration.trade_off(tuned), max_loss)
-    fine = calibration.trade_off(certified, (signal_of(chosen.lam),), calibration.FINE_TAUS)
-    table = [o for o in calibration.trade_off(certified) if o.lam != chosen.lam] + fine
-    default = next(o for o in table if (o.lam, o.tau) == (chosen.lam, chosen.tau))
-    console.print(
-        f"default: λ = {default.lam:g}, τ = {default.tau:g}. On {len(certified.labels)} certifying samples: "
-        f"accuracy {100 * default.accuracy:.2f}% "
-        f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), "
-        f"loss against full depth {100 * default.loss:+.2f} points "
-        f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), "
-        f"mean exit layer {default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×"
-    )
-    return Calibration.model_validate(
-        {
-            "tune_size": len(tuned.labels),
-            "certify_size": len(certified.labels),
-            "max_loss": max_loss,
-            "exit_accuracy": certified.correct.mean(0).tolist(),
-            "default": _rounded(default),
-            "table": [_rounded(o) for o in table],
-            "references": _references(certified),
-        }
-    )
-
-
-def _references(certified: Recorded) -> list[dict[str, Any]]:
-    """The quantiles of each exit's signals on the certifying samples."""
-    references = []
-    for j, layer in enumerate(certified.exit_layers):
-        reference: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
-        reference["entropy"] = quantiles(certified.entropy[:, j])
-        if not np.isnan(certified.distances[0, j]).any():
-            reference["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
-            reference["nearest"] = quantiles(certified.distances[:, j].min(-1))
-        references.append(reference)
-    return references
-
-
-def _rounded(outcome: calibration.Outcome) -> dict[str, Any]:
-    """An outcome's fields with six decimals, more than their precision."""
-
-    def rounded(value: Any) -> Any:
-        return [rounded(item) for item in value] if isinstance(value, list | tuple) else round(value, 6)
-
-    return {k: rounded(v) for k, v in asdict(outcome).items()}

@@ -1,11 +1,11 @@
-"""Recalibrate an artifact on other samples: new λ, τ and guarantees for the same model."""
+"""Recalibrate an artifact on other samples: new signal, τ and guarantees for the same model."""
 
 import time
 from pathlib import Path
 
-from export.exporter import calibrate
+from export.calibrate import Part, calibrate
 from export.record import record
-from model_store.manifest import Defaults, Manifest
+from model_store.manifest import SCHEMA_VERSION, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store
 from training.data import check_input, load_examples
@@ -14,7 +14,12 @@ MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning fil
 
 
 def recalibrate(
-    artifact: Artifact, store: Store, tune_file: Path, certify_file: Path, max_loss: float
+    artifact: Artifact,
+    store: Store,
+    tune_file: Path,
+    certify_file: Path,
+    max_loss: float,
+    signal: str = "auto",
 ) -> Path:
     """Write an artifact's next version, the same files with a new calibration; returns its folder.
 
@@ -28,20 +33,20 @@ def recalibrate(
     if shared > MAX_SHARED * len(certify):
         raise ValueError(
             f"{certify_file}: {shared} of its texts are in {tune_file} too; guarantees need samples that "
-            "were not used to choose λ and τ"
+            "were not used to choose the signal"
         )
     model = Model(artifact, "onnxruntime")
-    calibrated = calibrate(
-        record(model, tune, "the tuning samples"), record(model, certify, "the certifying samples"), max_loss
-    )
+    tuned = Part.of(record(model, tune, "the tuning samples"), tune)
+    certified = Part.of(record(model, certify, "the certifying samples"), certify)
+    calibrated = calibrate(tuned, certified, max_loss, signal)
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
         manifest = artifact.manifest.model_copy(
             update={
                 "version": draft.next_version(),
                 "created": int(time.time()),
-                "calibration": calibrated,
-                "defaults": Defaults(tau=calibrated.default.tau, lam=calibrated.default.lam),
+                "schema_version": SCHEMA_VERSION,
+                **calibrated.fields(),
             }
         )
         return draft.publish(Manifest.model_validate(manifest.model_dump()))

@@ -7,8 +7,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from exits.reference import LEVELS, is_ascending
+from exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSIONS = (3, 4)  # 3 has no risk: the signal is λ, and 0 is entropy
+SCHEMA_VERSION: Literal[4] = 4
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -27,10 +29,6 @@ Label = Annotated[str, Field(max_length=1000)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-# λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
-Lam = Annotated[float, Field(ge=0, le=100, alias="lambda")]
-
-
 class _Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True
@@ -44,15 +42,38 @@ class FileEntry(_Part):
     bytes: int = Field(ge=0, le=MAX_INT)
 
 
-class Defaults(_Part):
+class _Signal(_Part):
+    """What is compared with τ: a signal, and λ of edr."""
+
+    signal: SignalName
+    lam: Annotated[float, Field(ge=0, le=100)] | None = Field(None, alias="lambda")  # a keyword of Python
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_schema_3(cls, value: Any) -> Any:
+        if (
+            isinstance(value, dict)
+            and "signal" not in value
+            and isinstance(lam := value.get("lambda"), int | float)
+        ):
+            return {**value, "signal": "edr" if lam else "entropy", "lambda": lam or None}
+        return value
+
+    @model_validator(mode="after")
+    def _has_lambda(self) -> Self:
+        if (self.signal == "edr") != bool(self.lam):
+            raise ValueError("lambda must be above 0 for the signal edr, and null for another")
+        return self
+
+
+class Defaults(_Signal):
     """The exit rule of a request that does not set one."""
 
     tau: Share
-    lam: Lam
 
 
-class TradeOff(_Part):
-    """Accuracy and cost of one (λ, τ) on the certifying samples.
+class TradeOff(_Signal):
+    """Accuracy and cost of one signal and τ on the certifying samples.
 
     Attributes:
         accuracy: share of correct answers; `accuracy_interval` is its 95% Wilson interval.
@@ -63,7 +84,6 @@ class TradeOff(_Part):
         histogram: share of samples that exit at each exit, in the order of `exit_layers`.
     """
 
-    lam: Lam
     tau: Share
     accuracy: Share
     accuracy_interval: tuple[Share, Share]
@@ -74,6 +94,13 @@ class TradeOff(_Part):
     mean_exit_layer: float = Field(ge=0)
     speedup: float = Field(ge=0)
     histogram: list[Share] = Field(max_length=MAX_LAYERS)
+
+
+class RiskWeights(_Part):
+    """The risk's weights at one exit: exits.signals.Risk."""
+
+    layer: Layer
+    weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(min_length=FEATURES, max_length=FEATURES)
 
 
 class Reference(_Part):
@@ -100,12 +127,14 @@ class Reference(_Part):
 class Calibration(_Part):
     """How the defaults were chosen, and their accuracy and cost.
 
-    λ and τ were chosen on `tune_size` samples. All numbers are from `certify_size` other samples.
+    The signal was chosen on `tune_size` samples. All numbers are from `certify_size` other samples, in `groups` groups
+    of related ones. The table has the rows of every signal that was certified.
     `references` has one entry per exit.
     """
 
     tune_size: Count
     certify_size: Count
+    groups: Count | None = None
     max_loss: float
     exit_accuracy: list[Share] = Field(max_length=MAX_LAYERS)
     default: TradeOff
@@ -121,11 +150,12 @@ class Manifest(_Part):
         prototype_layers: exits with prototypes.
         max_tokens: longest input, special tokens included.
         token_types: whether embeddings.onnx takes token_type_ids.
+        risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
         export: the checks of the export: parity with PyTorch and, for int8, the accuracy by exit against fp32.
     """
 
-    schema_version: Literal[3]
+    schema_version: Literal[3, 4]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
@@ -142,6 +172,7 @@ class Manifest(_Part):
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
     defaults: Defaults
+    risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None
     export: dict[str, Any]
     files: dict[str, FileEntry] = Field(max_length=2 * MAX_LAYERS)
@@ -155,21 +186,6 @@ class Manifest(_Part):
             raise ValueError("prototype_layers must be the exit layers, with or without the last")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
-        references = self.calibration.references if self.calibration else []
-        if self.calibration and [r.layer for r in references] != exits:
-            raise ValueError("calibration.references must have one entry for each exit layer")
-        if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in references):
-            raise ValueError(
-                "calibration.references: nearest must be set exactly at the exits with prototypes"
-            )
-        table = self.calibration.table if self.calibration else []
-        rows = sorted((r for r in table if r.lam == self.defaults.lam), key=lambda r: r.tau)
-        if self.calibration and (not rows or rows[0].tau != 0):
-            raise ValueError("calibration.table must have τ = 0 at the default λ")
-        if any(
-            b.speedup < a.speedup or b.disagreement_bound < a.disagreement_bound for a, b in pairwise(rows)
-        ):
-            raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         invalid = [name for name in self.files if not FILE.fullmatch(name)]
         if invalid:
             raise ValueError(f"files may not contain {invalid[0]!r}")
@@ -179,6 +195,56 @@ class Manifest(_Part):
         if extra := self.files.keys() - {*self.required_files(), "README.md"}:
             raise ValueError(f"files may not contain {min(extra)!r}")
         return self
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> Self:
+        exits = self.exit_layers
+        references = self.calibration.references if self.calibration else []
+        if self.calibration and [r.layer for r in references] != exits:
+            raise ValueError("calibration.references must have one entry for each exit layer")
+        if any((r.nearest is None) == (r.layer in self.prototype_layers) for r in references):
+            raise ValueError(
+                "calibration.references: nearest must be set exactly at the exits with prototypes"
+            )
+        if self.risk is not None and [r.layer for r in self.risk] != exits[:-1]:
+            raise ValueError("risk must have one entry for each exit layer but the last")
+        if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
+            raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
+        signals: dict[tuple[SignalName, float | None], list[TradeOff]] = {}
+        for row in self.calibration.table if self.calibration else []:
+            signals.setdefault((row.signal, row.lam), []).append(row)
+        default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)
+        if self.risk is None and ("risk", None) in {*signals, default}:
+            raise ValueError("the signal risk needs the weights in risk")
+        if self.calibration and default not in signals:
+            raise ValueError("calibration.table must have rows of the default signal")
+        for rows in signals.values():
+            rows.sort(key=lambda r: r.tau)
+            if rows[0].tau != 0:
+                raise ValueError("calibration.table must have τ = 0 for every signal")
+            if any(
+                b.speedup < a.speedup or b.disagreement_bound < a.disagreement_bound
+                for a, b in pairwise(rows)
+            ):
+                raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
+        return self
+
+    def trade_offs(self, signal: SignalName, lam: float | None) -> list[TradeOff]:
+        """The calibration's rows of one signal, by ascending τ; none if it was not certified."""
+        rows = self.calibration.table if self.calibration else []
+        return sorted((r for r in rows if (r.signal, r.lam) == (signal, lam)), key=lambda r: r.tau)
+
+    def signal(self, name: SignalName, lam: float | None = None) -> Signal:
+        """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""
+        weights: list[Weights | None] = [None] * (self.num_layers + 1)
+        for row in self.risk or []:
+            weights[row.layer] = tuple(row.weights)
+        return signal_of(name, lam, tuple(weights) if self.risk is not None else None)
+
+    @property
+    def default_signal(self) -> Signal:
+        """The signal of the defaults."""
+        return self.signal(self.defaults.signal, self.defaults.lam)
 
     def segment_files(self) -> list[str]:
         """The files of the segments in the order in which they run; index = layer."""

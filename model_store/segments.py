@@ -142,7 +142,8 @@ class Through:
         texts = []
         for p in passes:
             p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
-            rule = (p.tau, p.signal.code, p.signal.lam, p.deepest, p.ask_all, p.caution)
+            signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
+            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances))
         results = self._through(self._model, texts, self._prototypes, far)
         for p, (exit_layer, seconds) in zip(passes, results, strict=True):

@@ -86,20 +86,22 @@ class OodMonitor:
         """Whether the next text should count for drift."""
         return self.drift is not None and self.drift.wants()
 
-    def sample(self, layer: int, reading: Reading) -> None:
+    def sample(self, reading: Reading) -> None:
         """Add a text's first reading to the sample, if it is of the model's first exit."""
-        if self.drift is not None and layer == self.drift.layer:
+        if self.drift is not None and reading.layer == self.drift.layer:
             self.drift.add(reading)
 
-    def is_far(self, layer: int, reading: Reading) -> bool:
+    def is_far(self, reading: Reading) -> bool:
         """Whether a text is further from every prototype of this exit than 99% of the calibration's."""
         if self.limits is None or reading.nearest is None:
             return False
-        return reading.nearest > float(self.limits[layer])
+        return reading.nearest > float(self.limits[reading.layer])
 
-    def score(self, passed: list[tuple[int, Reading]]) -> float | None:
+    def score(self, passed: list[Reading]) -> float | None:
         """The ood score of a text, by the exits that it passed; None if none of them has prototypes."""
         known = [
-            (r.nearest, self._nearest[m]) for m, r in passed if r.nearest is not None and m in self._nearest
+            (r.nearest, self._nearest[r.layer])
+            for r in passed
+            if r.nearest is not None and r.layer in self._nearest
         ]
         return reference.ood_score([x for x, _ in known], [q for _, q in known])

@@ -1,17 +1,31 @@
 """The choice of τ: from a request's options to its exit rule."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from exits.guarantee import CONFIDENCE
 from exits.rule import ExitRule
-from exits.signals import signal_of
+from exits.signals import Edr, Entropy, Signal, SignalName
 from exits.trade_offs import TradeOffs
 from model_store.manifest import Manifest, TradeOff
 from server.errors import RequestError
 from server.settings import ExitOptions, Settings
 
 MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
+
+
+class Key(NamedTuple):
+    """What tells the signals of one model apart."""
+
+    name: SignalName
+    lam: float | None
+
+    def __str__(self) -> str:
+        return self.name if self.lam is None else f"{self.name} with lambda {self.lam:g}"
+
+
+def _key(signal: Signal) -> Key:
+    return Key(signal.name, signal.lam)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +56,13 @@ class Choice:
 
     def row(self) -> dict[str, Any]:
         """How τ was chosen, as `explain` shows it."""
-        row: dict[str, Any] = {"by": self.by, "tau": self.rule.tau, "lambda": self.rule.signal.lam}
+        signal = self.rule.signal
+        row: dict[str, Any] = {
+            "by": self.by,
+            "tau": self.rule.tau,
+            "signal": signal.name,
+            "lambda": signal.lam,
+        }
         if self.wanted is not None:
             row["wanted"] = self.wanted
         if self.expected is not None:
@@ -55,15 +75,21 @@ class Rules:
     """Chooses the exit rule of each request to one model."""
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
-        self._defaults, self._exits = manifest.defaults, manifest.exit_layers
+        self._exits = manifest.exit_layers
         self.name = f"{manifest.name}:{manifest.version}"
         table = manifest.calibration.table if manifest.calibration else []
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
-        self._rows = {(row.tau, row.lam): row for row in table}
-        rows = [row for row in table if row.lam == manifest.defaults.lam]
-        self.trade_offs = TradeOffs(rows) if rows else None
-        tau = self._defaults.tau if settings.tau is None else settings.tau
-        default = self._choice(tau, self._defaults.lam, "default")
+        self._rows = {(row.tau, row.signal, row.lam): row for row in table}
+        self._signal = manifest.default_signal
+        self._certified = {
+            Key(name, lam): TradeOffs(manifest.trade_offs(name, lam))
+            for name, lam in dict.fromkeys((row.signal, row.lam) for row in table)
+        }
+        self._signals = {key: manifest.signal(*key) for key in self._certified}
+        self._risk = manifest.signal("risk") if manifest.risk is not None else None
+        self.trade_offs = self._certified.get(_key(self._signal))
+        tau = manifest.defaults.tau if settings.tau is None else settings.tau
+        default = self._choice(tau, self._signal, "default")
         self.default = self._of(replace(settings.options, tau=None), default)
         self.steps = self._steps(settings) if manifest.calibration else []
 
@@ -84,36 +110,61 @@ class Rules:
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
-        self, tau: float, lam: float, by: str, wanted: float | None = None, max_layer: int | None = None
+        self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
     ) -> Choice:
-        expected = self._rows.get((tau, lam)) if max_layer is None else None
-        return Choice(ExitRule(tau, signal_of(lam), max_layer), by, wanted, expected)
+        expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
+        return Choice(ExitRule(tau, signal, max_layer), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
         """The choice that a row of the calibration's table stands for."""
-        return Choice(ExitRule(row.tau, signal_of(row.lam)), by, wanted, row)
+        return Choice(ExitRule(row.tau, self._signals[Key(row.signal, row.lam)]), by, wanted, row)
 
     def of(self, options: ExitOptions, level: int = 0) -> Choice:
         """The choice that fulfils a request's options, or the one in force; raises RequestError."""
-        if options.lam is not None or options.max_layer is not None or options.tau is not None:
-            return self._explicit(options.tau, options.lam, options.max_layer)
-        return self._of(options, self.in_force(level))
+        signal = self._signal_of(options)
+        if options.tau is not None or options.max_layer is not None:
+            return self._explicit(options.tau, signal, options.max_layer)
+        otherwise = self.in_force(level) if signal is self._signal else self._default_of(signal)
+        return self._of(options, otherwise)
+
+    def _signal_of(self, options: ExitOptions) -> Signal:
+        """The signal that a request asks for, or the model's; raises RequestError."""
+        name, lam = options.signal, options.lam
+        if name is None and lam is None:
+            return self._signal
+        if name == "risk":
+            if self._risk is None:
+                raise RequestError(f"signal: {self.name} has no risk; de3 calibrate adds it", "signal")
+            return self._signal if self._signal.name == "risk" else self._risk
+        if lam is None and name == "edr":
+            certified = [key.lam for key in self._certified if key.name == "edr"]
+            lam = self._signal.lam or (certified[0] if certified else 1.0)
+        signal: Signal = Edr(lam) if lam else Entropy()
+        return self._signal if _key(signal) == _key(self._signal) else signal
+
+    def _default_of(self, signal: Signal) -> Choice:
+        """The choice for a request that names another signal than the model's, and no τ: about as cautious."""
+        trade_offs = self._table(signal, "tau" if signal.name != "risk" else "signal")
+        expected = self.default.expected
+        row = trade_offs.at_disagreement(expected.disagreement if expected is not None else 0.0)
+        return self.at(row, "default")
 
     def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
         """The choice that fulfils options without τ."""
+        signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
             # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
             budget = options.latency_budget_ms
             return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
         if options.target_speedup is not None:
-            trade_offs = self._table("target_speedup")
+            trade_offs = self._table(signal, "target_speedup")
             row = trade_offs.at_speedup(options.target_speedup)
             if row is None:
                 most = trade_offs.rows[-1].speedup
                 raise RequestError(f"target_speedup: at most {most:g} with {self.name}", "target_speedup")
             return self.at(row, "target_speedup", options.target_speedup)
         if options.max_disagreement is not None:
-            row = self._table("max_disagreement").within_disagreement(options.max_disagreement)
+            row = self._table(signal, "max_disagreement").within_disagreement(options.max_disagreement)
             return self.at(row, "max_disagreement", options.max_disagreement)
         return otherwise
 
@@ -128,23 +179,27 @@ class Rules:
             "samples": self._samples,
         }
 
-    def _explicit(self, tau: float | None, lam: float | None, max_layer: int | None) -> Choice:
+    def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
             raise RequestError(
                 f"max_layer: must be from {self._exits[0]} to {self._exits[-1]}, got {max_layer}",
                 "max_layer",
             )
-        # The server's default τ; with a λ of another scale the model's.
-        default = self.default.rule.tau if lam in (None, self._defaults.lam) else self._defaults.tau
-        return self._choice(
-            default if tau is None else tau,
-            self._defaults.lam if lam is None else lam,
-            "default" if tau is None else "tau",
-            tau,
-            max_layer,
-        )
+        if tau is not None:
+            return self._choice(tau, signal, "tau", tau, max_layer)
+        default = self.default if signal is self._signal else self._default_of(signal)
+        return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
-    def _table(self, field: str) -> TradeOffs:
-        if self.trade_offs is None:
+    def _table(self, signal: Signal, field: str) -> TradeOffs:
+        """The trade-offs of a signal; raises RequestError if it was not certified."""
+        trade_offs = self._certified.get(_key(signal))
+        if trade_offs is not None:
+            return trade_offs
+        if not self._certified:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
-        return self.trade_offs
+        certified = ", ".join(str(key) for key in self._certified)
+        raise RequestError(
+            f"{field}: {self.name} has no calibration of {_key(signal)}; give tau, or a signal that has one: "
+            f"{certified}",
+            field,
+        )

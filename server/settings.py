@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
+from exits.signals import SignalName
+
 PREFIX = "DE3_"
 # Variables with the prefix that are not settings of the server.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")  # of clients
@@ -22,6 +24,7 @@ class ExitOptions:
 
     Attributes:
         tau: leave at the first exit whose score is below it.
+        signal: entropy, edr or risk; None: the model's, or edr with a λ.
         lam: EDR's λ.
         max_layer: go no deeper than this layer.
         target_speedup: the mean speed-up over full depth, by the calibration.
@@ -31,6 +34,7 @@ class ExitOptions:
     """
 
     tau: float | None = None
+    signal: SignalName | None = None
     lam: float | None = None
     max_layer: int | None = None
     target_speedup: float | None = None
@@ -39,15 +43,16 @@ class ExitOptions:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
+        if self.lam and self.signal not in (None, "edr"):
+            raise ValueError(f"lambda: goes with the signal edr only, not with {self.signal}")
         values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
         if values == (None, None, None, None):
             return
         asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
         if len(asked) > 1:
             raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
-        for value, name in ((self.lam, "lambda"), (self.max_layer, "max_layer")):
-            if asked and asked != ["tau"] and value is not None:
-                raise ValueError(f"{name}: goes with tau only, not with {asked[0]}")
+        if asked != ["tau"] and self.max_layer is not None:
+            raise ValueError(f"max_layer: goes with tau only, not with {asked[0]}")
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,20 @@ def test_a_rule_out_of_range_is_refused(tau: float, lam: float) -> None:
 
 
 def test_below_is_strict() -> None:
-    score = Edr(1.0).score([read([2.0, 0.0], [0.2, 0.5])])
+    score = Edr(1.0).score([read(0, [2.0, 0.0], [0.2, 0.5])])
     assert score is not None
     assert not ExitRule(score, Edr(1.0)).exits(score)
     assert ExitRule(np.nextafter(score, 1), Edr(1.0)).exits(score)
 
 
 def test_tau_0_never_exits_even_at_edr_0() -> None:
-    sure = Edr(1.0).score([read([1000.0, 0.0], [0.0, 1.0])])
+    sure = Edr(1.0).score([read(0, [1000.0, 0.0], [0.0, 1.0])])
     assert sure == 0
     assert not ExitRule(0, Edr(1.0)).exits(sure)
 
 
 def test_an_exit_without_prototypes_decides_only_by_entropy() -> None:
-    readings = [read([5.0, 0.0], None)]
+    readings = [read(0, [5.0, 0.0], None)]
     assert Edr(1.0).score(readings) is None
     assert not ExitRule(1, Edr(1.0)).exits(None)
     assert ExitRule(1, Entropy()).exits(Entropy().score(readings))
@@ -43,7 +43,7 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
     floats = st.lists(st.floats(-50, 50, width=32), min_size=classes, max_size=classes)
     logits = data.draw(floats)
     distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
-    r, signal = read(logits, distances), signal_of(lam)
+    r, signal = read(0, logits, distances), signal_of(lam)
     assert r.label == np.argmax(logits)
     np.testing.assert_allclose(r.probs, formulas.softmax(logits), rtol=1e-12)
     entropy, ratio = formulas.entropy(formulas.softmax(logits)), formulas.distance_ratio(logits, distances)
@@ -53,17 +53,17 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
     assert signal.score([r]) == pytest.approx(
         float(formulas.edr(r.entropy, r.distance_ratio, lam)), abs=1e-12
     )
-    assert signal.score([read(logits, None)]) == (r.entropy if lam == 0 else None)
+    assert signal.score([read(0, logits, None)]) == (r.entropy if lam == 0 else None)
 
 
 def test_ties_go_to_the_lowest_index() -> None:
-    assert read([1.0, 1.0], None).label == 0
-    assert read([0.0, 1.0, 0.0], [0.2, 0.4, 0.9]).distance_ratio == pytest.approx(0.75)
+    assert read(0, [1.0, 1.0], None).label == 0
+    assert read(0, [0.0, 1.0, 0.0], [0.2, 0.4, 0.9]).distance_ratio == pytest.approx(0.75)
 
 
 def test_logits_that_are_not_numbers_never_exit_early() -> None:
     for signal in (Entropy(), Edr(1.0)):
-        assert not ExitRule(1, signal).exits(signal.score([read([float("nan"), 0.0], [0.1, 0.2])]))
+        assert not ExitRule(1, signal).exits(signal.score([read(0, [float("nan"), 0.0], [0.1, 0.2])]))
 
 
 @given(

@@ -5,7 +5,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,19 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled text or pair of texts; `label` is an index into the label names."""
+    """A labelled text or pair of texts.
+
+    Attributes:
+        label: an index into the label names.
+        group: samples of a group are related (parts of one text, document or user) and stay in one part of the data;
+            None: the text is related to its own copies only.
+        is_fragment: it is part of another text of the data, and not what the model will be asked.
+    """
 
     text: Text
     label: int
+    group: str | None = field(default=None, compare=False)
+    is_fragment: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,15 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
+def read_column(path: Path, columns: Columns, name: str) -> list[str]:
+    """One more column of a file, a row for each of `read_rows`; raises ValueError if a row lacks it."""
+    values = [(line, record.get(name)) for line, record in _records(path, columns)]
+    missing = next((line for line, value in values if value is None or not str(value).strip()), None)
+    if missing is not None:
+        raise ValueError(f"{path}:{missing}: no {name}")
+    return [str(value).strip() for _, value in values]
+
+
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a `datasets` data set, "path" or "path:config".
 
@@ -177,11 +195,16 @@ def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tu
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: {"text", "label"} or {"text", "text_pair", "label"}, with the label's name."""
+    """Write examples as jsonl: text, text_pair of pairs, label (its name), group and fragment where they say more."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
-            row = {"text": text, **({} if pair is None else {"text_pair": pair}), "label": names[e.label]}
+            row: dict[str, Any] = {"text": text, **({} if pair is None else {"text_pair": pair})}
+            row["label"] = names[e.label]
+            if e.group is not None:
+                row["group"] = e.group
+            if e.is_fragment:
+                row["fragment"] = True
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -191,8 +214,13 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
         raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
     with path.open(encoding="utf-8") as file:
         is_pair = '"text_pair"' in file.readline()
-    rows = read_rows(path, Columns(text_pair="text_pair" if is_pair else None))
-    return to_examples(rows, names)
+    columns = Columns(text_pair="text_pair" if is_pair else None)
+    examples = to_examples(read_rows(path, columns), names)
+    records = [record for _, record in _records(path, columns)]
+    return [
+        replace(e, group=record.get("group"), is_fragment=record.get("fragment") is True)
+        for e, record in zip(examples, records, strict=True)
+    ]
 
 
 def input_of(examples: Sequence[Example]) -> str:

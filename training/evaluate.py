@@ -11,7 +11,7 @@ from rich.table import Table
 from exits import calibration
 from exits.recorded import Recorded
 from exits.rule import exit_index
-from exits.signals import signal_of
+from exits.signals import Edr, Signal
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 
@@ -31,12 +31,14 @@ class Curve:
         return float(np.interp(speedup, self.speedup, self.accuracy))
 
 
-def curves(recorded: Recorded, lams: Sequence[float]) -> list[Curve]:
-    """The curves of entropy, distance ratio and EDR at each λ."""
+def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
+    """The curves of entropy, distance ratio, EDR at each λ and, if a model has it, risk."""
     scores = {"entropy": recorded.entropy}
     if len(recorded.exit_layers) > 1:
         scores["distance ratio"] = recorded.distance_ratio
-        scores |= {f"EDR λ={lam:g}": signal_of(lam).scores(recorded) for lam in lams}
+        scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in lams}
+    if risk is not None:
+        scores["risk"] = risk.scores(recorded)
     return [_curve(name, values, recorded) for name, values in scores.items()]
 
 
@@ -98,14 +100,17 @@ def curve_table(curves: Sequence[Curve]) -> Table:
     return table
 
 
-def default_line(recorded: Recorded, tau: float, lam: float) -> str:
-    """The outcome of an artifact's default (λ, τ) on these samples, as text."""
-    o = calibration.outcome(recorded, signal_of(lam).scores(recorded), tau, lam)
+def default_line(recorded: Recorded, tau: float, signal: Signal) -> str:
+    """The outcome of an artifact's default (signal, τ) on these samples, as text."""
+    samples = calibration.Samples.independent(recorded)
+    o = calibration.outcome(samples, signal.scores(recorded), tau, signal)
+    name = signal.name if signal.lam is None else f"EDR λ = {signal.lam:g}"
     low, high = (100 * x for x in o.accuracy_interval)
     return (
-        f"Default λ = {lam:g}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {name}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
+        f"{100 * o.disagreement:.2f}% of labels unlike full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"

@@ -4,7 +4,7 @@ import hashlib
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from training.data import Example, Text
 
@@ -25,10 +25,11 @@ def split(
 ) -> Split:
     """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
-    By default each is a tenth of the examples, at most 4,000. Equal texts are in the same part. With
-    `fragments` (the data contains fragments of its own texts, as SST-2's phrases), a text and its fragments
-    are too: a fragment of texts in several parts is left out, or kept in train if it has fewer than 3 words.
-    Otherwise the evaluation would use sentences that the model has seen in training.
+    By default each is a tenth of the examples, at most 4,000. Equal texts are in the same part, and so are examples
+    of one group. With `fragments` (the data contains fragments of its own texts, as SST-2's phrases), a text and its
+    fragments are too: a fragment of texts in several parts is left out, or kept in train if it has fewer than 3 words.
+    Otherwise the evaluation would use sentences that the model has seen in training. The parts say which texts are
+    fragments, and of what.
 
     Raises ValueError if there are too few samples or distinct texts.
     """
@@ -36,7 +37,7 @@ def split(
     if size < 1 or 2 * size >= len(examples):
         raise ValueError(f"cannot hold out 2 x {size} of {len(examples)} samples; set --held-back")
     texts = {e.text for e in examples}
-    whole = whole_texts(texts) if fragments else {text: {text} for text in texts}
+    whole = whole_texts(texts) if fragments else _related(examples)
     members: dict[Text, list[Example]] = defaultdict(list)
     for example in examples:
         if len(whole[example.text]) == 1 or not _is_short(example.text):
@@ -62,7 +63,29 @@ def split(
     if not (tune and certify and train):
         raise ValueError("too few distinct texts to hold out two parts")
     random.Random(seed).shuffle(train)
+    if fragments:
+        tune, certify = ([_in_its_text(e, whole[e.text]) for e in part] for part in (tune, certify))
     return Split(train=train, tune=tune, certify=certify)
+
+
+def _in_its_text(example: Example, whole: set[Text]) -> Example:
+    return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
+
+
+def _related(examples: Sequence[Example]) -> dict[Text, set[Text]]:
+    """For each text one text that stands for all that are related to it: by a group, directly or through others."""
+    parent: dict[Text, Text] = {e.text: e.text for e in examples}
+
+    def root(text: Text) -> Text:
+        while parent[text] != text:
+            parent[text] = text = parent[parent[text]]
+        return text
+
+    first: dict[str, Text] = {}
+    for example in examples:
+        if example.group is not None:
+            parent[root(example.text)] = root(first.setdefault(example.group, example.text))
+    return {text: {root(text)} for text in parent}
 
 
 def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:

@@ -73,7 +73,7 @@ def promise(
     )
     rows = run(
         population,
-        loaded.manifest.defaults.lam,
+        loaded.manifest.default_signal,
         size or len(population.labels) // 2,
         wish or [0.02, 0.05, 0.1],
         trials,
@@ -182,7 +182,7 @@ def deadlines(
     cases = [(0.2, 0.0), (0.4, 0.0), (0.8, 0.0)]
     cases += [(budget, utilization) for utilization in (0.5, 0.9, 1.2) for budget in (2.0, 8.0)]
     costs = Costs(start_layers * layer_us * 1e-6, layer_us * 1e-6)
-    rows = run(samples, defaults.tau, defaults.lam, costs, cases)
+    rows = run(samples, defaults.tau, loaded.manifest.default_signal, costs, cases)
     policies = ("default", "predicted")
     _print(
         ["budget, ms", "load", *(f"{policy}: {key}" for policy in policies for key in rows[0][policy])],

@@ -10,7 +10,7 @@ import numpy as np
 from exits import calibration
 from exits.recorded import Recorded
 from exits.rule import exit_index
-from exits.signals import signal_of
+from exits.signals import Signal
 
 THREADS = 2
 
@@ -69,13 +69,13 @@ def simulate(
 def deadlines(
     recorded: Recorded,
     tau: float,
-    lam: float,
+    signal: Signal,
     costs: Costs,
     cases: Sequence[tuple[float, float]],
     seeds: int = 5,
 ) -> list[dict[str, Any]]:
     """Both policies in each case (budget in ms, utilization as a share of the capacity at τ), averaged over seeds."""
-    scores = signal_of(lam).scores(recorded)
+    scores = signal.scores(recorded)
 
     def exits_at(tau: float) -> tuple[float, Any]:
         index = exit_index(scores, tau)

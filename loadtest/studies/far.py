@@ -11,7 +11,6 @@ from exits import calibration, reference
 from exits.reading import Reading, read
 from exits.recorded import Recorded
 from exits.rule import ExitRule, exit_index
-from exits.signals import signal_of
 from loadtest.studies.samples import NO_LABEL, nearest
 from model_store.manifest import Manifest
 from server.ood import WINDOW, Drift, OodMonitor
@@ -32,7 +31,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
 
     like: in-distribution samples, to fit the scores that need more than the manifest.
     """
-    tau, signal = manifest.defaults.tau, signal_of(manifest.defaults.lam)
+    tau, signal = manifest.defaults.tau, manifest.default_signal
 
     def exits(texts: Recorded) -> NDArray[np.int64]:
         return exit_index(signal.scores(texts), tau)
@@ -105,8 +104,8 @@ def readings(texts: Recorded) -> list[list[Reading]]:
     missing: NDArray[np.bool_] = np.asarray(np.isnan(texts.distances).any(-1))
     return [
         [
-            read(logits[n][e], None if missing[n, e] else distances[n][e])
-            for e in range(len(texts.exit_layers))
+            read(layer, logits[n][e], None if missing[n, e] else distances[n][e])
+            for e, layer in enumerate(texts.exit_layers)
         ]
         for n in range(len(texts.labels))
     ]
@@ -115,12 +114,13 @@ def readings(texts: Recorded) -> list[list[Reading]]:
 def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
     """Accuracy, speed-up and share of far texts under an --ood-policy; full_depth: far texts never exit early."""
     monitor = OodMonitor(manifest, name)
-    rule = ExitRule(manifest.defaults.tau, signal_of(manifest.defaults.lam))
+    rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
     correct, layers, far_texts = 0, 0, 0
     for label, row in zip(texts.labels, readings(texts), strict=True):
         cautious, far = rule, False
-        for i, (layer, reading) in enumerate(zip(texts.exit_layers, row, strict=True), 1):
-            if not far and monitor.is_far(layer, reading):
+        for i, reading in enumerate(row, 1):
+            layer = reading.layer
+            if not far and monitor.is_far(reading):
                 far, cautious = True, replace(rule, tau=0.0 if full_depth else rule.tau * monitor.caution)
             if layer == texts.exit_layers[-1] or cautious.exits(cautious.signal.score(row[:i])):
                 correct, layers = correct + (reading.label == label), layers + layer

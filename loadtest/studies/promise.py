@@ -8,12 +8,12 @@ import numpy as np
 from exits import calibration, guarantee
 from exits.recorded import Recorded
 from exits.rule import exit_index
-from exits.signals import signal_of
+from exits.signals import Signal
 
 
 def promise(
     population: Recorded,
-    lam: float,
+    signal: Signal,
     size: int,
     wishes: Sequence[float],
     trials: int,
@@ -30,7 +30,7 @@ def promise(
     start_layers: the cost of tokenization, embeddings and their exit, in layers, for the speed-up by time.
     """
     labels, rows = population.logits.argmax(-1), np.arange(len(population.labels))
-    scores, taus = signal_of(lam).scores(population), sorted(t for t in taus if t > 0)
+    scores, taus = signal.scores(population), sorted(t for t in taus if t > 0)
     differs = np.empty((len(rows), len(taus)), np.float64)
     depth = np.empty(len(taus))
     for i, tau in enumerate(taus):

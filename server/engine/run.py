@@ -42,7 +42,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
         item.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
-            item.record(layer, read(step.logits.tolist(), distances))
+            item.record(read(layer, step.logits.tolist(), distances))
             reason = _exit_reason(item, deepest)
             if reason:
                 break
@@ -65,22 +65,22 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
 
 def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
     """Why an item leaves at the exit that it passed last; None if it does not."""
-    layer, reading = item.passed[-1]
-    if layer == item.job.model.manifest.num_layers:
+    reading = item.passed[-1]
+    if reading.layer == item.job.model.manifest.num_layers:
         return "last_layer"
     if item.rule.exits(reading.score):
         return "threshold"
-    return "max_layer" if layer == deepest else None
+    return "max_layer" if reading.layer == deepest else None
 
 
 def _outcome(item: Item, reason: ExitReason | None) -> Outcome:
     assert item.tokens is not None and reason is not None
-    layer, reading = item.passed[-1]  # at a deadline: the deepest answer so far
+    reading = item.passed[-1]  # at a deadline: the deepest answer so far
     pending_s = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s
     if item.is_sampled and item.job.monitor is not None:
-        item.job.monitor.sample(*item.passed[0])
+        item.job.monitor.sample(item.passed[0])
     return Outcome(
-        layer=layer,
+        layer=reading.layer,
         reason=reason,
         reading=reading,
         passed=item.passed,
@@ -179,5 +179,5 @@ def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:
         asked = [m for m in manifest.exit_layers if m <= passed.exit_layer]
     for layer in asked:
         distances = passed.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        item.record(layer, read(passed.logits[layer].tolist(), distances))
+        item.record(read(layer, passed.logits[layer].tolist(), distances))
     return _outcome(item, _exit_reason(item, passed.deepest))

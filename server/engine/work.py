@@ -97,14 +97,14 @@ class Outcome:
 
     Attributes:
         layer: the exit's layer.
-        passed: every exit passed, (layer, reading), the last one being where it left.
+        passed: the reading of every exit passed, the last one being where it left.
         is_far: whether it was far from every prototype at some exit.
     """
 
     layer: int
     reason: ExitReason
     reading: Reading
-    passed: list[tuple[int, Reading]]
+    passed: list[Reading]
     tokens: int
     truncated: bool
     queue_s: float
@@ -128,7 +128,7 @@ class Item:
         is_sampled: whether it counts for drift.
         is_short: whether it is tokenized in one step, and may be part of a group.
         rule: the job's, or a more cautious one once the text is_far from every prototype.
-        passed: every exit passed, with its reading.
+        passed: the reading of every exit passed.
         outcome: there once it left.
     """
 
@@ -147,7 +147,7 @@ class Item:
     is_far: bool = False
     is_sampled: bool = field(init=False)
     is_short: bool = field(init=False)
-    passed: list[tuple[int, Reading]] = field(default_factory=list)
+    passed: list[Reading] = field(default_factory=list)
     tokenize_s: float = 0.0
     model_s: float = 0.0
     outcome: Outcome | None = None
@@ -163,12 +163,12 @@ class Item:
         """Whether every exit is evaluated, even those at which it may not exit."""
         return self.job.asks_all_exits or self.is_sampled
 
-    def record(self, layer: int, reading: Reading) -> None:
+    def record(self, reading: Reading) -> None:
         """Score and keep an exit's reading; once a text is out of distribution, lower its τ."""
-        self.passed.append((layer, reading))
-        reading.score = self.rule.signal.score([passed for _, passed in self.passed])
+        self.passed.append(reading)
+        reading.score = self.rule.signal.score(self.passed)
         monitor = self.job.monitor
-        if monitor is not None and not self.is_far and monitor.is_far(layer, reading):
+        if monitor is not None and not self.is_far and monitor.is_far(reading):
             self.is_far = True
             self.rule = replace(self.rule, tau=self.rule.tau * monitor.caution)
 
@@ -246,7 +246,9 @@ class Job:
     def max_group_s(self) -> float:
         """Its texts may be part of a group that is predicted to take no longer; 0: each runs by itself."""
         # With a deadline by itself, so that it can leave after any layer.
-        return 0.0 if self.deadline is not None or self.is_shadow else self.served.max_group_s
+        # A signal that the kernels do not have is scored between the layers, too.
+        runs_alone = self.deadline is not None or self.is_shadow or self.choice.rule.signal.code is None
+        return 0.0 if runs_alone else self.served.max_group_s
 
     @property
     def tokens(self) -> int:

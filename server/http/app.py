@@ -263,6 +263,11 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
         return frontend.refuse(error, request.scope)
 
 
+def signals(manifest: Manifest) -> list[str]:
+    """The signals that requests may name."""
+    return ["entropy", "edr", *(["risk"] if manifest.risk is not None else [])]
+
+
 def model_row(manifest: Manifest) -> dict[str, Any]:
     """One model as /v1/models lists it."""
     c = manifest.calibration
@@ -279,6 +284,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "max_tokens": manifest.max_tokens,
         "input": manifest.input,
         "precision": manifest.precision,
-        "defaults": {"tau": manifest.defaults.tau, "lambda": manifest.defaults.lam},
+        "defaults": manifest.defaults.model_dump(by_alias=True),
+        "signals": signals(manifest),
         "calibration": c.default.model_dump(by_alias=True) if c else None,
     }

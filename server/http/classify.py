@@ -9,6 +9,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from exits.reading import Reading
+from exits.signals import edr
 from server.engine.work import Item, Job, Request, Text
 from server.http import hugging_face, sglang
 from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
@@ -107,6 +108,7 @@ class ClassifyRequest(ClassifyFields):
     mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
+DISPLAY_LAM = 1.0  # of the EDR that is reported beside another signal
 EXAMPLE = '{"input": "a text"}'
 OFTEN = frozenset(known_fields(ClassifyFields))
 IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
@@ -172,7 +174,8 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     """The answer to one text."""
     outcome, manifest = item.outcome, job.model.manifest
     assert outcome is not None  # the job is done
-    reading = outcome.reading
+    reading, signal = outcome.reading, item.rule.signal
+    lam = signal.lam or DISPLAY_LAM
     row: dict[str, Any] = {
         "index": item.index,
         "label": manifest.labels[reading.label],
@@ -183,8 +186,9 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
             "num_layers": manifest.num_layers,
             "reason": outcome.reason,
             "tau": item.rule.tau,
-            "lambda": item.rule.signal.lam,
-            **_signals(reading),
+            "signal": signal.name,
+            "lambda": signal.lam,
+            **_signals(reading, lam),
         },
     }
     if outcome.truncated:
@@ -196,19 +200,24 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     if request.explain:
         row["layers"] = [
             {
-                "layer": layer,
-                **_signals(r),
+                "layer": r.layer,
+                **_signals(r, lam),
                 "label": manifest.labels[r.label],
                 "probs": r.logits if request.raw else r.probs,
             }
-            for layer, r in outcome.passed
+            for r in outcome.passed
         ]
     return row
 
 
-def _signals(reading: Reading) -> dict[str, Any]:
-    """The signals of one exit."""
-    return {"entropy": reading.entropy, "distance_ratio": reading.distance_ratio, "edr": reading.score}
+def _signals(reading: Reading, lam: float) -> dict[str, Any]:
+    """The signals of one exit, and the score that was compared with τ."""
+    return {
+        "score": reading.score,
+        "entropy": reading.entropy,
+        "distance_ratio": reading.distance_ratio,
+        "edr": edr(reading, lam),
+    }
 
 
 CLASSIFY = Protocol(parse, serialize)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from exits.signals import MAX_LAM
+from exits.signals import MAX_LAM, SignalName
 from server.errors import RequestError
 from server.http.protocol import LARGE_BODY_BYTES
 from server.settings import MAX_BUDGET_MS, ExitOptions
@@ -15,6 +15,7 @@ from server.settings import MAX_BUDGET_MS, ExitOptions
 MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
+    "signal": "",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
@@ -31,10 +32,19 @@ class OptionFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     tau: float | None = Field(
-        None, ge=0, le=1, description="exit at the first layer with EDR < tau; 0: never early"
+        None, ge=0, le=1, description="exit at the first layer whose score is below tau; 0: never early"
+    )
+    signal: SignalName | None = Field(
+        None,
+        description="the score: risk (the chance that full depth answers otherwise), edr, or entropy; default: "
+        "the model's",
     )
     lam: float | None = Field(
-        None, ge=0, le=MAX_LAM, alias="lambda", description="weight of the distance ratio against entropy"
+        None,
+        ge=0,
+        le=MAX_LAM,
+        alias="lambda",
+        description="of the signal edr: weight of the distance ratio against entropy; 0: entropy alone",
     )
     max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
     target_speedup: float | None = Field(
@@ -66,6 +76,7 @@ class OptionFields(BaseModel):
         """The fields that decide where texts exit."""
         return ExitOptions(
             self.tau,
+            self.signal,
             self.lam,
             self.max_layer,
             self.target_speedup,

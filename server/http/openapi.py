@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from exits.rule import ExitReason
+from exits.signals import SignalName
 from server.http import errors
 from server.http.classify import ClassifyRequest
 
@@ -53,8 +54,10 @@ _ANSWER = {
                 "layer": 1,
                 "num_layers": 6,
                 "reason": "threshold",
-                "tau": 0.16,
-                "lambda": 1.0,
+                "tau": 0.08,
+                "signal": "risk",
+                "lambda": None,
+                "score": 0.02,
                 "entropy": 0.08,
                 "distance_ratio": 0.05,
                 "edr": 0.06,
@@ -125,7 +128,9 @@ class Exit(BaseModel):
     num_layers: int
     reason: ExitReason
     tau: float
-    lam: float = Field(alias="lambda")
+    signal: SignalName = Field(description="what is compared with tau")
+    lam: float | None = Field(alias="lambda", description="of the signal edr")
+    score: float | None = Field(description="the signal's value at this exit; null if it has none here")
     entropy: float
     distance_ratio: float | None
     edr: float | None
@@ -137,6 +142,7 @@ class PassedExit(BaseModel):
     layer: int
     label: str
     probs: list[float]
+    score: float | None
     entropy: float
     distance_ratio: float | None
     edr: float | None

@@ -1,0 +1,206 @@
+"""Choose an artifact's signal and τ, and certify what they give, from samples that were not trained on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from exits import calibration, risk
+from exits.calibration import FINE_TAUS, Outcome, Samples
+from exits.recorded import Recorded
+from exits.reference import quantiles
+from exits.signals import Risk, Signal, SignalName
+from model_store.manifest import Calibration, Defaults, RiskWeights
+from training.data import Example
+from training.progress import console
+
+CHOICES = ("auto", "risk", "edr", "entropy")
+MIN_CERTIFY = 850  # groups
+LEAST_WIN = 1.05  # of another signal over risk
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples that were held out, recorded, and which of them are whole texts.
+
+    Attributes:
+        is_whole: (n,); a fragment helps to fit the risk, but neither chooses nor certifies: nobody sends fragments.
+    """
+
+    samples: Samples
+    is_whole: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "Part":
+        """The part of these examples, recorded in this order."""
+        names = [e.group or repr(e.text) for e in examples]
+        groups = np.unique(names, return_inverse=True)[1].astype(np.int64)
+        is_whole = np.array([not e.is_fragment for e in examples])
+        return cls(Samples(recorded, groups), is_whole)
+
+    @property
+    def whole(self) -> Samples:
+        """The whole texts."""
+        return self.samples.rows(self.is_whole)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The parts of a manifest that a calibration sets."""
+
+    calibration: Calibration
+    risk: list[RiskWeights]
+    defaults: Defaults
+
+    def fields(self) -> dict[str, Any]:
+        """By their names in the manifest."""
+        return {"calibration": self.calibration, "risk": self.risk, "defaults": self.defaults}
+
+
+def calibrate(tune: Part, certify: Part, max_loss: float, wanted: str = "auto") -> Calibrated:
+    """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
+
+    The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. Of fewer than
+    MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk that was fitted on the other.
+
+    wanted: the signal of the default, or auto.
+    """
+    if wanted not in CHOICES:
+        raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
+    pooled = certify.whole.num_groups < MIN_CERTIFY
+    fitted = risk.fit(joined([tune.samples, certify.samples]).recorded if pooled else tune.samples.recorded)
+    signals = _rivals(tune, fitted)
+    name = _choose(signals) if wanted == "auto" else wanted
+    tables = {}
+    for signal, _ in signals.values():
+        samples, scores = _certifying(tune, certify, signal, pooled)
+        tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
+    default = calibration.within_loss(tables[_named(name)], max_loss)
+    samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
+    _report(tables, default, samples)
+    calibrated = Calibration.model_validate(
+        {
+            "tune_size": len(tune.samples.recorded.labels),
+            "certify_size": len(samples.recorded.labels),
+            "groups": samples.num_groups,
+            "max_loss": max_loss,
+            "exit_accuracy": samples.recorded.correct.mean(0).tolist(),
+            "default": rounded(default),
+            "table": [rounded(row) for table in tables.values() for row in table],
+            "references": references(samples.recorded),
+        }
+    )
+    weights = [
+        RiskWeights(layer=layer, weights=list(w)) for layer, w in enumerate(fitted.weights) if w is not None
+    ]
+    return Calibrated(calibrated, weights, Defaults(tau=default.tau, signal=default.signal, lam=default.lam))
+
+
+def _named(name: str) -> SignalName:
+    return next(known for known in ("risk", "edr", "entropy") if known == name)
+
+
+def _rivals(tune: Part, fitted: Risk) -> dict[SignalName, tuple[Signal, float]]:
+    """One signal of each kind, EDR with its best λ, and their merits on the tuning samples."""
+    whole = tune.whole
+    scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
+    tables = [
+        (signal, calibration.trade_off(whole, signal, FINE_TAUS)) for signal in calibration.candidates()
+    ]
+    tables.append((fitted, calibration.trade_off(whole, fitted, FINE_TAUS, scores)))
+    best: dict[SignalName, tuple[Signal, float]] = {}
+    for signal, table in tables:
+        merit = calibration.merit(table)
+        if signal.name not in best or merit > best[signal.name][1]:
+            best[signal.name] = signal, merit
+    return best
+
+
+def _choose(signals: dict[SignalName, tuple[Signal, float]]) -> SignalName:
+    """Risk, whose τ has a meaning, unless another is clearly faster."""
+    name = max(signals, key=lambda name: signals[name][1])
+    return name if signals[name][1] > LEAST_WIN * signals["risk"][1] else "risk"
+
+
+def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tuple[Samples, Any]:
+    """The samples that certify a signal, and its scores for them."""
+    if not pooled:
+        return certify.whole, signal.scores(certify.whole.recorded)
+    scores = []
+    for part, other in ((tune, certify), (certify, tune)):
+        scorer = risk.fit(other.samples.recorded) if isinstance(signal, Risk) else signal
+        scores.append(scorer.scores(part.whole.recorded))
+    return joined([tune.whole, certify.whole]), np.concatenate(scores)
+
+
+def joined(parts: Sequence[Samples]) -> Samples:
+    """Several parts as one; their groups stay apart."""
+    first = parts[0].recorded
+    arrays = (
+        np.concatenate([getattr(p.recorded, name) for p in parts])
+        for name in ("logits", "distances", "labels")
+    )
+    offsets = np.cumsum([0, *(int(p.groups.max()) + 1 for p in parts)])[:-1]
+    groups = np.concatenate([p.groups + offset for p, offset in zip(parts, offsets, strict=True)])
+    return Samples(Recorded(first.exit_layers, *arrays), groups)
+
+
+def _report(tables: dict[SignalName, list[Outcome]], default: Outcome, samples: Samples) -> None:
+    n = len(samples.recorded.labels)
+    table = Table(title=f"Speed-up in layers at a disagreement with full depth, {n} certifying samples")
+    for column in ("signal", "1%", "2%", "5%"):
+        table.add_column(column, justify="left" if column == "signal" else "right")
+    for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
+        mark = "  (default)" if rows[0].signal == default.signal else ""
+        speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.MERIT_AT]
+        table.add_row(label(rows[0]) + mark, *speeds)
+    console.print(table)
+    console.print(
+        f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: accuracy "
+        f"{100 * default.accuracy:.2f}% "
+        f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
+        f"depth {100 * default.loss:+.2f} points "
+        f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), mean exit layer "
+        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×"
+    )
+
+
+def label(row: Outcome | Defaults) -> str:
+    """A signal as messages name it."""
+    return f"EDR λ={row.lam:g}" if row.signal == "edr" else row.signal
+
+
+def meaning(row: Outcome | Defaults) -> str:
+    """What τ means with a signal."""
+    if row.tau == 0:
+        return "never exit early, as nothing else is certain enough on these samples"
+    if row.signal == "risk":
+        return f"exit when the chance that full depth answers otherwise is below {100 * row.tau:.2g}%"
+    return "exit when the score is below τ"
+
+
+def references(certified: Recorded) -> list[dict[str, Any]]:
+    """The quantiles of each exit's signals on the certifying samples."""
+    references = []
+    for j, layer in enumerate(certified.exit_layers):
+        reference: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
+        reference["entropy"] = quantiles(certified.entropy[:, j])
+        if not np.isnan(certified.distances[0, j]).any():
+            reference["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
+            reference["nearest"] = quantiles(certified.distances[:, j].min(-1))
+        references.append(reference)
+    return references
+
+
+def rounded(outcome: Outcome) -> dict[str, Any]:
+    """An outcome's fields with six decimals, more than their precision."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [rounded(item) for item in value]
+        return round(value, 6) if isinstance(value, float) else value
+
+    return {k: rounded(v) for k, v in asdict(outcome).items()}
