@@ -89,7 +89,8 @@ def test_the_wheel_holds_every_module_the_kernels_the_demo_model_and_no_more(
     code = {
         name
         for name in tracked
-        if name.endswith((".py", ".pyi", "py.typed")) and not name.startswith(("tests/", "deploy/grafana/"))
+        if name.endswith((".py", ".pyi", "py.typed", ".html", ".css", ".js"))
+        and not name.startswith(("tests/", "deploy/grafana/"))
     }
     demo = {n.replace("models/", "de3/demo/", 1) for n in tracked if n.startswith("models/")}
     assert names == code | demo | {"native/kernels.abi3.so"}
@@ -155,5 +156,6 @@ def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
     with demo_server(user) as (url, log):
         (warning,) = (line for line in log.splitlines() if "WARNING" in line)
         assert "the AMX and AVX-512 kernels were not built" in warning and "times as long" in warning
+        assert httpx.get(url).headers["content-type"].startswith("text/html")
         answer = httpx.post(f"{url}/classify", json={"input": ["a warm , funny film", "awful"]}).json()
         assert [row["label"] for row in answer["data"]] == ["positive", "negative"]
