@@ -81,7 +81,9 @@ class Server:
 
 @contextmanager
 def serving(store: Path, **settings: Any) -> Iterator[Server]:
-    """A server over a store, ready."""
+    """A server over a store, ready. Of the tests' store, tiny answers requests that name no model."""
+    if "models" not in settings and (store / "tiny").exists():
+        settings.setdefault("default_model", "tiny")
     server = Server(Service(Settings(store=store, port=0, **settings)))
     server.start()
     try:
@@ -112,6 +114,8 @@ class Gate:
 def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
     """`de3 serve` as a user runs it, on a port that the system chooses; or code that does so in another
     way."""
+    if (store / "tiny").exists() and "--model" not in arguments:
+        arguments = (*arguments, "--default-model", "tiny")
     program = ["-c", code] if code else ["-m", "de3.cli"]
     command = [sys.executable, *program, "serve", "--store", str(store), *arguments]
     running = subprocess.Popen(

@@ -435,7 +435,7 @@ def test_too_many_models_at_start_are_refused(versions: Path) -> None:
 
 def test_a_request_without_a_model_where_several_are_served(store: Path) -> None:
     """Nobody named a first, so no model is taken by its name's place in the alphabet."""
-    with serving(store) as server:
+    with serving(store, default_model=None) as server:
         for path, body in (
             ("/classify", {"input": "good"}),
             ("/predict", {"inputs": "good"}),

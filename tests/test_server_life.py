@@ -191,7 +191,7 @@ def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.Mon
     go_on = threading.Event()
     load = manager.load
     monkeypatch.setattr(manager, "load", lambda *a: (go_on.wait(30), load(*a))[1])
-    server = Server(Service(Settings(store=store, port=0)))
+    server = Server(Service(Settings(store=store, port=0, default_model="tiny")))
     server.start()
     try:
         assert httpx.get(server.url + "/health").status_code == 200
