@@ -368,6 +368,15 @@ def train(
         console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out} --name NAME")
 
 
+def _certified(manifest: Any) -> list[Any]:
+    """The signals that an artifact's calibration certified, each with its trade-offs."""
+    from exits.trade_offs import TradeOffs
+
+    rows = manifest.calibration.table if manifest.calibration else []
+    keys = dict.fromkeys((row.signal, row.lam) for row in rows)
+    return [(manifest.signal(*key), TradeOffs(manifest.trade_offs(*key))) for key in keys]
+
+
 @app.command()
 def evaluate(
     model: Annotated[
@@ -446,6 +455,7 @@ def evaluate(
             defaults = opened.manifest.defaults
             line = evaluation.default_line(recorded, defaults.tau, opened.manifest.default_signal)
             output.print(line, highlight=False)
+            output.print(evaluation.target_table(recorded, _certified(opened.manifest)))
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
         target = png or beside
         evaluation.plot(recorded, curves, target, f"{model.name}, {len(examples)} samples")

@@ -46,7 +46,8 @@ class _Signal(_Part):
     """What is compared with τ: a signal, and λ of edr."""
 
     signal: SignalName
-    lam: Annotated[float, Field(ge=0, le=100)] | None = Field(None, alias="lambda")  # a keyword of Python
+    # λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
+    lam: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Field(alias="lambda")] = None
 
     @model_validator(mode="before")
     @classmethod

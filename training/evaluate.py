@@ -12,8 +12,10 @@ from exits import calibration
 from exits.recorded import Recorded
 from exits.rule import exit_index
 from exits.signals import Edr, Signal
+from exits.trade_offs import TradeOffs
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,9 @@ def default_line(recorded: Recorded, tau: float, signal: Signal) -> str:
     """The outcome of an artifact's default (signal, τ) on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
     o = calibration.outcome(samples, signal.scores(recorded), tau, signal)
-    name = signal.name if signal.lam is None else f"EDR λ = {signal.lam:g}"
     low, high = (100 * x for x in o.accuracy_interval)
     return (
-        f"Default {name}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {signal_label(signal)}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"{100 * o.disagreement:.2f}% of labels unlike full depth, "
@@ -115,6 +116,39 @@ def default_line(recorded: Recorded, tau: float, signal: Signal) -> str:
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
     )
+
+
+def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]) -> Table:
+    """What an artifact's targets give on these samples, for each signal, with the τ that its calibration says."""
+    samples = calibration.Samples.independent(recorded)
+    title = "Targets: a speed-up, or a largest share of labels unlike full depth"
+    table = Table(title=f"{title} ({len(recorded.labels)} samples)")
+    for column in ("signal", "target", "τ", "speed-up", "unlike", "loss, points"):
+        table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
+    for signal, trade_offs in signals:
+        rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in TARGET_SPEEDUPS]
+        rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
+        scores = signal.scores(recorded)
+        for target, row in rows:
+            if row is None:
+                continue
+            o = calibration.outcome(samples, scores, row.tau, signal)
+            low, high = (100 * x for x in o.loss_interval)
+            table.add_row(
+                signal_label(signal),
+                target,
+                f"{row.tau:.4f}",
+                f"{o.speedup:.2f}×",
+                f"{100 * o.disagreement:.2f}%",
+                f"{100 * o.loss:+.2f} ({low:+.2f} … {high:+.2f})",
+            )
+        table.add_section()
+    return table
+
+
+def signal_label(signal: Signal) -> str:
+    """A signal as tables name it."""
+    return signal.name if signal.lam is None else f"EDR λ={signal.lam:g}"
 
 
 def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) -> None:
