@@ -1,0 +1,1 @@
+"""Studies of training on public data sets; nothing here is needed to train or serve."""

