@@ -250,7 +250,8 @@ def calibrate(tuned: Recorded, certified: Recorded, max_loss: float) -> Calibrat
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), "
         f"loss against full depth {100 * default.loss:+.2f} points "
         f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), "
-        f"mean exit layer {default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×"
+        f"mean exit layer {default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×",
+        soft_wrap=True,
     )
     return Calibration.model_validate(
         {
