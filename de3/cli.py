@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -42,8 +43,20 @@ def main() -> None:
     except ValidationError as error:  # a ValueError with one line per setting
         problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
         _fail("; ".join(problems))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        _fail(_reason(error))
+    except ValueError as error:
         _fail(str(error))
+
+
+def _reason(error: OSError) -> str:
+    """The message of an OSError, without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+
+
+def _say(message: str) -> None:
+    """Print a line on stderr as it is: a command in it can be copied, and brackets are no markup."""
+    console.print(message, markup=False, soft_wrap=True)
 
 
 def _fail(message: str) -> NoReturn:
@@ -338,11 +351,11 @@ def train(
         bf16=bf16,
         prototypes=prototypes,
     )
-    console.print(
+    _say(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
-    console.print(f"recipe ({recipe}): {chosen}")
+    _say(f"recipe ({recipe}): {chosen}")
     warn(warnings)
     torch.manual_seed(seed)
     model = De3Model.from_encoder(
@@ -360,12 +373,35 @@ def train(
     try:
         run(model, tokenizer, parts, settings, out, teacher, resume, command)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on after the last complete epoch with: {command}", soft_wrap=True)
+        _say(f"interrupted; go on after the last complete epoch with: {command}")
         sys.exit(130)
     if exits == "last":
-        console.print(f"saved to {out}. Next: de3 evaluate {out}, or use it as a --teacher")
+        _say(f"saved to {out}. Next: de3 evaluate {out}, or use it as a --teacher")
     else:
-        console.print(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out} --name NAME")
+        _say(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out} --name NAME")
+
+
+def _lambdas(values: str) -> list[float]:
+    """The values of --lambdas; raises ValueError."""
+    from exits.signals import signal_of
+
+    try:
+        return [signal_of("edr", float(value)).lam or 0.0 for value in values.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--lambdas must be numbers like 0.5,1,2; got {values!r} ({error})") from None
+
+
+def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
+    """Plot to the file that was named, or to the default, where a store that is read-only is but a warning."""
+    target = png or default
+    try:
+        plot(target)
+    except OSError as error:
+        if png is not None:
+            raise
+        return [f"no plot was written ({_reason(error)}): name another file with --png"]
+    _say(f"plot: {target}")
+    return []
 
 
 def _certified(manifest: Any) -> list[Any]:
@@ -414,6 +450,7 @@ def evaluate(
     from training import evaluate as evaluation
     from training.progress import warn
 
+    lams = _lambdas(lambdas)
     is_artifact = (model / "manifest.json").exists()
     if is_artifact:
         from export.record import record
@@ -432,7 +469,7 @@ def evaluate(
     if file is None and dataset is None:
         if is_artifact:
             raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
-        examples = data.load_examples(model / "certify.jsonl", names)
+        examples = checkpoint.held_out("certify")
     else:
         columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
         rows = data.rename(_read_rows(file, dataset, split, columns), label_names)
@@ -445,7 +482,7 @@ def evaluate(
         encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens)
         recorded = predict(checkpoint.model, encoded, checkpoint.tokenizer.pad_token_id)
     risk = opened.manifest.signal("risk") if is_artifact and opened.manifest.risk is not None else None
-    curves = evaluation.curves(recorded, [float(lam) for lam in lambdas.split(",")], risk)
+    curves = evaluation.curves(recorded, lams, risk)
     output = Console()
     output.print(evaluation.exit_table(recorded))
     warn(evaluation.weaknesses(recorded, names))
@@ -457,9 +494,8 @@ def evaluate(
             output.print(line, highlight=False)
             output.print(evaluation.target_table(recorded, _certified(opened.manifest)))
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
-        target = png or beside
-        evaluation.plot(recorded, curves, target, f"{model.name}, {len(examples)} samples")
-        console.print(f"plot: {target}")
+        title = f"{model.name}, {len(examples)} samples"
+        warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, beside))
 
 
 @app.command()
@@ -520,7 +556,7 @@ def export(
         if quantize not in ("int8", "none"):
             raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
         export_full_depth(checkpoint, full_depth, quantize == "int8")
-        console.print(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
+        _say(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
         return
     if name is None:
         raise ValueError("--name is required: the model's name in the store")
@@ -531,7 +567,7 @@ def export(
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     path = run(checkpoint, Store(store), settings, tune, certify)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
-    console.print(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
+    _say(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
 
 
 @app.command()
@@ -565,7 +601,7 @@ def calibrate(
 
     models = Store(store)
     path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
-    console.print(f"published {path}. Next: de3 serve --store {store}")
+    _say(f"published {path}. Next: de3 serve --store {store}")
 
 
 app.command()(serve)

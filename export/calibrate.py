@@ -164,7 +164,8 @@ def _report(tables: dict[SignalName, list[Outcome]], default: Outcome, samples: 
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), mean exit layer "
-        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×"
+        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×",
+        soft_wrap=True,
     )
 
 

@@ -1,5 +1,6 @@
 """The page at GET /, used in a real browser: by pointer, by keyboard alone, on a phone, with a key, with errors."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from tests.serving import Server, serving
 
@@ -95,7 +96,7 @@ def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None
     slide(page, 0)
     expect(page.locator("#value")).to_have_text("0.000")
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
-    expect(page.locator("#expected")).to_contain_text("0.0% of labels unlike full depth")
+    expect(page.locator("#expected")).to_contain_text("0.0% of labels differ from full depth")
 
     # What the page shows is what the server says.
     row = server.classify(input=HARD, tau=0).json()["data"][0]
@@ -222,7 +223,150 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
             assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
 
 
-def test_markup_in_a_text_or_label_stays_text(page: Page) -> None:
+def test_a_key_that_cannot_be_kept_or_sent(browser: Browser) -> None:
+    blocked = "Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('', 'SecurityError') }})"
+    with serving(DEMO, api_keys=f"alice {KEY}") as server:
+        for page in opened(browser, server):
+            page.add_init_script(blocked)
+            page.reload()
+            page.fill("#key", "schlüssel-für-alles")
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-error")).to_contain_text("only ASCII characters")
+            page.route("**/v1/models", lambda route: route.abort())
+            page.fill("#key", KEY)
+            page.keyboard.press("Enter")
+            expect(page.locator("#key-error")).to_contain_text("The server cannot be reached")
+            page.unroute("**/v1/models")
+            expect(page.locator("#layers .exit")).to_have_count(1, timeout=10_000)
+            assert page.evaluate("document.activeElement.id") == "text"
+
+
+def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    sent: list[str] = []
+
+    def change_the_text(route: Route) -> None:
+        sent.append(json.loads(route.request.post_data or "")["input"])
+        if len(sent) == 1:  # as if typed while the answer is on its way
+            page.evaluate("document.getElementById('text').value = 'Another text.'")
+        route.continue_()
+
+    page.route("**/classify", change_the_text)
+    page.fill("#text", HARD)
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
+    assert sent == [HARD, HARD]
+
+
+def test_an_older_answer_is_never_drawn(page: Page) -> None:
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    held: list[Route] = []
+    page.route(
+        "**/classify",
+        lambda route: held.append(route) if "awful" in str(route.request.post_data) else route.continue_(),
+    )
+    with page.expect_request("**/classify"):
+        page.fill("#text", "An awful film.")
+    page.fill("#text", "A wonderful film.")
+    expect(page.locator("#summary strong")).to_contain_text("positive")
+    held[0].continue_()
+    page.wait_for_timeout(200)
+    expect(page.locator("#summary strong")).to_contain_text("positive")
+
+
+def test_typing_while_the_models_load(browser: Browser, server: Server) -> None:
+    models = httpx.get(server.url + "/v1/models").json()
+    for model in models["data"]:
+        del model["role"]  # as while they load
+    with browser.new_context() as context:
+        page = context.new_page()
+        wrong: list[str] = []
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.route("**/v1/models", lambda route: route.fulfill(json=models))
+        page.goto(server.url + "/")
+        expect(page.locator("#problem")).to_contain_text("The models are still loading.")
+        page.fill("#text", "A wonderful film.")
+        for choice in ("Speed-up", "Threshold τ"):
+            page.get_by_label(choice, exact=True).check()
+        page.unroute("**/v1/models")
+        expect(page.locator("#summary strong")).to_contain_text("positive", timeout=10_000)
+        expect(page.locator("#curve")).to_be_visible()
+        expect(page.locator("#problem")).to_be_empty()
+        assert wrong == []
+
+
+def odd_model() -> dict[str, Any]:
+    """A row of /v1/models: many exits and labels with long names, of which one is markup, and no calibration."""
+    labels = [f"{i}-ein_sehr_langer_Name_ohne_Leerzeichen_und_ohne_Ende" for i in range(149)]
+    return {
+        "id": "odd-model-with-a-name-that-is-rather-long:12",
+        "name": "odd-model-with-a-name-that-is-rather-long",
+        "labels": [*labels, "<img src=x onerror=document.title='owned'>"],
+        "num_layers": 24,
+        "exit_layers": list(range(25)),
+        "input": None,
+        "defaults": {"tau": 0.1, "lambda": 0},
+        "role": "current",
+    }
+
+
+def odd_answer(model: dict[str, Any]) -> dict[str, Any]:
+    """A row of /classify without distance ratio and EDR, cut short by a deadline."""
+    reading = {"entropy": 0.9, "distance_ratio": None, "edr": None, "probs": [1 / 150] * 150}
+    layers = [{"layer": i, "label": model["labels"][-1], **reading} for i in range(8)]
+    left = {"layer": 7, "num_layers": 24, "reason": "deadline", "tau": 0.1, "lambda": 0}
+    return {"label": model["labels"][0], "probs": reading["probs"], "exit": left, "layers": layers}
+
+
+def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Server) -> None:
+    real, odd = httpx.get(server.url + "/v1/models").json()["data"][0], odd_model()
+    answer = {"data": [odd_answer(odd)]}
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    def classify(route: Route) -> None:
+        asks_odd = json.loads(route.request.post_data or "")["model"] == odd["id"]
+        route.fulfill(json=answer) if asks_odd else route.continue_()
+
+    phone = {"viewport": {"width": 320, "height": 700}}
+    for page in opened(browser, server, reduced_motion="reduce", **phone):
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [real, odd]}))
+        page.route("**/classify", classify)
+        page.route("**/v1/models/odd*/calibration", hold)
+        page.reload()
+        expect(page.locator("#layers li")).to_have_count(7)
+        with page.expect_request("**/calibration"):
+            page.locator("#model").select_option(odd["id"])
+        # Another choice, while the calibration of the first is on its way.
+        page.locator("#model").select_option(real["id"])
+        expect(page.locator("#layers li")).to_have_count(7)
+        held.pop().fulfill(status=404, json={"error": {"message": "none"}})
+        page.wait_for_timeout(200)
+        expect(page.locator("#curve")).to_be_visible()
+
+        with page.expect_request("**/calibration"):
+            page.locator("#model").select_option(odd["id"])
+        held.pop().fulfill(status=404, json={"error": {"message": "none"}})
+        expect(page.locator("#layers li")).to_have_count(25)
+        expect(page.locator("#layers .exit small")).to_have_text("time is up")
+        expect(page.locator("#curve-help")).to_have_text("This model has no calibration to show.")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.title().startswith("DE3")
+
+
+def test_a_model_that_was_replaced(browser: Browser, server: Server) -> None:
+    real = httpx.get(server.url + "/v1/models").json()["data"][0]
+    old = {**real, "id": "sst2:0", "version": 0}
+    for page in opened(browser, server):
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [old]}), times=1)
+        page.reload()
+        # Version 0 is answered by 404; the page then asks again what is served.
+        expect(page.locator("#model")).to_have_value("sst2:1")
+        expect(page.locator("#layers .exit")).to_have_count(1)
+
+
+def test_markup_in_a_text_stays_text(page: Page) -> None:
     page.fill("#text", "<img src=x onerror=document.title='owned'> a fine film")
     expect(page.locator("#layers .exit")).to_have_count(1)
     assert page.title().startswith("DE3")

@@ -13,7 +13,7 @@ from training import data as datas
 from training import split as splits
 from training.model import De3Model
 from training.predict import predict
-from training.trainer import TrainSettings, teach, train
+from training.trainer import TrainSettings, open_teacher, train
 
 
 def de3(arguments: str) -> str:
@@ -134,7 +134,7 @@ def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
     _, _, parts = _parts(data_file, encoder)
     other = splits.Split(parts.train, parts.certify, parts.tune)
     with pytest.raises(ValueError, match="may have been trained on them"):
-        teach(checkpoint, other.train, other, ["negative", "positive"], TrainSettings())
+        open_teacher(checkpoint, other, ["negative", "positive"])
 
 
 def test_a_teacher_with_its_labels_in_another_order_is_refused(
@@ -145,7 +145,7 @@ def test_a_teacher_with_its_labels_in_another_order_is_refused(
         *([datas.Example(e.text, 1 - e.label) for e in p] for p in (parts.train, parts.tune, parts.certify))
     )
     with pytest.raises(ValueError, match="must be the same, in order"):
-        teach(checkpoint, turned.train, turned, ["positive", "negative"], TrainSettings())
+        open_teacher(checkpoint, turned, ["positive", "negative"])
 
 
 def test_texts_are_cut_to_what_the_encoder_takes(tmp_path: Path, encoder: Path) -> None:

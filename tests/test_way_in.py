@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 from typer.testing import CliRunner, Result
@@ -82,6 +83,27 @@ def test_an_encoder_with_missing_weights_is_not_trained(data_file: Path, tmp_pat
     encoder = save_encoder(tmp_path / "encoder")
     drop(encoder, "layer.1.output.dense")
     assert "lacks 2 of the model's weights" in refusal(training(data_file, encoder, tmp_path / "out"))
+
+
+def change(folder: Path, **tensors: torch.Tensor) -> str:
+    """Add or replace weights of a checkpoint; returns why it is refused."""
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | {k.replace("__", "."): v for k, v in tensors.items()}, file, {"format": "pt"})
+    return refusal(f"evaluate {folder}")
+
+
+def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    before = (copy / "model.safetensors").read_bytes()
+    surplus = change(copy, classifiers__9__bias=torch.zeros(2))
+    assert "1 weights that its config.json has no place for, such as classifiers.9.bias" in surplus
+    (copy / "model.safetensors").write_bytes(before)
+    assert "another shape: classifiers.1.bias" in change(copy, classifiers__1__bias=torch.zeros(3))
+    (copy / "model.safetensors").write_bytes(before)
+    nan = torch.full((2,), torch.nan)
+    assert "classifiers.1.bias is not finite: the training diverged" in change(copy, classifiers__1__bias=nan)
+    (copy / "model.safetensors").write_bytes(before[:1000])
+    assert "the weights cannot be loaded" in refusal(f"evaluate {copy}")
 
 
 # 2: a training that is not finished
@@ -229,6 +251,37 @@ def test_a_checkpoint_is_not_overwritten(checkpoint: Path, data_file: Path, enco
     assert (checkpoint / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> None:
+    encoder = save_encoder(tmp_path / "encoder")
+    before = (encoder / "model.safetensors").read_bytes()
+    for resume in ("", " --resume"):
+        message = refusal(training(data_file, encoder, encoder) + resume)
+        assert "has a model that is not of this training" in message
+    assert (encoder / "model.safetensors").read_bytes() == before
+    (tmp_path / "file").touch()
+    assert "is a file; give a folder" in refusal(training(data_file, encoder, tmp_path / "file"))
+
+
+def test_a_wrong_teacher_leaves_nothing_behind(data_file: Path, encoder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    message = refusal(training(data_file, encoder, out) + f" --teacher {tmp_path}/nowhere")
+    assert "nowhere: no such folder; a checkpoint is what de3 train writes" in message
+    assert not out.exists()
+
+
+def test_a_training_that_diverges_stops(data_file: Path, encoder: Path, tmp_path: Path) -> None:
+    arguments = training(data_file, encoder, tmp_path / "out").replace("--lr 1e-3", "--lr 1e30")
+    assert "diverged in epoch 1: repeat it with a lower --lr" in refusal(arguments)
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "evaluation.png").mkdir()  # root may write to read-only folders
+    result = de3(f"evaluate {copy}")
+    assert result.exit_code == 0 and "name another file with --png" in result.output
+    assert isinstance(de3(f"evaluate {copy} --png {copy}/evaluation.png").exception, OSError)
+
+
 def recorded(labels: list[int], answers: list[int]) -> Recorded:
     logits = np.zeros((len(labels), 1, 2), np.float32)
     logits[np.arange(len(labels)), 0, answers] = 1
@@ -253,7 +306,9 @@ def test_labels_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="every row has the label 'a'"):
         checks.labels(Counter({"a": 5}))
     assert checks.labels(Counter({"1": 50, "2": 50})) == []
-    assert "1 labels have fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}))[0]
+    two = checks.labels(Counter({"pos": 50, "Pos ": 40, "neg": 50}))
+    assert two == ["'Pos ' (40), 'pos' (50) are different labels, and differ only in capitals or spaces"]
+    assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}))[0]
 
 
 def test_a_label_with_nothing_to_train_on_is_refused() -> None:

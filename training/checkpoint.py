@@ -4,10 +4,12 @@ Its training.json says whether the training is finished, and by which command it
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -40,11 +42,12 @@ class Checkpoint:
         quiet()
         try:
             self.model, loaded = De3Model.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=False
+                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: the weights cannot be loaded: {error}") from None
         check_loaded(loaded, str(folder))
+        _check_weights(self.model, loaded["unexpected_keys"], folder)
         self.model.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.names = self.model.config.label_names
@@ -57,7 +60,10 @@ class Checkpoint:
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
         """The samples of tune or certify, or of another file; raises ValueError."""
-        examples = load_examples(file or self.folder / f"{part}.jsonl", self.names)
+        path = file or self.folder / f"{part}.jsonl"
+        if file is None and not path.exists():
+            raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
+        examples = load_examples(path, self.names)
         check_input(examples, self.config.input, str(file or self.folder))
         return examples
 
@@ -117,6 +123,20 @@ def _check_finished(folder: Path) -> None:
     command = (read_record(folder) or {}).get("command")
     hint = f"finish it with: {command}" if command else "repeat its de3 train command with --resume"
     raise ValueError(f"{folder} is not finished: its training still runs, or was interrupted; {hint}")
+
+
+def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> None:
+    """Raise ValueError for weights that the model has no place for, or that are not finite."""
+    if surplus := sorted(unexpected):
+        raise ValueError(
+            f"{folder}: its file has {len(surplus)} weights that its config.json has no place for, such as "
+            f"{surplus[0]}: they do not belong together"
+        )
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{folder}: {name} is not finite: the training diverged; repeat it with a lower --lr"
+            )
 
 
 def quiet() -> None:

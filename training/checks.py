@@ -76,11 +76,20 @@ def labels(counts: Counter[str]) -> list[str]:
             f"{len(counts)} labels in {total} rows: is --label-column the right one? "
             f"At most {MAX_LABELS} labels, with at least two rows each on average, can be trained"
         )
+    warnings = []
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    for same in spellings.values():
+        if len(same) > 1:
+            shown = ", ".join(f"{name!r} ({counts[name]})" for name in sorted(same))
+            warnings.append(f"{shown} are different labels, and differ only in capitals or spaces")
     rare = sorted((name for name, count in counts.items() if count < FEW), key=lambda name: counts[name])
-    if not rare:
-        return []
-    shown = ", ".join(f"{name!r} ({counts[name]})" for name in rare[:5])
-    return [f"{len(rare)} labels have fewer than {FEW} rows, and will hardly be learned: {shown}"]
+    if rare:
+        shown = ", ".join(f"{name!r} ({counts[name]})" for name in rare[:5])
+        have = "label has" if len(rare) == 1 else "labels have"
+        warnings.append(f"{len(rare)} {have} fewer than {FEW} rows, and will hardly be learned: {shown}")
+    return warnings
 
 
 def held_out(parts: Split, names: Sequence[str]) -> list[str]:

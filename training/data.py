@@ -211,7 +211,7 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
 def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
     """Read a file that `save_examples` wrote; raises ValueError if it is missing."""
     if not path.exists():
-        raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
+        raise ValueError(f"{path}: no such file")
     with path.open(encoding="utf-8") as file:
         is_pair = '"text_pair"' in file.readline()
     columns = Columns(text_pair="text_pair" if is_pair else None)

@@ -118,7 +118,10 @@ class De3Model(PreTrainedModel):
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
-        encoder, loaded = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        # Weights of another shape are reported, and refused below.
+        encoder, loaded = AutoModel.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         check_loaded(loaded, name, optional="pooler.")
         config = De3Config(
             encoder=encoder.config.to_dict(),

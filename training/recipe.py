@@ -21,8 +21,9 @@ class Recipe:
     patience: int
 
     def __str__(self) -> str:
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
         stops = f", stopping after {self.patience} without improvement" if self.patience else ""
-        return f"batches of {self.batch_size}, {self.epochs} epochs{stops}, learning rate {self.lr:g}"
+        return f"batches of {self.batch_size}, {epochs}{stops}, learning rate {self.lr:g}"
 
 
 FIXED = Recipe(batch_size=64, epochs=3, lr=5e-5, patience=0)

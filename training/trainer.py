@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from training import augment, prototypes
 from training import loss as losses
 from training.checkpoint import Checkpoint, is_finished, read_record, write_record
-from training.data import Encoded, Example, encode, load_examples, save_examples, training_batches
+from training.data import Encoded, Example, encode, save_examples, training_batches
 from training.evaluate import exit_table, weaknesses
 from training.model import De3Model
 from training.predict import predict
@@ -96,9 +96,11 @@ def train(
     if settings.augment and teacher is None:
         raise ValueError("--augment needs a --teacher to label the altered texts")
     identity = _identity(settings, model, split, teacher)
-    _check_out(out, identity, resume)  # before anything is written
+    # Before anything is written:
+    _check_out(out, identity, resume)
+    opened = open_teacher(teacher, split, names) if teacher is not None and not is_finished(out) else None
     if resume and is_finished(out):
-        console.print(f"{out} is finished: there is nothing to resume")
+        console.print(f"{out} is finished: there is nothing to resume", markup=False, soft_wrap=True)
         finished: De3Model = Checkpoint(out).model
         return finished
     out.mkdir(parents=True, exist_ok=True)
@@ -108,7 +110,8 @@ def train(
     record = {"settings": asdict(settings), "identity": identity, "command": command}
     write_record(out, finished=False, **record)
     max_length = min(settings.max_length, model.config.max_tokens)
-    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, teacher)
+    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened)
+    del opened  # its memory
     tune_data = encode(split.tune, tokenizer, max_length, "tune")
     pad_id = tokenizer.pad_token_id
 
@@ -129,7 +132,8 @@ def train(
         console.print(
             f"epoch {run.epoch}/{settings.epochs}  loss {mean_loss:.4f}  score {score:.4f}  "
             f"tune accuracy by exit {' '.join(f'{a:.3f}' for a in by_exit)}  "
-            f"({time.monotonic() - started:.0f} s)"
+            f"({time.monotonic() - started:.0f} s)",
+            soft_wrap=True,
         )
         if score > run.best:
             run.best, run.best_epoch = score, run.epoch
@@ -152,7 +156,7 @@ def train(
 
 
 def _training_data(
-    model: De3Model, tokenizer: Any, split: Split, settings: TrainSettings, teacher: Path | None
+    model: De3Model, tokenizer: Any, split: Split, settings: TrainSettings, teacher: Checkpoint | None
 ) -> tuple[Encoded, torch.Tensor | None]:
     """What to train on, altered copies included, and the teacher's logits for it, (n, num_labels)."""
     examples = list(split.train)
@@ -160,7 +164,7 @@ def _training_data(
         examples += altered(model, tokenizer, split.train, settings)
     logits = None
     if teacher is not None:
-        logits = teach(teacher, examples, split, model.config.label_names, settings)
+        logits = teach(teacher, examples, split, settings)
         # Altered texts have no label but the teacher's.
         n = len(split.train)
         labels = logits[n:].argmax(-1).tolist()
@@ -208,7 +212,7 @@ class _Run:
         ]
 
     def one_epoch(self) -> float:
-        """Train one epoch; returns its mean loss."""
+        """Train one epoch; returns its mean loss. Raises ValueError as soon as a loss is not finite."""
         s = self.settings
         # The seed depends on the epoch, so that a resumed run equals an uninterrupted one.
         seed = s.seed * 1_000_003 + self.epoch
@@ -221,6 +225,10 @@ class _Run:
         with self.meter.epoch(self.epoch + 1, self.settings.epochs, len(batches)) as meter:
             for i, rows in enumerate(batches, 1):
                 sum_of_losses += self._one_step(rows)
+                if not math.isfinite(sum_of_losses):
+                    raise ValueError(
+                        f"the training diverged in epoch {self.epoch + 1}: repeat it with a lower --lr"
+                    )
                 meter.step(i, sum_of_losses / i)
         self.epoch += 1
         return sum_of_losses / len(batches)
@@ -278,7 +286,8 @@ class _Run:
         """Restore the state from `out`/resume.safetensors."""
         file = self.out / RESUME
         if not file.exists():
-            console.print(f"no state to resume in {self.out}: starting from the beginning")
+            message = f"no state to resume in {self.out}: starting from the beginning"
+            console.print(message, markup=False, soft_wrap=True)
             return
         for k, v in json.loads(_metadata(file)["counters"]).items():
             setattr(self, k, v)
@@ -301,6 +310,11 @@ def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: P
 
 def _check_out(out: Path, identity: str, resume: bool) -> None:
     """Raise ValueError if a run may not write to `out`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: is a file; give a folder, which need not exist")
+    has_other = (out / "config.json").exists() and read_record(out) is None and not (out / RESUME).exists()
+    if has_other:
+        raise ValueError(f"--out {out}: has a model that is not of this training: choose another --out")
     if resume:
         file = out / RESUME
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
@@ -328,34 +342,38 @@ def altered(
     return [Example(text, 0) for text in texts]
 
 
-def teach(
-    teacher: Path, examples: list[Example], split: Split, names: list[str], settings: TrainSettings
-) -> torch.Tensor:
-    """The teacher's logits for the training examples, (n, num_labels), cached in the teacher's folder.
+def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
+    """The teacher's checkpoint.
 
-    Raises ValueError if the teacher may have been trained on samples that are held out here, or if it has
-    other labels.
+    Raises ValueError if it may have been trained on samples that are held out here, or if it has other labels.
     """
-    for part in ("tune", "certify"):
-        if load_examples(teacher / f"{part}.jsonl", names) != getattr(split, part):
-            raise ValueError(
-                f"{teacher} held out other samples than this run, so it may have been trained on them: "
-                "train it on the same data with the same --seed and --held-back"
-            )
     opened = Checkpoint(teacher)
-    model = opened.model
     if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"
         )
+    for part in ("tune", "certify"):
+        if opened.held_out(part) != getattr(split, part):
+            raise ValueError(
+                f"{teacher} held out other samples than this run, so it may have been trained on them: "
+                "train it on the same data with the same --seed and --held-back"
+            )
+    return opened
+
+
+def teach(
+    teacher: Checkpoint, examples: list[Example], split: Split, settings: TrainSettings
+) -> torch.Tensor:
+    """The teacher's logits for the training examples, (n, num_labels), cached in the teacher's folder."""
+    model = teacher.model
     max_length = min(settings.max_length, model.config.max_tokens)
-    digest = hashlib.sha256((teacher / "model.safetensors").read_bytes())
+    digest = hashlib.sha256((teacher.folder / "model.safetensors").read_bytes())
     digest.update(repr((max_length, settings.bf16, [e.text for e in examples])).encode())
-    cache = teacher / f"logits-{digest.hexdigest()[:16]}.safetensors"
+    cache = teacher.folder / f"logits-{digest.hexdigest()[:16]}.safetensors"
     if not cache.exists():
-        data = encode(examples, opened.tokenizer, max_length, "train for the teacher")
+        data = encode(examples, teacher.tokenizer, max_length, "train for the teacher")
         recorded = predict(
-            model, data, opened.tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
+            model, data, teacher.tokenizer.pad_token_id, what="train with the teacher", bf16=settings.bf16
         )
         accuracy = recorded.correct[: len(split.train), -1].mean()
         console.print(f"the teacher's accuracy on train: {accuracy:.4f}")

@@ -21,11 +21,11 @@ const state = { models: [], model: null, table: [], choice: "tau", fullDepth: nu
 const CHOICES = {
   tau: {
     name: "Threshold τ",
-    label: "τ: leave at the first layer whose EDR is below it",
+    label: "τ: exit at the first layer whose EDR is below it",
     values: () => (state.table.length ? state.table.map((row) => row.tau) : squares(60)),
     start: (values) => nearest(values, state.model.defaults.tau),
     text: (value) => value.toFixed(3),
-    hint: "0 runs every layer. A higher τ leaves earlier and errs more often.",
+    hint: "0 runs every layer. A higher τ exits earlier and errs more often.",
   },
   target_speedup: {
     name: "Speed-up",
@@ -41,7 +41,7 @@ const CHOICES = {
     values: () => [0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2],
     start: () => 4,
     text: (value) => `${+(value * 100).toFixed(1)}%`,
-    hint: "Certified with 95% confidence on held-back texts: it holds for texts like those.",
+    hint: "Certified with 95% confidence on held-out texts: it holds for texts like those.",
   },
   latency_budget_ms: {
     name: "Latency budget",
@@ -75,11 +75,14 @@ function svg(tag, attributes, text = "") {
   return node;
 }
 
-/** A bar inside a track; share is from 0 to 1. */
+/** A bar inside a track; share is from 0 to 1, or null: the track alone. */
 function bar(share, kind) {
+  const track = element("div", { class: kind });
+  if (share === null) return track;
   const fill = element("i");
   fill.style.setProperty("--value", Math.min(1, Math.max(0, share)));
-  return element("div", { class: kind }, fill);
+  track.append(fill);
+  return track;
 }
 
 const squares = (steps) => range(0, 1, 1 / steps).map((value) => value ** 2);
@@ -98,6 +101,23 @@ function nearest(values, wanted) {
 
 // --- the server
 
+let lastKey = null;  // where the browser blocks sessionStorage, a key lasts until the page is reloaded
+
+function key() {
+  try {
+    return sessionStorage.getItem(KEY);
+  } catch {
+    return lastKey;
+  }
+}
+
+function keepKey(value) {
+  lastKey = value;
+  try {
+    sessionStorage.setItem(KEY, value);
+  } catch { /* blocked */ }
+}
+
 class Refused extends Error {
   constructor(status, message, retryAfter) {
     super(message);
@@ -105,72 +125,94 @@ class Refused extends Error {
   }
 }
 
-/** The response to a request; throws Refused with the server's own words. */
+/** The body (text) and headers of a response; throws Refused with the server's own words. */
 async function request(path, options = {}) {
-  const key = sessionStorage.getItem(KEY);
-  const headers = { ...options.headers, ...(key ? { Authorization: `Bearer ${key}` } : {}) };
-  let response;
+  const headers = { ...options.headers, ...(key() ? { Authorization: `Bearer ${key()}` } : {}) };
+  let response, body;
   try {
     response = await fetch(new URL(path, BASE), { ...options, headers });
+    body = await response.text();
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Refused(0, "The server cannot be reached. Is it still running?", 3);
   }
-  if (response.ok) return response;
-  const body = await response.json().catch(() => ({}));
-  const message = body.error?.message ?? `The server answered with status ${response.status}.`;
+  if (response.ok) return { body, headers: response.headers };
+  let message = `The server answered with status ${response.status}.`;
+  try {
+    message = JSON.parse(body).error.message ?? message;
+  } catch { /* not the server's own words, but those of a proxy */ }
   throw new Refused(response.status, message, Number(response.headers.get("Retry-After")) || null);
 }
 
-/** Classify what is typed; returns the row of the response and the model's time in ms. */
-async function classify(fields, signal) {
-  const text = $("text").value;
-  const input = $("is-pair").checked ? { text, text_pair: $("pair").value } : text;
-  const body = JSON.stringify({ model: state.model.id, input, explain: true, ...fields });
-  const headers = { "Content-Type": "application/json" };
-  const response = await request("classify", { method: "POST", headers, body, signal });
-  const timing = /model;dur=([\d.]+)/.exec(response.headers.get("Server-Timing") ?? "");
-  return { ...(await response.json()).data[0], ms: timing ? Number(timing[1]) : null };
+const getJson = async (path) => JSON.parse((await request(path)).body);
+
+/** Classify an input; returns the row of the response and the model's time in ms. */
+async function classify(model, input, fields, signal) {
+  const sent = JSON.stringify({ model: model.id, input, explain: true, ...fields });
+  const options = { method: "POST", headers: { "Content-Type": "application/json" }, body: sent, signal };
+  const { body, headers } = await request("classify", options);
+  const timing = /model;dur=([\d.]+)/.exec(headers.get("Server-Timing") ?? "");
+  return { ...JSON.parse(body).data[0], ms: timing ? Number(timing[1]) : null };
 }
 
 // --- asking
 
 let asking = null, timer = null, retries = 0;
 
-/** Ask soon; a later call replaces an earlier one. */
+/** Cancel what is asked or will be asked. */
+function cancel() {
+  clearTimeout(timer);
+  asking?.abort();
+}
+
+/** Ask soon, once there is a model; a later call replaces an earlier one. */
 function ask(pause = PAUSE_MS) {
+  if (!state.model) return;
   retries = 0;
   clearTimeout(timer);
   timer = setTimeout(answer, pause);
 }
 
 async function answer() {
-  asking?.abort();
+  cancel();
   asking = new AbortController();
-  const { signal } = asking;
+  const { model } = state, { signal } = asking, isPair = $("is-pair").checked;
+  const text = $("text").value, text_pair = $("pair").value;
   $("problem").textContent = "";
-  const missing = $("text").value.trim() === "" || ($("is-pair").checked && $("pair").value.trim() === "");
-  if (!state.model || missing) {
+  if (text.trim() === "" || (isPair && text_pair.trim() === "")) {
     $("layers").replaceChildren();
-    const what = $("is-pair").checked ? "Type both texts, and their answer appears here." : "Type a text, and its answer appears here.";
+    const what = isPair ? "Type both texts, and their answer appears here." : "Type a text, and its answer appears here.";
     $("summary").replaceChildren(element("p", { class: "muted" }, what));
     return;
   }
-  const choice = CHOICES[state.choice];
+  const input = isPair ? { text, text_pair } : text, compares = $("compare").checked;
+  const fields = { [state.choice]: CHOICES[state.choice].values()[$("slider").value] };
   try {
-    const row = await classify({ [state.choice]: choice.values()[$("slider").value] }, signal);
+    const row = await classify(model, input, fields, signal);
     // Full depth depends on the text alone: asked for once, not for each move of the slider.
-    const asked = [state.model.id, $("text").value, $("is-pair").checked && $("pair").value].join("\n");
+    const asked = JSON.stringify([model.id, input]);
     const isNew = state.fullDepth?.asked !== asked;
     if (isNew) state.fullDepth = null;
-    if ($("compare").checked && !state.fullDepth) state.fullDepth = { asked, ...(await classify({ tau: 0 }, signal)) };
-    drawAnswer(row, $("compare").checked ? state.fullDepth : null, isNew);
+    if (compares && !state.fullDepth) {
+      state.fullDepth = { asked, ...(await classify(model, input, { tau: 0 }, signal)) };
+    }
+    drawAnswer(row, compares ? state.fullDepth : null, isNew);
     drawCurve(row.exit);
   } catch (error) {
     if (error.name === "AbortError") return;
     $("layers").replaceChildren();
     $("summary").replaceChildren();
-    refused(error, answer);
+    if (error.status === 404 && await isGone(model)) start();
+    else if (!signal.aborted) refused(error, answer);
+  }
+}
+
+/** Whether a model is no longer served, for example after its next version was loaded. */
+async function isGone(model) {
+  try {
+    return (await getJson("v1/models")).data.every((other) => other.id !== model.id);
+  } catch {
+    return false;
   }
 }
 
@@ -178,7 +220,7 @@ async function answer() {
 function refused(error, again) {
   if (!(error instanceof Refused)) throw error;
   if (error.status === 401) {
-    $("key-error").textContent = sessionStorage.getItem(KEY) ? "The server does not know this key." : "";
+    $("key-error").textContent = key() ? "The server does not know this key." : "";
     $("key-form").hidden = false;
     $("main").hidden = true;
     $("key").focus();
@@ -186,7 +228,8 @@ function refused(error, again) {
   }
   const pause = retries < MAX_RETRIES ? error.retryAfter : null;
   const message = /[.?!]$/.test(error.message) ? error.message : `${error.message}.`;
-  $("problem").textContent = pause ? `${message} Trying again in ${pause} s.` : message;
+  const problem = pause ? `${message} Trying again in ${pause} s.` : message;
+  $($("main").hidden ? "key-error" : "problem").textContent = problem;
   $("expected").textContent = "";
   if (!pause) return;
   retries += 1;
@@ -201,7 +244,7 @@ function drawAnswer(row, fullDepth, animate) {
   const saved = count - exit.layer;
   const time = row.ms === null ? "" : ` · ${row.ms.toFixed(1)} ms in the model`;
   const top = Math.max(...row.probs);
-  const where = exit.layer === 0 ? "left before layer 1, on the embeddings" : `left after layer ${exit.layer} of ${count}`;
+  const where = exit.layer === 0 ? "exited before layer 1, on the embeddings" : `exited after layer ${exit.layer} of ${count}`;
   const lines = [
     element("strong", {}, `${row.label} ${percent(top)}`),
     element("p", {}, `${where} · ${plural(saved, "layer")} saved${time}`),
@@ -211,8 +254,8 @@ function drawAnswer(row, fullDepth, animate) {
     const its = fullDepth.ms === null ? "" : ` after ${fullDepth.ms.toFixed(1)} ms`;
     lines.push(element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${percent(Math.max(...fullDepth.probs))}${its}.`));
   }
-  if (row.truncated) lines.push(element("p", { class: "muted" }, "The text was longer than the model reads, and was cut."));
-  if (row.out_of_distribution) lines.push(element("p", { class: "muted" }, "This text is unlike those of the calibration."));
+  if (row.truncated) lines.push(element("p", { class: "muted" }, "The text was longer than the model can read, and was cut off."));
+  if (row.out_of_distribution) lines.push(element("p", { class: "muted" }, "This text is unlike those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
 
@@ -233,7 +276,7 @@ function drawLayer(layer, signals, status, kind, tau, i) {
   let spoken = "";
   if (signals) {
     for (const [style, value] of [["entropy", signals.entropy], ["ratio", signals.distance_ratio], ["edr", signals.edr]]) {
-      bars.append(bar(value === null ? 0 : Math.sqrt(value), `bar ${style}`));
+      bars.append(bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
     }
     const top = Math.max(...signals.probs);
     const label = element("div", { class: "label" }, element("span", { title: signals.label }, signals.label), element("span", {}, percent(top)));
@@ -244,7 +287,7 @@ function drawLayer(layer, signals, status, kind, tau, i) {
       .join(", ");
     bars.title = spoken;
   } else {
-    for (const style of ["entropy", "ratio", "edr"]) bars.append(bar(0, `bar ${style}`));
+    for (const style of ["entropy", "ratio", "edr"]) bars.append(bar(null, `bar ${style}`));
   }
   const marker = element("div", { class: "marker" });
   marker.style.setProperty("--value", Math.sqrt(tau));
@@ -258,7 +301,8 @@ function drawLayer(layer, signals, status, kind, tau, i) {
 /** The calibration's accuracy against its speed-up, with the default and the chosen point. */
 function drawCurve(exit) {
   const rows = state.table.filter((row) => row.speedup <= 12);
-  const known = rows.length > 1;
+  const fastest = Math.max(...rows.map((row) => row.speedup));
+  const known = rows.length > 1 && fastest > 1;
   $("curve").hidden = !known;
   if (!known) {
     $("curve-help").textContent = "This model has no calibration to show.";
@@ -268,7 +312,6 @@ function drawCurve(exit) {
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
   const high = Math.max(...accuracies), low = Math.min(Math.min(...accuracies), high - 0.01);
-  const fastest = Math.max(...rows.map((row) => row.speedup));
   const x = (row) => left + (Math.log(row.speedup) / Math.log(fastest)) * (right - left);
   const y = (accuracy) => above + ((high - accuracy) / (high - low)) * (below - above);
   const parts = [];
@@ -291,12 +334,12 @@ function drawCurve(exit) {
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
     $("expected").textContent =
-      `On held-back texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} right ` +
-      `(full depth ${percent(state.table[0].accuracy)}), ${percent(row.disagreement)} of labels unlike full depth.`;
+      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} right ` +
+      `(full depth ${percent(state.table[0].accuracy)}), ${percent(row.disagreement)} of labels differ from full depth.`;
   } else {
     $("expected").textContent = "";
   }
-  $("curve-help").textContent = "Accuracy on held-back texts against speed-up; the ring is the model's default, the dot this setting.";
+  $("curve-help").textContent = "Accuracy on held-out texts against speed-up; the ring is the model's default, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
 
@@ -308,6 +351,7 @@ function drawSlider() {
 
 function choose(name) {
   state.choice = name;
+  if (!state.model) return;
   const choice = CHOICES[name], values = choice.values();
   $("slider").max = values.length - 1;
   $("slider").value = choice.start(values);
@@ -359,8 +403,10 @@ function quantile(buckets, share) {
 async function poll() {
   if (document.visibilityState === "visible" && state.model) {
     try {
-      const now = read(await (await request("metrics")).text(), state.model.id);
-      state.samples = state.samples.filter((old) => old.model === now.model && old.at > now.at - WINDOW_MS);
+      const now = read((await request("metrics")).body, state.model.id);
+      // Counters that are lower than before are those of a server that was restarted.
+      state.samples = state.samples.filter((old) =>
+        old.model === now.model && old.at > now.at - WINDOW_MS && old.texts <= now.texts);
       state.samples.push(now);
       drawLive(state.samples[0], now);
     } catch (error) {
@@ -400,36 +446,49 @@ function drawLive(before, now) {
 // --- starting
 
 async function start() {
+  cancel();
   try {
-    state.models = (await (await request("v1/models")).json()).data;
-    if (!state.models.length) throw new Refused(503, "The models are still loading", 1);
+    const models = (await getJson("v1/models")).data;
+    // While the models load, they have no role.
+    if (!models.some((model) => model.role)) throw new Refused(503, "The models are still loading", 1);
+    state.models = models;
   } catch (error) {
     retries = 0;
     refused(error, start);
     return;
   }
-  $("key-form").hidden = true;
   $("main").hidden = false;
+  if (!$("key-form").hidden) $("text").focus();
+  $("key-form").hidden = true;
+  $("problem").textContent = "";
   const shown = state.models.map((model) =>
     element("option", { value: model.id }, model.role === "current" ? model.id : `${model.id} (${model.role})`));
   $("model").replaceChildren(...shown);
   $("model").disabled = state.models.length < 2;
-  await use(state.models[0]);
+  const before = state.model;
+  const again = state.models.find((model) => model.id === before?.id) ?? state.models.find((model) => model.name === before?.name);
+  await use(again ?? state.models[0]);
 }
 
 async function use(model) {
+  cancel();
   state.model = model;
   state.table = [];
+  $("model").value = model.id;
+  let rows = [];
   try {
-    const { table } = await (await request(`v1/models/${encodeURIComponent(model.id)}/calibration`)).json();
-    state.table = table.filter((row) => row.lambda === model.defaults.lambda).sort((a, b) => a.tau - b.tau);
+    rows = (await getJson(`v1/models/${encodeURIComponent(model.id)}/calibration`)).table;
   } catch (error) {
-    if (!(error instanceof Refused)) throw error;  // without a calibration there is no curve
+    if (state.model !== model) return;
+    if (error.status !== 404) return refused(error, () => use(model));
+    // It has no calibration, and so no curve.
   }
+  if (state.model !== model) return;  // another one was chosen meanwhile
+  state.table = rows.filter((row) => row.lambda === model.defaults.lambda).sort((a, b) => a.tau - b.tau);
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
   $("is-pair").disabled = model.input !== null;
   $("pair-field").hidden = !$("is-pair").checked;
-  const examples = EXAMPLES[model.labels.join()] ?? [];
+  const examples = model.input === "pair" ? [] : EXAMPLES[model.labels.join()] ?? [];
   $("examples").hidden = examples.length === 0;
   $("examples").querySelector("ul").replaceChildren(...examples.map((text) => {
     const button = element("button", { type: "button" }, text);
@@ -464,7 +523,12 @@ $("slider").addEventListener("input", () => {
 $("model").addEventListener("change", () => use(state.models.find((model) => model.id === $("model").value)));
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
+  const typed = $("key").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(typed)) {
+    $("key-error").textContent = "A key has only ASCII characters, and no spaces.";
+    return;
+  }
+  keepKey(typed);
   $("key").value = "";
   start();
 });
