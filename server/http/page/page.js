@@ -10,7 +10,7 @@ const EXAMPLES = {
     "A wonderful film.",
     "The actors are fine, but the story goes nowhere.",
     "A film that nobody asked for and everybody should see.",
-    "Strange, slow, and somehow impossible to look away from.",
+    "You could do worse than spend an evening with it, but you could also do better.",
     "Not bad.",
   ],
 };
@@ -21,7 +21,7 @@ const state = { models: [], model: null, table: [], choice: "tau", fullDepth: nu
 const CHOICES = {
   tau: {
     name: "Threshold τ",
-    label: "τ: exit at the first layer whose EDR is below it",
+    label: () => `τ: exit at the first layer whose ${SIGNALS[state.model.defaults.signal].below}`,
     values: () => (state.table.length ? state.table.map((row) => row.tau) : squares(60)),
     start: (values) => nearest(values, state.model.defaults.tau),
     text: (value) => value.toFixed(3),
@@ -29,7 +29,7 @@ const CHOICES = {
   },
   target_speedup: {
     name: "Speed-up",
-    label: "Mean speed-up over full depth",
+    label: () => "Mean speed-up over full depth",
     values: () => range(1, Math.min(10, Math.max(2, ...state.table.map((row) => row.speedup))), 0.25),
     start: (values) => nearest(values, 3),
     text: (value) => `${value.toFixed(2)}×`,
@@ -37,7 +37,7 @@ const CHOICES = {
   },
   max_disagreement: {
     name: "Disagreement",
-    label: "Largest share of labels that may differ from full depth",
+    label: () => "Largest share of labels that may differ from full depth",
     values: () => [0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.2],
     start: () => 4,
     text: (value) => `${+(value * 100).toFixed(1)}%`,
@@ -45,12 +45,18 @@ const CHOICES = {
   },
   latency_budget_ms: {
     name: "Latency budget",
-    label: "Time until the answer leaves the server",
+    label: () => "Time until the answer leaves the server",
     values: () => [0.5, 1, 1.5, 2, 3, 5, 8, 12, 20, 50, 100],
     start: () => 3,
     text: (value) => `${value} ms`,
     hint: "The text goes as deep as the time allows. A budget too small for the first exit is refused.",
   },
+};
+// What is compared with τ: its name beside its bar, and the rest of "exit at the first layer whose …".
+const SIGNALS = {
+  risk: { name: "risk: the chance that full depth answers otherwise", below: "risk is below it" },
+  edr: { name: "EDR: the two combined", below: "EDR is below it" },
+  entropy: { name: "score: the entropy", below: "entropy is below it" },
 };
 const REASONS = {
   threshold: "exits here",
@@ -85,6 +91,9 @@ function bar(share, kind) {
   return track;
 }
 
+/** Whether a row, or an exit, is by the model's own signal. */
+const isDefault = ({ signal, lambda }) =>
+  signal === state.model.defaults.signal && lambda === state.model.defaults.lambda;
 const squares = (steps) => range(0, 1, 1 / steps).map((value) => value ** 2);
 const range = (low, high, step) =>
   Array.from({ length: Math.floor((high - low) / step + 1e-6) + 1 }, (_, i) => low + i * step);
@@ -258,6 +267,7 @@ function drawAnswer(row, fullDepth, animate) {
   if (row.out_of_distribution) lines.push(element("p", { class: "muted" }, "This text is unlike those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
+  $("score-name").textContent = SIGNALS[exit.signal].name;
 
   const layers = state.model.exit_layers.map((layer, i) => {
     const ran = row.layers.find((asked) => asked.layer === layer);
@@ -275,19 +285,19 @@ function drawLayer(layer, signals, status, kind, tau, i) {
   const probs = element("div");
   let spoken = "";
   if (signals) {
-    for (const [style, value] of [["entropy", signals.entropy], ["ratio", signals.distance_ratio], ["edr", signals.edr]]) {
+    for (const [style, value] of [["entropy", signals.entropy], ["ratio", signals.distance_ratio], ["score", signals.score]]) {
       bars.append(bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
     }
     const top = Math.max(...signals.probs);
     const label = element("div", { class: "label" }, element("span", { title: signals.label }, signals.label), element("span", {}, percent(top)));
     probs.append(label, bar(top, "share"));
-    spoken = [["EDR", signals.edr], ["entropy", signals.entropy], ["distance ratio", signals.distance_ratio]]
+    spoken = [["score", signals.score], ["entropy", signals.entropy], ["distance ratio", signals.distance_ratio]]
       .filter(([, value]) => value !== null)
       .map(([signal, value]) => `${signal} ${value.toFixed(4)}`)
       .join(", ");
     bars.title = spoken;
   } else {
-    for (const style of ["entropy", "ratio", "edr"]) bars.append(bar(null, `bar ${style}`));
+    for (const style of ["entropy", "ratio", "score"]) bars.append(bar(null, `bar ${style}`));
   }
   const marker = element("div", { class: "marker" });
   marker.style.setProperty("--value", Math.sqrt(tau));
@@ -327,7 +337,7 @@ function drawCurve(exit) {
   const usual = rows[nearest(rows.map((row) => row.tau), state.model.defaults.tau)];
   parts.push(svg("circle", { class: "default", cx: x(usual), cy: y(usual.accuracy), r: 5 }));
   const chosen = exit && exit.reason !== "deadline" && state.choice !== "latency_budget_ms";
-  if (chosen && exit.lambda === state.model.defaults.lambda) {
+  if (chosen && isDefault(exit)) {
     const row = state.table[nearest(state.table.map((each) => each.tau), exit.tau)];
     if (row.speedup <= fastest) {
       parts.push(svg("line", { class: "guide", x1: x(row), x2: x(row), y1: y(row.accuracy), y2: below }));
@@ -355,7 +365,7 @@ function choose(name) {
   const choice = CHOICES[name], values = choice.values();
   $("slider").max = values.length - 1;
   $("slider").value = choice.start(values);
-  $("slider-label").textContent = choice.label;
+  $("slider-label").textContent = choice.label();
   $("hint").textContent = choice.hint;
   drawSlider();
   ask();
@@ -484,7 +494,7 @@ async function use(model) {
     // It has no calibration, and so no curve.
   }
   if (state.model !== model) return;  // another one was chosen meanwhile
-  state.table = rows.filter((row) => row.lambda === model.defaults.lambda).sort((a, b) => a.tau - b.tau);
+  state.table = rows.filter(isDefault).sort((a, b) => a.tau - b.tau);
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
   $("is-pair").disabled = model.input !== null;
   $("pair-field").hidden = !$("is-pair").checked;
