@@ -54,7 +54,7 @@ const CHOICES = {
 };
 // What is compared with τ: its name beside its bar, and the rest of "exit at the first layer whose …".
 const SIGNALS = {
-  risk: { name: "risk: the chance that full depth answers otherwise", below: "risk is below it" },
+  risk: { name: "risk that full depth answers otherwise", below: "risk is below it" },
   edr: { name: "EDR: the two combined", below: "EDR is below it" },
   entropy: { name: "score: the entropy", below: "entropy is below it" },
 };
