@@ -21,7 +21,8 @@ class Sample:
 def read(path: Path, text_column: str, label_column: str, label_names: Sequence[str]) -> list[Sample]:
     """The samples of a tsv, csv or jsonl file with named columns, or of a txt file with one text per line.
 
-    Labels that are numbers index label_names; a file without label_column gives samples without labels.
+    Labels that are numbers index label_names; a file without label_column gives samples without labels. Fragments, as
+    `de3 train` marks them in the parts that it holds out, are left out.
     Raises ValueError naming the file and what is missing.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -37,6 +38,8 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
     samples = []
     for row in rows:
+        if row.get("fragment") is True:
+            continue
         if text_column not in row:
             raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
         label = row.get(label_column)
