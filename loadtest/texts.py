@@ -38,7 +38,7 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
     samples = []
     for row in rows:
-        if row.get("fragment") is True:
+        if row.get("fragment"):
             continue
         if text_column not in row:
             raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
