@@ -181,10 +181,10 @@ def main(
         "risk, DR by prototypes",
         "risk, DR by class means of h",
     ):
-        values = [
+        areas = [
             auroc(scores[name][:, j], unseen.differs[:, j]) for j in range(len(recorded.exit_layers) - 1)
         ]
-        console.print(f"  {name}: {' '.join(f'{value:.3f}' for value in values)}", highlight=False)
+        console.print(f"  {name}: {' '.join(f'{area:.3f}' for area in areas)}", highlight=False)
 
 
 if __name__ == "__main__":
