@@ -81,11 +81,12 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         return
     future = asyncio.get_running_loop().create_future()
     try:
+        _check_texts(job.request, shadow)
         choice = shadow.rules.of(job.request.options, level)
         request = Request(job.request.texts)
         second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
         service.engine.submit(second)
-    except RequestError:  # options that this version cannot fulfil, or no room
+    except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
         return
     # A text that a deadline cut short says nothing of the model: the shadow has none.
     labels = [

@@ -240,8 +240,8 @@ def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
 def no_default(names: list[str]) -> RequestError:
     """The error of a request that names no model, where several are served."""
     return RequestError(
-        f"model: is required, as several are served: {', '.join(names)}; the server's operator can choose one "
-        "with --default-model",
+        f"model: is required, as several are served: {', '.join(names)}; for requests that cannot name one, the "
+        "server's operator chooses it with --default-model",
         "model",
     )
 

@@ -229,9 +229,13 @@ def test_a_server_refuses_what_the_model_does_not_take(pairs: Callable[[str], Pa
         inputs = httpx.post(server.url + "/predict", json={"inputs": "good"})
         assert inputs.status_code == 422 and "inputs: pairs:1 takes pairs of texts" in inputs.text
         assert httpx.get(server.url + "/v1/models").json()["data"][0]["input"] == "pair"
+        tensors = httpx.get(server.url + "/v2/models/pairs").json()["inputs"]
+        assert [one["name"] for one in tensors] == ["text", "text_pair"]
     with serving(Path(__file__).parents[1] / "models") as server:
         wrong = server.classify(input=pair)
         assert wrong.status_code == 422 and "sst2:1 takes single texts, and this is a pair" in wrong.text
+        inputs = httpx.get(server.url + "/v2/models/sst2").json()["inputs"]
+        assert [one["name"] for one in inputs] == ["text"]
 
 
 def test_a_model_of_single_texts_takes_no_pairs(checkpoint: Path, pairs: Callable[[str], Path]) -> None:

@@ -44,7 +44,7 @@ class Request:
 
     Attributes:
         input_name: what the protocol calls the texts, for messages.
-        model: name or name:version; None: the server's first model.
+        model: name or name:version; None: the server's default.
         explain: report every exit passed.
         ood: report how unlike the calibration's texts a text is.
         client: whose request it is: the engine's time is shared between clients.

@@ -79,7 +79,9 @@ class ClassifyFields(OptionFields):
     """The fields of most requests."""
 
     model: str | None = Field(
-        None, description="name (its current version, or a canary) or name:version; default: the first served"
+        None,
+        description="name (its current version, or a canary) or name:version; required where several models are "
+        "served and none of them is the default",
     )
     input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"

@@ -259,12 +259,14 @@ def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
         "probs": ("FP64", [-1, len(manifest.labels)]),
         "exit_layer": ("INT64", [-1]),
     }
+    if manifest.input == "text":
+        del shapes["text_pair"]
     tensors = {name: {"name": name, "datatype": d, "shape": s} for name, (d, s) in shapes.items()}
     return {
         "name": manifest.name,
         "versions": [str(m.version) for m in service.manifests() if m.name == manifest.name],
         "platform": "de3",
-        "inputs": [tensors[name] for name in INPUTS],
+        "inputs": [tensors[name] for name in INPUTS if name in tensors],
         "outputs": [tensors[name] for name in OUTPUTS],
     }
 

@@ -106,7 +106,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
 
     @app.get("/info", tags=["Text Embeddings Inference"], **common)
     async def info() -> dict[str, Any]:
-        """The first model, as Text Embeddings Inference describes its own."""
+        """The default model, as Text Embeddings Inference describes its own."""
         manifest, settings = service.default_manifest(), service.settings
         ids = {str(k): label for k, label in enumerate(manifest.labels)}
         return {
