@@ -1,11 +1,14 @@
 """The trade-off table and the choice of the default, against plain loops and known values."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from exits import calibration
+from exits.calibration import Samples
 from exits.recorded import Recorded
 from exits.signals import Edr, Entropy, signal_of
 
@@ -23,8 +26,8 @@ def recorded(n: int = 400, seed: int = 0) -> Recorded:
 
 @pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (4.0, 1.0), (2.0, 0.0)])
 def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) -> None:
-    r = recorded()
-    o = calibration.outcome(r, signal_of(lam).scores(r), tau, lam)
+    r, signal = recorded(), signal_of("edr", lam)
+    o = calibration.outcome(Samples.independent(r), signal.scores(r), tau, signal)
     right = full = differs = layers = 0
     for i in range(len(r.labels)):
         for j in range(3):
@@ -57,35 +60,44 @@ def test_speedup_counts_layer_0_as_nothing() -> None:
 
 
 def test_full_depth_is_exact_and_always_allowed() -> None:
-    r = recorded(40)
-    full = calibration.outcome(r, Edr(1.0).scores(r), 0.0, 1.0)
+    r, signal = recorded(40), Edr(1.0)
+    full = calibration.outcome(Samples.independent(r), signal.scores(r), 0.0, signal)
     assert (full.loss, full.loss_interval, full.mean_exit_layer) == (0, (0, 0), 2)
-    assert calibration.choose([full], max_loss=0.0) == full
+    assert calibration.within_loss([full], max_loss=0.0) == full
 
 
 @given(st.floats(0, 0.2), st.integers(0, 5))
-def test_the_choice_keeps_its_margin_and_is_the_fastest_that_does(max_loss: float, seed: int) -> None:
-    table = calibration.trade_off(
-        recorded(seed=seed), candidates=(Entropy(), Edr(2.0)), taus=(0.0, 0.1, 0.3, 0.6, 1.0)
-    )
-    chosen = calibration.choose(table, max_loss)
+def test_the_choice_keeps_its_margin_up_to_the_first_that_does_not(max_loss: float, seed: int) -> None:
+    samples = Samples.independent(recorded(seed=seed))
+    table = calibration.trade_off(samples, Edr(2.0), (0.0, 0.1, 0.3, 0.6, 1.0))
+    chosen = calibration.within_loss(table, max_loss)
 
     def kept(o: calibration.Outcome) -> bool:
         se = (o.loss_interval[1] - o.loss) / 1.959964
         return o.tau == 0 or o.loss + 1.644854 * se < max_loss
 
-    assert kept(chosen)
-    assert not any(o.mean_exit_layer < chosen.mean_exit_layer for o in table if kept(o))
+    assert all(kept(o) for o in table if o.tau <= chosen.tau)
+    later = [o for o in table if o.tau > chosen.tau]
+    assert not later or not kept(later[0])
+
+
+def test_the_choice_stops_at_the_first_row_that_fails_whatever_comes_later() -> None:
+    table = calibration.trade_off(Samples.independent(recorded()), Entropy(), (0.0, 0.1, 0.2, 0.3))
+    losses = (0.0, 0.001, 0.05, 0.001)
+    rows = [replace(r, loss=x, loss_interval=(x, x)) for r, x in zip(table, losses, strict=True)]
+    assert calibration.within_loss(reversed(rows), 0.01) == rows[1]
 
 
 def test_the_margin_for_chance_holds() -> None:
     """Of many calibrations on fresh samples, few choose a τ whose true loss is above the limit."""
+    signal = Edr(1.0)
     truth = recorded(40_000, seed=99)
     taus = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-    true_loss = {t: calibration.outcome(truth, Edr(1.0).scores(truth), t, 1.0).loss for t in taus}
+    scores = signal.scores(truth)
+    true_loss = {t: calibration.outcome(Samples.independent(truth), scores, t, signal).loss for t in taus}
     violated = 0
     for seed in range(100):
-        r = recorded(600, seed)
-        chosen = calibration.choose([calibration.outcome(r, Edr(1.0).scores(r), t, 1.0) for t in taus], 0.05)
+        samples = Samples.independent(recorded(600, seed))
+        chosen = calibration.within_loss(calibration.trade_off(samples, signal, taus), 0.05)
         violated += true_loss[chosen.tau] > 0.05
     assert violated <= 10
