@@ -113,7 +113,8 @@ def _answer(json: dict[str, Any]) -> Answer:
     rows = []
     for row in json["data"]:
         given = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
-        known = {field.name: given.get(field.name) for field in fields(Exit)}  # a newer server may say more
+        # A newer server may say more.
+        known: dict[str, Any] = {field.name: given.get(field.name) for field in fields(Exit)}
         rows.append(Row(row["label"], row["probs"], Exit(**known), row.get("truncated", False), row))
     return Answer(json["model"], rows, json["usage"]["total_tokens"], json)
 

@@ -46,7 +46,9 @@ class _Signal(_Part):
     """What is compared with τ: a signal, and λ of edr."""
 
     signal: SignalName
-    lam: Annotated[float, Field(ge=0, le=100)] | None = Field(None, alias="lambda")  # a keyword of Python
+    lam: Annotated[float, Field(ge=0, le=100)] | None = Field(
+        default=None, alias="lambda"
+    )  # a keyword of Python
 
     @model_validator(mode="before")
     @classmethod
