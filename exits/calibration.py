@@ -120,27 +120,29 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
     """The mean of values (n,) and its standard error, which counts groups, not samples.
 
-    The variance is at least that of one sample that differs in n.
+    It is at least that of one group that differs.
     """
-    n, mean = len(values), float(values.mean())
-    error = math.sqrt(max(float(values.var()), 1 / n) / n)
+    count = len(values) if groups is None else len(np.unique(groups))
+    return float(values.mean()), max(_standard_error(values, groups), 1 / count)
+
+
+def _standard_error(values: Floats, groups: NDArray[np.int64] | None) -> float:
+    n = len(values)
+    error = math.sqrt(float(values.var()) / n)
     if groups is not None:
         _, number = np.unique(groups, return_inverse=True)
         if (count := int(number.max()) + 1) < n:
-            totals = np.bincount(number, values - mean, count)
+            totals = np.bincount(number, values - values.mean(), count)
             error = max(error, math.sqrt(float((totals**2).sum()) * count / max(1, count - 1)) / n)
-    return mean, error
+    return error
 
 
 def effective_size(hits: NDArray[np.bool_], groups: NDArray[np.int64]) -> float:
     """How many independent samples would tell a proportion as exactly as these, some of which are related."""
-    n = len(hits)
-    if len(np.unique(groups)) == n:
-        return float(n)
-    mean, error = mean_and_error(hits.astype(float), groups)
-    if error == 0 or not 0 < mean < 1:
-        return float(len(np.unique(groups)))
-    return float(min(n, max(1.0, mean * (1 - mean) / error**2)))
+    n, count, mean = len(hits), len(np.unique(groups)), float(hits.mean())
+    if count in (1, n) or not 0 < mean < 1:  # nothing tells how alike a group is
+        return float(count)
+    return max(1.0, min(n, mean * (1 - mean) / _standard_error(hits.astype(float), groups) ** 2))
 
 
 def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from exits.signals import Risk, Weights
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # of standardized weights, in samples
 MAX_STEPS = 100
+LEAST_SPREAD = 1e-4  # of a feature that is used; a weight is divided by it, and must stay small
 
 
 def fit(recorded: Recorded) -> Risk:
@@ -34,6 +35,8 @@ def cross_fit(
 ) -> Floats:
     """Scores of the samples themselves, (n, exits), each by a risk that was fitted without its group.
 
+    NaN where there is no other group.
+
     groups: the group of each sample, (n,); None: each is its own.
     """
     n = len(recorded.labels)
@@ -42,7 +45,7 @@ def cross_fit(
     scores = np.full(recorded.logits.shape[:2], np.nan)
     for k in range(folds):
         inside = fold == k
-        if inside.any():
+        if inside.any() and not inside.all():
             scores[inside] = fit(recorded.rows(~inside)).scores(recorded.rows(inside))
     return scores
 
@@ -55,7 +58,7 @@ def regress(features: Floats, targets: Floats) -> Floats:
     """
     x = features[:, 1:]
     mean, spread = x.mean(0), x.std(0)
-    varies = spread > 1e-9
+    varies = spread > LEAST_SPREAD * (1 + np.abs(mean))
     z = np.ones((len(x), 1 + int(varies.sum())))
     z[:, 1:] = (x[:, varies] - mean[varies]) / spread[varies]
     ridge = np.full(z.shape[1], RIDGE)

@@ -96,7 +96,8 @@ def calibrate(tune: Part, certify: Part, max_loss: float, wanted: str = "auto") 
     weights = [
         RiskWeights(layer=layer, weights=list(w)) for layer, w in enumerate(fitted.weights) if w is not None
     ]
-    return Calibrated(calibrated, weights, Defaults(tau=default.tau, signal=default.signal, lam=default.lam))
+    defaults = Defaults.model_validate({"tau": default.tau, "signal": default.signal, "lam": default.lam})
+    return Calibrated(calibrated, weights, defaults)
 
 
 def _named(name: str) -> SignalName:

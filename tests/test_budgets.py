@@ -34,12 +34,9 @@ def server(store: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def rows(store: Path) -> list[TradeOff]:
-    """The calibration of tiny at its default λ, by τ."""
+    """The calibration of tiny for its default signal, by τ."""
     manifest = Store(store).open("tiny").manifest
-    assert manifest.calibration is not None
-    return sorted(
-        (r for r in manifest.calibration.table if r.lam == manifest.defaults.lam), key=lambda r: r.tau
-    )
+    return manifest.trade_offs(manifest.defaults.signal, manifest.defaults.lam)
 
 
 @pytest.fixture
@@ -69,6 +66,7 @@ def test_a_speed_up_is_looked_up(server: Server, rows: list[TradeOff]) -> None:
             "by": "target_speedup",
             "wanted": wanted,
             "tau": row.tau,
+            "signal": row.signal,
             "lambda": row.lam,
             "expected": {
                 "accuracy": row.accuracy,
@@ -88,7 +86,7 @@ def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff
         "max_disagreement": 0.1,
         "bound": row.disagreement_bound,
         "confidence": 0.95,
-        "samples": 300,
+        "samples": 600,  # of so few, both held-out parts certify
     }
     exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
     assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
@@ -104,7 +102,7 @@ def test_explain_says_where_tau_came_from(server: Server) -> None:
 def test_the_calibration_is_published(server: Server, rows: list[TradeOff]) -> None:
     answer = httpx.get(server.url + "/v1/models/tiny/calibration").json()
     assert (answer["object"], answer["model"], answer["confidence"]) == ("calibration", "tiny:1", 0.95)
-    assert [r for r in answer["table"] if r["lambda"] == rows[0].lam] == [
+    assert [r for r in answer["table"] if (r["signal"], r["lambda"]) == (rows[0].signal, rows[0].lam)] == [
         r.model_dump(by_alias=True, mode="json") for r in rows
     ]
     missing = httpx.get(server.url + "/v1/models/other/calibration")
@@ -133,8 +131,13 @@ def test_a_setting_is_for_requests_that_ask_nothing(store: Path, setting: dict[s
 def test_the_settings_tau_holds_where_a_request_only_limits_the_layer(store: Path) -> None:
     with serving(store, models=["tiny"], tau=0) as server:
         assert server.classify(input="a film", max_layer=2).json()["data"][0]["exit"]["tau"] == 0
-        other = server.classify(input="a film", **{"lambda": 50}).json()["data"][0]["exit"]["tau"]
-        assert other == server.service.artifacts[0].manifest.defaults.tau  # 0 was meant for another scale
+        manifest = server.service.artifacts[0].manifest
+        other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
+        tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
+        row = next(r for r in manifest.trade_offs(other, None) if r.tau == tau)
+        assert row.disagreement == 0  # as rare as at 0, which was meant for another scale
+        refused = server.classify(input="a film", **{"lambda": 50})  # of which nothing is known
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")
 
 
 def test_the_tau_in_force_is_a_metric(store: Path) -> None:

@@ -1,21 +1,36 @@
 """The trade-off table and the choice of the default, against plain loops and known values."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exits import calibration
+from exits import calibration, guarantee, risk
+from exits.calibration import Samples
 from exits.recorded import Recorded
-from exits.signals import Edr, Entropy, signal_of
+from exits.rule import exit_index
+from exits.signals import Edr, Entropy, Signal, signal_of
+from exits.trade_offs import TradeOffs
+from export.calibrate import Calibrated, Part, calibrate, joined
+from training.data import Example
 
 
-def recorded(n: int = 400, seed: int = 0) -> Recorded:
-    """Made exits that get better with depth; the last has no prototypes."""
+def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
+    """Made exits that get better with depth; the last has no prototypes.
+
+    of_a_group: so many samples in a row have the same label and, by half, the same noise.
+    """
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, n)
+    labels = np.repeat(rng.integers(0, 3, n // of_a_group), of_a_group)
     strength = np.array([0.5, 1.5, 3.0])[None, :, None] * (np.eye(3)[labels][:, None, :])
-    logits = (strength + rng.normal(size=(n, 3, 3))).astype(np.float32)
+    noise = rng.normal(size=(n, 3, 3))
+    if of_a_group > 1:
+        shared = np.repeat(rng.normal(size=(n // of_a_group, 3, 3)), of_a_group, 0)
+        noise = 0.6 * noise + 0.8 * shared
+    logits = (strength + noise).astype(np.float32)
     distances = np.clip(1 - 0.2 * logits, 0, 2).astype(np.float32)
     distances[:, -1] = np.nan
     return Recorded([0, 1, 2], logits, distances, labels)
@@ -23,8 +38,8 @@ def recorded(n: int = 400, seed: int = 0) -> Recorded:
 
 @pytest.mark.parametrize(("lam", "tau"), [(0.0, 0.4), (1.0, 0.3), (4.0, 1.0), (2.0, 0.0)])
 def test_an_outcome_is_what_a_loop_over_samples_finds(lam: float, tau: float) -> None:
-    r = recorded()
-    o = calibration.outcome(r, signal_of(lam).scores(r), tau, lam)
+    r, signal = recorded(), signal_of("edr", lam)
+    o = calibration.outcome(Samples.independent(r), signal.scores(r), tau, signal)
     right = full = differs = layers = 0
     for i in range(len(r.labels)):
         for j in range(3):
@@ -57,35 +72,208 @@ def test_speedup_counts_layer_0_as_nothing() -> None:
 
 
 def test_full_depth_is_exact_and_always_allowed() -> None:
-    r = recorded(40)
-    full = calibration.outcome(r, Edr(1.0).scores(r), 0.0, 1.0)
+    r, signal = recorded(40), Edr(1.0)
+    full = calibration.outcome(Samples.independent(r), signal.scores(r), 0.0, signal)
     assert (full.loss, full.loss_interval, full.mean_exit_layer) == (0, (0, 0), 2)
-    assert calibration.choose([full], max_loss=0.0) == full
+    assert calibration.within_loss([full], max_loss=0.0) == full
 
 
 @given(st.floats(0, 0.2), st.integers(0, 5))
-def test_the_choice_keeps_its_margin_and_is_the_fastest_that_does(max_loss: float, seed: int) -> None:
-    table = calibration.trade_off(
-        recorded(seed=seed), candidates=(Entropy(), Edr(2.0)), taus=(0.0, 0.1, 0.3, 0.6, 1.0)
-    )
-    chosen = calibration.choose(table, max_loss)
+def test_the_choice_keeps_its_margin_up_to_the_first_that_does_not(max_loss: float, seed: int) -> None:
+    samples = Samples.independent(recorded(seed=seed))
+    table = calibration.trade_off(samples, Edr(2.0), (0.0, 0.1, 0.3, 0.6, 1.0))
+    chosen = calibration.within_loss(table, max_loss)
 
     def kept(o: calibration.Outcome) -> bool:
         se = (o.loss_interval[1] - o.loss) / 1.959964
         return o.tau == 0 or o.loss + 1.644854 * se < max_loss
 
-    assert kept(chosen)
-    assert not any(o.mean_exit_layer < chosen.mean_exit_layer for o in table if kept(o))
+    assert all(kept(o) for o in table if o.tau <= chosen.tau)
+    later = [o for o in table if o.tau > chosen.tau]
+    assert not later or not kept(later[0])
+
+
+def test_the_choice_stops_at_the_first_row_that_fails_whatever_comes_later() -> None:
+    table = calibration.trade_off(Samples.independent(recorded()), Entropy(), (0.0, 0.1, 0.2, 0.3))
+    losses = (0.0, 0.001, 0.05, 0.001)
+    rows = [replace(r, loss=x, loss_interval=(x, x)) for r, x in zip(table, losses, strict=True)]
+    assert calibration.within_loss(reversed(rows), 0.01) == rows[1]
 
 
 def test_the_margin_for_chance_holds() -> None:
     """Of many calibrations on fresh samples, few choose a τ whose true loss is above the limit."""
+    signal = Edr(1.0)
     truth = recorded(40_000, seed=99)
     taus = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
-    true_loss = {t: calibration.outcome(truth, Edr(1.0).scores(truth), t, 1.0).loss for t in taus}
+    scores = signal.scores(truth)
+    true_loss = {t: calibration.outcome(Samples.independent(truth), scores, t, signal).loss for t in taus}
     violated = 0
     for seed in range(100):
-        r = recorded(600, seed)
-        chosen = calibration.choose([calibration.outcome(r, Edr(1.0).scores(r), t, 1.0) for t in taus], 0.05)
+        samples = Samples.independent(recorded(600, seed))
+        chosen = calibration.within_loss(calibration.trade_off(samples, signal, taus), 0.05)
         violated += true_loss[chosen.tau] > 0.05
     assert violated <= 10
+
+
+def times(r: Recorded, k: int) -> Samples:
+    """Every sample k times, as one group."""
+    rows = np.repeat(np.arange(len(r.labels)), k)
+    return Samples(r.rows(rows), rows)
+
+
+@pytest.mark.parametrize("k", [2, 5])
+@pytest.mark.parametrize("signal", [Entropy(), Edr(1.0)])
+def test_copies_of_a_sample_as_a_group_tell_no_more_than_it_does(k: int, signal: Signal) -> None:
+    r = recorded(500)
+    once, often = (calibration.trade_off(s, signal) for s in (Samples.independent(r), times(r, k)))
+    for a, b in zip(once, often, strict=True):
+        assert (b.accuracy, b.disagreement, b.loss) == pytest.approx((a.accuracy, a.disagreement, a.loss))
+        # But for n/(n − 1), by which few groups count less.
+        assert b.disagreement_bound == pytest.approx(a.disagreement_bound, rel=0.01)
+        assert b.disagreement_bound >= a.disagreement_bound - 1e-9
+        for one, other in ((a.accuracy_interval, b.accuracy_interval), (a.loss_interval, b.loss_interval)):
+            assert other == pytest.approx(one, abs=0.002)
+            assert other[1] - other[0] >= one[1] - one[0] - 1e-9
+    naive = calibration.trade_off(Samples.independent(times(r, k).recorded), signal)
+    widths = [[row.loss_interval[1] - row.loss_interval[0] for row in rows[1:]] for rows in (often, naive)]
+    assert all(wide > 1.3 * narrow for wide, narrow in zip(*widths, strict=True))
+
+
+def test_groups_that_are_not_alike_cost_nothing() -> None:
+    hits = np.random.default_rng(0).random(3000) < 0.1
+    size = calibration.effective_size(hits, np.random.default_rng(1).permutation(3000) // 3)
+    assert 2700 < size <= 3000
+    assert calibration.effective_size(hits, np.arange(3000)) == 3000
+    none = np.zeros(3000, bool)
+    assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # nothing tells how alike they are
+
+
+def test_one_group_is_one_sample() -> None:
+    hits, group = np.arange(50) < 5, np.zeros(50, np.int64)
+    assert calibration.effective_size(hits, group) <= 1
+    mean, error = calibration.mean_and_error(hits.astype(float), group)
+    assert (mean, error) == (pytest.approx(0.1), 1.0)
+
+
+def test_the_promise_holds_for_samples_that_come_in_groups() -> None:
+    population, size, groups, trials, most = recorded(40_000, 1, of_a_group=5), 5, 100, 200, 0.08
+    signal = Entropy()
+    taus = calibration.TAUS[::3]
+    rows = calibration.trade_off(Samples.independent(population), signal, taus)
+    truth = {row.tau: row.disagreement for row in rows}
+    scores = signal.scores(population)
+    rng, broken, naive, chosen = np.random.default_rng(0), 0, 0, []
+    for _ in range(trials):
+        group = rng.choice(len(population.labels) // size, groups, replace=False)
+        drawn = (size * group[:, None] + np.arange(size)).ravel()
+        samples = Samples(population.rows(drawn), np.repeat(np.arange(groups), size))
+        for s in (samples, Samples.independent(samples.recorded)):
+            table = TradeOffs(calibration.trade_off(s, signal, taus, scores[drawn]))
+            tau = table.within_disagreement(most).tau
+            if s is samples:
+                broken += truth[tau] > most
+                chosen.append(tau)
+            else:
+                naive += truth[tau] > most
+    assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
+    assert naive >= broken
+    assert np.median(chosen) > 0  # it does promise something
+
+
+def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
+    """So many, of which the last are fragments."""
+    return [Example(f"t{i}", 0, f"g{i // group_of}", i >= n - fragments) for i in range(n)]
+
+
+def broken_rows(r: Recorded, which: slice) -> Recorded:
+    """Samples whose first exits are sure of the wrong label, the others as they were."""
+    logits = r.logits.copy()
+    logits[which, :-1] = 30 * np.eye(3)[(r.logits[which, -1].argmax(-1) + 1) % 3][:, None, :]
+    return Recorded(r.exit_layers, logits, r.distances, r.labels)
+
+
+def test_fragments_neither_choose_nor_certify() -> None:
+    """Nobody sends them: how they turn out changes the fit of the risk, and no number."""
+    tune, certify = recorded(1200, 1), recorded(1200, 2)
+    found = []
+    for change in (False, True):
+        parts = []
+        for r in (tune, certify):
+            changed = broken_rows(r, slice(1000, 1200)) if change else r
+            parts.append(Part.of(changed, examples(1200, fragments=200)))
+        found.append(calibrate(*parts, 0.02, "entropy"))
+    one, other = (f.calibration for f in found)
+    assert one.certify_size == one.groups == 1000
+    assert (one.default, one.exit_accuracy, one.references) == (
+        other.default,
+        other.exit_accuracy,
+        other.references,
+    )
+    rows = [[row for row in c.table if row.signal != "risk"] for c in (one, other)]
+    assert rows[0] == rows[1] and rows[0]
+    assert found[0].risk != found[1].risk
+
+
+def test_of_many_samples_only_the_certifying_part_certifies() -> None:
+    tune, certify = recorded(900, 1), recorded(900, 2)
+    parts = [Part.of(r, examples(900)) for r in (tune, certify)]
+    found = calibrate(*parts, 0.02)
+    fitted = risk.fit(tune)
+    assert [tuple(row.weights) for row in found.risk] == [w for w in fitted.weights if w is not None]
+    assert (found.calibration.tune_size, found.calibration.certify_size, found.calibration.groups) == (
+        900,
+        900,
+        900,
+    )
+    assert_certified(found, Samples.independent(certify), fitted.scores(certify))
+
+
+@pytest.mark.parametrize("group_of", [1, 3])
+def test_of_few_samples_both_parts_certify_each_by_a_fit_on_the_other(group_of: int) -> None:
+    n = 600 * group_of
+    tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
+    whole = n - 60
+    parts = [Part.of(r, examples(n, group_of, fragments=60)) for r in (tune, certify)]
+    found = calibrate(*parts, 0.02)
+    scores = [risk.fit(b).scores(a)[:whole] for a, b in ((tune, certify), (certify, tune))]
+    samples = joined(
+        [Samples(r, np.arange(n) // group_of).rows(np.arange(n) < whole) for r in (tune, certify)]
+    )
+    assert found.calibration.certify_size == 2 * whole
+    assert found.calibration.groups == 2 * whole // group_of
+    assert_certified(found, samples, np.concatenate(scores))
+    together = risk.fit(joined([p.samples for p in parts]).recorded)  # what ships has seen all
+    assert [tuple(row.weights) for row in found.risk] == [w for w in together.weights if w is not None]
+
+
+def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) -> None:
+    """The rows of risk, written anew from the scores."""
+    for row in found.calibration.table:
+        if row.signal != "risk":
+            continue
+        index = exit_index(scores, row.tau)
+        labels = samples.recorded.logits.argmax(-1)
+        early = labels[np.arange(len(index)), index]
+        assert row.accuracy == pytest.approx((early == samples.recorded.labels).mean(), abs=1e-6)
+        differs = early != labels[:, -1]
+        assert row.disagreement == pytest.approx(differs.mean(), abs=1e-6)
+        n = round(calibration.effective_size(differs, samples.groups))
+        if row.tau > 0:
+            least = guarantee.upper_bound(math.ceil(differs.mean() * n - 1e-9), n)
+            assert row.disagreement_bound >= least - 1e-6
+
+
+def test_a_signal_that_is_wanted_is_the_default() -> None:
+    parts = [Part.of(recorded(900, seed), examples(900)) for seed in (1, 2)]
+    for wanted in ("risk", "edr", "entropy"):
+        found = calibrate(*parts, 0.02, wanted)
+        assert found.defaults.signal == found.calibration.default.signal == wanted
+        assert {row.signal for row in found.calibration.table} == {"risk", "edr", "entropy"}
+    with pytest.raises(ValueError, match="--signal must be one of auto, risk, edr, entropy, got 'margin'"):
+        calibrate(*parts, 0.02, "margin")
+
+
+def test_equal_texts_without_a_group_are_one() -> None:
+    part = Part.of(recorded(4), [Example("a", 0), Example("b", 0), Example("a", 1), Example(("a", "b"), 0)])
+    assert part.samples.num_groups == 3 and part.samples.groups[0] == part.samples.groups[2]
+    assert part.is_whole.all()

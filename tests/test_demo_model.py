@@ -6,7 +6,6 @@ import numpy as np
 
 from exits.reading import read
 from exits.rule import ExitRule
-from exits.signals import signal_of
 from model_store.model import Model
 from model_store.store import Store
 
@@ -32,13 +31,13 @@ def test_it_is_sound_and_small() -> None:
 def test_it_tells_good_from_bad_and_leaves_early() -> None:
     model = Model(Store(MODELS).open("sst2"))
     defaults = model.manifest.defaults
-    rule = ExitRule(defaults.tau, signal_of(defaults.lam))
+    rule = ExitRule(defaults.tau, model.manifest.default_signal)
     layers = []
     for text, label in TEXTS.items():
         for layer, step in enumerate(model.full_depth(model.tokenize(text))):
             assert step.logits is not None
             distances = None if step.distances is None else step.distances.tolist()
-            reading = read(step.logits.tolist(), distances)
+            reading = read(layer, step.logits.tolist(), distances)
             if rule.exits(rule.signal.score([reading])) or layer == model.manifest.num_layers:
                 layers.append(layer)
                 break

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from export import exporter
+from export.calibrate import Part
 from export.exporter import ExportError, ExportSettings
 from export.full_depth import export_full_depth
 from export.graph import quantize
@@ -145,15 +146,18 @@ def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
         artifact = Store(store).open(name)
         manifest = artifact.manifest
         assert manifest.calibration is not None
-        tune, certify = (
-            record(Model(artifact), datas.load_examples(checkpoint / f"{part}.jsonl", manifest.labels))
-            for part in ("tune", "certify")
-        )
-        table = exporter.calibrate(tune, certify, manifest.calibration.max_loss).table
-        assert manifest.calibration.table == table
+        parts = []
+        for name_of_part in ("tune", "certify"):
+            examples = datas.load_examples(checkpoint / f"{name_of_part}.jsonl", manifest.labels)
+            parts.append(Part.of(record(Model(artifact, "onnxruntime"), examples), examples))
+        found = exporter.calibrate(*parts, manifest.calibration.max_loss)
+        assert manifest.calibration == found.calibration
+        assert (manifest.risk, manifest.defaults) == (found.risk, found.defaults)
         default = manifest.calibration.default
-        assert (default.tau, default.lam) == (manifest.defaults.tau, manifest.defaults.lam)
-        assert default in table
+        assert (default.tau, default.signal, default.lam) == tuple(
+            getattr(manifest.defaults, field) for field in ("tau", "signal", "lam")
+        )
+        assert default in manifest.calibration.table
         assert default.speedup > 1
 
 
@@ -176,7 +180,9 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert "EDR λ=2" in result.output and "distance ratio" in result.output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-    assert "Default λ" in result.output  # an artifact's default is judged too
+        assert ("risk" in result.output) == (model != checkpoint)  # which has none yet
+    default = Store(store).open("tiny-int8").manifest.defaults
+    assert f"Default {default.signal}" in result.output.replace("EDR", "edr")  # an artifact's is judged too
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:

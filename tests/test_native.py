@@ -19,7 +19,7 @@ from onnx import TensorProto
 
 from exits.reading import read
 from exits.rule import ExitRule
-from exits.signals import Edr, Entropy, Signal, signal_of
+from exits.signals import Edr, Entropy, Risk, Signal
 from export import graph
 from loadtest.layers import layers
 from model_store.graph_reader import network_of, read_segment
@@ -42,6 +42,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 ALL = kernels.implementations()  # the reference is the last
 each = pytest.mark.parametrize("implementation", ALL)
 
+RISK = Risk(((-1.0, -0.3, 0.5, 0.2, 0.1), (-2.0, -0.2, 0.0, 0.3, 0.4), (-3.0, 0.0, 1.0, 0.4, 0.2), None))
 TEXTS = ["good", *(text for text, _ in make_rows(60, 9)), "a dull plot and a good film " * 12]
 
 
@@ -231,13 +232,12 @@ def test_the_best_implementation_is_in_use() -> None:
     st.lists(
         st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])), min_size=1, max_size=9
     ),
-    st.sampled_from([0.0, 0.5, 4.0]),
+    st.sampled_from([Entropy(), Edr(0.5), Edr(4.0), RISK]),
     st.integers(0, 3),
 )
 def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
-    native: Model, batch: list[tuple[str, float]], lam: float, deepest: int
+    native: Model, batch: list[tuple[str, float]], signal: Signal, deepest: int
 ) -> None:
-    signal = signal_of(lam)
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
     native.through(passes)
@@ -248,28 +248,42 @@ def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
             if p.tau > 0 or layer == deepest:
                 assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
             distances = None if step.distances is None else step.distances.tolist()
-            if layer == deepest or rule.exits(signal.score([read(step.logits.tolist(), distances)])):
+            if layer == deepest or rule.exits(signal.score([read(layer, step.logits.tolist(), distances)])):
                 break
         assert p.exit_layer == layer
         assert not p.logits[layer + 1 :].any()
 
 
-@given(
-    st.data(), st.integers(2, 6), st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)]), st.booleans()
-)
+def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
+    """The kernels' score at the last of the exits of layers 0, 1, …"""
+    buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
+    return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table)
+
+
+def risks(has_distances: bool) -> st.SearchStrategy[Signal]:
+    """Risks of three exits; without distances their last weight is 0."""
+    weight = st.floats(-1e6, 1e6) | st.floats(-5, 5)
+    last = weight if has_distances else st.just(0.0)
+    return st.tuples(*[st.tuples(*[weight] * 4, last)] * 3).map(Risk)
+
+
+@given(st.data(), st.integers(2, 6), st.booleans())
 def test_the_decision_is_that_of_the_exit_rule(
-    data: st.DataObject, classes: int, signal: Signal, has_distances: bool
+    data: st.DataObject, classes: int, has_distances: bool
 ) -> None:
+    signal = data.draw(
+        st.sampled_from([Entropy(), Edr(0.5), Edr(1.0), Edr(30.0)]) | risks(has_distances), "signal"
+    )
+
     def floats(low: float, high: float) -> list[float]:
         return data.draw(st.lists(st.floats(low, high, width=32), min_size=classes, max_size=classes))
 
     passed: list[tuple[list[float], list[float] | None]] = [
         (floats(-30, 30), floats(-(2**-20), 2) if has_distances else None)
-        for _ in range(data.draw(st.integers(1, 3)))
+        for _ in range(3 if isinstance(signal, Risk) else data.draw(st.integers(1, 3)))
     ]
-    expected = signal.score([read(*values) for values in passed])
-    buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
-    score = kernels.score(buffers, signal.code, signal.lam)
+    expected = signal.score([read(layer, *values) for layer, values in enumerate(passed)])
+    score = in_c(signal, passed)
     assert math.isnan(score) if expected is None else score == expected  # bit for bit
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
     if expected is not None:  # and at the very edge
@@ -279,9 +293,22 @@ def test_the_decision_is_that_of_the_exit_rule(
 
 
 def test_logits_that_are_not_numbers_never_leave_early() -> None:
-    broken = [(np.float32([math.nan, 0]), np.float32([0.1, 0.2]))]
-    for signal in (Entropy(), Edr(1.0)):
-        assert not kernels.exits(kernels.score(broken, signal.code, signal.lam), 1.0)
+    for logits in ([math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]):
+        for signal in (Entropy(), Edr(1.0), Risk(((-9.0, 0.0, 0.0, 0.0, 0.0),)), Risk(((-9.0,) * 5,))):
+            assert not kernels.exits(in_c(signal, [(logits, [0.1, 0.2])]), 1.0)
+            assert not ExitRule(1, signal).exits(signal.score([read(0, logits, [0.1, 0.2])]))
+
+
+def test_a_risk_that_needs_distances_never_leaves_without_them() -> None:
+    signal = Risk(((-9.0, 0.0, 0.0, 0.0, 1.0),))
+    assert signal.score([read(0, [5.0, 0.0], None)]) is None
+    assert math.isnan(in_c(signal, [([5.0, 0.0], None)]))
+
+
+def test_the_last_exit_has_no_risk() -> None:
+    signal = Risk(((0.0,) * 5, None))
+    assert signal.score([read(0, [5.0, 0.0], None), read(1, [5.0, 0.0], None)]) is None
+    assert math.isnan(in_c(signal, [([5.0, 0.0], None)] * 2))
 
 
 def test_without_kernels_one_warning_says_why_and_what_it_costs(
@@ -341,6 +368,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             "tau": 0.0,
             "signal": 1,
             "lam": 1.0,
+            "weights": None,
             "deepest": 3,
             "ask_all": False,
         }
@@ -353,7 +381,11 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text()] * 65,
         [(ids,)],
         [text(), text(deepest=9)],
-        [text(signal=2)],
+        [text(signal=3)],
+        [text(signal=2)],  # risk without weights
+        [text(signal=2, weights=bytes(8 * 5 * 4 - 8))],
+        [text(signal=2, weights=bytes(8 * 5 * 4 + 8))],
+        [text(signal=2, weights=b"")],
         [text(signal=-1)],
         [text(ids=big)],
         [text(types=big)],
@@ -368,7 +400,10 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         kernels.through(model, [text()], prototypes[:3], None)
     for passed in ([], [(logits[0], logits)], [(logits[0, :1].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
-            kernels.score(passed, 0, 0.0)
+            kernels.score(passed, 0, 0.0, None)
+    for weights in (None, b"", bytes(8 * 5 - 1), bytes(8 * 5 * 2)):
+        with pytest.raises(ValueError, match="weights: has"):
+            kernels.score([(logits[0], None)], 2, 0.0, weights)
 
 
 def test_a_text_that_fails_does_not_fail_those_beside_it(

@@ -15,7 +15,7 @@ from exits.signals import Edr, Entropy, signal_of
 @pytest.mark.parametrize(("tau", "lam"), [(-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, -1), (0.5, 101)])
 def test_a_rule_out_of_range_is_refused(tau: float, lam: float) -> None:
     with pytest.raises(ValueError, match="must be in"):
-        ExitRule(tau, signal_of(lam))
+        ExitRule(tau, signal_of("edr", lam))
 
 
 def test_below_is_strict() -> None:
@@ -43,7 +43,7 @@ def test_a_reading_is_what_the_signals_say(data: st.DataObject, classes: int, la
     floats = st.lists(st.floats(-50, 50, width=32), min_size=classes, max_size=classes)
     logits = data.draw(floats)
     distances = data.draw(st.lists(st.floats(-(2**-20), 2, width=32), min_size=classes, max_size=classes))
-    r, signal = read(0, logits, distances), signal_of(lam)
+    r, signal = read(0, logits, distances), signal_of("edr", lam)
     assert r.label == np.argmax(logits)
     np.testing.assert_allclose(r.probs, formulas.softmax(logits), rtol=1e-12)
     entropy, ratio = formulas.entropy(formulas.softmax(logits)), formulas.distance_ratio(logits, distances)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exits.reading import read
-from exits.signals import signal_of
+from exits.signals import Signal, SignalName, edr
 from model_store.model import Model
 from model_store.store import Store
 from server.errors import Cause
@@ -36,13 +36,15 @@ def model(store: Path) -> Model:
     return Model(Store(store).open("tiny"))
 
 
-def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
+def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, Any]:
     """The answer by the plain full model and the paper's formulas, one sample at a time."""
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
         assert step.logits is not None
         distances = None if step.distances is None else step.distances.tolist()
-        reading = read(step.logits.tolist(), distances)  # tests/test_rule.py: it is what the paper says
-        score = signal_of(lam).score([reading])
+        reading = read(
+            layer, step.logits.tolist(), distances
+        )  # tests/test_rule.py: it is what the paper says
+        score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):
             return {
@@ -53,23 +55,37 @@ def expected(model: Model, text: str, tau: float, lam: float) -> dict[str, Any]:
                     "num_layers": model.manifest.num_layers,
                     "reason": "last_layer" if last else "threshold",
                     "tau": tau,
-                    "lambda": lam,
+                    "signal": signal.name,
+                    "lambda": signal.lam,
+                    "score": score,
                     "entropy": reading.entropy,
                     "distance_ratio": reading.distance_ratio,
-                    "edr": score,
+                    "edr": edr(reading, signal.lam or 1.0),
                 },
             }
     raise AssertionError
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.05, 0.3, 1.0])
-@pytest.mark.parametrize("lam", [0.0, 1.0, 8.0])
-def test_answers_are_those_of_the_full_model(server: Server, model: Model, tau: float, lam: float) -> None:
-    answer = server.classify(**{"input": TEXTS, "tau": tau, "lambda": lam}).json()
+@pytest.mark.parametrize(
+    ("asked", "name", "lam"),
+    [
+        ({"signal": "entropy"}, "entropy", None),
+        ({"lambda": 0}, "entropy", None),
+        ({"signal": "edr", "lambda": 1}, "edr", 1.0),
+        ({"lambda": 8}, "edr", 8.0),
+        ({"signal": "risk"}, "risk", None),
+    ],
+)
+def test_answers_are_those_of_the_full_model(
+    server: Server, model: Model, tau: float, asked: dict[str, Any], name: SignalName, lam: float | None
+) -> None:
+    signal = model.manifest.signal(name, lam)
+    answer = server.classify(**{"input": TEXTS, "tau": tau, **asked}).json()
     assert answer["object"] == "list" and answer["model"] == "tiny:1"
     layers = set()
     for i, (text, row) in enumerate(zip(TEXTS, answer["data"], strict=True)):
-        want = expected(model, text, tau, lam)
+        want = expected(model, text, tau, signal)
         layers.add(want["exit"]["layer"])
         assert row == {"index": i, "num_classes": 2, **want}
     assert layers == {3} if tau == 0 else max(layers) < 3 or tau < 1
@@ -93,7 +109,8 @@ def test_64_at_once_get_the_same_bits_as_one_at_a_time(server: Server) -> None:
 def test_the_default_rule_is_the_manifests(server: Server, model: Model) -> None:
     row = server.classify(input=TEXTS[0]).json()["data"][0]
     defaults = model.manifest.defaults
-    assert (row["exit"]["tau"], row["exit"]["lambda"]) == (defaults.tau, defaults.lam)
+    found = row["exit"]
+    assert (found["tau"], found["signal"], found["lambda"]) == (defaults.tau, defaults.signal, defaults.lam)
 
 
 def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
@@ -101,7 +118,7 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
     row = server.classify(input=pair, tau=0).json()["data"][0]
     step = model.full_depth(model.tokenize("good film", "a dull plot"))[-1]
     assert step.logits is not None
-    assert row["probs"] == read(step.logits.tolist(), None).probs
+    assert row["probs"] == read(3, step.logits.tolist(), None).probs
     assert row["probs"] != server.classify(input="good film a dull plot", tau=0).json()["data"][0]["probs"]
     many = server.classify(input=[pair, pair], tau=0).json()["data"]
     assert [r["probs"] for r in many] == [row["probs"]] * 2
@@ -110,7 +127,10 @@ def test_a_pair_is_not_its_texts_joined(server: Server, model: Model) -> None:
 def test_explain_shows_every_exit_passed(server: Server) -> None:
     row = server.classify(input=TEXTS[3], tau=0, explain=True).json()["data"][0]
     assert [x["layer"] for x in row["layers"]] == [0, 1, 2, 3]
-    assert set(row["layers"][0]) == {"layer", "entropy", "distance_ratio", "edr", "label", "probs"}
+    assert set(row["layers"][0]) == {
+        "layer", "score", "entropy", "distance_ratio", "edr", "label", "probs",
+    }  # fmt: skip
+
     assert row["layers"][-1]["distance_ratio"] is None  # the last layer has no prototypes
     assert row["layers"][-1]["probs"] == row["probs"]
     assert "layers" not in server.classify(input=TEXTS[3], tau=0).json()["data"][0]
@@ -225,7 +245,6 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
         "max_disagreement",
         "give one of tau, target_speedup, latency_budget_ms, max_disagreement",
     ),
-    (b'{"input": "a", "lambda": 1, "target_speedup": 2}', 422, "lambda", "goes with tau only"),
     (b'{"input": "a", "max_layer": 1, "latency_budget_ms": 9}', 422, "max_layer", "goes with tau only"),
     (b'{"input": "a", "best_effort": 1}', 422, "best_effort", "boolean"),
     (b'{"input": "a", "ood": "yes"}', 422, "ood", "boolean"),

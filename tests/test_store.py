@@ -145,15 +145,17 @@ def references(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the default λ, by τ."""
-    lam = manifest["defaults"]["lambda"]
-    return sorted((r for r in manifest["calibration"]["table"] if r["lambda"] == lam), key=lambda r: r["tau"])
+    """The rows of the default signal, by τ."""
+    fields = ("signal", "lambda")
+    wanted = [manifest["defaults"][field] for field in fields]
+    rows = (r for r in manifest["calibration"]["table"] if [r[field] for field in fields] == wanted)
+    return sorted(rows, key=lambda r: r["tau"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 3"),
+        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 3 and 4:"),
         (lambda m: m.pop("schema_version"), "schema version None"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),
@@ -173,7 +175,7 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
         ),
         (lambda m: references(m)[0]["entropy"].reverse(), "entropy must have 28 ascending values"),
         (lambda m: references(m)[1]["nearest"].pop(), "nearest must have 28 ascending values"),
-        (lambda m: m["calibration"].update(table=[]), "must have τ = 0 at the default λ"),
+        (lambda m: m["calibration"].update(table=[]), "must have rows of the default signal"),
         (lambda m: table(m)[-1].update(disagreement_bound=0.0), "disagreement_bound must ascend with τ"),
     ],
 )

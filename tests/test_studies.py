@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from exits.recorded import Recorded
+from exits.signals import Entropy
 from loadtest import ramp
 from loadtest.studies import speedup
 from loadtest.studies.deadlines import Costs, deadlines
@@ -43,13 +44,17 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     run(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
-    assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 150)
+    # Of so few samples both files certify.
+    assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
     assert new.calibration != old.calibration
     assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
-    assert (new.defaults.tau, new.defaults.lam) == (
-        new.calibration.default.tau,
-        new.calibration.default.lam,
+    default = new.calibration.default
+    assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (
+        default.tau,
+        default.signal,
+        default.lam,
     )
+    assert new.risk is not None and new.risk != old.risk
 
 
 def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path: Path) -> None:
@@ -126,7 +131,7 @@ def known(n: int) -> Recorded:
 
 
 def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them() -> None:
-    rows = promise(known(4000), 0.0, 2000, [0.02, 0.05], trials=200, start_layers=0.5)
+    rows = promise(known(4000), Entropy(), 2000, [0.02, 0.05], trials=200, start_layers=0.5)
     for row in rows:
         assert row["broken"] <= 0.1  # 5% and chance
         assert 0.8 < row["of_oracle_layers"] < 1.05
@@ -137,10 +142,10 @@ def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them() 
 def test_no_simulated_answer_passes_its_deadline() -> None:
     found = known(300)
     costs = Costs(0.001, 0.001)
-    alone = deadlines(found, 0.0, 0.0, costs, [(0.5, 0.0), (2.5, 0.0), (3.5, 0.0)])
+    alone = deadlines(found, 0.0, Entropy(), costs, [(0.5, 0.0), (2.5, 0.0), (3.5, 0.0)])
     assert [row["default"]["refused"] for row in alone] == [1, 0, 0]
     assert [row["default"]["layers"] for row in alone] == [0, 1, 2]
-    loaded = deadlines(found, 0.0, 0.0, costs, [(5.0, 3.0)])[0]["default"]
+    loaded = deadlines(found, 0.0, Entropy(), costs, [(5.0, 3.0)])[0]["default"]
     assert 0 < loaded["refused"] < 1 and 1 <= loaded["layers"] < 2
 
 

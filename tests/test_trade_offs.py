@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exits import calibration, guarantee, reference
+from exits.calibration import Samples
 from exits.signals import Edr
 from exits.trade_offs import TradeOffs
 from tests.test_calibration import recorded
 
 
 def table(seed: int = 0, n: int = 400) -> list[calibration.Outcome]:
-    return calibration.trade_off(recorded(n, seed), (Edr(1.0),))
+    return calibration.trade_off(Samples.independent(recorded(n, seed)), Edr(1.0))
 
 
 def test_the_bound_is_clopper_and_pearsons() -> None:
@@ -51,7 +52,8 @@ def test_bounds_of_a_sequence_never_fall(errors: list[int]) -> None:
 @pytest.mark.parametrize("most", [0.03, 0.08])
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations(most: float) -> None:
     population = recorded(20_000, 1)
-    truth = {row.tau: row.disagreement for row in calibration.trade_off(population, (Edr(1.0),))}
+    samples = Samples.independent(population)
+    truth = {row.tau: row.disagreement for row in calibration.trade_off(samples, Edr(1.0))}
     rng, broken, trials, chosen = np.random.default_rng(0), 0, 400, []
     signal = Edr(1.0).scores(population)
     labels = population.logits.argmax(-1)

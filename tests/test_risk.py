@@ -1,0 +1,181 @@
+"""Risk: its regression at the optimum and in the degenerate cases, and that nobody scores what they have seen."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits import formulas, risk
+from exits.reading import read
+from exits.recorded import Recorded
+from exits.signals import Risk, Weights
+from model_store.manifest import RiskWeights
+from tests.test_calibration import recorded
+
+
+def features(n: int, seed: int) -> np.ndarray:
+    """A constant, and four features of other means and spreads."""
+    rng = np.random.default_rng(seed)
+    return np.hstack([np.ones((n, 1)), rng.normal([3, -1, 0, 20], [0.5, 2, 1, 8], (n, 4))])
+
+
+def gradient(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Of the ridge regression that `regress` solves, by the weights of standardized features; written anew."""
+    mean, spread = x[:, 1:].mean(0), x[:, 1:].std(0)
+    inside = np.array([weights[0] + weights[1:] @ mean, *(weights[1:] * spread)])
+    error = 1 / (1 + np.exp(-x @ weights)) - targets
+    by_feature = [error.sum(), *(((x[:, 1:] - mean) / spread).T @ error)]
+    return np.array(by_feature) + np.array([1e-3, *[0.01] * 4]) * inside
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
+    x, truth = features(3000, seed), np.array([-1.0, 0.5, -0.8, 0.0, 0.03])
+    targets = (np.random.default_rng(seed + 50).random(3000) < 1 / (1 + np.exp(-x @ truth))).astype(float)
+    found = risk.regress(x, targets)
+    assert np.abs(gradient(x, targets, found)).max() < 1e-6
+    assert np.abs(x @ (found - truth)).std() < 0.2  # and near the truth
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 60), st.integers(0, 10**6), st.sampled_from(["separable", "none", "all", "one", "chance"])
+)
+def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, kind: str) -> None:
+    x = features(n, seed)
+    targets = {
+        "separable": x[:, 1] > np.median(x[:, 1]),
+        "none": np.zeros(n, bool),
+        "all": np.ones(n, bool),
+        "one": np.arange(n) == 0,
+        "chance": np.random.default_rng(seed).random(n) < 0.5,
+    }[kind].astype(float)
+    found = risk.regress(x, targets)
+    assert np.isfinite(found).all() and np.abs(found).max() < 1e4
+    assert np.abs(gradient(x, targets, found)).max() < 1e-5
+    p = 1 / (1 + np.exp(-x @ found))
+    if kind in ("none", "all"):
+        assert np.abs(p - targets).max() < 0.1
+
+
+def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
+    x = features(500, 1)
+    x[:, 2] = 0.7
+    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # but for rounding
+    targets = (x[:, 1] > 3).astype(float)
+    found = risk.regress(x, targets)
+    assert found[2] == found[4] == 0 != found[1]
+    alone = risk.regress(x[:, [0, 1, 3]], targets)
+    assert found[[0, 1, 3]] == pytest.approx(alone, rel=1e-6)
+
+
+def test_the_weights_of_exits_that_are_sure_of_everything_fit_a_manifest() -> None:
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 2, 500)
+    margin = 17 + rng.random(500)  # entropies of about 1e-6, all alike
+    logits = np.zeros((500, 2, 2), np.float32)
+    logits[np.arange(500), :, labels] = margin[:, None]
+    logits[:40, 0] = logits[:40, 0, ::-1]
+    fitted = risk.fit(Recorded([0, 1], logits, np.full_like(logits, np.nan), labels))
+    assert fitted.weights[0] is not None
+    RiskWeights(layer=0, weights=list(fitted.weights[0]))
+
+
+def test_the_fit_predicts_how_often_an_exit_disagrees() -> None:
+    found = risk.fit(recorded(4000, 1))
+    assert found.weights[2] is None and [len(w or ()) for w in found.weights[:2]] == [5, 5]
+    other = recorded(4000, 2)
+    scores, labels = found.scores(other), other.logits.argmax(-1)
+    for j in range(2):
+        differs = labels[:, j] != labels[:, -1]
+        for low, high in ((0, 0.2), (0.2, 0.5), (0.5, 1)):
+            among = (scores[:, j] >= low) & (scores[:, j] < high)
+            if among.sum() > 200:
+                assert scores[among, j].mean() == pytest.approx(differs[among].mean(), abs=0.06)
+    assert np.isnan(scores[:, -1]).all()  # the last has none
+
+
+def test_an_exit_without_prototypes_has_no_weight_for_them() -> None:
+    r = recorded(300)
+    fitted = risk.fit(Recorded(r.exit_layers, r.logits, np.full_like(r.distances, np.nan), r.labels))
+    assert [w[4] for w in fitted.weights[:2] if w is not None] == [0, 0]
+
+
+def test_it_needs_no_labels() -> None:
+    r = recorded(300)
+    assert risk.fit(r) == risk.fit(Recorded(r.exit_layers, r.logits, r.distances, np.zeros_like(r.labels)))
+
+
+@pytest.mark.parametrize(("n", "groups"), [(200, 40), (31, 3), (12, 12), (20, 1)])
+def test_no_group_is_scored_by_a_fit_that_saw_it(
+    n: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = np.random.default_rng(0).integers(0, groups, n)
+    r = recorded(n)
+    number = {row.tobytes(): i for i, row in enumerate(r.logits)}
+    scored: list[int] = []
+
+    class Spy:
+        def __init__(self, seen: Recorded) -> None:
+            self.seen = {int(group[number[row.tobytes()]]) for row in seen.logits}
+
+        def scores(self, asked: Recorded) -> np.ndarray:
+            rows = [number[row.tobytes()] for row in asked.logits]
+            assert self.seen and not self.seen & set(group[rows].tolist())
+            scored.extend(rows)
+            return np.zeros(asked.logits.shape[:2])
+
+    monkeypatch.setattr(risk, "fit", Spy)
+    scores = risk.cross_fit(r, group)
+    if len(set(group.tolist())) == 1:  # nobody else to fit it on
+        assert scored == [] and np.isnan(scores).all()
+    else:
+        assert sorted(scored) == list(range(n)) and not scores.any()
+
+
+def test_cross_fitted_scores_do_not_depend_on_the_groups_names() -> None:
+    r = recorded(100)
+    group = np.arange(100) // 4
+    np.testing.assert_array_equal(risk.cross_fit(r, group), risk.cross_fit(r, (7 * group + 3).tolist()))
+
+
+def weights(rng: np.random.Generator) -> Weights:
+    return tuple(float(x) for x in rng.normal(0, 1.5, 5))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 20])
+def test_many_at_once_are_as_one_at_a_time(classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    logits = rng.normal(0, 3, (300, 4, classes)).astype(np.float32)
+    distances = rng.uniform(-1e-7, 2, logits.shape).astype(np.float32)
+    distances[::7] = 0  # both on their prototypes
+    distances[:, 2:] = np.nan
+    r = Recorded([0, 2, 3, 5], logits, distances, np.zeros(300, np.int64))
+    signal = Risk((weights(rng), None, weights(rng), (*weights(rng)[:4], 0.0), None, None))
+    scores = signal.scores(r)
+    for i in range(300):
+        for j, layer in enumerate(r.exit_layers):
+            values = None if j >= 2 else distances[i, j].tolist()
+            one = signal.score([read(layer, logits[i, j].tolist(), values)])
+            if one is None:
+                assert j == 3 and math.isnan(scores[i, j])
+            else:
+                assert scores[i, j] == pytest.approx(one, abs=1e-9)
+
+
+def test_scores_of_any_size_are_probabilities_and_nan_is_no_exit() -> None:
+    signal = Risk(((1e6, 1e6, 0.0, 0.0, 0.0), (-1e6, -1e6, 0.0, 0.0, 0.0), None))
+    readings = [read(layer, [80.0, -80.0], None) for layer in range(2)]
+    assert signal.score(readings[:1]) == pytest.approx(1)
+    assert 0 < (signal.score(readings) or 0) < 1e-300
+    assert math.isnan(signal.score([read(0, [math.nan, 0.0], None)]) or 0)
+
+
+def test_the_features_are_what_they_say() -> None:
+    (row,) = formulas.risk_features([[2.0, 0.5, -1.0]], [[0.2, 0.5, 0.9]])
+    h = float(formulas.entropy(formulas.softmax([2.0, 0.5, -1.0])))
+    assert row == pytest.approx([1, 1.5, h, math.log(h), math.log(0.2)])
+    (bare,) = formulas.risk_features([[2.0, 0.5, -1.0]], [[math.nan] * 3])
+    assert bare == pytest.approx([*row[:4], 0])
