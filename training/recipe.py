@@ -51,5 +51,5 @@ def choose(
 def by_size(samples: int) -> Recipe:
     """Small sets need more steps a sample: smaller batches, more epochs and a higher rate."""
     if samples < 20_000:
-        return Recipe(batch_size=16, epochs=5, lr=1e-4, patience=2)
+        return Recipe(batch_size=32, epochs=5, lr=1e-4, patience=2)
     return FIXED
