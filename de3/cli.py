@@ -404,13 +404,21 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _certified(manifest: Any) -> list[Any]:
-    """The signals that an artifact's calibration certified, each with its trade-offs."""
+def _report_artifact(manifest: Any, recorded: Any, output: Console) -> None:
+    """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
     from exits.trade_offs import TradeOffs
+    from training import evaluate as evaluation
+    from training.progress import warn
 
-    rows = manifest.calibration.table if manifest.calibration else []
-    keys = dict.fromkeys((row.signal, row.lam) for row in rows)
-    return [(manifest.signal(*key), TradeOffs(manifest.trade_offs(*key))) for key in keys]
+    tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
+    output.print(evaluation.default_line(recorded, tau, signal), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal))
+    if calibration is None:
+        return
+    keys = dict.fromkeys((row.signal, row.lam) for row in calibration.table)
+    certified = [(manifest.signal(*key), TradeOffs(manifest.trade_offs(*key))) for key in keys]
+    output.print(evaluation.target_table(recorded, certified))
+    warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))
 
 
 @app.command()
@@ -489,10 +497,7 @@ def evaluate(
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if is_artifact:
-            defaults = opened.manifest.defaults
-            line = evaluation.default_line(recorded, defaults.tau, opened.manifest.default_signal)
-            output.print(line, highlight=False)
-            output.print(evaluation.target_table(recorded, _certified(opened.manifest)))
+            _report_artifact(opened.manifest, recorded, output)
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
         title = f"{model.name}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, beside))

@@ -17,16 +17,21 @@ class Recorded:
         logits: (n, exits, K).
         distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
         labels: true classes, (n,).
+        tokens: tokens of each sample, (n,); None: not recorded.
     """
 
     exit_layers: list[int]
     logits: NDArray[np.float32]
     distances: NDArray[np.float32]
     labels: NDArray[np.int64]
+    tokens: NDArray[np.int64] | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """Some of the samples."""
-        return Recorded(self.exit_layers, self.logits[which], self.distances[which], self.labels[which])
+        tokens = self.tokens[which] if self.tokens is not None else None
+        return Recorded(
+            self.exit_layers, self.logits[which], self.distances[which], self.labels[which], tokens
+        )
 
     @property
     def correct(self) -> NDArray[np.bool_]:

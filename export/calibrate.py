@@ -91,6 +91,9 @@ def calibrate(tune: Part, certify: Part, max_loss: float, wanted: str = "auto") 
             "default": rounded(default),
             "table": [rounded(row) for table in tables.values() for row in table],
             "references": references(samples.recorded),
+            "tokens": None
+            if samples.recorded.tokens is None
+            else quantiles(samples.recorded.tokens.astype(np.float64)),
         }
     )
     weights = [
@@ -140,13 +143,17 @@ def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tupl
 def joined(parts: Sequence[Samples]) -> Samples:
     """Several parts as one; their groups stay apart."""
     first = parts[0].recorded
-    arrays = (
+    logits, distances, labels = (
         np.concatenate([getattr(p.recorded, name) for p in parts])
         for name in ("logits", "distances", "labels")
     )
     offsets = np.cumsum([0, *(int(p.groups.max()) + 1 for p in parts)])[:-1]
     groups = np.concatenate([p.groups + offset for p, offset in zip(parts, offsets, strict=True)])
-    return Samples(Recorded(first.exit_layers, *arrays), groups)
+    lengths = [p.recorded.tokens for p in parts]
+    tokens = (
+        None if any(x is None for x in lengths) else np.concatenate([x for x in lengths if x is not None])
+    )
+    return Samples(Recorded(first.exit_layers, logits, distances, labels, tokens), groups)
 
 
 def _report(tables: dict[SignalName, list[Outcome]], default: Outcome, samples: Samples) -> None:

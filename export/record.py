@@ -16,18 +16,21 @@ from training.progress import track
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
     """All exits of examples, in their order; each sample runs unbatched to full depth, in parallel on all cores."""
 
-    def full_depth(example: Example) -> list[Step]:
+    def full_depth(example: Example) -> tuple[int, list[Step]]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
-        return model.full_depth(model.tokenize(text, pair))
+        tokens = model.tokenize(text, pair)
+        return len(tokens), model.full_depth(tokens)
 
     exits = model.manifest.exit_layers
     logits = np.zeros((len(examples), len(exits), len(model.manifest.labels)), np.float32)
     distances = np.full_like(logits, np.nan)
+    tokens = np.zeros(len(examples), np.int64)
     with ThreadPoolExecutor(cpu_count()) as pool:
         results = track(pool.map(full_depth, examples), f"Running {what} through the segments", len(examples))
-        for i, steps in enumerate(results):
+        for i, (length, steps) in enumerate(results):
+            tokens[i] = length
             for j, layer in enumerate(exits):
                 logits[i, j] = steps[layer].logits
                 if steps[layer].distances is not None:
                     distances[i, j] = steps[layer].distances
-    return Recorded(exits, logits, distances, np.array([e.label for e in examples]))
+    return Recorded(exits, logits, distances, np.array([e.label for e in examples]), tokens)

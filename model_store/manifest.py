@@ -129,7 +129,8 @@ class Calibration(_Part):
     """How the defaults were chosen, and their accuracy and cost.
 
     The signal was chosen on `tune_size` samples. All numbers are from `certify_size` other samples, in `groups` groups
-    of related ones. The table has the rows of every signal that was certified.
+    of related ones. The table has the rows of every signal that was certified. `tokens` are the quantiles of the
+    certifying samples' lengths, at exits.reference.LEVELS.
     `references` has one entry per exit.
     """
 
@@ -141,6 +142,13 @@ class Calibration(_Part):
     default: TradeOff
     table: list[TradeOff] = Field(max_length=MAX_ROWS)
     references: list[Reference] = Field(max_length=MAX_LAYERS)
+    tokens: list[float] | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Self:
+        if self.tokens is not None and not is_ascending(self.tokens):
+            raise ValueError(f"tokens must have {len(LEVELS)} ascending values")
+        return self
 
 
 class Manifest(_Part):

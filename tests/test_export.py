@@ -181,6 +181,26 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
         assert ("risk" in result.output) == (model != checkpoint)  # which has none yet
+    assert "The default by length" in result.output and "≤ 2%" in result.output
+    long = tmp_path / "long.tsv"
+    long.write_text(
+        "sentence\tlabel\n" + "".join(f"{text} {' and it was so' * 9}\t{y}\n" for text, y in make_rows(40, 1))
+    )
+    result = CliRunner().invoke(
+        app,
+        [
+            "evaluate",
+            str(store / "tiny-int8/1"),
+            str(long),
+            "--text-column",
+            "sentence",
+            "--label-names",
+            "negative,positive",
+            "--png",
+            str(png),
+        ],
+    )
+    assert "what the calibration promises may not hold for them" in result.output
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in result.output.replace("EDR", "edr")  # an artifact's is judged too
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from exits import calibration
 from exits.recorded import Recorded
+from exits.reference import LEVELS
 from exits.rule import exit_index
 from exits.signals import Edr, Signal
 from exits.trade_offs import TradeOffs
@@ -144,6 +145,42 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
             )
         table.add_section()
     return table
+
+
+def length_table(recorded: Recorded, tau: float, signal: Signal) -> Table:
+    """What the default gives on short and long texts: the samples in four equal parts by their number of tokens."""
+    assert recorded.tokens is not None
+    table = Table(title="The default by length")
+    for column in ("tokens", "samples", "speed-up", "unlike", "loss, points"):
+        table.add_column(column, justify="right", no_wrap=True)
+    order = np.argsort(recorded.tokens, kind="stable")
+    for part in np.array_split(order, min(4, len(order))):
+        some = recorded.rows(part)
+        o = calibration.outcome(calibration.Samples.independent(some), signal.scores(some), tau, signal)
+        low, high = (100 * x for x in o.loss_interval)
+        assert some.tokens is not None
+        table.add_row(
+            f"{some.tokens.min()} to {some.tokens.max()}",
+            str(len(part)),
+            f"{o.speedup:.2f}×",
+            f"{100 * o.disagreement:.2f}%",
+            f"{100 * o.loss:+.2f} ({low:+.2f} … {high:+.2f})",
+        )
+    return table
+
+
+def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None) -> list[str]:
+    """A warning if texts are much shorter or longer than those of a calibration, by the quantiles of its lengths."""
+    if calibrated is None:
+        return []
+    low, middle, high = (calibrated[LEVELS.index(level)] for level in (0.25, 0.5, 0.75))
+    median = float(np.median(tokens))
+    if low <= median <= high:
+        return []
+    return [
+        f"the median of these texts has {median:.0f} tokens, that of the texts that the model was calibrated on "
+        f"{middle:.0f}: what the calibration promises may not hold for them; see de3 calibrate"
+    ]
 
 
 def signal_label(signal: Signal) -> str:
