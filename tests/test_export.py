@@ -183,23 +183,10 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert ("risk" in result.output) == (model != checkpoint)  # which has none yet
     assert "The default by length" in result.output and "≤ 2%" in result.output
     long = tmp_path / "long.tsv"
-    long.write_text(
-        "sentence\tlabel\n" + "".join(f"{text} {' and it was so' * 9}\t{y}\n" for text, y in make_rows(40, 1))
-    )
-    result = CliRunner().invoke(
-        app,
-        [
-            "evaluate",
-            str(store / "tiny-int8/1"),
-            str(long),
-            "--text-column",
-            "sentence",
-            "--label-names",
-            "negative,positive",
-            "--png",
-            str(png),
-        ],
-    )
+    rows = [f"{text} {'and it was so ' * 9}\t{label}\n" for text, label in make_rows(40, 1)]
+    long.write_text("sentence\tlabel\n" + "".join(rows))
+    arguments = ["evaluate", str(store / "tiny-int8/1"), str(long), "--text-column", "sentence"]
+    result = CliRunner().invoke(app, [*arguments, "--label-names", "negative,positive", "--png", str(png)])
     assert "what the calibration promises may not hold for them" in result.output
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in result.output.replace("EDR", "edr")  # an artifact's is judged too
