@@ -148,6 +148,10 @@ class Models:
             return self._versions[name][route.canary]
         return self.current(name)
 
+    def is_default(self, name: str) -> bool:
+        """Whether a name answers requests that name none."""
+        return name == self._default or len(self.routes) == 1
+
     def default_name(self) -> str:
         """The name that answers requests that name none; raises RequestError if there is no such name."""
         if self._default in self.routes:
@@ -229,9 +233,9 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
 def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
     """The name that answers requests that name none; raises StoreError if it is not served."""
     name = settings.default_model
-    if name is None:
-        return settings.models[0].partition(":")[0] if settings.models else None
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
+    if name is None:  # one that is alone at start stays the default when others are loaded later
+        return served[0] if settings.models or len(served) == 1 else None
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
     return name

@@ -127,13 +127,13 @@ class Service:
             return [served.model.manifest for served in self.models.all]
         return [artifact.manifest for artifact in self.artifacts]
 
-    def role(self, manifest: Manifest) -> dict[str, str | float]:
+    def role(self, manifest: Manifest) -> dict[str, str | float | bool]:
         """What a served version does, as /v1/models reports it; nothing while the models load."""
         if not self.is_open:
             return {}
         role = self.models.role_of(manifest)
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
-        return {"role": role, **share}
+        return {"role": role, **share, "is_default": self.models.is_default(manifest.name)}
 
     def default_manifest(self) -> Manifest:
         """That of the version that answers requests without a model; raises RequestError if none does."""

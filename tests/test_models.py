@@ -445,6 +445,8 @@ def test_a_request_without_a_model_where_several_are_served(store: Path) -> None
             assert response.status_code == 422, path
             assert "model: is required, as several are served: tiny, tiny-int8" in response.text
         assert server.classify(input="good", model="tiny").status_code == 200
+        rows = httpx.get(server.url + "/v1/models").json()["data"]
+        assert [row["is_default"] for row in rows] == [False, False]
     for settings in ({"default_model": "tiny-int8"}, {"models": ["tiny-int8", "tiny"]}):
         with serving(store, **settings) as server:
             assert server.classify(input="good").json()["model"] == "tiny-int8:1"

@@ -477,7 +477,7 @@ async function start() {
   $("model").disabled = state.models.length < 2;
   const before = state.model;
   const again = state.models.find((model) => model.id === before?.id) ?? state.models.find((model) => model.name === before?.name);
-  await use(again ?? state.models[0]);
+  await use(again ?? state.models.find((model) => model.is_default) ?? state.models[0]);
 }
 
 async function use(model) {
