@@ -124,8 +124,10 @@ class Rules:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer)
-        otherwise = self.in_force(level) if signal is self._signal else self._default_of(signal)
-        return self._of(options, otherwise)
+        if signal is self._signal:
+            return self._of(options, self.in_force(level))
+        wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
+        return self._of(options, self._default_of(signal, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request asks for, or the model's; raises RequestError."""
@@ -142,9 +144,12 @@ class Rules:
         signal: Signal = Edr(lam) if lam else Entropy()
         return self._signal if _key(signal) == _key(self._signal) else signal
 
-    def _default_of(self, signal: Signal) -> Choice:
-        """The choice for a request that names another signal than the model's, and no τ: about as cautious."""
-        trade_offs = self._table(signal, "tau" if signal.name != "risk" else "signal")
+    def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
+        """The choice for a request that names another signal than the model's, and no τ: about as cautious.
+
+        field: what a RequestError names, if nothing is known of the signal.
+        """
+        trade_offs = self._table(signal, field)
         expected = self.default.expected
         row = trade_offs.at_disagreement(expected.disagreement if expected is not None else 0.0)
         return self.at(row, "default")
