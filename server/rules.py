@@ -1,6 +1,7 @@
 """The choice of τ: from a request's options to its exit rule."""
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from exits.guarantee import CONFIDENCE
@@ -11,6 +12,7 @@ from model_store.manifest import Manifest, TradeOff
 from server.errors import RequestError
 from server.settings import ExitOptions, Settings
 
+MAX_NAMED = 20  # signals in a message
 MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
 
 
@@ -81,10 +83,7 @@ class Rules:
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
         self._signal = manifest.default_signal
-        self._certified = {
-            Key(name, lam): TradeOffs(manifest.trade_offs(name, lam))
-            for name, lam in dict.fromkeys((row.signal, row.lam) for row in table)
-        }
+        self._certified = {Key(*key): TradeOffs(rows) for key, rows in manifest.trade_offs().items()}
         self._signals = {key: manifest.signal(*key) for key in self._certified}
         self._risk = manifest.signal("risk") if manifest.risk is not None else None
         self.trade_offs = self._certified.get(_key(self._signal))
@@ -202,7 +201,7 @@ class Rules:
             return trade_offs
         if not self._certified:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
-        certified = ", ".join(str(key) for key in self._certified)
+        certified = ", ".join(str(key) for key in islice(self._certified, MAX_NAMED))
         raise RequestError(
             f"{field}: {self.name} has no calibration of {_key(signal)}; give tau, or a signal that has one: "
             f"{certified}",

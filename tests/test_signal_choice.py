@@ -112,7 +112,7 @@ def test_another_signal_without_tau_is_about_as_cautious(server: Server, manifes
         if (row.signal, row.lam) == (manifest.defaults.signal, manifest.defaults.lam):
             assert found["tau"] == manifest.defaults.tau
         else:
-            trade_offs = TradeOffs(manifest.trade_offs(row.signal, row.lam))
+            trade_offs = TradeOffs(manifest.trade_offs()[row.signal, row.lam])
             assert found["tau"] == trade_offs.at_disagreement(calibration.default.disagreement).tau
         assert found["expected"]["disagreement"] <= calibration.default.disagreement
         limited = asked(server, max_layer=1, **fields)
@@ -127,7 +127,7 @@ def test_a_wish_is_fulfilled_by_the_signal_that_is_named(
     for signal, lam in dict.fromkeys((row.signal, row.lam) for row in manifest.calibration.table):
         fields = {"signal": signal} if lam is None else {"lambda": lam}
         found = asked(server, **wish, **fields)
-        trade_offs = TradeOffs(manifest.trade_offs(signal, lam))
+        trade_offs = TradeOffs(manifest.trade_offs()[signal, lam])
         row = trade_offs.at_speedup(2.0) if "target_speedup" in wish else trade_offs.within_disagreement(0.1)
         assert row is not None
         assert (found["by"], found["wanted"]) == (*wish, *wish.values())
