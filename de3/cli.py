@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -193,6 +193,15 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = False,
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part, "
+            "and count as related in the guarantees.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     exits: Annotated[
         str,
         typer.Option(
@@ -324,13 +333,23 @@ def train(
     from training.trainer import TrainSettings
     from training.trainer import train as run
 
-    rows = _read_rows(
-        file, dataset, split, data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
-    )
+    if fragments and group_column is not None:
+        raise ValueError(
+            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
+        )
+    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
+    rows = _read_rows(file, dataset, split, columns)
     warnings = checks.labels(Counter(label for _, label in rows))
     rows = data.rename(rows, label_names)
     names = [name.strip() for name in label_names.split(",")] if label_names else data.label_order(rows)
     examples = data.to_examples(rows, names)
+    if group_column is not None:
+        groups = (
+            data.read_column(file, columns, group_column)
+            if file
+            else data.read_dataset_column(str(dataset), split, group_column)
+        )
+        examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     encoder_config, tokenizer = checks.open_encoder(encoder, exits == "last")
     warnings += checks.unknown_tokens(tokenizer, examples)
     parts = split_examples(examples, seed, held_back, fragments)
@@ -415,8 +434,7 @@ def _report_artifact(manifest: Any, recorded: Any, output: Console) -> None:
     output.print(evaluation.length_table(recorded, tau, signal))
     if calibration is None:
         return
-    keys = dict.fromkeys((row.signal, row.lam) for row in calibration.table)
-    certified = [(manifest.signal(*key), TradeOffs(manifest.trade_offs(*key))) for key in keys]
+    certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
     output.print(evaluation.target_table(recorded, certified))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))
 

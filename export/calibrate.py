@@ -16,6 +16,7 @@ from exits.signals import Risk, Signal, SignalName
 from model_store.manifest import Calibration, Defaults, RiskWeights
 from training.data import Example
 from training.progress import console
+from training.split import related
 
 CHOICES = ("auto", "risk", "edr", "entropy")
 MIN_CERTIFY = 850  # groups
@@ -36,8 +37,8 @@ class Part:
     @classmethod
     def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "Part":
         """The part of these examples, recorded in this order."""
-        names = [e.group or repr(e.text) for e in examples]
-        groups = np.unique(names, return_inverse=True)[1].astype(np.int64)
+        one_of = related(examples)
+        groups = np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
         is_whole = np.array([not e.is_fragment for e in examples])
         return cls(Samples(recorded, groups), is_whole)
 

@@ -21,7 +21,7 @@ from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
 from training.checkpoint import Checkpoint
-from training.data import Example, encode
+from training.data import Example, check_apart, encode
 from training.evaluate import weaknesses
 from training.model import De3Model
 from training.predict import predict
@@ -76,6 +76,13 @@ def export(
     tokenizer_json = plain_tokenizer(checkpoint)
     _check_prototypes(model)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
+    if tune_file or certify_file:  # training keeps its own apart
+        check_apart(
+            tune,
+            certify,
+            tune_file or checkpoint / "tune.jsonl",
+            certify_file or checkpoint / "certify.jsonl",
+        )
     int8 = settings.quantize == "int8"
     segments = build(model, int8, "token_type_ids" in tokenizer.model_input_names)
     with store.new_version(settings.name) as draft:

@@ -8,9 +8,7 @@ from export.record import record
 from model_store.manifest import SCHEMA_VERSION, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Store
-from training.data import check_input, load_examples
-
-MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
+from training.data import check_apart, check_input, load_examples
 
 
 def recalibrate(
@@ -29,12 +27,7 @@ def recalibrate(
     tune, certify = (load_examples(file, names) for file in (tune_file, certify_file))
     for file, examples in ((tune_file, tune), (certify_file, certify)):
         check_input(examples, artifact.manifest.input, str(file))
-    shared = len({e.text for e in tune} & {e.text for e in certify})
-    if shared > MAX_SHARED * len(certify):
-        raise ValueError(
-            f"{certify_file}: {shared} of its texts are in {tune_file} too; guarantees need samples that "
-            "were not used to choose the signal"
-        )
+    check_apart(tune, certify, tune_file, certify_file)
     model = Model(artifact, "onnxruntime")
     tuned = Part.of(record(model, tune, "the tuning samples"), tune)
     certified = Part.of(record(model, certify, "the certifying samples"), certify)

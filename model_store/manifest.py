@@ -219,16 +219,13 @@ class Manifest(_Part):
             raise ValueError("risk must have one entry for each exit layer but the last")
         if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
-        signals: dict[tuple[SignalName, float | None], list[TradeOff]] = {}
-        for row in self.calibration.table if self.calibration else []:
-            signals.setdefault((row.signal, row.lam), []).append(row)
+        signals = self.trade_offs()
         default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)
         if self.risk is None and ("risk", None) in {*signals, default}:
             raise ValueError("the signal risk needs the weights in risk")
         if self.calibration and default not in signals:
             raise ValueError("calibration.table must have rows of the default signal")
         for rows in signals.values():
-            rows.sort(key=lambda r: r.tau)
             if rows[0].tau != 0:
                 raise ValueError("calibration.table must have τ = 0 for every signal")
             if any(
@@ -238,10 +235,12 @@ class Manifest(_Part):
                 raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         return self
 
-    def trade_offs(self, signal: SignalName, lam: float | None) -> list[TradeOff]:
-        """The calibration's rows of one signal, by ascending τ; none if it was not certified."""
-        rows = self.calibration.table if self.calibration else []
-        return sorted((r for r in rows if (r.signal, r.lam) == (signal, lam)), key=lambda r: r.tau)
+    def trade_offs(self) -> dict[tuple[SignalName, float | None], list[TradeOff]]:
+        """The calibration's rows by signal and λ, each by ascending τ; of those that were certified."""
+        rows_of: dict[tuple[SignalName, float | None], list[TradeOff]] = {}
+        for row in sorted(self.calibration.table if self.calibration else [], key=lambda r: r.tau):
+            rows_of.setdefault((row.signal, row.lam), []).append(row)
+        return rows_of
 
     def signal(self, name: SignalName, lam: float | None = None) -> Signal:
         """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""

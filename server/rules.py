@@ -1,6 +1,7 @@
 """The choice of τ: from a request's options to its exit rule."""
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 from exits.guarantee import CONFIDENCE
@@ -11,6 +12,7 @@ from model_store.manifest import Manifest, TradeOff
 from server.errors import RequestError
 from server.settings import ExitOptions, Settings
 
+MAX_NAMED = 20  # signals in a message
 MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
 
 
@@ -81,10 +83,7 @@ class Rules:
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
         self._signal = manifest.default_signal
-        self._certified = {
-            Key(name, lam): TradeOffs(manifest.trade_offs(name, lam))
-            for name, lam in dict.fromkeys((row.signal, row.lam) for row in table)
-        }
+        self._certified = {Key(*key): TradeOffs(rows) for key, rows in manifest.trade_offs().items()}
         self._signals = {key: manifest.signal(*key) for key in self._certified}
         self._risk = manifest.signal("risk") if manifest.risk is not None else None
         self.trade_offs = self._certified.get(_key(self._signal))
@@ -124,8 +123,10 @@ class Rules:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer)
-        otherwise = self.in_force(level) if signal is self._signal else self._default_of(signal)
-        return self._of(options, otherwise)
+        if signal is self._signal:
+            return self._of(options, self.in_force(level))
+        wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
+        return self._of(options, self._default_of(signal, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request asks for, or the model's; raises RequestError."""
@@ -142,9 +143,12 @@ class Rules:
         signal: Signal = Edr(lam) if lam else Entropy()
         return self._signal if _key(signal) == _key(self._signal) else signal
 
-    def _default_of(self, signal: Signal) -> Choice:
-        """The choice for a request that names another signal than the model's, and no τ: about as cautious."""
-        trade_offs = self._table(signal, "tau" if signal.name != "risk" else "signal")
+    def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
+        """The choice for a request that names another signal than the model's, and no τ: about as cautious.
+
+        field: what a RequestError names, if nothing is known of the signal.
+        """
+        trade_offs = self._table(signal, field)
         expected = self.default.expected
         row = trade_offs.at_disagreement(expected.disagreement if expected is not None else 0.0)
         return self.at(row, "default")
@@ -197,7 +201,7 @@ class Rules:
             return trade_offs
         if not self._certified:
             raise RequestError(f"{field}: {self.name} was exported without a calibration; give tau", field)
-        certified = ", ".join(str(key) for key in self._certified)
+        certified = ", ".join(str(key) for key in islice(self._certified, MAX_NAMED))
         raise RequestError(
             f"{field}: {self.name} has no calibration of {_key(signal)}; give tau, or a signal that has one: "
             f"{certified}",

@@ -43,7 +43,8 @@ class ExitOptions:
     best_effort: bool = False
 
     def __post_init__(self) -> None:
-        if self.lam and self.signal not in (None, "edr"):
+        # λ = 0 is entropy.
+        if self.lam is not None and (self.signal == "risk" or (self.lam and self.signal == "entropy")):
             raise ValueError(f"lambda: goes with the signal edr only, not with {self.signal}")
         values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
         if values == (None, None, None, None):

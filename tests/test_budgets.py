@@ -36,7 +36,7 @@ def server(store: Path) -> Iterator[Server]:
 def rows(store: Path) -> list[TradeOff]:
     """The calibration of tiny for its default signal, by τ."""
     manifest = Store(store).open("tiny").manifest
-    return manifest.trade_offs(manifest.defaults.signal, manifest.defaults.lam)
+    return manifest.trade_offs()[manifest.defaults.signal, manifest.defaults.lam]
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_settings_tau_holds_where_a_request_only_limits_the_layer(store: Pat
         manifest = server.service.artifacts[0].manifest
         other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
         tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
-        row = next(r for r in manifest.trade_offs(other, None) if r.tau == tau)
+        row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
         assert row.disagreement == 0  # as rare as at 0, which was meant for another scale
         refused = server.classify(input="a film", **{"lambda": 50})  # of which nothing is known
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")

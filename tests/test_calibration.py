@@ -277,3 +277,9 @@ def test_equal_texts_without_a_group_are_one() -> None:
     part = Part.of(recorded(4), [Example("a", 0), Example("b", 0), Example("a", 1), Example(("a", "b"), 0)])
     assert part.samples.num_groups == 3 and part.samples.groups[0] == part.samples.groups[2]
     assert part.is_whole.all()
+
+
+def test_groups_that_share_a_text_are_one() -> None:
+    rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", "z"), ("e", None)]
+    part = Part.of(recorded(6), [Example(text, 0, group) for text, group in rows])
+    assert part.samples.num_groups == 3 and len(set(part.samples.groups[:4].tolist())) == 1

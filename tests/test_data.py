@@ -113,6 +113,40 @@ def test_a_split_keeps_everything_once_and_shares_no_text(rows: list[tuple[str, 
     assert splits.split(examples, seed, held_back=2) == parts
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcdefghijklmnopqrst"), st.none() | st.integers(0, 12).map(str)),
+        min_size=30,
+    ),
+    st.integers(),
+)
+def test_a_group_falls_into_one_part_and_so_do_groups_that_share_a_text(
+    rows: list[tuple[str, str | None]], seed: int
+) -> None:
+    examples = [Example(text * 3, 0, group) for text, group in rows]
+    try:
+        parts = splits.split(examples, seed, held_back=3)
+    except ValueError:
+        return
+    held = (parts.train, parts.tune, parts.certify)
+    assert sorted(repr(e) for part in held for e in part) == sorted(map(repr, examples))  # the groups, too
+    for of in (lambda e: e.text, lambda e: e.group):
+        values = [{of(e) for e in part} - {None} for part in held]
+        assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
+
+
+def test_a_chain_of_groups_and_texts_is_one() -> None:
+    rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", None), ("d", "z"), ("e", "z"), ("f", None)]
+    one_of = splits.related([Example(text, 0, group) for text, group in rows])
+    assert len({one_of[text] for text in "abc"}) == len({one_of[text] for text in "de"}) == 1
+    assert len(set(one_of.values())) == 3
+
+
+def test_groups_too_large_to_split_say_so() -> None:
+    with pytest.raises(ValueError, match="too few distinct texts or groups"):
+        splits.split([Example(f"t{i}", 0, "one") for i in range(50)], 0)
+
+
 def test_a_split_too_large_says_so() -> None:
     with pytest.raises(ValueError, match="--held-back"):
         splits.split([Example("a", 0)] * 10, 0, held_back=5)
@@ -122,6 +156,39 @@ def test_saved_examples_come_back(tmp_path: Path) -> None:
     pairs = [Example(("a\nb", "ü"), 1), Example(("c", "d"), 0)]
     data.save_examples(tmp_path / "x.jsonl", pairs, ["no", "yes"])
     assert data.load_examples(tmp_path / "x.jsonl", ["no", "yes"]) == pairs
+
+
+def test_groups_and_fragments_come_back(tmp_path: Path) -> None:
+    saved = [Example("a b", 1, "a b"), Example("b", 0, "a b", True), Example("c", 0), Example("d", 1, "0")]
+    data.save_examples(tmp_path / "x.jsonl", saved, ["no", "yes"])
+    loaded = data.load_examples(tmp_path / "x.jsonl", ["no", "yes"])
+    assert [repr(e) for e in loaded] == [repr(e) for e in saved]  # == does not compare them
+    numbers = write(tmp_path / "y.jsonl", '{"text": "a", "label": "no", "group": 0}\n' * 2)
+    assert [e.group for e in data.load_examples(numbers, ["no", "yes"])] == ["0", "0"]
+
+
+def test_the_parts_say_what_is_a_fragment_and_of_what() -> None:
+    texts = {*SENTENCES, *(" ".join(s.split()[:3]) + f" {s.split()[3]}" for s in SENTENCES)}
+    texts |= {" ".join(s.split()[1:]) for s in SENTENCES}
+    parts = splits.split([Example(t, 0) for t in sorted(texts)], 3, held_back=15, fragments=True)
+    for e in parts.tune + parts.certify:
+        assert isinstance(e.text, str) and e.is_fragment == (len(e.text.split()) == 3)
+        assert e.group is not None and e.group.endswith(e.text) and len(e.group.split()) == 4
+    assert any(e.is_fragment for e in parts.tune)
+
+
+def test_one_more_column(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text,label,user\ngood,1, ann \nbad,0,7\n")
+    assert data.read_column(file, Columns(), "user") == ["ann", "7"]
+    rows = write(
+        tmp_path / "b.jsonl", '{"text": "a", "label": 1, "user": 3}\n{"text": "a", "label": 1, "user": " "}\n'
+    )
+    with pytest.raises(ValueError, match=r"b.jsonl:2: the column 'user' is empty"):
+        data.read_column(rows, Columns(), "user")
+    with pytest.raises(
+        ValueError, match=r"a.csv:2: the column 'who' is missing; there are 'text', 'label', 'user'"
+    ):
+        data.read_column(file, Columns(), "who")
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))

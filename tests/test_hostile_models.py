@@ -33,10 +33,12 @@ from model_store.tokenizer_check import TokenizerError, check_tokenizer
 from server import prove
 from server.background import in_background
 from server.engine.timing import Timing
+from server.errors import RequestError
 from server.logs import JsonFormatter, TextFormatter
 from server.models import find, load, newest
+from server.rules import Rules
 from server.service import Service
-from server.settings import Settings
+from server.settings import ExitOptions, Settings
 from tests.conftest import using
 from tests.serving import serving, until
 
@@ -881,3 +883,76 @@ def test_a_log_record_cannot_be_forged() -> None:
     (line,) = JsonFormatter("%(levelname)s %(message)s").format(record).splitlines()
     assert line.isprintable() and json.loads(line)["message"] == EVIL
     assert "forged" in json.loads(line)["exc_info"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["risk"][0].update(weights=[float("nan")] * 5), "risk.0.weights"),
+        (lambda m: m["risk"][0]["weights"].__setitem__(1, float("inf")), "risk.0.weights.1"),
+        (lambda m: m["risk"][0]["weights"].__setitem__(1, -1e300), "risk.0.weights.1"),
+        (lambda m: m["risk"][0]["weights"].append(0.0), "risk.0.weights: List should have at most 5"),
+        (lambda m: m["risk"][0]["weights"].pop(), "risk.0.weights: List should have at least 5"),
+        (lambda m: m["risk"][0].update(weights=[0.0] * 10**5), "risk.0.weights: List should have at most 5"),
+        (lambda m: m["risk"][0].update(weights=["0"] * 5 + [{}]), "risk.0.weights"),
+        (lambda m: m["risk"][0].update(layer=3), "risk must have one entry for each exit layer but the last"),
+        (lambda m: m["risk"][0].update(layer=-1), "risk.0.layer"),
+        (lambda m: m["risk"][0].update(layer=10**9), "risk.0.layer"),
+        (lambda m: m["risk"].reverse(), "risk must have one entry for each exit layer but the last"),
+        (lambda m: m["risk"].pop(), "risk must have one entry for each exit layer but the last"),
+        (lambda m: m["risk"].append({"layer": 3, "weights": [0.0] * 5}), "risk must have one entry"),
+        (lambda m: m.update(risk=[m["risk"][0]] * 5000), "risk: List should have at most 100 items"),
+        (lambda m: m.update(risk=[]), "risk must have one entry"),
+        (lambda m: m.update(risk=None), "the signal risk needs the weights in risk"),
+        (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
+        (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda must be above 0"),
+        (lambda m: m["defaults"].update({"signal": "risk", "lambda": 2}), "and null for another"),
+        (lambda m: m["defaults"].update({"signal": "edr", "lambda": 3.5}), "rows of the default signal"),
+    ],
+)
+def test_an_unsound_risk_is_refused_with_the_reason(
+    copies: Path, change: Callable[[dict], Any], message: str
+) -> None:
+    edit(copies / "tiny" / "1", change)
+    started = perf_counter()
+    with pytest.raises(StoreError, match=message) as refused:
+        Store(copies).open("tiny")
+    assert perf_counter() - started < 2 and len(str(refused.value)) < 10_000
+
+
+def test_a_risk_that_weighs_distances_where_there_are_none_is_refused(copies: Path) -> None:
+    def without_prototypes(m: dict[str, Any]) -> None:
+        m["risk"] = [{"layer": layer, "weights": [0.0, 0.0, 0.0, 0.0, 1.0]} for layer in (0, 1, 2)]
+        m["prototype_layers"] = []
+        for reference in m["calibration"]["references"]:
+            reference.update(nearest=None, distance_ratio=None)
+
+    edit(copies / "tiny" / "1", without_prototypes)
+    with pytest.raises(StoreError, match=r"prototype_layers must be|the last weight must be 0"):
+        Store(copies).open("tiny")
+
+
+def test_a_table_of_thousands_of_signals_is_read_and_served_quickly(copies: Path) -> None:
+    def many(m: dict[str, Any]) -> None:
+        short = dict.fromkeys(("loss", "tau", "disagreement", "disagreement_bound", "mean_exit_layer"), 0)
+        short |= dict.fromkeys(("accuracy", "speedup"), 1)
+        full = {**short, "accuracy_interval": [0, 1], "loss_interval": [0, 1], "histogram": []}
+        lams = [round(0.01 * (i + 1), 2) for i in range(5000)]
+        rows = [{**full, "signal": "edr", "lambda": lam} for lam in lams]
+        m["calibration"]["table"] = rows
+        m["defaults"] = {"tau": 0, "signal": "edr", "lambda": 1.0}
+
+    edit(copies / "tiny" / "1", many)
+    file = copies / "tiny/1/manifest.json"  # compact, or it would be too large
+    file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
+    started = perf_counter()
+    manifest = Store(copies).open("tiny").manifest
+    rules = Rules(manifest, Settings(store=copies))
+    assert perf_counter() - started < 2
+    started = perf_counter()
+    for _ in range(20):
+        assert rules.of(ExitOptions(target_speedup=1.0, lam=50.0)).rule.signal.lam == 50
+        with pytest.raises(RequestError) as refused:
+            rules.of(ExitOptions(lam=77.0))
+        assert len(str(refused.value)) < 1000
+    assert perf_counter() - started < 0.5

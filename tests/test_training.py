@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from de3.cli import app
+from tests.conftest import FILLER
 from training import data as datas
 from training import split as splits
 from training.model import De3Model
@@ -181,6 +182,39 @@ def test_wrong_arguments_are_one_clear_line(
 def test_data_must_come_from_one_place(encoder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either as a file"):
         de3(f"train --encoder {encoder} --out {tmp_path}")
+
+
+def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> None:
+    names = [("good", "bad")[i % 2] for i in range(240)]
+    texts = [f"{names[i]} {'film ' * (i // 17)}{FILLER[i % 17]}" for i in range(240)]
+    rows = [{"text": text, "label": names[i], "user": f"u{i % 40}"} for i, text in enumerate(texts)]
+    (tmp_path / "data").mkdir()
+    file = tmp_path / "data" / "train.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number, source in enumerate((str(file), f"--dataset {tmp_path / 'data'}")):
+        out = tmp_path / f"out{number}"
+        de3(
+            f"train {source} --group-column user --encoder {encoder} --out {out} --epochs 1 --held-back 30 "
+            "--no-bf16"
+        )
+        parts = [datas.load_examples(out / f"{part}.jsonl", ["bad", "good"]) for part in ("tune", "certify")]
+        users = [{e.group for e in part} for part in parts]
+        assert [len(part) for part in parts] == [30, 30]  # 5 users of 6 rows each
+        assert [len(group) for group in users] == [5, 5] and not users[0] & users[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--group-column label --fragments", "--group-column cannot go with --fragments"),
+        ("--group-column user", r"train.tsv:2: the column 'user' is missing; there are 'sentence', 'label'"),
+    ],
+)
+def test_a_group_column_that_cannot_be(
+    tmp_path: Path, data_file: Path, encoder: Path, arguments: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        de3(common(data_file, encoder, tmp_path) + " --epochs 1 " + arguments)
 
 
 def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from training.progress import track
 
 Text = str | tuple[str, str]
+MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,16 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 def read_column(path: Path, columns: Columns, name: str) -> list[str]:
     """One more column of a file, a row for each of `read_rows`; raises ValueError if a row lacks it."""
-    values = [(line, record.get(name)) for line, record in _records(path, columns)]
-    missing = next((line for line, value in values if value is None or not str(value).strip()), None)
-    if missing is not None:
-        raise ValueError(f"{path}:{missing}: no {name}")
-    return [str(value).strip() for _, value in values]
+    return [_cell(record, name, f"{path}:{line}") for line, record in _records(path, columns)]
+
+
+def _cell(record: dict[str, Any], name: str, where: str) -> str:
+    """A column's value as text; raises ValueError if there is none."""
+    value = record.get(name)
+    if value is None or not str(value).strip():
+        problem = "is empty" if name in record else f"is missing; there are {', '.join(map(repr, record))}"
+        raise ValueError(f"{where}: the column {name!r} {problem}")
+    return str(value).strip()
 
 
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
@@ -152,16 +158,27 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
 
     Label numbers are replaced by their names where the data set has names.
     """
-    from datasets import ClassLabel, load_dataset
+    from datasets import ClassLabel
 
-    path, _, config = name.partition(":")
-    data = load_dataset(path, config or None, split=split)
+    data = _open_dataset(name, split)
     feature = data.features.get(columns.label)
     rows = []
     for i, record in enumerate(data):
         text, label = _row(record, columns, f"{name}, row {i}")
         rows.append((text, feature.int2str(int(label)) if isinstance(feature, ClassLabel) else label))
     return rows
+
+
+def read_dataset_column(name: str, split: str, column: str) -> list[str]:
+    """One more column of a data set, a row for each of `read_dataset`; raises ValueError if a row lacks it."""
+    return [_cell(record, column, f"{name}, row {i}") for i, record in enumerate(_open_dataset(name, split))]
+
+
+def _open_dataset(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    return load_dataset(path, config or None, split=split)
 
 
 def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
@@ -218,9 +235,25 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
     examples = to_examples(read_rows(path, columns), names)
     records = [record for _, record in _records(path, columns)]
     return [
-        replace(e, group=record.get("group"), is_fragment=record.get("fragment") is True)
+        replace(
+            e,
+            group=None if record.get("group") is None else str(record["group"]),
+            is_fragment=record.get("fragment") is True,
+        )
         for e, record in zip(examples, records, strict=True)
     ]
+
+
+def check_apart(
+    tune: Sequence[Example], certify: Sequence[Example], tune_file: Path, certify_file: Path
+) -> None:
+    """Raise ValueError if many certifying texts are in the tuning file too."""
+    shared = len({e.text for e in tune} & {e.text for e in certify})
+    if shared > MAX_SHARED * len(certify):
+        raise ValueError(
+            f"{certify_file}: {shared} of its texts are in {tune_file} too; guarantees need samples that "
+            "were not used to choose the signal"
+        )
 
 
 def input_of(examples: Sequence[Example]) -> str:

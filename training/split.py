@@ -37,7 +37,7 @@ def split(
     if size < 1 or 2 * size >= len(examples):
         raise ValueError(f"cannot hold out 2 x {size} of {len(examples)} samples; set --held-back")
     texts = {e.text for e in examples}
-    whole = whole_texts(texts) if fragments else _related(examples)
+    whole = whole_texts(texts) if fragments else {t: {one} for t, one in related(examples).items()}
     members: dict[Text, list[Example]] = defaultdict(list)
     for example in examples:
         if len(whole[example.text]) == 1 or not _is_short(example.text):
@@ -61,7 +61,7 @@ def split(
             parts[2].append(example)
     tune, certify, train = parts
     if not (tune and certify and train):
-        raise ValueError("too few distinct texts to hold out two parts")
+        raise ValueError("too few distinct texts or groups to hold out two parts")
     random.Random(seed).shuffle(train)
     if fragments:
         tune, certify = ([_in_its_text(e, whole[e.text]) for e in part] for part in (tune, certify))
@@ -72,7 +72,7 @@ def _in_its_text(example: Example, whole: set[Text]) -> Example:
     return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
 
 
-def _related(examples: Sequence[Example]) -> dict[Text, set[Text]]:
+def related(examples: Sequence[Example]) -> dict[Text, Text]:
     """For each text one text that stands for all that are related to it: by a group, directly or through others."""
     parent: dict[Text, Text] = {e.text: e.text for e in examples}
 
@@ -85,7 +85,7 @@ def _related(examples: Sequence[Example]) -> dict[Text, set[Text]]:
     for example in examples:
         if example.group is not None:
             parent[root(example.text)] = root(first.setdefault(example.group, example.text))
-    return {text: {root(text)} for text in parent}
+    return {text: root(text) for text in parent}
 
 
 def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:

@@ -1,0 +1,306 @@
+"""The signal of a request over HTTP, on models of both schemas, with the kernels and layer by layer."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import numpy as np
+import pytest
+
+from exits.reading import Reading, read
+from exits.recorded import Recorded
+from exits.rule import ExitRule
+from exits.signals import Edr, Entropy, Signal, SignalName
+from exits.trade_offs import TradeOffs
+from model_store.manifest import Manifest
+from model_store.model import Model
+from model_store.store import Store
+from tests.conftest import make_rows
+from tests.serving import Server, serving
+from tests.test_store import edit
+from tests.test_studies import run, write
+
+TEXTS = [text for text, _ in make_rows(60, 41)]
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny", "tiny-int8"], threads=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def manifest(store: Path) -> Manifest:
+    return Store(store).open("tiny").manifest
+
+
+def by_the_rule(model: Model, text: str, tau: float, signal: Signal) -> tuple[int, float | None]:
+    """The layer at which a text leaves, and its score there."""
+    rule, passed = ExitRule(tau, signal), list[Reading]()
+    for layer, step in enumerate(model.full_depth(model.tokenize(text))):
+        if step.logits is None:
+            continue
+        distances = None if step.distances is None else step.distances.tolist()
+        passed.append(read(layer, step.logits.tolist(), distances))
+        score = signal.score(passed)
+        if rule.exits(score):
+            break
+    return layer, score
+
+
+def asked(server: Server, **fields: Any) -> dict[str, Any]:
+    """The exit of the first text, and how τ was chosen."""
+    answer = server.classify(input=TEXTS[0], explain=True, **fields)
+    assert answer.status_code == 200, answer.text
+    return {**answer.json()["tau_choice"], "exit": answer.json()["data"][0]["exit"]}
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+@pytest.mark.parametrize(
+    ("fields", "signal", "lam"),
+    [
+        ({"signal": "risk"}, "risk", None),
+        ({"signal": "entropy"}, "entropy", None),
+        ({"signal": "entropy", "lambda": 0}, "entropy", None),
+        ({"signal": "edr", "lambda": 0}, "entropy", None),
+        ({"signal": "edr", "lambda": 3}, "edr", 3.0),
+        ({"lambda": 3}, "edr", 3.0),
+        ({"lambda": 0}, "entropy", None),
+    ],
+)
+def test_a_request_chooses_its_signal(
+    server: Server, name: str, fields: dict[str, Any], signal: SignalName, lam: float | None
+) -> None:
+    model = next(m for m in server.service.artifacts if m.manifest.name == name).manifest
+    wanted = model.signal(signal, lam)
+    for tau in (0.02, 0.2, 0.6):
+        rows = server.classify(input=TEXTS, model=name, tau=tau, **fields).json()["data"]
+        whole = server.classify(input=TEXTS, model=name, tau=tau, explain=True, **fields).json()["data"]
+        for plain, row in zip(rows, whole, strict=True):
+            found = row["exit"]
+            assert (found["signal"], found["lambda"], found["tau"]) == (signal, lam, tau)
+            assert found == plain["exit"]
+            for layer in row["layers"][:-1]:
+                assert layer["score"] is None or layer["score"] >= tau
+            assert found["score"] == row["layers"][-1]["score"]
+            assert (found["reason"] == "threshold") == (found["layer"] < 3)
+            if signal != "risk":
+                assert found["score"] == found[signal]
+            elif found["layer"] == 3:
+                assert found["score"] is None  # full depth has no risk
+    assert wanted.lam == lam
+
+
+def test_edr_without_lambda_is_the_certified_one(server: Server, manifest: Manifest) -> None:
+    lam = next(row.lam for row in manifest.calibration.table if row.signal == "edr")  # type: ignore[union-attr]
+    found = asked(server, signal="edr", tau=0.1)
+    assert (found["signal"], found["lambda"], found["exit"]["lambda"]) == ("edr", lam, lam)
+
+
+def test_another_signal_without_tau_is_about_as_cautious(server: Server, manifest: Manifest) -> None:
+    calibration = manifest.calibration
+    assert calibration is not None
+    for row in {(row.signal, row.lam): row for row in calibration.table}.values():
+        fields: dict[str, Any] = {"signal": row.signal}
+        if row.lam is not None:
+            fields["lambda"] = row.lam
+        found = asked(server, **fields)
+        assert (found["by"], found["signal"], found["lambda"]) == ("default", row.signal, row.lam)
+        if (row.signal, row.lam) == (manifest.defaults.signal, manifest.defaults.lam):
+            assert found["tau"] == manifest.defaults.tau
+        else:
+            trade_offs = TradeOffs(manifest.trade_offs()[row.signal, row.lam])
+            assert found["tau"] == trade_offs.at_disagreement(calibration.default.disagreement).tau
+        assert found["expected"]["disagreement"] <= calibration.default.disagreement
+        limited = asked(server, max_layer=1, **fields)
+        assert (limited["tau"], limited["exit"]["layer"] <= 1) == (found["tau"], True)
+
+
+@pytest.mark.parametrize("wish", [{"target_speedup": 2.0}, {"max_disagreement": 0.1}])
+def test_a_wish_is_fulfilled_by_the_signal_that_is_named(
+    server: Server, manifest: Manifest, wish: dict[str, float]
+) -> None:
+    assert manifest.calibration is not None
+    for signal, lam in dict.fromkeys((row.signal, row.lam) for row in manifest.calibration.table):
+        fields = {"signal": signal} if lam is None else {"lambda": lam}
+        found = asked(server, **wish, **fields)
+        trade_offs = TradeOffs(manifest.trade_offs()[signal, lam])
+        row = trade_offs.at_speedup(2.0) if "target_speedup" in wish else trade_offs.within_disagreement(0.1)
+        assert row is not None
+        assert (found["by"], found["wanted"]) == (*wish, *wish.values())
+        assert (found["tau"], found["signal"], found["lambda"]) == (row.tau, signal, lam)
+        assert found["expected"]["disagreement_bound"] == row.disagreement_bound
+        if "max_disagreement" in wish:
+            certificate = server.classify(input="a film", **wish, **fields).json()["certificate"]
+            assert certificate["bound"] == row.disagreement_bound
+    budget = asked(server, signal="entropy", latency_budget_ms=5000)
+    assert (budget["by"], budget["signal"]) == ("latency_budget_ms", "entropy")
+
+
+UNKNOWN = {"lambda": 77}  # no calibration knows it
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        (UNKNOWN, "tau", "no calibration of edr with lambda 77; give tau, or a signal that has one:"),
+        ({**UNKNOWN, "max_layer": 2}, "tau", "give tau"),
+        ({**UNKNOWN, "target_speedup": 2}, "target_speedup", "no calibration of edr with lambda 77"),
+        ({**UNKNOWN, "max_disagreement": 0.1}, "max_disagreement", "no calibration of edr with lambda 77"),
+        ({"signal": "margin"}, "signal", "'entropy', 'edr' or 'risk'"),
+        ({"signal": 1}, "signal", "'entropy', 'edr' or 'risk'"),
+        ({"signal": "risk", "lambda": 1}, "lambda", "goes with the signal edr only, not with risk"),
+        ({"signal": "risk", "lambda": 0}, "lambda", "goes with the signal edr only, not with risk"),
+        ({"signal": "entropy", "lambda": 1}, "lambda", "goes with the signal edr only, not with entropy"),
+        ({"signal": "edr", "lambda": 101}, "lambda", "allowed: 0 to 100"),
+    ],
+)
+def test_a_signal_that_cannot_be_is_explained(
+    server: Server, fields: dict[str, Any], param: str, message: str
+) -> None:
+    answer = server.classify(input="a film", **fields)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == param and message in error["message"]
+    if fields is UNKNOWN:
+        assert "risk" in error["message"] and "entropy" in error["message"]
+        assert server.classify(input="a film", tau=0.1, **fields).status_code == 200
+
+
+def test_risk_that_was_not_certified_needs_tau(store: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+
+    def uncertified(m: dict[str, Any]) -> None:
+        m["defaults"] = table_default(m, "entropy")
+        m["calibration"]["table"] = [r for r in m["calibration"]["table"] if r["signal"] != "risk"]
+
+    edit(mine / "tiny" / "1", uncertified)
+    with serving(mine, models=["tiny"]) as server:
+        assert asked(server, signal="risk", tau=0.1)["exit"]["signal"] == "risk"
+        for wish, param in (({}, "tau"), ({"target_speedup": 2}, "target_speedup")):
+            error = server.classify(input="a film", signal="risk", **wish).json()["error"]
+            assert (error["code"], error["param"]) == (422, param)
+            assert "no calibration of risk; give tau" in error["message"]
+
+
+def test_models_say_which_signals_they_have(server: Server, manifest: Manifest) -> None:
+    for row in httpx.get(server.url + "/v1/models").json()["data"]:
+        assert row["signals"] == ["entropy", "edr", "risk"]
+        assert row["defaults"].keys() == {"tau", "signal", "lambda"}
+    listed = httpx.get(server.url + "/v1/models").json()["data"][0]["defaults"]
+    assert listed == manifest.defaults.model_dump(by_alias=True)
+
+
+class Mean:
+    """A signal that the kernels do not have: the mean entropy of all exits passed."""
+
+    name: ClassVar[SignalName] = "entropy"
+    code: ClassVar[None] = None
+    lam: ClassVar[None] = None
+    table: ClassVar[None] = None
+
+    def score(self, readings: list[Reading]) -> float:
+        return sum(r.entropy for r in readings) / len(readings)
+
+    def scores(self, recorded: Recorded) -> np.ndarray:
+        return recorded.entropy.cumsum(1) / np.arange(1, len(recorded.exit_layers) + 1)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+def test_a_signal_without_c_leaves_where_the_rule_says(
+    store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.rules.Entropy", Mean)
+    # Of a model whose own signal is another: that is not made anew for a request.
+    mine = shutil.copytree(store, tmp_path / "store")
+    edit(mine / name / "1", lambda m: m["defaults"].update(table_default(m, "edr")))
+    with serving(mine, models=[name], threads=2) as server:
+        (served,) = server.service.models.all
+        if name == "tiny-int8":
+            assert served.model.through is not None  # it has the kernels for the others
+        left = set()
+        for tau in (0.05, 0.3, 0.6):
+            fields = {"input": TEXTS, "tau": tau, "signal": "entropy"}
+            rows = server.classify(**fields).json()["data"]
+            for text, row in zip(TEXTS, rows, strict=True):
+                layer, score = by_the_rule(served.model, text, tau, Mean())
+                assert (row["exit"]["layer"], row["exit"]["score"]) == (layer, score)
+                left.add(layer)
+        assert len(left) > 1
+
+
+def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
+    """The defaults of one signal, by a row in the middle of its table."""
+    rows = [r for r in manifest["calibration"]["table"] if r["signal"] == signal]
+    return {key: rows[len(rows) // 2][key] for key in ("tau", "signal", "lambda")}
+
+
+def to_schema_3(manifest: dict[str, Any], signal: str) -> None:
+    """A manifest as the release before risk wrote it: λ instead of the signal, 0 for entropy."""
+    calibration = manifest["calibration"]
+    manifest["defaults"] = table_default(manifest, signal)
+    chosen = manifest["defaults"]["tau"], signal
+    calibration["default"] = next(r for r in calibration["table"] if (r["tau"], r["signal"]) == chosen)
+    calibration["table"] = [r for r in calibration["table"] if r["signal"] != "risk"]
+    manifest["schema_version"] = 3
+    del manifest["risk"], calibration["groups"]
+    for row in {
+        id(r): r for r in (manifest["defaults"], calibration["default"], *calibration["table"])
+    }.values():
+        row["lambda"] = row["lambda"] or 0.0
+        del row["signal"]
+
+
+@pytest.mark.parametrize("signal", ["entropy", "edr"])
+@pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
+def test_an_artifact_of_schema_3_is_served_as_before(
+    store: Path, tmp_path: Path, name: str, signal: SignalName
+) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+    before = json.loads((mine / name / "1/manifest.json").read_text())
+    edit(mine / name / "1", lambda m: to_schema_3(m, signal))
+    written = json.loads((mine / name / "1/manifest.json").read_text())
+    assert '"signal"' not in json.dumps(written) and "risk" not in written
+    lams = {row["lambda"] for row in written["calibration"]["table"]}
+    assert 0 in lams and len(lams) == 2
+    with serving(mine, models=[name]) as server:
+        (served,) = server.service.models.all
+        tau, lam = written["defaults"]["tau"], written["defaults"]["lambda"]
+        by = Edr(lam) if lam else Entropy()
+        rows = server.classify(input=TEXTS).json()["data"]
+        for text, row in zip(TEXTS, rows, strict=True):
+            found = row["exit"]
+            assert (found["layer"], found["score"]) == by_the_rule(served.model, text, tau, by)
+            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam or None)
+        for other in lams:
+            table = [row for row in before["calibration"]["table"] if (row["lambda"] or 0.0) == other]
+            trade_offs = sorted((r for r in table if r["signal"] != "risk"), key=lambda r: r["tau"])
+            wanted = next(r for r in trade_offs if r["speedup"] >= 1.5)
+            found = asked(server, target_speedup=1.5, **{"lambda": other})
+            assert (found["tau"], found["expected"]["accuracy"]) == (wanted["tau"], wanted["accuracy"])
+        refused = server.classify(input="a film", signal="risk", tau=0.1)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
+        assert "has no risk; de3 calibrate adds it" in refused.json()["error"]["message"]
+        assert httpx.get(server.url + "/v1/models").json()["data"][0]["signals"] == ["entropy", "edr"]
+
+
+def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_path: Path) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+    edit(mine / "tiny-int8" / "1", lambda m: to_schema_3(m, "entropy"))
+    tune, certify = (
+        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
+        for part, n, seed in (("t", 150, 51), ("c", 150, 52))
+    )
+    run(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
+    written = json.loads((mine / "tiny-int8/2/manifest.json").read_text())
+    assert written["schema_version"] == 4
+    assert [row["layer"] for row in written["risk"]] == [0, 1, 2]
+    assert (written["defaults"]["signal"], written["defaults"]["lambda"]) == ("risk", None)
+    assert {row["signal"] for row in written["calibration"]["table"]} == {"risk", "edr", "entropy"}
+    with serving(mine, models=["tiny-int8:2"]) as server:
+        found = asked(server)["exit"]
+        assert (found["signal"], found["tau"]) == ("risk", written["defaults"]["tau"])
