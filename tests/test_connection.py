@@ -327,8 +327,8 @@ def test_urls_in_absolute_form(server: Server) -> None:
     with connect(server) as s:
         s.sendall(b"GET http://example.com/health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer(s)[0] == 200
-        s.sendall(b"GET http://example.com HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert answer(s)[0] == 404
+        s.sendall(b"PUT http://example.com HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer(s)[0] == 405
 
 
 def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> None:
