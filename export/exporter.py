@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from exits.calibration import paired_interval
 from exits.recorded import Recorded
+from exits.rule import ExitRule, exit_index
 from export.build import build
 from export.calibrate import Part, calibrate
 from export.record import record
@@ -28,6 +29,7 @@ from training.predict import predict
 from training.progress import console, warn
 
 MAX_FP32_DIFFERENCE = 1e-3
+LEAST_SAME = 0.95  # share of samples that should leave alike in int8 and fp32
 
 
 class ExportError(ValueError):
@@ -104,12 +106,15 @@ def export(
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
         warn(weaknesses(certified, opened.names))
-        calibrated = calibrate(
-            Part.of(tuned, tune), Part.of(certified, certify), settings.max_loss, settings.signal
-        )
-        final = manifest.model_copy(update={"export": proof, **calibrated.fields()})
+        certifying = Part.of(certified, certify)
+        calibrated = calibrate(Part.of(tuned, tune), certifying, settings.max_loss, settings.signal)
+        final = manifest.model_copy(update=calibrated.fields())
+        if int8:
+            whole = certifying.is_whole
+            rule = ExitRule(final.defaults.tau, final.default_signal)
+            proof["int8"]["same_exit"] = same_exit(certified.rows(whole), reference.rows(whole), rule)
         # Validate: model_copy does not.
-        return draft.publish(Manifest.model_validate(final.model_dump()))
+        return draft.publish(Manifest.model_validate({**final.model_dump(), "export": proof}))
 
 
 def _check_prototypes(model: De3Model) -> None:
@@ -215,6 +220,27 @@ def parity(
     if not int8 and not worst <= MAX_FP32_DIFFERENCE:  # "not <=" catches NaN
         raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above 1e-3")
     return {"samples": len(samples), "longest": max(lengths), **largest}
+
+
+def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
+    """The share of samples that leave at the same exit with the same label in int8 and fp32; warns of a small one."""
+    rows = np.arange(len(int8.labels))
+    index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
+    labels = int8.logits.argmax(-1)[rows, index]
+    same = (index == expected) & (labels == reference.logits.argmax(-1)[rows, expected])
+    share = float(same.mean())
+    message = (
+        f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same label as in fp32"
+    )
+    if share < LEAST_SAME:
+        warn(
+            [
+                f"{message}: the numbers above are those of int8; compare them with an export with --quantize none"
+            ]
+        )
+    else:
+        console.print(message)
+    return share
 
 
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:

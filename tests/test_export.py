@@ -12,6 +12,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from de3.cli import app
+from exits.recorded import Recorded
+from exits.rule import ExitRule
 from export import exporter
 from export.calibrate import Part
 from export.exporter import ExportError, ExportSettings
@@ -23,9 +25,10 @@ from model_store.segments import session_options
 from model_store.store import Store
 from tests.conftest import make_rows, save_encoder
 from training import data as datas
-from training.checkpoint import write_record
+from training.checkpoint import Checkpoint, write_record
 from training.data import Example
 from training.model import De3Model
+from training.predict import predict
 
 LABELS = ["a", "b", "c"]
 
@@ -123,6 +126,34 @@ def test_int8_that_costs_too_much_is_refused(tmp_path: Path, checkpoint: Path) -
     with pytest.raises(ExportError, match=r"int8 costs exit \d .* --max-int8-loss"):
         exporter.export(checkpoint, Store(tmp_path), ExportSettings("m", "int8", max_int8_loss=-1.0))
     assert Store(tmp_path).versions() == {}
+
+
+def test_exits_in_int8_are_compared_with_those_in_fp32(
+    store: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = Store(store).open("tiny-int8").manifest
+    opened = Checkpoint(checkpoint)
+    certify = opened.held_out("certify")
+    int8 = record(Model(Store(store).open("tiny-int8"), "onnxruntime"), certify)
+    encoded = datas.encode(certify, opened.tokenizer, manifest.max_tokens)
+    fp32 = predict(opened.model, encoded, opened.tokenizer.pad_token_id)
+    rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
+    alike = 0
+    for i in range(len(certify)):
+        left = []
+        for r in (int8, fp32):
+            scores = rule.signal.scores(r.rows(np.array([i])))[0]
+            j = next((j for j, score in enumerate(scores[:-1]) if score < rule.tau), len(scores) - 1)
+            left.append((j, int(r.logits[i, j].argmax())))
+        alike += left[0] == left[1]
+    assert manifest.export["int8"]["same_exit"] == pytest.approx(alike / len(certify))
+    assert 0.5 < alike / len(certify) <= 1
+    assert exporter.same_exit(int8, int8, rule) == 1
+    assert "100.0% of the certifying samples" in (said := capsys.readouterr().err) and "warning" not in said
+    other = Recorded(int8.exit_layers, -int8.logits, int8.distances, int8.labels)
+    assert exporter.same_exit(int8, other, rule) < 0.2
+    assert "warning" in capsys.readouterr().err
+    assert "int8" not in Store(store).open("tiny").manifest.export
 
 
 def test_missing_samples_are_asked_for(tmp_path: Path, checkpoint: Path) -> None:
