@@ -233,11 +233,7 @@ def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
         f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same label as in fp32"
     )
     if share < LEAST_SAME:
-        warn(
-            [
-                f"{message}: the numbers above are those of int8; compare them with an export with --quantize none"
-            ]
-        )
+        warn([f"{message}: the reported numbers are of int8; compare them with --quantize none"])
     else:
         console.print(message)
     return share
