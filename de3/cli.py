@@ -284,7 +284,7 @@ def train(
             help="Share of the loss that uses the teacher's logits instead of the label.",
             rich_help_panel=TRAINING,
         ),
-    ] = 1.0,
+    ] = 0.5,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
     ] = 2.0,

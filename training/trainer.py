@@ -49,7 +49,7 @@ class TrainSettings:
     warmup: float = 0.06
     alpha: float = 0.1
     weights: str = "depth"
-    distill: float = 1.0
+    distill: float = 0.5
     temperature: float = 2.0
     augment: int = 0
     max_length: int = 128
