@@ -517,7 +517,7 @@ def evaluate(
         if is_artifact:
             _report_artifact(opened.manifest, recorded, output)
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
-        title = f"{model.name}, {len(examples)} samples"
+        title = f"{opened.full_name if is_artifact else model.name}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, beside))
 
 

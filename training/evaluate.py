@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,7 +202,10 @@ def plot(recorded: Recorded, curves: Sequence[Curve], path: Path, title: str) ->
     left.set_ylim(max(0, min(accuracy) - 8), min(100, max(accuracy) + 4))
     for curve in curves:
         shown = curve.speedup <= 10
-        right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, linewidth=1.4)
+        style: dict[str, Any] = (
+            {"linewidth": 2.4, "color": "crimson"} if curve.name == "risk" else {"linewidth": 1.2}
+        )
+        right.plot(curve.speedup[shown], 100 * curve.accuracy[shown], label=curve.name, **style)
     right.axhline(accuracy[-1], color="grey", linestyle=":", label="full depth")
     right.set(xlabel="speed-up: M / mean exit layer", ylabel="accuracy, %", title="Early exit")
     right.grid(alpha=0.3)
