@@ -423,19 +423,19 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _report_artifact(manifest: Any, recorded: Any, output: Console) -> None:
+def _report_artifact(manifest: Any, recorded: Any, start_layers: float, output: Console) -> None:
     """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
     from exits.trade_offs import TradeOffs
     from training import evaluate as evaluation
     from training.progress import warn
 
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
-    output.print(evaluation.default_line(recorded, tau, signal), highlight=False)
-    output.print(evaluation.length_table(recorded, tau, signal))
+    output.print(evaluation.default_line(recorded, tau, signal, start_layers), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal, start_layers))
     if calibration is None:
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
-    output.print(evaluation.target_table(recorded, certified))
+    output.print(evaluation.target_table(recorded, certified, start_layers))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))
 
 
@@ -479,7 +479,7 @@ def evaluate(
     lams = _lambdas(lambdas)
     is_artifact = (model / "manifest.json").exists()
     if is_artifact:
-        from export.record import record
+        from export.record import record, start_layers
         from model_store.model import Model
         from model_store.store import Store
 
@@ -515,7 +515,7 @@ def evaluate(
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
         if is_artifact:
-            _report_artifact(opened.manifest, recorded, output)
+            _report_artifact(opened.manifest, recorded, start_layers(opened, examples), output)
         beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
         title = f"{opened.full_name if is_artifact else model.name}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, beside))

@@ -104,7 +104,12 @@ def curve_table(curves: Sequence[Curve]) -> Table:
     return table
 
 
-def default_line(recorded: Recorded, tau: float, signal: Signal) -> str:
+def in_time(num_layers: int, mean_exit_layer: float, start_layers: float) -> float:
+    """The speed-up in model time, where a text costs `start_layers` layers before its first one."""
+    return (num_layers + start_layers) / (mean_exit_layer + start_layers)
+
+
+def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> str:
     """The outcome of an artifact's default (signal, τ) on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
     o = calibration.outcome(samples, signal.scores(recorded), tau, signal)
@@ -114,19 +119,24 @@ def default_line(recorded: Recorded, tau: float, signal: Signal) -> str:
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"{100 * o.disagreement:.2f}% of labels unlike full depth, "
-        f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×\n"
+        f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
+        f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
+        f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
     )
 
 
-def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]) -> Table:
+def target_table(
+    recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], start_layers: float
+) -> Table:
     """What an artifact's targets give on these samples, for each signal, with the τ that its calibration says."""
     samples = calibration.Samples.independent(recorded)
     title = "Targets: a speed-up, or a largest share of labels unlike full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
-    for column in ("signal", "target", "τ", "speed-up", "unlike", "loss, points"):
+    for column in ("signal", "target", "τ", "speed-up", "in time", "unlike", "loss, points (95%)"):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
+    num_layers = recorded.exit_layers[-1]
     for signal, trade_offs in signals:
         rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in TARGET_SPEEDUPS]
         rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
@@ -141,20 +151,21 @@ def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]]
                 target,
                 f"{row.tau:.4f}",
                 f"{o.speedup:.2f}×",
+                f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
                 f"{100 * o.disagreement:.2f}%",
-                f"{100 * o.loss:+.2f} ({low:+.2f} … {high:+.2f})",
+                f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
             )
         table.add_section()
     return table
 
 
-def length_table(recorded: Recorded, tau: float, signal: Signal) -> Table:
+def length_table(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> Table:
     """What the default gives on short and long texts: the samples in four equal parts by their number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
-    for column in ("tokens", "samples", "speed-up", "unlike", "loss, points"):
+    for column in ("tokens", "samples", "speed-up", "in time", "unlike", "loss, points (95%)"):
         table.add_column(column, justify="right", no_wrap=True)
-    order = np.argsort(recorded.tokens, kind="stable")
+    order, num_layers = np.argsort(recorded.tokens, kind="stable"), recorded.exit_layers[-1]
     for part in np.array_split(order, min(4, len(order))):
         some = recorded.rows(part)
         o = calibration.outcome(calibration.Samples.independent(some), signal.scores(some), tau, signal)
@@ -164,8 +175,9 @@ def length_table(recorded: Recorded, tau: float, signal: Signal) -> Table:
             f"{some.tokens.min()} to {some.tokens.max()}",
             str(len(part)),
             f"{o.speedup:.2f}×",
+            f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
             f"{100 * o.disagreement:.2f}%",
-            f"{100 * o.loss:+.2f} ({low:+.2f} … {high:+.2f})",
+            f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
         )
     return table
 
