@@ -134,7 +134,7 @@ def target_table(
     samples = calibration.Samples.independent(recorded)
     title = "Targets: a speed-up, or a largest share of labels unlike full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
-    for column in ("signal", "target", "τ", "speed-up", "in time", "unlike", "loss, points (95%)"):
+    for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%"):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
     num_layers = recorded.exit_layers[-1]
     for signal, trade_offs in signals:
@@ -163,7 +163,7 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, start_layers: f
     """What the default gives on short and long texts: the samples in four equal parts by their number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
-    for column in ("tokens", "samples", "speed-up", "in time", "unlike", "loss, points (95%)"):
+    for column in ("tokens", "samples", "in layers", "in time", "unlike", "loss ± 95%"):
         table.add_column(column, justify="right", no_wrap=True)
     order, num_layers = np.argsort(recorded.tokens, kind="stable"), recorded.exit_layers[-1]
     for part in np.array_split(order, min(4, len(order))):
