@@ -3,7 +3,10 @@
 
 const BASE = new URL(".", location.href);
 const KEY = "de3-key";
-const POLL_MS = 2000, WINDOW_MS = 60_000, PAUSE_MS = 60, MAX_RETRIES = 5;
+const POLL_MS = 2000,
+  WINDOW_MS = 60_000,
+  PAUSE_MS = 60,
+  MAX_RETRIES = 5;
 // Of the demo model's kind, by labels; the last one is a text that early exits get wrong.
 const EXAMPLES = {
   "negative,positive": [
@@ -110,7 +113,7 @@ function nearest(values, wanted) {
 
 // --- the server
 
-let lastKey = null;  // where the browser blocks sessionStorage, a key lasts until the page is reloaded
+let lastKey = null; // where the browser blocks sessionStorage, a key lasts until the page is reloaded
 
 function key() {
   try {
@@ -124,7 +127,9 @@ function keepKey(value) {
   lastKey = value;
   try {
     sessionStorage.setItem(KEY, value);
-  } catch { /* blocked */ }
+  } catch {
+    /* blocked */
+  }
 }
 
 class Refused extends Error {
@@ -149,7 +154,9 @@ async function request(path, options = {}) {
   let message = `The server answered with status ${response.status}.`;
   try {
     message = JSON.parse(body).error.message ?? message;
-  } catch { /* not the server's own words, but those of a proxy */ }
+  } catch {
+    /* not the server's own words, but those of a proxy */
+  }
   throw new Refused(response.status, message, Number(response.headers.get("Retry-After")) || null);
 }
 
@@ -166,7 +173,9 @@ async function classify(model, input, fields, signal) {
 
 // --- asking
 
-let asking = null, timer = null, retries = 0;
+let asking = null,
+  timer = null,
+  retries = 0;
 
 /** Cancel what is asked or will be asked. */
 function cancel() {
@@ -185,16 +194,22 @@ function ask(pause = PAUSE_MS) {
 async function answer() {
   cancel();
   asking = new AbortController();
-  const { model } = state, { signal } = asking, isPair = $("is-pair").checked;
-  const text = $("text").value, text_pair = $("pair").value;
+  const { model } = state,
+    { signal } = asking,
+    isPair = $("is-pair").checked;
+  const text = $("text").value,
+    text_pair = $("pair").value;
   $("problem").textContent = "";
   if (text.trim() === "" || (isPair && text_pair.trim() === "")) {
     $("layers").replaceChildren();
-    const what = isPair ? "Type both texts, and their answer appears here." : "Type a text, and its answer appears here.";
+    const what = isPair
+      ? "Type both texts, and their answer appears here."
+      : "Type a text, and its answer appears here.";
     $("summary").replaceChildren(element("p", { class: "muted" }, what));
     return;
   }
-  const input = isPair ? { text, text_pair } : text, compares = $("compare").checked;
+  const input = isPair ? { text, text_pair } : text,
+    compares = $("compare").checked;
   const fields = { [state.choice]: CHOICES[state.choice].values()[$("slider").value] };
   try {
     const row = await classify(model, input, fields, signal);
@@ -211,7 +226,7 @@ async function answer() {
     if (error.name === "AbortError") return;
     $("layers").replaceChildren();
     $("summary").replaceChildren();
-    if (error.status === 404 && await isGone(model)) start();
+    if (error.status === 404 && (await isGone(model))) start();
     else if (!signal.aborted) refused(error, answer);
   }
 }
@@ -249,11 +264,13 @@ function refused(error, again) {
 // --- drawing
 
 function drawAnswer(row, fullDepth, animate) {
-  const { exit } = row, { num_layers: count } = exit;
+  const { exit } = row,
+    { num_layers: count } = exit;
   const saved = count - exit.layer;
   const time = row.ms === null ? "" : ` · ${row.ms.toFixed(1)} ms in the model`;
   const top = Math.max(...row.probs);
-  const where = exit.layer === 0 ? "exited before layer 1, on the embeddings" : `exited after layer ${exit.layer} of ${count}`;
+  const where =
+    exit.layer === 0 ? "exited before layer 1, on the embeddings" : `exited after layer ${exit.layer} of ${count}`;
   const lines = [
     element("strong", {}, `${row.label} ${percent(top)}`),
     element("p", {}, `${where} · ${plural(saved, "layer")} saved${time}`),
@@ -261,10 +278,14 @@ function drawAnswer(row, fullDepth, animate) {
   if (fullDepth) {
     const same = fullDepth.label === row.label ? "Full depth agrees" : "Full depth disagrees";
     const its = fullDepth.ms === null ? "" : ` after ${fullDepth.ms.toFixed(1)} ms`;
-    lines.push(element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${percent(Math.max(...fullDepth.probs))}${its}.`));
+    lines.push(
+      element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${percent(Math.max(...fullDepth.probs))}${its}.`),
+    );
   }
-  if (row.truncated) lines.push(element("p", { class: "muted" }, "The text was longer than the model can read, and was cut off."));
-  if (row.out_of_distribution) lines.push(element("p", { class: "muted" }, "This text is unlike those that the model was calibrated on."));
+  if (row.truncated)
+    lines.push(element("p", { class: "muted" }, "The text was longer than the model can read, and was cut off."));
+  if (row.out_of_distribution)
+    lines.push(element("p", { class: "muted" }, "This text is unlike those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
   $("score-name").textContent = SIGNALS[exit.signal].name;
@@ -285,13 +306,26 @@ function drawLayer(layer, signals, status, kind, tau, i) {
   const probs = element("div");
   let spoken = "";
   if (signals) {
-    for (const [style, value] of [["entropy", signals.entropy], ["ratio", signals.distance_ratio], ["score", signals.score]]) {
+    for (const [style, value] of [
+      ["entropy", signals.entropy],
+      ["ratio", signals.distance_ratio],
+      ["score", signals.score],
+    ]) {
       bars.append(bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
     }
     const top = Math.max(...signals.probs);
-    const label = element("div", { class: "label" }, element("span", { title: signals.label }, signals.label), element("span", {}, percent(top)));
+    const label = element(
+      "div",
+      { class: "label" },
+      element("span", { title: signals.label }, signals.label),
+      element("span", {}, percent(top)),
+    );
     probs.append(label, bar(top, "share"));
-    spoken = [["score", signals.score], ["entropy", signals.entropy], ["distance ratio", signals.distance_ratio]]
+    spoken = [
+      ["score", signals.score],
+      ["entropy", signals.entropy],
+      ["distance ratio", signals.distance_ratio],
+    ]
       .filter(([, value]) => value !== null)
       .map(([signal, value]) => `${signal} ${value.toFixed(4)}`)
       .join(", ");
@@ -303,7 +337,14 @@ function drawLayer(layer, signals, status, kind, tau, i) {
   marker.style.setProperty("--value", Math.sqrt(tau));
   bars.append(marker);
   const title = element("div", { class: "name" }, name, element("small", {}, status));
-  const item = element("li", { class: kind, "data-layer": layer }, title, bars, element("span", { class: "hidden" }, spoken), probs);
+  const item = element(
+    "li",
+    { class: kind, "data-layer": layer },
+    title,
+    bars,
+    element("span", { class: "hidden" }, spoken),
+    probs,
+  );
   item.style.setProperty("--row", i);
   return item;
 }
@@ -321,7 +362,8 @@ function drawCurve(exit) {
   }
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
-  const high = Math.max(...accuracies), low = Math.min(Math.min(...accuracies), high - 0.01);
+  const high = Math.max(...accuracies),
+    low = Math.min(Math.min(...accuracies), high - 0.01);
   const x = (row) => left + (Math.log(row.speedup) / Math.log(fastest)) * (right - left);
   const y = (accuracy) => above + ((high - accuracy) / (high - low)) * (below - above);
   const parts = [];
@@ -334,27 +376,42 @@ function drawCurve(exit) {
   }
   parts.push(svg("text", { x: (left + right) / 2, y: below + 36, "text-anchor": "middle" }, "speed-up in layers"));
   parts.push(svg("polyline", { class: "line", points: rows.map((row) => `${x(row)},${y(row.accuracy)}`).join(" ") }));
-  const usual = rows[nearest(rows.map((row) => row.tau), state.model.defaults.tau)];
+  const usual =
+    rows[
+      nearest(
+        rows.map((row) => row.tau),
+        state.model.defaults.tau,
+      )
+    ];
   parts.push(svg("circle", { class: "default", cx: x(usual), cy: y(usual.accuracy), r: 5 }));
   const chosen = exit && exit.reason !== "deadline" && state.choice !== "latency_budget_ms";
   if (chosen && isDefault(exit)) {
-    const row = state.table[nearest(state.table.map((each) => each.tau), exit.tau)];
+    const row =
+      state.table[
+        nearest(
+          state.table.map((each) => each.tau),
+          exit.tau,
+        )
+      ];
     if (row.speedup <= fastest) {
       parts.push(svg("line", { class: "guide", x1: x(row), x2: x(row), y1: y(row.accuracy), y2: below }));
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
     $("expected").textContent =
       `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} right ` +
-      `(full depth ${percent(state.table[0].accuracy)}), ${percent(row.disagreement)} of labels differ from full depth.`;
+      `(full depth ${percent(state.table[0].accuracy)}), ` +
+      `${percent(row.disagreement)} of labels differ from full depth.`;
   } else {
     $("expected").textContent = "";
   }
-  $("curve-help").textContent = "Accuracy on held-out texts against speed-up; the ring is the model's default, the dot this setting.";
+  $("curve-help").textContent =
+    "Accuracy on held-out texts against speed-up; the ring is the model's default, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
 
 function drawSlider() {
-  const choice = CHOICES[state.choice], value = choice.values()[$("slider").value];
+  const choice = CHOICES[state.choice],
+    value = choice.values()[$("slider").value];
   $("value").textContent = choice.text(value);
   $("slider").setAttribute("aria-valuetext", choice.text(value));
 }
@@ -362,7 +419,8 @@ function drawSlider() {
 function choose(name) {
   state.choice = name;
   if (!state.model) return;
-  const choice = CHOICES[name], values = choice.values();
+  const choice = CHOICES[name],
+    values = choice.values();
   $("slider").max = values.length - 1;
   $("slider").value = choice.start(values);
   $("slider-label").textContent = choice.label();
@@ -375,12 +433,16 @@ function choose(name) {
 
 /** The samples of this model that the page shows: cumulative counts by bucket. */
 function read(metrics, model) {
-  const latency = new Map(), exits = new Map();
-  let texts = 0, layersRun = 0, layersSaved = 0;
+  const latency = new Map(),
+    exits = new Map();
+  let texts = 0,
+    layersRun = 0,
+    layersSaved = 0;
   for (const line of metrics.split("\n")) {
     const match = /^de3_(\w+)\{(.*)\} (\S+)$/.exec(line);
     if (!match || !match[2].includes(`model="${model}"`)) continue;
-    const value = Number(match[3]), limit = /le="([^"]+)"/.exec(match[2])?.[1];
+    const value = Number(match[3]),
+      limit = /le="([^"]+)"/.exec(match[2])?.[1];
     const add = (buckets) => buckets.set(limit, (buckets.get(limit) ?? 0) + value);
     if (match[1] === "request_latency_seconds_bucket") add(latency);
     else if (match[1] === "exit_layer_bucket") add(exits);
@@ -393,7 +455,8 @@ function read(metrics, model) {
 
 /** What each bucket gained between two samples, as [upper limit, cumulative count]. */
 const gained = (before, after) =>
-  [...after].map(([limit, count]) => [limit === "+Inf" ? Infinity : Number(limit), count - (before.get(limit) ?? 0)])
+  [...after]
+    .map(([limit, count]) => [limit === "+Inf" ? Infinity : Number(limit), count - (before.get(limit) ?? 0)])
     .sort((a, b) => a[0] - b[0]);
 
 /** A quantile of a histogram, linear within its bucket, in seconds; null if the histogram is empty. */
@@ -415,41 +478,54 @@ async function poll() {
     try {
       const now = read((await request("metrics")).body, state.model.id);
       // Counters that are lower than before are those of a server that was restarted.
-      state.samples = state.samples.filter((old) =>
-        old.model === now.model && old.at > now.at - WINDOW_MS && old.texts <= now.texts);
+      state.samples = state.samples.filter(
+        (old) => old.model === now.model && old.at > now.at - WINDOW_MS && old.texts <= now.texts,
+      );
       state.samples.push(now);
       drawLive(state.samples[0], now);
     } catch (error) {
-      if (!(error instanceof Refused)) throw error;  // the next poll may succeed
+      if (!(error instanceof Refused)) throw error; // the next poll may succeed
     }
   }
   setTimeout(poll, POLL_MS);
 }
 
 function drawLive(before, now) {
-  const seconds = (now.at - before.at) / 1000, texts = now.texts - before.texts;
+  const seconds = (now.at - before.at) / 1000,
+    texts = now.texts - before.texts;
   const latency = gained(before.latency, now.latency);
   const ms = (share) => {
     const value = quantile(latency, share);
     return value === null ? "–" : `${(value * 1000).toPrecision(2)} ms`;
   };
-  const run = now.layersRun - before.layersRun, saved = now.layersSaved - before.layersSaved;
+  const run = now.layersRun - before.layersRun,
+    saved = now.layersSaved - before.layersSaved;
   const rate = texts / seconds;
   $("rate").textContent = !texts ? "–" : rate < 10 ? rate.toFixed(1) : Math.round(rate).toLocaleString("en");
   $("p50").textContent = ms(0.5);
   $("p99").textContent = ms(0.99);
   $("speedup").textContent = run ? `${((run + saved) / run).toFixed(1)}×` : "–";
   let below = 0;
-  const counts = gained(before.exits, now.exits).slice(0, -1).map(([layer, count]) => {
-    const here = count - below;
-    below = count;
-    return [layer, here];
-  });
+  const counts = gained(before.exits, now.exits)
+    .slice(0, -1)
+    .map(([layer, count]) => {
+      const here = count - below;
+      below = count;
+      return [layer, here];
+    });
   $("exits").replaceChildren(
-    ...counts.filter(([layer]) => state.model.exit_layers.includes(layer)).map(([layer, count]) => {
-      const share = texts ? count / texts : 0;
-      return element("li", {}, element("span", {}, layer ? `Layer ${layer}` : "Embeddings"), bar(share, "bar"), element("span", {}, percent(share, 0)));
-    }),
+    ...counts
+      .filter(([layer]) => state.model.exit_layers.includes(layer))
+      .map(([layer, count]) => {
+        const share = texts ? count / texts : 0;
+        return element(
+          "li",
+          {},
+          element("span", {}, layer ? `Layer ${layer}` : "Embeddings"),
+          bar(share, "bar"),
+          element("span", {}, percent(share, 0)),
+        );
+      }),
   );
 }
 
@@ -472,11 +548,14 @@ async function start() {
   $("key-form").hidden = true;
   $("problem").textContent = "";
   const shown = state.models.map((model) =>
-    element("option", { value: model.id }, model.role === "current" ? model.id : `${model.id} (${model.role})`));
+    element("option", { value: model.id }, model.role === "current" ? model.id : `${model.id} (${model.role})`),
+  );
   $("model").replaceChildren(...shown);
   $("model").disabled = state.models.length < 2;
   const before = state.model;
-  const again = state.models.find((model) => model.id === before?.id) ?? state.models.find((model) => model.name === before?.name);
+  const again =
+    state.models.find((model) => model.id === before?.id) ??
+    state.models.find((model) => model.name === before?.name);
   await use(again ?? state.models.find((model) => model.is_default) ?? state.models[0]);
 }
 
@@ -493,21 +572,25 @@ async function use(model) {
     if (error.status !== 404) return refused(error, () => use(model));
     // It has no calibration, and so no curve.
   }
-  if (state.model !== model) return;  // another one was chosen meanwhile
+  if (state.model !== model) return; // another one was chosen meanwhile
   state.table = rows.filter(isDefault).sort((a, b) => a.tau - b.tau);
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
   $("is-pair").disabled = model.input !== null;
   $("pair-field").hidden = !$("is-pair").checked;
-  const examples = model.input === "pair" ? [] : EXAMPLES[model.labels.join()] ?? [];
+  const examples = model.input === "pair" ? [] : (EXAMPLES[model.labels.join()] ?? []);
   $("examples").hidden = examples.length === 0;
-  $("examples").querySelector("ul").replaceChildren(...examples.map((text) => {
-    const button = element("button", { type: "button" }, text);
-    button.addEventListener("click", () => {
-      $("text").value = text;
-      ask(0);
-    });
-    return element("li", {}, button);
-  }));
+  $("examples")
+    .querySelector("ul")
+    .replaceChildren(
+      ...examples.map((text) => {
+        const button = element("button", { type: "button" }, text);
+        button.addEventListener("click", () => {
+          $("text").value = text;
+          ask(0);
+        });
+        return element("li", {}, button);
+      }),
+    );
   if ($("text").value === "" && examples.length) $("text").value = examples[1];
   drawCurve(null);
   choose(state.choice);
