@@ -27,10 +27,13 @@ def classify(
     url: Url = "http://127.0.0.1:8000",
     key: Annotated[str | None, typer.Option(envvar="DE3_API_KEY", help="API key.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="name, or name:version. Default: the server's first.")
+        str | None, typer.Option(help="name, or name:version. Default: the server's default.")
     ] = None,
     tau: Annotated[
-        float | None, typer.Option(help="Exit at the first layer with EDR < τ; 0: never early.")
+        float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
+    ] = None,
+    signal: Annotated[
+        str | None, typer.Option(help="The score: risk, edr or entropy. Default: the model's.")
     ] = None,
     target_speedup: Annotated[
         float | None, typer.Option(help="Or the mean speed-up over full depth.")
@@ -54,6 +57,7 @@ def classify(
     options = {
         "model": model,
         "tau": tau,
+        "signal": signal,
         "target_speedup": target_speedup,
         "max_disagreement": max_disagreement,
         "latency_budget_ms": latency_budget_ms,

@@ -132,6 +132,10 @@ def test_a_trace_has_a_span_for_each_stage(server: Server, spans: InMemorySpanEx
     for span in (text, found["model"]):
         assert span.attributes is not None and span.attributes["de3.exit.layer"] == row["layer"]
     assert text.attributes is not None and text.attributes["de3.exit.reason"] == row["reason"]
+    assert (text.attributes["de3.exit.signal"], text.attributes.get("de3.exit.score")) == (
+        row["signal"],
+        row["score"],
+    )
     assert found["queue"].end_time == found["tokenize"].start_time
     assert found["tokenize"].end_time == found["model"].start_time
 

@@ -14,9 +14,9 @@ from server.http.classify import ClassifyRequest
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
-Every encoder layer has a classifier and class prototypes. A text exits at the first layer where EDR, which
-fuses the entropy and the distances to the prototypes, is below **tau**. Easy texts exit after a layer or two,
-hard ones go deeper.
+Every encoder layer has a classifier and class prototypes. A text exits at the first layer whose score is below
+**tau**: mostly its risk, the chance that full depth answers otherwise. Easy texts exit after a layer or two, hard
+ones go deeper.
 
 - `tau: 0` runs every text to full depth; a larger `tau` exits earlier. The default is the model's calibrated tau.
 - Instead of `tau`, give a target: `target_speedup`, `max_disagreement` (with full depth, certified) or

@@ -114,7 +114,9 @@ class Traces:
                 "de3.exit.num_layers": item.job.model.manifest.num_layers,
                 "de3.exit.reason": o.reason,
                 "de3.exit.tau": item.rule.tau,
-                "de3.exit.edr": o.reading.score,
+                "de3.exit.signal": item.rule.signal.name,
+                # The last layer has no risk, and an attribute has no null.
+                **({} if o.reading.score is None else {"de3.exit.score": o.reading.score}),
             },
             start_time=submitted,
         )
