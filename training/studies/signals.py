@@ -26,6 +26,7 @@ from exits.signals import Edr
 from training import data
 from training.checkpoint import Checkpoint
 from training.data import Encoded, evaluation_batches
+from training.model import De3Model
 from training.studies.recipes import TASKS
 
 Floats = NDArray[np.float64]
@@ -35,9 +36,8 @@ Features = Callable[["Samples"], Floats]
 class Samples:
     """Recorded samples, with their pooled states h^(m) (n, exits, hidden) and their numbers of tokens (n,)."""
 
-    def __init__(self, checkpoint: Checkpoint, encoded: Encoded) -> None:
+    def __init__(self, model: De3Model, pad_id: int, encoded: Encoded) -> None:
         """Run the model in float32."""
-        model, pad_id = checkpoint.model, checkpoint.tokenizer.pad_token_id
         n, exits = len(encoded), len(model.config.exit_layers)
         logits = np.zeros((n, exits, model.config.num_labels), np.float32)
         distances = np.full_like(logits, np.nan)
@@ -149,9 +149,8 @@ def main(
     checkpoint = Checkpoint(folder)
 
     def samples(examples: list[data.Example], what: str) -> Samples:
-        return Samples(
-            checkpoint, data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens, what)
-        )
+        encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens, what)
+        return Samples(checkpoint.model, checkpoint.tokenizer.pad_token_id, encoded)
 
     held = checkpoint.held_out("tune") + checkpoint.held_out("certify")
     kept = {example.text for example in held}
