@@ -14,8 +14,26 @@ from rich.console import Console
 from rich.markup import escape
 
 from de3.classify import classify
+from de3.importing import import_model
 from de3.models import StoreOption
 from de3.models import app as models_app
+from de3.options import (
+    DATA,
+    MODEL,
+    TRAINING,
+    Dataset,
+    DatasetSplit,
+    Delimiter,
+    File,
+    Header,
+    LabelColumn,
+    LabelNames,
+    PairColumn,
+    Quotes,
+    SignalOption,
+    TextColumn,
+    need_train_extra,
+)
 from de3.serve import serve
 from loadtest.cli import app as loadtest_app
 
@@ -23,15 +41,12 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Train, export and serve text classifiers with early exit (DE3-BERT).",
-    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve.",
+    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve; with a classifier that you have: de3 "
+    "import → de3 serve.",
 )
 app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
 console = Console(stderr=True)
-
-DATA = "Data"
-MODEL = "Model"
-TRAINING = "Training"
 
 
 def main() -> None:
@@ -80,14 +95,6 @@ def _commands(
     pass
 
 
-def _need_train_extra() -> None:
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
-
-
 def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:
     if exits == "last":
         return [num_layers]
@@ -105,58 +112,6 @@ def _read_rows(file: Path | None, dataset: str | None, split: str, columns: Any)
     if (file is None) == (dataset is None):
         raise ValueError("give the data either as a file or with --dataset")
     return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
-
-
-File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.", show_default=False)]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        help="Instead of a file: a Hugging Face data set, as name or name:config.", rich_help_panel=DATA
-    ),
-]
-DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
-TextColumn = Annotated[
-    str, typer.Option(help="Column of the text (with --no-header a number from 0).", rich_help_panel=DATA)
-]
-PairColumn = Annotated[
-    str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=DATA)
-]
-LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
-Header = Annotated[bool, typer.Option(help="Whether the first row names the columns.", rich_help_panel=DATA)]
-Delimiter = Annotated[
-    str | None,
-    typer.Option(
-        help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
-Quotes = Annotated[
-    bool | None,
-    typer.Option(
-        help="Whether quotation marks delimit fields. Default: no in .tsv, else yes.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
-
-SignalOption = Annotated[
-    str,
-    typer.Option(
-        help="What is compared with τ by default: risk, edr or entropy, or auto: what is fastest on the tuning "
-        "samples. Requests may name another.",
-    ),
-]
-
-LabelNames = Annotated[
-    str | None,
-    typer.Option(
-        help="New names of the data's labels in their sorted order, e.g. negative,positive. "
-        "Default: as in the data.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
 
 
 @app.command()
@@ -321,12 +276,12 @@ def train(
 
     Example: de3 train data/train.tsv --text-column sentence --encoder bert-base-uncased --out runs/sst2
     """
-    _need_train_extra()
+    need_train_extra()
     import torch
 
     from training import checks, data
     from training import recipe as recipes
-    from training.encoders import max_tokens
+    from training.encoders import family
     from training.model import De3Model
     from training.progress import warn
     from training.split import split as split_examples
@@ -350,7 +305,7 @@ def train(
             else data.read_dataset_column(str(dataset), split, group_column)
         )
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
-    encoder_config, tokenizer = checks.open_encoder(encoder, exits == "last")
+    encoder_config, tokenizer = checks.open_encoder(encoder)
     warnings += checks.unknown_tokens(tokenizer, examples)
     parts = split_examples(examples, seed, held_back, fragments)
     warnings += checks.held_out(parts, names)
@@ -385,7 +340,7 @@ def train(
         metric_dim=metric_dim,
         last_prototypes=last_prototypes,
         gamma=gamma,
-        max_tokens=min(tokenizer.model_max_length, max_tokens(encoder_config)),
+        max_tokens=min(tokenizer.model_max_length, family(encoder_config).max_tokens(encoder_config)),
         input=data.input_of(examples),
     )
     command = shlex.join(["de3", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
@@ -471,7 +426,7 @@ def evaluate(
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
-    _need_train_extra()
+    need_train_extra()
     from training import data
     from training import evaluate as evaluation
     from training.progress import warn
@@ -572,7 +527,7 @@ def export(
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
-    _need_train_extra()
+    need_train_extra()
     if full_depth is not None:
         from export.full_depth import export_full_depth
 
@@ -618,7 +573,7 @@ def calibrate(
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
-    _need_train_extra()
+    need_train_extra()
     from export.recalibrate import recalibrate
     from model_store.store import Store
 
@@ -627,6 +582,7 @@ def calibrate(
     _say(f"published {path}. Next: de3 serve --store {store}")
 
 
+app.command("import")(import_model)
 app.command()(serve)
 app.command()(classify)
 

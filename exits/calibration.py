@@ -99,7 +99,6 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
     early, full = correct[rows, index], correct[:, -1]
     n = len(index)
     loss, error = mean_and_error(full.astype(float) - early, samples.groups) if tau > 0 else (0.0, 0.0)
-    labels = recorded.logits.argmax(-1)
     mean_layer = float(np.asarray(recorded.exit_layers)[index].mean())
     size = effective_size(early, samples.groups)
     return Outcome(
@@ -110,7 +109,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
         accuracy_interval=wilson(early.mean() * size, size),
         loss=loss,
         loss_interval=(loss - Z95 * error, loss + Z95 * error),
-        disagreement=float((labels[rows, index] != labels[:, -1]).mean()),
+        disagreement=float(recorded.differs[rows, index].mean()),
         mean_exit_layer=mean_layer,
         speedup=speedup(recorded.exit_layers[-1], mean_layer),
         histogram=(np.bincount(index, minlength=len(recorded.exit_layers)) / n).tolist(),
@@ -161,13 +160,13 @@ def trade_off(
     if scores is None:
         scores = signal.scores(samples.recorded)
     rows = [outcome(samples, scores, tau, signal) for tau in sorted(taus)]
-    # At τ = 0 every answer is that of full depth: there is nothing to bound.
-    above = [row for row in rows if row.tau > 0]
-    labels = samples.recorded.logits.argmax(-1)
-    number = np.arange(len(labels))
+    # At τ = 0 every answer is that of full depth: there is nothing to bound, unless that is not the original's.
+    above = [row for row in rows if row.tau > 0 or samples.recorded.original is not None]
+    all_differ = samples.recorded.differs
+    number = np.arange(len(all_differ))
     bounds, cache = [0.0] * (len(rows) - len(above)), dict[tuple[float, int], float]()
     for row in above:
-        differs = labels[number, exit_index(scores, row.tau)] != labels[:, -1]
+        differs = all_differ[number, exit_index(scores, row.tau)]
         n = round(effective_size(differs, samples.groups))
         key = (row.disagreement, n)
         if key not in cache:

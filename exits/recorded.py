@@ -18,6 +18,7 @@ class Recorded:
         distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
         labels: true classes, (n,).
         tokens: tokens of each sample, (n,); None: not recorded.
+        original: what the model answered before it was changed (to int8), (n,); None: as full depth does.
     """
 
     exit_layers: list[int]
@@ -25,13 +26,20 @@ class Recorded:
     distances: NDArray[np.float32]
     labels: NDArray[np.int64]
     tokens: NDArray[np.int64] | None = None
+    original: NDArray[np.int64] | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """Some of the samples."""
-        tokens = self.tokens[which] if self.tokens is not None else None
-        return Recorded(
-            self.exit_layers, self.logits[which], self.distances[which], self.labels[which], tokens
-        )
+        tokens, original = (x[which] if x is not None else None for x in (self.tokens, self.original))
+        arrays = (self.logits[which], self.distances[which], self.labels[which])
+        return Recorded(self.exit_layers, *arrays, tokens, original)
+
+    @property
+    def differs(self) -> NDArray[np.bool_]:
+        """Whether each exit's label is not that of full depth, or of the original where that is known, (n, exits)."""
+        answers = self.logits.argmax(-1)
+        wanted = answers[:, -1] if self.original is None else self.original
+        return np.asarray(answers != wanted[:, None])
 
     @property
     def correct(self) -> NDArray[np.bool_]:

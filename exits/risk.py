@@ -1,7 +1,7 @@
 """Fit the signal `risk`: at each exit, the probability that its label is not that of full depth.
 
 A logistic regression per exit, on samples that the model was not trained on. It needs no labels: the target is
-whether the exit and full depth disagree.
+whether the exit disagrees with full depth, or with the model before it was quantized where that is known.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ LEAST_SPREAD = 1e-4  # of a feature that is used; a weight is divided by it, and
 def fit(recorded: Recorded) -> Risk:
     """The risk of a model, from the exits of n samples that were run to full depth."""
     features = formulas.risk_features(recorded.logits, recorded.distances)
-    labels = recorded.logits.argmax(-1)
-    differs = (labels != labels[:, -1:]).astype(np.float64)
+    differs = recorded.differs.astype(np.float64)
     weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
     for j, layer in enumerate(recorded.exit_layers[:-1]):
         weights[layer] = tuple(regress(features[:, j], differs[:, j]).tolist())

@@ -4,8 +4,8 @@ import onnx
 from onnx import TensorProto
 
 from export.graph import Graph, block, embed, exit_heads
-from training import encoders
-from training.encoders import linear
+from training.encoders import family
+from training.encoders.weights import Head, linear
 from training.model import De3Model
 
 
@@ -20,7 +20,8 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
     token_types: whether the model's tokenizer returns token types.
     """
     shape = [1, "tokens", model.config.hidden_size]
-    tables = encoders.embeddings(model.encoder, token_types)
+    known = family(model.encoder.config)
+    tables = known.embeddings(model.encoder, token_types)
     segments: dict[str, onnx.ModelProto] = {}
 
     g = Graph(int8)
@@ -31,7 +32,7 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
     _add_exit(g, "hidden", 0, model)
     segments[file_name(0)] = g.model("embeddings")
 
-    for m, layer in enumerate(encoders.layers(model.encoder), 1):
+    for m, layer in enumerate(known.layers(model.encoder), 1):
         g = Graph(int8)
         g.output(block(g, g.input("hidden", shape), layer), "next_hidden", shape)
         _add_exit(g, "next_hidden", m, model)
@@ -49,4 +50,7 @@ def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model) -> None:
             if layer in config.prototype_layers
             else None
         )
-        exit_heads(g, hidden, config.pooling, classifier, space)
+        head, pooling = None, config.pooling
+        if layer == config.num_layers and model.head is not None:
+            head, pooling = Head(linear(model.head), config.head["activation"]), config.head["pooling"]
+        exit_heads(g, hidden, pooling, classifier, space, head)

@@ -61,13 +61,15 @@ class Calibrated:
         return {"calibration": self.calibration, "risk": self.risk, "defaults": self.defaults}
 
 
-def calibrate(tune: Part, certify: Part, max_loss: float, wanted: str = "auto") -> Calibrated:
+def calibrate(
+    tune: Part, certify: Part, max_loss: float, wanted: str = "auto", self_labelled: bool = False
+) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. Of fewer than
     MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk that was fitted on the other.
 
-    wanted: the signal of the default, or auto.
+    wanted: the signal of the default, or auto. self_labelled: the samples' labels are the model's own answers.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
@@ -81,13 +83,17 @@ def calibrate(tune: Part, certify: Part, max_loss: float, wanted: str = "auto") 
         tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
     default = calibration.within_loss(tables[_named(name)], max_loss)
     samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
-    _report(tables, default, samples)
+    _report(tables, default, samples, self_labelled)
     calibrated = Calibration.model_validate(
         {
             "tune_size": len(tune.samples.recorded.labels),
             "certify_size": len(samples.recorded.labels),
             "groups": samples.num_groups,
             "max_loss": max_loss,
+            "self_labelled": self_labelled,
+            "original_disagreement": None
+            if samples.recorded.original is None
+            else round(float(samples.recorded.differs[:, -1].mean()), 6),
             "exit_accuracy": samples.recorded.correct.mean(0).tolist(),
             "default": rounded(default),
             "table": [rounded(row) for table in tables.values() for row in table],
@@ -150,16 +156,19 @@ def joined(parts: Sequence[Samples]) -> Samples:
     )
     offsets = np.cumsum([0, *(int(p.groups.max()) + 1 for p in parts)])[:-1]
     groups = np.concatenate([p.groups + offset for p, offset in zip(parts, offsets, strict=True)])
-    lengths = [p.recorded.tokens for p in parts]
-    tokens = (
-        None if any(x is None for x in lengths) else np.concatenate([x for x in lengths if x is not None])
+    tokens, original = (
+        None if any(x is None for x in values) else np.concatenate([x for x in values if x is not None])
+        for values in ([p.recorded.tokens for p in parts], [p.recorded.original for p in parts])
     )
-    return Samples(Recorded(first.exit_layers, logits, distances, labels, tokens), groups)
+    return Samples(Recorded(first.exit_layers, logits, distances, labels, tokens, original), groups)
 
 
-def _report(tables: dict[SignalName, list[Outcome]], default: Outcome, samples: Samples) -> None:
+def _report(
+    tables: dict[SignalName, list[Outcome]], default: Outcome, samples: Samples, self_labelled: bool
+) -> None:
     n = len(samples.recorded.labels)
-    table = Table(title=f"Speed-up in layers at a disagreement with full depth, {n} certifying samples")
+    whom = "full depth" if samples.recorded.original is None else "the original model"
+    table = Table(title=f"Speed-up in layers at a disagreement with {whom}, {n} certifying samples")
     for column in ("signal", "1%", "2%", "5%"):
         table.add_column(column, justify="left" if column == "signal" else "right")
     for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
@@ -168,8 +177,8 @@ def _report(tables: dict[SignalName, list[Outcome]], default: Outcome, samples: 
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
     console.print(
-        f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: accuracy "
-        f"{100 * default.accuracy:.2f}% "
+        f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: "
+        f"{'agreement with the original model' if self_labelled else 'accuracy'} {100 * default.accuracy:.2f}% "
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), mean exit layer "

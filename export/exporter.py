@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from exits.rule import ExitRule, exit_index
 from export.build import build
 from export.calibrate import Part, calibrate
 from export.record import record
-from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
+from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
 from training.checkpoint import Checkpoint
@@ -101,13 +101,21 @@ def export(
         proof: dict[str, Any] = {"parity": parity(model, tokenizer, exported, certify, int8)}
         tuned = record(exported, tune, "the tuning samples")
         certified = record(exported, certify, "the certifying samples")
+
+        def in_fp32(examples: list[Example]) -> Recorded:
+            encoded = encode(examples, tokenizer, manifest.max_tokens)
+            return predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
+
         if int8:
-            encoded = encode(certify, tokenizer, manifest.max_tokens)
-            reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
+            reference = in_fp32(certify)
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
+            if model.config.head is not None:  # the user's own model: its answers are what counts
+                tuned = replace(tuned, original=in_fp32(tune).logits[:, -1].argmax(-1))
+                certified = replace(certified, original=reference.logits[:, -1].argmax(-1))
         warn(weaknesses(certified, opened.names))
         certifying = Part.of(certified, certify)
-        calibrated = calibrate(Part.of(tuned, tune), certifying, settings.max_loss, settings.signal)
+        own = opened.self_labelled and tune_file is None and certify_file is None
+        calibrated = calibrate(Part.of(tuned, tune), certifying, settings.max_loss, settings.signal, own)
         final = manifest.model_copy(update=calibrated.fields())
         if int8:
             whole = certifying.is_whole
@@ -159,6 +167,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         max_tokens=config.max_tokens,
         token_types=token_types,
         pooling=config.pooling,
+        head=None if config.head is None else Head.model_validate(config.head),
         input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
         defaults=Defaults(tau=0, signal="entropy"),

@@ -21,11 +21,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from training.encoders import Array, Embeddings, Layer, Linear, Norm
+from training.encoders.weights import Array, Embeddings, Head, Layer, Linear, Norm
 
 MICROSOFT = "com.microsoft"
 # FastGelu is the tanh approximation, Gelu the exact one.
 ACTIVATIONS = {"gelu": "Gelu", "gelu_new": "FastGelu", "gelu_pytorch_tanh": "FastGelu", "relu": "Relu"}
+HEAD_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "gelu": "Gelu"}
 
 
 class Graph:
@@ -127,15 +128,17 @@ def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
 
 def block(g: Graph, hidden: str, layer: Layer) -> str:
     """Hidden states (1, T, H) after one transformer block."""
-    bias = g.constant(layer.qkv.bias)
-    if g.int8:
-        weight, scale = quantize(layer.qkv.weight)
+    if layer.relative is not None:
+        attended = _attention_with_offsets(g, hidden, layer, layer.relative)
+    elif g.int8:
+        bias = g.constant(layer.qkv.bias)
+        values, scale = quantize(layer.qkv.weight)
         quantized = g.node("DynamicQuantizeLinear", hidden, outputs=3)
         stem = quantized.removesuffix("_0")
         attended = g.ms(
             "QAttention",
             quantized,
-            g.constant(weight),
+            g.constant(values),
             bias,
             f"{stem}_1",
             g.constant(scale),
@@ -144,7 +147,8 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
             num_heads=layer.num_heads,
         )
     else:
-        attended = g.ms("Attention", hidden, g.constant(layer.qkv.weight), bias, num_heads=layer.num_heads)
+        weight, bias = g.constant(layer.qkv.weight), g.constant(layer.qkv.bias)
+        attended = g.ms("Attention", hidden, weight, bias, num_heads=layer.num_heads)
     # Not SkipLayerNormalization: it measured 5 times slower than Add and LayerNormalization.
     hidden = g.norm(g.node("Add", g.linear(attended, layer.attention_out), hidden), layer.attention_norm)
     inner = g.linear(hidden, layer.ffn_in)
@@ -153,8 +157,32 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
     return g.norm(g.node("Add", g.linear(inner, layer.ffn_out), hidden), layer.ffn_norm)
 
 
-def exit_heads(g: Graph, hidden: str, pooling: str, classifier: Linear, prototypical: Linear | None) -> None:
+def _attention_with_offsets(g: Graph, hidden: str, layer: Layer, relative: Array) -> str:
+    """Attention with values for the distance between query and key, (heads, 2P − 1), added to the scores."""
+    middle = g.constant(np.array(relative.shape[1] // 2, np.int64))
+    zero, one = (g.constant(np.array(x, np.int64)) for x in (0, 1))
+    axes = [g.constant(np.array([x], np.int64)) for x in (0, 1)]
+    numbers = g.node("Range", zero, g.node("Squeeze", g.node("Shape", hidden, start=1, end=2), axes[0]), one)
+    offsets = g.node("Sub", g.node("Unsqueeze", numbers, axes[0]), g.node("Unsqueeze", numbers, axes[1]))
+    picked = g.node("Gather", g.constant(relative), g.node("Add", offsets, middle), axis=1)
+    added = g.node("Unsqueeze", picked, axes[0])  # (1, heads, T, T)
+    qkv = g.linear(hidden, layer.qkv)
+    parts = g.node("Split", qkv, axis=-1, outputs=3).removesuffix("_0")
+    query, key, value = (f"{parts}_{i}" for i in range(3))
+    return g.ms("MultiHeadAttention", query, key, value, "", "", added, num_heads=layer.num_heads)
+
+
+def exit_heads(
+    g: Graph,
+    hidden: str,
+    pooling: str,
+    classifier: Linear,
+    prototypical: Linear | None,
+    head: Head | None = None,
+) -> None:
     """Add an exit: the input with_exit, the outputs logits and, with a prototypical network, distances.
+
+    head: what stands between pooling and classifier.
 
     Heads stay in float32, except for the prototypical network's weights: they cost almost nothing.
     """
@@ -166,6 +194,10 @@ def exit_heads(g: Graph, hidden: str, pooling: str, classifier: Linear, prototyp
         if pooling == "mean"
         else yes.node("Gather", hidden, yes.constant(np.array(0, np.int64)), axis=1)
     )
+    if head is not None:
+        dense = yes.node("Gemm", pooled, yes.constant(head.dense.weight), yes.constant(head.dense.bias))
+        op = HEAD_ACTIVATIONS[head.activation]
+        pooled = yes.ms(op, dense) if op == "Gelu" else yes.node(op, dense)
     logits = yes.node("Gemm", pooled, yes.constant(classifier.weight), yes.constant(classifier.bias))
     yes.output(logits, "yes_logits", [1, labels])
     names = ["logits"]

@@ -15,11 +15,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from model_store.graph_check import MICROSOFT, GraphError
 from model_store.manifest import Manifest
-from native.network import Embeddings, Exit, Layer, Linear, Network, Norm
+from native.network import Embeddings, Exit, Head, Layer, Linear, Network, Norm
 
 Array = NDArray[Any]
 ANY = -1  # a size that the weight itself decides
 ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+HEAD_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "gelu": "Gelu"}
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,25 @@ def floats(*shape: int) -> Weight:
     return Weight(np.float32, shape)
 
 
-def network_of(segments: Sequence[tuple[Any, Exit | None]], manifest: Manifest) -> Network:
+def network_of(segments: Sequence["Read"], manifest: Manifest) -> Network:
     """The network of what read_segment gave for each segment, index = layer."""
-    embeddings, *layers = (part for part, _ in segments)
-    exits = {layer: head for layer, (_, head) in enumerate(segments) if head is not None}
-    return Network(manifest.hidden_size, embeddings, layers, exits, manifest.pooling == "mean")
+    embeddings, *layers = (segment.part for segment in segments)
+    exits = {layer: segment.exit for layer, segment in enumerate(segments) if segment.exit is not None}
+    head = segments[-1].head
+    return Network(manifest.hidden_size, embeddings, layers, exits, manifest.pooling == "mean", head)
 
 
-def read_segment(graph: Any, layer: int, manifest: Manifest) -> tuple[Embeddings | Layer, Exit | None]:
-    """The weights of a segment and of its exit; raises GraphError for a graph that export does not build."""
+@dataclass(frozen=True)
+class Read:
+    """The weights of a segment: of the embeddings or the layer, of its exit, and of the stock head before that."""
+
+    part: Any
+    exit: Exit | None
+    head: Head | None
+
+
+def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
+    """The weights of a segment; raises GraphError for a graph that export does not build."""
     try:
         has_exit, has_space = layer in manifest.exit_layers, layer in manifest.prototype_layers
         # An exit is a branch that gives out logits and, with prototypes, distances.
@@ -53,11 +64,14 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> tuple[Embeddings
         _check_names(graph)
         r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
         part = r.layer(manifest) if layer else r.embeddings(manifest)
-        head = r.exit("next_hidden" if layer else "hidden", has_space, manifest) if has_exit else None
+        has_head = layer == manifest.num_layers and manifest.head is not None
+        head, exit_ = None, None
+        if has_exit:
+            head, exit_ = r.exit("next_hidden" if layer else "hidden", has_space, has_head, manifest)
         r.end()
         if unused := r.weights.keys() - r.used:
             raise GraphError(f"nothing uses the weight {min(unused)!r}")
-        return part, head
+        return Read(part, exit_, head)
     except GraphError:
         raise
     except Exception as error:  # of protobuf or NumPy, over what is no graph of ours
@@ -204,7 +218,10 @@ class _Reader:
         """A transformer block from hidden to next_hidden."""
         hidden, scale = manifest.hidden_size, None
         wide = floats(3 * hidden)
-        if self._int8:
+        relative = None
+        if self.next_op() == "Shape":
+            attended, qkv, relative = self._attention_with_offsets(manifest)
+        elif self._int8:
             (x, x_scale, x_zero), _ = self.node("DynamicQuantizeLinear", "hidden", outputs=3)
             (attended,), (weight, bias, scale) = self.node(
                 *("QAttention", x, Weight(np.int8, (hidden, 3 * hidden)), wide, x_scale, wide, "", x_zero),
@@ -215,9 +232,13 @@ class _Reader:
             (attended,), (weight, bias) = self.node(
                 "Attention", "hidden", floats(hidden, 3 * hidden), wide, domain=MICROSOFT, num_heads=None
             )
+        if relative is None:
+            qkv = Linear(weight, bias, scale)
         heads = self.attributes["num_heads"]
         if not isinstance(heads, int) or not 1 <= heads <= hidden or hidden % heads:
             raise GraphError("its attention has another 'num_heads'")
+        if relative is not None and len(relative) != heads:
+            raise GraphError("its attention adds something else than a value for each head and distance")
         out, attention_out = self.linear(attended, hidden, hidden)
         (x,), _ = self.node("Add", out, "hidden")
         middle, attention_norm = self.norm(x, hidden)
@@ -230,10 +251,40 @@ class _Reader:
         (x,), _ = self.node("Add", down, middle)
         x, ffn_norm = self.norm(x, hidden)
         self._is_called(x, "next_hidden")
-        qkv = Linear(weight, bias, scale)
-        return Layer(qkv, attention_out, attention_norm, ffn_in, ffn_out, ffn_norm, heads, activation)
+        return Layer(
+            qkv, attention_out, attention_norm, ffn_in, ffn_out, ffn_norm, heads, activation, relative
+        )
 
-    def exit(self, hidden: str, has_space: bool, manifest: Manifest) -> Exit:
+    def _attention_with_offsets(self, manifest: Manifest) -> tuple[str, Linear, Array]:
+        """Attention that adds values for the distance between two tokens: its output, its weights and the values."""
+        scalar, axis = Weight(np.int64, ()), Weight(np.int64, (1,))
+        (shape,), _ = self.node("Shape", "hidden", start=1, end=2)
+        (tokens,), first = self.node("Squeeze", shape, axis)
+        (numbers,), (zero, one) = self.node("Range", scalar, tokens, scalar)
+        (keys,), a = self.node("Unsqueeze", numbers, axis)
+        (queries,), b = self.node("Unsqueeze", numbers, axis)
+        (offsets,), _ = self.node("Sub", keys, queries)
+        (rows,), (middle,) = self.node("Add", offsets, scalar)
+        (picked,), (relative,) = self.node("Gather", floats(ANY, ANY), rows, axis=1)
+        (added,), c = self.node("Unsqueeze", picked, axis)
+        constants = [int(x.item()) for x in (*first, zero, one, *a, *b, *c)]
+        width = relative.shape[1]
+        if (
+            constants != [0, 0, 1, 0, 1, 0]
+            or width != 2 * int(middle) + 1
+            or middle + 1 < manifest.max_tokens
+        ):
+            raise GraphError("its attention adds something else than a value for each head and distance")
+        x, qkv = self.linear("hidden", manifest.hidden_size, 3 * manifest.hidden_size)
+        parts, _ = self.node("Split", x, outputs=3, axis=-1)
+        (attended,), _ = self.node(
+            "MultiHeadAttention", *parts, "", "", added, domain=MICROSOFT, num_heads=None
+        )
+        return attended, qkv, relative
+
+    def exit(
+        self, hidden: str, has_space: bool, has_head: bool, manifest: Manifest
+    ) -> tuple[Head | None, Exit]:
         """An exit: a branch of its own, and one of zeros."""
         labels = len(manifest.labels)
         names = ["logits", "distances"][: 1 + has_space]
@@ -242,14 +293,11 @@ class _Reader:
         if outputs != names:
             raise GraphError("its exit gives out other values")
         yes = _Reader(then, self.weights, self._int8)
-        if manifest.pooling == "mean":
-            (pooled,), _ = yes.node("ReduceMean", hidden, axes=[1], keepdims=0)
-        else:
-            (pooled,), (first,) = yes.node("Gather", hidden, Weight(np.int64, ()), axis=1)
-            if first != 0:
-                raise GraphError("its exit sees another token than the first")
+        is_mean = (manifest.head.pooling if has_head and manifest.head else manifest.pooling) == "mean"
+        pooled = yes.pooled(hidden, is_mean)
+        seen, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
         (logits,), (weight, bias) = yes.node(
-            "Gemm", pooled, floats(manifest.hidden_size, labels), floats(labels)
+            "Gemm", seen, floats(manifest.hidden_size, labels), floats(labels)
         )
         given, space = [logits], None
         if has_space:
@@ -272,7 +320,26 @@ class _Reader:
         no.end()
         if [o.name for o in then.output] != given or [o.name for o in other.output] != zeros:
             raise GraphError("its exit gives out other values")
-        return Exit(Linear(weight, bias, None), space)
+        return head, Exit(Linear(weight, bias, None), space)
+
+    def pooled(self, hidden: str, is_mean: bool) -> str:
+        """The mean of the tokens, or the first one."""
+        if is_mean:
+            (pooled,), _ = self.node("ReduceMean", hidden, axes=[1], keepdims=0)
+            return pooled
+        (pooled,), (first,) = self.node("Gather", hidden, Weight(np.int64, ()), axis=1)
+        if first != 0:
+            raise GraphError("its exit sees another token than the first")
+        return pooled
+
+    def head(self, pooled: str, is_mean: bool, manifest: Manifest) -> tuple[str, Head]:
+        """A stock classifier's dense layer: the output's name, and the weights."""
+        assert manifest.head is not None
+        size, activation = manifest.hidden_size, manifest.head.activation
+        (x,), (weight, bias) = self.node("Gemm", pooled, floats(size, size), floats(size))
+        operator = HEAD_ACTIVATIONS[activation]
+        (x,), _ = self.node(operator, x, domain=MICROSOFT if operator == "Gelu" else "")
+        return x, Head(Linear(weight, bias, None), activation, is_mean)
 
     def _is_called(self, value: str, name: str) -> None:
         if value != name:

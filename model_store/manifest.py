@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from exits.reference import LEVELS, is_ascending
 from exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
 
-SCHEMA_VERSIONS = (3, 4)  # 3 has no risk: the signal is λ, and 0 is entropy
-SCHEMA_VERSION: Literal[4] = 4
+# 3 has no risk: the signal is λ, and 0 is entropy. 4 has no head.
+SCHEMA_VERSIONS = (3, 4, 5)
+SCHEMA_VERSION: Literal[5] = 5
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
@@ -97,6 +98,13 @@ class TradeOff(_Signal):
     histogram: list[Share] = Field(max_length=MAX_LAYERS)
 
 
+class Head(_Part):
+    """The last exit of an imported classifier: pooling, a dense layer, an activation, then the classifier."""
+
+    pooling: Literal["mean", "cls"]
+    activation: Literal["tanh", "relu", "gelu"]
+
+
 class RiskWeights(_Part):
     """The risk's weights at one exit: exits.signals.Risk."""
 
@@ -130,7 +138,10 @@ class Calibration(_Part):
 
     The signal was chosen on `tune_size` samples. All numbers are from `certify_size` other samples, in `groups` groups
     of related ones. The table has the rows of every signal that was certified. `tokens` are the quantiles of the
-    certifying samples' lengths, at exits.reference.LEVELS.
+    certifying samples' lengths, at exits.reference.LEVELS. With `self_labelled`, the labels were the original model's
+    own answers, so that every accuracy is agreement with them. `original_disagreement` is the share of samples that
+    full depth answers otherwise than the original model did before it was quantized; if it is set, every disagreement
+    is one with the original.
     `references` has one entry per exit.
     """
 
@@ -138,6 +149,8 @@ class Calibration(_Part):
     certify_size: Count
     groups: Count | None = None
     max_loss: float
+    self_labelled: bool = False
+    original_disagreement: Share | None = None
     exit_accuracy: list[Share] = Field(max_length=MAX_LAYERS)
     default: TradeOff
     table: list[TradeOff] = Field(max_length=MAX_ROWS)
@@ -159,13 +172,15 @@ class Manifest(_Part):
         prototype_layers: exits with prototypes.
         max_tokens: longest input, special tokens included.
         token_types: whether embeddings.onnx takes token_type_ids.
+        pooling: of the exits; the last has its own if it has a head.
+        head: of the last exit, as the stock classifier has it that was imported; None: it is as the other exits are.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
         export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
             and the share of samples that leave at the same exit with the same label.
     """
 
-    schema_version: Literal[3, 4]
+    schema_version: Literal[3, 4, 5]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
@@ -179,6 +194,7 @@ class Manifest(_Part):
     max_tokens: int = Field(ge=3, le=32768)
     token_types: bool
     pooling: Literal["mean", "cls"]
+    head: Head | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
     defaults: Defaults
@@ -194,6 +210,8 @@ class Manifest(_Part):
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         if self.prototype_layers not in (exits, exits[:-1]):
             raise ValueError("prototype_layers must be the exit layers, with or without the last")
+        if self.head is not None and self.prototype_layers == exits:
+            raise ValueError("prototype_layers may not have the last layer, as it has a head")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
         invalid = [name for name in self.files if not FILE.fullmatch(name)]

@@ -8,7 +8,7 @@ import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
 from model_store.graph_check import GraphError, read_graph
-from model_store.graph_reader import network_of, read_segment
+from model_store.graph_reader import Read, network_of, read_segment
 from model_store.segments import (
     Array,
     NativeSegment,
@@ -23,7 +23,7 @@ from model_store.segments import (
 from model_store.store import Artifact, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
-from native.network import Embeddings, Exit, Layer, Network, build
+from native.network import Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's values over the texts of the proof
@@ -167,8 +167,8 @@ class Model:
         return full_depth(self.segments, tokens)
 
 
-def check_segment(artifact: Artifact, layer: int, data: bytes) -> tuple[Embeddings | Layer, Exit | None]:
-    """The weights in a segment's file and those of its exit; raises StoreError for a graph that export does
+def check_segment(artifact: Artifact, layer: int, data: bytes) -> Read:
+    """The weights in a segment's file; raises StoreError for a graph that export does
     not build, or that is another one than the manifest says."""
     try:
         return read_segment(read_graph(data), layer, artifact.manifest)

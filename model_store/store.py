@@ -212,7 +212,7 @@ def read_manifest(path: Path) -> Manifest:
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version not in SCHEMA_VERSIONS:
         raise StoreError(
-            f"{file}: schema version {version!r}, this release reads {' and '.join(map(str, SCHEMA_VERSIONS))}: "
+            f"{file}: schema version {version!r}, this release reads {', '.join(map(str, SCHEMA_VERSIONS))}: "
             "export the model again, or use a release that supports that version"
         )
     try:

@@ -84,22 +84,39 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
     return 0;
 }
 
+/* What the last exit's classifier sees: to = activation(dense · pooled + bias), (hidden). */
+static void run_head(const Head *head, const float *pooled, int hidden, float *to) {
+    for (int i = 0; i < hidden; i++) {
+        float x = head->bias[i] + kernels->dot(pooled, head->dense + (size_t)i * hidden, hidden);
+        switch (head->activation) {
+        case HEAD_TANH: x = tanhf(x); break;
+        case HEAD_RELU: x = x < 0.0f ? 0.0f : x; break; /* NaN stays */
+        default: x = 0.5f * x * (1.0f + erff(x * 0.70710678f));
+        }
+        to[i] = x;
+    }
+}
+
 int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, const float *prototypes,
              float *logits, float *distances) {
     const Kernels *k = kernels;
     const ExitHead *head = &m->exits[layer];
     int hidden = m->hidden, metric = head->metric;
     size_t states = ROUND_UP((size_t)hidden * 4, 64), space = ROUND_UP((size_t)metric * 4, 64);
-    char *memory = scratch(states + space + (size_t)16 * hidden);
+    char *memory = scratch(2 * states + space + (size_t)16 * hidden);
     if (memory == NULL) return -1;
     float *pooled = (float *)memory, *embedded = (float *)(memory + states);
-    uint8_t *bytes = (uint8_t *)(memory + states + space);
+    float *seen = (float *)(memory + states + space); /* by the classifier */
+    uint8_t *bytes = (uint8_t *)(memory + 2 * states + space);
 
-    if (m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
+    int has_head = layer == m->num_layers && m->head.dense;
+    if (has_head ? m->head.has_mean : m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
     else memcpy(pooled, hidden_states, (size_t)hidden * 4);
+    if (has_head) run_head(&m->head, pooled, hidden, seen);
+    else seen = pooled;
     int is_finite = 1;
     for (int i = 0; i < head->num_labels; i++) {
-        logits[i] = head->bias[i] + k->dot(pooled, head->classifier + (size_t)i * hidden, hidden);
+        logits[i] = head->bias[i] + k->dot(seen, head->classifier + (size_t)i * hidden, hidden);
         is_finite = is_finite && isfinite(logits[i]);
     }
     if (!metric) return 0;

@@ -62,6 +62,8 @@ void free_model(Model *m) {
         free(m->exits[i].classifier);
         free(m->exits[i].bias);
     }
+    free(m->head.dense);
+    free(m->head.bias);
     free_norm(&m->norm);
     free(m->words);
     free(m->word_scales);

@@ -32,6 +32,13 @@ typedef struct {
     Linear projection;              /* to the metric space */
 } ExitHead;
 
+/* What the last exit's classifier sees, as a stock classifier has it: activation(dense · pooled + bias). */
+typedef struct {
+    float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: the classifier sees pooled */
+    enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
+    int has_mean; /* as Model.has_mean, for this exit */
+} Head;
+
 typedef struct {
     Linear qkv, out, up, down;
     Norm after_attention, after_ffn;
@@ -48,6 +55,7 @@ typedef struct {
     Norm norm;                     /* of the embeddings */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
+    Head head;                      /* of the last exit */
 } Model;
 
 /* Where a weight is in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are next to

@@ -48,7 +48,11 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Layer:
-    """A transformer block; activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them."""
+    """A transformer block; activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them.
+
+    Attributes:
+        relative: what attention adds for the distance of two tokens, (heads, 2P − 1); None: nothing.
+    """
 
     qkv: Linear
     attention_out: Linear
@@ -58,6 +62,7 @@ class Layer:
     ffn_norm: Norm
     num_heads: int
     activation: str
+    relative: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,22 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Head:
+    """The dense layer between pooling and classifier of a stock classifier, float32; activation: one of ACTIVATIONS.
+
+    Attributes:
+        mean: whether it sees the mean of the tokens, else the first one.
+    """
+
+    dense: Linear
+    activation: str
+    mean: bool
+
+
+ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, in the kernels' order
+
+
+@dataclass(frozen=True)
 class Network:
     """A whole model.
 
@@ -76,6 +97,7 @@ class Network:
         hidden_size: the width of the hidden states.
         exits: by layer, 0 being the embeddings.
         mean: whether exits see the mean of the tokens, else the first one.
+        head: of the last exit; None: its classifier sees what the other exits' see.
     """
 
     hidden_size: int
@@ -83,6 +105,7 @@ class Network:
     layers: list[Layer]
     exits: dict[int, Exit]
     mean: bool
+    head: Head | None = None
 
 
 def build(network: Network) -> Any:
@@ -97,14 +120,8 @@ def build(network: Network) -> Any:
         raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
     if not kernels.supported():
         raise NoKernelsError(kernels.why_not())
+    _check(network)
     tables, first = network.embeddings, network.layers[0]
-    if tables.projection is not None:
-        raise NoKernelsError("its embeddings have a projection")
-    for number, layer in enumerate(network.layers, 1):
-        if layer.activation not in ("Gelu", "Relu"):
-            raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
-        if _sizes(layer) != _sizes(first):
-            raise NoKernelsError(f"layer {number}: its sizes are not those of the layer before")
     try:
         is_gelu = first.activation == "Gelu"
         heads, inner = first.num_heads, first.ffn_in.weight.shape[1]
@@ -129,9 +146,25 @@ def build(network: Network) -> Any:
             kernels.set_exit(
                 model, number, np.ascontiguousarray(classifier.weight.T), classifier.bias, *in_space
             )
+        if (top := network.head) is not None:
+            dense = np.ascontiguousarray(top.dense.weight.T)
+            kernels.set_head(model, dense, top.dense.bias, ACTIVATIONS.index(top.activation), top.mean)
     except ValueError as error:  # sizes that have no kernels
         raise NoKernelsError(str(error)) from None
     return model
+
+
+def _check(network: Network) -> None:
+    """Raise NoKernelsError for what no kernel computes."""
+    if network.embeddings.projection is not None:
+        raise NoKernelsError("its embeddings have a projection")
+    for number, layer in enumerate(network.layers, 1):
+        if layer.relative is not None:
+            raise NoKernelsError(f"layer {number}: there is no kernel for relative positions in attention")
+        if layer.activation not in ("Gelu", "Relu"):
+            raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
+        if _sizes(layer) != _sizes(network.layers[0]):
+            raise NoKernelsError(f"layer {number}: its sizes are not those of the layer before")
 
 
 def _sizes(layer: Layer) -> tuple[int, int, str]:

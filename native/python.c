@@ -235,6 +235,26 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     return done(ok, b, 5);
 }
 
+/* set_head(model, dense (H, H), bias (H), activation, mean): the last exit's; the exit has no prototypes */
+static PyObject *py_set_head(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int activation, mean;
+    Py_buffer b[2];
+    if (!PyArg_ParseTuple(args, "Oy*y*ip", &capsule, &b[0], &b[1], &activation, &mean)) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && holds(&b[0], (size_t)m->hidden * m->hidden, 4, "dense") &&
+             holds(&b[1], m->hidden, 4, "bias") &&
+             require(activation >= 0 && activation < NUM_HEAD_ACTIVATIONS, "there is no such activation") &&
+             require(!m->head.dense && !m->exits[m->num_layers].metric,
+                     "the head is set already, or the last exit has prototypes");
+    if (ok) {
+        float *dense = copy_of(b[0].buf, b[0].len), *bias = copy_of(b[1].buf, b[1].len);
+        m->head = (Head){dense, bias, activation, mean};
+        ok = require_memory(dense && bias);
+    }
+    return done(ok, b, 2);
+}
+
 /* ---- running ---------------------------------------------------------------------------------------- */
 
 /* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its
@@ -401,6 +421,7 @@ static PyMethodDef methods[] = {
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
+    {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
     {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights): the exits of layers 0, 1, …"},

@@ -169,6 +169,12 @@ class Rules:
             return self.at(row, "target_speedup", options.target_speedup)
         if options.max_disagreement is not None:
             row = self._table(signal, "max_disagreement").within_disagreement(options.max_disagreement)
+            if row.disagreement_bound > options.max_disagreement:
+                least = f"at least {row.disagreement_bound:g} with {self.name}, whose int8 weights answer"
+                raise RequestError(
+                    f"max_disagreement: {least} otherwise than the original model now and then",
+                    "max_disagreement",
+                )
             return self.at(row, "max_disagreement", options.max_disagreement)
         return otherwise
 

@@ -101,24 +101,27 @@ def save_tokenizer(folder: Path, token_types: bool = True) -> int:
     return len(vocabulary)
 
 
-def save_encoder(folder: Path, family: str = "bert", layers: int = 3, activation: str = "gelu") -> Path:
-    """A small random encoder of a family in folder, with its tokenizer."""
+def save_encoder(
+    folder: Path, family: str = "bert", layers: int = 3, activation: str = "gelu", labels: int = 0
+) -> Path:
+    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(7)
     vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra"))
+    like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
     settings = {
         "vocab_size": vocabulary,
         "hidden_size": 64,  # sizes that the kernels in native/ have
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "intermediate_size": 128,
-        "max_position_embeddings": 66 if family == "roberta" else 64,
+        "max_position_embeddings": 66 if like_roberta else 64,
         "hidden_act": activation,
-        "pad_token_id": 1 if family == "roberta" else 0,
+        "pad_token_id": 1 if like_roberta else 0,
     }
-    if family == "roberta":
+    if like_roberta:
         settings["type_vocab_size"] = 1
     if family == "electra":
         settings["embedding_size"] = 16
@@ -132,7 +135,9 @@ def save_encoder(folder: Path, family: str = "bert", layers: int = 3, activation
             "hidden_act",
         ):
             del settings[key]
-    model = AutoModel.from_config(AutoConfig.for_model(family, **settings))
+    config = AutoConfig.for_model(family, **settings, num_labels=labels)
+    kind = AutoModelForSequenceClassification if labels else AutoModel
+    model = kind.from_config(config)
     with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))

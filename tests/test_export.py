@@ -25,6 +25,7 @@ from model_store.segments import session_options
 from model_store.store import Store
 from tests.conftest import make_rows, save_encoder
 from training import data as datas
+from training import encoders
 from training.checkpoint import Checkpoint, write_record
 from training.data import Example
 from training.model import De3Model
@@ -52,7 +53,7 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", encoders.FAMILIES)
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> None:
     encoder = save_encoder(tmp_path / "encoder", family)

@@ -35,7 +35,7 @@ from server.engine.run import run_group
 from tests import jobs
 from tests.conftest import make_rows, using
 from tests.serving import Gate, serving, until
-from training import encoders
+from training.encoders import weights
 
 kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -104,21 +104,21 @@ def random_segments(
     """Embeddings and one layer of random weights, each with an exit, as export builds them; metric 0: without
     prototypes."""
 
-    def linear(inputs: int, outputs: int) -> encoders.Linear:
+    def linear(inputs: int, outputs: int) -> weights.Linear:
         weight, bias = rng.normal(0, 0.08, (inputs, outputs)), rng.normal(0, 0.1, outputs)
-        return encoders.Linear(weight.astype(np.float32), bias.astype(np.float32))
+        return weights.Linear(weight.astype(np.float32), bias.astype(np.float32))
 
     def table(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
-    def norm() -> encoders.Norm:
-        return encoders.Norm(1 + 0.1 * table(hidden), 0.1 * table(hidden), 1e-12)
+    def norm() -> weights.Norm:
+        return weights.Norm(1 + 0.1 * table(hidden), 0.1 * table(hidden), 1e-12)
 
     built = []
     for layer in range(2):
         g = graph.Graph(int8=True)
         if layer:
-            block = encoders.Layer(
+            block = weights.Layer(
                 linear(hidden, 3 * hidden), linear(hidden, hidden), norm(), linear(hidden, inner),
                 linear(inner, hidden), norm(), heads, "gelu" if gelu else "relu",
             )  # fmt: skip
@@ -127,7 +127,7 @@ def random_segments(
             ids, types = (
                 g.input(x, [1, "tokens"], TensorProto.INT64) for x in ("input_ids", "token_type_ids")
             )
-            tables = encoders.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
+            tables = weights.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
             g.output(graph.embed(g, tables, ids, types), "hidden", [])
         space = linear(hidden, metric) if metric else None
         pooling = "mean" if mean else "cls"
@@ -420,9 +420,9 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
     for passed in ([], [(logits[0], logits)], [(logits[0, :1].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.score(passed, 0, 0.0, None)
-    for weights in (None, b"", bytes(8 * 5 - 1), bytes(8 * 5 * 2)):
+    for wrong in (None, b"", bytes(8 * 5 - 1), bytes(8 * 5 * 2)):
         with pytest.raises(ValueError, match="weights: has"):
-            kernels.score([(logits[0], None)], 2, 0.0, weights)
+            kernels.score([(logits[0], None)], 2, 0.0, wrong)
 
 
 def test_a_text_that_fails_does_not_fail_those_beside_it(

@@ -15,7 +15,7 @@ from exits.recorded import Recorded
 from exits.rule import ExitRule
 from exits.signals import Edr, Entropy, Signal, SignalName
 from exits.trade_offs import TradeOffs
-from model_store.manifest import Manifest
+from model_store.manifest import SCHEMA_VERSION, Manifest
 from model_store.model import Model
 from model_store.store import Store
 from tests.conftest import make_rows
@@ -297,7 +297,7 @@ def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_p
     )
     run(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
     written = json.loads((mine / "tiny-int8/2/manifest.json").read_text())
-    assert written["schema_version"] == 4
+    assert written["schema_version"] == SCHEMA_VERSION
     assert [row["layer"] for row in written["risk"]] == [0, 1, 2]
     assert (written["defaults"]["signal"], written["defaults"]["lambda"]) == ("risk", None)
     assert {row["signal"] for row in written["calibration"]["table"]} == {"risk", "edr", "entropy"}

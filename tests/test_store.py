@@ -155,7 +155,7 @@ def table(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 3 and 4:"),
+        (lambda m: m.update(schema_version=1), "schema version 1, this release reads 3, 4, 5:"),
         (lambda m: m.pop("schema_version"), "schema version None"),
         (lambda m: m.pop("labels"), "labels: Field required"),
         (lambda m: m.update(surprise=1), "surprise: Extra inputs"),

@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import save_encoder
 from training import loss as losses
-from training.encoders import max_tokens
+from training.encoders import family
 from training.model import De3Config, De3Model
 
 
@@ -122,9 +122,10 @@ def test_pooling_must_be_known() -> None:
 def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
     from transformers import AutoConfig
 
-    for family in ("bert", "roberta"):
-        folder = save_encoder(tmp_path / family, family)
-        assert max_tokens(AutoConfig.from_pretrained(folder)) == 64
+    for name in ("bert", "roberta"):
+        folder = save_encoder(tmp_path / name, name)
+        config = AutoConfig.from_pretrained(folder)
+        assert family(config).max_tokens(config) == 64
 
 
 def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:

@@ -53,6 +53,11 @@ class Checkpoint:
         self.names = self.model.config.label_names
 
     @property
+    def self_labelled(self) -> bool:
+        """Whether the labels of the held-out samples are the model's own answers."""
+        return bool((read_record(self.folder) or {}).get("self_labelled"))
+
+    @property
     def config(self) -> De3Config:
         """The model's configuration."""
         config: De3Config = self.model.config
@@ -79,8 +84,8 @@ def check(folder: Path) -> None:
         raise ValueError(f"{folder} is no checkpoint: it has no config.json; de3 train writes one to --out")
     if kind != De3Config.model_type:
         raise ValueError(
-            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train; to give it exits: "
-            f"de3 train DATA --encoder {folder} --out CHECKPOINT"
+            f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Give a classifier exits "
+            f"by de3 import {folder} --texts FILE --name NAME, an encoder by de3 train DATA --encoder {folder}"
         )
 
 

@@ -16,10 +16,8 @@ FEW = 5  # samples of a label
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 
-def open_encoder(name: str, teacher_only: bool) -> tuple[Any, Any]:
+def open_encoder(name: str) -> tuple[Any, Any]:
     """The configuration and the tokenizer of an encoder from a folder or the hub.
-
-    teacher_only: it is trained with one exit, as a teacher, and never exported.
 
     Raises ValueError, with what works, for an encoder that cannot be used.
     """
@@ -40,7 +38,7 @@ def open_encoder(name: str, teacher_only: bool) -> tuple[Any, Any]:
         raise ValueError(f"--encoder {name}: no such folder")
     try:
         config = AutoConfig.from_pretrained(name)
-        encoders.check_trainable(config, teacher_only)
+        encoders.family(config)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except OSError as error:
         reason = str(error).partition("\n")[0]

@@ -39,6 +39,7 @@ class Columns:
     """The columns of a file's texts and labels: names, or numbers from 0 if it has no header.
 
     Attributes:
+        label: None: the texts have no labels; then a .txt file with a text on each line can be read too.
         quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
             None: they delimit fields unless the file is a .tsv.
         delimiter: between fields; None: a comma in .csv, a tab in .tsv, and .jsonl has none.
@@ -46,14 +47,14 @@ class Columns:
 
     text: str = "text"
     text_pair: str | None = None
-    label: str = "label"
+    label: str | None = "label"
     header: bool = True
     quotes: bool | None = None
     delimiter: str | None = None
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
-    """The (text, label) rows of a .tsv, .csv or .jsonl file, or of any file with a delimiter.
+    """The (text, label) rows of a .tsv, .csv or .jsonl file, or of any file with a delimiter; "" for no label.
 
     Raises ValueError, naming file, line and column, when a column or a value is missing.
     """
@@ -91,7 +92,7 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
             raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
         return value.strip()
 
-    label = cell(columns.label, "--label-column")
+    label = "" if columns.label is None else cell(columns.label, "--label-column")
     if isinstance(label, list | dict | float):
         raise ValueError(
             f"{where}: {columns.label} must be a label, text or a whole number, got {label!r:.50}"
@@ -102,6 +103,10 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
 
 def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
     suffix = path.suffix
+    if suffix == ".txt" and columns.delimiter is None and columns.label is None:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from ((i, {columns.text: line}) for i, line in enumerate(file, 1) if line.strip())
+        return
     if columns.delimiter is None and suffix not in (".tsv", ".csv", ".jsonl"):
         raise ValueError(
             f"{path}: expected a .tsv, .csv or .jsonl file; of another one give --delimiter: tab, ; or ,"

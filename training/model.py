@@ -3,6 +3,7 @@
 It is saved and loaded as any Hugging Face model (config.json, model.safetensors).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 POOLINGS = ("mean", "cls")
+HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}
 
 
 class De3Config(PretrainedConfig):
@@ -24,6 +26,8 @@ class De3Config(PretrainedConfig):
         pooling: h^(m) of a layer: the "mean" of the sample's tokens, or "cls", the first token.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
         last_prototypes: whether the last layer has a prototype space too (for drift and studies).
+        head: for the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or "gelu"}, what
+            is between the layer's output and the classifier, with a dense layer between the two. None: as other exits.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         max_tokens: the most tokens that the encoder takes.
         input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
@@ -38,6 +42,7 @@ class De3Config(PretrainedConfig):
         pooling: str = "mean",
         metric_dim: int | None = None,
         last_prototypes: bool = False,
+        head: dict[str, str] | None = None,
         gamma: float = 0.01,
         max_tokens: int = 512,
         input: str | None = None,
@@ -51,6 +56,7 @@ class De3Config(PretrainedConfig):
         self.pooling = pooling
         self.metric_dim = metric_dim or self.hidden_size
         self.last_prototypes = last_prototypes
+        self.head = head
         self.gamma = gamma
         self.max_tokens = max_tokens
         self.input = input
@@ -60,6 +66,13 @@ class De3Config(PretrainedConfig):
             raise ValueError(f"exit_layers must end at the last layer, {self.num_layers}: {self.exit_layers}")
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
+        if head is not None and (
+            head.keys() != {"pooling", "activation"}
+            or head["pooling"] not in POOLINGS
+            or head["activation"] not in HEAD_ACTIVATIONS
+            or last_prototypes
+        ):
+            raise ValueError(f"head must have a pooling and an activation, and no prototypes, got {head}")
         super().__init__(**kwargs)
 
     def encoder_config(self) -> PretrainedConfig:
@@ -110,6 +123,7 @@ class De3Model(PreTrainedModel):
         width, labels, spaces = config.hidden_size, config.num_labels, len(config.prototype_layers)
         self.dropout = nn.Dropout(getattr(config.encoder_config(), "hidden_dropout_prob", 0.1))
         self.classifiers = nn.ModuleList(nn.Linear(width, labels) for _ in config.exit_layers)
+        self.head = nn.Linear(width, width) if config.head is not None else None
         self.prototypical = nn.ModuleList(nn.Linear(width, config.metric_dim) for _ in range(spaces))
         self.register_buffer("prototypes", torch.zeros(spaces, labels, config.metric_dim))
         self.register_buffer("prototype_seen", torch.zeros(spaces, labels, dtype=torch.bool))
@@ -134,9 +148,9 @@ class De3Model(PreTrainedModel):
         model.encoder.load_state_dict(weights)
         return model
 
-    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    def pool(self, hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         """h^(m), (batch, hidden), of hidden states (batch, tokens, hidden) and their mask (batch, tokens)."""
-        if self.config.pooling == "cls":
+        if pooling == "cls":
             return hidden[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1)
@@ -149,7 +163,8 @@ class De3Model(PreTrainedModel):
         # The heads run in float32: they cost little, and a prototype distance is a difference of nearly
         # equal numbers.
         with torch.autocast(input_ids.device.type, enabled=False):
-            logits = [f(self.dropout(pooled[:, i])) for i, f in enumerate(self.classifiers)]
+            seen = pooled if self.head is None else torch.cat([pooled[:, :-1], self.through_head(pooled)], 1)
+            logits = [f(self.dropout(seen[:, i])) for i, f in enumerate(self.classifiers)]
             embedded = self.embed(pooled)
             return De3Output(torch.stack(logits, 1), embedded, self.distances(embedded))
 
@@ -157,12 +172,29 @@ class De3Model(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """h^(m) of every exit, (batch, exits, hidden), in float32."""
+        poolings = dict.fromkeys(self.config.exit_layers, self.config.pooling)
+        if self.config.head is not None:
+            poolings[self.config.num_layers] = self.config.head["pooling"]
+        states = self.states(input_ids, attention_mask, token_type_ids)
+        parts = zip(states, poolings.values(), strict=True)
+        return torch.stack([self.pool(x, attention_mask, pooling) for x, pooling in parts], 1)
+
+    def states(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
+    ) -> list[Tensor]:
+        """The hidden states of every exit's layer, each (batch, tokens, hidden), in float32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Some tokenizers return token types for encoders that have none.
         if token_type_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
         states = self.encoder(**inputs, output_hidden_states=True).hidden_states
-        return torch.stack([self.pool(states[m].float(), attention_mask) for m in self.config.exit_layers], 1)
+        return [states[m].float() for m in self.config.exit_layers]
+
+    def through_head(self, pooled: Tensor) -> Tensor:
+        """What the last classifier sees, (batch, 1, hidden), of h^(m), (batch, exits, hidden), by the stock head."""
+        assert self.head is not None
+        activation = HEAD_ACTIVATIONS[self.config.head["activation"]]
+        return activation(self.head(self.dropout(pooled[:, -1:])))
 
     def embed(self, pooled: Tensor) -> Tensor:
         """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, spaces or more, hidden)."""

@@ -6,6 +6,8 @@ Trained with the same loss for one epoch on the finished encoder, they do separa
 entropy (docs/demo-model.md).
 """
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,29 +26,43 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
     as prototypes; "means" takes the class means with the networks unchanged; "sliding" keeps the moving
     averages of training (Eq. 1).
     """
-    spaces = len(model.config.prototype_layers)
-    if how == "sliding" or spaces == 0:
+    if how == "sliding" or not model.prototypical:
         return
     model.eval()
-    if how == "refit":
+    batches = training_batches([len(ids) for ids in data.ids], 64, seed)
+
+    def pooled() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in track(batches, f"Prototypes: {how}"):
+            inputs, labels = data.batch(rows, pad_id)
+            with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+                states = model.pooled(**{k: v.to(model.device) for k, v in inputs.items()})
+            yield states, labels.to(model.device)
+
+    fit(model, pooled(), len(batches), lr if how == "refit" else None, seed)
+
+
+def fit(
+    model: De3Model, batches: Iterable[tuple[Tensor, Tensor]], count: int, lr: float | None, seed: int
+) -> None:
+    """Prototypes from `count` batches: pooled states (batch, spaces or more, hidden), and labels (batch,).
+
+    lr: of retraining the prototypical networks; None: they stay.
+    """
+    spaces, labels_count = len(model.config.prototype_layers), model.config.num_labels
+    if lr is not None:
         torch.manual_seed(seed)
         for p in model.prototypical.parameters():
             torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.0)  # biases start at 0
         model.prototype_seen.zero_()
-    optimizer = torch.optim.AdamW(model.prototypical.parameters(), lr=lr)
-    batches = training_batches([len(ids) for ids in data.ids], 64, seed)
-    labels_count = model.config.num_labels
+        optimizer = torch.optim.AdamW(model.prototypical.parameters(), lr=lr)
     sums = torch.zeros(labels_count, spaces, model.config.hidden_size, device=model.device)
     counts = torch.zeros(labels_count, device=model.device)
-    for step, rows in enumerate(track(batches, f"Prototypes: {how}")):
-        inputs, labels = data.batch(rows, pad_id)
-        labels = labels.to(model.device)
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            pooled = model.pooled(**{k: v.to(model.device) for k, v in inputs.items()})[:, :spaces]
+    for step, (states, labels) in enumerate(batches):
+        pooled = states[:, :spaces]
         sums.index_add_(0, labels, pooled)
         counts += torch.bincount(labels, minlength=labels_count)
-        if how == "refit":
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / len(batches))
+        if lr is not None:
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / count)
             embedded = model.embed(pooled)
             model.update_prototypes(embedded.detach(), labels)
             losses.dar(model.distances(embedded), labels).mean().backward()

@@ -151,7 +151,20 @@ def _de3(
 def _plain(
     encoder: str, names: list[str], examples: list[Example], test: list[Example], settings: TrainSettings
 ) -> dict[str, Any]:
-    """A stock classifier, fine-tuned on all the training data as transformers' examples do it."""
+    """A stock classifier, fine-tuned on all the training data."""
+    model, tokenizer = fine_tune(encoder, names, examples, settings)
+    unseen = data.encode(test, tokenizer, settings.max_length, "unseen")
+    answers = np.zeros(len(test), np.int64)
+    with torch.no_grad():
+        for rows in data.evaluation_batches([len(ids) for ids in unseen.ids], 64):
+            answers[rows] = model(**unseen.batch(rows, tokenizer.pad_token_id)[0]).logits.argmax(-1).numpy()
+    return _scores(answers, test)
+
+
+def fine_tune(
+    encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
+) -> tuple[Any, Any]:
+    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -161,7 +174,9 @@ def _plain(
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     pad_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=len(names))
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
+    )
     encoded = data.encode(examples, tokenizer, settings.max_length, "train")
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
@@ -183,12 +198,7 @@ def _plain(
                 optimizer.zero_grad()
                 progress.step(i, loss.item())
     model.eval()
-    unseen = data.encode(test, tokenizer, settings.max_length, "unseen")
-    answers = np.zeros(len(test), np.int64)
-    with torch.no_grad():
-        for rows in data.evaluation_batches([len(ids) for ids in unseen.ids], 64):
-            answers[rows] = model(**unseen.batch(rows, pad_id)[0]).logits.argmax(-1).numpy()
-    return _scores(answers, test)
+    return model, tokenizer
 
 
 def _scores(answers: Any, test: list[Example]) -> dict[str, Any]:

@@ -1,0 +1,125 @@
+"""`de3 import`: a stock classifier gets early exits."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from de3.models import StoreOption
+from de3.options import (
+    DATA,
+    Delimiter,
+    Header,
+    PairColumn,
+    Quotes,
+    SignalOption,
+    TextColumn,
+    need_train_extra,
+)
+
+
+def import_model(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a …ForSequenceClassification of transformers.")
+    ],
+    texts: Annotated[
+        Path,
+        typer.Option(
+            help="Texts like those to be served: a .txt file, one text a line, or .csv, .tsv or .jsonl."
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="Name of the model in the store.")],
+    store: StoreOption = Path("models"),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the checkpoint with exits. A second run goes on from what the first one left there. "
+            "Default: runs/NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the right labels, to report accuracy. Default: none; the model's own answers are what "
+            "counts.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    label_names: Annotated[
+        str | None,
+        typer.Option(
+            help="New names of the model's labels, in the order of its logits, e.g. negative,positive.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    fragments: Annotated[
+        bool,
+        typer.Option(
+            help="The data contains fragments of its own texts (as SST-2's phrases).", rich_help_panel=DATA
+        ),
+    ] = False,
+    header: Header = True,
+    quotes: Quotes = None,
+    delimiter: Delimiter = None,
+    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    max_loss: Annotated[
+        float,
+        typer.Option(
+            help="Accuracy that the default τ may lose against full depth, in percentage points; without labels: "
+            "agreement with the model's own answers.",
+        ),
+    ] = 1.0,
+    signal: SignalOption = "auto",
+    bf16: Annotated[
+        bool, typer.Option(help="Compute the states that exits are fitted on in bfloat16.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
+) -> None:
+    """Give a classifier that you have early exits; its weights stay, and full depth answers as it always did.
+
+    Exits are fitted on texts without labels, to the model's own answers; how often they differ is certified on texts
+    held out. Use texts that the model was not trained on: on its training texts it is surer than on others, and the
+    certificate would not hold.
+
+    Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
+    """
+    need_train_extra()
+    from export.exporter import ExportSettings
+    from export.importing import import_classifier
+    from model_store.store import Store
+    from training import checks, data, stock
+    from training.progress import console, warn
+
+    if fragments and group_column is not None:
+        raise ValueError(
+            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
+        )
+    settings = ExportSettings(name, quantize, max_loss / 100, signal=signal)
+    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
+    rows = data.read_rows(texts, columns)
+    groups = data.read_column(texts, columns, group_column) if group_column is not None else None
+    opened = stock.open_stock(model, label_names)
+    warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
+    folder = work or Path("runs") / name
+    path = import_classifier(
+        opened, rows, folder, Store(store), settings, fragments=fragments, groups=groups, seed=seed, bf16=bf16
+    )
+    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
+    console.print(
+        f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: de3 serve --store {store}",
+        markup=False,
+        soft_wrap=True,
+    )

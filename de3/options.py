@@ -1,0 +1,70 @@
+"""What several commands share: their options, and the check for PyTorch."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+DATA = "Data"
+MODEL = "Model"
+TRAINING = "Training"
+
+File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.", show_default=False)]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        help="Instead of a file: a Hugging Face data set, as name or name:config.", rich_help_panel=DATA
+    ),
+]
+DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
+TextColumn = Annotated[
+    str, typer.Option(help="Column of the text (with --no-header a number from 0).", rich_help_panel=DATA)
+]
+PairColumn = Annotated[
+    str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=DATA)
+]
+LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
+Header = Annotated[bool, typer.Option(help="Whether the first row names the columns.", rich_help_panel=DATA)]
+Delimiter = Annotated[
+    str | None,
+    typer.Option(
+        help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+Quotes = Annotated[
+    bool | None,
+    typer.Option(
+        help="Whether quotation marks delimit fields. Default: no in .tsv, else yes.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+
+SignalOption = Annotated[
+    str,
+    typer.Option(
+        help="What is compared with τ by default: risk, edr or entropy, or auto: what is fastest on the tuning "
+        "samples. Requests may name another.",
+    ),
+]
+
+LabelNames = Annotated[
+    str | None,
+    typer.Option(
+        help="New names of the data's labels in their sorted order, e.g. negative,positive. "
+        "Default: as in the data.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+
+
+def need_train_extra() -> None:
+    """Raise ValueError unless PyTorch and transformers are installed."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None

@@ -1,0 +1,277 @@
+"""de3 import: stock classifiers of every family keep their answers and get exits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
+
+from de3.cli import app
+from model_store.model import Model
+from model_store.store import Store
+from tests.conftest import made_once, make_rows, save_encoder
+from training import stock
+from training.checkpoint import Checkpoint
+from training.data import Example, encode
+from training.encoders import FAMILIES
+from training.model import De3Model
+from training.stock import open_stock, parity, with_exits
+
+
+def de3(arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+
+def refusal(arguments: str) -> str:
+    result = de3(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,200 texts, one a line."""
+
+    def make(folder: Path) -> None:
+        (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(1200, 11)))
+
+    return made_once(tmp_path_factory, "texts", make) / "texts.txt"
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
+    """A stock classifier that has learned something, without exits: fine-tuned by transformers."""
+    from training import data
+    from training.studies.recipes import fine_tune
+    from training.trainer import TrainSettings
+
+    def make(folder: Path) -> None:
+        examples = data.to_examples(data.read_rows(data_file, data.Columns("sentence")), ["0", "1"])
+        settings = TrainSettings(batch_size=32, lr=2e-3, epochs=4, bf16=False)
+        model, tokenizer = fine_tune(str(encoder), ["bad", "good"], examples, settings)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "classifier", make)
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: Path) -> Path:
+    """The folder of an import: store/mine/1 in int8, store/mine-fp32/1, and their checkpoints in work."""
+
+    def make(folder: Path) -> None:
+        for name, precision in (("mine", "int8"), ("mine-fp32", "none")):
+            result = de3(
+                f"import {classifier} --texts {texts} --name {name} --store {folder}/store --work {folder}/work/{name} "
+                f"--quantize {precision}"
+            )
+            assert result.exit_code == 0, result.output
+            (folder / f"{name}.log").write_text(result.output)
+
+    return made_once(tmp_path_factory, "imported", make)
+
+
+def logits_of(folder: Path, texts: list[str]) -> Any:
+    """What transformers' own model says, one text at a time."""
+    opened = open_stock(str(folder))
+    with torch.no_grad():
+        rows = [
+            opened.model(
+                **opened.tokenizer(text, return_tensors="pt", truncation=True, max_length=opened.max_tokens)
+            ).logits[0]
+            for text in texts
+        ]
+    return torch.stack(rows).numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> None:
+    opened = open_stock(str(save_encoder(tmp_path / "stock", family, labels=3)))
+    model = with_exits(opened, "mean", "text")
+    examples = [Example(" ".join(["good"] * n) or "a", 0) for n in (0, 1, 2, 5, 17, 40, 100)]
+    assert parity(opened, model, encode(examples, opened.tokenizer, opened.max_tokens)) < 1e-5
+    pairs = [Example(("good film", "bad"), 0), Example(("a " * 50, "very " * 50), 0)]
+    assert parity(opened, model, encode(pairs, opened.tokenizer, opened.max_tokens)) < 1e-5
+    assert model.config.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    with torch.no_grad():
+        model.classifiers[-1].bias += 0.01
+    with pytest.raises(ValueError, match="differs from transformers' model"):
+        parity(opened, model, encode(examples, opened.tokenizer, opened.max_tokens))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("precision", ["none", "int8"])
+def test_every_family_is_imported_and_served(
+    family: str, precision: str, tmp_path: Path, texts: Path
+) -> None:
+    folder = save_encoder(tmp_path / "stock", family, labels=3)
+    result = de3(
+        f"import {folder} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work "
+        f"--quantize {precision} --label-names a,b,c"
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    artifact = Store(tmp_path / "store").open("m")
+    assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder == family
+    head = artifact.manifest.head
+    assert head is not None and head.activation == FAMILIES[family].head(None).activation
+    model = Model(artifact)
+    assert (model.runtime == "native") == (
+        precision == "int8" and family not in ("mpnet", "distilbert", "electra")
+    )
+    words = ["good", "a dull film and it was bad", "the " * 300]
+    ours = np.array([model.full_depth(model.tokenize(text))[-1].logits for text in words], np.float32)
+    np.testing.assert_allclose(ours, logits_of(folder, words), atol=1e-4 if precision == "none" else 0.1)
+
+
+def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) -> None:
+    for name in ("mine", "mine-fp32"):
+        manifest = Store(imported / "store").open(name).manifest
+        assert manifest.labels == ["bad", "good"] and manifest.input == "text"
+        calibration = manifest.calibration
+        assert calibration is not None and calibration.self_labelled
+        assert calibration.default.speedup > 1.5
+        full = next(row for row in calibration.table if row.tau == 0)
+        if name == "mine":
+            # Disagreement is counted against the original's answers, so int8 alone has some, or could have.
+            assert full.disagreement == calibration.original_disagreement and full.disagreement_bound > 0
+        else:
+            assert calibration.original_disagreement is None and full.disagreement_bound == 0
+        held_out = [
+            json.loads(line) for line in (imported / f"work/{name}/certify.jsonl").read_text().splitlines()
+        ]
+        own = logits_of(classifier, [row["text"] for row in held_out[:100]]).argmax(-1)
+        assert [row["label"] for row in held_out[:100]] == [manifest.labels[i] for i in own]
+        assert not (imported / f"work/{name}/states").exists()
+    said = (imported / "mine.log").read_text()
+    for words in (
+        "full depth is transformers' own model",
+        "agreement with the original model",
+        "Next: de3 serve",
+    ):
+        assert words in said
+    assert "disagreement with the original model" in " ".join(said.split())
+
+
+def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(imported / "work/mine")
+    assert isinstance(checkpoint.model, De3Model) and checkpoint.self_labelled
+    result = de3(f"export {imported}/work/mine --name again --store {tmp_path}")
+    assert result.exit_code == 0, result.output
+    again = Store(tmp_path).open("again").manifest.calibration
+    assert again == Store(imported / "store").open("mine").manifest.calibration
+
+
+def test_an_interrupted_import_goes_on(
+    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import frozen
+
+    monkeypatch.setattr(frozen, "CHUNK", 100)
+    ran: list[int] = []
+    run = frozen._run
+
+    def counted(*arguments: Any) -> Any:
+        ran.append(1)
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(frozen, "_run", counted)
+    command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    assert de3(command).exit_code == 130
+    result = de3(command)
+    assert result.exit_code == 0, result.output
+    assert "fitting: 3 of 8 parts are there from an earlier run" in result.output
+    assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
+
+
+def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: Path, tmp_path: Path) -> None:
+    result = de3(
+        f"import {classifier} --texts {data_file} --text-column sentence --label-column label --name m "
+        f"--store {tmp_path}/store --work {tmp_path}/work"
+    )
+    assert result.exit_code == 0, result.output
+    calibration = Store(tmp_path / "store").open("m").manifest.calibration
+    assert calibration is not None and not calibration.self_labelled
+    assert "On the certifying samples: accuracy" in result.output
+
+
+def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
+    folder = save_encoder(tmp_path / "stock", labels=3)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    with torch.no_grad():
+        model.classifier.bias[1] = -100
+    model.save_pretrained(folder)
+    command = f"import {folder} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    assert de3(command).exit_code == 0
+    model = Model(Store(tmp_path / "store").open("m"))
+    for step in model.full_depth(model.tokenize("good"))[:-1]:
+        assert step.distances is not None and np.isfinite(step.distances).all()
+
+
+def test_what_cannot_be_imported_says_what_can(
+    tmp_path: Path, texts: Path, encoder: Path, checkpoint: Path, store: Path, classifier: Path
+) -> None:
+    def refused(model: Path, more: str = "", file: Path = texts) -> str:
+        return refusal(
+            f"import {model} --texts {file} --name m --store {tmp_path}/s --work {tmp_path}/w {more}"
+        )
+
+    def changed(**values: Any) -> Path:
+        copy = tmp_path / f"changed{len(list(tmp_path.iterdir()))}"
+        save_encoder(copy, labels=2)
+        config = json.loads((copy / "config.json").read_text()) | values
+        (copy / "config.json").write_text(json.dumps(config))
+        return copy
+
+    assert "is a BertModel, not a …ForSequenceClassification" in refused(encoder)
+    assert "is a checkpoint of de3 train, with exits: de3 export" in refused(checkpoint)
+    assert "is an exported model already: de3 serve" in refused(store / "tiny/1")
+    assert "no such folder" in refused(tmp_path / "nowhere")
+    assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
+    assert "multi_label_classification cannot be imported" in refused(
+        changed(problem_type="multi_label_classification")
+    )
+    assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))
+    assert "lacks 2 of the model's weights" in refused(changed(id2label={"0": "a", "1": "b", "2": "c"}))
+    assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")
+    assert "must differ from each other" in refused(classifier, "--label-names a,a")
+    few = tmp_path / "few.txt"
+    few.write_text("a good film\n" * 20)
+    assert "20 texts are too few" in refused(classifier, file=few)
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("text\tlabel\n" + "".join(f"{text}\tnice\n" for text, _ in make_rows(600, 3)))
+    assert "labels such as ['nice'], the model ['bad', 'good']" in refused(
+        classifier, "--label-column label", rows
+    )
+    assert "no column 'label'" in refused(classifier, "--label-column label", data_of(tmp_path, "plain.tsv"))
+    assert "has a model that is not of an import" in refusal(
+        f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {checkpoint}"
+    )
+    assert not (tmp_path / "s").exists()
+
+
+def data_of(folder: Path, name: str) -> Path:
+    file = folder / name
+    file.write_text("text\n" + "".join(f"{text}\n" for text, _ in make_rows(600, 3)))
+    return file
+
+
+def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> None:
+    message = refusal(f"export {classifier} --name m --store {tmp_path}")
+    assert f"de3 import {classifier} --texts" in message
+
+
+def test_other_pooling_wins_where_it_serves_better(imported: Path, classifier: Path) -> None:
+    said = (imported / "mine.log").read_text()
+    merits = {
+        kind: float(said.split(f"exits on the {words}")[1].split("speed-up about ")[1].split("×")[0])
+        for kind, words in (("mean", "mean of the tokens"), ("cls", "first token"))
+    }
+    best = max(merits, key=lambda kind: merits[kind])
+    assert Store(imported / "store").open("mine").manifest.pooling == best
+    assert stock.open_stock(str(classifier)).names == ["bad", "good"]

@@ -1,0 +1,32 @@
+"""The families of encoders: the only code that knows them, a file each under one interface (weights.Family).
+
+Training needs none of it, because every encoder of transformers returns its hidden states; import and export do.
+"""
+
+from typing import Any
+
+from training.encoders.bert import BERT, ELECTRA, ROBERTA
+from training.encoders.distilbert import DISTILBERT
+from training.encoders.mpnet import MPNET
+from training.encoders.weights import Family
+
+FAMILIES = {
+    "bert": BERT,
+    "roberta": ROBERTA,
+    "distilbert": DISTILBERT,
+    "electra": ELECTRA,
+    "xlm-roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "mpnet": MPNET,
+}
+
+
+def family(config: Any) -> Family:
+    """The family of an encoder by its configuration; raises ValueError for one that cannot be exported."""
+    known = FAMILIES.get(config.model_type)
+    if known is None:
+        raise ValueError(
+            f"encoders of type {config.model_type!r} cannot be exported; supported: {', '.join(FAMILIES)}"
+        )
+    known.check(config)
+    return known

@@ -1,0 +1,131 @@
+"""The weights of encoders under common names, as export takes them, and what a family of encoders is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+Array = NDArray[np.float32]
+ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x·weight + bias; weight is (inputs, outputs), bias (outputs,)."""
+
+    weight: Array
+    bias: Array
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a stock classifier has between pooling and its last linear layer; activation: tanh, relu or gelu."""
+
+    dense: Linear
+    activation: str
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer normalization with scale and shift (width,)."""
+
+    scale: Array
+    shift: Array
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One post-norm transformer block; `qkv` is query, key and value concatenated, (hidden, 3·hidden).
+
+    Attributes:
+        relative: what is added to a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P
+            the most tokens; None: nothing.
+    """
+
+    qkv: Linear
+    attention_out: Linear
+    attention_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    ffn_norm: Norm
+    num_heads: int
+    activation: str
+    relative: Array | None = None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden."""
+
+    word: Array
+    position: Array
+    token_type: Array | None
+    norm: Norm
+    projection: Linear | None
+
+
+@dataclass(frozen=True)
+class StockHead:
+    """Where a stock classifier has its head: pooling → dense → activation → classifier.
+
+    Attributes:
+        pooling: "cls", the first token, or "mean".
+        dense, classifier: the modules' names in transformers' model.
+        activation: tanh, relu or gelu.
+    """
+
+    dense: str
+    activation: str
+    classifier: str
+    pooling: str = "cls"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of encoders: all that is known of it.
+
+    Attributes:
+        check: of a configuration; raises ValueError for an option that cannot be exported.
+        max_tokens: of a configuration: the most tokens that the encoder takes, special tokens included.
+        embeddings: the tables of an encoder of transformers, and whether its tokenizer returns token types. If it
+            returns none, or the encoder has only one, the embedding of type 0 is added to `position`.
+        layers: its blocks in order.
+        head: of a configuration: the head of transformers' …ForSequenceClassification.
+    """
+
+    check: Callable[[Any], None]
+    max_tokens: Callable[[Any], int]
+    embeddings: Callable[[Any, bool], Embeddings]
+    layers: Callable[[Any], list[Layer]]
+    head: Callable[[Any], StockHead]
+
+
+def array(tensor: Any) -> Array:
+    """A tensor in float32."""
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+
+
+def linear(module: nn.Linear) -> Linear:
+    """The weights of a linear layer, with the weight transposed to (inputs, outputs)."""
+    return Linear(np.ascontiguousarray(array(module.weight).T), array(module.bias))
+
+
+def side_by_side(*modules: nn.Linear) -> Linear:
+    """Several linear layers with the same input as one."""
+    parts = [linear(m) for m in modules]
+    return Linear(np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts]))
+
+
+def norm(module: nn.LayerNorm) -> Norm:
+    """The weights of a layer norm."""
+    return Norm(array(module.weight), array(module.bias), float(module.eps))
+
+
+def check_activation(name: str) -> None:
+    """Raise ValueError for an activation that cannot be exported."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}")

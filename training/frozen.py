@@ -1,0 +1,220 @@
+"""Exits for an encoder that stays as it is: fitted on its pooled states to its own answers, so without labels.
+
+The states are computed once, in chunks that are kept on disk: an interrupted run goes on where it was.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from exits import calibration, risk
+from exits.calibration import FINE_TAUS, Samples
+from exits.recorded import Recorded
+from training import prototypes
+from training.data import Encoded, evaluation_batches
+from training.model import POOLINGS, De3Model
+from training.progress import console, track
+
+CHUNK = 1024  # texts
+RIDGES = (1e-2, 1e-3, 1e-4)
+LR = 1e-3  # of the prototypical networks
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class States:
+    """What the frozen model says of n texts, in chunks on disk.
+
+    Attributes:
+        chunks: files of tensors: POOLING_LAYER, the pooled states (texts, hidden), logits of full depth (texts, K), and
+            rows, the texts' numbers.
+        logits: (n, K), float32.
+    """
+
+    chunks: list[Path]
+    logits: Tensor
+
+    def pooled(self, pooling: str, layer: int) -> Tensor:
+        """The pooled states of a layer, (n, hidden), float32."""
+        return self._gather(f"{pooling}_{layer:02}")
+
+    @property
+    def answers(self) -> Tensor:
+        """The labels of full depth, (n,)."""
+        return self.logits.argmax(-1)
+
+    def _gather(self, name: str) -> Tensor:
+        parts = []
+        for chunk in self.chunks:
+            with safe_open(chunk, "pt") as file:
+                parts.append((file.get_tensor("rows"), file.get_tensor(name).float()))
+        rows, values = (torch.cat(column) for column in zip(*parts, strict=True))
+        result = torch.empty_like(values)
+        result[rows] = values
+        return result
+
+
+@torch.no_grad()
+def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str, bf16: bool) -> States:
+    """Run the model over texts, or take from folder what an earlier run with the same model and texts left there.
+
+    bf16: compute in bfloat16, several times faster on CPUs with support for it; logits to about 2 digits.
+    """
+    model.eval()
+    digest = hashlib.sha256(repr((data.ids, data.type_ids, bf16)).encode())
+    for name, weight in sorted(model.encoder.state_dict().items()):
+        digest.update(name.encode() + weight.numpy().tobytes())
+    cache = folder / f"{what}-{digest.hexdigest()[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    order = [row for batch in evaluation_batches([len(ids) for ids in data.ids], 1) for row in batch]
+    pieces = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
+    files = [cache / f"{i:05}.safetensors" for i in range(len(pieces))]
+    missing = [(file, piece) for file, piece in zip(files, pieces, strict=True) if not file.exists()]
+    if done := len(files) - len(missing):
+        console.print(f"{what}: {done} of {len(files)} parts are there from an earlier run")
+    for file, piece in track(missing, f"Running the model on {len(order)} {what} texts"):
+        tensors = _run(model, data, pad_id, piece, bf16)
+        save_file(tensors, new := file.with_suffix(".new"))
+        new.replace(file)
+    result = States(files, torch.empty(0))
+    return States(files, result._gather("logits"))
+
+
+def _run(model: De3Model, data: Encoded, pad_id: int, rows: list[int], bf16: bool) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {}
+    for i in range(0, len(rows), BATCH):
+        inputs, _ = data.batch(rows[i : i + BATCH], pad_id)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            hidden = model.states(**inputs)
+        mask = inputs["attention_mask"]
+        for layer, x in zip(model.config.exit_layers, hidden, strict=True):
+            for pooling in POOLINGS:
+                parts.setdefault(f"{pooling}_{layer:02}", []).append(model.pool(x, mask, pooling).half())
+        last = model.pool(hidden[-1], mask, model.config.head["pooling"])[:, None]
+        parts.setdefault("logits", []).append(model.classifiers[-1](model.through_head(last)[:, 0]))
+    return {"rows": torch.tensor(rows), **{name: torch.cat(values) for name, values in parts.items()}}
+
+
+def fit(model: De3Model, train: States, tune: States, seed: int) -> None:
+    """Fit all exits but the last, and their prototypes, in place; the pooling is the one that serves tune better."""
+    found = {}
+    for pooling in POOLINGS:
+        model.config.pooling = pooling
+        _fit_classifiers(model, train, tune)
+        _fit_prototypes(model, train, seed)
+        exits = recorded(model, tune)
+        merit = _merit(exits)
+        agreement = " ".join(f"{100 * a:.1f}" for a in exits.correct.mean(0)[:-1])
+        console.print(
+            f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
+            f"{agreement}% of the tuning texts; speed-up about {merit:.2f}×",
+            soft_wrap=True,
+        )
+        heads = ("classifiers.", "prototypical.", "prototype")
+        kept = {k: v.clone() for k, v in model.state_dict().items() if k.startswith(heads)}
+        found[pooling] = merit, kept
+    model.config.pooling = max(POOLINGS, key=lambda pooling: found[pooling][0])
+    model.load_state_dict(found[model.config.pooling][1], strict=False)
+
+
+def recorded(model: De3Model, of: States) -> Recorded:
+    """The exits of texts whose states are known; the labels are the answers of full depth."""
+    pooling, exits = model.config.pooling, model.config.exit_layers
+    logits, distances = [], []
+    with torch.no_grad():
+        for j, layer in enumerate(exits[:-1]):
+            x = of.pooled(pooling, layer)
+            logits.append(model.classifiers[j](x))
+            unit = F.normalize(model.prototypical[j](x), dim=-1)
+            distances.append(1 - unit @ F.normalize(model.prototypes[j], dim=-1).T)
+    logits.append(of.logits)
+    distances.append(torch.full_like(of.logits, torch.nan))
+    outputs, spaces = (torch.stack(parts, 1).numpy() for parts in (logits, distances))
+    return Recorded(list(exits), outputs, spaces, of.answers.numpy())
+
+
+def _merit(of: Recorded) -> float:
+    """The merit of the signal risk, fitted on a part of the samples and measured on the others."""
+    samples = Samples.independent(of)
+    return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
+
+
+def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
+    """Each exit's classifier, by cross-entropy to the probabilities of full depth."""
+    wanted, held = (F.softmax(of.logits, -1) for of in (train, tune))
+    exits = list(enumerate(model.config.exit_layers[:-1]))
+    for j, layer in track(exits, f"Fitting exits ({model.config.pooling})"):
+        x, y = (of.pooled(model.config.pooling, layer) for of in (train, tune))
+        mean, spread = x.mean(0), x.std(0) + 1e-4
+        weight, bias = _regress((x - mean) / spread, wanted, (y - mean) / spread, held)
+        weight = weight / spread
+        with torch.no_grad():
+            for parameter, value in zip(
+                model.classifiers[j].parameters(), (weight, bias - weight @ mean), strict=True
+            ):
+                parameter.copy_(value)
+
+
+def _regress(x: Tensor, wanted: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (K, hidden) and bias (K,) of a softmax regression of probabilities (n, K) on states (n, hidden).
+
+    The ridge is the one of RIDGES with the smallest cross-entropy of `held` on `y`.
+    """
+    weight = torch.zeros(wanted.shape[1], x.shape[1], requires_grad=True)
+    bias = wanted.mean(0).clamp_min(1e-6).log().requires_grad_()
+    best, least = (weight.detach().clone(), bias.detach().clone()), float("inf")
+    for ridge in RIDGES:  # from the strongest: each starts where the last ended
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe"
+        )
+
+        def closure(optimizer: torch.optim.LBFGS = optimizer, ridge: float = ridge) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(x @ weight.T + bias, wanted) + ridge * weight.square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            loss = float(F.cross_entropy(y @ weight.T + bias, held))
+        if loss < least:
+            best, least = (weight.detach().clone(), bias.detach().clone()), loss
+    return best
+
+
+def _fit_prototypes(model: De3Model, train: States, seed: int) -> None:
+    """Prototypical networks and prototypes by the answers of full depth, as after a training."""
+    pooled = torch.stack([train.pooled(model.config.pooling, m) for m in model.config.prototype_layers], 1)
+    states, answers = _with_every_class(model, pooled, train.answers)
+    order = np.random.default_rng(seed).permutation(len(states))
+    batches = np.array_split(order, -(-len(order) // BATCH))
+
+    def each() -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in track(batches, "Fitting prototypes"):
+            yield states[rows], answers[rows]
+
+    prototypes.fit(model, each(), len(batches), LR, seed)
+
+
+def _with_every_class(model: De3Model, states: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """A class that no text is answered with gets a state for its prototype: from the mean, where its classifier points.
+
+    states: (n, spaces, hidden), answers: (n,).
+    """
+    absent = sorted(set(range(model.config.num_labels)) - set(answers.tolist()))
+    if not absent:
+        return states, answers
+    mean = states.mean(0)
+    spread = (states - mean).norm(dim=-1).mean(0)
+    classifiers = list(model.classifiers)[: states.shape[1]]
+    weights = torch.stack([next(c.parameters()).detach()[absent] for c in classifiers], 1)
+    made = mean + spread[:, None] * F.normalize(weights, dim=-1)
+    return torch.cat([states, made]), torch.cat([answers, torch.tensor(absent)])

@@ -1,0 +1,178 @@
+"""Stock Hugging Face classifiers: read strictly, and turned into a model whose last exit is theirs, bit for bit."""
+
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from training import checkpoint, encoders
+from training.data import Encoded
+from training.model import De3Config, De3Model, check_loaded
+
+MAX_DIFFERENCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock classifier.
+
+    Attributes:
+        model: transformers' own, in float32, in evaluation mode.
+        tokenizer: its Hugging Face tokenizer.
+        names: its labels, in the order of its logits.
+    """
+
+    model: Any
+    tokenizer: Any
+    names: list[str]
+
+    @property
+    def family(self) -> str:
+        """Its type as transformers calls it."""
+        return str(self.model.config.model_type)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that it takes."""
+        return int(
+            min(
+                self.tokenizer.model_max_length,
+                encoders.family(self.model.config).max_tokens(self.model.config),
+            )
+        )
+
+
+def open_stock(name: str, label_names: str | None = None) -> Stock:
+    """A classifier from a folder or the hub; no code of a repository is run, and nothing is unpickled but weights.
+
+    label_names: new names of its labels, comma-separated, in the order of its logits.
+
+    Raises ValueError, with what works, for one that cannot be imported.
+    """
+    checkpoint.quiet()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        kind = checkpoint.model_type(folder)
+        if (folder / "manifest.json").exists():
+            raise ValueError(f"{name} is an exported model already: de3 serve --store {folder.parent.parent}")
+        if kind == De3Config.model_type:
+            raise ValueError(
+                f"{name} is a checkpoint of de3 train, with exits: de3 export {name} --name NAME"
+            )
+        if kind is None:
+            raise ValueError(f"{name} has no config.json, so it is no Hugging Face model")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{name}: no such folder")
+    source = str(folder) if folder.is_dir() else name
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        _check(name, config)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            weights_only=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name}: cannot be read: {str(error).partition(chr(10))[0]}") from None
+    check_loaded(loaded, name)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name}: its tokenizer is a slow one; serving needs a tokenizer.json (a fast tokenizer)"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not "
+            "belong together"
+        )
+    for key, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: {key} is not finite")
+    return Stock(model.eval(), tokenizer, _names(config, label_names))
+
+
+def _check(name: str, config: Any) -> None:
+    """Raise ValueError for a model that has no exits to give, before its weights are read."""
+    try:
+        encoders.family(config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    architectures = config.architectures or ["ForSequenceClassification"]  # not said: its weights will tell
+    if not any(a.endswith("ForSequenceClassification") for a in architectures):
+        raise ValueError(
+            f"{name} is a {architectures[0]}, not a …ForSequenceClassification: it has no classifier to keep; "
+            f"train one from your labels with de3 train DATA --encoder {name}"
+        )
+    if config.problem_type in ("multi_label_classification", "regression") or config.num_labels < 2:
+        what = config.problem_type or f"a classifier with {config.num_labels} output"
+        raise ValueError(f"{name}: {what} cannot be imported: its classes must exclude each other, 2 or more")
+
+
+def _names(config: Any, label_names: str | None) -> list[str]:
+    names = [str(config.id2label[k]) for k in range(config.num_labels)]
+    if label_names is not None:
+        given = [name.strip() for name in label_names.split(",")]
+        if len(given) != len(names):
+            raise ValueError(f"--label-names must name the labels {names[:20]} in this order, got {given}")
+        names = given
+    if len(set(names)) != len(names):
+        raise ValueError(f"the labels must differ from each other, got {names[:20]}: give --label-names")
+    return names
+
+
+def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> float:
+    """The largest difference of full depth's logits from transformers' own model, on texts of many lengths.
+
+    Raises ValueError above 1e-4: then this version of transformers computes another head than is known here.
+    """
+    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded.ids[i]))
+    rows = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
+    largest = 0.0
+    with torch.no_grad():
+        for row in rows:
+            inputs, _ = encoded.batch([row], stock.tokenizer.pad_token_id)
+            theirs = stock.model(
+                **{k: v for k, v in inputs.items() if k in stock.tokenizer.model_input_names}
+            )
+            largest = max(largest, float((model(**inputs).logits[:, -1] - theirs.logits).abs().max()))
+    if not largest <= MAX_DIFFERENCE:
+        raise ValueError(
+            f"full depth differs from transformers' model by {largest:.1e}, above {MAX_DIFFERENCE:g}"
+        )
+    return largest
+
+
+def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
+    """A model with the stock classifier's encoder and head; its other exits are untrained.
+
+    pooling: of the other exits. input_: what it is imported with, "text" or "pair".
+    """
+    head = encoders.family(stock.model.config).head(stock.model.config)
+    config = De3Config(
+        encoder=stock.model.base_model.config.to_dict(),
+        exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
+        pooling=pooling,
+        head={"pooling": head.pooling, "activation": head.activation},
+        max_tokens=stock.max_tokens,
+        input=input_,
+        id2label=dict(enumerate(stock.names)),
+        label2id={label: i for i, label in enumerate(stock.names)},
+    )
+    model = De3Model(config)
+    weights = stock.model.base_model.state_dict()
+    model.encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
+    assert model.head is not None
+    for ours, theirs in ((model.head, head.dense), (model.classifiers[-1], head.classifier)):
+        module: nn.Module = attrgetter(theirs)(stock.model)
+        ours.load_state_dict(module.state_dict())
+    model.eval()
+    return model

