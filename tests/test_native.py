@@ -8,7 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +23,7 @@ from exits.signals import Edr, Entropy, Risk, Signal
 from export import graph
 from loadtest.layers import layers
 from model_store.graph_reader import network_of, read_segment
+from model_store.manifest import Head as StockHead
 from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.segments import ForwardPass, session_options
@@ -100,9 +101,10 @@ def random_segments(
     metric: int,
     gelu: bool,
     mean: bool,
+    head: StockHead | None = None,
 ) -> list[Any]:
     """Embeddings and one layer of random weights, each with an exit, as export builds them; metric 0: without
-    prototypes."""
+    prototypes. head: of the last exit."""
 
     def linear(inputs: int, outputs: int) -> weights.Linear:
         weight, bias = rng.normal(0, 0.08, (inputs, outputs)), rng.normal(0, 0.1, outputs)
@@ -130,8 +132,10 @@ def random_segments(
             tables = weights.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
             g.output(graph.embed(g, tables, ids, types), "hidden", [])
         space = linear(hidden, metric) if metric else None
-        pooling = "mean" if mean else "cls"
-        graph.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space)
+        pooling, top = "mean" if mean else "cls", None
+        if head is not None and layer:
+            pooling, top = head.pooling, weights.Head(linear(hidden, hidden), head.activation)
+        graph.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space, top)
         built.append(g.model(f"layer_{layer}"))
     return built
 
@@ -222,6 +226,45 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
             "hidden": before,
             **{k: v for k, v in feed.items() if k not in ("input_ids", "token_type_ids")},
         }
+
+
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_head_of_a_stock_classifier(
+    activation: Literal["tanh", "relu", "gelu"], pooling: Literal["mean", "cls"]
+) -> None:
+    head = StockHead(activation=activation, pooling=pooling)
+    rng, tokens = np.random.default_rng(5), 17
+    built = random_segments(rng, 128, 4, 64, 3, 0, True, pooling == "cls", head)  # other exits pool otherwise
+    manifest = Manifest.model_construct(
+        **{
+            "num_layers": 1,
+            "exit_layers": [0, 1],
+            "prototype_layers": [],
+            "hidden_size": 128,
+            "metric_dim": 32,
+        },
+        **{"labels": ["", "", ""], "max_tokens": 96, "token_types": True, "precision": "int8", "head": head},
+        pooling="mean" if pooling == "cls" else "cls",
+    )
+    network = network_of([read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)], manifest)
+    model = build(network)
+    before = rng.normal(size=(1, tokens, 128)).astype(np.float32)
+    session = ort.InferenceSession(built[1].SerializeToString(), session_options())
+    expected = session.run(None, {"hidden": before, "with_exit": np.array(True)})
+    for name in ALL:
+        hidden, logits = run(name, model, 1, before, None, None, expected)
+        assert is_near(hidden, expected[0])
+        np.testing.assert_allclose(logits, expected[1], atol=0.02)
+    dense, bias = np.zeros((128, 128), np.float32), np.zeros(128, np.float32)
+    for wrong in (
+        (dense[:-1], bias, 0, True),
+        (dense, bias[:-1], 0, True),
+        (dense, bias, 3, True),
+        (dense, bias, 0, True),
+    ):
+        with pytest.raises(ValueError, match=r"has \d+ bytes|no such activation|is set already"):
+            kernels.set_head(model, *wrong)
 
 
 @pytest.mark.skipif("amx" not in ALL, reason="this processor has no AMX to compare with")
