@@ -170,9 +170,9 @@ class Rules:
         if options.max_disagreement is not None:
             row = self._table(signal, "max_disagreement").within_disagreement(options.max_disagreement)
             if row.disagreement_bound > options.max_disagreement:
-                least = f"at least {row.disagreement_bound:g} with {self.name}, whose int8 weights answer"
                 raise RequestError(
-                    f"max_disagreement: {least} otherwise than the original model now and then",
+                    f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: in int8 even full depth "
+                    "sometimes answers otherwise than the original model",
                     "max_disagreement",
                 )
             return self.at(row, "max_disagreement", options.max_disagreement)

@@ -135,7 +135,9 @@ def save_encoder(
             "hidden_act",
         ):
             del settings[key]
-    config = AutoConfig.for_model(family, **settings, num_labels=labels)
+    if labels:
+        settings["num_labels"] = labels
+    config = AutoConfig.for_model(family, **settings)
     kind = AutoModelForSequenceClassification if labels else AutoModel
     model = kind.from_config(config)
     with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them

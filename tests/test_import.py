@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from de3.cli import app
 from model_store.model import Model
 from model_store.store import Store
 from tests.conftest import made_once, make_rows, save_encoder
+from tests.serving import serving
 from training import stock
 from training.checkpoint import Checkpoint
 from training.data import Example, encode
@@ -154,6 +156,24 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
     ):
         assert words in said
     assert "disagreement with the original model" in " ".join(said.split())
+
+
+def test_an_imported_model_is_served(imported: Path, classifier: Path) -> None:
+    manifest = Store(imported / "store").open("mine").manifest
+    assert manifest.calibration is not None
+    full = next(row for row in manifest.calibration.table if row.tau == 0)
+    with serving(imported / "store", models=["mine"]) as server:
+        row = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+        assert row["self_labelled"] and row["labels"] == ["bad", "good"]
+        wanted = [row["text"] for row in map(json.loads, (imported / "work/mine/certify.jsonl").open())][:20]
+        answers = server.classify(input=wanted, tau=0).json()["data"]
+        own = logits_of(classifier, wanted)
+        assert [a["label"] for a in answers] == [manifest.labels[i] for i in own.argmax(-1)]
+        refused = server.classify(input="a", max_disagreement=full.disagreement_bound / 2)
+        assert refused.status_code == 422
+        assert "in int8 even full depth sometimes answers otherwise" in refused.json()["error"]["message"]
+        bound = server.classify(input="a", max_disagreement=0.2).json()["certificate"]["bound"]
+        assert full.disagreement_bound <= bound <= 0.2
 
 
 def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tmp_path: Path) -> None:

@@ -286,5 +286,6 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
         "signals": signals(manifest),
+        "self_labelled": c is not None and c.self_labelled,
         "calibration": c.default.model_dump(by_alias=True) if c else None,
     }

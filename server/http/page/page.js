@@ -360,6 +360,7 @@ function drawCurve(exit) {
     $("expected").textContent = "";
     return;
   }
+  const selfLabelled = state.model.self_labelled; // an imported model's accuracy is agreement with the original
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
   const high = Math.max(...accuracies),
@@ -398,14 +399,16 @@ function drawCurve(exit) {
       parts.push(svg("circle", { class: "point", cx: x(row), cy: y(row.accuracy), r: 6 }));
     }
     $("expected").textContent =
-      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} right ` +
+      `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ` +
+      `${selfLabelled ? "as the original model answers" : "right"} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
-      `${percent(row.disagreement)} of labels differ from full depth.`;
+      `${percent(row.disagreement)} of labels differ from ${selfLabelled ? "the original" : "full depth"}.`;
   } else {
     $("expected").textContent = "";
   }
   $("curve-help").textContent =
-    "Accuracy on held-out texts against speed-up; the ring is the model's default, the dot this setting.";
+    `${selfLabelled ? "Agreement with the original model" : "Accuracy"} on held-out texts against speed-up; ` +
+    "the ring is the model's default, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
 
