@@ -223,13 +223,22 @@ def test_every_documented_field_of_vllm_works(server: Server) -> None:
         {"padding": "max_length", "cache_salt": "c2FsdA", "priority": -1, "activation": True, "rid": "r-1"},
     ):
         assert ours(server, input=CAFE, **fields) == plain, fields
-    for name in ("use_activation", "activation"):
-        (raw,) = ours(server, input=CAFE, explain=True, **{name: False})
+    for fields in ({"use_activation": False}, {"activation": False}, {"raw": True}):
+        (raw,) = ours(server, input=CAFE, explain=True, **fields)
         weights = np.exp(raw["probs"])
         assert plain[0]["label"] == raw["label"]
         assert weights / weights.sum() == pytest.approx(plain[0]["probs"])
         assert raw["layers"][-1]["probs"] == raw["probs"]
     assert server.classify(input=CAFE, request_id="mine").json()["id"] == "classify-mine"
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_most_probable_labels(server: Server, raw: bool) -> None:
+    for count in (1, 2, 5):
+        (row,) = ours(server, input=CAFE, top_k=count, raw=raw)
+        values = sorted(row["probs"], reverse=True)[:count]
+        assert [entry["prob"] for entry in row["top"]] == values and row["top"][0]["label"] == row["label"]
+    assert "top" not in ours(server, input=CAFE)[0]
 
 
 @pytest.mark.parametrize(
@@ -238,6 +247,8 @@ def test_every_documented_field_of_vllm_works(server: Server) -> None:
         ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens: input should be -1 or null"),
         ({"truncation_side": "left"}, "truncation_side: input should be 'right' or null"),
         ({"add_special_tokens": False}, "add_special_tokens: input should be True or null"),
+        ({"top_k": 0}, "top_k: input should be greater than or equal to 1"),
+        ({"raw": 1}, "raw: input should be a valid boolean"),
         ({"use_activation": "no"}, "use_activation: input should be a valid boolean"),
         ({"request_id": 7}, "request_id: input should be a valid string"),
         (

@@ -23,10 +23,12 @@ class Classification(Request):
     Attributes:
         id: the client's, for the response's id.
         raw: logits instead of probabilities.
+        top_k: how many of the most probable labels to name besides; 0: none.
     """
 
     id: str | None = None
     raw: bool = False
+    top_k: int = 0
 
 
 def _texts(value: Any) -> list[Text]:
@@ -94,8 +96,10 @@ class ClassifyFields(OptionFields):
 class ClassifyRequest(ClassifyFields):
     """A request to classify one or more texts."""
 
+    raw: bool = Field(False, description="logits in probs, instead of probabilities")
+    top_k: int | None = Field(None, ge=1, description="report so many of the most probable labels, as top")
     request_id: str | None = Field(None, max_length=128, description="for the response's id")
-    use_activation: bool | None = Field(None, description="false: logits in probs, instead of probabilities")
+    use_activation: bool | None = Field(None, description="false: as raw")
     activation: bool | None = Field(None, description="the former name of use_activation")
     truncate_prompt_tokens: Literal[-1] | None = Field(
         None, description="accepted; texts are cut to what the model takes"
@@ -137,7 +141,8 @@ def _with_all_fields(value: dict[str, Any]) -> Classification:
     fields = check_fields(ClassifyRequest, value, EXAMPLE)
     request = _request(fields)
     request.id = fields.request_id
-    request.raw = fields.use_activation is False or fields.activation is False
+    request.raw = fields.raw or fields.use_activation is False or fields.activation is False
+    request.top_k = fields.top_k or 0
     return request
 
 
@@ -193,6 +198,10 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
             **_signals(reading, lam),
         },
     }
+    if request.top_k:
+        values = row["probs"]
+        best = sorted(range(len(values)), key=lambda k: -values[k])[: request.top_k]
+        row["top"] = [{"label": manifest.labels[k], "prob": values[k]} for k in best]
     if outcome.truncated:
         row["truncated"] = True
     if request.ood:

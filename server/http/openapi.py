@@ -148,6 +148,13 @@ class PassedExit(BaseModel):
     edr: float | None
 
 
+class TopLabel(BaseModel):
+    """One of the most probable labels."""
+
+    label: str
+    prob: float
+
+
 class ClassifiedText(BaseModel):
     """The answer to one text."""
 
@@ -156,6 +163,7 @@ class ClassifiedText(BaseModel):
     probs: list[float] = Field(description="in the order of the model's labels")
     num_classes: int
     exit: Exit
+    top: list[TopLabel] = Field([], description="with top_k: the most probable labels, in this order")
     truncated: bool = Field(False, description="whether the text was cut")
     ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")
     out_of_distribution: bool = Field(False, description="whether it was far from every prototype at an exit")
