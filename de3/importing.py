@@ -1,5 +1,7 @@
 """`de3 import`: a stock classifier gets early exits."""
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 from de3.models import StoreOption
 from de3.options import (
     DATA,
+    TRAINING,
     Delimiter,
     Header,
     PairColumn,
@@ -33,8 +36,8 @@ def import_model(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the checkpoint with exits. A second run goes on from what the first one left there. "
-            "Default: runs/NAME.",
+            help="Folder for the checkpoint with exits. An interrupted run goes on from what it left there. "
+            "Default: runs/NAME, or runs/NAME-finetuned.",
             show_default=False,
         ),
     ] = None,
@@ -83,6 +86,16 @@ def import_model(
         ),
     ] = 1.0,
     signal: SignalOption = "auto",
+    finetune: Annotated[
+        bool,
+        typer.Option(
+            help="Then train the encoder too, so that its first layers tell more. Full depth is held to the original's "
+            "answers, and what it answers otherwise counts as disagreement.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="Of --finetune.", rich_help_panel=TRAINING)] = 3,
+    lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
     bf16: Annotated[
         bool, typer.Option(help="Compute the states that exits are fitted on in bfloat16.")
     ] = True,
@@ -98,7 +111,7 @@ def import_model(
     """
     need_train_extra()
     from export.exporter import ExportSettings
-    from export.importing import import_classifier
+    from export.importing import ImportSettings, import_classifier
     from model_store.store import Store
     from training import checks, data, stock
     from training.progress import console, warn
@@ -113,10 +126,14 @@ def import_model(
     groups = data.read_column(texts, columns, group_column) if group_column is not None else None
     opened = stock.open_stock(model, label_names)
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
-    folder = work or Path("runs") / name
-    path = import_classifier(
-        opened, rows, folder, Store(store), settings, fragments=fragments, groups=groups, seed=seed, bf16=bf16
-    )
+    folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
+    command = shlex.join(["de3", *sys.argv[1:]])
+    how = ImportSettings(fragments, seed, bf16, finetune, epochs, lr, command)
+    try:
+        path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: {command}", markup=False, soft_wrap=True)
+        sys.exit(130)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(
         f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: de3 serve --store {store}",

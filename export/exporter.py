@@ -101,17 +101,12 @@ def export(
         proof: dict[str, Any] = {"parity": parity(model, tokenizer, exported, certify, int8)}
         tuned = record(exported, tune, "the tuning samples")
         certified = record(exported, certify, "the certifying samples")
-
-        def in_fp32(examples: list[Example]) -> Recorded:
-            encoded = encode(examples, tokenizer, manifest.max_tokens)
-            return predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
-
+        if int8 or opened.is_finetuned:  # else full depth is the classifier that was imported
+            tuned, certified = with_original(tuned, tune), with_original(certified, certify)
         if int8:
-            reference = in_fp32(certify)
+            encoded = encode(certify, tokenizer, manifest.max_tokens)
+            reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
-            if model.config.head is not None:  # the user's own model: its answers are what counts
-                tuned = replace(tuned, original=in_fp32(tune).logits[:, -1].argmax(-1))
-                certified = replace(certified, original=reference.logits[:, -1].argmax(-1))
         warn(weaknesses(certified, opened.names))
         certifying = Part.of(certified, certify)
         own = opened.self_labelled and tune_file is None and certify_file is None
@@ -229,6 +224,14 @@ def parity(
     if not int8 and not worst <= MAX_FP32_DIFFERENCE:  # "not <=" catches NaN
         raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above 1e-3")
     return {"samples": len(samples), "longest": max(lengths), **largest}
+
+
+def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
+    """With the answers of the classifier that was imported, if they are known of every sample."""
+    answers = [e.original for e in examples]
+    if any(answer is None for answer in answers):
+        return recorded
+    return replace(recorded, original=np.array(answers, np.int64))
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,28 +11,50 @@ from export.exporter import ExportSettings, export
 from model_store.store import Store
 from training import frozen, stock
 from training.checkpoint import read_record, write_record
-from training.data import Encoded, Example, Text, encode, input_of, save_examples
+from training.data import Example, Text, encode, input_of, save_examples
+from training.frozen import States
 from training.model import De3Model
 from training.progress import console
 from training.split import Split, split
+from training.trainer import TrainSettings, train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
+PARTS = ("fitting", "tuning", "certifying")
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """How exits are fitted.
+
+    Attributes:
+        fragments: whether the texts contain fragments of each other.
+        bf16: compute what exits are fitted on in bfloat16; what they are judged by is in float32.
+        finetune: then train the encoder too, so that its first layers tell more; full depth is held to the original's
+            answers.
+        epochs, lr: of finetune.
+        command: what resumes it, for a checkpoint that is opened too early.
+    """
+
+    fragments: bool = False
+    seed: int = 0
+    bf16: bool = True
+    finetune: bool = False
+    epochs: int = 3
+    lr: float = 3e-5
+    command: str | None = None
 
 
 def import_classifier(
     opened: stock.Stock,
     rows: Sequence[tuple[Text, str]],
+    groups: Sequence[str] | None,
     work: Path,
+    settings: ImportSettings,
     store: Store,
-    settings: ExportSettings,
-    *,
-    fragments: bool = False,
-    groups: Sequence[str] | None = None,
-    seed: int = 0,
-    bf16: bool = True,
+    exporting: ExportSettings,
 ) -> Path:
-    """Fit exits to a stock classifier on texts, and publish it as the model's next version; returns its folder.
+    """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
     rows: texts with their labels, or with "", in which case the model's own answers stand for them. groups: of related
     rows. work: a folder for the checkpoint and, until the end, for what has been computed: an interrupted run goes on
@@ -40,80 +62,93 @@ def import_classifier(
 
     Raises ValueError for texts that cannot be used, and ExportError if the exported model is not the same.
     """
-    _check_work(work)
-    labelled = bool(rows[0][1])
-    examples = [
-        Example(text, label) for (text, _), label in zip(rows, _labels(rows, opened.names), strict=True)
+    _check_work(work, settings.finetune)
+    parts = _parts(rows, groups, opened.names, settings)
+    layers = opened.model.config.num_hidden_layers
+    console.print(
+        f"{opened.family}, {layers} layers; {len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, "
+        f"{len(parts.certify)} to certify",
+        highlight=False,
+    )
+    torch.manual_seed(settings.seed)
+    model = stock.with_exits(opened, "mean", input_of(parts.train))
+    encoded = [
+        encode(part, opened.tokenizer, opened.max_tokens, what)
+        for part, what in zip((parts.train, parts.tune, parts.certify), PARTS, strict=True)
     ]
+    difference = stock.parity(opened, model, encoded[2])
+    console.print(f"full depth is transformers' own model: largest difference of the logits {difference:.1e}")
+    computed = [
+        frozen.states(
+            model,
+            part,
+            opened.tokenizer.pad_token_id,
+            work / "states",
+            what,
+            settings.bf16 and what == "fitting",
+        )
+        for part, what in zip(encoded, PARTS, strict=True)
+    ]
+    frozen.fit(model, computed[0], computed[1], settings.seed)
+    labelled = bool(rows[0][1])
+    answered = _answered(parts, computed, labelled)
+    if settings.finetune:
+        _finetune(model, opened, answered, computed[0], work, settings, labelled)
+    else:
+        _save(model, opened, answered, work, labelled)
+    path = export(work, store, exporting)
+    shutil.rmtree(work / "states")
+    return path
+
+
+def _parts(
+    rows: Sequence[tuple[Text, str]],
+    groups: Sequence[str] | None,
+    names: Sequence[str],
+    settings: ImportSettings,
+) -> Split:
+    """The texts, split by seed into what exits are fitted, tuned and certified on."""
+    labels = _labels({label for _, label in rows}, names)
+    examples = [Example(text, labels[label]) for text, label in rows]
     if groups is not None:
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     if len(examples) < FEW_TEXTS:
         raise ValueError(
             f"{len(examples)} texts are too few to fit exits and to certify them: give {FEW_TEXTS} or more"
         )
-    parts = split(examples, seed, min(len(examples) // 5, MAX_HELD_BACK), fragments)
-    console.print(
-        f"{opened.family}, {opened.model.config.num_hidden_layers} layers; {len(parts.train)} texts to fit the exits, "
-        f"{len(parts.tune)} to tune, {len(parts.certify)} to certify",
-        highlight=False,
+    return split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
+
+
+def _labels(found: set[str], names: Sequence[str]) -> dict[str, int]:
+    """The index of each label of the data among the model's names, or numbers; of no label, "", 0."""
+    by_name = {name: i for i, name in enumerate(names)}
+    for known in ({"": 0}, by_name, {str(i): i for i in range(len(names))}):
+        if found <= known.keys():
+            return known
+    raise ValueError(
+        f"the data has labels such as {sorted(found - by_name.keys())[:5]}, the model {list(names)[:20]}: name the "
+        "model's labels as the data does, with --label-names in the order of its logits"
     )
-    torch.manual_seed(seed)
-    model = stock.with_exits(opened, "mean", input_of(examples))
-    encoded = [
-        encode(part, opened.tokenizer, opened.max_tokens, what)
-        for part, what in ((parts.train, "fitting"), (parts.tune, "tuning"), (parts.certify, "certifying"))
-    ]
-    difference = stock.parity(opened, model, encoded[2])
-    console.print(f"full depth is transformers' own model: largest difference of the logits {difference:.1e}")
-    answers = _fit(model, encoded, opened.tokenizer.pad_token_id, work, seed, bf16)
-    if not labelled:
-        parts = _own_labels(parts, answers)
-    _save(model, opened, parts, work, labelled)
-    path = export(work, store, settings)
-    shutil.rmtree(work / "states")
-    return path
 
 
-def _fit(
-    model: De3Model, encoded: Sequence[Encoded], pad_id: int, work: Path, seed: int, bf16: bool
-) -> list[list[int]]:
-    """Fit the exits; returns the answers of full depth to each part, those of the held-out ones in float32."""
-    computed = [
-        frozen.states(model, part, pad_id, work / "states", what, bf16 and what == "fitting")
-        for part, what in zip(encoded, ("fitting", "tuning", "certifying"), strict=True)
-    ]
-    frozen.fit(model, computed[0], computed[1], seed)
-    return [states.answers.tolist() for states in computed]
+def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split:
+    """The parts with the original's answers, which are the labels too unless there are better ones."""
+
+    def with_answers(part: list[Example], states: States) -> list[Example]:
+        answers = states.answers.tolist()
+        part = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
+        return part if labelled else [replace(e, label=a) for e, a in zip(part, answers, strict=True)]
+
+    both = zip((parts.train, parts.tune, parts.certify), computed, strict=True)
+    return Split(*(with_answers(part, states) for part, states in both))
 
 
-def _labels(rows: Sequence[tuple[Text, str]], names: Sequence[str]) -> list[int]:
-    """The labels as indices into the model's; of unlabelled rows 0."""
-    found = {label for _, label in rows}
-    if found == {""}:
-        return [0] * len(rows)
-    numbers = {str(i): i for i in range(len(names))}
-    index = {name: i for i, name in enumerate(names)}
-    known = index if found <= index.keys() else numbers
-    if not found <= known.keys():
-        raise ValueError(
-            f"the data has labels such as {sorted(found - index.keys())[:5]}, the model {list(names)[:20]}: name the "
-            "model's labels as the data does, with --label-names in the order of its logits"
-        )
-    return [known[label] for _, label in rows]
-
-
-def _own_labels(parts: Split, answers: Sequence[Sequence[int]]) -> Split:
-    labelled = (
-        [replace(e, label=label) for e, label in zip(part, own, strict=True)]
-        for part, own in zip((parts.train, parts.tune, parts.certify), answers, strict=True)
-    )
-    return Split(*labelled)
-
-
-def _check_work(work: Path) -> None:
-    """Raise ValueError for a folder that holds something else than an import."""
-    if (work / "config.json").exists() and not (read_record(work) or {}).get("imported"):
-        raise ValueError(f"{work} has a model that is not of an import: choose another --work")
+def _check_work(work: Path, finetune: bool) -> None:
+    """Raise ValueError for a folder that holds something else than such an import."""
+    record = read_record(work) or {}
+    is_other = record.get("imported") is not True or bool(record.get("finetuned")) != finetune
+    if (work / "config.json").exists() and is_other:
+        raise ValueError(f"{work} has a model of another training or import: choose another --work")
 
 
 def _save(model: De3Model, opened: stock.Stock, parts: Split, work: Path, labelled: bool) -> None:
@@ -123,3 +158,38 @@ def _save(model: De3Model, opened: stock.Stock, parts: Split, work: Path, labell
     for name, part in (("tune", parts.tune), ("certify", parts.certify)):
         save_examples(work / f"{name}.jsonl", part, opened.names)
     write_record(work, finished=True, imported=True, self_labelled=not labelled)
+
+
+def _finetune(
+    model: De3Model,
+    opened: stock.Stock,
+    parts: Split,
+    states: States,
+    work: Path,
+    settings: ImportSettings,
+    labelled: bool,
+) -> None:
+    """Train all of it to the original's probabilities, at every exit, and write the checkpoint."""
+    how = TrainSettings(
+        epochs=settings.epochs,
+        batch_size=32,
+        lr=settings.lr,
+        distill=1.0,
+        temperature=1.0,
+        max_length=opened.max_tokens,
+        seed=settings.seed,
+        bf16=settings.bf16,
+    )
+    train(
+        model,
+        opened.tokenizer,
+        parts,
+        how,
+        work,
+        resume=read_record(work) is not None,
+        command=settings.command,
+        logits=states.logits,
+        imported=True,
+        finetuned=True,
+        self_labelled=not labelled,
+    )

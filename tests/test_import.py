@@ -269,7 +269,7 @@ def test_what_cannot_be_imported_says_what_can(
         classifier, "--label-column label", rows
     )
     assert "no column 'label'" in refused(classifier, "--label-column label", data_of(tmp_path, "plain.tsv"))
-    assert "has a model that is not of an import" in refusal(
+    assert "has a model of another training or import" in refusal(
         f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {checkpoint}"
     )
     assert not (tmp_path / "s").exists()
@@ -295,3 +295,27 @@ def test_other_pooling_wins_where_it_serves_better(imported: Path, classifier: P
     best = max(merits, key=lambda kind: merits[kind])
     assert Store(imported / "store").open("mine").manifest.pooling == best
     assert stock.open_stock(str(classifier)).names == ["bad", "good"]
+
+
+def test_finetuning_counts_what_full_depth_answers_otherwise(
+    classifier: Path, texts: Path, tmp_path: Path, imported: Path
+) -> None:
+    command = (
+        f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work --finetune "
+        "--epochs 2 --lr 1e-3 --no-bf16 --quantize none --max-loss 3"
+    )
+    result = de3(command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    checkpoint = Checkpoint(tmp_path / "work")
+    assert checkpoint.is_finetuned and checkpoint.self_labelled
+    certify = checkpoint.held_out("certify")
+    own = logits_of(classifier, [str(e.text) for e in certify]).argmax(-1)
+    assert [e.original for e in certify] == [e.label for e in certify] == own.tolist()
+    calibration = Store(tmp_path / "store").open("m").manifest.calibration
+    frozen = Store(imported / "store").open("mine-fp32").manifest.calibration
+    assert calibration is not None and frozen is not None
+    # In fp32, too: the encoder is another one.
+    assert calibration.original_disagreement is not None
+    ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
+    assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0
+    assert "choose another --work" in refusal(command.replace("--finetune ", ""))

@@ -58,6 +58,11 @@ class Checkpoint:
         return bool((read_record(self.folder) or {}).get("self_labelled"))
 
     @property
+    def is_finetuned(self) -> bool:
+        """Whether an imported classifier was trained further, so that its full depth may answer otherwise."""
+        return bool((read_record(self.folder) or {}).get("finetuned"))
+
+    @property
     def config(self) -> De3Config:
         """The model's configuration."""
         config: De3Config = self.model.config

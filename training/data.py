@@ -26,12 +26,14 @@ class Example:
         group: samples of a group are related (parts of one text, document or user) and stay in one part of the data;
             None: the text is related to its own copies only.
         is_fragment: it is part of another text of the data, and not what the model will be asked.
+        original: the answer of the classifier that was imported, an index into the label names; None: not imported.
     """
 
     text: Text
     label: int
     group: str | None = field(default=None, compare=False)
     is_fragment: bool = field(default=False, compare=False)
+    original: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,14 @@ def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tu
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: text, text_pair of pairs, label (its name), group and fragment where they say more."""
+    """Write examples as jsonl: text, text_pair of pairs, label (its name), and what else is known of them."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
             row: dict[str, Any] = {"text": text, **({} if pair is None else {"text_pair": pair})}
             row["label"] = names[e.label]
+            if e.original is not None:
+                row["original"] = names[e.original]
             if e.group is not None:
                 row["group"] = e.group
             if e.is_fragment:
@@ -244,6 +248,7 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
             e,
             group=None if record.get("group") is None else str(record["group"]),
             is_fragment=record.get("fragment") is True,
+            original=names.index(record["original"]) if record.get("original") in names else None,
         )
         for e, record in zip(examples, records, strict=True)
     ]

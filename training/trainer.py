@@ -81,6 +81,8 @@ def train(
     teacher: Path | None = None,
     resume: bool = False,
     command: str | None = None,
+    logits: torch.Tensor | None = None,
+    **more: Any,
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
@@ -88,7 +90,8 @@ def train(
     loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate` read, and until the
     end the state from which `resume` continues.
 
-    command: what resumes this run; kept in the checkpoint, for those who open it too early.
+    command: what resumes this run; kept in the checkpoint, for those who open it too early. logits: a teacher's for
+    split.train, (n, num_labels), where there is no folder of one. more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
     """
@@ -107,10 +110,10 @@ def train(
     save_examples(out / "tune.jsonl", split.tune, names)
     save_examples(out / "certify.jsonl", split.certify, names)
     tokenizer.save_pretrained(out)
-    record = {"settings": asdict(settings), "identity": identity, "command": command}
+    record = {"settings": asdict(settings), "identity": identity, "command": command, **more}
     write_record(out, finished=False, **record)
     max_length = min(settings.max_length, model.config.max_tokens)
-    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened)
+    train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened, logits)
     del opened  # its memory
     tune_data = encode(split.tune, tokenizer, max_length, "tune")
     pad_id = tokenizer.pad_token_id
@@ -156,13 +159,17 @@ def train(
 
 
 def _training_data(
-    model: De3Model, tokenizer: Any, split: Split, settings: TrainSettings, teacher: Checkpoint | None
+    model: De3Model,
+    tokenizer: Any,
+    split: Split,
+    settings: TrainSettings,
+    teacher: Checkpoint | None,
+    logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
     """What to train on, altered copies included, and the teacher's logits for it, (n, num_labels)."""
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
-    logits = None
     if teacher is not None:
         logits = teach(teacher, examples, split, settings)
         # Altered texts have no label but the teacher's.
@@ -198,8 +205,12 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        # An imported head has learned as much as its encoder.
+        learned = ["encoder."]
+        if self.model.config.head is not None:
+            learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
         for name, p in self.model.named_parameters():
-            groups.setdefault((name.startswith("encoder."), p.ndim > 1), []).append(p)
+            groups.setdefault((name.startswith(tuple(learned)), p.ndim > 1), []).append(p)
         s = self.settings
         return [
             {
