@@ -10,19 +10,26 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A text, its correct label if known, whether it was made long, and the requested τ."""
+    """A text, its correct label if known, whether it was made long, the requested τ, and what it is related by."""
 
     text: str
     label: str | None = None
     long: bool = False
     tau: float | None = None
+    group: str | None = None
 
 
-def read(path: Path, text_column: str, label_column: str, label_names: Sequence[str]) -> list[Sample]:
+def read(
+    path: Path,
+    text_column: str,
+    label_column: str,
+    label_names: Sequence[str],
+    group_column: str | None = None,
+) -> list[Sample]:
     """The samples of a tsv, csv or jsonl file with named columns, or of a txt file with one text per line.
 
     Labels that are numbers index label_names; a file without label_column gives samples without labels. Fragments, as
-    `de3 train` marks them in the parts that it holds out, are left out.
+    `de3 train` marks them in the parts that it holds out, are left out, unless group_column says what they are part of.
     Raises ValueError naming the file and what is missing.
     """
     with path.open(encoding="utf-8-sig", newline="") as file:
@@ -38,7 +45,7 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
     samples = []
     for row in rows:
-        if row.get("fragment"):
+        if row.get("fragment") and group_column is None:
             continue
         if text_column not in row:
             raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
@@ -47,7 +54,8 @@ def read(path: Path, text_column: str, label_column: str, label_names: Sequence[
             label = str(label)
             label = label_names[int(label)] if label.isdigit() and label_names else label
         if str(row[text_column]).strip():
-            samples.append(Sample(str(row[text_column]), label))
+            group = str(row[group_column]) if group_column is not None and row.get(group_column) else None
+            samples.append(Sample(str(row[text_column]), label, group=group))
     if not samples:
         raise ValueError(f"{path}: contains no text")
     return samples

@@ -52,8 +52,15 @@ def promise(
     label_column: LabelColumn = "label",
     label_names: LabelNames = "",
     wish: Annotated[list[float] | None, typer.Option(help="A max_disagreement; repeat for more.")] = None,
+    group_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of what texts are related by, such as group in a held-out part of de3 train.",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[
-        int | None, typer.Option(help="Number of certifying samples. Default: half of all.")
+        int | None, typer.Option(help="Number of certifying groups. Default: half of all.")
     ] = None,
     trials: Annotated[int, typer.Option(help="Number of simulated calibrations.", min=1)] = 500,
     start_layers: StartLayers = 0.6,
@@ -65,16 +72,15 @@ def promise(
     """
     from loadtest.studies.promise import promise as run
     from loadtest.studies.promise import table
-    from loadtest.studies.samples import joined, recorded
+    from loadtest.studies.samples import recorded
 
     loaded = _model(store, model)
-    population = joined(
-        [recorded(loaded, p, (text_column, label_column), _names(label_names)) for p in texts]
-    )
+    columns = (text_column, label_column)
+    population = recorded(loaded, texts, columns, _names(label_names), group_column)
     rows = run(
         population,
         loaded.manifest.default_signal,
-        size or len(population.labels) // 2,
+        size or population.num_groups // 2,
         wish or [0.02, 0.05, 0.1],
         trials,
         start_layers,
@@ -110,8 +116,10 @@ def far(
 
     loaded = _model(store, model)
     manifest, columns = loaded.manifest, (text_column, label_column)
-    fitted = recorded(loaded, like, ("text", "label"), [])
-    files = {path.stem: recorded(loaded, path, columns, _names(label_names)) for path in [home, *away]}
+    fitted = recorded(loaded, [like], ("text", "label"), []).recorded
+    files = {
+        path.stem: recorded(loaded, [path], columns, _names(label_names)).recorded for path in [home, *away]
+    }
     in_distribution, others = files[home.stem], {p.stem: files[p.stem] for p in away}
     numbers: dict[str, Any] = {"auroc": {}, "policy": {}, "drift": {}}
     for name, score in study.scores(manifest, fitted).items():
@@ -177,7 +185,7 @@ def deadlines(
     from loadtest.studies.samples import recorded
 
     loaded = _model(store, model)
-    samples = recorded(loaded, texts, (text_column, label_column), _names(label_names))
+    samples = recorded(loaded, [texts], (text_column, label_column), _names(label_names)).recorded
     defaults = loaded.manifest.defaults
     cases = [(0.2, 0.0), (0.4, 0.0), (0.8, 0.0)]
     cases += [(budget, utilization) for utilization in (0.5, 0.9, 1.2) for budget in (2.0, 8.0)]

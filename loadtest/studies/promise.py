@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from exits import calibration, guarantee
-from exits.recorded import Recorded
-from exits.rule import exit_index
+from exits import calibration
+from exits.calibration import Samples
 from exits.signals import Signal
+from training.progress import track
 
 
 def promise(
-    population: Recorded,
+    population: Samples,
     signal: Signal,
     size: int,
     wishes: Sequence[float],
@@ -23,29 +23,30 @@ def promise(
 ) -> list[dict[str, float]]:
     """For each wish (a max_disagreement): how often it is violated, and the speed-up against an oracle's.
 
-    The rates of the population are the true rates. Each trial draws `size` samples with replacement,
-    certifies on them, takes the largest τ whose bound is within the wish, and looks up its true rate. The
-    oracle takes the fastest τ whose true rate is within the wish.
+    The rates of the population are the true rates. Each trial draws `size` groups of related samples with replacement,
+    certifies on them as export does, takes the largest τ whose bound is within the wish, and looks up its true rate.
+    The oracle takes the fastest τ whose true rate is within the wish.
 
     start_layers: the cost of tokenization, embeddings and their exit, in layers, for the speed-up by time.
     """
-    labels, rows = population.logits.argmax(-1), np.arange(len(population.labels))
-    scores, taus = signal.scores(population), sorted(t for t in taus if t > 0)
-    differs = np.empty((len(rows), len(taus)), np.float64)
-    depth = np.empty(len(taus))
-    for i, tau in enumerate(taus):
-        index = exit_index(scores, tau)
-        differs[:, i] = labels[rows, index] != labels[:, -1]
-        depth[i] = np.asarray(population.exit_layers)[index].mean()
-    truth, full = differs.mean(0), float(population.exit_layers[-1])
-    depths, truths = np.concatenate([[full], depth]), np.concatenate([[0.0], truth])  # index 0: τ = 0
+    scores = signal.scores(population.recorded)
+    table = calibration.trade_off(population, signal, taus, scores)
+    truths = np.array([row.disagreement for row in table])
+    depths = np.array([row.mean_exit_layer for row in table])
+    members = np.split(
+        np.argsort(population.groups, kind="stable"), np.bincount(population.groups).cumsum()[:-1]
+    )
     generator = np.random.default_rng(seed)
     chosen = np.zeros((trials, len(wishes)), int)
-    for trial in range(trials):
-        counts = np.bincount(generator.integers(len(rows), size=size), minlength=len(rows))
-        errors = [round(float(count)) for count in counts @ differs]
-        bounds = guarantee.sequence_bounds(errors, size)
-        chosen[trial] = np.searchsorted(bounds, wishes, side="right")  # bounds ascend
+    for trial in track(range(trials), "Calibrating again and again"):
+        drawn = [members[k] for k in generator.integers(len(members), size=size)]
+        rows = np.concatenate(drawn)
+        groups = np.repeat(np.arange(size), [len(group) for group in drawn])
+        certified = calibration.trade_off(
+            Samples(population.recorded.rows(rows), groups), signal, taus, scores[rows]
+        )
+        bounds = [row.disagreement_bound for row in certified]  # they ascend
+        chosen[trial] = np.searchsorted(bounds, wishes, side="right") - 1
     rows_by_wish = []
     for wish, picks in zip(wishes, chosen.T, strict=True):
         oracle = float(depths[truths <= wish].min())
@@ -55,7 +56,7 @@ def promise(
             {
                 "wish": wish,
                 "broken": float((truths[picks] > wish).mean()),
-                "speedup": calibration.speedup(population.exit_layers[-1], float(layers.mean())),
+                "speedup": calibration.speedup(population.recorded.exit_layers[-1], float(layers.mean())),
                 "of_oracle_layers": float(share.mean()),
                 "of_oracle_time": float(((oracle + start_layers) / (layers + start_layers)).mean()),
             }

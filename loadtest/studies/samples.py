@@ -1,10 +1,12 @@
-"""Record every exit of a model for the texts of a file."""
+"""Record every exit of a model for the texts of files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exits.calibration import Samples
 from exits.recorded import Recorded
 from export.record import record
 from loadtest.texts import read
@@ -14,29 +16,26 @@ from training.data import Example
 NO_LABEL = -1
 
 
-def recorded(model: Model, path: Path, columns: tuple[str, str], label_names: list[str]) -> Recorded:
-    """Every exit of every text; the label is NO_LABEL if the file has none or the model does not know it.
+def recorded(
+    model: Model,
+    paths: Sequence[Path],
+    columns: tuple[str, str],
+    label_names: list[str],
+    group_column: str | None = None,
+) -> Samples:
+    """Every exit of every text of some files; the label is NO_LABEL if a file has none or the model does not know it.
 
-    columns: those of the text and the label. label_names: names of numeric labels.
+    columns: those of the text and the label. label_names: names of numeric labels. group_column: what texts are related
+    by; without it each is a group of its own.
     """
     index = {name: i for i, name in enumerate(model.manifest.labels)}
-    examples = [
-        Example(sample.text, index.get(sample.label or "", NO_LABEL))
-        for sample in read(path, *columns, label_names)
-    ]
-    return record(model, examples, path.name)
+    samples = [sample for path in paths for sample in read(path, *columns, label_names, group_column)]
+    examples = [Example(sample.text, index.get(sample.label or "", NO_LABEL)) for sample in samples]
+    names = [sample.group or f"\0{i}" for i, sample in enumerate(samples)]
+    groups = np.unique(names, return_inverse=True)[1].astype(np.int64)
+    return Samples(record(model, examples, ", ".join(path.name for path in paths)), groups)
 
 
 def nearest(texts: Recorded) -> NDArray[np.float64]:
     """Distance to the nearest prototype, (n, exits); NaN at exits without prototypes."""
     return np.asarray(texts.distances.min(-1), np.float64)
-
-
-def joined(parts: list[Recorded]) -> Recorded:
-    """The samples of several recordings of the same model."""
-    return Recorded(
-        parts[0].exit_layers,
-        np.concatenate([p.logits for p in parts]),
-        np.concatenate([p.distances for p in parts]),
-        np.concatenate([p.labels for p in parts]),
-    )
