@@ -1,9 +1,12 @@
 """What several commands share: their options, and the check for PyTorch."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
+console = Console(stderr=True)
 
 DATA = "Data"
 MODEL = "Model"
@@ -68,3 +71,22 @@ def need_train_extra() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
+
+
+def read_rows(file: Path | None, dataset: str | None, split: str, columns: Any) -> list[Any]:
+    """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless one of them is given."""
+    from training import data
+
+    if (file is None) == (dataset is None):
+        raise ValueError("give the data either as a file or with --dataset")
+    return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
+
+
+def say(message: str) -> None:
+    """Print a line on stderr as it is: a command in it can be copied, and brackets are no markup."""
+    console.print(message, markup=False, soft_wrap=True)
+
+
+def reason(error: OSError) -> str:
+    """The message of an OSError, without its number."""
+    return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
