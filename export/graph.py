@@ -21,7 +21,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from training.encoders.weights import Array, Embeddings, Head, Layer, Linear, Norm
+from export import deberta
+from training.encoders.weights import Array, Disentangled, Embeddings, Head, Layer, Linear, Norm
 
 MICROSOFT = "com.microsoft"
 # FastGelu is the tanh approximation, Gelu the exact one.
@@ -117,18 +118,23 @@ def embed(g: Graph, tables: Embeddings, ids: str, types: str | None) -> str:
         x = g.node("Mul", picked, g.node("Gather", g.constant(scale[:, None]), ids))
     else:
         x = g.node("Gather", g.constant(tables.word), ids)
-    tokens = g.node("Shape", ids, start=1, end=2)
-    zero = g.constant(np.array([0], np.int64))
-    x = g.node("Add", x, g.node("Slice", g.constant(tables.position), zero, tokens, zero))
+    if tables.position is not None:
+        tokens = g.node("Shape", ids, start=1, end=2)
+        zero = g.constant(np.array([0], np.int64))
+        x = g.node("Add", x, g.node("Slice", g.constant(tables.position), zero, tokens, zero))
     if types is not None and tables.token_type is not None:
         x = g.node("Add", x, g.node("Gather", g.constant(tables.token_type), types))
+    if tables.norm_last:
+        return g.norm(x if tables.projection is None else g.linear(x, tables.projection), tables.norm)
     x = g.norm(x, tables.norm)
     return g.linear(x, tables.projection) if tables.projection is not None else x
 
 
 def block(g: Graph, hidden: str, layer: Layer) -> str:
     """Hidden states (1, T, H) after one transformer block."""
-    if layer.relative is not None:
+    if isinstance(layer.relative, Disentangled):
+        attended = deberta.attention(g, hidden, layer, layer.relative)
+    elif layer.relative is not None:
         attended = _attention_with_offsets(g, hidden, layer, layer.relative)
     elif g.int8:
         bias = g.constant(layer.qkv.bias)

@@ -20,6 +20,8 @@ PARTS = {
     "pre_tokenizer": frozenset(_PRE_TOKENIZERS.split()),
     "post_processor": frozenset(_POST_PROCESSORS.split()),
 }
+# A regular expression can take for ever on a text made for it. These cannot, and match one character or more.
+REGEXES = (r"\s{2,}|[\n\r\t]",)  # DeBERTa's
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 MAX_PARTS = 16  # of a Sequence, with all inside it
 MAX_CONTENT = 4  # characters that a Replace or Prepend may put in
@@ -91,7 +93,7 @@ def _growth(component: dict[str, Any]) -> float:
     """How many times as long a Replace or Prepend can make a text; that may be of one character."""
     match component["type"]:
         case "Replace":
-            return max(1.0, len(component["content"]) / len(component["pattern"]["String"]))
+            return max(1.0, len(component["content"]) / len(component["pattern"].get("String", "x")))
         case "Prepend":
             return 1.0 + len(component["prepend"])
     return 1.0
@@ -140,10 +142,15 @@ def _check_strings(part: Any, most: int) -> None:
 
 
 def _check_pattern(kind: str, pattern: Any, name: str) -> None:
-    """A literal string: a regular expression can take for ever on a text made for it."""
-    text = pattern.get("String") if isinstance(pattern, dict) and len(pattern) == 1 else None
-    if not isinstance(text, str) or not text:
-        raise TokenizerError(f"{kind}: the pattern of {name} must be a string that is not empty")
+    """A literal string, or one of REGEXES in a Replace."""
+    only = isinstance(pattern, dict) and len(pattern) == 1
+    text = pattern.get("String") if only else None
+    if isinstance(text, str) and text:
+        return
+    if not only or name != "Replace" or pattern.get("Regex") not in REGEXES:
+        raise TokenizerError(
+            f"{kind}: the pattern of {name} must be a string that is not empty, or a regular expression that is known"
+        )
 
 
 def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:

@@ -36,14 +36,29 @@ class Norm:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Tables by word (V, E), position (P, E) and token type (T, E) or None; word_scale (V, 1) in int8."""
+    """Tables by word (V, E), position (P, E) or None, and token type (T, E) or None; word_scale (V, 1) in int8."""
 
     word: Array
     word_scale: Array | None
-    position: Array
+    position: Array | None
     token_type: Array | None
     norm: Norm
     projection: Linear | None
+
+
+@dataclass(frozen=True)
+class Disentangled:
+    """What attention adds for the distance and the content of two tokens.
+
+    Attributes:
+        rows: the row of the tables for query − key = 1 − P … P − 1, (2P − 1,).
+        key_table: what a query is multiplied by, (heads, head size, rows); None: nothing.
+        query_table: what a key is multiplied by, (heads, rows, head size); None: nothing.
+    """
+
+    rows: Array
+    key_table: Array | None
+    query_table: Array | None
 
 
 @dataclass(frozen=True)
@@ -51,7 +66,8 @@ class Layer:
     """A transformer block; activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them.
 
     Attributes:
-        relative: what attention adds for the distance of two tokens, (heads, 2P − 1); None: nothing.
+        relative: what attention adds for the distance of two tokens, (heads, 2P − 1), or for their content too; None:
+            nothing.
     """
 
     qkv: Linear
@@ -62,7 +78,7 @@ class Layer:
     ffn_norm: Norm
     num_heads: int
     activation: str
-    relative: Array | None = None
+    relative: Array | Disentangled | None = None
 
 
 @dataclass(frozen=True)
@@ -128,8 +144,8 @@ def build(network: Network) -> Any:
         model = kernels.new(network.hidden_size, heads, inner, len(network.layers), is_gelu, network.mean)
         kernels.set_embeddings(
             model,
-            *(tables.word, _scale(tables.word_scale), tables.position),
-            NONE if tables.token_type is None else tables.token_type,
+            *(tables.word, _scale(tables.word_scale)),
+            *(NONE if table is None else table for table in (tables.position, tables.token_type)),
         )
         _set_norm(model, 0, 0, tables.norm)
         for number, layer in enumerate(network.layers, 1):
@@ -156,8 +172,13 @@ def build(network: Network) -> Any:
 
 def _check(network: Network) -> None:
     """Raise NoKernelsError for what no kernel computes."""
+    for number, layer in enumerate(network.layers, 1):
+        if isinstance(layer.relative, Disentangled):
+            raise NoKernelsError(f"layer {number}: there is no kernel for disentangled attention")
     if network.embeddings.projection is not None:
         raise NoKernelsError("its embeddings have a projection")
+    if network.embeddings.position is None:
+        raise NoKernelsError("its embeddings have no positions")
     for number, layer in enumerate(network.layers, 1):
         if layer.relative is not None:
             raise NoKernelsError(f"layer {number}: there is no kernel for relative positions in attention")

@@ -102,14 +102,22 @@ def save_tokenizer(folder: Path, token_types: bool = True) -> int:
 
 
 def save_encoder(
-    folder: Path, family: str = "bert", layers: int = 3, activation: str = "gelu", labels: int = 0
+    folder: Path,
+    family: str = "bert",
+    layers: int = 3,
+    activation: str = "gelu",
+    labels: int = 0,
+    **options: Any,
 ) -> Path:
-    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier."""
+    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier.
+
+    options: of its configuration.
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(7)
-    vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra"))
+    vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra", "deberta-v2"))
     like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
     settings = {
         "vocab_size": vocabulary,
@@ -135,9 +143,21 @@ def save_encoder(
             "hidden_act",
         ):
             del settings[key]
+    if family == "deberta-v2":
+        settings |= {
+            "embedding_size": 48,
+            "type_vocab_size": 2,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 8,  # fewer than a text may have tokens
+            "max_relative_positions": 24,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        }
     if labels:
         settings["num_labels"] = labels
-    config = AutoConfig.for_model(family, **settings)
+    config = AutoConfig.for_model(family, **settings | options)
     kind = AutoModelForSequenceClassification if labels else AutoModel
     model = kind.from_config(config)
     with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them

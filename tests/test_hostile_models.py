@@ -244,6 +244,28 @@ def template(count: int, **special_token: Any) -> dict:
         (lambda t: t.update(normalizer=replace("a" * 5)), "at most 4 characters"),
         (lambda t: t.update(normalizer=replaces("aaaa", "aa")), "at most 4 times as long"),
         (lambda t: t.update(normalizer=replaces("aaaa", "aaaa", "aaaa", "aaaa")), "at most 4 times as long"),
+        (
+            lambda t: t.update(
+                normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "a"}
+            ),
+            "must be a string .* or a regular expression that is known",
+        ),
+        (
+            lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": ["a"]}, "content": "a"}),
+            "must be a string",
+        ),
+        (
+            lambda t: t.update(
+                normalizer={
+                    "type": "Sequence",
+                    "normalizers": [
+                        {"type": "Replace", "pattern": {"Regex": r"\s{2,}|[\n\r\t]"}, "content": "aaaa"},
+                        replace("aa"),
+                    ],
+                }
+            ),
+            "at most 4 times as long",
+        ),
         (lambda t: t.update(normalizer={"type": "Prepend", "prepend": "abcd"}), "at most 4 times as long"),
         (lambda t: t.update(normalizer={"type": []}), r"'\[\]' is not one of"),
         (lambda t: t.update(normalizer={"type": "Precompiled", "x": 1}), "'Precompiled' is not one of"),

@@ -191,7 +191,12 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     has_kernels = not (hidden % 64 or inner % 64 or hidden // heads % 16 or metric % 32)
     manifest = Manifest.model_construct(
-        **{"num_layers": 1, "exit_layers": [0, 1], "prototype_layers": [0, 1] if metric else []},
+        **{
+            "encoder": "bert",
+            "num_layers": 1,
+            "exit_layers": [0, 1],
+            "prototype_layers": [0, 1] if metric else [],
+        },
         **{"hidden_size": hidden, "metric_dim": metric, "labels": [""] * labels, "max_tokens": 96},
         **{"token_types": True, "pooling": "mean" if mean else "cls", "precision": "int8"},
     )

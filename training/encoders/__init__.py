@@ -6,6 +6,7 @@ Training needs none of it, because every encoder of transformers returns its hid
 from typing import Any
 
 from training.encoders.bert import BERT, ELECTRA, ROBERTA
+from training.encoders.deberta import DEBERTA
 from training.encoders.distilbert import DISTILBERT
 from training.encoders.mpnet import MPNET
 from training.encoders.weights import Family
@@ -18,6 +19,7 @@ FAMILIES = {
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "mpnet": MPNET,
+    "deberta-v2": DEBERTA,  # and v3, whose checkpoints say deberta-v2
 }
 
 

@@ -38,12 +38,29 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Disentangled:
+    """What attention adds for two tokens' distance, by their content: q·key_table[row] + k·query_table[row].
+
+    Attributes:
+        rows: the row for query − key = 1 − P … P − 1, (2P − 1,) int32, with P the most tokens.
+        key_table, query_table: what a query and a key are multiplied by, (rows, hidden), scaled as the scores are;
+            None: nothing.
+        scale: what q·k is multiplied by.
+    """
+
+    rows: NDArray[np.int32]
+    key_table: Array | None
+    query_table: Array | None
+    scale: float
+
+
+@dataclass(frozen=True)
 class Layer:
     """One post-norm transformer block; `qkv` is query, key and value concatenated, (hidden, 3·hidden).
 
     Attributes:
         relative: what is added to a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P
-            the most tokens; None: nothing.
+            the most tokens, or for their distance and content; None: nothing.
     """
 
     qkv: Linear
@@ -54,18 +71,24 @@ class Layer:
     ffn_norm: Norm
     num_heads: int
     activation: str
-    relative: Array | None = None
+    relative: Array | Disentangled | None = None
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden."""
+    """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden.
+
+    Attributes:
+        position: None: nothing is added for a token's position.
+        norm_last: whether the norm follows the projection, else it precedes it.
+    """
 
     word: Array
-    position: Array
+    position: Array | None
     token_type: Array | None
     norm: Norm
     projection: Linear | None
+    norm_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +115,7 @@ class Family:
         check: of a configuration; raises ValueError for an option that cannot be exported.
         max_tokens: of a configuration: the most tokens that the encoder takes, special tokens included.
         embeddings: the tables of an encoder of transformers, and whether its tokenizer returns token types. If it
-            returns none, or the encoder has only one, the embedding of type 0 is added to `position`.
+            returns none, or the encoder has only one, the embedding of type 0 is added to `position` or `word`.
         layers: its blocks in order.
         head: of a configuration: the head of transformers' …ForSequenceClassification.
     """
