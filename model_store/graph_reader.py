@@ -10,30 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
+from model_store import modernbert_reader
 from model_store.graph_check import MICROSOFT, GraphError
 from model_store.manifest import Manifest
-from native.network import Embeddings, Exit, Head, Layer, Linear, Network, Norm
+from model_store.node_reader import ANY, Array, Reader, Weight, floats
+from native.network import Embeddings, Exit, Head, Layer, Linear, Network, Norm, PreNormLayer
 
-Array = NDArray[Any]
-ANY = -1  # a size that the weight itself decides
-ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+PRE_NORM = ("modernbert",)  # encoders whose exits have a norm first, and whose embeddings know no positions
 HEAD_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "gelu": "Gelu"}
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A weight that a node takes: its element type and shape."""
-
-    dtype: type
-    shape: tuple[int, ...]
-
-
-def floats(*shape: int) -> Weight:
-    """A float32 weight."""
-    return Weight(np.float32, shape)
 
 
 def network_of(segments: Sequence["Read"], manifest: Manifest) -> Network:
@@ -63,7 +49,13 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
             raise GraphError("it has another exit than the manifest says")
         _check_names(graph)
         r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
-        part = r.layer(manifest) if layer else r.embeddings(manifest)
+        part: Embeddings | Layer | PreNormLayer
+        if layer == 0:
+            part = r.embeddings(manifest)
+        else:
+            part = (
+                modernbert_reader.layer(r, layer, manifest) if _is_pre_norm(manifest) else r.layer(manifest)
+            )
         has_head = layer == manifest.num_layers and manifest.head is not None
         head, exit_ = None, None
         if has_exit:
@@ -78,6 +70,10 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
         raise GraphError(f"{type(error).__name__}: {error}") from None
 
 
+def _is_pre_norm(manifest: Manifest) -> bool:
+    return manifest.encoder in PRE_NORM
+
+
 def _check_names(graph: Any) -> None:
     """No value may have the name of another, inside of branches neither."""
     nodes = list(graph.node)
@@ -88,104 +84,13 @@ def _check_names(graph: Any) -> None:
         raise GraphError("a value has no name, or that of another")
 
 
-class _Reader:
-    """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
-
-    def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
-        """weights: the graph's initializers, or those of the graph around a branch, by name."""
-        self._nodes, self.weights, self._int8 = list(graph.node), weights, int8
-        self._at = 0
-        self.used: set[str] = set()  # weights
-        self.attributes: dict[str, Any] = {}  # of the last node
-
-    def next_op(self) -> str:
-        """The next node's operator; empty at the end."""
-        return str(self._nodes[self._at].op_type) if self._at < len(self._nodes) else ""
-
-    def node(
-        self, op: str, *inputs: str | Weight, domain: str = "", outputs: int = 1, **attributes: Any
-    ) -> tuple[list[str], list[Array]]:
-        """The names of the next node's outputs, and the weights that it takes.
-
-        inputs: names of values, weights, or "" for one that is left out. attributes: those that it must have,
-        and no others; None: any value.
-        """
-        if self._at >= len(self._nodes):
-            raise GraphError(f"it ends before {op}")
-        node = self._nodes[self._at]
-        self._at += 1
-        if (node.domain, node.op_type) != (domain, op):
-            operator = f"{node.domain}.{node.op_type}".lstrip(".")
-            raise GraphError(f"operator {self._at} is {operator}, not {op}")
-        names = [a.name for a in node.attribute]
-        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-        wrong = set(names) ^ set(attributes)
-        wrong |= {n for n, v in attributes.items() if v is not None and self.attributes.get(n) != v}
-        wrong |= {n for n in names if names.count(n) > 1}
-        if wrong:
-            raise GraphError(f"{op} (operator {self._at}) has another {min(wrong)!r}")
-        if len(node.input) != len(inputs) or len(node.output) != outputs:
-            raise GraphError(f"{op} (operator {self._at}) has other inputs or outputs")
-        weights = []
-        for name, wanted in zip(node.input, inputs, strict=True):
-            if isinstance(wanted, Weight):
-                weights.append(self._weight(op, name, wanted))
-            elif name != wanted:
-                raise GraphError(f"{op} (operator {self._at}) takes another value")
-        return list(node.output), weights
-
-    def _weight(self, op: str, name: str, wanted: Weight) -> Array:
-        tensor = self.weights.get(name)
-        if tensor is None:
-            raise GraphError(f"{op} (operator {self._at}) takes a value where a weight should be")
-        self.used.add(name)
-        array: Array = numpy_helper.to_array(tensor)
-        same = len(array.shape) == len(wanted.shape) and all(
-            size > 0 and expected in (size, ANY)
-            for size, expected in zip(array.shape, wanted.shape, strict=True)
-        )
-        if array.dtype != wanted.dtype or not same:
-            raise GraphError(f"{op} (operator {self._at}) has a weight of another type or shape")
-        if array.dtype == np.float32 and not np.isfinite(array).all():
-            raise GraphError(f"{op} (operator {self._at}) has a weight that is not finite")
-        return np.ascontiguousarray(array) if array.ndim else array
-
-    def linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
-        """x·W + b: the output's name, and the weights."""
-        # The sizes of scale and bias are compared below: with ANY, the weight decides them.
-        if self._int8:
-            (out,), (weight, scale, bias) = self.node(
-                *("DynamicQuantizeMatMul", x, Weight(np.int8, (inputs, outputs))),
-                *(floats(outputs), "", floats(outputs)),
-                domain=MICROSOFT,
-            )
-        else:
-            scale = None
-            (product,), (weight,) = self.node("MatMul", x, floats(inputs, outputs))
-            (out,), (bias,) = self.node("Add", product, floats(outputs))
-        if len(bias) != weight.shape[1] or (scale is not None and len(scale) != len(bias)):
-            raise GraphError(f"operator {self._at} has a weight of another shape")
-        return out, Linear(weight, bias, scale)
-
-    def norm(self, x: str, size: int) -> tuple[str, Norm]:
-        """Layer norm: the output's name, and the weights."""
-        (out,), (scale, shift) = self.node(
-            "LayerNormalization", x, floats(size), floats(size), epsilon=None, axis=-1
-        )
-        epsilon = float(self.attributes["epsilon"])
-        if not 0 <= epsilon <= 1:
-            raise GraphError(f"LayerNormalization (operator {self._at}) has another 'epsilon'")
-        return out, Norm(scale, shift, epsilon)
-
-    def end(self) -> None:
-        """Nothing may follow."""
-        if self._at != len(self._nodes):
-            raise GraphError("unexpected operators at the end")
+class _Reader(Reader):
+    """Reads segments with the layers that most families have."""
 
     def embeddings(self, manifest: Manifest) -> Embeddings:
         """The embeddings, whose output must be called hidden."""
         ids, scale = "input_ids", None
-        if self._int8:
+        if self.int8:
             (rows,), (word,) = self.node("Gather", Weight(np.int8, (ANY, ANY)), ids)
             (picked,), _ = self.node("Cast", rows, to=TensorProto.FLOAT)
             (scales,), (scale,) = self.node("Gather", floats(len(word), 1), ids)
@@ -193,14 +98,18 @@ class _Reader:
         else:
             (x,), (word,) = self.node("Gather", floats(ANY, ANY), ids)
         width = word.shape[1]
-        (tokens,), _ = self.node("Shape", ids, start=1, end=2)
-        zero = Weight(np.int64, (1,))
-        (rows,), (position, *zeros) = self.node("Slice", floats(ANY, width), zero, tokens, zero)
-        if any(z[0] != 0 for z in zeros):
-            raise GraphError("its positions do not begin with the first")
-        if len(position) < manifest.max_tokens:
-            raise GraphError(f"it has {len(position)} positions, too few for {manifest.max_tokens} tokens")
-        (x,), _ = self.node("Add", x, rows)
+        position = None
+        if not _is_pre_norm(manifest):
+            (tokens,), _ = self.node("Shape", ids, start=1, end=2)
+            zero = Weight(np.int64, (1,))
+            (rows,), (position, *zeros) = self.node("Slice", floats(ANY, width), zero, tokens, zero)
+            if any(z[0] != 0 for z in zeros):
+                raise GraphError("its positions do not begin with the first")
+            if len(position) < manifest.max_tokens:
+                raise GraphError(
+                    f"it has {len(position)} positions, too few for {manifest.max_tokens} tokens"
+                )
+            (x,), _ = self.node("Add", x, rows)
         token_type = None
         if manifest.token_types:
             (rows,), (token_type,) = self.node("Gather", floats(ANY, width), "token_type_ids")
@@ -211,7 +120,7 @@ class _Reader:
             x, projection = self.linear(x, width, manifest.hidden_size)
         elif width != manifest.hidden_size:
             raise GraphError(f"hidden has {width} dimensions, the manifest says {manifest.hidden_size}")
-        self._is_called(x, "hidden")
+        self.is_called(x, "hidden")
         return Embeddings(word, scale, position, token_type, norm, projection)
 
     def layer(self, manifest: Manifest) -> Layer:
@@ -221,7 +130,7 @@ class _Reader:
         relative = None
         if self.next_op() == "Shape":
             attended, qkv, relative = self._attention_with_offsets(manifest)
-        elif self._int8:
+        elif self.int8:
             (x, x_scale, x_zero), _ = self.node("DynamicQuantizeLinear", "hidden", outputs=3)
             (attended,), (weight, bias, scale) = self.node(
                 *("QAttention", x, Weight(np.int8, (hidden, 3 * hidden)), wide, x_scale, wide, "", x_zero),
@@ -243,14 +152,11 @@ class _Reader:
         (x,), _ = self.node("Add", out, "hidden")
         middle, attention_norm = self.norm(x, hidden)
         up, ffn_in = self.linear(middle, hidden, ANY)
-        activation = self.next_op()
-        if activation not in ACTIVATIONS:
-            raise GraphError(f"its activation is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
-        (x,), _ = self.node(activation, up, domain="" if activation == "Relu" else MICROSOFT)
+        x, activation = self.activation(up)
         down, ffn_out = self.linear(x, len(ffn_in.bias), hidden)
         (x,), _ = self.node("Add", down, middle)
         x, ffn_norm = self.norm(x, hidden)
-        self._is_called(x, "next_hidden")
+        self.is_called(x, "next_hidden")
         return Layer(
             qkv, attention_out, attention_norm, ffn_in, ffn_out, ffn_norm, heads, activation, relative
         )
@@ -292,9 +198,9 @@ class _Reader:
         then, other = self.attributes["then_branch"], self.attributes["else_branch"]
         if outputs != names:
             raise GraphError("its exit gives out other values")
-        yes = _Reader(then, self.weights, self._int8)
+        yes = _Reader(then, self.weights, self.int8)
         is_mean = (manifest.head.pooling if has_head and manifest.head else manifest.pooling) == "mean"
-        pooled = yes.pooled(hidden, is_mean)
+        pooled, norm = yes.pooled(hidden, is_mean, manifest)
         seen, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
         (logits,), (weight, bias) = yes.node(
             "Gemm", seen, floats(manifest.hidden_size, labels), floats(labels)
@@ -309,7 +215,7 @@ class _Reader:
             given.append(distances)
         yes.end()
         self.used |= yes.used
-        no = _Reader(other, self.weights, self._int8)
+        no = _Reader(other, self.weights, self.int8)
         zeros = []
         for _ in names:
             (value,), _ = no.node("Constant", value=None)
@@ -320,27 +226,29 @@ class _Reader:
         no.end()
         if [o.name for o in then.output] != given or [o.name for o in other.output] != zeros:
             raise GraphError("its exit gives out other values")
-        return head, Exit(Linear(weight, bias, None), space)
+        return head, Exit(Linear(weight, bias, None), space, norm)
 
-    def pooled(self, hidden: str, is_mean: bool) -> str:
-        """The mean of the tokens, or the first one."""
+    def pooled(self, hidden: str, is_mean: bool, manifest: Manifest) -> tuple[str, Norm | None]:
+        """The mean of the tokens, or the first one, and the norm of the tokens, if the encoder has a final norm."""
+        size, norm = manifest.hidden_size, None
         if is_mean:
+            if _is_pre_norm(manifest):
+                hidden, norm = self.norm(hidden, size)
             (pooled,), _ = self.node("ReduceMean", hidden, axes=[1], keepdims=0)
-            return pooled
+            return pooled, norm
         (pooled,), (first,) = self.node("Gather", hidden, Weight(np.int64, ()), axis=1)
         if first != 0:
             raise GraphError("its exit sees another token than the first")
-        return pooled
+        return self.norm(pooled, size) if _is_pre_norm(manifest) else (pooled, None)
 
     def head(self, pooled: str, is_mean: bool, manifest: Manifest) -> tuple[str, Head]:
-        """A stock classifier's dense layer: the output's name, and the weights."""
+        """A stock classifier's dense layer and norm: the output's name, and the weights."""
         assert manifest.head is not None
         size, activation = manifest.hidden_size, manifest.head.activation
         (x,), (weight, bias) = self.node("Gemm", pooled, floats(size, size), floats(size))
         operator = HEAD_ACTIVATIONS[activation]
         (x,), _ = self.node(operator, x, domain=MICROSOFT if operator == "Gelu" else "")
-        return x, Head(Linear(weight, bias, None), activation, is_mean)
-
-    def _is_called(self, value: str, name: str) -> None:
-        if value != name:
-            raise GraphError(f"it gives out another value as {name}")
+        norm = None
+        if manifest.head.norm:
+            x, norm = self.norm(x, size)
+        return x, Head(Linear(weight, bias, None), activation, is_mean, norm)

@@ -102,16 +102,24 @@ def save_tokenizer(folder: Path, token_types: bool = True) -> int:
 
 
 def save_encoder(
-    folder: Path, family: str = "bert", layers: int = 3, activation: str = "gelu", labels: int = 0
+    folder: Path,
+    family: str = "bert",
+    layers: int = 3,
+    activation: str = "gelu",
+    labels: int = 0,
+    **more: Any,
 ) -> Path:
-    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier."""
+    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier.
+
+    more: of the configuration, as the family calls it.
+    """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
     torch.manual_seed(7)
     vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra"))
     like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 64,  # sizes that the kernels in native/ have
         "num_hidden_layers": layers,
@@ -135,7 +143,15 @@ def save_encoder(
             "hidden_act",
         ):
             del settings[key]
-    config = AutoConfig.for_model(family, **settings, num_labels=labels)
+    if family == "modernbert":
+        settings |= {
+            "hidden_activation": settings.pop("hidden_act"),
+            "local_attention": 10,  # texts have up to 64 tokens
+            "classifier_pooling": "mean",
+            "layer_types": [("full_attention", "sliding_attention")[i % 2] for i in range(layers)],
+            **{f"{token}_token_id": 2 + i % 2 for i, token in enumerate(("bos", "eos", "cls", "sep"))},
+        }
+    config = AutoConfig.for_model(family, **settings | more, num_labels=labels)
     kind = AutoModelForSequenceClassification if labels else AutoModel
     model = kind.from_config(config)
     with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them

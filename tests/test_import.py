@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from de3.cli import app
@@ -117,10 +117,13 @@ def test_every_family_is_imported_and_served(
     artifact = Store(tmp_path / "store").open("m")
     assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder == family
     head = artifact.manifest.head
-    assert head is not None and head.activation == FAMILIES[family].head(None).activation
+    assert (
+        head is not None
+        and head.activation == FAMILIES[family].head(AutoConfig.from_pretrained(folder)).activation
+    )
     model = Model(artifact)
     assert (model.runtime == "native") == (
-        precision == "int8" and family not in ("mpnet", "distilbert", "electra")
+        precision == "int8" and family not in ("mpnet", "distilbert", "electra", "modernbert")
     )
     words = ["good", "a dull film and it was bad", "the " * 300]
     ours = np.array([model.full_depth(model.tokenize(text))[-1].logits for text in words], np.float32)

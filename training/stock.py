@@ -103,7 +103,7 @@ def open_stock(name: str, label_names: str | None = None) -> Stock:
 def _check(name: str, config: Any) -> None:
     """Raise ValueError for a model that has no exits to give, before its weights are read."""
     try:
-        encoders.family(config)
+        encoders.family(config).head(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     architectures = config.architectures or ["ForSequenceClassification"]  # not said: its weights will tell
@@ -161,7 +161,11 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
         encoder=stock.model.base_model.config.to_dict(),
         exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
         pooling=pooling,
-        head={"pooling": head.pooling, "activation": head.activation},
+        head={
+            "pooling": head.pooling,
+            "activation": head.activation,
+            **({} if head.norm is None else {"norm": head.epsilon}),
+        },
         max_tokens=stock.max_tokens,
         input=input_,
         id2label=dict(enumerate(stock.names)),
@@ -170,9 +174,11 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
     model = De3Model(config)
     weights = stock.model.base_model.state_dict()
     model.encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
-    assert model.head is not None
-    for ours, theirs in ((model.head, head.dense), (model.classifiers[-1], head.classifier)):
-        module: nn.Module = attrgetter(theirs)(stock.model)
-        ours.load_state_dict(module.state_dict())
+    parts = ((model.head, head.dense), (model.head_norm, head.norm), (model.classifiers[-1], head.classifier))
+    for ours, theirs in parts:
+        if ours is not None and theirs is not None:
+            module: nn.Module = attrgetter(theirs)(stock.model)
+            given = module.state_dict()
+            ours.load_state_dict({"bias": torch.zeros(len(given["weight"])), **given})  # some have none
     model.eval()
     return model

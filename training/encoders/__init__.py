@@ -1,12 +1,14 @@
 """The families of encoders: the only code that knows them, a file each under one interface (weights.Family).
 
-Training needs none of it, because every encoder of transformers returns its hidden states; import and export do.
+Training needs none of it, because every encoder of transformers returns its hidden states (training/model.py takes
+those before the last layer through a final norm, if the encoder has one); import and export do.
 """
 
 from typing import Any
 
 from training.encoders.bert import BERT, ELECTRA, ROBERTA
 from training.encoders.distilbert import DISTILBERT
+from training.encoders.modernbert import MODERNBERT
 from training.encoders.mpnet import MPNET
 from training.encoders.weights import Family
 
@@ -18,6 +20,7 @@ FAMILIES = {
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "mpnet": MPNET,
+    "modernbert": MODERNBERT,
 }
 
 

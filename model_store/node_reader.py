@@ -1,0 +1,136 @@
+"""Reads a graph's nodes in their order: what graph_reader.py and the readers of families are made of."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from model_store.graph_check import MICROSOFT, GraphError
+from native.network import Linear, Norm
+
+Array = NDArray[Any]
+ANY = -1  # a size that the weight itself decides
+ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a node takes: its element type and shape."""
+
+    dtype: type
+    shape: tuple[int, ...]
+
+
+def floats(*shape: int) -> Weight:
+    """A float32 weight."""
+    return Weight(np.float32, shape)
+
+
+class Reader:
+    """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
+
+    def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
+        """weights: the graph's initializers, or those of the graph around a branch, by name."""
+        self._nodes, self.weights, self.int8 = list(graph.node), weights, int8
+        self._at = 0
+        self.used: set[str] = set()  # weights
+        self.attributes: dict[str, Any] = {}  # of the last node
+
+    def next_op(self) -> str:
+        """The next node's operator; empty at the end."""
+        return str(self._nodes[self._at].op_type) if self._at < len(self._nodes) else ""
+
+    def node(
+        self, op: str, *inputs: str | Weight, domain: str = "", outputs: int = 1, **attributes: Any
+    ) -> tuple[list[str], list[Array]]:
+        """The names of the next node's outputs, and the weights that it takes.
+
+        inputs: names of values, weights, or "" for one that is left out. attributes: those that it must have,
+        and no others; None: any value.
+        """
+        if self._at >= len(self._nodes):
+            raise GraphError(f"it ends before {op}")
+        node = self._nodes[self._at]
+        self._at += 1
+        if (node.domain, node.op_type) != (domain, op):
+            operator = f"{node.domain}.{node.op_type}".lstrip(".")
+            raise GraphError(f"operator {self._at} is {operator}, not {op}")
+        names = [a.name for a in node.attribute]
+        self.attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        wrong = set(names) ^ set(attributes)
+        wrong |= {n for n, v in attributes.items() if v is not None and self.attributes.get(n) != v}
+        wrong |= {n for n in names if names.count(n) > 1}
+        if wrong:
+            raise GraphError(f"{op} (operator {self._at}) has another {min(wrong)!r}")
+        if len(node.input) != len(inputs) or len(node.output) != outputs:
+            raise GraphError(f"{op} (operator {self._at}) has other inputs or outputs")
+        weights = []
+        for name, wanted in zip(node.input, inputs, strict=True):
+            if isinstance(wanted, Weight):
+                weights.append(self._weight(op, name, wanted))
+            elif name != wanted:
+                raise GraphError(f"{op} (operator {self._at}) takes another value")
+        return list(node.output), weights
+
+    def _weight(self, op: str, name: str, wanted: Weight) -> Array:
+        tensor = self.weights.get(name)
+        if tensor is None:
+            raise GraphError(f"{op} (operator {self._at}) takes a value where a weight should be")
+        self.used.add(name)
+        array: Array = numpy_helper.to_array(tensor)
+        same = len(array.shape) == len(wanted.shape) and all(
+            size > 0 and expected in (size, ANY)
+            for size, expected in zip(array.shape, wanted.shape, strict=True)
+        )
+        if array.dtype != wanted.dtype or not same:
+            raise GraphError(f"{op} (operator {self._at}) has a weight of another type or shape")
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise GraphError(f"{op} (operator {self._at}) has a weight that is not finite")
+        return np.ascontiguousarray(array) if array.ndim else array
+
+    def linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
+        """x·W + b: the output's name, and the weights."""
+        # The sizes of scale and bias are compared below: with ANY, the weight decides them.
+        if self.int8:
+            (out,), (weight, scale, bias) = self.node(
+                *("DynamicQuantizeMatMul", x, Weight(np.int8, (inputs, outputs))),
+                *(floats(outputs), "", floats(outputs)),
+                domain=MICROSOFT,
+            )
+        else:
+            scale = None
+            (product,), (weight,) = self.node("MatMul", x, floats(inputs, outputs))
+            (out,), (bias,) = self.node("Add", product, floats(outputs))
+        if len(bias) != weight.shape[1] or (scale is not None and len(scale) != len(bias)):
+            raise GraphError(f"operator {self._at} has a weight of another shape")
+        return out, Linear(weight, bias, scale)
+
+    def norm(self, x: str, size: int) -> tuple[str, Norm]:
+        """Layer norm: the output's name, and the weights."""
+        (out,), (scale, shift) = self.node(
+            "LayerNormalization", x, floats(size), floats(size), epsilon=None, axis=-1
+        )
+        epsilon = float(self.attributes["epsilon"])
+        if not 0 <= epsilon <= 1:
+            raise GraphError(f"LayerNormalization (operator {self._at}) has another 'epsilon'")
+        return out, Norm(scale, shift, epsilon)
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self._at != len(self._nodes):
+            raise GraphError("unexpected operators at the end")
+
+    def activation(self, x: str) -> tuple[str, str]:
+        """An activation of a layer: the output's name, and the operator."""
+        op = self.next_op()
+        if op not in ACTIVATIONS:
+            raise GraphError(f"its activation is {op!r}, not one of {', '.join(ACTIVATIONS)}")
+        (out,), _ = self.node(op, x, domain="" if op == "Relu" else MICROSOFT)
+        return out, op
+
+    def is_called(self, value: str, name: str) -> None:
+        """What the segment gives out must have this name."""
+        if value != name:
+            raise GraphError(f"it gives out another value as {name}")
