@@ -6,12 +6,11 @@ square.
 """
 
 import numpy as np
+from onnx import TensorProto
 
 from export.graph import Graph
+from model_store.modernbert_reader import DENSE, MASKED
 from training.encoders.weights import PreNormLayer
-
-DENSE = 4  # windows: texts that are not longer are one block
-MASKED = np.finfo(np.float32).min  # added to the score of a token that is not seen
 
 
 def block(g: Graph, hidden: str, layer: PreNormLayer) -> str:
@@ -30,43 +29,44 @@ def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
     parts = g.node("Split", g.linear(x, layer.qkv), axis=-1, outputs=3).removesuffix("_0")
     query, key, value = (f"{parts}_{i}" for i in range(3))
     zero, one = (g.constant(np.array(i, np.int64)) for i in (0, 1))
-    first, second = (g.constant(np.array([i], np.int64)) for i in (0, 1))
-    shape = g.node("Shape", x, start=1, end=2)
-    tokens = g.node("Squeeze", shape, first)
-
-    numbers = g.node("Cast", g.node("Range", zero, tokens, one), to=1)
-    angles = g.node("Mul", g.node("Unsqueeze", numbers, second), g.constant(layer.frequencies))
+    axes = [g.constant(np.array([i], np.int64)) for i in (0, 1)]
+    length = g.node("Shape", x, start=1, end=2)
+    tokens = g.node("Squeeze", length, axes[0])
+    numbers = g.node("Cast", g.node("Range", zero, tokens, one), to=TensorProto.FLOAT)
+    angles = g.node("Mul", g.node("Unsqueeze", numbers, axes[1]), g.constant(layer.frequencies))
     cos, sin = g.node("Cos", angles), g.node("Sin", angles)  # (T, size of a head / 2)
-    query, key = (g.ms("RotaryEmbedding", part, first, cos, sin) for part in (query, key))
+    query, key = (g.ms("RotaryEmbedding", part, axes[0], cos, sin) for part in (query, key))
     if layer.window is None:
         return g.ms("MultiHeadAttention", query, key, value, num_heads=layer.num_heads)
 
-    # One block, or blocks of a window's size which see the windows before and after: (n, B) queries, (n, S) keys.
+    # The text is one block, or if it is long, blocks of a window's size, each with a window before and after it.
     window = g.constant(np.array(layer.window, np.int64))
-    long = g.node("Greater", tokens, g.constant(np.array(DENSE * layer.window, np.int64)))
-    size = g.node("Where", long, window, tokens)
-    around = g.node("Where", long, window, zero)
+    is_long = g.node("Greater", tokens, g.constant(np.array(DENSE * layer.window, np.int64)))
+    size = g.node("Where", is_long, window, tokens)
+    around = g.node("Where", is_long, window, zero)
     last = g.node("Sub", tokens, one)
     count = g.node("Add", g.node("Div", last, size), one)
-    starts = g.node("Unsqueeze", g.node("Mul", g.node("Range", zero, count, one), size), second)
+
+    # The positions of queries (blocks, size) and keys (blocks, size + 2·around). Where the text has none, its first or
+    # last token stands in for a key that is not seen, or for a query whose result is cut off.
+    starts = g.node("Unsqueeze", g.node("Mul", g.node("Range", zero, count, one), size), axes[1])
     queries = g.node("Add", starts, g.node("Range", zero, size, one))
-    keys = g.node("Range", g.node("Neg", around), g.node("Add", size, around), one)
-    keys = g.node("Add", starts, keys)
-    # Before the first and after the last token stand copies of these, which are not seen.
+    before, after = g.node("Neg", around), g.node("Add", size, around)
+    keys = g.node("Add", starts, g.node("Range", before, after, one))
     real_queries, real_keys = g.node("Min", queries, last), g.node("Clip", keys, zero, last)
-    offsets = g.node(
-        "Sub",
-        g.node("Unsqueeze", queries, g.constant(np.array([2], np.int64))),
-        g.node("Unsqueeze", keys, second),
-    )
-    near = g.node("LessOrEqual", g.node("Abs", offsets), window)  # (n, B, S)
-    real = g.node("Unsqueeze", g.node("Equal", keys, real_keys), second)
-    seen = g.node("Unsqueeze", g.node("And", near, real), second)  # (n, 1, B, S)
-    added = g.node("Where", seen, *(g.constant(np.array(v, np.float32)) for v in (0, MASKED)))
+
+    columns = g.node("Unsqueeze", queries, g.constant(np.array([2], np.int64)))
+    rows = g.node("Unsqueeze", keys, axes[1])
+    near = g.node("LessOrEqual", g.node("Abs", g.node("Sub", columns, rows)), window)
+    real = g.node("Unsqueeze", g.node("Equal", keys, real_keys), axes[1])
+    seen = g.node("Unsqueeze", g.node("And", near, real), axes[1])
+    nothing, masked = (g.constant(np.array(x, np.float32)) for x in (0, MASKED))
+    added = g.node("Where", seen, nothing, masked)  # (blocks, 1, queries, keys)
+
     query, key, value = (
-        g.node("Squeeze", g.node("Gather", part, rows, axis=1), first)
-        for part, rows in ((query, real_queries), (key, real_keys), (value, real_keys))
+        g.node("Squeeze", g.node("Gather", part, picked, axis=1), axes[0])
+        for part, picked in ((query, real_queries), (key, real_keys), (value, real_keys))
     )
     attended = g.ms("MultiHeadAttention", query, key, value, "", "", added, num_heads=layer.num_heads)
     attended = g.node("Reshape", attended, g.constant(np.array([1, -1, 0], np.int64)))
-    return g.node("Slice", attended, first, shape, second)
+    return g.node("Slice", attended, axes[0], length, axes[1])

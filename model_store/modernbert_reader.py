@@ -11,7 +11,7 @@ from model_store.node_reader import ANY, Array, Reader, Weight, floats
 from native.network import PreNormLayer
 
 DENSE = 4  # windows: texts that are not longer are one block
-MASKED = float(np.finfo(np.float32).min)
+MASKED = float(np.finfo(np.float32).min)  # added to the score of a token that is not seen
 SCALAR, AXIS = Weight(np.int64, ()), Weight(np.int64, (1,))
 
 

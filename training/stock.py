@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -82,6 +83,8 @@ def open_stock(name: str, label_names: str | None = None) -> Stock:
             trust_remote_code=False,
             weights_only=True,
         )
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: cannot be read: {str(error).partition(chr(10))[0]}") from None
     check_loaded(loaded, name)
