@@ -189,7 +189,7 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
     manifest = Manifest.model_construct(
         **{"num_layers": 1, "exit_layers": [0, 1], "prototype_layers": [0, 1] if metric else []},
         **{"hidden_size": hidden, "metric_dim": metric, "labels": [""] * labels, "max_tokens": 96},
-        **{"token_types": True, "pooling": "mean" if mean else "cls", "precision": "int8"},
+        **{"token_types": True, "pooling": "mean" if mean else "cls", "precision": "int8", "encoder": "bert"},
     )
     segments = [read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)]
     try:
