@@ -28,6 +28,7 @@ from model_store.store import Store, StoreError
 from native import NoKernelsError
 from native.network import build as build_kernels
 from tests.conftest import made_once, make_rows, save_encoder
+from tests.serving import serving
 from tests.test_hostile_models import edit, forge
 from training import checks, encoders
 from training.model import De3Config, De3Model
@@ -400,7 +401,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         de3(
             f"train {folder}/data.jsonl --text-column a --pair-column b --encoder {encoder} --epochs 5 --lr 2e-3 "
-            f"--batch-size 32 --held-back 120 --no-bf16 --label-names bad,good --out {folder}/checkpoint"
+            f"--batch-size 32 --held-back 120 --no-bf16 --label-names good,bad --out {folder}/checkpoint"
         )
         for name, precision in (("m", "none"), ("m-int8", "int8")):
             de3(
@@ -443,6 +444,22 @@ def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) 
     edit(tmp_path / "store/m/1", lambda m: m["head"].update(norm=False))
     with pytest.raises(StoreError, match=r"layer_03.onnx: operator \d+ is LayerNormalization, not Gemm"):
         Model(Store(tmp_path / "store").open("m"))
+
+
+def test_a_server_answers_pairs(trained: Path) -> None:
+    with serving(trained / "store") as server:
+        for name in ("m", "m-int8"):
+            pairs = [
+                {"text": "good", "text_pair": "good"},
+                {"text": "a dull film", "text_pair": "dull " * 90},
+            ]
+            answer = server.classify(input=pairs, model=name)
+            assert answer.status_code == 200, answer.text
+            assert [row["label"] for row in answer.json()["data"]] == ["good", "bad"]
+
+
+def test_layers_keep_no_memory_of_texts_of_thousands_of_tokens() -> None:
+    assert session_options(512).enable_cpu_mem_arena and not session_options(8192).enable_cpu_mem_arena
 
 
 @pytest.mark.parametrize("name", ["m", "m-int8"])
