@@ -3,9 +3,10 @@
 import onnx
 from onnx import TensorProto
 
+from export import modernbert
 from export.graph import Graph, block, embed, exit_heads
 from training.encoders import family
-from training.encoders.weights import Head, linear
+from training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
 from training.model import De3Model
 
 
@@ -22,6 +23,7 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
     shape = [1, "tokens", model.config.hidden_size]
     known = family(model.encoder.config)
     tables = known.embeddings(model.encoder, token_types)
+    final_norm = known.final_norm(model.encoder)
     segments: dict[str, onnx.ModelProto] = {}
 
     g = Graph(int8)
@@ -29,18 +31,22 @@ def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.Mode
     has_types = tables.token_type is not None
     types = g.input("token_type_ids", [1, "tokens"], TensorProto.INT64) if has_types else None
     g.output(embed(g, tables, ids, types), "hidden", shape)
-    _add_exit(g, "hidden", 0, model)
+    _add_exit(g, "hidden", 0, model, final_norm)
     segments[file_name(0)] = g.model("embeddings")
 
     for m, layer in enumerate(known.layers(model.encoder), 1):
         g = Graph(int8)
-        g.output(block(g, g.input("hidden", shape), layer), "next_hidden", shape)
-        _add_exit(g, "next_hidden", m, model)
+        hidden = g.input("hidden", shape)
+        next_hidden = (
+            modernbert.block(g, hidden, layer) if isinstance(layer, PreNormLayer) else block(g, hidden, layer)
+        )
+        g.output(next_hidden, "next_hidden", shape)
+        _add_exit(g, "next_hidden", m, model, final_norm)
         segments[file_name(m)] = g.model(f"layer_{m}")
     return segments
 
 
-def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model) -> None:
+def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model, final_norm: Norm | None) -> None:
     """Add the exit of a layer, if it has one."""
     config = model.config
     if layer in config.exit_layers:
@@ -52,5 +58,6 @@ def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model) -> None:
         )
         head, pooling = None, config.pooling
         if layer == config.num_layers and model.head is not None:
-            head, pooling = Head(linear(model.head), config.head["activation"]), config.head["pooling"]
-        exit_heads(g, hidden, pooling, classifier, space, head)
+            after = norm(model.head_norm) if model.head_norm is not None else None
+            head, pooling = Head(linear(model.head), config.head["activation"], after), config.head["pooling"]
+        exit_heads(g, hidden, pooling, classifier, space, head, final_norm)

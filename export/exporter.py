@@ -162,7 +162,9 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         max_tokens=config.max_tokens,
         token_types=token_types,
         pooling=config.pooling,
-        head=None if config.head is None else Head.model_validate(config.head),
+        head=None
+        if config.head is None
+        else Head.model_validate({**config.head, "norm": "norm" in config.head}),
         input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
         defaults=Defaults(tau=0, signal="entropy"),

@@ -83,6 +83,11 @@ class Graph:
         scale, shift = self.constant(norm.scale), self.constant(norm.shift)
         return self.node("LayerNormalization", x, scale, shift, epsilon=norm.epsilon, axis=-1)
 
+    def activation(self, x: str, name: str) -> str:
+        """An activation of a layer by the name that transformers gives it."""
+        op = ACTIVATIONS[name]
+        return self.node(op, x) if op == "Relu" else self.ms(op, x)
+
     def branch(self, flag: str, yes: "Graph", no: "Graph", names: list[str], shape: list[int | str]) -> None:
         """Declare as outputs `names` those of `yes` if the boolean `flag` is true, else those of `no`.
 
@@ -158,8 +163,7 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
     # Not SkipLayerNormalization: it measured 5 times slower than Add and LayerNormalization.
     hidden = g.norm(g.node("Add", g.linear(attended, layer.attention_out), hidden), layer.attention_norm)
     inner = g.linear(hidden, layer.ffn_in)
-    op = ACTIVATIONS[layer.activation]
-    inner = g.node(op, inner) if op == "Relu" else g.ms(op, inner)
+    inner = g.activation(inner, layer.activation)
     return g.norm(g.node("Add", g.linear(inner, layer.ffn_out), hidden), layer.ffn_norm)
 
 
@@ -185,25 +189,28 @@ def exit_heads(
     classifier: Linear,
     prototypical: Linear | None,
     head: Head | None = None,
+    final_norm: Norm | None = None,
 ) -> None:
     """Add an exit: the input with_exit, the outputs logits and, with a prototypical network, distances.
 
-    head: what stands between pooling and classifier.
+    head: what stands between pooling and classifier. final_norm: of the hidden states, before pooling.
 
     Heads stay in float32, except for the prototypical network's weights: they cost almost nothing.
     """
     labels = classifier.bias.shape[0]
     flag = g.input("with_exit", [], TensorProto.BOOL)
     yes, no = Graph(g.int8, "yes"), Graph(g.int8, "no")
-    pooled = (
-        yes.node("ReduceMean", hidden, axes=[1], keepdims=0)
-        if pooling == "mean"
-        else yes.node("Gather", hidden, yes.constant(np.array(0, np.int64)), axis=1)
-    )
+    if pooling == "mean":
+        seen = hidden if final_norm is None else yes.norm(hidden, final_norm)
+        pooled = yes.node("ReduceMean", seen, axes=[1], keepdims=0)
+    else:  # the norm of one token only
+        pooled = yes.node("Gather", hidden, yes.constant(np.array(0, np.int64)), axis=1)
+        pooled = pooled if final_norm is None else yes.norm(pooled, final_norm)
     if head is not None:
         dense = yes.node("Gemm", pooled, yes.constant(head.dense.weight), yes.constant(head.dense.bias))
         op = HEAD_ACTIVATIONS[head.activation]
         pooled = yes.ms(op, dense) if op == "Gelu" else yes.node(op, dense)
+        pooled = pooled if head.norm is None else yes.norm(pooled, head.norm)
     logits = yes.node("Gemm", pooled, yes.constant(classifier.weight), yes.constant(classifier.bias))
     yes.output(logits, "yes_logits", [1, labels])
     names = ["logits"]

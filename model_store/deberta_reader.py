@@ -4,14 +4,14 @@ import numpy as np
 
 from model_store.graph_check import MICROSOFT, GraphError
 from model_store.manifest import Manifest
-from model_store.node_reader import ANY, Array, NodeReader, Weight, floats
+from model_store.node_reader import ANY, Array, Reader, Weight, floats
 from native.network import Disentangled, Linear
 
 ENCODER = "deberta-v2"
 _SCALAR, _ONE, _ROW = Weight(np.int64, ()), Weight(np.int64, (1,)), Weight(np.int32, (1,))
 
 
-def attention(r: NodeReader, manifest: Manifest) -> tuple[str, Linear, Disentangled]:
+def attention(r: Reader, manifest: Manifest) -> tuple[str, Linear, Disentangled]:
     """Attention of `hidden`: the name of what the tokens attend to, and the weights."""
     size = manifest.hidden_size
     x, qkv = r.linear("hidden", size, 3 * size)
@@ -45,7 +45,7 @@ def attention(r: NodeReader, manifest: Manifest) -> tuple[str, Linear, Disentang
 
 
 def _term(
-    r: NodeReader, x: str, first: str, end: str, heads: int, perm: list[int], axis: int
+    r: Reader, x: str, first: str, end: str, heads: int, perm: list[int], axis: int
 ) -> tuple[str, str, Array]:
     """The queries or the keys by head, and the part of a table that they are multiplied by: their names, and the
     table, whose rows are on `axis`.
@@ -60,7 +60,7 @@ def _term(
     return by_head, needed, table
 
 
-def _index(r: NodeReader, manifest: Manifest) -> tuple[str, str, str, Array, int]:
+def _index(r: Reader, manifest: Manifest) -> tuple[str, str, str, Array, int]:
     """Which rows of the tables two tokens need: the names of their numbers, from the first one that is needed on, of
     the first and of what follows the last; the row for each distance; and the number of heads.
     """

@@ -12,13 +12,23 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from model_store import deberta_reader
+from model_store import deberta_reader, modernbert_reader
 from model_store.graph_check import MICROSOFT, GraphError
 from model_store.manifest import Manifest
-from model_store.node_reader import ANY, Array, NodeReader, Weight, floats
-from native.network import Disentangled, Embeddings, Exit, Head, Layer, Linear, Network
+from model_store.node_reader import ANY, Array, Reader, Weight, floats
+from native.network import (
+    Disentangled,
+    Embeddings,
+    Exit,
+    Head,
+    Layer,
+    Linear,
+    Network,
+    Norm,
+    PreNormLayer,
+)
 
-ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+PRE_NORM = ("modernbert",)  # encoders whose exits have a norm first, and whose embeddings know no positions
 HEAD_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "gelu": "Gelu"}
 
 
@@ -49,7 +59,13 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
             raise GraphError("it has another exit than the manifest says")
         _check_names(graph)
         r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
-        part = r.layer(manifest) if layer else r.embeddings(manifest)
+        part: Embeddings | Layer | PreNormLayer
+        if layer == 0:
+            part = r.embeddings(manifest)
+        else:
+            part = (
+                modernbert_reader.layer(r, layer, manifest) if _is_pre_norm(manifest) else r.layer(manifest)
+            )
         has_head = layer == manifest.num_layers and manifest.head is not None
         head, exit_ = None, None
         if has_exit:
@@ -64,6 +80,10 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
         raise GraphError(f"{type(error).__name__}: {error}") from None
 
 
+def _is_pre_norm(manifest: Manifest) -> bool:
+    return manifest.encoder in PRE_NORM
+
+
 def _check_names(graph: Any) -> None:
     """No value may have the name of another, inside of branches neither."""
     nodes = list(graph.node)
@@ -74,8 +94,8 @@ def _check_names(graph: Any) -> None:
         raise GraphError("a value has no name, or that of another")
 
 
-class _Reader(NodeReader):
-    """Reads the parts of a segment, and raises GraphError at the first unexpected node."""
+class _Reader(Reader):
+    """Reads segments with the layers that most families have."""
 
     def embeddings(self, manifest: Manifest) -> Embeddings:
         """The embeddings, whose output must be called hidden."""
@@ -89,7 +109,7 @@ class _Reader(NodeReader):
             (x,), (word,) = self.node("Gather", floats(ANY, ANY), ids)
         width = word.shape[1]
         is_deberta, position, token_type = manifest.encoder == deberta_reader.ENCODER, None, None
-        if self.next_op() == "Shape" or not is_deberta:
+        if not _is_pre_norm(manifest) and (self.next_op() == "Shape" or not is_deberta):
             (tokens,), _ = self.node("Shape", ids, start=1, end=2)
             zero = Weight(np.int64, (1,))
             (rows,), (position, *zeros) = self.node("Slice", floats(ANY, width), zero, tokens, zero)
@@ -112,7 +132,7 @@ class _Reader(NodeReader):
             raise GraphError(f"hidden has {width} dimensions, the manifest says {manifest.hidden_size}")
         if is_deberta:
             x, norm = self.norm(x, manifest.hidden_size)
-        self._is_called(x, "hidden")
+        self.is_called(x, "hidden")
         return Embeddings(word, scale, position, token_type, norm, projection)
 
     def layer(self, manifest: Manifest) -> Layer:
@@ -146,14 +166,11 @@ class _Reader(NodeReader):
         (x,), _ = self.node("Add", out, "hidden")
         middle, attention_norm = self.norm(x, hidden)
         up, ffn_in = self.linear(middle, hidden, ANY)
-        activation = self.next_op()
-        if activation not in ACTIVATIONS:
-            raise GraphError(f"its activation is {activation!r}, not one of {', '.join(ACTIVATIONS)}")
-        (x,), _ = self.node(activation, up, domain="" if activation == "Relu" else MICROSOFT)
+        x, activation = self.activation(up)
         down, ffn_out = self.linear(x, len(ffn_in.bias), hidden)
         (x,), _ = self.node("Add", down, middle)
         x, ffn_norm = self.norm(x, hidden)
-        self._is_called(x, "next_hidden")
+        self.is_called(x, "next_hidden")
         return Layer(
             qkv, attention_out, attention_norm, ffn_in, ffn_out, ffn_norm, heads, activation, relative
         )
@@ -197,7 +214,7 @@ class _Reader(NodeReader):
             raise GraphError("its exit gives out other values")
         yes = _Reader(then, self.weights, self.int8)
         is_mean = (manifest.head.pooling if has_head and manifest.head else manifest.pooling) == "mean"
-        pooled = yes.pooled(hidden, is_mean)
+        pooled, norm = yes.pooled(hidden, is_mean, manifest)
         seen, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
         (logits,), (weight, bias) = yes.node(
             "Gemm", seen, floats(manifest.hidden_size, labels), floats(labels)
@@ -223,27 +240,29 @@ class _Reader(NodeReader):
         no.end()
         if [o.name for o in then.output] != given or [o.name for o in other.output] != zeros:
             raise GraphError("its exit gives out other values")
-        return head, Exit(Linear(weight, bias, None), space)
+        return head, Exit(Linear(weight, bias, None), space, norm)
 
-    def pooled(self, hidden: str, is_mean: bool) -> str:
-        """The mean of the tokens, or the first one."""
+    def pooled(self, hidden: str, is_mean: bool, manifest: Manifest) -> tuple[str, Norm | None]:
+        """The mean of the tokens, or the first one, and the norm of the tokens, if the encoder has a final norm."""
+        size, norm = manifest.hidden_size, None
         if is_mean:
+            if _is_pre_norm(manifest):
+                hidden, norm = self.norm(hidden, size)
             (pooled,), _ = self.node("ReduceMean", hidden, axes=[1], keepdims=0)
-            return pooled
+            return pooled, norm
         (pooled,), (first,) = self.node("Gather", hidden, Weight(np.int64, ()), axis=1)
         if first != 0:
             raise GraphError("its exit sees another token than the first")
-        return pooled
+        return self.norm(pooled, size) if _is_pre_norm(manifest) else (pooled, None)
 
     def head(self, pooled: str, is_mean: bool, manifest: Manifest) -> tuple[str, Head]:
-        """A stock classifier's dense layer: the output's name, and the weights."""
+        """A stock classifier's dense layer and norm: the output's name, and the weights."""
         assert manifest.head is not None
         size, activation = manifest.hidden_size, manifest.head.activation
         (x,), (weight, bias) = self.node("Gemm", pooled, floats(size, size), floats(size))
         operator = HEAD_ACTIVATIONS[activation]
         (x,), _ = self.node(operator, x, domain=MICROSOFT if operator == "Gelu" else "")
-        return x, Head(Linear(weight, bias, None), activation, is_mean)
-
-    def _is_called(self, value: str, name: str) -> None:
-        if value != name:
-            raise GraphError(f"it gives out another value as {name}")
+        norm = None
+        if manifest.head.norm:
+            x, norm = self.norm(x, size)
+        return x, Head(Linear(weight, bias, None), activation, is_mean, norm)

@@ -99,10 +99,11 @@ class TradeOff(_Signal):
 
 
 class Head(_Part):
-    """The last exit of an imported classifier: pooling, a dense layer, an activation, then the classifier."""
+    """The last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier."""
 
     pooling: Literal["mean", "cls"]
     activation: Literal["tanh", "relu", "gelu"]
+    norm: bool = False
 
 
 class RiskWeights(_Part):

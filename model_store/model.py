@@ -61,7 +61,7 @@ class Model:
         self._check = check
         self.tokenizer = TextTokenizer.of(artifact)
         prototypes = unit_prototypes(artifact)
-        options = session_options()
+        options = session_options(manifest.max_tokens)
         self.runtime, self.why_not_native = "onnxruntime", ""
         self.through: Through | None = None
         weights, segments = [], []

@@ -1,6 +1,4 @@
-"""Reads a graph's nodes in their order, and refuses the first that is not the expected one: the parts that the
-readers of all segments share.
-"""
+"""Reads a graph's nodes in their order: what graph_reader.py and the readers of families are made of."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,7 @@ from native.network import Linear, Norm
 
 Array = NDArray[Any]
 ANY = -1  # a size that the weight itself decides
+ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def floats(*shape: int) -> Weight:
     return Weight(np.float32, shape)
 
 
-class NodeReader:
+class Reader:
     """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
 
     def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
@@ -128,3 +127,16 @@ class NodeReader:
         """Nothing may follow."""
         if self._at != len(self._nodes):
             raise GraphError("unexpected operators at the end")
+
+    def activation(self, x: str) -> tuple[str, str]:
+        """An activation of a layer: the output's name, and the operator."""
+        op = self.next_op()
+        if op not in ACTIVATIONS:
+            raise GraphError(f"its activation is {op!r}, not one of {', '.join(ACTIVATIONS)}")
+        (out,), _ = self.node(op, x, domain="" if op == "Relu" else MICROSOFT)
+        return out, op
+
+    def is_called(self, value: str, name: str) -> None:
+        """What the segment gives out must have this name."""
+        if value != name:
+            raise GraphError(f"it gives out another value as {name}")

@@ -3,6 +3,7 @@
 Linear weights are (inputs, outputs). In int8 each has a scale for each output: weight · scale ≈ float32.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -82,11 +83,35 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class PreNormLayer:
+    """A block of ModernBERT: pre-norm, rotary positions, a gated feed-forward network.
+
+    Attributes:
+        attention_norm: None: attention sees the hidden states as they are.
+        ffn_in: what is activated and its gate concatenated, (H, 2·inner).
+        frequencies: of the rotary positions, (H / num_heads / 2,).
+        window: a token attends to those at most so far from it; None: to all.
+    """
+
+    attention_norm: Norm | None
+    qkv: Linear
+    attention_out: Linear
+    ffn_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    num_heads: int
+    activation: str
+    frequencies: Array
+    window: int | None
+
+
+@dataclass(frozen=True)
 class Exit:
-    """An exit: its classifier, always float32, and its metric space, if it has one."""
+    """An exit: its classifier, always float32, its metric space, if it has one, and a norm of the states before it."""
 
     classifier: Linear
     space: Linear | None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -95,11 +120,13 @@ class Head:
 
     Attributes:
         mean: whether it sees the mean of the tokens, else the first one.
+        norm: after the activation; None: none.
     """
 
     dense: Linear
     activation: str
     mean: bool
+    norm: Norm | None = None
 
 
 ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, in the kernels' order
@@ -118,7 +145,7 @@ class Network:
 
     hidden_size: int
     embeddings: Embeddings
-    layers: list[Layer]
+    layers: Sequence[Layer | PreNormLayer]
     exits: dict[int, Exit]
     mean: bool
     head: Head | None = None
@@ -136,19 +163,21 @@ def build(network: Network) -> Any:
         raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
     if not kernels.supported():
         raise NoKernelsError(kernels.why_not())
-    _check(network)
-    tables, first = network.embeddings, network.layers[0]
+    layers = _post_norm(network.layers)
+    _check(network, layers)
+    tables, first = network.embeddings, layers[0]
+    assert tables.position is not None
     try:
         is_gelu = first.activation == "Gelu"
         heads, inner = first.num_heads, first.ffn_in.weight.shape[1]
-        model = kernels.new(network.hidden_size, heads, inner, len(network.layers), is_gelu, network.mean)
+        model = kernels.new(network.hidden_size, heads, inner, len(layers), is_gelu, network.mean)
         kernels.set_embeddings(
             model,
             *(tables.word, _scale(tables.word_scale)),
             *(NONE if table is None else table for table in (tables.position, tables.token_type)),
         )
         _set_norm(model, 0, 0, tables.norm)
-        for number, layer in enumerate(network.layers, 1):
+        for number, layer in enumerate(layers, 1):
             linears = (layer.qkv, layer.attention_out, layer.ffn_in, layer.ffn_out)
             for which, linear in enumerate(linears):
                 kernels.set_linear(model, number, which, linear.weight, _scale(linear.scale), linear.bias)
@@ -170,21 +199,32 @@ def build(network: Network) -> Any:
     return model
 
 
-def _check(network: Network) -> None:
+def _post_norm(layers: Sequence[Layer | PreNormLayer]) -> list[Layer]:
+    """The layers; raises NoKernelsError if one is of another kind."""
+    post_norm = [layer for layer in layers if isinstance(layer, Layer)]
+    if len(post_norm) != len(layers):
+        raise NoKernelsError("there is no kernel for layers of ModernBERT (pre-norm, rotary positions)")
+    return post_norm
+
+
+def _check(network: Network, layers: list[Layer]) -> None:
     """Raise NoKernelsError for what no kernel computes."""
-    for number, layer in enumerate(network.layers, 1):
-        if isinstance(layer.relative, Disentangled):
-            raise NoKernelsError(f"layer {number}: there is no kernel for disentangled attention")
+    if any(isinstance(layer.relative, Disentangled) for layer in layers):
+        raise NoKernelsError("there is no kernel for disentangled attention")
     if network.embeddings.projection is not None:
         raise NoKernelsError("its embeddings have a projection")
     if network.embeddings.position is None:
         raise NoKernelsError("its embeddings have no positions")
-    for number, layer in enumerate(network.layers, 1):
+    if any(head.norm is not None for head in network.exits.values()):
+        raise NoKernelsError("there is no kernel for exits with a norm")
+    if network.head is not None and network.head.norm is not None:
+        raise NoKernelsError("there is no kernel for a head with a norm")
+    for number, layer in enumerate(layers, 1):
         if layer.relative is not None:
             raise NoKernelsError(f"layer {number}: there is no kernel for relative positions in attention")
         if layer.activation not in ("Gelu", "Relu"):
             raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
-        if _sizes(layer) != _sizes(network.layers[0]):
+        if _sizes(layer) != _sizes(layers[0]):
             raise NoKernelsError(f"layer {number}: its sizes are not those of the layer before")
 
 

@@ -119,7 +119,7 @@ def save_encoder(
     torch.manual_seed(7)
     vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra", "deberta-v2"))
     like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 64,  # sizes that the kernels in native/ have
         "num_hidden_layers": layers,
@@ -154,6 +154,14 @@ def save_encoder(
             "max_relative_positions": 24,
             "norm_rel_ebd": "layer_norm",
             "share_att_key": True,
+        }
+    if family == "modernbert":
+        settings |= {
+            "hidden_activation": settings.pop("hidden_act"),
+            "local_attention": 10,  # texts have up to 64 tokens
+            "classifier_pooling": "mean",
+            "layer_types": [("full_attention", "sliding_attention")[i % 2] for i in range(layers)],
+            **{f"{token}_token_id": 2 + i % 2 for i, token in enumerate(("bos", "eos", "cls", "sep"))},
         }
     if labels:
         settings["num_labels"] = labels

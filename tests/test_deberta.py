@@ -236,7 +236,7 @@ def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Pat
 def test_it_has_no_kernels_and_says_so(kernels: Any, store_of_both: Path) -> None:
     model = Model(Store(store_of_both).open("plain-int8"))
     assert model.runtime == "onnxruntime"
-    assert model.why_not_native == "layer 1: there is no kernel for disentangled attention"
+    assert model.why_not_native == "there is no kernel for disentangled attention"
     with pytest.raises(StoreError, match="there is no kernel for disentangled attention"):
         Model(Store(store_of_both).open("plain-int8"), "native")
 

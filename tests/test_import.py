@@ -123,11 +123,11 @@ def test_every_family_is_imported_and_served(
     assert head is not None and head.activation == stock_head.activation
     model = Model(artifact)
     assert (model.runtime == "native") == (
-        precision == "int8" and family not in ("mpnet", "distilbert", "electra", "deberta-v2")
+        precision == "int8" and family not in ("mpnet", "distilbert", "electra", "deberta-v2", "modernbert")
     )
     words = ["good", "a dull film and it was bad", "the " * 300]
     ours = np.array([model.full_depth(model.tokenize(text))[-1].logits for text in words], np.float32)
-    np.testing.assert_allclose(ours, logits_of(folder, words), atol=1e-4 if precision == "none" else 0.1)
+    np.testing.assert_allclose(ours, logits_of(folder, words), atol=1e-4 if precision == "none" else 0.2)
 
 
 def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) -> None:

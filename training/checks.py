@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from training import checkpoint, encoders
@@ -40,6 +41,8 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         config = AutoConfig.from_pretrained(name)
         encoders.family(config)
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None
     except OSError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

@@ -27,7 +27,8 @@ class De3Config(PretrainedConfig):
         metric_dim: width of the prototype space; default: the encoder's hidden size.
         last_prototypes: whether the last layer has a prototype space too (for drift and studies).
         head: for the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or "gelu"}, what
-            is between the layer's output and the classifier, with a dense layer between the two. None: as other exits.
+            is between the layer's output and the classifier, with a dense layer between the two. "norm": the epsilon
+            of a layer norm after them, if there is one. None: as other exits.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         max_tokens: the most tokens that the encoder takes.
         input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
@@ -42,7 +43,7 @@ class De3Config(PretrainedConfig):
         pooling: str = "mean",
         metric_dim: int | None = None,
         last_prototypes: bool = False,
-        head: dict[str, str] | None = None,
+        head: dict[str, Any] | None = None,
         gamma: float = 0.01,
         max_tokens: int = 512,
         input: str | None = None,
@@ -67,9 +68,10 @@ class De3Config(PretrainedConfig):
         if pooling not in POOLINGS:
             raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
         if head is not None and (
-            head.keys() != {"pooling", "activation"}
+            head.keys() - {"norm"} != {"pooling", "activation"}
             or head["pooling"] not in POOLINGS
             or head["activation"] not in HEAD_ACTIVATIONS
+            or not isinstance(head.get("norm", 0.0), float)
             or last_prototypes
         ):
             raise ValueError(f"head must have a pooling and an activation, and no prototypes, got {head}")
@@ -124,6 +126,8 @@ class De3Model(PreTrainedModel):
         self.dropout = nn.Dropout(getattr(config.encoder_config(), "hidden_dropout_prob", 0.1))
         self.classifiers = nn.ModuleList(nn.Linear(width, labels) for _ in config.exit_layers)
         self.head = nn.Linear(width, width) if config.head is not None else None
+        epsilon = (config.head or {}).get("norm")
+        self.head_norm = nn.LayerNorm(width, epsilon) if epsilon is not None else None
         self.prototypical = nn.ModuleList(nn.Linear(width, config.metric_dim) for _ in range(spaces))
         self.register_buffer("prototypes", torch.zeros(spaces, labels, config.metric_dim))
         self.register_buffer("prototype_seen", torch.zeros(spaces, labels, dtype=torch.bool))
@@ -182,19 +186,24 @@ class De3Model(PreTrainedModel):
     def states(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> list[Tensor]:
-        """The hidden states of every exit's layer, each (batch, tokens, hidden), in float32."""
+        """The hidden states of every exit's layer as the exit sees them, each (batch, tokens, hidden), in float32."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         # Some tokenizers return token types for encoders that have none.
         if token_type_ids is not None and getattr(self.encoder.config, "type_vocab_size", 0) > 1:
             inputs["token_type_ids"] = token_type_ids
-        states = self.encoder(**inputs, output_hidden_states=True).hidden_states
-        return [states[m].float() for m in self.config.exit_layers]
+        output = self.encoder(**inputs, output_hidden_states=True)
+        *states, last = [output.hidden_states[m].float() for m in self.config.exit_layers]
+        # Between layers a pre-norm encoder's states are not normalized. Its last ones are.
+        if (final_norm := getattr(self.encoder, "final_norm", None)) is not None:
+            states, last = [final_norm(x) for x in states], output.last_hidden_state.float()
+        return [*states, last]
 
     def through_head(self, pooled: Tensor) -> Tensor:
         """What the last classifier sees, (batch, 1, hidden), of h^(m), (batch, exits, hidden), by the stock head."""
         assert self.head is not None
         activation = HEAD_ACTIVATIONS[self.config.head["activation"]]
-        return activation(self.head(self.dropout(pooled[:, -1:])))
+        seen = activation(self.head(self.dropout(pooled[:, -1:])))
+        return seen if self.head_norm is None else self.head_norm(seen)
 
     def embed(self, pooled: Tensor) -> Tensor:
         """h'^(m), (batch, spaces, metric_dim), of h^(m), (batch, spaces or more, hidden)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -82,6 +83,8 @@ def open_stock(name: str, label_names: str | None = None) -> Stock:
             trust_remote_code=False,
             weights_only=True,
         )
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: cannot be read: {str(error).partition(chr(10))[0]}") from None
     check_loaded(loaded, name)
@@ -103,7 +106,7 @@ def open_stock(name: str, label_names: str | None = None) -> Stock:
 def _check(name: str, config: Any) -> None:
     """Raise ValueError for a model that has no exits to give, before its weights are read."""
     try:
-        encoders.family(config)
+        encoders.family(config).head(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     architectures = config.architectures or ["ForSequenceClassification"]  # not said: its weights will tell
@@ -161,7 +164,11 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
         encoder=stock.model.base_model.config.to_dict(),
         exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
         pooling=pooling,
-        head={"pooling": head.pooling, "activation": head.activation},
+        head={
+            "pooling": head.pooling,
+            "activation": head.activation,
+            **({} if head.norm is None else {"norm": head.epsilon}),
+        },
         max_tokens=stock.max_tokens,
         input=input_,
         id2label=dict(enumerate(stock.names)),
@@ -170,9 +177,11 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
     model = De3Model(config)
     weights = stock.model.base_model.state_dict()
     model.encoder.load_state_dict({k: v for k, v in weights.items() if not k.startswith("pooler.")})
-    assert model.head is not None
-    for ours, theirs in ((model.head, head.dense), (model.classifiers[-1], head.classifier)):
-        module: nn.Module = attrgetter(theirs)(stock.model)
-        ours.load_state_dict(module.state_dict())
+    parts = ((model.head, head.dense), (model.head_norm, head.norm), (model.classifiers[-1], head.classifier))
+    for ours, theirs in parts:
+        if ours is not None and theirs is not None:
+            module: nn.Module = attrgetter(theirs)(stock.model)
+            given = module.state_dict()
+            ours.load_state_dict({"bias": torch.zeros(len(given["weight"])), **given})  # some have none
     model.eval()
     return model

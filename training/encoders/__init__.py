@@ -1,6 +1,7 @@
 """The families of encoders: the only code that knows them, a file each under one interface (weights.Family).
 
-Training needs none of it, because every encoder of transformers returns its hidden states; import and export do.
+Training needs none of it, because every encoder of transformers returns its hidden states (training/model.py takes
+those before the last layer through a final norm, if the encoder has one); import and export do.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from training.encoders.bert import BERT, ELECTRA, ROBERTA
 from training.encoders.deberta import DEBERTA
 from training.encoders.distilbert import DISTILBERT
+from training.encoders.modernbert import MODERNBERT
 from training.encoders.mpnet import MPNET
 from training.encoders.weights import Family
 
@@ -20,6 +22,7 @@ FAMILIES = {
     "camembert": ROBERTA,
     "mpnet": MPNET,
     "deberta-v2": DEBERTA,  # and v3, whose checkpoints say deberta-v2
+    "modernbert": MODERNBERT,
 }
 
 

@@ -1,6 +1,6 @@
 """The weights of encoders under common names, as export takes them, and what a family of encoders is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +21,25 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Head:
-    """What a stock classifier has between pooling and its last linear layer; activation: tanh, relu or gelu."""
-
-    dense: Linear
-    activation: str
-
-
-@dataclass(frozen=True)
 class Norm:
     """Layer normalization with scale and shift (width,)."""
 
     scale: Array
     shift: Array
     epsilon: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a stock classifier has between pooling and its last linear layer; activation: tanh, relu or gelu.
+
+    Attributes:
+        norm: after the activation; None: none.
+    """
+
+    dense: Linear
+    activation: str
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,30 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class PreNormLayer:
+    """One pre-norm transformer block with rotary positions and a gated feed-forward network.
+
+    Attributes:
+        attention_norm: None: attention sees the hidden states as they are.
+        qkv: query, key and value concatenated, (hidden, 3·hidden).
+        ffn_in: what is activated and its gate concatenated, (hidden, 2·inner).
+        frequencies: of RoPE, (hidden / heads / 2,): position p turns pair i by p · frequencies[i].
+        window: a token attends to those at most so far from it; None: to all.
+    """
+
+    attention_norm: Norm | None
+    qkv: Linear
+    attention_out: Linear
+    ffn_norm: Norm
+    ffn_in: Linear
+    ffn_out: Linear
+    num_heads: int
+    activation: str
+    frequencies: Array
+    window: int | None
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden.
 
@@ -93,18 +122,21 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class StockHead:
-    """Where a stock classifier has its head: pooling → dense → activation → classifier.
+    """Where a stock classifier has its head: pooling → dense → activation → norm → classifier.
 
     Attributes:
         pooling: "cls", the first token, or "mean".
-        dense, classifier: the modules' names in transformers' model.
+        dense, classifier, norm: the modules' names in transformers' model; norm None: it has none.
         activation: tanh, relu or gelu.
+        epsilon: of the norm.
     """
 
     dense: str
     activation: str
     classifier: str
     pooling: str = "cls"
+    norm: str | None = None
+    epsilon: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,14 +149,17 @@ class Family:
         embeddings: the tables of an encoder of transformers, and whether its tokenizer returns token types. If it
             returns none, or the encoder has only one, the embedding of type 0 is added to `position` or `word`.
         layers: its blocks in order.
-        head: of a configuration: the head of transformers' …ForSequenceClassification.
+        head: of a configuration: the head of transformers' …ForSequenceClassification; raises ValueError for one that
+            cannot be exported.
+        final_norm: of an encoder: the norm between a layer's hidden states and its exit; None: there is none.
     """
 
     check: Callable[[Any], None]
     max_tokens: Callable[[Any], int]
     embeddings: Callable[[Any, bool], Embeddings]
-    layers: Callable[[Any], list[Layer]]
+    layers: Callable[[Any], Sequence[Layer | PreNormLayer]]
     head: Callable[[Any], StockHead]
+    final_norm: Callable[[Any], Norm | None] = lambda _: None
 
 
 def array(tensor: Any) -> Array:
@@ -133,8 +168,8 @@ def array(tensor: Any) -> Array:
 
 
 def linear(module: nn.Linear) -> Linear:
-    """The weights of a linear layer, with the weight transposed to (inputs, outputs)."""
-    return Linear(np.ascontiguousarray(array(module.weight).T), array(module.bias))
+    """The weights of a linear layer, with the weight transposed to (inputs, outputs); no bias is one of zeros."""
+    return Linear(np.ascontiguousarray(array(module.weight).T), _bias(module, module.out_features))
 
 
 def side_by_side(*modules: nn.Linear) -> Linear:
@@ -144,8 +179,12 @@ def side_by_side(*modules: nn.Linear) -> Linear:
 
 
 def norm(module: nn.LayerNorm) -> Norm:
-    """The weights of a layer norm."""
-    return Norm(array(module.weight), array(module.bias), float(module.eps))
+    """The weights of a layer norm; no bias is one of zeros."""
+    return Norm(array(module.weight), _bias(module, len(module.weight)), float(module.eps))
+
+
+def _bias(module: nn.Module, size: int) -> Array:
+    return np.zeros(size, np.float32) if module.bias is None else array(module.bias)
 
 
 def check_activation(name: str) -> None:

@@ -1,0 +1,498 @@
+"""ModernBERT: parity at every length and with every option, what is refused, and graphs that were tampered with."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from transformers import AutoConfig, AutoModel
+from typer.testing import CliRunner
+
+from de3.cli import app
+from export.build import build
+from export.full_depth import dequantize, export_full_depth, stitch
+from model_store.graph_check import GraphError, read_graph
+from model_store.graph_reader import Read, network_of, read_segment
+from model_store.model import Model
+from model_store.segments import session_options
+from model_store.store import Store, StoreError
+from native import NoKernelsError
+from native.network import build as build_kernels
+from tests.conftest import made_once, make_rows, save_encoder
+from tests.serving import serving
+from tests.test_hostile_models import edit, forge
+from training import checks, encoders
+from training.model import De3Config, De3Model
+from training.stock import open_stock, with_exits
+
+LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # the tests' encoders see 5 tokens to each side
+SMALL = {"layers": 5, "labels": 3}
+
+
+def logits_at(session: Any, ids: torch.Tensor) -> Any:
+    return session.run(None, {"input_ids": ids.numpy()})[0][0]
+
+
+def manifest_of(model: De3Model, int8: bool) -> Any:
+    """What a reader needs to know of a manifest."""
+    config = model.config
+    return SimpleNamespace(
+        **{k: getattr(config, k) for k in ("exit_layers", "prototype_layers", "num_layers", "hidden_size")},
+        **{k: getattr(config, k) for k in ("metric_dim", "max_tokens", "pooling")},
+        encoder=config.encoder["model_type"],
+        labels=config.label_names,
+        token_types=False,
+        precision="int8" if int8 else "fp32",
+        head=SimpleNamespace(**config.head | {"norm": True}),
+    )
+
+
+def read(model: De3Model, int8: bool) -> list[Read]:
+    """The segments of a model as a server reads them."""
+    manifest, segments = manifest_of(model, int8), build(model, int8, False).values()
+    return [read_segment(read_graph(s.SerializeToString()), m, manifest) for m, s in enumerate(segments)]
+
+
+def full_depth_of(model: De3Model, int8: bool = False) -> onnx.ModelProto:
+    return stitch(list(build(model, int8, False).values()))
+
+
+def opened(model: onnx.ModelProto) -> Any:
+    return ort.InferenceSession(model.SerializeToString(), session_options())
+
+
+@torch.no_grad()
+def largest_difference(stock: Any, session: Any, lengths: list[int]) -> float:
+    """Between transformers' own classifier and a session, one text at a time."""
+    torch.manual_seed(1)
+    differences = []
+    for length in lengths:
+        ids = torch.randint(4, stock.config.vocab_size, (1, length))
+        theirs = stock(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].numpy()
+        differences.append(np.abs(logits_at(session, ids) - theirs).max())
+    return float(max(differences))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"classifier_pooling": "cls"},
+        dict.fromkeys(("attention_bias", "mlp_bias", "norm_bias", "classifier_bias"), True),
+        {"activation": "gelu_pytorch_tanh", "classifier_activation": "tanh"},
+        {"activation": "relu", "classifier_activation": "relu", "norm_eps": 1e-3},
+        {"local_attention": 2},
+        {"local_attention": 7},
+        {"local_attention": 128},
+        {"layer_types": ["sliding_attention"] * 5},
+        {"layer_types": ["full_attention"] * 5},
+        {"global_rope_theta": 50.0, "local_rope_theta": 3.0},
+        {"hidden_size": 36, "num_attention_heads": 6, "intermediate_size": 50},
+        {"hidden_size": 30, "num_attention_heads": 1, "intermediate_size": 7},
+        {"hidden_size": 8, "num_attention_heads": 4, "layers": 1},
+    ],
+    ids=str,
+)
+def test_full_depth_is_the_stock_classifier_with_every_option(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
+    stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL | options)))
+    model = with_exits(stock, "mean", "text")
+    assert largest_difference(stock.model, opened(full_depth_of(model)), LENGTHS) < 2e-5
+    for int8 in (False, True):
+        assert len(read(model, int8)) == model.config.num_layers + 1
+
+
+def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
+    """With ModernBERT's own window, in texts of one block and of many, and after the last block."""
+    more = {"local_attention": 128, "max_position_embeddings": 8192}
+    stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL | more)))
+    session = opened(full_depth_of(with_exits(stock, "cls", "text")))
+    assert largest_difference(stock.model, session, [64, 65, 129, 255, 256, 257, 320, 321, 383, 700]) < 2e-5
+    ids = torch.randint(4, stock.model.config.vocab_size, (1, 8192))
+    with torch.no_grad():
+        theirs = stock.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0].numpy()
+    np.testing.assert_allclose(logits_at(session, ids), theirs, atol=1e-4)
+
+
+def test_no_weight_has_the_size_of_the_longest_text(tmp_path: Path) -> None:
+    more = {"max_position_embeddings": 8192}
+    stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL | more)))
+    segments = build(with_exits(stock, "mean", "text"), True, False)
+    assert max(d for s in list(segments.values())[1:] for w in s.graph.initializer for d in w.dims) <= 256
+
+
+def test_int8_as_one_graph(tmp_path: Path) -> None:
+    stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL)))
+    model = full_depth_of(with_exits(stock, "mean", "text"), int8=True)
+    words = next(n for n in model.graph.node if n.op_type == "Gather").input[0]
+    assert next(w.data_type for w in model.graph.initializer if w.name == words) == TensorProto.INT8
+    for session in (opened(model), opened(dequantize(model))):
+        assert largest_difference(stock.model, session, LENGTHS) < 0.3
+
+
+@torch.no_grad()
+def test_every_exit_sees_the_final_norm_once(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path, "modernbert", layers=4)
+    encoder = AutoModel.from_pretrained(folder).eval()
+    model = De3Model.from_encoder(str(folder), ["a", "b"], exit_layers=[0, 1, 2, 3, 4]).eval()
+    seen: list[torch.Tensor] = []
+    encoder.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for layer in encoder.layers:
+        layer.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    ids = torch.randint(4, 40, (1, 30))
+    last = encoder(ids).last_hidden_state
+    states = model.states(ids, torch.ones_like(ids))
+    assert len(states) == len(seen) == 5
+    for state, raw in zip(states, seen, strict=True):
+        torch.testing.assert_close(state, encoder.final_norm(raw))
+    torch.testing.assert_close(states[-1], last)
+
+
+@torch.no_grad()
+def test_padding_changes_nothing(tmp_path: Path) -> None:
+    """Though most padding sees no token of the text, as it is too far away."""
+    stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL)))
+    model = with_exits(stock, "mean", "text")
+    ids = torch.randint(4, 40, (2, 64))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    padded = model(ids, mask).logits[0]
+    torch.testing.assert_close(padded, model(ids[:1, :5], mask[:1, :5]).logits[0], atol=1e-5, rtol=0)
+
+
+def config_of(**options: Any) -> Any:
+    config = AutoConfig.for_model("modernbert", hidden_size=64, num_attention_heads=4)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
+    return config_of().rope_parameters | {kind: {"rope_theta": 100.0, "rope_type": "default"} | parameters}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_activation": "silu"}, "activation 'silu' cannot be exported"),
+        (
+            {"rope_parameters": scaled("full_attention", rope_type="yarn", factor=2.0)},
+            "rope_type 'yarn' cannot be exported",
+        ),
+        (
+            {"rope_parameters": scaled("sliding_attention", rope_type="linear")},
+            "rope_type 'linear' cannot be exported",
+        ),
+        (
+            {"rope_parameters": scaled("full_attention", rope_theta=0.5)},
+            "rope_theta must be above 1, got 0.5",
+        ),
+        ({"rope_parameters": None}, "need transformers 5 or newer"),
+        ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types 'chunked_attention' cannot"),
+        ({"head_dim": 32}, "num_attention_heads 4, head_dim 32"),
+        ({"num_attention_heads": 64}, "heads of the same, even size: not num_attention_heads 64"),
+        ({"num_attention_heads": 5}, "heads of the same, even size: not num_attention_heads 5"),
+        ({"local_attention": 1}, "local_attention must be 2 or more, got 1"),
+        ({"is_decoder": True}, "is_decoder is true"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(options: dict[str, Any], message: str) -> None:
+    encoders.family(config_of())
+    with pytest.raises(ValueError, match=message):
+        encoders.family(config_of(**options))
+
+
+def test_a_head_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path, "modernbert", labels=2, classifier_activation="silu")
+    with pytest.raises(
+        ValueError, match="classifier_activation 'silu' cannot be exported; supported: gelu, relu"
+    ):
+        open_stock(str(folder))
+    config = json.loads((folder / "config.json").read_text()) | {"classifier_pooling": "max"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for opening in (open_stock, checks.open_encoder):
+        with pytest.raises(ValueError, match=r"'classifier_pooling': .* got max"):
+            opening(str(folder))
+    De3Model.from_encoder(
+        str(save_encoder(tmp_path / "e", "modernbert", classifier_activation="silu")), ["a", "b"]
+    )
+    head = {"pooling": "cls", "activation": "gelu"}
+    for wrong in ({"norm": "1e-5"}, {"norm": True}, {"more": 1}):
+        with pytest.raises(ValueError, match="head must have a pooling and an activation"):
+            De3Config(head=head | wrong)
+
+
+# Graphs that were tampered with
+
+
+@pytest.fixture(scope="module", params=["fp32", "int8"])
+def graphs(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, list[onnx.ModelProto]]:
+    """The manifest and the segments of a model with a stock head."""
+    folder = tmp_path_factory.mktemp("graphs")
+    stock = open_stock(str(save_encoder(folder, "modernbert", labels=3, classifier_pooling="cls")))
+    model, int8 = with_exits(stock, "mean", "text"), request.param == "int8"
+    return manifest_of(model, int8), list(build(model, int8, False).values())
+
+
+def is_refused(proto: onnx.ModelProto, layer: int, manifest: Any) -> bool:
+    try:
+        read_segment(read_graph(proto.SerializeToString()), layer, manifest)
+    except GraphError:
+        return True
+    return False
+
+
+def copied(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+def graphs_in(proto: onnx.ModelProto) -> list[Any]:
+    """The graph and its branches."""
+    return [proto.graph, *(a.g for n in proto.graph.node for a in n.attribute if a.HasField("g"))]
+
+
+def every_node(proto: onnx.ModelProto) -> Iterator[tuple[int, int]]:
+    for g, graph in enumerate(graphs_in(proto)):
+        yield from ((g, n) for n in range(len(graph.node)))
+
+
+def test_no_edge_can_be_changed(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
+    """Every input of every node takes, in turn, several other values and weights of the graph."""
+    manifest, segments = graphs
+    rng = random.Random(4)
+    for layer, segment in enumerate(segments):
+        names = {x for graph in graphs_in(segment) for n in graph.node for x in (*n.input, *n.output)}
+        for g, n in every_node(segment):
+            node = graphs_in(segment)[g].node[n]
+            for i, before in enumerate(node.input):
+                for name in rng.sample(sorted(names - {before}), 4):
+                    node.input[i] = name
+                    with pytest.raises(GraphError):
+                        read_segment(segment.graph, layer, manifest)
+                node.input[i] = before
+        read_segment(segment.graph, layer, manifest)
+
+
+def test_no_node_or_attribute_can_be_changed(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
+    manifest, segments = graphs
+    for layer, original in enumerate(segments):
+        for g, n in every_node(original):
+            changes: list[Callable[[Any, Any], Any]] = [
+                lambda graph, node: graph.node.remove(node),
+                lambda graph, node: node.output.append("more"),
+                lambda graph, node: node.input.append("more"),
+                lambda graph, node: setattr(node, "domain", "evil"),
+                lambda graph, node: setattr(node, "op_type", "Identity"),
+                lambda graph, node: node.attribute.append(helper.make_attribute("causal", 1)),
+            ]
+            for k, attribute in enumerate(graphs_in(original)[g].node[n].attribute):
+                values = (attribute.i + 1, attribute.i - 1, 2**40)
+                changes += [
+                    lambda graph, node, k=k, v=value: setattr(node.attribute[k], "i", v)
+                    for value in (values if attribute.type == onnx.AttributeProto.INT else ())
+                ]
+                changes.append(lambda graph, node, k=k: node.attribute.remove(node.attribute[k]))
+                changes.append(
+                    lambda graph, node, k=k: node.attribute[k].CopyFrom(
+                        helper.make_attribute(node.attribute[k].name, "text")
+                    )
+                )
+            for c, change in enumerate(changes):
+                proto = copied(original)
+                graph = graphs_in(proto)[g]
+                change(graph, graph.node[n])
+                assert is_refused(proto, layer, manifest), (layer, g, n, c)
+
+
+def test_no_constant_can_be_changed(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
+    """Only weights are free; what the arithmetic of positions and masks takes is not."""
+    manifest, segments = graphs
+    for layer, original in enumerate(segments):
+        assert not is_refused(original, layer, manifest)
+        constants = 0
+        for w, weight in enumerate(original.graph.initializer):
+            array = numpy_helper.to_array(weight)
+            others = [array[..., None], array.astype(np.float64)]  # of another shape, of another type
+            if array.dtype == np.int64 or array.ndim == 0:
+                numbers = (array + 1, array - 1, array // 2 + 7, np.full_like(array, 2**30))
+                others += [other for other in numbers if (other != array).any()]
+                constants += 1
+            if array.dtype == np.float32:
+                others.append(np.full_like(array, np.nan))
+            for other in others:
+                proto = copied(original)
+                proto.graph.initializer[w].CopyFrom(numpy_helper.from_array(other, weight.name))
+                assert is_refused(proto, layer, manifest), (layer, array, other)
+        # zero, one, [0], [1], the first token; also the window, four windows, [2], 0, the lowest number, the shape
+        assert constants == ((0, 4, 10, 5)[layer])
+
+
+def frequencies_of(proto: onnx.ModelProto) -> Any:
+    name = next(n for n in proto.graph.node if n.op_type == "Cos").input[0]
+    angles = next(n for n in proto.graph.node if n.output[0] == name)
+    return next(w for w in proto.graph.initializer if w.name == angles.input[1])
+
+
+def test_other_frequencies_norms_and_heads_are_refused(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
+    manifest, segments = graphs
+    before = numpy_helper.to_array(frequencies_of(segments[1]))
+    assert before.shape == (8,)
+    for values in (before * 2, before[::-1], before - 0.5, np.r_[before, 0]):
+        proto = copied(segments[1])
+        weight = frequencies_of(proto)
+        weight.CopyFrom(numpy_helper.from_array(values.astype(np.float32), weight.name))
+        assert is_refused(proto, 1, manifest)
+    assert is_refused(segments[1], 2, manifest) and is_refused(
+        segments[2], 1, manifest
+    )  # the first has no norm
+    last = len(segments) - 1
+    for head in (None, SimpleNamespace(**vars(manifest.head) | {"norm": False})):
+        assert is_refused(segments[last], last, SimpleNamespace(**vars(manifest) | {"head": head}))
+    for layer, segment in enumerate(segments):
+        for changed in ({"encoder": "bert"}, {"max_tokens": 64, "hidden_size": 32}):
+            assert is_refused(segment, layer, SimpleNamespace(**vars(manifest) | changed))
+
+
+def test_there_are_no_kernels_and_this_is_said(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
+    pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
+    from native import kernels
+
+    manifest, segments = graphs
+    before = kernels.supported()
+    kernels.use(before or "reference")
+    network = network_of([read_segment(s.graph, m, manifest) for m, s in enumerate(segments)], manifest)
+    try:
+        with pytest.raises(NoKernelsError, match="there is no kernel for layers of ModernBERT"):
+            build_kernels(network)
+    finally:
+        kernels.use(before)
+
+
+# From the command line
+
+
+def de3(arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by the commands a user types: a checkpoint for pairs of texts, and m:1 and m-int8:1 in store."""
+
+    def make(folder: Path) -> None:
+        encoder = save_encoder(
+            folder / "encoder", "modernbert", classifier_activation="silu"
+        )  # no head is used
+        rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(900, 3)]
+        (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        de3(
+            f"train {folder}/data.jsonl --text-column a --pair-column b --encoder {encoder} --epochs 5 --lr 2e-3 "
+            f"--batch-size 32 --held-back 120 --no-bf16 --label-names good,bad --out {folder}/checkpoint"
+        )
+        for name, precision in (("m", "none"), ("m-int8", "int8")):
+            de3(
+                f"export {folder}/checkpoint --name {name} --store {folder}/store --quantize {precision} "
+                "--max-int8-loss 5"
+            )
+
+    return made_once(tmp_path_factory, "modernbert", make)
+
+
+def test_training_on_pairs(trained: Path) -> None:
+    for name in ("m", "m-int8"):
+        model = Model(Store(trained / "store").open(name))
+        assert model.manifest.input == "pair" and model.runtime == "onnxruntime"
+        assert model.manifest.calibration is not None
+        assert model.manifest.calibration.exit_accuracy[-1] > 0.85
+        parity = model.manifest.export["parity"]
+        assert max(parity["logits"] + parity["distances"]) < (1e-4 if name == "m" else 1)
+    assert "there is no kernel for layers of ModernBERT" in model.why_not_native or not model.why_not_native
+    tokens = model.tokenize("a good film", "a bad film")
+    assert model.full_depth(tokens)[-1].logits is not None
+
+
+def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "stock", "modernbert", labels=2, classifier_pooling="cls")
+    de3(
+        f"import {folder} --texts {trained}/data.jsonl --text-column a --pair-column b --name m --work {tmp_path}/w "
+        f"--store {tmp_path}/store --quantize none"
+    )
+    artifact = Store(tmp_path / "store").open("m")
+    head = artifact.manifest.head
+    assert head is not None and (head.pooling, head.activation, head.norm) == ("cls", "gelu", True)
+    model, stock = Model(artifact), open_stock(str(folder))
+    for pair in (("good", "bad"), ("the film " * 9, "a " * 70)):
+        inputs = stock.tokenizer(*pair, return_tensors="pt", truncation=True, max_length=64)
+        with torch.no_grad():
+            theirs = stock.model(**inputs).logits[0].numpy()
+        ours = model.full_depth(model.tokenize(*pair))[-1].logits
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    edit(tmp_path / "store/m/1", lambda m: m["head"].update(norm=False))
+    with pytest.raises(StoreError, match=r"layer_03.onnx: operator \d+ is LayerNormalization, not Gemm"):
+        Model(Store(tmp_path / "store").open("m"))
+
+
+def test_a_server_answers_pairs(trained: Path) -> None:
+    with serving(trained / "store") as server:
+        for name in ("m", "m-int8"):
+            pairs = [
+                {"text": "good", "text_pair": "good"},
+                {"text": "a dull film", "text_pair": "dull " * 90},
+            ]
+            answer = server.classify(input=pairs, model=name)
+            assert answer.status_code == 200, answer.text
+            assert [row["label"] for row in answer.json()["data"]] == ["good", "bad"]
+
+
+def test_layers_keep_no_memory_of_texts_of_thousands_of_tokens() -> None:
+    assert session_options(512).enable_cpu_mem_arena and not session_options(8192).enable_cpu_mem_arena
+
+
+@pytest.mark.parametrize("name", ["m", "m-int8"])
+def test_full_depth_is_the_segments_in_one_graph(trained: Path, tmp_path: Path, name: str) -> None:
+    artifact = Store(trained / "store").open(name)
+    model = Model(artifact, "onnxruntime")
+    sessions = []
+    for source, int8 in (
+        (artifact.path, name == "m-int8"),
+        (trained / "checkpoint", name == "m-int8"),
+        (artifact.path, False),
+    ):
+        folder = tmp_path / str(len(sessions))
+        export_full_depth(source, folder, int8)
+        data = (folder / "model.onnx").read_bytes()
+        sessions.append(ort.InferenceSession(data, session_options()))
+    for text in (("good", "bad"), ("a dull plot", "and a bad film " * 12)):
+        tokens = model.tokenize(*text)
+        wanted = model.full_depth(tokens)[-1].logits
+        same, again, fp32 = (session.run(None, {"input_ids": tokens.ids})[0][0] for session in sessions)
+        np.testing.assert_array_equal(same, wanted)
+        np.testing.assert_array_equal(again, wanted)
+        np.testing.assert_allclose(fp32, wanted, atol=0.2)
+
+
+def other_window(proto: Any) -> None:
+    node = next(n for n in proto.graph.node if n.op_type == "LessOrEqual")
+    weight = next(w for w in proto.graph.initializer if w.name == node.input[1])
+    weight.CopyFrom(numpy_helper.from_array(np.array(6, np.int64), weight.name))
+
+
+def test_an_artifact_that_was_tampered_with_is_not_loaded(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "store", tmp_path / "store")
+    name = forge(tmp_path / "store", "m-int8", 2, other_window)
+    with pytest.raises(StoreError, match=f"{name}: its attention has another constant"):
+        Model(Store(tmp_path / "store").open("m-int8"))
