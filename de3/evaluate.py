@@ -1,6 +1,7 @@
 """`de3 evaluate`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,14 @@ def evaluate(
     delimiter: Delimiter = None,
     label_names: LabelNames = None,
     lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="The classifier that was imported: disagreement is then counted against its answers, which are the "
+            'labels too with --label-column "" or a .txt file.',
+            show_default=False,
+        ),
+    ] = None,
     png: Annotated[
         Path | None,
         typer.Option(
@@ -62,48 +71,103 @@ def evaluate(
     from training.progress import warn
 
     lams = _lambdas(lambdas)
-    is_artifact = (model / "manifest.json").exists()
-    if is_artifact:
-        from export.record import record, start_layers
-        from model_store.model import Model
-        from model_store.store import Store
-
-        model = model.resolve()
-        opened = Model(Store(model.parent.parent).open_path(model))
-        names = opened.manifest.labels
+    subject = _open(model)
+    if file is not None or dataset is not None:
+        has_labels = original is None or not (label_column == "" or (file and file.suffix == ".txt"))
+        label = label_column if has_labels else None
+        columns = data.Columns(
+            text_column, pair_column, label, header, quotes, delimiter, subject.config.thresholds is not None
+        )
+        rows = read_rows(file, dataset, split, columns)
+        if not has_labels:
+            rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
+        elif not columns.multi_label:
+            rows = data.rename(rows, label_names)
+        examples = data.to_examples(rows, subject.names, columns.multi_label)
+        if original is not None:
+            examples = _answered(original, examples, subject.names, has_labels)
+    elif subject.checkpoint is None:
+        raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
     else:
+        examples = subject.checkpoint.held_out("certify")
+    data.check_input(examples, subject.config.input, str(file or dataset or model))
+    recorded = data.with_original(subject.record(examples), examples)
+    curves = evaluation.curves(recorded, lams, subject.risk)
+    output = Console()
+    output.print(evaluation.exit_table(recorded))
+    warn(evaluation.weaknesses(recorded, subject.names))
+    if len(recorded.exit_layers) > 1:
+        output.print(evaluation.curve_table(curves))
+        if subject.artifact is not None:
+            _report_artifact(subject.artifact, recorded, examples, output)
+        title = f"{subject.title}, {len(examples)} samples"
+        warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, subject.beside))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated: a checkpoint, or an artifact; `config` has its `input` and `thresholds`."""
+
+    title: str
+    names: Sequence[str]
+    config: Any
+    record: Callable[[list[Any]], Any]
+    risk: Any
+    beside: Path
+    artifact: Any = None
+    checkpoint: Any = None
+
+
+def _open(path: Path) -> _Subject:
+    """Open a checkpoint or an artifact; raises ValueError."""
+    if not (path / "manifest.json").exists():
+        from training import data
         from training.checkpoint import Checkpoint
         from training.predict import predict
 
-        checkpoint = Checkpoint(model)
-        names = checkpoint.names
-    if file is None and dataset is None:
-        if is_artifact:
-            raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
-        examples = checkpoint.held_out("certify")
-    else:
-        columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
-        rows = data.rename(read_rows(file, dataset, split, columns), label_names)
-        examples = data.to_examples(rows, names)
-    takes = opened.manifest.input if is_artifact else checkpoint.config.input
-    data.check_input(examples, takes, str(file or dataset or model))
-    if is_artifact:
-        recorded = record(opened, examples)
-    else:
-        encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens)
-        recorded = predict(checkpoint.model, encoded, checkpoint.tokenizer.pad_token_id)
-    risk = opened.manifest.signal("risk") if is_artifact and opened.manifest.risk is not None else None
-    curves = evaluation.curves(recorded, lams, risk)
-    output = Console()
-    output.print(evaluation.exit_table(recorded))
-    warn(evaluation.weaknesses(recorded, names))
-    if len(recorded.exit_layers) > 1:
-        output.print(evaluation.curve_table(curves))
-        if is_artifact:
-            _report_artifact(opened.manifest, recorded, start_layers(opened, examples), output)
-        beside = model.parent / f"evaluation-{model.name}.png" if is_artifact else model / "evaluation.png"
-        title = f"{opened.full_name if is_artifact else model.name}, {len(examples)} samples"
-        warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, beside))
+        checkpoint = Checkpoint(path)
+        names, tokenizer, most = checkpoint.names, checkpoint.tokenizer, checkpoint.config.max_tokens
+
+        def run(examples: list[Any]) -> Any:
+            encoded = data.encode(examples, tokenizer, most, num_labels=len(names))
+            return predict(checkpoint.model, encoded, tokenizer.pad_token_id)
+
+        png = path / "evaluation.png"
+        return _Subject(path.name, names, checkpoint.config, run, None, png, checkpoint=checkpoint)
+    from export.record import record
+    from model_store.model import Model
+    from model_store.store import Store
+
+    path = path.resolve()
+    artifact = Model(Store(path.parent.parent).open_path(path))
+    manifest = artifact.manifest
+    risk = manifest.signal("risk") if manifest.risk is not None else None
+    png = path.parent / f"evaluation-{path.name}.png"
+    return _Subject(
+        artifact.full_name,
+        manifest.labels,
+        manifest,
+        lambda examples: record(artifact, examples),
+        risk,
+        png,
+        artifact=artifact,
+    )
+
+
+def _answered(original: str, examples: list[Any], names: Sequence[str], has_labels: bool) -> list[Any]:
+    """Examples with the answers of the classifier that was imported, which are their labels too if they have none."""
+    from dataclasses import replace
+
+    from training import data, stock
+
+    opened = stock.open_stock(original)
+    if len(opened.names) != len(names):
+        raise ValueError(f"--original {original}: has {len(opened.names)} labels, the model {len(names)}")
+    answers = stock.answers(
+        opened, data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
+    )
+    known = [replace(e, original=answer) for e, answer in zip(examples, answers, strict=True)]
+    return known if has_labels else [replace(e, label=e.original) for e in known]
 
 
 def _lambdas(values: str) -> list[float]:
@@ -129,17 +193,19 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _report_artifact(manifest: Any, recorded: Any, start_layers: float, output: Console) -> None:
+def _report_artifact(artifact: Any, recorded: Any, examples: list[Any], output: Console) -> None:
     """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
     from exits.trade_offs import TradeOffs
+    from export.record import start_layers
     from training import evaluate as evaluation
     from training.progress import warn
 
+    manifest, start = artifact.manifest, start_layers(artifact, examples)
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
-    output.print(evaluation.default_line(recorded, tau, signal, start_layers), highlight=False)
-    output.print(evaluation.length_table(recorded, tau, signal, start_layers))
+    output.print(evaluation.default_line(recorded, tau, signal, start), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal, start))
     if calibration is None:
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
-    output.print(evaluation.target_table(recorded, certified, start_layers))
+    output.print(evaluation.target_table(recorded, certified, start))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))

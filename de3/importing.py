@@ -46,8 +46,8 @@ def import_model(
     label_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of the right labels, to report accuracy. Default: none; the model's own answers are what "
-            "counts.",
+            help="Column of the right labels, to report accuracy; of a multi-label model with | between them. Default: "
+            "none; the model's own answers are what counts.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -60,6 +60,15 @@ def import_model(
             rich_help_panel=DATA,
         ),
     ] = None,
+    threshold: Annotated[
+        float,
+        typer.Option(
+            min=0.01,
+            max=0.99,
+            help="Of a multi-label model: the probability from which on a label is given. Requests may set others.",
+            rich_help_panel=DATA,
+        ),
+    ] = 0.5,
     group_column: Annotated[
         str | None,
         typer.Option(
@@ -121,14 +130,15 @@ def import_model(
             "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
         )
     settings = ExportSettings(name, quantize, max_loss / 100, signal=signal)
-    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
+    opened = stock.open_stock(model, label_names, threshold)
+    is_multi = opened.thresholds is not None
+    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, is_multi)
     rows = data.read_rows(texts, columns)
     groups = data.read_column(texts, columns, group_column) if group_column is not None else None
-    opened = stock.open_stock(model, label_names)
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
     folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
     command = shlex.join(["de3", *sys.argv[1:]])
-    how = ImportSettings(fragments, seed, bf16, finetune, epochs, lr, command)
+    how = ImportSettings(label_column is not None, fragments, seed, bf16, finetune, epochs, lr, command)
     try:
         path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
     except KeyboardInterrupt:

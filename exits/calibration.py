@@ -72,9 +72,9 @@ class Samples:
         return Samples(self.recorded.rows(which), self.groups[which])
 
 
-def candidates() -> list[Signal]:
-    """The signals of the paper, which need no fitting: entropy, and EDR with several λ."""
-    return [Entropy(), *(Edr(lam) for lam in LAMS)]
+def candidates(recorded: Recorded) -> list[Signal]:
+    """The signals of the paper, which need no fitting: entropy, and EDR with several λ where there are prototypes."""
+    return [Entropy(), *(Edr(lam) for lam in (LAMS if recorded.thresholds is None else ()))]
 
 
 def wilson(successes: float, n: float) -> tuple[float, float]:

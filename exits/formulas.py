@@ -70,9 +70,18 @@ def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
     """
     values = np.asarray(logits, dtype=np.float64)
     top = np.partition(values, -2, axis=-1)[..., -2:]
-    h = entropy(softmax(values))
-    ratio = distance_ratio(values, distances)
+    return stacked(top[..., 1] - top[..., 0], entropy(softmax(values)), distance_ratio(values, distances))
+
+
+def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
+    """The features of risk, shape (..., 5), of margin, entropy and distance ratio (NaN: none), each (...)."""
     log_ratio = np.log(np.maximum(np.where(np.isnan(ratio), 1.0, ratio), 1e-12))
-    return np.stack(
-        [np.ones_like(h), top[..., 1] - top[..., 0], h, np.log(np.maximum(h, 1e-12)), log_ratio], -1
-    )
+    return np.stack([np.ones_like(h), margin, h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
+
+
+def label_entropy(logits: ArrayLike) -> Floats:
+    """Entropy of K independent labels with the probabilities σ(logits), (..., K), divided by K·log 2, shape (...)."""
+    far = np.abs(np.asarray(logits, dtype=np.float64))
+    e = np.exp(-far)
+    total = (np.log1p(e) + far * e / (1.0 + e)).sum(axis=-1)
+    return np.asarray(np.clip(total / (far.shape[-1] * np.log(2.0)), 0.0, 1.0))

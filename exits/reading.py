@@ -1,7 +1,10 @@
 """One exit's result for one sample."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log, log1p
+
+LOG_2 = log(2.0)
 
 
 @dataclass(slots=True)
@@ -13,11 +16,13 @@ class Reading:
         logits: K of them.
         probs: class probabilities, K of them.
         label: the most probable class (ties: lowest index).
-        margin: the highest logit minus the second.
+        margin: the highest logit minus the second; of a multi-label model how far the logit nearest to its threshold is
+            from it.
         entropy: the local signal, in [0, 1].
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
+        labels: of a multi-label model those above their threshold; None: classes exclude each other.
     """
 
     layer: int
@@ -29,6 +34,7 @@ class Reading:
     distance_ratio: float | None
     nearest: float | None
     score: float | None = None
+    labels: list[int] | None = None
 
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
@@ -60,6 +66,26 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
     return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances))
+
+
+def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) -> Reading:
+    """Read one exit of a multi-label model: each label has a probability of its own, σ(logit), and a threshold.
+
+    thresholds: as logits, K of them. The entropy is that of K independent labels, divided by K·log 2. As `read`, in
+    agreement with `native/rule.c`.
+    """
+    total, margin = 0.0, inf
+    for x, threshold in zip(logits, thresholds, strict=True):
+        far = abs(x)
+        e = exp(-far)
+        total += log1p(e) + far * e / (1.0 + e)
+        gap = abs(x - threshold)
+        margin = gap if gap < margin else margin
+    entropy = min(max(total / (len(logits) * LOG_2), 0.0), 1.0)
+    probs = [1.0 / (1.0 + exp(-x)) if x >= 0 else exp(x) / (1.0 + exp(x)) for x in logits]
+    decided = [k for k, threshold in enumerate(thresholds) if logits[k] > threshold]
+    label = logits.index(max(logits))
+    return Reading(layer, logits, probs, label, margin, entropy, None, None, labels=decided)
 
 
 def _second(logits: list[float], first: int) -> int:

@@ -1,6 +1,7 @@
 """The outputs of every exit for every sample, as evaluation, calibration and tests use them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,42 +17,63 @@ class Recorded:
         exit_layers: the layers of the exits, ascending; the last is M.
         logits: (n, exits, K).
         distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
-        labels: true classes, (n,).
+        labels: true classes, (n,); of a multi-label model which labels are right, (n, K) bool.
         tokens: tokens of each sample, (n,); None: not recorded.
-        original: what the model answered before it was changed (to int8), (n,); None: as full depth does.
+        original: what the model answered before it was changed (to int8), shaped as labels; None: as full depth does.
+        thresholds: of a multi-label model, as logits, (K,); None: classes exclude each other.
     """
 
     exit_layers: list[int]
     logits: NDArray[np.float32]
     distances: NDArray[np.float32]
-    labels: NDArray[np.int64]
+    labels: NDArray[Any]
     tokens: NDArray[np.int64] | None = None
-    original: NDArray[np.int64] | None = None
+    original: NDArray[Any] | None = None
+    thresholds: NDArray[np.float64] | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
         """Some of the samples."""
         tokens, original = (x[which] if x is not None else None for x in (self.tokens, self.original))
         arrays = (self.logits[which], self.distances[which], self.labels[which])
-        return Recorded(self.exit_layers, *arrays, tokens, original)
+        return Recorded(self.exit_layers, *arrays, tokens, original, self.thresholds)
 
     @property
-    def differs(self) -> NDArray[np.bool_]:
-        """Whether each exit's label is not that of full depth, or of the original where that is known, (n, exits)."""
-        answers = self.logits.argmax(-1)
-        wanted = answers[:, -1] if self.original is None else self.original
-        return np.asarray(answers != wanted[:, None])
+    def answers(self) -> NDArray[Any]:
+        """What each exit answers: a class, (n, exits), or which labels, (n, exits, K) bool."""
+        if self.thresholds is None:
+            return np.asarray(self.logits.argmax(-1))
+        return np.asarray(self.logits > self.thresholds)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each exit's label is correct, (n, exits)."""
-        return np.asarray(self.logits.argmax(-1) == self.labels[:, None])
+        """Whether each exit's answer is correct, (n, exits); of a multi-label model: in every label."""
+        return ~self._unlike(self.labels)
+
+    @property
+    def differs(self) -> NDArray[np.bool_]:
+        """Whether each exit's answer is not that of full depth, or of the original where that is known, (n, exits)."""
+        return self._unlike(self.answers[:, -1] if self.original is None else self.original)
+
+    def _unlike(self, wanted: NDArray[Any]) -> NDArray[np.bool_]:
+        unlike = self.answers != wanted[:, None]
+        return np.asarray(unlike if self.thresholds is None else unlike.any(-1))
 
     @property
     def entropy(self) -> formulas.Floats:
         """The local signal, (n, exits)."""
+        if self.thresholds is not None:
+            return formulas.label_entropy(self.logits)
         return formulas.entropy(formulas.softmax(self.logits))
 
     @property
     def distance_ratio(self) -> formulas.Floats:
         """The global signal, (n, exits); NaN at exits without prototypes."""
         return formulas.distance_ratio(self.logits, self.distances)
+
+    @property
+    def risk_features(self) -> formulas.Floats:
+        """What `exits.signals.Risk` weighs, (n, exits, 5): 1, margin, entropy, log entropy, log DR."""
+        if self.thresholds is None:
+            return formulas.risk_features(self.logits, self.distances)
+        gaps = np.abs(self.logits.astype(np.float64) - self.thresholds)
+        return formulas.stacked(gaps.min(-1), self.entropy, np.full(self.logits.shape[:2], np.nan))

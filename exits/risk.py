@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import formulas
 from exits.recorded import Recorded
 from exits.signals import Risk, Weights
 
@@ -21,7 +20,7 @@ LEAST_SPREAD = 1e-4  # of a feature that is used; a weight is divided by it, and
 
 def fit(recorded: Recorded) -> Risk:
     """The risk of a model, from the exits of n samples that were run to full depth."""
-    features = formulas.risk_features(recorded.logits, recorded.distances)
+    features = recorded.risk_features
     differs = recorded.differs.astype(np.float64)
     weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
     for j, layer in enumerate(recorded.exit_layers[:-1]):

@@ -4,16 +4,38 @@ This is the Python implementation. `native/rule.c` is the kernels' implementatio
 bit (tests/test_native.py).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import log
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from exits.reading import Reading, read, read_labels
 from exits.signals import Signal
 
 # Why a text exited at its layer.
 ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Thresholds:
+    """Of a multi-label model: a label is given if its logit is above its threshold.
+
+    Attributes:
+        logits: the thresholds as logits, K of them.
+        table: the same for the kernels, float64.
+    """
+
+    logits: tuple[float, ...]
+    table: bytes
+
+    @classmethod
+    def of(cls, probabilities: Iterable[float]) -> "Thresholds":
+        """Thresholds that are probabilities, each above 0 and below 1."""
+        logits = tuple(log(p / (1.0 - p)) for p in probabilities)
+        return cls(logits, np.array(logits, np.float64).tobytes())
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,15 +46,23 @@ class ExitRule:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
         max_layer: exit at the latest at the deepest exit not deeper than this; None: at the last layer.
+        thresholds: of a multi-label model; None: classes exclude each other.
     """
 
     tau: float
     signal: Signal
     max_layer: int | None = None
+    thresholds: Thresholds | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
+
+    def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
+        """Read one exit of a sample: its logits and its distances to the prototypes, K each."""
+        if self.thresholds is not None:
+            return read_labels(layer, logits, self.thresholds.logits)
+        return read(layer, logits, distances)
 
     def exits(self, score: float | None) -> bool:
         """Whether a sample with this score exits; None (no score at this exit) never does."""

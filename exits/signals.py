@@ -103,7 +103,8 @@ class Risk:
     """The probability that this exit's label is not that of full depth.
 
     At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
-    + w4·log DR, where margin is the highest logit minus the second; fitted by `exits.risk` on samples that were not
+    + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
+    nearest to its threshold); fitted by `exits.risk` on samples that were not
     trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
 
     Attributes:
@@ -138,7 +139,7 @@ class Risk:
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits)."""
-        features = formulas.risk_features(recorded.logits, recorded.distances)
+        features = recorded.risk_features
         weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))

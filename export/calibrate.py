@@ -77,6 +77,10 @@ def calibrate(
     fitted = risk.fit(joined([tune.samples, certify.samples]).recorded if pooled else tune.samples.recorded)
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted
+    if name not in signals:
+        raise ValueError(
+            f"--signal {name}: needs prototypes, which a multi-label model has not; give risk or entropy"
+        )
     tables = {}
     for signal, _ in signals.values():
         samples, scores = _certifying(tune, certify, signal, pooled)
@@ -119,7 +123,8 @@ def _rivals(tune: Part, fitted: Risk) -> dict[SignalName, tuple[Signal, float]]:
     whole = tune.whole
     scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
     tables = [
-        (signal, calibration.trade_off(whole, signal, FINE_TAUS)) for signal in calibration.candidates()
+        (signal, calibration.trade_off(whole, signal, FINE_TAUS))
+        for signal in calibration.candidates(whole.recorded)
     ]
     tables.append((fitted, calibration.trade_off(whole, fitted, FINE_TAUS, scores)))
     best: dict[SignalName, tuple[Signal, float]] = {}
@@ -160,7 +165,8 @@ def joined(parts: Sequence[Samples]) -> Samples:
         None if any(x is None for x in values) else np.concatenate([x for x in values if x is not None])
         for values in ([p.recorded.tokens for p in parts], [p.recorded.original for p in parts])
     )
-    return Samples(Recorded(first.exit_layers, logits, distances, labels, tokens, original), groups)
+    arrays = (logits, distances, labels, tokens, original)
+    return Samples(Recorded(first.exit_layers, *arrays, first.thresholds), groups)
 
 
 def _report(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Head, Mani
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
 from training.checkpoint import Checkpoint
-from training.data import Example, check_apart, encode
+from training.data import Example, check_apart, encode, with_original
 from training.evaluate import weaknesses
 from training.model import De3Model
 from training.predict import predict
@@ -104,7 +104,7 @@ def export(
         if int8 or opened.is_finetuned:  # else full depth is the classifier that was imported
             tuned, certified = with_original(tuned, tune), with_original(certified, certify)
         if int8:
-            encoded = encode(certify, tokenizer, manifest.max_tokens)
+            encoded = encode(certify, tokenizer, manifest.max_tokens, num_labels=len(manifest.labels))
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
         warn(weaknesses(certified, opened.names))
@@ -162,6 +162,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         max_tokens=config.max_tokens,
         token_types=token_types,
         pooling=config.pooling,
+        thresholds=config.thresholds,
         head=None
         if config.head is None
         else Head.model_validate({**config.head, "norm": "norm" in config.head}),
@@ -198,7 +199,9 @@ def parity(
     samples = parity_samples(examples, exported)
     lengths = []
     for example in samples:
-        encoded = encode([example], tokenizer, exported.manifest.max_tokens)
+        encoded = encode(
+            [example], tokenizer, exported.manifest.max_tokens, num_labels=model.config.num_labels
+        )
         inputs, _ = encoded.batch([0], tokenizer.pad_token_id)
         expected = model(**inputs)
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
@@ -228,20 +231,12 @@ def parity(
     return {"samples": len(samples), "longest": max(lengths), **largest}
 
 
-def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
-    """With the answers of the classifier that was imported, if they are known of every sample."""
-    answers = [e.original for e in examples]
-    if any(answer is None for answer in answers):
-        return recorded
-    return replace(recorded, original=np.array(answers, np.int64))
-
-
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
     """The share of samples that leave at the same exit with the same label in int8 and fp32; warns of a small one."""
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
-    labels = int8.logits.argmax(-1)[rows, index]
-    same = (index == expected) & (labels == reference.logits.argmax(-1)[rows, expected])
+    unlike = int8.answers[rows, index] != reference.answers[rows, expected]
+    same = (index == expected) & ~(unlike if unlike.ndim == 1 else unlike.any(-1))
     share = float(same.mean())
     message = (
         f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same label as in fp32"

@@ -11,7 +11,7 @@ from export.exporter import ExportSettings, export
 from model_store.store import Store
 from training import frozen, stock
 from training.checkpoint import read_record, write_record
-from training.data import Example, Text, encode, input_of, save_examples
+from training.data import Example, Text, encode, input_of, label_of, labels_in, save_examples, to_examples
 from training.frozen import States
 from training.model import De3Model
 from training.progress import console
@@ -28,6 +28,7 @@ class ImportSettings:
     """How exits are fitted.
 
     Attributes:
+        labelled: whether the texts come with the right labels; else the model's own answers stand for them.
         fragments: whether the texts contain fragments of each other.
         bf16: compute what exits are fitted on in bfloat16; what they are judged by is in float32.
         finetune: then train the encoder too, so that its first layers tell more; full depth is held to the original's
@@ -36,6 +37,7 @@ class ImportSettings:
         command: what resumes it, for a checkpoint that is opened too early.
     """
 
+    labelled: bool = False
     fragments: bool = False
     seed: int = 0
     bf16: bool = True
@@ -56,14 +58,18 @@ def import_classifier(
 ) -> Path:
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
-    rows: texts with their labels, or with "", in which case the model's own answers stand for them. groups: of related
+    rows: texts with their labels, or with "". groups: of related
     rows. work: a folder for the checkpoint and, until the end, for what has been computed: an interrupted run goes on
     from there.
 
     Raises ValueError for texts that cannot be used, and ExportError if the exported model is not the same.
     """
     _check_work(work, settings.finetune)
-    parts = _parts(rows, groups, opened.names, settings)
+    if settings.finetune and opened.thresholds is not None:
+        raise ValueError(
+            "--finetune is for models whose classes exclude each other, not for multi-label ones"
+        )
+    parts = _parts(rows, groups, opened, settings)
     layers = opened.model.config.num_hidden_layers
     console.print(
         f"{opened.family}, {layers} layers; {len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, "
@@ -73,7 +79,7 @@ def import_classifier(
     torch.manual_seed(settings.seed)
     model = stock.with_exits(opened, "mean", input_of(parts.train))
     encoded = [
-        encode(part, opened.tokenizer, opened.max_tokens, what)
+        encode(part, opened.tokenizer, opened.max_tokens, what, len(opened.names))
         for part, what in zip((parts.train, parts.tune, parts.certify), PARTS, strict=True)
     ]
     difference = stock.parity(opened, model, encoded[2])
@@ -90,12 +96,11 @@ def import_classifier(
         for part, what in zip(encoded, PARTS, strict=True)
     ]
     frozen.fit(model, computed[0], computed[1], settings.seed)
-    labelled = bool(rows[0][1])
-    answered = _answered(parts, computed, labelled)
+    answered = _answered(parts, computed, settings.labelled)
     if settings.finetune:
-        _finetune(model, opened, answered, computed[0], work, settings, labelled)
+        _finetune(model, opened, answered, computed[0], work, settings)
     else:
-        _save(model, opened, answered, work, labelled)
+        _save(model, opened, answered, work, settings.labelled)
     path = export(work, store, exporting)
     shutil.rmtree(work / "states")
     return path
@@ -104,12 +109,13 @@ def import_classifier(
 def _parts(
     rows: Sequence[tuple[Text, str]],
     groups: Sequence[str] | None,
-    names: Sequence[str],
+    opened: stock.Stock,
     settings: ImportSettings,
 ) -> Split:
     """The texts, split by seed into what exits are fitted, tuned and certified on."""
-    labels = _labels({label for _, label in rows}, names)
-    examples = [Example(text, labels[label]) for text, label in rows]
+    is_multi = opened.thresholds is not None
+    found = {name for _, label in rows for name in (labels_in(label) if is_multi else [label])}
+    examples = to_examples(rows, _names_in(found, opened.names), is_multi)
     if groups is not None:
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     if len(examples) < FEW_TEXTS:
@@ -119,14 +125,13 @@ def _parts(
     return split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
 
 
-def _labels(found: set[str], names: Sequence[str]) -> dict[str, int]:
-    """The index of each label of the data among the model's names, or numbers; of no label, "", 0."""
-    by_name = {name: i for i, name in enumerate(names)}
-    for known in ({"": 0}, by_name, {str(i): i for i in range(len(names))}):
-        if found <= known.keys():
+def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
+    """The model's labels as the data has them: by name, as numbers, or not at all, as ""."""
+    for known in ([""], names, [str(i) for i in range(len(names))]):
+        if found <= set(known):
             return known
     raise ValueError(
-        f"the data has labels such as {sorted(found - by_name.keys())[:5]}, the model {list(names)[:20]}: name the "
+        f"the data has labels such as {sorted(found - set(names))[:5]}, the model {list(names)[:20]}: name the "
         "model's labels as the data does, with --label-names in the order of its logits"
     )
 
@@ -135,7 +140,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
     """The parts with the original's answers, which are the labels too unless there are better ones."""
 
     def with_answers(part: list[Example], states: States) -> list[Example]:
-        answers = states.answers.tolist()
+        answers = [label_of(row) for row in states.answers.numpy()]
         part = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
         return part if labelled else [replace(e, label=a) for e, a in zip(part, answers, strict=True)]
 
@@ -167,7 +172,6 @@ def _finetune(
     states: States,
     work: Path,
     settings: ImportSettings,
-    labelled: bool,
 ) -> None:
     """Train all of it to the original's probabilities, at every exit, and write the checkpoint."""
     how = TrainSettings(
@@ -191,5 +195,5 @@ def _finetune(
         logits=states.logits,
         imported=True,
         finetuned=True,
-        self_labelled=not labelled,
+        self_labelled=not settings.labelled,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from exits.recorded import Recorded
 from model_store.model import Model
 from model_store.segments import Step
-from training.data import Example
+from training.data import Example, label_array
 from training.progress import track
 
 
@@ -34,7 +34,16 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
                 logits[i, j] = steps[layer].logits
                 if steps[layer].distances is not None:
                     distances[i, j] = steps[layer].distances
-    return Recorded(exits, logits, distances, np.array([e.label for e in examples]), tokens)
+    labels = label_array([e.label for e in examples], len(model.manifest.labels))
+    thresholds = model.manifest.label_thresholds
+    return Recorded(
+        exits,
+        logits,
+        distances,
+        labels,
+        tokens,
+        thresholds=None if thresholds is None else np.array(thresholds.logits),
+    )
 
 
 def start_layers(model: Model, examples: Sequence[Example], count: int = 100) -> float:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from exits.reference import LEVELS, is_ascending
+from exits.rule import Thresholds
 from exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
 
 # 3 has no risk: the signal is λ, and 0 is entropy. 4 has no head.
@@ -27,6 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Label = Annotated[str, Field(max_length=1000)]
+Threshold = Annotated[float, Field(gt=0, lt=1)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -175,6 +177,8 @@ class Manifest(_Part):
         token_types: whether embeddings.onnx takes token_type_ids.
         pooling: of the exits; the last has its own if it has a head.
         head: of the last exit, as the stock classifier has it that was imported; None: it is as the other exits are.
+        thresholds: of a multi-label model, the probability from which on each label is given; None: the classes exclude
+            each other.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
         export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
@@ -196,6 +200,7 @@ class Manifest(_Part):
     token_types: bool
     pooling: Literal["mean", "cls"]
     head: Head | None = None
+    thresholds: Annotated[list[Threshold], Field(max_length=MAX_LABELS)] | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
     defaults: Defaults
@@ -209,7 +214,12 @@ class Manifest(_Part):
         exits = self.exit_layers
         if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
-        if self.prototype_layers not in (exits, exits[:-1]):
+        if self.thresholds is not None:
+            if self.prototype_layers:
+                raise ValueError("prototype_layers must be empty in a multi-label model")
+            if len(self.thresholds) != len(self.labels):
+                raise ValueError("thresholds must have one entry for each label")
+        elif self.prototype_layers not in (exits, exits[:-1]):
             raise ValueError("prototype_layers must be the exit layers, with or without the last")
         if self.head is not None and self.prototype_layers == exits:
             raise ValueError("prototype_layers may not have the last layer, as it has a head")
@@ -273,6 +283,11 @@ class Manifest(_Part):
     def default_signal(self) -> Signal:
         """The signal of the defaults."""
         return self.signal(self.defaults.signal, self.defaults.lam)
+
+    @property
+    def label_thresholds(self) -> Thresholds | None:
+        """The thresholds of a multi-label model."""
+        return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     def segment_files(self) -> list[str]:
         """The files of the segments in the order in which they run; index = layer."""

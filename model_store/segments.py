@@ -110,6 +110,7 @@ class ForwardPass:
         deepest: the layer at which to leave at the latest, one with an exit.
         ask_all: compute every exit passed, also those at which it cannot leave (tau 0).
         caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
+        thresholds: of a multi-label model, for the kernels.
         exit_layer: where it left.
         seconds: compute time.
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
@@ -121,6 +122,7 @@ class ForwardPass:
     deepest: int
     ask_all: bool
     caution: float = 1.0
+    thresholds: bytes | None = None
     exit_layer: int = field(default=-1, init=False)
     seconds: float = field(default=0.0, init=False)
     logits: Array = field(init=False)
@@ -144,7 +146,7 @@ class Through:
         for p in passes:
             p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
-            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution)
+            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, p.thresholds)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances))
         results = self._through(self._model, texts, self._prototypes, far)
         for p, (exit_layer, seconds) in zip(passes, results, strict=True):

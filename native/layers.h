@@ -28,6 +28,7 @@ typedef struct {
     int ask_all;                /* compute every exit passed, also those at which it cannot leave (tau 0) */
     double tau;
     Signal signal;
+    const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */
     double caution; /* what tau is multiplied by from the first exit on that is too far from its prototypes */
 
     float *hidden;             /* (tokens, hidden) */

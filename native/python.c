@@ -306,17 +306,18 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
 
 /* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong. */
 static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
-    if (!PyArg_ParseTuple(text, "y*z*didz*ipdw*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
-                          &p->deepest, &p->ask_all, &p->caution, &b[2], &b[3]))
+    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
+                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3]))
         return 0;
-    size_t tokens = b[0].len / 8, size = (size_t)m->exits[m->num_layers].num_labels * (m->num_layers + 1);
+    size_t tokens = b[0].len / 8, labels = m->exits[m->num_layers].num_labels, size = labels * (m->num_layers + 1);
     int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
              (!m->num_types || holds(&b[1], tokens, 8, "types")) && holds(&b[2], size, 4, "logits") &&
              holds(&b[3], size, 4, "distances") &&
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
-             has_signal(&p->signal, &b[4], m->num_layers + 1);
+             has_signal(&p->signal, &b[4], m->num_layers + 1) && (!b[5].buf || holds(&b[5], labels, 8, "thresholds"));
     if (!ok) return 0;
+    p->thresholds = b[5].buf;
     p->ids = b[0].buf;
     p->types = b[1].buf;
     p->logits = b[2].buf;
@@ -330,13 +331,15 @@ static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
 }
 
 /* through(model, texts, prototypes, far) → [(exit layer, seconds)]
- * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, logits,
- * distances)], weights float64 (num_layers + 1, 5) for the signal risk or None, the last two float32 (num_layers + 1, K), filled at the exits that were computed. prototypes: [(K,
- * D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they mean. */
+ * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
+ * logits, distances)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K) for a
+ * multi-label model or None, the last two float32 (num_layers + 1, K), filled at the exits that were computed.
+ * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they
+ * mean. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     enum { MAX_TEXTS = 64 };
     PyObject *capsule, *texts, *rows, *result = NULL;
-    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][5];
+    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][6];
     const float *prototypes[MAX_LAYERS + 1];
     Pass passes[MAX_TEXTS];
     if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
@@ -372,7 +375,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     }
     for (int i = 0; i < begun; i++) {
         free(passes[i].hidden);
-        for (int j = 0; j < 5; j++) PyBuffer_Release(&buffers[i][j]);
+        for (int j = 0; j < 6; j++) PyBuffer_Release(&buffers[i][j]);
     }
     for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
     PyBuffer_Release(&far);
@@ -381,13 +384,15 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
 
 /* ---- the rule, for the tests ------------------------------------------------------------------------ */
 
-/* score(exits, signal, lam): exits: [(logits (K), distances (K) or None)], those asked so far. */
+/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], those asked so far;
+ * thresholds float64 (K) of a multi-label model, or None. */
 static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
     Signal signal;
     Reading readings[MAX_LAYERS + 1];
-    Py_buffer weights = {0};
-    if (!PyArg_ParseTuple(args, "O!idz*", &PyList_Type, &list, &signal.code, &signal.lam, &weights)) return NULL;
+    Py_buffer weights = {0}, thresholds = {0};
+    if (!PyArg_ParseTuple(args, "O!idz*z*", &PyList_Type, &list, &signal.code, &signal.lam, &weights, &thresholds))
+        return NULL;
     int count = (int)PyList_Size(list);
     int ok = require(count >= 1 && count <= MAX_LAYERS + 1, "1 to 101 exits") && has_signal(&signal, &weights, count);
     for (int i = 0; ok && i < count; i++) {
@@ -396,11 +401,15 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
         int labels = (int)(b[0].len / 4);
         ok = ok && require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
              (!b[1].buf || holds(&b[1], labels, 4, "distances"));
-        if (ok) readings[i] = read_exit(i, b[0].buf, b[1].buf, labels);
+        ok = ok && (!thresholds.buf || holds(&thresholds, labels, 8, "thresholds"));
+        if (ok)
+            readings[i] = thresholds.buf ? read_labels(i, b[0].buf, thresholds.buf, labels)
+                                         : read_exit(i, b[0].buf, b[1].buf, labels);
         for (int j = 0; j < 2; j++) PyBuffer_Release(&b[j]);
     }
     double value = ok ? score(signal, readings, count) : 0.0;
     PyBuffer_Release(&weights);
+    PyBuffer_Release(&thresholds);
     return ok ? PyFloat_FromDouble(value) : NULL;
 }
 
@@ -424,7 +433,7 @@ static PyMethodDef methods[] = {
     {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
     {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
-    {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights): the exits of layers 0, 1, …"},
+    {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},
 };

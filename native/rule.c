@@ -36,6 +36,20 @@ Reading read_exit(int layer, const float *logits, const float *distances, int nu
     return reading;
 }
 
+Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels) {
+    Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
+    double total = 0.0;
+    reading.margin = INFINITY;
+    for (int k = 0; k < num_labels; k++) {
+        double x = logits[k], far = fabs(x), e = exp(-far);
+        total += log1p(e) + far * e / (1.0 + e);
+        double gap = fabs(x - thresholds[k]);
+        if (gap < reading.margin) reading.margin = gap;
+    }
+    reading.entropy = clip(total / (num_labels * log(2.0)), 0.0, 1.0);
+    return reading;
+}
+
 static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
 
 /* z of the logistic regression: exits/signals.py, Risk. */

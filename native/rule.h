@@ -10,7 +10,7 @@
 typedef struct {
     int layer;
     int label;                      /* the most probable class (ties: lowest index) */
-    double margin;                  /* the highest logit minus the second */
+    double margin;                  /* the highest logit minus the second; of labels: to the nearest threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
 } Reading;
@@ -27,6 +27,9 @@ typedef struct {
 
 /* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
 Reading read_exit(int layer, const float *logits, const float *distances, int num_labels);
+
+/* The same of a multi-label model; thresholds: as logits, num_labels. */
+Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels);
 
 /* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);

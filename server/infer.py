@@ -19,6 +19,7 @@ async def infer(request: Request, service: Service) -> Job:
     """
     service.check_open()
     request.served = served = service.models.get(request.model)
+    request.check(served.model.manifest)
     _check_texts(request, served)
     level = service.admission.level
     choice = served.rules.of(request.options, level)

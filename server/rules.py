@@ -1,11 +1,12 @@
 """The choice of τ: from a request's options to its exit rule."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
 from exits.guarantee import CONFIDENCE
-from exits.rule import ExitRule
+from exits.rule import ExitRule, Thresholds
 from exits.signals import Edr, Entropy, Signal, SignalName
 from exits.trade_offs import TradeOffs
 from model_store.manifest import Manifest, TradeOff
@@ -78,6 +79,9 @@ class Rules:
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
         self._exits = manifest.exit_layers
+        self._labels = manifest.labels
+        self._own_thresholds = manifest.thresholds
+        self._thresholds = manifest.label_thresholds
         self.name = f"{manifest.name}:{manifest.version}"
         table = manifest.calibration.table if manifest.calibration else []
         self._samples = manifest.calibration.certify_size if manifest.calibration else 0
@@ -112,14 +116,40 @@ class Rules:
         self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
     ) -> Choice:
         expected = self._rows.get((tau, *_key(signal))) if max_layer is None else None
-        return Choice(ExitRule(tau, signal, max_layer), by, wanted, expected)
+        return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
         """The choice that a row of the calibration's table stands for."""
-        return Choice(ExitRule(row.tau, self._signals[Key(row.signal, row.lam)]), by, wanted, row)
+        rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
+        return Choice(rule, by, wanted, row)
 
     def of(self, options: ExitOptions, level: int = 0) -> Choice:
         """The choice that fulfils a request's options, or the one in force; raises RequestError."""
+        choice = self._chosen(options, level)
+        if options.thresholds is None:
+            return choice
+        return replace(choice, rule=replace(choice.rule, thresholds=self._thresholds_of(options.thresholds)))
+
+    def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
+        """A request's thresholds, for all labels or by name; raises RequestError."""
+        if self._own_thresholds is None:
+            raise RequestError(
+                f"thresholds: {self.name} is no multi-label model: its classes exclude each other",
+                "thresholds",
+            )
+        if not isinstance(wanted, Mapping):
+            return Thresholds.of([wanted] * len(self._labels))
+        unknown = next((name for name in wanted if name not in self._labels), None)
+        if unknown is not None:
+            raise RequestError(
+                f"thresholds: {unknown[:100]!r} is no label of {self.name}; there are: "
+                f"{', '.join(self._labels[:MAX_NAMED])}",
+                "thresholds",
+            )
+        pairs = zip(self._labels, self._own_thresholds, strict=True)
+        return Thresholds.of([wanted.get(name, own) for name, own in pairs])
+
+    def _chosen(self, options: ExitOptions, level: int) -> Choice:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer)
@@ -137,6 +167,12 @@ class Rules:
             if self._risk is None:
                 raise RequestError(f"signal: {self.name} has no risk; de3 calibrate adds it", "signal")
             return self._signal if self._signal.name == "risk" else self._risk
+        if self._thresholds is not None and (name == "edr" or lam):
+            raise RequestError(
+                f"signal: edr needs classes that exclude each other, and {self.name} is a multi-label model; give "
+                "risk or entropy",
+                "signal" if name is not None else "lambda",
+            )
         if lam is None and name == "edr":
             certified = [key.lam for key in self._certified if key.name == "edr"]
             lam = self._signal.lam or (certified[0] if certified else 1.0)

@@ -31,6 +31,7 @@ class ExitOptions:
         latency_budget_ms: answer within this time, at the deepest exit reached by then.
         max_disagreement: the rate of answers that may differ from full depth, at 95% confidence.
         best_effort: with a budget that cannot be met: answer at the first exit.
+        thresholds: of a multi-label model: the probability from which on a label is given, of all labels or by name.
     """
 
     tau: float | None = None
@@ -41,6 +42,7 @@ class ExitOptions:
     latency_budget_ms: float | None = None
     max_disagreement: float | None = None
     best_effort: bool = False
+    thresholds: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         # λ = 0 is entropy.
@@ -52,6 +54,10 @@ class ExitOptions:
         asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
         if len(asked) > 1:
             raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
+        if self.thresholds is not None and asked[0] in ("target_speedup", "max_disagreement"):
+            raise ValueError(
+                f"thresholds: cannot go with {asked[0]}, which was calibrated with the model's own"
+            )
         if asked != ["tau"] and self.max_layer is not None:
             raise ValueError(f"max_layer: goes with tau only, not with {asked[0]}")
 

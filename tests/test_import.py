@@ -254,9 +254,9 @@ def test_what_cannot_be_imported_says_what_can(
     assert "is an exported model already: de3 serve" in refused(store / "tiny/1")
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
-    assert "multi_label_classification cannot be imported" in refused(
-        changed(problem_type="multi_label_classification")
-    )
+    assert "regression cannot be imported" in refused(changed(problem_type="regression"))
+    multi = changed(problem_type="multi_label_classification")
+    assert "--finetune is for models whose classes exclude each other" in refused(multi, "--finetune")
     assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))
     assert "lacks 2 of the model's weights" in refused(changed(id2label={"0": "a", "1": "b", "2": "c"}))
     assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from exits.reading import read
-from exits.rule import ExitRule
+from exits.recorded import Recorded
+from exits.rule import ExitRule, Thresholds
 from exits.signals import Edr, Entropy, Risk, Signal
 from export import graph
 from loadtest.layers import layers
@@ -250,6 +251,7 @@ def test_the_head_of_a_stock_classifier(
             "metric_dim": 32,
         },
         **{"labels": ["", "", ""], "max_tokens": 96, "token_types": True, "precision": "int8", "head": head},
+        encoder="bert",
         pooling="mean" if pooling == "cls" else "cls",
     )
     network = network_of([read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)], manifest)
@@ -324,7 +326,37 @@ def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
     """The kernels' score at the last of the exits of layers 0, 1, …"""
     buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
-    return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table)
+    return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, None)
+
+
+@given(st.data(), st.integers(2, 9))
+def test_the_decision_on_labels_is_that_of_the_exit_rule(data: st.DataObject, classes: int) -> None:
+    signal = data.draw(st.just(Entropy()) | risks(False), "signal")
+    thresholds = Thresholds.of(
+        data.draw(st.lists(st.floats(1e-3, 0.999), min_size=classes, max_size=classes))
+    )
+    logits = st.lists(st.floats(-1000, 1000, width=32), min_size=classes, max_size=classes)
+    passed = [data.draw(logits) for _ in range(3)]
+    rule = ExitRule(0.5, signal, thresholds=thresholds)
+    readings = [rule.read(layer, x, None) for layer, x in enumerate(passed)]
+    buffers = [(np.float32(x), None) for x in passed]
+    found = kernels.score(buffers, signal.code, 0.0, signal.table, thresholds.table)
+    assert found == signal.score(readings)
+    last = readings[-1]
+    assert last.labels == [k for k, x in enumerate(passed[-1]) if x > thresholds.logits[k]]
+    assert all(0 <= p <= 1 for p in last.probs) and 0 <= last.entropy <= 1
+    recorded = Recorded(
+        [0, 1, 2],
+        np.float32([passed]),
+        np.full((1, 3, classes), np.nan, np.float32),
+        np.zeros((1, classes), np.bool_),
+        thresholds=np.array(thresholds.logits),
+    )
+    assert recorded.entropy[0, -1] == pytest.approx(last.entropy, abs=1e-12)
+    assert recorded.risk_features[0, -1, 1] == pytest.approx(last.margin)
+    assert np.flatnonzero(recorded.answers[0, -1]).tolist() == last.labels
+    with pytest.raises(ValueError, match="thresholds: has"):
+        kernels.score(buffers, 0, 0.0, None, thresholds.table[:-8])
 
 
 def risks(has_distances: bool) -> st.SearchStrategy[Signal]:
@@ -439,7 +471,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             "deepest": 3,
             "ask_all": False,
         }
-        fields |= {"caution": 1.0, "logits": logits, "distances": distances}
+        fields |= {"caution": 1.0, "thresholds": None, "logits": logits, "distances": distances}
         return tuple((fields | wrong).values())
 
     assert kernels.through(model, [text()], prototypes, None)[0][0] == 3
@@ -454,6 +486,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text(signal=2, weights=bytes(8 * 5 * 4 + 8))],
         [text(signal=2, weights=b"")],
         [text(signal=-1)],
+        [text(thresholds=bytes(8))],
         [text(ids=big)],
         [text(types=big)],
         [text(types=None)],
@@ -467,10 +500,10 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         kernels.through(model, [text()], prototypes[:3], None)
     for passed in ([], [(logits[0], logits)], [(logits[0, :1].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
-            kernels.score(passed, 0, 0.0, None)
+            kernels.score(passed, 0, 0.0, None, None)
     for wrong in (None, b"", bytes(8 * 5 - 1), bytes(8 * 5 * 2)):
         with pytest.raises(ValueError, match="weights: has"):
-            kernels.score([(logits[0], None)], 2, 0.0, wrong)
+            kernels.score([(logits[0], None)], 2, 0.0, wrong, None)
 
 
 def test_a_text_that_fails_does_not_fail_those_beside_it(

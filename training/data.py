@@ -9,11 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from exits.recorded import Recorded
 from training.progress import track
 
 Text = str | tuple[str, str]
+Label = int | tuple[int, ...]
+SEPARATOR = "|"  # between the labels of a text, where they are in one cell
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
 
@@ -22,18 +27,18 @@ class Example:
     """A labelled text or pair of texts.
 
     Attributes:
-        label: an index into the label names.
+        label: an index into the label names; of a multi-label model a tuple of those that are right, ascending.
         group: samples of a group are related (parts of one text, document or user) and stay in one part of the data;
             None: the text is related to its own copies only.
         is_fragment: it is part of another text of the data, and not what the model will be asked.
-        original: the answer of the classifier that was imported, an index into the label names; None: not imported.
+        original: the answer of the classifier that was imported, as label; None: not imported.
     """
 
     text: Text
-    label: int
+    label: Label
     group: str | None = field(default=None, compare=False)
     is_fragment: bool = field(default=False, compare=False)
-    original: int | None = field(default=None, compare=False)
+    original: Label | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Columns:
         label: None: the texts have no labels; then a .txt file with a text on each line can be read too.
         quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
             None: they delimit fields unless the file is a .tsv.
+        multi_label: a text has any number of labels: in a cell with | between them, or as a list in JSON.
         delimiter: between fields; None: a comma in .csv, a tab in .tsv, and .jsonl has none.
     """
 
@@ -53,6 +59,7 @@ class Columns:
     header: bool = True
     quotes: bool | None = None
     delimiter: str | None = None
+    multi_label: bool = False
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
@@ -94,7 +101,12 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
             raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
         return value.strip()
 
-    label = "" if columns.label is None else cell(columns.label, "--label-column")
+    if columns.multi_label and columns.label in record:
+        label = record[columns.label] or ""  # no label is right
+        if isinstance(label, list) and all(isinstance(one, str) for one in label):
+            label = SEPARATOR.join(label)
+    else:
+        label = "" if columns.label is None else cell(columns.label, "--label-column")
     if isinstance(label, list | dict | float):
         raise ValueError(
             f"{where}: {columns.label} must be a label, text or a whole number, got {label!r:.50}"
@@ -194,16 +206,52 @@ def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
     return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
 
-def to_examples(rows: Sequence[tuple[Text, str]], names: Sequence[str]) -> list[Example]:
+def label_array(labels: Sequence[Label], count: int) -> NDArray[Any]:
+    """Labels as an array: (n,) indices, or (n, count) bool if a text may have several of `count` labels."""
+    if not any(isinstance(label, tuple) for label in labels):
+        return np.array(labels, np.int64)
+    rows = np.zeros((len(labels), count), np.bool_)
+    for row, label in zip(rows, labels, strict=True):
+        row[list(label) if isinstance(label, tuple) else [label]] = True
+    return rows
+
+
+def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
+    """With the answers of the classifier that was imported, if they are known of every sample."""
+    answers = [e.original for e in examples if e.original is not None]
+    if len(answers) < len(examples):
+        return recorded
+    return replace(recorded, original=label_array(answers, recorded.logits.shape[-1]))
+
+
+def labels_in(cell: str) -> list[str]:
+    """The labels in a cell."""
+    return [name.strip() for name in cell.split(SEPARATOR) if name.strip()]
+
+
+def label_of(row: NDArray[Any] | np.generic) -> Label:
+    """One row of label_array as a label."""
+    values = np.asarray(row)
+    return tuple(np.flatnonzero(values).tolist()) if values.ndim else int(values)
+
+
+def to_examples(
+    rows: Sequence[tuple[Text, str]], names: Sequence[str], multi_label: bool = False
+) -> list[Example]:
     """Rows as examples, each label as its index in `names`; raises ValueError for any other label."""
     index = {label: i for i, label in enumerate(names)}
-    unknown = sorted({label for _, label in rows} - index.keys())
+    cells = [labels_in(label) if multi_label else [label] for _, label in rows]
+    unknown = sorted({label for cell in cells for label in cell} - index.keys())
     if unknown:
         raise ValueError(
             f"labels {unknown[:5]} are not among {list(index)[:20]}; if the data uses other names, "
             "give --label-names in the order of its sorted labels"
         )
-    return [Example(text, index[label]) for text, label in rows]
+    texts = [text for text, _ in rows]
+    if multi_label:
+        both = zip(texts, cells, strict=True)
+        return [Example(text, tuple(sorted({index[name] for name in cell}))) for text, cell in both]
+    return [Example(text, index[cell[0]]) for text, cell in zip(texts, cells, strict=True)]
 
 
 def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tuple[Text, str]]:
@@ -224,14 +272,28 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
             row: dict[str, Any] = {"text": text, **({} if pair is None else {"text_pair": pair})}
-            row["label"] = names[e.label]
+            row["label"] = _named(e.label, names)
             if e.original is not None:
-                row["original"] = names[e.original]
+                row["original"] = _named(e.original, names)
             if e.group is not None:
                 row["group"] = e.group
             if e.is_fragment:
                 row["fragment"] = True
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _named(label: Label, names: Sequence[str]) -> str | list[str]:
+    return [names[k] for k in label] if isinstance(label, tuple) else names[label]
+
+
+def _indexed(name: Any, names: Sequence[str], where: str) -> Label:
+    """The label of a name, or of a list of names; raises ValueError for one that is not known."""
+    many = name if isinstance(name, list) else [str(name)]
+    unknown = [one for one in many if one not in names]
+    if unknown:
+        raise ValueError(f"{where}: label {unknown[0]!r} is not among {list(names)[:20]}")
+    indices = sorted({names.index(one) for one in many})
+    return tuple(indices) if isinstance(name, list) else indices[0]
 
 
 def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
@@ -241,16 +303,21 @@ def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
     with path.open(encoding="utf-8") as file:
         is_pair = '"text_pair"' in file.readline()
     columns = Columns(text_pair="text_pair" if is_pair else None)
-    examples = to_examples(read_rows(path, columns), names)
-    records = [record for _, record in _records(path, columns)]
+    records = [(f"{path}:{line}", record) for line, record in _records(path, columns)]
+    if any(isinstance(record.get("label"), list) for _, record in records):
+        texts = [text for text, _ in read_rows(path, replace(columns, label=None))]
+        labels = [_indexed(record.get("label"), names, where) for where, record in records]
+        examples = [Example(text, label) for text, label in zip(texts, labels, strict=True)]
+    else:
+        examples = to_examples(read_rows(path, columns), names)
     return [
         replace(
             e,
             group=None if record.get("group") is None else str(record["group"]),
             is_fragment=record.get("fragment") is True,
-            original=names.index(record["original"]) if record.get("original") in names else None,
+            original=None if record.get("original") is None else _indexed(record["original"], names, where),
         )
-        for e, record in zip(examples, records, strict=True)
+        for e, (where, record) in zip(examples, records, strict=True)
     ]
 
 
@@ -289,7 +356,7 @@ class Encoded:
 
     ids: list[list[int]]
     type_ids: list[list[int]]
-    labels: torch.Tensor  # (n,)
+    labels: torch.Tensor  # (n,), or (n, K) bool
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -313,8 +380,13 @@ class Encoded:
         return inputs, self.labels[list(rows)]
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "texts") -> Encoded:
-    """Tokenize examples, truncated to max_length tokens (pairs: the longer text first)."""
+def encode(
+    examples: Sequence[Example], tokenizer: Any, max_length: int, what: str = "texts", num_labels: int = 0
+) -> Encoded:
+    """Tokenize examples, truncated to max_length tokens (pairs: the longer text first).
+
+    num_labels: needed for multi-label examples only.
+    """
     ids: list[list[int]] = []
     types: list[list[int]] = []
     step = 1000
@@ -325,7 +397,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, what: s
         out = tokenizer(first, pair, truncation=True, max_length=max_length, padding=False)
         ids += out["input_ids"]
         types += out.get("token_type_ids", [])
-    return Encoded(ids, types, torch.tensor([e.label for e in examples]))
+    return Encoded(ids, types, torch.from_numpy(label_array([e.label for e in examples], num_labels)))
 
 
 def training_batches(lengths: Sequence[int], batch_size: int, seed: int) -> list[list[int]]:

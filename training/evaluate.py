@@ -38,7 +38,7 @@ class Curve:
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
     """The curves of entropy, distance ratio, EDR at each λ and, if a model has it, risk."""
     scores = {"entropy": recorded.entropy}
-    if len(recorded.exit_layers) > 1:
+    if len(recorded.exit_layers) > 1 and recorded.thresholds is None:
         scores["distance ratio"] = recorded.distance_ratio
         scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in lams}
     if risk is not None:
@@ -65,17 +65,33 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
 def exit_table(recorded: Recorded, what: str = "") -> Table:
     """The accuracy of every exit, with its 95% interval."""
     table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)")
-    for column in ("layer", "accuracy", "95% interval"):
+    multi = recorded.thresholds is not None
+    for column in ("layer", "all labels right" if multi else "accuracy", "95% interval"):
         table.add_column(column, justify="right")
-    for layer, right in zip(recorded.exit_layers, recorded.correct.T, strict=True):
+    scores = [f1(recorded)] if multi else []
+    for column in ("micro F1", "macro F1") if multi else ():
+        table.add_column(column, justify="right")
+    for j, (layer, right) in enumerate(zip(recorded.exit_layers, recorded.correct.T, strict=True)):
         low, high = calibration.wilson(int(right.sum()), len(right))
-        table.add_row(str(layer), f"{100 * right.mean():.2f}", f"{100 * low:.2f} … {100 * high:.2f}")
+        more = [f"{100 * score[j]:.2f}" for both in scores for score in both]
+        table.add_row(str(layer), f"{100 * right.mean():.2f}", f"{100 * low:.2f} … {100 * high:.2f}", *more)
     return table
+
+
+def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label that nobody gives counts 0."""
+    answers, labels = recorded.answers, recorded.labels[:, None]
+    hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
+    given = answers.sum(0) + labels.sum(0)
+    micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
+    return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
-    n, warnings = len(recorded.labels), []
+    n, warnings = len(recorded.labels), list[str]()
+    if recorded.thresholds is not None:
+        return warnings
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
     low, high = calibration.wilson(right, n)

@@ -4,12 +4,13 @@ The states are computed once, in chunks that are kept on disk: an interrupted ru
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +22,7 @@ from exits.recorded import Recorded
 from training import prototypes
 from training.data import Encoded, evaluation_batches
 from training.model import POOLINGS, De3Model
+from training.predict import logit_thresholds
 from training.progress import console, track
 
 CHUNK = 1024  # texts
@@ -37,10 +39,12 @@ class States:
         chunks: files of tensors: POOLING_LAYER, the pooled states (texts, hidden), logits of full depth (texts, K), and
             rows, the texts' numbers.
         logits: (n, K), float32.
+        thresholds: of a multi-label model, as logits, (K,).
     """
 
     chunks: list[Path]
     logits: Tensor
+    thresholds: NDArray[np.float64] | None
 
     def pooled(self, pooling: str, layer: int) -> Tensor:
         """The pooled states of a layer, (n, hidden), float32."""
@@ -48,8 +52,15 @@ class States:
 
     @property
     def answers(self) -> Tensor:
-        """The labels of full depth, (n,)."""
-        return self.logits.argmax(-1)
+        """What full depth answers: classes, (n,), or which labels, (n, K) bool."""
+        if self.thresholds is None:
+            return self.logits.argmax(-1)
+        return torch.from_numpy(self.logits.numpy() > self.thresholds)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Those of full depth, (n, K)."""
+        return F.softmax(self.logits, -1) if self.thresholds is None else torch.sigmoid(self.logits)
 
     def _gather(self, name: str) -> Tensor:
         parts = []
@@ -84,8 +95,8 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
         tensors = _run(model, data, pad_id, piece, bf16)
         save_file(tensors, new := file.with_suffix(".new"))
         new.replace(file)
-    result = States(files, torch.empty(0))
-    return States(files, result._gather("logits"))
+    thresholds = logit_thresholds(model.config)
+    return States(files, States(files, torch.empty(0), thresholds)._gather("logits"), thresholds)
 
 
 def _run(model: De3Model, data: Encoded, pad_id: int, rows: list[int], bf16: bool) -> dict[str, Tensor]:
@@ -109,7 +120,8 @@ def fit(model: De3Model, train: States, tune: States, seed: int) -> None:
     for pooling in POOLINGS:
         model.config.pooling = pooling
         _fit_classifiers(model, train, tune)
-        _fit_prototypes(model, train, seed)
+        if model.prototypical:
+            _fit_prototypes(model, train, seed)
         exits = recorded(model, tune)
         merit = _merit(exits)
         agreement = " ".join(f"{100 * a:.1f}" for a in exits.correct.mean(0)[:-1])
@@ -133,12 +145,16 @@ def recorded(model: De3Model, of: States) -> Recorded:
         for j, layer in enumerate(exits[:-1]):
             x = of.pooled(pooling, layer)
             logits.append(model.classifiers[j](x))
+            if not model.prototypical:
+                distances.append(torch.full_like(of.logits, torch.nan))
+                continue
             unit = F.normalize(model.prototypical[j](x), dim=-1)
             distances.append(1 - unit @ F.normalize(model.prototypes[j], dim=-1).T)
     logits.append(of.logits)
     distances.append(torch.full_like(of.logits, torch.nan))
     outputs, spaces = (torch.stack(parts, 1).numpy() for parts in (logits, distances))
-    return Recorded(list(exits), outputs, spaces, of.answers.numpy())
+    answers = of.answers.numpy()
+    return Recorded(list(exits), outputs, spaces, answers, thresholds=of.thresholds)
 
 
 def _merit(of: Recorded) -> float:
@@ -149,12 +165,13 @@ def _merit(of: Recorded) -> float:
 
 def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
     """Each exit's classifier, by cross-entropy to the probabilities of full depth."""
-    wanted, held = (F.softmax(of.logits, -1) for of in (train, tune))
+    wanted, held = train.probabilities, tune.probabilities
+    loss = F.cross_entropy if train.thresholds is None else _binary
     exits = list(enumerate(model.config.exit_layers[:-1]))
     for j, layer in track(exits, f"Fitting exits ({model.config.pooling})"):
         x, y = (of.pooled(model.config.pooling, layer) for of in (train, tune))
         mean, spread = x.mean(0), x.std(0) + 1e-4
-        weight, bias = _regress((x - mean) / spread, wanted, (y - mean) / spread, held)
+        weight, bias = _regress((x - mean) / spread, wanted, (y - mean) / spread, held, loss)
         weight = weight / spread
         with torch.no_grad():
             for parameter, value in zip(
@@ -163,10 +180,17 @@ def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
                 parameter.copy_(value)
 
 
-def _regress(x: Tensor, wanted: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights (K, hidden) and bias (K,) of a softmax regression of probabilities (n, K) on states (n, hidden).
+def _binary(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The cross-entropy of labels that do not exclude each other, (n, K): summed over labels, averaged over rows."""
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(logits)
 
-    The ridge is the one of RIDGES with the smallest cross-entropy of `held` on `y`.
+
+def _regress(
+    x: Tensor, wanted: Tensor, y: Tensor, held: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Weights (K, hidden) and bias (K,) of a regression of probabilities (n, K) on states (n, hidden), by a loss.
+
+    The ridge is the one of RIDGES with the smallest loss of `held` on `y`.
     """
     weight = torch.zeros(wanted.shape[1], x.shape[1], requires_grad=True)
     bias = wanted.mean(0).clamp_min(1e-6).log().requires_grad_()
@@ -178,15 +202,15 @@ def _regress(x: Tensor, wanted: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor
 
         def closure(optimizer: torch.optim.LBFGS = optimizer, ridge: float = ridge) -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(x @ weight.T + bias, wanted) + ridge * weight.square().sum()
-            loss.backward()
-            return loss
+            total = loss(x @ weight.T + bias, wanted) + ridge * weight.square().sum()
+            total.backward()
+            return total
 
         optimizer.step(closure)
         with torch.no_grad():
-            loss = float(F.cross_entropy(y @ weight.T + bias, held))
-        if loss < least:
-            best, least = (weight.detach().clone(), bias.detach().clone()), loss
+            found = float(loss(y @ weight.T + bias, held))
+        if found < least:
+            best, least = (weight.detach().clone(), bias.detach().clone()), found
     return best
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
+from exits.rule import Thresholds
+
 POOLINGS = ("mean", "cls")
 HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "relu": F.relu, "gelu": F.gelu}
 
@@ -30,6 +32,8 @@ class De3Config(PretrainedConfig):
             is between the layer's output and the classifier, with a dense layer between the two. "norm": the epsilon
             of a layer norm after them, if there is one. None: as other exits.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
+        thresholds: of a multi-label model: the probability from which on each label is given. It has no prototypes, as
+            its classes do not exclude each other. None: they do.
         max_tokens: the most tokens that the encoder takes.
         input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
     """
@@ -44,6 +48,7 @@ class De3Config(PretrainedConfig):
         metric_dim: int | None = None,
         last_prototypes: bool = False,
         head: dict[str, Any] | None = None,
+        thresholds: list[float] | None = None,
         gamma: float = 0.01,
         max_tokens: int = 512,
         input: str | None = None,
@@ -58,6 +63,7 @@ class De3Config(PretrainedConfig):
         self.metric_dim = metric_dim or self.hidden_size
         self.last_prototypes = last_prototypes
         self.head = head
+        self.thresholds = thresholds
         self.gamma = gamma
         self.max_tokens = max_tokens
         self.input = input
@@ -82,6 +88,11 @@ class De3Config(PretrainedConfig):
         return AutoConfig.for_model(**self.encoder)
 
     @property
+    def label_thresholds(self) -> Thresholds | None:
+        """The thresholds of a multi-label model."""
+        return None if self.thresholds is None else Thresholds.of(self.thresholds)
+
+    @property
     def label_names(self) -> list[str]:
         """The label names in the order of the logits."""
         return [self.id2label[k] for k in range(self.num_labels)]
@@ -89,6 +100,8 @@ class De3Config(PretrainedConfig):
     @property
     def prototype_layers(self) -> list[int]:
         """The exits that have a prototype space: all but the last, unless `last_prototypes`."""
+        if self.thresholds is not None:
+            return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
 
 

@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from exits.recorded import Recorded
 from training.data import Encoded, evaluation_batches
-from training.model import De3Model
+from training.model import De3Config, De3Model
 from training.progress import track
 
 
@@ -30,4 +31,12 @@ def predict(
             out = model(**{k: v.to(model.device) for k, v in inputs.items()})
         logits[rows] = out.logits.float().cpu().numpy()
         distances[rows, : out.distances.shape[1]] = out.distances.float().cpu().numpy()
-    return Recorded(config.exit_layers, logits, distances, data.labels.numpy())
+    return Recorded(
+        config.exit_layers, logits, distances, data.labels.numpy(), thresholds=logit_thresholds(config)
+    )
+
+
+def logit_thresholds(config: De3Config) -> NDArray[np.float64] | None:
+    """The thresholds of a multi-label model as Recorded has them."""
+    thresholds = config.label_thresholds
+    return None if thresholds is None else np.array(thresholds.logits)

@@ -12,9 +12,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from exits.rule import Thresholds
 from training import checkpoint, encoders
-from training.data import Encoded
+from training.data import Encoded, Label, evaluation_batches, label_of
 from training.model import De3Config, De3Model, check_loaded
+from training.progress import track
 
 MAX_DIFFERENCE = 1e-4
 
@@ -27,11 +29,14 @@ class Stock:
         model: transformers' own, in float32, in evaluation mode.
         tokenizer: its Hugging Face tokenizer.
         names: its labels, in the order of its logits.
+        thresholds: of a multi-label model: the probability from which on each label is given; None: its classes exclude
+            each other.
     """
 
     model: Any
     tokenizer: Any
     names: list[str]
+    thresholds: list[float] | None
 
     @property
     def family(self) -> str:
@@ -49,10 +54,11 @@ class Stock:
         )
 
 
-def open_stock(name: str, label_names: str | None = None) -> Stock:
+def open_stock(name: str, label_names: str | None = None, threshold: float = 0.5) -> Stock:
     """A classifier from a folder or the hub; no code of a repository is run, and nothing is unpickled but weights.
 
-    label_names: new names of its labels, comma-separated, in the order of its logits.
+    label_names: new names of its labels, comma-separated, in the order of its logits. threshold: of every label of a
+    multi-label model, a probability.
 
     Raises ValueError, with what works, for one that cannot be imported.
     """
@@ -100,7 +106,9 @@ def open_stock(name: str, label_names: str | None = None) -> Stock:
     for key, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite")
-    return Stock(model.eval(), tokenizer, _names(config, label_names))
+    names = _names(config, label_names)
+    is_multi = config.problem_type == "multi_label_classification"
+    return Stock(model.eval(), tokenizer, names, [threshold] * len(names) if is_multi else None)
 
 
 def _check(name: str, config: Any) -> None:
@@ -115,9 +123,10 @@ def _check(name: str, config: Any) -> None:
             f"{name} is a {architectures[0]}, not a …ForSequenceClassification: it has no classifier to keep; "
             f"train one from your labels with de3 train DATA --encoder {name}"
         )
-    if config.problem_type in ("multi_label_classification", "regression") or config.num_labels < 2:
-        what = config.problem_type or f"a classifier with {config.num_labels} output"
-        raise ValueError(f"{name}: {what} cannot be imported: its classes must exclude each other, 2 or more")
+    if config.problem_type == "regression" or config.num_labels < 2:
+        raise ValueError(
+            f"{name} has one output, a number: regression cannot be imported; 2 labels or more can"
+        )
 
 
 def _names(config: Any, label_names: str | None) -> list[str]:
@@ -130,6 +139,20 @@ def _names(config: Any, label_names: str | None) -> list[str]:
     if len(set(names)) != len(names):
         raise ValueError(f"the labels must differ from each other, got {names[:20]}: give --label-names")
     return names
+
+
+@torch.no_grad()
+def answers(stock: Stock, encoded: Encoded) -> list[Label]:
+    """What the classifier answers to texts, in their order, in float32."""
+    logits = torch.zeros(len(encoded), len(stock.names))
+    for rows in track(evaluation_batches([len(ids) for ids in encoded.ids], 64), "Asking the original"):
+        inputs, _ = encoded.batch(rows, stock.tokenizer.pad_token_id)
+        taken = {k: v for k, v in inputs.items() if k in stock.tokenizer.model_input_names}
+        logits[rows] = stock.model(**taken).logits
+    if stock.thresholds is None:
+        return [int(label) for label in logits.argmax(-1)]
+    given = logits.numpy() > np.array(Thresholds.of(stock.thresholds).logits)
+    return [label_of(row) for row in given]
 
 
 def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> float:
@@ -164,6 +187,7 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
         encoder=stock.model.base_model.config.to_dict(),
         exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
         pooling=pooling,
+        thresholds=stock.thresholds,
         head={
             "pooling": head.pooling,
             "activation": head.activation,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from exits.reading import read
 from exits.rule import ExitReason
 from model_store.segments import ForwardPass
 from server.engine.queue import WorkQueue
@@ -42,7 +41,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
         item.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
-            item.record(read(layer, step.logits.tolist(), distances))
+            item.record(rule.read(layer, step.logits.tolist(), distances))
             reason = _exit_reason(item, deepest)
             if reason:
                 break
@@ -157,9 +156,9 @@ def run_group(items: Sequence[Item]) -> tuple[list[tuple[Item, Result]], list[It
             continue
         seconds += item_s
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
-        passes.append(
-            (item, ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution))
-        )
+        thresholds = rule.thresholds.table if rule.thresholds is not None else None
+        one = ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, thresholds)
+        passes.append((item, one))
     for item in items:  # those that fail or do not run have cost it, too
         item.tokenize_s = (perf_counter() - started) / len(items)
     if passes:
@@ -179,5 +178,5 @@ def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:
         asked = [m for m in manifest.exit_layers if m <= passed.exit_layer]
     for layer in asked:
         distances = passed.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        item.record(read(layer, passed.logits[layer].tolist(), distances))
+        item.record(item.rule.read(layer, passed.logits[layer].tolist(), distances))
     return _outcome(item, _exit_reason(item, passed.deepest))

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from exits.reading import Reading
 from exits.rule import ExitReason, ExitRule
+from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.segments import Array, Tokens
 from model_store.tokenizer import PIECE, Tokenization
@@ -65,6 +66,9 @@ class Request:
     expires_at: float | None = None
     served: "Served | None" = None
     job: "Job | None" = None
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for a model that cannot answer this kind of request."""
 
     def name_of(self, index: int) -> str:
         """What a message calls one of the texts."""
@@ -275,9 +279,12 @@ class Job:
             return self._left == 0
 
     def labels(self) -> list[str]:
-        """The label of each text; of a job that is done."""
+        """The label of each text, or those of a multi-label model with commas between; of a job that is done."""
         names = self.model.manifest.labels
-        return [names[item.outcome.reading.label] for item in self.items if item.outcome is not None]
+        readings = [item.outcome.reading for item in self.items if item.outcome is not None]
+        return [
+            names[r.label] if r.labels is None else ", ".join(names[k] for k in r.labels) for r in readings
+        ]
 
     def release(self) -> None:
         """Let go of the items, which refer back to it: large texts must not wait for the garbage collector."""

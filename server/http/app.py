@@ -26,12 +26,14 @@ from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
 from server.http.frontend import Frontend, route_path
+from server.http.moderations import MODERATIONS
 from server.http.page import page
 from server.http.protocol import Protocol
 
 PROTOCOLS: dict[str, Protocol] = {
     "/classify": CLASSIFY,
     "/v1/classify": CLASSIFY,
+    "/v1/moderations": MODERATIONS,
     "/": hugging_face.TEXT_CLASSIFICATION,
     "/predict": tei.PREDICT,
     "/v2/models/{model}/infer": open_inference.INFER,
@@ -265,7 +267,8 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
 
 def signals(manifest: Manifest) -> list[str]:
     """The signals that requests may name."""
-    return ["entropy", "edr", *(["risk"] if manifest.risk is not None else [])]
+    edr = ["edr"] if manifest.prototype_layers else []
+    return ["entropy", *edr, *(["risk"] if manifest.risk is not None else [])]
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:
@@ -283,6 +286,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "exit_layers": manifest.exit_layers,
         "max_tokens": manifest.max_tokens,
         "input": manifest.input,
+        "thresholds": manifest.thresholds,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
         "signals": signals(manifest),

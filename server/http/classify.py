@@ -198,6 +198,8 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
             **_signals(reading, lam),
         },
     }
+    if reading.labels is not None:
+        row["labels"] = [manifest.labels[k] for k in reading.labels]
     if request.top_k:
         values = row["probs"]
         best = sorted(range(len(values)), key=lambda k: -values[k])[: request.top_k]

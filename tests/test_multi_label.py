@@ -1,0 +1,270 @@
+"""Multi-label models: imported, calibrated and served; a text leaves when no label's decision is likely to change."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from de3.cli import app
+from export.record import record
+from model_store.model import Model
+from model_store.store import Store, StoreError
+from tests.conftest import BAD, FILLER, GOOD, made_once, make_rows
+from tests.serving import Server, serving
+from training import data
+from training.checkpoint import Checkpoint
+from training.data import Example, label_array, label_of
+from training.evaluate import f1
+from training.stock import open_stock
+
+NAMES = ["praise", "blame", "story"]
+STORY = FILLER[5:9]
+
+
+def de3(arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+
+def labels_of(text: str) -> tuple[int, ...]:
+    """Any number of labels: of words of praise, of blame, and of a story."""
+    words = set(text.split())
+    return tuple(k for k, known in enumerate((GOOD, BAD, STORY)) if words & set(known))
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    """A stock multi-label classifier, fine-tuned by transformers alone."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    def make(folder: Path) -> None:
+        torch.manual_seed(0)
+        tokenizer = AutoTokenizer.from_pretrained(encoder)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            encoder, id2label=dict(enumerate(NAMES)), problem_type="multi_label_classification"
+        )
+        texts = [text for text, _ in make_rows(2400, 1)]
+        encoded = data.encode([Example(t, labels_of(t)) for t in texts], tokenizer, 64, num_labels=3)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        for epoch in range(10):
+            for rows in data.training_batches([len(x) for x in encoded.ids], 32, epoch):
+                inputs, labels = encoded.batch(rows, tokenizer.pad_token_id)
+                model(**inputs, labels=labels.float()).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "multi", make)
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Path:
+    """A folder with store/topics/1 (int8) and its checkpoint in work, of texts without labels."""
+
+    def make(folder: Path) -> None:
+        texts = folder / "texts.txt"
+        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
+        result = de3(
+            f"import {classifier} --texts {texts} --name topics --store {folder}/store --work {folder}/work "
+            "--max-loss 5"
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    return made_once(tmp_path_factory, "imported-multi", make)
+
+
+@pytest.fixture(scope="module")
+def server(imported: Path) -> Iterator[Server]:
+    with serving(imported / "store", models=["topics"]) as running:
+        yield running
+
+
+def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: Path) -> None:
+    artifact = Store(imported / "store").open("topics")
+    manifest = artifact.manifest
+    assert (manifest.labels, manifest.thresholds, manifest.prototype_layers) == (NAMES, [0.5] * 3, [])
+    assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.2
+    assert {row.signal for row in manifest.calibration.table} == {"risk", "entropy"}
+    checkpoint = Checkpoint(imported / "work")
+    certify = checkpoint.held_out("certify")
+    assert all(isinstance(e.label, tuple) and e.label == e.original for e in certify)
+    recorded = record(Model(artifact, "onnxruntime"), certify)
+    assert recorded.correct[:, -1].mean() > 0.97  # as the original, but for int8
+    share = np.mean([labels_of(str(e.text)) == e.label for e in certify])
+    assert share > 0.6  # the original has learned some of it
+    micro, macro = f1(recorded)
+    assert micro[-1] > 0.98 and macro[-1] > 0.95 and micro[0] <= micro[-1]
+
+
+def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classifier: Path) -> None:
+    opened = open_stock(str(classifier))
+    texts = ["good and bad", "a good film", "the plot", "a", "bad plot of a good scene"]
+    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    for text, row in zip(texts, rows, strict=True):
+        with torch.no_grad():
+            logits = opened.model(**opened.tokenizer(text, return_tensors="pt")).logits[0]
+        assert row["probs"] == pytest.approx(torch.sigmoid(logits).tolist(), abs=0.03)
+        assert row["labels"] == [NAMES[k] for k in label_of((logits > 0).numpy())]  # type: ignore[union-attr]
+        assert row["label"] == NAMES[int(logits.argmax())]
+        assert row["exit"]["edr"] is None and row["exit"]["distance_ratio"] is None
+        assert len(row["layers"]) == 4
+    early = server.classify(input=texts).json()["data"]
+    assert {row["exit"]["signal"] for row in early} <= {"risk", "entropy"}
+    listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+    assert listed["thresholds"] == [0.5] * 3 and "edr" not in listed["signals"]
+
+
+def test_a_request_may_set_thresholds(server: Server) -> None:
+    def labels(**options: Any) -> list[str]:
+        answer = server.classify(input="a good film and a bad plot", tau=0, **options)
+        assert answer.status_code == 200, answer.text
+        row = answer.json()["data"][0]
+        limits = options.get("thresholds", 0.5)
+        wanted = [limits] * 3 if isinstance(limits, float) else [limits.get(name, 0.5) for name in NAMES]
+        assert row["labels"] == [n for n, p, t in zip(NAMES, row["probs"], wanted, strict=True) if p > t]
+        return list(row["labels"])
+
+    assert set(labels(thresholds=1e-6)) == set(NAMES) and labels(thresholds=1 - 1e-6) == []
+    assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
+    # With a wish of the calibration, or a name that is none, it is an error that says so.
+    for options, says in (
+        ({"thresholds": {"anger": 0.5}}, "'anger' is no label of topics:1; there are: praise, blame, story"),
+        ({"thresholds": 1.0}, "a number above 0 and below 1"),
+        ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
+        ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot go with max_disagreement"),
+        ({"thresholds": 0.4, "target_speedup": 2}, "cannot go with target_speedup"),
+    ):
+        answer = server.classify(input="a", **options)
+        assert answer.status_code == 422 and says in answer.json()["error"]["message"], answer.text
+        assert answer.json()["error"]["param"] == "thresholds"
+
+
+@pytest.mark.parametrize(
+    "options", [{"signal": "edr"}, {"lambda": 1}, {"signal": "edr", "lambda": 2, "tau": 0.1}]
+)
+def test_edr_needs_classes_that_exclude_each_other(server: Server, options: dict[str, Any]) -> None:
+    answer = server.classify(input="a", **options)
+    assert answer.status_code == 422
+    assert "edr needs classes that exclude each other" in answer.json()["error"]["message"]
+
+
+def test_thresholds_are_of_multi_label_models_only(store: Path) -> None:
+    with serving(store, models=["tiny"]) as server:
+        answer = server.classify(input="a", thresholds=0.3)
+    assert answer.status_code == 422 and "is no multi-label model" in answer.json()["error"]["message"]
+
+
+def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:
+    texts = [text for text, _ in make_rows(40, 77)]
+    answers = []
+    for runtime in ("auto", "onnxruntime"):
+        with serving(imported / "store", models=["topics"], runtime=runtime) as server:
+            rows = server.classify(input=texts, signal="risk", tau=0.1, thresholds=0.4).json()["data"]
+            alone = server.classify(
+                input=texts[3], signal="risk", tau=0.1, thresholds=0.4, latency_budget_ms=None
+            )
+            assert alone.json()["data"][0]["probs"] == rows[3]["probs"]
+            explained = server.classify(input=texts, signal="risk", tau=0.1, thresholds=0.4, explain=True)
+            for row, other in zip(rows, explained.json()["data"], strict=True):
+                assert (row["labels"], row["exit"]) == (other["labels"], other["exit"])
+            answers.append([(row["labels"], row["exit"]["layer"]) for row in rows])
+    same = np.mean([a == b for a, b in zip(*answers, strict=True)])
+    assert same > 0.9  # int8 rounds otherwise now and then
+
+
+def test_other_protocols_give_a_label_a_probability_of_its_own(server: Server) -> None:
+    text = "good and bad"
+    row = server.classify(input=text, tau=0).json()["data"][0]
+    probs = row["probs"]
+    both = server.classify(inputs=text, parameters={"tau": 0}).json()
+    assert {row["label"]: row["score"] for row in both} == pytest.approx(dict(zip(NAMES, probs, strict=True)))
+    softmax = server.classify(inputs=text, parameters={"tau": 0, "function_to_apply": "softmax"}).json()
+    assert sum(row["score"] for row in softmax) == pytest.approx(1)
+    tei = httpx.post(f"{server.url}/predict", json={"inputs": text}).json()
+    assert sum(row["score"] for row in tei) > 1.2
+    body = {
+        "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}],
+        "parameters": {"tau": 0},
+    }
+    infer = httpx.post(f"{server.url}/v2/models/topics/infer", json=body).json()
+    labels = next(output["data"] for output in infer["outputs"] if output["name"] == "label")
+    assert labels == [", ".join(row["labels"])]
+
+
+def test_moderation_by_the_client_of_openai(server: Server, store: Path) -> None:
+    from openai import OpenAI, UnprocessableEntityError
+
+    client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    texts = ["good and bad", "a the"]
+    found = client.moderations.create(input=texts, model="topics")
+    rows = server.classify(input=texts).json()["data"]
+    assert found.id.startswith("modr-") and found.model == "topics:1"
+    for result, row in zip(found.results, rows, strict=True):
+        assert result.flagged == bool(row["labels"])
+        raw = result.model_dump()
+        assert [name for name in NAMES if raw["categories"][name]] == row["labels"]
+        assert [raw["category_scores"][name] for name in NAMES] == row["probs"]
+    one = client.moderations.create(input="good", extra_body={"tau": 0, "thresholds": 1e-6}).results[0]
+    assert one.flagged and one.model_dump()["exit_layer"] == 3
+    for body in ({"input": []}, {"input": ["a", ""]}, {"input": 7}, {}):
+        answer = httpx.post(f"{server.url}/v1/moderations", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
+    with serving(store, models=["tiny"]) as other:
+        client = OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(UnprocessableEntityError, match="is no multi-label model"):
+            client.moderations.create(input="a")
+
+
+def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    rows = [(text, labels_of(text)) for text, _ in make_rows(900, 5)]
+    file.write_text("text,label\n" + "".join(f"{t},{'|'.join(NAMES[k] for k in ks)}\n" for t, ks in rows))
+    result = de3(
+        f"import {classifier} --texts {file} --label-column label --name m --store {tmp_path}/s --work {tmp_path}/w"
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    calibration = Store(tmp_path / "s").open("m").manifest.calibration
+    assert calibration is not None and not calibration.self_labelled
+    for model in (f"{imported}/store/topics/1", f"{imported}/work"):
+        result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {classifier}")
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert "all labels right" in result.output and "macro F1" in result.output
+
+
+def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
+    labels = [(0, 2), (), (1,)]
+    assert [label_of(row) for row in label_array(labels, 3)] == labels
+    examples = [Example(f"text {i}", label, original=labels[i - 1]) for i, label in enumerate(labels)]
+    data.save_examples(tmp_path / "x.jsonl", examples, NAMES)
+    again = data.load_examples(tmp_path / "x.jsonl", NAMES)
+    assert again == examples and [e.original for e in again] == [e.original for e in examples]
+    (tmp_path / "y.jsonl").write_text('{"text": "a", "label": ["praise", "anger"]}\n')
+    with pytest.raises(ValueError, match="label 'anger' is not among"):
+        data.load_examples(tmp_path / "y.jsonl", NAMES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"thresholds": [0.5, 0.5]}, "one entry for each label"),
+        ({"thresholds": [0.5, 0.5, 1.0]}, "less than 1"),
+        ({"thresholds": [0.5, 0.5, 0]}, "greater than 0"),
+        ({"thresholds": None}, "prototype_layers must be the exit layers"),
+        ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty"),
+    ],
+)
+def test_an_unsound_manifest_is_refused(
+    imported: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(imported / "store", tmp_path / "store")) / "topics/1/manifest.json"
+    folder.write_text(json.dumps(json.loads(folder.read_text()) | change))
+    with pytest.raises(StoreError, match=message):
+        Store(tmp_path / "store").open("topics")
