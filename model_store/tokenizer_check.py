@@ -10,7 +10,11 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-_NORMALIZERS = "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Prepend Replace Sequence Strip StripAccents"
+from model_store.charsmap import check_charsmap
+
+_NORMALIZERS = (
+    "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace Sequence Strip StripAccents"
+)
 _PRE_TOKENIZERS = "BertPreTokenizer ByteLevel Digits Metaspace Punctuation Sequence Split" + (
     " Whitespace WhitespaceSplit"
 )
@@ -21,7 +25,7 @@ PARTS = {
     "post_processor": frozenset(_POST_PROCESSORS.split()),
 }
 # A regular expression can take for ever on a text made for it. These cannot, and match one character or more.
-REGEXES = (r"\s{2,}|[\n\r\t]",)  # DeBERTa's
+REGEXES = (r"\s{2,}|[\n\r\t]", " {2,}")  # DeBERTa's, and XLM-RoBERTa's
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 MAX_PARTS = 16  # of a Sequence, with all inside it
 MAX_CONTENT = 4  # characters that a Replace or Prepend may put in
@@ -47,6 +51,11 @@ def check_tokenizer(data: bytes) -> None:
         raise TokenizerError("not JSON in UTF-8") from None
     if not isinstance(parts, dict) or not isinstance(parts.get("model"), dict):
         raise TokenizerError("not a tokenizer: it has no model")
+    checked = [c for c in _components(parts.get("normalizer")) if c.get("type") == "Precompiled"]
+    if len(checked) > 1:
+        raise TokenizerError("normalizer: more than one Precompiled")
+    for component in checked:
+        _check_table(component)
     _check_strings({**parts, "model": {**parts["model"], "merges": None}}, MAX_CHARS)
     _check_strings(parts["model"].get("merges"), MAX_MERGE_CHARS)
     growth = 1.0
@@ -64,6 +73,17 @@ def check_tokenizer(data: bytes) -> None:
         raise TokenizerError(f"normalizer: a text may become at most {MAX_GROWTH} times as long")
     _check_model(parts["model"])
     _check_added(parts.get("added_tokens") or [])
+
+
+def _check_table(component: dict[str, Any]) -> None:
+    """Check the table of a Precompiled, and take it out: it is longer than any other string may be."""
+    table = component.pop("precompiled_charsmap", None)
+    if not isinstance(table, str):
+        raise TokenizerError("normalizer: Precompiled has no precompiled_charsmap")
+    try:
+        check_charsmap(table)
+    except ValueError as error:
+        raise TokenizerError(f"normalizer: Precompiled: {error}") from None
 
 
 def _check_component(kind: str, component: dict[str, Any]) -> None:

@@ -1,0 +1,99 @@
+"""SentencePiece's table of characters: a sound one normalizes, and one that would end a thread is refused."""
+
+import base64
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, normalizers
+
+from model_store.charsmap import MAX_REPLACEMENT, check_charsmap
+from model_store.tokenizer_check import TokenizerError, check_tokenizer
+
+
+def table(
+    key: bytes = "\ufb01".encode(), text: bytes = b"fi\0", value: int = 0, end: int = 0, size: int = 0
+) -> str:
+    """A table that replaces one key; end: where the walk goes after it, size: of the trie, if not as they must be."""
+    units = np.zeros(256 * (len(key) + 2), np.uint32)
+    units[0] = 256 << 10
+    node = 256
+    for i, byte in enumerate(key, 1):
+        place, is_last = node ^ byte, i == len(key)
+        node = end if is_last and end else 256 * (i + 1)
+        units[place] = (place ^ node) << 10 | (1 << 8 if is_last else 0) | byte
+    if node < len(units):
+        units[node] = value | 1 << 31
+    data = units[: size or None].astype("<u4").tobytes()
+    return base64.b64encode(len(data).to_bytes(4, "little") + data + text).decode()
+
+
+def tokenizer(charsmap: Any, count: int = 1) -> bytes:
+    """A tokenizer.json with a Precompiled."""
+    plain = json.loads(Tokenizer(models.WordLevel({"[UNK]": 0, "fine": 1}, unk_token="[UNK]")).to_str())
+    part = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    plain["normalizer"] = {"type": "Sequence", "normalizers": [part] * count}
+    return json.dumps(plain).encode()
+
+
+def test_a_sound_table_is_run() -> None:
+    data = tokenizer(table())
+    check_tokenizer(data)
+    opened = Tokenizer.from_str(data.decode())
+    assert opened.normalizer.normalize_str("\ufb01ne") == "fine"
+    assert opened.encode("\ufb01ne").ids == [1]
+    assert isinstance(opened.normalizer, normalizers.Sequence)
+
+
+@pytest.mark.parametrize(
+    ("charsmap", "message"),
+    [
+        ("?", "not base64"),
+        ("AAAA", "not as long as it says"),
+        (base64.b64encode(b"\4\0\0\0" + bytes(4)).decode(), "leaves it"),
+        (table(size=700), "leaves it"),
+        (table(end=1 << 18), "leaves it"),
+        (table(value=3), "outside it"),
+        (table(value=2**30), "outside it"),
+        (table(text=b"x" * (MAX_REPLACEMENT + 1) + b"\0"), "longer than"),
+        (table(text=b"fi"), "outside it"),
+        (table(text="é\0".encode(), value=1), "within a character"),
+        (table(text=b"\xff\0"), "not UTF-8"),
+        ("A" * 3 * 2**20, "more than"),
+        (7, "has no precompiled_charsmap"),
+        (None, "has no precompiled_charsmap"),
+    ],
+)
+def test_a_table_that_does_harm_is_refused(charsmap: Any, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        check_tokenizer(tokenizer(charsmap))
+    if isinstance(charsmap, str):
+        with pytest.raises(ValueError, match=message):
+            check_charsmap(charsmap)
+
+
+def test_there_is_one_table_at_most() -> None:
+    with pytest.raises(TokenizerError, match="more than one Precompiled"):
+        check_tokenizer(tokenizer(table(), 2))
+
+
+def test_mutated_tables_are_refused_or_harmless() -> None:
+    sound = bytearray(base64.b64decode(table()))
+    rng = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(300):
+        changed = bytearray(sound)
+        # The few places of the trie that are used, or the text.
+        used = np.flatnonzero(np.frombuffer(bytes(sound), np.uint8))
+        changed[int(rng.choice(used[4:]))] = int(rng.integers(256))
+        encoded = base64.b64encode(bytes(changed)).decode()
+        try:
+            check_charsmap(encoded)
+        except ValueError:
+            continue
+        accepted += 1
+        normalizer = normalizers.Precompiled(bytes(changed))
+        for text in ("\ufb01ne", "a\ufb01", "\u00ef\u00ac\u0081", "plain"):
+            assert len(normalizer.normalize_str(text)) <= MAX_REPLACEMENT * len(text)
+    assert 0 < accepted < 300
