@@ -255,3 +255,15 @@ def test_altered_copies_are_labelled_by_the_teacher(
     _, _, parts = _parts(data_file, encoder)
     (cache,) = teacher.glob("logits-*.safetensors")
     assert len(load_file(cache)["logits"]) == 3 * len(parts.train)
+
+
+def test_long_work_says_in_a_log_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 1000, 15))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    assert list(progress.track(iter(range(4)), "Counting", 4)) == [0, 1, 2, 3]
+    lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["Counting: 50%, about 45 s left"]
+    assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # nobody knows how many there are
+    assert capsys.readouterr().err == ""

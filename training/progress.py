@@ -1,7 +1,7 @@
 """Progress of long operations: a bar on a terminal, a line now and then in a log."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -16,11 +16,22 @@ LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over items, with a progress bar on a terminal; in a log a bar would only be noise."""
-    if not console.is_terminal:
-        yield from items
+    """Iterate over items, with a progress bar on a terminal, and a line now and then in a log.
+
+    total: how many there are, if items do not say.
+    """
+    if console.is_terminal:
+        yield from rich_track(items, description, total, console=console, transient=True)
         return
-    yield from rich_track(items, description, total, console=console, transient=True)
+    count = total if total is not None else len(items) if isinstance(items, Sized) else None
+    started = printed = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if count and done and now - printed >= LOG_EVERY_S:
+            printed = now
+            left = duration((now - started) * (count - done) / done)
+            console.print(f"  {description}: {100 * done // count}%, about {left} left", highlight=False)
+        yield item
 
 
 def warn(warnings: Iterable[str]) -> None:
