@@ -65,7 +65,8 @@ def classify(
     with Client(check_url(url), key) as client:
         if texts:
             for text, row in zip(texts, _ask(client, texts, options), strict=True):
-                print(f"{row['label']}  {max(row['probs']):.3f}  layer {row['exit']['layer']}  {text}")
+                label = ", ".join(row["labels"]) or "none" if "labels" in row else row["label"]
+                print(f"{label}  {max(row['probs']):.3f}  layer {row['exit']['layer']}  {text}")
         elif file is not None and out is not None:
             _classify_file(client, file, out, options, parallel)
 
@@ -131,7 +132,7 @@ def _classify_file(client: Any, file: Path, out: Path, options: dict[str, Any], 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     """What the file says of a text."""
-    return {name: row[name] for name in ("label", "probs", "exit")}
+    return {name: row[name] for name in ("label", "labels", "probs", "exit") if name in row}
 
 
 def _complete_lines(out: Path) -> int:

@@ -1,7 +1,7 @@
 """`de3 evaluate`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,7 +85,11 @@ def evaluate(
             rows = data.rename(rows, label_names)
         examples = data.to_examples(rows, subject.names, columns.multi_label)
         if original is not None:
-            examples = _answered(original, examples, subject.names, has_labels)
+            examples = _answered(original, examples, subject, has_labels)
+    elif original is not None:
+        raise ValueError(
+            "--original: give the texts that it shall answer; held-out samples know its answers already"
+        )
     elif subject.checkpoint is None:
         raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
     else:
@@ -154,18 +158,17 @@ def _open(path: Path) -> _Subject:
     )
 
 
-def _answered(original: str, examples: list[Any], names: Sequence[str], has_labels: bool) -> list[Any]:
+def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
     """Examples with the answers of the classifier that was imported, which are their labels too if they have none."""
-    from dataclasses import replace
-
     from training import data, stock
 
-    opened = stock.open_stock(original)
-    if len(opened.names) != len(names):
-        raise ValueError(f"--original {original}: has {len(opened.names)} labels, the model {len(names)}")
-    answers = stock.answers(
-        opened, data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
-    )
+    names = list(subject.names)
+    opened = replace(stock.open_stock(original), thresholds=subject.config.thresholds)
+    same = sorted(opened.names) == sorted(names)  # else they were renamed, in order
+    if len(opened.names) != len(names) or (same and opened.names != names):
+        raise ValueError(f"--original {original}: has the labels {opened.names[:20]}, the model {names[:20]}")
+    encoded = data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
+    answers = stock.answers(opened, encoded)
     known = [replace(e, original=answer) for e, answer in zip(examples, answers, strict=True)]
     return known if has_labels else [replace(e, label=e.original) for e in known]
 

@@ -60,15 +60,23 @@ def import_model(
             rich_help_panel=DATA,
         ),
     ] = None,
+    multi_label: Annotated[
+        bool,
+        typer.Option(
+            help="It is a multi-label model, though its config.json does not say problem_type.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0.01,
             max=0.99,
             help="Of a multi-label model: the probability from which on a label is given. Requests may set others.",
+            show_default="0.5",
             rich_help_panel=DATA,
         ),
-    ] = 0.5,
+    ] = None,
     group_column: Annotated[
         str | None,
         typer.Option(
@@ -87,6 +95,9 @@ def import_model(
     quotes: Quotes = None,
     delimiter: Delimiter = None,
     quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    max_int8_loss: Annotated[
+        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
+    ] = 2.0,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -129,8 +140,8 @@ def import_model(
         raise ValueError(
             "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
         )
-    settings = ExportSettings(name, quantize, max_loss / 100, signal=signal)
-    opened = stock.open_stock(model, label_names, threshold)
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    opened = stock.open_stock(model, label_names, threshold, multi_label)
     is_multi = opened.thresholds is not None
     columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, is_multi)
     rows = data.read_rows(texts, columns)

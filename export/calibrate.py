@@ -203,7 +203,7 @@ def meaning(row: Outcome | Defaults) -> str:
     if row.tau == 0:
         return "never exit early, as nothing else is certain enough on these samples"
     if row.signal == "risk":
-        return f"exit when the chance that full depth answers otherwise is below {100 * row.tau:.2g}%"
+        return f"exit when the chance that full depth answers otherwise is below {100 * row.tau:.3g}%"
     return "exit when the score is below τ"
 
 

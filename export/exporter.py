@@ -16,9 +16,9 @@ from exits.calibration import paired_interval
 from exits.recorded import Recorded
 from exits.rule import ExitRule, exit_index
 from export.build import build
-from export.calibrate import Part, calibrate
+from export.calibrate import CHOICES, Part, calibrate
 from export.record import record
-from model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
+from model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
 from model_store.model import Model
 from model_store.store import Artifact, Draft, Store
 from training.checkpoint import Checkpoint
@@ -56,6 +56,13 @@ class ExportSettings:
     def __post_init__(self) -> None:
         if self.quantize not in ("int8", "none"):
             raise ValueError(f"--quantize must be int8 or none, got {self.quantize!r}")
+        if not NAME.fullmatch(self.name):
+            raise ValueError(
+                "--name must have at most 64 lower-case letters, digits, dots, dashes and underscores, got "
+                f"{self.name!r}"
+            )
+        if self.signal not in CHOICES:
+            raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {self.signal!r}")
 
 
 def export(
@@ -103,13 +110,18 @@ def export(
         certified = record(exported, certify, "the certifying samples")
         if int8 or opened.is_finetuned:  # else full depth is the classifier that was imported
             tuned, certified = with_original(tuned, tune), with_original(certified, certify)
+            if opened.is_finetuned and (tuned.original is None or certified.original is None):
+                raise ValueError(
+                    f"{checkpoint} was fine-tuned from another classifier, and the given samples do not say how that "
+                    'answered them ("original", as in tune.jsonl and certify.jsonl there)'
+                )
         if int8:
             encoded = encode(certify, tokenizer, manifest.max_tokens, num_labels=len(manifest.labels))
             reference = predict(model, encoded, tokenizer.pad_token_id, what="fp32 for comparison")
             proof["int8"] = int8_loss(certified, reference, settings.max_int8_loss)
         warn(weaknesses(certified, opened.names))
         certifying = Part.of(certified, certify)
-        own = opened.self_labelled and tune_file is None and certify_file is None
+        own = opened.self_labelled and certify_file is None
         calibrated = calibrate(Part.of(tuned, tune), certifying, settings.max_loss, settings.signal, own)
         final = manifest.model_copy(update=calibrated.fields())
         if int8:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
 from export.exporter import ExportSettings, export
 from model_store.store import Store
+from model_store.tokenizer_check import check_tokenizer
 from training import frozen, stock
 from training.checkpoint import read_record, write_record
 from training.data import Example, Text, encode, input_of, label_of, labels_in, save_examples, to_examples
@@ -20,6 +22,7 @@ from training.trainer import TrainSettings, train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
+MAX_FITTED = 20_000  # their states are in memory
 PARTS = ("fitting", "tuning", "certifying")
 
 
@@ -69,6 +72,7 @@ def import_classifier(
         raise ValueError(
             "--finetune is for models whose classes exclude each other, not for multi-label ones"
         )
+    _check_export(opened, exporting)
     parts = _parts(rows, groups, opened, settings)
     layers = opened.model.config.num_hidden_layers
     console.print(
@@ -98,12 +102,25 @@ def import_classifier(
     frozen.fit(model, computed[0], computed[1], settings.seed)
     answered = _answered(parts, computed, settings.labelled)
     if settings.finetune:
+        _check_every_label(answered.train, opened.names)
         _finetune(model, opened, answered, computed[0], work, settings)
     else:
-        _save(model, opened, answered, work, settings.labelled)
+        _save(model, opened, answered, work, settings.labelled, settings.command)
     path = export(work, store, exporting)
     shutil.rmtree(work / "states")
     return path
+
+
+def _check_export(opened: stock.Stock, exporting: ExportSettings) -> None:
+    """Raise ValueError for what would be refused at the end."""
+    if opened.thresholds is not None and exporting.signal == "edr":
+        raise ValueError("--signal edr: needs classes that exclude each other; give risk or entropy")
+    if opened.tokenizer.truncation_side != "right":
+        raise ValueError("its tokenizer cuts long texts at their beginning; only at their end can be served")
+    tokenizer = Tokenizer.from_str(opened.tokenizer.backend_tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    check_tokenizer(str(tokenizer.to_str()).encode())
 
 
 def _parts(
@@ -122,18 +139,37 @@ def _parts(
         raise ValueError(
             f"{len(examples)} texts are too few to fit exits and to certify them: give {FEW_TEXTS} or more"
         )
-    return split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
+    parts = split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
+    if len(parts.train) > MAX_FITTED:
+        console.print(f"{len(parts.train)} texts are more than exits need: {MAX_FITTED} of them are used")
+    return replace(parts, train=parts.train[:MAX_FITTED])
 
 
 def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
     """The model's labels as the data has them: by name, as numbers, or not at all, as ""."""
     for known in ([""], names, [str(i) for i in range(len(names))]):
         if found <= set(known):
+            if known is not names and known != [""]:
+                pairs = ", ".join(f"{k} is {name}" for k, name in list(enumerate(names))[:5])
+                console.print(
+                    f"the labels of the data are numbers, taken as the model's: {pairs}", markup=False
+                )
             return known
     raise ValueError(
         f"the data has labels such as {sorted(found - set(names))[:5]}, the model {list(names)[:20]}: name the "
         "model's labels as the data does, with --label-names in the order of its logits"
     )
+
+
+def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> None:
+    """Raise ValueError if the original answers no text with some label: training could not keep it."""
+    found = {e.original for e in examples}
+    missing = [name for k, name in enumerate(names) if k not in found]
+    if missing:
+        raise ValueError(
+            f"--finetune: no text is answered with {', '.join(missing[:5])}: add texts of it, or import without "
+            "--finetune"
+        )
 
 
 def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split:
@@ -150,19 +186,26 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
 
 def _check_work(work: Path, finetune: bool) -> None:
     """Raise ValueError for a folder that holds something else than such an import."""
+    if work.exists() and not work.is_dir():
+        raise ValueError(f"--work {work}: is a file; give a folder, which need not exist")
     record = read_record(work) or {}
     is_other = record.get("imported") is not True or bool(record.get("finetuned")) != finetune
     if (work / "config.json").exists() and is_other:
         raise ValueError(f"{work} has a model of another training or import: choose another --work")
 
 
-def _save(model: De3Model, opened: stock.Stock, parts: Split, work: Path, labelled: bool) -> None:
+def _save(
+    model: De3Model, opened: stock.Stock, parts: Split, work: Path, labelled: bool, command: str | None
+) -> None:
     """Write the checkpoint, as de3 train would."""
+    work.mkdir(parents=True, exist_ok=True)
+    record = {"imported": True, "self_labelled": not labelled}
+    write_record(work, finished=False, **record, command=command)
     model.save_pretrained(work)
     opened.tokenizer.save_pretrained(work)
     for name, part in (("tune", parts.tune), ("certify", parts.certify)):
         save_examples(work / f"{name}.jsonl", part, opened.names)
-    write_record(work, finished=True, imported=True, self_labelled=not labelled)
+    write_record(work, finished=True, **record)
 
 
 def _finetune(

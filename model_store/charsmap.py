@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 2**21
-MAX_REPLACEMENT = 64  # bytes; NFKC's longest has 33
+MAX_REPLACEMENT = 36  # bytes, of at least one character; NFKC's longest has 33
 BYTES = np.arange(1, 256, dtype=np.int64)
 
 

@@ -129,13 +129,14 @@ class TextTokenizer:
         return self.frames[pair].around(_parts(encoding, pair))
 
     def _cut(self, parts: list[list[int]], is_cut: bool = True) -> Tokens:
-        """The tokens of texts with these ids, truncated at the end of the longer one; an odd token is the
-        first text's."""
+        """The tokens of texts with these ids, truncated at the end of the longer one until both fit; of an odd room
+        the longer text has the odd token, the second one if they are equal."""
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
         keep = room
         if len(parts) == 2:  # truncate the longer one until both fit
-            keep = max(room - len(parts[1]), min(len(parts[0]), room - room // 2))
+            half = room // 2 if len(parts[0]) <= len(parts[1]) else room - room // 2
+            keep = max(room - len(parts[1]), min(len(parts[0]), half))
         kept = [parts[0][:keep], *(part[: room - keep] for part in parts[1:])]
         ids, types = frame.around(kept)
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)

@@ -69,6 +69,8 @@ def check_tokenizer(data: bytes) -> None:
                 raise TokenizerError(f"{kind}: {str(name)[:50]!r} is not one of {', '.join(sorted(allowed))}")
             _check_component(kind, component)
             growth *= _growth(component)
+    if checked and growth > 1:
+        raise TokenizerError("normalizer: a Precompiled may not go with what makes a text longer")
     if growth > MAX_GROWTH:
         raise TokenizerError(f"normalizer: a text may become at most {MAX_GROWTH} times as long")
     _check_model(parts["model"])

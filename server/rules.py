@@ -79,7 +79,7 @@ class Rules:
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
         self._exits = manifest.exit_layers
-        self._labels = manifest.labels
+        self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
         self._own_thresholds = manifest.thresholds
         self._thresholds = manifest.label_thresholds
         self.name = f"{manifest.name}:{manifest.version}"
@@ -128,7 +128,14 @@ class Rules:
         choice = self._chosen(options, level)
         if options.thresholds is None:
             return choice
-        return replace(choice, rule=replace(choice.rule, thresholds=self._thresholds_of(options.thresholds)))
+        rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
+        if choice.by in ("target_speedup", "max_disagreement"):
+            raise RequestError(
+                f"thresholds: cannot go with this server's {choice.by}, which was calibrated with the model's own; "
+                "give tau",
+                "thresholds",
+            )
+        return replace(choice, rule=rule, expected=None)  # nothing is known of other thresholds
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, for all labels or by name; raises RequestError."""
@@ -139,7 +146,7 @@ class Rules:
             )
         if not isinstance(wanted, Mapping):
             return Thresholds.of([wanted] * len(self._labels))
-        unknown = next((name for name in wanted if name not in self._labels), None)
+        unknown = next((name for name in wanted if name not in self._label_set), None)
         if unknown is not None:
             raise RequestError(
                 f"thresholds: {unknown[:100]!r} is no label of {self.name}; there are: "

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from de3.cli import app
 from tests.conftest import FILLER
 from training import data as datas
+from training import progress
 from training import split as splits
 from training.model import De3Model
 from training.predict import predict
@@ -264,6 +266,6 @@ def test_long_work_says_in_a_log_how_far_it_is(
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert list(progress.track(iter(range(4)), "Counting", 4)) == [0, 1, 2, 3]
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["Counting: 50%, about 45 s left"]
+    assert lines == ["Counting: 25%, about 2 min left", "Counting: 75%, about 20 s left"]
     assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # nobody knows how many there are
     assert capsys.readouterr().err == ""

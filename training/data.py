@@ -102,9 +102,11 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
         return value.strip()
 
     if columns.multi_label and columns.label in record:
-        label = record[columns.label] or ""  # no label is right
-        if isinstance(label, list) and all(isinstance(one, str) for one in label):
-            label = SEPARATOR.join(label)
+        label = record[columns.label]
+        if isinstance(label, list) and all(isinstance(one, str | int) for one in label):
+            label = SEPARATOR.join(map(str, label))  # "" is no label
+        elif label is None:
+            raise ValueError(f"{where}: {columns.label} is missing; of a text without a label leave it empty")
     else:
         label = "" if columns.label is None else cell(columns.label, "--label-column")
     if isinstance(label, list | dict | float):
@@ -150,6 +152,11 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
         try:
             names = next(reader, None) if columns.header else None
             for row in reader:
+                if names is not None and len(row) > len(names):
+                    raise ValueError(
+                        f"{path}:{reader.line_num}: has {len(row)} fields, the header {len(names)}: are texts with "
+                        f"{delimiter!r} in quotation marks? A file with one text a line is a .txt"
+                    )
                 if row:
                     columns_of_row = names or list(map(str, range(len(row))))
                     missing = dict.fromkeys(columns_of_row[len(row) :])  # a row that is short
@@ -296,20 +303,19 @@ def _indexed(name: Any, names: Sequence[str], where: str) -> Label:
     return tuple(indices) if isinstance(name, list) else indices[0]
 
 
-def load_examples(path: Path, names: Sequence[str]) -> list[Example]:
-    """Read a file that `save_examples` wrote; raises ValueError if it is missing."""
+def load_examples(path: Path, names: Sequence[str], multi_label: bool = False) -> list[Example]:
+    """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing.
+
+    multi_label: each text has a list of labels, or several in one string with | between.
+    """
     if not path.exists():
         raise ValueError(f"{path}: no such file")
     with path.open(encoding="utf-8") as file:
         is_pair = '"text_pair"' in file.readline()
     columns = Columns(text_pair="text_pair" if is_pair else None)
     records = [(f"{path}:{line}", record) for line, record in _records(path, columns)]
-    if any(isinstance(record.get("label"), list) for _, record in records):
-        texts = [text for text, _ in read_rows(path, replace(columns, label=None))]
-        labels = [_indexed(record.get("label"), names, where) for where, record in records]
-        examples = [Example(text, label) for text, label in zip(texts, labels, strict=True)]
-    else:
-        examples = to_examples(read_rows(path, columns), names)
+    rows = read_rows(path, replace(columns, multi_label=multi_label))
+    examples = to_examples(rows, names, multi_label)
     return [
         replace(
             e,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,15 +80,20 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
     bf16: compute in bfloat16, several times faster on CPUs with support for it; logits to about 2 digits.
     """
     model.eval()
-    digest = hashlib.sha256(repr((data.ids, data.type_ids, bf16)).encode())
-    for name, weight in sorted(model.encoder.state_dict().items()):
-        digest.update(name.encode() + weight.numpy().tobytes())
+    config = model.config
+    digest = hashlib.sha256(
+        repr((data.ids, data.type_ids, bf16, sorted(config.encoder.items(), key=repr), config.head)).encode()
+    )
+    kept = ("encoder.", "head", f"classifiers.{len(config.exit_layers) - 1}.")
+    for name, weight in sorted(model.state_dict().items()):
+        if name.startswith(kept):
+            digest.update(name.encode() + weight.numpy().tobytes())
     cache = folder / f"{what}-{digest.hexdigest()[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
     order = [row for batch in evaluation_batches([len(ids) for ids in data.ids], 1) for row in batch]
     pieces = [order[i : i + CHUNK] for i in range(0, len(order), CHUNK)]
     files = [cache / f"{i:05}.safetensors" for i in range(len(pieces))]
-    missing = [(file, piece) for file, piece in zip(files, pieces, strict=True) if not file.exists()]
+    missing = [(file, piece) for file, piece in zip(files, pieces, strict=True) if not _is_whole(file)]
     if done := len(files) - len(missing):
         console.print(f"{what}: {done} of {len(files)} parts are there from an earlier run")
     for file, piece in track(missing, f"Running the model on {len(order)} {what} texts"):
@@ -97,6 +102,15 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
         new.replace(file)
     thresholds = logit_thresholds(model.config)
     return States(files, States(files, torch.empty(0), thresholds)._gather("logits"), thresholds)
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a part is there, and not cut short."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return bool(opened.keys())
+    except (OSError, SafetensorError):
+        return False
 
 
 def _run(model: De3Model, data: Encoded, pad_id: int, rows: list[int], bf16: bool) -> dict[str, Tensor]:

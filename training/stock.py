@@ -54,11 +54,13 @@ class Stock:
         )
 
 
-def open_stock(name: str, label_names: str | None = None, threshold: float = 0.5) -> Stock:
+def open_stock(
+    name: str, label_names: str | None = None, threshold: float | None = None, multi_label: bool = False
+) -> Stock:
     """A classifier from a folder or the hub; no code of a repository is run, and nothing is unpickled but weights.
 
     label_names: new names of its labels, comma-separated, in the order of its logits. threshold: of every label of a
-    multi-label model, a probability.
+    multi-label model, a probability; None: 0.5. multi_label: it is one, though its config.json does not say so.
 
     Raises ValueError, with what works, for one that cannot be imported.
     """
@@ -80,7 +82,7 @@ def open_stock(name: str, label_names: str | None = None, threshold: float = 0.5
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check(name, config)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = _tokenizer(name, source)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             source,
             dtype=torch.float32,
@@ -107,8 +109,24 @@ def open_stock(name: str, label_names: str | None = None, threshold: float = 0.5
         if not weight.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite")
     names = _names(config, label_names)
-    is_multi = config.problem_type == "multi_label_classification"
-    return Stock(model.eval(), tokenizer, names, [threshold] * len(names) if is_multi else None)
+    is_multi = multi_label or config.problem_type == "multi_label_classification"
+    if threshold is not None and not is_multi:
+        raise ValueError(
+            f'--threshold: {name} is no multi-label model by its config.json ("problem_type"); if it is one, say '
+            "--multi-label"
+        )
+    thresholds = [0.5 if threshold is None else threshold] * len(names)
+    return Stock(model.eval(), tokenizer, names, thresholds if is_multi else None)
+
+
+def _tokenizer(name: str, source: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # of many kinds, over a file that is missing or is none
+        raise ValueError(
+            f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "
+            "save its tokenizer.json there"
+        ) from None
 
 
 def _check(name: str, config: Any) -> None:
@@ -130,6 +148,8 @@ def _check(name: str, config: Any) -> None:
 
 
 def _names(config: Any, label_names: str | None) -> list[str]:
+    if set(config.id2label) != set(range(config.num_labels)):
+        raise ValueError(f"its config.json must have id2label with the keys 0 to {config.num_labels - 1}")
     names = [str(config.id2label[k]) for k in range(config.num_labels)]
     if label_names is not None:
         given = [name.strip() for name in label_names.split(",")]

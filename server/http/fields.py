@@ -4,7 +4,7 @@ import gc
 from functools import cache, cached_property
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
 from exits.signals import MAX_LAM, SignalName
@@ -20,7 +20,6 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
-    "thresholds": " (allowed: a number above 0 and below 1, or an object of such by label)",
     "truncate_prompt_tokens": " or null: texts are cut to what the model takes",
     "truncation_side": " or null: texts are cut at their end",
     "add_special_tokens": " or null: the model needs them",
@@ -28,7 +27,25 @@ ALLOWED = {
 
 
 MAX_THRESHOLDS = 10_000
+THRESHOLD = "a number above 0 and below 1"
 Threshold = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _thresholds(value: Any) -> Any:
+    """A threshold, or an object of them. Raises ValueError for the first that is wrong, and looks at no other."""
+    if isinstance(value, dict):
+        if len(value) > MAX_THRESHOLDS:
+            raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
+        for name, one in value.items():
+            if not _is_threshold(one):
+                raise ValueError(f"[{name[:100]!r}]: must be {THRESHOLD}")
+    elif value is not None and not _is_threshold(value):
+        raise ValueError(f"must be {THRESHOLD}, or an object of such by label")
+    return value
+
+
+def _is_threshold(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1
 
 
 class OptionFields(BaseModel):
@@ -71,7 +88,10 @@ class OptionFields(BaseModel):
         description="instead of tau: the rate of answers that may differ from full depth, at 95% confidence",
     )
 
-    thresholds: Threshold | Annotated[dict[str, Threshold], Field(max_length=MAX_THRESHOLDS)] | None = Field(
+    thresholds: Annotated[
+        float | dict[str, float] | None,
+        BeforeValidator(_thresholds, json_schema_input_type=Threshold | dict[str, Threshold] | None),
+    ] = Field(
         None,
         description="of a multi-label model: the probability above which a label is given, for all labels or by name",
     )

@@ -33,6 +33,10 @@ def _input(value: Any) -> list[Text]:
     if not texts:
         raise ValueError("must not be an empty list; give at least one text")
     for i, text in enumerate(texts):
+        if isinstance(text, dict):
+            raise ValueError(
+                f"[{i}]: must be a text; parts with a type, such as images, cannot be classified"
+            )
         if not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"{f'[{i}]' if isinstance(value, list) else ''}: must be a text that is not empty"
