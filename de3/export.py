@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from de3.models import StoreOption
-from de3.options import SignalOption, need_train_extra, say
+from de3.options import SignalOption, need_train_extra, next_serve, say
 
 
 def export(
@@ -77,7 +77,7 @@ def export(
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     path = run(checkpoint, Store(store), settings, tune, certify)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
-    say(f"published {path} ({size:.1f} MB). Next: de3 serve --store {store}")
+    say(f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}")
 
 
 def calibrate(
@@ -110,4 +110,4 @@ def calibrate(
 
     models = Store(store)
     path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
-    say(f"published {path}. Next: de3 serve --store {store}")
+    say(f"published {path}. Next: {next_serve(store, path.parent.name)}")

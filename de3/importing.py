@@ -18,6 +18,7 @@ from de3.options import (
     SignalOption,
     TextColumn,
     need_train_extra,
+    next_serve,
 )
 
 
@@ -157,7 +158,8 @@ def import_model(
         sys.exit(130)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(
-        f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: de3 serve --store {store}",
+        f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: "
+        f"{next_serve(store, name)}",
         markup=False,
         soft_wrap=True,
     )

@@ -82,6 +82,11 @@ def read_rows(file: Path | None, dataset: str | None, split: str, columns: Any) 
     return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
 
 
+def next_serve(store: Path, name: str) -> str:
+    """The command that serves a model of a store."""
+    return f"de3 serve --model {name}" + ("" if store == Path("models") else f" --store {store}")
+
+
 def say(message: str) -> None:
     """Print a line on stderr as it is: a command in it can be copied, and brackets are no markup."""
     console.print(message, markup=False, soft_wrap=True)

@@ -266,7 +266,10 @@ def train(
     if exits == "last":
         say(f"saved to {out}. Next: de3 evaluate {out}, or use it as a --teacher")
     else:
-        say(f"saved to {out}. Next: de3 evaluate {out}, then de3 export {out} --name NAME")
+        say(
+            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on a file that you name), then "
+            f"de3 export {out} --name NAME"
+        )
 
 
 def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:

@@ -13,6 +13,7 @@ from exits.calibration import FINE_TAUS, Outcome, Samples
 from exits.recorded import Recorded
 from exits.reference import quantiles
 from exits.signals import Risk, Signal, SignalName
+from exits.trade_offs import TradeOffs
 from model_store.manifest import Calibration, Defaults, RiskWeights
 from training.data import Example
 from training.progress import console
@@ -175,11 +176,13 @@ def _report(
     n = len(samples.recorded.labels)
     whom = "full depth" if samples.recorded.original is None else "the original model"
     table = Table(title=f"Speed-up in layers at a disagreement with {whom}, {n} certifying samples")
-    for column in ("signal", "1%", "2%", "5%"):
+    for column in ("signal", "1%", "2%", "5%", "promised: 1%", "2%", "5%"):
         table.add_column(column, justify="left" if column == "signal" else "right")
     for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
+        certified = TradeOffs(rows)
         speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.MERIT_AT]
+        speeds += [f"{certified.within_disagreement(d).speedup:.2f}×" for d in calibration.MERIT_AT]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
     console.print(
@@ -187,7 +190,7 @@ def _report(
         f"{'agreement with the original model' if self_labelled else 'accuracy'} {100 * default.accuracy:.2f}% "
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
-        f"({100 * default.loss_interval[0]:+.2f} … {100 * default.loss_interval[1]:+.2f}), mean exit layer "
+        f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
         f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×",
         soft_wrap=True,
     )

@@ -1,6 +1,7 @@
 """de3 import: stock classifiers of every family keep their answers and get exits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,83 @@ def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: P
     calibration = Store(tmp_path / "store").open("m").manifest.calibration
     assert calibration is not None and not calibration.self_labelled
     assert "On the certifying samples: accuracy" in result.output
+
+
+def test_states_of_another_head_are_not_taken(
+    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import that stopped leaves its states; those of a model with the same encoder and another head are new."""
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = f"--texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    with monkeypatch.context() as patch:
+        patch.setattr("export.importing.export", stopped)
+        assert de3(f"import {classifier} {command}").exit_code == 130
+    model = AutoModelForSequenceClassification.from_pretrained(classifier)
+    with torch.no_grad():
+        model.classifier.weight.neg_()
+        model.classifier.bias.neg_()
+    model.save_pretrained(tmp_path / "other")
+    open_stock(str(classifier)).tokenizer.save_pretrained(tmp_path / "other")
+    result = de3(f"import {tmp_path}/other {command}")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "from an earlier run" not in result.output
+    calibration = Store(tmp_path / "store").open("m").manifest.calibration
+    assert calibration is not None and calibration.exit_accuracy[-1] > 0.9
+
+
+def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(imported / "store", tmp_path / "store"))
+    tune, certify = (imported / f"work/mine/{part}.jsonl" for part in ("tune", "certify"))
+    assert de3(f"calibrate mine --tune {tune} --certify {certify} --store {store}").exit_code == 0
+    before, after = (Store(store).open(f"mine:{version}").manifest.calibration for version in (1, 2))
+    assert before is not None and after == before
+    plain = []
+    for part in (tune, certify):
+        rows = [json.loads(line) for line in part.read_text().splitlines()]
+        plain.append(tmp_path / part.name)
+        plain[-1].write_text("".join(json.dumps({k: r[k] for k in ("text", "label")}) + "\n" for r in rows))
+    result = de3(f"calibrate mine --tune {plain[0]} --certify {plain[1]} --store {store}")
+    assert result.exit_code == 0 and "do not say how the original answered them" in result.output
+    last = Store(store).open("mine:3").manifest.calibration
+    assert last is not None and last.original_disagreement is None and not last.self_labelled
+
+
+def test_an_import_that_was_stopped_while_saving_goes_on(
+    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("export.importing.save_examples", stopped)
+        assert de3(command).exit_code == 130
+    with pytest.raises(ValueError, match="is not finished"):
+        Checkpoint(tmp_path / "work")
+    assert de3(command).exit_code == 0
+    assert Checkpoint(tmp_path / "work").self_labelled
+
+
+def test_what_would_fail_at_the_end_fails_at_the_beginning(
+    classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.frozen._run", lambda *_: pytest.fail("nothing is computed"))
+    command = f"import {classifier} --texts {{}} --store {tmp_path}/s"
+    (tmp_path / "file").write_text("")
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text\n" + "I liked it, mostly\n" * 600)
+    for more, message in (
+        (f"{texts} --name BAD/NAME", "--name must have at most 64 lower-case letters"),
+        (f"{texts} --name m --signal best", "--signal must be one of"),
+        (f"{texts} --name m --work {tmp_path}/file", "is a file; give a folder"),
+        (f"{texts} --name m --threshold 0.3", "is no multi-label model"),
+        (f"{rows} --name m", "rows.csv:2: has 2 fields, the header 1"),
+    ):
+        assert message in refusal(command.format(more))
 
 
 def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:

@@ -145,6 +145,26 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
         assert answer.json()["error"]["param"] == "thresholds"
 
 
+def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
+    """Nothing was calibrated with the thresholds of a request."""
+    with serving(imported / "store", models=["topics"], max_disagreement=0.5) as server:
+        assert "certificate" in server.classify(input="a good film").json()
+        refused = server.classify(input="a good film", thresholds=0.01)
+        assert refused.status_code == 422
+        assert "cannot go with this server's max_disagreement" in refused.json()["error"]["message"]
+        assert "certificate" not in server.classify(input="a good film", thresholds=0.01, tau=0).json()
+    with serving(imported / "store", models=["topics"]) as server:
+        choice = server.classify(input="a", thresholds=0.3, explain=True).json()["tau_choice"]
+        assert "expected" not in choice
+
+
+def test_many_thresholds_are_refused_at_the_first(server: Server) -> None:
+    answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(50_000)})
+    assert answer.status_code == 422 and "at most 10000 are allowed" in answer.json()["error"]["message"]
+    answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(5_000)})
+    assert answer.status_code == 422 and "thresholds['label 0']: must be" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "options", [{"signal": "edr"}, {"lambda": 1}, {"signal": "edr", "lambda": 2, "tau": 0.1}]
 )
@@ -235,6 +255,16 @@ def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_p
         result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {classifier}")
         assert result.exit_code == 0, (result.output, result.exception)
         assert "all labels right" in result.output and "macro F1" in result.output
+    command = (
+        f"import {classifier} --texts {file} --label-column label --name low --threshold 0.2 --quantize none"
+    )
+    assert de3(f"{command} --store {tmp_path}/s --work {tmp_path}/low").exit_code == 0
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
+    result = de3(f"evaluate {tmp_path}/s/low/1 {texts} --original {classifier} --png {tmp_path}/plot.png")
+    assert (
+        "100.00" in result.output
+    )  # with the thresholds of the import, the original's answers are full depth's
 
 
 def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
@@ -242,11 +272,27 @@ def test_labels_as_arrays_and_back(tmp_path: Path) -> None:
     assert [label_of(row) for row in label_array(labels, 3)] == labels
     examples = [Example(f"text {i}", label, original=labels[i - 1]) for i, label in enumerate(labels)]
     data.save_examples(tmp_path / "x.jsonl", examples, NAMES)
-    again = data.load_examples(tmp_path / "x.jsonl", NAMES)
+    again = data.load_examples(tmp_path / "x.jsonl", NAMES, multi_label=True)
     assert again == examples and [e.original for e in again] == [e.original for e in examples]
-    (tmp_path / "y.jsonl").write_text('{"text": "a", "label": ["praise", "anger"]}\n')
-    with pytest.raises(ValueError, match="label 'anger' is not among"):
-        data.load_examples(tmp_path / "y.jsonl", NAMES)
+    for label, message in (
+        ('["praise", "anger"]', "'anger'"),
+        ("0", "a label, text or a whole number|'0'"),
+        ("null", "label is missing"),
+        ('"anger"', "'anger'"),
+    ):
+        (tmp_path / "y.jsonl").write_text(f'{{"text": "a", "label": {label}}}\n')
+        with pytest.raises(ValueError, match=message):
+            data.load_examples(tmp_path / "y.jsonl", NAMES, multi_label=True)
+    (tmp_path / "z.jsonl").write_text(
+        '{"text": "a", "label": "praise | story"}\n{"text": "b", "label": ""}\n'
+    )
+    assert [e.label for e in data.load_examples(tmp_path / "z.jsonl", NAMES, multi_label=True)] == [
+        (0, 2),
+        (),
+    ]
+    (tmp_path / "z.jsonl").write_text('{"text": "a", "label": ["praise"]}\n')
+    with pytest.raises(ValueError, match="must be a label, text or a whole number"):
+        data.load_examples(tmp_path / "z.jsonl", NAMES)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,15 @@ def model_type(folder: Path) -> str | None:
     return str(config.get("model_type")) if isinstance(config, dict) else None
 
 
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a folder, and not an id on the Hugging Face hub, which would be asked for minutes."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or ("/" in name and Path(name).parent.is_dir())
+    )
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The contents of training.json; None if there is none."""
     try:

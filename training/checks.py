@@ -35,7 +35,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
                 f"--encoder {name} is a checkpoint of de3 train; give the encoder that it was trained from, "
                 "or use the checkpoint as --teacher"
             )
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif checkpoint.looks_like_path(name):
         raise ValueError(f"--encoder {name}: no such folder")
     try:
         config = AutoConfig.from_pretrained(name)

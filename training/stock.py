@@ -76,7 +76,7 @@ def open_stock(
             )
         if kind is None:
             raise ValueError(f"{name} has no config.json, so it is no Hugging Face model")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif checkpoint.looks_like_path(name):
         raise ValueError(f"{name}: no such folder")
     source = str(folder) if folder.is_dir() else name
     try:
