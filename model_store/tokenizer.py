@@ -128,14 +128,18 @@ class TextTokenizer:
     def _join(self, encoding: Encoding, pair: bool) -> tuple[list[int], list[int]]:
         return self.frames[pair].around(_parts(encoding, pair))
 
-    def _cut(self, parts: list[list[int]], is_cut: bool = True) -> Tokens:
+    def _cut(self, parts: list[list[int]], is_cut: bool = True, lengths: Sequence[int] = ()) -> Tokens:
         """The tokens of texts with these ids, truncated at the end of the longer one until both fit; of an odd room
-        the longer text has the odd token, the second one if they are equal."""
+        the longer text has the odd token, the second one if they are equal.
+
+        lengths: of the whole texts, in any unit, where not all of their tokens are there.
+        """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
         keep = room
         if len(parts) == 2:  # truncate the longer one until both fit
-            half = room // 2 if len(parts[0]) <= len(parts[1]) else room - room // 2
+            first, second = lengths or map(len, parts)
+            half = room // 2 if first <= second else room - room // 2
             keep = max(room - len(parts[1]), min(len(parts[0]), half))
         kept = [parts[0][:keep], *(part[: room - keep] for part in parts[1:])]
         ids, types = frame.around(kept)
@@ -157,7 +161,8 @@ class Tokenization:
         self._tokenizer, self._truncate = tokenizer, truncate
         texts = [text] if text_pair is None else [text, text_pair]
         max_chars = MAX_CHARS_PER_TOKEN * tokenizer.max_tokens
-        self._has_too_many_chars = any(len(t) > max_chars for t in texts)
+        self._chars = [len(t) for t in texts]
+        self._has_too_many_chars = any(chars > max_chars for chars in self._chars)
         self._texts = [t[:max_chars] for t in texts]
         self._ends = [0] * len(texts)  # characters tokenized so far
         self._parts: list[list[int]] = [[] for _ in texts]
@@ -191,7 +196,8 @@ class Tokenization:
         unread = [end < len(text) for text, end in zip(self._texts, self._ends, strict=True)]
         if any(u and len(part) <= self._room for u, part in zip(unread, self._parts, strict=True)):
             return None
-        return tokenizer._cut(self._parts, any(unread) or self._has_too_many_chars)
+        is_cut = any(unread) or self._has_too_many_chars
+        return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
     def all(self) -> Tokens:
         """Tokenize to the end and return the tokens."""

@@ -268,7 +268,10 @@ def template(count: int, **special_token: Any) -> dict:
         ),
         (lambda t: t.update(normalizer={"type": "Prepend", "prepend": "abcd"}), "at most 4 times as long"),
         (lambda t: t.update(normalizer={"type": []}), r"'\[\]' is not one of"),
-        (lambda t: t.update(normalizer={"type": "Precompiled", "x": 1}), "Precompiled has no precompiled_charsmap"),
+        (
+            lambda t: t.update(normalizer={"type": "Precompiled", "x": 1}),
+            "Precompiled has no precompiled_charsmap",
+        ),
         (
             lambda t: t.update(
                 pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
