@@ -16,6 +16,7 @@ import typer
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import isotonic_regression
 
 from exits import formulas
 from exits.calibration import LAMS, MERIT_AT
@@ -117,6 +118,34 @@ def fitted(held_out: Samples, unseen: Samples, of: Features) -> Floats:
     return np.stack([*scores, np.full(len(z), np.inf)], 1)
 
 
+def isotonic(held_out: Samples, unseen: Samples) -> Floats:
+    """As `fitted`, and then each exit's score made a probability by an isotonic regression on the same samples."""
+    x, y, z = features(held_out), held_out.differs, features(unseen)
+    scores = []
+    for j in range(x.shape[1] - 1):
+        weights = regress(x[:, j], y[:, j])
+        known = x[:, j] @ weights
+        order = known.argsort()
+        steps = isotonic_regression(y[order, j]).x
+        # Ties are broken by the logistic score, or whole steps would leave at once.
+        scores.append(np.interp(z[:, j] @ weights, known[order], steps + 1e-9 * known[order]))
+    return np.stack([*scores, np.full(len(z), np.inf)], 1)
+
+
+def shared(held_out: Samples, unseen: Samples, strength: float) -> Floats:
+    """As `fitted`, with the exits' weights drawn towards those of one regression for all exits, by so many samples."""
+    x, y, z = features(held_out)[:, :-1], held_out.differs[:, :-1], features(unseen)[:, :-1]
+    flat = x.reshape(-1, x.shape[-1])
+    common = regress(flat, y.reshape(-1))
+    answers = 1 / (1 + np.exp(-np.clip(flat @ common, -500, 500))).reshape(y.shape)
+    share = strength / (strength + len(x))
+    # Each exit sees, with a share, what the common regression would answer: as many samples of its own mind.
+    scores = [
+        z[:, j] @ regress(x[:, j], (1 - share) * y[:, j] + share * answers[:, j]) for j in range(x.shape[1])
+    ]
+    return np.stack([*scores, np.full(len(z), np.inf)], 1)
+
+
 def speeds(scores: Floats, samples: Samples) -> list[float]:
     """The highest speed-ups at 1, 2 and 5% disagreement, with the best τ in hindsight."""
     layers, rows = np.asarray(samples.recorded.exit_layers), np.arange(len(scores))
@@ -162,6 +191,9 @@ def main(
     scores: dict[str, Floats] = {"entropy": recorded.entropy}
     scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in LAMS}
     scores |= {name: fitted(held_out, unseen, of) for name, of in variants(train).items()}
+    scores["risk, isotonic"] = isotonic(held_out, unseen)
+    for strength in (50, 500):
+        scores[f"risk, exits share {strength} samples"] = shared(held_out, unseen, strength)
     n, fits = len(recorded.labels), len(held)
     table = Table(title=f"{task}: speed-up at 1, 2 and 5% disagreement, {n} unseen samples, {fits} to fit on")
     for column in ("signal", "1%", "2%", "5%", "merit"):
