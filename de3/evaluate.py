@@ -211,4 +211,5 @@ def _report_artifact(artifact: Any, recorded: Any, examples: list[Any], output: 
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
     output.print(evaluation.target_table(recorded, certified, start))
+    output.print(evaluation.hindsight_table(recorded, [signal for signal, _ in certified]))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))

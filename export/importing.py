@@ -61,9 +61,8 @@ def import_classifier(
 ) -> Path:
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
-    rows: texts with their labels, or with "". groups: of related
-    rows. work: a folder for the checkpoint and, until the end, for what has been computed: an interrupted run goes on
-    from there.
+    rows: texts with their labels, or with "". groups: of related rows. work: a folder for the checkpoint and, until the
+    end, for what has been computed: an interrupted run goes on from there.
 
     Raises ValueError for texts that cannot be used, and ExportError if the exported model is not the same.
     """

@@ -17,6 +17,7 @@ from exits.signals import Edr, Signal
 from exits.trade_offs import TradeOffs
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # disagreements
 TARGET_SPEEDUPS, TARGET_DISAGREEMENTS = (3, 4, 5), (0.01, 0.02, 0.05)
 
 
@@ -172,6 +173,21 @@ def target_table(
                 f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
             )
         table.add_section()
+    return table
+
+
+def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
+    """The highest speed-up within a disagreement that each signal could reach on these samples, with the best τ."""
+    samples = calibration.Samples.independent(recorded)
+    table = Table(title="Speed-up in layers within a disagreement, with the best τ in hindsight")
+    for column in ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT)):
+        table.add_column(column, justify="left" if column == "signal" else "right")
+    for signal in signals:
+        scores = signal.scores(recorded)
+        taus = np.unique(np.nanquantile(scores[:, :-1], np.linspace(0, 1, 500)))
+        rows = [calibration.outcome(samples, scores, float(tau), signal) for tau in [0.0, *taus]]
+        best = [max((r.speedup for r in rows if r.disagreement <= d), default=None) for d in HINDSIGHT]
+        table.add_row(signal_label(signal), *("–" if speed is None else f"{speed:.2f}×" for speed in best))
     return table
 
 
