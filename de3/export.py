@@ -55,7 +55,8 @@ def export(
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The export is compared with the PyTorch model, and nothing is published if it differs too much.
-    With --full-depth it writes one plain ONNX graph instead, for other servers.
+    With --full-depth it writes one plain ONNX graph instead, for other servers, in int8 with ONNX Runtime's fused
+    operators: one scale for the activations of a text.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """

@@ -46,19 +46,15 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
         hidden = name("next_hidden" if layer else "hidden")
 
     logits = prefix + "yes_logits"
-    needed, kept = {logits}, []
-    for node in reversed(nodes):  # leave out nodes that only the prototypes use
-        if needed & set(node.output):
-            needed |= set(node.input)
-            kept.append(node)
     labels = next(x for x in segments[-1].graph.output if x.name == "logits").type.tensor_type.shape.dim[1]
     result = helper.make_graph(
-        kept[::-1],
+        [],
         "full_depth",
         [x for x in segments[0].graph.input if x.name.endswith("_ids")],
         [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
-        [w for w in weights if w.name in needed],
+        weights,
     )
+    _keep_needed(result, nodes)  # not those that only the prototypes use
     for node in result.node:
         node.output[:] = ["logits" if x == logits else x for x in node.output]
     result.output[0].name = "logits"
@@ -70,6 +66,70 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
     )
     onnx.checker.check_model(model)
     return model
+
+
+def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
+    """An int8 model with one scale for the activations of a text: what ONNX Runtime has fused operators for."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    nodes = result.graph.node
+    made_by = {name: node for node in nodes for name in node.output}
+    taken_by: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for name in node.input:
+            taken_by.setdefault(name, []).append(node)
+
+    def value(name: str) -> str:
+        """What is quantized, of the values that have been moved and scaled."""
+        return str(made_by[made_by[name].input[0]].input[0])
+
+    fused, replaced = {}, {}
+    for node in nodes:
+        if node.op_type == "DynamicQuantizeMatMul" and len(node.input) == 4:
+            x, weight, scale, _ = node.input
+            (scaled,) = taken_by[node.output[0]]
+            (last,) = taken_by[scaled.output[0]]
+            bias = made_by[last.input[1]].input[1]
+            fused[last.output[0]] = x, weight, scale, bias
+            made = helper.make_node(
+                node.op_type, [value(x), weight, scale, "", bias], last.output, domain=node.domain
+            )
+            replaced[last.output[0]] = [made]
+        elif node.op_type == "MultiHeadAttention" and (qkv := _qkv(node, made_by)) in fused:
+            x, weight, scale, bias = fused[qkv]
+            parts = [f"{qkv}_{part}" for part in ("uint8", "scale", "zero")]
+            inputs = [parts[0], weight, bias, parts[1], scale, "", parts[2]]
+            heads = next(a.i for a in node.attribute if a.name == "num_heads")
+            replaced[node.output[0]] = [
+                helper.make_node("DynamicQuantizeLinear", [value(x)], parts),
+                helper.make_node("QAttention", inputs, node.output, domain=node.domain, num_heads=heads),
+            ]
+    whole = [made for node in nodes for made in replaced.get(node.output[0], [node])]
+    _keep_needed(result.graph, whole)
+    onnx.checker.check_model(result)
+    return result
+
+
+def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
+    """What queries, keys and values are parts of; empty if attention adds or does anything else to them."""
+    makers = [made_by.get(name) for name in attention.input]
+    first = makers[0]
+    if first is None or first.op_type != "Split" or makers != [first] * 3:
+        return ""
+    return str(first.input[0])
+
+
+def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Let a graph have those of its nodes and weights that its outputs depend on."""
+    needed, kept = {x.name for x in graph.output}, []
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            needed |= set(node.input)
+            kept.append(node)
+    weights = [w for w in graph.initializer if w.name in needed]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(kept[::-1])
+    graph.initializer.extend(weights)
 
 
 def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -94,16 +154,14 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(helper.make_node("Attention", inputs, [out], domain=node.domain, num_heads=heads))
         else:
             nodes.append(node)
-    used = {name for node in nodes for name in node.input}
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    del result.graph.node[:], result.graph.initializer[:]
-    result.graph.node.extend(nodes)
+    del result.graph.initializer[:]
     result.graph.initializer.extend(
         numpy_helper.from_array(np.asarray(weights.get(name, array), order="C"), name)
         for name, array in arrays.items()
-        if name in used
     )
+    _keep_needed(result.graph, nodes)
     onnx.checker.check_model(result)
     return result
 
@@ -129,7 +187,9 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     if (source / "manifest.json").exists():
         manifest = read_manifest(source)
         artifact = Artifact(source, manifest)
-        model = stitch([onnx.load_model_from_string(artifact.read(f)) for f in manifest.segment_files()])
+        model = fuse(
+            stitch([onnx.load_model_from_string(artifact.read(f)) for f in manifest.segment_files()])
+        )
         if manifest.precision == "int8" and not int8:
             model = dequantize(model)
         elif manifest.precision == "fp32" and int8:
@@ -144,4 +204,4 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     tokenizer = plain_tokenizer(source).encode()
     types = "token_type_ids" in opened.tokenizer.model_input_names
     segments = list(build(opened.model, int8, types).values())
-    write(folder, stitch(segments), tokenizer, opened.names, opened.config.max_tokens)
+    write(folder, fuse(stitch(segments)), tokenizer, opened.names, opened.config.max_tokens)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export import deberta
+from model_store.node_reader import TOKEN_QUANTIZATION, center_sums
 from training.encoders.weights import Array, Disentangled, Embeddings, Head, Layer, Linear, Norm
 
 MICROSOFT = "com.microsoft"
@@ -71,12 +72,22 @@ class Graph:
         return self.node(op, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
 
     def linear(self, x: str, linear: Linear) -> str:
-        """x·W + b; in int8 the activations are quantized dynamically."""
+        """x·W + b; in int8 each token's activations are quantized with a scale and a center of their own."""
         bias = self.constant(linear.bias)
         if not self.int8:
             return self.node("Add", self.node("MatMul", x, self.constant(linear.weight)), bias)
+        # Each token's values are moved and scaled to −128 … 127, so that the operator rounds them to whole numbers.
         weight, scale = quantize(linear.weight)
-        return self.ms("DynamicQuantizeMatMul", x, self.constant(weight), self.constant(scale), "", bias)
+        high = self.node("ReduceMax", x, axes=[-1], keepdims=1)
+        low = self.node("ReduceMin", x, axes=[-1], keepdims=1)
+        steps, below, least = (self.constant(np.array(v, np.float32)) for v in TOKEN_QUANTIZATION)
+        step = self.node("Max", self.node("Mul", self.node("Sub", high, low), steps), least)
+        center = self.node("Add", low, self.node("Mul", step, below))
+        within = self.node("Div", self.node("Sub", x, center), step)
+        product = self.ms("DynamicQuantizeMatMul", within, self.constant(weight), self.constant(scale), "")
+        scaled = self.node("Mul", product, step)
+        shift = self.node("Add", self.node("Mul", center, self.constant(center_sums(weight, scale))), bias)
+        return self.node("Add", scaled, shift)
 
     def norm(self, x: str, norm: Norm) -> str:
         """Layer norm of x."""
@@ -142,21 +153,8 @@ def block(g: Graph, hidden: str, layer: Layer) -> str:
     elif layer.relative is not None:
         attended = _attention_with_offsets(g, hidden, layer, layer.relative)
     elif g.int8:
-        bias = g.constant(layer.qkv.bias)
-        values, scale = quantize(layer.qkv.weight)
-        quantized = g.node("DynamicQuantizeLinear", hidden, outputs=3)
-        stem = quantized.removesuffix("_0")
-        attended = g.ms(
-            "QAttention",
-            quantized,
-            g.constant(values),
-            bias,
-            f"{stem}_1",
-            g.constant(scale),
-            "",
-            f"{stem}_2",
-            num_heads=layer.num_heads,
-        )
+        parts = g.node("Split", g.linear(hidden, layer.qkv), axis=-1, outputs=3).removesuffix("_0")
+        attended = g.ms("MultiHeadAttention", *(f"{parts}_{i}" for i in range(3)), num_heads=layer.num_heads)
     else:
         weight, bias = g.constant(layer.qkv.weight), g.constant(layer.qkv.bias)
         attended = g.ms("Attention", hidden, weight, bias, num_heads=layer.num_heads)

@@ -181,6 +181,7 @@ class Manifest(_Part):
             each other.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
+        activations: in int8, whether the activations of a text share one scale, or those of each token do.
         export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
             and the share of samples that leave at the same exit with the same label.
     """
@@ -203,6 +204,7 @@ class Manifest(_Part):
     thresholds: Annotated[list[Threshold], Field(max_length=MAX_LABELS)] | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
+    activations: Literal["text", "token"] = "text"
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None

@@ -1,7 +1,7 @@
 """Reads a graph's nodes in their order: what graph_reader.py and the readers of families are made of."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,18 @@ from native.network import Linear, Norm
 Array = NDArray[Any]
 ANY = -1  # a size that the weight itself decides
 ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
+# How a graph computes a linear layer: in int8 a text's activations share one scale, or each token has its own.
+Form = Literal["fp32", "int8 by text", "int8 by token"]
+
+
+# A token's activations are moved and scaled to −128 … 127: a step is 1/255 of their range, but at least so much, as
+# they may all be alike; their center is 128 steps above the least.
+TOKEN_QUANTIZATION = (float(np.float32(1 / 255)), 128.0, float(np.float32(1e-30)))
+
+
+def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What 1 in every input adds to each output of int8 weights (inputs, outputs), (outputs,)."""
+    return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,9 @@ def floats(*shape: int) -> Weight:
 class Reader:
     """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
 
-    def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
+    def __init__(self, graph: Any, weights: dict[str, Any], form: Form) -> None:
         """weights: the graph's initializers, or those of the graph around a branch, by name."""
-        self._nodes, self.weights, self.int8 = list(graph.node), weights, int8
+        self._nodes, self.weights, self.form = list(graph.node), weights, form
         self._at = 0
         self.used: set[str] = set()  # weights
         self.attributes: dict[str, Any] = {}  # of the last node
@@ -98,8 +110,10 @@ class Reader:
 
     def linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
         """x·W + b: the output's name, and the weights."""
+        if self.form == "int8 by token":
+            return self._linear_by_token(x, inputs, outputs)
         # The sizes of scale and bias are compared below: with ANY, the weight decides them.
-        if self.int8:
+        if self.form == "int8 by text":
             (out,), (weight, scale, bias) = self.node(
                 *("DynamicQuantizeMatMul", x, Weight(np.int8, (inputs, outputs))),
                 *(floats(outputs), "", floats(outputs)),
@@ -111,6 +125,32 @@ class Reader:
             (out,), (bias,) = self.node("Add", product, floats(outputs))
         if len(bias) != weight.shape[1] or (scale is not None and len(scale) != len(bias)):
             raise GraphError(f"operator {self._at} has a weight of another shape")
+        return out, Linear(weight, bias, scale)
+
+    def _linear_by_token(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
+        scalar = Weight(np.float32, ())
+        (high,), _ = self.node("ReduceMax", x, axes=[-1], keepdims=1)
+        (low,), _ = self.node("ReduceMin", x, axes=[-1], keepdims=1)
+        (width,), _ = self.node("Sub", high, low)
+        (step,), (steps,) = self.node("Mul", width, scalar)
+        (step,), (least,) = self.node("Max", step, scalar)
+        (above,), (below,) = self.node("Mul", step, scalar)
+        (center,), _ = self.node("Add", low, above)
+        (around,), _ = self.node("Sub", x, center)
+        (within,), _ = self.node("Div", around, step)
+        (product,), (weight, scale) = self.node(
+            *("DynamicQuantizeMatMul", within, Weight(np.int8, (inputs, outputs)), floats(outputs), ""),
+            domain=MICROSOFT,
+        )
+        (scaled,), _ = self.node("Mul", product, step)
+        size = weight.shape[1]
+        (moved,), (sums,) = self.node("Mul", center, floats(size))
+        (shift,), (bias,) = self.node("Add", moved, floats(size))
+        (out,), _ = self.node("Add", scaled, shift)
+        if tuple(map(float, (steps, below, least))) != TOKEN_QUANTIZATION or len(scale) != size:
+            raise GraphError(f"operator {self._at} belongs to a linear layer of another form")
+        if not np.array_equal(sums, center_sums(weight, scale)):
+            raise GraphError(f"operator {self._at} has sums of other weights")
         return out, Linear(weight, bias, scale)
 
     def norm(self, x: str, size: int) -> tuple[str, Norm]:

@@ -8,15 +8,20 @@
 
 #include "model.h"
 
-/* A float32 value is about scale · (uint8 value − zero). */
+/* A float32 value of a row is about scale · (uint8 value − 128) + center. */
 typedef struct {
-    float scale;
-    int zero;
+    float scale, center;
 } Quantization;
 
 typedef struct {
     float low, high;
 } Range;
+
+/* A range onto 0 … 255; all values alike: any scale will do. */
+static inline Quantization quantization_of(Range range) {
+    float scale = (range.high - range.low) * (1.0f / 255.0f);
+    return scale > 0.0f ? (Quantization){scale, range.low + 128.0f * scale} : (Quantization){1.0f, range.low};
+}
 
 /* What follows a product. */
 typedef enum { PLAIN, GELU, RELU, RESIDUAL } Then;
@@ -25,7 +30,7 @@ typedef enum { PLAIN, GELU, RELU, RESIDUAL } Then;
 typedef struct {
     const Linear *w;
     const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
-    Quantization quantization; /* of x */
+    const Quantization *rows; /* of x, (tokens) */
     int tokens;
     Then then;
     const float *residual; /* (tokens, w->out), for RESIDUAL */
@@ -44,14 +49,15 @@ typedef struct {
     void (*begin)(void);
     void (*end)(void);
 
-    /* The range of values, with 0 in it; count is a multiple of 16. */
+    /* The range of values; count is a multiple of 16. */
     Range (*range)(const float *x, size_t count);
 
-    /* To uint8, rounded to nearest (ties: even) and saturated; count is a multiple of 16. */
-    void (*quantize)(const float *x, size_t count, Quantization q, uint8_t *to);
+    /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 16.
+     * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
+    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+                     uint8_t *to);
 
-    /* The range of what was written, with 0 in it; only after GELU and RELU. */
-    Range (*product)(const Product *p);
+    void (*product)(const Product *p);
 
     /* softmax(Q·Kᵀ/√width)·V for every head, width = hidden / num_heads, a multiple of 16; qkv is (tokens,
      * 3·hidden), to is (tokens, hidden). work: (width + ATTENTION_ROWS, tokens rounded up to 16) floats. */

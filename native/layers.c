@@ -27,20 +27,30 @@ static void *scratch(size_t bytes) {
     return buffer;
 }
 
-/* ONNX's DynamicQuantizeLinear: the range of the values, with 0 in it, onto 0 … 255. */
-static Quantization quantization_of(Range range) {
-    float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
-    Quantization q = {.scale = max == min ? 1.0f : (max - min) / 255.0f};
-    q.zero = (int)nearbyintf(fminf(fmaxf(-min / q.scale, 0.0f), 255.0f));
-    return q;
+/* Bytes of quantized rows: how each was quantized, and its values, with room for whole tiles. */
+static size_t rows_size(int tokens) { return ROUND_UP(tokens * sizeof(Quantization), 64); }
+static size_t quantized_size(int tokens, int width) {
+    return rows_size(tokens) + (size_t)ROUND_UP(tokens, 16) * width;
 }
 
-/* to = x·W + b and what follows; x is (tokens, in), bytes is scratch for (tokens rounded up to 16, in). */
-static Range multiply(const Kernels *k, const Linear *w, const float *x, Range range, int tokens, Then then,
-                      const float *residual, uint8_t *bytes, float *to) {
-    Product p = {w, bytes, quantization_of(range), tokens, then, residual, to};
-    k->quantize(x, (size_t)tokens * w->in, p.quantization, bytes);
-    return k->product(&p);
+/* ONNX's DynamicQuantizeLinear: the range of all values, with 0 in it, onto 0 … 255, and 0 onto a whole number. */
+static Quantization quantization_of_text(Range range) {
+    float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
+    float scale = max == min ? 1.0f : (max - min) / 255.0f;
+    float zero = nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
+    return (Quantization){scale, scale * (128.0f - zero)};
+}
+
+/* to = x·W + b and what follows; x is (tokens, in). quantized: scratch of quantized_size bytes. */
+static void multiply(const Model *m, const Linear *w, const float *x, int tokens, Then then, const float *residual,
+                     char *quantized, float *to) {
+    const Kernels *k = kernels;
+    Quantization *rows = (Quantization *)quantized, shared;
+    uint8_t *bytes = (uint8_t *)quantized + rows_size(tokens);
+    if (!m->by_token) shared = quantization_of_text(k->range(x, (size_t)tokens * w->in));
+    k->quantize(x, tokens, w->in, m->by_token ? NULL : &shared, rows, bytes);
+    Product p = {w, bytes, rows, tokens, then, residual, to};
+    k->product(&p);
 }
 
 int run_layer(const Model *m, int number, const float *from, int tokens, float *to) {
@@ -49,23 +59,22 @@ int run_layer(const Model *m, int number, const float *from, int tokens, float *
     int hidden = m->hidden, padded = ROUND_UP(tokens, 16), inner = m->inner;
     size_t count = (size_t)tokens * hidden, states = ROUND_UP(count * 4, 64);
     size_t widest = ROUND_UP((size_t)(inner > 3 * hidden ? inner : 3 * hidden) * tokens * 4, 64);
-    size_t quantized = (size_t)(inner > hidden ? inner : hidden) * padded;
+    size_t quantized = quantized_size(tokens, inner > hidden ? inner : hidden);
     size_t attention = (size_t)(hidden / m->num_heads + ATTENTION_ROWS) * padded * 4;
     char *memory = scratch(widest + quantized + 2 * states + attention);
     if (memory == NULL) return -1;
     float *values = (float *)memory; /* query, key and value; then the feed-forward network's middle */
-    uint8_t *bytes = (uint8_t *)(memory + widest);
-    float *context = (float *)(memory + widest + quantized), *middle = context + states / 4;
+    char *bytes = memory + widest;
+    float *context = (float *)(bytes + quantized), *middle = context + states / 4;
     float *work = middle + states / 4;
 
     if (k->begin) k->begin();
-    multiply(k, &layer->qkv, from, k->range(from, count), tokens, PLAIN, NULL, bytes, values);
+    multiply(m, &layer->qkv, from, tokens, PLAIN, NULL, bytes, values);
     k->attention(values, tokens, hidden, m->num_heads, work, context);
-    multiply(k, &layer->out, context, k->range(context, count), tokens, RESIDUAL, from, bytes, middle);
+    multiply(m, &layer->out, context, tokens, RESIDUAL, from, bytes, middle);
     k->layer_norm(middle, tokens, hidden, &layer->after_attention);
-    Range range = multiply(k, &layer->up, middle, k->range(middle, count), tokens, m->has_gelu ? GELU : RELU, NULL,
-                           bytes, values);
-    multiply(k, &layer->down, values, range, tokens, RESIDUAL, middle, bytes, to);
+    multiply(m, &layer->up, middle, tokens, m->has_gelu ? GELU : RELU, NULL, bytes, values);
+    multiply(m, &layer->down, values, tokens, RESIDUAL, middle, bytes, to);
     if (k->end) k->end();
     k->layer_norm(to, tokens, hidden, &layer->after_ffn);
     return 0;
@@ -103,11 +112,10 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     const ExitHead *head = &m->exits[layer];
     int hidden = m->hidden, metric = head->metric;
     size_t states = ROUND_UP((size_t)hidden * 4, 64), space = ROUND_UP((size_t)metric * 4, 64);
-    char *memory = scratch(2 * states + space + (size_t)16 * hidden);
+    char *memory = scratch(2 * states + space + quantized_size(1, hidden));
     if (memory == NULL) return -1;
     float *pooled = (float *)memory, *embedded = (float *)(memory + states);
     float *seen = (float *)(memory + states + space); /* by the classifier */
-    uint8_t *bytes = (uint8_t *)(memory + 2 * states + space);
 
     int has_head = layer == m->num_layers && m->head.dense;
     if (has_head ? m->head.has_mean : m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
@@ -125,7 +133,7 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
         return 0;
     }
     if (k->begin) k->begin();
-    multiply(k, &head->projection, pooled, k->range(pooled, hidden), 1, PLAIN, NULL, bytes, embedded);
+    multiply(m, &head->projection, pooled, 1, PLAIN, NULL, memory + 2 * states + space, embedded);
     if (k->end) k->end();
     float length = sqrtf(k->dot(embedded, embedded, metric));
     for (int i = 0; i < head->num_labels; i++) {

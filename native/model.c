@@ -12,7 +12,7 @@ int has_kernels(int hidden, int num_heads, int inner, int num_layers) {
 int is_complete(const Model *m, int layer) {
     const Layer *l = &m->layers[layer];
     if (layer == 0) return m->words && m->word_scales && m->positions && m->types && m->norm.shift;
-    return l->qkv.sums && l->out.sums && l->up.sums && l->down.sums && l->after_attention.shift &&
+    return l->qkv.center && l->out.center && l->up.center && l->down.center && l->after_attention.shift &&
            l->after_ffn.shift;
 }
 
@@ -27,15 +27,18 @@ int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *
     w->tiles = aligned_alloc(64, (size_t)in * out);
     w->scale = copy_of(scale, (size_t)out * 4);
     w->bias = copy_of(bias, (size_t)out * 4);
-    w->sums = aligned_alloc(64, (size_t)out * 4);
-    if (!w->tiles || !w->scale || !w->bias || !w->sums) return -1;
+    w->offset = aligned_alloc(64, (size_t)out * 4);
+    w->center = aligned_alloc(64, (size_t)out * 4);
+    if (!w->tiles || !w->scale || !w->bias || !w->offset || !w->center) return -1;
     for (int n = 0; n < out; n++) {
-        w->sums[n] = 0;
+        int32_t sum = 0;
         for (int k = 0; k < in; k++) {
             int8_t value = weights[(size_t)k * out + n];
-            w->sums[n] += value;
+            sum += value;
             w->tiles[tile_index(in, k, n)] = value;
         }
+        w->offset[n] = 128 * sum; /* below 2^30, for up to 32768 inputs: no overflow */
+        w->center[n] = scale[n] * (float)sum;
     }
     return 0;
 }
@@ -44,7 +47,8 @@ void free_linear(Linear *w) {
     free(w->tiles);
     free(w->scale);
     free(w->bias);
-    free(w->sums);
+    free(w->offset);
+    free(w->center);
 }
 
 void free_norm(Norm *n) {

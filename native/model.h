@@ -18,7 +18,8 @@ typedef struct {
     int8_t *tiles;  /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
     float *scale;   /* (out) */
     float *bias;    /* (out) */
-    int32_t *sums;  /* (out): the sum of an output's weights, to correct for the activations' zero point */
+    int32_t *offset; /* (out): 128 · the sum of an output's weights, as 128 stands for the center of a row */
+    float *center;   /* (out): scale · the sum of an output's weights, for what the center itself adds */
 } Linear;
 
 typedef struct {
@@ -48,6 +49,7 @@ typedef struct {
     int hidden, num_heads, inner, num_layers;
     int has_gelu;  /* else ReLU */
     int has_mean;  /* exits see the mean of the tokens, else the first token */
+    int by_token;  /* each token's activations have a scale, else those of a text share one */
     int num_words, num_positions, num_types;
     int8_t *words;                 /* (num_words, hidden) */
     float *word_scales;            /* (num_words) */

@@ -121,12 +121,13 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 /* ---- building a model ------------------------------------------------------------------------------- */
 
 static PyObject *py_new(PyObject *self, PyObject *args) {
-    int hidden, num_heads, inner, num_layers, gelu, mean;
-    if (!PyArg_ParseTuple(args, "iiiipp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean)) return NULL;
+    int hidden, num_heads, inner, num_layers, gelu, mean, by_token;
+    if (!PyArg_ParseTuple(args, "iiiippp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean, &by_token))
+        return NULL;
     if (!require(has_kernels(hidden, num_heads, inner, num_layers), "these sizes have no kernels")) return NULL;
     Model *m = calloc(1, sizeof(Model));
     if (m == NULL) return PyErr_NoMemory();
-    *m = (Model){hidden, num_heads, inner, num_layers, .has_gelu = gelu, .has_mean = mean};
+    *m = (Model){hidden, num_heads, inner, num_layers, .has_gelu = gelu, .has_mean = mean, .by_token = by_token};
     PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
     if (capsule == NULL) free_model(m);
     return capsule;

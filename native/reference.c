@@ -6,44 +6,46 @@
 static const char *why_not(void) { return NULL; }
 
 static Range range(const float *x, size_t count) {
-    Range range = {0.0f, 0.0f};
-    for (size_t i = 0; i < count; i++) {
+    Range range = {x[0], x[0]};
+    for (size_t i = 1; i < count; i++) {
         range.low = fminf(range.low, x[i]);
         range.high = fmaxf(range.high, x[i]);
     }
     return range;
 }
 
-static void quantize(const float *x, size_t count, Quantization q, uint8_t *to) {
-    float inverse = 1.0f / q.scale;
-    for (size_t i = 0; i < count; i++) {
-        float value = nearbyintf(x[i] * inverse) + (float)q.zero;
-        to[i] = value > 0.0f ? (uint8_t)fminf(value, 255.0f) : 0; /* NaN: 0 */
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+                     uint8_t *to) {
+    for (int t = 0; t < tokens; t++, x += width, to += width) {
+        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        float inverse = 1.0f / rows[t].scale, shift = -rows[t].center * inverse;
+        for (int i = 0; i < width; i++) { /* fmaf: one rounding, as in the vector units */
+            float value = nearbyintf(fmaf(x[i], inverse, shift)) + 128.0f;
+            to[i] = value > 0.0f ? (uint8_t)fminf(value, 255.0f) : 0; /* NaN: 0 */
+        }
     }
 }
 
 static float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.707106781f)); }
 
-static Range product(const Product *p) {
+static void product(const Product *p) {
     const Linear *w = p->w;
-    Range range = {0.0f, 0.0f};
     for (int row = 0; row < p->tokens; row++)
         for (int column = 0; column < w->out; column++) {
             const uint8_t *x = p->x + (size_t)row * w->in;
             size_t at = (size_t)row * w->out + column;
             int32_t sum = 0;
             for (int k = 0; k < w->in; k++) sum += x[k] * w->tiles[tile_index(w->in, k, column)];
-            sum -= p->quantization.zero * w->sums[column];
+            sum -= w->offset[column];
+            Quantization q = p->rows[row];
             /* fmaf: one rounding, as in the vector units, so that products agree to the last bit */
-            float value = fmaf((float)sum, w->scale[column] * p->quantization.scale, w->bias[column]);
+            float shift = fmaf(q.center, w->center[column], w->bias[column]);
+            float value = fmaf((float)sum, w->scale[column] * q.scale, shift);
             if (p->then == GELU) value = gelu(value);
             if (p->then == RELU) value = value > 0.0f ? value : 0.0f;
             if (p->then == RESIDUAL) value += p->residual[at];
-            range.low = fminf(range.low, value);
-            range.high = fmaxf(range.high, value);
             p->to[at] = value;
         }
-    return range;
 }
 
 static float dot(const float *a, const float *b, int count) {

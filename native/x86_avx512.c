@@ -112,65 +112,56 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* ---- int8 ------------------------------------------------------------------------------------------- */
 
-/* The least and the largest values of 16 lanes. */
-typedef struct {
-    __m512 low, high;
-} Lanes;
-
-static Range range_of(Lanes lanes) {
-    return (Range){_mm512_reduce_min_ps(lanes.low), _mm512_reduce_max_ps(lanes.high)};
-}
-
 static Range range(const float *x, size_t count) {
-    Lanes lanes = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (size_t i = 0; i < count; i += 16) {
+    __m512 low = _mm512_loadu_ps(x), high = low;
+    for (size_t i = 16; i < count; i += 16) {
         __m512 v = _mm512_loadu_ps(x + i);
-        lanes.low = _mm512_min_ps(lanes.low, v);
-        lanes.high = _mm512_max_ps(lanes.high, v);
+        low = _mm512_min_ps(low, v);
+        high = _mm512_max_ps(high, v);
     }
-    return range_of(lanes);
+    return (Range){_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
 }
 
-static void quantize(const float *x, size_t count, Quantization q, uint8_t *to) {
-    __m512 inverse = _mm512_set1_ps(1.0f / q.scale);
-    __m512i zero = _mm512_set1_epi32(q.zero), none = _mm512_setzero_si512();
-    for (size_t i = 0; i < count; i += 16) {
-        __m512i v = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
-        v = _mm512_max_epi32(_mm512_add_epi32(v, zero), none);
-        _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtusepi32_epi8(v));
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+                     uint8_t *to) {
+    for (int t = 0; t < tokens; t++, x += width, to += width) {
+        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale);
+        __m512 shift = _mm512_mul_ps(_mm512_set1_ps(-rows[t].center), inverse);
+        for (int i = 0; i < width; i += 16) {
+            __m512i v = _mm512_cvtps_epi32(_mm512_fmadd_ps(_mm512_loadu_ps(x + i), inverse, shift));
+            __m128i signed_ = _mm512_cvtsepi32_epi8(v); /* the other sign bit adds 128 */
+            _mm_storeu_si128((__m128i *)(to + i), _mm_xor_si128(signed_, _mm_set1_epi8(-128)));
+        }
     }
 }
 
 /* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows and 16 outputs of a tile. */
-static inline __attribute__((always_inline)) void finish(const Product *p, Lanes *lanes, const int32_t *tile,
-                                                         int row, int column, int rows, Then then) {
+static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t *tile, int row,
+                                                         int column, int rows, Then then) {
     const Linear *w = p->w;
-    __m512 scale = _mm512_mul_ps(_mm512_loadu_ps(w->scale + column), _mm512_set1_ps(p->quantization.scale));
-    __m512 bias = _mm512_loadu_ps(w->bias + column);
-    /* zero·sums are below 2^30, for up to 32768 inputs: no overflow. */
-    __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(p->quantization.zero),
-                                        _mm512_loadu_si512(w->sums + column));
+    __m512 scale = _mm512_loadu_ps(w->scale + column), bias = _mm512_loadu_ps(w->bias + column);
+    __m512 center = _mm512_loadu_ps(w->center + column);
+    __m512i offset = _mm512_loadu_si512(w->offset + column);
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)(row + r) * w->out + column;
+        const Quantization *q = &p->rows[row + r];
         __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + 16 * r), offset);
-        __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, bias);
+        __m512 shift = _mm512_fmadd_ps(_mm512_set1_ps(q->center), center, bias);
+        __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(q->scale)), shift);
         if (then == GELU) v = gelu16(v);
         if (then == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
         if (then == RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(p->residual + at));
-        if (then == GELU || then == RELU) {
-            lanes->low = _mm512_min_ps(lanes->low, v);
-            lanes->high = _mm512_max_ps(lanes->high, v);
-        }
         _mm512_storeu_ps(p->to + at, v);
     }
 }
 
-static void finish_tile(const Product *p, Lanes *lanes, const int32_t *tile, int row, int column, int rows) {
+static void finish_tile(const Product *p, const int32_t *tile, int row, int column, int rows) {
     switch (p->then) {
-    case PLAIN: finish(p, lanes, tile, row, column, rows, PLAIN); break;
-    case GELU: finish(p, lanes, tile, row, column, rows, GELU); break;
-    case RELU: finish(p, lanes, tile, row, column, rows, RELU); break;
-    default: finish(p, lanes, tile, row, column, rows, RESIDUAL);
+    case PLAIN: finish(p, tile, row, column, rows, PLAIN); break;
+    case GELU: finish(p, tile, row, column, rows, GELU); break;
+    case RELU: finish(p, tile, row, column, rows, RELU); break;
+    default: finish(p, tile, row, column, rows, RESIDUAL);
     }
 }
 
@@ -199,9 +190,8 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
     }
 }
 
-static Range product_vnni(const Product *p) {
+static void product_vnni(const Product *p) {
     const Linear *w = p->w;
-    Lanes lanes = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     int32_t tile[2][256] __attribute__((aligned(64)));
     int blocks = (p->tokens + VNNI_ROWS - 1) / VNNI_ROWS;
     for (int column = 0; column < w->out; column += 32) {
@@ -214,11 +204,10 @@ static Range product_vnni(const Product *p) {
                 CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
 #undef CASE
             }
-            finish_tile(p, &lanes, tile[0], row, column, rows);
-            finish_tile(p, &lanes, tile[1], row, column + 16, rows);
+            finish_tile(p, tile[0], row, column, rows);
+            finish_tile(p, tile[1], row, column + 16, rows);
         }
     }
-    return range_of(lanes);
 }
 
 /* ---- AMX ---------------------------------------------------------------------------------------------- */
@@ -240,11 +229,10 @@ static void configure_tiles(void) {
 
 static void release_tiles(void) { _tile_release(); }
 
-static Range product_amx(const Product *p) {
+static void product_amx(const Product *p) {
     const Linear *w = p->w;
     int blocks = w->in / 64;
     int32_t tile[4][256] __attribute__((aligned(64)));
-    Lanes lanes = {_mm512_setzero_ps(), _mm512_setzero_ps()};
     for (int column = 0; column < w->out; column += 32) {
         const int8_t *left = w->tiles + (size_t)(column / 16) * blocks * 1024, *right = left + blocks * 1024;
         for (int row = 0; row < p->tokens; row += 32) {
@@ -281,16 +269,15 @@ static Range product_amx(const Product *p) {
             _tile_stored(0, tile[0], 64);
             _tile_stored(1, tile[1], 64);
             int rows = p->tokens - row < 16 ? p->tokens - row : 16;
-            finish_tile(p, &lanes, tile[0], row, column, rows);
-            finish_tile(p, &lanes, tile[1], row, column + 16, rows);
+            finish_tile(p, tile[0], row, column, rows);
+            finish_tile(p, tile[1], row, column + 16, rows);
             if (p->tokens - row > 16) {
                 rows = p->tokens - row < 32 ? p->tokens - row - 16 : 16;
-                finish_tile(p, &lanes, tile[2], row + 16, column, rows);
-                finish_tile(p, &lanes, tile[3], row + 16, column + 16, rows);
+                finish_tile(p, tile[2], row + 16, column, rows);
+                finish_tile(p, tile[3], row + 16, column + 16, rows);
             }
         }
     }
-    return range_of(lanes);
 }
 
 /* ---- attention -------------------------------------------------------------------------------------- */

@@ -255,7 +255,9 @@ def test_full_depth_of_an_artifact_is_its_segments(store_of_both: Path, tmp_path
             tokens = model.tokenize(text)
             feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
             wanted = model.full_depth(tokens)[-1].logits
-            np.testing.assert_array_equal(same.run(None, feed)[0][0], wanted)
+            np.testing.assert_allclose(
+                same.run(None, feed)[0][0], wanted, atol=0.2 if name == "plain-int8" else 0
+            )
             np.testing.assert_allclose(fp32.run(None, feed)[0][0], wanted, atol=0.1)
 
 
@@ -284,7 +286,9 @@ def copies(store_of_both: Path, tmp_path: Path) -> Path:
 
 
 def nodes(proto: Any, op: str) -> list[Any]:
-    return [n for n in proto.graph.node if n.op_type == op]
+    """The nodes of an operator, but for differences that int8 quantizes by."""
+    quantizes = {x for n in proto.graph.node if n.op_type in ("Mul", "Div") for x in n.input}
+    return [n for n in proto.graph.node if n.op_type == op and not (op == "Sub" and n.output[0] in quantizes)]
 
 
 def weight(proto: Any, op: str, which: int, at: int, change: Callable[[np.ndarray], np.ndarray]) -> None:

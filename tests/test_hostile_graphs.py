@@ -44,6 +44,7 @@ def built(family: str, int8: bool) -> tuple[list[Any], Manifest]:
         encoder=family,
         pooling="mean",
         precision="int8" if int8 else "fp32",
+        activations="token",
         head=Head.model_validate({**config.head, "norm": "norm" in config.head}),
     )
     return graphs, manifest
@@ -81,10 +82,11 @@ def changes(graph: Any) -> Iterator[tuple[str, Any]]:
                 yield f"{node.op_type} has another {attribute.name}", copy
     for w, weight in enumerate(graph.initializer):
         array = numpy_helper.to_array(weight)
-        if array.dtype == np.int64:
+        if array.dtype == np.int64 or array.ndim == 0:
             copy = deepcopy(graph)
-            copy.initializer[w].CopyFrom(numpy_helper.from_array(array + 1, weight.name))
-            yield f"the constant {weight.name} is larger", copy
+            other = np.asarray(array / 2 if array.dtype == np.float32 and array else array + 1, array.dtype)
+            copy.initializer[w].CopyFrom(numpy_helper.from_array(other, weight.name))
+            yield f"the constant {weight.name} is another", copy
 
 
 @pytest.mark.parametrize("family", FAMILIES)

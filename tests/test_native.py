@@ -199,7 +199,12 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
             "prototype_layers": [0, 1] if metric else [],
         },
         **{"hidden_size": hidden, "metric_dim": metric, "labels": [""] * labels, "max_tokens": 96},
-        **{"token_types": True, "pooling": "mean" if mean else "cls", "precision": "int8"},
+        **{
+            "token_types": True,
+            "pooling": "mean" if mean else "cls",
+            "precision": "int8",
+            "activations": "token",
+        },
     )
     segments = [read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)]
     try:
@@ -252,6 +257,7 @@ def test_the_head_of_a_stock_classifier(
         },
         **{"labels": ["", "", ""], "max_tokens": 96, "token_types": True, "precision": "int8", "head": head},
         encoder="bert",
+        activations="token",
         pooling="mean" if pooling == "cls" else "cls",
     )
     network = network_of([read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)], manifest)
@@ -456,7 +462,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="have no kernels"):
-        kernels.new(65, 1, 64, 1, True, True)
+        kernels.new(65, 1, 64, 1, True, True, True)
     prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
     logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
 
@@ -570,3 +576,33 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
         queue.requeue(item)
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
     assert items[1].tokens is not None
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 9),
+    st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),
+    st.floats(-50, 50),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_an_int8_linear_layer_quantizes_each_token_by_itself(
+    tokens: int, spread: float, center: float, is_constant: bool, seed: int
+) -> None:
+    """To 1/255 of its own range, so that no token's result depends on another."""
+    rng = np.random.default_rng(seed)
+    x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
+    x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier
+    weight, bias = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
+    g = graph.Graph(int8=True)
+    g.output(g.linear(g.input("x", [1, "T", 64]), weights.Linear(weight, bias)), "y", [1, "T", 32])
+    session = ort.InferenceSession(g.model("linear").SerializeToString(), session_options())
+    (found,) = session.run(None, {"x": x[None]})
+    alone = np.concatenate([session.run(None, {"x": row[None, None]})[0] for row in x], 1)
+    values, scale = graph.quantize(weight)
+    step = (np.ptp(x, axis=1, keepdims=True) / 255).astype(np.float64)
+    # Half a step of every input, and float32's rounding.
+    allowed = 0.5 * step * np.abs(values * scale).sum(0) + 1e-5 * (np.abs(x) @ np.abs(values * scale) + 1)
+    assert (np.abs(found[0] - (x.astype(np.float64) @ (values * scale) + bias)) <= 1.01 * allowed).all()
+    # Rounding errors of what is computed for all tokens at once may end in another step.
+    assert (np.abs(found - alone)[0] <= 0.1 * allowed + step * np.abs(values * scale).max(0)).all()
