@@ -33,7 +33,7 @@ STRANGE: tuple[Any, ...] = (
 )
 FIELDS = (
     *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
-    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown"),
+    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown", "long"),
     *("__proto__", ""),
 )
 GOOD = (
