@@ -14,9 +14,9 @@ from exits.reading import Reading
 
 MAX_WINDOWS = 16
 OVERLAP = 0.25  # of a window's tokens, also in the next one
-# Of the most that the windows which have not run could change, what they are expected to change at most: measured on
-# product reviews (docs/experiments.md).
-EXPECTED_CHANGE = 0.5
+# At τ > 0: of what the windows that are left could change, the part that they are expected to change at most. Measured
+# on product reviews (docs/experiments.md).
+EXPECTED_CHANGE = 0.75
 ROUNDING = 1e-9  # of the weight of all windows: more than sums of probabilities are off
 SMALLEST = 1e-300  # of what a logarithm is taken
 
@@ -34,18 +34,18 @@ def capacity(room: int, windows: int) -> int:
     return room + (windows - 1) * _step(room)
 
 
-def spans(tokens: int, room: int) -> list[Span]:
+def spans(tokens: int, room: int, overlap: float = OVERLAP) -> list[Span]:
     """The windows of a text with this many tokens, in order: all have `room` tokens but the last."""
     windows, end = [Span(0, min(tokens, room), min(tokens, room))], min(tokens, room)
     while end < tokens:
-        start, before = len(windows) * _step(room), end
+        start, before = len(windows) * _step(room, overlap), end
         end = min(tokens, start + room)
         windows.append(Span(start, end, end - before))
     return windows
 
 
-def _step(room: int) -> int:
-    return room - int(OVERLAP * room)
+def _step(room: int, overlap: float = OVERLAP) -> int:
+    return room - int(overlap * room)
 
 
 class Combination:
@@ -71,19 +71,18 @@ class Combination:
             self._probs = _highest(self._probs, reading.probs)
             self._logits = _highest(self._logits, reading.logits)
 
-    def is_settled(self, allows_expected: bool = False) -> bool:
-        """Whether no answer of the windows that are left could change the label, or the decision on any label.
+    def is_settled(self, change: float = 1.0) -> bool:
+        """Whether the windows that are left cannot change the label, or of a multi-label model the decision on any.
 
-        allows_expected: also if it would take more than EXPECTED_CHANGE of what they could change. That is measured
-        for classes that exclude each other only.
+        change: below 1: whether they cannot by so much of the most that they could change. Of classes that exclude
+        each other only, as no part of a text says what labels another has.
         """
         if self._left == 0:
             return True
         if self._thresholds is not None:  # a label that is given stays given, and any other may still be
             return all(x > limit for x, limit in zip(self._logits, self._thresholds, strict=True))
         best, second = sorted(self._probs, reverse=True)[:2]
-        change = (EXPECTED_CHANGE if allows_expected else 1.0) * self._left
-        return best - second > change + ROUNDING * self._total
+        return best - second > change * self._left + ROUNDING * self._total
 
     def reading(self, last: Reading) -> Reading:
         """The combined answer of the windows that ran, with the signals of the last one's exit.

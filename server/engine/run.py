@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from exits.rule import ExitReason
+from exits.windows import EXPECTED_CHANGE
 from model_store.segments import ForwardPass, Tokens
 from server.engine.queue import WorkQueue
 from server.engine.work import Item, Outcome
@@ -32,7 +33,8 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
         if item.combination is None:
             return _outcome(item, reason)
         item.end_window()
-        if reason == "deadline" or item.combination.is_settled(item.rule.tau > 0):
+        change = EXPECTED_CHANGE if item.rule.tau > 0 else 1.0
+        if reason == "deadline" or item.combination.is_settled(change):
             return _outcome(item, reason)
         if item.job.is_dropped:
             return None
