@@ -279,7 +279,7 @@ def long_texts(
             served = study.EXPECTED if tau else study.EXACTLY
             found = study.rows_of(sets, replace(default, tau=tau), served)
             rows += [{"max_tokens": size, "tau": tau, **row} for row in found]
-    heads = "window, τ, texts, strategy, chose, accuracy, − truncate, windows, work, unlike all".split(", ")
+    measured = ["chose", "accuracy", "− truncate", "windows", "work", "unlike all"]
     cells = [
         [
             *(row["max_tokens"], f"{row['tau']:g}", f"{row['set']}, {row['count']} {row['texts']}"),
@@ -289,4 +289,4 @@ def long_texts(
         ]
         for row in rows
     ]
-    _print(heads, cells, json_file, rows)
+    _print(["window", "τ", "texts", "strategy", *measured], cells, json_file, rows)

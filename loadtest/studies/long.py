@@ -1,6 +1,6 @@
 """Texts that are longer than the model's window: truncated, or in windows that are combined."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -164,8 +164,8 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
     return rows
 
 
-def rows_of(sets: dict[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
-    """The comparisons on every other text of each set, and the differences on the rest, which chose the strategy.
+def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
+    """The comparisons on every second text of each set. The others chose the strategy, by their difference ("chose").
 
     All strategies on the long texts of all sets; truncation and the served strategy on all texts, and on each set.
     """
