@@ -18,6 +18,8 @@ from model_store.store import Artifact, StoreError
 from model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
+# Of all windows together. A run of letters without an end is one piece, which nothing can preempt.
+MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
 # letters that are tokenized letter by letter) takes 3 µs per character on an idle machine.
 PIECE = 512
@@ -32,6 +34,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 Pair = tuple[str, str | None]
 # The shorter text of a pair is whole in each window, so it may take this much of the room.
 MAX_SHORTER = 0.5
+
+
+def max_chars(max_tokens: int, windows: int = 1) -> int:
+    """The most characters of a text that are read, for so many windows of max_tokens."""
+    return max_tokens * max(MAX_CHARS_PER_TOKEN, MAX_CHARS_IN_WINDOWS * windows)
 
 
 class _Frame:
@@ -97,7 +104,7 @@ class Windows:
 class TextTokenizer:
     """An artifact's tokenizer.
 
-    A text with more than MAX_CHARS_PER_TOKEN · max_tokens characters counts as too long.
+    A text with more than max_chars() characters counts as too long.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
@@ -181,15 +188,15 @@ class TextTokenizer:
 
     def _split(self, parts: list[list[int]], most: int, is_cut: bool) -> Windows:
         """The windows of texts with these ids; raises ValueError if the shorter text leaves them no room."""
-        frame, longer, room = self.frames[len(parts) == 2], 0, 0
+        frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
         if len(parts) == 2:
             longer = int(len(parts[1]) > len(parts[0]))
             shorter, allowed = len(parts[1 - longer]), int(MAX_SHORTER * room)
             if shorter > allowed:
                 raise ValueError(
-                    f"the shorter text has {shorter} tokens, at most {allowed} are allowed beside windows of the "
-                    "longer one; shorten it, or allow truncation"
+                    f"the shorter text has more than {allowed} tokens, the most allowed beside windows of the longer "
+                    "one; shorten it, or allow truncation"
                 )
             room -= shorter
         tokens = min(len(parts[longer]), capacity(room, most))
@@ -214,7 +221,7 @@ class Tokenization:
     ) -> None:
         self._tokenizer, self._truncate, self._windows = tokenizer, truncate, windows
         texts = [text] if text_pair is None else [text, text_pair]
-        self._max_chars = MAX_CHARS_PER_TOKEN * tokenizer.max_tokens * windows
+        self._max_chars = max_chars(tokenizer.max_tokens, windows)
         self._chars = [len(t) for t in texts]
         self._has_too_many_chars = any(chars > self._max_chars for chars in self._chars)
         self._texts = [t[: self._max_chars] for t in texts]

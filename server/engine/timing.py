@@ -10,7 +10,7 @@ from time import perf_counter, thread_time
 
 from exits.windows import capacity, spans
 from model_store.model import Model
-from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE
+from model_store.tokenizer import PIECE, max_chars
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
@@ -30,7 +30,6 @@ class Timing:
         check: called before each run; what it raises ends the measuring. runs: of each text.
         """
         self._most = model.manifest.max_tokens
-        self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # of a window; what is cut off costs nothing
         self._plain_s = _tokenizing(model, PLAIN, check, runs)  # a character
         self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
@@ -86,7 +85,7 @@ class Timing:
         return self.first_exit_s(_tokens(chars)) + self._tokenizer_s(chars, windows)
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:
-        return self._char_s * min(chars, self._most_chars * windows)
+        return self._char_s * min(chars, max_chars(self._most, windows))  # what is cut off costs nothing
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
