@@ -44,6 +44,10 @@ def classify(
     latency_budget_ms: Annotated[
         float | None, typer.Option(help="Or the time within which to answer.")
     ] = None,
+    long: Annotated[
+        str | None,
+        typer.Option(help="Texts longer than the model takes: truncate (the default), windows, or error."),
+    ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Requests of --file in flight.")] = 8,
 ) -> None:
     """Classify texts with a running server.
@@ -61,6 +65,7 @@ def classify(
         "target_speedup": target_speedup,
         "max_disagreement": max_disagreement,
         "latency_budget_ms": latency_budget_ms,
+        "long": long,
     }
     with Client(check_url(url), key) as client:
         if texts:
@@ -132,7 +137,7 @@ def _classify_file(client: Any, file: Path, out: Path, options: dict[str, Any], 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     """What the file says of a text."""
-    return {name: row[name] for name in ("label", "labels", "probs", "exit") if name in row}
+    return {name: row[name] for name in ("label", "labels", "probs", "exit", "windows") if name in row}
 
 
 def _complete_lines(out: Path) -> int:

@@ -135,7 +135,7 @@ class Client:
     """A blocking client; threads may share it.
 
     `classify` takes the request's fields of docs/api.md as keywords: model, tau, signal, lam, max_layer,
-    target_speedup, latency_budget_ms, max_disagreement, best_effort, truncate, explain, ood, raw, top_k.
+    target_speedup, latency_budget_ms, max_disagreement, best_effort, truncate, long, explain, ood, raw, top_k.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ STRANGE: tuple[Any, ...] = (
 )
 FIELDS = (
     *("input", "model", "tau", "lambda", "max_layer", "truncate", "explain", "ood", "latency_budget_ms"),
-    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown"),
+    *("target_speedup", "max_disagreement", "best_effort", "user", "rid", "priority", "unknown", "long"),
     *("__proto__", ""),
 )
 GOOD = (
@@ -43,6 +43,7 @@ GOOD = (
     {"input": "good", "latency_budget_ms": 50, "best_effort": True, "ood": True},
     {"input": ["one", "two", "three"], "lambda": 2, "tau": 0.1, "max_layer": 3},
     {"input": "good", "target_speedup": 2},
+    {"input": "good film " * 400, "long": "windows"},
 )
 PATHS = (
     *("/", "/classify/", "/v1/classify", "/v1/models", "/v1/models/x/calibration", "/metrics", "/docs"),

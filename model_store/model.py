@@ -154,7 +154,9 @@ class Model:
 
         Raises ValueError if the text is longer and `truncate` is false.
         """
-        return self.tokenizer.start(text, text_pair, truncate).all()
+        tokens = self.tokenizer.start(text, text_pair, truncate).all()
+        assert isinstance(tokens, Tokens)  # windows were not asked for
+        return tokens
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest exit that is not deeper than max_layer; None: the last layer."""

@@ -1,20 +1,25 @@
-"""Tokenize texts, truncated to the model's window, in short steps between which other work can preempt them."""
+"""Tokenize texts, truncated to the model's window or split into several, in short steps between which other work can
+preempt them."""
 
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from exits.windows import Span, capacity, spans
 from model_store.segments import Tokens
 from model_store.store import Artifact, StoreError
 from model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
+# Of all windows together. A run of letters without an end is one piece, which nothing can preempt.
+MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
 # letters that are tokenized letter by letter) takes 3 µs per character on an idle machine.
 PIECE = 512
@@ -27,6 +32,13 @@ _PROBE = "a"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str | None]
+# The shorter text of a pair is whole in each window, so it may take this much of the room.
+MAX_SHORTER = 0.5
+
+
+def max_chars(max_tokens: int, windows: int = 1) -> int:
+    """The most characters of a text that are read, for so many windows of max_tokens."""
+    return max_tokens * max(MAX_CHARS_PER_TOKEN, MAX_CHARS_IN_WINDOWS * windows)
 
 
 class _Frame:
@@ -60,10 +72,39 @@ class _Frame:
         return ids, types
 
 
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """The windows of a text that is longer than one, or of a pair: the shorter text is whole in each.
+
+    Attributes:
+        parts: the ids of each text, int32.
+        longer: the index of the text that is split.
+        spans: its windows.
+        truncated: whether the text is longer than all of them.
+    """
+
+    frame: _Frame
+    parts: Sequence[NDArray[np.int32]]
+    longer: int
+    spans: Sequence[Span]
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Tokens:
+        span = self.spans[index]
+        parts = [
+            (part[span.start : span.end] if n == self.longer else part).tolist()
+            for n, part in enumerate(self.parts)
+        ]
+        return _tokens(*self.frame.around(parts), self.truncated)
+
+
 class TextTokenizer:
     """An artifact's tokenizer.
 
-    A text with more than MAX_CHARS_PER_TOKEN · max_tokens characters counts as too long.
+    A text with more than max_chars() characters counts as too long.
     """
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
@@ -121,9 +162,9 @@ class TextTokenizer:
             raise self._too_long(f"{len(encoding)}")
         return self._cut(_parts(encoding, pair))
 
-    def start(self, text: str, text_pair: str | None, truncate: bool) -> "Tokenization":
-        """Start tokenizing a text or pair."""
-        return Tokenization(self, text, text_pair, truncate)
+    def start(self, text: str, text_pair: str | None, truncate: bool, windows: int = 1) -> "Tokenization":
+        """Start tokenizing a text or pair. windows: the most that it is split into before it is too long."""
+        return Tokenization(self, text, text_pair, truncate, windows)
 
     def _join(self, encoding: Encoding, pair: bool) -> tuple[list[int], list[int]]:
         return self.frames[pair].around(_parts(encoding, pair))
@@ -145,6 +186,24 @@ class TextTokenizer:
         ids, types = frame.around(kept)
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
+    def _split(self, parts: list[list[int]], most: int, is_cut: bool) -> Windows:
+        """The windows of texts with these ids; raises ValueError if the shorter text leaves them no room."""
+        frame, longer = self.frames[len(parts) == 2], 0
+        room = self.max_tokens - frame.size
+        if len(parts) == 2:
+            longer = int(len(parts[1]) > len(parts[0]))
+            shorter, allowed = len(parts[1 - longer]), int(MAX_SHORTER * room)
+            if shorter > allowed:
+                raise ValueError(
+                    f"the shorter text has more than {allowed} tokens, the most allowed beside windows of the longer "
+                    "one; shorten it, or allow truncation"
+                )
+            room -= shorter
+        tokens = min(len(parts[longer]), capacity(room, most))
+        is_cut = is_cut or tokens < len(parts[longer])
+        arrays = [np.array(part, np.int32) for part in parts]
+        return Windows(frame, arrays, longer, spans(tokens, room), is_cut)
+
     def _too_long(self, count: str) -> ValueError:
         return ValueError(
             f"has {count} tokens, the model takes at most {self.max_tokens}; shorten it, or allow truncation"
@@ -154,53 +213,61 @@ class TextTokenizer:
 class Tokenization:
     """The tokenization of one text or pair, piece by piece.
 
-    Text beyond the model's window is not tokenized.
+    Text beyond the model's window, or the most windows, is not tokenized.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool) -> None:
-        self._tokenizer, self._truncate = tokenizer, truncate
+    def __init__(
+        self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int
+    ) -> None:
+        self._tokenizer, self._truncate, self._windows = tokenizer, truncate, windows
         texts = [text] if text_pair is None else [text, text_pair]
-        max_chars = MAX_CHARS_PER_TOKEN * tokenizer.max_tokens
+        self._max_chars = max_chars(tokenizer.max_tokens, windows)
         self._chars = [len(t) for t in texts]
-        self._has_too_many_chars = any(chars > max_chars for chars in self._chars)
-        self._texts = [t[:max_chars] for t in texts]
+        self._has_too_many_chars = any(chars > self._max_chars for chars in self._chars)
+        self._texts = [t[: self._max_chars] for t in texts]
         self._ends = [0] * len(texts)  # characters tokenized so far
         self._parts: list[list[int]] = [[] for _ in texts]
         self._room = tokenizer.max_tokens - tokenizer.frames[len(texts) == 2].size
+        self._most = capacity(self._room, windows)  # tokens of each text
 
-    def step(self) -> Tokens | None:
-        """Tokenize the next piece; returns the tokens once the window is full or the text ends, else None.
+    def step(self) -> Tokens | Windows | None:
+        """Tokenize the next piece; returns the tokens, or with several windows those, once they are full or the text
+        ends, else None.
 
-        Raises ValueError if the text is too long and is not to be truncated.
+        Raises ValueError if the text is too long and is not to be truncated, or is a pair that cannot be split.
         """
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
-            max_chars = MAX_CHARS_PER_TOKEN * tokenizer.max_tokens
             raise ValueError(
-                f"has more than {max_chars} characters, the most allowed; shorten it, or allow truncation"
+                f"has more than {self._max_chars} characters, the most allowed; shorten it, or allow truncation"
             )
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts
             encoding = tokenizer.encode([(text, rest[0] if rest else None)])[0]
+            if self._windows > 1 and len(encoding) > tokenizer.max_tokens:
+                return tokenizer._split(_parts(encoding, bool(rest)), self._windows, self._has_too_many_chars)
             tokens = tokenizer.short(encoding, bool(rest), self._truncate)
             return replace(tokens, truncated=True) if self._has_too_many_chars else tokens
         for n, text in enumerate(self._texts):
-            if self._ends[n] < len(text) and len(self._parts[n]) <= self._room:
+            if self._ends[n] < len(text) and len(self._parts[n]) <= self._most:
                 end = _piece_end(text, self._ends[n])
                 piece = tokenizer.encode([(text[self._ends[n] : end], None)], special=False)[0]
                 self._parts[n] += piece.ids
                 self._ends[n] = end
                 break
-        if not self._truncate and sum(map(len, self._parts)) > self._room:
+        count = sum(map(len, self._parts))
+        if not self._truncate and count > self._most:
             raise tokenizer._too_long(f"more than {tokenizer.max_tokens}")
-        unread = [end < len(text) for text, end in zip(self._texts, self._ends, strict=True)]
-        if any(u and len(part) <= self._room for u, part in zip(unread, self._parts, strict=True)):
+        unread = [end < len(text) for end, text in zip(self._ends, self._texts, strict=True)]
+        if any(u and len(part) <= self._most for u, part in zip(unread, self._parts, strict=True)):
             return None
         is_cut = any(unread) or self._has_too_many_chars
+        if self._windows > 1 and count > self._room:
+            return tokenizer._split(self._parts, self._windows, is_cut)
         return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
-    def all(self) -> Tokens:
-        """Tokenize to the end and return the tokens."""
+    def all(self) -> Tokens | Windows:
+        """Tokenize to the end and return what step() does."""
         while (tokens := self.step()) is None:
             pass
         return tokens

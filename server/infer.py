@@ -84,7 +84,7 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     try:
         _check_texts(job.request, shadow)
         choice = shadow.rules.of(job.request.options, level)
-        request = Request(job.request.texts)
+        request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
         service.engine.submit(second)
     except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room

@@ -87,7 +87,7 @@ class Metrics:
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
             "de3_exit_layer",
-            "Exit layer of each text (0: embeddings), by reason",
+            "Exit layer of each text (0: embeddings), by reason; of a text with several windows, of the last that ran",
             ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
         )
@@ -249,11 +249,12 @@ class Metrics:
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
-            # Not those that a deadline cut short, or that ran deeper as out of distribution.
+            # Not those that a deadline cut short, that ran deeper as out of distribution, or in several windows.
             texts = sum(
                 item.rule.tau == choice.rule.tau
                 and item.outcome is not None
                 and item.outcome.reason != "deadline"
+                and not item.outcome.windows
                 for item in job.items
             )
             self._child(self.calibrated, model).inc(texts)
@@ -292,9 +293,10 @@ class Metrics:
 
         def observe(o: Outcome) -> None:
             layers[o.reason].observe(o.layer)
-            run.inc(o.layer)
-            saved.inc(depth - o.layer)
-            full_depth.inc(o.model_s * speedup(o.tokens, o.layer))
+            for part in o.windows or (o,):
+                run.inc(part.layer)
+                saved.inc(depth - part.layer)
+                full_depth.inc(part.model_s * speedup(part.tokens, part.layer))
             tokens.inc(o.tokens)
             entropy.observe(o.reading.entropy)
             if o.reading.distance_ratio is not None:

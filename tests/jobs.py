@@ -32,7 +32,10 @@ def job(
     """A job whose texts are predicted to take `full_s` seconds each through every layer."""
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(
-        predict=lambda _: next(full), predict_first_exit=lambda _: next(first), layer_s=lambda _: layer_s
+        predict=lambda *_: next(full),
+        predict_first_exit=lambda *_: next(first),
+        layer_s=lambda _: layer_s,
+        piece_s=0.0,
     )
     served: Any = SimpleNamespace(model=model, timing=timing, monitor=NO_MONITOR, max_group_s=max_group_s)
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)

@@ -105,6 +105,10 @@ def test_the_command_classifies_texts(server: Server) -> None:
         row["label"] for row in server.classify(input=["a good film", "a dull plot"], tau=0).json()["data"]
     ]
     assert "layer 3" in result.output
+    result = de3("a good film " * 60, "--tau", "0", "--long", "windows", "--url", server.url)
+    with Client(server.url) as client:
+        (row,) = client.classify("a good film " * 60, tau=0, long="windows").rows
+    assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in result.output
 
 
 def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Path) -> None:
@@ -139,6 +143,7 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
         (("good", "--url", "http://127.0.0.1:9"), "is it running"),
         (("good", "--url", "http://[x"), "no answer from the server"),
         (("good", "--tau", "7"), "the server answers 422: tau: "),
+        (("good film " * 60, "--long", "error"), "has 122 tokens, the model takes at most 64"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(server: Server, arguments: tuple[str, ...], says: str) -> None:

@@ -120,6 +120,23 @@ def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classif
     assert listed["thresholds"] == [0.5] * 3 and "edr" not in listed["signals"]
 
 
+def test_a_label_of_any_window_is_given(server: Server) -> None:
+    fill = "the a film " * 40
+    parts = [f"good {fill}", f"{fill} bad"]
+    long, *each = (
+        server.classify(input=text, tau=0, long="windows", explain=True).json()["data"][0]
+        for text in (" ".join(parts), *parts)
+    )
+    assert long["windows"]["run"] == long["windows"]["of"] > 3
+    last = [x for x in long["layers"] if x["layer"] == 3]
+    assert long["probs"] == [max(column) for column in zip(*(x["probs"] for x in last), strict=True)]
+    assert long["labels"] == [name for name, p in zip(NAMES, long["probs"], strict=True) if p > 0.5]
+    assert {"praise", "blame"} <= {label for row in (long, *each) for label in row["labels"]}
+    # Once each label is given, what is left cannot change that.
+    row = server.classify(input=" ".join(parts), tau=0, long="windows", thresholds=1e-9).json()["data"][0]
+    assert row["labels"] == NAMES and row["windows"]["run"] == 1
+
+
 def test_a_request_may_set_thresholds(server: Server) -> None:
     def labels(**options: Any) -> list[str]:
         answer = server.classify(input="a good film and a bad plot", tau=0, **options)

@@ -174,3 +174,25 @@ def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(speedup, "_run", run)
     (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)
     assert (row.said, row.was) == (pytest.approx(2.5), pytest.approx(3))
+
+
+@pytest.mark.slow
+def test_long_texts_are_compared_with_their_beginnings(store: Path, tmp_path: Path) -> None:
+    """Of texts that begin with fillers, windows tell more than truncation does."""
+    rows = [(f"{'the a film movie ' * 16} {text} {text}", label) for text, label in make_rows(60, 3)]
+    texts = write(tmp_path / "texts.jsonl", [*rows, *make_rows(20, 4)])
+    numbers = tmp_path / "numbers.json"
+    run(
+        f"loadtest study long {texts} --store {store} --model tiny --text-column text --max-tokens 64 "
+        f"--max-tokens 32 --json {numbers}"
+    )
+    found = json.loads(numbers.read_text())
+    assert {row["count"] for row in found if row["texts"] == "long" and row["max_tokens"] == 64} <= {29, 30}
+    for size in (64, 32):
+        at_0 = {
+            r["strategy"]: r for r in found if (r["max_tokens"], r["tau"], r["texts"]) == (size, 0, "long")
+        }
+        assert at_0["truncate"]["work"] == 1 and at_0["truncate"]["accuracy"] < 0.7
+        every, exact = at_0["all: mean by new tokens"], at_0["until settled exactly"]
+        assert every["unlike_all"] == exact["unlike_all"] == 0
+        assert 1 <= exact["work"] <= every["work"] > 1 and at_0["last window"]["difference"] > 0.1

@@ -233,3 +233,60 @@ def speedup(
     columns = ["requests/s", "reported", "measured", "error"]
     cells = [[r.rate, f"{r.said:.2f}", f"{r.was:.2f}", f"{100 * (r.said / r.was - 1):+.0f}%"] for r in rows]
     _print(columns, cells, json_file, [asdict(r) for r in rows])
+
+
+@app.command("long")
+def long_texts(
+    texts: Annotated[list[Path], typer.Argument(help="Labelled texts, of one domain or several.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    label_column: LabelColumn = "label",
+    label_names: LabelNames = "",
+    max_tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a window; repeat for more. Default: the model's.", min=8),
+    ] = None,
+    overlap: Annotated[
+        float, typer.Option(help="Share of a window's tokens that the next one has too.", min=0, max=0.9)
+    ] = 0.25,
+    json_file: Json = None,
+) -> None:
+    """Long texts truncated against windows: accuracy and work, by how windows are combined and when that is settled.
+
+    Every other text chose the strategy; the others are reported.
+
+    Example: de3 loadtest study long books.csv --label-names negative,positive --max-tokens 512 --max-tokens 64
+    """
+    from dataclasses import replace
+
+    from exits.rule import ExitRule
+    from loadtest.studies import long as study
+    from loadtest.texts import read
+
+    loaded = _model(store, model)
+    manifest = loaded.manifest
+    if manifest.thresholds is not None:
+        raise ValueError(f"{model}: is a multi-label model; this study is of classes that exclude each other")
+    default = ExitRule(manifest.defaults.tau, manifest.default_signal)
+    columns, names = (text_column, label_column), _names(label_names)
+    rows = []
+    for size in max_tokens or [manifest.max_tokens]:
+        if size > manifest.max_tokens:
+            raise ValueError(f"--max-tokens {size}: at most {manifest.max_tokens} with {model}")
+        sets = {path.stem: study.record(loaded, read(path, *columns, names), size, overlap) for path in texts}
+        for tau in (0.0, default.tau):
+            served = study.EXPECTED if tau else study.EXACTLY
+            found = study.rows_of(sets, replace(default, tau=tau), served)
+            rows += [{"max_tokens": size, "tau": tau, **row} for row in found]
+    measured = ["chose", "accuracy", "− truncate", "windows", "work", "unlike all"]
+    cells = [
+        [
+            *(row["max_tokens"], f"{row['tau']:g}", f"{row['set']}, {row['count']} {row['texts']}"),
+            *(row["strategy"], f"{100 * row['chose']:+.2f}", f"{100 * row['accuracy']:.2f}"),
+            f"{100 * row['difference']:+.2f} ± {100 * row['interval']:.2f}",
+            *(f"{row['windows']:.2f}", f"{row['work']:.2f}×", f"{100 * row['unlike_all']:.2f}%"),
+        ]
+        for row in rows
+    ]
+    _print(["window", "τ", "texts", "strategy", *measured], cells, json_file, rows)

@@ -1,10 +1,14 @@
-"""How a text runs: tokenized, then layer by layer until it exits; alone, or in a group of short ones."""
+"""How a text runs: tokenized, then layer by layer until it exits; alone, or in a group of short ones.
+
+A text with several windows runs them one after the other, until its answer is settled (`exits/windows.py`).
+"""
 
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
 from exits.rule import ExitReason
-from model_store.segments import ForwardPass
+from exits.windows import EXPECTED_CHANGE
+from model_store.segments import ForwardPass, Tokens
 from server.engine.queue import WorkQueue
 from server.engine.work import Item, Outcome
 from server.errors import RequestError
@@ -15,14 +19,33 @@ Result = Outcome | Exception
 
 
 def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _: None) -> Outcome | None:
-    """Run one text through the layers until it exits. Calls `occupy(seconds)` before each stretch that cannot
-    be preempted.
+    """Run one text through the layers until it exits, window by window if it has several. Calls `occupy(seconds)`
+    before each stretch that cannot be preempted.
 
     None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
     """
-    job, model, rule = item.job, item.job.model, item.job.choice.rule
     if item.tokens is None and not _tokenize(item, queue, occupy):
         return None
+    while True:
+        reason = _run_layers(item, queue, occupy)
+        if reason is None:
+            return None
+        if item.combination is None:
+            return _outcome(item, reason)
+        item.end_window()
+        change = EXPECTED_CHANGE if item.rule.tau > 0 else 1.0
+        if reason == "deadline" or item.combination.is_settled(change):
+            return _outcome(item, reason)
+        if item.job.is_dropped:
+            return None
+        if queue.has_more_urgent_than(item):
+            queue.requeue(item)
+            return None
+
+
+def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> ExitReason | None:
+    """Run a text's window through the layers until it exits, and say why; None as in run()."""
+    job, model, rule = item.job, item.job.model, item.job.choice.rule
     assert item.tokens is not None
     started = last = perf_counter()
     deepest = model.deepest_exit(rule.max_layer)
@@ -31,13 +54,17 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
     layer_s = job.served.timing.layer_s(len(item.tokens))
     reason: ExitReason | None = None
     for layer in range(item.layer, deepest + 1):
-        if item.ends is not None and item.passed and perf_counter() + layer_s > item.ends:
+        if item.ends is not None and item.has_answer and perf_counter() + layer_s > item.ends:
             reason = "deadline"
             break
         occupy(layer_s)
         segment = model.segments[layer]
         asked = segment.is_exit and (may_leave_early or layer == deepest)
-        step = segment.embed(item.tokens, asked) if item.hidden is None else segment.run(item.hidden, asked)
+        if item.hidden is None:
+            item.num_tokens += len(item.tokens)
+            step = segment.embed(item.tokens, asked)
+        else:
+            step = segment.run(item.hidden, asked)
         item.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
@@ -59,7 +86,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
     item.model_s += now - started
     queue.charge(job, now - last)
     item.hidden = None
-    return _outcome(item, reason)
+    return reason
 
 
 def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
@@ -74,21 +101,28 @@ def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
 
 def _outcome(item: Item, reason: ExitReason | None) -> Outcome:
     assert item.tokens is not None and reason is not None
-    reading = item.passed[-1]  # at a deadline: the deepest answer so far
+    passed, num_windows = item.passed, 1
+    if item.windows is not None:
+        passed, num_windows = [r for window in item.ran for r in window.passed], len(item.windows)
+    reading = passed[-1]  # at a deadline: the deepest answer so far
+    if item.combination is not None:
+        reading = item.combination.reading(last=reading)
     pending_s = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s
     if item.is_sampled and item.job.monitor is not None:
-        item.job.monitor.sample(item.passed[0])
+        item.job.monitor.sample(passed[0])
     return Outcome(
         layer=reading.layer,
         reason=reason,
         reading=reading,
-        passed=item.passed,
-        tokens=len(item.tokens),
+        passed=passed,
+        tokens=item.num_tokens,
         truncated=item.tokens.truncated,
         queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
         tokenize_s=item.tokenize_s,
         model_s=item.model_s,
         is_far=item.is_far,
+        windows=item.ran,
+        num_windows=num_windows,
     )
 
 
@@ -97,19 +131,26 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
     if it is too long and may not be truncated."""
     job, text = item.job, item.text
     if item.tokenization is None:
-        item.tokenization = job.model.tokenizer.start(text.text, text.text_pair, job.request.truncate)
+        request = job.request
+        item.tokenization = job.model.tokenizer.start(
+            text.text, text.text_pair, request.truncate, request.windows
+        )
     while True:
         occupy(job.served.timing.piece_s)
         started = perf_counter()
         try:
-            item.tokens = item.tokenization.step()
+            tokens = item.tokenization.step()
         except ValueError as error:
             queue.charge(job, perf_counter() - started)
             raise _too_long(item, error) from None
         finally:
             spent = perf_counter() - started
             item.tokenize_s += spent
-        if item.tokens is not None:
+        if tokens is not None:
+            if isinstance(tokens, Tokens):
+                item.tokens = tokens
+            else:
+                item.split(tokens)
             item.tokenization = None
             queue.charge(job, spent)
             return True
@@ -143,6 +184,10 @@ def run_group(items: Sequence[Item]) -> tuple[list[tuple[Item, Result]], list[It
         job, rule = item.job, item.job.choice.rule
         if job.is_dropped:
             continue
+        if job.request.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
+            item.is_short = False
+            too_long.append(item)
+            continue
         try:
             tokens = model.tokenizer.short(encoding, item.text.text_pair is not None, job.request.truncate)
         except ValueError as error:
@@ -165,7 +210,7 @@ def run_group(items: Sequence[Item]) -> tuple[list[tuple[Item, Result]], list[It
         assert model.through is not None
         model.through([one for _, one in passes], monitor.limits if monitor else None)
     for item, one in passes:
-        item.model_s = one.seconds
+        item.model_s, item.num_tokens = one.seconds, len(one.tokens)
         results.append((item, _group_outcome(item, one)))
     return results, too_long
 

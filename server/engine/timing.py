@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter, thread_time
 
+from exits.windows import capacity, spans
 from model_store.model import Model
-from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE
+from model_store.tokenizer import PIECE, max_chars
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
+SPECIAL = 2  # tokens around a text
 CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
 # What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
 # looks at, which fall into single letters, and of which it tries each part.
@@ -28,7 +30,6 @@ class Timing:
         check: called before each run; what it raises ends the measuring. runs: of each text.
         """
         self._most = model.manifest.max_tokens
-        self._most_chars = MAX_CHARS_PER_TOKEN * self._most  # what is cut off costs nothing
         self._plain_s = _tokenizing(model, PLAIN, check, runs)  # a character
         self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
@@ -58,26 +59,33 @@ class Timing:
         deeper = max(0, layer - self._first_exit) * self.layer_s(tokens)
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
-    def predict(self, chars: int) -> float:
-        """Seconds for a text of so many characters through every layer.
+    def predict(self, chars: int, windows: int = 1) -> float:
+        """Seconds for a text of so many characters through every layer, in at most so many windows, each of which runs.
 
         A long text is assumed to be tokenized at the slowest rate. For short ones that would be far too much,
         and they run in groups.
         """
-        seconds = self.full_depth_s(_tokens(chars))
-        return seconds + (self._tokenizer_s(chars) if chars > PIECE else self._plain_s * chars)
+        tokens = _tokens(chars)
+        if windows > 1 and tokens > self._most:
+            room = self._most - SPECIAL
+            parts = spans(min(tokens - SPECIAL, capacity(room, windows)), room)
+            seconds = sum(self.full_depth_s(part.end - part.start + SPECIAL) for part in parts)
+        else:
+            seconds = self.full_depth_s(tokens)
+        return seconds + (self._tokenizer_s(chars, windows) if chars > PIECE else self._plain_s * chars)
 
     @property
     def piece_s(self) -> float:
         """Seconds that tokenizing a piece of a long text takes at most."""
         return 2 * PIECE * self._char_s
 
-    def predict_first_exit(self, chars: int) -> float:
-        """Seconds for a text of so many characters to the first exit, tokenized at the slowest rate."""
-        return self.first_exit_s(_tokens(chars)) + self._tokenizer_s(chars)
+    def predict_first_exit(self, chars: int, windows: int = 1) -> float:
+        """Seconds for a text of so many characters to the first exit, in its first window if it has several, tokenized
+        at the slowest rate."""
+        return self.first_exit_s(_tokens(chars)) + self._tokenizer_s(chars, windows)
 
-    def _tokenizer_s(self, chars: int) -> float:
-        return self._char_s * min(chars, self._most_chars)
+    def _tokenizer_s(self, chars: int, windows: int) -> float:
+        return self._char_s * min(chars, max_chars(self._most, windows))  # what is cut off costs nothing
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
@@ -89,7 +97,7 @@ class Timing:
 
 
 def _tokens(chars: int) -> int:
-    return 2 + chars // CHARS_PER_TOKEN
+    return SPECIAL + chars // CHARS_PER_TOKEN
 
 
 def run_longest(models: Sequence[Model]) -> None:

@@ -10,10 +10,11 @@ from typing import ClassVar
 
 from exits.reading import Reading
 from exits.rule import ExitReason, ExitRule
+from exits.windows import Combination
 from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.segments import Array, Tokens
-from model_store.tokenizer import PIECE, Tokenization
+from model_store.tokenizer import PIECE, Tokenization, Windows
 from server.engine.timing import Timing
 from server.ood import OodMonitor
 from server.rules import Choice, Rules
@@ -48,6 +49,7 @@ class Request:
         model: name or name:version; None: the server's default.
         explain: report every exit passed.
         ood: report how unlike the calibration's texts a text is.
+        windows: the most windows that a text is split into if it is longer than one.
         client: whose request it is: the engine's time is shared between clients.
         expires_at: when its time is up (perf_counter seconds); None: after the server's `timeout_s` from now.
         served, job: the model, and what runs it, once they are known: whoever reports on a failed request finds
@@ -62,6 +64,7 @@ class Request:
     truncate: bool = True
     explain: bool = False
     ood: bool = False
+    windows: int = 1
     client: str = ""
     expires_at: float | None = None
     served: "Served | None" = None
@@ -95,13 +98,27 @@ class Served:
         return 0.0 if self.model.through is None else MAX_GROUP_S
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window that ran, of a text that has several; fields as in Outcome."""
+
+    layer: int
+    passed: list[Reading]
+    tokens: int
+    model_s: float
+
+
 @dataclass(slots=True)
 class Outcome:
     """Where and why an item left, and what it cost (seconds).
 
     Attributes:
-        layer: the exit's layer.
-        passed: the reading of every exit passed, the last one being where it left.
+        layer: the exit's layer; of several windows, that of the last one.
+        reading: the answer; of several windows the combined one, with the signals of the last one.
+        passed: the reading of every exit passed, the last one being where it left; of several windows, of all that ran.
+        tokens: of the windows that ran.
+        windows: those that ran, of a text that has several.
+        num_windows: how many it has.
         is_far: whether it was far from every prototype at some exit.
     """
 
@@ -115,6 +132,8 @@ class Outcome:
     tokenize_s: float
     model_s: float
     is_far: bool = False
+    windows: Sequence[Window] = ()
+    num_windows: int = 1
 
 
 @dataclass(slots=True, eq=False)
@@ -127,12 +146,15 @@ class Item:
         first_exit_s: seconds that it is likely to take to its first exit; known with a deadline only.
         ends: when it must leave (perf_counter seconds), set as it starts; None: no deadline.
         layer: the next layer to run.
+        tokens: of the window that is running.
+        num_tokens: of what began to run: the text, or some of its windows.
+        windows, ran, combination: of a text that has several windows: all, those that ran, and their answer.
         tokenization: the state of its tokenization; None before it began, and when it is done.
         hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
         is_sampled: whether it counts for drift.
         is_short: whether it is tokenized in one step, and may be part of a group.
         rule: the job's, or a more cautious one once the text is_far from every prototype.
-        passed: the reading of every exit passed.
+        passed: the reading of every exit passed, in this window.
         outcome: there once it left.
     """
 
@@ -145,6 +167,10 @@ class Item:
     ends: float | None = None
     layer: int = 0
     tokens: Tokens | None = None
+    num_tokens: int = 0
+    windows: Windows | None = None
+    ran: list[Window] = field(default_factory=list)
+    combination: Combination | None = None
     hidden: Array | None = None
     tokenization: Tokenization | None = None
     rule: ExitRule = field(init=False)
@@ -166,6 +192,29 @@ class Item:
     def asks_all_exits(self) -> bool:
         """Whether every exit is evaluated, even those at which it may not exit."""
         return self.job.asks_all_exits or self.is_sampled
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether it passed an exit, in this window or one before."""
+        return bool(self.passed or self.ran)
+
+    def split(self, windows: Windows) -> None:
+        """Run in several windows, the first of them next; no group takes such a text."""
+        thresholds = self.rule.thresholds
+        weights = [span.new for span in windows.spans]
+        self.combination = Combination(weights, None if thresholds is None else thresholds.logits)
+        self.windows, self.is_short = windows, False
+        self.tokens = windows[0]
+
+    def end_window(self) -> None:
+        """Record the window that ran; the next one, if there is one, runs next."""
+        assert self.windows is not None and self.combination is not None and self.tokens is not None
+        if self.passed:  # else its deadline came before its first exit
+            seconds = self.model_s - sum(window.model_s for window in self.ran)
+            self.ran.append(Window(self.passed[-1].layer, self.passed, len(self.tokens), seconds))
+            self.combination.add(self.passed[-1])
+        if len(self.ran) < len(self.windows):
+            self.layer, self.hidden, self.passed, self.tokens = 0, None, [], self.windows[len(self.ran)]
 
     def record(self, reading: Reading) -> None:
         """Score and keep an exit's reading; once a text is out of distribution, lower its τ."""
@@ -223,11 +272,11 @@ class Job:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
         due, self.items = self.submitted, []
         for index, text in enumerate(request.texts):
-            predicted_s = timing.predict(text.chars)
+            predicted_s = timing.predict(text.chars, request.windows)
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
             if budget_s is not None:
-                item.first_exit_s = timing.predict_first_exit(text.chars)
+                item.first_exit_s = timing.predict_first_exit(text.chars, request.windows)
             self.items.append(item)
         self._left = len(self.items)
 
@@ -256,8 +305,8 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Tokens of its texts, as far as they are known."""
-        return sum(len(item.tokens) for item in self.items if item.tokens)
+        """Tokens of its texts, as far as they ran."""
+        return sum(item.num_tokens for item in self.items)
 
     @property
     def finished(self) -> int:

@@ -6,11 +6,12 @@ from itertools import islice
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from exits.reading import Reading
 from exits.signals import edr
-from server.engine.work import Item, Job, Request, Text
+from exits.windows import MAX_WINDOWS
+from server.engine.work import Item, Job, Outcome, Request, Text
 from server.http import hugging_face, sglang
 from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
 from server.http.protocol import Call, Protocol
@@ -75,6 +76,7 @@ class TextPair(BaseModel):
 # For the schema; `_texts` does the work, without a model for each text.
 OneText = Annotated[str, Field(min_length=1)] | TextPair
 OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
+Long = Literal["truncate", "windows", "error"]
 
 
 class ClassifyFields(OptionFields):
@@ -88,9 +90,27 @@ class ClassifyFields(OptionFields):
     input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"
     )
-    truncate: bool = Field(True, description="cut texts that are too long instead of refusing them")
+    truncate: bool = Field(True, description="false: long is error")
+    long: Long | None = Field(
+        None,
+        description="what to do with texts that are longer than the model takes: truncate (the default), windows (run "
+        "overlapping windows until their combined answer is settled), or error",
+    )
     explain: bool = Field(False, description="report every exit passed")
     ood: bool = Field(False, description="report how unlike the calibration's texts a text is, as ood_score")
+
+    @model_validator(mode="after")
+    def _check_long(self) -> "ClassifyFields":
+        if (
+            self.long is not None
+            and "truncate" in self.model_fields_set
+            and self.truncate == (self.long == "error")
+        ):
+            raise ValueError(
+                f"long: {self.long} contradicts truncate: {str(self.truncate).lower()}; give one of them "
+                "(truncate: false is the same as long: error)"
+            )
+        return self
 
 
 class ClassifyRequest(ClassifyFields):
@@ -148,7 +168,13 @@ def _with_all_fields(value: dict[str, Any]) -> Classification:
 
 def _request(fields: ClassifyFields) -> Classification:
     return Classification(
-        fields.input, fields.options, fields.model, fields.truncate, fields.explain, fields.ood
+        fields.input,
+        fields.options,
+        fields.model,
+        fields.truncate and fields.long != "error",
+        fields.explain,
+        fields.ood,
+        MAX_WINDOWS if fields.long == "windows" else 1,
     )
 
 
@@ -170,7 +196,8 @@ def serialize(request_id: str, job: Job) -> bytes:
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     certificate = job.served.rules.certificate(job.choice)
-    if certificate is not None:
+    # It speaks of texts that are one window.
+    if certificate is not None and not any(item.windows for item in job.items):
         body["certificate"] = certificate
     if request.explain:
         body["tau_choice"] = job.choice.row()
@@ -206,6 +233,9 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
         row["top"] = [{"label": manifest.labels[k], "prob": values[k]} for k in best]
     if outcome.truncated:
         row["truncated"] = True
+    if outcome.windows:
+        layers = [window.layer for window in outcome.windows]
+        row["windows"] = {"run": len(layers), "of": outcome.num_windows, "layers": layers}
     if request.ood:
         row["ood_score"] = job.served.monitor.score(outcome.passed)
     if outcome.is_far:
@@ -217,10 +247,18 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
                 **_signals(r, lam),
                 "label": manifest.labels[r.label],
                 "probs": r.logits if request.raw else r.probs,
+                **place,
             }
-            for r in outcome.passed
+            for r, place in _passed(outcome)
         ]
     return row
+
+
+def _passed(outcome: Outcome) -> list[tuple[Reading, dict[str, int]]]:
+    """The reading of every exit passed, and of a text with several windows in which one."""
+    if not outcome.windows:
+        return [(reading, {}) for reading in outcome.passed]
+    return [(r, {"window": n}) for n, window in enumerate(outcome.windows) for r in window.passed]
 
 
 def _signals(reading: Reading, lam: float) -> dict[str, Any]:

@@ -105,7 +105,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         if connection is not None:
             connection.on_gone = None
         if request.job is not None:
-            tokens = (len(item.tokens) for item in request.job.items if item.tokens)
+            tokens = (item.num_tokens for item in request.job.items)
             charge.settle(sum(-(-count // TOKENS_PER_TEXT) for count in tokens))
 
 

@@ -37,6 +37,7 @@ _REQUESTS = {
     "within 8 ms": {"input": "a warm , funny , engaging film", "latency_budget_ms": 8},
     "at most 2% disagreement": {"input": "a warm , funny , engaging film", "max_disagreement": 0.02},
     "out of distribution?": {"input": "the battery lasts two days", "ood": True},
+    "a long text": {"input": "it begins slowly , and then it does not end . " * 60, "long": "windows"},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
 _ANSWER = {
@@ -122,7 +123,7 @@ CLASSIFY: dict[str, Any] = {
 
 
 class Exit(BaseModel):
-    """Where a text exited, and why."""
+    """Where a text exited, and why; of a text with several windows, the last that ran."""
 
     layer: int = Field(description="0 is the embeddings")
     num_layers: int
@@ -137,7 +138,7 @@ class Exit(BaseModel):
 
 
 class PassedExit(BaseModel):
-    """An exit that a text passed, the last of them the one where it left."""
+    """An exit that a text passed, the last of them the one where it left; of each window that ran."""
 
     layer: int
     label: str
@@ -146,6 +147,15 @@ class PassedExit(BaseModel):
     entropy: float
     distance_ratio: float | None
     edr: float | None
+    window: int | None = Field(None, description="of a text with several windows: in which one, from 0")
+
+
+class Windows(BaseModel):
+    """The windows of a text that is longer than the model takes."""
+
+    run: int = Field(description="how many ran until the answer was settled")
+    of: int = Field(description="how many the text has")
+    layers: list[int] = Field(description="where each one that ran exited")
 
 
 class TopLabel(BaseModel):
@@ -166,6 +176,7 @@ class ClassifiedText(BaseModel):
     labels: list[str] = Field([], description="of a multi-label model: those above their threshold")
     top: list[TopLabel] = Field([], description="with top_k: the most probable labels, in this order")
     truncated: bool = Field(False, description="whether the text was cut")
+    windows: Windows | None = Field(None, description="with long: windows, of a text that has several")
     ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")
     out_of_distribution: bool = Field(False, description="whether it was far from every prototype at an exit")
     layers: list[PassedExit] = Field([], description="with explain: every exit passed")

@@ -1,0 +1,410 @@
+"""Texts longer than a window: the windows, their combined answer, when it is settled; in the engine and over HTTP."""
+
+import random
+from collections.abc import Iterator
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits.reading import Reading, read, read_labels
+from exits.rule import ExitRule
+from exits.signals import Edr
+from exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, spans
+from model_store.model import Model
+from model_store.segments import Tokens
+from model_store.store import Store
+from model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
+from server.engine import run as engine
+from server.engine.work import Item, Job, Outcome
+from server.rules import Choice
+from tests import jobs
+from tests.conftest import BAD, FILLER, GOOD
+from tests.serving import Server, serving
+from tests.test_tokenizer import MADE, texts
+
+ROOM = 62  # of the tests' models, for one text
+
+
+def words(number: int, seed: int = 0) -> str:
+    """A text of so many words of one token each, good ones and then bad ones."""
+    rng = random.Random(seed)
+    return " ".join(
+        rng.choice(FILLER if rng.random() < 0.7 else GOOD if n < number / 3 else BAD) for n in range(number)
+    )
+
+
+# The windows, and what they say together.
+
+
+@given(tokens=st.integers(1, 3000), room=st.integers(1, 200))
+def test_windows_cover_a_text_and_overlap(tokens: int, room: int) -> None:
+    assert spans(100, 60) == [Span(0, 60, 60), Span(45, 100, 40)]
+    found = spans(tokens, room)
+    assert found[0].start == 0 and found[-1].end == tokens
+    assert all(span.end - span.start == room for span in found[:-1])
+    for before, after in pairwise(found):
+        assert before.end - after.start == int(OVERLAP * room)
+        assert after.new == after.end - before.end > 0
+    assert sum(span.new for span in found) == tokens
+    assert capacity(room, len(found)) >= tokens and (
+        len(found) == 1 or capacity(room, len(found) - 1) < tokens
+    )
+
+
+def reading(logits: list[float]) -> Reading:
+    return read(3, logits, None)
+
+
+logits = st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4)
+rows = st.lists(st.tuples(st.integers(1, 500), logits), min_size=1, max_size=8)
+
+
+@given(rows=rows, classes=st.integers(2, 4), ran=st.integers(1, 8), against=st.integers(0, 3))
+def test_a_settled_label_is_final_whatever_follows(
+    rows: list[tuple[int, list[float]]], classes: int, ran: int, against: int
+) -> None:
+    """Also if all that follows is sure of the same other class."""
+    combination = Combination([weight for weight, _ in rows])
+    for _, values in rows[:ran]:
+        combination.add(reading(values[:classes]))
+    label = combination.reading(reading(rows[0][1][:classes])).label
+    settled = combination.is_settled()
+    assert settled or ran < len(rows)
+    assert combination.is_settled(0.5) or not settled
+    for _, values in rows[ran:]:
+        sure = [900.0 if k == against % classes else 0.0 for k in range(classes)]
+        combination.add(reading(sure if against % 2 else values[:classes]))
+    after = combination.reading(reading(rows[0][1][:classes]))
+    assert after.label == label or not settled
+    assert sum(after.probs) == pytest.approx(1) and combination.is_settled()
+
+
+@given(rows=rows, ran=st.integers(1, 8), limits=logits)
+def test_settled_labels_are_final_too(
+    rows: list[tuple[int, list[float]]], ran: int, limits: list[float]
+) -> None:
+    combination = Combination([weight for weight, _ in rows], limits)
+    readings = [read_labels(3, values, limits) for _, values in rows]
+    for one in readings[:ran]:
+        combination.add(one)
+    before, settled = combination.reading(readings[0]), combination.is_settled()
+    for one in readings[ran:]:
+        combination.add(one)
+    after = combination.reading(readings[0])
+    assert settled == (ran >= len(rows) or before.labels == [0, 1, 2, 3])
+    assert after.labels == before.labels or not settled
+    # A label is given if any window gives it; its probability is the highest.
+    assert set(after.labels or []) == {k for one in readings for k in one.labels or []}
+    assert after.probs == [max(column) for column in zip(*(one.probs for one in readings), strict=True)]
+    assert after.label == max(range(4), key=after.logits.__getitem__)
+
+
+def test_the_mean_is_weighted_by_new_tokens_and_may_be_settled_early() -> None:
+    combination = Combination([60, 30, 10])
+    combination.add(reading([0.0, 2.0]))  # 0.119, 0.881: leads by 60 · 0.762, which 40 others cannot reach
+    assert combination.is_settled()
+    combination.add(reading([0.0, 0.0]))
+    row = combination.reading(reading([0.0, 0.0]))
+    p = reading([0.0, 2.0]).probs[1]
+    assert row.probs[1] == pytest.approx((60 * p + 30 * 0.5) / 90) and row.label == 1
+    assert reading(row.logits).probs == pytest.approx(row.probs)
+    combination = Combination([50, 50])
+    combination.add(reading([0.0, 2.0]))
+    assert not combination.is_settled() and combination.is_settled(0.75)
+    combination = Combination([50, 50])
+    combination.add(reading([0.0, 800.0]))  # a tie would be possible, and goes to the first class
+    assert not combination.is_settled()
+
+
+# Tokens.
+
+
+@pytest.mark.parametrize("kind", MADE)
+@settings(max_examples=25, deadline=None)
+@given(text=texts, room=st.sampled_from([12, 60, 510]))
+def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: int) -> None:
+    tokenizer = MADE[kind]
+    limit = room + tokenizer.num_special_tokens_to_add(False)
+    ours = TextTokenizer(tokenizer, limit)
+    found = ours.start(text, None, True, MAX_WINDOWS).all()
+    most = max_chars(limit, MAX_WINDOWS)
+    whole = tokenizer.encode(text[:most], add_special_tokens=False).ids
+    if isinstance(found, Tokens):
+        assert len(whole) <= room and found.truncated == (len(text) > most)
+        alone = ours.start(text, None, True).all()
+        if len(text) <= max_chars(limit):  # exactly as without windows
+            assert isinstance(alone, Tokens)
+            assert (found.ids == alone.ids).all() and (found.type_ids == alone.type_ids).all()
+        return
+    assert len(whole) > room and 1 < len(found) <= MAX_WINDOWS
+    assert list(found.spans) == spans(min(len(whole), capacity(room, MAX_WINDOWS)), room)
+    assert found.truncated == (len(whole) > capacity(room, MAX_WINDOWS) or len(text) > most)
+    for n, span in enumerate(found.spans):
+        ids, types = ours.frames[False].around([whole[span.start : span.end]])
+        assert found[n].ids[0].tolist() == ids and found[n].type_ids[0].tolist() == types
+        assert len(found[n]) <= limit and found[n].truncated == found.truncated
+
+
+def test_no_piece_of_windows_is_long_and_there_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, pieces = TextTokenizer(MADE["wordpiece"], 64), []
+    encode = TextTokenizer.encode
+
+    def counting(self: TextTokenizer, batch: list, special: bool = True) -> list:
+        pieces.extend(len(a) + len(b or "") for a, b in batch)
+        return encode(self, batch, special)
+
+    monkeypatch.setattr(TextTokenizer, "encode", counting)
+    for text, is_cut in (
+        ("a " * 100_000, True),
+        ("." * 100_000, True),
+        (" " * 10_239 + "a", False),  # 10 characters for each token of 16 windows
+        (" " * 10_240 + "a", True),
+        ("good film " * 380, False),
+    ):
+        pieces.clear()
+        found = tokenizer.start(text, None, True, MAX_WINDOWS).all()
+        assert max(pieces) <= 2 * PIECE and found.truncated == is_cut
+        assert isinstance(found, Tokens) == text.startswith(" ")
+        read = sum(pieces)
+        assert read <= 10_240 and (
+            not text.startswith("a ") or read < 2 * capacity(62, MAX_WINDOWS) + 2 * PIECE
+        )
+
+
+def test_the_shorter_text_of_a_pair_is_whole_in_every_window() -> None:
+    tokenizer = TextTokenizer(MADE["wordpiece"], 64)
+    room = 64 - tokenizer.frames[True].size
+    long, short = "good film " * 250, "a film " * 10
+    ids = {text: tokenizer.encode([(text, None)], special=False)[0].ids for text in (long, short)}
+    for pair in ((long, short), (short, long)):
+        found = tokenizer.start(*pair, True, MAX_WINDOWS).all()
+        assert isinstance(found, Windows) and list(found.spans) == spans(500, room - 20)
+        for n, span in enumerate(found.spans):
+            parts = [ids[t][span.start : span.end] if t is long else ids[t] for t in pair]
+            assert found[n].ids[0].tolist() == tokenizer.frames[True].around(parts)[0]
+    most = int(MAX_SHORTER * room)
+    assert isinstance(tokenizer.start(long, "film " * most, True, 16).all(), Windows)
+    says = f"the shorter text has more than {most} tokens, the most allowed"
+    for text in (long, "film " * (most + 1)):  # in pieces, and in one
+        with pytest.raises(ValueError, match=says):
+            tokenizer.start(text, "film " * (most + 1), True, 16).all()
+
+
+# In the engine.
+
+
+@pytest.fixture(scope="module")
+def model(store: Path) -> Model:
+    return Model(Store(store).open("tiny"))
+
+
+class Busy:
+    """A queue in which something more urgent is pending as often as it is asked, or never."""
+
+    def __init__(self, is_busy: bool) -> None:
+        self.is_busy, self.requeued, self.charged = is_busy, 0, 0.0
+
+    def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
+        self.charged += seconds
+        return self.is_busy
+
+    def requeue(self, item: Item) -> None:
+        self.requeued += 1
+
+    def charge(self, job: Job, seconds: float) -> None:
+        self.charged += seconds
+
+
+def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
+    job = jobs.job([text], [1.0], model=model, **options)
+    job.choice = Choice(ExitRule(tau, Edr(1.0)), "tau")
+    job.request.windows = MAX_WINDOWS
+    job.asks_all_exits = "first_exit_s" in options
+    (item,) = job.items
+    item.rule = job.choice.rule
+    return item
+
+
+def run(item: Item, queue: Any) -> Outcome:
+    while (outcome := engine.run(item, queue)) is None:
+        pass
+    return outcome
+
+
+def by_hand(model: Model, text: str, tau: float) -> list[Reading]:
+    """Where each window leaves, by the plain model and the rule."""
+    ids = model.tokenizer.encode([(text, None)], special=False)[0].ids
+    rule, left = ExitRule(tau, Edr(1.0)), []
+    for span in spans(len(ids), ROOM):
+        inside, types = model.tokenizer.frames[False].around([ids[span.start : span.end]])
+        tokens = Tokens(np.array([inside], np.int64), np.array([types], np.int64), False)
+        passed: list[Reading] = []
+        for layer, step in enumerate(model.full_depth(tokens)):
+            assert step.logits is not None
+            distances = None if step.distances is None else step.distances.tolist()
+            passed.append(rule.read(layer, step.logits.tolist(), distances))
+            if rule.exits(rule.signal.score(passed)):
+                break
+        left.append(passed[-1])
+    return left
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.2])
+def test_a_text_runs_window_by_window_and_preemption_changes_no_bit(model: Model, tau: float) -> None:
+    text, free, busy = words(400), Busy(False), Busy(True)
+    alone, often = run(item_of(model, text, tau), free), run(item_of(model, text, tau), busy)
+    left = by_hand(model, text, tau)
+    assert 1 < len(alone.windows) <= alone.num_windows == len(left)
+    assert [w.layer for w in alone.windows] == [r.layer for r in left[: len(alone.windows)]]
+    combination = Combination([span.new for span in spans(400, ROOM)])
+    for one in left[: len(alone.windows)]:
+        combination.add(one)
+    assert alone.reading.probs == combination.reading(left[0]).probs
+    assert alone.layer == left[len(alone.windows) - 1].layer
+    assert (often.reading.probs, often.passed) == (alone.reading.probs, alone.passed)
+    assert alone.tokens == often.tokens == sum(w.tokens for w in alone.windows)
+    assert alone.model_s == pytest.approx(sum(w.model_s for w in alone.windows))
+    pieces, layers = len(text) // PIECE, sum(w.layer for w in alone.windows)
+    assert free.requeued == 0 and busy.requeued >= pieces - 1 + layers + len(alone.windows) - 1
+
+
+def test_at_tau_0_no_window_that_is_left_out_could_change_the_label(model: Model) -> None:
+    left_out = 0
+    for seed in range(12):
+        text = words(150 + 40 * seed, seed)
+        found = run(item_of(model, text), Busy(False))
+        combination = Combination([span.new for span in spans(150 + 40 * seed, ROOM)])
+        for one in by_hand(model, text, 0.0):
+            combination.add(one)
+        assert found.reading.label == combination.reading(found.reading).label
+        left_out += found.num_windows - len(found.windows)
+    assert left_out > 0
+
+
+def test_a_deadline_keeps_the_answer_of_what_ran(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, depths = words(200), []
+    for ends in (0, 10, 20, 30, 40, 10_000):
+        clock = count()
+        monkeypatch.setattr(engine, "perf_counter", lambda clock=clock: float(next(clock)))
+        item = item_of(model, text, first_exit_s=[0.1], budget_s=1.0)
+        item.ends = float(ends)
+        found = run(item, Busy(False))
+        combination = Combination([span.new for span in spans(200, ROOM)])
+        for window in found.windows:
+            combination.add(window.passed[-1])
+        assert found.reading.probs == combination.reading(found.reading).probs
+        assert found.reason == "deadline" or combination.is_settled()
+        assert [w.layer for w in found.windows[:-1]] == [3] * (len(found.windows) - 1)
+        assert found.tokens >= sum(w.tokens for w in found.windows)
+        depths.append(sum(1 + w.layer for w in found.windows))
+    assert depths == sorted(depths) and depths[0] == 1 and len(set(depths)) > 3
+
+
+def test_a_dropped_job_stops_between_its_layers(model: Model) -> None:
+    item, queue = item_of(model, words(200)), Busy(True)
+    while engine.run(item, queue) is None and len(item.ran) < 1:
+        pass
+    item.job.is_dropped = True
+    before = len(item.ran)
+    assert engine.run(item, queue) is None and len(item.ran) == before and item.outcome is None
+
+
+# Over HTTP.
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-int8"])
+def server(store: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    with serving(store, models=[request.param], threads=2) as running:
+        yield running
+
+
+def test_a_long_text_is_answered_by_its_windows(server: Server) -> None:
+    long = words(150)
+    name = server.service.models.all[0].model.full_name
+    runs = {m: server.metric(m, model=name) for m in ("de3_layers_run_total", "de3_exit_layer_count")}
+    answer = server.classify(input=["a good film", long, "dull"], long="windows", tau=0, explain=True).json()
+    short, row, last = answer["data"]
+    assert "windows" not in short and "windows" not in last
+    assert row["windows"]["of"] == 3 and set(row["windows"]["layers"]) == {3} and "truncated" not in row
+    ran = row["windows"]["run"]
+    assert [x["window"] for x in row["layers"]] == [n for n in range(ran) for _ in range(4)]
+    weights = [span.new for span in spans(150, ROOM)]
+    each = [x["probs"] for x in row["layers"] if x["layer"] == 3]
+    mean = [sum(w * p[k] for w, p in zip(weights, each, strict=False)) / sum(weights[:ran]) for k in (0, 1)]
+    assert row["probs"] == pytest.approx(mean)
+    assert (
+        answer["usage"]["prompt_tokens"] == sum(s.end - s.start + 2 for s in spans(150, ROOM)[:ran]) + 5 + 3
+    )
+    # Each text counts once, and every window's layers do.
+    assert server.metric("de3_exit_layer_count", model=name) - runs["de3_exit_layer_count"] == 3
+    assert server.metric("de3_layers_run_total", model=name) - runs["de3_layers_run_total"] == 3 * (2 + ran)
+
+
+def test_what_fits_is_answered_as_ever(server: Server) -> None:
+    fits = [words(n, n) for n in (1, 5, 30, 61, 62)]
+    for options in ({"tau": 0}, {}, {"tau": 0.3, "explain": True}):
+        ever = server.classify(input=fits, **options).json()["data"]
+        assert server.classify(input=fits, long="windows", **options).json()["data"] == ever
+        assert server.classify(input=fits, long="truncate", **options).json()["data"] == ever
+        assert server.classify(input=fits, long="error", **options).json()["data"] == ever
+
+
+def test_a_text_has_at_most_so_many_windows(server: Server) -> None:
+    row = server.classify(input=words(2000), long="windows", tau=0).json()["data"][0]
+    assert row["windows"]["of"] == MAX_WINDOWS and row["truncated"] is True
+    row = server.classify(input=words(capacity(ROOM, MAX_WINDOWS)), long="windows", tau=0).json()["data"][0]
+    assert row["windows"]["of"] == MAX_WINDOWS and "truncated" not in row
+    pair = {"text": words(500), "text_pair": "a good film"}
+    row = server.classify(input=pair, long="windows").json()["data"][0]
+    assert row["windows"]["of"] == len(spans(500, 64 - 3 - 3))
+    refused = server.classify(input=["good", {**pair, "text_pair": words(40)}], long="windows")
+    assert refused.status_code == 422
+    error = refused.json()["error"]
+    assert error["param"] == "input[1]" and "the shorter text has more than 30 tokens" in error["message"]
+
+
+def test_long_and_truncate_must_not_contradict(server: Server) -> None:
+    long = words(100)
+    for truncate, what in ((False, "truncate"), (False, "windows"), (True, "error")):
+        refused = server.classify(input="good", truncate=truncate, long=what)
+        assert refused.status_code == 422 and refused.json()["error"]["param"] == "long"
+        assert (
+            f"long: {what} contradicts truncate: {str(truncate).lower()}"
+            in refused.json()["error"]["message"]
+        )
+    for options in ({"truncate": False}, {"long": "error"}, {"long": "error", "truncate": False}):
+        refused = server.classify(input=long, **options)
+        assert refused.status_code == 422 and "102 tokens, the model takes at most 64" in refused.text
+    for options in ({"truncate": True}, {"long": "truncate"}, {"long": None}, {}):
+        assert server.classify(input=long, **options).json()["data"][0]["truncated"] is True
+    assert server.classify(input=long, long="windows", truncate=True).json()["data"][0]["windows"]["of"] == 2
+    error = server.classify(input="good", long="cut").json()["error"]
+    assert error["param"] == "long" and "'truncate', 'windows' or 'error'" in error["message"]
+
+
+def test_a_certificate_speaks_of_single_windows(server: Server) -> None:
+    options = {"max_disagreement": 0.5, "long": "windows"}
+    assert "certificate" in server.classify(input=["good", "bad"], **options).json()
+    assert "certificate" not in server.classify(input=["good", words(100)], **options).json()
+    name = server.service.models.all[0].model.full_name
+    before = server.metric("de3_calibrated_texts_total", model=name)
+    server.classify(input=["good", words(100)], **options)
+    assert server.metric("de3_calibrated_texts_total", model=name) == before + 1
+
+
+def test_windows_are_predicted(server: Server) -> None:
+    timing = server.service.models.all[0].timing
+    chars = 4 * 300
+    one, many = timing.predict(chars), timing.predict(chars, MAX_WINDOWS)
+    tokenizing = timing.predict(chars) - timing.full_depth_s(300)
+    sizes = [span.end - span.start + 2 for span in spans(300, ROOM)]
+    assert many - tokenizing == pytest.approx(sum(timing.full_depth_s(n) for n in sizes)) and many > one
+    assert timing.predict(100, MAX_WINDOWS) == timing.predict(100)
+    longest = timing.predict(10**6, MAX_WINDOWS)
+    assert longest == timing.predict(10**7, MAX_WINDOWS) > timing.predict(10**6)
+    assert timing.predict_first_exit(10**6, MAX_WINDOWS) > timing.predict_first_exit(10**6)
