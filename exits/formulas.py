@@ -79,6 +79,16 @@ def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
     return np.stack([np.ones_like(h), margin, h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
 
 
+def value_features(values: ArrayLike) -> Floats:
+    """What `exits.signals.Risk` weighs of a regression model, (..., exits, 5), of its exits' values, (..., exits).
+
+    1, step, log step, value, value², where the step is the distance from the exit before; 0 at the first exit.
+    """
+    y = np.asarray(values, dtype=np.float64)
+    step = np.abs(np.diff(y, axis=-1, prepend=y[..., :1]))
+    return np.stack([np.ones_like(y), step, np.log(np.maximum(step, 1e-12)), y, y * y], -1)
+
+
 def label_entropy(logits: ArrayLike) -> Floats:
     """Entropy of K independent labels with the probabilities σ(logits), (..., K), divided by K·log 2, shape (...)."""
     far = np.abs(np.asarray(logits, dtype=np.float64))

@@ -100,16 +100,17 @@ def edr(reading: Reading, lam: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Risk:
-    """The probability that this exit's label is not that of full depth.
+    """The probability that this exit's answer is not that of full depth.
 
     At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
     + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
-    nearest to its threshold); fitted by `exits.risk` on samples that were not
-    trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+    nearest to its threshold). Of a regression model z = w0 + w1·step + w2·log step + w3·value + w4·value², where the
+    step is the distance from the value of the exit before (0 at the first). Fitted by `exits.risk` on samples that were
+    not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
 
     Attributes:
-        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
-            prototypes.
+        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 of classes is 0 at an exit
+            without prototypes.
     """
 
     weights: tuple[Weights | None, ...]
@@ -128,6 +129,8 @@ class Risk:
         w = self.weights[reading.layer]
         if w is None:
             return None
+        if reading.value is not None:
+            return _logistic(_value_logit(w, reading.value, readings))
         h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
         z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
         if w[4] != 0.0:
@@ -135,7 +138,7 @@ class Risk:
                 return None
             ratio = SMALLEST if reading.distance_ratio < SMALLEST else reading.distance_ratio
             z += w[4] * log(ratio)
-        return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
+        return _logistic(z)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits)."""
@@ -143,6 +146,22 @@ class Risk:
         weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
+
+
+def _value_logit(w: Weights, value: float, readings: Sequence[Reading]) -> float:
+    before = readings[-2].value if len(readings) > 1 else None
+    step = abs(value - before) if before is not None else 0.0
+    return (
+        w[0]
+        + w[1] * step
+        + w[2] * log(SMALLEST if step < SMALLEST else step)
+        + w[3] * value
+        + w[4] * (value * value)
+    )
+
+
+def _logistic(z: float) -> float:
+    return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
 
 
 def signal_of(

@@ -15,7 +15,7 @@ static int best(const float *logits, int num_labels, int skip) {
     return top;
 }
 
-Reading read_exit(int layer, const float *logits, const float *distances, int num_labels) {
+static Reading read_classes(int layer, const float *logits, const float *distances, int num_labels) {
     Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
     double top = logits[reading.label], total = 0.0, mean = 0.0;
     for (int k = 0; k < num_labels; k++) total += exp(logits[k] - top);
@@ -36,7 +36,7 @@ Reading read_exit(int layer, const float *logits, const float *distances, int nu
     return reading;
 }
 
-Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels) {
+static Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels) {
     Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
     double total = 0.0;
     reading.margin = INFINITY;
@@ -50,12 +50,29 @@ Reading read_labels(int layer, const float *logits, const double *thresholds, in
     return reading;
 }
 
+Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels) {
+    if (num_labels == 1) {
+        Reading reading = {.layer = layer, .is_value = 1, .value = logits[0]};
+        reading.margin = reading.entropy = reading.distance_ratio = reading.nearest = NAN;
+        return reading;
+    }
+    return thresholds ? read_labels(layer, logits, thresholds, num_labels)
+                      : read_classes(layer, logits, distances, num_labels);
+}
+
 static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
 
 /* z of the logistic regression: exits/signals.py, Risk. */
 static double risk_logit(const double *w, const Reading *r) {
     double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));
     return w[4] != 0.0 ? z + w[4] * log(at_least(r->distance_ratio, SMALLEST)) : z;
+}
+
+/* The same of a regression model. */
+static double value_logit(const double *w, const Reading *readings, int count) {
+    double y = readings[count - 1].value;
+    double step = count > 1 ? fabs(y - readings[count - 2].value) : 0.0;
+    return w[0] + w[1] * step + w[2] * log(at_least(step, SMALLEST)) + w[3] * y + w[4] * (y * y);
 }
 
 double score(Signal signal, const Reading *readings, int count) {
@@ -70,7 +87,8 @@ double score(Signal signal, const Reading *readings, int count) {
     }
     case RISK: {
         const double *w = signal.weights + RISK_FEATURES * last->layer;
-        return 1.0 / (1.0 + exp(-clip(risk_logit(w, last), -700.0, 700.0)));
+        double z = last->is_value ? value_logit(w, readings, count) : risk_logit(w, last);
+        return 1.0 / (1.0 + exp(-clip(z, -700.0, 700.0)));
     }
     default:
         return NAN;

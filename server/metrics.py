@@ -296,7 +296,8 @@ class Metrics:
             saved.inc(depth - o.layer)
             full_depth.inc(o.model_s * speedup(o.tokens, o.layer))
             tokens.inc(o.tokens)
-            entropy.observe(o.reading.entropy)
+            if o.reading.value is None:
+                entropy.observe(o.reading.entropy)
             if o.reading.distance_ratio is not None:
                 ratio.observe(o.reading.distance_ratio)
             if o.is_far:

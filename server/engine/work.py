@@ -216,9 +216,11 @@ class Job:
 
     def __post_init__(self) -> None:
         request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
-        # A deadline needs an answer at any time; a score and a flag need what every exit said.
+        # A deadline needs an answer at any time; a score and a flag need what every exit said; the risk of a value,
+        # the value before it.
         is_flagged = self.monitor is not None and self.monitor.limits is not None
-        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
+        compares = self.model.manifest.tolerance is not None
+        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None or compares
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
         due, self.items = self.submitted, []
@@ -277,6 +279,12 @@ class Job:
         with self._lock:
             self._left -= 1
             return self._left == 0
+
+    def answers(self) -> list[str | float]:
+        """The label, labels or value of each text; of a job that is done."""
+        values = [item.outcome.reading.value for item in self.items if item.outcome is not None]
+        both = zip(self.labels(), values, strict=True)
+        return [label if value is None else value for label, value in both]
 
     def labels(self) -> list[str]:
         """The label of each text, or those of a multi-label model with commas between; of a job that is done."""
