@@ -80,13 +80,9 @@ def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
 
 
 def value_features(values: ArrayLike) -> Floats:
-    """What `exits.signals.Risk` weighs of a regression model, (..., exits, 5), of its exits' values, (..., exits).
-
-    1, step, log step, value, value², where the step is the distance from the exit before; 0 at the first exit.
-    """
+    """What `exits.signals.Risk` weighs of values (...) of a regression model, (..., 5): 1, value, value², 0, 0."""
     y = np.asarray(values, dtype=np.float64)
-    step = np.abs(np.diff(y, axis=-1, prepend=y[..., :1]))
-    return np.stack([np.ones_like(y), step, np.log(np.maximum(step, 1e-12)), y, y * y], -1)
+    return np.stack([np.ones_like(y), y, y * y, np.zeros_like(y), np.zeros_like(y)], -1)
 
 
 def label_entropy(logits: ArrayLike) -> Floats:

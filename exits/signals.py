@@ -104,9 +104,8 @@ class Risk:
 
     At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
     + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
-    nearest to its threshold). Of a regression model z = w0 + w1·step + w2·log step + w3·value + w4·value², where the
-    step is the distance from the value of the exit before (0 at the first). Fitted by `exits.risk` on samples that were
-    not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+    nearest to its threshold). Of a regression model z = w0 + w1·value + w2·value². Fitted by `exits.risk` on samples
+    that were not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
 
     Attributes:
         weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 of classes is 0 at an exit
@@ -130,7 +129,7 @@ class Risk:
         if w is None:
             return None
         if reading.value is not None:
-            return _logistic(_value_logit(w, reading.value, readings))
+            return _logistic(w[0] + w[1] * reading.value + w[2] * (reading.value * reading.value))
         h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
         z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
         if w[4] != 0.0:
@@ -146,18 +145,6 @@ class Risk:
         weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
-
-
-def _value_logit(w: Weights, value: float, readings: Sequence[Reading]) -> float:
-    before = readings[-2].value if len(readings) > 1 else None
-    step = abs(value - before) if before is not None else 0.0
-    return (
-        w[0]
-        + w[1] * step
-        + w[2] * log(SMALLEST if step < SMALLEST else step)
-        + w[3] * value
-        + w[4] * (value * value)
-    )
 
 
 def _logistic(z: float) -> float:

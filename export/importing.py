@@ -72,8 +72,7 @@ def import_classifier(
         raise ValueError(f"--finetune is for models whose classes exclude each other, not for {kind}")
     _check_export(opened, exporting)
     parts = _parts(rows, groups, opened, settings)
-    some = parts.certify[:FEW_TEXTS]
-    stock.check_tolerance(opened, encode(some, opened.tokenizer, opened.max_tokens, "some of the texts"))
+    stock.check_tolerance(opened, parts.certify[:FEW_TEXTS])
     layers = opened.model.config.num_hidden_layers
     console.print(
         f"{opened.family}, {layers} layers; {len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, "

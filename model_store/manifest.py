@@ -263,8 +263,9 @@ class Manifest(_Part):
             raise ValueError("calibration.references: entropy must be set exactly in a model with classes")
         if self.risk is not None and [r.layer for r in self.risk] != exits[:-1]:
             raise ValueError("risk must have one entry for each exit layer but the last")
-        no_ratio = set(exits) - set(self.prototype_layers) if self.tolerance is None else set()
-        if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer in no_ratio):
+        if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
+            raise ValueError("risk: the last two weights must be 0 in a regression model")
+        if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
         default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)

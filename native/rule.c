@@ -64,15 +64,9 @@ static double at_least(double x, double low) { return x < low ? low : x; } /* Na
 
 /* z of the logistic regression: exits/signals.py, Risk. */
 static double risk_logit(const double *w, const Reading *r) {
+    if (r->is_value) return w[0] + w[1] * r->value + w[2] * (r->value * r->value);
     double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));
     return w[4] != 0.0 ? z + w[4] * log(at_least(r->distance_ratio, SMALLEST)) : z;
-}
-
-/* The same of a regression model. */
-static double value_logit(const double *w, const Reading *readings, int count) {
-    double y = readings[count - 1].value;
-    double step = count > 1 ? fabs(y - readings[count - 2].value) : 0.0;
-    return w[0] + w[1] * step + w[2] * log(at_least(step, SMALLEST)) + w[3] * y + w[4] * (y * y);
 }
 
 double score(Signal signal, const Reading *readings, int count) {
@@ -87,8 +81,7 @@ double score(Signal signal, const Reading *readings, int count) {
     }
     case RISK: {
         const double *w = signal.weights + RISK_FEATURES * last->layer;
-        double z = last->is_value ? value_logit(w, readings, count) : risk_logit(w, last);
-        return 1.0 / (1.0 + exp(-clip(z, -700.0, 700.0)));
+        return 1.0 / (1.0 + exp(-clip(risk_logit(w, last), -700.0, 700.0)));
     }
     default:
         return NAN;

@@ -1,5 +1,6 @@
 """Stock Hugging Face classifiers: read strictly, and turned into a model whose last exit is theirs, bit for bit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from exits.rule import Thresholds
 from training import checkpoint, encoders
-from training.data import Encoded, Label, evaluation_batches, label_of
+from training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
 from training.model import De3Config, De3Model, check_loaded
 from training.progress import track
 
@@ -199,13 +200,10 @@ def answers(stock: Stock, encoded: Encoded) -> list[Label]:
     return [label_of(row) for row in given]
 
 
-def check_tolerance(stock: Stock, encoded: Encoded) -> None:
-    """Raise ValueError, with what the values are like, for a regression model whose tolerance is not known.
-
-    encoded: some texts.
-    """
+def check_tolerance(stock: Stock, some: Sequence[Example]) -> None:
+    """Raise ValueError, with what the values of some texts are like, for a regression model without a tolerance."""
     if stock.is_regression and stock.tolerance is None:
-        values = np.array(answers(stock, encoded))
+        values = np.array(answers(stock, encode(some, stock.tokenizer, stock.max_tokens)))
         low, high = np.quantile(values, (0.05, 0.95))
         spread = float(values.std())
         raise ValueError(

@@ -216,11 +216,9 @@ class Job:
 
     def __post_init__(self) -> None:
         request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
-        # A deadline needs an answer at any time; a score and a flag need what every exit said; the risk of a value,
-        # the value before it.
+        # A deadline needs an answer at any time; a score and a flag need what every exit said.
         is_flagged = self.monitor is not None and self.monitor.limits is not None
-        compares = self.model.manifest.tolerance is not None
-        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None or compares
+        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
         due, self.items = self.submitted, []
