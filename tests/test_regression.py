@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import expect, sync_playwright
 from scipy.stats import pearsonr, spearmanr
 from typer.testing import CliRunner
 
@@ -32,6 +34,7 @@ from server.infer import are_unlike
 from tests.conftest import BAD, GOOD, made_once, make_rows, save_encoder
 from tests.serving import Server, serving, until
 from tests.test_models import HEADERS, KEY
+from tests.test_page import CHROMIUM, FLAGS, opened
 from training import data
 from training.checkpoint import Checkpoint
 from training.data import Example
@@ -67,7 +70,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock regression model, fine-tuned by transformers alone."""
 
     def make(folder: Path) -> None:
-        examples = [Example(text, value_of(text)) for text, _ in make_rows(2400, 1)]
+        examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
         settings = TrainSettings(batch_size=32, lr=2e-3, epochs=6, bf16=False)
         model, tokenizer = fine_tune(str(encoder), ["praise"], examples, settings)
         model.save_pretrained(folder)
@@ -216,6 +219,18 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     assert answer_of(row.raw) == str(value)
     printed = de3(f"classify {text.split()[1]} --url {server.url}").output
     assert printed.startswith("praise  ")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+def test_the_page_shows_values(server: Server) -> None:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for page in opened(browser, server):
+            page.fill("#text", "a superb fine film")
+            expect(page.locator("#summary strong")).to_have_text(re.compile(r"praise -?\d\.\d+"))
+            expect(page.locator("#summary")).to_contain_text("Full depth agrees: praise")
+            expect(page.locator("#expected")).to_contain_text("within 0.5 of the original model's answer")
+        browser.close()
 
 
 def test_only_a_regression_model_has_a_value(store: Path) -> None:
