@@ -71,7 +71,8 @@ def classify(
         if texts:
             for text, row in zip(texts, _ask(client, texts, options), strict=True):
                 label = ", ".join(row["labels"]) or "none" if "labels" in row else row["label"]
-                print(f"{label}  {max(row['probs']):.3f}  layer {row['exit']['layer']}  {text}")
+                number = row["value"] if "value" in row else max(row["probs"])
+                print(f"{label}  {number:.3f}  layer {row['exit']['layer']}  {text}")
         elif file is not None and out is not None:
             _classify_file(client, file, out, options, parallel)
 
@@ -137,7 +138,8 @@ def _classify_file(client: Any, file: Path, out: Path, options: dict[str, Any], 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
     """What the file says of a text."""
-    return {name: row[name] for name in ("label", "labels", "probs", "exit", "windows") if name in row}
+    names = ("label", "labels", "value", "probs", "exit", "windows")
+    return {name: row[name] for name in names if name in row}
 
 
 def _complete_lines(out: Path) -> int:

@@ -35,20 +35,26 @@ class Exit:
     signal: str
     lam: float | None
     score: float | None
-    entropy: float
+    entropy: float | None
     distance_ratio: float | None
     edr: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The answer to one text; `raw` is its JSON, with what `explain` and `ood` add."""
+    """The answer to one text; `raw` is its JSON, with what `explain` and `ood` add.
+
+    Attributes:
+        probs: empty of a regression model.
+        value: the answer of a regression model; None: it has classes.
+    """
 
     label: str
     probs: list[float]
     exit: Exit
     is_truncated: bool
     raw: dict[str, Any]
+    value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,8 @@ def _answer(json: dict[str, Any]) -> Answer:
         given = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
         # A newer server may say more.
         known: dict[str, Any] = {field.name: given.get(field.name) for field in fields(Exit)}
-        rows.append(Row(row["label"], row["probs"], Exit(**known), row.get("truncated", False), row))
+        truncated, value = row.get("truncated", False), row.get("value")
+        rows.append(Row(row["label"], row["probs"] or [], Exit(**known), truncated, row, value))
     return Answer(json["model"], rows, json["usage"]["total_tokens"], json)
 
 

@@ -76,14 +76,21 @@ def evaluate(
         has_labels = original is None or not (label_column == "" or (file and file.suffix == ".txt"))
         label = label_column if has_labels else None
         columns = data.Columns(
-            text_column, pair_column, label, header, quotes, delimiter, subject.config.thresholds is not None
+            text_column,
+            pair_column,
+            label,
+            header,
+            quotes,
+            delimiter,
+            multi_label=subject.config.thresholds is not None,
+            regression=subject.config.tolerance is not None,
         )
         rows = read_rows(file, dataset, split, columns)
-        if not has_labels:
+        if not (has_labels or columns.regression):
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
-        elif not columns.multi_label:
+        elif not (columns.multi_label or columns.regression):
             rows = data.rename(rows, label_names)
-        examples = data.to_examples(rows, subject.names, columns.multi_label)
+        examples = data.to_examples(rows, subject.names, columns.multi_label, columns.regression)
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
@@ -110,7 +117,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated: a checkpoint, or an artifact; `config` has its `input` and `thresholds`."""
+    """What is evaluated: a checkpoint, or an artifact; `config` has its `input`, `thresholds` and `tolerance`."""
 
     title: str
     names: Sequence[str]
@@ -163,7 +170,8 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
     from training import data, stock
 
     names = list(subject.names)
-    opened = replace(stock.open_stock(original), thresholds=subject.config.thresholds)
+    config = subject.config
+    opened = replace(stock.open_stock(original), thresholds=config.thresholds, tolerance=config.tolerance)
     same = sorted(opened.names) == sorted(names)  # else they were renamed, in order
     if len(opened.names) != len(names) or (same and opened.names != names):
         raise ValueError(f"--original {original}: has the labels {opened.names[:20]}, the model {names[:20]}")

@@ -47,8 +47,8 @@ def import_model(
     label_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of the right labels, to report accuracy; of a multi-label model with | between them. Default: "
-            "none; the model's own answers are what counts.",
+            help="Column of the right labels, to report accuracy; of a multi-label model with | between them, of a "
+            "regression model numbers. Default: none; the model's own answers are what counts.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -75,6 +75,15 @@ def import_model(
             max=0.99,
             help="Of a multi-label model: the probability from which on a label is given. Requests may set others.",
             show_default="0.5",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Required of a regression model (one output): by how much an early answer may differ from full "
+            "depth's and count as the same, in the model's own units.",
+            show_default=False,
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -133,6 +142,7 @@ def import_model(
     need_train_extra()
     from export.exporter import ExportSettings
     from export.importing import ImportSettings, import_classifier
+    from model_store.manifest import MAX_TOLERANCE, MIN_TOLERANCE
     from model_store.store import Store
     from training import checks, data, stock
     from training.progress import console, warn
@@ -141,10 +151,22 @@ def import_model(
         raise ValueError(
             "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
         )
+    if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # NaN neither
+        raise ValueError(
+            f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
+        )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
-    opened = stock.open_stock(model, label_names, threshold, multi_label)
-    is_multi = opened.thresholds is not None
-    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, is_multi)
+    opened = stock.open_stock(model, label_names, threshold, multi_label, tolerance)
+    columns = data.Columns(
+        text_column,
+        pair_column,
+        label_column,
+        header,
+        quotes,
+        delimiter,
+        multi_label=opened.thresholds is not None,
+        regression=opened.is_regression,
+    )
     rows = data.read_rows(texts, columns)
     groups = data.read_column(texts, columns, group_column) if group_column is not None else None
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))

@@ -73,7 +73,12 @@ class Samples:
 
 
 def candidates(recorded: Recorded) -> list[Signal]:
-    """The signals of the paper, which need no fitting: entropy, and EDR with several λ where there are prototypes."""
+    """The signals of the paper, which need no fitting: entropy, and EDR with several λ where there are prototypes.
+
+    A regression model has neither.
+    """
+    if recorded.tolerance is not None:
+        return []
     return [Entropy(), *(Edr(lam) for lam in (LAMS if recorded.thresholds is None else ()))]
 
 

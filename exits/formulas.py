@@ -79,6 +79,12 @@ def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
     return np.stack([np.ones_like(h), margin, h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
 
 
+def value_features(values: ArrayLike) -> Floats:
+    """What `exits.signals.Risk` weighs of values (...) of a regression model, (..., 5): 1, value, value², 0, 0."""
+    y = np.asarray(values, dtype=np.float64)
+    return np.stack([np.ones_like(y), y, y * y, np.zeros_like(y), np.zeros_like(y)], -1)
+
+
 def label_entropy(logits: ArrayLike) -> Floats:
     """Entropy of K independent labels with the probabilities σ(logits), (..., K), divided by K·log 2, shape (...)."""
     far = np.abs(np.asarray(logits, dtype=np.float64))

@@ -2,27 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, inf, log, log1p
+from math import exp, inf, log, log1p, nan
 
 LOG_2 = log(2.0)
 
 
 @dataclass(slots=True)
 class Reading:
-    """An exit's classification of one sample, and what the signals are computed from.
+    """An exit's answer to one sample, and what the signals are computed from.
 
     Attributes:
         layer: the exit's.
         logits: K of them.
-        probs: class probabilities, K of them.
+        probs: class probabilities, K of them; none of a regression model.
         label: the most probable class (ties: lowest index).
         margin: the highest logit minus the second; of a multi-label model how far the logit nearest to its threshold is
-            from it.
-        entropy: the local signal, in [0, 1].
+            from it; of a regression model NaN.
+        entropy: the local signal, in [0, 1]; of a regression model NaN.
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
         labels: of a multi-label model those above their threshold; None: classes exclude each other.
+        value: the answer of a regression model; None: it has classes.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class Reading:
     nearest: float | None
     score: float | None = None
     labels: list[int] | None = None
+    value: float | None = None
 
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
@@ -82,10 +84,20 @@ def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) ->
         gap = abs(x - threshold)
         margin = gap if gap < margin else margin
     entropy = min(max(total / (len(logits) * LOG_2), 0.0), 1.0)
-    probs = [1.0 / (1.0 + exp(-x)) if x >= 0 else exp(x) / (1.0 + exp(x)) for x in logits]
+    probs = [sigmoid(x) for x in logits]
     decided = [k for k, threshold in enumerate(thresholds) if logits[k] > threshold]
     label = logits.index(max(logits))
     return Reading(layer, logits, probs, label, margin, entropy, None, None, labels=decided)
+
+
+def read_value(layer: int, logits: list[float]) -> Reading:
+    """Read one exit of a regression model: its only logit is its answer."""
+    return Reading(layer, logits, [], 0, nan, nan, None, None, value=logits[0])
+
+
+def sigmoid(x: float) -> float:
+    """1/(1 + exp(−x)), for any x."""
+    return 1.0 / (1.0 + exp(-x)) if x >= 0 else exp(x) / (1.0 + exp(x))
 
 
 def _second(logits: list[float], first: int) -> int:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exits.reading import Reading, read, read_labels
+from exits.reading import Reading, read, read_labels, read_value
 from exits.signals import Signal
 
 # Why a text exited at its layer.
@@ -59,7 +59,9 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-        """Read one exit of a sample: its logits and its distances to the prototypes, K each."""
+        """Read one exit of a sample: its logits and its distances to the prototypes, K each; K = 1: a value."""
+        if len(logits) == 1:
+            return read_value(layer, logits)
         if self.thresholds is not None:
             return read_labels(layer, logits, self.thresholds.logits)
         return read(layer, logits, distances)

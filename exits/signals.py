@@ -100,16 +100,16 @@ def edr(reading: Reading, lam: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Risk:
-    """The probability that this exit's label is not that of full depth.
+    """The probability that this exit's answer is not that of full depth.
 
     At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
     + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
-    nearest to its threshold); fitted by `exits.risk` on samples that were not
-    trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+    nearest to its threshold). Of a regression model z = w0 + w1·value + w2·value². Fitted by `exits.risk` on samples
+    that were not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
 
     Attributes:
-        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
-            prototypes.
+        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 of classes is 0 at an exit
+            without prototypes.
     """
 
     weights: tuple[Weights | None, ...]
@@ -128,6 +128,8 @@ class Risk:
         w = self.weights[reading.layer]
         if w is None:
             return None
+        if reading.value is not None:
+            return _logistic(w[0] + w[1] * reading.value + w[2] * (reading.value * reading.value))
         h = SMALLEST if reading.entropy < SMALLEST else reading.entropy
         z = w[0] + w[1] * reading.margin + w[2] * reading.entropy + w[3] * log(h)
         if w[4] != 0.0:
@@ -135,7 +137,7 @@ class Risk:
                 return None
             ratio = SMALLEST if reading.distance_ratio < SMALLEST else reading.distance_ratio
             z += w[4] * log(ratio)
-        return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
+        return _logistic(z)
 
     def scores(self, recorded: Recorded) -> formulas.Floats:
         """The risk of recorded samples, (n, exits)."""
@@ -143,6 +145,10 @@ class Risk:
         weights = [self.weights[layer] or (np.nan,) * FEATURES for layer in recorded.exit_layers]
         z = (features * np.array(weights)).sum(-1)
         return np.asarray(1.0 / (1.0 + np.exp(-np.clip(z, -700.0, 700.0))))
+
+
+def _logistic(z: float) -> float:
+    return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
 
 
 def signal_of(

@@ -2,7 +2,8 @@
 
 Classes that exclude each other: the answer's probabilities are the mean of the windows' probabilities, each window
 weighted by the tokens that no window before it has. A multi-label model: a label's probability is the highest that any
-window gives it, as a text may say in one place only what a label is for.
+window gives it, as a text may say in one place only what a label is for. A regression model: the mean of the windows'
+values, weighted alike.
 """
 
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ class Combination:
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
         self._thresholds = thresholds
-        self._probs: list[float] = []  # weighted sums; of a multi-label model the highest
+        self._probs: list[float] = []  # weighted sums, or that of values; of a multi-label model the highest
         self._logits: list[float] = []  # of a multi-label model, the highest
 
     def add(self, reading: Reading) -> None:
@@ -65,8 +66,9 @@ class Combination:
         weight = next(self._weights)
         self._left -= weight
         if self._thresholds is None:
-            sums = self._probs or [0.0] * len(reading.probs)
-            self._probs = [s + weight * p for s, p in zip(sums, reading.probs, strict=True)]
+            values = reading.probs if reading.value is None else [reading.value]
+            sums = self._probs or [0.0] * len(values)
+            self._probs = [s + weight * p for s, p in zip(sums, values, strict=True)]
         else:
             self._probs = _highest(self._probs, reading.probs)
             self._logits = _highest(self._logits, reading.logits)
@@ -75,12 +77,14 @@ class Combination:
         """Whether the windows that are left cannot change the label, or of a multi-label model the decision on any.
 
         change: below 1: whether they cannot by so much of the most that they could change. Of classes that exclude
-        each other only, as no part of a text says what labels another has.
+        each other only, as no part of a text says what labels another has. A value is settled by the last window.
         """
         if self._left == 0:
             return True
         if self._thresholds is not None:  # a label that is given stays given, and any other may still be
             return all(x > limit for x, limit in zip(self._logits, self._thresholds, strict=True))
+        if len(self._probs) == 1:  # a value, which a window may change by any amount
+            return False
         best, second = sorted(self._probs, reverse=True)[:2]
         return best - second > change * self._left + ROUNDING * self._total
 
@@ -94,6 +98,9 @@ class Combination:
             given = [k for k, limit in enumerate(self._thresholds) if logits[k] > limit]
             label = logits.index(max(logits))
             return replace(last, logits=logits, probs=self._probs, label=label, labels=given)
+        if last.value is not None:
+            value = self._probs[0] / (self._total - self._left)
+            return replace(last, logits=[value], value=value)
         total = sum(self._probs)
         probs = [s / total for s in self._probs]
         logits = [log(max(p, SMALLEST)) for p in probs]

@@ -79,9 +79,9 @@ def calibrate(
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
-        raise ValueError(
-            f"--signal {name}: needs prototypes, which a multi-label model has not; give risk or entropy"
-        )
+        given = " or ".join(sorted(signals, reverse=True))
+        what = "prototypes" if name == "edr" else "classes"
+        raise ValueError(f"--signal {name}: needs {what}, which this model has not; give {given}")
     tables = {}
     for signal, _ in signals.values():
         samples, scores = _certifying(tune, certify, signal, pooled)
@@ -167,7 +167,7 @@ def joined(parts: Sequence[Samples]) -> Samples:
         for values in ([p.recorded.tokens for p in parts], [p.recorded.original for p in parts])
     )
     arrays = (logits, distances, labels, tokens, original)
-    return Samples(Recorded(first.exit_layers, *arrays, first.thresholds), groups)
+    return Samples(Recorded(first.exit_layers, *arrays, first.thresholds, first.tolerance), groups)
 
 
 def _report(
@@ -185,9 +185,13 @@ def _report(
         speeds += [f"{certified.within_disagreement(d).speedup:.2f}×" for d in calibration.MERIT_AT]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
+    what = "agreement with the original model" if self_labelled else "accuracy"
+    if samples.recorded.tolerance is not None:
+        whose = "the original's" if self_labelled else "the labels"
+        what = f"answers within {samples.recorded.tolerance:g} of {whose}"
     console.print(
         f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: "
-        f"{'agreement with the original model' if self_labelled else 'accuracy'} {100 * default.accuracy:.2f}% "
+        f"{what} {100 * default.accuracy:.2f}% "
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
@@ -214,8 +218,14 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
     """The quantiles of each exit's signals on the certifying samples."""
     references = []
     for j, layer in enumerate(certified.exit_layers):
-        reference: dict[str, Any] = {"layer": layer, "distance_ratio": None, "nearest": None}
-        reference["entropy"] = quantiles(certified.entropy[:, j])
+        reference: dict[str, Any] = {
+            "layer": layer,
+            "entropy": None,
+            "distance_ratio": None,
+            "nearest": None,
+        }
+        if certified.tolerance is None:
+            reference["entropy"] = quantiles(certified.entropy[:, j])
         if not np.isnan(certified.distances[0, j]).any():
             reference["distance_ratio"] = quantiles(certified.distance_ratio[:, j])
             reference["nearest"] = quantiles(certified.distances[:, j].min(-1))

@@ -175,6 +175,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         token_types=token_types,
         pooling=config.pooling,
         thresholds=config.thresholds,
+        tolerance=config.tolerance,
         head=None
         if config.head is None
         else Head.model_validate({**config.head, "norm": "norm" in config.head}),
@@ -205,7 +206,7 @@ def parity(
 ) -> dict[str, Any]:
     """Run the segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError above 1e-3 for fp32. (For int8, int8_loss compares accuracies.)
+    Raises ExportError above 1e-3 (of a tolerance above 1) for fp32. (For int8, int8_loss compares accuracies.)
     """
     exits, spaces = model.config.exit_layers, model.config.prototype_layers
     largest = {"logits": [0.0] * len(exits), "distances": [0.0] * len(spaces)}
@@ -239,20 +240,22 @@ def parity(
         table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)
     console.print(table)
     worst = max(largest["logits"] + largest["distances"])
-    if not int8 and not worst <= MAX_FP32_DIFFERENCE:  # "not <=" catches NaN
-        raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above 1e-3")
+    allowed = MAX_FP32_DIFFERENCE * max(1.0, model.config.tolerance or 0.0)  # a value may be of any size
+    if not int8 and not worst <= allowed:  # "not <=" catches NaN
+        raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above {allowed:g}")
     return {"samples": len(samples), "longest": max(lengths), **largest}
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
-    """The share of samples that leave at the same exit with the same label in int8 and fp32; warns of a small one."""
+    """The share of samples that leave at the same exit with the same answer in int8 and fp32; warns of a small one."""
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
-    unlike = int8.answers[rows, index] != reference.answers[rows, expected]
+    ours, theirs = int8.answers[rows, index], reference.answers[rows, expected]
+    unlike = ours != theirs if int8.tolerance is None else np.abs(ours - theirs) > int8.tolerance
     same = (index == expected) & ~(unlike if unlike.ndim == 1 else unlike.any(-1))
     share = float(same.mean())
     message = (
-        f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same label as in fp32"
+        f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same answer as in fp32"
     )
     if share < LEAST_SAME:
         warn([f"{message}: the reported numbers are of int8; compare them with --quantize none"])

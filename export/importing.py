@@ -67,12 +67,12 @@ def import_classifier(
     Raises ValueError for texts that cannot be used, and ExportError if the exported model is not the same.
     """
     _check_work(work, settings.finetune)
-    if settings.finetune and opened.thresholds is not None:
-        raise ValueError(
-            "--finetune is for models whose classes exclude each other, not for multi-label ones"
-        )
+    if settings.finetune and (opened.thresholds is not None or opened.is_regression):
+        kind = "regression" if opened.is_regression else "multi-label ones"
+        raise ValueError(f"--finetune is for models whose classes exclude each other, not for {kind}")
     _check_export(opened, exporting)
     parts = _parts(rows, groups, opened, settings)
+    stock.check_tolerance(opened, parts.certify[:FEW_TEXTS])
     layers = opened.model.config.num_hidden_layers
     console.print(
         f"{opened.family}, {layers} layers; {len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, "
@@ -114,6 +114,8 @@ def _check_export(opened: stock.Stock, exporting: ExportSettings) -> None:
     """Raise ValueError for what would be refused at the end."""
     if opened.thresholds is not None and exporting.signal == "edr":
         raise ValueError("--signal edr: needs classes that exclude each other; give risk or entropy")
+    if opened.is_regression and exporting.signal not in ("auto", "risk"):
+        raise ValueError(f"--signal {exporting.signal}: needs classes; of a regression model give risk")
     if opened.tokenizer.truncation_side != "right":
         raise ValueError("its tokenizer cuts long texts at their beginning; only at their end can be served")
     tokenizer = Tokenizer.from_str(opened.tokenizer.backend_tokenizer.to_str())
@@ -129,9 +131,12 @@ def _parts(
     settings: ImportSettings,
 ) -> Split:
     """The texts, split by seed into what exits are fitted, tuned and certified on."""
-    is_multi = opened.thresholds is not None
-    found = {name for _, label in rows for name in (labels_in(label) if is_multi else [label])}
-    examples = to_examples(rows, _names_in(found, opened.names), is_multi)
+    if opened.is_regression:
+        examples = to_examples(rows, opened.names, regression=True)
+    else:
+        is_multi = opened.thresholds is not None
+        found = {name for _, label in rows for name in (labels_in(label) if is_multi else [label])}
+        examples = to_examples(rows, _names_in(found, opened.names), is_multi)
     if groups is not None:
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     if len(examples) < FEW_TEXTS:

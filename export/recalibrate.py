@@ -28,7 +28,12 @@ def recalibrate(
     """
     names = list(artifact.manifest.labels)
     tune, certify = (
-        load_examples(file, names, artifact.manifest.thresholds is not None)
+        load_examples(
+            file,
+            names,
+            artifact.manifest.thresholds is not None,
+            artifact.manifest.tolerance is not None,
+        )
         for file in (tune_file, certify_file)
     )
     for file, examples in ((tune_file, tune), (certify_file, certify)):

@@ -43,6 +43,7 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         labels,
         tokens,
         thresholds=None if thresholds is None else np.array(thresholds.logits),
+        tolerance=model.manifest.tolerance,
     )
 
 

@@ -34,6 +34,11 @@ def post(
     return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
+def answer_of(row: dict[str, Any]) -> str:
+    """What a row of /classify answers: its label, or the value of a regression model."""
+    return str(row.get("value", row["label"]))
+
+
 @dataclass(frozen=True)
 class Target:
     """A server and the format of its requests and answers.
@@ -47,7 +52,7 @@ class Target:
     url: str
     path: str = "/classify"
     body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
-    label: Callable[[Any], str] = lambda answer: str(answer["data"][0]["label"])
+    label: Callable[[Any], str] = lambda answer: answer_of(answer["data"][0])
 
     def request(self, sample: Sample) -> bytes:
         """The bytes of a request."""

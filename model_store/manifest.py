@@ -23,6 +23,7 @@ FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensor
 MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
 MAX_INT = 2**31 - 1  # also of a file's bytes: protobuf reads no more
 MAX_WIDTH = 2**16
+MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -119,11 +120,12 @@ class Reference(_Part):
     """The signals of the certifying samples at one exit, as quantiles at exits.reference.LEVELS.
 
     Attributes:
+        entropy: None in a regression model.
         nearest: distance to the nearest prototype; None, as distance_ratio, at an exit without prototypes.
     """
 
     layer: Layer
-    entropy: list[float]
+    entropy: list[float] | None
     distance_ratio: list[float] | None
     nearest: list[float] | None
 
@@ -179,6 +181,8 @@ class Manifest(_Part):
         head: of the last exit, as the stock classifier has it that was imported; None: it is as the other exits are.
         thresholds: of a multi-label model, the probability from which on each label is given; None: the classes exclude
             each other.
+        tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, the
+            name of its value, and the signal risk only. None: it has classes.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
         activations: in int8, whether the activations of a text share one scale, or those of each token do.
@@ -191,7 +195,7 @@ class Manifest(_Part):
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
     encoder: str = Field(max_length=200)
-    labels: list[Label] = Field(min_length=2, max_length=MAX_LABELS)
+    labels: list[Label] = Field(min_length=1, max_length=MAX_LABELS)
     num_layers: int = Field(ge=1, le=99)
     exit_layers: list[Layer] = Field(min_length=1, max_length=MAX_LAYERS)
     prototype_layers: list[Layer] = Field(max_length=MAX_LAYERS)
@@ -202,6 +206,7 @@ class Manifest(_Part):
     pooling: Literal["mean", "cls"]
     head: Head | None = None
     thresholds: Annotated[list[Threshold], Field(max_length=MAX_LABELS)] | None = None
+    tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
     activations: Literal["text", "token"] = "text"
@@ -216,13 +221,7 @@ class Manifest(_Part):
         exits = self.exit_layers
         if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
-        if self.thresholds is not None:
-            if self.prototype_layers:
-                raise ValueError("prototype_layers must be empty in a multi-label model")
-            if len(self.thresholds) != len(self.labels):
-                raise ValueError("thresholds must have one entry for each label")
-        elif self.prototype_layers not in (exits, exits[:-1]):
-            raise ValueError("prototype_layers must be the exit layers, with or without the last")
+        self._check_kind()
         if self.head is not None and self.prototype_layers == exits:
             raise ValueError("prototype_layers may not have the last layer, as it has a head")
         if len(set(self.labels)) != len(self.labels):
@@ -237,6 +236,21 @@ class Manifest(_Part):
             raise ValueError(f"files may not contain {min(extra)!r}")
         return self
 
+    def _check_kind(self) -> None:
+        """Raise ValueError unless labels, thresholds, tolerance and prototypes are of the same kind of model."""
+        if (len(self.labels) == 1) != (self.tolerance is not None):
+            raise ValueError("labels must be two or more, or exactly one if there is a tolerance")
+        if self.tolerance is not None and self.thresholds is not None:
+            raise ValueError("thresholds may not be set beside a tolerance")
+        if self.thresholds is not None and len(self.thresholds) != len(self.labels):
+            raise ValueError("thresholds must have one entry for each label")
+        if self.tolerance is None and self.thresholds is None:
+            if self.prototype_layers not in (self.exit_layers, self.exit_layers[:-1]):
+                raise ValueError("prototype_layers must be the exit layers, with or without the last")
+        elif self.prototype_layers:
+            kind = "multi-label" if self.tolerance is None else "regression"
+            raise ValueError(f"prototype_layers must be empty in a {kind} model")
+
     @model_validator(mode="after")
     def _calibrated(self) -> Self:
         exits = self.exit_layers
@@ -247,12 +261,19 @@ class Manifest(_Part):
             raise ValueError(
                 "calibration.references: nearest must be set exactly at the exits with prototypes"
             )
+        if any((r.entropy is None) != (self.tolerance is not None) for r in references):
+            raise ValueError("calibration.references: entropy must be set exactly in a model with classes")
         if self.risk is not None and [r.layer for r in self.risk] != exits[:-1]:
             raise ValueError("risk must have one entry for each exit layer but the last")
+        if self.tolerance is not None and any(w != 0 for r in self.risk or [] for w in r.weights[3:]):
+            raise ValueError("risk: the last two weights must be 0 in a regression model")
         if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
         default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)
+        named = {*signals, *([default] if self.defaults.tau > 0 else [])}
+        if self.tolerance is not None and named - {("risk", None)}:
+            raise ValueError("a regression model has the signal risk only")
         if self.risk is None and ("risk", None) in {*signals, default}:
             raise ValueError("the signal risk needs the weights in risk")
         if self.calibration and default not in signals:

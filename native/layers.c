@@ -150,8 +150,7 @@ static int ask(const Model *m, int layer, Pass *p, const float *prototypes, doub
     float *distances = head->metric ? p->distances + (size_t)layer * head->num_labels : NULL;
     if (run_exit(m, layer, p->hidden, p->tokens, prototypes, logits, distances)) return -1;
     Reading *reading = &p->readings[p->num_readings++];
-    *reading = p->thresholds ? read_labels(layer, logits, p->thresholds, head->num_labels)
-                             : read_exit(layer, logits, distances, head->num_labels);
+    *reading = read_exit(layer, logits, distances, p->thresholds, head->num_labels);
     if (reading->nearest > far && !p->is_far) {
         p->is_far = 1;
         p->tau *= p->caution;

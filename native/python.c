@@ -221,8 +221,9 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
              holds(&b[4], metric, 4, "bias") && require(!head->is_set, "this exit is set already") &&
              require(metric % 32 == 0, "a metric space must have a multiple of 32 dimensions");
         for (int i = 0; ok && i <= m->num_layers; i++)
-            ok = require(labels >= 2 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
-                         "exits must have the same labels, 2 or more");
+            ok = require(labels >= 1 && (!m->exits[i].is_set || m->exits[i].num_labels == labels),
+                         "exits must have the same labels, 1 or more");
+        ok = ok && require(labels > 1 || !metric, "a regression model has no metric space");
         if (ok) {
             *head = (ExitHead){.num_labels = labels, .metric = metric};
             head->classifier = copy_of(b[0].buf, b[0].len);
@@ -400,12 +401,10 @@ static PyObject *py_score(PyObject *self, PyObject *args) {
         Py_buffer b[2] = {0};
         ok = PyArg_ParseTuple(PyList_GetItem(list, i), "y*z*", &b[0], &b[1]);
         int labels = (int)(b[0].len / 4);
-        ok = ok && require(labels >= 2, "2 labels or more") && holds(&b[0], labels, 4, "logits") &&
+        ok = ok && require(labels >= 1, "no logits") && holds(&b[0], labels, 4, "logits") &&
              (!b[1].buf || holds(&b[1], labels, 4, "distances"));
         ok = ok && (!thresholds.buf || holds(&thresholds, labels, 8, "thresholds"));
-        if (ok)
-            readings[i] = thresholds.buf ? read_labels(i, b[0].buf, thresholds.buf, labels)
-                                         : read_exit(i, b[0].buf, b[1].buf, labels);
+        if (ok) readings[i] = read_exit(i, b[0].buf, b[1].buf, thresholds.buf, labels);
         for (int j = 0; j < 2; j++) PyBuffer_Release(&b[j]);
     }
     double value = ok ? score(signal, readings, count) : 0.0;

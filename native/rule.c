@@ -15,7 +15,7 @@ static int best(const float *logits, int num_labels, int skip) {
     return top;
 }
 
-Reading read_exit(int layer, const float *logits, const float *distances, int num_labels) {
+static Reading read_classes(int layer, const float *logits, const float *distances, int num_labels) {
     Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
     double top = logits[reading.label], total = 0.0, mean = 0.0;
     for (int k = 0; k < num_labels; k++) total += exp(logits[k] - top);
@@ -36,7 +36,7 @@ Reading read_exit(int layer, const float *logits, const float *distances, int nu
     return reading;
 }
 
-Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels) {
+static Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels) {
     Reading reading = {.layer = layer, .label = best(logits, num_labels, -1), .distance_ratio = NAN, .nearest = NAN};
     double total = 0.0;
     reading.margin = INFINITY;
@@ -50,10 +50,21 @@ Reading read_labels(int layer, const float *logits, const double *thresholds, in
     return reading;
 }
 
+Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels) {
+    if (num_labels == 1) {
+        Reading reading = {.layer = layer, .is_value = 1, .value = logits[0]};
+        reading.margin = reading.entropy = reading.distance_ratio = reading.nearest = NAN;
+        return reading;
+    }
+    return thresholds ? read_labels(layer, logits, thresholds, num_labels)
+                      : read_classes(layer, logits, distances, num_labels);
+}
+
 static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
 
 /* z of the logistic regression: exits/signals.py, Risk. */
 static double risk_logit(const double *w, const Reading *r) {
+    if (r->is_value) return w[0] + w[1] * r->value + w[2] * (r->value * r->value);
     double z = w[0] + w[1] * r->margin + w[2] * r->entropy + w[3] * log(at_least(r->entropy, SMALLEST));
     return w[4] != 0.0 ? z + w[4] * log(at_least(r->distance_ratio, SMALLEST)) : z;
 }

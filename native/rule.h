@@ -10,6 +10,8 @@
 typedef struct {
     int layer;
     int label;                      /* the most probable class (ties: lowest index) */
+    int is_value;                   /* of a regression model: the only logit is the answer, value */
+    double value;
     double margin;                  /* the highest logit minus the second; of labels: to the nearest threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
@@ -25,11 +27,9 @@ typedef struct {
     const double *weights; /* RISK's, (num_layers + 1, RISK_FEATURES): see exits/signals.py; NaN: no exit */
 } Signal;
 
-/* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none. */
-Reading read_exit(int layer, const float *logits, const float *distances, int num_labels);
-
-/* The same of a multi-label model; thresholds: as logits, num_labels. */
-Reading read_labels(int layer, const float *logits, const double *thresholds, int num_labels);
+/* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none.
+ * thresholds: of a multi-label model, as logits, num_labels; NULL: classes exclude each other. One label: a value. */
+Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
 
 /* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);

@@ -73,7 +73,7 @@ def timed_out(timeout_s: float) -> RequestError:
 
 
 def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
-    """Let a shadow model run the texts of a job that is done, and count where its labels differ.
+    """Let a shadow model run the texts of a job that is done, and count where its answers differ.
 
     It runs while nothing else is pending and is preempted after each layer, so that a server without idle
     time runs none. Its answers go to nobody.
@@ -90,19 +90,28 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
         return
     # A text that a deadline cut short says nothing of the model: the shadow has none.
-    labels = [
-        None if item.outcome is None or item.outcome.reason == "deadline" else label
-        for item, label in zip(job.items, job.labels(), strict=True)
+    answers = [
+        None if item.outcome is None or item.outcome.reason == "deadline" else answer
+        for item, answer in zip(job.items, job.answers(), strict=True)
     ]
+    tolerance = job.model.manifest.tolerance
     names = job.model.full_name, shadow.model.full_name
 
     def compare(done: "asyncio.Future[None]") -> None:
-        shadow_labels = second.labels()
+        others = second.answers()
         second.release()
         if done.cancelled() or done.exception() is not None:
             return
-        pairs = [(a, b) for a, b in zip(labels, shadow_labels, strict=True) if a is not None]
+        pairs = [(a, b) for a, b in zip(answers, others, strict=True) if a is not None]
         service.metrics.shadow_texts.labels(*names).inc(len(pairs))
-        service.metrics.shadow_disagreements.labels(*names).inc(sum(a != b for a, b in pairs))
+        unlike = sum(are_unlike(a, b, tolerance) for a, b in pairs)
+        service.metrics.shadow_disagreements.labels(*names).inc(unlike)
 
     future.add_done_callback(compare)
+
+
+def are_unlike(one: str | float, other: str | float, tolerance: float | None) -> bool:
+    """Whether two answers differ: labels, or values by more than the tolerance."""
+    if tolerance is None or isinstance(one, str) or isinstance(other, str):
+        return one != other
+    return abs(one - other) > tolerance

@@ -298,7 +298,8 @@ class Metrics:
                 saved.inc(depth - part.layer)
                 full_depth.inc(part.model_s * speedup(part.tokens, part.layer))
             tokens.inc(o.tokens)
-            entropy.observe(o.reading.entropy)
+            if o.reading.value is None:
+                entropy.observe(o.reading.entropy)
             if o.reading.distance_ratio is not None:
                 ratio.observe(o.reading.distance_ratio)
             if o.is_far:

@@ -25,6 +25,7 @@ class Drift:
     """
 
     def __init__(self, expected: Reference) -> None:
+        assert expected.entropy is not None
         assert expected.distance_ratio is not None and expected.nearest is not None
         self.layer = expected.layer
         self._expected = {

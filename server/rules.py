@@ -81,6 +81,7 @@ class Rules:
         self._exits = manifest.exit_layers
         self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
         self._own_thresholds = manifest.thresholds
+        self._has_classes = manifest.tolerance is None
         self._thresholds = manifest.label_thresholds
         self.name = f"{manifest.name}:{manifest.version}"
         table = manifest.calibration.table if manifest.calibration else []
@@ -141,7 +142,8 @@ class Rules:
         """A request's thresholds, for all labels or by name; raises RequestError."""
         if self._own_thresholds is None:
             raise RequestError(
-                f"thresholds: {self.name} is no multi-label model: its classes exclude each other",
+                f"thresholds: {self.name} is no multi-label model: "
+                + ("its classes exclude each other" if self._has_classes else "its answer is a number"),
                 "thresholds",
             )
         if not isinstance(wanted, Mapping):
@@ -174,6 +176,13 @@ class Rules:
             if self._risk is None:
                 raise RequestError(f"signal: {self.name} has no risk; de3 calibrate adds it", "signal")
             return self._signal if self._signal.name == "risk" else self._risk
+        if not self._has_classes:
+            what = "entropy" if name == "entropy" else "edr"
+            raise RequestError(
+                f"signal: {what} needs classes, and {self.name} is a regression model, whose answer is a number; give "
+                "risk",
+                "signal" if name is not None else "lambda",
+            )
         if self._thresholds is not None and (name == "edr" or lam):
             raise RequestError(
                 f"signal: edr needs classes that exclude each other, and {self.name} is a multi-label model; give "

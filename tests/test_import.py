@@ -332,7 +332,7 @@ def test_what_cannot_be_imported_says_what_can(
     assert "is an exported model already: de3 serve" in refused(store / "tiny/1")
     assert "no such folder" in refused(tmp_path / "nowhere")
     assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
-    assert "regression cannot be imported" in refused(changed(problem_type="regression"))
+    assert "is a regression of 2 numbers" in refused(changed(problem_type="regression"))
     multi = changed(problem_type="multi_label_classification")
     assert "--finetune is for models whose classes exclude each other" in refused(multi, "--finetune")
     assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))

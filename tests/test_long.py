@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits.reading import Reading, read, read_labels
+from exits.reading import Reading, read, read_labels, read_value
 from exits.rule import ExitRule
 from exits.signals import Edr
 from exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, spans
@@ -82,6 +82,19 @@ def test_a_settled_label_is_final_whatever_follows(
     after = combination.reading(reading(rows[0][1][:classes]))
     assert after.label == label or not settled
     assert sum(after.probs) == pytest.approx(1) and combination.is_settled()
+
+
+@given(weighted=st.lists(st.tuples(st.integers(1, 500), st.floats(-30, 30)), min_size=1, max_size=8))
+def test_a_value_is_the_mean_by_new_tokens_and_settled_by_the_last_window(
+    weighted: list[tuple[int, float]],
+) -> None:
+    combination = Combination([weight for weight, _ in weighted])
+    for n, (_, value) in enumerate(weighted):
+        assert n == 0 or not combination.is_settled(0.5)
+        combination.add(last := read_value(3, [value]))
+    assert combination.is_settled()
+    wanted = sum(w * v for w, v in weighted) / sum(w for w, _ in weighted)
+    assert combination.reading(last).value == pytest.approx(wanted)
 
 
 @given(rows=rows, ran=st.integers(1, 8), limits=logits)

@@ -73,7 +73,10 @@ class Checkpoint:
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
-        examples = load_examples(path, self.names, self.config.thresholds is not None)
+        config = self.config
+        examples = load_examples(
+            path, self.names, config.thresholds is not None, config.tolerance is not None
+        )
         check_input(examples, self.config.input, str(file or self.folder))
         return examples
 

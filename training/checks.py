@@ -69,8 +69,8 @@ def labels(counts: Counter[str]) -> list[str]:
         )
     if all(map(_is_number, counts)) and not all(map(_is_whole, counts)):
         raise ValueError(
-            f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes; "
-            "group them into classes first"
+            f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes; group them into "
+            "classes first, or give a regression model that transformers trained exits: de3 import --tolerance"
         )
     if len(counts) > MAX_LABELS or len(counts) > total / 2:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import random
 import re
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from exits.recorded import Recorded
 from training.progress import track
 
 Text = str | tuple[str, str]
-Label = int | tuple[int, ...]
+Label = int | float | tuple[int, ...]
 SEPARATOR = "|"  # between the labels of a text, where they are in one cell
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
@@ -27,7 +28,8 @@ class Example:
     """A labelled text or pair of texts.
 
     Attributes:
-        label: an index into the label names; of a multi-label model a tuple of those that are right, ascending.
+        label: an index into the label names; of a multi-label model a tuple of those that are right, ascending; of a
+            regression model the right value, a float.
         group: samples of a group are related (parts of one text, document or user) and stay in one part of the data;
             None: the text is related to its own copies only.
         is_fragment: it is part of another text of the data, and not what the model will be asked.
@@ -50,6 +52,7 @@ class Columns:
         quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
             None: they delimit fields unless the file is a .tsv.
         multi_label: a text has any number of labels: in a cell with | between them, or as a list in JSON.
+        regression: a text has a value instead of a label.
         delimiter: between fields; None: a comma in .csv, a tab in .tsv, and .jsonl has none.
     """
 
@@ -60,6 +63,7 @@ class Columns:
     quotes: bool | None = None
     delimiter: str | None = None
     multi_label: bool = False
+    regression: bool = False
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
@@ -109,12 +113,23 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
             raise ValueError(f"{where}: {columns.label} is missing; of a text without a label leave it empty")
     else:
         label = "" if columns.label is None else cell(columns.label, "--label-column")
-    if isinstance(label, list | dict | float):
+    if columns.regression:
+        if columns.label is not None and not _is_number(label):
+            raise ValueError(f"{where}: {columns.label} must be a finite number, got {label!r:.50}")
+    elif isinstance(label, list | dict | float):
         raise ValueError(
             f"{where}: {columns.label} must be a label, text or a whole number, got {label!r:.50}"
         )
     first = text(columns.text, "--text-column")
     return ((first, text(columns.text_pair, "--pair-column")) if columns.text_pair else first), str(label)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a cell is a finite number, in JSON or as text."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
@@ -214,12 +229,14 @@ def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
 
 
 def label_array(labels: Sequence[Label], count: int) -> NDArray[Any]:
-    """Labels as an array: (n,) indices, or (n, count) bool if a text may have several of `count` labels."""
+    """Labels as an array: (n,) indices or values, or (n, count) bool if a text may have several of `count` labels."""
+    if any(isinstance(label, float) for label in labels):
+        return np.array(labels, np.float64)
     if not any(isinstance(label, tuple) for label in labels):
         return np.array(labels, np.int64)
     rows = np.zeros((len(labels), count), np.bool_)
     for row, label in zip(rows, labels, strict=True):
-        row[list(label) if isinstance(label, tuple) else [label]] = True
+        row[list(label) if isinstance(label, tuple) else [int(label)]] = True
     return rows
 
 
@@ -239,13 +256,23 @@ def labels_in(cell: str) -> list[str]:
 def label_of(row: NDArray[Any] | np.generic) -> Label:
     """One row of label_array as a label."""
     values = np.asarray(row)
-    return tuple(np.flatnonzero(values).tolist()) if values.ndim else int(values)
+    if values.ndim:
+        return tuple(np.flatnonzero(values).tolist())
+    return float(values) if values.dtype.kind == "f" else int(values)
 
 
 def to_examples(
-    rows: Sequence[tuple[Text, str]], names: Sequence[str], multi_label: bool = False
+    rows: Sequence[tuple[Text, str]],
+    names: Sequence[str],
+    multi_label: bool = False,
+    regression: bool = False,
 ) -> list[Example]:
-    """Rows as examples, each label as its index in `names`; raises ValueError for any other label."""
+    """Rows as examples, each label as its index in `names`; raises ValueError for any other label.
+
+    regression: the labels are values instead, 0 where there is none.
+    """
+    if regression:
+        return [Example(text, float(label or 0)) for text, label in rows]
     index = {label: i for i, label in enumerate(names)}
     cells = [labels_in(label) if multi_label else [label] for _, label in rows]
     unknown = sorted({label for cell in cells for label in cell} - index.keys())
@@ -289,12 +316,18 @@ def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str])
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _named(label: Label, names: Sequence[str]) -> str | list[str]:
+def _named(label: Label, names: Sequence[str]) -> str | float | list[str]:
+    if isinstance(label, float):
+        return label
     return [names[k] for k in label] if isinstance(label, tuple) else names[label]
 
 
-def _indexed(name: Any, names: Sequence[str], where: str) -> Label:
-    """The label of a name, or of a list of names; raises ValueError for one that is not known."""
+def _original(name: Any, names: Sequence[str], regression: bool, where: str) -> Label:
+    """A value, or the label of a name or of a list of names; raises ValueError for another."""
+    if regression:
+        if not _is_number(name):
+            raise ValueError(f"{where}: original must be a finite number, got {name!r:.50}")
+        return float(name)
     many = name if isinstance(name, list) else [str(name)]
     unknown = [one for one in many if one not in names]
     if unknown:
@@ -303,10 +336,12 @@ def _indexed(name: Any, names: Sequence[str], where: str) -> Label:
     return tuple(indices) if isinstance(name, list) else indices[0]
 
 
-def load_examples(path: Path, names: Sequence[str], multi_label: bool = False) -> list[Example]:
+def load_examples(
+    path: Path, names: Sequence[str], multi_label: bool = False, regression: bool = False
+) -> list[Example]:
     """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing.
 
-    multi_label: each text has a list of labels, or several in one string with | between.
+    multi_label: each text has a list of labels, or several in one string with | between. regression: it has a value.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -314,14 +349,16 @@ def load_examples(path: Path, names: Sequence[str], multi_label: bool = False) -
         is_pair = '"text_pair"' in file.readline()
     columns = Columns(text_pair="text_pair" if is_pair else None)
     records = [(f"{path}:{line}", record) for line, record in _records(path, columns)]
-    rows = read_rows(path, replace(columns, multi_label=multi_label))
-    examples = to_examples(rows, names, multi_label)
+    rows = read_rows(path, replace(columns, multi_label=multi_label, regression=regression))
+    examples = to_examples(rows, names, multi_label, regression)
     return [
         replace(
             e,
             group=None if record.get("group") is None else str(record["group"]),
             is_fragment=record.get("fragment") is True,
-            original=None if record.get("original") is None else _indexed(record["original"], names, where),
+            original=None
+            if record.get("original") is None
+            else _original(record["original"], names, regression, where),
         )
         for e, (where, record) in zip(examples, records, strict=True)
     ]
@@ -362,7 +399,7 @@ class Encoded:
 
     ids: list[list[int]]
     type_ids: list[list[int]]
-    labels: torch.Tensor  # (n,), or (n, K) bool
+    labels: torch.Tensor  # (n,) int64, (n, K) bool or (n,) float64
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -37,9 +37,9 @@ class Curve:
 
 
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
-    """The curves of entropy, distance ratio, EDR at each λ and, if a model has it, risk."""
-    scores = {"entropy": recorded.entropy}
-    if len(recorded.exit_layers) > 1 and recorded.thresholds is None:
+    """The curves of entropy, distance ratio, EDR at each λ and, if a model has it, risk; of a regression model risk."""
+    scores = {"entropy": recorded.entropy} if recorded.tolerance is None else {}
+    if len(recorded.exit_layers) > 1 and recorded.thresholds is None and recorded.tolerance is None:
         scores["distance ratio"] = recorded.distance_ratio
         scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in lams}
     if risk is not None:
@@ -66,11 +66,14 @@ def _curve(name: str, scores: NDArray[np.float64], recorded: Recorded) -> Curve:
 def exit_table(recorded: Recorded, what: str = "") -> Table:
     """The accuracy of every exit, with its 95% interval."""
     table = Table(title=f"Accuracy of each exit alone ({len(recorded.labels)} {what}samples)")
-    multi = recorded.thresholds is not None
-    for column in ("layer", "all labels right" if multi else "accuracy", "95% interval"):
-        table.add_column(column, justify="right")
-    scores = [f1(recorded)] if multi else []
-    for column in ("micro F1", "macro F1") if multi else ():
+    multi, right_if, more_columns = recorded.thresholds is not None, "accuracy", tuple[str, ...]()
+    scores: list[tuple[NDArray[np.float64], ...]] = []
+    if multi:
+        right_if, more_columns, scores = "all labels right", ("micro F1", "macro F1"), [f1(recorded)]
+    elif recorded.tolerance is not None:
+        right_if, more_columns = f"within {recorded.tolerance:g}", ("Pearson", "Spearman")
+        scores = [correlations(recorded)]
+    for column in ("layer", right_if, "95% interval", *more_columns):
         table.add_column(column, justify="right")
     for j, (layer, right) in enumerate(zip(recorded.exit_layers, recorded.correct.T, strict=True)):
         low, high = calibration.wilson(int(right.sum()), len(right))
@@ -88,10 +91,38 @@ def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
 
 
+def correlations(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Pearson's and Spearman's correlation of a regression model's values with the labels at every exit, (exits,)."""
+    pairs = [correlation(values, recorded.labels) for values in recorded.answers.T]
+    return np.array([p for p, _ in pairs]), np.array([s for _, s in pairs])
+
+
+def correlation(values: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[float, float]:
+    """Pearson's and Spearman's correlation of values with labels, each (n,); NaN if either does not vary."""
+    if not (np.ptp(values) and np.ptp(labels)):
+        return float("nan"), float("nan")
+    pearson, spearman = (
+        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (_ranks(values), _ranks(labels)))
+    )
+    return float(pearson), float(spearman)
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rank of each value, from 1; of equal values the mean of theirs."""
+    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])
+
+
+def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple[float, float]:
+    """Pearson's and Spearman's correlation of the values that exiting at score < τ gives, with the labels."""
+    index = exit_index(scores, tau)
+    return correlation(recorded.answers[np.arange(len(index)), index], recorded.labels)
+
+
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
     n, warnings = len(recorded.labels), list[str]()
-    if recorded.thresholds is not None:
+    if recorded.thresholds is not None or recorded.tolerance is not None:
         return warnings
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
@@ -129,13 +160,18 @@ def in_time(num_layers: int, mean_exit_layer: float, start_layers: float) -> flo
 def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> str:
     """The outcome of an artifact's default (signal, τ) on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
-    o = calibration.outcome(samples, signal.scores(recorded), tau, signal)
+    scores = signal.scores(recorded)
+    o = calibration.outcome(samples, scores, tau, signal)
     low, high = (100 * x for x in o.accuracy_interval)
+    what = "accuracy"
+    if recorded.tolerance is not None:
+        pearson, spearman = at_tau(recorded, scores, tau)
+        what = f"Pearson {100 * pearson:.2f}, Spearman {100 * spearman:.2f}, within {recorded.tolerance:g} of the label"
     return (
-        f"Default {signal_label(signal)}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {signal_label(signal)}, τ = {tau:g}: {what} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{100 * o.disagreement:.2f}% of labels unlike full depth, "
+        f"{100 * o.disagreement:.2f}% of answers unlike full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
         f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"
@@ -149,13 +185,16 @@ def target_table(
 ) -> Table:
     """What an artifact's targets give on these samples, for each signal, with the τ that its calibration says."""
     samples = calibration.Samples.independent(recorded)
-    title = "Targets: a speed-up, or a largest share of labels unlike full depth"
+    title = "Targets: a speed-up, or a largest share of answers unlike full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
-    for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%"):
+    is_regression = recorded.tolerance is not None
+    correlated = ("Pearson", "Spearman") if is_regression else ()
+    for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%", *correlated):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
+    speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
     num_layers = recorded.exit_layers[-1]
     for signal, trade_offs in signals:
-        rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in TARGET_SPEEDUPS]
+        rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in speedups]
         rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
         scores = signal.scores(recorded)
         for target, row in rows:
@@ -163,6 +202,7 @@ def target_table(
                 continue
             o = calibration.outcome(samples, scores, row.tau, signal)
             low, high = (100 * x for x in o.loss_interval)
+            both = at_tau(recorded, scores, row.tau) if is_regression else ()
             table.add_row(
                 signal_label(signal),
                 target,
@@ -171,6 +211,7 @@ def target_table(
                 f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
                 f"{100 * o.disagreement:.2f}%",
                 f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
+                *(f"{100 * x:.2f}" for x in both),
             )
         table.add_section()
     return table

@@ -5,7 +5,7 @@ The states are computed once, in chunks that are kept on disk: an interrupted ru
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from training.progress import console, track
 
 CHUNK = 1024  # texts
 RIDGES = (1e-2, 1e-3, 1e-4)
+VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of standardized states
 LR = 1e-3  # of the prototypical networks
 BATCH = 64
 
@@ -40,11 +41,13 @@ class States:
             rows, the texts' numbers.
         logits: (n, K), float32.
         thresholds: of a multi-label model, as logits, (K,).
+        tolerance: of a regression model, whose logits are values, K = 1.
     """
 
     chunks: list[Path]
     logits: Tensor
     thresholds: NDArray[np.float64] | None
+    tolerance: float | None
 
     def pooled(self, pooling: str, layer: int) -> Tensor:
         """The pooled states of a layer, (n, hidden), float32."""
@@ -52,7 +55,9 @@ class States:
 
     @property
     def answers(self) -> Tensor:
-        """What full depth answers: classes, (n,), or which labels, (n, K) bool."""
+        """What full depth answers: classes or values, (n,), or which labels, (n, K) bool."""
+        if self.tolerance is not None:
+            return self.logits[:, 0].double()
         if self.thresholds is None:
             return self.logits.argmax(-1)
         return torch.from_numpy(self.logits.numpy() > self.thresholds)
@@ -100,8 +105,8 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
         tensors = _run(model, data, pad_id, piece, bf16)
         save_file(tensors, new := file.with_suffix(".new"))
         new.replace(file)
-    thresholds = logit_thresholds(model.config)
-    return States(files, States(files, torch.empty(0), thresholds)._gather("logits"), thresholds)
+    empty = States(files, torch.empty(0), logit_thresholds(config), config.tolerance)
+    return replace(empty, logits=empty._gather("logits"))
 
 
 def _is_whole(file: Path) -> bool:
@@ -168,7 +173,7 @@ def recorded(model: De3Model, of: States) -> Recorded:
     distances.append(torch.full_like(of.logits, torch.nan))
     outputs, spaces = (torch.stack(parts, 1).numpy() for parts in (logits, distances))
     answers = of.answers.numpy()
-    return Recorded(list(exits), outputs, spaces, answers, thresholds=of.thresholds)
+    return Recorded(list(exits), outputs, spaces, answers, thresholds=of.thresholds, tolerance=of.tolerance)
 
 
 def _merit(of: Recorded) -> float:
@@ -178,20 +183,38 @@ def _merit(of: Recorded) -> float:
 
 
 def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
-    """Each exit's classifier, by cross-entropy to the probabilities of full depth."""
-    wanted, held = train.probabilities, tune.probabilities
-    loss = F.cross_entropy if train.thresholds is None else _binary
+    """Each exit's classifier, by cross-entropy to the probabilities of full depth, or least squares to its values."""
+    fit_one = _fit_values if train.tolerance is not None else _fit_probabilities
     exits = list(enumerate(model.config.exit_layers[:-1]))
     for j, layer in track(exits, f"Fitting exits ({model.config.pooling})"):
         x, y = (of.pooled(model.config.pooling, layer) for of in (train, tune))
         mean, spread = x.mean(0), x.std(0) + 1e-4
-        weight, bias = _regress((x - mean) / spread, wanted, (y - mean) / spread, held, loss)
+        weight, bias = fit_one((x - mean) / spread, train, (y - mean) / spread, tune)
         weight = weight / spread
         with torch.no_grad():
             for parameter, value in zip(
                 model.classifiers[j].parameters(), (weight, bias - weight @ mean), strict=True
             ):
                 parameter.copy_(value)
+
+
+def _fit_values(x: Tensor, train: States, y: Tensor, tune: States) -> tuple[Tensor, Tensor]:
+    """Weights (1, hidden) and bias (1,) of a ridge regression of values on states (n, hidden).
+
+    The ridge is the one of VALUE_RIDGES with the smallest error for `tune` on `y`.
+    """
+    mean = train.logits.mean(0)
+    moments, products = x.T @ x / len(x), x.T @ (train.logits - mean) / len(x)
+    found = [
+        torch.linalg.solve(moments + ridge * torch.eye(len(moments)), products) for ridge in VALUE_RIDGES
+    ]
+    errors = [float((y @ weight + mean - tune.logits).square().mean()) for weight in found]
+    return found[int(np.argmin(errors))].T, mean
+
+
+def _fit_probabilities(x: Tensor, train: States, y: Tensor, tune: States) -> tuple[Tensor, Tensor]:
+    loss = F.cross_entropy if train.thresholds is None else _binary
+    return _regress(x, train.probabilities, y, tune.probabilities, loss)
 
 
 def _binary(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class De3Config(PretrainedConfig):
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         thresholds: of a multi-label model: the probability from which on each label is given. It has no prototypes, as
             its classes do not exclude each other. None: they do.
+        tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, and no
+            prototypes. None: it has classes.
         max_tokens: the most tokens that the encoder takes.
         input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
     """
@@ -49,6 +51,7 @@ class De3Config(PretrainedConfig):
         last_prototypes: bool = False,
         head: dict[str, Any] | None = None,
         thresholds: list[float] | None = None,
+        tolerance: float | None = None,
         gamma: float = 0.01,
         max_tokens: int = 512,
         input: str | None = None,
@@ -64,6 +67,7 @@ class De3Config(PretrainedConfig):
         self.last_prototypes = last_prototypes
         self.head = head
         self.thresholds = thresholds
+        self.tolerance = tolerance
         self.gamma = gamma
         self.max_tokens = max_tokens
         self.input = input
@@ -100,7 +104,7 @@ class De3Config(PretrainedConfig):
     @property
     def prototype_layers(self) -> list[int]:
         """The exits that have a prototype space: all but the last, unless `last_prototypes`."""
-        if self.thresholds is not None:
+        if self.thresholds is not None or self.tolerance is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
 

@@ -32,7 +32,12 @@ def predict(
         logits[rows] = out.logits.float().cpu().numpy()
         distances[rows, : out.distances.shape[1]] = out.distances.float().cpu().numpy()
     return Recorded(
-        config.exit_layers, logits, distances, data.labels.numpy(), thresholds=logit_thresholds(config)
+        config.exit_layers,
+        logits,
+        distances,
+        data.labels.numpy(),
+        thresholds=logit_thresholds(config),
+        tolerance=config.tolerance,
     )
 
 

@@ -1,5 +1,6 @@
 """Stock Hugging Face classifiers: read strictly, and turned into a model whose last exit is theirs, bit for bit."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from exits.rule import Thresholds
 from training import checkpoint, encoders
-from training.data import Encoded, Label, evaluation_batches, label_of
+from training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
 from training.model import De3Config, De3Model, check_loaded
 from training.progress import track
 
@@ -31,17 +32,24 @@ class Stock:
         names: its labels, in the order of its logits.
         thresholds: of a multi-label model: the probability from which on each label is given; None: its classes exclude
             each other.
+        tolerance: of a regression model: values that differ by more are unlike; None: it has classes, or nobody said.
     """
 
     model: Any
     tokenizer: Any
     names: list[str]
     thresholds: list[float] | None
+    tolerance: float | None = None
 
     @property
     def family(self) -> str:
         """Its type as transformers calls it."""
         return str(self.model.config.model_type)
+
+    @property
+    def is_regression(self) -> bool:
+        """Whether its answer is a number."""
+        return len(self.names) == 1
 
     @property
     def max_tokens(self) -> int:
@@ -55,12 +63,17 @@ class Stock:
 
 
 def open_stock(
-    name: str, label_names: str | None = None, threshold: float | None = None, multi_label: bool = False
+    name: str,
+    label_names: str | None = None,
+    threshold: float | None = None,
+    multi_label: bool = False,
+    tolerance: float | None = None,
 ) -> Stock:
     """A classifier from a folder or the hub; no code of a repository is run, and nothing is unpickled but weights.
 
     label_names: new names of its labels, comma-separated, in the order of its logits. threshold: of every label of a
     multi-label model, a probability; None: 0.5. multi_label: it is one, though its config.json does not say so.
+    tolerance: of a regression model, which has one output.
 
     Raises ValueError, with what works, for one that cannot be imported.
     """
@@ -81,7 +94,7 @@ def open_stock(
     source = str(folder) if folder.is_dir() else name
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        _check(name, config)
+        _check(name, config, multi_label)
         tokenizer = _tokenizer(name, source)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             source,
@@ -109,14 +122,10 @@ def open_stock(
         if not weight.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite")
     names = _names(config, label_names)
-    is_multi = multi_label or config.problem_type == "multi_label_classification"
-    if threshold is not None and not is_multi:
-        raise ValueError(
-            f'--threshold: {name} is no multi-label model by its config.json ("problem_type"); if it is one, say '
-            "--multi-label"
-        )
-    thresholds = [0.5 if threshold is None else threshold] * len(names)
-    return Stock(model.eval(), tokenizer, names, thresholds if is_multi else None)
+    if tolerance is not None and len(names) > 1:
+        raise ValueError(f"--tolerance: {name} has {len(names)} labels; it is for models of one number")
+    thresholds = _thresholds(name, config, threshold, multi_label)
+    return Stock(model.eval(), tokenizer, names, thresholds, tolerance)
 
 
 def _tokenizer(name: str, source: str) -> Any:
@@ -129,7 +138,7 @@ def _tokenizer(name: str, source: str) -> Any:
         ) from None
 
 
-def _check(name: str, config: Any) -> None:
+def _check(name: str, config: Any, multi_label: bool) -> None:
     """Raise ValueError for a model that has no exits to give, before its weights are read."""
     try:
         encoders.family(config).head(config)
@@ -141,10 +150,24 @@ def _check(name: str, config: Any) -> None:
             f"{name} is a {architectures[0]}, not a …ForSequenceClassification: it has no classifier to keep; "
             f"train one from your labels with de3 train DATA --encoder {name}"
         )
-    if config.problem_type == "regression" or config.num_labels < 2:
+    if config.problem_type == "regression" and config.num_labels != 1:
         raise ValueError(
-            f"{name} has one output, a number: regression cannot be imported; 2 labels or more can"
+            f"{name} is a regression of {config.num_labels} numbers; with one output it can be imported"
         )
+    if config.num_labels == 1 and (multi_label or config.problem_type == "multi_label_classification"):
+        raise ValueError(f"{name} has one output, and a multi-label model needs 2 labels or more")
+
+
+def _thresholds(name: str, config: Any, threshold: float | None, multi_label: bool) -> list[float] | None:
+    """The thresholds of a multi-label model; None for another."""
+    if multi_label or config.problem_type == "multi_label_classification":
+        return [0.5 if threshold is None else threshold] * config.num_labels
+    if threshold is not None:
+        raise ValueError(
+            f'--threshold: {name} is no multi-label model by its config.json ("problem_type"); if it is one, say '
+            "--multi-label"
+        )
+    return None
 
 
 def _names(config: Any, label_names: str | None) -> list[str]:
@@ -169,16 +192,32 @@ def answers(stock: Stock, encoded: Encoded) -> list[Label]:
         inputs, _ = encoded.batch(rows, stock.tokenizer.pad_token_id)
         taken = {k: v for k, v in inputs.items() if k in stock.tokenizer.model_input_names}
         logits[rows] = stock.model(**taken).logits
+    if stock.is_regression:
+        return [float(value) for value in logits[:, 0]]
     if stock.thresholds is None:
         return [int(label) for label in logits.argmax(-1)]
     given = logits.numpy() > np.array(Thresholds.of(stock.thresholds).logits)
     return [label_of(row) for row in given]
 
 
+def check_tolerance(stock: Stock, some: Sequence[Example]) -> None:
+    """Raise ValueError, with what the values of some texts are like, for a regression model without a tolerance."""
+    if stock.is_regression and stock.tolerance is None:
+        values = np.array(answers(stock, encode(some, stock.tokenizer, stock.max_tokens)))
+        low, high = np.quantile(values, (0.05, 0.95))
+        spread = float(values.std())
+        raise ValueError(
+            "--tolerance: its answer is a number; say how far an early one may be from full depth's, in the model's "
+            f"own units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to {high:.3g} (standard "
+            f"deviation {spread:.3g}): for example --tolerance {spread / 4:.1g}"
+        )
+
+
 def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> float:
     """The largest difference of full depth's logits from transformers' own model, on texts of many lengths.
 
-    Raises ValueError above 1e-4: then this version of transformers computes another head than is known here.
+    Raises ValueError above 1e-4 (of a tolerance above 1): then this version of transformers computes another head than
+    is known here.
     """
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded.ids[i]))
     rows = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
@@ -190,10 +229,9 @@ def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> 
                 **{k: v for k, v in inputs.items() if k in stock.tokenizer.model_input_names}
             )
             largest = max(largest, float((model(**inputs).logits[:, -1] - theirs.logits).abs().max()))
-    if not largest <= MAX_DIFFERENCE:
-        raise ValueError(
-            f"full depth differs from transformers' model by {largest:.1e}, above {MAX_DIFFERENCE:g}"
-        )
+    allowed = MAX_DIFFERENCE * max(1.0, stock.tolerance or 0.0)  # a value may be of any size
+    if not largest <= allowed:
+        raise ValueError(f"full depth differs from transformers' model by {largest:.1e}, above {allowed:g}")
     return largest
 
 
@@ -208,6 +246,7 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
         exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
         pooling=pooling,
         thresholds=stock.thresholds,
+        tolerance=stock.tolerance,
         head={
             "pooling": head.pooling,
             "activation": head.activation,

@@ -327,6 +327,12 @@ class Job:
             self._left -= 1
             return self._left == 0
 
+    def answers(self) -> list[str | float]:
+        """The label, labels or value of each text; of a job that is done."""
+        values = [item.outcome.reading.value for item in self.items if item.outcome is not None]
+        both = zip(self.labels(), values, strict=True)
+        return [label if value is None else value for label, value in both]
+
     def labels(self) -> list[str]:
         """The label of each text, or those of a multi-label model with commas between; of a job that is done."""
         names = self.model.manifest.labels

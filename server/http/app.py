@@ -268,7 +268,8 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
 def signals(manifest: Manifest) -> list[str]:
     """The signals that requests may name."""
     edr = ["edr"] if manifest.prototype_layers else []
-    return ["entropy", *edr, *(["risk"] if manifest.risk is not None else [])]
+    entropy = ["entropy"] if manifest.tolerance is None else []
+    return [*entropy, *edr, *(["risk"] if manifest.risk is not None else [])]
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:
@@ -287,6 +288,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "max_tokens": manifest.max_tokens,
         "input": manifest.input,
         "thresholds": manifest.thresholds,
+        "tolerance": manifest.tolerance,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
         "signals": signals(manifest),

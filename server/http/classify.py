@@ -11,7 +11,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from exits.reading import Reading
 from exits.signals import edr
 from exits.windows import MAX_WINDOWS
+from model_store.manifest import Manifest
 from server.engine.work import Item, Job, Outcome, Request, Text
+from server.errors import RequestError
 from server.http import hugging_face, sglang
 from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
 from server.http.protocol import Call, Protocol
@@ -30,6 +32,14 @@ class Classification(Request):
     id: str | None = None
     raw: bool = False
     top_k: int = 0
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for a ranking of labels that the model has not."""
+        if self.top_k and manifest.tolerance is not None:
+            raise RequestError(
+                f"top_k: {manifest.name}:{manifest.version} is a regression model: it has no labels to rank",
+                "top_k",
+            )
 
 
 def _texts(value: Any) -> list[Text]:
@@ -212,8 +222,7 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     lam = signal.lam or DISPLAY_LAM
     row: dict[str, Any] = {
         "index": item.index,
-        "label": manifest.labels[reading.label],
-        "probs": reading.logits if request.raw else reading.probs,
+        **_answer(reading, manifest.labels, request.raw),
         "num_classes": len(manifest.labels),
         "exit": {
             "layer": outcome.layer,
@@ -245,13 +254,19 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
             {
                 "layer": r.layer,
                 **_signals(r, lam),
-                "label": manifest.labels[r.label],
-                "probs": r.logits if request.raw else r.probs,
+                **_answer(r, manifest.labels, request.raw),
                 **place,
             }
             for r, place in _passed(outcome)
         ]
     return row
+
+
+def _answer(reading: Reading, names: list[str], raw: bool) -> dict[str, Any]:
+    """What one exit answers: a label and probabilities, or a value."""
+    if reading.value is not None:
+        return {"label": names[0], "value": reading.value, "probs": None}
+    return {"label": names[reading.label], "probs": reading.logits if raw else reading.probs}
 
 
 def _passed(outcome: Outcome) -> list[tuple[Reading, dict[str, int]]]:
@@ -263,6 +278,8 @@ def _passed(outcome: Outcome) -> list[tuple[Reading, dict[str, int]]]:
 
 def _signals(reading: Reading, lam: float) -> dict[str, Any]:
     """The signals of one exit, and the score that was compared with τ."""
+    if reading.value is not None:
+        return {"score": reading.score, "entropy": None, "distance_ratio": None, "edr": None}
     return {
         "score": reading.score,
         "entropy": reading.entropy,

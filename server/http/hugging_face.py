@@ -2,13 +2,12 @@
 with `inputs` on /classify."""
 
 from dataclasses import dataclass
-from math import exp
 from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from exits.reading import Reading, read
+from exits.reading import Reading, read, sigmoid
 from server.engine.work import Item, Job, Request, Text
 from server.errors import RequestError
 from server.http.fields import OptionFields, check_count, check_fields, load_json
@@ -24,7 +23,8 @@ class TaskRequest(Request):
     Attributes:
         is_nested: whether the response is a list with an entry for each text.
         top_k: the number of labels; None: all.
-        function: of the logits, for the scores; None: the model's, sigmoid for a multi-label model, else softmax.
+        function: of the logits, for the scores; None: the model's, sigmoid for a multi-label model, none for a
+            regression model, else softmax.
     """
 
     input_name: ClassVar[str] = "inputs"
@@ -60,7 +60,7 @@ class Parameters(OptionFields):
 
     top_k: int | None = Field(None, ge=1, description="most labels of a text")
     function_to_apply: Function | None = Field(
-        None, description="softmax unless set, of a multi-label model sigmoid"
+        None, description="softmax unless set, of a multi-label model sigmoid, of a regression model none"
     )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
         True, description="cut texts that are too long instead of refusing them"
@@ -118,13 +118,13 @@ def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
 
 
 def _apply(function: Function | None, reading: Reading) -> list[float]:
+    if function == "none" or (function is None and reading.value is not None):
+        return reading.logits
     if function is None:
         return reading.probs
     if function == "softmax":
-        return read(reading.layer, reading.logits, None).probs
-    if function == "none":
-        return reading.logits
-    return [1 / (1 + exp(-x)) if x > -700 else 0.0 for x in reading.logits]
+        return [1.0] if reading.value is not None else read(reading.layer, reading.logits, None).probs
+    return [sigmoid(x) for x in reading.logits]
 
 
 def error(problem: RequestError) -> bytes:

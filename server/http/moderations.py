@@ -20,9 +20,10 @@ class ModerationRequest(Request):
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError for another model."""
         if manifest.thresholds is None:
+            why = "its classes exclude each other" if manifest.tolerance is None else "its answer is a number"
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} is no multi-label model, as moderation needs; its classes "
-                "exclude each other: see /classify",
+                f"model: {manifest.name}:{manifest.version} is no multi-label model, as moderation needs; {why}: see "
+                "/classify",
                 "model",
             )
 

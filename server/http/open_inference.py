@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2, over REST: POST /v2/models/{model}[/versions/{version}]/infer.
 
 Input: `text`, and `text_pair` for pairs, of datatype BYTES and shape [n] or [n, 1], as JSON or as binary
-tensors. Output: `label`, `probs` and `exit_layer`, as JSON. The exit options are in `parameters`.
+tensors. Output: `label`, `probs` (of a regression model `value`) and `exit_layer`, as JSON. The exit options are in
+`parameters`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from server.http.fields import OptionFields, check_fields, load_json
 from server.http.protocol import Call, Protocol
 from server.service import Service
 
-INPUTS, OUTPUTS = ("text", "text_pair"), ("label", "probs", "exit_layer")
+INPUTS = ("text", "text_pair")
+OUTPUTS, VALUE_OUTPUTS = ("label", "probs", "exit_layer"), ("label", "value", "exit_layer")
 HEADER_LENGTH = b"inference-header-content-length"
 EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data": ["a text"]}]}'
 
@@ -32,13 +34,27 @@ class InferRequest(Request):
 
     Attributes:
         id: the client's request id, which the response repeats.
-        outputs: those that were asked for.
+        outputs: those that were asked for; none: all.
     """
 
     input_name: ClassVar[str] = "inputs: text"
 
     id: str | None = None
-    outputs: Sequence[str] = OUTPUTS
+    outputs: Sequence[str] = ()
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for an output that the model has not."""
+        for name in self.outputs:
+            if name not in outputs_of(manifest):
+                raise RequestError(
+                    f"outputs: {name!r} is not one of {', '.join(outputs_of(manifest))} of {manifest.name}",
+                    "outputs",
+                )
+
+
+def outputs_of(manifest: Manifest) -> Sequence[str]:
+    """The outputs of a model."""
+    return OUTPUTS if manifest.tolerance is None else VALUE_OUTPUTS
 
 
 class Parameters(OptionFields):
@@ -103,9 +119,10 @@ def parse(call: Call) -> InferRequest:
     texts, pairs = columns.get("text"), columns.get("text_pair")
     if not texts or (pairs is not None and len(pairs) != len(texts)):
         raise RequestError("inputs: text is required, and text_pair must be as long", "inputs")
-    unknown = [output.name for output in fields.outputs if output.name not in OUTPUTS]
+    known = (*OUTPUTS, "value")
+    unknown = [output.name for output in fields.outputs if output.name not in known]
     if unknown:
-        raise RequestError(f"outputs: {unknown[0][:100]!r} is not one of {', '.join(OUTPUTS)}", "outputs")
+        raise RequestError(f"outputs: {unknown[0][:100]!r} is not one of {', '.join(known)}", "outputs")
     name = call.path["model"]
     return InferRequest(
         [Text(text, pairs[i] if pairs else None) for i, text in enumerate(texts)],
@@ -113,7 +130,7 @@ def parse(call: Call) -> InferRequest:
         f"{name}:{call.path['version']}" if "version" in call.path else name,
         truncate=parameters.truncate,
         id=fields.id,
-        outputs=[output.name for output in fields.outputs] or OUTPUTS,
+        outputs=[output.name for output in fields.outputs],
     )
 
 
@@ -184,12 +201,14 @@ def serialize(_: str, job: Job) -> bytes:
         "probs": _tensor(
             "FP64", [len(outcomes), len(manifest.labels)], [p for o in outcomes for p in o.reading.probs]
         ),
+        "value": _tensor("FP64", [len(outcomes)], [o.reading.value for o in outcomes]),
         "exit_layer": _tensor("INT64", [len(outcomes)], [o.layer for o in outcomes]),
     }
+    names = request.outputs or outputs_of(manifest)
     body = {
         "model_name": manifest.name,
         "model_version": str(manifest.version),
-        "outputs": [{"name": name, **tensors[name]} for name in request.outputs],
+        "outputs": [{"name": name, **tensors[name]} for name in names],
     }
     return orjson.dumps(body if request.id is None else body | {"id": request.id})
 
@@ -257,6 +276,7 @@ def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
         "text_pair": ("BYTES", [-1]),
         "label": ("BYTES", [-1]),
         "probs": ("FP64", [-1, len(manifest.labels)]),
+        "value": ("FP64", [-1]),
         "exit_layer": ("INT64", [-1]),
     }
     if manifest.input == "text":
@@ -267,7 +287,7 @@ def _metadata(manifest: Manifest, service: Service) -> dict[str, Any]:
         "versions": [str(m.version) for m in service.manifests() if m.name == manifest.name],
         "platform": "de3",
         "inputs": [tensors[name] for name in INPUTS if name in tensors],
-        "outputs": [tensors[name] for name in OUTPUTS],
+        "outputs": [tensors[name] for name in outputs_of(manifest)],
     }
 
 

@@ -132,7 +132,7 @@ class Exit(BaseModel):
     signal: SignalName = Field(description="what is compared with tau")
     lam: float | None = Field(alias="lambda", description="of the signal edr")
     score: float | None = Field(description="the signal's value at this exit; null if it has none here")
-    entropy: float
+    entropy: float | None = Field(description="null: a regression model has none")
     distance_ratio: float | None
     edr: float | None
 
@@ -142,9 +142,10 @@ class PassedExit(BaseModel):
 
     layer: int
     label: str
-    probs: list[float]
+    value: float | None = Field(None, description="of a regression model, instead of probs")
+    probs: list[float] | None
     score: float | None
-    entropy: float
+    entropy: float | None
     distance_ratio: float | None
     edr: float | None
     window: int | None = Field(None, description="of a text with several windows: in which one, from 0")
@@ -170,7 +171,10 @@ class ClassifiedText(BaseModel):
 
     index: int
     label: str
-    probs: list[float] = Field(description="in the order of the model's labels")
+    value: float | None = Field(None, description="the answer of a regression model")
+    probs: list[float] | None = Field(
+        description="in the order of the model's labels; null: a regression model has none"
+    )
     num_classes: int
     exit: Exit
     labels: list[str] = Field([], description="of a multi-label model: those above their threshold")

@@ -8,7 +8,7 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BeforeValidator, Field
 
-from exits.reading import Reading
+from exits.reading import Reading, sigmoid
 from server.engine.work import Item, Job, Request, Text
 from server.errors import Cause, RequestError
 from server.http.fields import OptionFields, check_count, check_fields, load_json
@@ -90,7 +90,9 @@ def serialize(_: str, job: Job) -> bytes:
 def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
     assert item.outcome is not None  # the job is done
     reading: Reading = item.outcome.reading
-    scores = reading.logits if raw else reading.probs
+    # Of a single output TEI gives the sigmoid.
+    probs = reading.probs if reading.value is None else [sigmoid(reading.value)]
+    scores = reading.logits if raw else probs
     ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
     return [{"score": score, "label": label} for score, label in ranked]
 

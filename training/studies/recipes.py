@@ -61,6 +61,10 @@ TASKS = {
     "clinc150": Task(_clinc("train"), _clinc("test")),
     "sst2": _files("sst2", "dev", Columns("sentence")),
 }
+# Only to be imported (training/studies/stock.py): de3 train knows classes.
+REGRESSIONS = {
+    "stsb": _files("stsb", "dev", Columns("sentence1", "sentence2", "score", quotes=False, regression=True)),
+}
 
 
 def main(
@@ -164,7 +168,7 @@ def _plain(
 def fine_tune(
     encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
 ) -> tuple[Any, Any]:
-    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it."""
+    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it; of one name: a regression."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -190,7 +194,7 @@ def fine_tune(
             for i, rows in enumerate(batches, 1):
                 inputs, labels = encoded.batch(rows, pad_id)
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16):
-                    loss = model(**inputs, labels=labels).loss
+                    loss = model(**inputs, labels=labels.float() if len(names) == 1 else labels).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

@@ -14,14 +14,14 @@ import typer
 from training import data
 from training.checkpoint import quiet
 from training.split import split
-from training.studies.recipes import TASKS, fine_tune, minilm
+from training.studies.recipes import REGRESSIONS, TASKS, fine_tune, minilm
 from training.trainer import TrainSettings
 
 
 def main(
     root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "sst2",
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS | REGRESSIONS)}.")] = "sst2",
     rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
     fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
     texts: Annotated[
@@ -35,9 +35,9 @@ def main(
 ) -> None:
     """Fine-tune a stock classifier on some rows of a data set, and write the texts that were left out."""
     quiet()
-    read = TASKS[task].train(root)
-    names = data.label_order(read)
-    examples = data.to_examples(read, names)
+    read = (TASKS | REGRESSIONS)[task].train(root)
+    names = ["score"] if task in REGRESSIONS else data.label_order(read)
+    examples = data.to_examples(read, names, regression=task in REGRESSIONS)
     parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
     left_out = parts.tune + parts.certify
     if fragments:

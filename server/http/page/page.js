@@ -263,23 +263,38 @@ function refused(error, again) {
 
 // --- drawing
 
+/** Whether a row is of a regression model, whose answer is a value. */
+const isValue = (row) => row.value !== undefined;
+
+const hasClasses = () => state.model.tolerance === null;
+
+/** What the calibration counts as right. */
+function rightMeans(selfLabelled) {
+  if (hasClasses()) return selfLabelled ? "as the original model answers" : "right";
+  return `within ${state.model.tolerance} of ${selfLabelled ? "the original model's answer" : "the label"}`;
+}
+
+const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
+
 function drawAnswer(row, fullDepth, animate) {
   const { exit } = row,
     { num_layers: count } = exit;
   const saved = count - exit.layer;
   const time = row.ms === null ? "" : ` · ${row.ms.toFixed(1)} ms in the model`;
-  const top = Math.max(...row.probs);
   const where =
     exit.layer === 0 ? "exited before layer 1, on the embeddings" : `exited after layer ${exit.layer} of ${count}`;
   const lines = [
-    element("strong", {}, `${row.label} ${percent(top)}`),
+    element("strong", {}, `${row.label} ${answerOf(row)}`),
     element("p", {}, `${where} · ${plural(saved, "layer")} saved${time}`),
   ];
   if (fullDepth) {
-    const same = fullDepth.label === row.label ? "Full depth agrees" : "Full depth disagrees";
+    const isSame = isValue(row)
+      ? Math.abs(fullDepth.value - row.value) <= state.model.tolerance
+      : fullDepth.label === row.label;
+    const same = isSame ? "Full depth agrees" : "Full depth disagrees";
     const its = fullDepth.ms === null ? "" : ` after ${fullDepth.ms.toFixed(1)} ms`;
     lines.push(
-      element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${percent(Math.max(...fullDepth.probs))}${its}.`),
+      element("p", { class: "muted" }, `${same}: ${fullDepth.label} ${answerOf(fullDepth)}${its}.`),
     );
   }
   if (row.truncated)
@@ -313,14 +328,14 @@ function drawLayer(layer, signals, status, kind, tau, i) {
     ]) {
       bars.append(bar(value === null ? null : Math.sqrt(value), `bar ${style}`));
     }
-    const top = Math.max(...signals.probs);
     const label = element(
       "div",
       { class: "label" },
       element("span", { title: signals.label }, signals.label),
-      element("span", {}, percent(top)),
+      element("span", {}, answerOf(signals)),
     );
-    probs.append(label, bar(top, "share"));
+    probs.append(label);
+    if (!isValue(signals)) probs.append(bar(Math.max(...signals.probs), "share"));
     spoken = [
       ["score", signals.score],
       ["entropy", signals.entropy],
@@ -400,9 +415,9 @@ function drawCurve(exit) {
     }
     $("expected").textContent =
       `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ` +
-      `${selfLabelled ? "as the original model answers" : "right"} ` +
+      `${rightMeans(selfLabelled)} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
-      `${percent(row.disagreement)} of labels differ from ${selfLabelled ? "the original" : "full depth"}.`;
+      `${percent(row.disagreement)} of ${hasClasses() ? "labels" : "values"} differ from ${selfLabelled ? "the original" : "full depth"}.`;
   } else {
     $("expected").textContent = "";
   }

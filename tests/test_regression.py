@@ -1,0 +1,462 @@
+"""Regression models: one output, imported, calibrated and served; early values count as the same within a tolerance."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from playwright.sync_api import expect, sync_playwright
+from scipy.stats import pearsonr, spearmanr
+from typer.testing import CliRunner
+
+from de3.cli import app
+from de3.client import Client
+from exits import formulas
+from exits.reading import sigmoid
+from exits.recorded import Recorded
+from exits.rule import ExitRule
+from exits.signals import Risk
+from export.record import record
+from loadtest.client import answer_of
+from model_store.manifest import MIN_TOLERANCE
+from model_store.model import Model
+from model_store.store import Store, StoreError
+from server.infer import are_unlike
+from tests.conftest import BAD, GOOD, made_once, make_rows, save_encoder
+from tests.serving import Server, serving, until
+from tests.test_models import HEADERS, KEY
+from tests.test_page import CHROMIUM, FLAGS, opened
+from training import data
+from training.checkpoint import Checkpoint
+from training.data import Example
+from training.evaluate import correlation, correlations
+from training.stock import open_stock
+from training.studies.recipes import fine_tune
+from training.trainer import TrainSettings
+
+TOLERANCE = 0.5
+
+
+def de3(arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+
+def refusal(arguments: str) -> str:
+    result = de3(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def value_of(text: str) -> float:
+    """How many words of praise a text has more than of blame; after "not" it is the other way round."""
+    words = text.split()
+    signs = [(word in GOOD) - (word in BAD) for word in words]
+    return float(
+        sum(-s if before == "not" else s for s, before in zip(signs, ["", *words[:-1]], strict=True))
+    )
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
+    """A stock regression model, fine-tuned by transformers alone."""
+
+    def make(folder: Path) -> None:
+        examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
+        settings = TrainSettings(batch_size=32, lr=2e-3, epochs=6, bf16=False)
+        model, tokenizer = fine_tune(str(encoder), ["praise"], examples, settings)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return made_once(tmp_path_factory, "regression", make)
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory, stock: Path) -> Path:
+    """A folder with store/praise/1 (int8) and its checkpoint in work, of texts without labels."""
+
+    def make(folder: Path) -> None:
+        texts = folder / "texts.txt"
+        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
+        result = de3(
+            f"import {stock} --texts {texts} --name praise --store {folder}/store --work {folder}/work "
+            f"--tolerance {TOLERANCE} --max-loss 5"
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+
+    return made_once(tmp_path_factory, "imported-regression", make)
+
+
+@pytest.fixture(scope="module")
+def server(imported: Path) -> Iterator[Server]:
+    with serving(imported / "store", models=["praise"]) as running:
+        yield running
+
+
+def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
+    artifact = Store(imported / "store").open("praise")
+    manifest = artifact.manifest
+    assert (manifest.labels, manifest.tolerance, manifest.prototype_layers) == (["praise"], TOLERANCE, [])
+    assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.1
+    assert {row.signal for row in manifest.calibration.table} == {"risk"} == {manifest.defaults.signal}
+    assert all(r.entropy is None for r in manifest.calibration.references)
+    checkpoint = Checkpoint(imported / "work")
+    certify = checkpoint.held_out("certify")
+    assert all(isinstance(e.label, float) and e.label == e.original for e in certify)
+    recorded = data.with_original(record(Model(artifact, "onnxruntime"), certify), certify)
+    assert recorded.correct[:, -1].mean() > 0.97  # as the original, but for int8
+    assert (recorded.differs == ~recorded.correct).all()
+    right = [value_of(str(e.text)) for e in certify]
+    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8  # it has learned
+    pearson, spearman = correlations(recorded)
+    assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[0] < pearson[-1]
+
+
+def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
+    opened = open_stock(str(stock))
+    texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
+    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    for text, row in zip(texts, rows, strict=True):
+        with torch.no_grad():
+            value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
+        assert row["value"] == pytest.approx(value, abs=0.2)  # int8
+        assert (row["label"], row["probs"], row["num_classes"]) == ("praise", None, 1)
+        assert row["exit"]["entropy"] is row["exit"]["distance_ratio"] is row["exit"]["edr"] is None
+        assert [r["layer"] for r in row["layers"]] == [0, 1, 2, 3]
+        assert row["layers"][-1]["value"] == row["value"]
+    raw = server.classify(input=texts, tau=0, raw=True).json()["data"]
+    assert [row["value"] for row in raw] == [row["value"] for row in rows]
+    listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+    assert (listed["tolerance"], listed["labels"], listed["signals"]) == (TOLERANCE, ["praise"], ["risk"])
+
+
+def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:
+    texts = [text for text, _ in make_rows(60, 77)]
+    for runtime in ("auto", "onnxruntime"):
+        with serving(imported / "store", models=["praise"], runtime=runtime) as server:
+            rows = server.classify(input=texts, tau=0.1).json()["data"]
+            assert len({row["exit"]["layer"] for row in rows}) > 1
+            explained = server.classify(input=texts, tau=0.1, explain=True).json()["data"]
+            budget = server.classify(input=texts, latency_budget_ms=60_000).json()["data"]
+            alone = [server.classify(input=text, tau=0.1).json()["data"][0] for text in texts[:5]]
+            for i, (row, other) in enumerate(zip(rows, explained, strict=True)):
+                assert (row["value"], row["exit"]) == (other["value"], other["exit"])
+                *before, last = other["layers"]
+                assert all(r["score"] >= 0.1 for r in before)
+                assert row["exit"]["reason"] == ("threshold" if last["layer"] < 3 else "last_layer")
+                if last["layer"] < 3:
+                    assert last["score"] == row["exit"]["score"] < 0.1
+                if i < 5:
+                    assert alone[i]["value"] == row["value"]
+            assert all(row["value"] is not None for row in budget)
+            deepest = server.classify(input=texts[0], max_layer=2, tau=0, explain=True).json()["data"][0]
+            assert deepest["exit"]["reason"] == "max_layer" and deepest["exit"]["score"] is not None
+
+
+def test_wishes_of_the_calibration_are_met(server: Server) -> None:
+    texts = [text for text, _ in make_rows(20, 5)]
+    answer = server.classify(input=texts, max_disagreement=0.5, explain=True).json()
+    assert answer["certificate"]["bound"] <= 0.5
+    assert 0 <= answer["tau_choice"]["expected"]["accuracy"] <= 1
+    assert server.classify(input=texts, target_speedup=1.1).status_code == 200
+    before = server.metric("de3_exit_entropy_count")
+    assert before == 0 and server.metric("de3_exit_layer_count", model="praise:1") > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "field"),
+    [
+        ({"top_k": 1}, "it has no labels to rank", "top_k"),
+        ({"thresholds": 0.3}, "its answer is a number", "thresholds"),
+        ({"signal": "edr"}, "edr needs classes, and praise:1 is a regression model", "signal"),
+        ({"signal": "entropy"}, "entropy needs classes, and praise:1 is a regression model", "signal"),
+        ({"lambda": 1}, "edr needs classes", "lambda"),
+        ({"lambda": 0}, "needs classes", "lambda"),
+    ],
+)
+def test_what_needs_classes_is_refused(
+    server: Server, options: dict[str, Any], message: str, field: str
+) -> None:
+    answer = server.classify(input="a", **options)
+    assert answer.status_code == 422, answer.text
+    error = answer.json()["error"]
+    assert message in error["message"] and error["param"] == field
+
+
+def test_other_protocols_answer_as_their_peers(server: Server) -> None:
+    text = "a superb fine film"
+    value = server.classify(input=text).json()["data"][0]["value"]
+    for function, score in ((None, value), ("none", value), ("sigmoid", sigmoid(value)), ("softmax", 1.0)):
+        parameters = {} if function is None else {"function_to_apply": function}
+        assert server.classify(inputs=text, parameters=parameters).json() == [
+            {"label": "praise", "score": score}
+        ]
+    for raw, score in ((True, value), (False, sigmoid(value))):  # as Text Embeddings Inference
+        tei = httpx.post(f"{server.url}/predict", json={"inputs": text, "raw_scores": raw}).json()
+        assert tei == [{"label": "praise", "score": score}]
+    assert server.classify(text=text).json()["embedding"] == [value]  # as SGLang
+    body: dict[str, Any] = {"inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": [text]}]}
+    url = f"{server.url}/v2/models/praise"
+    outputs = httpx.post(f"{url}/infer", json=body).json()["outputs"]
+    assert {o["name"]: o["data"] for o in outputs}["value"] == [value]
+    assert [o["name"] for o in httpx.get(url).json()["outputs"]] == [o["name"] for o in outputs]
+    refused = httpx.post(f"{url}/infer", json=body | {"outputs": [{"name": "probs"}]})
+    assert refused.status_code == 422 and "label, value, exit_layer of praise" in refused.json()["error"]
+    moderation = httpx.post(f"{server.url}/v1/moderations", json={"input": text})
+    assert moderation.status_code == 422
+    assert "its answer is a number" in moderation.json()["error"]["message"]
+    with Client(server.url) as client:
+        row = client.classify(text).rows[0]
+    assert (row.value, row.probs, row.exit.entropy) == (value, [], None)
+    assert answer_of(row.raw) == str(value)
+    printed = de3(f"classify {text.split()[1]} --url {server.url}").output
+    assert printed.startswith("praise  ")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
+def test_the_page_shows_values(server: Server) -> None:
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        for page in opened(browser, server):
+            page.fill("#text", "a superb fine film")
+            expect(page.locator("#summary strong")).to_have_text(re.compile(r"praise -?\d\.\d+"))
+            expect(page.locator("#summary")).to_contain_text("Full depth agrees: praise")
+            expect(page.locator("#expected")).to_contain_text("within 0.5 of the original model's answer")
+        browser.close()
+
+
+def test_only_a_regression_model_has_a_value(store: Path) -> None:
+    with serving(store, models=["tiny"]) as server:
+        body = {
+            "inputs": [{"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
+            "outputs": [{"name": "value"}],
+        }
+        answer = httpx.post(f"{server.url}/v2/models/tiny/infer", json=body)
+        assert answer.status_code == 422 and "label, probs, exit_layer of tiny" in answer.json()["error"]
+        assert "value" not in server.classify(input="a").json()["data"][0]
+
+
+def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: Path) -> None:
+    """The shadow is the same model with another default τ, so its answers are known."""
+    for version, tau in ((1, 0.0), (2, 0.9)):
+        path = Path(shutil.copytree(imported / "store/praise/1", tmp_path / f"praise/{version}"))
+        manifest = json.loads((path / "manifest.json").read_text())
+        defaults = {**manifest["defaults"], "tau": tau}
+        (path / "manifest.json").write_text(json.dumps(manifest | {"version": version, "defaults": defaults}))
+    texts = [text for text, _ in make_rows(40, 8)]
+    with serving(tmp_path, models=["praise:1"], admin_keys=f"root {KEY}") as server:
+        early = [row["value"] for row in server.classify(input=texts, tau=0.9).json()["data"]]
+        body = {"version": 2, "role": "shadow"}
+        loaded = httpx.post(f"{server.url}/v1/models/praise/load", json=body, headers=HEADERS, timeout=60)
+        assert loaded.status_code == 200, loaded.text
+        full = [row["value"] for row in server.classify(input=texts).json()["data"]]
+        gaps = np.abs(np.array(full) - early)
+        assert 0 < (gaps > TOLERANCE).sum() < (gaps > 0).sum()
+        until(lambda: server.metric("de3_shadow_texts_total") == 40, "the shadow")
+        assert server.metric("de3_shadow_disagreements_total") == (gaps > TOLERANCE).sum()
+
+
+def test_answers_are_unlike_beyond_the_tolerance() -> None:
+    assert not are_unlike(1.0, 1.5, 0.5) and are_unlike(1.0, 1.51, 0.5)
+    assert are_unlike("a", "b", None) and not are_unlike("a", "a", None)
+    assert are_unlike("praise", 1.0, 0.5) and are_unlike(1.0, "praise", 0.5)
+
+
+@given(
+    st.lists(st.floats(-(2.0**20), 2.0**20, width=32), min_size=3, max_size=3),
+    st.tuples(*[st.tuples(*[st.floats(-1e6, 1e6) | st.floats(-5, 5)] * 3, st.just(0.0), st.just(0.0))] * 3),
+)
+def test_the_decision_on_a_value_is_that_of_the_exit_rule(
+    kernels: Any, values: list[float], weights: Any
+) -> None:
+    signal = Risk(weights)
+    rule = ExitRule(0.5, signal)
+    readings = [rule.read(layer, [x], None) for layer, x in enumerate(values)]
+    assert [r.value for r in readings] == values and math.isnan(readings[0].entropy)
+    buffers = [(np.float32([x]), None) for x in values]
+    for count in (1, 2, 3):
+        expected = signal.score(readings[:count])
+        found = kernels.score(buffers[:count], signal.code, 0.0, np.array(weights[:count]).tobytes(), None)
+        assert found == expected or (math.isnan(found) and math.isnan(expected or 0.0))
+    recorded = Recorded(
+        [0, 1, 2],
+        np.float32([values])[..., None],
+        np.full((1, 3, 1), np.nan, np.float32),
+        np.zeros(1),
+        tolerance=0.5,
+    )
+    assert (recorded.risk_features[0] == formulas.value_features(values)).all()
+    scores = signal.scores(recorded)[0]
+    assert scores == pytest.approx([signal.score([reading]) for reading in readings], abs=1e-6)
+    for code in (0, 1):  # neither entropy nor EDR is defined
+        assert math.isnan(kernels.score(buffers, code, 1.0, None, None))
+
+
+def test_values_that_are_not_numbers_never_leave_early(kernels: Any) -> None:
+    signal = Risk(((0.0, -1.0, 1.0, 0.0, 0.0),) * 2)
+    for values in ([math.nan], [1.0, math.nan], [math.inf], [0.0, -math.inf]):
+        readings = [ExitRule(1, signal).read(layer, [x], None) for layer, x in enumerate(values)]
+        assert not ExitRule(1, signal).exits(signal.score(readings))
+        buffers = [(np.float32([x]), None) for x in values]
+        table = np.array(signal.weights[: len(values)]).tobytes()
+        assert not kernels.exits(kernels.score(buffers, 2, 0.0, table, None), 1.0)
+
+
+def test_a_value_has_no_metric_space(kernels: Any) -> None:
+    model = kernels.new(64, 4, 128, 1, True, True)
+    row, none, space = np.zeros(64, np.float32), np.zeros(0, np.float32), np.zeros((64, 32), np.int8)
+    with pytest.raises(ValueError, match="no metric space"):
+        kernels.set_exit(model, 0, row, row[:1], space, row[:32], row[:32])
+    kernels.set_exit(model, 0, row, row[:1], none, none, none)
+    with pytest.raises(ValueError, match="same labels"):
+        kernels.set_exit(model, 1, np.zeros(128, np.float32), row[:2], none, none, none)
+
+
+def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
+    command = f"import {stock} --texts {texts} --name x --store {tmp_path}/s --work {tmp_path}/w"
+    message = refusal(command)
+    assert "--tolerance: its answer is a number" in message and "own units" in message
+    suggested = float(message.rpartition(" ")[2])
+    assert 0.05 < suggested < 1 and "standard deviation" in message
+    assert not (tmp_path / "s").exists()
+    for value in ("0", "-1", "nan", "inf", "1e10", str(MIN_TOLERANCE / 2)):
+        assert "--tolerance must be from 0.001 to 1e+09" in refusal(f"{command} --tolerance {value}")
+    for option, says in (
+        ("--finetune", "not for regression"),
+        ("--signal edr", "needs classes"),
+        ("--signal entropy", "of a regression model give risk"),
+        ("--threshold 0.3", "no multi-label model"),
+        ("--multi-label", "a multi-label model needs 2 labels or more"),
+        ("--label-names a,b", "must name the labels"),
+    ):
+        assert says in refusal(f"{command} --tolerance 0.5 {option}")
+
+
+def test_a_tolerance_is_of_regression_models_only(tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "m", labels=2)
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
+    command = f"import {folder} --texts {texts} --name x --store {tmp_path}/s --tolerance 0.5"
+    assert "--tolerance: " in (message := refusal(command)) and "has 2 labels" in message
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"problem_type": "regression"}))
+    assert "is a regression of 2 numbers" in refusal(command)
+
+
+def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None:
+    file = tmp_path / "texts.csv"
+    rows = [(text, value_of(text)) for text, _ in make_rows(900, 5)]
+    file.write_text("text,label\n" + "".join(f"{text},{value}\n" for text, value in rows))
+    result = de3(
+        f"import {stock} --texts {file} --label-column label --name m --store {tmp_path}/s --work {tmp_path}/w "
+        f"--tolerance {TOLERANCE} --quantize none"
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    calibration = Store(tmp_path / "s").open("m").manifest.calibration
+    assert calibration is not None and not calibration.self_labelled
+    assert calibration.original_disagreement is None
+    for model in (f"{imported}/store/praise/1", f"{imported}/work"):
+        result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {stock}")
+        assert result.exit_code == 0, (result.output, result.exception)
+        assert "Pearson" in result.output and "within 0.5" in result.output
+    assert f"within {TOLERANCE:g} of the label" in result.output or "store" not in model
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
+    result = de3(f"evaluate {tmp_path}/s/m/1 {texts} --original {stock} --png {tmp_path}/plot.png")
+    assert "100.00" in result.output, result.output  # in fp32 the original's answers are full depth's
+    file.write_text("text,label\na good film,much\n")
+    for arguments in (
+        f"evaluate {imported}/work {file}",
+        f"import {stock} --texts {file} --label-column label --name m --tolerance 1",
+    ):
+        assert "texts.csv:2: label must be a finite number, got 'much'" in refusal(arguments)
+
+
+def test_a_recalibration_keeps_the_tolerance(imported: Path, tmp_path: Path) -> None:
+    shutil.copytree(imported / "store", tmp_path / "store")
+    parts = f"--tune {imported}/work/tune.jsonl --certify {imported}/work/certify.jsonl"
+    result = de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
+    assert result.exit_code == 0, (result.output, result.exception)
+    old, new = (Store(tmp_path / "store").open(f"praise:{version}").manifest for version in (1, 2))
+    assert new.tolerance == TOLERANCE and new.defaults == old.defaults and new.risk == old.risk
+    listed = de3(f"models list --store {tmp_path}/store")
+    assert listed.exit_code == 0 and "praise" in listed.output
+
+
+def test_values_as_labels_and_back(tmp_path: Path) -> None:
+    examples = [Example("a", 1.5, original=-2.0), Example(("b", "c"), 0.0, original=0.25)]
+    path = tmp_path / "x.jsonl"
+    for part in ([examples[0]], [examples[1]]):
+        data.save_examples(path, part, ["praise"])
+        again = data.load_examples(path, ["praise"], regression=True)
+        assert again == part and [e.original for e in again] == [e.original for e in part]
+    for label in ("true", '"much"', "null", "[1]", "1e999", '"nan"'):
+        path.write_text(f'{{"text": "a", "label": {label}}}\n')
+        with pytest.raises(ValueError, match="label"):
+            data.load_examples(path, ["praise"], regression=True)
+    path.write_text('{"text": "a", "label": "1.5", "original": "x"}\n')
+    with pytest.raises(ValueError, match="original must be a finite number"):
+        data.load_examples(path, ["praise"], regression=True)
+
+
+@given(st.lists(st.tuples(st.integers(-4, 4), st.integers(-4, 4)), min_size=2, max_size=30))
+def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
+    values, labels = np.array(pairs, np.float64).T
+    if np.ptp(values) == 0 or np.ptp(labels) == 0:
+        assert all(math.isnan(x) for x in correlation(values, labels))
+    else:
+        expected = pearsonr(values, labels).statistic, spearmanr(values, labels).statistic
+        assert correlation(values, labels) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(imported / "store", tmp_path / "store")) / "praise/1/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["risk"][0]["weights"][3] = 1.0
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match="the last two weights must be 0 in a regression model"):
+        Store(tmp_path / "store").open("praise")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tolerance": None}, "exactly one if there is a tolerance"),
+        ({"labels": ["a", "b"]}, "exactly one if there is a tolerance"),
+        ({"labels": []}, "at least 1 item"),
+        ({"tolerance": 0}, "greater than or equal to 0.001"),
+        ({"tolerance": 1e10}, "less than or equal to 1000000000"),
+        ({"thresholds": [0.5]}, "thresholds may not be set beside a tolerance"),
+        ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
+        (
+            {"defaults": {"tau": 0.1, "signal": "entropy", "lambda": None}},
+            "a regression model has the signal risk only",
+        ),
+    ],
+)
+def test_an_unsound_manifest_is_refused(
+    imported: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = Path(shutil.copytree(imported / "store", tmp_path / "store")) / "praise/1/manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(StoreError, match=message):
+        Store(tmp_path / "store").open("praise")
+
+
+def test_a_long_text_in_windows(server: Server) -> None:
+    text = "a good film and a dull plot . " * 30
+    row = server.post({"input": text, "long": "windows", "tau": 0, "explain": True}).json()["data"][0]
+    last = [layer for layer in row["layers"] if layer["layer"] == row["exit"]["num_layers"]]
+    assert row["windows"]["run"] == row["windows"]["of"] == len(last) > 1
+    values = [layer["value"] for layer in last]
+    assert min(values) <= row["value"] <= max(values) and row["probs"] is None
