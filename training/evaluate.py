@@ -88,11 +88,18 @@ def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
 
 
+def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
+    """The name of what a training maximizes, accuracy or micro_f1, and its value at every exit, (exits,)."""
+    if recorded.thresholds is None:
+        return "accuracy", np.asarray(recorded.correct.mean(0))
+    return "micro_f1", f1(recorded)[0]
+
+
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
-        return warnings
+        return _labels_never_given(recorded, names)
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
     low, high = calibration.wilson(right, n)
@@ -107,6 +114,18 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
             f"{100 * counts[most] / n:.1f}%: the model has learned little"
         )
     return warnings
+
+
+def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
+    """A warning if full depth of a multi-label model gives some labels to no sample, though they are right for some."""
+    missing = np.flatnonzero(recorded.labels.any(0) & ~recorded.answers[:, -1].any(0))
+    if not len(missing):
+        return []
+    shown = ", ".join(names[k] for k in missing[:5]) + (" …" if len(missing) > 5 else "")
+    return [
+        f"full depth gives {len(missing)} of {len(names)} labels to none of {len(recorded.labels)} samples, though "
+        f"they are right for some: {shown}; they need more rows, a longer training, or lower thresholds"
+    ]
 
 
 def curve_table(curves: Sequence[Curve]) -> Table:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from exits import calibration, risk
 from exits.calibration import FINE_TAUS, Samples
 from exits.recorded import Recorded
+from training import loss as losses
 from training import prototypes
 from training.data import Encoded, evaluation_batches
 from training.model import POOLINGS, De3Model
@@ -180,7 +181,7 @@ def _merit(of: Recorded) -> float:
 def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
     """Each exit's classifier, by cross-entropy to the probabilities of full depth."""
     wanted, held = train.probabilities, tune.probabilities
-    loss = F.cross_entropy if train.thresholds is None else _binary
+    loss = F.cross_entropy if train.thresholds is None else losses.binary_cross_entropy
     exits = list(enumerate(model.config.exit_layers[:-1]))
     for j, layer in track(exits, f"Fitting exits ({model.config.pooling})"):
         x, y = (of.pooled(model.config.pooling, layer) for of in (train, tune))
@@ -192,11 +193,6 @@ def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
                 model.classifiers[j].parameters(), (weight, bias - weight @ mean), strict=True
             ):
                 parameter.copy_(value)
-
-
-def _binary(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The cross-entropy of labels that do not exclude each other, (n, K): summed over labels, averaged over rows."""
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(logits)
 
 
 def _regress(

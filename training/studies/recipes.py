@@ -164,7 +164,7 @@ def _plain(
 def fine_tune(
     encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
 ) -> tuple[Any, Any]:
-    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it."""
+    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it; multi-label if examples are."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -175,9 +175,13 @@ def fine_tune(
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     pad_id = tokenizer.pad_token_id
     model = AutoModelForSequenceClassification.from_pretrained(
-        encoder, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
+        encoder,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        dtype=torch.float32,
+        problem_type="multi_label_classification" if isinstance(examples[0].label, tuple) else None,
     )
-    encoded = data.encode(examples, tokenizer, settings.max_length, "train")
+    encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -189,6 +193,8 @@ def fine_tune(
         with meter.epoch(epoch + 1, settings.epochs, len(batches)) as progress:
             for i, rows in enumerate(batches, 1):
                 inputs, labels = encoded.batch(rows, pad_id)
+                if labels.dtype is torch.bool:
+                    labels = labels.float()
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16):
                     loss = model(**inputs, labels=labels).loss
                 loss.backward()
