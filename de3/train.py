@@ -133,8 +133,13 @@ def train(
         ),
     ] = None,
     head_lr: Annotated[
-        float, typer.Option(help="Learning rate of the exits' heads.", rich_help_panel=TRAINING)
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            help="Learning rate of the exits' heads.",
+            show_default="1e-3; with --multi-label 1e-2",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 0.01,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps with learning-rate warm-up.", rich_help_panel=TRAINING)
@@ -233,7 +238,9 @@ def train(
     chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
     settings = TrainSettings(
         **asdict(chosen),
-        head_lr=head_lr,
+        head_lr=(recipes.MULTI_LABEL_HEAD_LR if multi_label else recipes.HEAD_LR)
+        if head_lr is None
+        else head_lr,
         weight_decay=weight_decay,
         warmup=warmup,
         alpha=alpha,

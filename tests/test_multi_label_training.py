@@ -24,6 +24,7 @@ from training import checks, data
 from training import loss as losses
 from training.checkpoint import Checkpoint
 from training.evaluate import exit_scores, f1, weaknesses
+from training.model import De3Model
 from training.studies import joined
 
 NAMES = ["blame", "praise", "story"]
@@ -84,6 +85,7 @@ def test_it_learns_every_label(trained: Path) -> None:
     record = json.loads((folder / "training.json").read_text())
     best = record["history"][record["best_epoch"] - 1]["tune_micro_f1"]
     assert best[-1] > 0.97 and len(best) == 4
+    assert record["settings"]["head_lr"] == 1e-2  # of multi-label models
     opened = Checkpoint(folder)
     assert (opened.names, opened.config.thresholds) == (NAMES, [0.4] * 3)
     assert not opened.model.prototypical and opened.model.prototypes.numel() == 0
@@ -224,6 +226,15 @@ def test_the_loss_is_that_of_plain_pytorch() -> None:
     pair = torch.stack([torch.zeros(5), logits[:, 0, 0]], -1)
     alone = losses.binary_cross_entropy(logits[:, 0, :1], labels[:, :1].float())
     assert alone == pytest.approx(float(F.cross_entropy(pair, labels[:, 0].long())), rel=1e-6)
+
+
+def test_every_exit_starts_at_the_frequencies_of_the_labels(encoder: Path) -> None:
+    model = De3Model.from_encoder(str(encoder), NAMES, exit_layers=[0, 3], thresholds=[0.5] * 3)
+    labels = torch.zeros(99, 3, dtype=torch.bool)
+    labels[:24, 1] = labels[:, 2] = True
+    model.start_at(labels)
+    for classifier in model.classifiers:
+        assert torch.sigmoid(classifier.bias).tolist() == pytest.approx([0.005, 0.245, 0.995])
 
 
 def recorded(logits: list[list[float]], labels: list[list[bool]]) -> Recorded:

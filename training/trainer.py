@@ -199,6 +199,8 @@ class _Run:
         self.weights = losses.layer_weights(model.config.exit_layers, settings.weights).to(model.device)
         self.epoch, self.step, self.best, self.best_epoch = 0, 0, -math.inf, 0
         self.history: list[dict[str, Any]] = []
+        if model.config.thresholds is not None:
+            model.start_at(data.labels)
         self.total_steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
         self.meter = Meter()
