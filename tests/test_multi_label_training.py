@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from exits.recorded import Recorded
+from exits.signals import Entropy
 from model_store.store import Store
 from tests.conftest import BAD, FILLER, GOOD, made_once, make_rows
 from tests.serving import serving
 from training import checks, data
 from training import loss as losses
 from training.checkpoint import Checkpoint
-from training.evaluate import exit_scores, f1, weaknesses
+from training.evaluate import default_line, exit_scores, f1, weaknesses
 from training.model import De3Model
 from training.studies import joined
 
@@ -253,6 +254,16 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)
     assert "gives 1 of 3 labels to none of 2 samples, though they are right for some: blame;" in warning
+
+
+def test_the_default_is_told_in_f1() -> None:
+    """Two texts leave at the first exit; full depth would have given the second one its own label."""
+    logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
+    labels = np.array([[True, False], [False, True]])
+    two = Recorded([0, 3], logits, np.full_like(logits, np.nan), labels, thresholds=np.zeros(2))
+    said = default_line(two, 0.5, Entropy(), 0.1)
+    assert "all labels right 50.00%" in said and "50.00% of answers unlike full depth" in said
+    assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers())

@@ -81,8 +81,13 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
 
 def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label that nobody gives counts 0."""
-    answers, labels = recorded.answers, recorded.labels[:, None]
-    hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
+    return _f1(recorded.answers, recorded.labels)
+
+
+def _f1(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Micro and macro F1, each (answerers,), of answers (n, answerers, K) to texts with labels (n, K), both bool."""
+    labels = labels[:, None]
+    hits = (answers & labels).sum(0).astype(np.float64)  # (answerers, K)
     given = answers.sum(0) + labels.sum(0)
     micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
     return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
@@ -150,11 +155,21 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: f
     samples = calibration.Samples.independent(recorded)
     o = calibration.outcome(samples, signal.scores(recorded), tau, signal)
     low, high = (100 * x for x in o.accuracy_interval)
+    measure, answer, scores = "accuracy", "labels", ""
+    if recorded.thresholds is not None:
+        measure, answer = "all labels right", "answers"
+        chosen = exit_index(signal.scores(recorded), tau)[:, None, None]
+        micro, macro = _f1(np.take_along_axis(recorded.answers, chosen, 1), recorded.labels)
+        full = [100 * score[-1] for score in f1(recorded)]
+        scores = (
+            f"micro F1 {100 * micro[0]:.2f} (full depth {full[0]:.2f}), "
+            f"macro F1 {100 * macro[0]:.2f} (full depth {full[1]:.2f}), "
+        )
     return (
-        f"Default {signal_label(signal)}, τ = {tau:g}: accuracy {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {signal_label(signal)}, τ = {tau:g}: {measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{100 * o.disagreement:.2f}% of labels unlike full depth, "
+        f"{scores}{100 * o.disagreement:.2f}% of {answer} unlike full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
         f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"

@@ -183,7 +183,7 @@ def fine_tune(
     )
     encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
     if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
-        # The usual start for rare labels: from a half each it learns in hours what it else learns in minutes.
+        # From a half each, hundreds of steps would only teach it that most labels are rare.
         model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
