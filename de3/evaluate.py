@@ -88,8 +88,8 @@ def evaluate(
         rows = read_rows(file, dataset, split, columns)
         if not (has_labels or columns.regression):
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
-        elif not (columns.multi_label or columns.regression):
-            rows = data.rename(rows, label_names)
+        elif not columns.regression:
+            rows = data.rename(rows, label_names, columns.multi_label)
         examples = data.to_examples(rows, subject.names, columns.multi_label, columns.regression)
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)

@@ -12,11 +12,15 @@ from de3.options import (
     DATA,
     TRAINING,
     Delimiter,
+    Fragments,
+    GroupColumn,
     Header,
     PairColumn,
     Quotes,
     SignalOption,
     TextColumn,
+    Threshold,
+    check_groups,
     need_train_extra,
     next_serve,
 )
@@ -68,16 +72,7 @@ def import_model(
             rich_help_panel=DATA,
         ),
     ] = False,
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            min=0.01,
-            max=0.99,
-            help="Of a multi-label model: the probability from which on a label is given. Requests may set others.",
-            show_default="0.5",
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    threshold: Threshold = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -87,20 +82,8 @@ def import_model(
             rich_help_panel=DATA,
         ),
     ] = None,
-    group_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part.",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ] = None,
-    fragments: Annotated[
-        bool,
-        typer.Option(
-            help="The data contains fragments of its own texts (as SST-2's phrases).", rich_help_panel=DATA
-        ),
-    ] = False,
+    group_column: GroupColumn = None,
+    fragments: Fragments = False,
     header: Header = True,
     quotes: Quotes = None,
     delimiter: Delimiter = None,
@@ -147,10 +130,7 @@ def import_model(
     from training import checks, data, stock
     from training.progress import console, warn
 
-    if fragments and group_column is not None:
-        raise ValueError(
-            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
-        )
+    check_groups(fragments, group_column)
     if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # NaN neither
         raise ValueError(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"

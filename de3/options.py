@@ -45,6 +45,34 @@ Quotes = Annotated[
     ),
 ]
 
+Fragments = Annotated[
+    bool,
+    typer.Option(
+        help="The data contains fragments of its own texts (as SST-2's phrases): keep a text and its fragments in the "
+        "same part.",
+        rich_help_panel=DATA,
+    ),
+]
+GroupColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part, and "
+        "count as related in the guarantees.",
+        show_default=False,
+        rich_help_panel=DATA,
+    ),
+]
+Threshold = Annotated[
+    float | None,
+    typer.Option(
+        min=0.01,
+        max=0.99,
+        help="Of a multi-label model: the probability above which a label is given. Requests may set others.",
+        show_default="0.5",
+        rich_help_panel=DATA,
+    ),
+]
+
 SignalOption = Annotated[
     str,
     typer.Option(
@@ -80,6 +108,14 @@ def read_rows(file: Path | None, dataset: str | None, split: str, columns: Any) 
     if (file is None) == (dataset is None):
         raise ValueError("give the data either as a file or with --dataset")
     return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
+
+
+def check_groups(fragments: bool, group_column: str | None) -> None:
+    """Raise ValueError for two ways at once to say which rows are related."""
+    if fragments and group_column is not None:
+        raise ValueError(
+            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
+        )
 
 
 def next_serve(store: Path, name: str) -> str:

@@ -17,19 +17,28 @@ from de3.options import (
     DatasetSplit,
     Delimiter,
     File,
+    Fragments,
+    GroupColumn,
     Header,
     LabelColumn,
     LabelNames,
     PairColumn,
     Quotes,
     TextColumn,
+    Threshold,
+    check_groups,
     need_train_extra,
     read_rows,
     say,
 )
 
+# Options that a multi-label model has no use for.
+NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes")
+NO_TEACHER = ("teacher", "distill", "temperature", "augment")
+
 
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
     encoder: Annotated[
         str,
@@ -54,23 +63,16 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
-    fragments: Annotated[
+    fragments: Fragments = False,
+    group_column: GroupColumn = None,
+    multi_label: Annotated[
         bool,
         typer.Option(
-            help="The data contains fragments of its own texts (as SST-2's phrases): keep a text and its "
-            "fragments in the same part.",
+            help="A text has any number of labels: a list in .jsonl, or in a cell with | between them.",
             rich_help_panel=DATA,
         ),
     ] = False,
-    group_column: Annotated[
-        str | None,
-        typer.Option(
-            help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part, "
-            "and count as related in the guarantees.",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ] = None,
+    threshold: Threshold = None,
     exits: Annotated[
         str,
         typer.Option(
@@ -131,8 +133,13 @@ def train(
         ),
     ] = None,
     head_lr: Annotated[
-        float, typer.Option(help="Learning rate of the exits' heads.", rich_help_panel=TRAINING)
-    ] = 1e-3,
+        float | None,
+        typer.Option(
+            help="Learning rate of the exits' heads.",
+            show_default="1e-3; with --multi-label 1e-2",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
     weight_decay: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 0.01,
     warmup: Annotated[
         float, typer.Option(help="Share of the steps with learning-rate warm-up.", rich_help_panel=TRAINING)
@@ -202,16 +209,21 @@ def train(
     from training.trainer import TrainSettings
     from training.trainer import train as run
 
-    if fragments and group_column is not None:
-        raise ValueError(
-            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
-        )
-    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter)
+    check_groups(fragments, group_column)
+    _check_multi_label(context, multi_label)
+    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, multi_label)
     rows = read_rows(file, dataset, split, columns)
-    warnings = checks.labels(Counter(label for _, label in rows))
-    rows = data.rename(rows, label_names)
-    names = [name.strip() for name in label_names.split(",")] if label_names else data.label_order(rows)
-    examples = data.to_examples(rows, names)
+    counts = Counter(label for _, cell in rows for label in data.labels_in(cell, multi_label))
+    warnings = checks.labels(counts, len(rows) if multi_label else None)
+    rows = data.rename(rows, label_names, multi_label)
+    names = (
+        [name.strip() for name in label_names.split(",")]
+        if label_names
+        else data.label_order(rows, multi_label)
+    )
+    examples = data.to_examples(rows, names, multi_label)
+    if multi_label:
+        warnings += checks.label_counts(examples)
     if group_column is not None:
         groups = (
             data.read_column(file, columns, group_column)
@@ -226,7 +238,9 @@ def train(
     chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
     settings = TrainSettings(
         **asdict(chosen),
-        head_lr=head_lr,
+        head_lr=(recipes.MULTI_LABEL_HEAD_LR if multi_label else recipes.HEAD_LR)
+        if head_lr is None
+        else head_lr,
         weight_decay=weight_decay,
         warmup=warmup,
         alpha=alpha,
@@ -243,6 +257,8 @@ def train(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
     )
+    if multi_label:
+        say(f"{sum(e.label == () for e in examples)} of {len(examples)} texts have no label")
     say(f"recipe ({recipe}): {chosen}")
     warn(warnings)
     torch.manual_seed(seed)
@@ -254,6 +270,7 @@ def train(
         metric_dim=metric_dim,
         last_prototypes=last_prototypes,
         gamma=gamma,
+        thresholds=[0.5 if threshold is None else threshold] * len(names) if multi_label else None,
         max_tokens=min(tokenizer.model_max_length, family(encoder_config).max_tokens(encoder_config)),
         input=data.input_of(examples),
     )
@@ -264,12 +281,31 @@ def train(
         say(f"interrupted; go on after the last complete epoch with: {command}")
         sys.exit(130)
     if exits == "last":
-        say(f"saved to {out}. Next: de3 evaluate {out}, or use it as a --teacher")
+        teacher_too = "" if multi_label else ", or use it as a --teacher"
+        say(f"saved to {out}. Next: de3 evaluate {out}{teacher_too}")
     else:
         say(
             f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on a file that you name), then "
             f"de3 export {out} --name NAME"
         )
+
+
+def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
+    """Raise ValueError for options that cannot go together."""
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name != "DEFAULT"
+
+    if not multi_label and given("threshold"):
+        raise ValueError("--threshold: only a multi-label model has one: say --multi-label")
+    for names, reason in (
+        (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels do not exclude each other"),
+        (NO_TEACHER, "distillation is for labels that exclude each other"),
+    ):
+        for name in names if multi_label else ():
+            if given(name):
+                raise ValueError(f"--{name.replace('_', '-')} cannot go with --multi-label: {reason}")
 
 
 def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:

@@ -135,7 +135,7 @@ def _parts(
         examples = to_examples(rows, opened.names, regression=True)
     else:
         is_multi = opened.thresholds is not None
-        found = {name for _, label in rows for name in (labels_in(label) if is_multi else [label])}
+        found = {name for _, label in rows for name in labels_in(label, is_multi)}
         examples = to_examples(rows, _names_in(found, opened.names), is_multi)
     if groups is not None:
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]

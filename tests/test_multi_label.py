@@ -40,23 +40,13 @@ def labels_of(text: str) -> tuple[int, ...]:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock multi-label classifier, fine-tuned by transformers alone."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from training.studies.recipes import fine_tune
+    from training.trainer import TrainSettings
 
     def make(folder: Path) -> None:
-        torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            encoder, id2label=dict(enumerate(NAMES)), problem_type="multi_label_classification"
-        )
-        texts = [text for text, _ in make_rows(2400, 1)]
-        encoded = data.encode([Example(t, labels_of(t)) for t in texts], tokenizer, 64, num_labels=3)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        for epoch in range(10):
-            for rows in data.training_batches([len(x) for x in encoded.ids], 32, epoch):
-                inputs, labels = encoded.batch(rows, tokenizer.pad_token_id)
-                model(**inputs, labels=labels.float()).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+        examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]
+        settings = TrainSettings(batch_size=32, lr=2e-3, epochs=10, bf16=False)
+        model, tokenizer = fine_tune(str(encoder), NAMES, examples, settings)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
 from training import checkpoint, encoders
-from training.data import Example, Text
+from training.data import SEPARATOR, Example, Text
 from training.split import Split
 
 MAX_LABELS = 1000
@@ -60,9 +60,16 @@ def open_encoder(name: str) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def labels(counts: Counter[str]) -> list[str]:
-    """Warnings about labels with so many rows each; raises ValueError for what is no classification."""
-    total = counts.total()
+def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
+    """Warnings about labels with so many rows each; raises ValueError for what is no classification.
+
+    rows: of multi-label data, where a row has any number of labels; None: each has one.
+    """
+    total = counts.total() if rows is None else rows
+    if len(counts) < 2 and rows is not None:
+        raise ValueError(
+            f"a multi-label model needs at least 2 labels; the data has {', '.join(map(repr, counts)) or 'none'}"
+        )
     if len(counts) < 2:
         raise ValueError(
             f"a classifier needs at least 2 labels; every row has the label {next(iter(counts))!r}"
@@ -78,6 +85,11 @@ def labels(counts: Counter[str]) -> list[str]:
             f"At most {MAX_LABELS} labels, with at least two rows each on average, can be trained"
         )
     warnings = []
+    joined = [name for name in counts if SEPARATOR in name]
+    if rows is None and len(joined) > len(counts) / 2:
+        warnings.append(
+            f"labels such as {joined[0]!r}: if these are several labels of a text, say --multi-label"
+        )
     spellings: dict[str, list[str]] = {}
     for name in counts:
         spellings.setdefault(" ".join(name.split()).casefold(), []).append(name)
@@ -93,9 +105,18 @@ def labels(counts: Counter[str]) -> list[str]:
     return warnings
 
 
+def label_counts(examples: Sequence[Example]) -> list[str]:
+    """A warning if no text of multi-label data has several labels, or none: then they seem to exclude each other."""
+    if any(len(labels_of(e)) != 1 for e in examples):
+        return []
+    return [
+        "every text has one label: if labels exclude each other, train without --multi-label; it exits earlier"
+    ]
+
+
 def held_out(parts: Split, names: Sequence[str]) -> list[str]:
     """Warnings about a split; raises ValueError if a label has no sample to train on."""
-    trained = Counter(example.label for example in parts.train)
+    trained = Counter(label for example in parts.train for label in labels_of(example))
     missing = [name for i, name in enumerate(names) if not trained[i]]
     if missing:
         raise ValueError(
@@ -107,6 +128,11 @@ def held_out(parts: Split, names: Sequence[str]) -> list[str]:
     return [
         f"only {size} certifying samples: the reported accuracy will be uncertain by ±{98 / size**0.5:.0f} points"
     ]
+
+
+def labels_of(example: Example) -> tuple[int, ...]:
+    """The labels of an example, one or of multi-label data any number."""
+    return example.label if isinstance(example.label, tuple) else (int(example.label),)
 
 
 def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:

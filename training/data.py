@@ -19,7 +19,8 @@ from training.progress import track
 
 Text = str | tuple[str, str]
 Label = int | float | tuple[int, ...]
-SEPARATOR = "|"  # between the labels of a text, where they are in one cell
+SEPARATOR = "|"  # between the labels of a text in a cell of a file
+JOINT = "\x1f"  # between them in a row: unlike a cell, a list in JSON may have labels with | in them
 MAX_SHARED = 0.05  # share of the certifying texts that may be in the tuning file: real traffic repeats texts
 
 
@@ -51,7 +52,8 @@ class Columns:
         label: None: the texts have no labels; then a .txt file with a text on each line can be read too.
         quotes: whether quotation marks delimit fields or are part of the text (as in GLUE's tsv files);
             None: they delimit fields unless the file is a .tsv.
-        multi_label: a text has any number of labels: in a cell with | between them, or as a list in JSON.
+        multi_label: a text has any number of labels: in a cell with | between them, or as a list in JSON. Rows have
+            JOINT between them.
         regression: a text has a value instead of a label.
         delimiter: between fields; None: a comma in .csv, a tab in .tsv, and .jsonl has none.
     """
@@ -108,9 +110,11 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
     if columns.multi_label and columns.label in record:
         label = record[columns.label]
         if isinstance(label, list) and all(isinstance(one, str | int) for one in label):
-            label = SEPARATOR.join(map(str, label))  # "" is no label
+            label = JOINT.join(map(str, label))  # "" is no label
         elif label is None:
             raise ValueError(f"{where}: {columns.label} is missing; of a text without a label leave it empty")
+        elif isinstance(label, str):
+            label = label.replace(SEPARATOR, JOINT)
     else:
         label = "" if columns.label is None else cell(columns.label, "--label-column")
     if columns.regression:
@@ -119,6 +123,7 @@ def _row(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
     elif isinstance(label, list | dict | float):
         raise ValueError(
             f"{where}: {columns.label} must be a label, text or a whole number, got {label!r:.50}"
+            f"{'; only a multi-label model has several labels a text' if isinstance(label, list) else ''}"
         )
     first = text(columns.text, "--text-column")
     return ((first, text(columns.text_pair, "--pair-column")) if columns.text_pair else first), str(label)
@@ -203,10 +208,14 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
 
     data = _open_dataset(name, split)
     feature = data.features.get(columns.label)
+    named = getattr(feature, "feature", feature) if columns.multi_label else feature  # of a list's items
     rows = []
     for i, record in enumerate(data):
         text, label = _row(record, columns, f"{name}, row {i}")
-        rows.append((text, feature.int2str(int(label)) if isinstance(feature, ClassLabel) else label))
+        if isinstance(named, ClassLabel):
+            numbers = labels_in(label, columns.multi_label)
+            label = JOINT.join(named.int2str(int(number)) for number in numbers)
+        rows.append((text, label))
     return rows
 
 
@@ -222,9 +231,9 @@ def _open_dataset(name: str, split: str) -> Any:
     return load_dataset(path, config or None, split=split)
 
 
-def label_order(rows: Sequence[tuple[Text, str]]) -> list[str]:
+def label_order(rows: Sequence[tuple[Text, str]], multi_label: bool = False) -> list[str]:
     """The distinct labels of rows, in numeric order if all are whole numbers, else alphabetically."""
-    labels = {label for _, label in rows}
+    labels = {label for _, cell in rows for label in labels_in(cell, multi_label)}
     return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
 
@@ -248,9 +257,11 @@ def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
     return replace(recorded, original=label_array(answers, recorded.logits.shape[-1]))
 
 
-def labels_in(cell: str) -> list[str]:
-    """The labels in a cell."""
-    return [name.strip() for name in cell.split(SEPARATOR) if name.strip()]
+def labels_in(cell: str, multi_label: bool) -> list[str]:
+    """The labels of a row: the one, or each once."""
+    if not multi_label:
+        return [cell]
+    return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))
 
 
 def label_of(row: NDArray[Any] | np.generic) -> Label:
@@ -274,7 +285,7 @@ def to_examples(
     if regression:
         return [Example(text, float(label or 0)) for text, label in rows]
     index = {label: i for i, label in enumerate(names)}
-    cells = [labels_in(label) if multi_label else [label] for _, label in rows]
+    cells = [labels_in(label, multi_label) for _, label in rows]
     unknown = sorted({label for cell in cells for label in cell} - index.keys())
     if unknown:
         raise ValueError(
@@ -288,16 +299,20 @@ def to_examples(
     return [Example(text, index[cell[0]]) for text, cell in zip(texts, cells, strict=True)]
 
 
-def rename(rows: Sequence[tuple[Text, str]], label_names: str | None) -> list[tuple[Text, str]]:
+def rename(
+    rows: Sequence[tuple[Text, str]], label_names: str | None, multi_label: bool = False
+) -> list[tuple[Text, str]]:
     """Rows with their labels renamed to the comma-separated label_names, in sorted order of the labels."""
     if label_names is None:
         return list(rows)
-    order = label_order(rows)
+    order = label_order(rows, multi_label)
     names = [name.strip() for name in label_names.split(",")]
     if len(names) != len(order) or len(set(names)) != len(names):
         raise ValueError(f"the data has the labels {order}; --label-names must name each once, got {names}")
     new_names = dict(zip(order, names, strict=True))
-    return [(text, new_names[label]) for text, label in rows]
+    return [
+        (text, JOINT.join(new_names[label] for label in labels_in(cell, multi_label))) for text, cell in rows
+    ]
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:

@@ -84,8 +84,13 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
 
 def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label that nobody gives counts 0."""
-    answers, labels = recorded.answers, recorded.labels[:, None]
-    hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
+    return _f1(recorded.answers, recorded.labels)
+
+
+def _f1(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Micro and macro F1, each (answerers,), of answers (n, answerers, K) to texts with labels (n, K), both bool."""
+    labels = labels[:, None]
+    hits = (answers & labels).sum(0).astype(np.float64)  # (answerers, K)
     given = answers.sum(0) + labels.sum(0)
     micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
     return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
@@ -119,10 +124,19 @@ def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple
     return correlation(recorded.answers[np.arange(len(index)), index], recorded.labels)
 
 
+def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
+    """The name of what a training maximizes, accuracy or micro_f1, and its value at every exit, (exits,)."""
+    if recorded.thresholds is None:
+        return "accuracy", np.asarray(recorded.correct.mean(0))
+    return "micro_f1", f1(recorded)[0]
+
+
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
     """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
     n, warnings = len(recorded.labels), list[str]()
-    if recorded.thresholds is not None or recorded.tolerance is not None:
+    if recorded.thresholds is not None:
+        return _labels_never_given(recorded, names)
+    if recorded.tolerance is not None:
         return warnings
     counts = np.bincount(recorded.labels, minlength=len(names))
     most, right = int(counts.argmax()), int(recorded.correct[:, -1].sum())
@@ -138,6 +152,18 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
             f"{100 * counts[most] / n:.1f}%: the model has learned little"
         )
     return warnings
+
+
+def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
+    """A warning if full depth of a multi-label model gives some labels to no sample, though they are right for some."""
+    missing = np.flatnonzero(recorded.labels.any(0) & ~recorded.answers[:, -1].any(0))
+    if not len(missing):
+        return []
+    shown = ", ".join(names[k] for k in missing[:5]) + (" …" if len(missing) > 5 else "")
+    return [
+        f"full depth gives {len(missing)} of {len(names)} labels to none of {len(recorded.labels)} samples, though "
+        f"they are right for some: {shown}; they need more rows, a longer training, or lower thresholds"
+    ]
 
 
 def curve_table(curves: Sequence[Curve]) -> Table:
@@ -163,15 +189,25 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: f
     scores = signal.scores(recorded)
     o = calibration.outcome(samples, scores, tau, signal)
     low, high = (100 * x for x in o.accuracy_interval)
-    what = "accuracy"
+    measure, answer, more = "accuracy", "labels", ""
+    if recorded.thresholds is not None:
+        measure, answer = "all labels right", "answers"
+        chosen = exit_index(scores, tau)[:, None, None]
+        micro, macro = _f1(np.take_along_axis(recorded.answers, chosen, 1), recorded.labels)
+        full = [100 * score[-1] for score in f1(recorded)]
+        more = (
+            f"micro F1 {100 * micro[0]:.2f} (full depth {full[0]:.2f}), "
+            f"macro F1 {100 * macro[0]:.2f} (full depth {full[1]:.2f}), "
+        )
     if recorded.tolerance is not None:
+        measure, answer = f"within {recorded.tolerance:g} of the label", "answers"
         pearson, spearman = at_tau(recorded, scores, tau)
-        what = f"Pearson {100 * pearson:.2f}, Spearman {100 * spearman:.2f}, within {recorded.tolerance:g} of the label"
+        more = f"Pearson {100 * pearson:.2f}, Spearman {100 * spearman:.2f}, "
     return (
-        f"Default {signal_label(signal)}, τ = {tau:g}: {what} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
+        f"Default {signal_label(signal)}, τ = {tau:g}: {measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{100 * o.disagreement:.2f}% of answers unlike full depth, "
+        f"{more}{100 * o.disagreement:.2f}% of {answer} unlike full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
         f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"

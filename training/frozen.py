@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from exits import calibration, risk
 from exits.calibration import FINE_TAUS, Samples
 from exits.recorded import Recorded
+from training import loss as losses
 from training import prototypes
 from training.data import Encoded, evaluation_batches
 from training.model import POOLINGS, De3Model
@@ -213,13 +214,8 @@ def _fit_values(x: Tensor, train: States, y: Tensor, tune: States) -> tuple[Tens
 
 
 def _fit_probabilities(x: Tensor, train: States, y: Tensor, tune: States) -> tuple[Tensor, Tensor]:
-    loss = F.cross_entropy if train.thresholds is None else _binary
+    loss = F.cross_entropy if train.thresholds is None else losses.binary_cross_entropy
     return _regress(x, train.probabilities, y, tune.probabilities, loss)
-
-
-def _binary(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The cross-entropy of labels that do not exclude each other, (n, K): summed over labels, averaged over rows."""
-    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="sum") / len(logits)
 
 
 def _regress(

@@ -35,6 +35,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view(logits.shape[:2]).mean(0)
 
 
+def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
+    """The cross-entropy of labels that do not exclude each other: summed over them, averaged over the batch.
+
+    logits, and wanted, probabilities: (batch, …, num_labels); the result has the dimensions between.
+    """
+    return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
+
+
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T²·KL(teacher ‖ exit) of every exit, shape (exits,); teacher_logits (batch, num_labels)."""
     log_p = F.log_softmax(logits / temperature, dim=-1)
@@ -53,8 +61,14 @@ def total(
     distill: float = 0.0,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation."""
-    per_exit = cross_entropy(logits, labels)
+    """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation.
+
+    labels: classes, (batch,); of a multi-label model which labels are right, (batch, num_labels) bool.
+    """
+    if labels.ndim == 1:
+        per_exit = cross_entropy(logits, labels)
+    else:
+        per_exit = binary_cross_entropy(logits, labels[:, None].expand_as(logits).to(logits.dtype))
     if teacher_logits is not None:
         per_exit = (1 - distill) * per_exit + distill * distillation(logits, teacher_logits, temperature)
     loss = (weights * per_exit).sum()

@@ -169,6 +169,16 @@ class De3Model(PreTrainedModel):
         model.encoder.load_state_dict(weights)
         return model
 
+    @torch.no_grad()
+    def start_at(self, labels: Tensor) -> None:
+        """Let every exit of a multi-label model begin with the frequencies of its labels, from (n, num_labels) bool.
+
+        From a half each, hundreds of steps would only teach it that most labels are rare.
+        """
+        frequencies = (labels.sum(0) + 0.5) / (len(labels) + 1)
+        for classifier in self.classifiers:
+            classifier.get_parameter("bias").copy_(torch.logit(frequencies))
+
     def pool(self, hidden: Tensor, attention_mask: Tensor, pooling: str) -> Tensor:
         """h^(m), (batch, hidden), of hidden states (batch, tokens, hidden) and their mask (batch, tokens)."""
         if pooling == "cls":

@@ -4,6 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 CHOICES = ("auto", "fixed")
+HEAD_LR = 1e-3  # of the exits' heads
+MULTI_LABEL_HEAD_LR = 1e-2
 
 
 @dataclass(frozen=True)

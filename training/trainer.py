@@ -18,7 +18,7 @@ from training import augment, prototypes
 from training import loss as losses
 from training.checkpoint import Checkpoint, is_finished, read_record, write_record
 from training.data import Encoded, Example, encode, save_examples, training_batches
-from training.evaluate import exit_table, weaknesses
+from training.evaluate import exit_scores, exit_table, weaknesses
 from training.model import De3Model
 from training.predict import predict
 from training.progress import Meter, console, warn
@@ -86,9 +86,9 @@ def train(
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
-    The best epoch has the highest accuracy on `split.tune`, averaged over the exits with the weights of the
-    loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate` read, and until the
-    end the state from which `resume` continues.
+    The best epoch has the highest accuracy on `split.tune` (of a multi-label model: micro F1), averaged over the exits
+    with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
+    read, and until the end the state from which `resume` continues.
 
     command: what resumes this run; kept in the checkpoint, for those who open it too early. logits: a teacher's for
     split.train, (n, num_labels), where there is no folder of one. more: further entries of the checkpoint's record.
@@ -115,7 +115,7 @@ def train(
     max_length = min(settings.max_length, model.config.max_tokens)
     train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened, logits)
     del opened  # its memory
-    tune_data = encode(split.tune, tokenizer, max_length, "tune")
+    tune_data = encode(split.tune, tokenizer, max_length, "tune", len(names))
     pad_id = tokenizer.pad_token_id
 
     run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
@@ -129,12 +129,12 @@ def train(
         started = time.monotonic()
         mean_loss = run.one_epoch()
         recorded = predict(model, tune_data, pad_id, what="tune", bf16=settings.bf16)
-        by_exit = recorded.correct.mean(0)
+        measure, by_exit = exit_scores(recorded)
         score = float(by_exit @ weights)
-        run.history.append({"loss": mean_loss, "tune_accuracy": by_exit.tolist(), "score": score})
+        run.history.append({"loss": mean_loss, f"tune_{measure}": by_exit.tolist(), "score": score})
         console.print(
             f"epoch {run.epoch}/{settings.epochs}  loss {mean_loss:.4f}  score {score:.4f}  "
-            f"tune accuracy by exit {' '.join(f'{a:.3f}' for a in by_exit)}  "
+            f"tune {measure.replace('_', ' ')} by exit {' '.join(f'{a:.3f}' for a in by_exit)}  "
             f"({time.monotonic() - started:.0f} s)",
             soft_wrap=True,
         )
@@ -176,7 +176,8 @@ def _training_data(
         n = len(split.train)
         labels = logits[n:].argmax(-1).tolist()
         examples[n:] = [Example(e.text, label) for e, label in zip(examples[n:], labels, strict=True)]
-    return encode(examples, tokenizer, min(settings.max_length, model.config.max_tokens), "train"), logits
+    max_length = min(settings.max_length, model.config.max_tokens)
+    return encode(examples, tokenizer, max_length, "train", model.config.num_labels), logits
 
 
 class _Run:
@@ -198,6 +199,8 @@ class _Run:
         self.weights = losses.layer_weights(model.config.exit_layers, settings.weights).to(model.device)
         self.epoch, self.step, self.best, self.best_epoch = 0, 0, -math.inf, 0
         self.history: list[dict[str, Any]] = []
+        if model.config.thresholds is not None:
+            model.start_at(data.labels)
         self.total_steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
         self.optimizer = torch.optim.AdamW(self._groups(), fused=True)
         self.meter = Meter()
@@ -251,7 +254,8 @@ class _Run:
         labels = labels.to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=s.bf16):
             out = model(**inputs)
-        model.update_prototypes(out.embedded.detach(), labels)
+        if model.prototypical:
+            model.update_prototypes(out.embedded.detach(), labels)
         distances = model.distances(out.embedded)  # to the prototypes after this batch's update
         teacher = self.teacher_logits[rows].to(model.device) if self.teacher_logits is not None else None
         loss = losses.total(
@@ -359,6 +363,8 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     Raises ValueError if it may have been trained on samples that are held out here, or if it has other labels.
     """
     opened = Checkpoint(teacher)
+    if opened.config.thresholds is not None:
+        raise ValueError(f"--teacher {teacher}: is a multi-label model, which cannot teach one label of many")
     if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"

@@ -168,7 +168,10 @@ def _plain(
 def fine_tune(
     encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
 ) -> tuple[Any, Any]:
-    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it; of one name: a regression."""
+    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it.
+
+    Of one name: a regression. Multi-label if the examples are.
+    """
     from transformers import (
         AutoModelForSequenceClassification,
         AutoTokenizer,
@@ -179,9 +182,16 @@ def fine_tune(
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     pad_id = tokenizer.pad_token_id
     model = AutoModelForSequenceClassification.from_pretrained(
-        encoder, num_labels=len(names), id2label=dict(enumerate(names)), dtype=torch.float32
+        encoder,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        dtype=torch.float32,
+        problem_type="multi_label_classification" if isinstance(examples[0].label, tuple) else None,
     )
-    encoded = data.encode(examples, tokenizer, settings.max_length, "train")
+    encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
+    if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
+        # From a half each, hundreds of steps would only teach it that most labels are rare.
+        model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
@@ -193,8 +203,10 @@ def fine_tune(
         with meter.epoch(epoch + 1, settings.epochs, len(batches)) as progress:
             for i, rows in enumerate(batches, 1):
                 inputs, labels = encoded.batch(rows, pad_id)
+                if labels.dtype is torch.bool or len(names) == 1:
+                    labels = labels.float()
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16):
-                    loss = model(**inputs, labels=labels.float() if len(names) == 1 else labels).loss
+                    loss = model(**inputs, labels=labels).loss
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()

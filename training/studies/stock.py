@@ -1,6 +1,7 @@
 """Stock classifiers to import: fine-tuned by transformers alone, on a part of a data set.
 
     python -m training.studies.stock DATA OUT --task sst2 --rows 24000 --fragments
+    python -m training.studies.stock DATA OUT --multi-label joined/train.jsonl --rows 5500
 
 OUT/model is the classifier, OUT/texts.jsonl what it was not trained on, for de3 import: of data with fragments those
 whole texts of which it has seen no part, and their parts.
@@ -22,6 +23,9 @@ def main(
     root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS | REGRESSIONS)}.")] = "sst2",
+    multi_label: Annotated[
+        Path | None, typer.Option(help="Instead of a task: a file of texts with any number of labels.")
+    ] = None,
     rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
     fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
     texts: Annotated[
@@ -35,9 +39,14 @@ def main(
 ) -> None:
     """Fine-tune a stock classifier on some rows of a data set, and write the texts that were left out."""
     quiet()
-    read = (TASKS | REGRESSIONS)[task].train(root)
-    names = ["score"] if task in REGRESSIONS else data.label_order(read)
-    examples = data.to_examples(read, names, regression=task in REGRESSIONS)
+    is_multi, is_regression = multi_label is not None, task in REGRESSIONS and multi_label is None
+    read = (
+        data.read_rows(multi_label, data.Columns(multi_label=True))
+        if multi_label
+        else (TASKS | REGRESSIONS)[task].train(root)
+    )
+    names = ["score"] if is_regression else data.label_order(read, is_multi)
+    examples = data.to_examples(read, names, is_multi, is_regression)
     parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
     left_out = parts.tune + parts.certify
     if fragments:

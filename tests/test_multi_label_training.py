@@ -1,0 +1,282 @@
+"""de3 train --multi-label: any number of labels for a text, from the data to the server's answer."""
+
+import json
+import math
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from de3.cli import app
+from exits.recorded import Recorded
+from exits.signals import Entropy
+from model_store.store import Store
+from tests.conftest import BAD, FILLER, GOOD, made_once, make_rows
+from tests.serving import serving
+from training import checks, data
+from training import loss as losses
+from training.checkpoint import Checkpoint
+from training.evaluate import default_line, exit_scores, f1, weaknesses
+from training.model import De3Model
+from training.studies import joined
+
+NAMES = ["blame", "praise", "story"]
+WORDS = (BAD, GOOD, FILLER[5:9])
+
+
+def de3(arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+
+def refusal(arguments: str) -> str:
+    result = de3(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def names_of(text: str) -> list[str]:
+    """The labels of a text: none for praise or blame that is negated."""
+    words = set(text.replace("not ", "not-").split())
+    return [name for name, known in zip(NAMES, WORDS, strict=True) if words & set(known)]
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows with any number of three labels, as lists."""
+
+    def make(folder: Path) -> None:
+        rows = ({"text": text, "label": names_of(text)} for text, _ in make_rows(1800, 41))
+        (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    return made_once(tmp_path_factory, "multi-data", make) / "train.jsonl"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
+    """A folder with the checkpoint and, in store, topics:1 (int8): by the commands a user types."""
+
+    def make(folder: Path) -> None:
+        result = de3(
+            f"train {data_file} --multi-label --threshold 0.4 --encoder {encoder} --out {folder}/checkpoint "
+            "--held-back 300 --epochs 6 --lr 2e-3 --batch-size 32 --no-bf16"
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+        none = sum(not names_of(text) for text, _ in make_rows(1800, 41))
+        assert f"{none} of 1800 texts have no label" in result.output and none > 10
+        assert "tune micro f1 by exit" in result.output and f"de3 export {folder}/checkpoint" in result.output
+        exported = de3(
+            f"export {folder}/checkpoint --name topics --store {folder}/store --max-loss 5 --max-int8-loss 5"
+        )
+        assert exported.exit_code == 0, (exported.output, exported.exception)
+        assert "de3 serve --model topics" in exported.output
+
+    return made_once(tmp_path_factory, "multi-trained", make)
+
+
+def test_it_learns_every_label(trained: Path) -> None:
+    folder = trained / "checkpoint"
+    record = json.loads((folder / "training.json").read_text())
+    best = record["history"][record["best_epoch"] - 1]["tune_micro_f1"]
+    assert best[-1] > 0.97 and len(best) == 4
+    assert record["settings"]["head_lr"] == 1e-2  # of multi-label models
+    opened = Checkpoint(folder)
+    assert (opened.names, opened.config.thresholds) == (NAMES, [0.4] * 3)
+    assert not opened.model.prototypical and opened.model.prototypes.numel() == 0
+    certify = opened.held_out("certify")
+    assert len(certify) == 300
+    assert all([NAMES[k] for k in e.label] == names_of(str(e.text)) for e in certify)  # type: ignore[union-attr]
+
+
+def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Path) -> None:
+    manifest = Store(trained / "store").open("topics").manifest
+    assert (manifest.labels, manifest.thresholds, manifest.prototype_layers) == (NAMES, [0.4] * 3, [])
+    assert manifest.calibration is not None and manifest.calibration.default.speedup > 1.2
+    texts = [text for text, _ in make_rows(60, 42)]
+    with serving(trained / "store", models=["topics"]) as server:
+        full, early = (server.classify(input=texts, **o).json()["data"] for o in ({"tau": 0}, {}))
+    assert np.mean([row["labels"] == names_of(text) for row, text in zip(full, texts, strict=True)]) > 0.9
+    assert np.mean([row["labels"] == other["labels"] for row, other in zip(full, early, strict=True)]) > 0.9
+    assert np.mean([row["exit"]["layer"] for row in early]) < 2.5
+    file = tmp_path / "test.csv"
+    file.write_text("text,label\n" + "".join(f"{text},{'|'.join(names_of(text))}\n" for text in texts))
+    for model in (trained / "store/topics/1", trained / "checkpoint"):
+        result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png")
+        assert result.exit_code == 0 and "macro F1" in result.output, (result.output, result.exception)
+
+
+def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Path) -> None:
+    """The same rows as a .csv, with the labels renamed; then it is exported as one plain graph."""
+    rows = [(text, "|".join(reversed(names_of(text)))) for text, _ in make_rows(200, 43)]
+    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{cell}\n" for text, cell in rows))
+    result = de3(
+        f"train {tmp_path}/t.csv --multi-label --label-names bad,good,tale --encoder {encoder} --exits last "
+        f"--out {tmp_path}/out --epochs 1 --held-back 20 --no-bf16 --pooling cls"
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert f"Next: de3 evaluate {tmp_path}/out\n" in result.output
+    assert Checkpoint(tmp_path / "out").names == ["bad", "good", "tale"]
+    assert de3(f"export {tmp_path}/out --full-depth {tmp_path}/plain --quantize none").exit_code == 0
+
+
+def test_an_interrupted_training_goes_on(data_file: Path, encoder: Path, tmp_path: Path) -> None:
+    short = tmp_path / "t.jsonl"
+    short.write_text("".join(data_file.read_text().splitlines(keepends=True)[:400]))
+    command = (
+        f"train {short} --multi-label --encoder {encoder} --held-back 40 --no-bf16 --epochs 2 "
+        f"--out {tmp_path}/out"
+    )
+    assert de3(command).exit_code == 0
+    assert "nothing to resume" in de3(f"{command} --resume").output
+    assert "other settings or data" in refusal(f"{command} --resume --threshold 0.3")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--alpha 0.1", "--alpha cannot go with --multi-label: a multi-label model has no prototypes"),
+        ("--gamma 0.01", "--gamma cannot"),
+        ("--metric-dim 8", "--metric-dim cannot"),
+        ("--last-prototypes", "--last-prototypes cannot"),
+        ("--prototypes means", "--prototypes cannot"),
+        ("--teacher x", "--teacher cannot go with --multi-label: distillation is for labels that exclude"),
+        ("--distill 0.5", "--distill cannot"),
+        ("--temperature 2", "--temperature cannot"),
+        ("--augment 1", "--augment cannot"),
+        ("--label-names a,b", "--label-names must name each once"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(
+    data_file: Path, encoder: Path, tmp_path: Path, option: str, message: str
+) -> None:
+    command = f"train {data_file} --multi-label --encoder {encoder} --out {tmp_path}/out {option}"
+    assert message in refusal(command)
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_option_the_right_one_is_named(
+    data_file: Path, encoder: Path, trained: Path, tmp_path: Path
+) -> None:
+    command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
+    assert "only a multi-label model has several labels a text" in refusal(command)
+    assert "say --multi-label" in refusal(f"{command} --threshold 0.5")
+    single = tmp_path / "single.csv"
+    single.write_text(
+        "text,label\n" + "".join(f"{GOOD[i % 10]} {FILLER[i % 17]},{NAMES[i % 3]}\n" for i in range(60))
+    )
+    command = f"train {single} --encoder {encoder} --out {tmp_path}/out"
+    assert "is a multi-label model" in refusal(f"{command} --teacher {trained}/checkpoint")
+
+
+def test_labels_are_checked() -> None:
+    assert "say --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
+    assert checks.labels(Counter({"a": 50, "b": 60}), 70) == []
+    assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}), 60)[0]
+    for counts, has in (({"a": 5}, "'a'"), ({}, "none")):
+        with pytest.raises(ValueError, match=f"needs at least 2 labels; the data has {has}"):
+            checks.labels(Counter(counts), 9)
+    with pytest.raises(ValueError, match="80 labels in 100 rows"):
+        checks.labels(Counter({str(i): 3 for i in range(80)}), 100)
+    one, many = data.Example("a", (1,)), data.Example("b", (0, 2))
+    assert "train without --multi-label" in checks.label_counts([one, one])[0]
+    assert checks.label_counts([one, many]) == checks.label_counts([one, data.Example("c", ())]) == []
+    with pytest.raises(ValueError, match="no sample of y is left"):
+        checks.held_out(checks.Split([one, many], [one], [one]), ["a", "b", "c", "y"])
+
+
+def test_a_label_may_have_a_bar_in_it_where_labels_are_a_list(tmp_path: Path) -> None:
+    columns = data.Columns(multi_label=True)
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"text": "a", "label": ["x|y", "z", "z"]}\n{"text": "b", "label": "x | y"}\n')
+    rows = data.read_rows(file, columns)
+    assert data.label_order(rows, multi_label=True) == ["x", "x|y", "y", "z"]
+    examples = data.to_examples(rows, ["x", "x|y", "y", "z"], multi_label=True)
+    assert [e.label for e in examples] == [(1, 3), (0, 2)]
+    data.save_examples(file, examples, ["x", "x|y", "y", "z"])
+    assert data.load_examples(file, ["x", "x|y", "y", "z"], multi_label=True) == examples
+
+
+def test_a_dataset_of_numbers_has_the_names_of_its_labels(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Sequence, Value
+
+    kind = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=["joy", "anger"]))})
+    rows = {"text": ["a", "b", "c"], "label": [[1, 0], [], [1]]}
+    Dataset.from_dict(rows, kind).to_parquet(str(tmp_path / "train.parquet"))
+    read = data.read_dataset(str(tmp_path), "train", data.Columns(multi_label=True))
+    assert [data.labels_in(cell, multi_label=True) for _, cell in read] == [["anger", "joy"], [], ["anger"]]
+
+
+def test_the_loss_is_that_of_plain_pytorch() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 3, 4), torch.rand(5, 4) > 0.6
+    weights = losses.layer_weights([0, 1, 2], "depth")
+    total = losses.total(logits, torch.zeros(5, 0, 4), labels, weights, alpha=0.1)
+    plain = torch.nn.BCEWithLogitsLoss(reduction="sum")
+    expected = sum(w * plain(logits[:, j], labels.float()) / 5 for j, w in enumerate(weights))
+    assert total == pytest.approx(float(expected), rel=1e-6)
+    by_hand = losses.binary_cross_entropy(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0, 0.0]]))
+    assert by_hand == pytest.approx(math.log(2) + math.log(4))
+    # one class of two is the same as one label of one
+    pair = torch.stack([torch.zeros(5), logits[:, 0, 0]], -1)
+    alone = losses.binary_cross_entropy(logits[:, 0, :1], labels[:, :1].float())
+    assert alone == pytest.approx(float(F.cross_entropy(pair, labels[:, 0].long())), rel=1e-6)
+
+
+def test_every_exit_starts_at_the_frequencies_of_the_labels(encoder: Path) -> None:
+    model = De3Model.from_encoder(str(encoder), NAMES, exit_layers=[0, 3], thresholds=[0.5] * 3)
+    labels = torch.zeros(99, 3, dtype=torch.bool)
+    labels[:24, 1] = labels[:, 2] = True
+    model.start_at(labels)
+    for classifier in model.classifiers:
+        assert torch.sigmoid(classifier.bias).tolist() == pytest.approx([0.005, 0.245, 0.995])
+
+
+def recorded(logits: list[list[float]], labels: list[list[bool]]) -> Recorded:
+    outputs = np.array(logits, np.float32)[:, None]
+    arrays = (outputs, np.full_like(outputs, np.nan), np.array(labels))
+    return Recorded([3], *arrays, thresholds=np.zeros(outputs.shape[-1]))
+
+
+def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() -> None:
+    some = recorded(
+        [[1, -1, -1], [1, -1, -1], [-1, 1, -1]], [[True, False, False], [False, True, False], [False] * 3]
+    )
+    name, values = exit_scores(some)
+    assert (name, values.tolist()) == ("micro_f1", [2 * 1 / (3 + 2)]) and f1(some)[0] == values
+    assert weaknesses(some, NAMES) == []
+    silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
+    (warning,) = weaknesses(silent, NAMES)
+    assert "gives 1 of 3 labels to none of 2 samples, though they are right for some: blame;" in warning
+
+
+def test_the_default_is_told_in_f1() -> None:
+    """Two texts leave at the first exit; full depth would have given the second one its own label."""
+    logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
+    labels = np.array([[True, False], [False, True]])
+    two = Recorded([0, 3], logits, np.full_like(logits, np.nan), labels, thresholds=np.zeros(2))
+    said = default_line(two, 0.5, Entropy(), 0.1)
+    assert "all labels right 50.00%" in said and "50.00% of answers unlike full depth" in said
+    assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers())
+def test_joined_questions_are_each_in_one_text_with_their_intents(intents: list[str], seed: int) -> None:
+    questions = [(f"question {i:03}", intent) for i, intent in enumerate(intents)]
+    rows = joined.join(questions, random.Random(seed))
+    of = dict(questions)
+    found = []
+    for text, labels in rows:
+        parts = [f"question {number}" for number in text.replace("question", "").split()]
+        assert labels == sorted({of[part] for part in parts}) and len(labels) == len(parts) <= 2
+        found += parts
+    assert sorted(found) == sorted(of)
+    pairs = sum(len(labels) == 2 for _, labels in rows)
+    most = max(Counter(intents).values())
+    assert pairs <= len(questions) * 3 / 8 and (pairs > 0 or len(questions) < 3 or most > len(questions) / 2)
