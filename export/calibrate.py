@@ -182,7 +182,8 @@ def _report(
         mark = "  (default)" if rows[0].signal == default.signal else ""
         certified = TradeOffs(rows)
         speeds = [f"{calibration.speed_within(rows, d):.2f}×" for d in calibration.MERIT_AT]
-        speeds += [f"{certified.within_disagreement(d).speedup:.2f}×" for d in calibration.MERIT_AT]
+        promised = [(d, certified.within_disagreement(d)) for d in calibration.MERIT_AT]
+        speeds += ["–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in promised]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
     what = "agreement with the original model" if self_labelled else "accuracy"
@@ -195,9 +196,17 @@ def _report(
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
-        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×",
+        f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×; "
+        f"{100 * default.disagreement:.2f}% unlike {whom} (at most {100 * default.disagreement_bound:.2f}%)",
         soft_wrap=True,
     )
+    full = tables[default.signal][0]
+    if full.disagreement > 0:  # by int8, or by training
+        console.print(
+            f"full depth is unlike {whom} in {100 * full.disagreement:.2f}% (at most "
+            f"{100 * full.disagreement_bound:.2f}%, the least max_disagreement that can be promised)",
+            soft_wrap=True,
+        )
 
 
 def label(row: Outcome | Defaults) -> str:
