@@ -8,10 +8,12 @@
 
 #include "model.h"
 
-/* A float32 value of a row is about scale · (uint8 value − 128) + center. */
+/* A float32 value of a row is about scale · (uint8 value − zero) + center; zero is that of all rows. */
 typedef struct {
     float scale, center;
 } Quantization;
+
+enum { MIDDLE = 128 }; /* zero, where each row has its own range */
 
 typedef struct {
     float low, high;
@@ -20,7 +22,7 @@ typedef struct {
 /* A range onto 0 … 255; all values alike: any scale will do. */
 static inline Quantization quantization_of(Range range) {
     float scale = (range.high - range.low) * (1.0f / 255.0f);
-    return scale > 0.0f ? (Quantization){scale, range.low + 128.0f * scale} : (Quantization){1.0f, range.low};
+    return scale > 0.0f ? (Quantization){scale, range.low + MIDDLE * scale} : (Quantization){1.0f, range.low};
 }
 
 /* What follows a product. */
@@ -31,6 +33,7 @@ typedef struct {
     const Linear *w;
     const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
     const Quantization *rows; /* of x, (tokens) */
+    int zero;
     int tokens;
     Then then;
     const float *residual; /* (tokens, w->out), for RESIDUAL */
@@ -54,7 +57,7 @@ typedef struct {
 
     /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 16.
      * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
-    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
                      uint8_t *to);
 
     void (*product)(const Product *p);

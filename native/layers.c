@@ -34,11 +34,11 @@ static size_t quantized_size(int tokens, int width) {
 }
 
 /* ONNX's DynamicQuantizeLinear: the range of all values, with 0 in it, onto 0 … 255, and 0 onto a whole number. */
-static Quantization quantization_of_text(Range range) {
+static Quantization quantization_of_text(Range range, int *zero) {
     float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
     float scale = max == min ? 1.0f : (max - min) / 255.0f;
-    float zero = nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
-    return (Quantization){scale, scale * (128.0f - zero)};
+    *zero = (int)nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
+    return (Quantization){scale, 0.0f};
 }
 
 /* to = x·W + b and what follows; x is (tokens, in). quantized: scratch of quantized_size bytes. */
@@ -47,9 +47,10 @@ static void multiply(const Model *m, const Linear *w, const float *x, int tokens
     const Kernels *k = kernels;
     Quantization *rows = (Quantization *)quantized, shared;
     uint8_t *bytes = (uint8_t *)quantized + rows_size(tokens);
-    if (!m->by_token) shared = quantization_of_text(k->range(x, (size_t)tokens * w->in));
-    k->quantize(x, tokens, w->in, m->by_token ? NULL : &shared, rows, bytes);
-    Product p = {w, bytes, rows, tokens, then, residual, to};
+    int zero = MIDDLE;
+    if (!m->by_token) shared = quantization_of_text(k->range(x, (size_t)tokens * w->in), &zero);
+    k->quantize(x, tokens, w->in, m->by_token ? NULL : &shared, zero, rows, bytes);
+    Product p = {w, bytes, rows, zero, tokens, then, residual, to};
     k->product(&p);
 }
 

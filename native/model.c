@@ -27,18 +27,17 @@ int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *
     w->tiles = aligned_alloc(64, (size_t)in * out);
     w->scale = copy_of(scale, (size_t)out * 4);
     w->bias = copy_of(bias, (size_t)out * 4);
-    w->offset = aligned_alloc(64, (size_t)out * 4);
+    w->sums = aligned_alloc(64, (size_t)out * 4);
     w->center = aligned_alloc(64, (size_t)out * 4);
-    if (!w->tiles || !w->scale || !w->bias || !w->offset || !w->center) return -1;
+    if (!w->tiles || !w->scale || !w->bias || !w->sums || !w->center) return -1;
     for (int n = 0; n < out; n++) {
-        int32_t sum = 0;
+        w->sums[n] = 0;
         for (int k = 0; k < in; k++) {
             int8_t value = weights[(size_t)k * out + n];
-            sum += value;
+            w->sums[n] += value;
             w->tiles[tile_index(in, k, n)] = value;
         }
-        w->offset[n] = 128 * sum; /* below 2^30, for up to 32768 inputs: no overflow */
-        w->center[n] = scale[n] * (float)sum;
+        w->center[n] = scale[n] * (float)w->sums[n];
     }
     return 0;
 }
@@ -47,7 +46,7 @@ void free_linear(Linear *w) {
     free(w->tiles);
     free(w->scale);
     free(w->bias);
-    free(w->offset);
+    free(w->sums);
     free(w->center);
 }
 

@@ -18,8 +18,8 @@ typedef struct {
     int8_t *tiles;  /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
     float *scale;   /* (out) */
     float *bias;    /* (out) */
-    int32_t *offset; /* (out): 128 · the sum of an output's weights, as 128 stands for the center of a row */
-    float *center;   /* (out): scale · the sum of an output's weights, for what the center itself adds */
+    int32_t *sums;  /* (out): the sum of an output's weights, to correct for the activations' zero */
+    float *center;  /* (out): scale · that sum: what a center of 1 adds */
 } Linear;
 
 typedef struct {

@@ -118,7 +118,7 @@ def test_an_export_that_differs_from_pytorch_publishes_nothing(
         return segments
 
     monkeypatch.setattr(exporter, "build", wrong)
-    with pytest.raises(ExportError, match=r"differ from the PyTorch model by .*, above 1e-3"):
+    with pytest.raises(ExportError, match=r"differ from the PyTorch model by .*, above 0.001"):
         exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
     assert Store(tmp_path / "store").versions() == {}
 

@@ -93,6 +93,17 @@ def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> Non
             assert_equal_but_for_rounding(np.abs(ours - found[-1]))
 
 
+def test_an_artifact_whose_texts_share_a_scale_gives_what_onnx_runtime_gives(kernels: Any) -> None:
+    """As earlier exports have it, and the demo model."""
+    artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
+    assert artifact.manifest.activations == "text"
+    native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
+    for text in TEXTS[:8]:
+        tokens = native.tokenize(text)
+        for ours, theirs in zip(native.full_depth(tokens), onnx.full_depth(tokens), strict=True):
+            assert_equal_but_for_rounding(np.abs(ours.hidden - theirs.hidden))
+
+
 def random_segments(
     rng: np.random.Generator,
     hidden: int,
