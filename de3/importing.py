@@ -123,9 +123,9 @@ def import_model(
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
     need_train_extra()
+    from exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
     from export.exporter import ExportSettings
     from export.importing import ImportSettings, import_classifier
-    from model_store.manifest import MAX_TOLERANCE, MIN_TOLERANCE
     from model_store.store import Store
     from training import checks, data, stock
     from training.progress import console, warn

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from exits import formulas
 
+MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
+
 
 @dataclass(frozen=True)
 class Recorded:
@@ -61,7 +63,9 @@ class Recorded:
 
     def _unlike(self, wanted: NDArray[Any]) -> NDArray[np.bool_]:
         if self.tolerance is not None:
-            return np.asarray(np.abs(self.answers - wanted[:, None]) > self.tolerance)
+            return np.asarray(
+                ~(np.abs(self.answers - wanted[:, None]) <= self.tolerance)
+            )  # NaN is unlike any
         unlike = self.answers != wanted[:, None]
         return np.asarray(unlike if self.thresholds is None else unlike.any(-1))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from exits.reading import Reading
 
 MAX_WINDOWS = 16
+MAX_TOKENS = 16 * 512  # in all windows: fewer of a model that takes long texts, but two
 OVERLAP = 0.25  # of a window's tokens, also in the next one
 # At τ > 0: of what the windows that are left could change, the part that they are expected to change at most. Measured
 # on product reviews (docs/experiments.md).
@@ -28,6 +29,11 @@ class Span(NamedTuple):
     start: int
     end: int
     new: int
+
+
+def most_windows(max_tokens: int) -> int:
+    """The most windows of a text for a model that takes so many tokens."""
+    return min(MAX_WINDOWS, max(2, MAX_TOKENS // max_tokens))
 
 
 def capacity(room: int, windows: int) -> int:

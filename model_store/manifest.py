@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from exits.reference import LEVELS, is_ascending
 from exits.rule import Thresholds
 from exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
@@ -23,7 +24,6 @@ FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensor
 MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
 MAX_INT = 2**31 - 1  # also of a file's bytes: protobuf reads no more
 MAX_WIDTH = 2**16
-MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
@@ -179,7 +179,7 @@ class Manifest(_Part):
         token_types: whether embeddings.onnx takes token_type_ids.
         pooling: of the exits; the last has its own if it has a head.
         head: of the last exit, as the stock classifier has it that was imported; None: it is as the other exits are.
-        thresholds: of a multi-label model, the probability from which on each label is given; None: the classes exclude
+        thresholds: of a multi-label model, the probability above which each label is given; None: the classes exclude
             each other.
         tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, the
             name of its value, and the signal risk only. None: it has classes.

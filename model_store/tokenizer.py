@@ -196,7 +196,7 @@ class TextTokenizer:
             if shorter > allowed:
                 raise ValueError(
                     f"the shorter text has more than {allowed} tokens, the most allowed beside windows of the longer "
-                    "one; shorten it, or allow truncation"
+                    'one; shorten it, or give "long": "truncate"'
                 )
             room -= shorter
         tokens = min(len(parts[longer]), capacity(room, most))

@@ -7,6 +7,7 @@ import asyncio
 from dataclasses import replace
 from time import perf_counter
 
+from exits.windows import most_windows
 from server.engine.work import Job, Request, Served
 from server.errors import RequestError
 from server.service import Service
@@ -20,6 +21,7 @@ async def infer(request: Request, service: Service) -> Job:
     service.check_open()
     request.served = served = service.models.get(request.model)
     request.check(served.model.manifest)
+    request.windows = min(request.windows, most_windows(served.model.manifest.max_tokens))
     _check_texts(request, served)
     level = service.admission.level
     choice = served.rules.of(request.options, level)
@@ -114,4 +116,4 @@ def are_unlike(one: str | float, other: str | float, tolerance: float | None) ->
     """Whether two answers differ: labels, or values by more than the tolerance."""
     if tolerance is None or isinstance(one, str) or isinstance(other, str):
         return one != other
-    return abs(one - other) > tolerance
+    return not abs(one - other) <= tolerance  # NaN is unlike any

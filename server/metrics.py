@@ -156,7 +156,7 @@ class Metrics:
             "de3_shadow_texts", "Texts that a shadow model also ran", ["model", "shadow"]
         )
         self.shadow_disagreements = counter(
-            "de3_shadow_disagreements", "Texts that a shadow model labelled differently", ["model", "shadow"]
+            "de3_shadow_disagreements", "Texts that a shadow model answered differently", ["model", "shadow"]
         )
         self._model = Gauge(
             "de3_model_info",

@@ -31,7 +31,7 @@ class ExitOptions:
         latency_budget_ms: answer within this time, at the deepest exit reached by then.
         max_disagreement: the rate of answers that may differ from full depth, at 95% confidence.
         best_effort: with a budget that cannot be met: answer at the first exit.
-        thresholds: of a multi-label model: the probability from which on a label is given, of all labels or by name.
+        thresholds: of a multi-label model: the probability above which a label is given, of all labels or by name.
     """
 
     tau: float | None = None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from exits.reading import Reading, read, read_labels, read_value
 from exits.rule import ExitRule
 from exits.signals import Edr
-from exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, spans
+from exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, most_windows, spans
 from model_store.model import Model
 from model_store.segments import Tokens
 from model_store.store import Store
@@ -54,6 +54,10 @@ def test_windows_cover_a_text_and_overlap(tokens: int, room: int) -> None:
     assert capacity(room, len(found)) >= tokens and (
         len(found) == 1 or capacity(room, len(found) - 1) < tokens
     )
+
+
+def test_models_that_take_long_texts_get_fewer_windows() -> None:
+    assert [most_windows(size) for size in (64, 512, 1024, 8192, 32768)] == [16, 16, 8, 2, 2]
 
 
 def reading(logits: list[float]) -> Reading:

@@ -464,3 +464,10 @@ def test_a_long_text_in_windows(server: Server) -> None:
     assert row["windows"]["run"] == row["windows"]["of"] == len(last) > 1
     values = [layer["value"] for layer in last]
     assert min(values) <= row["value"] <= max(values) and row["probs"] is None
+
+
+def test_a_value_that_is_not_a_number_is_unlike_any() -> None:
+    values = np.array([[[np.nan], [1.0]]], np.float32)
+    recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
+    assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]
+    assert are_unlike(float("nan"), 1.0, 0.5)

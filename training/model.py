@@ -32,7 +32,7 @@ class De3Config(PretrainedConfig):
             is between the layer's output and the classifier, with a dense layer between the two. "norm": the epsilon
             of a layer norm after them, if there is one. None: as other exits.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
-        thresholds: of a multi-label model: the probability from which on each label is given. It has no prototypes, as
+        thresholds: of a multi-label model: the probability above which each label is given. It has no prototypes, as
             its classes do not exclude each other. None: they do.
         tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, and no
             prototypes. None: it has classes.

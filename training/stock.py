@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from exits.recorded import MIN_TOLERANCE
 from exits.rule import Thresholds
 from training import checkpoint, encoders
 from training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
@@ -30,7 +31,7 @@ class Stock:
         model: transformers' own, in float32, in evaluation mode.
         tokenizer: its Hugging Face tokenizer.
         names: its labels, in the order of its logits.
-        thresholds: of a multi-label model: the probability from which on each label is given; None: its classes exclude
+        thresholds: of a multi-label model: the probability above which each label is given; None: its classes exclude
             each other.
         tolerance: of a regression model: values that differ by more are unlike; None: it has classes, or nobody said.
     """
@@ -209,7 +210,7 @@ def check_tolerance(stock: Stock, some: Sequence[Example]) -> None:
         raise ValueError(
             "--tolerance: its answer is a number; say how far an early one may be from full depth's, in the model's "
             f"own units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to {high:.3g} (standard "
-            f"deviation {spread:.3g}): for example --tolerance {spread / 4:.1g}"
+            f"deviation {spread:.3g}): for example --tolerance {max(MIN_TOLERANCE, spread / 4):.1g}"
         )
 
 

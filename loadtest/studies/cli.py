@@ -266,8 +266,8 @@ def long_texts(
 
     loaded = _model(store, model)
     manifest = loaded.manifest
-    if manifest.thresholds is not None:
-        raise ValueError(f"{model}: is a multi-label model; this study is of classes that exclude each other")
+    if manifest.thresholds is not None or manifest.tolerance is not None:
+        raise ValueError(f"{model}: this study is of models whose classes exclude each other")
     default = ExitRule(manifest.defaults.tau, manifest.default_signal)
     columns, names = (text_column, label_column), _names(label_names)
     rows = []
