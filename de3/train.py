@@ -63,6 +63,15 @@ def train(
             rich_help_panel=DATA,
         ),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train on so many samples at most, chosen by seed. Default: on all that are not held out.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     fragments: Fragments = False,
     group_column: GroupColumn = None,
     multi_label: Annotated[
@@ -212,16 +221,16 @@ def train(
     check_groups(fragments, group_column)
     _check_multi_label(context, multi_label)
     columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, multi_label)
-    rows = read_rows(file, dataset, split, columns)
-    counts = Counter(label for _, cell in rows for label in data.labels_in(cell, multi_label))
-    warnings = checks.labels(counts, len(rows) if multi_label else None)
-    rows = data.rename(rows, label_names, multi_label)
+    read = read_rows(file, dataset, split, columns)
+    counts = Counter(label for _, cell in read for label in data.labels_in(cell, multi_label))
+    warnings = checks.labels(counts, len(read) if multi_label else None)
+    read = data.rename(read, label_names, multi_label)
     names = (
         [name.strip() for name in label_names.split(",")]
         if label_names
-        else data.label_order(rows, multi_label)
+        else data.label_order(read, multi_label)
     )
-    examples = data.to_examples(rows, names, multi_label)
+    examples = data.to_examples(read, names, multi_label)
     if multi_label:
         warnings += checks.label_counts(examples)
     if group_column is not None:
@@ -234,6 +243,7 @@ def train(
     encoder_config, tokenizer = checks.open_encoder(encoder)
     warnings += checks.unknown_tokens(tokenizer, examples)
     parts = split_examples(examples, seed, held_back, fragments)
+    parts = replace(parts, train=parts.train[:rows])
     warnings += checks.held_out(parts, names)
     chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
     settings = TrainSettings(
