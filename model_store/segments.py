@@ -111,7 +111,9 @@ class ForwardPass:
         ask_all: compute every exit passed, also those at which it cannot leave (tau 0).
         caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
         thresholds: of a multi-label model, for the kernels.
-        exit_layer: where it left.
+        layer: the next one to run.
+        hidden: (1, tokens, hidden), what it takes; None: nothing was kept, as all layers run in one call.
+        exit_layer: where it left; -1: not yet.
         seconds: compute time.
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
     """
@@ -123,6 +125,8 @@ class ForwardPass:
     ask_all: bool
     caution: float = 1.0
     thresholds: bytes | None = None
+    layer: int = field(default=0, init=False)
+    hidden: Array | None = field(default=None, init=False)
     exit_layer: int = field(default=-1, init=False)
     seconds: float = field(default=0.0, init=False)
     logits: Array = field(init=False)
@@ -136,21 +140,32 @@ class Through:
         self._through, self._model = kernels.through, model
         self._prototypes = [prototypes.get(layer) for layer in range(manifest.num_layers + 1)]
         self._shape = (manifest.num_layers + 1, len(manifest.labels))
+        self._hidden = manifest.hidden_size
 
-    def __call__(self, passes: Sequence[ForwardPass], far: NDArray[np.float64] | None = None) -> None:
-        """Run 1 to 64 samples until each has left; fills exit_layer, seconds, logits and distances.
+    def __call__(
+        self, passes: Sequence[ForwardPass], far: NDArray[np.float64] | None = None, layers: int | None = None
+    ) -> None:
+        """Run 1 to 64 samples, all before the same layer, until each has left, or through so many layers; fills
+        exit_layer, seconds, logits and distances.
 
         far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any.
         """
+        first, deepest = passes[0].layer, self._shape[0] - 1
+        last = deepest if layers is None else min(first + layers - 1, deepest)
+        is_part = first > 0 or last < deepest
         texts = []
         for p in passes:
-            p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
+            if first == 0:
+                p.logits, p.distances = np.zeros(self._shape, np.float32), np.zeros(self._shape, np.float32)
+                if is_part:
+                    p.hidden = np.empty((1, len(p.tokens), self._hidden), np.float32)
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
             rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, p.thresholds)
-            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances))
-        results = self._through(self._model, texts, self._prototypes, far)
+            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden))
+        results = self._through(self._model, texts, self._prototypes, far, first, last)
         for p, (exit_layer, seconds) in zip(passes, results, strict=True):
-            p.exit_layer, p.seconds = exit_layer, seconds
+            p.exit_layer, p.layer = exit_layer, last + 1
+            p.seconds += seconds
 
 
 def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:

@@ -8,12 +8,10 @@
 
 #include "model.h"
 
-/* A float32 value of a row is about scale · (uint8 value − zero) + center; zero is that of all rows. */
+/* A float32 value of a row is about scale · (uint8 value − MIDDLE) + center. */
 typedef struct {
     float scale, center;
 } Quantization;
-
-enum { MIDDLE = 128 }; /* zero, where each row has its own range */
 
 typedef struct {
     float low, high;
@@ -33,12 +31,16 @@ typedef struct {
     const Linear *w;
     const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
     const Quantization *rows; /* of x, (tokens) */
-    int zero;
     int tokens;
     Then then;
     const float *residual; /* (tokens, w->out), for RESIDUAL */
     float *to;             /* (tokens, w->out) */
 } Product;
+
+/* What attention adds to a query's scores, for key 0 and those after it; NULL: nothing. */
+static inline const float *offsets_of(const Offsets *offsets, int head, int query) {
+    return offsets->values ? offsets->values + head * offsets_stride(offsets->positions) + offsets->positions - 1 - query : NULL;
+}
 
 enum { ATTENTION_ROWS = 4 };
 
@@ -57,14 +59,15 @@ typedef struct {
 
     /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 16.
      * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
-    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
+    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to);
 
     void (*product)(const Product *p);
 
-    /* softmax(Q·Kᵀ/√width)·V for every head, width = hidden / num_heads, a multiple of 16; qkv is (tokens,
+    /* softmax(Q·Kᵀ/√width + offsets)·V for every head, width = hidden / num_heads, a multiple of 16; qkv is (tokens,
      * 3·hidden), to is (tokens, hidden). work: (width + ATTENTION_ROWS, tokens rounded up to 16) floats. */
-    void (*attention)(const float *qkv, int tokens, int hidden, int num_heads, float *work, float *to);
+    void (*attention)(const float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+                      float *to);
 
     /* In place, row by row. */
     void (*layer_norm)(float *rows, int tokens, int hidden, const Norm *norm);

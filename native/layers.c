@@ -34,50 +34,109 @@ static size_t quantized_size(int tokens, int width) {
 }
 
 /* ONNX's DynamicQuantizeLinear: the range of all values, with 0 in it, onto 0 … 255, and 0 onto a whole number. */
-static Quantization quantization_of_text(Range range, int *zero) {
+static Quantization quantization_of_text(Range range) {
     float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
     float scale = max == min ? 1.0f : (max - min) / 255.0f;
-    *zero = (int)nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
-    return (Quantization){scale, 0.0f};
+    float zero = nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
+    return (Quantization){scale, scale * (MIDDLE - zero)};
 }
 
-/* to = x·W + b and what follows; x is (tokens, in). quantized: scratch of quantized_size bytes. */
-static void multiply(const Model *m, const Linear *w, const float *x, int tokens, Then then, const float *residual,
+/* Texts whose rows follow one another. */
+typedef struct {
+    const int *tokens; /* of each */
+    int count, rows;
+} Texts;
+
+/* to = x·W + b and what follows; x is (rows, in). quantized: scratch of quantized_size bytes. */
+static void multiply(const Model *m, const Linear *w, const float *x, Texts texts, Then then, const float *residual,
                      char *quantized, float *to) {
     const Kernels *k = kernels;
-    Quantization *rows = (Quantization *)quantized, shared;
-    uint8_t *bytes = (uint8_t *)quantized + rows_size(tokens);
-    int zero = MIDDLE;
-    if (!m->by_token) shared = quantization_of_text(k->range(x, (size_t)tokens * w->in), &zero);
-    k->quantize(x, tokens, w->in, m->by_token ? NULL : &shared, zero, rows, bytes);
-    Product p = {w, bytes, rows, zero, tokens, then, residual, to};
+    Quantization *rows = (Quantization *)quantized;
+    uint8_t *bytes = (uint8_t *)quantized + rows_size(texts.rows);
+    if (m->by_token) k->quantize(x, texts.rows, w->in, NULL, rows, bytes);
+    else
+        for (int i = 0, row = 0; i < texts.count; row += texts.tokens[i++]) {
+            const float *first = x + (size_t)row * w->in;
+            Quantization shared = quantization_of_text(k->range(first, (size_t)texts.tokens[i] * w->in));
+            k->quantize(first, texts.tokens[i], w->in, &shared, rows + row, bytes + (size_t)row * w->in);
+        }
+    Product p = {w, bytes, rows, texts.rows, then, residual, to};
     k->product(&p);
 }
 
-int run_layer(const Model *m, int number, const float *from, int tokens, float *to) {
-    const Kernels *k = kernels;
-    const Layer *layer = &m->layers[number];
-    int hidden = m->hidden, padded = ROUND_UP(tokens, 16), inner = m->inner;
-    size_t count = (size_t)tokens * hidden, states = ROUND_UP(count * 4, 64);
-    size_t widest = ROUND_UP((size_t)(inner > 3 * hidden ? inner : 3 * hidden) * tokens * 4, 64);
-    size_t quantized = quantized_size(tokens, inner > hidden ? inner : hidden);
-    size_t attention = (size_t)(hidden / m->num_heads + ATTENTION_ROWS) * padded * 4;
-    char *memory = scratch(widest + quantized + 2 * states + attention);
-    if (memory == NULL) return -1;
-    float *values = (float *)memory; /* query, key and value; then the feed-forward network's middle */
-    char *bytes = memory + widest;
-    float *context = (float *)(bytes + quantized), *middle = context + states / 4;
-    float *work = middle + states / 4;
+/* Rows that pass a layer together: enough for its weights to cost little, few enough for the second cache. */
+enum { BLOCK = 96 };
 
+/* What a block needs, carved out of scratch. */
+typedef struct {
+    char *quantized;
+    float *qkv, *context, *middle, *inner, *work;
+} Memory;
+
+static int get_memory(const Model *m, int rows, int part, int longest, Memory *to) {
+    size_t hidden = m->hidden, padded = ROUND_UP(longest, 16);
+    size_t wide = quantized_size(rows, m->hidden), inner = quantized_size(part, m->inner);
+    size_t sizes[] = {ROUND_UP(wide > inner ? wide : inner, 64), rows * 3 * hidden * 4, rows * hidden * 4,
+                      part * hidden * 4, (size_t)part * m->inner * 4,
+                      (hidden / m->num_heads + ATTENTION_ROWS) * padded * 4};
+    size_t total = 0;
+    for (int i = 0; i < 6; i++) total += sizes[i];
+    char *memory = scratch(total);
+    if (memory == NULL) return -1;
+    float **places[] = {&to->qkv, &to->context, &to->middle, &to->inner, &to->work};
+    to->quantized = memory;
+    for (int i = 0; i < 5; i++) *places[i] = (float *)(memory += sizes[i]);
+    return 0;
+}
+
+/* What follows attention, for rows that do not need each other any more. */
+static void run_rows(const Model *m, const Layer *layer, const float *from, const float *context, Texts texts,
+                     const Memory *memory, float *to) {
+    const Kernels *k = kernels;
+    char *quantized = memory->quantized;
+    float *middle = memory->middle, *inner = memory->inner;
+    multiply(m, &layer->out, context, texts, RESIDUAL, from, quantized, middle);
+    k->layer_norm(middle, texts.rows, m->hidden, &layer->after_attention);
+    multiply(m, &layer->up, middle, texts, m->has_gelu ? GELU : RELU, NULL, quantized, inner);
+    multiply(m, &layer->down, inner, texts, RESIDUAL, middle, quantized, to);
+    k->layer_norm(to, texts.rows, m->hidden, &layer->after_ffn);
+}
+
+static int run_block(const Model *m, const Layer *layer, const float *from, Texts texts, float *to) {
+    const Kernels *k = kernels;
+    size_t hidden = m->hidden;
+    int longest = 0;
+    for (int i = 0; i < texts.count; i++) longest = texts.tokens[i] > longest ? texts.tokens[i] : longest;
+    /* A text whose values share a scale is quantized as a whole. */
+    int part = m->by_token && texts.rows > BLOCK ? BLOCK : texts.rows;
+    Memory memory;
+    if (get_memory(m, texts.rows, part, longest, &memory)) return -1;
     if (k->begin) k->begin();
-    multiply(m, &layer->qkv, from, tokens, PLAIN, NULL, bytes, values);
-    k->attention(values, tokens, hidden, m->num_heads, work, context);
-    multiply(m, &layer->out, context, tokens, RESIDUAL, from, bytes, middle);
-    k->layer_norm(middle, tokens, hidden, &layer->after_attention);
-    multiply(m, &layer->up, middle, tokens, m->has_gelu ? GELU : RELU, NULL, bytes, values);
-    multiply(m, &layer->down, values, tokens, RESIDUAL, middle, bytes, to);
+    multiply(m, &layer->qkv, from, texts, PLAIN, NULL, memory.quantized, memory.qkv);
+    for (int i = 0, row = 0; i < texts.count; row += texts.tokens[i++])
+        k->attention(memory.qkv + row * 3 * hidden, texts.tokens[i], m->hidden, m->num_heads, &layer->offsets,
+                     memory.work, memory.context + row * hidden);
+    for (int row = 0; row < texts.rows; row += part) {
+        int rows = texts.rows - row < part ? texts.rows - row : part;
+        Texts some = part < texts.rows ? (Texts){NULL, 0, rows} : texts;
+        run_rows(m, layer, from + row * hidden, memory.context + row * hidden, some, &memory, to + row * hidden);
+    }
     if (k->end) k->end();
-    k->layer_norm(to, tokens, hidden, &layer->after_ffn);
+    return 0;
+}
+
+int run_layer(const Model *m, int number, const float *from, const int *tokens, int count, float *to) {
+    for (int i = 0; i < count;) {
+        Texts block = {tokens + i, 0, 0};
+        do {
+            if (m->layers[number].offsets.values && tokens[i] > m->layers[number].offsets.positions) return -1;
+            block.rows += tokens[i++];
+            block.count++;
+        } while (i < count && block.rows + tokens[i] <= BLOCK);
+        if (run_block(m, &m->layers[number], from, block, to)) return -1;
+        from += (size_t)block.rows * m->hidden;
+        to += (size_t)block.rows * m->hidden;
+    }
     return 0;
 }
 
@@ -134,7 +193,8 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
         return 0;
     }
     if (k->begin) k->begin();
-    multiply(m, &head->projection, pooled, 1, PLAIN, NULL, memory + 2 * states + space, embedded);
+    multiply(m, &head->projection, pooled, (Texts){(int[]){1}, 1, 1}, PLAIN, NULL, memory + 2 * states + space,
+             embedded);
     if (k->end) k->end();
     float length = sqrtf(k->dot(embedded, embedded, metric));
     for (int i = 0; i < head->num_labels; i++) {
@@ -144,20 +204,22 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     return 0;
 }
 
-/* Compute an exit, and the decision. */
-static int ask(const Model *m, int layer, Pass *p, const float *prototypes, double far) {
+static int is_asked(const Model *m, int layer, const Pass *p) {
+    return m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
+}
+
+/* Read an exit that was computed, and decide. */
+static void judge(const Model *m, int layer, Pass *p, double far) {
     const ExitHead *head = &m->exits[layer];
-    float *logits = p->logits + (size_t)layer * head->num_labels;
-    float *distances = head->metric ? p->distances + (size_t)layer * head->num_labels : NULL;
-    if (run_exit(m, layer, p->hidden, p->tokens, prototypes, logits, distances)) return -1;
+    size_t row = (size_t)layer * head->num_labels;
     Reading *reading = &p->readings[p->num_readings++];
-    *reading = read_exit(layer, logits, distances, p->thresholds, head->num_labels);
+    *reading = read_exit(layer, p->logits + row, head->metric ? p->distances + row : NULL, p->thresholds,
+                         head->num_labels);
     if (reading->nearest > far && !p->is_far) {
         p->is_far = 1;
         p->tau *= p->caution;
     }
     if (layer == p->deepest || exits(score(p->signal, p->readings, p->num_readings), p->tau)) p->exit_layer = layer;
-    return 0;
 }
 
 static double now(void) {
@@ -166,18 +228,61 @@ static double now(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-int run_passes(const Model *m, Pass *passes, int count, const float *const *prototypes, const double *far) {
-    for (int layer = 0; layer <= m->num_layers; layer++)
-        for (int i = 0; i < count; i++) {
-            Pass *p = &passes[i];
-            if (p->exit_layer >= 0) continue;
-            double start = now();
-            int failed = layer ? run_layer(m, layer, p->hidden, p->tokens, p->hidden)
-                               : run_embeddings(m, p->ids, p->types, p->tokens, p->hidden);
-            int is_asked = m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
-            if (!failed && is_asked) failed = ask(m, layer, p, prototypes[layer], far ? far[layer] : INFINITY);
-            if (failed) return -1;
-            p->seconds += now() - start;
-        }
+/* The embeddings or a layer, for all texts in `rows`, one after the other. */
+static int run_texts(const Model *m, int layer, Pass *const *texts, const int *tokens, int count, float *rows) {
+    if (layer) return run_layer(m, layer, rows, tokens, count, rows);
+    for (int i = 0; i < count; rows += (size_t)tokens[i++] * m->hidden)
+        if (run_embeddings(m, texts[i]->ids, texts[i]->types, tokens[i], rows)) return -1;
     return 0;
+}
+
+int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
+               const double *far) {
+    size_t hidden = m->hidden, total = 0, row = 0;
+    for (int i = 0; i < count; i++) total += passes[i].tokens;
+    float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
+    Pass *texts[MAX_PASSES]; /* that have not left, and their rows' number */
+    int tokens[MAX_PASSES], failed = rows == NULL;
+    for (int i = 0; i < count && !failed; i++) {
+        Pass *p = texts[i] = &passes[i];
+        tokens[i] = p->tokens;
+        if (first) memcpy(rows + row * hidden, p->hidden, p->tokens * hidden * 4);
+        row += p->tokens;
+        for (int layer = 0; layer < first; layer++)
+            if (is_asked(m, layer, p)) judge(m, layer, p, far ? far[layer] : INFINITY);
+    }
+    for (int layer = first; layer <= last && count && !failed; layer++) {
+        double start = now();
+        failed = run_texts(m, layer, texts, tokens, count, rows);
+        double end = now(), each = (end - start) / (double)row;
+        int left = count;
+        const float *from = rows;
+        float *to = rows;
+        for (int i = count = row = 0; i < left && !failed; i++) {
+            Pass *p = texts[i];
+            size_t size = p->tokens * hidden;
+            p->seconds += each * p->tokens;
+            if (is_asked(m, layer, p)) {
+                size_t at = (size_t)layer * m->exits[layer].num_labels;
+                failed = run_exit(m, layer, from, p->tokens, prototypes[layer], p->logits + at, p->distances + at);
+                if (!failed) judge(m, layer, p, far ? far[layer] : INFINITY);
+                double asked = now();
+                p->seconds += asked - end;
+                end = asked;
+            }
+            if (p->exit_layer < 0) { /* its rows move up to those of the text before it */
+                if (to != from) memmove(to, from, size * 4);
+                to += size;
+                row += p->tokens;
+                tokens[count] = p->tokens;
+                texts[count++] = p;
+            }
+            from += size;
+        }
+    }
+    const float *from = rows;
+    for (int i = 0; i < count && !failed; i++, from += tokens[i - 1] * hidden)
+        if (texts[i]->hidden) memcpy(texts[i]->hidden, from, tokens[i] * hidden * 4);
+    free(rows);
+    return failed ? -1 : 0;
 }

@@ -1,8 +1,8 @@
 /* One encoder layer, the embeddings, an exit, and a pass of several texts through all layers.
  *
  * The arithmetic of the int8 segments (export/graph.py), operator by operator: activations quantized to uint8
- * with one scale for each tensor of a text, int8 weights with one scale for each output, everything else in
- * float32. Every function returns 0, or -1: an id outside the tables, or no memory.
+ * with a scale for each row, or one for each tensor of a text, int8 weights with a scale for each output,
+ * everything else in float32. Every function returns 0, or -1: an id outside the tables, or no memory.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H
@@ -13,8 +13,9 @@
 /* ids (tokens), types (tokens) or NULL → to (tokens, hidden). */
 int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int tokens, float *to);
 
-/* from (tokens, hidden) → to (tokens, hidden); from may be to. */
-int run_layer(const Model *m, int layer, const float *from, int tokens, float *to);
+/* The rows of `count` texts, one after the other, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
+ * What a text gives does not depend on the others. */
+int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
 /* hidden states (tokens, hidden), prototypes (num_labels, metric) → logits and cosine distances (num_labels).
  * Without a metric space, prototypes and distances are not used. */
@@ -31,7 +32,7 @@ typedef struct {
     const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */
     double caution; /* what tau is multiplied by from the first exit on that is too far from its prototypes */
 
-    float *hidden;             /* (tokens, hidden) */
+    float *hidden;             /* (tokens, hidden): before the first layer, after the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
     Reading *readings;         /* of the exits computed so far; room for (num_layers + 1) */
     int num_readings;
@@ -41,9 +42,13 @@ typedef struct {
     double seconds;
 } Pass;
 
-/* Run the layers until each text has left. All texts run a layer before any runs the next, so that its weights
- * come from memory once for all of them. Each text is computed by itself: none depends on the others.
+enum { MAX_PASSES = 64 };
+
+/* Run layers first … last, until each text has left. All texts run a layer together, so that its weights come from
+ * memory once for all of them; what each gives does not depend on the others. From first > 0 on a pass goes on: its
+ * hidden states, and the logits and distances of the exits that it passed, are those of the call before.
  * prototypes: by layer. far: the largest distance to the nearest prototype by layer, or NULL. */
-int run_passes(const Model *m, Pass *passes, int count, const float *const *prototypes, const double *far);
+int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
+               const double *far);
 
 #endif

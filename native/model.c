@@ -2,6 +2,9 @@
 
 #include <stdlib.h>
 #include <string.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 int has_kernels(int hidden, int num_heads, int inner, int num_layers) {
     return hidden >= 64 && hidden % 64 == 0 && hidden <= 8192 && inner >= 64 && inner % 64 == 0 && inner <= 32768 &&
@@ -22,31 +25,57 @@ void *copy_of(const void *from, size_t bytes) {
     return to;
 }
 
-int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias) {
-    *w = (Linear){.in = in, .out = out};
-    w->tiles = aligned_alloc(64, (size_t)in * out);
+static size_t layer_size(const Model *m) { return (size_t)m->hidden * (4 * (size_t)m->hidden + 2 * (size_t)m->inner); }
+
+Model *new_model(int hidden, int num_heads, int inner, int num_layers) {
+    enum { HUGE_PAGE = 1 << 21 };
+    Model *m = calloc(1, sizeof(Model));
+    if (m == NULL) return NULL;
+    *m = (Model){.hidden = hidden, .num_heads = num_heads, .inner = inner, .num_layers = num_layers};
+    size_t size = ROUND_UP(num_layers * layer_size(m), HUGE_PAGE);
+    m->tiles = aligned_alloc(HUGE_PAGE, size);
+#ifdef __linux__
+    /* A prefetch across the end of a small page costs a walk of the page table, if it is not dropped. */
+    if (m->tiles != NULL) madvise(m->tiles, size, MADV_HUGEPAGE);
+#endif
+    if (m->tiles != NULL) return m;
+    free(m);
+    return NULL;
+}
+
+int8_t *tiles_of(const Model *m, int layer, int which) {
+    size_t square = (size_t)m->hidden * m->hidden, wide = (size_t)m->hidden * m->inner;
+    size_t before[] = {0, 3 * square, 4 * square, 4 * square + wide};
+    return m->tiles + (layer - 1) * layer_size(m) + before[which];
+}
+
+int8_t *end_of_tiles(const Model *m) { return m->tiles + m->num_layers * layer_size(m); }
+
+int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
+                int8_t *tiles, int8_t *end) {
+    *w = (Linear){.in = in, .out = out, .tiles = tiles, .end = end};
     w->scale = copy_of(scale, (size_t)out * 4);
     w->bias = copy_of(bias, (size_t)out * 4);
-    w->sums = aligned_alloc(64, (size_t)out * 4);
+    w->middle = aligned_alloc(64, (size_t)out * 4);
     w->center = aligned_alloc(64, (size_t)out * 4);
-    if (!w->tiles || !w->scale || !w->bias || !w->sums || !w->center) return -1;
+    if (!w->scale || !w->bias || !w->middle || !w->center) return -1;
     for (int n = 0; n < out; n++) {
-        w->sums[n] = 0;
+        int32_t sum = 0; /* MIDDLE · sum is below 2^30, for up to 32768 inputs: no overflow */
         for (int k = 0; k < in; k++) {
             int8_t value = weights[(size_t)k * out + n];
-            w->sums[n] += value;
-            w->tiles[tile_index(in, k, n)] = value;
+            sum += value;
+            tiles[tile_index(in, k, n)] = value;
         }
-        w->center[n] = scale[n] * (float)w->sums[n];
+        w->middle[n] = MIDDLE * sum;
+        w->center[n] = scale[n] * (float)sum;
     }
     return 0;
 }
 
 void free_linear(Linear *w) {
-    free(w->tiles);
     free(w->scale);
     free(w->bias);
-    free(w->sums);
+    free(w->middle);
     free(w->center);
 }
 
@@ -62,6 +91,8 @@ void free_model(Model *m) {
         for (int j = 0; j < 5; j++) free_linear(all[j]);
         free_norm(&l->after_attention);
         free_norm(&l->after_ffn);
+        free(l->offsets.values);
+        free(m->exits[i].tiles);
         free(m->exits[i].classifier);
         free(m->exits[i].bias);
     }
@@ -72,5 +103,6 @@ void free_model(Model *m) {
     free(m->word_scales);
     free(m->positions);
     free(m->types);
+    free(m->tiles);
     free(m);
 }

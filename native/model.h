@@ -10,17 +10,27 @@
 #include <stdint.h>
 
 #define MAX_LAYERS 100
+enum { MIDDLE = 128 }; /* what a quantized activation of its row's center is */
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
 /* x·W + b with W in int8: (in, out), in a multiple of 64, out of 32. */
 typedef struct {
     int in, out;
-    int8_t *tiles;  /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
-    float *scale;   /* (out) */
-    float *bias;    /* (out) */
-    int32_t *sums;  /* (out): the sum of an output's weights, to correct for the activations' zero */
-    float *center;  /* (out): scale · that sum: what a center of 1 adds */
+    int8_t *tiles;   /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
+    int8_t *end;     /* of the memory from tiles on that runs next, and is worth a prefetch */
+    float *scale;    /* (out) */
+    float *bias;     /* (out) */
+    int32_t *middle; /* (out): MIDDLE · the sum of an output's weights, which a product has too much */
+    float *center;   /* (out): scale · that sum of weights: what a center of 1 adds */
 } Linear;
+
+/* What attention adds to the score of a query and a key, by head and by their distance; values NULL: nothing. */
+typedef struct {
+    int positions; /* P: the most tokens */
+    float *values; /* (num_heads, offsets_stride(P)): for key − query = 1 − P … P − 1, and 16 zeros */
+} Offsets;
+
+static inline size_t offsets_stride(int positions) { return 2 * (size_t)positions - 1 + 16; }
 
 typedef struct {
     float *scale, *shift; /* (hidden) */
@@ -31,6 +41,7 @@ typedef struct {
     int is_set, num_labels, metric; /* metric: dimensions of the metric space; 0: no prototypes */
     float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
     Linear projection;              /* to the metric space */
+    int8_t *tiles;                  /* of the projection */
 } ExitHead;
 
 /* What the last exit's classifier sees, as a stock classifier has it: activation(dense · pooled + bias). */
@@ -43,6 +54,7 @@ typedef struct {
 typedef struct {
     Linear qkv, out, up, down;
     Norm after_attention, after_ffn;
+    Offsets offsets;
 } Layer;
 
 typedef struct {
@@ -55,6 +67,7 @@ typedef struct {
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
     Norm norm;                     /* of the embeddings */
+    int8_t *tiles;                 /* of all layers, in the order in which they run */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */
@@ -76,9 +89,20 @@ int is_complete(const Model *m, int layer);
 /* A copy at an address that is a multiple of 64; NULL: no memory. */
 void *copy_of(const void *from, size_t bytes);
 
-/* Pack weights (in, out) row by row. -1: no memory; free_linear frees what there is. */
-int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias);
+/* A model without weights; NULL: no memory. */
+Model *new_model(int hidden, int num_heads, int inner, int num_layers);
 
+/* Where a layer's linears have their tiles: 0 qkv, 1 out, 2 up, 3 down. */
+int8_t *tiles_of(const Model *m, int layer, int which);
+
+/* Pack weights (in, out) row by row into tiles. -1: no memory; free_linear frees what there is. */
+int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
+                int8_t *tiles, int8_t *end);
+
+/* The tiles of all layers end here. */
+int8_t *end_of_tiles(const Model *m);
+
+/* All but the tiles. */
 void free_linear(Linear *w);
 void free_norm(Norm *n);
 void free_model(Model *m);

@@ -187,6 +187,8 @@ def build(network: Network) -> Any:
                 kernels.set_linear(model, number, which, linear.weight, _scale(linear.scale), linear.bias)
             for which, norm in enumerate((layer.attention_norm, layer.ffn_norm)):
                 _set_norm(model, number, which, norm)
+            if layer.relative is not None:
+                kernels.set_offsets(model, number, layer.relative)
         for number, head in network.exits.items():
             classifier, space = head.classifier, head.space
             in_space = (
@@ -224,8 +226,6 @@ def _check(network: Network, layers: list[Layer]) -> None:
     if network.head is not None and network.head.norm is not None:
         raise NoKernelsError("there is no kernel for a head with a norm")
     for number, layer in enumerate(layers, 1):
-        if layer.relative is not None:
-            raise NoKernelsError(f"layer {number}: there is no kernel for relative positions in attention")
         if layer.activation not in ("Gelu", "Relu"):
             raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
         if _sizes(layer) != _sizes(layers[0]):

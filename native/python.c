@@ -125,9 +125,11 @@ static PyObject *py_new(PyObject *self, PyObject *args) {
     if (!PyArg_ParseTuple(args, "iiiippp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean, &by_token))
         return NULL;
     if (!require(has_kernels(hidden, num_heads, inner, num_layers), "these sizes have no kernels")) return NULL;
-    Model *m = calloc(1, sizeof(Model));
+    Model *m = new_model(hidden, num_heads, inner, num_layers);
     if (m == NULL) return PyErr_NoMemory();
-    *m = (Model){hidden, num_heads, inner, num_layers, .has_gelu = gelu, .has_mean = mean, .by_token = by_token};
+    m->has_gelu = gelu;
+    m->has_mean = mean;
+    m->by_token = by_token;
     PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
     if (capsule == NULL) free_model(m);
     return capsule;
@@ -150,7 +152,9 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
         Linear packed = {0}; /* weights that are refused leave those before */
         ok = holds(&b[0], (size_t)in * out, 1, "weight") && holds(&b[1], out, 4, "scale") &&
              holds(&b[2], out, 4, "bias") &&
-             require_memory(!pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf));
+             require_memory(
+                 !pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf, tiles_of(m, number, which),
+                              end_of_tiles(m)));
         free_linear(ok ? linear : &packed);
         if (ok) *linear = packed;
     }
@@ -175,6 +179,31 @@ static PyObject *py_set_norm(PyObject *self, PyObject *args) {
         ok = require_memory(norm->scale && norm->shift);
     }
     return done(ok, b, 2);
+}
+
+/* set_offsets(model, layer, values (heads, 2·P − 1)): what attention adds for key − query = 1 − P … P − 1 */
+static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int number;
+    Py_buffer b;
+    if (!PyArg_ParseTuple(args, "Oiy*", &capsule, &number, &b)) return NULL;
+    Model *m = model_of(capsule);
+    int ok = m != NULL && in_range(m, number, 1);
+    if (ok) {
+        Offsets *offsets = &m->layers[number].offsets;
+        size_t width = b.len / 4 / m->num_heads;
+        ok = holds(&b, width * m->num_heads, 4, "values") &&
+             require(width % 2 == 1 && width <= 2 * MAX_TOKENS && !offsets->values,
+                     "the offsets are set already, or are not of 2·P − 1 distances");
+        if (ok) {
+            *offsets = (Offsets){(int)(width + 1) / 2, calloc(m->num_heads * offsets_stride((int)(width + 1) / 2), 4)};
+            ok = require_memory(offsets->values != NULL);
+            for (int head = 0; ok && head < m->num_heads; head++)
+                memcpy(offsets->values + head * offsets_stride(offsets->positions),
+                       (const float *)b.buf + head * width, width * 4);
+        }
+    }
+    return done(ok, &b, 1);
 }
 
 /* set_embeddings(model, words (V, H) int8, scales (V), positions (P, H), types (T, H) or empty) */
@@ -228,9 +257,11 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
             *head = (ExitHead){.num_labels = labels, .metric = metric};
             head->classifier = copy_of(b[0].buf, b[0].len);
             head->bias = copy_of(b[1].buf, b[1].len);
-            ok = require_memory(
-                head->classifier && head->bias &&
-                !(metric && pack_linear(&head->projection, m->hidden, metric, b[2].buf, b[3].buf, b[4].buf)));
+            if (metric) head->tiles = aligned_alloc(64, (size_t)m->hidden * metric);
+            ok = require_memory(head->classifier && head->bias && !(metric && !head->tiles)) &&
+                 require_memory(!metric ||
+                                !pack_linear(&head->projection, m->hidden, metric, b[2].buf, b[3].buf, b[4].buf,
+                                             head->tiles, head->tiles + (size_t)m->hidden * metric));
             head->is_set = ok;
         }
     }
@@ -289,8 +320,9 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
-        failed = number ? run_layer(m, number, from->buf, (int)tokens, to->buf)
-                        : run_embeddings(m, from->buf, types->buf, (int)tokens, to->buf);
+        int count = (int)tokens;
+        failed = number ? run_layer(m, number, from->buf, &count, 1, to->buf)
+                        : run_embeddings(m, from->buf, types->buf, count, to->buf);
         if (!failed && logits->buf)
             failed = run_exit(m, number, to->buf, (int)tokens, prototypes->buf, logits->buf, distances->buf);
         Py_END_ALLOW_THREADS;
@@ -306,15 +338,19 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
            (signal->code != RISK || holds(weights, (size_t)layers * RISK_FEATURES, 8, "weights"));
 }
 
-/* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong. */
-static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
-    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
-                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3]))
+enum { PASS_BUFFERS = 7 };
+
+/* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong.
+ * is_part: it does not run all layers. */
+static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
+    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
+                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3], &b[6]))
         return 0;
     size_t tokens = b[0].len / 8, labels = m->exits[m->num_layers].num_labels, size = labels * (m->num_layers + 1);
     int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
              (!m->num_types || holds(&b[1], tokens, 8, "types")) && holds(&b[2], size, 4, "logits") &&
-             holds(&b[3], size, 4, "distances") &&
+             holds(&b[3], size, 4, "distances") && (!b[6].buf || holds(&b[6], tokens * m->hidden, 4, "hidden")) &&
+             require(b[6].buf ? !b[6].readonly : !is_part, "hidden is missing or read-only") &&
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
              has_signal(&p->signal, &b[4], m->num_layers + 1) && (!b[5].buf || holds(&b[5], labels, 8, "thresholds"));
@@ -324,31 +360,33 @@ static int open_pass(const Model *m, PyObject *text, Pass *p, Py_buffer *b) {
     p->types = b[1].buf;
     p->logits = b[2].buf;
     p->distances = b[3].buf;
+    p->hidden = b[6].buf;
     p->tokens = (int)tokens;
     p->exit_layer = -1;
-    size_t states = tokens * m->hidden * 4; /* hidden is a multiple of 64 */
-    p->hidden = aligned_alloc(64, states + ROUND_UP((m->num_layers + 1) * sizeof(Reading), 64));
-    p->readings = (Reading *)((char *)p->hidden + states);
-    return require_memory(p->hidden != NULL);
+    p->readings = malloc((m->num_layers + 1) * sizeof(Reading));
+    return require_memory(p->readings != NULL);
 }
 
-/* through(model, texts, prototypes, far) → [(exit layer, seconds)]
+/* through(model, texts, prototypes, far, first, last) → [(exit layer or -1, seconds)]
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
- * logits, distances)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K) for a
- * multi-label model or None, the last two float32 (num_layers + 1, K), filled at the exits that were computed.
+ * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
+ * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
+ * computed, hidden float32 (T, H), or None if all layers run.
  * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they
  * mean. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
-    enum { MAX_TEXTS = 64 };
     PyObject *capsule, *texts, *rows, *result = NULL;
-    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_TEXTS][6];
+    Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
     const float *prototypes[MAX_LAYERS + 1];
-    Pass passes[MAX_TEXTS];
-    if (!PyArg_ParseTuple(args, "OO!O!z*", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far)) return NULL;
+    Pass passes[MAX_PASSES];
+    int first, last;
+    if (!PyArg_ParseTuple(args, "OO!O!z*ii", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far, &first, &last))
+        return NULL;
     const Model *m = model_of(capsule);
     int count = (int)PyList_Size(texts), opened = 0, begun = 0, failed;
-    int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) &&
-             require(count >= 1 && count <= MAX_TEXTS && PyList_Size(rows) == m->num_layers + 1,
+    int ok = m != NULL && (!far.buf || holds(&far, m->num_layers + 1, 8, "far")) && in_range(m, last, 0) &&
+             require(first >= 0 && first <= last, "the first layer comes after the last") &&
+             require(count >= 1 && count <= MAX_PASSES && PyList_Size(rows) == m->num_layers + 1,
                      "1 to 64 texts, and prototypes for every layer");
     for (int i = 0; ok && i <= m->num_layers; i++, opened++) {
         spaces[i] = (Py_buffer){0};
@@ -361,11 +399,11 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     for (int i = 0; ok && i < count; i++, begun++) {
         passes[i] = (Pass){0};
         memset(buffers[i], 0, sizeof buffers[i]);
-        ok = open_pass(m, PyList_GetItem(texts, i), &passes[i], buffers[i]);
+        ok = open_pass(m, PyList_GetItem(texts, i), first || last < m->num_layers, &passes[i], buffers[i]);
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
-        failed = run_passes(m, passes, count, prototypes, far.buf);
+        failed = run_passes(m, passes, count, first, last, prototypes, far.buf);
         Py_END_ALLOW_THREADS;
         ok = require(!failed, "an id outside the tables, or no memory");
     }
@@ -376,8 +414,8 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
         else PyList_SetItem(result, i, pair);
     }
     for (int i = 0; i < begun; i++) {
-        free(passes[i].hidden);
-        for (int j = 0; j < 6; j++) PyBuffer_Release(&buffers[i][j]);
+        free(passes[i].readings);
+        for (int j = 0; j < PASS_BUFFERS; j++) PyBuffer_Release(&buffers[i][j]);
     }
     for (int i = 0; i < opened; i++) PyBuffer_Release(&spaces[i]);
     PyBuffer_Release(&far);
@@ -425,14 +463,15 @@ static PyMethodDef methods[] = {
     {"why_not", py_why_not, METH_NOARGS, "What this machine lacks, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): another implementation, for a test; empty: the best again."},
     {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best."},
-    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},
+    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean, by_token)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
+    {"set_offsets", py_set_offsets, METH_VARARGS, "set_offsets(model, layer, values)"},
     {"set_embeddings", py_set_embeddings, METH_VARARGS, "set_embeddings(model, words, scales, positions, types)"},
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
     {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
-    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far)"},
+    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far, first, last)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},

@@ -14,13 +14,13 @@ static Range range(const float *x, size_t count) {
     return range;
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to) {
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         float inverse = 1.0f / rows[t].scale, center = rows[t].center;
         for (int i = 0; i < width; i++) {
-            float value = nearbyintf((x[i] - center) * inverse) + (float)zero;
+            float value = nearbyintf((x[i] - center) * inverse) + (float)MIDDLE;
             to[i] = value > 0.0f ? (uint8_t)fminf(value, 255.0f) : 0; /* NaN: 0 */
         }
     }
@@ -36,7 +36,7 @@ static void product(const Product *p) {
             size_t at = (size_t)row * w->out + column;
             int32_t sum = 0;
             for (int k = 0; k < w->in; k++) sum += x[k] * w->tiles[tile_index(w->in, k, column)];
-            sum -= p->zero * w->sums[column];
+            sum -= w->middle[column];
             Quantization q = p->rows[row];
             /* fmaf: one rounding, as in the vector units, so that products agree to the last bit */
             float shift = fmaf(q.center, w->center[column], w->bias[column]);
@@ -54,12 +54,13 @@ static float dot(const float *a, const float *b, int count) {
     return sum;
 }
 
-/* One row of one head: the weights of all tokens, then the weighted mean of their values. */
+/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: of the tokens. */
 static void attend(const float *q, const float *k, const float *v, int tokens, int width, int stride,
-                   float *weights, float *to) {
+                   const float *offsets, float *weights, float *to) {
     float largest = -INFINITY, total = 0.0f;
     for (int t = 0; t < tokens; t++) {
         weights[t] = dot(q, k + (size_t)t * stride, width) * (1.0f / sqrtf((float)width));
+        if (offsets) weights[t] += offsets[t];
         largest = fmaxf(largest, weights[t]);
     }
     for (int t = 0; t < tokens; t++) {
@@ -73,13 +74,15 @@ static void attend(const float *q, const float *k, const float *v, int tokens, i
     }
 }
 
-static void attention(const float *qkv, int tokens, int hidden, int num_heads, float *work, float *to) {
+static void attention(const float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+                      float *to) {
     int width = hidden / num_heads, stride = 3 * hidden;
     for (int t = 0; t < tokens; t++)
         for (int head = 0; head < num_heads; head++) {
             const float *k = qkv + hidden + head * width, *v = k + hidden;
             const float *q = qkv + (size_t)t * stride + head * width;
-            attend(q, k, v, tokens, width, stride, work, to + (size_t)t * hidden + head * width);
+            const float *added = offsets_of(offsets, head, t);
+            attend(q, k, v, tokens, width, stride, added, work, to + (size_t)t * hidden + head * width);
         }
 }
 

@@ -122,9 +122,9 @@ static Range range(const float *x, size_t count) {
     return (Range){_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to) {
-    __m512i zeros = _mm512_set1_epi32(zero), none = _mm512_setzero_si512();
+    __m512i zeros = _mm512_set1_epi32(MIDDLE), none = _mm512_setzero_si512();
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale), center = _mm512_set1_ps(rows[t].center);
@@ -142,12 +142,11 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
     const Linear *w = p->w;
     __m512 scale = _mm512_loadu_ps(w->scale + column), bias = _mm512_loadu_ps(w->bias + column);
     __m512 center = _mm512_loadu_ps(w->center + column);
-    /* zero·sums are below 2^30, for up to 32768 inputs: no overflow. */
-    __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(p->zero), _mm512_loadu_si512(w->sums + column));
+    __m512i middle = _mm512_loadu_si512(w->middle + column);
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)(row + r) * w->out + column;
         const Quantization *q = &p->rows[row + r];
-        __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + 16 * r), offset);
+        __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + 16 * r), middle);
         __m512 shift = _mm512_fmadd_ps(_mm512_set1_ps(q->center), center, bias);
         __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(q->scale)), shift);
         if (then == GELU) v = gelu16(v);
@@ -167,16 +166,28 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
 }
 
 /* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the same tiles. With 12 rows, 24 sums, two
- * weights and an input fill the registers; each number of rows has a loop of its own, so that no row is wasted. */
+ * weights and an input fill the registers; each number of rows has a loop of its own, so that no row is wasted.
+ *
+ * Few rows take less time than their weights take from memory, so what comes AHEAD bytes later is prefetched, from
+ * `ahead` on, `step` bytes for each input: each block of rows fetches its share of a strip of 32 outputs. */
+#ifndef AHEAD
+#define AHEAD (1 << 17)
+#endif
+#ifndef HINT
+#define HINT _MM_HINT_T1
+#endif
 enum { VNNI_ROWS = 12 };
 
 static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const Linear *w, int column,
-                                                           int32_t (*tile)[256], int rows) {
+                                                           const int8_t *ahead, int step, int32_t (*tile)[256],
+                                                           int rows) {
     const int8_t *left = w->tiles + (size_t)column * w->in, *right = left + (size_t)w->in * 16;
     __m512i sum[VNNI_ROWS][2];
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
     for (int k = 0; k < w->in; k += 4) {
         __m512i l = _mm512_load_si512(left + (size_t)k * 16), h = _mm512_load_si512(right + (size_t)k * 16);
+        _mm_prefetch(ahead + (size_t)k * step, HINT);
+        if (step > 16) _mm_prefetch(ahead + (size_t)k * step + 64, HINT);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, x + (size_t)r * w->in + k, 4);
@@ -196,11 +207,14 @@ static void product_vnni(const Product *p) {
     int32_t tile[2][256] __attribute__((aligned(64)));
     int blocks = (p->tokens + VNNI_ROWS - 1) / VNNI_ROWS;
     for (int column = 0; column < w->out; column += 32) {
+        const int8_t *strip = w->tiles + (size_t)column * w->in;
+        const int8_t *ahead = w->end - strip > AHEAD ? strip + AHEAD : strip;
         for (int block = 0; block < blocks; block++) {
+            const int8_t *part = ahead + (size_t)block * w->in * 32 / blocks;
             int row = p->tokens * block / blocks, rows = p->tokens * (block + 1) / blocks - row;
             const uint8_t *from = p->x + (size_t)row * w->in;
             switch (rows) {
-#define CASE(n) case n: multiply(from, w, column, tile, n); break
+#define CASE(n) case n: multiply(from, w, column, part, 32 / blocks, tile, n); break
                 CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
                 CASE(7); CASE(8); CASE(9); CASE(10); CASE(11); CASE(12);
 #undef CASE
@@ -287,9 +301,10 @@ static void product_amx(const Product *p) {
  * columns there are 8 independent sums, as many as the units' latency asks for. */
 enum { ROWS = ATTENTION_ROWS };
 
-/* scores[r][j] = factor · q[r]·k[j] for 16·vectors keys from keys (width, wide) on. */
-static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width,
-                                                        int wide, __m512 factor, int vectors, float *scores) {
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16·vectors keys from keys (width, wide) on. added NULL: nothing. */
+static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
+                                                        __m512 factor, int vectors, const float *const *added, int j,
+                                                        float *scores) {
     __m512 s[ROWS][2];
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < vectors; c++) s[r][c] = _mm512_setzero_ps();
@@ -302,8 +317,11 @@ static inline __attribute__((always_inline)) void score(const float *const *q, c
         }
     }
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < vectors; c++)
-            _mm512_storeu_ps(scores + (size_t)r * wide + 16 * c, _mm512_mul_ps(s[r][c], factor));
+        for (int c = 0; c < vectors; c++) {
+            __m512 v = _mm512_mul_ps(s[r][c], factor);
+            if (added[r]) v = _mm512_add_ps(v, _mm512_loadu_ps(added[r] + j + 16 * c));
+            _mm512_storeu_ps(scores + (size_t)r * wide + 16 * c, v);
+        }
 }
 
 /* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16·vectors columns of the first `rows` rows. */
@@ -337,7 +355,8 @@ static void transpose(const float *k, int stride, int tokens, int width, int wid
         }
 }
 
-static void attention(const float *qkv, int tokens, int hidden, int num_heads, float *work, float *to) {
+static void attention(const float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+                      float *to) {
     int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), stride = 3 * hidden;
     float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
     __m512 factor = _mm512_set1_ps(1.0f / sqrtf((float)width)), least = _mm512_set1_ps(-INFINITY);
@@ -347,12 +366,16 @@ static void attention(const float *qkv, int tokens, int hidden, int num_heads, f
         transpose(k, stride, tokens, width, wide, keys);
         for (int t = 0; t < tokens; t += ROWS) {
             int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS]; /* past the end: the last row once more */
+            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
             __m512 inverse[ROWS];
-            for (int r = 0; r < ROWS; r++) row[r] = q + (size_t)(r < rows ? t + r : tokens - 1) * stride;
+            for (int r = 0; r < ROWS; r++) {
+                int token = r < rows ? t + r : tokens - 1;
+                row[r] = q + (size_t)token * stride;
+                added[r] = offsets_of(offsets, h, token);
+            }
             int j = 0;
-            for (; j + 32 <= wide; j += 32) score(row, keys + j, width, wide, factor, 2, scores + j);
-            if (j < wide) score(row, keys + j, width, wide, factor, 1, scores + j);
+            for (; j + 32 <= wide; j += 32) score(row, keys + j, width, wide, factor, 2, added, j, scores + j);
+            if (j < wide) score(row, keys + j, width, wide, factor, 1, added, j, scores + j);
             for (int r = 0; r < ROWS; r++) {
                 float *s = scores + (size_t)r * wide;
                 __m512 tail = _mm512_mask_mov_ps(least, last, _mm512_loadu_ps(s + wide - 16));

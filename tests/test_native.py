@@ -323,13 +323,15 @@ def test_the_best_implementation_is_in_use() -> None:
     ),
     st.sampled_from([Entropy(), Edr(0.5), Edr(4.0), RISK]),
     st.integers(0, 3),
+    st.integers(1, 4),
 )
 def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
-    native: Model, batch: list[tuple[str, float]], signal: Signal, deepest: int
+    native: Model, batch: list[tuple[str, float]], signal: Signal, deepest: int, layers: int
 ) -> None:
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
-    native.through(passes)
+    while left := [p for p in passes if p.exit_layer < 0]:
+        native.through(left, layers=layers)
     for p in passes:
         rule = ExitRule(p.tau, signal)
         for layer, step in enumerate(native.full_depth(p.tokens)):
@@ -491,10 +493,10 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             "deepest": 3,
             "ask_all": False,
         }
-        fields |= {"caution": 1.0, "thresholds": None, "logits": logits, "distances": distances}
+        fields |= {"caution": 1.0, "thresholds": None, "logits": logits, "distances": distances, "hidden": None}
         return tuple((fields | wrong).values())
 
-    assert kernels.through(model, [text()], prototypes, None)[0][0] == 3
+    assert kernels.through(model, [text()], prototypes, None, 0, 3)[0][0] == 3
     for texts in (
         [],
         [text()] * 65,
@@ -515,9 +517,15 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         [text(distances=bytes(32))],
     ):
         with pytest.raises((ValueError, TypeError, BufferError)):
-            kernels.through(model, texts, prototypes, None)
+            kernels.through(model, texts, prototypes, None, 0, 3)
     with pytest.raises(ValueError, match="prototypes"):
-        kernels.through(model, [text()], prototypes[:3], None)
+        kernels.through(model, [text()], prototypes[:3], None, 0, 3)
+    for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two without hidden states
+        with pytest.raises(ValueError):
+            kernels.through(model, [text()], prototypes, None, first, last)
+    for part in (np.zeros((1, 2, 63), np.float32), np.zeros((1, 3, 64), np.float32), bytes(2 * 64 * 4)):
+        with pytest.raises(ValueError, match="hidden"):
+            kernels.through(model, [text(hidden=part)], prototypes, None, 0, 2)
     for passed in ([], [(logits[0], logits)], [(logits[0, :0].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.score(passed, 0, 0.0, None, None)
