@@ -12,6 +12,7 @@ from server.rules import Choice
 from server.settings import ExitOptions
 
 LOOP = asyncio.new_event_loop()
+NO_MODEL, WITH_KERNELS = SimpleNamespace(through=None), SimpleNamespace(through=object())
 NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, caution=1.0)
 
 
@@ -20,7 +21,7 @@ def job(
     full_s: Sequence[float],
     *,
     model: Any = None,
-    max_group_s: float = 0.0,
+    group_s: float | None = None,
     layer_s: float = 0.0,
     first_exit_s: Sequence[float] = (),
     budget_s: float | None = None,
@@ -29,15 +30,23 @@ def job(
     submitted: float | None = None,
     is_shadow: bool = False,
 ) -> Job:
-    """A job whose texts are predicted to take `full_s` seconds each through every layer."""
+    """A job whose texts are predicted to take `full_s` seconds each through every layer.
+
+    group_s: what each takes of MAX_STEP_S in a group; None: they do not share steps.
+    """
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(
         predict=lambda *_: next(full),
         predict_first_exit=lambda *_: next(first),
         layer_s=lambda _: layer_s,
+        weights_share=0.0,
         piece_s=0.0,
     )
-    served: Any = SimpleNamespace(model=model, timing=timing, monitor=NO_MONITOR, max_group_s=max_group_s)
+    if model is None:
+        model = NO_MODEL if group_s is None else WITH_KERNELS
+    served: Any = SimpleNamespace(
+        model=model, timing=timing, monitor=NO_MONITOR, group_s=lambda _: 0.0 if group_s is None else group_s
+    )
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)
     choice = Choice(ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}

@@ -2,6 +2,7 @@
 
 from threading import Thread
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,18 +12,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.engine.engine import MAX_LEAD_S, Engine
 from server.engine.queue import MAX_SHADOWS, PREEMPTION_LEAD_S, WorkQueue
-from server.engine.work import Job
+from server.engine.work import MAX_STEP_S, Job
 from server.errors import RequestError
 from tests import jobs
 
 LIMIT = 7
+MODELS = [SimpleNamespace(through=object()) for _ in range(2)]
 
 
 def job(
     texts: int,
     submitted: float = 0.0,
     seconds: float = 1.0,
-    max_group_s: float = 0.0,
+    group_s: float | None = None,
     model: Any = None,
     is_shadow: bool = False,
     client: str = "",
@@ -32,7 +34,7 @@ def job(
         [str(i) for i in range(texts)],
         [seconds] * texts,
         submitted=submitted,
-        max_group_s=max_group_s,
+        group_s=group_s,
         model=model,
         is_shadow=is_shadow,
         client=client,
@@ -74,10 +76,11 @@ class QueueMachine(RuleBasedStateMachine):
         texts=st.integers(1, LIMIT + 1),
         submitted=st.integers(0, 5),
         seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would decide at the limit
-        model=st.sampled_from(["a", "b"]),
+        model=st.sampled_from(MODELS),
+        share=st.sampled_from([0.125, 0.5, 2]),
     )
-    def put(self, texts: int, submitted: int, seconds: float, model: str) -> None:
-        new = job(texts, submitted, seconds, 2.5, model)
+    def put(self, texts: int, submitted: int, seconds: float, model: Any, share: float) -> None:
+        new = job(texts, submitted, seconds, share * MAX_STEP_S, model)
         if len(self.waiting) + texts > LIMIT:
             with pytest.raises(RequestError, match="the server stops"):
                 self.queue.put(new)
@@ -90,9 +93,9 @@ class QueueMachine(RuleBasedStateMachine):
     def take(self, threads: int) -> None:
         first, *others = sorted(self.waiting, key=lambda item: item.due)  # of equals the first that came
         expected = [first]
-        for item in others if first.layer == 0 else []:
-            total = sum(x.predicted_s for x in [*expected, item])
-            fits = total <= 2.5 and item.layer == 0 and item.job.model == first.job.model
+        for item in others if first.can_share else []:
+            total = sum(x.group_s for x in [*expected, item])
+            fits = total <= MAX_STEP_S and item.layer == first.layer and item.job.model is first.job.model
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
             expected.append(item)
@@ -356,7 +359,7 @@ def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
 def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int) -> None:
     queue = WorkQueue(100)
-    submitted = [job(n, max_group_s=3.0) for n in sizes]
+    submitted = [job(n, group_s=MAX_STEP_S / 3) for n in sizes]
     taken: list[Any] = []
 
     def work() -> None:
@@ -403,14 +406,31 @@ def test_shadows_go_when_the_queue_is_closed() -> None:
 
 def test_short_texts_come_together_within_their_limits() -> None:
     queue = WorkQueue(100)
-    for n, seconds in ((3, 1.0), (4, 1.0), (1, 9.0)):
-        queue.put(job(n, seconds=seconds, max_group_s=4.0))
+    for n, seconds, share in ((3, 1.0, 4), (4, 1.0, 4), (1, 9.0, 0.5)):
+        queue.put(job(n, seconds=seconds, group_s=MAX_STEP_S / share))
     assert len(queue.next(threads=4)) == 2  # its share of the 8 that wait
-    assert len(queue.next(threads=1)) == 4  # 4 s of them
+    assert len(queue.next(threads=1)) == 4  # a step of them
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
-    started = job(3, max_group_s=4.0)
-    queue.put(started)
-    item = queue.next(threads=3)[0]
-    item.layer = 2
-    queue.requeue(item)
-    assert queue.next(threads=1) == [item]  # what has started goes on alone
+
+
+def test_texts_before_the_same_layer_share_their_steps() -> None:
+    queue = WorkQueue(100)
+    queue.put(job(5, group_s=MAX_STEP_S / 4))
+    first, second, third, fourth, fifth = queue.next() + queue.next()
+    for item, layer in ((first, 2), (second, 3), (third, 2)):
+        item.layer = layer
+        queue.requeue(item)
+    assert queue.next() == [first]  # and not the third, as the second is more urgent
+    fourth.layer = fifth.layer = 3
+    group = [fourth]
+    queue.join(group)
+    assert group == [fourth, second]
+    queue.join(group)
+    assert group == [fourth, second]  # the third is before another layer
+    third.layer = 3
+    queue.join(group)
+    assert group == [fourth, second, third]
+    queue.requeue(fifth)
+    full = [*group, *job(1, group_s=MAX_STEP_S / 4).items]
+    queue.join(full)
+    assert len(full) == 4 and queue.next() == [fifth]

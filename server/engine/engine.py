@@ -14,8 +14,9 @@ from time import perf_counter, sleep
 
 from model_store.model import Model
 from server.engine.deadlines import Deadlines
+from server.engine.group import run_group
 from server.engine.queue import WorkQueue
-from server.engine.run import Result, run, run_group
+from server.engine.run import Result, run
 from server.engine.work import Item, Job, Outcome, wake
 from server.errors import RequestError
 
@@ -164,20 +165,18 @@ class Engine:
 
     def _run(self, items: list[Item], number: int) -> Sequence[tuple[Item, Result | None]]:
         """The result of each item: an outcome, an error, or None if it was dropped or preempted."""
-        first = items[0]
-        if first.layer == 0 and first.is_short and 0 < first.predicted_s <= first.job.max_group_s:
-            self.deadlines.occupy(number, perf_counter() + sum(item.predicted_s for item in items))
-            try:
-                results, too_long = run_group(items)
-            except BaseException:  # one of them; which one shows when each runs alone
-                log.exception("a group of texts failed; each runs alone")
-            else:
-                for item in items:
-                    self.queue.charge(item.job, item.tokenize_s + item.model_s)
-                for item in too_long:  # last: from here on another thread may run them
-                    self.queue.requeue(item)
-                return results
-        return [(item, self._run_alone(item, number)) for item in items]
+
+        def occupy(seconds: float) -> None:
+            self._progress[number] += 1
+            self.deadlines.occupy(number, perf_counter() + seconds)
+
+        def finish(results: Sequence[tuple[Item, Result]]) -> None:
+            self._finish(results, number)
+
+        alone = items
+        if items[0].can_share:
+            alone = run_group(items, self.queue, self.threads, occupy, finish)
+        return [(item, self._run_alone(item, number)) for item in alone]
 
     def _run_alone(self, item: Item, number: int) -> Result | None:
         def occupy(seconds: float) -> None:

@@ -7,7 +7,7 @@ from itertools import count
 from threading import Condition
 from time import perf_counter
 
-from server.engine.work import Item, Job
+from server.engine.work import MAX_STEP_S, Item, Job
 from server.errors import RequestError
 
 MAX_GROUP = 16
@@ -99,9 +99,8 @@ class WorkQueue:
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; an empty list once the queue is closed and empty.
 
-        When many are pending, it comes with others that have not started: the next most urgent ones of the
-        same model, as long as the group is predicted to take at most `max_group_s` and enough is left for the
-        other threads.
+        When many are pending, it comes with others that share its steps: the next most urgent ones of the same
+        model before the same layer, as long as they fit into a step and enough is left for the other threads.
         """
         with self._changed:
             while (heap := self._first()) is None:
@@ -111,20 +110,27 @@ class WorkQueue:
                     self._changed.wait()
                 elif not (shadow := self._shadows.popleft()).job.is_dropped:
                     return [shadow]
-            first = heap[0][2]
-            room = min(MAX_GROUP, -(-self._pending // threads))
-            if first.layer > 0 or not first.is_short:
-                room = 1
-            items, left = [self._take(heap)], first.job.max_group_s - first.predicted_s
-            while len(items) < room and (heap := self._first()) is not None:
-                item = heap[0][2]
-                left -= item.predicted_s
-                if left < 0 or item.layer > 0 or item.job.model is not first.job.model:
-                    break
-                if not item.job.max_group_s or not item.is_short:
-                    break
-                items.append(self._take(heap))
+            share = -(-self._pending // threads)
+            items = [self._take(heap)]
+            self._fill(items, share)
             return items
+
+    def join(self, items: list[Item], threads: int = 1) -> None:
+        """Add pending items to a group between two layers, as next() does."""
+        with self._changed:
+            self._fill(items, len(items) + -(-self._pending // threads))
+
+    def _fill(self, items: list[Item], room: int) -> None:
+        first = items[0]
+        left = MAX_STEP_S - sum(item.group_s for item in items)
+        while first.can_share and len(items) < min(room, MAX_GROUP) and (heap := self._first()) is not None:
+            item = heap[0][2]
+            left -= item.group_s
+            if left < 0 or item.layer != first.layer or item.job.model is not first.job.model:
+                break
+            if not item.can_share:
+                break
+            items.append(self._take(heap))
 
     @property
     def shadow_room(self) -> int:

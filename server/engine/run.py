@@ -1,19 +1,17 @@
-"""How a text runs: tokenized, then layer by layer until it exits; alone, or in a group of short ones.
+"""How a text runs by itself: tokenized, then layer by layer until it exits.
 
 A text with several windows runs them one after the other, until its answer is settled (`exits/windows.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from time import perf_counter
 
 from exits.rule import ExitReason
 from exits.windows import EXPECTED_CHANGE
-from model_store.segments import ForwardPass, Tokens
+from model_store.segments import Tokens
 from server.engine.queue import WorkQueue
 from server.engine.work import Item, Outcome
 from server.errors import RequestError
-
-GROUP_OVERRUN = 1.5  # of MAX_GROUP_S, once the tokens of a group are known
 
 Result = Outcome | Exception
 
@@ -31,11 +29,11 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
         if reason is None:
             return None
         if item.combination is None:
-            return _outcome(item, reason)
+            return outcome_of(item, reason)
         item.end_window()
         change = EXPECTED_CHANGE if item.rule.tau > 0 else 1.0
         if reason == "deadline" or item.combination.is_settled(change):
-            return _outcome(item, reason)
+            return outcome_of(item, reason)
         if item.job.is_dropped:
             return None
         if queue.has_more_urgent_than(item):
@@ -69,7 +67,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
             item.record(rule.read(layer, step.logits.tolist(), distances))
-            reason = _exit_reason(item, deepest)
+            reason = exit_reason(item, deepest)
             if reason:
                 break
         now = perf_counter()
@@ -89,7 +87,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
     return reason
 
 
-def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
+def exit_reason(item: Item, deepest: int) -> ExitReason | None:
     """Why an item leaves at the exit that it passed last; None if it does not."""
     reading = item.passed[-1]
     if reading.layer == item.job.model.manifest.num_layers:
@@ -99,7 +97,8 @@ def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
     return "max_layer" if reading.layer == deepest else None
 
 
-def _outcome(item: Item, reason: ExitReason | None) -> Outcome:
+def outcome_of(item: Item, reason: ExitReason | None) -> Outcome:
+    """The outcome of an item that left."""
     assert item.tokens is not None and reason is not None
     passed, num_windows = item.passed, 1
     if item.windows is not None:
@@ -142,7 +141,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             tokens = item.tokenization.step()
         except ValueError as error:
             queue.charge(job, perf_counter() - started)
-            raise _too_long(item, error) from None
+            raise too_long_error(item, error) from None
         finally:
             spent = perf_counter() - started
             item.tokenize_s += spent
@@ -162,66 +161,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             return False
 
 
-def _too_long(item: Item, error: ValueError) -> RequestError:
+def too_long_error(item: Item, error: ValueError) -> RequestError:
+    """What to tell of a text that is longer than the model takes."""
     field = item.job.request.name_of(item.index)
     return RequestError(f"{field}: {error}", field, "too_long")
-
-
-def run_group(items: Sequence[Item]) -> tuple[list[tuple[Item, Result]], list[Item]]:
-    """Run short texts of one model through the kernels in one call; each is computed by itself.
-
-    Returns the results, and the items that turned out to be too long for the group and did not run.
-    """
-    started = perf_counter()
-    served = items[0].job.served
-    model, monitor = served.model, items[0].job.monitor
-    encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
-    results: list[tuple[Item, Result]] = []
-    too_long: list[Item] = []
-    passes: list[tuple[Item, ForwardPass]] = []
-    seconds = 0.0
-    for item, encoding in zip(items, encodings, strict=True):
-        job, rule = item.job, item.job.choice.rule
-        if job.is_dropped:
-            continue
-        if job.request.windows > 1 and len(encoding) > model.tokenizer.max_tokens:
-            item.is_short = False
-            too_long.append(item)
-            continue
-        try:
-            tokens = model.tokenizer.short(encoding, item.text.text_pair is not None, job.request.truncate)
-        except ValueError as error:
-            results.append((item, _too_long(item, error)))
-            continue
-        item.tokens = tokens
-        item_s = served.timing.layer_s(len(tokens)) * model.manifest.num_layers
-        if passes and seconds + item_s > GROUP_OVERRUN * job.max_group_s:
-            item.is_short = False
-            too_long.append(item)
-            continue
-        seconds += item_s
-        deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
-        thresholds = rule.thresholds.table if rule.thresholds is not None else None
-        one = ForwardPass(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, thresholds)
-        passes.append((item, one))
-    for item in items:  # those that fail or do not run have cost it, too
-        item.tokenize_s = (perf_counter() - started) / len(items)
-    if passes:
-        assert model.through is not None
-        model.through([one for _, one in passes], monitor.limits if monitor else None)
-    for item, one in passes:
-        item.model_s, item.num_tokens = one.seconds, len(one.tokens)
-        results.append((item, _group_outcome(item, one)))
-    return results, too_long
-
-
-def _group_outcome(item: Item, passed: ForwardPass) -> Outcome:
-    """The outcome of a pass through the kernels, which decided where it left."""
-    manifest = item.job.model.manifest
-    asked = [passed.exit_layer]
-    if item.asks_all_exits:
-        asked = [m for m in manifest.exit_layers if m <= passed.exit_layer]
-    for layer in asked:
-        distances = passed.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        item.record(item.rule.read(layer, passed.logits[layer].tolist(), distances))
-    return _outcome(item, _exit_reason(item, passed.deepest))

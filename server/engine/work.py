@@ -13,16 +13,17 @@ from exits.rule import ExitReason, ExitRule
 from exits.windows import Combination
 from model_store.manifest import Manifest
 from model_store.model import Model
-from model_store.segments import Array, Tokens
+from model_store.segments import Array, ForwardPass, Tokens
 from model_store.tokenizer import PIECE, Tokenization, Windows
 from server.engine.timing import Timing
 from server.ood import OodMonitor
 from server.rules import Choice, Rules
 from server.settings import ExitOptions
 
-# A group shares one call to the kernels, which saves thread switches and trips to memory, but cannot be
-# preempted.
-MAX_GROUP_S = 0.004
+# The engine looks at the queue at least so often, unless one layer of one text takes longer.
+MAX_STEP_S = 0.004
+# A model whose weights take at least this share of a text's time runs in groups of more than one step.
+LARGE = 0.04
 # From the last layer to the response's first byte: of a request, and more for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
@@ -92,10 +93,14 @@ class Served:
     rules: Rules
     monitor: OodMonitor
 
-    @property
-    def max_group_s(self) -> float:
-        """Texts that are predicted to take no longer in all may share a call; 0: one text a call."""
-        return 0.0 if self.model.through is None else MAX_GROUP_S
+    def group_s(self, chars: int) -> float:
+        """What a text of so many characters takes of MAX_STEP_S in a group.
+
+        A group saves a small model thread switches, and the first of it waits for the last: all layers have to fit
+        into a step. It saves a large one trips to memory: a layer has to.
+        """
+        large = self.timing.weights_share >= LARGE
+        return self.timing.predict_layer(chars) if large else self.timing.predict(chars)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +149,17 @@ class Item:
         predicted_s: seconds that it is likely to take through every layer.
         due: when it should be answered (perf_counter seconds); the queue schedules the earliest first.
         first_exit_s: seconds that it is likely to take to its first exit; known with a deadline only.
+        group_s: what it takes of MAX_STEP_S in a group.
         ends: when it must leave (perf_counter seconds), set as it starts; None: no deadline.
         layer: the next layer to run.
+        forward: its pass in a group.
         tokens: of the window that is running.
         num_tokens: of what began to run: the text, or some of its windows.
         windows, ran, combination: of a text that has several windows: all, those that ran, and their answer.
         tokenization: the state of its tokenization; None before it began, and when it is done.
         hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
         is_sampled: whether it counts for drift.
-        is_short: whether it is tokenized in one step, and may be part of a group.
+        is_short: whether it is tokenized in one step.
         rule: the job's, or a more cautious one once the text is_far from every prototype.
         passed: the reading of every exit passed, in this window.
         outcome: there once it left.
@@ -164,8 +171,10 @@ class Item:
     predicted_s: float
     due: float
     first_exit_s: float = 0.0
+    group_s: float = 0.0
     ends: float | None = None
     layer: int = 0
+    forward: ForwardPass | None = None
     tokens: Tokens | None = None
     num_tokens: int = 0
     windows: Windows | None = None
@@ -194,9 +203,19 @@ class Item:
         return self.job.asks_all_exits or self.is_sampled
 
     @property
+    def can_share(self) -> bool:
+        """Whether it may run in a group."""
+        return self.is_short and self.job.can_share and self.group_s <= MAX_STEP_S
+
+    @property
     def has_answer(self) -> bool:
         """Whether it passed an exit, in this window or one before."""
         return bool(self.passed or self.ran)
+
+    def restart(self) -> None:
+        """Begin again, after a group that failed, to run alone."""
+        self.layer, self.forward, self.is_short, self.tokens = 0, None, False, None
+        self.num_tokens, self.tokenize_s, self.model_s, self.passed = 0, 0.0, 0.0, []
 
     def split(self, windows: Windows) -> None:
         """Run in several windows, the first of them next; no group takes such a text."""
@@ -275,6 +294,8 @@ class Job:
             predicted_s = timing.predict(text.chars, request.windows)
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
+            if self.can_share:
+                item.group_s = self.served.group_s(text.chars)
             if budget_s is not None:
                 item.first_exit_s = timing.predict_first_exit(text.chars, request.windows)
             self.items.append(item)
@@ -296,12 +317,12 @@ class Job:
         return self.request.client
 
     @property
-    def max_group_s(self) -> float:
-        """Its texts may be part of a group that is predicted to take no longer; 0: each runs by itself."""
+    def can_share(self) -> bool:
+        """Whether its texts may run in groups."""
         # With a deadline by itself, so that it can leave after any layer.
         # A signal that the kernels do not have is scored between the layers, too.
         runs_alone = self.deadline is not None or self.is_shadow or self.choice.rule.signal.code is None
-        return 0.0 if runs_alone else self.served.max_group_s
+        return not runs_alone and self.model.through is not None
 
     @property
     def tokens(self) -> int:
