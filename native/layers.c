@@ -74,11 +74,11 @@ typedef struct {
 } Memory;
 
 static int get_memory(const Model *m, int rows, int part, int longest, Memory *to) {
-    size_t hidden = m->hidden, padded = ROUND_UP(longest, 16);
+    size_t hidden = m->hidden;
     size_t wide = quantized_size(rows, m->hidden), inner = quantized_size(part, m->inner);
     size_t sizes[] = {ROUND_UP(wide > inner ? wide : inner, 64), rows * 3 * hidden * 4, rows * hidden * 4,
                       part * hidden * 4, (size_t)part * m->inner * 4,
-                      (hidden / m->num_heads + ATTENTION_ROWS) * padded * 4};
+                      ROUND_UP(attention_work(m->hidden / m->num_heads, longest) * 4, 64)};
     size_t total = 0;
     for (int i = 0; i < 6; i++) total += sizes[i];
     char *memory = scratch(total);

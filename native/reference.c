@@ -65,6 +65,7 @@ static void attend(const float *q, const float *k, const float *v, int tokens, i
     }
     for (int t = 0; t < tokens; t++) {
         weights[t] = expf(weights[t] - largest);
+        if (tokens >= LONG) weights[t] = bfloat16_of(weights[t]);
         total += weights[t];
     }
     for (int i = 0; i < width; i++) {
@@ -74,9 +75,10 @@ static void attend(const float *q, const float *k, const float *v, int tokens, i
     }
 }
 
-static void attention(const float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
                       float *to) {
     int width = hidden / num_heads, stride = 3 * hidden;
+    if (tokens >= LONG) round_to_bfloat16(qkv, (size_t)tokens * stride);
     for (int t = 0; t < tokens; t++)
         for (int head = 0; head < num_heads; head++) {
             const float *k = qkv + hidden + head * width, *v = k + hidden;

@@ -31,6 +31,13 @@ static const char *vnni_why_not(void) {
     return (low & 0xe6) == 0xe6 ? NULL : "the system does not save AVX-512 registers";
 }
 
+static int has_bfloat16(void) {
+    static int found = -1;
+    unsigned a = 0, b, c, d;
+    if (found < 0) found = __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & (1u << 5);
+    return found;
+}
+
 static const char *amx_why_not(void) {
     unsigned a, b, c, d = 0;
     const char *missing = vnni_why_not();
@@ -44,11 +51,11 @@ static const char *amx_why_not(void) {
 /* The functions up to the matching pop use these instructions: call them only if why_not() says NULL. */
 #ifdef __clang__
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8"))), \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8"))), \
     apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,amx-tile,amx-int8")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8")
 #endif
 
 static inline __m512 exp16(__m512 x) {
@@ -297,105 +304,180 @@ static void product_amx(const Product *p) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows of a block. Its loops have constant bounds, so that the sums stay in registers; with two vectors of 16
- * columns there are 8 independent sums, as many as the units' latency asks for. */
-enum { ROWS = ATTENTION_ROWS };
-
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16·vectors keys from keys (width, wide) on. added NULL: nothing. */
-static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
-                                                        __m512 factor, int vectors, const float *const *added, int j,
-                                                        float *scores) {
-    __m512 s[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < vectors; c++) s[r][c] = _mm512_setzero_ps();
-    for (int d = 0; d < width; d++) {
-        __m512 key[2];
-        for (int c = 0; c < vectors; c++) key[c] = _mm512_loadu_ps(keys + (size_t)d * wide + 16 * c);
-        for (int r = 0; r < ROWS; r++) {
-            __m512 x = _mm512_set1_ps(q[r][d]);
-            for (int c = 0; c < vectors; c++) s[r][c] = _mm512_fmadd_ps(x, key[c], s[r][c]);
+/* 16 · `vectors` columns of a·b, for `rows` rows of a; b has `stride` columns. Its loops have constant bounds, so that
+ * the sums stay in registers. With pairs a value is two numbers in bfloat16, and their products are added. */
+static inline __attribute__((always_inline)) void accumulate(const float *const *a, const float *b, size_t stride,
+                                                             int count, int pairs, int rows, int vectors,
+                                                             __m512 (*sum)[2]) {
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < vectors; c++) sum[r][c] = _mm512_setzero_ps();
+    for (int i = 0; i < count; i++) {
+        __m512 column[2];
+        for (int c = 0; c < vectors; c++) column[c] = _mm512_loadu_ps(b + i * stride + 16 * c);
+        for (int r = 0; r < rows; r++) {
+            __m512 x = _mm512_set1_ps(a[r][i]);
+            for (int c = 0; c < vectors; c++)
+                sum[r][c] = pairs ? _mm512_dpbf16_ps(sum[r][c], (__m512bh)x, (__m512bh)column[c])
+                                  : _mm512_fmadd_ps(x, column[c], sum[r][c]);
         }
     }
-    for (int r = 0; r < ROWS; r++)
+}
+
+/* What a block of rows of a head needs. Keys: k transposed, (width, wide), v: (tokens, stride); with pairs both have
+ * half as many rows. */
+typedef struct {
+    const float *q[ATTENTION_ROWS], *added[ATTENTION_ROWS]; /* added: to the scores, or NULL */
+    const float *keys, *v;
+    int tokens, wide, width, pairs;
+    size_t stride;
+    float *scores; /* (rows, wide) */
+    float *to[ATTENTION_ROWS];
+} Block;
+
+/* The scores of 16 · `vectors` keys from key j on. */
+static inline __attribute__((always_inline)) void score(const Block *b, int j, int rows, int vectors) {
+    __m512 sum[ATTENTION_ROWS][2], factor = _mm512_set1_ps(1.0f / sqrtf((float)b->width));
+    accumulate(b->q, b->keys + j, b->wide, b->width >> b->pairs, b->pairs, rows, vectors, sum);
+    for (int r = 0; r < rows; r++)
         for (int c = 0; c < vectors; c++) {
-            __m512 v = _mm512_mul_ps(s[r][c], factor);
-            if (added[r]) v = _mm512_add_ps(v, _mm512_loadu_ps(added[r] + j + 16 * c));
-            _mm512_storeu_ps(scores + (size_t)r * wide + 16 * c, v);
+            __m512 v = _mm512_mul_ps(sum[r][c], factor);
+            if (b->added[r]) v = _mm512_add_ps(v, _mm512_loadu_ps(b->added[r] + j + 16 * c));
+            _mm512_storeu_ps(b->scores + (size_t)r * b->wide + j + 16 * c, v);
         }
 }
 
-/* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16·vectors columns of the first `rows` rows. */
-static inline __attribute__((always_inline)) void mix(const float *scores, int wide, const float *v, int stride,
-                                                      int tokens, const __m512 *inverse, int vectors, float *to,
-                                                      int hidden, int rows) {
-    __m512 s[ROWS][2];
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < vectors; c++) s[r][c] = _mm512_setzero_ps();
-    for (int j = 0; j < tokens; j++) {
-        __m512 value[2];
-        for (int c = 0; c < vectors; c++) value[c] = _mm512_loadu_ps(v + (size_t)j * stride + 16 * c);
-        for (int r = 0; r < ROWS; r++) {
-            __m512 x = _mm512_set1_ps(scores[(size_t)r * wide + j]);
-            for (int c = 0; c < vectors; c++) s[r][c] = _mm512_fmadd_ps(x, value[c], s[r][c]);
-        }
-    }
+/* 16 · `vectors` columns of the mean of the values, from column d on. */
+static inline __attribute__((always_inline)) void mix(const Block *b, const float *inverse, int d, int rows,
+                                                      int vectors) {
+    __m512 sum[ATTENTION_ROWS][2];
+    const float *weights[ATTENTION_ROWS];
+    for (int r = 0; r < rows; r++) weights[r] = b->scores + (size_t)r * b->wide;
+    accumulate(weights, b->v + d, b->stride, (b->tokens + b->pairs) >> b->pairs, b->pairs, rows, vectors, sum);
     for (int r = 0; r < rows; r++)
         for (int c = 0; c < vectors; c++)
-            _mm512_storeu_ps(to + (size_t)r * hidden + 16 * c, _mm512_mul_ps(s[r][c], inverse[r]));
+            _mm512_storeu_ps(b->to[r] + d + 16 * c, _mm512_mul_ps(sum[r][c], _mm512_set1_ps(inverse[r])));
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 16 by 16 that stay in the first cache; past the end zeros. */
-static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
-    for (int t0 = 0; t0 < wide; t0 += 16)
-        for (int d = 0; d < width; d++) {
-            float *to = keys + (size_t)d * wide + t0;
-            int real = tokens - t0 < 16 ? tokens - t0 : 16;
-            for (int t = 0; t < real; t++) to[t] = k[(size_t)(t0 + t) * stride + d];
-            for (int t = real; t < 16; t++) to[t] = 0.0f;
+static inline __m512 to_bfloat16(__m512 x) { /* and back */
+    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
+}
+
+/* Two vectors as one of pairs, in their order. */
+static inline __m512 to_pairs(__m512 first, __m512 second) { return (__m512)_mm512_cvtne2ps_pbh(second, first); }
+
+/* A row's scores to the weights of the tokens, all times what is returned. */
+static float softmax(float *s, int tokens, int wide, int rounds, int pairs) {
+    __mmask16 last = (__mmask16)(0xFFFFu >> (wide - tokens));
+    __m512 max = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), last, _mm512_loadu_ps(s + wide - 16));
+    __m512 total = _mm512_setzero_ps(), before = total;
+    for (int i = 0; i + 16 < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
+    max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
+    for (int i = 0; i < wide; i += 16) {
+        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + i), max));
+        if (i + 16 == wide) e = _mm512_maskz_mov_ps(last, e);
+        if (rounds) e = to_bfloat16(e);
+        total = _mm512_add_ps(total, e);
+        if (!pairs) _mm512_storeu_ps(s + i, e);
+        else if (i & 16) _mm512_storeu_ps(s + i / 2 - 8, to_pairs(before, e));
+        else before = e;
+    }
+    if (pairs && wide & 16) _mm512_storeu_ps(s + wide / 2 - 8, to_pairs(before, _mm512_setzero_ps()));
+    return 1.0f / _mm512_reduce_add_ps(total);
+}
+
+static inline __attribute__((always_inline)) void attend(const Block *b, int rounds, int rows) {
+    float inverse[ATTENTION_ROWS];
+    int j = 0, d = 0;
+    for (; j + 32 <= b->wide; j += 32) score(b, j, rows, 2);
+    if (j < b->wide) score(b, j, rows, 1);
+    for (int r = 0; r < rows; r++)
+        inverse[r] = softmax(b->scores + (size_t)r * b->wide, b->tokens, b->wide, rounds, b->pairs);
+    for (; d + 32 <= b->width; d += 32) mix(b, inverse, d, rows, 2);
+    if (d < b->width) mix(b, inverse, d, rows, 1);
+}
+
+/* 16 by 16. */
+static inline void transpose16(__m512 *x) {
+    __m512 y[16];
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int k = 0; k < 2; k++) {
+            __m512d a = (__m512d)y[i + k], b = (__m512d)y[i + k + 2];
+            x[i + 2 * k] = (__m512)_mm512_unpacklo_pd(a, b);
+            x[i + 2 * k + 1] = (__m512)_mm512_unpackhi_pd(a, b);
+        }
+    for (int k = 0; k < 4; k++)
+        for (int i = 0; i < 2; i++) {
+            y[8 * i + k] = _mm512_shuffle_f32x4(x[8 * i + k], x[8 * i + k + 4], 0x88);
+            y[8 * i + k + 4] = _mm512_shuffle_f32x4(x[8 * i + k], x[8 * i + k + 4], 0xdd);
+        }
+    for (int k = 0; k < 8; k++) {
+        x[k] = _mm512_shuffle_f32x4(y[k], y[k + 8], 0x88);
+        x[k + 8] = _mm512_shuffle_f32x4(y[k], y[k + 8], 0xdd);
+    }
+}
+
+/* keys[d][t] = k[t][d] for a head, (width, wide), past the end zeros; with pairs of d, (width / 2, wide). */
+static void transpose(const float *k, size_t stride, int tokens, int width, int wide, int pairs, float *keys) {
+    for (int t = 0; t < wide; t += 16)
+        for (int d = 0; d < width; d += 16 << pairs) {
+            __m512 rows[16];
+            for (int i = 0; i < 16; i++) {
+                const float *from = k + (t + i) * stride + d;
+                if (t + i >= tokens) rows[i] = _mm512_setzero_ps();
+                else rows[i] = pairs ? to_pairs(_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)) : _mm512_loadu_ps(from);
+            }
+            transpose16(rows);
+            for (int i = 0; i < 16; i++) _mm512_storeu_ps(keys + ((d >> pairs) + i) * (size_t)wide + t, rows[i]);
         }
 }
 
-static void attention(const float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; past the end zeros. */
+static void pair_values(const float *v, size_t stride, int tokens, int width, float *to) {
+    for (int t = 0; t < tokens; t += 2)
+        for (int d = 0; d < width; d += 16) {
+            __m512 first = to_bfloat16(_mm512_loadu_ps(v + t * stride + d)), second = _mm512_setzero_ps();
+            if (t + 1 < tokens) second = to_bfloat16(_mm512_loadu_ps(v + (t + 1) * stride + d));
+            __m512i pair = _mm512_or_si512(_mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
+            _mm512_storeu_si512(to + t / 2 * (size_t)width + d, pair);
+        }
+}
+
+static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
                       float *to) {
-    int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), stride = 3 * hidden;
-    float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
-    __m512 factor = _mm512_set1_ps(1.0f / sqrtf((float)width)), least = _mm512_set1_ps(-INFINITY);
-    __mmask16 last = (__mmask16)(0xFFFFu >> (wide - tokens));
+    int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), rounds = tokens >= LONG;
+    int pairs = rounds && width % 32 == 0 && has_bfloat16();
+    size_t stride = 3 * (size_t)hidden;
+    float *keys = work, *scores = keys + (size_t)width * wide; /* (width, wide), (rows, wide) */
+    float *queries = keys + (size_t)width / 2 * wide, *values = scores + (size_t)ATTENTION_ROWS * wide;
+    if (rounds && !pairs) round_to_bfloat16(qkv, tokens * stride);
+    int blocks = (tokens + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
     for (int h = 0; h < num_heads; h++) {
         const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
-        transpose(k, stride, tokens, width, wide, keys);
-        for (int t = 0; t < tokens; t += ROWS) {
-            int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
-            __m512 inverse[ROWS];
-            for (int r = 0; r < ROWS; r++) {
-                int token = r < rows ? t + r : tokens - 1;
-                row[r] = q + (size_t)token * stride;
-                added[r] = offsets_of(offsets, h, token);
+        transpose(k, stride, tokens, width, wide, pairs, keys);
+        if (pairs) pair_values(v, stride, tokens, width, values);
+        for (int n = 0; n < blocks; n++) {
+            int t = tokens * n / blocks, rows = tokens * (n + 1) / blocks - t;
+            Block b = {.keys = keys, .v = pairs ? values : v, .stride = pairs ? (size_t)width : stride,
+                       .tokens = tokens, .wide = wide, .width = width, .pairs = pairs, .scores = scores};
+            for (int r = 0; r < rows; r++) {
+                b.q[r] = q + (t + r) * stride;
+                b.added[r] = offsets_of(offsets, h, t + r);
+                b.to[r] = to + (size_t)(t + r) * hidden + h * width;
+                if (!pairs) continue;
+                float *words = queries + r * width / 2;
+                for (int d = 0; d < width; d += 32)
+                    _mm512_storeu_ps(words + d / 2, to_pairs(_mm512_loadu_ps(b.q[r] + d), _mm512_loadu_ps(b.q[r] + d + 16)));
+                b.q[r] = words;
             }
-            int j = 0;
-            for (; j + 32 <= wide; j += 32) score(row, keys + j, width, wide, factor, 2, added, j, scores + j);
-            if (j < wide) score(row, keys + j, width, wide, factor, 1, added, j, scores + j);
-            for (int r = 0; r < ROWS; r++) {
-                float *s = scores + (size_t)r * wide;
-                __m512 tail = _mm512_mask_mov_ps(least, last, _mm512_loadu_ps(s + wide - 16));
-                __m512 max = tail, total = _mm512_setzero_ps();
-                for (int i = 0; i + 16 < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
-                max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
-                _mm512_storeu_ps(s + wide - 16, tail);
-                for (int i = 0; i < wide; i += 16) {
-                    __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + i), max));
-                    if (i + 16 == wide) e = _mm512_maskz_mov_ps(last, e);
-                    total = _mm512_add_ps(total, e);
-                    _mm512_storeu_ps(s + i, e);
-                }
-                inverse[r] = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+            switch (rows) {
+#define CASE(n) case n: attend(&b, rounds, n); break
+                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8);
+#undef CASE
             }
-            int d = 0;
-            float *at = to + (size_t)t * hidden + h * width;
-            for (; d + 32 <= width; d += 32)
-                mix(scores, wide, v + d, stride, tokens, inverse, 2, at + d, hidden, rows);
-            if (d < width) mix(scores, wide, v + d, stride, tokens, inverse, 1, at + d, hidden, rows);
         }
     }
 }

@@ -93,6 +93,22 @@ def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> Non
             assert_equal_but_for_rounding(np.abs(ours - found[-1]))
 
 
+@pytest.mark.parametrize("tokens", [127, 128, 129, 200, 333])
+def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) -> None:
+    hidden = np.random.default_rng(tokens).standard_normal((1, tokens, 64)).astype(np.float32)
+    expected = onnx.segments[1].run(hidden, False).hidden
+    found = []
+    for name in ALL:
+        with using(name):
+            found.append(native.segments[1].run(hidden, False).hidden)
+    for ours in found:
+        assert_equal_but_for_rounding(np.abs(ours - found[-1]))
+        if tokens < 128:
+            assert_equal_but_for_rounding(np.abs(ours - expected))
+        else:
+            assert np.median(np.abs(ours - expected)) < 5e-3 and np.abs(ours - expected).max() < 0.1
+
+
 def test_an_artifact_whose_texts_share_a_scale_gives_what_onnx_runtime_gives(kernels: Any) -> None:
     """As earlier exports have it, and the demo model."""
     artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
