@@ -177,13 +177,7 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
  *
  * Few rows take less time than their weights take from memory, so what comes AHEAD bytes later is prefetched, from
  * `ahead` on, `step` bytes for each input: each block of rows fetches its share of a strip of 32 outputs. */
-#ifndef AHEAD
-#define AHEAD (1 << 17)
-#endif
-#ifndef HINT
-#define HINT _MM_HINT_T1
-#endif
-enum { VNNI_ROWS = 12 };
+enum { VNNI_ROWS = 12, AHEAD = 1 << 17 };
 
 static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const Linear *w, int column,
                                                            const int8_t *ahead, int step, int32_t (*tile)[256],
@@ -193,8 +187,8 @@ static inline __attribute__((always_inline)) void multiply(const uint8_t *x, con
     for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
     for (int k = 0; k < w->in; k += 4) {
         __m512i l = _mm512_load_si512(left + (size_t)k * 16), h = _mm512_load_si512(right + (size_t)k * 16);
-        _mm_prefetch(ahead + (size_t)k * step, HINT);
-        if (step > 16) _mm_prefetch(ahead + (size_t)k * step + 64, HINT);
+        _mm_prefetch(ahead + (size_t)k * step, _MM_HINT_T1);
+        if (step > 16) _mm_prefetch(ahead + (size_t)k * step + 64, _MM_HINT_T1);
         for (int r = 0; r < rows; r++) {
             int32_t four;
             memcpy(&four, x + (size_t)r * w->in + k, 4);
