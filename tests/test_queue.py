@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.engine import MAX_LEAD_S, Engine
-from server.engine.queue import MAX_SHADOWS, PREEMPTION_LEAD_S, WorkQueue
+from server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
 from server.engine.work import MAX_STEP_S, Job
 from server.errors import RequestError
 from tests import jobs
@@ -77,7 +77,7 @@ class QueueMachine(RuleBasedStateMachine):
         submitted=st.integers(0, 5),
         seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would decide at the limit
         model=st.sampled_from(MODELS),
-        share=st.sampled_from([0.125, 0.5, 2]),
+        share=st.sampled_from([0.125, 0.25, 0.5, 2]),
     )
     def put(self, texts: int, submitted: int, seconds: float, model: Any, share: float) -> None:
         new = job(texts, submitted, seconds, share * MAX_STEP_S, model)
@@ -95,7 +95,8 @@ class QueueMachine(RuleBasedStateMachine):
         expected = [first]
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
-            fits = total <= MAX_STEP_S and item.layer == first.layer and item.job.model is first.job.model
+            fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
+            fits = fits and item.layer == first.layer and item.job.model is first.job.model
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
             expected.append(item)
@@ -411,6 +412,13 @@ def test_short_texts_come_together_within_their_limits() -> None:
     assert len(queue.next(threads=4)) == 2  # its share of the 8 that wait
     assert len(queue.next(threads=1)) == 4  # a step of them
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
+
+
+def test_a_short_text_does_not_wait_for_long_ones() -> None:
+    queue = WorkQueue(100)
+    for share in (16, 16, 4, 16):
+        queue.put(job(1, group_s=MAX_STEP_S / share))
+    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last waits for the long one anyway
 
 
 def test_texts_before_the_same_layer_share_their_steps() -> None:

@@ -11,6 +11,7 @@ from server.engine.work import MAX_STEP_S, Item, Job
 from server.errors import RequestError
 
 MAX_GROUP = 16
+MAX_STRETCH = 3  # of the first text's time: how long another of its group may take
 MAX_SHADOWS = 64
 # A text is preempted by another client's if its own client has had this much more engine time.
 PREEMPTION_LEAD_S = 0.002
@@ -100,7 +101,8 @@ class WorkQueue:
         """Wait for the most urgent item; an empty list once the queue is closed and empty.
 
         When many are pending, it comes with others that share its steps: the next most urgent ones of the same
-        model before the same layer, as long as they fit into a step and enough is left for the other threads.
+        model before the same layer, as long as they fit into a step, are not much longer than the first, and enough
+        is left for the other threads.
         """
         with self._changed:
             while (heap := self._first()) is None:
@@ -126,7 +128,13 @@ class WorkQueue:
         while first.can_share and len(items) < min(room, MAX_GROUP) and (heap := self._first()) is not None:
             item = heap[0][2]
             left -= item.group_s
-            if left < 0 or item.layer != first.layer or item.job.model is not first.job.model:
+            # In a group each waits for all: a short text does not wait for long ones.
+            if (
+                left < 0
+                or item.group_s > MAX_STRETCH * first.group_s
+                or item.layer != first.layer
+                or item.job.model is not first.job.model
+            ):
                 break
             if not item.can_share:
                 break
