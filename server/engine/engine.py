@@ -1,7 +1,7 @@
-"""The engine: threads that each run one text at a time until it exits.
+"""The engine: threads that each run a text, or a group of short ones, until it exits.
 
-On a CPU, batching short texts buys nothing: one unpadded sample at a time for each core has both the highest
-throughput and the lowest latency (docs/design.md). ONNX Runtime and the kernels release the GIL while a layer
+On a CPU, padded batches of short texts buy nothing: unpadded texts, computed one by one on each core, have both the
+highest throughput and the lowest latency (docs/design.md). ONNX Runtime and the kernels release the GIL while a layer
 runs, so the threads share the model and scale with the cores. At a layer boundary a text can be preempted by
 a more urgent one, so a long text does not delay short ones.
 """
