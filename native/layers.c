@@ -64,8 +64,9 @@ static void multiply(const Model *m, const Linear *w, const float *x, Texts text
     k->product(&p);
 }
 
-/* Rows that pass a layer together: enough for its weights to cost little, few enough for the second cache. */
-enum { BLOCK = 96 };
+/* Rows that pass from one product to the next together: enough for the weights to cost little, few enough for what is
+ * between two products to stay in the second cache. */
+enum { BLOCK = 64 };
 
 /* What a block needs, carved out of scratch. */
 typedef struct {
@@ -75,9 +76,8 @@ typedef struct {
 
 static int get_memory(const Model *m, int rows, int part, int longest, Memory *to) {
     size_t hidden = m->hidden;
-    size_t wide = quantized_size(rows, m->hidden), inner = quantized_size(part, m->inner);
-    size_t sizes[] = {ROUND_UP(wide > inner ? wide : inner, 64), rows * 3 * hidden * 4, rows * hidden * 4,
-                      part * hidden * 4, (size_t)part * m->inner * 4,
+    size_t widest = quantized_size(part, m->inner > m->hidden ? m->inner : m->hidden);
+    size_t sizes[] = {ROUND_UP(widest, 64), rows * 3 * hidden * 4, rows * hidden * 4, part * hidden * 4, (size_t)part * m->inner * 4,
                       ROUND_UP(attention_work(m->hidden / m->num_heads, longest) * 4, 64)};
     size_t total = 0;
     for (int i = 0; i < 6; i++) total += sizes[i];
@@ -102,24 +102,36 @@ static void run_rows(const Model *m, const Layer *layer, const float *from, cons
     k->layer_norm(to, texts.rows, m->hidden, &layer->after_ffn);
 }
 
+/* Rows of about the same number of parts, whatever texts they belong to. */
+static int part_start(Texts texts, int part, int parts) { return (int)((long)texts.rows * part / parts); }
+
+static Texts part_of(Texts texts, int part, int parts) {
+    if (parts == 1) return texts;
+    return (Texts){NULL, 0, part_start(texts, part + 1, parts) - part_start(texts, part, parts)};
+}
+
 static int run_block(const Model *m, const Layer *layer, const float *from, Texts texts, float *to) {
     const Kernels *k = kernels;
     size_t hidden = m->hidden;
     int longest = 0;
     for (int i = 0; i < texts.count; i++) longest = texts.tokens[i] > longest ? texts.tokens[i] : longest;
     /* A text whose values share a scale is quantized as a whole. */
-    int part = m->by_token && texts.rows > BLOCK ? BLOCK : texts.rows;
+    int parts = m->by_token ? (texts.rows + BLOCK - 1) / BLOCK : 1;
     Memory memory;
-    if (get_memory(m, texts.rows, part, longest, &memory)) return -1;
+    if (get_memory(m, texts.rows, (texts.rows + parts - 1) / parts, longest, &memory)) return -1;
     if (k->begin) k->begin();
-    multiply(m, &layer->qkv, from, texts, PLAIN, NULL, memory.quantized, memory.qkv);
+    for (int i = 0; i < parts; i++) {
+        int row = part_start(texts, i, parts);
+        multiply(m, &layer->qkv, from + row * hidden, part_of(texts, i, parts), PLAIN, NULL, memory.quantized,
+                 memory.qkv + row * 3 * hidden);
+    }
     for (int i = 0, row = 0; i < texts.count; row += texts.tokens[i++])
         k->attention(memory.qkv + row * 3 * hidden, texts.tokens[i], m->hidden, m->num_heads, &layer->offsets,
                      memory.work, memory.context + row * hidden);
-    for (int row = 0; row < texts.rows; row += part) {
-        int rows = texts.rows - row < part ? texts.rows - row : part;
-        Texts some = part < texts.rows ? (Texts){NULL, 0, rows} : texts;
-        run_rows(m, layer, from + row * hidden, memory.context + row * hidden, some, &memory, to + row * hidden);
+    for (int i = 0; i < parts; i++) {
+        int row = part_start(texts, i, parts);
+        run_rows(m, layer, from + row * hidden, memory.context + row * hidden, part_of(texts, i, parts), &memory,
+                 to + row * hidden);
     }
     if (k->end) k->end();
     return 0;

@@ -359,23 +359,33 @@ static inline __m512 to_bfloat16(__m512 x) { /* and back */
 /* Two vectors as one of pairs, in their order. */
 static inline __m512 to_pairs(__m512 first, __m512 second) { return (__m512)_mm512_cvtne2ps_pbh(second, first); }
 
-/* A row's scores to the weights of the tokens, all times what is returned. */
+static inline __m512 weights_of(const float *scores, __m512 max) {
+    return exp16(_mm512_sub_ps(_mm512_loadu_ps(scores), max));
+}
+
+/* A row's scores to the weights of the tokens; how often these are to be taken: 1 / their sum. */
 static float softmax(float *s, int tokens, int wide, int rounds, int pairs) {
+    __m512 max = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     __mmask16 last = (__mmask16)(0xFFFFu >> (wide - tokens));
-    __m512 max = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), last, _mm512_loadu_ps(s + wide - 16));
-    __m512 total = _mm512_setzero_ps(), before = total;
-    for (int i = 0; i + 16 < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
+    __m512 tail = _mm512_mask_mov_ps(max, last, _mm512_loadu_ps(s + wide - 16));
+    _mm512_storeu_ps(s + wide - 16, tail); /* past the end: next to no weight, for values of 0 */
+    for (int i = 0; i < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
     max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
-    for (int i = 0; i < wide; i += 16) {
-        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + i), max));
-        if (i + 16 == wide) e = _mm512_maskz_mov_ps(last, e);
-        if (rounds) e = to_bfloat16(e);
-        total = _mm512_add_ps(total, e);
-        if (!pairs) _mm512_storeu_ps(s + i, e);
-        else if (i & 16) _mm512_storeu_ps(s + i / 2 - 8, to_pairs(before, e));
-        else before = e;
-    }
-    if (pairs && wide & 16) _mm512_storeu_ps(s + wide / 2 - 8, to_pairs(before, _mm512_setzero_ps()));
+    if (pairs) {
+        __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+        for (int i = 0; i < wide; i += 32) {
+            __m512 second = i + 16 < wide ? weights_of(s + i + 16, max) : _mm512_setzero_ps();
+            __m512 both = to_pairs(weights_of(s + i, max), second);
+            total = _mm512_dpbf16_ps(total, (__m512bh)both, ones);
+            _mm512_storeu_ps(s + i / 2, both);
+        }
+    } else
+        for (int i = 0; i < wide; i += 16) {
+            __m512 e = weights_of(s + i, max);
+            if (rounds) e = to_bfloat16(e);
+            total = _mm512_add_ps(total, e);
+            _mm512_storeu_ps(s + i, e);
+        }
     return 1.0f / _mm512_reduce_add_ps(total);
 }
 
