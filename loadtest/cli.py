@@ -427,17 +427,18 @@ def engines(
 
     Example: de3 loadtest engines --texts dev.tsv
     """
-    from loadtest.engines import engines as measure
-    from loadtest.engines import tables
+    from loadtest.engines import Engines, tables
     from loadtest.servers import lean_peers
     from model_store.store import Store
 
     artifact = Store(store).open(model)
     plain = [s.text for s in _samples(texts, text_column, "label", "")][:count]
     peers = lean_peers(*_models_of_peers(artifact, plain, out), stock)
-    results = measure(
-        artifact, peers, plain, out, seconds, rounds, core, lambda line: console.print(line, markup=False)
-    )
+
+    def show(line: str) -> None:
+        console.print(line, markup=False)
+
+    results = Engines(artifact, peers, plain, out, seconds, rounds, core, show).run()
     for table in tables(results):
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     for name, note in results["notes"].items():

@@ -6,6 +6,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 from time import perf_counter
@@ -44,95 +45,93 @@ def pinned(core: int) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def engines(
-    artifact: Artifact,
-    peers: Sequence[Server],
-    texts: Sequence[str],
-    out: Path,
-    seconds: float,
-    rounds: int,
-    core: int,
-    show: Callable[[str], None],
-) -> dict[str, Any]:
-    """Texts per second of each engine by round, and how ours compare; writes results.json into `out`.
+@dataclass
+class Engines:
+    """Runs our kernels and the peers' engines in turn, on one core.
 
-    peers: lean ones; one that cannot be prepared or does not run is left out, with a note.
-
-    Raises StoreError if the kernels cannot run the model.
+    Attributes:
+        artifact: an int8 model that the kernels can run.
+        peers: lean ones; one that cannot be prepared or does not run is left out, with a note.
+        out: folder for results.json.
+        seconds: least duration of one measurement.
+        show: called with each line of progress.
     """
-    results: dict[str, Any] = {
-        "machine": {"cpu": cpu_name(), "core": core, "python": platform.python_version()},
-        "texts": len(texts),
-        "rounds": {},
-        "notes": {peer.name: peer.note for peer in peers if peer.note},
-    }
-    file = out / "texts.json"
-    file.write_text(json.dumps(list(texts)))
-    ready = [peer for peer in peers if _attempt(peer, peer.prepare, results, show) is not None]
-    with pinned(core):
-        _measure(artifact, ready, file, seconds, rounds, results, show)
-    results["compared"] = compared(results)
-    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    return results
 
+    artifact: Artifact
+    peers: list[Server]
+    texts: list[str]
+    out: Path
+    seconds: float
+    rounds: int
+    core: int
+    show: Callable[[str], None]
+    results: dict[str, Any] = field(default_factory=dict)
 
-def _attempt(
-    peer: Server, act: Callable[[], Any], results: dict[str, Any], show: Callable[[str], None]
-) -> Any:
-    """What `act` returns, or True for None; None if it failed: then the peer is left out."""
-    show(f"{peer.name}: {'preparing' if act == peer.prepare else 'measuring'}")
-    try:
-        result = act()
-    except ValueError as error:
-        show(f"left out: {error}")
-        results["notes"][peer.name] = f"left out: {str(error).splitlines()[-1]}"
-        results["rounds"].pop(peer.name, None)
-        return None
-    return True if result is None else result
+    def run(self) -> dict[str, Any]:
+        """Measure everything and write results.json. Raises StoreError if the kernels cannot run the model."""
+        self.peers = [
+            replace(p, name=p.name.replace("fused graph, FastAPI", "ONNX Runtime")) for p in self.peers
+        ]
+        self.results["machine"] = {"cpu": cpu_name(), "core": self.core, "python": platform.python_version()}
+        self.results["notes"] = {peer.name: peer.note for peer in self.peers if peer.note}
+        self.results["rounds"] = {}
+        self.results["logits_difference"] = {}
+        file = self.out / "texts.json"
+        file.write_text(json.dumps(self.texts))
+        for peer in list(self.peers):
+            self.show(f"preparing {peer.name}")
+            try:
+                peer.prepare()
+            except ValueError as error:
+                self._leave_out(peer, error)
+        with pinned(self.core):
+            self._measure(file)
+        self.results["compared"] = compared(self.results)
+        text = json.dumps(self.results, indent=1, ensure_ascii=False)
+        (self.out / "results.json").write_text(text + "\n")
+        return self.results
 
+    def _leave_out(self, peer: Server, error: ValueError) -> None:
+        self.show(f"left out: {error}")
+        self.results["notes"][peer.name] = f"left out: {str(error).splitlines()[-1]}"
+        self.results["rounds"].pop(peer.name, None)
+        self.peers.remove(peer)
 
-def _measure(
-    artifact: Artifact,
-    peers: list[Server],
-    file: Path,
-    seconds: float,
-    rounds: int,
-    results: dict[str, Any],
-    show: Callable[[str], None],
-) -> None:
-    """Fill in what is measured in each round."""
-    model = Model(artifact, "native")
-    from native import kernels  # there, or the line above would have raised
+    def _measure(self, file: Path) -> None:
+        model = Model(self.artifact, "native")
+        from native import kernels  # there, or the line above would have raised
 
-    tokens = [model.tokenize(text) for text in json.loads(file.read_text())]
-    ours = _logits(model, tokens)
-    weights = layer_weights(artifact)
-    results |= {
-        "instructions": kernels.supported(),
-        "tokens": mean(len(t) for t in tokens),
-        "weights": weights,
-        "multiply_adds": mean(multiply_adds(artifact, weights, len(t)) for t in tokens),
-        "peak_multiply_adds_per_s": [],
-        "read_bytes_per_s": [],
-        "ours": [name_of(size) for size in GROUPS],
-        "calls": {name_of(size): -(-len(tokens) // size) for size in GROUPS},
-        "logits_difference": {},
-    }
-    rows = results["rounds"]
-    for number in range(rounds):
-        show(f"round {number + 1} of {rounds}: our kernels")
-        results["peak_multiply_adds_per_s"].append(kernels.peak())
-        results["read_bytes_per_s"].append(read_bandwidth())
-        for size in GROUPS:
-            rows.setdefault(name_of(size), []).append(our_rate(model, tokens, size, seconds))
-        for peer in list(peers):
-            found = _attempt(peer, lambda p=peer: peer_rate(p, file, seconds), results, show)  # type: ignore[misc]
-            if found is None:
-                peers.remove(peer)
-                continue
-            rows.setdefault(peer.name, []).append(found["texts_per_s"])
-            difference = float(np.abs(np.array(found["logits"]) - ours).max())
-            results["logits_difference"][peer.name] = difference
+        tokens = [model.tokenize(text) for text in self.texts]
+        logits = _logits(model, tokens)
+        weights = layer_weights(self.artifact)
+        self.results |= {
+            "instructions": kernels.supported(),
+            "texts": len(tokens),
+            "tokens": mean(len(t) for t in tokens),
+            "weights": weights,
+            "multiply_adds": mean(multiply_adds(self.artifact, weights, len(t)) for t in tokens),
+            "peak_multiply_adds_per_s": [],
+            "read_bytes_per_s": [],
+            "ours": [name_of(size) for size in GROUPS],
+            "calls": {name_of(size): -(-len(tokens) // size) for size in GROUPS},
+        }
+        rates = self.results["rounds"]
+        for number in range(self.rounds):
+            self.show(f"round {number + 1} of {self.rounds}: our kernels")
+            self.results["peak_multiply_adds_per_s"].append(kernels.peak())
+            self.results["read_bytes_per_s"].append(read_bandwidth())
+            for size in GROUPS:
+                rates.setdefault(name_of(size), []).append(our_rate(model, tokens, size, self.seconds))
+            for peer in list(self.peers):
+                self.show(f"round {number + 1} of {self.rounds}: {peer.name}")
+                try:
+                    measured = peer_measured(peer, file, self.seconds)
+                except ValueError as error:
+                    self._leave_out(peer, error)
+                    continue
+                rates.setdefault(peer.name, []).append(measured["texts_per_s"])
+                difference = float(np.abs(np.array(measured["logits"]) - logits).max())
+                self.results["logits_difference"][peer.name] = difference
 
 
 def name_of(size: int) -> str:
@@ -168,7 +167,7 @@ def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) 
     return passes * len(tokens) / elapsed
 
 
-def peer_rate(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
+def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
     """What a lean peer says of itself: texts_per_s, passes and logits. Raises ValueError if it does not run."""
     command = peer.measuring(file, seconds)
     try:

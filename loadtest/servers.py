@@ -113,14 +113,14 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
     openvino = [str(fp32), "--convert", str(calibration)]
     servers = [
         peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
-        peer("OpenVINO, FastAPI, int8", "openvino_app", str(fp32), conversion=openvino),
-        peer("OpenVINO, FastAPI, bf16", "openvino_app", str(fp32), "--precision", "bf16"),
+        peer("OpenVINO, int8", "openvino_app", str(fp32), conversion=openvino),
+        peer("OpenVINO, bf16", "openvino_app", str(fp32), "--precision", "bf16"),
     ]
     if stock is not None:
         arguments = [str(stock), "--converted", str(calibration.parent / f"ctranslate2-{stock.name}")]
         servers.append(
             peer(
-                "CTranslate2, FastAPI, int8",
+                "CTranslate2, int8",
                 "ctranslate2_app",
                 *arguments,
                 conversion=[*arguments, "--convert"],
