@@ -83,7 +83,7 @@ class Comparison:
 
     def _prepare(self) -> None:
         """Create environments and convert models; a peer for which that fails is left out."""
-        for server in list(self.servers):
+        for server in [s for s in self.servers if s.script]:
             console.print(f"preparing {server.name}")
             try:
                 server.prepare()
