@@ -14,7 +14,9 @@ from loadtest.studies.cli import app as studies_app
 
 if TYPE_CHECKING:
     from loadtest.texts import Sample
+    from model_store.store import Artifact
 
+CALIBRATION_TEXTS = 300
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
 app.add_typer(studies_app, name="study")
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
@@ -368,7 +370,8 @@ def peer(
     name: Annotated[
         str,
         typer.Argument(
-            help="fused_app, litserve_app, bentoml_app, mlserver_app, transformers_app or infinity_app"
+            help="fused_app, openvino_app, ctranslate2_app, litserve_app, bentoml_app, mlserver_app, transformers_app "
+            "or infinity_app"
         ),
     ],
     arguments: Annotated[list[str] | None, typer.Argument(help="Passed to the peer; see its --help.")] = None,
@@ -386,18 +389,72 @@ def peer(
     os.execv(command[0], command)
 
 
+def _models_of_peers(artifact: "Artifact", texts: list[str], out: Path) -> tuple[Path, Path, Path]:
+    """Write what peers are made of into `out`: the full-depth graph in int8 and fp32, and texts to quantize with."""
+    from export.full_depth import export_full_depth
+
+    out.mkdir(parents=True, exist_ok=True)
+    graphs = []
+    for quantize in ("int8", "none"):
+        graphs.append(out / f"full-depth-{artifact.full_name.replace(':', '-')}-{quantize}")
+        if not graphs[-1].exists():
+            export_full_depth(artifact.path, graphs[-1], quantize == "int8")
+    calibration = out / "calibration.json"
+    calibration.write_text(json.dumps(texts[:: max(1, len(texts) // CALIBRATION_TEXTS)][:CALIBRATION_TEXTS]))
+    return graphs[0], graphs[1], calibration
+
+
+@app.command()
+def engines(
+    texts: options.Texts,
+    store: options.Store = Path("models"),
+    model: Annotated[str, typer.Option(help="An int8 model, as name or name:version.")] = "sst2",
+    stock: options.Stock = None,
+    text_column: options.TextColumn = "sentence",
+    count: Annotated[
+        int | None, typer.Option(help="Number of texts. Default: all.", min=1, show_default=False)
+    ] = None,
+    core: Annotated[int, typer.Option(help="The core that everything runs on.", min=0)] = 0,
+    seconds: options.Seconds = 3.0,
+    rounds: Annotated[int, typer.Option(help="Number of repetitions; the engines take turns.", min=1)] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for results.json and converted models.")] = Path(
+        "loadtest-results"
+    ),
+) -> None:
+    """Compare our kernels with other engines at full depth on one core, in process, without HTTP.
+
+    Texts are tokenized beforehand. Ours run one text a call, and in groups of 4 and 16; the others run one.
+
+    Example: de3 loadtest engines --texts dev.tsv
+    """
+    from loadtest.engines import Engines, tables
+    from loadtest.servers import lean_peers
+    from model_store.store import Store
+
+    artifact = Store(store).open(model)
+    plain = [s.text for s in _samples(texts, text_column, "label", "")][:count]
+    peers = lean_peers(*_models_of_peers(artifact, plain, out), stock)
+
+    def show(line: str) -> None:
+        console.print(line, markup=False)
+
+    results = Engines(artifact, peers, plain, out, seconds, rounds, core, show).run()
+    for table in tables(results):
+        Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for name, note in results["notes"].items():
+        console.print(f"{name}: {note}", markup=False)
+    console.print(f"results: {out / 'results.json'}")
+
+
 @app.command()
 def compare(
     texts: options.Texts,
     store: options.Store = Path("models"),
     model: options.Model = "sst2",
-    stock: Annotated[
-        Path | None,
-        typer.Option(
-            help="A stock sequence classification model on the same encoder, for the peers that support no other "
-            "(transformers, Infinity). Default: omit these peers.",
-            show_default=False,
-        ),
+    stock: options.Stock = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(help="A peer, such as fused_app; repeat for more. Default: all.", show_default=False),
     ] = None,
     text_column: options.TextColumn = "sentence",
     label_column: options.LabelColumn = "label",
@@ -413,23 +470,20 @@ def compare(
     """
     from rich.table import Table
 
-    from export.full_depth import export_full_depth
     from loadtest.compare import Comparison
     from loadtest.servers import ours, peers
     from model_store.store import Store
 
-    artifact = Store(store).open(model)
-    graphs = {}
-    for quantize in ("int8", "none"):
-        graphs[quantize] = out / f"full-depth-{artifact.full_name.replace(':', '-')}-{quantize}"
-        if not graphs[quantize].exists():
-            export_full_depth(artifact.path, graphs[quantize], quantize == "int8")
+    samples = _samples(texts, text_column, label_column, label_names)
+    models = _models_of_peers(Store(store).open(model), [s.text for s in samples], out)
+    others = peers(*models, stock)
+    if unknown := set(peer or []) - {server.script for server in others}:
+        known = sorted({server.script for server in others})
+        raise ValueError(f"--peer {min(unknown)}: there are {', '.join(known)}; some need --stock")
     servers = [ours(store, model), ours(store, model, tau=0.0)]
     servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]
-    servers += peers(graphs["int8"], graphs["none"], stock)
-    comparison = Comparison(
-        servers, _samples(texts, text_column, label_column, label_names), out, seconds, rounds, port
-    )
+    servers += [server for server in others if not peer or server.script in peer]
+    comparison = Comparison(servers, samples, out, seconds, rounds, port)
     results = comparison.all(lambda tau: ours(store, model, tau=tau))
     ratios = Table("ratio", "median (range)")
     for name, value in results["ratios"].items():

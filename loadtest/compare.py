@@ -53,11 +53,12 @@ class Comparison:
         """Run all measurements and write results.json and plots; `ours_at` makes our server with a τ."""
         mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
         self.results["machine"] = {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
         }
         self.results["notes"] = {s.name: s.note for s in self.servers if s.note}
+        self._prepare()
         self._saturation()
         ours, best = self.servers[0], self._best_peer()
         rate = self._median(best.name, "saturation", "answers_per_s") / 3
@@ -80,6 +81,20 @@ class Comparison:
         (self.out / "results.json").write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
         return self.results
 
+    def _prepare(self) -> None:
+        """Create environments and convert models; a peer for which that fails is left out."""
+        for server in [s for s in self.servers if s.script]:
+            console.print(f"preparing {server.name}")
+            try:
+                server.prepare()
+            except ValueError as error:
+                self._leave_out(server, error)
+
+    def _leave_out(self, server: Server, error: ValueError) -> None:
+        console.print(f"[bold red]left out:[/] {escape(str(error))}")
+        self.results["notes"][server.name] = f"left out: {str(error).splitlines()[-1]}"
+        self.servers.remove(server)
+
     def _started(self, server: Server) -> Any:
         return running(server, self.port, self.out / "server.log")
 
@@ -98,9 +113,7 @@ class Comparison:
                 except ValueError as error:
                     if server in self.servers[:2]:
                         raise
-                    console.print(f"[bold red]left out:[/] {escape(str(error))}")
-                    self.results["notes"][server.name] = "left out: it did not start"
-                    self.servers.remove(server)
+                    self._leave_out(server, error)
                     del rows[server.name]
         self.results["saturation"] = rows
         console.print(report.table({name: runs[0] for name, runs in rows.items()}))
@@ -207,6 +220,8 @@ class Comparison:
         return [s for s in self.servers if not s.name.startswith("de3")]
 
     def _best_peer(self) -> Server:
+        if not self._peers():
+            raise ValueError("no peer could be started, so there is nothing to compare with")
         return max(self._peers(), key=lambda s: self._median(s.name, "saturation", "answers_per_s"))
 
     def _median(self, server: str, what: str, key: str) -> float:
@@ -273,7 +288,8 @@ def _model_time(url: str) -> tuple[float, float, float]:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as Linux has it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -25,7 +25,7 @@ def layers(artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7
     from native import kernels  # present, or the line above would have raised
 
     size = artifact.manifest.hidden_size
-    weights = _weights(artifact.read(artifact.manifest.segment_files()[1]))
+    weights = weights_of(artifact.read(artifact.manifest.segment_files()[1]))
     generator = np.random.default_rng(0)
     peak, rows = kernels.peak(), []
     for tokens in lengths:
@@ -46,7 +46,7 @@ def layers(artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7
     return {"instructions": kernels.supported(), "peak_multiply_adds_per_s": peak, "layers": rows}
 
 
-def _weights(file: bytes) -> int:
+def weights_of(file: bytes) -> int:
     """Number of weights of a layer without its exit: the multiply-adds of a token, without attention scores."""
     import onnx
 

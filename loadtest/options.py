@@ -9,6 +9,14 @@ Url = Annotated[str, typer.Argument(help="URL of the server, e.g. http://127.0.0
 Store = Annotated[Path, typer.Option(help="The model store.")]
 Model = Annotated[str, typer.Option(help="Model, as name or name:version.")]
 ModelName = Annotated[str, typer.Option(help="Model, without a version.")]
+Stock = Annotated[
+    Path | None,
+    typer.Option(
+        help="A stock sequence classification model on the same encoder, for the peers that support no other "
+        "(transformers, Infinity, CTranslate2). Default: omit these peers.",
+        show_default=False,
+    ),
+]
 Texts = Annotated[Path, typer.Option(help="Texts to send: tsv, csv or jsonl with named columns, or txt.")]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the correct labels, if there is one.")]

@@ -22,6 +22,10 @@ from loadtest.client import Target
 PEERS = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "de3-peers"
 START_S = 180.0
+CONVERT_S = 1800.0
+STOCK_NOTE = (
+    "the stock model of --stock: the same amount of work, and other weights unless ours was made from it"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Server:
         command: the command line; {port} is replaced.
         ready: path that answers 200 once the server is ready.
         note: the difference from ours, for the report.
+        script: of a peer: the script in `peers`, whose environment `prepare` creates.
+        conversion: of a peer: the arguments with which its script converts its model.
     """
 
     name: str
@@ -41,10 +47,36 @@ class Server:
     body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
     label: Callable[[Any], str] = lambda answer: str(answer["label"])
     note: str = ""
+    script: str = ""
+    conversion: Sequence[str] = ()
 
     def target(self, port: int) -> Target:
         """The server as a target of the load generator."""
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
+
+    def prepare(self) -> None:
+        """Create a peer's environment and convert its model, unless that was done before.
+
+        Raises ValueError with the end of what was printed if either fails.
+        """
+        if not self.script:
+            return
+        try:
+            command = peer_command(self.script)
+            if self.conversion:
+                subprocess.run(
+                    [*command, *self.conversion], check=True, capture_output=True, timeout=CONVERT_S
+                )
+        except subprocess.CalledProcessError as error:
+            output = (error.stderr or b"").decode(errors="replace").strip()
+            raise ValueError(f"{self.name} cannot be prepared: {output[-2000:] or error}") from None
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(f"{self.name} cannot be prepared: {error}") from None
+
+    def measuring(self, texts: Path, seconds: float) -> list[str]:
+        """The command by which a lean peer measures itself without HTTP; texts: a JSON list."""
+        command = [part.replace("{port}", "0") for part in self.command]
+        return [*command, "--measure", str(texts), "--seconds", f"{seconds:g}"]
 
 
 def ours(
@@ -65,19 +97,49 @@ def ours(
 
 
 def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
-    """The peer that a script in `peers` starts, with its environment; `fields` are those of Server."""
-    return Server(name, [*peer_command(script), *arguments, "--port", "{port}"], **fields)
+    """The peer that a script in `peers` starts, once it is prepared; `fields` are those of Server."""
+    command = [str(python_of(script)), str(PEERS / f"{script}.py"), *arguments, "--port", "{port}"]
+    return Server(name, command, script=script, **fields)
 
 
-def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
+def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
+    """The engines in a minimal app of ours, int8 and bf16; they can also be measured without HTTP.
+
+    Args:
+        int8, fp32: folders of the full-depth graph.
+        calibration: texts to quantize with, a JSON list.
+        stock: folder of a stock BERT classifier, for CTranslate2.
+    """
+    openvino = [str(fp32), "--convert", str(calibration)]
+    servers = [
+        peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
+        peer("OpenVINO, int8", "openvino_app", str(fp32), conversion=openvino),
+        peer("OpenVINO, bf16", "openvino_app", str(fp32), "--precision", "bf16"),
+    ]
+    if stock is not None:
+        arguments = [str(stock), "--converted", str(calibration.parent / f"ctranslate2-{stock.name}")]
+        servers.append(
+            peer(
+                "CTranslate2, int8",
+                "ctranslate2_app",
+                *arguments,
+                conversion=[*arguments, "--convert"],
+                note=STOCK_NOTE,
+            )
+        )
+    return servers
+
+
+def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
     """The common alternatives to our server, at full depth.
 
     Args:
         int8, fp32: folders of the full-depth graph.
+        calibration: texts to quantize with, a JSON list.
         stock: folder of a stock sequence classification model, for peers that support no other.
     """
     servers = [
-        peer("fused graph, FastAPI, int8", "fused_app", str(int8)),
+        *lean_peers(int8, fp32, calibration, stock),
         peer("fused graph, FastAPI, fp32", "fused_app", str(fp32)),
         peer("LitServe, int8", "litserve_app", str(int8), "--batch", "4"),  # the best of the tested sizes
         peer("BentoML, int8", "bentoml_app", str(int8), ready="/readyz"),
@@ -94,16 +156,15 @@ def peers(int8: Path, fp32: Path, stock: Path | None) -> list[Server]:
         ),
     ]
     if stock is not None:
-        note = "a fine-tuned stock model on the same encoder: other weights, the same amount of work"
         servers += [
-            peer("transformers, FastAPI, fp32", "transformers_app", str(stock), note=note),
+            peer("transformers, FastAPI, fp32", "transformers_app", str(stock), note=STOCK_NOTE),
             peer(
                 "Infinity, fp32",
                 "infinity_app",
                 str(stock),
                 body=lambda text: {"model": "peer", "input": [text]},
                 label=lambda answer: str(max(answer["data"][0], key=lambda c: c["score"])["label"]),
-                note=note,
+                note=STOCK_NOTE,
             ),
         ]
     return servers
@@ -125,17 +186,21 @@ def dependencies(script: Path) -> list[str]:
     return list(tomllib.loads(text)["dependencies"])
 
 
+def python_of(name: str) -> Path:
+    """Where the Python of the virtual environment of this name is, or will be."""
+    return CACHE / name / "bin" / "python"
+
+
 def environment(name: str, packages: list[str]) -> Path:
     """The Python of the virtual environment of this name, with these packages."""
-    folder = CACHE / name
+    folder, python = CACHE / name, python_of(name)
     installed = folder / "installed"
     if not installed.exists() or installed.read_text() != "\n".join(packages):
         shutil.rmtree(folder, ignore_errors=True)
         venv.create(folder, with_pip=True)
-        command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *packages]
-        subprocess.run(command, check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
         installed.write_text("\n".join(packages))
-    return folder / "bin" / "python"
+    return python
 
 
 @dataclass

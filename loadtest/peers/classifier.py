@@ -1,0 +1,63 @@
+"""What peers with an engine of their own share: the tokenizer, the labels, one unpadded text a call."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import numpy as np
+from tokenizers import Tokenizer
+
+
+class Classifier:
+    """Answers a text with its label and probabilities. A subclass says how an engine computes the logits."""
+
+    def __init__(self, tokenizer: Path, labels: list[str], max_tokens: int) -> None:
+        self.labels, self.max_tokens = labels, max_tokens
+        self.tokenizer = Tokenizer.from_file(str(tokenizer))
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(max_tokens)
+
+    def inputs(self, encoding: Any) -> Any:
+        """What `logits` takes of a text: its ids and token types, as the engine wants them."""
+        raise NotImplementedError
+
+    def logits(self, inputs: Any) -> np.ndarray:
+        """The logits of a text, (K,)."""
+        raise NotImplementedError
+
+    def encode(self, text: str) -> Any:
+        """What `logits` takes of a text."""
+        return self.inputs(self.tokenizer.encode_batch_fast([text])[0])
+
+    def warm_up(self) -> None:
+        """Run texts of several lengths."""
+        for tokens in (8, 64, self.max_tokens):
+            self("warm " * tokens)
+
+    def __call__(self, text: str) -> dict[str, object]:
+        logits = self.logits(self.encode(text))
+        weights = np.exp(logits - logits.max())
+        probs = weights / weights.sum()
+        return {"label": self.labels[int(probs.argmax())], "probs": probs.tolist()}
+
+
+class GraphClassifier(Classifier):
+    """A classifier in a folder that `de3 export --full-depth` wrote; a subclass opens `file` and sets `names`.
+
+    Attributes:
+        names: the graph's inputs.
+    """
+
+    names: list[str]
+
+    def __init__(self, folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        super().__init__(folder / "tokenizer.json", config["labels"], config["max_tokens"])
+        self.file = folder / "model.onnx"
+
+    def inputs(self, encoding: Any) -> dict[str, np.ndarray]:
+        arrays = {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}
+        return {name: np.array([arrays[name]], np.int64) for name in self.names}
