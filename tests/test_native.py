@@ -294,11 +294,15 @@ def test_the_head_of_a_stock_classifier(
             kernels.set_head(model, *wrong)
 
 
-@pytest.mark.skipif("amx" not in ALL, reason="this processor has no AMX to compare with")
-def test_vnni_gives_the_bits_of_amx(native: Model) -> None:
+@pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
+def test_sets_that_differ_in_the_int8_product_alone_give_the_same_bits(
+    native: Model, names: tuple[str, str]
+) -> None:
+    if missing := set(names) - set(ALL):
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))} to compare with")
     for text in (*TEXTS[:20], TEXTS[-1]):
         tokens, found = native.tokenize(text), []
-        for name in ("amx", "vnni"):
+        for name in names:
             with using(name):
                 found.append(native.full_depth(tokens))
         for a, b in zip(*found, strict=True):
@@ -316,6 +320,7 @@ def test_the_best_implementation_is_in_use() -> None:
         kernels.use("quantum")
 
 
+@each
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -326,15 +331,22 @@ def test_the_best_implementation_is_in_use() -> None:
     st.integers(1, 4),
 )
 def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
-    native: Model, batch: list[tuple[str, float]], signal: Signal, deepest: int, layers: int
+    native: Model,
+    implementation: str,
+    batch: list[tuple[str, float]],
+    signal: Signal,
+    deepest: int,
+    layers: int,
 ) -> None:
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
-    while left := [p for p in passes if p.exit_layer < 0]:
-        native.through(left, layers=layers)
-    for p in passes:
+    with using(implementation):
+        while left := [p for p in passes if p.exit_layer < 0]:
+            native.through(left, layers=layers)
+        alone = [list(native.full_depth(p.tokens)) for p in passes]
+    for p, steps in zip(passes, alone, strict=True):
         rule = ExitRule(p.tau, signal)
-        for layer, step in enumerate(native.full_depth(p.tokens)):
+        for layer, step in enumerate(steps):
             assert step.logits is not None
             if p.tau > 0 or layer == deepest:
                 assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
