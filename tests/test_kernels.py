@@ -27,13 +27,9 @@ def build(compiler: str, to: Path, *flags: str) -> Path:
     """The program of tests/native/compare.c, compiled as the extension is."""
     (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
     sources = [source for source in extension["sources"] if not source.endswith("python.c")]
-    subprocess.run(
-        [compiler, *extension["extra-compile-args"], "-Wall", "-Werror", *flags, "tests/native/compare.c"]
-        + [*sources, "-o", to, "-lm", "-lpthread"],
-        cwd=ROOT,
-        check=True,
-        timeout=300,
-    )
+    flags = (*extension["extra-compile-args"], "-Wall", "-Werror", *flags)
+    command = [compiler, *flags, "tests/native/compare.c", *sources, "-o", to, "-lm", "-lpthread"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
     return to
 
 

@@ -505,7 +505,13 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             "deepest": 3,
             "ask_all": False,
         }
-        fields |= {"caution": 1.0, "thresholds": None, "logits": logits, "distances": distances, "hidden": None}
+        fields |= {
+            "caution": 1.0,
+            "thresholds": None,
+            "logits": logits,
+            "distances": distances,
+            "hidden": None,
+        }
         return tuple((fields | wrong).values())
 
     assert kernels.through(model, [text()], prototypes, None, 0, 3)[0][0] == 3
