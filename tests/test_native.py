@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -66,6 +67,7 @@ def assert_equal_but_for_rounding(differences: Any) -> None:
 @each
 def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implementation: str) -> None:
     assert (native.runtime, onnx.runtime) == ("native", "onnxruntime")
+    assert (native.full_runtime, onnx.full_runtime) == (f"native, {kernels.supported()}", "onnxruntime")
     differences = []
     for text in TEXTS:
         tokens = native.tokenize(text)
@@ -450,7 +452,7 @@ def test_without_kernels_one_warning_says_why_and_what_it_costs(
     monkeypatch.setitem(sys.modules, "native.kernels", None)
     assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "tiny-int8:1: ONNX Runtime runs it: the AMX and AVX-512 kernels were not built" in line
+    assert "tiny-int8:1: ONNX Runtime runs it: the int8 kernels were not built" in line
     assert line.endswith("texts take about 1.8 times as long as with the kernels")
 
 
@@ -585,10 +587,13 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
     found = []
     for runtime in ("native", "onnxruntime"):
         with serving(store, models=["tiny-int8"], runtime=runtime) as server:
+            (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
             rows = [row for body in asked for row in server.classify(**body).json()["data"]]
         found.append(
             [(r["label"], r["exit"]["layer"], r["exit"]["reason"], len(r.get("layers", ""))) for r in rows]
         )
+        instructions = kernels.supported() if runtime == "native" else None
+        assert (model["runtime"], model["instructions"]) == (runtime, instructions)
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
@@ -598,6 +603,7 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
 def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
     found = layers(Store(store).open("tiny-int8"), lengths=(3, 10**6), rounds=1)
     (row,) = found["layers"]  # the model takes fewer than a million tokens
+    assert found["instructions"] == ALL[0]
     assert row["tokens"] == 3 and row["kernels_us"] > 0
     assert 0 < row["kernels_of_peak"] < 1 and 0 < row["onnxruntime_of_peak"] < 1
 

@@ -106,7 +106,7 @@ def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     print(output)  # the seconds, for pytest -rP
     assert '"label":"positive"' in output
     assert re.search(
-        r"^runtime: (native|onnxruntime)$", output, re.M
+        r"^runtime: (native, \w+|onnxruntime)$", output, re.M
     )  # that which this processor should have
     assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
         str(user)
@@ -155,7 +155,7 @@ def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
     run(user / "env/bin/pip", *again, sdist, cwd=user, env=ENVIRONMENT | {"CC": "/bin/false"})
     with demo_server(user) as (url, log):
         (warning,) = (line for line in log.splitlines() if "WARNING" in line)
-        assert "the AMX and AVX-512 kernels were not built" in warning and "times as long" in warning
+        assert "the int8 kernels were not built" in warning and "times as long" in warning
         assert httpx.get(url).headers["content-type"].startswith("text/html")
         answer = httpx.post(f"{url}/classify", json={"input": ["a warm , funny film", "awful"]}).json()
         assert [row["label"] for row in answer["data"]] == ["positive", "negative"]
