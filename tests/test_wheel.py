@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from tests.serving import free_port, until
+from tests.test_kernels import arm
 
 ROOT = Path(__file__).parents[1]
 # What the tests' own environment must not lend to the new user.
@@ -60,7 +61,7 @@ def dist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(dist: Path) -> Path:
-    (path,) = dist.glob("*.whl")
+    (path,) = dist.glob("*x86_64.whl")
     return path
 
 
@@ -159,3 +160,17 @@ def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
         assert httpx.get(url).headers["content-type"].startswith("text/html")
         answer = httpx.post(f"{url}/classify", json={"input": ["a warm , funny film", "awful"]}).json()
         assert [row["label"] for row in answer["data"]] == ["positive", "negative"]
+
+
+@arm
+def test_the_wheel_for_arm_has_kernels_that_run_in_an_emulator(dist: Path) -> None:
+    print(run("deploy/release/cross.sh", sys.executable, cwd=dist.parent))
+    (path,) = dist.glob("*-cp311-abi3-linux_aarch64.whl")
+    if shutil.which("apt-get") is None:
+        pytest.skip("no Debian, so no Python for Arm")
+    emulate = (ROOT / "deploy/release/emulate.sh", path)
+    done = subprocess.run(emulate, check=False, capture_output=True, text=True, timeout=300)
+    if done.returncode == 2:
+        pytest.skip(f"no packages for Arm: {done.stderr[-200:]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.partition(":")[0] for line in done.stdout.splitlines()] == ["i8mm", "dotprod", "reference"]
