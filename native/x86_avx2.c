@@ -211,8 +211,8 @@ static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
 
 /* AVX2 multiplies 16-bit pairs exactly, where its product of bytes saturates. A weight's register of 8 outputs by 4
  * inputs becomes two of 16-bit values, inputs 0 and 2 and inputs 1 and 3, which makes sums of whole outputs; the
- * inputs are split in the same way once for all outputs. */
-/* With 5 rows, 10 sums, 4 weights, an input and a product fill the registers. */
+ * inputs are split in the same way once for all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a
+ * product fill the registers. */
 enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* the most inputs of a layer: has_kernels() */
 
 /* Four inputs 0 1 2 3 to 16 bits as 0 2 1 3. */
