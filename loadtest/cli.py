@@ -328,6 +328,9 @@ def attack(
 def layers(
     store: options.Store = Path("models"),
     model: Annotated[str, typer.Option(help="An int8 model, as name or name:version.")] = "sst2",
+    instructions: Annotated[
+        str, typer.Option(help="Instruction set of the kernels, as vnni, avx2 or dotprod; empty: the best.")
+    ] = "",
     json_file: options.Json = None,
 ) -> None:
     """Time one encoder layer in ONNX Runtime and in our kernels, and compare with the processor's peak.
@@ -340,7 +343,7 @@ def layers(
     from model_store.store import Store
 
     with console.status("measuring"):
-        results = measure(Store(store).open(model))
+        results = measure(Store(store).open(model), instructions=instructions)
     table = Table(
         "tokens",
         "ONNX Runtime, µs",

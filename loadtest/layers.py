@@ -14,16 +14,21 @@ from model_store.store import Artifact
 LENGTHS = (8, 16, 25, 32, 64, 128, 256, 512)
 
 
-def layers(artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7) -> dict[str, Any]:
+def layers(
+    artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7, instructions: str = ""
+) -> dict[str, Any]:
     """Microseconds of layer 1 on one thread by number of tokens: medians of alternating measurements.
 
-    `_of_peak` is the share of one core's peak int8 multiply-adds; attention's float32 ones count too.
+    `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's float32
+    ones count too. ONNX Runtime uses the best set that the processor has, whatever the kernels use.
 
-    Raises StoreError if the kernels cannot run the model.
+    instructions: the kernels' instruction set from here on; empty: the best.
+    Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
     from native import kernels  # present, or the line above would have raised
 
+    kernels.use(instructions)
     size = artifact.manifest.hidden_size
     weights = weights_of(artifact.read(artifact.manifest.segment_files()[1]))
     generator = np.random.default_rng(0)

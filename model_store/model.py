@@ -44,6 +44,7 @@ class Model:
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
         runtime: what runs them: native or onnxruntime.
+        instructions: the instruction set that the kernels use, as amx, vnni or dotprod; empty unless native.
         why_not_native: why the kernels do not run an int8 artifact; else empty.
         through: runs several samples through all layers in one call; None unless native.
     """
@@ -62,7 +63,7 @@ class Model:
         self.tokenizer = TextTokenizer.of(artifact)
         prototypes = unit_prototypes(artifact)
         options = session_options(manifest.max_tokens)
-        self.runtime, self.why_not_native = "onnxruntime", ""
+        self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
         self.through: Through | None = None
         weights, segments = [], []
         for layer, name in enumerate(manifest.segment_files()):
@@ -97,6 +98,11 @@ class Model:
             if runtime == "native":
                 raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
 
+    @property
+    def full_runtime(self) -> str:
+        """The runtime with its instruction set: native, vnni."""
+        return f"{self.runtime}, {self.instructions}" if self.instructions else self.runtime
+
     def _native(
         self, artifact: Artifact, network: Network, prototypes: dict[int, Array]
     ) -> tuple[Sequence[Segment], Through]:
@@ -109,6 +115,7 @@ class Model:
             for layer in range(manifest.num_layers + 1)
         ]
         self._prove(artifact, native)
+        self.instructions = kernels.supported()
         return native, Through(kernels, model, manifest, prototypes)
 
     def _prove(self, artifact: Artifact, native: Sequence[Segment]) -> None:

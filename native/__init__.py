@@ -1,4 +1,4 @@
-"""Encoder layers in C, fast on AMX and AVX-512 VNNI; on other processors ONNX Runtime runs the segments."""
+"""Encoder layers in C, fast on x86-64 with AVX2 and on Arm with dotprod; elsewhere ONNX Runtime runs the segments."""
 
 
 class NoKernelsError(Exception):

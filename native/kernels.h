@@ -111,7 +111,7 @@ typedef struct {
 
 /* All implementations, the best first; the last one runs on every machine. A further one is a file that defines
  * its table, its name here, and the file's name in pyproject.toml. */
-#define IMPLEMENTATIONS(X) X(amx) X(vnni) X(reference)
+#define IMPLEMENTATIONS(X) X(amx) X(vnni) X(avxvnni) X(avx2) X(i8mm) X(dotprod) X(reference)
 
 #define DECLARE(name) extern const Kernels name##_kernels;
 IMPLEMENTATIONS(DECLARE)

@@ -156,9 +156,7 @@ class Network:
 def build(network: Network) -> Any:
     """The kernels' model of a network; raises NoKernelsError for one that they cannot run."""
     if find_spec("native.kernels") is None:
-        raise NoKernelsError(
-            "the AMX and AVX-512 kernels were not built: de3 was installed without a C compiler"
-        )
+        raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
     try:
         from native import kernels
     except ImportError as error:

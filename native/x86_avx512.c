@@ -58,8 +58,9 @@ static const char *amx_why_not(void) {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8")
 #endif
 
+/* min and max give their second operand if one is NaN: here NaN stays. */
 static inline __m512 exp16(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693145752f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(1.42860677e-6f), r);
@@ -119,26 +120,30 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* ---- int8 ------------------------------------------------------------------------------------------- */
 
+/* NaN counts only if there is nothing else. */
 static Range range(const float *x, size_t count) {
-    __m512 low = _mm512_loadu_ps(x), high = low;
-    for (size_t i = 16; i < count; i += 16) {
+    __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
+    for (size_t i = 0; i < count; i += 16) {
         __m512 v = _mm512_loadu_ps(x + i);
-        low = _mm512_min_ps(low, v);
-        high = _mm512_max_ps(high, v);
+        low = _mm512_min_ps(v, low);
+        high = _mm512_max_ps(v, high);
     }
-    return (Range){_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+    Range found = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+    return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
 static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to) {
-    __m512i zeros = _mm512_set1_epi32(MIDDLE), none = _mm512_setzero_si512();
+    __m512i zeros = _mm512_set1_epi32(MIDDLE);
+    __m512 least = _mm512_set1_ps(-(float)MIDDLE), most = _mm512_set1_ps(255.0f - MIDDLE);
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale), center = _mm512_set1_ps(rows[t].center);
         for (int i = 0; i < width; i += 16) {
             __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), center), inverse);
-            __m512i v = _mm512_max_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(steps), zeros), none);
-            _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtusepi32_epi8(v));
+            steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: the least */
+            __m512i v = _mm512_add_epi32(_mm512_cvtps_epi32(steps), zeros);
+            _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtepi32_epi8(v));
         }
     }
 }

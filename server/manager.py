@@ -128,7 +128,7 @@ class Manager:
         self._forget(self._models.add(served, role, share, back))
         log.info(
             "%s is %s (%s), after %.1f s",
-            *(artifact.full_name, role, served.model.runtime, perf_counter() - started),
+            *(artifact.full_name, role, served.model.full_runtime, perf_counter() - started),
         )
         return served
 

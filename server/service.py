@@ -80,7 +80,7 @@ class Service:
             log.info(
                 "ready in %.1f s: %s, %d engine threads",
                 perf_counter() - started,
-                ", ".join(f"{s.model.full_name} ({s.model.runtime})" for s in self.models.all),
+                ", ".join(f"{s.model.full_name} ({s.model.full_runtime})" for s in self.models.all),
                 self.settings.engine_threads(),
             )
         except Exception as error:
@@ -127,13 +127,15 @@ class Service:
             return [served.model.manifest for served in self.models.all]
         return [artifact.manifest for artifact in self.artifacts]
 
-    def role(self, manifest: Manifest) -> dict[str, str | float | bool]:
-        """What a served version does, as /v1/models reports it; nothing while the models load."""
+    def role(self, manifest: Manifest) -> dict[str, str | float | bool | None]:
+        """What a served version does and what runs it, as /v1/models reports it; nothing while the models load."""
         if not self.is_open:
             return {}
         role = self.models.role_of(manifest)
+        model = self.models.current(f"{manifest.name}:{manifest.version}").model
+        runtime = {"runtime": model.runtime, "instructions": model.instructions or None}
         share = {"share": self.models.routes[manifest.name].share} if role == "canary" else {}
-        return {"role": role, **share, "is_default": self.models.is_default(manifest.name)}
+        return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
 
     def default_manifest(self) -> Manifest:
         """That of the version that answers requests without a model; raises RequestError if none does."""

@@ -113,7 +113,7 @@ class Settings(BaseModel):
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",
-        description="onnxruntime, native (our kernels: int8, AMX or AVX-512), or auto: native where possible.",
+        description="onnxruntime, native (our int8 kernels), or auto: native where possible.",
     )
     max_queue: Annotated[int, LIMITS] = Field(
         1024,

@@ -195,6 +195,7 @@ def test_roles_can_be_seen(server: Server, versions: Path) -> None:
         ("tiny:2", "canary", 0.25),
         ("tiny:4", "shadow", None),
     ]
+    assert [(r["runtime"], r["instructions"]) for r in rows] == [("onnxruntime", None)] * 3
 
 
 def test_what_many_versions_did_is_not_kept_for_ever(server: Server, versions: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -66,6 +67,7 @@ def assert_equal_but_for_rounding(differences: Any) -> None:
 @each
 def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implementation: str) -> None:
     assert (native.runtime, onnx.runtime) == ("native", "onnxruntime")
+    assert (native.full_runtime, onnx.full_runtime) == (f"native, {kernels.supported()}", "onnxruntime")
     differences = []
     for text in TEXTS:
         tokens = native.tokenize(text)
@@ -310,11 +312,15 @@ def test_the_head_of_a_stock_classifier(
             kernels.set_head(model, *wrong)
 
 
-@pytest.mark.skipif("amx" not in ALL, reason="this processor has no AMX to compare with")
-def test_vnni_gives_the_bits_of_amx(native: Model) -> None:
+@pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
+def test_sets_that_differ_in_the_int8_product_alone_give_the_same_bits(
+    native: Model, names: tuple[str, str]
+) -> None:
+    if missing := set(names) - set(ALL):
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))} to compare with")
     for text in (*TEXTS[:20], TEXTS[-1]):
         tokens, found = native.tokenize(text), []
-        for name in ("amx", "vnni"):
+        for name in names:
             with using(name):
                 found.append(native.full_depth(tokens))
         for a, b in zip(*found, strict=True):
@@ -332,6 +338,7 @@ def test_the_best_implementation_is_in_use() -> None:
         kernels.use("quantum")
 
 
+@each
 @settings(max_examples=30, deadline=None)
 @given(
     st.lists(
@@ -342,15 +349,22 @@ def test_the_best_implementation_is_in_use() -> None:
     st.integers(1, 4),
 )
 def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
-    native: Model, batch: list[tuple[str, float]], signal: Signal, deepest: int, layers: int
+    native: Model,
+    implementation: str,
+    batch: list[tuple[str, float]],
+    signal: Signal,
+    deepest: int,
+    layers: int,
 ) -> None:
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
-    while left := [p for p in passes if p.exit_layer < 0]:
-        native.through(left, layers=layers)
-    for p in passes:
+    with using(implementation):
+        while left := [p for p in passes if p.exit_layer < 0]:
+            native.through(left, layers=layers)
+        alone = [list(native.full_depth(p.tokens)) for p in passes]
+    for p, steps in zip(passes, alone, strict=True):
         rule = ExitRule(p.tau, signal)
-        for layer, step in enumerate(native.full_depth(p.tokens)):
+        for layer, step in enumerate(steps):
             assert step.logits is not None
             if p.tau > 0 or layer == deepest:
                 assert p.logits[layer].tolist() == step.logits.tolist()  # bit for bit
@@ -454,7 +468,7 @@ def test_without_kernels_one_warning_says_why_and_what_it_costs(
     monkeypatch.setitem(sys.modules, "native.kernels", None)
     assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
-    assert "tiny-int8:1: ONNX Runtime runs it: the AMX and AVX-512 kernels were not built" in line
+    assert "tiny-int8:1: ONNX Runtime runs it: the int8 kernels were not built" in line
     assert line.endswith("texts take about 1.8 times as long as with the kernels")
 
 
@@ -589,10 +603,13 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
     found = []
     for runtime in ("native", "onnxruntime"):
         with serving(store, models=["tiny-int8"], runtime=runtime) as server:
+            (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
             rows = [row for body in asked for row in server.classify(**body).json()["data"]]
         found.append(
             [(r["label"], r["exit"]["layer"], r["exit"]["reason"], len(r.get("layers", ""))) for r in rows]
         )
+        instructions = kernels.supported() if runtime == "native" else None
+        assert (model["runtime"], model["instructions"]) == (runtime, instructions)
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
@@ -602,6 +619,7 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
 def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
     found = layers(Store(store).open("tiny-int8"), lengths=(3, 10**6), rounds=1)
     (row,) = found["layers"]  # the model takes fewer than a million tokens
+    assert found["instructions"] == ALL[0]
     assert row["tokens"] == 3 and row["kernels_us"] > 0
     assert 0 < row["kernels_of_peak"] < 1 and 0 < row["onnxruntime_of_peak"] < 1
 

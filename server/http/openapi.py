@@ -221,6 +221,12 @@ class ServedModel(BaseModel):
     max_tokens: int
     input: str | None = Field(description="what it takes: text, pair, or null for both")
     precision: str
+    runtime: str | None = Field(
+        None, description="what runs it: native or onnxruntime; absent while models load"
+    )
+    instructions: str | None = Field(
+        None, description="the native kernels' instruction set, as amx, vnni or dotprod"
+    )
 
 
 class ModelList(BaseModel):

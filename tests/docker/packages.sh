@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
-# For CI: what some tests need beyond Python: Prometheus, faketime, Chromium, and a running Docker engine with what makes
-# stand-ins for base images. Tests for which something is missing are skipped and say so; this script says it, too, and succeeds.
+# For CI: what some tests need beyond Python: Prometheus, faketime, Chromium, a cross compiler and an emulator for Arm, and
+# a running Docker engine with what makes stand-ins for base images. Tests for which something is missing are skipped and
+# say so; this script says it, too, and succeeds.
 set -uo pipefail
 
-# command:package, where Debian has them; each by itself, so that one that is missing costs nothing else.
+# command:package,package, where Debian has them; each by itself, so that one that is missing costs nothing else.
 for pair in prometheus:prometheus promtool:prometheus dockerd:docker.io docker:docker-cli \
     docker-compose:docker-compose debootstrap:debootstrap iptables:iptables faketime:faketime \
-    chromium:chromium; do
+    chromium:chromium aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu,libc6-dev-arm64-cross \
+    qemu-aarch64:qemu-user; do
     command -v "${pair%%:*}" > /dev/null && continue
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
         echo "not installed, and this is no Debian with root rights: ${pair%%:*}"
         continue
     fi
     [ -n "${updated:-}" ] || { apt-get update -qq -o DPkg::Lock::Timeout=60 || true; updated=1; }
+    packages=${pair##*:}
     # --no-remove: never at the cost of another Docker that is there.
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends --no-remove \
-        -o DPkg::Lock::Timeout=60 "${pair##*:}" > /dev/null || echo "could not be installed: ${pair##*:}"
+        -o DPkg::Lock::Timeout=60 ${packages//,/ } > /dev/null || echo "could not be installed: $packages"
 done
 
 works() { timeout 10 docker info > /dev/null 2>&1; }

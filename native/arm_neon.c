@@ -1,0 +1,501 @@
+/* The int8 products of Arm, i8mm (SMMLA) and dotprod (SDOT), and NEON, for Linux on aarch64.
+ *
+ * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. An
+ * activation becomes int8 by a flipped bit, x − MIDDLE, so that no sum has Linear.middle too much.
+ */
+#include "kernels.h"
+
+#if !defined(__AARCH64EL__) || !defined(__linux__)
+static const char *why_not(void) { return "needs Linux on aarch64"; }
+const Kernels i8mm_kernels = {.name = "i8mm", .why_not = why_not};
+const Kernels dotprod_kernels = {.name = "dotprod", .why_not = why_not};
+#elif (defined(__clang__) && __clang_major__ < 16) || (!defined(__clang__) && __GNUC__ < 10)
+static const char *why_not(void) { return "needs a build with gcc 10, clang 16 or newer"; }
+const Kernels i8mm_kernels = {.name = "i8mm", .why_not = why_not};
+const Kernels dotprod_kernels = {.name = "dotprod", .why_not = why_not};
+#else
+#include <arm_neon.h>
+#include <math.h>
+#include <sys/auxv.h>
+
+static const char *dotprod_why_not(void) {
+    return getauxval(AT_HWCAP) & (1ul << 20) ? NULL : "needs dotprod (Armv8.4)"; /* HWCAP_ASIMDDP */
+}
+
+static const char *i8mm_why_not(void) {
+    if (dotprod_why_not() != NULL) return dotprod_why_not();
+    return getauxval(AT_HWCAP2) & (1ul << 13) ? NULL : "needs i8mm (Armv8.6)"; /* HWCAP2_I8MM */
+}
+
+/* For x ≤ 0; NaN stays. */
+static inline float32x4_t exp4(float32x4_t x) {
+    x = vmaxq_f32(x, vdupq_n_f32(-87.0f));
+    float32x4_t n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0.693145752f));
+    r = vfmsq_f32(r, n, vdupq_n_f32(1.42860677e-6f));
+    float32x4_t p = vdupq_n_f32(1.0f / 720);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so that adding to the exponent's bits is enough. */
+    int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), exponent));
+}
+
+/* ½·x·(1 + erf(x/√2)); erf as a rational function, fitted to 3e-7 on [-4, 4], where float32 reaches ±1. */
+static inline float32x4_t gelu4(float32x4_t x) {
+    float32x4_t y = vmulq_n_f32(x, 0.707106781f);
+    y = vminq_f32(vmaxq_f32(y, vdupq_n_f32(-4.0f)), vdupq_n_f32(4.0f));
+    float32x4_t u = vmulq_f32(y, y);
+    float32x4_t p = vdupq_n_f32(1.9867894166789307e-06f);
+    p = vfmaq_f32(vdupq_n_f32(0.0002845639752402275f), p, u);
+    p = vfmaq_f32(vdupq_n_f32(0.003883275895802294f), p, u);
+    p = vfmaq_f32(vdupq_n_f32(0.05310153637721895f), p, u);
+    p = vfmaq_f32(vdupq_n_f32(0.19354353274552474f), p, u);
+    p = vfmaq_f32(vdupq_n_f32(1.128379139396274f), p, u);
+    float32x4_t q = vdupq_n_f32(3.7420146291437546e-05f);
+    q = vfmaq_f32(vdupq_n_f32(0.0011855538438856074f), q, u);
+    q = vfmaq_f32(vdupq_n_f32(0.015207115847981591f), q, u);
+    q = vfmaq_f32(vdupq_n_f32(0.11534936098275016f), q, u);
+    q = vfmaq_f32(vdupq_n_f32(0.504856046231757f), q, u);
+    q = vfmaq_f32(vdupq_n_f32(1.0f), q, u);
+    float32x4_t erf = vdivq_f32(vmulq_f32(y, p), q), half = vmulq_n_f32(x, 0.5f);
+    return vfmaq_f32(half, half, erf);
+}
+
+/* Four sums that do not wait for each other, as one number. */
+static inline float sum_of(const float32x4_t *v) {
+    return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3])));
+}
+
+static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+    for (int t = 0; t < tokens; t++) {
+        float *x = rows + (size_t)t * hidden;
+        float32x4_t sum[4], square[4];
+        for (int c = 0; c < 4; c++) sum[c] = square[c] = vdupq_n_f32(0.0f);
+        for (int i = 0; i < hidden; i += 16)
+            for (int c = 0; c < 4; c++) sum[c] = vaddq_f32(sum[c], vld1q_f32(x + i + 4 * c));
+        float32x4_t mean = vdupq_n_f32(sum_of(sum) / hidden);
+        for (int i = 0; i < hidden; i += 16)
+            for (int c = 0; c < 4; c++) {
+                float32x4_t d = vsubq_f32(vld1q_f32(x + i + 4 * c), mean);
+                square[c] = vfmaq_f32(square[c], d, d);
+            }
+        float inverse = 1.0f / sqrtf(sum_of(square) / hidden + norm->epsilon);
+        for (int i = 0; i < hidden; i += 4) {
+            float32x4_t d = vmulq_n_f32(vsubq_f32(vld1q_f32(x + i), mean), inverse);
+            vst1q_f32(x + i, vfmaq_f32(vld1q_f32(norm->shift + i), d, vld1q_f32(norm->scale + i)));
+        }
+    }
+}
+
+/* ---- int8 ------------------------------------------------------------------------------------------- */
+
+/* minnm and maxnm ignore NaN, unless there is nothing else. */
+static Range range(const float *x, size_t count) {
+    float32x4_t low[4], high[4];
+    for (int c = 0; c < 4; c++) low[c] = high[c] = vld1q_f32(x + 4 * c);
+    for (size_t i = 16; i < count; i += 16)
+        for (int c = 0; c < 4; c++) {
+            float32x4_t v = vld1q_f32(x + i + 4 * c);
+            low[c] = vminnmq_f32(low[c], v);
+            high[c] = vmaxnmq_f32(high[c], v);
+        }
+    for (int c = 1; c < 4; c++) {
+        low[0] = vminnmq_f32(low[0], low[c]);
+        high[0] = vmaxnmq_f32(high[0], high[c]);
+    }
+    return (Range){vminnmvq_f32(low[0]), vmaxnmvq_f32(high[0])};
+}
+
+/* 4 steps from the center as int16, saturated; NaN: less than any int8. */
+static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse) {
+    float32x4_t steps = vmulq_n_f32(vsubq_f32(vld1q_f32(x), center), inverse);
+    return vqmovn_s32(vcvtnq_s32_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1000.0f))));
+}
+
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+                     uint8_t *to) {
+    for (int t = 0; t < tokens; t++, x += width, to += width) {
+        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        float inverse = 1.0f / rows[t].scale;
+        float32x4_t center = vdupq_n_f32(rows[t].center);
+        for (int i = 0; i < width; i += 16) {
+            int8x8_t half[2];
+            for (int c = 0; c < 2; c++) {
+                const float *from = x + i + 8 * c;
+                half[c] = vqmovn_s16(vcombine_s16(steps4(from, center, inverse), steps4(from + 4, center, inverse)));
+            }
+            uint8x16_t v = vreinterpretq_u8_s8(vcombine_s8(half[0], half[1]));
+            vst1q_u8(to + i, veorq_u8(v, vdupq_n_u8(MIDDLE))); /* v + MIDDLE */
+        }
+    }
+}
+
+/* Activations as int8, without MIDDLE. */
+static inline int8x16_t activations(const uint8_t *x) {
+    return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(x), vdupq_n_u8(MIDDLE)));
+}
+
+/* Outputs that are computed together: those of a tile. */
+enum { COLUMNS = 16 };
+
+/* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
+static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
+                                                         int column, int rows, Then then) {
+    const Linear *w = p->w;
+    for (int c = 0; c < COLUMNS; c += 4) {
+        float32x4_t scale = vld1q_f32(w->scale + column + c), bias = vld1q_f32(w->bias + column + c);
+        float32x4_t center = vld1q_f32(w->center + column + c);
+        for (int r = 0; r < rows; r++) {
+            size_t at = (size_t)(row + r) * w->out + column + c;
+            const Quantization *q = &p->rows[row + r];
+            float32x4_t shift = vfmaq_n_f32(bias, center, q->center);
+            float32x4_t v = vcvtq_f32_s32(vld1q_s32(sums[r] + c));
+            v = vfmaq_f32(shift, v, vmulq_n_f32(scale, q->scale));
+            if (then == GELU) v = gelu4(v);
+            if (then == RELU) v = vmaxnmq_f32(v, vdupq_n_f32(0.0f));
+            if (then == RESIDUAL) v = vaddq_f32(v, vld1q_f32(p->residual + at));
+            vst1q_f32(p->to + at, v);
+        }
+    }
+}
+
+static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int row, int column, int rows) {
+    switch (p->then) {
+    case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
+    case GELU: finish(p, sums, row, column, rows, GELU); break;
+    case RELU: finish(p, sums, row, column, rows, RELU); break;
+    default: finish(p, sums, row, column, rows, RESIDUAL);
+    }
+}
+
+/* The functions up to the matching pop use dotprod: call them only if why_not() says NULL. */
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("+dotprod")
+#endif
+
+/* A block of rows by 16 outputs, 16 inputs at a time. With 4 rows there are 16 sums that do not wait for each other;
+ * each number of rows has a loop of its own, so that no row is wasted. */
+enum { DOTPROD_ROWS = 4 };
+
+static inline __attribute__((always_inline)) void multiply_dotprod(const uint8_t *x, const Linear *w,
+                                                                   const int8_t *strip, int32_t (*sums)[COLUMNS],
+                                                                   int rows) {
+    int32x4_t sum[DOTPROD_ROWS][4];
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4; c++) sum[r][c] = vdupq_n_s32(0);
+    for (int k = 0; k < w->in; k += 16) {
+        const int8_t *weights = strip + (size_t)k * COLUMNS;
+        int8x16_t inputs[DOTPROD_ROWS];
+        for (int r = 0; r < rows; r++) inputs[r] = activations(x + (size_t)r * w->in + k);
+#define FOUR_INPUTS(lane)                                                                                     \
+    for (int c = 0; c < 4; c++) {                                                                             \
+        int8x16_t four = vld1q_s8(weights + 64 * lane + 16 * c);                                              \
+        for (int r = 0; r < rows; r++) sum[r][c] = vdotq_laneq_s32(sum[r][c], four, inputs[r], lane);         \
+    }
+        FOUR_INPUTS(0)
+        FOUR_INPUTS(1)
+        FOUR_INPUTS(2)
+        FOUR_INPUTS(3)
+#undef FOUR_INPUTS
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4; c++) vst1q_s32(sums[r] + 4 * c, sum[r][c]);
+}
+
+static void product_dotprod(const Product *p) {
+    const Linear *w = p->w;
+    int32_t sums[DOTPROD_ROWS][COLUMNS];
+    int blocks = (p->tokens + DOTPROD_ROWS - 1) / DOTPROD_ROWS;
+    for (int column = 0; column < w->out; column += COLUMNS) {
+        const int8_t *strip = w->tiles + (size_t)column * w->in;
+        for (int block = 0; block < blocks; block++) {
+            int row = p->tokens * block / blocks, rows = p->tokens * (block + 1) / blocks - row;
+            const uint8_t *from = p->x + (size_t)row * w->in;
+            switch (rows) {
+#define CASE(n) case n: multiply_dotprod(from, w, strip, sums, n); break
+                CASE(1); CASE(2); CASE(3); CASE(4);
+#undef CASE
+            }
+            finish_block(p, (const int32_t(*)[COLUMNS])sums, row, column, rows);
+        }
+    }
+}
+
+/* 16 multiply-adds by 16 sums that do not wait for each other. */
+static double multiply_adds_dotprod(void) {
+    enum { TIMES = 4000 };
+    int32x4_t sum[16];
+    int8x16_t x = vdupq_n_s8(1);
+    for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
+    for (int n = 0; n < TIMES; n++) {
+        for (int i = 0; i < 16; i++) sum[i] = vdotq_s32(sum[i], x, x);
+        __asm__ volatile("" : "+w"(x)); /* so that it is not computed once for all */
+    }
+    for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
+    return TIMES * 16 * 16.0;
+}
+
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("dotprod,i8mm"))), apply_to = function)
+#else
+#pragma GCC target("+dotprod+i8mm")
+#endif
+
+/* SMMLA multiplies 8 inputs of two rows by 8 inputs of two outputs. Rows are put in pairs once for all outputs; two
+ * registers of 4 outputs by 4 inputs become two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16 sums
+ * of 2 by 2. */
+enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the most inputs of a layer: has_kernels() */
+
+/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. An odd number of rows: one more, which
+ * there is (Product.x). */
+static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
+    for (int pair = 0; pair < pairs; pair++, x += 2 * (size_t)in)
+        for (int k = 0; k < in; k += 16, to += 32) {
+            int8x16_t first = activations(x + k), second = activations(x + in + k);
+            vst1q_s8(to, vcombine_s8(vget_low_s8(first), vget_low_s8(second)));
+            vst1q_s8(to + 16, vcombine_s8(vget_high_s8(first), vget_high_s8(second)));
+        }
+}
+
+/* For 8 outputs of a strip of 16, whose weights and sums begin here. */
+static inline __attribute__((always_inline)) void multiply_i8mm(const int8_t *x, const Linear *w,
+                                                                const int8_t *weights, int32_t *sums, int pairs) {
+    int32x4_t sum[I8MM_PAIRS][4];
+    for (int p = 0; p < pairs; p++)
+        for (int c = 0; c < 4; c++) sum[p][c] = vdupq_n_s32(0);
+    for (int k = 0; k < w->in; k += 8, weights += 8 * COLUMNS) {
+        int8x16_t outputs[4];
+        for (int c = 0; c < 2; c++) {
+            int32x4_t low = vreinterpretq_s32_s8(vld1q_s8(weights + 16 * c));
+            int32x4_t high = vreinterpretq_s32_s8(vld1q_s8(weights + 16 * c + 4 * COLUMNS));
+            outputs[2 * c] = vreinterpretq_s8_s32(vzip1q_s32(low, high));
+            outputs[2 * c + 1] = vreinterpretq_s8_s32(vzip2q_s32(low, high));
+        }
+        for (int p = 0; p < pairs; p++) {
+            int8x16_t inputs = vld1q_s8(x + 2 * ((size_t)p * w->in + k));
+            for (int c = 0; c < 4; c++) sum[p][c] = vmmlaq_s32(sum[p][c], inputs, outputs[c]);
+        }
+    }
+    for (int p = 0; p < pairs; p++)
+        for (int c = 0; c < 2; c++) {
+            int64x2_t left = vreinterpretq_s64_s32(sum[p][2 * c]), right = vreinterpretq_s64_s32(sum[p][2 * c + 1]);
+            vst1q_s32(sums + 2 * p * COLUMNS + 4 * c, vreinterpretq_s32_s64(vzip1q_s64(left, right)));
+            vst1q_s32(sums + (2 * p + 1) * COLUMNS + 4 * c, vreinterpretq_s32_s64(vzip2q_s64(left, right)));
+        }
+}
+
+/* Rows first … of p, whose pairs are in x. */
+static void multiply_pairs(const Product *p, const int8_t *x, int first, int tokens) {
+    const Linear *w = p->w;
+    int32_t sums[2 * I8MM_PAIRS][COLUMNS];
+    int pairs = (tokens + 1) / 2, blocks = (pairs + I8MM_PAIRS - 1) / I8MM_PAIRS;
+    for (int column = 0; column < w->out; column += COLUMNS) {
+        const int8_t *strip = w->tiles + (size_t)column * w->in;
+        for (int block = 0; block < blocks; block++) {
+            int pair = pairs * block / blocks, count = pairs * (block + 1) / blocks - pair;
+            const int8_t *from = x + 2 * (size_t)pair * w->in;
+            for (int half = 0; half < 2; half++) {
+                int32_t *to = sums[0] + 8 * half;
+                switch (count) {
+#define CASE(n) case n: multiply_i8mm(from, w, strip + 32 * half, to, n); break
+                    CASE(1); CASE(2); CASE(3); CASE(4);
+#undef CASE
+                }
+            }
+            int rows = tokens - 2 * pair < 2 * count ? tokens - 2 * pair : 2 * count;
+            finish_block(p, (const int32_t(*)[COLUMNS])sums, first + 2 * pair, column, rows);
+        }
+    }
+}
+
+static void product_i8mm(const Product *p) {
+    const Linear *w = p->w;
+    int8_t x[PAIRED_SIZE];
+    int most = PAIRED_SIZE / w->in / 2 * 2; /* rows that x holds */
+    if (p->tokens == 1) {
+        product_dotprod(p); /* half of a pair would be for nothing */
+        return;
+    }
+    for (int first = 0; first < p->tokens; first += most) {
+        int tokens = p->tokens - first < most ? p->tokens - first : most;
+        pair_up(p->x + (size_t)first * w->in, (tokens + 1) / 2, w->in, x);
+        multiply_pairs(p, x, first, tokens);
+    }
+}
+
+/* 32 multiply-adds by 16 sums that do not wait for each other. */
+static double multiply_adds_i8mm(void) {
+    enum { TIMES = 4000 };
+    int32x4_t sum[16];
+    int8x16_t x = vdupq_n_s8(1);
+    for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
+    for (int n = 0; n < TIMES; n++) {
+        for (int i = 0; i < 16; i++) sum[i] = vmmlaq_s32(sum[i], x, x);
+        __asm__ volatile("" : "+w"(x)); /* so that it is not computed once for all */
+    }
+    for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
+    return TIMES * 16 * 32.0;
+}
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+/* ---- attention -------------------------------------------------------------------------------------- */
+
+/* Rows of a block. Its loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. */
+enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
+
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from keys (width, wide) on. added NULL: nothing. */
+static void score(const float *const *q, const float *keys, int width, int wide, float factor,
+                  const float *const *added, int j, float *scores) {
+    float32x4_t s[ROWS][4];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < 4; c++) s[r][c] = vdupq_n_f32(0.0f);
+    for (int d = 0; d < width; d++) {
+        float32x4_t key[4];
+        for (int c = 0; c < 4; c++) key[c] = vld1q_f32(keys + (size_t)d * wide + 4 * c);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 4; c++) s[r][c] = vfmaq_n_f32(s[r][c], key[c], q[r][d]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < 4; c++) {
+            float32x4_t v = vmulq_n_f32(s[r][c], factor);
+            if (added[r]) v = vaddq_f32(v, vld1q_f32(added[r] + j + 4 * c));
+            vst1q_f32(scores + (size_t)r * wide + 4 * c, v);
+        }
+}
+
+/* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16 columns of the first `rows` rows. */
+static void mix(const float *scores, int wide, const float *v, int stride, int tokens, const float *inverse,
+                float *to, int hidden, int rows) {
+    float32x4_t s[ROWS][4];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < 4; c++) s[r][c] = vdupq_n_f32(0.0f);
+    for (int j = 0; j < tokens; j++) {
+        float32x4_t value[4];
+        for (int c = 0; c < 4; c++) value[c] = vld1q_f32(v + (size_t)j * stride + 4 * c);
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < 4; c++) s[r][c] = vfmaq_n_f32(s[r][c], value[c], scores[(size_t)r * wide + j]);
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 4; c++)
+            vst1q_f32(to + (size_t)r * hidden + 4 * c, vmulq_n_f32(s[r][c], inverse[r]));
+}
+
+/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the first cache; past the end zeros. */
+static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
+    for (int t0 = 0; t0 < wide; t0 += 16)
+        for (int d = 0; d < width; d++) {
+            float *to = keys + (size_t)d * wide + t0;
+            int real = tokens - t0 < 16 ? tokens - t0 : 16;
+            for (int t = 0; t < real; t++) to[t] = k[(size_t)(t0 + t) * stride + d];
+            for (int t = real; t < 16; t++) to[t] = 0.0f;
+        }
+}
+
+/* Scores (wide) of `tokens` keys to weights up to their sum. Returns 1 / the sum. What is past the end becomes less than
+ * 1e-37, which a sum that has a 1 in it does not show. */
+static float soften(float *s, int tokens, int wide, int rounds) {
+    float32x4_t max = vdupq_n_f32(-INFINITY), total = vdupq_n_f32(0.0f);
+    for (int i = tokens; i < wide; i++) s[i] = -INFINITY;
+    for (int i = 0; i < wide; i += 4) max = vmaxq_f32(max, vld1q_f32(s + i));
+    max = vdupq_n_f32(vmaxvq_f32(max));
+    for (int i = 0; i < wide; i += 4) {
+        float32x4_t e = exp4(vsubq_f32(vld1q_f32(s + i), max));
+        vst1q_f32(s + i, e);
+        if (rounds) round_to_bfloat16(s + i, 4);
+        total = vaddq_f32(total, vld1q_f32(s + i));
+    }
+    return 1.0f / vaddvq_f32(total);
+}
+
+static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+                      float *to) {
+    int width = hidden / num_heads, wide = ROUND_UP(tokens, 16), stride = 3 * hidden, rounds = tokens >= LONG;
+    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
+    float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
+    float factor = 1.0f / sqrtf((float)width);
+    for (int h = 0; h < num_heads; h++) {
+        const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
+        transpose(k, stride, tokens, width, wide, keys);
+        for (int t = 0; t < tokens; t += ROWS) {
+            int rows = tokens - t < ROWS ? tokens - t : ROWS;
+            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
+            for (int r = 0; r < ROWS; r++) {
+                int token = r < rows ? t + r : tokens - 1;
+                row[r] = q + (size_t)token * stride;
+                added[r] = offsets_of(offsets, h, token);
+            }
+            for (int j = 0; j < wide; j += 16) score(row, keys + j, width, wide, factor, added, j, scores + j);
+            float inverse[ROWS], *at = to + (size_t)t * hidden + h * width;
+            for (int r = 0; r < ROWS; r++) inverse[r] = soften(scores + (size_t)r * wide, tokens, wide, rounds);
+            for (int d = 0; d < width; d += 16)
+                mix(scores, wide, v + d, stride, tokens, inverse, at + d, hidden, rows);
+        }
+    }
+}
+
+/* ---- the rest --------------------------------------------------------------------------------------- */
+
+static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
+    for (int i = 0; i < hidden; i += 8) {
+        int16x8_t wide = vmovl_s8(vld1_s8(word + i));
+        int16x4_t half[2] = {vget_low_s16(wide), vget_high_s16(wide)};
+        for (int c = 0; c < 2; c++) {
+            float32x4_t v = vmulq_n_f32(vcvtq_f32_s32(vmovl_s16(half[c])), scale);
+            v = vaddq_f32(v, vld1q_f32(position + i + 4 * c));
+            if (type) v = vaddq_f32(v, vld1q_f32(type + i + 4 * c));
+            vst1q_f32(to + i + 4 * c, v);
+        }
+    }
+}
+
+static void mean(const float *rows, int tokens, int hidden, float *to) {
+    for (int i = 0; i < hidden; i += 4) {
+        float32x4_t sum = vdupq_n_f32(0.0f);
+        for (int t = 0; t < tokens; t++) sum = vaddq_f32(sum, vld1q_f32(rows + (size_t)t * hidden + i));
+        vst1q_f32(to + i, vdivq_f32(sum, vdupq_n_f32((float)tokens)));
+    }
+}
+
+static float dot(const float *a, const float *b, int count) {
+    float32x4_t sum[4];
+    for (int c = 0; c < 4; c++) sum[c] = vdupq_n_f32(0.0f);
+    for (int i = 0; i < count; i += 16)
+        for (int c = 0; c < 4; c++)
+            sum[c] = vfmaq_f32(sum[c], vld1q_f32(a + i + 4 * c), vld1q_f32(b + i + 4 * c));
+    return sum_of(sum);
+}
+
+#define SHARED                                                                                                \
+    .range = range, .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed,   \
+    .mean = mean, .dot = dot
+
+const Kernels i8mm_kernels = {
+    .name = "i8mm",
+    .why_not = i8mm_why_not,
+    .product = product_i8mm,
+    .multiply_adds = multiply_adds_i8mm,
+    SHARED,
+};
+
+const Kernels dotprod_kernels = {
+    .name = "dotprod",
+    .why_not = dotprod_why_not,
+    .product = product_dotprod,
+    .multiply_adds = multiply_adds_dotprod,
+    SHARED,
+};
+#endif

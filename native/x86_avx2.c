@@ -1,0 +1,529 @@
+/* AVX-VNNI and AVX2 with FMA, for Linux on x86-64: processors without AVX-512.
+ *
+ * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits.
+ */
+#include "kernels.h"
+
+#if !defined(__x86_64__) || !defined(__linux__)
+static const char *why_not(void) { return "needs Linux on x86-64"; }
+const Kernels avxvnni_kernels = {.name = "avxvnni", .why_not = why_not};
+const Kernels avx2_kernels = {.name = "avx2", .why_not = why_not};
+#elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
+static const char *why_not(void) { return "needs a build with gcc 11, clang 12 or newer"; }
+const Kernels avxvnni_kernels = {.name = "avxvnni", .why_not = why_not};
+const Kernels avx2_kernels = {.name = "avx2", .why_not = why_not};
+#else
+#include <cpuid.h>
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+static const char *avx2_why_not(void) {
+    static const char *const missing = "needs AVX2 and FMA";
+    unsigned a, b, c, d, features, low, high;
+    if (!__get_cpuid(1, &a, &b, &features, &d) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return missing;
+    const unsigned fma_osxsave = (1u << 12) | (1u << 27);
+    if ((features & fma_osxsave) != fma_osxsave || !(b & (1u << 5))) return missing;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & 6) == 6 ? NULL : "the system does not save AVX registers";
+}
+
+static const char *avxvnni_why_not(void) {
+    unsigned a = 0, b, c, d;
+    const char *missing = avx2_why_not();
+    if (missing != NULL) return missing;
+    __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    return a & (1u << 4) ? NULL : "needs AVX-VNNI";
+}
+
+/* The functions up to the matching pop use these instructions: call them only if why_not() says NULL. Those of
+ * AVX-VNNI have a part of their own, so that no compiler uses them in the functions of AVX2. */
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+static inline float sum_of(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline float least_of(__m256 v) {
+    __m128 s = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_min_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_min_ss(s, _mm_movehdup_ps(s)));
+}
+
+static inline float largest_of(__m256 v) {
+    __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+
+/* For x ≤ 0. min and max give their second operand if one is NaN: here NaN stays. */
+static inline __m256 exp8(__m256 x) {
+    x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x);
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+    __m256 p = _mm256_set1_ps(1.0f / 720);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so that adding to the exponent's bits is enough. */
+    __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
+}
+
+/* ½·x·(1 + erf(x/√2)); erf as a rational function, fitted to 3e-7 on [-4, 4], where float32 reaches ±1. */
+static inline __m256 gelu8(__m256 x) {
+    __m256 y = _mm256_mul_ps(x, _mm256_set1_ps(0.707106781f));
+    y = _mm256_min_ps(_mm256_max_ps(y, _mm256_set1_ps(-4.0f)), _mm256_set1_ps(4.0f));
+    __m256 u = _mm256_mul_ps(y, y);
+    __m256 p = _mm256_set1_ps(1.9867894166789307e-06f);
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.0002845639752402275f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.003883275895802294f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.05310153637721895f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(0.19354353274552474f));
+    p = _mm256_fmadd_ps(p, u, _mm256_set1_ps(1.128379139396274f));
+    __m256 q = _mm256_set1_ps(3.7420146291437546e-05f);
+    q = _mm256_fmadd_ps(q, u, _mm256_set1_ps(0.0011855538438856074f));
+    q = _mm256_fmadd_ps(q, u, _mm256_set1_ps(0.015207115847981591f));
+    q = _mm256_fmadd_ps(q, u, _mm256_set1_ps(0.11534936098275016f));
+    q = _mm256_fmadd_ps(q, u, _mm256_set1_ps(0.504856046231757f));
+    q = _mm256_fmadd_ps(q, u, _mm256_set1_ps(1.0f));
+    __m256 erf = _mm256_div_ps(_mm256_mul_ps(y, p), q);
+    __m256 half = _mm256_mul_ps(x, _mm256_set1_ps(0.5f));
+    return _mm256_fmadd_ps(half, erf, half);
+}
+
+static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
+    for (int t = 0; t < tokens; t++) {
+        float *x = rows + (size_t)t * hidden;
+        __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}, square[2] = {sum[0], sum[0]};
+        for (int i = 0; i < hidden; i += 16)
+            for (int c = 0; c < 2; c++) sum[c] = _mm256_add_ps(sum[c], _mm256_loadu_ps(x + i + 8 * c));
+        __m256 mean = _mm256_set1_ps(sum_of(_mm256_add_ps(sum[0], sum[1])) / hidden);
+        for (int i = 0; i < hidden; i += 16)
+            for (int c = 0; c < 2; c++) {
+                __m256 d = _mm256_sub_ps(_mm256_loadu_ps(x + i + 8 * c), mean);
+                square[c] = _mm256_fmadd_ps(d, d, square[c]);
+            }
+        float variance = sum_of(_mm256_add_ps(square[0], square[1])) / hidden;
+        __m256 inverse = _mm256_set1_ps(1.0f / sqrtf(variance + norm->epsilon));
+        for (int i = 0; i < hidden; i += 8) {
+            __m256 d = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x + i), mean), inverse);
+            _mm256_storeu_ps(x + i, _mm256_fmadd_ps(d, _mm256_loadu_ps(norm->scale + i),
+                                                    _mm256_loadu_ps(norm->shift + i)));
+        }
+    }
+}
+
+/* ---- int8 ------------------------------------------------------------------------------------------- */
+
+/* NaN counts only if there is nothing else. */
+static Range range(const float *x, size_t count) {
+    __m256 low[2], high[2];
+    for (int c = 0; c < 2; c++) {
+        low[c] = _mm256_set1_ps(INFINITY);
+        high[c] = _mm256_set1_ps(-INFINITY);
+    }
+    for (size_t i = 0; i < count; i += 16)
+        for (int c = 0; c < 2; c++) {
+            __m256 v = _mm256_loadu_ps(x + i + 8 * c);
+            low[c] = _mm256_min_ps(v, low[c]);
+            high[c] = _mm256_max_ps(v, high[c]);
+        }
+    Range found = {least_of(_mm256_min_ps(low[0], low[1])), largest_of(_mm256_max_ps(high[0], high[1]))};
+    return found.low > found.high ? (Range){NAN, NAN} : found;
+}
+
+/* 8 steps from the center as int32, saturated to int8; NaN: the least. */
+static inline __m256i steps8(const float *x, __m256 center, __m256 inverse) {
+    __m256 steps = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x), center), inverse);
+    steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-128.0f)), _mm256_set1_ps(127.0f));
+    return _mm256_cvtps_epi32(steps);
+}
+
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+                     uint8_t *to) {
+    const __m128i middle = _mm_set1_epi8((char)MIDDLE);
+    for (int t = 0; t < tokens; t++, x += width, to += width) {
+        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        __m256 inverse = _mm256_set1_ps(1.0f / rows[t].scale), center = _mm256_set1_ps(rows[t].center);
+        for (int i = 0; i < width; i += 16) {
+            __m256i pairs = _mm256_packs_epi32(steps8(x + i, center, inverse), steps8(x + i + 8, center, inverse));
+            pairs = _mm256_permute4x64_epi64(pairs, 0xd8); /* packs works on halves of 128 bits */
+            __m128i v = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+            _mm_storeu_si128((__m128i *)(to + i), _mm_xor_si128(v, middle)); /* v + MIDDLE */
+        }
+    }
+}
+
+/* Outputs that are computed together: those of a tile. */
+enum { COLUMNS = 16 };
+
+/* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
+static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
+                                                         int column, int rows, Then then) {
+    const Linear *w = p->w;
+    for (int c = 0; c < COLUMNS; c += 8) {
+        __m256 scale = _mm256_loadu_ps(w->scale + column + c), bias = _mm256_loadu_ps(w->bias + column + c);
+        __m256 center = _mm256_loadu_ps(w->center + column + c);
+        __m256i middle = _mm256_loadu_si256((const __m256i *)(w->middle + column + c));
+        for (int r = 0; r < rows; r++) {
+            size_t at = (size_t)(row + r) * w->out + column + c;
+            const Quantization *q = &p->rows[row + r];
+            __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums[r] + c)), middle);
+            __m256 shift = _mm256_fmadd_ps(_mm256_set1_ps(q->center), center, bias);
+            __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(q->scale));
+            __m256 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, shift);
+            if (then == GELU) v = gelu8(v);
+            if (then == RELU) v = _mm256_max_ps(v, _mm256_setzero_ps());
+            if (then == RESIDUAL) v = _mm256_add_ps(v, _mm256_loadu_ps(p->residual + at));
+            _mm256_storeu_ps(p->to + at, v);
+        }
+    }
+}
+
+static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int row, int column, int rows) {
+    switch (p->then) {
+    case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
+    case GELU: finish(p, sums, row, column, rows, GELU); break;
+    case RELU: finish(p, sums, row, column, rows, RELU); break;
+    default: finish(p, sums, row, column, rows, RESIDUAL);
+    }
+}
+
+/* Few rows take less time than their weights take from memory, so what comes AHEAD bytes later is prefetched: each
+ * block of rows fetches its share of a strip of 16 outputs, 64 / blocks bytes for 4 inputs. */
+enum { AHEAD = 1 << 17 };
+
+static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
+    return w->end - strip > AHEAD ? strip + AHEAD : strip;
+}
+
+/* AVX2 multiplies 16-bit pairs exactly, where its product of bytes saturates. A weight's register of 8 outputs by 4
+ * inputs becomes two of 16-bit values, inputs 0 and 2 and inputs 1 and 3, which makes sums of whole outputs; the
+ * inputs are split in the same way once for all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a
+ * product fill the registers. */
+enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* the most inputs of a layer: has_kernels() */
+
+/* Four inputs 0 1 2 3 to 16 bits as 0 2 1 3. */
+static void split(const uint8_t *x, size_t count, int16_t *to) {
+    const __m256i even = _mm256_set1_epi16(0xff);
+    for (size_t i = 0; i < count; i += 32) {
+        __m256i v = _mm256_loadu_si256((const __m256i *)(x + i));
+        __m256i e = _mm256_and_si256(v, even), o = _mm256_srli_epi16(v, 8);
+        __m256i low = _mm256_unpacklo_epi32(e, o), high = _mm256_unpackhi_epi32(e, o);
+        _mm256_storeu_si256((__m256i *)(to + i), _mm256_permute2x128_si256(low, high, 0x20));
+        _mm256_storeu_si256((__m256i *)(to + i + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    }
+}
+
+static inline __m256i pair_at(const int16_t *x) {
+    int32_t pair;
+    memcpy(&pair, x, 4);
+    return _mm256_set1_epi32(pair);
+}
+
+static inline __attribute__((always_inline)) void multiply(const int16_t *x, const Linear *w, const int8_t *strip,
+                                                           const int8_t *ahead, int step,
+                                                           int32_t (*sums)[COLUMNS], int rows) {
+    __m256i sum[AVX2_ROWS][2];
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int k = 0; k < w->in; k += 4) {
+        __m256i even[2], odd[2];
+        for (int c = 0; c < 2; c++) {
+            __m256i weights = _mm256_load_si256((const __m256i *)(strip + (size_t)k * 16) + c);
+            even[c] = _mm256_srai_epi16(_mm256_slli_epi16(weights, 8), 8);
+            odd[c] = _mm256_srai_epi16(weights, 8);
+        }
+        _mm_prefetch(ahead + (size_t)k * step, _MM_HINT_T1);
+        for (int r = 0; r < rows; r++) {
+            const int16_t *four = x + (size_t)r * w->in + k;
+            __m256i pair = pair_at(four);
+            for (int c = 0; c < 2; c++) sum[r][c] = _mm256_add_epi32(sum[r][c], _mm256_madd_epi16(even[c], pair));
+            pair = pair_at(four + 2);
+            for (int c = 0; c < 2; c++) sum[r][c] = _mm256_add_epi32(sum[r][c], _mm256_madd_epi16(odd[c], pair));
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2; c++) _mm256_store_si256((__m256i *)(sums[r] + 8 * c), sum[r][c]);
+}
+
+static void product_avx2(const Product *p) {
+    const Linear *w = p->w;
+    int16_t x[SPLIT_SIZE] __attribute__((aligned(32)));
+    int32_t sums[AVX2_ROWS][COLUMNS] __attribute__((aligned(32)));
+    int most = SPLIT_SIZE / w->in, parts = (p->tokens + most - 1) / most;
+    for (int part = 0; part < parts; part++) {
+        int first = p->tokens * part / parts, tokens = p->tokens * (part + 1) / parts - first;
+        int blocks = (tokens + AVX2_ROWS - 1) / AVX2_ROWS;
+        split(p->x + (size_t)first * w->in, (size_t)tokens * w->in, x);
+        for (int column = 0; column < w->out; column += COLUMNS) {
+            const int8_t *strip = w->tiles + (size_t)column * w->in, *ahead = ahead_of(w, strip);
+            for (int block = 0; block < blocks; block++) {
+                const int8_t *share = ahead + (size_t)block * w->in * COLUMNS / blocks;
+                int row = tokens * block / blocks, rows = tokens * (block + 1) / blocks - row;
+                const int16_t *from = x + (size_t)row * w->in;
+                switch (rows) {
+#define CASE(n) case n: multiply(from, w, strip, share, 16 / blocks, sums, n); break
+                    CASE(1); CASE(2); CASE(3); CASE(4); CASE(5);
+#undef CASE
+                }
+                finish_block(p, (const int32_t(*)[COLUMNS])sums, first + row, column, rows);
+            }
+        }
+    }
+}
+
+/* 16 multiply-adds by 12 sums that do not wait for each other, as the product does them. */
+static double multiply_adds_avx2(void) {
+    enum { TIMES = 4000, SUMS = 12 };
+    __m256i sum[SUMS], x = _mm256_set1_epi16(1);
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
+    for (int n = 0; n < TIMES; n++)
+        for (int i = 0; i < SUMS; i++) {
+            __asm__ volatile("" : "+x"(x)); /* so that it is not computed once for all */
+            sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(x, x));
+        }
+    for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
+    return TIMES * SUMS * 16.0;
+}
+
+/* ---- attention -------------------------------------------------------------------------------------- */
+
+/* Rows of a block. Its loops have constant bounds, so that the sums stay in registers; with two vectors of 8
+ * columns there are 8 independent sums, as many as the units' latency asks for. */
+enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
+
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8·vectors keys from keys (width, wide) on. added NULL: nothing. */
+static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
+                                                        __m256 factor, int vectors, const float *const *added, int j,
+                                                        float *scores) {
+    __m256 s[ROWS][2];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < vectors; c++) s[r][c] = _mm256_setzero_ps();
+    for (int d = 0; d < width; d++) {
+        __m256 key[2];
+        for (int c = 0; c < vectors; c++) key[c] = _mm256_loadu_ps(keys + (size_t)d * wide + 8 * c);
+        for (int r = 0; r < ROWS; r++) {
+            __m256 x = _mm256_set1_ps(q[r][d]);
+            for (int c = 0; c < vectors; c++) s[r][c] = _mm256_fmadd_ps(x, key[c], s[r][c]);
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < vectors; c++) {
+            __m256 v = _mm256_mul_ps(s[r][c], factor);
+            if (added[r]) v = _mm256_add_ps(v, _mm256_loadu_ps(added[r] + j + 8 * c));
+            _mm256_storeu_ps(scores + (size_t)r * wide + 8 * c, v);
+        }
+}
+
+/* to[r] = Σ_j scores[r][j]·v[j] · inverse[r] for 16 columns of the first `rows` rows. */
+static void mix(const float *scores, int wide, const float *v, int stride, int tokens, const float *inverse,
+                float *to, int hidden, int rows) {
+    __m256 s[ROWS][2];
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < 2; c++) s[r][c] = _mm256_setzero_ps();
+    for (int j = 0; j < tokens; j++) {
+        __m256 value[2];
+        for (int c = 0; c < 2; c++) value[c] = _mm256_loadu_ps(v + (size_t)j * stride + 8 * c);
+        for (int r = 0; r < ROWS; r++) {
+            __m256 x = _mm256_set1_ps(scores[(size_t)r * wide + j]);
+            for (int c = 0; c < 2; c++) s[r][c] = _mm256_fmadd_ps(x, value[c], s[r][c]);
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < 2; c++) {
+            __m256 mixed = _mm256_mul_ps(s[r][c], _mm256_set1_ps(inverse[r]));
+            _mm256_storeu_ps(to + (size_t)r * hidden + 8 * c, mixed);
+        }
+}
+
+/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the first cache; past the end zeros. */
+static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
+    for (int t0 = 0; t0 < wide; t0 += 8)
+        for (int d = 0; d < width; d++) {
+            float *to = keys + (size_t)d * wide + t0;
+            int real = tokens - t0 < 8 ? tokens - t0 : 8;
+            for (int t = 0; t < real; t++) to[t] = k[(size_t)(t0 + t) * stride + d];
+            for (int t = real; t < 8; t++) to[t] = 0.0f;
+        }
+}
+
+/* Scores (wide) to weights up to their sum; last: which of the last 8 there are. Returns 1 / the sum. */
+static float soften(float *s, int wide, __m256 last, int rounds) {
+    __m256 tail = _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), _mm256_loadu_ps(s + wide - 8), last);
+    __m256 max = tail, total = _mm256_setzero_ps();
+    for (int i = 0; i + 8 < wide; i += 8) max = _mm256_max_ps(max, _mm256_loadu_ps(s + i));
+    max = _mm256_set1_ps(largest_of(max));
+    for (int i = 0; i < wide; i += 8) {
+        __m256 e = exp8(_mm256_sub_ps(_mm256_loadu_ps(s + i), max));
+        if (i + 8 == wide) e = _mm256_and_ps(last, e);
+        _mm256_storeu_ps(s + i, e);
+        if (rounds) round_to_bfloat16(s + i, 8);
+        total = _mm256_add_ps(total, _mm256_loadu_ps(s + i));
+    }
+    return 1.0f / sum_of(total);
+}
+
+static void attention(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
+                      float *to) {
+    int width = hidden / num_heads, wide = ROUND_UP(tokens, 8), stride = 3 * hidden, rounds = tokens >= LONG;
+    if (rounds) round_to_bfloat16(qkv, (size_t)tokens * stride);
+    float *keys = work, *scores = work + (size_t)width * wide; /* (width, wide), (ROWS, wide) */
+    __m256 factor = _mm256_set1_ps(1.0f / sqrtf((float)width));
+    const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256 last = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(8 - (wide - tokens)), place));
+    for (int h = 0; h < num_heads; h++) {
+        const float *q = qkv + h * width, *k = q + hidden, *v = k + hidden;
+        transpose(k, stride, tokens, width, wide, keys);
+        for (int t = 0; t < tokens; t += ROWS) {
+            int rows = tokens - t < ROWS ? tokens - t : ROWS;
+            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
+            for (int r = 0; r < ROWS; r++) {
+                int token = r < rows ? t + r : tokens - 1;
+                row[r] = q + (size_t)token * stride;
+                added[r] = offsets_of(offsets, h, token);
+            }
+            int j = 0;
+            for (; j + 16 <= wide; j += 16) score(row, keys + j, width, wide, factor, 2, added, j, scores + j);
+            if (j < wide) score(row, keys + j, width, wide, factor, 1, added, j, scores + j);
+            float inverse[ROWS], *at = to + (size_t)t * hidden + h * width;
+            for (int r = 0; r < ROWS; r++) inverse[r] = soften(scores + (size_t)r * wide, wide, last, rounds);
+            for (int d = 0; d < width; d += 16)
+                mix(scores, wide, v + d, stride, tokens, inverse, at + d, hidden, rows);
+        }
+    }
+}
+
+/* ---- the rest --------------------------------------------------------------------------------------- */
+
+static void embed(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to) {
+    for (int i = 0; i < hidden; i += 8) {
+        __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(word + i))));
+        v = _mm256_add_ps(_mm256_mul_ps(v, _mm256_set1_ps(scale)), _mm256_loadu_ps(position + i));
+        if (type) v = _mm256_add_ps(v, _mm256_loadu_ps(type + i));
+        _mm256_storeu_ps(to + i, v);
+    }
+}
+
+static void mean(const float *rows, int tokens, int hidden, float *to) {
+    for (int i = 0; i < hidden; i += 8) {
+        __m256 sum = _mm256_setzero_ps();
+        for (int t = 0; t < tokens; t++) sum = _mm256_add_ps(sum, _mm256_loadu_ps(rows + (size_t)t * hidden + i));
+        _mm256_storeu_ps(to + i, _mm256_div_ps(sum, _mm256_set1_ps((float)tokens)));
+    }
+}
+
+static float dot(const float *a, const float *b, int count) {
+    __m256 sum[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int i = 0; i < count; i += 16)
+        for (int c = 0; c < 2; c++)
+            sum[c] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * c), _mm256_loadu_ps(b + i + 8 * c), sum[c]);
+    return sum_of(_mm256_add_ps(sum[0], sum[1]));
+}
+
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,avxvnni"))), apply_to = function)
+#else
+#pragma GCC target("avxvnni")
+#endif
+
+/* ---- AVX-VNNI ------------------------------------------------------------------------------------------- */
+
+/* A block of rows by 16 outputs, 4 inputs at a time. With 6 rows, 12 sums, two weights and an input fill the
+ * registers; each number of rows has a loop of its own, so that no row is wasted. */
+enum { VNNI_ROWS = 6 };
+
+static inline __attribute__((always_inline)) void multiply_vnni(const uint8_t *x, const Linear *w,
+                                                                const int8_t *strip, const int8_t *ahead, int step,
+                                                                int32_t (*sums)[COLUMNS], int rows) {
+    __m256i sum[VNNI_ROWS][2];
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    for (int k = 0; k < w->in; k += 4) {
+        const __m256i *weights = (const __m256i *)(strip + (size_t)k * 16);
+        __m256i left = _mm256_load_si256(weights), right = _mm256_load_si256(weights + 1);
+        _mm_prefetch(ahead + (size_t)k * step, _MM_HINT_T1);
+        for (int r = 0; r < rows; r++) {
+            int32_t four;
+            memcpy(&four, x + (size_t)r * w->in + k, 4);
+            __m256i v = _mm256_set1_epi32(four);
+            sum[r][0] = _mm256_dpbusd_avx_epi32(sum[r][0], v, left);
+            sum[r][1] = _mm256_dpbusd_avx_epi32(sum[r][1], v, right);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        _mm256_store_si256((__m256i *)sums[r], sum[r][0]);
+        _mm256_store_si256((__m256i *)(sums[r] + 8), sum[r][1]);
+    }
+}
+
+static void product_avxvnni(const Product *p) {
+    const Linear *w = p->w;
+    int32_t sums[VNNI_ROWS][COLUMNS] __attribute__((aligned(32)));
+    int blocks = (p->tokens + VNNI_ROWS - 1) / VNNI_ROWS;
+    for (int column = 0; column < w->out; column += COLUMNS) {
+        const int8_t *strip = w->tiles + (size_t)column * w->in, *ahead = ahead_of(w, strip);
+        for (int block = 0; block < blocks; block++) {
+            const int8_t *share = ahead + (size_t)block * w->in * COLUMNS / blocks;
+            int row = p->tokens * block / blocks, rows = p->tokens * (block + 1) / blocks - row;
+            const uint8_t *from = p->x + (size_t)row * w->in;
+            switch (rows) {
+#define CASE(n) case n: multiply_vnni(from, w, strip, share, 16 / blocks, sums, n); break
+                CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
+#undef CASE
+            }
+            finish_block(p, (const int32_t(*)[COLUMNS])sums, row, column, rows);
+        }
+    }
+}
+
+/* 4·8 multiply-adds by 12 sums that do not wait for each other. */
+static double multiply_adds_avxvnni(void) {
+    enum { TIMES = 4000, SUMS = 12 };
+    __m256i sum[SUMS], x = _mm256_set1_epi8(1);
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
+    for (int n = 0; n < TIMES; n++) {
+        for (int i = 0; i < SUMS; i++) sum[i] = _mm256_dpbusd_avx_epi32(sum[i], x, x);
+        __asm__ volatile("" : "+x"(x)); /* so that it is not computed once for all */
+    }
+    for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
+    return TIMES * SUMS * 32.0;
+}
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#define SHARED                                                                                                \
+    .range = range, .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed,   \
+    .mean = mean, .dot = dot
+
+const Kernels avxvnni_kernels = {
+    .name = "avxvnni",
+    .why_not = avxvnni_why_not,
+    .product = product_avxvnni,
+    .multiply_adds = multiply_adds_avxvnni,
+    SHARED,
+};
+
+const Kernels avx2_kernels = {
+    .name = "avx2",
+    .why_not = avx2_why_not,
+    .product = product_avx2,
+    .multiply_adds = multiply_adds_avx2,
+    SHARED,
+};
+#endif

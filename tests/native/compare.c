@@ -1,0 +1,370 @@
+/* Compare kernels with the reference, operation by operation: what one processor runs, or an emulated one.
+ *
+ *     compare          the names of the kernels that this machine can run
+ *     compare NAME     exit code 0: they give what the reference gives; 1: they do not; 2: this machine cannot run them
+ *
+ * tests/test_kernels.py builds and runs it. All values come from one seed.
+ */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "../../native/kernels.h"
+#include "../../native/layers.h"
+
+static const Kernels *ours;
+static int failures;
+
+static void check(int ok, const char *what, int a, int b, int c) {
+    if (ok) return;
+    if (++failures <= 20) printf("%s: %s differs (%d, %d, %d)\n", ours->name, what, a, b, c);
+}
+
+static uint64_t state = 42;
+
+static uint32_t next(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33);
+}
+
+static int whole(int least, int most) { return least + (int)(next() % (uint32_t)(most - least + 1)); }
+
+/* About normal, with a deviation of 1. */
+static float normal(void) {
+    float sum = 0.0f;
+    for (int i = 0; i < 4; i++) sum += (float)next() / 2147483648.0f - 0.5f;
+    return sum * 1.7320508f;
+}
+
+/* Exactly so much memory, so that tools see a read or write past its end. */
+static void *memory(size_t bytes) {
+    void *at;
+    if (posix_memalign(&at, 64, bytes)) exit(3);
+    return at;
+}
+
+static float *normals(size_t count, float spread) {
+    float *values = memory(count * sizeof *values);
+    for (size_t i = 0; i < count; i++) values[i] = normal() * spread;
+    return values;
+}
+
+static int is_same(float a, float b) { return a == b || (isnan(a) && isnan(b)); }
+
+static int are_same(const float *a, const float *b, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!is_same(a[i], b[i])) return 0;
+    return 1;
+}
+
+/* Within 1e-5 of the reference's spread, which is at least `floor`; where one is not finite, neither is the other. */
+static int are_near(const float *a, const float *reference, size_t count, float floor) {
+    float low = INFINITY, high = -INFINITY;
+    for (size_t i = 0; i < count; i++)
+        if (isfinite(reference[i])) {
+            low = fminf(low, reference[i]);
+            high = fmaxf(high, reference[i]);
+        }
+    float allowed = 1e-5f * fmaxf(fmaxf(high - low, floor), fmaxf(fabsf(low), fabsf(high)));
+    for (size_t i = 0; i < count; i++) {
+        if (isfinite(a[i]) != isfinite(reference[i])) return 0;
+        if (isfinite(a[i]) && !(fabsf(a[i] - reference[i]) <= allowed)) return 0;
+    }
+    return 1;
+}
+
+/* ---- products --------------------------------------------------------------------------------------- */
+
+typedef enum { RANDOM, LEAST, LARGEST, ALTERNATING, NUM_WEIGHTS } Weights;
+
+static int8_t weight(Weights kind, size_t i) {
+    if (kind == LEAST) return -128;
+    if (kind == LARGEST) return 127;
+    if (kind == ALTERNATING) return i % 2 ? 127 : -128;
+    return (int8_t)whole(-128, 127);
+}
+
+static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *end) {
+    Linear w;
+    size_t count = (size_t)in * out;
+    int8_t *weights = memory(count);
+    for (size_t i = 0; i < count; i++) weights[i] = weight(kind, i);
+    float *scale = normals(out, 0.0f), *bias = normals(out, 0.3f);
+    for (int i = 0; i < out; i++) scale[i] = 0.01f / sqrtf((float)in) * (1.0f + 0.3f * normal());
+    if (pack_linear(&w, in, out, weights, scale, bias, tiles, end)) exit(3);
+    free(weights);
+    free(scale);
+    free(bias);
+    return w;
+}
+
+/* Products are sums of int8 products and one rounding, so all but GELU are the same to the last bit. */
+static void compare_product(const Linear *w, int tokens, int level) {
+    size_t padded = ROUND_UP(tokens, 16), count = (size_t)tokens * w->out;
+    uint8_t *x = memory(padded * w->in);
+    for (size_t i = 0; i < padded * w->in; i++) x[i] = (uint8_t)(level < 0 ? whole(0, 255) : level);
+    Quantization *rows = memory(tokens * sizeof *rows);
+    for (int t = 0; t < tokens; t++) rows[t] = (Quantization){0.02f * (1.0f + 0.5f * normal()), normal()};
+    float *residual = normals(count, 1.0f), *expected = memory(count * 4), *found = memory((count + 16) * 4);
+    for (Then then = PLAIN; then <= RESIDUAL; then++) {
+        Product p = {w, x, rows, tokens, then, residual, expected};
+        reference_kernels.product(&p);
+        for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
+        p.to = found;
+        ours->product(&p);
+        int ok = then == GELU ? are_near(found, expected, count, 0.1f) : are_same(found, expected, count);
+        for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
+        check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual"}[then], w->in, w->out, tokens);
+    }
+    free(x);
+    free(rows);
+    free(residual);
+    free(expected);
+    free(found);
+}
+
+static void compare_products(void) {
+    static const int sizes[][3] = {/* in, out, most rows */
+                                   {64, 32, 40}, {64, 96, 40}, {192, 64, 40}, {768, 128, 25}, {64, 3072, 2},
+                                   {3072, 64, 13}, {768, 3072, 1}, {8192, 32, 9}, {32768, 32, 2}};
+    for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
+        for (Weights kind = RANDOM; kind < NUM_WEIGHTS; kind++) {
+            int in = sizes[i][0], out = sizes[i][1], most = sizes[i][2];
+            if (kind != RANDOM && (size_t)in * out > 1 << 17) continue;
+            int8_t *tiles = memory((size_t)in * out);
+            Linear w = linear_of(in, out, kind, tiles, tiles + (size_t)in * out);
+            if (kind == RANDOM)
+                for (int tokens = most > 13 && in > 192 ? most - 12 : 1; tokens <= most; tokens++)
+                    compare_product(&w, tokens, -1);
+            for (int level = 0; level < 256; level += level == 0 ? 127 : 64) /* 0, 127, 191, 255 */
+                compare_product(&w, most < 7 ? most : 7, level);
+            free_linear(&w);
+            free(tiles);
+        }
+}
+
+static void compare_gelu(void) {
+    enum { IN = 64, OUT = 4096 };
+    int8_t *tiles = memory(IN * OUT), *zeros = memory(IN * OUT);
+    float *scale = normals(OUT, 0.0f), *bias = memory(OUT * 4), expected[OUT], found[OUT];
+    memset(zeros, 0, IN * OUT);
+    for (int i = 0; i < OUT; i++) bias[i] = (float)(i - OUT / 2) / 256.0f; /* -8 … 8 */
+    bias[0] = NAN, bias[1] = INFINITY, bias[2] = 1e30f;
+    bias[3] = -0.0f, bias[4] = 1e-40f, bias[5] = -1e-40f;
+    Linear w;
+    if (pack_linear(&w, IN, OUT, zeros, scale, bias, tiles, tiles)) exit(3);
+    uint8_t *x = memory(16 * IN);
+    memset(x, MIDDLE, 16 * IN);
+    Quantization row = {1.0f, 0.0f};
+    for (Then then = GELU; then <= RELU; then++) {
+        reference_kernels.product(&(Product){&w, x, &row, 1, then, NULL, expected});
+        ours->product(&(Product){&w, x, &row, 1, then, NULL, found});
+        check(is_same(found[0], expected[0]) && is_same(found[1], expected[1]), "infinite activation", then, 0, 0);
+        check(fabsf(found[2] / 1e30f - 1.0f) < 1e-6f, "large activation", then, 0, 0);
+        for (int i = 3; i < OUT; i++) check(fabsf(found[i] - expected[i]) <= 1e-6f, "activation", then, i, 0);
+    }
+    free_linear(&w);
+    free(tiles);
+    free(zeros);
+    free(scale);
+    free(bias);
+    free(x);
+}
+
+/* ---- quantization ----------------------------------------------------------------------------------- */
+
+static void compare_quantized(const float *x, int tokens, int width, const Quantization *shared, int kind) {
+    size_t count = (size_t)tokens * width;
+    Quantization expected[16], found[16];
+    uint8_t *bytes = memory(count), *same = memory(count);
+    reference_kernels.quantize(x, tokens, width, shared, expected, bytes);
+    ours->quantize(x, tokens, width, shared, found, same);
+    check(!memcmp(bytes, same, count), "quantized", kind, tokens, width);
+    for (int t = 0; t < tokens; t++)
+        check(is_same(expected[t].scale, found[t].scale) && is_same(expected[t].center, found[t].center),
+              "quantization", kind, t, width);
+    Range a = reference_kernels.range(x, count), b = ours->range(x, count);
+    check(is_same(a.low, b.low) && is_same(a.high, b.high), "range", kind, tokens, width);
+    free(bytes);
+    free(same);
+}
+
+static void compare_quantize(void) {
+    static const int widths[] = {16, 32, 48, 64, 768};
+    for (int n = 0; n < 5; n++)
+        for (int kind = 0; kind < 11; kind++) {
+            int tokens = whole(1, 5), width = widths[n];
+            size_t count = (size_t)tokens * width;
+            float spread = kind == 1 ? 1e-38f : kind == 2 ? 1e30f : kind == 3 ? 0.0f : 1.0f;
+            float *x = normals(count, spread);
+            for (size_t i = 0; i < count; i++) {
+                if (kind == 3) x[i] = 3.5f;
+                if (kind == 4) x[i] = (float)whole(-127, 128) / 2.0f; /* ties */
+                if (kind == 5 && next() % 5 == 0) x[i] = NAN;
+                if (kind == 6) x[i] = NAN;
+                if (kind == 7 && next() % 5 == 0) x[i] = INFINITY;
+                if (kind == 8 && next() % 5 == 0) x[i] = -INFINITY;
+                if (kind == 9) x[i] = i % width ? -1.5f : NAN;
+                if (kind == 10) x[i] *= 1e-43f; /* a scale without an inverse */
+            }
+            compare_quantized(x, tokens, width, NULL, kind);
+            compare_quantized(x, tokens, width, &(Quantization){1.0f, 0.0f}, kind);
+            compare_quantized(x, tokens, width, &(Quantization){1e-3f, 0.1f}, kind); /* saturates */
+            free(x);
+        }
+}
+
+/* ---- attention and the rest ------------------------------------------------------------------------- */
+
+static void compare_attention(int tokens, int hidden, int heads, float spread, int positions, float odd) {
+    size_t count = (size_t)tokens * hidden;
+    float *qkv = normals(3 * count, spread), *expected = memory(count * 4), *found = memory((count + 16) * 4);
+    float *copy = memory(3 * count * 4), *work = memory(attention_work(hidden / heads, tokens) * 4);
+    Offsets offsets = {positions, positions ? normals(heads * offsets_stride(positions), 2.0f) : NULL};
+    if (odd != 0.0f) qkv[next() % (3 * count)] = odd;
+    memcpy(copy, qkv, 3 * count * 4);
+    reference_kernels.attention(copy, tokens, hidden, heads, &offsets, work, expected);
+    for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
+    ours->attention(qkv, tokens, hidden, heads, &offsets, work, found);
+    /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as spreads of 5 make them. In
+     * long texts it may round a weight to the next number in bfloat16. */
+    float floor = spread > 2.0f ? 10.0f * spread : 0.0f;
+    int ok = are_near(found, expected, count, tokens < LONG ? floor : 100.0f * spread);
+    for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
+    check(ok, odd != 0.0f ? "attention of values that are not finite" : "attention", tokens, hidden / heads, positions);
+    free(qkv);
+    free(copy);
+    free(expected);
+    free(found);
+    free(work);
+    free(offsets.values);
+}
+
+static void compare_attentions(void) {
+    static const int shapes[][2] = {{64, 4}, {64, 2}, {192, 4}, {128, 2}, {64, 1}}; /* widths 16 32 48 64 64 */
+    for (int n = 1; n <= 120; n++)
+        for (int with = 0; with < 2; with++) {
+            int tokens = n <= 100 ? n : LONG + (n - 101) * 7 - 1;
+            const int *shape = shapes[(n + with) % 5];
+            int positions = with ? whole(tokens, 2 * LONG + 20) : 0;
+            compare_attention(tokens, shape[0], shape[1], 1.0f, positions, 0.0f);
+            if (tokens % 7 == 0) compare_attention(tokens, shape[0], shape[1], 5.0f, positions, 0.0f);
+            if (tokens % 9 == 1) compare_attention(tokens, 64, 2, 1.0f, positions, NAN);
+            if (tokens % 9 == 2) compare_attention(tokens, 64, 2, 1.0f, positions, INFINITY);
+        }
+}
+
+static void compare_rest(void) {
+    static const int widths[] = {64, 128, 192, 768};
+    for (int n = 0; n < 4; n++)
+        for (int tokens = 1; tokens <= 9; tokens++) {
+            int hidden = widths[n];
+            size_t count = (size_t)tokens * hidden;
+            float *x = normals(count, 3.0f), *same = memory(count * 4), *expected = memory(count * 4);
+            for (size_t i = 0; i < count; i++) x[i] += 5.0f;
+            if (tokens == 8) x[3] = NAN;
+            if (tokens == 9) x[3] = INFINITY;
+            reference_kernels.mean(x, tokens, hidden, expected);
+            ours->mean(x, tokens, hidden, same);
+            check(are_near(same, expected, hidden, 0.0f), "mean", tokens, hidden, 0);
+            float a = reference_kernels.dot(x, x + count - hidden, hidden), b = ours->dot(x, x + count - hidden, hidden);
+            check(are_near(&b, &a, 1, 0.0f), "dot", tokens, hidden, 0);
+            Norm norm = {normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
+            memcpy(same, x, count * 4);
+            memcpy(expected, x, count * 4);
+            reference_kernels.layer_norm(expected, tokens, hidden, &norm);
+            ours->layer_norm(same, tokens, hidden, &norm);
+            check(are_near(same, expected, count, 0.0f), "layer norm", tokens, hidden, 0);
+            int8_t *word = memory(hidden);
+            for (int i = 0; i < hidden; i++) word[i] = (int8_t)whole(-128, 127);
+            for (int with = 0; with < 2; with++) {
+                const float *type = with ? norm.shift : NULL;
+                reference_kernels.embed(word, 0.01f, norm.scale, type, hidden, expected);
+                ours->embed(word, 0.01f, norm.scale, type, hidden, same);
+                check(are_same(same, expected, hidden), "embedding", with, hidden, 0);
+            }
+            free(word);
+            free_norm(&norm);
+            free(x);
+            free(same);
+            free(expected);
+        }
+}
+
+/* ---- a layer ---------------------------------------------------------------------------------------- */
+
+static Model *model_of(int hidden, int heads, int inner, int by_token, int positions) {
+    Model *m = new_model(hidden, heads, inner, 1);
+    if (m == NULL) exit(3);
+    m->by_token = by_token;
+    m->has_gelu = 1;
+    Layer *layer = &m->layers[1];
+    Linear *linears[] = {&layer->qkv, &layer->out, &layer->up, &layer->down};
+    int ins[] = {hidden, hidden, hidden, inner}, outs[] = {3 * hidden, hidden, inner, hidden};
+    for (int i = 0; i < 4; i++)
+        *linears[i] = linear_of(ins[i], outs[i], RANDOM, tiles_of(m, 1, i), end_of_tiles(m));
+    Norm *norms[] = {&layer->after_attention, &layer->after_ffn};
+    for (int i = 0; i < 2; i++) *norms[i] = (Norm){normals(hidden, 1.0f), normals(hidden, 1.0f), 1e-12f};
+    if (positions) layer->offsets = (Offsets){positions, normals(heads * offsets_stride(positions), 1.0f)};
+    return m;
+}
+
+/* Texts in a group are what they are alone, to the last bit; and they are near what the reference gives, but for the
+ * few rounding errors that end in another step of a quantization. */
+static void compare_layer(const Model *m) {
+    int hidden = m->hidden, tokens[6], rows = 0, far = 0;
+    for (int i = 0; i < 6; i++) rows += tokens[i] = i == 3 ? whole(65, 150) : whole(1, 40);
+    size_t count = (size_t)rows * hidden;
+    float *x = normals(count, 1.0f), *together = memory(count * 4), *alone = memory(count * 4);
+    kernels = ours;
+    int failed = run_layer(m, 1, x, tokens, 6, together);
+    for (int i = 0, row = 0; i < 6; row += tokens[i++])
+        failed = failed || run_layer(m, 1, x + (size_t)row * hidden, tokens + i, 1, alone + (size_t)row * hidden);
+    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, m->by_token, 0);
+    kernels = &reference_kernels;
+    failed = run_layer(m, 1, x, tokens, 6, alone);
+    for (size_t i = 0; i < count; i++) {
+        float error = fabsf(together[i] - alone[i]);
+        far += !(error < 1e-4f);
+        check(error < 0.2f, "a layer", hidden, m->by_token, (int)i);
+    }
+    check(!failed && far < (int)count / 2, "a layer's values", hidden, m->by_token, far);
+    free(x);
+    free(together);
+    free(alone);
+}
+
+static void compare_layers(void) {
+    static const int shapes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
+    for (int i = 0; i < 3; i++)
+        for (int by_token = 0; by_token < 2; by_token++) {
+            Model *m = model_of(shapes[i][0], shapes[i][1], shapes[i][2], by_token, by_token ? 160 : 0);
+            compare_layer(m);
+            free_model(m);
+        }
+}
+
+int main(int count, char **arguments) {
+    for (int i = 0; i < num_kernels; i++) {
+        if (count < 2 && all_kernels[i]->why_not() == NULL) puts(all_kernels[i]->name);
+        if (count >= 2 && !strcmp(all_kernels[i]->name, arguments[1])) ours = all_kernels[i];
+    }
+    if (count < 2) return 0;
+    const char *missing = ours ? ours->why_not() : "there are no such kernels";
+    if (missing != NULL) {
+        printf("%s: %s\n", arguments[1], missing);
+        return 2;
+    }
+    if (ours->begin) ours->begin();
+    compare_products();
+    compare_gelu();
+    compare_quantize();
+    compare_attentions();
+    compare_rest();
+    check(ours->multiply_adds() > 0, "the number of multiply-adds", 0, 0, 0);
+    if (ours->end) ours->end();
+    compare_layers();
+    printf("%s: %d differences\n", ours->name, failures);
+    return failures > 0;
+}

@@ -1,0 +1,53 @@
+"""Run a layer with each of an extension's kernels and compare them with the reference; standard library only.
+
+    python layer.py FOLDER
+
+FOLDER holds the package native with its extension. For Pythons that have no other packages, as one in an emulator.
+"""
+
+import random
+import sys
+from array import array
+
+HIDDEN, HEADS, INNER, TOKENS = 128, 4, 320, 21
+
+
+def floats(count: int, spread: float) -> array:
+    return array("f", (random.gauss(0, spread) for _ in range(count)))
+
+
+def main() -> None:
+    sys.path.insert(0, sys.argv[1])
+    from native import kernels
+
+    random.seed(1)
+    model = kernels.new(HIDDEN, HEADS, INNER, 1, True, True, True)
+    words = array("b", (random.randint(-127, 127) for _ in range(2 * HIDDEN)))
+    kernels.set_embeddings(model, words, floats(2, 0.01), floats(64 * HIDDEN, 1), floats(2 * HIDDEN, 1))
+    shapes = [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)]
+    for which, (inputs, outputs) in enumerate(shapes):
+        weight = array("b", (random.randint(-127, 127) for _ in range(inputs * outputs)))
+        scale = array("f", [0.01 / inputs**0.5] * outputs)
+        kernels.set_linear(model, 1, which, weight, scale, floats(outputs, 0.1))
+    kernels.set_norm(model, 0, 0, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
+    for which in range(2):
+        kernels.set_norm(model, 1, which, floats(HIDDEN, 1), floats(HIDDEN, 1), 1e-12)
+    kernels.set_exit(model, 1, floats(2 * HIDDEN, 0.1), floats(2, 1), b"", b"", b"")
+    hidden = memoryview(floats(TOKENS * HIDDEN, 1)).cast("B").cast("f", (1, TOKENS, HIDDEN))
+    found = {}
+    for name in kernels.implementations():
+        kernels.use(name)
+        to = memoryview(bytearray(hidden.nbytes)).cast("f", hidden.shape)
+        logits = array("f", [0, 0])
+        kernels.run(model, 1, hidden, None, to, None, logits, None)
+        found[name] = list(to.cast("B").cast("f"))
+    expected = found["reference"]
+    for name, values in found.items():
+        errors = sorted(abs(a - b) for a, b in zip(values, expected, strict=True))
+        print(f"{name}: median difference {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}")
+        # A rounding error may end in another step of a quantization.
+        assert errors[len(errors) // 2] < 1e-5 and errors[-1] < 0.2
+
+
+if __name__ == "__main__":
+    main()

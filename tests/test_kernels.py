@@ -1,0 +1,75 @@
+"""Every operation of every instruction set against the reference, in C: those of this machine, and Arm's in QEMU."""
+
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CROSS, QEMU = "aarch64-linux-gnu-gcc", "qemu-aarch64"
+
+
+def builds_and_runs_arm() -> bool:
+    if shutil.which(CROSS) is None or shutil.which(QEMU) is None:
+        return False
+    library = subprocess.run([CROSS, "-print-file-name=libc.a"], check=True, capture_output=True, text=True)
+    return Path(library.stdout.strip()).is_absolute()  # else the compiler has no C library
+
+
+arm = pytest.mark.skipif(
+    not builds_and_runs_arm(), reason=f"no {CROSS}, its C library or {QEMU} here: tests/docker/packages.sh"
+)
+
+
+def build(compiler: str, to: Path, *flags: str) -> Path:
+    """The program of tests/native/compare.c, compiled as the extension is."""
+    (extension,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    sources = [source for source in extension["sources"] if not source.endswith("python.c")]
+    flags = (*extension["extra-compile-args"], "-Wall", "-Werror", *flags)
+    command = [compiler, *flags, "tests/native/compare.c", *sources, "-o", to, "-lm", "-lpthread"]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    return to
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def for_arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(CROSS, tmp_path_factory.mktemp("arm") / "compare", "-static")
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no C compiler")
+def test_what_this_machine_runs_gives_what_the_reference_gives(tmp_path: Path) -> None:
+    program = build("gcc", tmp_path / "compare")
+    names = run(program).split()
+    assert names[-1] == "reference"
+    for name in names:
+        assert run(program, name) == f"{name}: 0 differences\n"
+    lacking = {"amx", "vnni", "avxvnni", "avx2", "i8mm", "dotprod"} - set(names)
+    for name in (*lacking, "quantum"):
+        done = subprocess.run([program, name], check=False, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout.startswith(f"{name}: ")
+
+
+@arm
+@pytest.mark.parametrize(
+    ("processor", "names"),
+    [
+        ("cortex-a72", ["reference"]),
+        ("neoverse-n1", ["dotprod", "reference"]),
+        ("max", ["i8mm", "dotprod", "reference"]),
+    ],
+)
+def test_what_arm_processors_run_gives_what_the_reference_gives(
+    for_arm: Path, processor: str, names: list[str]
+) -> None:
+    emulated = (QEMU, "-cpu", processor, for_arm)
+    assert run(*emulated).split() == names
+    if names[0] != "reference":
+        assert run(*emulated, names[0]) == f"{names[0]}: 0 differences\n"
