@@ -78,10 +78,10 @@ typedef struct {
     void (*begin)(void);
     void (*end)(void);
 
-    /* The range of values; count is a multiple of 16. */
+    /* The range of values; count is a multiple of 64. */
     Range (*range)(const float *x, size_t count);
 
-    /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 16.
+    /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 64.
      * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
     void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to);

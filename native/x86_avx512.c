@@ -122,28 +122,40 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* NaN counts only if there is nothing else. */
 static Range range(const float *x, size_t count) {
-    __m512 low = _mm512_set1_ps(INFINITY), high = _mm512_set1_ps(-INFINITY);
-    for (size_t i = 0; i < count; i += 16) {
-        __m512 v = _mm512_loadu_ps(x + i);
-        low = _mm512_min_ps(v, low);
-        high = _mm512_max_ps(v, high);
+    __m512 low[4], high[4]; /* that do not wait for each other */
+    for (int c = 0; c < 4; c++) {
+        low[c] = _mm512_set1_ps(INFINITY);
+        high[c] = _mm512_set1_ps(-INFINITY);
     }
-    Range found = {_mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+    for (size_t i = 0; i < count; i += 64)
+        for (int c = 0; c < 4; c++) {
+            __m512 v = _mm512_loadu_ps(x + i + 16 * c);
+            low[c] = _mm512_min_ps(v, low[c]);
+            high[c] = _mm512_max_ps(v, high[c]);
+        }
+    low[0] = _mm512_min_ps(_mm512_min_ps(low[0], low[1]), _mm512_min_ps(low[2], low[3]));
+    high[0] = _mm512_max_ps(_mm512_max_ps(high[0], high[1]), _mm512_max_ps(high[2], high[3]));
+    Range found = {_mm512_reduce_min_ps(low[0]), _mm512_reduce_max_ps(high[0])};
     return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
 static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
                      uint8_t *to) {
-    __m512i zeros = _mm512_set1_epi32(MIDDLE);
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i middle = _mm512_set1_epi8((char)MIDDLE); /* int8 to uint8 */
     __m512 least = _mm512_set1_ps(-(float)MIDDLE), most = _mm512_set1_ps(255.0f - MIDDLE);
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale), center = _mm512_set1_ps(rows[t].center);
-        for (int i = 0; i < width; i += 16) {
-            __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), center), inverse);
-            steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: the least */
-            __m512i v = _mm512_add_epi32(_mm512_cvtps_epi32(steps), zeros);
-            _mm_storeu_si128((__m128i *)(to + i), _mm512_cvtepi32_epi8(v));
+        for (int i = 0; i < width; i += 64) {
+            __m512i v[4];
+            for (int c = 0; c < 4; c++) {
+                __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * c), center), inverse);
+                v[c] = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(steps, least), most)); /* NaN: the least */
+            }
+            __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+            bytes = _mm512_permutexvar_epi32(order, _mm512_xor_si512(bytes, middle));
+            _mm512_storeu_si512(to + i, bytes);
         }
     }
 }

@@ -191,7 +191,7 @@ static void compare_quantized(const float *x, int tokens, int width, const Quant
 }
 
 static void compare_quantize(void) {
-    static const int widths[] = {16, 32, 48, 64, 768};
+    static const int widths[] = {64, 128, 192, 320, 768};
     for (int n = 0; n < 5; n++)
         for (int kind = 0; kind < 11; kind++) {
             int tokens = whole(1, 5), width = widths[n];
