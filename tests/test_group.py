@@ -1,0 +1,136 @@
+"""Groups: texts that share steps leave, join and give way between layers, and answer as they do alone."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from model_store.model import Model
+from model_store.store import Store
+from server.engine.group import run_group
+from server.engine.queue import WorkQueue
+from server.engine.run import Result, run
+from server.engine.work import MAX_STEP_S, Item, Job, Outcome
+from tests import jobs
+
+pytestmark = pytest.mark.usefixtures("kernels")
+TEXTS = ["good", "a dull film and it was bad", "it was not bad", "fine", "a good plot , but dull people"]
+SHARE = MAX_STEP_S / 8
+
+
+@pytest.fixture(scope="module")
+def model(kernels: Any, store: Path) -> Model:
+    return Model(Store(store).open("tiny-int8"), "native")
+
+
+def job(model: Model, texts: list[str] = TEXTS, due: float = 0.0, layer_s: float = 0.0) -> Job:
+    """A job whose texts are due at once; layer_s: of one of them. By default a step of all of them has one layer."""
+    layer_s = layer_s or MAX_STEP_S / len(texts)
+    return jobs.job(texts, [0.0] * len(texts), model=model, group_s=SHARE, layer_s=layer_s, submitted=due)
+
+
+class Steps:
+    """Runs a group, and something before each of its steps."""
+
+    def __init__(self, queue: WorkQueue, before: dict[int, Any] | None = None) -> None:
+        self.queue, self.before = queue, before or {}
+        self.seconds: list[float] = []
+        self.results: dict[Item, Result] = {}
+        self.alone: list[Item] = []
+
+    def run(self) -> list[Item]:
+        items = self.queue.next()
+        self.alone = run_group(items, self.queue, 1, self._occupy, self.results.update)
+        return items
+
+    def _occupy(self, seconds: float) -> None:
+        self.before.get(len(self.seconds), lambda: None)()
+        self.seconds.append(seconds)
+
+
+def answers(results: dict[Item, Result]) -> dict[str, tuple[int, float]]:
+    """Layer and margin, bit for bit, by text."""
+    found = {}
+    for item, outcome in results.items():
+        assert isinstance(outcome, Outcome)
+        found[item.text.text] = (outcome.layer, outcome.reading.margin)
+    return found
+
+
+def alone(model: Model, texts: list[str]) -> dict[str, tuple[int, float]]:
+    results: dict[Item, Result] = {}
+    for item in job(model, texts).items:
+        outcome = run(item, WorkQueue(1))
+        assert outcome is not None
+        results[item] = outcome
+    return answers(results)
+
+
+def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> None:
+    queue = WorkQueue(100)
+    queue.put(job(model))
+    steps = Steps(queue)
+    steps.run()
+    assert len(steps.seconds) == model.manifest.num_layers + 1 and not steps.alone
+    assert answers(steps.results) == alone(model, TEXTS)
+
+
+def test_what_fits_runs_in_one_step(model: Model) -> None:
+    queue = WorkQueue(100)
+    queue.put(job(model, layer_s=MAX_STEP_S / 100))
+    steps = Steps(queue)
+    steps.run()
+    assert len(steps.seconds) == 1 and answers(steps.results) == alone(model, TEXTS)
+
+
+def test_a_group_gives_way_to_an_urgent_text_and_joins_it(model: Model) -> None:
+    queue = WorkQueue(100)
+    queue.put(job(model, due=5.0))
+    urgent = job(model, ["an urgent one"], due=1.0)
+    steps = Steps(queue, {1: lambda: queue.put(urgent)})
+    items = steps.run()
+    assert len(steps.seconds) == 2 and not steps.results  # two layers, then it gave way
+    assert [item.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
+    later = Steps(queue)
+    assert later.run() == [*urgent.items, *items]  # they joined it before layer 2
+    assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
+
+
+def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
+    queue = WorkQueue(100)
+    dropped, stays = job(model, TEXTS[:2], layer_s=SHARE), job(model, TEXTS[2:], layer_s=SHARE)
+    queue.put(dropped)
+    queue.put(stays)
+    steps = Steps(queue, {1: lambda: queue.drop(dropped)})
+    steps.run()
+    assert steps.results.keys() == set(stays.items) and len(queue) == 0
+
+
+def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = WorkQueue(100)
+    queue.put(job(model))
+    calls = []
+
+    def through(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        assert model.through is not None
+        model.through(*arguments)
+
+    broken = SimpleNamespace(
+        through=through, tokenizer=model.tokenizer, manifest=model.manifest, deepest_exit=model.deepest_exit,
+        segments=model.segments,
+    )  # fmt: skip
+    items = queue.next()
+    for item in items:
+        monkeypatch.setattr(item.job, "served", SimpleNamespace(**{**vars(item.job.served), "model": broken}))
+    failed = run_group(items, queue, 1, lambda _: None, lambda _: None)
+    assert failed == items and len(calls) == 3
+    results: dict[Item, Result] = {}
+    for item in failed:
+        outcome = run(item, queue)
+        assert outcome is not None and not item.can_share
+        results[item] = outcome
+    assert answers(results) == alone(model, TEXTS)
