@@ -28,7 +28,7 @@ from model_store.graph_reader import network_of, read_segment
 from model_store.manifest import Head as StockHead
 from model_store.manifest import Manifest
 from model_store.model import Model
-from model_store.segments import ForwardPass, session_options
+from model_store.segments import ForwardPass, NativeSegment, session_options
 from model_store.store import Store, StoreError
 from model_store.tokenizer import TextTokenizer
 from native import NoKernelsError
@@ -488,6 +488,18 @@ def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.Monke
     assert Model(artifact).runtime == "onnxruntime"
     with pytest.raises(StoreError, match="differ from ONNX Runtime"):
         Model(artifact, "native")
+
+
+def test_kernels_whose_hidden_states_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = NativeSegment.run
+
+    def grown(segment: NativeSegment, hidden: Any, with_exit: bool) -> Any:
+        step = run(segment, hidden, with_exit)
+        return replace(step, hidden=step.hidden * 1.2) if segment.layer == 2 else step
+
+    monkeypatch.setattr(NativeSegment, "run", grown)
+    with pytest.raises(StoreError, match="layer 2: the kernels' hidden states differ from ONNX Runtime"):
+        Model(Store(store).open("tiny-int8"), "native")
 
 
 def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
