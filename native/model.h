@@ -68,6 +68,7 @@ typedef struct {
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
     Norm norm;                     /* of the embeddings */
     int8_t *tiles;                 /* of all layers, in the order in which they run */
+    void *memory;                  /* that the tiles are in */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */

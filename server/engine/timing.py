@@ -17,7 +17,7 @@ from model_store.tokenizer import PIECE, max_chars
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # tokens around a text
-GROUPED, GROUPED_TOKENS = 8, 24  # texts, and their tokens, that show what a group saves
+GROUPED, GROUPED_TOKENS = 8, 8  # texts, and their tokens, that show what a group saves
 CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
 # What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
 # looks at, which fall into single letters, and of which it tries each part.
@@ -28,7 +28,7 @@ class Timing:
     """Seconds to the first exit and through every layer, by number of tokens.
 
     Attributes:
-        weights_share: the share of a short text's time that a group saves, as its weights come from memory once.
+        weights_share: the share of a very short text's time that a group saves, as weights come from memory once.
     """
 
     def __init__(self, model: Model, check: Callable[[], None] = lambda: None, runs: int = RUNS) -> None:

@@ -22,8 +22,8 @@ from server.settings import ExitOptions
 
 # The engine looks at the queue at least so often, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004
-# A model whose weights take at least this share of a text's time runs in groups of more than one step.
-LARGE = 0.04
+# A model runs in groups of more than one step if these save at least this share of a very short text's time.
+LARGE = 0.2
 # From the last layer to the response's first byte: of a request, and more for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
