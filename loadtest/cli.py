@@ -459,6 +459,12 @@ def compare(
         list[str] | None,
         typer.Option(help="A peer, such as fused_app; repeat for more. Default: all.", show_default=False),
     ] = None,
+    tau: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0, max=1, help="A τ of ours, besides the default and 0; repeat for more.", show_default=False
+        ),
+    ] = None,
     text_column: options.TextColumn = "sentence",
     label_column: options.LabelColumn = "label",
     label_names: options.LabelNames = "",
@@ -484,6 +490,7 @@ def compare(
         known = sorted({server.script for server in others})
         raise ValueError(f"--peer {min(unknown)}: there are {', '.join(known)}; some need --stock")
     servers = [ours(store, model), ours(store, model, tau=0.0)]
+    servers += [ours(store, model, tau=value) for value in tau or ()]
     servers += [ours(store, model, "onnxruntime"), ours(store, model, "onnxruntime", tau=0.0)]
     servers += [server for server in others if not peer or server.script in peer]
     comparison = Comparison(servers, samples, out, seconds, rounds, port)

@@ -229,17 +229,19 @@ class Comparison:
 
     def _ratios(self, best: Server) -> dict[str, str]:
         """Ours against the peers: the median of the rounds' ratios, and their range."""
-        ours, full, ratios = self.servers[0].name, self.servers[1].name, {}
+        ours, ratios = self.servers[0].name, {}
         rows = self.results["saturation"]
         for peer in self._peers():
             pairs = zip(rows[ours], rows[peer.name], strict=True)
             ratios[f"throughput, {ours} / {peer.name}"] = report.spread(
                 [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
             )
-        pairs = zip(rows[full], rows[best.name], strict=True)
-        ratios[f"throughput, {full} / {best.name}"] = report.spread(
-            [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
-        )
+        for name in rows:
+            if name.startswith("de3") and name != ours:
+                pairs = zip(rows[name], rows[best.name], strict=True)
+                ratios[f"throughput, {name} / {best.name}"] = report.spread(
+                    [a["answers_per_s"] / b["answers_per_s"] for a, b in pairs]
+                )
         for what, group in (("latency", "all"), ("mixed", "short"), ("mixed", "long")):
             servers = self.results[what]["servers"]
             for q in ("p50", "p99"):

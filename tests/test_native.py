@@ -490,7 +490,9 @@ def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.Monke
         Model(artifact, "native")
 
 
-def test_kernels_whose_hidden_states_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_whose_hidden_states_differ_are_not_used(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = NativeSegment.run
 
     def grown(segment: NativeSegment, hidden: Any, with_exit: bool) -> Any:
