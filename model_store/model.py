@@ -7,10 +7,12 @@ import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
+from exits.signals import Entropy
 from model_store.graph_check import GraphError, read_graph
 from model_store.graph_reader import Read, network_of, read_segment
 from model_store.segments import (
     Array,
+    ForwardPass,
     NativeSegment,
     OnnxSegment,
     Segment,
@@ -26,7 +28,8 @@ from native import NoKernelsError
 from native.network import Network, build
 
 log = logging.getLogger("de3")
-MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's values
+MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's logits, or distances
+MAX_STATES_DIFFERENCE = 0.2  # of the deviation of a layer's states: of a token's on average
 SLOWER = 1.8  # ONNX Runtime's time for an SST-2 sentence by the kernels' (docs/performance.md)
 MIN_SPREAD = 0.2  # of logits and distances, where a layer says much the same of all texts
 PROOF = (
@@ -114,16 +117,17 @@ class Model:
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
             for layer in range(manifest.num_layers + 1)
         ]
-        self._prove(artifact, native)
+        through = Through(kernels, model, manifest, prototypes)
+        self._prove(artifact, native, through)
         self.instructions = kernels.supported()
-        return native, Through(kernels, model, manifest, prototypes)
+        return native, through
 
-    def _prove(self, artifact: Artifact, native: Sequence[Segment]) -> None:
+    def _prove(self, artifact: Artifact, native: Sequence[Segment], through: Through) -> None:
         """Compare the kernels with ONNX Runtime on PROOF, the last of it as long as the model takes.
 
         Each layer runs on what ONNX Runtime gave for the one before, as rounding errors add up over the layers. Raises
-        NoKernelsError if a layer differs by more than rounding can explain: both quantize activations, so that a
-        rounding error can become a step of one in 255.
+        NoKernelsError if a token's states differ by more than rounding can explain: both quantize activations, so that
+        a rounding error can become a step of one in 255. In a group, texts must be what they are alone, bit for bit.
         """
         longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
         texts = [*PROOF, (longest * (1 + self.manifest.max_tokens // 60), None)]
@@ -142,7 +146,7 @@ class Model:
                     b = segment.run(theirs[layer - 1].hidden, True) if layer else segment.embed(tokens, True)
                 except ValueError as error:
                     raise NoKernelsError(str(error)) from None
-                if not np.abs(a.hidden - b.hidden).mean() <= MAX_NATIVE_DIFFERENCE * a.hidden.std():
+                if not np.abs(a.hidden - b.hidden).mean(-1).max() <= MAX_STATES_DIFFERENCE * a.hidden.std():
                     raise NoKernelsError(
                         f"layer {layer}: the kernels' hidden states differ from ONNX Runtime's"
                     )
@@ -159,6 +163,19 @@ class Model:
             spread = max(float(np.ptp(theirs_)), MIN_SPREAD)
             if not np.abs(theirs_ - ours_).max() <= MAX_NATIVE_DIFFERENCE * spread:
                 raise NoKernelsError(f"layer {layer}: the kernels' {name} differ from ONNX Runtime's")
+        self._prove_group([self.tokenize(text, pair) for text, pair in texts], native, through)
+
+    def _prove_group(self, tokens: Sequence[Tokens], native: Sequence[Segment], through: Through) -> None:
+        """Raise NoKernelsError unless texts that run together, in two parts, give what they give alone."""
+        passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
+        for _ in range(2):
+            self._check()
+            through(passes, layers=self.manifest.num_layers // 2 + 1)
+        for one in passes:
+            for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
+                same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
+                if not same or one.exit_layer != self.manifest.num_layers:
+                    raise NoKernelsError(f"layer {layer}: the kernels give other values for texts in a group")
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.

@@ -39,7 +39,6 @@ def job(
         predict=lambda *_: next(full),
         predict_first_exit=lambda *_: next(first),
         layer_s=lambda _: layer_s,
-        weights_share=0.0,
         piece_s=0.0,
     )
     if model is None:

@@ -72,7 +72,7 @@ def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> N
     queue.put(job(model))
     steps = Steps(queue)
     steps.run()
-    assert len(steps.seconds) == model.manifest.num_layers + 1 and not steps.alone
+    assert len(steps.seconds) == 1 + model.manifest.num_layers and not steps.alone
     assert answers(steps.results) == alone(model, TEXTS)
 
 
@@ -81,7 +81,7 @@ def test_what_fits_runs_in_one_step(model: Model) -> None:
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
     steps = Steps(queue)
     steps.run()
-    assert len(steps.seconds) == 1 and answers(steps.results) == alone(model, TEXTS)
+    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one to tokenize
 
 
 def test_a_group_gives_way_to_an_urgent_text_and_joins_it(model: Model) -> None:
@@ -90,7 +90,7 @@ def test_a_group_gives_way_to_an_urgent_text_and_joins_it(model: Model) -> None:
     urgent = job(model, ["an urgent one"], due=1.0)
     steps = Steps(queue, {1: lambda: queue.put(urgent)})
     items = steps.run()
-    assert len(steps.seconds) == 2 and not steps.results  # two layers, then it gave way
+    assert len(steps.seconds) == 2 and not steps.results  # tokenized, a layer run, then it gave way
     assert [item.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # they joined it before layer 2
@@ -102,7 +102,7 @@ def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
     dropped, stays = job(model, TEXTS[:2], layer_s=SHARE), job(model, TEXTS[2:], layer_s=SHARE)
     queue.put(dropped)
     queue.put(stays)
-    steps = Steps(queue, {1: lambda: queue.drop(dropped)})
+    steps = Steps(queue, {2: lambda: queue.drop(dropped)})
     steps.run()
     assert steps.results.keys() == set(stays.items) and len(queue) == 0
 

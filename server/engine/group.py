@@ -27,37 +27,36 @@ def run_group(
 ) -> list[Item]:
     """Run items of one model, before the same layer, until each has left, was dropped, or was preempted and requeued.
 
-    Calls `occupy(seconds)` before each step, and `finish` with the results as they come. Those that join are added to
-    `items`. Returns those that have to run alone, from the start, as their group failed.
+    Calls `occupy(seconds)` before each stretch that cannot be preempted, and `finish` with the results as they come.
+    Those that join are added to `items`. Returns those that have to run alone, from the start, as their group failed.
     """
-    group = list(items)
+    group = list(items)  # those that are neither finished nor requeued
     try:
         if group[0].layer == 0:
-            group = _begin(group, queue, finish)
+            occupy(MAX_STEP_S)
+            _begin(group, queue, finish)
         while group:
-            group = _step(group, queue, occupy, finish)
+            _step(group, queue, occupy, finish)
             if group:
-                joined = list(group)
-                queue.join(joined, threads)
-                items += joined[len(group) :]
-                group = joined
+                before = len(group)
+                queue.join(group, threads)
+                items += group[before:]
     except BaseException:  # one of them; which one shows when each runs alone
         log.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
-        return group
-    return []
+    return group
 
 
 def _begin(
-    items: list[Item], queue: WorkQueue, finish: Callable[[Sequence[tuple[Item, Result]]], None]
-) -> list[Item]:
-    """Tokenize items; the group that remains. Those that turn out to be too long for it are requeued, to run alone."""
+    group: list[Item], queue: WorkQueue, finish: Callable[[Sequence[tuple[Item, Result]]], None]
+) -> None:
+    """Tokenize a group. Items that turn out to be too long for it leave it and are requeued, to run alone."""
     started = perf_counter()
-    served = items[0].job.served
+    items, served = list(group), group[0].job.served
     model, monitor = served.model, items[0].job.monitor
     encodings = model.tokenizer.encode([(item.text.text, item.text.text_pair) for item in items])
-    group: list[Item] = []
+    ready: list[Item] = []
     too_long: list[Item] = []
     failed: list[tuple[Item, Result]] = []
     seconds = 0.0
@@ -73,27 +72,27 @@ def _begin(
         except ValueError as error:
             failed.append((item, too_long_error(item, error)))
             continue
-        seconds += served.timing.layer_s(len(tokens))
-        if group and seconds > OVERRUN * MAX_STEP_S:
+        layer_s = served.timing.layer_s(len(tokens))
+        if ready and seconds + layer_s > OVERRUN * MAX_STEP_S:
             too_long.append(item)
             continue
+        seconds += layer_s
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
         thresholds = rule.thresholds.table if rule.thresholds is not None else None
-        item.tokens, item.num_tokens = tokens, len(tokens)
+        item.tokens, item.num_tokens, item.group_s = tokens, len(tokens), served.group_s(len(tokens))
         item.forward = ForwardPass(
             tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, thresholds
         )
-        group.append(item)
+        ready.append(item)
     spent = (perf_counter() - started) / len(items)
     for item in items:  # those that fail or do not run have cost it, too
         item.tokenize_s = spent
         queue.charge(item.job, spent)
-    if failed:
-        finish(failed)
-    for item in too_long:  # last: from here on another thread may run them
+    for item in too_long:
         item.is_short = False
-        queue.requeue(item)
-    return group
+    group[:] = ready
+    finish(failed)
+    queue.requeue(*too_long)
 
 
 def _step(
@@ -101,31 +100,33 @@ def _step(
     queue: WorkQueue,
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
-) -> list[Item]:
-    """Run as many layers as fit into a step; the group that remains."""
-    served, monitor = group[0].job.served, group[0].job.monitor
-    through = served.model.through
+) -> None:
+    """Run as many layers as fit into a step. Items that have left, were dropped or preempted leave the group."""
+    items, served, monitor = list(group), group[0].job.served, group[0].job.monitor
+    through, first = served.model.through, group[0].layer
     assert through is not None
-    passes = [item.forward for item in group if item.forward is not None]
+    passes = [item.forward for item in items if item.forward is not None]
     layer_s = sum(served.timing.layer_s(len(p.tokens)) for p in passes)
-    most = served.model.manifest.num_layers + 1 - group[0].layer
-    layers = min(most, max(1, int(MAX_STEP_S / layer_s))) if layer_s > 0 else most
+    layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else served.model.manifest.num_layers
     occupy(layer_s * layers)
-    through(passes, monitor.limits if monitor else None, layers)
-    spent = [one.seconds - item.model_s for item, one in zip(group, passes, strict=True)]
-    for item, one in zip(group, passes, strict=True):
-        item.model_s, item.layer = one.seconds, one.layer
-    left = {item: _outcome(item, one) for item, one in zip(group, passes, strict=True) if one.exit_layer >= 0}
-    finish(list(left.items()))
-    staying = []
-    for item, seconds in zip(group, spent, strict=True):
-        if item in left or item.job.is_dropped:
-            queue.charge(item.job, seconds)
-        elif queue.has_more_urgent_than(item, seconds):
-            queue.requeue(item)
-        else:
-            staying.append(item)
-    return staying
+    # The embeddings take next to no time.
+    through(passes, monitor.limits if monitor else None, layers + (first == 0))
+    left: list[tuple[Item, Result]] = []
+    for item, one in zip(items, passes, strict=True):
+        spent, item.model_s, item.layer = one.seconds - item.model_s, one.seconds, one.layer
+        queue.charge(item.job, spent)
+        if one.exit_layer >= 0:
+            left.append((item, _outcome(item, one)))
+    group[:] = [item for item in items if item.forward is not None and item.forward.exit_layer < 0]
+    finish(left)
+    for item in items:
+        if item.job.is_dropped or item not in group:
+            item.forward = None  # its hidden states
+    group[:] = [item for item in group if item.forward is not None]
+    # All have been charged: else the first of a client's texts would stay, and the others go.
+    preempted = [item for item in group if queue.has_more_urgent_than(item)]
+    group[:] = [item for item in group if item not in preempted]
+    queue.requeue(*preempted)
 
 
 def _outcome(item: Item, one: ForwardPass) -> Outcome:

@@ -86,16 +86,17 @@ class WorkQueue:
                 self._add(item)
             self._changed.notify(len(job.items))
 
-    def requeue(self, item: Item) -> None:
-        """Enqueue a preempted item again. It was accepted, so the limit does not apply."""
+    def requeue(self, *items: Item) -> None:
+        """Enqueue preempted items again, all at once. They were accepted, so the limit does not apply."""
         with self._changed:
-            if item.job.is_dropped or (item.job.is_shadow and self._closed):
-                return
-            if item.job.is_shadow:
-                self._shadows.appendleft(item)
-            else:
-                self._add(item)
-            self._changed.notify()
+            for item in items:
+                if item.job.is_dropped or (item.job.is_shadow and self._closed):
+                    continue
+                if item.job.is_shadow:
+                    self._shadows.appendleft(item)
+                else:
+                    self._add(item)
+            self._changed.notify(len(items))
 
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; an empty list once the queue is closed and empty.

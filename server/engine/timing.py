@@ -8,16 +8,13 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter, thread_time
 
-from exits.signals import Entropy
 from exits.windows import capacity, spans
 from model_store.model import Model
-from model_store.segments import ForwardPass, Tokens
 from model_store.tokenizer import PIECE, max_chars
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # tokens around a text
-GROUPED, GROUPED_TOKENS = 8, 8  # texts, and their tokens, that show what a group saves
 CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
 # What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
 # looks at, which fall into single letters, and of which it tries each part.
@@ -25,11 +22,7 @@ PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 
 
 
 class Timing:
-    """Seconds to the first exit and through every layer, by number of tokens.
-
-    Attributes:
-        weights_share: the share of a very short text's time that a group saves, as weights come from memory once.
-    """
+    """Seconds to the first exit and through every layer, by number of tokens."""
 
     def __init__(self, model: Model, check: Callable[[], None] = lambda: None, runs: int = RUNS) -> None:
         """Measure; also serves as warm-up: every layer runs on short texts and on the longest.
@@ -42,7 +35,6 @@ class Timing:
         self._first_exit = model.manifest.exit_layers[0]
         self._layers = model.manifest.num_layers - self._first_exit  # those after it
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
-        self.weights_share = _weights_share(model, check, runs)
         self._first: list[float] = []
         self._full: list[float] = []
         for length in self._lengths:
@@ -60,7 +52,10 @@ class Timing:
 
     def layer_s(self, tokens: int) -> float:
         """Seconds of one layer."""
-        return (self.full_depth_s(tokens) - self.first_exit_s(tokens)) / max(1, self._layers)
+        full = self.full_depth_s(tokens)
+        if not self._layers:  # the last exit is the first one, too
+            return full / self._first_exit
+        return (full - self.first_exit_s(tokens)) / self._layers
 
     def speedup(self, tokens: int, layer: int) -> float:
         """Time through every layer / time to this layer's exit."""
@@ -73,7 +68,7 @@ class Timing:
         A long text is assumed to be tokenized at the slowest rate. For short ones that would be far too much,
         and they run in groups.
         """
-        tokens = _tokens(chars)
+        tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:
             room = self._most - SPECIAL
             parts = spans(min(tokens - SPECIAL, capacity(room, windows)), room)
@@ -81,10 +76,6 @@ class Timing:
         else:
             seconds = self.full_depth_s(tokens)
         return seconds + (self._tokenizer_s(chars, windows) if chars > PIECE else self._plain_s * chars)
-
-    def predict_layer(self, chars: int) -> float:
-        """Seconds of a layer for a text of so many characters."""
-        return self.layer_s(_tokens(chars))
 
     @property
     def piece_s(self) -> float:
@@ -94,7 +85,7 @@ class Timing:
     def predict_first_exit(self, chars: int, windows: int = 1) -> float:
         """Seconds for a text of so many characters to the first exit, in its first window if it has several, tokenized
         at the slowest rate."""
-        return self.first_exit_s(_tokens(chars)) + self._tokenizer_s(chars, windows)
+        return self.first_exit_s(tokens_of(chars)) + self._tokenizer_s(chars, windows)
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:
         return self._char_s * min(chars, max_chars(self._most, windows))  # what is cut off costs nothing
@@ -108,7 +99,8 @@ class Timing:
         return y[right - 1] + share * (y[right] - y[right - 1])
 
 
-def _tokens(chars: int) -> int:
+def tokens_of(chars: int) -> int:
+    """The tokens that a text of so many characters is likely to have."""
     return SPECIAL + chars // CHARS_PER_TOKEN
 
 
@@ -141,28 +133,6 @@ def _run(model: Model, text: str, check: Callable[[], None]) -> tuple[float, flo
         if segment.layer == model.manifest.exit_layers[0]:
             first = _since(started)
     return first, _since(started)
-
-
-def _weights_share(model: Model, check: Callable[[], None], runs: int) -> float:
-    if model.through is None:
-        return 0.0
-    text = model.tokenize("a " * (GROUPED_TOKENS - SPECIAL))
-    alone, together = [], []
-    for _ in range(runs):
-        check()
-        times = []
-        for parts in (GROUPED, 1):
-            started = _now()
-            for _ in range(parts):
-                model.through([_full_depth(model, text) for _ in range(GROUPED // parts)])
-            times.append(_since(started))
-        alone.append(times[0])
-        together.append(times[1])
-    return max(0.0, 1 - median(together) / median(alone))
-
-
-def _full_depth(model: Model, tokens: Tokens) -> ForwardPass:
-    return ForwardPass(tokens, 0.0, Entropy(), model.manifest.num_layers, False)
 
 
 def _now() -> tuple[float, float]:

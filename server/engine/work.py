@@ -15,15 +15,15 @@ from model_store.manifest import Manifest
 from model_store.model import Model
 from model_store.segments import Array, ForwardPass, Tokens
 from model_store.tokenizer import PIECE, Tokenization, Windows
-from server.engine.timing import Timing
+from server.engine.timing import Timing, tokens_of
 from server.ood import OodMonitor
 from server.rules import Choice, Rules
 from server.settings import ExitOptions
 
 # The engine looks at the queue at least so often, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004
-# A model runs in groups of more than one step if these save at least this share of a very short text's time.
-LARGE = 0.2
+# A model is fast if it runs so many texts of so many tokens through all layers in a step.
+FAST, FAST_TOKENS = 4, 32
 # From the last layer to the response's first byte: of a request, and more for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
@@ -93,14 +93,14 @@ class Served:
     rules: Rules
     monitor: OodMonitor
 
-    def group_s(self, chars: int) -> float:
-        """What a text of so many characters takes of MAX_STEP_S in a group.
+    def group_s(self, tokens: int) -> float:
+        """What a text of so many tokens takes of MAX_STEP_S in a group.
 
-        A group saves a small model thread switches, and the first of it waits for the last: all layers have to fit
-        into a step. It saves a large one trips to memory: a layer has to.
+        The first text of a group waits for the last, so all layers of a fast model's group have to fit into a step.
+        Of others, which would never share anything then, a layer has to.
         """
-        large = self.timing.weights_share >= LARGE
-        return self.timing.predict_layer(chars) if large else self.timing.predict(chars)
+        is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
+        return self.timing.full_depth_s(tokens) if is_fast else self.timing.layer_s(tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +216,7 @@ class Item:
         """Begin again, after a group that failed, to run alone."""
         self.layer, self.forward, self.is_short, self.tokens = 0, None, False, None
         self.num_tokens, self.tokenize_s, self.model_s, self.passed = 0, 0.0, 0.0, []
+        self.rule, self.is_far = self.job.choice.rule, False
 
     def split(self, windows: Windows) -> None:
         """Run in several windows, the first of them next; no group takes such a text."""
@@ -295,7 +296,7 @@ class Job:
             due += predicted_s
             item = Item(self, index, text, predicted_s, due)
             if self.can_share:
-                item.group_s = self.served.group_s(text.chars)
+                item.group_s = self.served.group_s(tokens_of(text.chars))
             if budget_s is not None:
                 item.first_exit_s = timing.predict_first_exit(text.chars, request.windows)
             self.items.append(item)
