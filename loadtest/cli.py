@@ -395,11 +395,14 @@ def peer(
 def _models_of_peers(artifact: "Artifact", texts: list[str], out: Path) -> tuple[Path, Path, Path]:
     """Write what peers are made of into `out`: the full-depth graph in int8 and fp32, and texts to quantize with."""
     from export.full_depth import export_full_depth
+    from loadtest.servers import fingerprint
 
     out.mkdir(parents=True, exist_ok=True)
     graphs = []
     for quantize in ("int8", "none"):
-        graphs.append(out / f"full-depth-{artifact.full_name.replace(':', '-')}-{quantize}")
+        # Another model of the same name and version has another manifest, with the hashes of its files.
+        name = f"{artifact.full_name.replace(':', '-')}-{fingerprint(artifact.path / 'manifest.json')}"
+        graphs.append(out / f"full-depth-{name}-{quantize}")
         if not graphs[-1].exists():
             export_full_depth(artifact.path, graphs[-1], quantize == "int8")
     calibration = out / "calibration.json"

@@ -1,5 +1,6 @@
 """The compared servers: ours and its peers, each started by one command in its own environment."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -102,6 +103,12 @@ def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
     return Server(name, command, script=script, **fields)
 
 
+def fingerprint(file: Path) -> str:
+    """The beginning of a file's hash: what was converted from it is kept under this name."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:8]
+
+
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
     """The engines in a minimal app of ours, int8 and bf16; they can also be measured without HTTP.
 
@@ -117,7 +124,9 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
         peer("OpenVINO, bf16", "openvino_app", str(fp32), "--precision", "bf16"),
     ]
     if stock is not None:
-        arguments = [str(stock), "--converted", str(calibration.parent / f"ctranslate2-{stock.name}")]
+        weights = max(stock.iterdir(), key=lambda file: file.stat().st_size)
+        converted = calibration.parent / f"ctranslate2-{stock.name}-{fingerprint(weights)}"
+        arguments = [str(stock), "--converted", str(converted)]
         servers.append(
             peer(
                 "CTranslate2, int8",

@@ -30,7 +30,6 @@ from native.network import Network, build
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's logits, or distances
 MAX_STATES_DIFFERENCE = 0.2  # of the deviation of a layer's states: of a token's on average
-SLOWER = 1.8  # ONNX Runtime's time for an SST-2 sentence by the kernels' (docs/performance.md)
 MIN_SPREAD = 0.2  # of logits and distances, where a layer says much the same of all texts
 PROOF = (
     ("a", None),
@@ -93,8 +92,8 @@ class Model:
             self.why_not_native = str(error) if weights else ""
             if weights:
                 log.warning(
-                    "%s: ONNX Runtime runs it: %s; texts take about %g times as long as with the kernels",
-                    *(self.full_name, error, SLOWER),
+                    "%s: ONNX Runtime runs it: %s; texts take up to twice as long as with the kernels",
+                    *(self.full_name, error),
                 )
             else:
                 log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)

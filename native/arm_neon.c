@@ -66,7 +66,7 @@ static inline float32x4_t gelu4(float32x4_t x) {
     return vfmaq_f32(half, half, erf);
 }
 
-/* Four sums that do not wait for each other, as one number. */
+/* Four independent sums, as one number. */
 static inline float sum_of(const float32x4_t *v) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3])));
 }
@@ -181,7 +181,7 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
 #pragma GCC target("+dotprod")
 #endif
 
-/* A block of rows by 16 outputs, 16 inputs at a time. With 4 rows there are 16 sums that do not wait for each other;
+/* A block of rows by 16 outputs, 16 inputs at a time. With 4 rows there are 16 independent sums;
  * each number of rows has a loop of its own, so that no row is wasted. */
 enum { DOTPROD_ROWS = 4 };
 
@@ -229,7 +229,7 @@ static void product_dotprod(const Product *p) {
     }
 }
 
-/* 16 multiply-adds by 16 sums that do not wait for each other. */
+/* 16 multiply-adds by 16 independent sums. */
 static double multiply_adds_dotprod(void) {
     enum { TIMES = 4000 };
     int32x4_t sum[16];
@@ -332,7 +332,7 @@ static void product_i8mm(const Product *p) {
     }
 }
 
-/* 32 multiply-adds by 16 sums that do not wait for each other. */
+/* 32 multiply-adds by 16 independent sums. */
 static double multiply_adds_i8mm(void) {
     enum { TIMES = 4000 };
     int32x4_t sum[16];
@@ -394,7 +394,7 @@ static void mix(const float *scores, int wide, const float *v, int stride, int t
             vst1q_f32(to + (size_t)r * hidden + 4 * c, vmulq_n_f32(s[r][c], inverse[r]));
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the first cache; past the end zeros. */
+/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the L1 cache; past the end zeros. */
 static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
     for (int t0 = 0; t0 < wide; t0 += 16)
         for (int d = 0; d < width; d++) {

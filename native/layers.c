@@ -65,7 +65,7 @@ static void multiply(const Model *m, const Linear *w, const float *x, Texts text
 }
 
 /* Rows that pass from one product to the next together: enough for the weights to cost little, few enough for what is
- * between two products to stay in the second cache. */
+ * between two products to stay in the L2 cache. */
 enum { BLOCK = 64 };
 
 /* What a block needs, carved out of scratch. */

@@ -284,7 +284,7 @@ static void product_avx2(const Product *p) {
     }
 }
 
-/* 16 multiply-adds by 12 sums that do not wait for each other, as the product does them. */
+/* 16 multiply-adds by 12 independent sums, as the product does them. */
 static double multiply_adds_avx2(void) {
     enum { TIMES = 4000, SUMS = 12 };
     __m256i sum[SUMS], x = _mm256_set1_epi16(1);
@@ -348,7 +348,7 @@ static void mix(const float *scores, int wide, const float *v, int stride, int t
         }
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the first cache; past the end zeros. */
+/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the L1 cache; past the end zeros. */
 static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
     for (int t0 = 0; t0 < wide; t0 += 8)
         for (int d = 0; d < width; d++) {

@@ -9,7 +9,7 @@ static const char *why_not(void) { return "needs Linux on x86-64"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
-#warning "This compiler does not know AMX: no kernels for x86-64, ONNX Runtime runs every model, 1.5 times slower."
+#warning "This compiler does not know AMX: no AVX-512 kernels; others, or ONNX Runtime, run slower."
 static const char *why_not(void) { return "needs a build with gcc 11, clang 12 or newer"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
@@ -122,7 +122,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* NaN counts only if there is nothing else. */
 static Range range(const float *x, size_t count) {
-    __m512 low[4], high[4]; /* that do not wait for each other */
+    __m512 low[4], high[4]; /* independent chains */
     for (int c = 0; c < 4; c++) {
         low[c] = _mm512_set1_ps(INFINITY);
         high[c] = _mm512_set1_ps(-INFINITY);
@@ -529,7 +529,7 @@ static float dot(const float *a, const float *b, int count) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* 4·16 multiply-adds by 16 sums that do not wait for each other. */
+/* 4·16 multiply-adds by 16 independent sums. */
 static double multiply_adds_vnni(void) {
     enum { TIMES = 4000 };
     __m512i sum[16], x = _mm512_set1_epi8(1);

@@ -109,7 +109,7 @@ class Settings(BaseModel):
         0,
         ge=0,
         le=1024,
-        description="Engine threads, each of which runs one text at a time; 0: one per core.",
+        description="Engine threads, each of which runs a text, or a group of short ones; 0: one per core.",
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",

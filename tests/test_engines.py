@@ -169,8 +169,13 @@ def test_a_core_is_left_again() -> None:
 def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
     paths = (tmp_path / "int8", tmp_path / "fp32", tmp_path / "out" / "calibration.json")
     assert {server.script for server in lean_peers(*paths, None)} == {"fused_app", "openvino_app"}
-    (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
-    assert str(tmp_path / "out" / "ctranslate2-bert") in converted.command
+    (tmp_path / "bert").mkdir()
+    folders = []
+    for weights in (b"one model", b"another one"):  # of the same name: it does not run in the other's place
+        (tmp_path / "bert" / "model.safetensors").write_bytes(weights)
+        (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
+        folders += [part for part in converted.command if "ctranslate2-bert-" in part]
+    assert len(set(folders)) == 2
     assert converted.conversion[-1] == "--convert"
 
 
