@@ -97,6 +97,18 @@ def test_a_group_gives_way_to_an_urgent_text_and_joins_it(model: Model) -> None:
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
 
 
+def test_a_text_that_turned_out_longer_than_a_step_goes_on_as_it_began(model: Model) -> None:
+    queue = WorkQueue(100)
+    queue.put(long := job(model, ["good"], due=5.0))
+    long.served.group_s = lambda _: 2 * MAX_STEP_S  # once it is tokenized
+    steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
+    (item,) = steps.run()
+    assert item.layer == 2 and len(queue) == 2
+    Steps(queue).run()
+    rest = Steps(queue)
+    assert rest.run() == [item] and answers(rest.results) == alone(model, ["good"])
+
+
 def test_dropped_texts_leave_between_two_steps(model: Model) -> None:
     queue = WorkQueue(100)
     dropped, stays = job(model, TEXTS[:2], layer_s=SHARE), job(model, TEXTS[2:], layer_s=SHARE)

@@ -130,14 +130,9 @@ class WorkQueue:
             item = heap[0][2]
             left -= item.group_s
             # In a group each waits for all: a short text does not wait for long ones.
-            if (
-                left < 0
-                or item.group_s > MAX_STRETCH * first.group_s
-                or item.layer != first.layer
-                or item.job.model is not first.job.model
-            ):
-                break
-            if not item.can_share:
+            fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
+            is_alike = item.layer == first.layer and item.job.model is first.job.model
+            if not (fits and is_alike and item.can_share):
                 break
             items.append(self._take(heap))
 

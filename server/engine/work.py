@@ -204,8 +204,9 @@ class Item:
 
     @property
     def can_share(self) -> bool:
-        """Whether it may run in a group."""
-        return self.is_short and self.job.can_share and self.group_s <= MAX_STEP_S
+        """Whether it may run in a group; what has begun in one goes on in one."""
+        fits = self.group_s <= MAX_STEP_S or self.forward is not None
+        return self.is_short and self.job.can_share and fits
 
     @property
     def has_answer(self) -> bool:
