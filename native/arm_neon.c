@@ -1,7 +1,7 @@
 /* The int8 products of Arm, i8mm (SMMLA) and dotprod (SDOT), and NEON, for Linux on aarch64.
  *
  * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. An
- * activation becomes int8 by a flipped bit, x − MIDDLE, so that no sum has Linear.middle too much.
+ * activation becomes int8 by a flipped bit, x − MIDDLE, so that a sum has MIDDLE times Linear.sums less.
  */
 #include "kernels.h"
 
@@ -111,14 +111,16 @@ static Range range(const float *x, size_t count) {
     return (Range){vminnmvq_f32(low[0]), vmaxnmvq_f32(high[0])};
 }
 
-/* 4 steps from the center as int16, saturated; NaN: less than any int8. */
-static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse) {
+/* 4 values as int16, saturated, without MIDDLE; NaN: less than any int8. */
+static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse, int moved) {
     float32x4_t steps = vmulq_n_f32(vsubq_f32(vld1q_f32(x), center), inverse);
-    return vqmovn_s32(vcvtnq_s32_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1000.0f))));
+    steps = vminnmq_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1e6f)), vdupq_n_f32(1e6f));
+    return vqmovn_s32(vaddq_s32(vcvtnq_s32_f32(steps), vdupq_n_s32(moved)));
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
                      uint8_t *to) {
+    int moved = zero - MIDDLE;
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         float inverse = 1.0f / rows[t].scale;
@@ -127,7 +129,8 @@ static void quantize(const float *x, int tokens, int width, const Quantization *
             int8x8_t half[2];
             for (int c = 0; c < 2; c++) {
                 const float *from = x + i + 8 * c;
-                half[c] = vqmovn_s16(vcombine_s16(steps4(from, center, inverse), steps4(from + 4, center, inverse)));
+                int16x4_t left = steps4(from, center, inverse, moved), right = steps4(from + 4, center, inverse, moved);
+                half[c] = vqmovn_s16(vcombine_s16(left, right));
             }
             uint8x16_t v = vreinterpretq_u8_s8(vcombine_s8(half[0], half[1]));
             vst1q_u8(to + i, veorq_u8(v, vdupq_n_u8(MIDDLE))); /* v + MIDDLE */
@@ -150,11 +153,12 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
     for (int c = 0; c < COLUMNS; c += 4) {
         float32x4_t scale = vld1q_f32(w->scale + column + c), bias = vld1q_f32(w->bias + column + c);
         float32x4_t center = vld1q_f32(w->center + column + c);
+        int32x4_t offset = vmulq_n_s32(vld1q_s32(w->sums + column + c), p->zero - MIDDLE);
         for (int r = 0; r < rows; r++) {
             size_t at = (size_t)(row + r) * w->out + column + c;
             const Quantization *q = &p->rows[row + r];
             float32x4_t shift = vfmaq_n_f32(bias, center, q->center);
-            float32x4_t v = vcvtq_f32_s32(vld1q_s32(sums[r] + c));
+            float32x4_t v = vcvtq_f32_s32(vsubq_s32(vld1q_s32(sums[r] + c), offset));
             v = vfmaq_f32(shift, v, vmulq_n_f32(scale, q->scale));
             if (then == GELU) v = gelu4(v);
             if (then == RELU) v = vmaxnmq_f32(v, vdupq_n_f32(0.0f));

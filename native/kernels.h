@@ -10,7 +10,8 @@
 
 #include "model.h"
 
-/* A float32 value of a row is about scale · (uint8 value − MIDDLE) + center. */
+/* A float32 value of a row is about scale · (uint8 value − zero) + center; zero is that of all rows of a call: MIDDLE, or
+ * what ONNX gives a text whose rows share a scale, with a center of 0. */
 typedef struct {
     float scale, center;
 } Quantization;
@@ -33,6 +34,7 @@ typedef struct {
     const Linear *w;
     const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
     const Quantization *rows; /* of x, (tokens) */
+    int zero;                 /* of x */
     int tokens;
     Then then;
     const float *residual; /* (tokens, w->out), for RESIDUAL */
@@ -83,7 +85,7 @@ typedef struct {
 
     /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 64.
      * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
-    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
                      uint8_t *to);
 
     void (*product)(const Product *p);

@@ -34,11 +34,11 @@ static size_t quantized_size(int tokens, int width) {
 }
 
 /* ONNX's DynamicQuantizeLinear: the range of all values, with 0 in it, onto 0 … 255, and 0 onto a whole number. */
-static Quantization quantization_of_text(Range range) {
+static Quantization quantization_of_text(Range range, int *zero) {
     float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
     float scale = max == min ? 1.0f : (max - min) / 255.0f;
-    float zero = nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
-    return (Quantization){scale, scale * (MIDDLE - zero)};
+    *zero = (int)nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
+    return (Quantization){scale, 0.0f};
 }
 
 /* Texts whose rows follow one another. */
@@ -47,21 +47,29 @@ typedef struct {
     int count, rows;
 } Texts;
 
-/* to = x·W + b and what follows; x is (rows, in). quantized: scratch of quantized_size bytes. */
+/* to = x·W + b and what follows; x is (rows, in). quantized: scratch of quantized_size bytes. Where a text's rows share a
+ * scale and a zero, each text has a product of its own. */
 static void multiply(const Model *m, const Linear *w, const float *x, Texts texts, Then then, const float *residual,
                      char *quantized, float *to) {
     const Kernels *k = kernels;
     Quantization *rows = (Quantization *)quantized;
     uint8_t *bytes = (uint8_t *)quantized + rows_size(texts.rows);
-    if (m->by_token) k->quantize(x, texts.rows, w->in, NULL, rows, bytes);
-    else
-        for (int i = 0, row = 0; i < texts.count; row += texts.tokens[i++]) {
-            const float *first = x + (size_t)row * w->in;
-            Quantization shared = quantization_of_text(k->range(first, (size_t)texts.tokens[i] * w->in));
-            k->quantize(first, texts.tokens[i], w->in, &shared, rows + row, bytes + (size_t)row * w->in);
-        }
-    Product p = {w, bytes, rows, texts.rows, then, residual, to};
-    k->product(&p);
+    if (m->by_token) {
+        k->quantize(x, texts.rows, w->in, NULL, MIDDLE, rows, bytes);
+        Product p = {w, bytes, rows, MIDDLE, texts.rows, then, residual, to};
+        k->product(&p);
+        return;
+    }
+    for (int i = 0; i < texts.count; i++) {
+        int tokens = texts.tokens[i], zero;
+        Quantization shared = quantization_of_text(k->range(x, (size_t)tokens * w->in), &zero);
+        k->quantize(x, tokens, w->in, &shared, zero, rows, bytes);
+        Product p = {w, bytes, rows, zero, tokens, then, residual, to};
+        k->product(&p);
+        x += (size_t)tokens * w->in;
+        to += (size_t)tokens * w->out;
+        if (residual) residual += (size_t)tokens * w->out;
+    }
 }
 
 /* Rows that pass from one product to the next together: enough for the weights to cost little, few enough for what is

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define MAX_LAYERS 100
-enum { MIDDLE = 128 }; /* what a quantized activation of its row's center is */
+enum { MIDDLE = 128 }; /* what a quantized activation of its row's center is, where each row has its own range */
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
 /* x·W + b with W in int8: (in, out), in a multiple of 64, out of 32. */
@@ -20,8 +20,8 @@ typedef struct {
     int8_t *end;     /* of the memory from tiles on that runs next, and is worth a prefetch */
     float *scale;    /* (out) */
     float *bias;     /* (out) */
-    int32_t *middle; /* (out): MIDDLE · the sum of an output's weights, which a product has too much */
-    float *center;   /* (out): scale · that sum of weights: what a center of 1 adds */
+    int32_t *sums;   /* (out): the sum of an output's weights: zero times that a product has too much */
+    float *center;   /* (out): scale · that sum: what a center of 1 adds */
 } Linear;
 
 /* What attention adds to the score of a query and a key, by head and by their distance; values NULL: nothing. */

@@ -144,21 +144,23 @@ static Range range(const float *x, size_t count) {
     return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
-/* 8 steps from the center as int32, saturated to int8; NaN: the least. */
-static inline __m256i steps8(const float *x, __m256 center, __m256 inverse) {
+/* 8 values as int32, without MIDDLE; NaN: less than any int8. */
+static inline __m256i steps8(const float *x, __m256 center, __m256 inverse, __m256i moved) {
     __m256 steps = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x), center), inverse);
-    steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-128.0f)), _mm256_set1_ps(127.0f));
-    return _mm256_cvtps_epi32(steps);
+    steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-1e6f)), _mm256_set1_ps(1e6f));
+    return _mm256_add_epi32(_mm256_cvtps_epi32(steps), moved);
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, Quantization *rows,
+static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
                      uint8_t *to) {
     const __m128i middle = _mm_set1_epi8((char)MIDDLE);
+    const __m256i moved = _mm256_set1_epi32(zero - MIDDLE);
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = shared ? *shared : quantization_of(range(x, width));
         __m256 inverse = _mm256_set1_ps(1.0f / rows[t].scale), center = _mm256_set1_ps(rows[t].center);
         for (int i = 0; i < width; i += 16) {
-            __m256i pairs = _mm256_packs_epi32(steps8(x + i, center, inverse), steps8(x + i + 8, center, inverse));
+            __m256i left = steps8(x + i, center, inverse, moved), right = steps8(x + i + 8, center, inverse, moved);
+            __m256i pairs = _mm256_packs_epi32(left, right); /* saturates */
             pairs = _mm256_permute4x64_epi64(pairs, 0xd8); /* packs works on halves of 128 bits */
             __m128i v = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
             _mm_storeu_si128((__m128i *)(to + i), _mm_xor_si128(v, middle)); /* v + MIDDLE */
@@ -176,11 +178,12 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
     for (int c = 0; c < COLUMNS; c += 8) {
         __m256 scale = _mm256_loadu_ps(w->scale + column + c), bias = _mm256_loadu_ps(w->bias + column + c);
         __m256 center = _mm256_loadu_ps(w->center + column + c);
-        __m256i middle = _mm256_loadu_si256((const __m256i *)(w->middle + column + c));
+        __m256i offset = _mm256_loadu_si256((const __m256i *)(w->sums + column + c));
+        offset = _mm256_mullo_epi32(_mm256_set1_epi32(p->zero), offset);
         for (int r = 0; r < rows; r++) {
             size_t at = (size_t)(row + r) * w->out + column + c;
             const Quantization *q = &p->rows[row + r];
-            __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums[r] + c)), middle);
+            __m256i sum = _mm256_sub_epi32(_mm256_load_si256((const __m256i *)(sums[r] + c)), offset);
             __m256 shift = _mm256_fmadd_ps(_mm256_set1_ps(q->center), center, bias);
             __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(q->scale));
             __m256 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, shift);

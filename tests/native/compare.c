@@ -101,6 +101,7 @@ static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *en
 
 /* Products are sums of int8 products and one rounding, so all but GELU are the same to the last bit. */
 static void compare_product(const Linear *w, int tokens, int level) {
+    int zero = level < 0 ? whole(0, 255) : MIDDLE;
     size_t padded = ROUND_UP(tokens, 16), count = (size_t)tokens * w->out;
     uint8_t *x = memory(padded * w->in);
     for (size_t i = 0; i < padded * w->in; i++) x[i] = (uint8_t)(level < 0 ? whole(0, 255) : level);
@@ -108,7 +109,7 @@ static void compare_product(const Linear *w, int tokens, int level) {
     for (int t = 0; t < tokens; t++) rows[t] = (Quantization){0.02f * (1.0f + 0.5f * normal()), normal()};
     float *residual = normals(count, 1.0f), *expected = memory(count * 4), *found = memory((count + 16) * 4);
     for (Then then = PLAIN; then <= RESIDUAL; then++) {
-        Product p = {w, x, rows, tokens, then, residual, expected};
+        Product p = {w, x, rows, zero, tokens, then, residual, expected};
         reference_kernels.product(&p);
         for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
         p.to = found;
@@ -158,8 +159,8 @@ static void compare_gelu(void) {
     memset(x, MIDDLE, 16 * IN);
     Quantization row = {1.0f, 0.0f};
     for (Then then = GELU; then <= RELU; then++) {
-        reference_kernels.product(&(Product){&w, x, &row, 1, then, NULL, expected});
-        ours->product(&(Product){&w, x, &row, 1, then, NULL, found});
+        reference_kernels.product(&(Product){&w, x, &row, MIDDLE, 1, then, NULL, expected});
+        ours->product(&(Product){&w, x, &row, MIDDLE, 1, then, NULL, found});
         check(is_same(found[0], expected[0]) && is_same(found[1], expected[1]), "infinite activation", then, 0, 0);
         check(fabsf(found[2] / 1e30f - 1.0f) < 1e-6f, "large activation", then, 0, 0);
         for (int i = 3; i < OUT; i++) check(fabsf(found[i] - expected[i]) <= 1e-6f, "activation", then, i, 0);
@@ -174,12 +175,12 @@ static void compare_gelu(void) {
 
 /* ---- quantization ----------------------------------------------------------------------------------- */
 
-static void compare_quantized(const float *x, int tokens, int width, const Quantization *shared, int kind) {
+static void compare_quantized(const float *x, int tokens, int width, const Quantization *shared, int zero, int kind) {
     size_t count = (size_t)tokens * width;
     Quantization expected[16], found[16];
     uint8_t *bytes = memory(count), *same = memory(count);
-    reference_kernels.quantize(x, tokens, width, shared, expected, bytes);
-    ours->quantize(x, tokens, width, shared, found, same);
+    reference_kernels.quantize(x, tokens, width, shared, zero, expected, bytes);
+    ours->quantize(x, tokens, width, shared, zero, found, same);
     check(!memcmp(bytes, same, count), "quantized", kind, tokens, width);
     for (int t = 0; t < tokens; t++)
         check(is_same(expected[t].scale, found[t].scale) && is_same(expected[t].center, found[t].center),
@@ -208,9 +209,9 @@ static void compare_quantize(void) {
                 if (kind == 9) x[i] = i % width ? -1.5f : NAN;
                 if (kind == 10) x[i] *= 1e-43f; /* a scale without an inverse */
             }
-            compare_quantized(x, tokens, width, NULL, kind);
-            compare_quantized(x, tokens, width, &(Quantization){1.0f, 0.0f}, kind);
-            compare_quantized(x, tokens, width, &(Quantization){1e-3f, 0.1f}, kind); /* saturates */
+            compare_quantized(x, tokens, width, NULL, MIDDLE, kind);
+            compare_quantized(x, tokens, width, &(Quantization){1.0f, 0.0f}, whole(0, 255), kind);
+            compare_quantized(x, tokens, width, &(Quantization){1e-3f, 0.1f}, whole(0, 255), kind); /* saturates */
             free(x);
         }
 }
