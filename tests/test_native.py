@@ -81,15 +81,21 @@ def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implement
     assert_equal_but_for_rounding(differences)
 
 
+def by_each(native: Model, hidden: np.ndarray) -> list[np.ndarray]:
+    """What layer 1 gives on each implementation, the reference last."""
+    found = []
+    for name in ALL:
+        with using(name):
+            found.append(native.segments[1].run(hidden, False).hidden)
+    return found
+
+
 def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> None:
     size = native.manifest.hidden_size
     for tokens in (*range(1, 38), 47, 48, 49, 64, 65):
         hidden = np.random.default_rng(tokens).standard_normal((1, tokens, size)).astype(np.float32)
         expected = onnx.segments[1].run(hidden, False).hidden
-        found = []
-        for name in ALL:
-            with using(name):
-                found.append(native.segments[1].run(hidden, False).hidden)
+        found = by_each(native, hidden)
         for ours in found:
             assert_equal_but_for_rounding(np.abs(ours - expected))
             assert_equal_but_for_rounding(np.abs(ours - found[-1]))
@@ -99,10 +105,7 @@ def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> Non
 def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) -> None:
     hidden = np.random.default_rng(tokens).standard_normal((1, tokens, 64)).astype(np.float32)
     expected = onnx.segments[1].run(hidden, False).hidden
-    found = []
-    for name in ALL:
-        with using(name):
-            found.append(native.segments[1].run(hidden, False).hidden)
+    found = by_each(native, hidden)
     for ours in found:
         assert_equal_but_for_rounding(np.abs(ours - found[-1]))
         if tokens < 128:
