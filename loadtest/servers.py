@@ -124,7 +124,10 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
         peer("OpenVINO, bf16", "openvino_app", str(fp32), "--precision", "bf16"),
     ]
     if stock is not None:
-        weights = max(stock.iterdir(), key=lambda file: file.stat().st_size)
+        files = [file for file in stock.iterdir() if file.is_file()]
+        if not files:
+            raise ValueError(f"--stock {stock}: the folder has no files; it must be a classifier of transformers")
+        weights = max(files, key=lambda file: file.stat().st_size)
         converted = calibration.parent / f"ctranslate2-{stock.name}-{fingerprint(weights)}"
         arguments = [str(stock), "--converted", str(converted)]
         servers.append(
