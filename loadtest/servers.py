@@ -126,7 +126,9 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
     if stock is not None:
         files = [file for file in stock.iterdir() if file.is_file()]
         if not files:
-            raise ValueError(f"--stock {stock}: the folder has no files; it must be a classifier of transformers")
+            raise ValueError(
+                f"--stock {stock}: the folder has no files; it must be a classifier of transformers"
+            )
         weights = max(files, key=lambda file: file.stat().st_size)
         converted = calibration.parent / f"ctranslate2-{stock.name}-{fingerprint(weights)}"
         arguments = [str(stock), "--converted", str(converted)]
