@@ -27,6 +27,8 @@ LABEL org.opencontainers.image.title="de3" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/de3 /opt/de3
 COPY models /models
+# What audits showed, if DE3_STATE_DIR=/state: a new volume takes the folder's owner.
+RUN install --directory --owner 10001 --group 10001 /state
 ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models
 USER 10001:10001
 WORKDIR /

@@ -24,6 +24,7 @@ class Reading:
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
         labels: of a multi-label model those above their threshold; None: classes exclude each other.
         value: the answer of a regression model; None: it has classes.
+        distances: to the prototypes, K of them; None at an exit without prototypes.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class Reading:
     score: float | None = None
     labels: list[int] | None = None
     value: float | None = None
+    distances: list[float] | None = None
 
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
@@ -67,7 +69,7 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
     r1, r2 = min(max(distances[label], 0.0), 2.0), min(max(distances[second], 0.0), 2.0)
     largest = r1 if r1 > r2 else r2
     ratio = 0.5 * (1.0 + (r1 - r2) / largest) if largest else 0.5
-    return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances))
+    return Reading(layer, logits, probs, label, margin, entropy, ratio, min(distances), distances=distances)
 
 
 def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) -> Reading:
@@ -93,6 +95,13 @@ def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) ->
 def read_value(layer: int, logits: list[float]) -> Reading:
     """Read one exit of a regression model: its only logit is its answer."""
     return Reading(layer, logits, [], 0, nan, nan, None, None, value=logits[0])
+
+
+def differs(one: Reading, other: Reading, tolerance: float | None = None) -> bool:
+    """Whether two answers of a model differ: in the class, in any label, or in the value by more than the tolerance."""
+    if one.value is not None and other.value is not None:
+        return not abs(one.value - other.value) <= (tolerance or 0.0)  # NaN is unlike any
+    return one.label != other.label if one.labels is None else one.labels != other.labels
 
 
 def sigmoid(x: float) -> float:

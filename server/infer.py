@@ -26,7 +26,7 @@ async def infer(request: Request, service: Service) -> Job:
     level = service.admission.level
     choice = served.rules.of(request.options, level)
     request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
-    with service.admission.admit(job):
+    with service.audits.watch(job), service.admission.admit(job):
         await _wait(job, service)
     shadow = service.models.shadow_of(served)
     if shadow is not None:

@@ -10,6 +10,7 @@ from weakref import ref
 from model_store.model import Model
 from model_store.store import Artifact, Store, StoreError, UnknownModelError
 from server import memory
+from server.audit.audits import Audits
 from server.background import in_background
 from server.engine.work import Served
 from server.errors import RequestError
@@ -30,10 +31,15 @@ class Manager:
     """
 
     def __init__(
-        self, settings: Settings, models: Models, metrics: Metrics, drop_shadows: Callable[[], None]
+        self,
+        settings: Settings,
+        models: Models,
+        metrics: Metrics,
+        audits: Audits,
+        drop_shadows: Callable[[], None],
     ) -> None:
         """`drop_shadows`: called when models are unloaded: pending shadows would keep them in memory."""
-        self._settings, self._models, self._metrics = settings, models, metrics
+        self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
         self._prover = Prover()
@@ -124,6 +130,7 @@ class Manager:
         await in_background(lambda: self._prover.prove(artifact, self._settings.runtime))
         check = self._prover.limit(artifact)
         served = await in_background(lambda: load(artifact, self._settings, check))
+        self._audits.serve(served)
         self._metrics.add(served)
         self._forget(self._models.add(served, role, share, back))
         log.info(

@@ -14,11 +14,12 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from exits.rule import ExitReason
 from model_store.model import Model
+from server.audit.auditor import Auditor
 from server.engine.work import Job, Outcome, Served
 from server.errors import Cause
 from server.rules import Choice
@@ -70,6 +71,70 @@ class _ModelGauges(Collector):
                 for (signal, statistic), value in served.monitor.drift.statistics().items():
                     drift.add_metric([name, signal, statistic], value)
         yield from (tau, full, drift)
+
+
+class _AuditMetrics(Collector):
+    """What audits showed, by model."""
+
+    def __init__(self, served: dict[str, Served], auditor_of: Callable[[Served], Auditor | None]) -> None:
+        self._served, self._auditor_of = served, auditor_of
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """The metrics; no rate without audits, no promise without a guarantee."""
+        gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
+        share = gauge("de3_audit_share", "Probability with which the next text is audited")
+        pending = gauge("de3_audit_pending_texts", "Audits that wait for idle time")
+        rate = gauge(
+            "de3_audit_disagreement",
+            "Rate of texts that differ from full depth at the τ in force, by the audits since the last reset",
+        )
+        lower = gauge("de3_audit_disagreement_lower", "Its lower bound, at 95% confidence at every moment")
+        upper = gauge("de3_audit_disagreement_upper", "Its upper bound, at 95% confidence at every moment")
+        promise = gauge("de3_audit_promise", "The rate of disagreement that is promised (--guarantee)")
+        tau = GaugeMetricFamily(
+            "de3_audit_tau",
+            "τ in force, by why: start, calibrated, evidence, change, reset; or how it was set",
+            labels=["model", "reason"],
+        )
+        texts = counter("de3_audit_texts", "Texts that were audited", labels=["model"])
+        unlike = counter(
+            "de3_audit_disagreements",
+            "Audited texts whose answer, as it was sent, differs from full depth",
+            labels=["model"],
+        )
+        seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
+        resets = counter(
+            "de3_audit_resets",
+            "Times that what audits had shown became void, by why: change (the rate had risen above the promise), or "
+            "reset by an admin",
+            labels=["model", "reason"],
+        )
+        apart = counter(
+            "de3_audit_apart_texts",
+            "Texts that do not count, by reason: deadline, max_layer, windows",
+            labels=["model", "reason"],
+        )
+        for name, served in list(self._served.items()):
+            auditor = self._auditor_of(served)
+            if auditor is None:
+                continue
+            measured, force = auditor.measured(), auditor.in_force()
+            share.add_metric([name], auditor.share)
+            pending.add_metric([name], auditor.pending)
+            if measured is not None:
+                for metric, value in zip((rate, lower, upper), measured, strict=True):
+                    metric.add_metric([name], value)
+            if auditor.promise is not None:
+                promise.add_metric([name], auditor.promise.rate)
+            tau.add_metric([name, force["reason"]], force["tau"])
+            texts.add_metric([name], auditor.audits)
+            unlike.add_metric([name], auditor.disagreements)
+            seconds.add_metric([name], auditor.seconds)
+            for reason, count in auditor.num_resets.items():
+                resets.add_metric([name, reason], count)
+            for why, count in auditor.apart.items():
+                apart.add_metric([name, why], count)
+        yield from (share, pending, rate, lower, upper, promise, tau, texts, unlike, seconds, resets, apart)
 
 
 def _info(served: Served) -> tuple[str, ...]:
@@ -210,6 +275,10 @@ class Metrics:
             ("de3_load_level", "Load level: steps by which the default τ is raised", level),
         ):
             Gauge(name, help_, registry=self.registry).set_function(value)
+
+    def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
+        """Read what audits showed at each scrape."""
+        self.registry.register(_AuditMetrics(self._served, auditor_of))
 
     def add(self, served: Served) -> None:
         """Begin to count for this model."""

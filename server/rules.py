@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from exits.guarantee import CONFIDENCE
+from exits.promise import Promise
 from exits.rule import ExitRule, Thresholds
 from exits.signals import Edr, Entropy, Signal, SignalName
 from exits.trade_offs import TradeOffs
@@ -41,6 +42,7 @@ class Choice:
         expected: the row of the calibration's table for this τ and λ; None if they are not in it.
         budget_s: the latency budget, if one was asked for.
         is_degraded: whether τ was raised under load.
+        promise: with a guarantee: what is promised, and why τ is what it is.
     """
 
     rule: ExitRule
@@ -49,6 +51,7 @@ class Choice:
     expected: TradeOff | None = None
     budget_s: float | None = None
     is_degraded: bool = False
+    promise: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
         """The share of the full-depth time that a text is expected to take."""
@@ -71,6 +74,8 @@ class Choice:
         if self.expected is not None:
             fields = ("accuracy", "speedup", "disagreement", "disagreement_bound")
             row["expected"] = {name: getattr(self.expected, name) for name in fields}
+        if self.promise is not None:
+            row["promise"] = self.promise
         return row
 
 
@@ -95,11 +100,16 @@ class Rules:
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
         default = self._choice(tau, self._signal, "default")
         self.default = self._of(replace(settings.options, tau=None), default)
+        if settings.guarantee is not None:
+            tau = 0.0
+            if settings.guarantee_start == "calibrated":
+                tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
+            self.default = self._choice(tau, self._signal, "guarantee", settings.guarantee)
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
         """What the default may become under load, level 1 first; none if the default is itself a guarantee."""
-        promises = (settings.target_speedup, settings.max_disagreement)
+        promises = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
         if self.trade_offs is None or any(value is not None for value in promises):
             return []
         least = settings.min_accuracy
@@ -108,6 +118,12 @@ class Rules:
         rows = self.trade_offs.under_load(self.default.rule.tau, least, settings.max_load_disagreement)
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
+
+    def keep(self, promise: Promise) -> None:
+        """From now on requests that choose nothing have the τ that keeps a promise."""
+        choice = self._choice(promise.tau, self._signal, "guarantee", promise.rate)
+        says = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "because": promise.reason}
+        self.default = replace(choice, promise=says)
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options, at a load level."""

@@ -11,6 +11,7 @@ from model_store.manifest import Manifest
 from model_store.store import Artifact, Store
 from server import memory
 from server.admission import Admission
+from server.audit.audits import Audits
 from server.engine.engine import Engine
 from server.engine.timing import run_longest
 from server.errors import RequestError
@@ -44,7 +45,12 @@ class Service:
         self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.admission.level))
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
-        self.manager = Manager(settings, self.models, self.metrics, self.engine.queue.drop_shadows)
+        self.audits = Audits(settings, self.engine.submit)
+        if self.audits.is_on:
+            self.metrics.read_audits(self.audits.get)
+        self.manager = Manager(
+            settings, self.models, self.metrics, self.audits, self.engine.queue.drop_shadows
+        )
         self.state = "loading"
         self.is_open = False  # once all models are loaded, and then for good
         self.in_flight = 0  # requests, of all protocols
@@ -70,6 +76,7 @@ class Service:
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models))
+            self.audits.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
             # Most of what exists now stays: no collection need look at it again while requests wait.
             gc.collect()
@@ -115,6 +122,7 @@ class Service:
             self.state = "stopping"
         self.manager.stop()
         self.engine.stop()
+        self.audits.stop()
 
     def check_open(self) -> None:
         """Raise RequestError while the models load. A draining server still answers what reaches it."""

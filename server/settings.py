@@ -80,6 +80,8 @@ DEFAULTS = Option("Default exit options")
 LOAD = Option("Under load")
 ACCESS = Option("Access")
 LOGS = Option("Logs and traces")
+AUDITS = Option("Audits")
+GUARANTEE_SHARE = 0.05  # of audits, where none is set
 
 
 class Settings(BaseModel):
@@ -177,6 +179,39 @@ class Settings(BaseModel):
         le=1,
         description="Under load τ is raised only as far as the calibrated disagreement is at most this.",
     )
+    audit_share: Annotated[float | None, AUDITS] = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Share of the texts that also run to full depth while nothing else is pending, to measure how "
+        "often early answers differ from it. Default: none; 0.05 with --guarantee.",
+    )
+    guarantee: Annotated[float | None, AUDITS] = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Rate of answers that may differ from full depth, at 95% confidence, of requests that choose "
+        "nothing: starts at full depth, and exits earlier as audits of live traffic show that this keeps the promise. "
+        "Instead of --tau and the like.",
+    )
+    guarantee_start: Annotated[Literal["strict", "calibrated"], AUDITS] = Field(
+        "strict",
+        description="With --guarantee: strict, or calibrated: start with the calibration's τ, which assumes that "
+        "texts are like the calibration's.",
+    )
+    state_dir: Annotated[Path | None, AUDITS] = Field(
+        None,
+        description="Folder that keeps what audits showed across restarts; each replica needs its own. Default: "
+        "in memory only.",
+    )
+    log_audits: Annotated[Path | None, AUDITS] = Field(
+        None,
+        description="File for what each audited text showed at every exit, for de3 calibrate --from-audits; without "
+        "texts. Beyond 100 MB it begins anew, and the last one is kept as FILE.1.",
+    )
+    log_audit_texts: Annotated[bool, AUDITS] = Field(
+        False, description="Also log the audited texts there, which are user data."
+    )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="Keys for /classify and /v1/models: lines of a name and a key, or a name and "
@@ -211,7 +246,26 @@ class Settings(BaseModel):
         if self.max_body_bytes > self.max_inflight_bytes:
             raise ValueError("max_body_bytes must not exceed max_inflight_bytes: it could never be accepted")
         _ = self.options
+        if self.guarantee is not None:
+            other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
+            if other is not None:
+                raise ValueError(f"guarantee: cannot go with {other}; give one of them")
+            if self.audit_share == 0:
+                raise ValueError("guarantee: needs audits, and audit_share is 0")
+        elif self.guarantee_start != "strict":
+            raise ValueError("guarantee_start: goes with guarantee only, which is not set")
+        if self.log_audits is not None and not self.share_of_audits:
+            raise ValueError("log_audits: there are no audits; give audit_share or guarantee")
+        if self.log_audit_texts and self.log_audits is None:
+            raise ValueError("log_audit_texts: goes with log_audits, the file, which is not set")
         return self
+
+    @property
+    def share_of_audits(self) -> float:
+        """The share of texts that are audited; 0: none."""
+        if self.audit_share is None:
+            return GUARANTEE_SHARE if self.guarantee is not None else 0.0
+        return self.audit_share
 
     @property
     def options(self) -> ExitOptions:

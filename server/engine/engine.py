@@ -206,7 +206,8 @@ class Engine:
                     self._seconds[number] += result.tokenize_s + result.model_s
                 if item.job.finish(item, result):
                     done.append((item.job, None))
-                self._report(item, result)
+                if not item.job.is_audit:
+                    self._report(item, result)
         if done:
             wake(done)
 

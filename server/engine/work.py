@@ -159,6 +159,7 @@ class Item:
         tokenization: the state of its tokenization; None before it began, and when it is done.
         hidden: (1, tokens, hidden), what that layer takes; None before layer 0 ran.
         is_sampled: whether it counts for drift.
+        is_drawn: whether it is audited.
         is_short: whether it is tokenized in one step.
         rule: the job's, or a more cautious one once the text is_far from every prototype.
         passed: the reading of every exit passed, in this window.
@@ -185,6 +186,7 @@ class Item:
     rule: ExitRule = field(init=False)
     is_far: bool = False
     is_sampled: bool = field(init=False)
+    is_drawn: bool = False
     is_short: bool = field(init=False)
     passed: list[Reading] = field(default_factory=list)
     tokenize_s: float = 0.0
@@ -200,7 +202,7 @@ class Item:
     @property
     def asks_all_exits(self) -> bool:
         """Whether every exit is evaluated, even those at which it may not exit."""
-        return self.job.asks_all_exits or self.is_sampled
+        return self.job.asks_all_exits or self.is_sampled or self.is_drawn
 
     @property
     def can_share(self) -> bool:
@@ -259,6 +261,8 @@ class Job:
 
     Attributes:
         is_shadow: nobody waits for it: it runs while nothing else does.
+        is_audit: it is a shadow that runs a text to full depth which was answered already.
+        audit_share: the probability with which its texts were drawn for audits; 0: they do not count.
         is_dropped: nobody waits for it any more.
         is_promised: its deadline was accepted: it is scheduled before jobs without one.
         is_late: best effort: the deadline that it asked for cannot be met.
@@ -272,6 +276,8 @@ class Job:
     request: Request
     future: "asyncio.Future[None]"
     is_shadow: bool = False
+    is_audit: bool = False
+    audit_share: float = 0.0
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     is_dropped: bool = False
@@ -288,7 +294,9 @@ class Job:
         request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
         # A deadline needs an answer at any time; a score and a flag need what every exit said.
         is_flagged = self.monitor is not None and self.monitor.limits is not None
-        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
+        self.asks_all_exits = (
+            request.explain or request.ood or is_flagged or budget_s is not None or self.is_audit
+        )
         if budget_s is not None:
             self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
         due, self.items = self.submitted, []

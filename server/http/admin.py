@@ -11,10 +11,13 @@ from model_store.manifest import NAME
 from server.engine.work import Served
 from server.errors import RequestError
 from server.http.openapi import error
-from server.manager import Manager
 from server.models import Role
+from server.service import Service
 
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="of a model, without version")]
+NameOrVersion = Annotated[
+    str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="of a model, or name:version")
+]
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -46,8 +49,9 @@ class Unload(BaseModel):
     version: Version | None = Field(default=None, description="all of the name, if unset")
 
 
-def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> None:
+def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add them to an application."""
+    manager = service.manager
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
@@ -72,6 +76,14 @@ def add_routes(app: FastAPI, manager: Manager, dependencies: Sequence[Any]) -> N
     async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
         """Stop serving a version, or all versions of a name."""
         return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
+
+    @app.post("/v1/models/{name}/audit/reset", **common)
+    async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
+        """Forget what audits of live traffic showed; with a guarantee every text runs to full depth again at first."""
+        service.check_open()
+        auditor = service.audits.of(service.models.current(name))
+        auditor.reset()
+        return {"model": auditor.served.model.full_name, "tau": auditor.in_force()}
 
 
 def explain(wrong: RequestValidationError) -> RequestError:

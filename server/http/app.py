@@ -4,9 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any
 
-import orjson
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
@@ -18,10 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from exits.guarantee import CONFIDENCE
-from model_store.manifest import Manifest
 from server.errors import Cause, RequestError
-from server.http import admin, hugging_face, open_inference, openapi, tei
+from server.http import admin, hugging_face, models, open_inference, openapi, tei
 from server.http.classify import CLASSIFY
 from server.http.endpoint import answer, read_body
 from server.http.exchange import HEADER, request_id
@@ -162,7 +158,6 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
     )
     app.state.service = service
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
     scraping = asyncio.Lock()  # several at a time would hold the GIL for too long
     # For the documentation and its Authorize button; access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
@@ -174,37 +169,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
         raise HTTPException(404)  # a path that only resembles it: create_app answers the real one
 
-    @app.get("/v1/models", tags=["models"], dependencies=users, **openapi.MODELS)
-    async def models() -> dict[str, Any]:
-        """The served models: labels, layers, role, defaults, and what the defaults give."""
-        rows = [model_row(m) | service.role(m) for m in service.manifests()]
-        return {"object": "list", "data": rows}
-
-    @app.get(
-        "/v1/models/{name}/calibration",
-        tags=["models"],
-        dependencies=users,
-        responses={404: {"description": "no such model"}},
-    )
-    async def calibration(name: str) -> Response:
-        """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
-        manifest = service.manifest(name)
-        full_name = f"{manifest.name}:{manifest.version}"
-        if manifest.calibration is None:
-            message = f"{full_name} was exported without a calibration"
-            raise RequestError(message, "name", "unknown_model")
-        kept = calibrations.get(full_name)
-        if kept is None or kept[0] is not manifest:  # the same version may have been reloaded
-            body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
-            body |= manifest.calibration.model_dump(by_alias=True)
-            calibrations.clear()
-            kept = calibrations[full_name] = (manifest, orjson.dumps(body))
-        return Response(kept[1], media_type="application/json")
-
+    models.add_routes(app, service, dependencies=users)
     open_inference.add_routes(app, service, dependencies=users)
     tei.add_routes(app, service, dependencies=users)
     if frontend.access.admins is not None:
-        admin.add_routes(app, service.manager, bearer)
+        admin.add_routes(app, service, bearer)
 
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
@@ -263,35 +232,3 @@ def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
     async def crash(request: Request, _: Exception) -> Response:
         error = RequestError("internal error; the server's log has the details", cause="internal")
         return frontend.refuse(error, request.scope)
-
-
-def signals(manifest: Manifest) -> list[str]:
-    """The signals that requests may name."""
-    edr = ["edr"] if manifest.prototype_layers else []
-    entropy = ["entropy"] if manifest.tolerance is None else []
-    return [*entropy, *edr, *(["risk"] if manifest.risk is not None else [])]
-
-
-def model_row(manifest: Manifest) -> dict[str, Any]:
-    """One model as /v1/models lists it."""
-    c = manifest.calibration
-    return {
-        "id": f"{manifest.name}:{manifest.version}",
-        "object": "model",
-        "created": manifest.created,
-        "owned_by": "de3",
-        "name": manifest.name,
-        "version": manifest.version,
-        "labels": manifest.labels,
-        "num_layers": manifest.num_layers,
-        "exit_layers": manifest.exit_layers,
-        "max_tokens": manifest.max_tokens,
-        "input": manifest.input,
-        "thresholds": manifest.thresholds,
-        "tolerance": manifest.tolerance,
-        "precision": manifest.precision,
-        "defaults": manifest.defaults.model_dump(by_alias=True),
-        "signals": signals(manifest),
-        "self_labelled": c is not None and c.self_labelled,
-        "calibration": c.default.model_dump(by_alias=True) if c else None,
-    }

@@ -1,0 +1,342 @@
+"""Draws texts for audits, runs them to full depth while nothing else is pending, and counts what they tell.
+
+A text is drawn with a probability that is fixed before anything of it is known, and answered like any other. Audits are
+counted in the order of the answers: what came after one that has not run yet is not counted before it, so that what is
+counted never depends on which audits were quick.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from exits.calibration import FINE_TAUS
+from exits.promise import Evidence, Profile, Promise, Reason, profile
+from exits.reading import Reading, differs
+from exits.signals import Signal
+from server.audit.log import AuditLog
+from server.engine.work import Item, Job, Request, Served, Text
+from server.rules import Choice
+from server.settings import ExitOptions, Settings
+
+log = logging.getLogger("de3")
+
+# Audits that are pending or will be; the share falls as they become more, by half at each eighth of it.
+ROOM = 128
+MAX_PENDING = 2 * ROOM  # never reached: the share is 1/65,536 of what was set before it
+MAX_RESETS = 20  # that are remembered
+APART = ("deadline", "max_layer", "windows")  # answers that no τ explains
+NO_WISH = ExitOptions()
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    """Texts in the order of their answers: some that were not drawn, then perhaps one that was.
+
+    Attributes:
+        is_open: whether the next text belongs here; then there is no audit.
+        is_pending: whether its audit has not run yet.
+        audit: what it told; None: nothing, as it never ran.
+    """
+
+    share: float
+    skipped: int = 0
+    is_open: bool = True
+    is_pending: bool = False
+    audit: Profile | None = None
+    served_differs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """When what was known became void, and why.
+
+    Attributes:
+        at: seconds since 1970.
+        tau: that was in force.
+        audits: that were counted until then.
+    """
+
+    at: float
+    reason: Reason
+    tau: float
+    audits: int
+
+
+class Kept(NamedTuple):
+    """A promise as a server before this one left it; fields as in Promise."""
+
+    rate: float
+    tau: float
+    reason: Reason
+    detector: list[float]
+
+
+class Auditor:
+    """The audits of one model's requests that choose nothing themselves. Only the event loop calls it.
+
+    Attributes:
+        served: the model as it is loaded now.
+        promise: keeps the rate that the server promises; None without a guarantee.
+        since: when the evidence begins, in seconds since 1970.
+        audits, disagreements, seconds: totals since the server began to audit: texts audited, those whose answer, as it
+            was sent, differs from full depth, and the audits' model time.
+        apart: answers that do not count, by reason.
+        resets, num_resets: the last ones, and the number of all, by reason.
+        is_changed: whether there is something to save.
+    """
+
+    def __init__(
+        self,
+        served: Served,
+        settings: Settings,
+        submit: Callable[[Job], None],
+        audit_log: AuditLog | None = None,
+    ) -> None:
+        self._submit, self._log, self._random = submit, audit_log, random.Random()
+        self._share = settings.share_of_audits
+        rules = served.rules
+        steps = [rules.default, *rules.steps]
+        self.taus = np.unique([*FINE_TAUS, *(choice.rule.tau for choice in steps)])
+        self._evidence = Evidence(self.taus)
+        self.promise: Promise | None = None
+        if settings.guarantee is not None:
+            start = int(np.searchsorted(self.taus, rules.default.rule.tau))
+            self.promise = Promise(settings.guarantee, self.taus, start)
+        self._entries: deque[_Entry] = deque()
+        self._outstanding = 0  # texts that were drawn and need an audit of their own, which has not run yet
+        self.since = time.time()
+        self.audits, self.disagreements, self.seconds = 0, 0, 0.0
+        self.apart = dict.fromkeys(APART, 0)
+        self.resets: list[Reset] = []
+        self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
+        self.is_changed = False
+        self.serve(served)
+
+    def serve(self, served: Served) -> None:
+        """Audit this model, the same one as before if there was one, loaded again."""
+        self.served = served
+        if self.promise is not None:
+            served.rules.keep(self.promise)
+
+    @property
+    def evidence(self) -> Evidence:
+        """What is known since the start, or the last change or reset."""
+        return self.promise.evidence if self.promise is not None else self._evidence
+
+    @property
+    def signal(self) -> Signal:
+        """What is compared with τ."""
+        return self.served.rules.default.rule.signal
+
+    @property
+    def pending(self) -> int:
+        """Audits that have not run yet."""
+        return self._outstanding
+
+    @property
+    def share(self) -> float:
+        """The probability with which the next text is drawn.
+
+        With a guarantee whose τ is 0 it is 1: an answer at full depth is its own audit.
+        """
+        if self.promise is not None and self.promise.index == 0:
+            return 1.0
+        if self._outstanding >= MAX_PENDING:
+            return 0.0
+        return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
+
+    def draw(self, job: Job) -> None:
+        """Draw texts of a job that is about to be submitted, if its request leaves the choice of τ to the server."""
+        if job.request.options != NO_WISH:
+            return
+        job.audit_share = share = self.share
+        for item in job.items:
+            item.is_drawn = share == 1.0 or self._random.random() < share
+        if job.choice.rule.tau > 0:
+            self._outstanding += sum(item.is_drawn for item in job.items)
+
+    def abandon(self, job: Job) -> None:
+        """A job that was not answered: its texts do not count."""
+        if job.choice.rule.tau > 0:
+            self._outstanding -= sum(item.is_drawn for item in job.items)
+
+    def answered(self, job: Job) -> None:
+        """Count the texts of a job that is done, and enqueue the audits of those that were drawn."""
+        if not job.audit_share:
+            return
+        for item in job.items:
+            assert item.outcome is not None
+            reason = "windows" if item.outcome.windows else item.outcome.reason
+            if reason in APART:
+                self.apart[reason] += 1
+                self._release(item)
+                continue
+            entry = self._open(job.audit_share)
+            if not item.is_drawn:
+                entry.skipped += 1
+                continue
+            entry.is_open, entry.is_pending = False, True
+            if len(item.outcome.passed) == len(self.served.model.manifest.exit_layers):
+                self._release(item)
+                self._conclude(entry, item.outcome.reading, item.outcome.passed, item)
+            else:
+                self._enqueue(entry, item)
+        self._settle()
+
+    def _release(self, item: Item) -> None:
+        if item.is_drawn and item.job.choice.rule.tau > 0:
+            self._outstanding -= 1
+
+    def _open(self, share: float) -> _Entry:
+        if not self._entries or not self._entries[-1].is_open or self._entries[-1].share != share:
+            if self._entries:
+                self._entries[-1].is_open = False
+            self._entries.append(_Entry(share))
+        return self._entries[-1]
+
+    def _enqueue(self, entry: _Entry, item: Item) -> None:
+        """Let a text run to full depth while nothing else is pending."""
+        rule = replace(item.job.choice.rule, tau=0.0, max_layer=None)
+        future = asyncio.get_running_loop().create_future()
+        # Its tokens are enough: texts may be large.
+        job = Job(
+            item.job.served, Choice(rule, "audit"), Request([Text("")]), future, is_shadow=True, is_audit=True
+        )
+        job.items[0].tokens = item.tokens
+        assert item.outcome is not None
+        answer, text = item.outcome.reading, item.text
+
+        def done(future: "asyncio.Future[None]") -> None:
+            audited = job.items[0]
+            job.release()
+            self._outstanding -= 1
+            if future.cancelled():  # the model was unloaded
+                entry.is_pending = False
+            elif (error := future.exception()) is not None or audited.outcome is None:
+                log.error("an audit failed, and counts as a disagreement: %s", error)
+                last = self.served.model.manifest.num_layers
+                worst = Profile(self.taus > 0, np.full(len(self.taus), last))
+                self._count(entry, worst, True)
+            else:
+                self.seconds += audited.outcome.model_s
+                self._conclude(entry, answer, audited.outcome.passed, audited, text)
+            self._settle()
+
+        future.add_done_callback(done)
+        try:
+            self._submit(job)
+        except Exception:  # the server stops
+            future.cancel()
+
+    def _conclude(
+        self, entry: _Entry, answer: Reading, passed: list[Reading], item: Item, text: Text | None = None
+    ) -> None:
+        """What a text that passed every exit tells, which was answered with `answer`."""
+        tolerance = self.served.model.manifest.tolerance
+        last = passed[-1]
+        unlike = [differs(reading, last, tolerance) for reading in passed]
+        layers = [reading.layer for reading in passed]
+        self._count(
+            entry, profile(self._scores(passed), unlike, layers, self.taus), differs(answer, last, tolerance)
+        )
+        if self._log is not None:
+            self._log.write(self.served, entry.share, passed, item, text or item.text)
+
+    def _scores(self, passed: list[Reading]) -> list[float | None]:
+        """The scores of a text at its exits; from where it is out of distribution as if τ had been lowered for it."""
+        monitor, scores, caution = self.served.monitor, list[float | None](), 1.0
+        for reading in passed:
+            if monitor.is_far(reading):
+                caution = monitor.caution
+            scores.append(None if reading.score is None else reading.score / caution)
+        return scores
+
+    def _count(self, entry: _Entry, audit: Profile, served_differs: bool) -> None:
+        entry.audit, entry.served_differs, entry.is_pending = audit, served_differs, False
+        self.audits += 1
+        self.disagreements += served_differs
+
+    def _settle(self) -> None:
+        """Count the texts up to the first audit that has not run yet."""
+        while self._entries and not self._entries[0].is_pending:
+            entry = self._entries[0]
+            counts = self.promise or self._evidence
+            counts.skip(entry.share, entry.skipped)
+            entry.skipped, self.is_changed = 0, True
+            if entry.is_open:
+                return
+            self._entries.popleft()
+            if entry.audit is not None:
+                self._add(entry.share, entry.audit, entry.served_differs)
+
+    def _add(self, share: float, audit: Profile, served_differs: bool) -> None:
+        if self.promise is None:
+            self._evidence.add(share, audit, served_differs)
+            return
+        tau, audits = self.promise.tau, self.promise.evidence.audits
+        if not self.promise.add(share, audit, served_differs):
+            return
+        self.served.rules.keep(self.promise)
+        if self.promise.reason != "change":
+            log.info("%s: τ %g → %g", self.served.model.full_name, tau, self.promise.tau)
+            return
+        log.warning(
+            "%s: answers differ from full depth more often than the promised %g%%: every text runs to full depth until "
+            "audits of new texts allow more",
+            self.served.model.full_name,
+            100 * self.promise.rate,
+        )
+        self._begin_anew(Reset(time.time(), "change", tau, audits + 1))
+
+    def reset(self) -> None:
+        """Forget what is known, as an admin wants it; with a guarantee τ is 0 again."""
+        tau, audits = self.served.rules.default.rule.tau, self.evidence.audits
+        if self.promise is not None:
+            self.promise.reset("reset")
+            self.served.rules.keep(self.promise)
+        self._evidence = Evidence(self.taus)
+        self._begin_anew(Reset(time.time(), "reset", tau, audits))
+
+    def _begin_anew(self, reset: Reset) -> None:
+        self._entries.clear()  # what is pending belongs to what is void
+        self.since, self.is_changed = reset.at, True
+        self.resets = [*self.resets, reset][-MAX_RESETS:]
+        self.num_resets[reset.reason] += 1
+
+    def restore(
+        self,
+        evidence: Evidence,
+        since: float,
+        resets: list[Reset],
+        kept: Kept | None,
+    ) -> None:
+        """Go on where a server before this one left off; raises ValueError. kept: None: nothing was promised."""
+        if self.promise is None:
+            self._evidence = evidence
+        elif kept is not None and kept.rate == self.promise.rate:
+            self.promise.restore(evidence, kept.tau, kept.reason, kept.detector)
+        else:
+            self.promise.adopt(evidence)
+        self.since, self.resets = since, resets
+        self.serve(self.served)
+
+    def measured(self) -> tuple[float, float, float] | None:
+        """The rate of disagreement at the τ in force, and its bounds; None without audits."""
+        index = int(np.searchsorted(self.taus, self.served.rules.default.rule.tau))
+        evidence = self.evidence
+        if not evidence.audits:
+            return None
+        lower, upper = evidence.bounds(slice(index, index + 1))
+        return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
+
+    def in_force(self) -> dict[str, Any]:
+        """τ in force for texts that choose nothing, and why."""
+        default = self.served.rules.default
+        return {"tau": default.rule.tau, "reason": self.promise.reason if self.promise else default.by}

@@ -1,0 +1,72 @@
+"""The log of audits: what each audited text showed at every exit, a line of JSON each."""
+
+import logging
+import time
+from collections.abc import Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from exits.reading import Reading
+from server.engine.work import Item, Served, Text
+
+MAX_BYTES = 100 * 2**20  # of a file, of which there are two
+
+
+class AuditLog:
+    """A file, and its predecessor."""
+
+    def __init__(self, path: Path, log_texts: bool) -> None:
+        """Raises ValueError for a file that cannot be written."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handler = _Handler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
+        self._log_texts = log_texts
+
+    def write(self, served: Served, share: float, passed: Sequence[Reading], item: Item, text: Text) -> None:
+        """Write an audit: the exits that a text passed, which are all.
+
+        share: the probability with which it was drawn.
+        """
+        row: dict[str, Any] = {
+            "time": round(time.time(), 3),
+            "model": served.model.full_name,
+            "share": share,
+            "tokens": item.num_tokens,
+            "layers": [reading.layer for reading in passed],
+            "logits": [_short(reading.logits) for reading in passed],
+            "distances": [None if r.distances is None else _short(r.distances) for r in passed],
+        }
+        if self._log_texts:
+            row["text"] = text.text
+            if text.text_pair is not None:
+                row["text_pair"] = text.text_pair
+        line = orjson.dumps(row).decode()
+        self._handler.emit(logging.LogRecord("de3.audits", logging.INFO, "", 0, line, None, None))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._handler.close()
+
+
+class _Handler(RotatingFileHandler):
+    """Says once that the file cannot be written."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called for an error in emit."""
+        if self.handles_errors:
+            self.handles_errors = False
+            logging.getLogger("de3").exception(
+                "--log-audits: cannot be written; further errors are not logged"
+            )
+
+    handles_errors = True
+
+
+def _short(values: Sequence[float]) -> list[float]:
+    """Values with the precision that float32 has."""
+    return [float(f"{value:.7g}") for value in values]

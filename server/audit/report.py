@@ -1,0 +1,71 @@
+"""What audits showed, as GET /v1/models/{name}/audit answers."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from exits.calibration import speedup
+from exits.guarantee import CONFIDENCE
+from server.audit.auditor import Auditor
+
+
+def report(auditor: Auditor) -> dict[str, Any]:
+    """The evidence of one model by τ, what is promised, and what became of it."""
+    evidence, signal, promise = auditor.evidence, auditor.signal, auditor.promise
+    manifest = auditor.served.model.manifest
+    lower, upper = evidence.bounds()
+    rates, layers = evidence.rates(), evidence.mean_layers()
+    in_force = auditor.in_force()
+    here = int(np.searchsorted(auditor.taus, in_force["tau"]))
+    e_values = None if promise is None else evidence.e_values(promise.rate)
+
+    def row(k: int) -> dict[str, Any]:
+        known: dict[str, Any] = {
+            "tau": float(auditor.taus[k]),
+            "disagreement": _number(rates[k]),
+            "lower": float(lower[k]),
+            "upper": float(upper[k]),
+            "mean_exit_layer": _number(layers[k]),
+            "speedup": None if np.isnan(layers[k]) else speedup(manifest.num_layers, float(layers[k])),
+        }
+        if e_values is not None:
+            known["e_value"] = float(e_values[k])
+        return known
+
+    expected = auditor.served.rules.default.expected
+    return {
+        "model": auditor.served.model.full_name,
+        "signal": signal.name,
+        "lambda": signal.lam,
+        "since": _time(auditor.since),
+        "share": auditor.share,
+        "texts": evidence.texts,
+        "audits": evidence.audits,
+        "pending": auditor.pending,
+        "apart": auditor.apart,
+        "tau": in_force,
+        "promise": None
+        if promise is None
+        else {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "because": promise.reason},
+        "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
+        "calibrated": None
+        if expected is None
+        else {
+            "disagreement": expected.disagreement,
+            "disagreement_bound": expected.disagreement_bound,
+            "speedup": expected.speedup,
+        },
+        "taus": [row(k) for k in range(len(auditor.taus))],
+        "resets": [
+            {"at": _time(r.at), "because": r.reason, "tau": r.tau, "audits": r.audits} for r in auditor.resets
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(round(seconds), UTC).isoformat()

@@ -1,0 +1,199 @@
+"""What audits showed, in a small file for each model, so that a restart does not lose it."""
+
+import fcntl
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from exits.promise import MAX_SHARES, Evidence, Reason, Tally
+from exits.signals import SignalName
+from model_store.manifest import Manifest
+from server.audit.auditor import MAX_RESETS, Auditor, Kept, Reset
+
+log = logging.getLogger("de3")
+MAX_BYTES = 2**20
+MAX_TAUS = 1024
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Rate = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    """One part of the file."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Counts(_Part):
+    """exits.promise.Tally, and the share that it is of."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    texts: Count
+    audits: Count
+    served: Count
+    differing: list[Count] = Field(max_length=MAX_TAUS)
+    layers: list[Count] = Field(max_length=MAX_TAUS)
+
+
+class Promised(_Part):
+    """What was promised, and how far it got."""
+
+    rate: Rate
+    tau: Rate
+    reason: Reason
+    detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
+
+
+class ResetRow(_Part):
+    """server.audit.auditor.Reset."""
+
+    at: float
+    reason: Reason
+    tau: Rate
+    audits: Count
+
+
+class State(_Part):
+    """A model's audits. They hold for these files of the model, this signal and these τ only."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    fingerprint: str
+    signal: SignalName
+    lam: float | None
+    taus: list[Rate] = Field(max_length=MAX_TAUS)
+    since: float
+    counts: list[Counts] = Field(max_length=MAX_SHARES)
+    promise: Promised | None
+    resets: list[ResetRow] = Field(max_length=MAX_RESETS)
+
+    @model_validator(mode="after")
+    def _check(self) -> "State":
+        for row in self.counts:
+            if not len(row.differing) == len(row.layers) == len(self.taus):
+                raise ValueError("differing and layers need a number for each τ")
+            if max(row.served, row.audits, *row.differing) > row.texts or max(row.differing) > row.audits:
+                raise ValueError("more audits than texts, or more disagreements than audits")
+        return self
+
+
+def state_of(auditor: Auditor) -> State:
+    """What to write of an auditor."""
+    manifest, promise = auditor.served.model.manifest, auditor.promise
+    signal = auditor.signal
+    return State(
+        model=auditor.served.model.full_name,
+        fingerprint=fingerprint(manifest),
+        signal=signal.name,
+        lam=signal.lam,
+        taus=auditor.taus.tolist(),
+        since=auditor.since,
+        counts=[
+            Counts(
+                share=share,
+                texts=tally.texts,
+                audits=tally.audits,
+                served=tally.served,
+                differing=tally.differing.tolist(),
+                layers=tally.layers.tolist(),
+            )
+            for share, tally in auditor.evidence.tallies.items()
+        ],
+        promise=None
+        if promise is None
+        else Promised(
+            rate=promise.rate, tau=promise.tau, reason=promise.reason, detector=promise.detector.tolist()
+        ),
+        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in auditor.resets],
+    )
+
+
+def restore(auditor: Auditor, state: State) -> None:
+    """Let an auditor go on from a state; raises ValueError if it is of something else."""
+    manifest, signal = auditor.served.model.manifest, auditor.signal
+    if state.fingerprint != fingerprint(manifest):
+        raise ValueError("it is of another model")
+    if (state.signal, state.lam) != (signal.name, signal.lam):
+        raise ValueError("it is of another signal")
+    if state.taus != auditor.taus.tolist():
+        raise ValueError("it is of other τ")
+    evidence = Evidence(auditor.taus)
+    for row in state.counts:
+        differing, layers = np.array(row.differing, np.int64), np.array(row.layers, np.int64)
+        evidence.tallies[row.share] = Tally(row.texts, row.audits, row.served, differing, layers)
+    kept = state.promise
+    auditor.restore(
+        evidence,
+        state.since,
+        [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets],
+        None if kept is None else Kept(kept.rate, kept.tau, kept.reason, kept.detector),
+    )
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """Tells the files of a model from those of any other: its manifest has the hash of each."""
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+
+
+class StateDir:
+    """The folder with the files. Only one server may have it."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError for a folder that cannot be written, or that another server has."""
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ValueError(f"state_dir: {path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise ValueError(f"state_dir: another server uses {path}; each needs its own") from None
+
+    def close(self) -> None:
+        """Let another server have the folder."""
+        os.close(self._lock)
+
+    def _file(self, auditor: Auditor) -> Path:
+        return self.path / f"{auditor.served.model.full_name.replace(':', '-')}.json"
+
+    def read(self, auditor: Auditor) -> None:
+        """Restore an auditor from its file, if there is one; one that does not fit is set aside, with a warning."""
+        path = self._file(auditor)
+        try:
+            with path.open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
+            if len(data) > MAX_BYTES:
+                raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+            restore(auditor, State.model_validate_json(data))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            aside = path.with_suffix(".json.old")
+            log.warning("%s does not fit, and audits begin anew: %s; kept as %s", path, what, aside.name)
+            path.replace(aside)
+        else:
+            log.info("%s: %d audits from %s", auditor.served.model.full_name, auditor.evidence.audits, path)
+
+    def writer(self, auditor: Auditor) -> Callable[[], None]:
+        """A function that writes what an auditor has now, by one rename; to be called in any thread."""
+        path, data = self._file(auditor), state_of(auditor).model_dump_json().encode()
+
+        def write() -> None:
+            new = path.with_suffix(".json.new")
+            with new.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+
+        return write

@@ -1,0 +1,90 @@
+"""Routes that tell what is served: the models, their calibrations, and what audits showed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.responses import Response
+
+from exits.guarantee import CONFIDENCE
+from model_store.manifest import Manifest
+from server.audit.report import report
+from server.errors import RequestError
+from server.http import openapi
+from server.service import Service
+
+
+def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
+    """Add them to an application."""
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
+
+    @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
+    async def models() -> dict[str, Any]:
+        """The served models: labels, layers, role, defaults, and what the defaults give."""
+        rows = [model_row(m) | service.role(m) for m in service.manifests()]
+        return {"object": "list", "data": rows}
+
+    @app.get(
+        "/v1/models/{name}/calibration",
+        tags=["models"],
+        dependencies=dependencies,
+        responses={404: {"description": "no such model"}},
+    )
+    async def calibration(name: str) -> Response:
+        """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
+        manifest = service.manifest(name)
+        full_name = f"{manifest.name}:{manifest.version}"
+        if manifest.calibration is None:
+            message = f"{full_name} was exported without a calibration"
+            raise RequestError(message, "name", "unknown_model")
+        kept = calibrations.get(full_name)
+        if kept is None or kept[0] is not manifest:  # the same version may have been reloaded
+            body = {"object": "calibration", "model": full_name, "confidence": CONFIDENCE}
+            body |= manifest.calibration.model_dump(by_alias=True)
+            calibrations.clear()
+            kept = calibrations[full_name] = (manifest, orjson.dumps(body))
+        return Response(kept[1], media_type="application/json")
+
+    @app.get(
+        "/v1/models/{name}/audit",
+        tags=["models"],
+        dependencies=dependencies,
+        responses={404: {"description": "no such model"}, 409: {"description": "nothing is audited"}},
+    )
+    async def audit(name: str) -> dict[str, Any]:
+        """How often early answers differ from full depth, measured on live traffic, at each τ."""
+        service.check_open()
+        return {"object": "audit"} | report(service.audits.of(service.models.current(name)))
+
+
+def signals(manifest: Manifest) -> list[str]:
+    """The signals that requests may name."""
+    edr = ["edr"] if manifest.prototype_layers else []
+    entropy = ["entropy"] if manifest.tolerance is None else []
+    return [*entropy, *edr, *(["risk"] if manifest.risk is not None else [])]
+
+
+def model_row(manifest: Manifest) -> dict[str, Any]:
+    """One model as /v1/models lists it."""
+    c = manifest.calibration
+    return {
+        "id": f"{manifest.name}:{manifest.version}",
+        "object": "model",
+        "created": manifest.created,
+        "owned_by": "de3",
+        "name": manifest.name,
+        "version": manifest.version,
+        "labels": manifest.labels,
+        "num_layers": manifest.num_layers,
+        "exit_layers": manifest.exit_layers,
+        "max_tokens": manifest.max_tokens,
+        "input": manifest.input,
+        "thresholds": manifest.thresholds,
+        "tolerance": manifest.tolerance,
+        "precision": manifest.precision,
+        "defaults": manifest.defaults.model_dump(by_alias=True),
+        "signals": signals(manifest),
+        "self_labelled": c is not None and c.self_labelled,
+        "calibration": c.default.model_dump(by_alias=True) if c else None,
+    }
