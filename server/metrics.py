@@ -90,7 +90,10 @@ class _AuditMetrics(Collector):
         )
         lower = gauge("de3_audit_disagreement_lower", "Its lower bound, at 95% confidence at every moment")
         upper = gauge("de3_audit_disagreement_upper", "Its upper bound, at 95% confidence at every moment")
-        promise = gauge("de3_audit_promise", "The rate of disagreement that is promised (--guarantee)")
+        promise = gauge(
+            "de3_audit_promise",
+            "The rate of disagreement that is promised: --guarantee, or --max-disagreement",
+        )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
             "τ in force, by why: start, calibrated, evidence, change, reset; or how it was set",
@@ -124,8 +127,8 @@ class _AuditMetrics(Collector):
             if measured is not None:
                 for metric, value in zip((rate, lower, upper), measured, strict=True):
                     metric.add_metric([name], value)
-            if auditor.promise is not None:
-                promise.add_metric([name], auditor.promise.rate)
+            if auditor.promised is not None:
+                promise.add_metric([name], auditor.promised)
             tau.add_metric([name, force["reason"]], force["tau"])
             texts.add_metric([name], auditor.audits)
             unlike.add_metric([name], auditor.disagreements)

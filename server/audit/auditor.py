@@ -136,6 +136,12 @@ class Auditor:
         return self.served.rules.default.rule.signal
 
     @property
+    def promised(self) -> float | None:
+        """The rate of disagreement that is promised: the guarantee, or what the calibration certified on request."""
+        default = self.served.rules.default
+        return default.wanted if default.by in ("guarantee", "max_disagreement") else None
+
+    @property
     def pending(self) -> int:
         """Audits that have not run yet."""
         return self._outstanding
