@@ -89,6 +89,69 @@ def promise(
 
 
 @app.command()
+def audit(
+    home: Annotated[Path, typer.Argument(help="Texts that streams begin with.")],
+    away: Annotated[Path, typer.Argument(help="Texts that they change to.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    rate: Annotated[
+        list[float] | None, typer.Option(help="A promised disagreement (--guarantee); repeat for more.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Share of the texts that are audited.", min=0.001)] = 0.05,
+    streams: Annotated[int, typer.Option(help="Number of stationary streams.", min=1)] = 1000,
+    other_streams: Annotated[int, typer.Option(help="Number of streams of each other kind.", min=1)] = 200,
+    texts: Annotated[int, typer.Option(help="Texts in a stream.", min=1000)] = 100_000,
+    change_at: Annotated[int, typer.Option(help="Texts before a switch or drift.", min=1)] = 50_000,
+    start_layers: StartLayers = 0.6,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrated", help="Start with the calibration's τ, not at full depth.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a picture here, a file for each rate.", show_default=False)
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Does --guarantee keep its promise, and how fast is it? Streams of recorded texts whose true rates are known.
+
+    Stationary, with a sudden switch, a slow drift, and bursts of other texts.
+
+    Example: de3 loadtest study audit sst2/dev.tsv electronics.jsonl --plot audit.png
+    """
+    import numpy as np
+
+    from exits.calibration import FINE_TAUS
+    from loadtest.studies import audit as study
+    from loadtest.studies.samples import recorded
+    from server.rules import Rules
+    from server.settings import Settings
+
+    loaded = _model(store, model)
+    signal = loaded.manifest.default_signal
+    both = [
+        study.Population.of(recorded(loaded, [path], (text_column, "label"), []).recorded, signal)
+        for path in (home, away)
+    ]
+    rows = []
+    for promised in rate or [0.02, 0.05]:
+        start = 0
+        if calibrated:
+            options: dict[str, Any] = {"guarantee": promised, "guarantee_start": "calibrated"}
+            rules = Rules(loaded.manifest, Settings(**options))
+            start = int(np.searchsorted(FINE_TAUS, rules.default.rule.tau))
+        setting = study.Setting(both[0], both[1], promised, share, texts, change_at, start_layers, start)
+        found, points = study.audit(setting, study.KINDS, streams, other_streams)
+        rows += found
+        if plot:
+            study.plot(
+                plot.with_stem(f"{plot.stem}-{100 * promised:g}") if len(rate or [1, 2]) > 1 else plot,
+                setting,
+                points,
+            )
+    _print(*study.table(rows), json_file, rows)
+
+
+@app.command()
 def far(
     like: Annotated[
         Path, typer.Argument(help="In-distribution samples to fit scores on, such as certify.jsonl.")
