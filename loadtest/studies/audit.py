@@ -151,7 +151,8 @@ def audit(
 
     streams: of the stationary kind; other_streams: of each other.
     """
-    rows, points = [], {}
+    rows: list[dict[str, Any]] = []
+    points: dict[str, list[list[tuple[float, float, int]]]] = {}
     full = float(setting.home.layers.max()) + setting.start_layers
     costs = setting.home.layers.mean(0) + setting.start_layers
     best = oracle(setting.home, setting.rate, setting.start_layers)
