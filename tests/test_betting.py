@@ -1,0 +1,142 @@
+"""E-values, bounds and the change detector against the definition, text by text, and against what they promise."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits import betting
+from exits.betting import ChangeDetector, bounds, e_values, e_values_above
+
+SHARES = (1.0, 0.5, 0.05)
+# Of each text: with which of SHARES it came, whether it was drawn, whether it differs.
+streams = st.lists(st.tuples(st.sampled_from(SHARES), st.booleans(), st.booleans()), max_size=40)
+
+
+def counts(stream: list[tuple[float, bool, bool]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    texts = [sum(q == share for q, _, _ in stream) for share in SHARES]
+    differing = [
+        [sum(q == share and (drawn and differs) for q, drawn, differs in stream)] for share in SHARES
+    ]
+    return np.array(SHARES), np.array(texts), np.array(differing)
+
+
+def values(stream: list[tuple[float, bool, bool]]) -> list[tuple[float, float]]:
+    """q and X = A·d/q of each text."""
+    return [(q, float(drawn and differs) / q) for q, drawn, differs in stream]
+
+
+@given(streams, st.sampled_from([0.001, 0.02, 0.3, 0.9]))
+def test_e_values_are_the_wealth_of_gamblers(stream: list[tuple[float, bool, bool]], rate: float) -> None:
+    lower = [np.prod([1 + c * q * (rate - x) for q, x in values(stream)]) for c in betting.LOWER]
+    assert e_values(*counts(stream), np.array([rate]))[0] == pytest.approx(np.mean(lower), rel=1e-9)
+    bets = [
+        np.prod([1 + min(k * q, betting.MOST_LOSS / rate) * (x - rate) for q, x in values(stream)])
+        for k in betting.HIGHER
+    ]
+    assert e_values_above(*counts(stream), np.array([rate]))[0] == pytest.approx(np.mean(bets), rel=1e-9)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("rate", [0.05, 0.4])
+def test_the_mean_wealth_is_1_where_the_rate_is_as_bet_against(share: float, rate: float) -> None:
+    """Over all outcomes of three texts; less where the rate is on the other side."""
+
+    def mean(function: object, truth: float) -> float:
+        total = 0.0
+        for outcome in product([(False, False), (True, False), (True, True)], repeat=3):
+            p = np.prod([share * (truth if d else 1 - truth) if a else 1 - share for a, d in outcome])
+            arguments = np.array([share]), np.array([3]), np.array([[sum(d for _, d in outcome)]])
+            total += p * function(*arguments, np.array([rate]))[0]  # type: ignore[operator]
+        return float(total)
+
+    assert mean(e_values, rate) == pytest.approx(1)
+    assert mean(e_values, rate * 1.5) < 1 < mean(e_values, rate / 2)
+    assert mean(e_values_above, rate) == pytest.approx(1)
+    assert mean(e_values_above, rate / 2) < 1 < mean(e_values_above, rate * 1.5)
+
+
+@given(streams)
+def test_bounds_enclose_the_rate_and_are_in_order(stream: list[tuple[float, bool, bool]]) -> None:
+    lower, upper = bounds(*counts(stream), 0.95)
+    assert 0 <= lower[0] <= upper[0] <= 1
+    if not any(drawn and differs for _, drawn, differs in stream):
+        assert lower[0] == 0
+
+
+def test_bounds_close_in_and_are_those_of_each_column() -> None:
+    shares, texts = np.array([0.05]), np.array([100_000])
+    differing = np.array([[50, 100, 500]])
+    lower, upper = bounds(shares, texts, differing, 0.95)
+    for k, rate in enumerate((0.01, 0.02, 0.1)):
+        assert 0.55 * rate < lower[k] < rate < upper[k] < 1.6 * rate
+        alone = bounds(shares, texts, differing[:, [k]], 0.95)
+        assert (alone[0][0], alone[1][0]) == (lower[k], upper[k])
+    few = bounds(shares, texts // 10, differing // 10, 0.95)
+    assert (few[0] < lower).all() and (few[1] > upper).all()
+
+
+def test_nothing_is_known_of_no_texts() -> None:
+    lower, upper = bounds(np.array([1.0]), np.array([0]), np.zeros((1, 2), np.int64), 0.95)
+    assert (lower == 0).all() and (upper == 1).all()
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.3])
+def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
+    """At any of 40 looks, in less than 5% of 300 streams; a bound for one look would be left by far more."""
+    rng, outside = np.random.default_rng(1), 0
+    for _ in range(300):
+        hits = np.cumsum(rng.random(4000) < 0.1 * rate)  # drawn and differing
+        looks = [
+            bounds(np.array([0.1]), np.array([n]), np.array([[hits[n - 1]]]), 0.95)
+            for n in range(100, 4001, 100)
+        ]
+        outside += any(not low[0] <= rate <= high[0] for low, high in looks)
+    assert outside <= 15
+
+
+@given(st.floats(0.01, 0.99), st.sampled_from(SHARES), st.integers(0, 50))
+def test_texts_that_were_not_drawn_count_together_as_one_by_one(
+    rate: float, share: float, texts: int
+) -> None:
+    together, single = ChangeDetector(rate, 1e5), ChangeDetector(rate, 1e5)
+    for detector in (together, single):
+        detector.add(share, True)
+    together.skip(share, texts)
+    for _ in range(texts):
+        single.skip(share, 1)
+    np.testing.assert_allclose(together.wealth, single.wealth, rtol=1e-9)
+
+
+@settings(max_examples=20)
+@given(st.floats(0.01, 0.5), st.sampled_from(SHARES))
+def test_the_detector_owns_what_was_staked_in_the_mean(rate: float, share: float) -> None:
+    mean = np.zeros(3)
+    for outcome in product([(False, False), (True, False), (True, True)], repeat=3):
+        p, detector = 1.0, ChangeDetector(rate, 1e5)
+        for drawn, differs in outcome:
+            p *= share * (rate if differs else 1 - rate) if drawn else 1 - share
+            if drawn:
+                detector.add(share, differs)
+            else:
+                detector.skip(share, 1)
+        mean += p * detector.wealth
+    np.testing.assert_allclose(mean, 3 * share, rtol=1e-9)
+
+
+def test_the_detector_fires_after_a_rise_and_not_before() -> None:
+    rng, delays = np.random.default_rng(2), []
+    for _ in range(20):
+        detector, audits = ChangeDetector(0.02, 1e5), 0
+        for _ in range(4000):
+            detector.add(0.05, bool(rng.random() < 0.012))
+            detector.skip(0.05, int(rng.geometric(0.05)) - 1)
+        assert not detector.has_fired
+        while not detector.has_fired:
+            detector.add(0.05, bool(rng.random() < 0.06))
+            detector.skip(0.05, int(rng.geometric(0.05)) - 1)
+            audits += 1
+        delays.append(audits)
+    assert np.median(delays) < 500 and max(delays) < 1500

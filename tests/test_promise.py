@@ -1,0 +1,171 @@
+"""Which τ a promise allows: profiles against the rule, the fixed order, the fall after a change, restarts."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from exits.calibration import FINE_TAUS
+from exits.promise import Evidence, Profile, Promise, profile
+from exits.rule import ExitRule, exit_index
+from exits.signals import Entropy
+
+TAUS = np.array(FINE_TAUS)
+GRID = np.array([0.0, 0.1, 0.2, 0.4])
+CLEAN = Profile(np.zeros(4, np.bool_), np.array([3, 2, 1, 0]))
+
+
+def unlike_from(index: int) -> Profile:
+    """A text that is answered otherwise at every τ from this one on."""
+    return Profile(np.arange(4) >= index, np.array([3, 2, 1, 0]))
+
+
+# Every other score is one of the grid's τ, at which a text must not exit.
+scores = st.lists(
+    st.one_of(st.none(), st.just(float("nan")), st.floats(0, 1), st.sampled_from(FINE_TAUS)),
+    min_size=1,
+    max_size=7,
+)
+
+
+@given(scores, st.data())
+def test_a_profile_is_what_the_rule_does(values: list[float | None], data: st.DataObject) -> None:
+    differs = [*data.draw(st.lists(st.booleans(), min_size=len(values) - 1, max_size=len(values) - 1)), False]
+    layers = list(range(len(values)))
+    audit = profile(values, differs, layers, TAUS)
+    row = np.array([[np.nan if v is None else v for v in values]])
+    for k, tau in enumerate(FINE_TAUS):
+        rule = ExitRule(tau, Entropy())
+        index = next((i for i, v in enumerate(values[:-1]) if rule.exits(v)), len(values) - 1)
+        assert index == exit_index(row.copy(), tau)[0]
+        assert (audit.differs[k], audit.layers[k]) == (differs[index], layers[index])
+
+
+def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> None:
+    promise = Promise(0.1, GRID)
+    assert (promise.tau, promise.reason) == (0.0, "start")
+    # At the second τ every fifth text differs, at the third none: it must not be reached all the same.
+    odd = Profile(np.array([False, False, True, False]), CLEAN.layers)
+    for n in range(1000):
+        promise.add(1.0, odd if n % 5 == 0 else CLEAN)
+    assert (promise.tau, promise.reason) == (0.1, "evidence")
+    assert promise.evidence.e_values(0.1)[3] > 20
+
+
+def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
+    promise = Promise(0.1, GRID)
+    changes = [n for n in range(200) if promise.add(1.0, CLEAN)]
+    first = next(
+        n for n in range(200) if np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) >= 20
+    )
+    assert changes == [first]
+    assert promise.tau == 0.4  # all at once, as all agreed
+
+
+def test_texts_that_were_not_drawn_count_as_the_share_says() -> None:
+    promise = Promise(0.1, GRID)
+    for _ in range(40):
+        promise.skip(0.05, 19)
+        promise.add(0.05, CLEAN)
+    evidence = promise.evidence
+    assert (evidence.texts, evidence.audits) == (800, 40)
+    many = Evidence(GRID)
+    for _ in range(40):
+        many.add(1.0, CLEAN)
+    # 40 audits tell about as much, whether they are all texts or one in 20.
+    np.testing.assert_allclose(np.log(evidence.e_values(0.1)), np.log(many.e_values(0.1)), rtol=0.05)
+
+
+def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
+    evidence = Evidence(GRID)
+    for share, differ in ((1.0, 1), (0.1, 3)):
+        for n in range(10):
+            evidence.add(share, unlike_from(1 if n < differ else 4), served_differs=n < differ)
+    assert evidence.rates()[1] == pytest.approx((1 + 30) / (10 + 100))
+    assert evidence.served() == evidence.rates()[1]
+    assert evidence.mean_layers()[2] == pytest.approx(1)
+
+
+def test_a_rise_above_the_promise_voids_what_was_known() -> None:
+    promise, rng = Promise(0.1, GRID), np.random.default_rng(3)
+    while promise.tau < 0.4:
+        promise.add(1.0, CLEAN)
+    for _ in range(500):
+        promise.add(1.0, unlike_from(3 if rng.random() < 0.05 else 4))
+    assert promise.tau == 0.4
+    count = 0
+    while promise.tau == 0.4:
+        changed = promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
+        count += 1
+        assert count < 200
+    assert changed and (promise.tau, promise.reason) == (0.0, "change")
+    assert (promise.evidence.audits, promise.evidence.texts) == (0, 0)
+    assert not promise.detector.any()
+    for _ in range(400):
+        promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
+    assert promise.tau == 0.2  # the ones below are as good as ever
+
+
+def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
+    promise = Promise(0.1, GRID, start=2)
+    assert (promise.tau, promise.reason) == (0.2, "calibrated")
+    while promise.tau == 0.2:
+        promise.add(0.1, unlike_from(2))
+    assert (promise.tau, promise.reason) == (0.0, "change")
+
+
+def test_few_streams_ever_break_the_promise() -> None:
+    """Where the next τ is just above the promise: in at most 5% of 200 streams of 3,000 audits."""
+    rng, broken = np.random.default_rng(4), 0
+    for _ in range(200):
+        promise = Promise(0.1, GRID)
+        for differs in rng.random(3000) < 0.105:
+            promise.add(1.0, unlike_from(2 if differs else 4))
+            if promise.tau > 0.1:
+                broken += 1
+                break
+    assert 0 < broken <= 10
+
+
+def test_a_promise_goes_on_where_another_left_off() -> None:
+    first, second = Promise(0.1, GRID), Promise(0.1, GRID)
+    for n in range(150):
+        first.add(1.0, unlike_from(3 if n % 3 == 0 else 4))
+    second.restore(first.evidence, first.tau, first.reason, first.detector.tolist())
+    assert (second.tau, second.reason) == (first.tau, first.reason) == (0.2, "evidence")
+    for promise in (first, second):
+        promise.add(0.1, unlike_from(2))
+    assert (first.detector == second.detector).all()
+
+
+@pytest.mark.parametrize(
+    ("tau", "detector"), [(0.3, [0.0] * 3), (0.1, [0.0]), (0.1, [-1.0, 0, 0]), (0.1, [float("nan"), 0, 0])]
+)
+def test_what_does_not_fit_is_not_restored(tau: float, detector: Sequence[float]) -> None:
+    promise = Promise(0.1, GRID)
+    with pytest.raises(ValueError, match="does not fit"):
+        promise.restore(Evidence(GRID), tau, "evidence", detector)
+    assert promise.tau == 0
+
+
+def test_evidence_from_before_the_promise_is_taken_up() -> None:
+    evidence = Evidence(GRID)
+    for n in range(150):
+        evidence.add(1.0, unlike_from(3 if n % 3 == 0 else 4))
+    promise = Promise(0.1, GRID)
+    promise.adopt(evidence)
+    assert (promise.tau, promise.reason) == (0.2, "evidence")
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
+def test_a_share_is_a_probability_above_0(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        Evidence(GRID).add(share, CLEAN)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0, -1.0, float("nan")])
+def test_a_promise_is_a_rate(rate: float) -> None:
+    with pytest.raises(ValueError, match="promise"):
+        Promise(rate, GRID)
