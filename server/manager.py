@@ -145,6 +145,7 @@ class Manager:
             self._drop_shadows()
         for served in gone:
             self._metrics.drop(served)
+            self._audits.forget(served)
             log.info("%s is unloaded", served.model.full_name)
         task = asyncio.create_task(_give_back([ref(served.model) for served in gone]))
         self._tasks.add(task)

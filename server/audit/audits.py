@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from server.audit.auditor import Auditor
 from server.audit.log import AuditLog
-from server.audit.state import StateDir, fingerprint
+from server.audit.state import State, StateDir, fingerprint, restore, state_of
 from server.engine.work import Job, Served
 from server.errors import RequestError
 from server.settings import Settings
 
 log = logging.getLogger("de3")
 SAVE_S = 2.0  # between two times that what changed is saved: a crash loses as much
-MAX_KEPT = 32  # auditors, of unloaded models too, which may come back
+MAX_KEPT = 32  # states of unloaded models, which may come back
 
 
 class Audits:
@@ -24,7 +24,8 @@ class Audits:
         """submit: enqueues a job. Raises ValueError for a folder or a file that cannot be written."""
         self._settings, self._submit = settings, submit
         self.is_on = settings.share_of_audits > 0
-        self._by_model: dict[str, tuple[str, Auditor]] = {}  # and the model's fingerprint
+        self._by_model: dict[str, Auditor] = {}
+        self._unloaded: dict[str, State] = {}
         state_dir, log_audits = settings.state_dir, settings.log_audits
         self._state = StateDir(state_dir) if self.is_on and state_dir is not None else None
         self._log = AuditLog(log_audits, settings.log_audit_texts) if log_audits is not None else None
@@ -34,22 +35,33 @@ class Audits:
         """Audit a model from now on; one that was served before goes on where it was."""
         if not self.is_on:
             return
-        name, mark = served.model.full_name, fingerprint(served.model.manifest)
-        known = self._by_model.pop(name, None)
-        if known is not None and known[0] == mark:
-            known[1].serve(served)
-        else:
-            known = mark, Auditor(served, self._settings, self._submit, self._log)
-            if self._state is not None:
-                self._state.read(known[1])
-        self._by_model[name] = known
-        while len(self._by_model) > MAX_KEPT:
-            del self._by_model[next(iter(self._by_model))]
+        name = served.model.full_name
+        known = self._by_model.get(name)
+        if known is not None and known.served.model.manifest == served.model.manifest:  # loaded again
+            known.serve(served)
+            return
+        auditor = self._by_model[name] = Auditor(served, self._settings, self._submit, self._log)
+        state = self._unloaded.pop(name, None)
+        if state is not None and state.fingerprint == fingerprint(served.model.manifest):
+            restore(auditor, state)
+        elif self._state is not None:
+            self._state.read(auditor)
+
+    def forget(self, served: Served) -> None:
+        """A model is served no longer: what is known of it is kept, but not the model."""
+        name = served.model.full_name
+        auditor = self._by_model.get(name)
+        if auditor is None or auditor.served is not served:
+            return
+        self._save()
+        del self._by_model[name]
+        self._unloaded[name] = state_of(auditor)
+        while len(self._unloaded) > MAX_KEPT:
+            del self._unloaded[next(iter(self._unloaded))]
 
     def get(self, served: Served) -> Auditor | None:
         """The auditor of a model; None where nothing is audited."""
-        known = self._by_model.get(served.model.full_name)
-        return None if known is None else known[1]
+        return self._by_model.get(served.model.full_name)
 
     def of(self, served: Served) -> Auditor:
         """The auditor of a model; raises RequestError where nothing is audited."""
@@ -97,19 +109,22 @@ class Audits:
                         log.error("state_dir: cannot be written, tried again every %g s: %s", SAVE_S, error)
                     failed = True
 
+    def _save(self) -> None:
+        for write in self._writers():
+            try:
+                write()
+            except OSError as error:
+                log.error("state_dir: what the last audits showed is lost: %s", error)
+
     def _writers(self) -> Iterator[Callable[[], None]]:
-        for _, auditor in list(self._by_model.values()):
+        for auditor in list(self._by_model.values()):
             if self._state is not None and auditor.is_changed:
                 auditor.is_changed = False
                 yield self._state.writer(auditor)
 
     def stop(self) -> None:
         """Save what is known, and close the files; called once nothing is answered any more."""
-        for write in self._writers():
-            try:
-                write()
-            except OSError as error:
-                log.error("state_dir: what the last audits showed is lost: %s", error)
+        self._save()
         if self._state is not None:
             self._state.close()
         if self._log is not None:

@@ -1,0 +1,486 @@
+"""Audits over HTTP: what they count against full depth's answers, the guarantee, its state, its log, a reset."""
+
+import gc
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from weakref import ref
+
+import httpx
+import pytest
+
+from exits.promise import Profile
+from model_store.segments import Tokens
+from server.audit import auditor as auditor_module
+from server.audit.auditor import MAX_PENDING, ROOM, Auditor
+from server.audit.state import StateDir
+from server.engine.queue import WorkQueue
+from server.engine.work import Job
+from server.service import Service
+from server.settings import Settings
+from tests import jobs
+from tests.conftest import make_rows
+from tests.serving import Gate, Server, process, serving, until, url_when_ready
+
+TEXTS = [text for text, _ in make_rows(200, 41)]
+TAU = 0.6  # at which some answers of the tiny models differ from full depth
+
+
+def auditor_of(server: Server) -> Auditor:
+    (served,) = server.service.models.all
+    return server.service.audits.of(served)
+
+
+def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
+    response = httpx.get(f"{server.url}/v1/models/{model}/audit")
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
+    """The audit once so many texts have been counted."""
+    until(lambda: auditor_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
+    return audit(server, model)
+
+
+def labels(server: Server, **options: Any) -> list[str]:
+    rows = server.classify(input=TEXTS, **options).json()["data"]
+    return [row["label"] for row in rows]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
+def test_audits_count_what_full_depth_answers(store: Path, model: str) -> None:
+    """For the τ in force, and for others that requests then ask for."""
+    with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
+        early, full = labels(server), labels(server, tau=0)
+        said = settled(server, len(TEXTS), model)
+        differing = sum(a != b for a, b in zip(early, full, strict=True))
+        assert differing > 0
+        assert (said["texts"], said["audits"], said["pending"]) == (200, 200, 0)
+        assert said["tau"] == {"tau": TAU, "reason": "default"}
+        assert said["promise"] is None
+        measured = said["measured"]
+        assert measured["disagreement"] == measured["as_served"] == pytest.approx(differing / 200)
+        assert measured["lower"] <= measured["disagreement"] <= measured["upper"]
+        for row in said["taus"][::30]:
+            answers = server.classify(input=TEXTS, tau=row["tau"]).json()["data"]
+            unlike = sum(a["label"] != b for a, b in zip(answers, full, strict=True))
+            assert row["disagreement"] == pytest.approx(unlike / 200)
+            layers = sum(a["exit"]["layer"] for a in answers)
+            assert row["mean_exit_layer"] == pytest.approx(layers / 200)
+        assert audit(server, model)["texts"] == 200  # those with a wish of their own do not count
+        name = f"{model}:1"
+        assert server.metric("de3_audit_texts_total", model=name) == 200
+        assert server.metric("de3_audit_disagreements_total", model=name) == differing
+        assert server.metric("de3_audit_seconds_total", model=name) > 0
+        # Audits are no traffic.
+        assert server.metric("de3_exit_layer_count", model=name) == 200 * (2 + len(said["taus"][::30]))
+
+
+def test_an_answer_does_not_depend_on_being_audited(store: Path) -> None:
+    found = []
+    for share in (None, 1.0):
+        with serving(store, models=["tiny-int8"], audit_share=share, tau=TAU) as server:
+            found.append(server.classify(input=TEXTS).json()["data"])
+    assert found[0] == found[1]
+
+
+def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=0.3, tau=TAU) as server:
+        for _ in range(5):
+            server.classify(input=TEXTS)
+        until(lambda: auditor_of(server).evidence.texts == 1000, "all to be counted")
+        assert 230 < auditor_of(server).evidence.audits < 370  # 5 standard deviations
+        assert not auditor_of(server).pending
+
+
+def test_far_texts_count_at_the_lower_tau_that_they_get(store: Path) -> None:
+    """With --ood-policy deepen; the audit of every τ must tell what a request with that τ gets."""
+    options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
+    with serving(store, audit_share=1.0, **options) as server:
+        rows = server.classify(input=TEXTS).json()["data"]
+        said = settled(server, len(TEXTS))
+        assert any(row.get("out_of_distribution") for row in rows)
+        assert said["measured"]["mean_exit_layer"] == pytest.approx(
+            sum(row["exit"]["layer"] for row in rows) / len(rows)
+        )
+
+
+def test_windows_and_deadlines_are_counted_apart(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, latency_budget_ms=30_000) as server:
+        long = "not good but bad " * 40
+        response = server.classify(input=[long, "good"], long="windows")
+        assert response.json()["data"][0]["windows"]["of"] > 1
+        server.classify(input="good", max_layer=1)
+        said = settled(server, 1)
+        assert said["texts"] == 1
+        assert said["apart"] == {"deadline": 0, "max_layer": 0, "windows": 1}
+
+
+def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], guarantee=0.2) as server:
+        assert server.service.settings.share_of_audits == 0.05
+        first = server.classify(input=TEXTS[0], explain=True).json()
+        assert first["data"][0]["exit"]["reason"] == "last_layer"
+        promise = {"max_disagreement": 0.2, "confidence": 0.95, "because": "start"}
+        assert first["tau_choice"]["by"] == "guarantee"
+        assert first["tau_choice"]["promise"] == promise
+        for _ in range(3):
+            server.classify(input=TEXTS)
+        until(lambda: audit(server)["tau"]["tau"] > 0, "τ to rise")
+        said = audit(server)
+        assert said["share"] == 0.05
+        assert said["promise"] == promise | {"because": "evidence"}
+        passed = [row for row in said["taus"] if 0 < row["tau"] <= said["tau"]["tau"]]
+        assert passed
+        after = server.classify(input=TEXTS, explain=True).json()
+        assert after["tau_choice"]["tau"] == said["tau"]["tau"]
+        assert any(row["exit"]["reason"] == "threshold" for row in after["data"])
+        assert server.metric("de3_tau", model="tiny-int8:1") == said["tau"]["tau"]
+        assert server.metric("de3_audit_promise", model="tiny-int8:1") == 0.2
+        # A wish of its own comes first, as without a guarantee.
+        assert server.classify(input="good", tau=0.5).json()["data"][0]["exit"]["tau"] == 0.5
+
+
+def test_a_calibrated_start_has_the_certified_tau(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], guarantee=0.3, guarantee_start="calibrated") as server:
+        certified = server.classify(input="good", max_disagreement=0.3).json()["data"][0]["exit"]["tau"]
+        answer = server.classify(input="good", explain=True).json()
+        assert answer["tau_choice"]["tau"] == certified > 0
+        assert answer["tau_choice"]["promise"]["because"] == "calibrated"
+
+
+def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
+    for settings, steps in (({"guarantee": 0.2}, False), ({"audit_share": 0.1}, True)):
+        with serving(store, models=["tiny-int8"], slo_p99_ms=50, min_accuracy=0, **settings) as server:
+            (served,) = server.service.models.all
+            assert bool(served.rules.steps) == steps
+            default = served.rules.default
+            assert (
+                (served.rules.in_force(1) is default) == (served.rules.in_force(9) is default) == (not steps)
+            )
+
+
+def change(server: Server) -> None:
+    """Make audits report a disagreement at every τ above 0, as after a change of the traffic."""
+    auditor = auditor_of(server)
+    count = auditor._count
+
+    def wrong(entry: Any, profile: Profile, differs: bool) -> None:
+        count(entry, Profile(auditor.taus > 0, profile.layers), differs)
+
+    auditor._count = wrong  # type: ignore[method-assign]
+
+
+def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(store, models=["tiny-int8"], guarantee=0.2, audit_share=1.0) as server:
+        while audit(server)["tau"]["tau"] == 0:
+            server.classify(input=TEXTS)
+        tau = audit(server)["tau"]["tau"]
+        change(server)
+        with caplog.at_level(logging.WARNING, "de3"):
+            until(
+                lambda: server.classify(input=TEXTS) and auditor_of(server).num_resets["change"], "the change"
+            )
+        assert "answers differ from full depth more often than the promised 20%" in caplog.text
+        said = audit(server)
+        assert said["tau"] == {"tau": 0.0, "reason": "change"}
+        (reset,) = said["resets"]
+        assert (reset["because"], reset["tau"]) == ("change", tau)
+        assert server.metric("de3_audit_resets_total", reason="change") == 1
+        assert server.classify(input="good").json()["data"][0]["exit"]["reason"] == "last_layer"
+
+
+def test_audits_wait_while_requests_do(store: Path) -> None:
+    """They are deferred, not dropped, and later texts are drawn less often."""
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        auditor, waiting = auditor_of(server), list[Job]()
+        submit, auditor._submit = auditor._submit, waiting.append
+        server.classify(input=TEXTS)
+        until(lambda: auditor.pending == len(waiting) > ROOM, "audits to be pending")
+        assert audit(server)["share"] <= 2**-8
+        assert audit(server)["pending"] == auditor.pending
+        auditor._submit = submit
+        for job in waiting:
+            job.future.get_loop().call_soon_threadsafe(submit, job)
+        until(lambda: auditor.evidence.audits == len(TEXTS), "the audits to run")
+        assert audit(server)["share"] == 1.0
+
+
+def test_a_request_comes_before_any_audit() -> None:
+    queue = WorkQueue(4)
+    one, other, request = (jobs.job(["text"], [1.0], is_shadow=k < 2) for k in range(3))
+    one.is_audit = other.is_audit = True
+    for job in (one, other, request):
+        queue.put(job)
+    assert [queue.next()[0].job for _ in range(3)] == [request, one, other]
+
+
+def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        auditor = auditor_of(server)
+        waiting: list[Job] = []
+        submit, auditor._submit = auditor._submit, waiting.append
+        server.classify(input=TEXTS[:40])
+        early = [job for job in waiting if not job.future.done()]
+        assert len(early) > 5
+        for job in reversed(early[1:]):  # all but the first
+            server_loop = job.future.get_loop()
+            server_loop.call_soon_threadsafe(submit, job)
+        until(lambda: auditor.audits >= len(early) - 1, "the later audits")
+        before = auditor.evidence.texts
+        assert before < 40
+        first = early[0].future.get_loop()
+        first.call_soon_threadsafe(submit, early[0])
+        until(lambda: auditor.evidence.texts == 40, "all texts")
+        assert auditor.evidence.audits == 40
+
+
+def test_an_audit_that_fails_counts_as_a_disagreement(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        auditor = auditor_of(server)
+        auditor._submit = lambda job: job.future.set_exception(RuntimeError("broken"))
+        text = next(
+            t for t in TEXTS if server.classify(input=t, tau=TAU).json()["data"][0]["exit"]["layer"] < 3
+        )
+        server.classify(input=text)
+        said = settled(server, 1)
+        assert said["measured"]["disagreement"] == 1
+        assert said["taus"][0]["disagreement"] == 0
+
+
+def test_a_request_that_is_not_answered_leaves_nothing_behind(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(monkeypatch)
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, timeout_s=0.2) as server:
+        assert server.classify(input=TEXTS).status_code == 504
+        assert auditor_of(server).pending == 0
+        gate.open()
+        server.classify(input="good")
+        settled(server, 1)
+        assert auditor_of(server).evidence.texts == 1
+
+
+def test_the_list_of_audits_has_an_end(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
+        auditor = auditor_of(server)
+        shares = []
+        for outstanding in range(MAX_PENDING + 1):
+            auditor._outstanding = outstanding
+            shares.append(auditor.share)
+        assert shares[0] == 1.0 and shares[ROOM] == 2**-8 and shares[-1] == 0.0
+        assert shares == sorted(shares, reverse=True)
+        server.classify(input="good")  # not drawn, and not counted
+        assert auditor.evidence.texts == 0
+        auditor._outstanding = 0
+
+
+def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"models": ["tiny-int8"], "guarantee": 0.2, "state_dir": tmp_path / "state"}
+    with serving(store, **options) as server:
+        while audit(server)["tau"]["tau"] == 0:
+            server.classify(input=TEXTS)
+        before = audit(server)
+    with serving(store, **options) as server:
+        assert audit(server) == before
+        assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
+    with serving(
+        store, **options | {"guarantee": 0.05}
+    ) as server:  # what is known stays, the promise is another
+        after = audit(server)
+        assert after["audits"] == before["audits"]
+        assert after["tau"]["tau"] <= before["tau"]["tau"]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"fingerprint": "0"}, "another model"),
+        ({"signal": "entropy"}, "another signal"),
+        ({"taus": [0.0, 0.5]}, "number for each τ"),
+        ({"schema_version": 2}, "Input should be 1"),
+        ({"unknown": 1}, "Extra inputs"),
+        ({"since": float("nan")}, "finite number"),
+        ("{", "EOF"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_set_aside(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, change: Any, why: str
+) -> None:
+    options: dict[str, Any] = {"models": ["tiny-int8"], "audit_share": 1.0, "state_dir": tmp_path}
+    with serving(store, **options) as server:
+        server.classify(input=TEXTS[:5])
+        settled(server, 5)
+    file = tmp_path / "tiny-int8-1.json"
+    state = json.loads(file.read_text())
+    file.write_text(change if isinstance(change, str) else json.dumps(state | change))
+    with caplog.at_level(logging.WARNING, "de3"), serving(store, **options) as server:
+        assert audit(server)["audits"] == 0
+    assert why in caplog.text
+    assert (tmp_path / "tiny-int8-1.json.old").exists()
+
+
+def test_counts_that_cannot_be_are_refused(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options: dict[str, Any] = {"models": ["tiny-int8"], "audit_share": 1.0, "state_dir": tmp_path}
+    with serving(store, **options) as server:
+        server.classify(input=TEXTS[:5])
+        settled(server, 5)
+    file = tmp_path / "tiny-int8-1.json"
+    state = json.loads(file.read_text())
+    state["counts"][0]["differing"][3] = 6
+    file.write_text(json.dumps(state))
+    with serving(store, **options) as server:
+        assert audit(server)["audits"] == 0
+    assert "more audits than texts" in caplog.text
+
+
+def test_a_state_folder_is_for_one_server(tmp_path: Path) -> None:
+    first = StateDir(tmp_path)
+    with pytest.raises(ValueError, match="another server uses"):
+        StateDir(tmp_path)
+    first.close()
+    StateDir(tmp_path).close()
+
+
+def test_a_state_folder_that_cannot_be_written_is_an_error_at_start(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"state_dir: .* cannot be written"):
+        Service(Settings(store=store, audit_share=0.1, state_dir=tmp_path / "file/state"))
+    with pytest.raises(ValueError, match=r"log_audits: .* cannot be written"):
+        Service(Settings(store=store, audit_share=0.1, log_audits=tmp_path / "file/log"))
+
+
+@pytest.mark.slow
+def test_a_killed_server_loses_seconds_at_most(store: Path, tmp_path: Path) -> None:
+    arguments = ("--model", "tiny-int8", "--audit-share", "1", "--state-dir", str(tmp_path))
+    with process(store, *arguments) as running:
+        url = url_when_ready(running)
+        httpx.post(url + "/classify", json={"input": TEXTS}, timeout=30)
+
+        def saved() -> bool:
+            file = tmp_path / "tiny-int8-1.json"
+            return file.exists() and json.loads(file.read_text())["counts"][0]["texts"] == 200
+
+        until(saved, "the state to be saved")
+        running.kill()
+    with process(store, *arguments) as running:
+        url = url_when_ready(running)
+        assert httpx.get(url + "/v1/models/tiny-int8/audit").json()["audits"] == 200
+
+
+def test_the_log_has_what_every_exit_showed(store: Path, tmp_path: Path) -> None:
+    for texts in (False, True):
+        file = tmp_path / f"audits-{texts}.jsonl"
+        options: dict[str, Any] = {"log_audits": file, "log_audit_texts": texts}
+        with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU, **options) as server:
+            full = server.classify(input=TEXTS[:20], tau=0, raw=True, explain=True).json()["data"]
+            server.classify(input=TEXTS[:20])
+            settled(server, 20)
+        rows = {row["tokens"]: row for row in map(json.loads, file.read_text().splitlines())}
+        assert len(file.read_text().splitlines()) == 20
+        for text, answer in zip(TEXTS[:20], full, strict=True):
+            row = (
+                rows[len(text.split()) + 2]
+                if not texts
+                else next(r for r in map(json.loads, file.read_text().splitlines()) if r["text"] == text)
+            )
+            if texts:
+                assert row["logits"][-1] == pytest.approx(answer["probs"], rel=1e-6)
+            assert row["layers"] == [x["layer"] for x in answer["layers"]] == [0, 1, 2, 3]
+            assert (row["model"], row["share"]) == ("tiny-int8:1", 1.0)
+            assert ("text" in row) == texts
+            assert row["distances"][-1] is None and len(row["distances"][0]) == 2
+
+
+ADMIN = {"Authorization": "Bearer an-admins-key-0123456789abcdef"}
+
+
+@pytest.fixture
+def managed(store: Path) -> Iterator[Server]:
+    keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
+    with serving(store, models=["tiny-int8"], guarantee=0.2, admin_keys=keys) as server:
+        yield server
+
+
+def test_an_admin_resets_what_is_known(managed: Server) -> None:
+    while audit(managed)["tau"]["tau"] == 0:
+        managed.classify(input=TEXTS)
+    path = f"{managed.url}/v1/models/tiny-int8/audit/reset"
+    assert httpx.post(path).status_code == 401
+    response = httpx.post(path, headers=ADMIN)
+    assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
+    said = audit(managed)
+    assert (said["audits"], said["texts"], said["resets"][0]["because"]) == (0, 0, "reset")
+    assert managed.metric("de3_audit_resets_total", reason="reset") == 1
+    assert httpx.post(f"{managed.url}/v1/models/other/audit/reset", headers=ADMIN).status_code == 404
+
+
+def test_a_reloaded_model_keeps_what_is_known_of_it(managed: Server) -> None:
+    while audit(managed)["tau"]["tau"] == 0:
+        managed.classify(input=TEXTS)
+    before = audit(managed)
+    response = httpx.post(f"{managed.url}/v1/models/tiny-int8/load", headers=ADMIN, timeout=60)
+    assert response.status_code == 200, response.text
+    after = audit(managed)
+    assert after["tau"] == before["tau"]
+    assert managed.classify(input="good", explain=True).json()["tau_choice"]["tau"] == before["tau"]["tau"]
+
+
+def test_a_server_without_audits_says_how_to_have_them(store: Path) -> None:
+    with serving(store, models=["tiny-int8"]) as server:
+        response = httpx.get(f"{server.url}/v1/models/tiny-int8/audit")
+        assert response.status_code == 409
+        assert "--audit-share or --guarantee" in response.json()["error"]["message"]
+        assert not [f for f in server.service.metrics.registry.collect() if f.name.startswith("de3_audit")]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"guarantee": 0.02, "tau": 0.1}, "guarantee: cannot go with tau"),
+        ({"guarantee": 0.02, "target_speedup": 2}, "guarantee: cannot go with target_speedup"),
+        ({"guarantee": 0.02, "max_disagreement": 0.1}, "guarantee: cannot go with max_disagreement"),
+        ({"guarantee": 0.02, "latency_budget_ms": 9}, "guarantee: cannot go with latency_budget_ms"),
+        ({"guarantee": 0.02, "audit_share": 0}, "guarantee: needs audits"),
+        ({"guarantee": 0}, "greater than 0"),
+        ({"guarantee": 1}, "less than 1"),
+        ({"audit_share": 1.1}, "less than or equal to 1"),
+        ({"guarantee_start": "calibrated"}, "guarantee_start: goes with guarantee"),
+        ({"log_audits": "x"}, "log_audits: there are no audits"),
+        ({"log_audit_texts": True}, "log_audit_texts: goes with log_audits"),
+    ],
+)
+def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**values)
+
+
+def test_tokens_are_all_that_a_pending_audit_keeps(store: Path) -> None:
+    """Not the text, which may be large."""
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
+        auditor, waiting = auditor_of(server), list[Job]()
+        auditor._submit = waiting.append
+        server.classify(input="good " * 10_000)
+        (job,) = waiting
+        assert isinstance(job.items[0].tokens, Tokens) and job.items[0].text.chars == 0
+        assert auditor_module.MAX_PENDING == 256
+
+
+def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: Path) -> None:
+    keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
+    with serving(store, models=["tiny-int8", "tiny"], audit_share=1.0, tau=TAU, admin_keys=keys) as server:
+        server.classify(model="tiny-int8", input=TEXTS)
+        until(lambda: audit(server)["texts"] == 200, "the audits")
+        before, freed = audit(server), ref(server.service.models.get("tiny-int8").model)
+        response = httpx.post(f"{server.url}/v1/models/tiny-int8/unload", headers=ADMIN)
+        assert response.status_code == 200, response.text
+        until(lambda: gc.collect() is not None and freed() is None, "the model's memory")
+        httpx.post(f"{server.url}/v1/models/tiny-int8/load", headers=ADMIN, timeout=60)
+        assert audit(server) == before
