@@ -46,6 +46,17 @@ def test_every_panel_says_what_it_shows() -> None:
         assert all(panel.description and panel.queries for panel in board.panels)
 
 
+def test_a_row_begins_below_the_panels_before_it() -> None:
+    panels = json.loads((generate.FOLDER / "quality.json").read_text())["panels"]
+    number = next(i for i, panel in enumerate(panels) if panel["type"] == "row")
+    row = panels[number]
+    assert (row["title"], row["collapsed"], row["panels"]) == ("Promise", False, [])
+    ends = [panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels[:number]]
+    assert row["gridPos"]["y"] == max(ends)
+    assert panels[number + 1]["title"] == "Measured disagreement"
+    assert panels[number + 1]["gridPos"] == {"x": 0, "y": max(ends) + 1, "w": 12, "h": 8}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm here")
 def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
@@ -76,6 +87,8 @@ def check_types(folder: Path, boards: dict[str, Any]) -> str:
     for board in boards.values():
         literal("Json<Dashboard>", board)
         for panel in board["panels"]:  # these parts are free in the type of a dashboard
+            if panel["type"] == "row":
+                continue
             literal(f'Json<Options["{panel["type"]}"]>', panel["options"])
             if panel["type"] == "timeseries":
                 literal("Json<GraphFieldConfig>", panel["fieldConfig"]["defaults"]["custom"])
@@ -108,11 +121,11 @@ def test_every_alert_is_tested_to_fire_and_not_to() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes a server, while that answers texts, refuses some and gives some up."""
+    """A Prometheus that scrapes a server, while that answers and audits texts, refuses some and gives some up."""
     texts = [text for text, _ in make_rows(400, 5)]
     stop = threading.Event()
     with (
-        serving(store, models=["tiny"], slo_p99_ms=1000, ood_policy="flag") as server,
+        serving(store, models=["tiny"], slo_p99_ms=1000, ood_policy="flag", guarantee=0.1) as server,
         scraping(server.port, tmp_path_factory.mktemp("prometheus")) as running,
     ):
 
@@ -156,6 +169,17 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
         until(all_have_data, "every panel to have data", 60)
     except AssertionError:
         pytest.fail("no data for:\n" + "\n".join(sorted(empty)))
+
+
+@pytest.mark.slow
+@needs_prometheus
+def test_panels_of_a_server_that_audits_nothing_are_empty(prometheus: Prometheus) -> None:
+    """No model of this name is served: the series are absent, as without audits."""
+    audits = [expr for expr in EXPRESSIONS if "de3_audit" in expr]
+    assert len(audits) > 5
+    for expr in audits:
+        asked = expr.replace("$__rate_interval", "5s").replace("$model", "none:0")
+        assert prometheus.query(asked) == [], expr
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from tests.serving import Server, serving
+from tests.serving import Server, serving, until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
@@ -396,6 +396,133 @@ def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: P
             with page.expect_request(lambda sent: "text_pair" in (sent.post_data or "")):
                 page.get_by_label("Second text of the pair").fill("bad")
             expect(page.locator("#layers .exit")).to_have_count(1)
+
+
+def poll(page: Page, times: int) -> None:
+    """Let the page's clock, which is installed, run to its next polls."""
+    for _ in range(times):
+        with page.expect_response("**/metrics"):
+            page.clock.run_for(2000)
+
+
+def audit_of(server: Server) -> dict[str, Any]:
+    report: dict[str, Any] = httpx.get(server.url + "/v1/models/sst2/audit").json()
+    return report
+
+
+def send_texts(server: Server, count: int) -> None:
+    """Texts that choose nothing, and their audits; of one in eight early exits differ from full depth."""
+    answer = server.classify(input=["Not bad.", *["A wonderful film."] * 7] * (count // 8))
+    assert answer.status_code == 200
+    until(lambda: audit_of(server)["pending"] == 0, "audits")
+
+
+def test_what_is_promised_and_measured(browser: Browser) -> None:
+    phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
+    with serving(DEMO, guarantee=0.4, audit_share=1.0) as server:
+        for page in opened(browser, server, reduced_motion="reduce", **phone):
+            measured = page.locator("#measured")
+            expect(measured).to_have_text(
+                "The server promises that at most 40% of labels differ from full depth. For now every text runs to "
+                "full depth, until enough live texts show that earlier exits keep this (0 so far)."
+            )
+            page.clock.install()
+            page.reload()
+            expect(page.locator("#layers .exit")).to_have_count(1)
+            send_texts(server, 64)
+            send_texts(server, 64)
+            poll(page, 6)
+            report = audit_of(server)
+            tau, found = report["tau"]["tau"], report["measured"]
+            assert tau > 0 and report["audits"] == 128 and found["disagreement"] > 0
+
+            def share(value: float) -> str:
+                return f"{round(100 * value, 2):g}%"
+
+            expect(measured).to_have_text(
+                f"Measured on 128 live texts that also ran to full depth, at the server's default τ = {tau:.4g}: "
+                f"{share(found['disagreement'])} of labels differ ({share(found['lower'])} to "
+                f"{share(found['upper'])} with 95% confidence); on held-out texts "
+                f"{share(report['calibrated']['disagreement'])}. Promised: at most 40%."
+            )
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+            assert Axe().run(page).violations_count == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"promise": None},
+            "Measured on 3 live texts that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels "
+            "differ (0.01% to 4.57% with 95% confidence); on held-out texts 0.3%.",
+        ),
+        (
+            {"promise": None, "calibrated": None, "audits": 1},
+            "Measured on 1 live text that also ran to full depth, at the server's default τ = 0.25: 1.23% of labels "
+            "differ (0.01% to 4.57% with 95% confidence).",
+        ),
+        (
+            {"audits": 0, "measured": {"disagreement": None, "lower": 0, "upper": 1, "confidence": 0.95}},
+            "No live text has been measured against full depth yet. Promised: at most 0.5%.",
+        ),
+        (
+            {"tau": {"tau": 0, "reason": "change"}},
+            "The server promises that at most 0.5% of labels differ from full depth. More did, so for now every text "
+            "runs to full depth, until enough live texts show that earlier exits keep this (3 so far).",
+        ),
+    ],
+    ids=["no promise", "no calibration", "no audits yet", "a broken promise"],
+)
+def test_what_audits_measured_in_words(page: Page, changed: dict[str, Any], words: str) -> None:
+    audit = {
+        "audits": 3,
+        "tau": {"tau": 0.25, "reason": "evidence"},
+        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "because": "evidence"},
+        "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
+        "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
+    }
+    page.route("**/audit", lambda route: route.fulfill(json=audit | changed))
+    page.reload()
+    expect(page.locator("#measured")).to_have_text(words)
+
+
+def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) -> None:
+    page.goto("about:blank")  # so that what the first page asks is over
+    page.clock.install()
+    with page.expect_response("**/audit") as answer:
+        page.goto(server.url + "/")
+    assert answer.value.status == 409
+    asked: list[str] = []
+    page.on("request", lambda sent: asked.append(sent.url.rpartition("/")[2]))
+    poll(page, 11)
+    expect(page.locator("#measured")).to_be_hidden()
+    assert "audit" not in asked
+
+
+def test_what_audits_measured_stays_while_the_server_is_busy(page: Page) -> None:
+    """A refusal is no answer that nothing is audited."""
+    audit = {
+        "audits": 0,
+        "tau": {"tau": 0.25, "reason": "default"},
+        "promise": None,
+        "measured": {"disagreement": None},
+        "calibrated": None,
+    }
+    busy = {"error": {"message": "busy"}}
+    page.clock.install()
+    page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
+    page.reload()
+    expect(page.locator("#layers .exit")).to_have_count(1)
+    expect(page.locator("#measured")).to_be_hidden()
+    page.unroute("**/audit")
+    page.route("**/audit", lambda route: route.fulfill(json=audit))
+    poll(page, 6)
+    expect(page.locator("#measured")).to_have_text("No live text has been measured against full depth yet.")
+    page.unroute("**/audit")
+    page.route("**/audit", lambda route: route.fulfill(status=503, json=busy))
+    poll(page, 6)
+    expect(page.locator("#measured")).to_be_visible()
 
 
 def test_the_page_is_one_response_with_a_strict_policy(server: Server) -> None:

@@ -97,6 +97,8 @@ def make(board: Dashboard) -> str:
         .link(others.keep_time(True).include_vars(True))
     )
     for panel in board.panels:
+        if panel.row is not None:
+            definition.with_row(build.Row(panel.row))
         definition.with_panel(_panel(panel))
     built = definition.build()
     for variable in built.templating.list_val or []:  # of later versions; this one's schema has none of them

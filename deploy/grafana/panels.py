@@ -27,6 +27,7 @@ class Panel:
         width: in columns, of 24.
         least, most: range of the axis; None: from the data.
         limit: a threshold, drawn as a line.
+        row: title of the row that begins with this panel; None: it belongs to the row before.
     """
 
     title: str
@@ -39,6 +40,7 @@ class Panel:
     least: float | None = 0
     most: float | None = None
     limit: float | None = None
+    row: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,69 @@ _ACCURACY = Panel(
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
     ),
     least=None,
+)
+
+_AUDIT_SECONDS = _sum("de3_audit_seconds_total")
+_PROMISE = (
+    Panel(
+        "Measured disagreement",
+        "lines",
+        "percentunit",
+        "Share of texts whose answer differs from full depth at the τ in force, as audits of live traffic measured it, "
+        "with its bounds at 95% confidence; and what is promised. The promise is broken where the lower bound is above "
+        "it. Of several replicas, the highest value of each.",
+        (
+            Query(f"max by (model) (de3_audit_disagreement{M})", "measured {{model}}"),
+            Query(f"max by (model) (de3_audit_disagreement_lower{M})", "lower bound {{model}}"),
+            Query(f"max by (model) (de3_audit_disagreement_upper{M})", "upper bound {{model}}"),
+            Query(f"max by (model) (de3_audit_promise{M})", "promised {{model}}"),
+        ),
+        row="Promise",
+    ),
+    Panel(
+        "τ by reason",
+        "lines",
+        "none",
+        "τ for requests that choose nothing, and why. With a guarantee: start, calibrated, evidence (audits raised "
+        "it), change (the promise was broken) or reset (by an admin). Without: the setting.",
+        (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
+    ),
+    Panel(
+        "Audits",
+        "lines",
+        "none",
+        "Texts audited per second, and audits that wait for idle time.",
+        (
+            Query(_sum("de3_audit_texts_total"), "audits/s"),
+            Query(f"sum(de3_audit_pending_texts{M})", "pending"),
+        ),
+        width=8,
+    ),
+    Panel(
+        "Share and cost of audits",
+        "lines",
+        "percentunit",
+        "Probability with which the next text is audited; and the audits' share of all model time.",
+        (
+            Query(f"max by (model) (de3_audit_share{M})", "of texts {{model}}"),
+            Query(
+                f"{_AUDIT_SECONDS} / ({_AUDIT_SECONDS} + "
+                f"{_sum('de3_stage_latency_seconds_sum', labels=_stage('model'))})",
+                "of model time",
+            ),
+        ),
+        width=8,
+        most=1,
+    ),
+    Panel(
+        "Resets",
+        "lines",
+        "none",
+        "Times that what audits had measured became void. change: the rate had risen above the promise; reset: by an "
+        "admin.",
+        (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
+        width=8,
+    ),
 )
 
 SPEED_UP = Dashboard(
@@ -388,6 +453,7 @@ QUALITY = Dashboard(
             "Steps by which the default τ is raised.",
             (Query("max(de3_load_level)", "level"),),
         ),
+        *_PROMISE,
     ),
 )
 # Accuracy is shown beside speed, too.

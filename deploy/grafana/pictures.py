@@ -93,6 +93,10 @@ def _heatmap(axes: Axes, panel: Panel, source: Source) -> None:
 
 def _lines(axes: Axes, panel: Panel, source: Source) -> None:
     matching = [s for query in panel.queries for s in source.series(query)]
+    if not matching:
+        axes.axis("off")
+        axes.text(0.5, 0.5, "no data", ha="center", va="center", color="#6e7781")
+        return
     if panel.kind == "stack":
         times = max((s.times for s in matching), key=len)
         layers = {s.name: np.zeros(len(times)) for s in matching if np.nanmax(s.values) > 0}
@@ -115,14 +119,20 @@ def _lines(axes: Axes, panel: Panel, source: Source) -> None:
 
 def draw(board: Dashboard, source: Source) -> Figure:
     """A dashboard, with its panels laid out as in Grafana."""
-    places, x, y, row_height = [], 0, 0, 0
+    places, rows = list[tuple[int, int]](), list[tuple[int, str]]()
+    x = y = row_height = 0
     for panel in board.panels:
-        if x + panel.width > COLUMNS:
+        if x + panel.width > COLUMNS or panel.row is not None:
             x, y, row_height = 0, y + row_height, 0
+        if panel.row is not None:
+            rows.append((y, panel.row))
+            y += 1
         places.append((x, y))
         x, row_height = x + panel.width, max(row_height, panel.height)
     height = y + row_height
     figure = Figure(figsize=(WIDTH_INCHES, height * ROW_INCHES + 0.4))
+    for top, title in rows:
+        figure.text(0.3 / COLUMNS, 1 - (top + 0.8) / height, title, fontsize=11, weight="bold")
     for panel, (left, top) in zip(board.panels, places, strict=True):
         flat = panel.kind == "stat"
         box = (

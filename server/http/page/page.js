@@ -6,7 +6,8 @@ const KEY = "de3-key";
 const POLL_MS = 2000,
   WINDOW_MS = 60_000,
   PAUSE_MS = 60,
-  MAX_RETRIES = 5;
+  MAX_RETRIES = 5,
+  POLLS_PER_AUDIT = 5; // what audits show is asked for less often: it changes slowly
 // Of the demo model's kind, by labels; the last one is a text that early exits get wrong.
 const EXAMPLES = {
   "negative,positive": [
@@ -18,7 +19,7 @@ const EXAMPLES = {
   ],
 };
 const $ = (id) => document.getElementById(id);
-const state = { models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [] };
+const state = { models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false };
 
 // What the slider sets: the request's field, the slider's values, how a value reads, and what it means.
 const CHOICES = {
@@ -427,6 +428,34 @@ function drawCurve(exit) {
   $("curve").replaceChildren(...parts);
 }
 
+/** What audits of live texts measured at the τ in force, beside the calibration's figure, and what is promised. */
+function drawMeasured({ audits, measured, calibrated, promise, tau }) {
+  const share = (value) => `${+(value * 100).toFixed(2)}%`;
+  const things = hasClasses() ? "labels" : "values";
+  const parts = [];
+  if (promise && tau.tau === 0) {
+    const why = tau.reason === "change" ? "More did, so for now" : "For now";
+    parts.push(
+      `The server promises that at most ${share(promise.max_disagreement)} of ${things} differ from full depth.`,
+      `${why} every text runs to full depth, until enough live texts show that earlier exits keep this ` +
+        `(${audits} so far).`,
+    );
+  } else if (measured.disagreement === null) {
+    parts.push("No live text has been measured against full depth yet.");
+  } else {
+    const original = state.model.self_labelled ? " from the original" : "";
+    const heldOut = calibrated ? `; on held-out texts ${share(calibrated.disagreement)}${original}` : "";
+    parts.push(
+      `Measured on ${plural(audits, "live text")} that also ran to full depth, at the server's default ` +
+        `τ = ${+tau.tau.toFixed(4)}: ${share(measured.disagreement)} of ${things} differ ` +
+        `(${share(measured.lower)} to ${share(measured.upper)} with ${share(measured.confidence)} confidence)` +
+        `${heldOut}.`,
+    );
+  }
+  if (promise && tau.tau > 0) parts.push(`Promised: at most ${share(promise.max_disagreement)}.`);
+  $("measured").textContent = parts.join(" ");
+}
+
 function drawSlider() {
   const choice = CHOICES[state.choice],
     value = choice.values()[$("slider").value];
@@ -491,7 +520,26 @@ function quantile(buckets, share) {
   return lower;
 }
 
+/** Show what audits measured; nothing where the server audits none of the model's texts. */
+async function measure() {
+  const { model } = state;
+  let audit = null;
+  try {
+    audit = await getJson(`v1/models/${encodeURIComponent(model.id)}/audit`);
+  } catch (error) {
+    if (!(error instanceof Refused)) throw error;
+    if (![404, 409].includes(error.status)) return; // a later poll may succeed
+  }
+  if (state.model !== model) return; // another one was chosen meanwhile
+  state.isAudited = audit !== null;
+  $("measured").hidden = !audit;
+  if (audit) drawMeasured(audit);
+}
+
+let polls = 0;
+
 async function poll() {
+  polls += 1;
   if (document.visibilityState === "visible" && state.model) {
     try {
       const now = read((await request("metrics")).body, state.model.id);
@@ -501,6 +549,7 @@ async function poll() {
       );
       state.samples.push(now);
       drawLive(state.samples[0], now);
+      if (state.isAudited && polls % POLLS_PER_AUDIT === 0) await measure();
     } catch (error) {
       if (!(error instanceof Refused)) throw error; // the next poll may succeed
     }
@@ -581,6 +630,8 @@ async function use(model) {
   cancel();
   state.model = model;
   state.table = [];
+  state.isAudited = true; // until the server says otherwise
+  $("measured").hidden = true;
   $("model").value = model.id;
   let rows = [];
   try {
@@ -612,6 +663,7 @@ async function use(model) {
   if ($("text").value === "" && examples.length) $("text").value = examples[1];
   drawCurve(null);
   choose(state.choice);
+  measure();
 }
 
 for (const [name, choice] of Object.entries(CHOICES)) {
