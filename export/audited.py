@@ -4,9 +4,10 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -137,24 +138,31 @@ def _audits(file: Path, artifact: Artifact, seen: _Seen) -> Iterator[_Audit]:
             if len(line) > MAX_LINE:
                 raise ValueError(f"{where}: a line has more than {MAX_LINE} bytes")
             try:
-                row = _Row.model_validate_json(line)
-            except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                if first["type"] != "json_invalid":
-                    name = ".".join(map(str, first["loc"]))
-                    raise ValueError(f"{where}: {name + ': ' if name else ''}{first['msg']}") from None
+                row = _row(orjson.loads(line))
+                if row.model != artifact.full_name:
+                    seen.add_other(row.model)
+                    continue
+                audit = _audit(row, artifact.manifest)
+            except orjson.JSONDecodeError:
                 if line.endswith(b"\n"):
                     raise ValueError(f"{where}: not JSON") from None
                 warn([f"{where}: skipped the last line, which was not written to its end"])
                 return
-            if row.model != artifact.full_name:
-                seen.add_other(row.model)
-                continue
-            seen.own += 1
-            try:
-                yield _audit(row, artifact.manifest)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
+            seen.own += 1
+            yield audit
+
+
+def _row(fields: Any) -> _Row:
+    """A line of the log; raises ValueError with its first problem."""
+    if not isinstance(fields, dict):
+        raise ValueError("not a JSON object")
+    try:
+        return _Row.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _audit(row: _Row, manifest: Manifest) -> _Audit:
