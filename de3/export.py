@@ -84,31 +84,53 @@ def export(
 def calibrate(
     model: Annotated[str, typer.Argument(help="Model in the store, as name or name:version.")],
     tune: Annotated[
-        Path,
+        Path | None,
         typer.Option(
-            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label".'
+            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label".',
+            show_default=False,
         ),
-    ],
+    ] = None,
     certify: Annotated[
-        Path, typer.Option(help="Other samples, for the reported numbers and the guarantees.")
-    ],
+        Path | None,
+        typer.Option(help="Other samples, for the reported numbers and the guarantees.", show_default=False),
+    ] = None,
+    from_audits: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of samples: a log of de3 serve --log-audits with this version's audits; repeat for more, as "
+            "for FILE.1.",
+            show_default=False,
+        ),
+    ] = None,
     store: StoreOption = Path("models"),
     max_loss: Annotated[
         float,
-        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
+        typer.Option(
+            help="Accuracy that the default τ may lose against full depth, in percentage points; with --from-audits: "
+            "agreement with full depth.",
+        ),
     ] = 1.0,
     signal: SignalOption = "auto",
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    It also gives the signal risk to a model that was exported without it.
+    It also gives the signal risk to a model that was exported without it. With --from-audits it needs no labels and
+    runs no text: what full depth answered is right.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
+    if from_audits and (tune is not None or certify is not None):
+        raise ValueError("--from-audits cannot go with --tune or --certify: audits are split into both parts")
     need_train_extra()
-    from export.recalibrate import recalibrate
+    from export.recalibrate import recalibrate, recalibrate_on_audits
     from model_store.store import Store
 
     models = Store(store)
-    path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
+    if from_audits:
+        path = recalibrate_on_audits(models.open(model), models, from_audits, max_loss / 100, signal)
+    else:
+        if tune is None or certify is None:
+            missing = "--tune" if tune is None else "--certify"
+            raise ValueError(f"{missing} is required, or --from-audits")
+        path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
     say(f"published {path}. Next: {next_serve(store, path.parent.name)}")

@@ -70,7 +70,8 @@ def calibrate(
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. Of fewer than
     MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk that was fitted on the other.
 
-    wanted: the signal of the default, or auto. self_labelled: the samples' labels are the model's own answers.
+    wanted: the signal of the default, or auto. self_labelled: the samples' labels are the model's own answers, before
+    it was quantized or at full depth.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
@@ -186,10 +187,9 @@ def _report(
         speeds += ["–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in promised]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
-    what = "agreement with the original model" if self_labelled else "accuracy"
+    what = f"agreement with {whom}" if self_labelled else "accuracy"
     if samples.recorded.tolerance is not None:
-        whose = "the original's" if self_labelled else "the labels"
-        what = f"answers within {samples.recorded.tolerance:g} of {whose}"
+        what = f"answers within {samples.recorded.tolerance:g} of {whom if self_labelled else 'the labels'}"
     console.print(
         f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: "
         f"{what} {100 * default.accuracy:.2f}% "

@@ -1,11 +1,12 @@
-"""Recalibrate an artifact on other samples: new signal, τ and guarantees for the same model."""
+"""Recalibrate an artifact on other samples or audits: new signal, τ and guarantees for the same model."""
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from exits.recorded import Recorded
-from export.calibrate import Part, calibrate
+from export import audited
+from export.calibrate import Calibrated, Part, calibrate
 from export.record import record
 from model_store.manifest import SCHEMA_VERSION, Manifest
 from model_store.model import Model
@@ -45,7 +46,21 @@ def recalibrate(
         for part, what in ((tune, "tuning"), (certify, "certifying"))
     ]
     own = all(e.original is not None and e.label == e.original for e in certify)
-    calibrated = calibrate(parts[0], parts[1], max_loss, signal, own)
+    return _publish(artifact, store, calibrate(parts[0], parts[1], max_loss, signal, own))
+
+
+def recalibrate_on_audits(
+    artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str = "auto"
+) -> Path:
+    """As recalibrate, on the audits of live traffic in a server's logs, where full depth's answers are the labels."""
+    tune, certify = audited.parts(artifact, files)
+    if _counts_against_original(artifact):
+        _warn_of_full_depth(artifact, "audits do not know how the original would have answered")
+    return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
+
+
+def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
+    """Write an artifact's next version, with this calibration; returns its folder."""
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
         manifest = artifact.manifest.model_copy(
@@ -61,16 +76,27 @@ def recalibrate(
 
 def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Artifact) -> Recorded:
     """With the answers of the classifier that was imported, where the samples say them and they are what counts."""
-    calibration = artifact.manifest.calibration
-    if calibration is None or calibration.original_disagreement is None:
+    if not _counts_against_original(artifact):
         return recorded
     known = with_original(recorded, examples)
     if known.original is None:
-        warn(
-            [
-                f"{artifact.full_name} was imported, and the samples do not say how the original answered them "
-                '("original", as in the files of the import): disagreement is counted against full depth, without '
-                "the share of int8"
-            ]
+        _warn_of_full_depth(
+            artifact,
+            'the samples do not say how the original answered them ("original", as in the files of the import)',
         )
     return known
+
+
+def _counts_against_original(artifact: Artifact) -> bool:
+    """Whether the calibration so far counts disagreement against the classifier that was imported."""
+    calibration = artifact.manifest.calibration
+    return calibration is not None and calibration.original_disagreement is not None
+
+
+def _warn_of_full_depth(artifact: Artifact, reason: str) -> None:
+    warn(
+        [
+            f"{artifact.full_name} was imported, and {reason}: disagreement is counted against full depth, without the "
+            "share of int8"
+        ]
+    )

@@ -144,9 +144,9 @@ class Calibration(_Part):
     The signal was chosen on `tune_size` samples. All numbers are from `certify_size` other samples, in `groups` groups
     of related ones. The table has the rows of every signal that was certified. `tokens` are the quantiles of the
     certifying samples' lengths, at exits.reference.LEVELS. With `self_labelled`, the labels were the original model's
-    own answers, so that every accuracy is agreement with them. `original_disagreement` is the share of samples that
-    full depth answers otherwise than the original model did before it was quantized; if it is set, every disagreement
-    is one with the original.
+    own answers, or full depth's if `original_disagreement` is not set, so that every accuracy is agreement with them.
+    `original_disagreement` is the share of samples that full depth answers otherwise than the original model did before
+    it was quantized; if it is set, every disagreement is one with the original.
     `references` has one entry per exit.
     """
 

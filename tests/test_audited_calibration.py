@@ -1,0 +1,337 @@
+"""A new calibration from the log of audits: what is read, what is refused, and what is published."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from de3.cli import app
+from export import audited
+from export.calibrate import calibrate
+from export.record import record
+from model_store.manifest import Manifest
+from model_store.model import Model
+from model_store.store import Artifact, Store
+from tests.conftest import make_rows
+from tests.serving import serving, until
+from training.data import Example
+
+Row = dict[str, Any]
+
+
+def de3(arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
+
+
+def refusal(arguments: str) -> str:
+    result = de3(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)
+
+
+def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
+    """Rows of the log, of texts whose early exits are noisier the earlier they are."""
+    rng = np.random.default_rng(seed)
+    exits, classes = manifest.exit_layers, len(manifest.labels)
+    rows = []
+    for i in range(count):
+        full = rng.normal(0, 3, classes)
+        logits = [full + rng.normal(0, 0.3 * (exits[-1] - layer), classes) for layer in exits]
+        rows.append(
+            {
+                "time": 1e9 + i,
+                "model": f"{manifest.name}:{manifest.version}",
+                "share": 1.0,
+                "tokens": int(rng.integers(3, 30)),
+                "layers": exits,
+                "logits": [[round(float(x), 6) for x in values] for values in logits],
+                "distances": [
+                    [round(1 / (1 + np.exp(x)), 6) for x in values.tolist()]
+                    if layer in manifest.prototype_layers
+                    else None
+                    for layer, values in zip(exits, logits, strict=True)
+                ],
+            }
+            | fields
+        )
+    return rows
+
+
+def write(path: Path, rows: list[Row]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tiny(store: Path) -> Artifact:
+    return Store(store).open("tiny")
+
+
+@pytest.fixture
+def mine(store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(store / "tiny", tmp_path / "store/tiny").parent)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings."""
+    warnings: list[str] = []
+    monkeypatch.setattr(audited, "warn", warnings.extend)
+    return warnings
+
+
+def test_a_server_s_audits_make_a_calibration_that_it_serves(
+    tiny: Artifact, mine: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "audits.jsonl"
+    texts = [text for text, _ in make_rows(800, 61)]
+    texts += texts[:40]
+    with serving(
+        mine, audit_share=1.0, log_audits=log, log_audit_texts=True, max_disagreement=0.05
+    ) as server:
+        audits = f"{server.url}/v1/models/tiny/audit"
+        for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
+            assert server.classify(input=texts[i : i + 8]).status_code == 200
+            until(lambda sent=i + 8: httpx.get(audits).json()["audits"] == sent, "the audits")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(row["text"] for row in rows) == sorted(texts)
+
+    part = audited.parts(tiny, [log])
+    assert sum(len(p.samples.groups) for p in part) == 840
+    examples = [Example(text, 0) for text in texts]
+    again = record(Model(tiny, "onnxruntime"), examples)
+    found = np.concatenate([p.samples.recorded.logits for p in part])
+    for layer in (0, -1):
+        wanted = np.sort(again.logits[:, layer, 0])
+        assert np.sort(found[:, layer, 0]) == pytest.approx(wanted, abs=1e-3)
+
+    result = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 3")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "agreement with full depth" in result.output and "accuracy" not in result.output
+    new = Store(mine).open("tiny:2").manifest
+    assert new.calibration is not None and new.calibration.self_labelled
+    assert new.files == tiny.manifest.files and new.risk != tiny.manifest.risk
+    assert new.calibration.exit_accuracy[-1] == 1 and new.calibration.original_disagreement is None
+    for row in new.calibration.table:  # what is right is what full depth answers
+        assert row.accuracy == pytest.approx(1 - row.disagreement, abs=2e-6)
+    with serving(mine) as server:
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
+        assert listed["id"] == "tiny:2" and listed["self_labelled"]
+        assert listed["calibration"] == json.loads(new.calibration.default.model_dump_json(by_alias=True))
+        assert server.classify(input="a good film", max_disagreement=0.05).status_code == 200
+
+
+def change(key: str, value: Any) -> Callable[[Row], Any]:
+    return lambda row: {**row, key: value}
+
+
+def drop(key: str) -> Callable[[Row], Any]:
+    return lambda row: {k: v for k, v in row.items() if k != key}
+
+
+def with_logit(value: Any) -> Callable[[Row], Any]:
+    return lambda row: {**row, "logits": [[value, 0.0], *row["logits"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("broken", "problem"),
+    [
+        (lambda _: "[1]", ": not a JSON object"),
+        (lambda _: '{"time": 1', ": not JSON"),
+        (lambda _: "", ": not JSON"),
+        (lambda _: "[" * 100_000, ": not JSON"),
+        (lambda _: "\ud800", ": not JSON"),
+        (
+            lambda row: json.dumps(row).replace("1.0", "1e999", 1),
+            ": share: Input should be less than|: not JSON",
+        ),
+        (drop("share"), ": share: Field required"),
+        (drop("distances"), ": distances: Field required"),
+        (change("share", 0), ": share: Input should be greater than 0"),
+        (change("share", 1.5), ": share: Input should be less than or equal to 1"),
+        (change("share", float("nan")), ": not JSON"),
+        (change("share", "1"), ": share: Input should be a valid number"),
+        (change("model", "tiny"), ": model: String should match pattern"),
+        (change("model", "tiny:1\n"), ": model: String should match pattern"),
+        (change("tokens", 0), ": tokens: Input should be greater than or equal to 1"),
+        (change("tokens", 2.5), ": tokens: Input should be a valid integer"),
+        (
+            change("layers", [0, 1, 2]),
+            r": layers: must be the model's exits, \[0, 1, 2, 3\], got \[0, 1, 2\]",
+        ),
+        (change("layers", [0, 1, 2, 100]), r": layers.3: Input should be less than 100"),
+        (change("logits", [[0.0, 1.0]]), ": logits: must be 4 lists, one for each exit, of 2 numbers each"),
+        (change("logits", [[0.0]] * 4), ": logits: must be 4 lists"),
+        (change("logits", [[0.0] * 20_000] * 4), ": logits.0: List should have at most 10000 items"),
+        (with_logit(None), r": logits.0.0: Input should be a valid number"),
+        (with_logit(float("inf")), ": not JSON"),
+        (with_logit(1e39), ": logits.0.0: Input should be less than or equal to 10{30}"),
+        (change("distances", [None] * 4), ": distances: must be 4 lists, .* or null where there are no"),
+        (change("distances", [[0.0, 1.0]] * 4), ": distances: must be 4 lists"),
+        (
+            change("distances", [[0.0, 3.0]] * 3 + [None]),
+            ": distances.0.1: Input should be less than or equal",
+        ),
+    ],
+)
+def test_a_broken_line_is_named(
+    broken: Callable[[Row], Any], problem: str, tiny: Artifact, tmp_path: Path
+) -> None:
+    good, bad = make_audits(tiny.manifest, 2)
+    line = broken(bad)
+    line = line if isinstance(line, str) else json.dumps(line)
+    log = tmp_path / "audits.jsonl"
+    log.write_bytes(f"{json.dumps(good)}\n{line}\n{json.dumps(good)}\n".encode(errors="surrogatepass"))
+    with pytest.raises(ValueError, match=f"^{log}:2{problem}"):
+        audited.parts(tiny, [log])
+
+
+def test_a_line_without_an_end_is_not_read(
+    tiny: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audited, "MAX_LINE", 1000)
+    (tmp_path / "log").write_text(" " * 1001)
+    with pytest.raises(ValueError, match="log:1: a line has more than 1000 bytes"):
+        audited.parts(tiny, [tmp_path / "log"])
+
+
+def test_a_torn_last_line_is_skipped(tiny: Artifact, tmp_path: Path, said: list[str]) -> None:
+    rows = make_audits(tiny.manifest, 600)
+    whole = write(tmp_path / "whole", rows).read_text()
+    for torn in (json.dumps(rows[0])[:-1], '{"text": "\u00e9'):
+        (tmp_path / "torn").write_bytes((whole + torn).encode()[: -1 if torn.endswith("\u00e9") else None])
+        part = audited.parts(tiny, [tmp_path / "torn"])
+        assert sum(len(p.samples.groups) for p in part) == 600
+    assert said == [f"{tmp_path}/torn:601: skipped the last line, which was not written to its end"] * 2
+    (tmp_path / "torn").write_text(whole.rstrip("\n"))  # it lacks no more than its end
+    assert sum(len(p.samples.groups) for p in audited.parts(tiny, [tmp_path / "torn"])) == 600
+    (tmp_path / "torn").write_text(whole + "{}")
+    with pytest.raises(ValueError, match="torn:601: time: Field required"):
+        audited.parts(tiny, [tmp_path / "torn"])
+
+
+def test_rows_of_other_versions_are_skipped(tiny: Artifact, tmp_path: Path, said: list[str]) -> None:
+    rows = make_audits(tiny.manifest, 600)
+    others = [{**row, "model": f"tiny:{2 + i % 9}", "layers": [5]} for i, row in enumerate(rows[:100])]
+    log = write(tmp_path / "log", [*others, *rows])
+    assert sum(len(p.samples.groups) for p in audited.parts(tiny, [log])) == 600
+    assert said == [
+        f"{log}: skipped 100 rows of other models or versions (tiny:2, tiny:3, tiny:4, tiny:5, tiny:6)"
+    ]
+    write(log, others[:1])
+    with pytest.raises(ValueError, match=r"no audits of tiny:1: only 1 rows of other .* \(tiny:2\)"):
+        audited.parts(tiny, [log])
+    write(log, [])
+    with pytest.raises(ValueError, match=f"^{log}: no audits of tiny:1: it is empty"):
+        audited.parts(tiny, [log])
+
+
+def test_too_few_different_texts_are_refused(tiny: Artifact, tmp_path: Path) -> None:
+    rows = make_audits(tiny.manifest, 499)
+    log = write(tmp_path / "log", rows + rows)
+    wanted = "^499 different texts, from 998 audits of tiny:1, are too few to calibrate on: at least 500"
+    with pytest.raises(ValueError, match=wanted):
+        audited.parts(tiny, [log])
+
+
+def test_equal_texts_stay_in_one_part(tiny: Artifact, tmp_path: Path) -> None:
+    rows = make_audits(tiny.manifest, 600)
+    log = write(tmp_path / "log", rows + rows[:200] + rows[:100])
+    tune, certify = audited.parts(tiny, [log])
+    parts = [{row.tobytes() for row in p.samples.recorded.logits} for p in (tune, certify)]
+    assert [len(part) for part in parts] == [300, 300] and not parts[0] & parts[1]
+    assert [p.samples.num_groups for p in (tune, certify)] == [300, 300]
+    assert len(tune.samples.groups) + len(certify.samples.groups) == 900
+    assert tune.is_whole.all() and certify.is_whole.all()
+
+
+def test_texts_that_were_drawn_more_often_are_thinned(
+    tiny: Artifact, tmp_path: Path, said: list[str]
+) -> None:
+    usual = make_audits(tiny.manifest, 2000, 1, share=0.05, tokens=5)
+    start = make_audits(tiny.manifest, 1900, 2, share=1.0, tokens=6)
+    busy = make_audits(tiny.manifest, 60, 3, share=0.025, tokens=7)
+    log = write(tmp_path / "log", [*start, *usual, *busy])
+
+    def kept() -> list[int]:
+        tokens = [p.samples.recorded.tokens for p in audited.parts(tiny, [log])]
+        return np.bincount(np.concatenate([t for t in tokens if t is not None]))[5:].tolist()
+
+    first = kept()
+    assert first[0] == 2000 and first[2] == 60
+    assert 60 <= first[1] <= 135  # 95 ± 4 standard deviations
+    assert kept() == first and not said
+    write(log, [*usual, *make_audits(tiny.manifest, 200, 3, share=0.025, tokens=7)])
+    assert kept() == [2000, 0, 200]
+    assert said == [
+        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy times are "
+        "under-represented"
+    ]
+
+
+def test_only_the_newest_are_kept(
+    tiny: Artifact, tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audited, "MAX_AUDITS", 700)
+    rows = make_audits(tiny.manifest, 1000)
+    old, new = write(tmp_path / "log.1", rows[:500]), write(tmp_path / "log", rows[500:])
+    for files in ([new, old], [old, new]):
+        tokens = [p.samples.recorded.tokens for p in audited.parts(tiny, files)]
+        found = np.concatenate([t for t in tokens if t is not None])
+        assert sorted(found) == sorted(row["tokens"] for row in rows[300:])
+    assert said[0].endswith("1000 audits are more than are read: the newest 700 are used")
+    with pytest.raises(ValueError, match="--from-audits: the same file is given twice"):
+        audited.parts(tiny, [new, tmp_path / "." / "log"])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"labels": ["a", "b", "c"], "thresholds": [0.5, 0.3, 0.8]},
+        {"labels": ["praise"], "tolerance": 0.5, "defaults": {"signal": "risk", "tau": 0.0}},
+    ],
+)
+def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Path) -> None:
+    plain = {**tiny.manifest.model_dump(), "calibration": None, "prototype_layers": []}
+    plain["risk"] = [{"layer": layer, "weights": [0.0] * 5} for layer in range(3)]
+    manifest = Manifest.model_validate({**plain, **kind})
+    log = write(tmp_path / "log", make_audits(manifest, 1000))
+    tune, certify = audited.parts(Artifact(tiny.path, manifest), [log])
+    recorded = certify.samples.recorded
+    assert recorded.correct[:, -1].all() and not recorded.differs[:, -1].any()
+    assert 0.1 < recorded.differs[:, 0].mean() < 0.9
+    calibrated = calibrate(tune, certify, 0.05, self_labelled=True)
+    Manifest.model_validate({**manifest.model_dump(), **calibrated.fields()})
+    assert calibrated.calibration.default.speedup > 1
+
+
+def test_of_an_imported_model_disagreement_is_with_full_depth(
+    tiny: Artifact, mine: Path, tmp_path: Path
+) -> None:
+    file = mine / "tiny/1/manifest.json"
+    text = file.read_text()
+    file.write_text(text.replace('"original_disagreement": null', '"original_disagreement": 0.01'))
+    assert file.read_text() != text
+    log = write(tmp_path / "log", make_audits(tiny.manifest, 1000))
+    result = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "tiny:1 was imported, and audits do not know how the original would have answered" in result.output
+    calibration = Store(mine).open("tiny:2").manifest.calibration
+    assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
+    assert calibration.certify_size == 1000 and calibration.groups == 1000  # of so few both parts certify
+
+
+def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:
+    log = write(tmp_path / "log", [])
+    message = "--from-audits cannot go with --tune or --certify"
+    for more in ("--tune", "--certify"):
+        assert message in refusal(f"calibrate tiny --from-audits {log} {more} {log} --store {mine}")
+    assert "--tune is required, or --from-audits" in refusal(f"calibrate tiny --store {mine}")
+    assert "--certify is required, or" in refusal(f"calibrate tiny --tune {log} --store {mine}")
+    assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
