@@ -7,8 +7,12 @@ within the promise, and takes it back when that rate has risen.
 The fixed order of the τ, ascending from 0, makes this one test, not many: τ rises to the next one only once the e-value
 of "its rate is above the promise" has reached 1/δ, and stops at the first that has not. The first τ whose rate is above
 the promise is ever passed with probability δ at most; so is the promise ever broken, between two changes.
+
+Traffic changes, and by little it cannot be told from chance for a long time. So τ is also lowered as far as the recent
+audits want it (`Recent`), which takes no proof; and what was proved becomes void when the change detector fires.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -22,8 +26,28 @@ from exits.guarantee import CONFIDENCE
 # Audits to a false alarm, in the mean, of a rate that is just what was promised. A lower one takes far longer.
 PATIENCE = 1e5
 MAX_SHARES = 64  # kept apart; a server has about ten
+# Audits that are recent: more where fewer than LEAST_EXPECTED of them may differ.
+RECENT, LEAST_EXPECTED = 300, 6
 
-Reason = Literal["start", "calibrated", "evidence", "change", "reset"]
+Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
+
+
+class Kept(NamedTuple):
+    """A promise as another server left it.
+
+    Attributes:
+        tau: the last that was proved.
+        reason: why, as in Promise.
+        detector: what the gamblers of the change detector own.
+        weight, recent: see Recent.
+    """
+
+    rate: float
+    tau: float
+    reason: Reason
+    detector: list[float]
+    weight: float
+    recent: list[float]
 
 
 class Profile(NamedTuple):
@@ -160,14 +184,45 @@ class Evidence:
         return np.array(list(self.tallies)), texts, np.stack([tally.differing[index] for tally in tallies])
 
 
+class Recent:
+    """The rates of the last audits, by τ; older ones fade.
+
+    Attributes:
+        weight: of the audits so far, at most `window`.
+        differing: the weight of those that would differ at each τ, (G,).
+    """
+
+    def __init__(self, rate: float, count: int) -> None:
+        """rate: what is promised. count: G."""
+        self._rate, self._window = rate, max(RECENT, LEAST_EXPECTED / rate)
+        self._error = math.sqrt(rate * (1 - rate) / self._window)
+        self.weight, self.differing = 0.0, np.zeros(count)
+
+    def add(self, differs: NDArray[np.bool_]) -> None:
+        """Count an audit."""
+        stays = 1 - 1 / self._window
+        self.weight = self.weight * stays + 1
+        self.differing = self.differing * stays + differs
+
+    def allows(self, index: int) -> int:
+        """The last τ, up to this index, before the first whose recent rate is not below the promise by a standard
+        error; this index while there are few audits."""
+        if self.weight < self._window / 3:
+            return index
+        above = self.differing[: index + 1] > (self._rate - self._error) * self.weight
+        return max(0, int(above.argmax()) - 1) if above.any() else index
+
+
 class Promise:
     """Keeps the rate of answers that differ from full depth within `rate`: which τ is in force, and why.
 
     Attributes:
         evidence: since the start, or the last change or reset.
-        index: of τ in the grid.
+        proved: the index of the last τ that was proved, or that was the start.
+        index: of τ in force, at most `proved`.
         reason: start (τ = 0, as nothing is known), calibrated (the offline certificate's), evidence (raised by audits),
-            change (the rate had risen, and what was known is void) or reset (by an admin).
+            recent (below what was proved, as recent audits want it), change (the rate had risen, and what was known is
+            void) or reset (by an admin).
     """
 
     def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
@@ -176,8 +231,9 @@ class Promise:
             raise ValueError(f"a promise must be above 0 and below 1, got {rate}")
         self.rate = rate
         self.evidence = Evidence(taus)
-        self.index = start
-        self.reason: Reason = "calibrated" if start else "start"
+        self.proved = self.index = start
+        self._why: Reason = "calibrated" if start else "start"
+        self.recent = Recent(rate, len(taus))
         self._detector = betting.ChangeDetector(rate, PATIENCE)
 
     @property
@@ -185,18 +241,24 @@ class Promise:
         """τ in force; 0: every answer is full depth's."""
         return float(self.evidence.taus[self.index])
 
+    @property
+    def reason(self) -> Reason:
+        """Why τ is what it is; see the class."""
+        return "recent" if self.index < self.proved else self._why
+
     def skip(self, share: float, texts: int) -> None:
         """Count texts that were not drawn."""
         self.evidence.skip(share, texts)
-        if self.index:
+        if self.proved:
             self._detector.skip(share, texts)
 
     def add(self, share: float, audit: Profile, served_differs: bool = False) -> bool:
         """Count an audit; whether τ changed."""
         before = self.index
         self.evidence.add(share, audit, served_differs)
-        if self.index:
-            self._detector.add(share, bool(audit.differs[self.index]))
+        self.recent.add(audit.differs)
+        if self.proved:
+            self._detector.add(share, bool(audit.differs[self.proved]))
             if self._detector.has_fired:
                 self.reset("change")
                 return True
@@ -204,9 +266,10 @@ class Promise:
         return self.index != before
 
     def _raise(self) -> None:
-        while self.index + 1 < len(self.evidence.taus) and self._may_pass(self.index + 1):
-            self.index += 1
-            self.reason = "evidence"
+        while self.proved + 1 < len(self.evidence.taus) and self._may_pass(self.proved + 1):
+            self.proved += 1
+            self._why = "evidence"
+        self.index = self.recent.allows(self.proved)
 
     def _may_pass(self, index: int) -> bool:
         e_value = self.evidence.e_values(self.rate, slice(index, index + 1))[0]
@@ -215,7 +278,8 @@ class Promise:
     def reset(self, reason: Reason) -> None:
         """Forget what is known, and answer at full depth again."""
         self.evidence = Evidence(self.evidence.taus)
-        self.index, self.reason = 0, reason
+        self.recent = Recent(self.rate, len(self.evidence.taus))
+        self.proved, self.index, self._why = 0, 0, reason
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)
 
     def adopt(self, evidence: Evidence) -> None:
@@ -223,16 +287,29 @@ class Promise:
         self.evidence = evidence
         self._raise()
 
-    @property
-    def detector(self) -> betting.Floats:
-        """What the change detector owns, for `restore`."""
-        return self._detector.wealth
+    def kept(self) -> "Kept":
+        """What `restore` needs besides the evidence."""
+        recent, proved = self.recent, float(self.evidence.taus[self.proved])
+        return Kept(
+            *(self.rate, proved, self._why, self._detector.wealth.tolist()),
+            *(recent.weight, recent.differing.tolist()),
+        )
 
-    def restore(self, evidence: Evidence, tau: float, reason: Reason, detector: Sequence[float]) -> None:
-        """Go on where another left off; raises ValueError for a τ that is not of the grid, or an impossible wealth."""
-        match = np.flatnonzero(evidence.taus == tau)
-        wealth = np.array(detector, np.float64)
-        if len(match) != 1 or wealth.shape != self._detector.wealth.shape or not (wealth >= 0).all():
-            raise ValueError("tau or detector does not fit the grid")
-        self.evidence, self.index, self.reason = evidence, int(match[0]), reason
+    def restore(self, evidence: Evidence, kept: "Kept") -> None:
+        """Go on where another left off. What had been proved of another rate is proved anew, by the evidence.
+
+        Raises ValueError for a τ that is not of the grid, and for values that cannot be.
+        """
+        if kept.rate != self.rate:
+            self.adopt(evidence)
+            return
+        match = np.flatnonzero(evidence.taus == kept.tau)
+        wealth, differing = np.array(kept.detector, np.float64), np.array(kept.recent, np.float64)
+        fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape
+        fits &= differing.shape == evidence.taus.shape and bool((differing <= kept.weight).all())
+        if not fits or not (wealth >= 0).all() or not (differing >= 0).all():
+            raise ValueError("what was promised does not fit the τ")
+        self.evidence, self.proved, self._why = evidence, int(match[0]), kept.reason
         self._detector.wealth = wealth
+        self.recent.weight, self.recent.differing = kept.weight, differing
+        self.index = self.recent.allows(self.proved)

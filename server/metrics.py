@@ -96,7 +96,7 @@ class _AuditMetrics(Collector):
         )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
-            "τ in force, by why: start, calibrated, evidence, change, reset; or how it was set",
+            "τ in force, by why: start, calibrated, evidence, recent, change, reset; or how it was set",
             labels=["model", "reason"],
         )
         texts = counter("de3_audit_texts", "Texts that were audited", labels=["model"])

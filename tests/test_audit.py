@@ -180,7 +180,6 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
     with serving(store, models=["tiny-int8"], guarantee=0.2, audit_share=1.0) as server:
         while audit(server)["tau"]["tau"] == 0:
             server.classify(input=TEXTS)
-        tau = audit(server)["tau"]["tau"]
         change(server)
         with caplog.at_level(logging.WARNING, "de3"):
             until(
@@ -190,7 +189,7 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
         said = audit(server)
         assert said["tau"] == {"tau": 0.0, "reason": "change"}
         (reset,) = said["resets"]
-        assert (reset["because"], reset["tau"]) == ("change", tau)
+        assert reset["because"] == "change" and reset["tau"] > 0
         assert server.metric("de3_audit_resets_total", reason="change") == 1
         assert server.classify(input="good").json()["data"][0]["exit"]["reason"] == "last_layer"
 

@@ -1,6 +1,6 @@
 """Which τ a promise allows: profiles against the rule, the fixed order, the fall after a change, restarts."""
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exits.calibration import FINE_TAUS
-from exits.promise import Evidence, Profile, Promise, profile
+from exits.promise import Evidence, Kept, Profile, Promise, Recent, profile
 from exits.rule import ExitRule, exit_index
 from exits.signals import Entropy
 
@@ -94,15 +94,16 @@ def test_a_rise_above_the_promise_voids_what_was_known() -> None:
         promise.add(1.0, CLEAN)
     for _ in range(500):
         promise.add(1.0, unlike_from(3 if rng.random() < 0.05 else 4))
-    assert promise.tau == 0.4
-    count = 0
-    while promise.tau == 0.4:
-        changed = promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
-        count += 1
-        assert count < 200
-    assert changed and (promise.tau, promise.reason) == (0.0, "change")
-    assert (promise.evidence.audits, promise.evidence.texts) == (0, 0)
-    assert not promise.detector.any()
+    assert (promise.tau, promise.reason) == (0.4, "evidence")
+    reasons = []
+    while promise.reason != "change":
+        promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
+        reasons.append(promise.reason)
+        assert len(reasons) < 200
+    assert set(reasons) == {"evidence", "recent", "change"}  # lowered before the change is sure
+    assert promise.tau == 0.0
+    assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
+    assert not any(promise.kept().detector)
     for _ in range(400):
         promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
     assert promise.tau == 0.2  # the ones below are as good as ever
@@ -123,7 +124,8 @@ def test_few_streams_ever_break_the_promise() -> None:
         promise = Promise(0.1, GRID)
         for differs in rng.random(3000) < 0.105:
             promise.add(1.0, unlike_from(2 if differs else 4))
-            if promise.tau > 0.1:
+            assert promise.index <= promise.proved
+            if promise.proved > 1:
                 broken += 1
                 break
     assert 0 < broken <= 10
@@ -133,21 +135,37 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
     first, second = Promise(0.1, GRID), Promise(0.1, GRID)
     for n in range(150):
         first.add(1.0, unlike_from(3 if n % 3 == 0 else 4))
-    second.restore(first.evidence, first.tau, first.reason, first.detector.tolist())
+    second.restore(first.evidence, first.kept())
     assert (second.tau, second.reason) == (first.tau, first.reason) == (0.2, "evidence")
     for promise in (first, second):
         promise.add(0.1, unlike_from(2))
-    assert (first.detector == second.detector).all()
+    assert first.kept() == second.kept()
+    other = Promise(0.01, GRID)
+    other.restore(first.evidence, first.kept())  # what was proved is another rate
+    assert other.tau == 0
 
 
 @pytest.mark.parametrize(
-    ("tau", "detector"), [(0.3, [0.0] * 3), (0.1, [0.0]), (0.1, [-1.0, 0, 0]), (0.1, [float("nan"), 0, 0])]
+    "change",
+    [
+        {"tau": 0.3},
+        {"detector": [0.0]},
+        {"detector": [-1.0, 0, 0]},
+        {"detector": [float("nan"), 0, 0]},
+        {"recent": [0.0]},
+        {"recent": [0, 0, 0, 3.0]},
+        {"recent": [0, 0, 0, -1.0]},
+        {"recent": [0, 0, 0, float("nan")]},
+    ],
 )
-def test_what_does_not_fit_is_not_restored(tau: float, detector: Sequence[float]) -> None:
+def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
+    kept = Kept(0.1, 0.1, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not fit"):
-        promise.restore(Evidence(GRID), tau, "evidence", detector)
+        promise.restore(Evidence(GRID), kept._replace(**change))
     assert promise.tau == 0
+    promise.restore(Evidence(GRID), kept)
+    assert promise.tau == 0.1
 
 
 def test_evidence_from_before_the_promise_is_taken_up() -> None:
@@ -157,6 +175,31 @@ def test_evidence_from_before_the_promise_is_taken_up() -> None:
     promise = Promise(0.1, GRID)
     promise.adopt(evidence)
     assert (promise.tau, promise.reason) == (0.2, "evidence")
+
+
+def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
+    """A rise that is too small for the detector to be sure of; what was proved stays proved."""
+    promise = Promise(0.1, GRID)
+    while promise.tau < 0.4:
+        promise.add(1.0, CLEAN)
+    for n in range(600):
+        promise.add(1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
+    assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
+    for n in range(900):
+        promise.add(1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
+    assert (promise.tau, promise.reason) == (0.4, "evidence")
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.02, 0.3])
+def test_what_is_recent_is_long_enough_for_a_small_promise(rate: float) -> None:
+    recent = Recent(rate, 4)
+    for _ in range(20_000):
+        recent.add(CLEAN.differs)
+    assert recent.allows(3) == 3
+    while recent.allows(3) == 3:
+        recent.add(unlike_from(2).differs)
+    assert recent.allows(3) == 1 and recent.allows(1) == 1
+    assert recent.differing[2] > 1
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])

@@ -12,12 +12,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from exits.calibration import FINE_TAUS
-from exits.promise import Evidence, Profile, Promise, Reason, profile
+from exits.promise import Evidence, Kept, Profile, Promise, Reason, profile
 from exits.reading import Reading, differs
 from exits.signals import Signal
 from server.audit.log import AuditLog
@@ -67,15 +67,6 @@ class Reset:
     reason: Reason
     tau: float
     audits: int
-
-
-class Kept(NamedTuple):
-    """A promise as a server before this one left it; fields as in Promise."""
-
-    rate: float
-    tau: float
-    reason: Reason
-    detector: list[float]
 
 
 class Auditor:
@@ -286,18 +277,20 @@ class Auditor:
         if self.promise is None:
             self._evidence.add(share, audit, served_differs)
             return
-        tau, audits = self.promise.tau, self.promise.evidence.audits
-        if not self.promise.add(share, audit, served_differs):
+        promise = self.promise
+        tau, proved, audits = promise.tau, promise.proved, promise.evidence.audits
+        if not promise.add(share, audit, served_differs):
             return
-        self.served.rules.keep(self.promise)
-        if self.promise.reason != "change":
-            log.info("%s: τ %g → %g", self.served.model.full_name, tau, self.promise.tau)
+        self.served.rules.keep(promise)
+        if promise.reason != "change":
+            if promise.proved > proved:
+                log.info("%s: audits allow τ = %g", self.served.model.full_name, self.taus[promise.proved])
             return
         log.warning(
             "%s: answers differ from full depth more often than the promised %g%%: every text runs to full depth until "
             "audits of new texts allow more",
             self.served.model.full_name,
-            100 * self.promise.rate,
+            100 * promise.rate,
         )
         self._begin_anew(Reset(time.time(), "change", tau, audits + 1))
 
@@ -326,8 +319,8 @@ class Auditor:
         """Go on where a server before this one left off; raises ValueError. kept: None: nothing was promised."""
         if self.promise is None:
             self._evidence = evidence
-        elif kept is not None and kept.rate == self.promise.rate:
-            self.promise.restore(evidence, kept.tau, kept.reason, kept.detector)
+        elif kept is not None:
+            self.promise.restore(evidence, kept)
         else:
             self.promise.adopt(evidence)
         self.since, self.resets = since, resets

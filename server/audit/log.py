@@ -1,6 +1,7 @@
 """The log of audits: what each audited text showed at every exit, a line of JSON each."""
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from logging.handlers import RotatingFileHandler
@@ -22,6 +23,7 @@ class AuditLog:
         """Raises ValueError for a file that cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _end_line(path)
             self._handler = _Handler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
@@ -65,6 +67,15 @@ class _Handler(RotatingFileHandler):
             )
 
     handles_errors = True
+
+
+def _end_line(path: Path) -> None:
+    """End a last line that a killed server left torn, so that it does not spoil the next one."""
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def _short(values: Sequence[float]) -> list[float]:

@@ -46,8 +46,8 @@ def report(auditor: Auditor) -> dict[str, Any]:
         "apart": auditor.apart,
         "tau": in_force,
         "promise": None
-        if promise is None
-        else {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "because": promise.reason},
+        if auditor.promised is None
+        else {"max_disagreement": auditor.promised, "confidence": CONFIDENCE, "because": in_force["reason"]},
         "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
         "calibrated": None
         if expected is None

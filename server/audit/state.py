@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from exits.promise import MAX_SHARES, Evidence, Reason, Tally
+from exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
 from exits.signals import SignalName
 from model_store.manifest import Manifest
-from server.audit.auditor import MAX_RESETS, Auditor, Kept, Reset
+from server.audit.auditor import MAX_RESETS, Auditor, Reset
 
 log = logging.getLogger("de3")
 MAX_BYTES = 2**20
@@ -42,12 +42,14 @@ class Counts(_Part):
 
 
 class Promised(_Part):
-    """What was promised, and how far it got."""
+    """exits.promise.Kept."""
 
     rate: Rate
     tau: Rate
     reason: Reason
     detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
+    weight: Annotated[float, Field(ge=0)]
+    recent: list[Annotated[float, Field(ge=0)]] = Field(max_length=MAX_TAUS)
 
 
 class ResetRow(_Part):
@@ -105,11 +107,7 @@ def state_of(auditor: Auditor) -> State:
             )
             for share, tally in auditor.evidence.tallies.items()
         ],
-        promise=None
-        if promise is None
-        else Promised(
-            rate=promise.rate, tau=promise.tau, reason=promise.reason, detector=promise.detector.tolist()
-        ),
+        promise=None if promise is None else Promised(**promise.kept()._asdict()),
         resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in auditor.resets],
     )
 
@@ -132,7 +130,7 @@ def restore(auditor: Auditor, state: State) -> None:
         evidence,
         state.since,
         [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets],
-        None if kept is None else Kept(kept.rate, kept.tau, kept.reason, kept.detector),
+        None if kept is None else Kept(**kept.model_dump()),
     )
 
 

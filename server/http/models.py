@@ -86,5 +86,6 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "defaults": manifest.defaults.model_dump(by_alias=True),
         "signals": signals(manifest),
         "self_labelled": c is not None and c.self_labelled,
+        "has_original": c is not None and c.original_disagreement is not None,
         "calibration": c.default.model_dump(by_alias=True) if c else None,
     }

@@ -270,9 +270,9 @@ const isValue = (row) => row.value !== undefined;
 const hasClasses = () => state.model.tolerance === null;
 
 /** What the calibration counts as right. */
-function rightMeans(selfLabelled) {
-  if (hasClasses()) return selfLabelled ? "as the original model answers" : "right";
-  return `within ${state.model.tolerance} of ${selfLabelled ? "the original model's answer" : "the label"}`;
+function rightMeans(source) {
+  if (hasClasses()) return source ? `as ${source} answers` : "right";
+  return `within ${state.model.tolerance} of ${source ? `the answer of ${source}` : "the label"}`;
 }
 
 const answerOf = (row) => (isValue(row) ? String(+row.value.toPrecision(4)) : percent(Math.max(...row.probs)));
@@ -376,7 +376,8 @@ function drawCurve(exit) {
     $("expected").textContent = "";
     return;
   }
-  const selfLabelled = state.model.self_labelled; // an imported model's accuracy is agreement with the original
+  // Whose answers are the labels, if there were no others: accuracy is agreement with it.
+  const source = state.model.self_labelled && (state.model.has_original ? "the original model" : "full depth");
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
   const high = Math.max(...accuracies),
@@ -416,14 +417,14 @@ function drawCurve(exit) {
     }
     $("expected").textContent =
       `On held-out texts: ${row.speedup.toFixed(1)}× in layers, ${percent(row.accuracy)} ` +
-      `${rightMeans(selfLabelled)} ` +
+      `${rightMeans(source)} ` +
       `(full depth ${percent(state.table[0].accuracy)}), ` +
-      `${percent(row.disagreement)} of ${hasClasses() ? "labels" : "values"} differ from ${selfLabelled ? "the original" : "full depth"}.`;
+      `${percent(row.disagreement)} of ${hasClasses() ? "labels" : "values"} differ from ${source || "full depth"}.`;
   } else {
     $("expected").textContent = "";
   }
   $("curve-help").textContent =
-    `${selfLabelled ? "Agreement with the original model" : "Accuracy"} on held-out texts against speed-up; ` +
+    `${source ? `Agreement with ${source}` : "Accuracy"} on held-out texts against speed-up; ` +
     "the ring is the model's default, the dot this setting.";
   $("curve").replaceChildren(...parts);
 }
@@ -443,7 +444,7 @@ function drawMeasured({ audits, measured, calibrated, promise, tau }) {
   } else if (measured.disagreement === null) {
     parts.push("No live text has been measured against full depth yet.");
   } else {
-    const original = state.model.self_labelled ? " from the original" : "";
+    const original = state.model.has_original ? " from the original model" : "";
     const heldOut = calibrated ? `; on held-out texts ${share(calibrated.disagreement)}${original}` : "";
     parts.push(
       `Measured on ${plural(audits, "live text")} that also ran to full depth, at the server's default ` +
