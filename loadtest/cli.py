@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from loadtest import options
+from loadtest.audit_cli import app as audit_app
 from loadtest.studies.cli import app as studies_app
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 CALIBRATION_TEXTS = 300
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
 app.add_typer(studies_app, name="study")
+app.add_typer(audit_app, name="audit")
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
