@@ -13,6 +13,7 @@ from threading import Thread
 from time import perf_counter, sleep
 
 from model_store.model import Model
+from server.engine.audit import run_audit
 from server.engine.deadlines import Deadlines
 from server.engine.group import run_group
 from server.engine.queue import WorkQueue
@@ -38,7 +39,8 @@ class Engine:
         self, threads: int, max_queue: int, observe: Callable[[Model, Outcome], None] | None = None
     ) -> None:
         self.threads = threads
-        self.queue = WorkQueue(max_queue)
+        # Of several threads half stay free of shadows, for a request that comes meanwhile.
+        self.queue = WorkQueue(max_queue, max(1, threads // 2))
         self._observe = observe
         self._threads = [
             Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
@@ -160,6 +162,8 @@ class Engine:
             return True
         finally:
             self._busy[number] = False
+            if items and items[0].job.is_shadow:
+                self.queue.end_shadow()
         self._failures[number] = 0
         return bool(items)
 
@@ -174,7 +178,7 @@ class Engine:
             self._finish(results, number)
 
         alone = items
-        if items[0].can_share:
+        if items[0].can_share and not items[0].job.is_audit:
             alone = run_group(items, self.queue, self.threads, occupy, finish)
         return [(item, self._run_alone(item, number)) for item in alone]
 
@@ -187,7 +191,8 @@ class Engine:
         try:
             if item.job.deadline is not None and item.ends is None:
                 item.ends = self.deadlines.begin(item, number)
-            return run(item, self.queue, occupy)
+            is_fast_audit = item.job.is_audit and item.job.can_share
+            return (run_audit if is_fast_audit else run)(item, self.queue, occupy)
         except RequestError as error:
             return error
         except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on

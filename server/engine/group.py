@@ -116,7 +116,7 @@ def _step(
         spent, item.model_s, item.layer = one.seconds - item.model_s, one.seconds, one.layer
         queue.charge(item.job, spent)
         if one.exit_layer >= 0:
-            left.append((item, _outcome(item, one)))
+            left.append((item, outcome_of_pass(item, one)))
     group[:] = [item for item in items if item.forward is not None and item.forward.exit_layer < 0]
     finish(left)
     for item in items:
@@ -129,7 +129,7 @@ def _step(
     queue.requeue(*preempted)
 
 
-def _outcome(item: Item, one: ForwardPass) -> Outcome:
+def outcome_of_pass(item: Item, one: ForwardPass) -> Outcome:
     """The outcome of a pass through the kernels, which decided where it left."""
     manifest = item.job.model.manifest
     asked = [one.exit_layer]

@@ -53,11 +53,13 @@ class WorkQueue:
     others send, and a client that is alone gets all of it.
 
     Dropped jobs take no room and no time. Shadows' items are scheduled only when nothing else is pending;
-    they do not count towards the limit or the length, and are discarded when the queue is closed.
+    they do not count towards the limit or the length, and are discarded when the queue is closed. At most
+    `max_running_shadows` of them run at a time, each until end_shadow().
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, max_running_shadows: int = 1) -> None:
         self.limit = limit
+        self._max_running_shadows, self._running_shadows = max_running_shadows, 0
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
         # A heap, by what they had spent when it was last updated.
@@ -112,9 +114,10 @@ class WorkQueue:
             while (heap := self._first()) is None:
                 if self._closed:
                     return []
-                if not self._shadows:
+                if not self._shadows or self._running_shadows == self._max_running_shadows:
                     self._changed.wait()
                 elif not (shadow := self._shadows.popleft()).job.is_dropped:
+                    self._running_shadows += 1
                     return [shadow]
             share = -(-self._pending // threads)
             items = [self._take(heap)]
@@ -143,6 +146,12 @@ class WorkQueue:
     def shadow_room(self) -> int:
         """How many more items of shadows have room."""
         return MAX_SHADOWS - len(self._shadows)
+
+    def end_shadow(self) -> None:
+        """A shadow that next() scheduled runs no more."""
+        with self._changed:
+            self._running_shadows -= 1
+            self._changed.notify()
 
     def drop_shadows(self) -> None:
         """Drop the pending shadows; called by the event loop, which owns their futures."""

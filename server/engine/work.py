@@ -328,10 +328,11 @@ class Job:
 
     @property
     def can_share(self) -> bool:
-        """Whether its texts may run in groups."""
+        """Whether its texts may run in groups; of an audit whether it runs in the kernels alone."""
         # With a deadline by itself, so that it can leave after any layer.
         # A signal that the kernels do not have is scored between the layers, too.
-        runs_alone = self.deadline is not None or self.is_shadow or self.choice.rule.signal.code is None
+        is_other_shadow = self.is_shadow and not self.is_audit
+        runs_alone = self.deadline is not None or is_other_shadow or self.choice.rule.signal.code is None
         return not runs_alone and self.model.through is not None
 
     @property
