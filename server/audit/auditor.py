@@ -20,16 +20,19 @@ from exits.calibration import FINE_TAUS
 from exits.promise import Evidence, Kept, Profile, Promise, Reason, profile
 from exits.reading import Reading, differs
 from exits.signals import Signal
+from model_store.segments import Tokens
 from server.audit.log import AuditLog
 from server.engine.work import Item, Job, Request, Served, Text
+from server.errors import RequestError
 from server.rules import Choice
 from server.settings import ExitOptions, Settings
 
 log = logging.getLogger("de3")
 
 # Audits that are pending or will be; the share falls as they become more, by half at each eighth of it.
-ROOM = 128
+ROOM = 256
 MAX_PENDING = 2 * ROOM  # never reached: the share is 1/65,536 of what was set before it
+TICK_S = 0.05  # for which drawn texts are gathered
 MAX_RESETS = 20  # that are remembered
 APART = ("deadline", "max_layer", "windows")  # answers that no τ explains
 NO_WISH = ExitOptions()
@@ -51,6 +54,16 @@ class _Entry:
     is_pending: bool = False
     audit: Profile | None = None
     served_differs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A text whose audit is still to run, and its answer; the text itself only if it is logged."""
+
+    entry: _Entry
+    tokens: Tokens
+    answer: Reading
+    text: Text | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +114,7 @@ class Auditor:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
             self.promise = Promise(settings.guarantee, self.taus, start)
         self._entries: deque[_Entry] = deque()
+        self._fresh: list[_Drawn] = []
         self._outstanding = 0  # texts that were drawn and need an audit of their own, which has not run yet
         self.since = time.time()
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
@@ -182,7 +196,7 @@ class Auditor:
             entry.is_open, entry.is_pending = False, True
             if len(item.outcome.passed) == len(self.served.model.manifest.exit_layers):
                 self._release(item)
-                self._conclude(entry, item.outcome.reading, item.outcome.passed, item)
+                self._conclude(entry, item.outcome.reading, item, item.text)
             else:
                 self._enqueue(entry, item)
         self._settle()
@@ -199,44 +213,53 @@ class Auditor:
         return self._entries[-1]
 
     def _enqueue(self, entry: _Entry, item: Item) -> None:
-        """Let a text run to full depth while nothing else is pending."""
-        rule = replace(item.job.choice.rule, tau=0.0, max_layer=None)
-        future = asyncio.get_running_loop().create_future()
+        """Let a text run to full depth soon: some together, and not before their answers are sent."""
+        assert item.outcome is not None and item.tokens is not None
         # Its tokens are enough: texts may be large.
-        job = Job(
-            item.job.served, Choice(rule, "audit"), Request([Text("")]), future, is_shadow=True, is_audit=True
-        )
-        job.items[0].tokens = item.tokens
-        assert item.outcome is not None
-        answer, text = item.outcome.reading, item.text
+        text = item.text if self._log is not None and self._log.has_texts else None
+        if not self._fresh:
+            asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
+        self._fresh.append(_Drawn(entry, item.tokens, item.outcome.reading, text))
 
-        def done(future: "asyncio.Future[None]") -> None:
-            audited = job.items[0]
-            job.release()
-            self._outstanding -= 1
-            if future.cancelled():  # the model was unloaded
-                entry.is_pending = False
-            elif (error := future.exception()) is not None or audited.outcome is None:
-                log.error("an audit failed, and counts as a disagreement: %s", error)
-                last = self.served.model.manifest.num_layers
-                worst = Profile(self.taus > 0, np.full(len(self.taus), last))
-                self._count(entry, worst, True)
-            else:
-                self.seconds += audited.outcome.model_s
-                self._conclude(entry, answer, audited.outcome.passed, audited, text)
-            self._settle()
-
-        future.add_done_callback(done)
+    def _submit_fresh(self) -> None:
+        drawn, self._fresh = self._fresh, []
+        future = asyncio.get_running_loop().create_future()
+        rule = replace(self.served.rules.default.rule, tau=0.0)
+        request = Request([Text("")] * len(drawn))
+        job = Job(self.served, Choice(rule, "audit"), request, future, is_shadow=True, is_audit=True)
+        for item, one in zip(job.items, drawn, strict=True):
+            item.tokens, item.group_s = one.tokens, self.served.group_s(len(one.tokens))
+        future.add_done_callback(lambda _: self._done(job, drawn))
         try:
             self._submit(job)
-        except Exception:  # the server stops
+        except RequestError:  # the server stops
             future.cancel()
 
-    def _conclude(
-        self, entry: _Entry, answer: Reading, passed: list[Reading], item: Item, text: Text | None = None
-    ) -> None:
+    def _done(self, job: Job, drawn: list["_Drawn"]) -> None:
+        items = list(job.items)
+        job.release()
+        self._outstanding -= len(drawn)
+        if job.future.cancelled():  # the model was unloaded
+            for one in drawn:
+                one.entry.is_pending = False
+        elif (error := job.future.exception()) is not None:
+            log.error("%d audits failed, and count as disagreements: %s", len(drawn), error)
+            last = self.served.model.manifest.num_layers
+            worst = Profile(self.taus > 0, np.full(len(self.taus), last))
+            for one in drawn:
+                self._count(one.entry, worst, True)
+        else:
+            for one, item in zip(drawn, items, strict=True):
+                assert item.outcome is not None
+                self.seconds += item.outcome.model_s
+                self._conclude(one.entry, one.answer, item, one.text)
+        self._settle()
+
+    def _conclude(self, entry: _Entry, answer: Reading, item: Item, text: Text | None) -> None:
         """What a text that passed every exit tells, which was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
+        assert item.outcome is not None
+        passed = item.outcome.passed
         last = passed[-1]
         unlike = [differs(reading, last, tolerance) for reading in passed]
         layers = [reading.layer for reading in passed]
@@ -244,7 +267,7 @@ class Auditor:
             entry, profile(self._scores(passed), unlike, layers, self.taus), differs(answer, last, tolerance)
         )
         if self._log is not None:
-            self._log.write(self.served, entry.share, passed, item, text or item.text)
+            self._log.write(self.served, entry.share, item.outcome, text)
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits; from where it is out of distribution as if τ had been lowered for it."""

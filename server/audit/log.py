@@ -10,14 +10,17 @@ from typing import Any
 
 import orjson
 
-from exits.reading import Reading
-from server.engine.work import Item, Served, Text
+from server.engine.work import Outcome, Served, Text
 
 MAX_BYTES = 100 * 2**20  # of a file, of which there are two
 
 
 class AuditLog:
-    """A file, and its predecessor."""
+    """A file, and its predecessor.
+
+    Attributes:
+        has_texts: whether texts are logged too.
+    """
 
     def __init__(self, path: Path, log_texts: bool) -> None:
         """Raises ValueError for a file that cannot be written."""
@@ -27,23 +30,24 @@ class AuditLog:
             self._handler = _Handler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
-        self._log_texts = log_texts
+        self.has_texts = log_texts
 
-    def write(self, served: Served, share: float, passed: Sequence[Reading], item: Item, text: Text) -> None:
-        """Write an audit: the exits that a text passed, which are all.
+    def write(self, served: Served, share: float, outcome: Outcome, text: Text | None) -> None:
+        """Write an audit: the outcome of a text that passed every exit.
 
         share: the probability with which it was drawn.
         """
+        passed = outcome.passed
         row: dict[str, Any] = {
             "time": round(time.time(), 3),
             "model": served.model.full_name,
             "share": share,
-            "tokens": item.num_tokens,
+            "tokens": outcome.tokens,
             "layers": [reading.layer for reading in passed],
             "logits": [_short(reading.logits) for reading in passed],
             "distances": [None if r.distances is None else _short(r.distances) for r in passed],
         }
-        if self._log_texts:
+        if self.has_texts and text is not None:
             row["text"] = text.text
             if text.text_pair is not None:
                 row["text_pair"] = text.text_pair

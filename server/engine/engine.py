@@ -13,7 +13,7 @@ from threading import Thread
 from time import perf_counter, sleep
 
 from model_store.model import Model
-from server.engine.audit import run_audit
+from server.engine.audit import run_audits
 from server.engine.deadlines import Deadlines
 from server.engine.group import run_group
 from server.engine.queue import WorkQueue
@@ -178,7 +178,9 @@ class Engine:
             self._finish(results, number)
 
         alone = items
-        if items[0].can_share and not items[0].job.is_audit:
+        if items[0].job.is_audit and items[0].job.can_share:
+            return run_audits(items, self.queue, occupy)
+        if items[0].can_share:
             alone = run_group(items, self.queue, self.threads, occupy, finish)
         return [(item, self._run_alone(item, number)) for item in alone]
 
@@ -191,8 +193,7 @@ class Engine:
         try:
             if item.job.deadline is not None and item.ends is None:
                 item.ends = self.deadlines.begin(item, number)
-            is_fast_audit = item.job.is_audit and item.job.can_share
-            return (run_audit if is_fast_audit else run)(item, self.queue, occupy)
+            return run(item, self.queue, occupy)
         except RequestError as error:
             return error
         except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on

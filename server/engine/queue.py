@@ -94,12 +94,11 @@ class WorkQueue:
     def requeue(self, *items: Item) -> None:
         """Enqueue preempted items again, all at once. They were accepted, so the limit does not apply."""
         with self._changed:
-            for item in items:
-                if item.job.is_dropped or (item.job.is_shadow and self._closed):
-                    continue
-                if item.job.is_shadow:
-                    self._shadows.appendleft(item)
-                else:
+            kept = [item for item in items if not item.job.is_dropped]
+            if kept and kept[0].job.is_shadow:
+                self._shadows.extendleft(() if self._closed else reversed(kept))
+            else:
+                for item in kept:
                     self._add(item)
             self._changed.notify(len(items))
 
@@ -118,11 +117,23 @@ class WorkQueue:
                     self._changed.wait()
                 elif not (shadow := self._shadows.popleft()).job.is_dropped:
                     self._running_shadows += 1
-                    return [shadow]
+                    return [shadow, *self._audits_like(shadow)]
             share = -(-self._pending // threads)
             items = [self._take(heap)]
             self._fill(items, share)
             return items
+
+    def _audits_like(self, first: Item) -> list[Item]:
+        """The next audits, which share the steps of one that was scheduled: as many as fit into a step."""
+        items, left = list[Item](), MAX_STEP_S - first.group_s
+        while first.job.is_audit and first.job.can_share and self._shadows and len(items) < MAX_GROUP - 1:
+            item = self._shadows[0]
+            left -= item.group_s
+            is_alike = item.job.is_audit and item.job.served is first.job.served and item.layer == first.layer
+            if not is_alike or left < 0 or item.job.is_dropped:
+                break
+            items.append(self._shadows.popleft())
+        return items
 
     def join(self, items: list[Item], threads: int = 1) -> None:
         """Add pending items to a group between two layers, as next() does."""
