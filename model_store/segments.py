@@ -143,12 +143,17 @@ class Through:
         self._hidden = manifest.hidden_size
 
     def __call__(
-        self, passes: Sequence[ForwardPass], far: NDArray[np.float64] | None = None, layers: int | None = None
+        self,
+        passes: Sequence[ForwardPass],
+        far: NDArray[np.float64] | None = None,
+        layers: int | None = None,
+        at_idle: bool = False,
     ) -> None:
         """Run 1 to 64 samples, all before the same layer, until each has left, or through so many layers; fills
         exit_layer, seconds, logits and distances.
 
-        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any.
+        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any. at_idle: give way to
+        every other thread of the system.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)
@@ -162,7 +167,7 @@ class Through:
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
             rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, p.thresholds)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden))
-        results = self._through(self._model, texts, self._prototypes, far, first, last)
+        results = self._through(self._model, texts, self._prototypes, far, first, last, at_idle)
         for p, (exit_layer, seconds) in zip(passes, results, strict=True):
             p.exit_layer, p.layer = exit_layer, last + 1
             p.seconds += seconds

@@ -20,7 +20,13 @@ def run(
     model: Any, layer: int, from_: Any, types: Any, to: Any, prototypes: Any, logits: Any, distances: Any
 ) -> None: ...
 def through(
-    model: Any, texts: list[Any], prototypes: list[Any], far: Any, first: int, last: int
+    model: Any,
+    texts: list[Any],
+    prototypes: list[Any],
+    far: Any,
+    first: int,
+    last: int,
+    at_idle: bool = False,
 ) -> list[tuple[int, float]]: ...
 def score(exits: list[tuple[Any, Any]], signal: int, lam: float, weights: Any, thresholds: Any) -> float: ...
 def exits(score: float, tau: float) -> bool: ...

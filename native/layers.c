@@ -1,7 +1,9 @@
+#define _GNU_SOURCE /* SCHED_IDLE */
 #include "layers.h"
 
 #include <math.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -305,4 +307,33 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
         if (texts[i]->hidden) memcpy(texts[i]->hidden, from, tokens[i] * hidden * 4);
     free(rows);
     return failed ? -1 : 0;
+}
+
+typedef struct {
+    const Model *m;
+    Pass *passes;
+    int count, first, last;
+    const float *const *prototypes;
+    const double *far;
+    int failed;
+} Call;
+
+static void *run_call(void *argument) {
+    Call *c = argument;
+#ifdef SCHED_IDLE
+    /* Anyone may lower a thread, and nobody without privileges may raise it again: hence a thread for each call. */
+    sched_setscheduler(0, SCHED_IDLE, &(struct sched_param){0});
+#endif
+    c->failed = run_passes(c->m, c->passes, c->count, c->first, c->last, c->prototypes, c->far);
+    return NULL;
+}
+
+int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
+                       const double *far) {
+    Call call = {m, passes, count, first, last, prototypes, far, 0};
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, run_call, &call)) /* no room for one */
+        return run_passes(m, passes, count, first, last, prototypes, far);
+    pthread_join(thread, NULL);
+    return call.failed;
 }

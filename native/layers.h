@@ -51,4 +51,8 @@ enum { MAX_PASSES = 64 };
 int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                const double *far);
 
+/* The same, at the lowest priority that the system has: other threads preempt it. */
+int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
+                       const double *far);
+
 #endif

@@ -367,7 +367,7 @@ static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_bu
     return require_memory(p->readings != NULL);
 }
 
-/* through(model, texts, prototypes, far, first, last) → [(exit layer or -1, seconds)]
+/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(exit layer or -1, seconds)]
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
  * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
@@ -379,8 +379,9 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
     const float *prototypes[MAX_LAYERS + 1];
     Pass passes[MAX_PASSES];
-    int first, last;
-    if (!PyArg_ParseTuple(args, "OO!O!z*ii", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far, &first, &last))
+    int first, last, at_idle = 0;
+    if (!PyArg_ParseTuple(args, "OO!O!z*ii|p", &capsule, &PyList_Type, &texts, &PyList_Type, &rows, &far, &first, &last,
+                          &at_idle))
         return NULL;
     const Model *m = model_of(capsule);
     int count = (int)PyList_Size(texts), opened = 0, begun = 0, failed;
@@ -403,7 +404,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     }
     if (ok) {
         Py_BEGIN_ALLOW_THREADS;
-        failed = run_passes(m, passes, count, first, last, prototypes, far.buf);
+        failed = (at_idle ? run_passes_at_idle : run_passes)(m, passes, count, first, last, prototypes, far.buf);
         Py_END_ALLOW_THREADS;
         ok = require(!failed, "an id outside the tables, or no memory");
     }
@@ -471,7 +472,7 @@ static PyMethodDef methods[] = {
     {"set_exit", py_set_exit, METH_VARARGS, "set_exit(model, layer, classifier, bias, weight, scale, shift)"},
     {"set_head", py_set_head, METH_VARARGS, "set_head(model, dense, bias, activation, mean)"},
     {"run", py_run, METH_VARARGS, "run(model, layer, from, types, to, prototypes, logits, distances)"},
-    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far, first, last)"},
+    {"through", py_through, METH_VARARGS, "through(model, texts, prototypes, far, first, last, at_idle=False)"},
     {"score", py_score, METH_VARARGS, "score(exits, signal, lam, weights, thresholds): the exits of layers 0, 1, …"},
     {"exits", py_exits, METH_VARARGS, "exits(score, tau)"},
     {NULL, NULL, 0, NULL},

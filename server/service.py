@@ -48,9 +48,7 @@ class Service:
         self.audits = Audits(settings, self.engine.submit)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
-        self.manager = Manager(
-            settings, self.models, self.metrics, self.audits, self.engine.queue.drop_shadows
-        )
+        self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
         self.state = "loading"
         self.is_open = False  # once all models are loaded, and then for good
         self.in_flight = 0  # requests, of all protocols

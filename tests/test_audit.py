@@ -3,10 +3,9 @@
 import gc
 import json
 import logging
+import threading
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
@@ -210,18 +209,6 @@ def test_audits_wait_while_requests_do(store: Path) -> None:
             job.future.get_loop().call_soon_threadsafe(submit, job)
         until(lambda: auditor.evidence.audits == len(TEXTS), "the audits to run")
         assert audit(server)["share"] == 1.0
-
-
-def test_a_request_comes_before_any_audit() -> None:
-    queue = WorkQueue(4)
-    one, other, request = (jobs.job(["text"], [1.0], is_shadow=k < 2) for k in range(3))
-    one.is_audit = other.is_audit = True  # of a model that the kernels do not run
-    for job in (one, other, request):
-        queue.put(job)
-    assert queue.next()[0].job is request
-    assert queue.next()[0].job is one
-    queue.end_shadow()
-    assert queue.next()[0].job is other
 
 
 def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None:
@@ -486,10 +473,8 @@ def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: P
         assert audit(server) == before
 
 
-def test_audits_run_together_and_come_back_together_when_preempted(store: Path) -> None:
-    """With the same outcomes as one by one."""
+def test_audits_that_run_together_are_as_alone_and_wait_for_requests(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
-        pytest.importorskip("native.kernels")
         (served,) = server.service.models.all
         if served.model.through is None:
             pytest.skip("no kernels")
@@ -498,20 +483,27 @@ def test_audits_run_together_and_come_back_together_when_preempted(store: Path) 
         server.classify(input=TEXTS[:12])
         until(lambda: waiting, "the audits' job")
         (job,) = waiting
-        queue = WorkQueue(10)
-        queue.put(job)
-        items = queue.next()
-        assert items == job.items[: len(items)] and len(items) > 1
-        queue.put(request := jobs.job(["text"], [1.0]))
-        timing = SimpleNamespace(layer_s=lambda _: 1.0)  # a layer in each step
-        object.__setattr__(items[0].job, "served", replace(served, timing=timing))
-        assert run_audits(items, queue, lambda _: None) == [(item, None) for item in items]
-        assert all(item.layer == 2 for item in items)
-        queue.end_shadow()
-        assert queue.next() == request.items
-        assert queue.next() == items  # in their order
-        for item, outcome in run_audits(items, queue, lambda _: None):
-            assert outcome is not None and item.tokens is not None
+        queue, results = WorkQueue(10), list[Any]()
+        queue.put(jobs.job(["text"], [1.0]))
+        running = threading.Thread(target=lambda: results.extend(run_audits(job.items, queue)))
+        running.start()
+        running.join(0.01)
+        assert running.is_alive() and not results
+        queue.next()  # the request is scheduled
+        running.join(20)
+        assert [item for item, _ in results] == job.items
+        for item, outcome in results:
+            assert item.tokens is not None
             alone = served.model.full_depth(item.tokens)
             exits = [step.logits.tolist() for step in alone if step.logits is not None]
             assert [reading.logits for reading in outcome.passed] == exits
+        job.is_dropped = True
+        assert run_audits(job.items, queue) == []
+
+
+def test_audits_that_the_kernels_cannot_run_are_the_engines_shadows(store: Path) -> None:
+    with serving(store, models=["tiny"], audit_share=1.0, tau=TAU) as server:
+        server.classify(input=TEXTS)
+        assert settled(server, len(TEXTS), "tiny")["audits"] == len(TEXTS)
+        threads = server.service.engine._audits._threads
+        assert not any(thread.is_alive() for thread in threads)

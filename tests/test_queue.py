@@ -15,7 +15,6 @@ from server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, Wor
 from server.engine.work import MAX_STEP_S, Job
 from server.errors import RequestError
 from tests import jobs
-from tests.serving import until
 
 LIMIT = 7
 MODELS = [SimpleNamespace(through=object()) for _ in range(2)]
@@ -71,9 +70,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.put(other := job(1, submitted=99))
         assert self.queue.has_more_urgent_than(item)  # anything is
         self.queue.requeue(item)
-        self.queue.end_shadow()
         assert self.queue.next(2) == other.items and self.queue.next(2) == [item]
-        self.queue.end_shadow()
 
     @rule(
         texts=st.integers(1, LIMIT + 1),
@@ -391,29 +388,26 @@ def test_shadows_can_be_dropped() -> None:
     queue.drop_shadows()
     assert shadow.future.cancelled() and queue.shadow_room == MAX_SHADOWS
     queue.requeue(item)
-    queue.end_shadow()
     queue.put(failed := job(2, is_shadow=True))
     failed.is_dropped = True
     queue.put(last := job(1, is_shadow=True))
     assert queue.next() == last.items
 
 
-def test_only_so_many_shadows_run_at_a_time() -> None:
-    queue = WorkQueue(10, max_running_shadows=2)
-    queue.put(shadow := job(3, is_shadow=True))
-    assert [queue.next()[0], queue.next()[0]] == shadow.items[:2]
-    taken: list[Any] = []
-    waiting = [Thread(target=lambda: taken.append(queue.next()[0])) for _ in range(2)]
-    for thread in waiting:
-        thread.start()
-    queue.put(request := job(1))  # which does not wait for them
-    until(lambda: len(taken) == 1, "the request")
-    assert taken == request.items
-    queue.end_shadow()
-    until(lambda: len(taken) == 2, "the third shadow")
-    assert taken[1] is shadow.items[2]
-    for thread in waiting:
-        thread.join()
+def test_audits_wait_until_nothing_is_pending() -> None:
+    """Until all has been scheduled, or dropped."""
+    queue = WorkQueue(10)
+    for end in (queue.next, lambda: queue.drop(request)):
+        queue.put(request := job(1))
+        waiting = Thread(target=queue.wait_until_empty)
+        waiting.start()
+        waiting.join(0.01)
+        assert waiting.is_alive()
+        end()
+        waiting.join(20)
+        assert not waiting.is_alive()
+    queue.put(job(1, is_shadow=True))
+    queue.wait_until_empty()  # shadows are no requests
 
 
 def test_shadows_go_when_the_queue_is_closed() -> None:

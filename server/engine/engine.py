@@ -13,7 +13,7 @@ from threading import Thread
 from time import perf_counter, sleep
 
 from model_store.model import Model
-from server.engine.audit import run_audits
+from server.engine.audit import AuditThreads
 from server.engine.deadlines import Deadlines
 from server.engine.group import run_group
 from server.engine.queue import WorkQueue
@@ -39,13 +39,13 @@ class Engine:
         self, threads: int, max_queue: int, observe: Callable[[Model, Outcome], None] | None = None
     ) -> None:
         self.threads = threads
-        # Of several threads half stay free of shadows, for a request that comes meanwhile.
-        self.queue = WorkQueue(max_queue, max(1, threads // 2))
+        self.queue = WorkQueue(max_queue)
         self._observe = observe
         self._threads = [
             Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
         ]
         self.deadlines = Deadlines(threads)
+        self._audits = AuditThreads(max(1, threads // 2), self.queue, self._finish_audits)
         self._finished = [0] * threads
         self._seconds = [0.0] * threads
         self._progress = [0] * threads  # steps and layers begun
@@ -87,12 +87,16 @@ class Engine:
     def stop(self) -> None:
         """Finish what was accepted, then end the threads; those that are stuck end with the process."""
         self.queue.close()
+        self._audits.close()
         for number, thread in enumerate(self._threads):
             while thread.is_alive() and not self._is_stuck(number):  # not alive if the models never loaded
                 thread.join(1.0)
 
     def submit(self, job: Job) -> None:
         """Accept a job; raises RequestError if the queue has no room or its deadline cannot be promised."""
+        if job.is_audit and job.can_share:
+            self._audits.put(job)
+            return
         if job.deadline is not None:
             self._promise(job)
         try:
@@ -128,6 +132,16 @@ class Engine:
         self.queue.drop(job)
         self.deadlines.drop(job)
 
+    def drop_shadows(self) -> None:
+        """Drop pending shadows and audits; called by the event loop."""
+        self.queue.drop_shadows()
+        self._audits.drop()
+
+    def _finish_audits(self, results: Sequence[tuple[Item, Outcome]]) -> None:
+        done = [item.job for item, outcome in results if item.job.finish(item, outcome)]
+        if done:
+            wake([(job, None) for job in done])
+
     @property
     def finished(self) -> int:
         """Texts that left, so far, shadows' not counted."""
@@ -162,8 +176,6 @@ class Engine:
             return True
         finally:
             self._busy[number] = False
-            if items and items[0].job.is_shadow:
-                self.queue.end_shadow()
         self._failures[number] = 0
         return bool(items)
 
@@ -178,8 +190,6 @@ class Engine:
             self._finish(results, number)
 
         alone = items
-        if items[0].job.is_audit and items[0].job.can_share:
-            return run_audits(items, self.queue, occupy)
         if items[0].can_share:
             alone = run_group(items, self.queue, self.threads, occupy, finish)
         return [(item, self._run_alone(item, number)) for item in alone]

@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
-from threading import Condition
+from threading import Condition, RLock
 from time import perf_counter
 
 from server.engine.work import MAX_STEP_S, Item, Job
@@ -53,13 +53,11 @@ class WorkQueue:
     others send, and a client that is alone gets all of it.
 
     Dropped jobs take no room and no time. Shadows' items are scheduled only when nothing else is pending;
-    they do not count towards the limit or the length, and are discarded when the queue is closed. At most
-    `max_running_shadows` of them run at a time, each until end_shadow().
+    they do not count towards the limit or the length, and are discarded when the queue is closed.
     """
 
-    def __init__(self, limit: int, max_running_shadows: int = 1) -> None:
+    def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._max_running_shadows, self._running_shadows = max_running_shadows, 0
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
         # A heap, by what they had spent when it was last updated.
@@ -73,7 +71,8 @@ class WorkQueue:
         self._pending_promised = 0  # those whose deadline is promised
         self._stored = 0  # the pending ones, and those of dropped jobs that are still in a heap
         self._closed = False
-        self._changed = Condition()
+        lock = RLock()
+        self._changed, self._emptied = Condition(lock), Condition(lock)
 
     def __len__(self) -> int:
         return self._pending
@@ -94,11 +93,12 @@ class WorkQueue:
     def requeue(self, *items: Item) -> None:
         """Enqueue preempted items again, all at once. They were accepted, so the limit does not apply."""
         with self._changed:
-            kept = [item for item in items if not item.job.is_dropped]
-            if kept and kept[0].job.is_shadow:
-                self._shadows.extendleft(() if self._closed else reversed(kept))
-            else:
-                for item in kept:
+            for item in items:
+                if item.job.is_dropped or (item.job.is_shadow and self._closed):
+                    continue
+                if item.job.is_shadow:
+                    self._shadows.appendleft(item)
+                else:
                     self._add(item)
             self._changed.notify(len(items))
 
@@ -113,27 +113,14 @@ class WorkQueue:
             while (heap := self._first()) is None:
                 if self._closed:
                     return []
-                if not self._shadows or self._running_shadows == self._max_running_shadows:
+                if not self._shadows:
                     self._changed.wait()
                 elif not (shadow := self._shadows.popleft()).job.is_dropped:
-                    self._running_shadows += 1
-                    return [shadow, *self._audits_like(shadow)]
+                    return [shadow]
             share = -(-self._pending // threads)
             items = [self._take(heap)]
             self._fill(items, share)
             return items
-
-    def _audits_like(self, first: Item) -> list[Item]:
-        """The next audits, which share the steps of one that was scheduled: as many as fit into a step."""
-        items, left = list[Item](), MAX_STEP_S - first.group_s
-        while first.job.is_audit and first.job.can_share and self._shadows and len(items) < MAX_GROUP - 1:
-            item = self._shadows[0]
-            left -= item.group_s
-            is_alike = item.job.is_audit and item.job.served is first.job.served and item.layer == first.layer
-            if not is_alike or left < 0 or item.job.is_dropped:
-                break
-            items.append(self._shadows.popleft())
-        return items
 
     def join(self, items: list[Item], threads: int = 1) -> None:
         """Add pending items to a group between two layers, as next() does."""
@@ -157,12 +144,6 @@ class WorkQueue:
     def shadow_room(self) -> int:
         """How many more items of shadows have room."""
         return MAX_SHADOWS - len(self._shadows)
-
-    def end_shadow(self) -> None:
-        """A shadow that next() scheduled runs no more."""
-        with self._changed:
-            self._running_shadows -= 1
-            self._changed.notify()
 
     def drop_shadows(self) -> None:
         """Drop the pending shadows; called by the event loop, which owns their futures."""
@@ -212,6 +193,12 @@ class WorkQueue:
                 return first.job.is_promised and not (item.job.is_promised and item.due <= due)
             other = self._clients[first.job.client]
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
+
+    def wait_until_empty(self) -> None:
+        """Wait while anything is pending, shadows excepted."""
+        with self._changed:
+            while self._pending:
+                self._emptied.wait()
 
     def later_than(self, due: float) -> int:
         """How many pending items are due after then."""
@@ -272,6 +259,8 @@ class WorkQueue:
         item.job.pending -= 1
         self._pending -= 1
         self._stored -= 1
+        if not self._pending:
+            self._emptied.notify_all()
         return item
 
     def _note(self, client: str) -> None:
@@ -319,6 +308,8 @@ class WorkQueue:
 
     def _forget(self, job: Job) -> None:
         self._pending -= job.pending
+        if not self._pending:
+            self._emptied.notify_all()
         if job.is_promised and job.pending:
             self._pending_promised -= job.pending
             self._unpromise(job.client, job.pending, job.promised_s)
