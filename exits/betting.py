@@ -10,6 +10,9 @@ reaches 1/δ is at most δ (Ville). So is the mean of several such W with other 
 (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", 2024; Xu, Karampatziakis & Mineiro,
 "Active, anytime-valid risk controlling prediction sets", 2024.)
 
+As λ_t is in proportion to q_t, an audit wins or loses the same share of W whatever q_t was; else a few that were drawn
+when q was small would decide.
+
 W depends only on how many texts came at each q and how many of the drawn ones differed, so counts are all that needs to
 be kept.
 """

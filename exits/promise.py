@@ -164,12 +164,17 @@ class Evidence:
         return np.asarray(sum(s / share for share, s in zip(self.tallies, sums, strict=True)) / weight)
 
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
-        """Bounds of the rates at some τ, which hold at every moment with 95% confidence for each τ."""
-        if not self.tallies:
+        """Bounds of the rates at some τ, which hold at every moment with 95% confidence for each τ.
+
+        Bets do not weight audits as rates() does, so a rate may be outside; the bounds are then widened to it.
+        """
+        if not self.audits:
             count = len(self.taus[index])
             return np.zeros(count), np.ones(count)
         shares, texts, differing = self._counts(index)
-        return betting.bounds(shares, texts, differing, CONFIDENCE)
+        lower, upper = betting.bounds(shares, texts, differing, CONFIDENCE)
+        rates = self.rates()[index]
+        return np.minimum(lower, rates), np.maximum(upper, rates)
 
     def e_values(self, rate: float, index: slice = slice(None)) -> betting.Floats:
         """The e-values of "the rate at this τ is above `rate`", of some τ."""

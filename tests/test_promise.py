@@ -212,3 +212,15 @@ def test_a_share_is_a_probability_above_0(share: float) -> None:
 def test_a_promise_is_a_rate(rate: float) -> None:
     with pytest.raises(ValueError, match="promise"):
         Promise(rate, GRID)
+
+
+def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
+    evidence = Evidence(GRID)
+    for n in range(300):
+        evidence.add(1.0, unlike_from(1 if n < 30 else 4))
+    for _ in range(300):
+        evidence.skip(0.05, 19)
+        evidence.add(0.05, CLEAN)
+    lower, upper = evidence.bounds()
+    rates = evidence.rates()
+    assert rates[1] < 0.01 and (lower <= rates).all() and (rates <= upper).all()
