@@ -31,7 +31,7 @@ LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
 # Of what a text that does not differ can lose of a bet that the rate is higher.
 MOST_LOSS = 0.9
-STEPS = 40  # of a bisection
+STEPS = 30  # of a bisection
 
 
 def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:

@@ -6,7 +6,7 @@ within the promise, and takes it back when that rate has risen.
 
 The fixed order of the τ, ascending from 0, makes this one test, not many: τ rises to the next one only once the e-value
 of "its rate is above the promise" has reached 1/δ, and stops at the first that has not. The first τ whose rate is above
-the promise is ever passed with probability δ at most; so is the promise ever broken, between two changes.
+the promise is ever passed with probability δ at most, from the start, or from a reset, until the traffic changes.
 
 Traffic changes, and by little it cannot be told from chance for a long time. So τ is also lowered as far as the recent
 audits want it (`Recent`), which takes no proof; and what was proved becomes void when the change detector fires.
@@ -14,7 +14,7 @@ audits want it (`Recent`), which takes no proof; and what was proved becomes voi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ class Kept(NamedTuple):
 
     Attributes:
         tau: the last that was proved.
+        start: the τ below which nothing was proved.
         reason: why, as in Promise.
         detector: what the gamblers of the change detector own.
         weight, recent: see Recent.
@@ -44,6 +45,7 @@ class Kept(NamedTuple):
 
     rate: float
     tau: float
+    start: float
     reason: Reason
     detector: list[float]
     weight: float
@@ -106,6 +108,14 @@ class Evidence:
 
     taus: NDArray[np.float64]
     tallies: dict[float, Tally] = field(default_factory=dict)
+
+    def copy(self) -> "Evidence":
+        """As it is now; another thread may go on counting."""
+        tallies = {
+            share: replace(tally, differing=tally.differing.copy(), layers=tally.layers.copy())
+            for share, tally in list(self.tallies.items())
+        }
+        return Evidence(self.taus, tallies)
 
     def skip(self, share: float, texts: int) -> None:
         """Count texts that were not drawn."""
@@ -236,7 +246,7 @@ class Promise:
             raise ValueError(f"a promise must be above 0 and below 1, got {rate}")
         self.rate = rate
         self.evidence = Evidence(taus)
-        self.proved = self.index = start
+        self.proved = self.index = self._start = start
         self._why: Reason = "calibrated" if start else "start"
         self.recent = Recent(rate, len(taus))
         self._detector = betting.ChangeDetector(rate, PATIENCE)
@@ -284,7 +294,8 @@ class Promise:
         """Forget what is known, and answer at full depth again."""
         self.evidence = Evidence(self.evidence.taus)
         self.recent = Recent(self.rate, len(self.evidence.taus))
-        self.proved, self.index, self._why = 0, 0, reason
+        self.proved = self.index = self._start = 0
+        self._why = reason
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)
 
     def adopt(self, evidence: Evidence) -> None:
@@ -294,20 +305,22 @@ class Promise:
 
     def kept(self) -> "Kept":
         """What `restore` needs besides the evidence."""
-        recent, proved = self.recent, float(self.evidence.taus[self.proved])
+        taus, recent = self.evidence.taus, self.recent
         return Kept(
-            *(self.rate, proved, self._why, self._detector.wealth.tolist()),
-            *(recent.weight, recent.differing.tolist()),
+            *(self.rate, float(taus[self.proved]), float(taus[self._start]), self._why),
+            *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist()),
         )
 
     def restore(self, evidence: Evidence, kept: "Kept") -> None:
-        """Go on where another left off. What had been proved of another rate is proved anew, by the evidence.
+        """Go on where another left off. What had been proved of another rate, or from a start that this one has not, is
+        proved anew, by the evidence.
 
         Raises ValueError for a τ that is not of the grid, and for values that cannot be.
         """
-        if kept.rate != self.rate:
+        if kept.rate != self.rate or kept.start > evidence.taus[self._start]:
             self.adopt(evidence)
             return
+        self._start = int(np.searchsorted(evidence.taus, kept.start))
         match = np.flatnonzero(evidence.taus == kept.tau)
         wealth, differing = np.array(kept.detector, np.float64), np.array(kept.recent, np.float64)
         fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape

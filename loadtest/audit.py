@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import sleep
 from typing import Any
 from urllib.request import urlopen
 
@@ -223,8 +224,12 @@ def cost(
         for number in range(rounds):
             before = audit_of(audited.target.url, model)
             pair = (without, audited) if number % 2 == 0 else (audited, without)
-            runs = [send_traffic(server.target, samples, seconds, rate=rate, seed=number) for server in pair]
-            found = [run.latencies_ms() for run in runs]
+            found = []
+            for server in pair:
+                while audit_of(audited.target.url, model)["pending"]:
+                    sleep(0.1)  # else the one without would pay for audits
+                run = send_traffic(server.target, samples, seconds, rate=rate, seed=number)
+                found.append(run.latencies_ms())
             plain, other = found if number % 2 == 0 else found[::-1]
             after = audit_of(audited.target.url, model)
             texts = after["texts"] - before["texts"]

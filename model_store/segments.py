@@ -152,8 +152,8 @@ class Through:
         """Run 1 to 64 samples, all before the same layer, until each has left, or through so many layers; fills
         exit_layer, seconds, logits and distances.
 
-        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any. at_idle: give way to
-        every other thread of the system.
+        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any. at_idle: any other
+        thread of the system preempts it.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)

@@ -36,7 +36,7 @@ class Manager:
         models: Models,
         metrics: Metrics,
         audits: Audits,
-        drop_shadows: Callable[[], None],
+        drop_shadows: Callable[[Sequence[Served]], None],
     ) -> None:
         """`drop_shadows`: called when models are unloaded: pending shadows would keep them in memory."""
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
@@ -142,7 +142,7 @@ class Manager:
     def _forget(self, gone: list[Served]) -> None:
         """Free the memory of models once nothing uses them any more."""
         if gone:
-            self._drop_shadows()
+            self._drop_shadows(gone)
         for served in gone:
             self._metrics.drop(served)
             self._audits.forget(served)

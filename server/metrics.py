@@ -108,8 +108,8 @@ class _AuditMetrics(Collector):
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         resets = counter(
             "de3_audit_resets",
-            "Times that what audits had shown became void, by why: change (the rate had risen above the promise), or "
-            "reset by an admin",
+            "Times that what audits had shown became void, by why: change (the rate at the proved τ had risen above "
+            "the promise), or reset by an admin",
             labels=["model", "reason"],
         )
         apart = counter(

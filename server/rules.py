@@ -143,6 +143,8 @@ class Rules:
     def of(self, options: ExitOptions, level: int = 0) -> Choice:
         """The choice that fulfils a request's options, or the one in force; raises RequestError."""
         choice = self._chosen(options, level)
+        if choice.promise is not None and options != ExitOptions():  # it is not audited
+            choice = replace(choice, promise=None)
         if options.thresholds is None:
             return choice
         rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))

@@ -14,10 +14,12 @@ from server.admission import Admission
 from server.audit.audits import Audits
 from server.engine.engine import Engine
 from server.engine.timing import run_longest
+from server.engine.work import Served
 from server.errors import RequestError
 from server.manager import Manager
 from server.metrics import Metrics
 from server.models import Models, default_of, find, newest
+from server.rules import Choice
 from server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -42,10 +44,10 @@ class Service:
         self.artifacts: list[Artifact] = find(store, settings.models)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         self.models = Models(default_of(settings, self.artifacts))
-        self.metrics = Metrics(settings, deepest, lambda served: served.rules.in_force(self.admission.level))
+        self.metrics = Metrics(settings, deepest, self._in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
-        self.audits = Audits(settings, self.engine.submit)
+        self.audits = Audits(settings, self.engine.submit, self._in_force)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
@@ -60,6 +62,9 @@ class Service:
         )
         self.failure: Exception | None = None
         self._watchdog: asyncio.Task[None] | None = None
+
+    def _in_force(self, served: Served) -> Choice:
+        return served.rules.in_force(self.admission.level)
 
     def _retry_after_s(self) -> int:
         return self.engine.retry_after_s()

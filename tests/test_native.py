@@ -350,6 +350,7 @@ def test_the_best_implementation_is_in_use() -> None:
     st.sampled_from([Entropy(), Edr(0.5), Edr(4.0), RISK]),
     st.integers(0, 3),
     st.integers(1, 4),
+    st.booleans(),
 )
 def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
     native: Model,
@@ -358,12 +359,13 @@ def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
     signal: Signal,
     deepest: int,
     layers: int,
+    at_idle: bool,
 ) -> None:
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
     assert native.through is not None
     with using(implementation):
         while left := [p for p in passes if p.exit_layer < 0]:
-            native.through(left, layers=layers)
+            native.through(left, layers=layers, at_idle=at_idle)
         alone = [list(native.full_depth(p.tokens)) for p in passes]
     for p, steps in zip(passes, alone, strict=True):
         rule = ExitRule(p.tau, signal)

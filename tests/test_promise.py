@@ -160,7 +160,7 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
 )
 def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
-    kept = Kept(0.1, 0.1, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
+    kept = Kept(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not fit"):
         promise.restore(Evidence(GRID), kept._replace(**change))
     assert promise.tau == 0
@@ -224,3 +224,13 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
     lower, upper = evidence.bounds()
     rates = evidence.rates()
     assert rates[1] < 0.01 and (lower <= rates).all() and (rates <= upper).all()
+
+
+def test_a_calibrated_start_is_no_proof_for_a_strict_one() -> None:
+    calibrated, strict, again = Promise(0.1, GRID, start=2), Promise(0.1, GRID), Promise(0.1, GRID, start=2)
+    calibrated.add(1.0, CLEAN)
+    kept = calibrated.kept()
+    strict.restore(calibrated.evidence, kept)
+    assert (strict.tau, strict.reason) == (0.0, "start")
+    again.restore(calibrated.evidence, kept)
+    assert (again.tau, again.reason) == (0.2, "calibrated")

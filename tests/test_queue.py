@@ -399,7 +399,7 @@ def test_audits_wait_until_nothing_is_pending() -> None:
     queue = WorkQueue(10)
     for end in (queue.next, lambda: queue.drop(request)):
         queue.put(request := job(1))
-        waiting = Thread(target=queue.wait_until_empty)
+        waiting = Thread(target=queue.wait_until_empty, args=(60,))
         waiting.start()
         waiting.join(0.01)
         assert waiting.is_alive()
@@ -407,7 +407,9 @@ def test_audits_wait_until_nothing_is_pending() -> None:
         waiting.join(20)
         assert not waiting.is_alive()
     queue.put(job(1, is_shadow=True))
-    queue.wait_until_empty()  # shadows are no requests
+    queue.wait_until_empty(60)  # shadows are no requests
+    queue.put(job(1))
+    queue.wait_until_empty(0.01)  # not for longer
 
 
 def test_shadows_go_when_the_queue_is_closed() -> None:

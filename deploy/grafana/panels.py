@@ -137,7 +137,8 @@ _PROMISE = (
         "lines",
         "none",
         "τ for requests that choose nothing, and why. With a guarantee: start, calibrated, evidence (audits raised "
-        "it), change (the promise was broken) or reset (by an admin). Without: the setting.",
+        "it), recent (lowered, as recent audits want it), change (the rate had risen) or reset (by an admin). "
+        "Without: the setting.",
         (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
     ),
     Panel(
@@ -171,7 +172,8 @@ _PROMISE = (
         "Resets",
         "lines",
         "none",
-        "Times that what audits had measured became void. change: the rate had risen above the promise; reset: by an "
+        "Times that what audits had measured became void. change: the rate at the τ that was proved "
+        "had risen above the promise; reset: by an "
         "admin.",
         (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
         width=8,

@@ -93,7 +93,8 @@ def build(arguments: dict[str, str]) -> serve.Application:
         settings["models"] = settings["models"].split()
     Settings.model_validate(settings)  # validated here, so that the error appears where the option was typed
     settings.setdefault("store", "models")
-    for name in ("store", "api_keys_file", "admin_keys_file"):  # replicas have another working directory
+    # Replicas have another working directory.
+    for name in ("store", "api_keys_file", "admin_keys_file", "state_dir", "log_audits"):
         if name in settings:
             settings[name] = str(Path(settings[name]).absolute())
     deployment = De3.options(  # type: ignore[attr-defined]  # the decorator is untyped

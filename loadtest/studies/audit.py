@@ -193,7 +193,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """The columns and rows of a table."""
     columns = ["streams", "promised", "ever above", "time above", "unlike, mean (worst)", "speed-up"]
     columns += [f"of the oracle's at {EARLY} audits", "at the end", "changes seen"]
-    columns += ["broken", "restored", "texts to restore: median, worst"]
+    columns += ["broken", "within again", "texts until then: median, worst"]
 
     def cells(r: dict[str, Any]) -> list[Any]:
         delays = "–" if r["restore_worst"] is None else f"{r['restore_median']:.0f}, {r['restore_worst']}"
@@ -206,7 +206,11 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
             *([f"{r[key]:.2f}" if is_stationary else "–" for key in ("of_oracle_early", "of_oracle_last")]),
             f"{r['resets']:.2f}",
             "–" if is_stationary else f"{100 * r['broken']:.0f}%",
-            *(["–", "–"] if is_stationary else [f"{100 * r['restored']:.0f}%", delays]),
+            *(
+                ["–", "–"]
+                if r["kind"] in ("stationary", "bursts")
+                else [f"{100 * r['restored']:.0f}%", delays]
+            ),
         ]
 
     return columns, [cells(r) for r in rows]

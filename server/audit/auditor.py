@@ -1,8 +1,9 @@
 """Draws texts for audits, runs them to full depth while nothing else is pending, and counts what they tell.
 
-A text is drawn with a probability that is fixed before anything of it is known, and answered like any other. Audits are
-counted in the order of the answers: what came after one that has not run yet is not counted before it, so that what is
-counted never depends on which audits were quick.
+A text is drawn with a probability that is fixed before anything of it is known, and answered like any other. Texts are
+counted in the order of their answers: what came after one whose audit has not run yet is not counted before it, so that
+what is counted never depends on which audits were quick. (It depends on which of the texts in flight were answered
+first; they are few, compared with the texts that a decision takes.)
 """
 
 import asyncio
@@ -31,7 +32,9 @@ log = logging.getLogger("de3")
 
 # Audits that are pending or will be; the share falls as they become more, by half at each eighth of it.
 ROOM = 256
-MAX_PENDING = 2 * ROOM  # never reached: the share is 1/65,536 of what was set before it
+MAX_PENDING = 2 * ROOM  # beyond, nothing is drawn; by large batches only, as the share is near 0 before
+MAX_ENTRIES = 8192  # texts and audits that wait to be counted, as one before them has not run yet
+TOGETHER = 16  # audits of a job: what fails, fails together
 TICK_S = 0.05  # for which drawn texts are gathered
 MAX_RESETS = 20  # that are remembered
 APART = ("deadline", "max_layer", "windows")  # answers that no τ explains
@@ -101,9 +104,13 @@ class Auditor:
         served: Served,
         settings: Settings,
         submit: Callable[[Job], None],
+        in_force: Callable[[Served], Choice],
         audit_log: AuditLog | None = None,
     ) -> None:
-        self._submit, self._log, self._random = submit, audit_log, random.Random()
+        """submit: enqueues a job. in_force: the choice for requests without options, which load may have changed."""
+        self._submit, self._in_force = submit, in_force
+        self._log, self._random = audit_log, random.Random()
+        self._epoch = 0  # of the evidence
         self._share = settings.share_of_audits
         rules = served.rules
         steps = [rules.default, *rules.steps]
@@ -157,10 +164,10 @@ class Auditor:
 
         With a guarantee whose τ is 0 it is 1: an answer at full depth is its own audit.
         """
+        if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES:
+            return 0.0
         if self.promise is not None and self.promise.index == 0:
             return 1.0
-        if self._outstanding >= MAX_PENDING:
-            return 0.0
         return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
 
     def draw(self, job: Job) -> None:
@@ -168,8 +175,9 @@ class Auditor:
         if job.request.options != NO_WISH:
             return
         job.audit_share = share = self.share
+        job.audit_epoch = self._epoch
         for item in job.items:
-            item.is_drawn = share == 1.0 or self._random.random() < share
+            item.is_drawn = self._random.random() < share
         if job.choice.rule.tau > 0:
             self._outstanding += sum(item.is_drawn for item in job.items)
 
@@ -180,20 +188,20 @@ class Auditor:
 
     def answered(self, job: Job) -> None:
         """Count the texts of a job that is done, and enqueue the audits of those that were drawn."""
-        if not job.audit_share:
-            return
+        is_void = job.audit_epoch != self._epoch  # it was drawn for evidence that is void
         for item in job.items:
             assert item.outcome is not None
             reason = "windows" if item.outcome.windows else item.outcome.reason
             if reason in APART:
                 self.apart[reason] += 1
+            if reason in APART or is_void or not job.audit_share:
                 self._release(item)
                 continue
             entry = self._open(job.audit_share)
             if not item.is_drawn:
                 entry.skipped += 1
                 continue
-            entry.is_open, entry.is_pending = False, True
+            entry.is_open = False
             if len(item.outcome.passed) == len(self.served.model.manifest.exit_layers):
                 self._release(item)
                 self._conclude(entry, item.outcome.reading, item, item.text)
@@ -215,6 +223,7 @@ class Auditor:
     def _enqueue(self, entry: _Entry, item: Item) -> None:
         """Let a text run to full depth soon: some together, and not before their answers are sent."""
         assert item.outcome is not None and item.tokens is not None
+        entry.is_pending = True
         # Its tokens are enough: texts may be large.
         text = item.text if self._log is not None and self._log.has_texts else None
         if not self._fresh:
@@ -222,7 +231,11 @@ class Auditor:
         self._fresh.append(_Drawn(entry, item.tokens, item.outcome.reading, text))
 
     def _submit_fresh(self) -> None:
-        drawn, self._fresh = self._fresh, []
+        fresh, self._fresh = self._fresh, []
+        for start in range(0, len(fresh), TOGETHER):
+            self._submit_audits(fresh[start : start + TOGETHER])
+
+    def _submit_audits(self, drawn: list["_Drawn"]) -> None:
         future = asyncio.get_running_loop().create_future()
         rule = replace(self.served.rules.default.rule, tau=0.0)
         request = Request([Text("")] * len(drawn))
@@ -250,6 +263,7 @@ class Auditor:
                 self._count(one.entry, worst, True)
         else:
             for one, item in zip(drawn, items, strict=True):
+                one.entry.is_pending = False
                 assert item.outcome is not None
                 self.seconds += item.outcome.model_s
                 self._conclude(one.entry, one.answer, item, one.text)
@@ -310,8 +324,8 @@ class Auditor:
                 log.info("%s: audits allow τ = %g", self.served.model.full_name, self.taus[promise.proved])
             return
         log.warning(
-            "%s: answers differ from full depth more often than the promised %g%%: every text runs to full depth until "
-            "audits of new texts allow more",
+            "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
+            "%g%%: every text runs to full depth until audits of new texts allow more",
             self.served.model.full_name,
             100 * promise.rate,
         )
@@ -328,6 +342,7 @@ class Auditor:
 
     def _begin_anew(self, reset: Reset) -> None:
         self._entries.clear()  # what is pending belongs to what is void
+        self._epoch += 1
         self.since, self.is_changed = reset.at, True
         self.resets = [*self.resets, reset][-MAX_RESETS:]
         self.num_resets[reset.reason] += 1
@@ -351,8 +366,8 @@ class Auditor:
 
     def measured(self) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its bounds; None without audits."""
-        index = int(np.searchsorted(self.taus, self.served.rules.default.rule.tau))
-        evidence = self.evidence
+        index = int(np.searchsorted(self.taus, self._in_force(self.served).rule.tau))
+        evidence = self.evidence.copy()  # a scrape calls this in a thread of its own
         if not evidence.audits:
             return None
         lower, upper = evidence.bounds(slice(index, index + 1))
@@ -360,5 +375,5 @@ class Auditor:
 
     def in_force(self) -> dict[str, Any]:
         """τ in force for texts that choose nothing, and why."""
-        default = self.served.rules.default
-        return {"tau": default.rule.tau, "reason": self.promise.reason if self.promise else default.by}
+        choice = self._in_force(self.served)
+        return {"tau": choice.rule.tau, "reason": self.promise.reason if self.promise else choice.by}

@@ -4,12 +4,14 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 from server.audit.auditor import Auditor
 from server.audit.log import AuditLog
 from server.audit.state import State, StateDir, fingerprint, restore, state_of
 from server.engine.work import Job, Served
 from server.errors import RequestError
+from server.rules import Choice
 from server.settings import Settings
 
 log = logging.getLogger("de3")
@@ -20,9 +22,11 @@ MAX_KEPT = 32  # states of unloaded models, which may come back
 class Audits:
     """One auditor for each served model; none where nothing is audited."""
 
-    def __init__(self, settings: Settings, submit: Callable[[Job], None]) -> None:
-        """submit: enqueues a job. Raises ValueError for a folder or a file that cannot be written."""
-        self._settings, self._submit = settings, submit
+    def __init__(
+        self, settings: Settings, submit: Callable[[Job], None], in_force: Callable[[Served], Choice]
+    ) -> None:
+        """submit, in_force: see Auditor. Raises ValueError for a folder or a file that cannot be written."""
+        self._settings, self._submit, self._in_force = settings, submit, in_force
         self.is_on = settings.share_of_audits > 0
         self._by_model: dict[str, Auditor] = {}
         self._unloaded: dict[str, State] = {}
@@ -30,6 +34,7 @@ class Audits:
         self._state = StateDir(state_dir) if self.is_on and state_dir is not None else None
         self._log = AuditLog(log_audits, settings.log_audit_texts) if log_audits is not None else None
         self._saving: asyncio.Task[None] | None = None
+        self._writing, self._has_failed = Lock(), False
 
     def serve(self, served: Served) -> None:
         """Audit a model from now on; one that was served before goes on where it was."""
@@ -40,7 +45,9 @@ class Audits:
         if known is not None and known.served.model.manifest == served.model.manifest:  # loaded again
             known.serve(served)
             return
-        auditor = self._by_model[name] = Auditor(served, self._settings, self._submit, self._log)
+        auditor = self._by_model[name] = Auditor(
+            served, self._settings, self._submit, self._in_force, self._log
+        )
         state = self._unloaded.pop(name, None)
         if state is not None and state.fingerprint == fingerprint(served.model.manifest):
             restore(auditor, state)
@@ -53,7 +60,7 @@ class Audits:
         auditor = self._by_model.get(name)
         if auditor is None or auditor.served is not served:
             return
-        self._save()
+        self._save(auditor)
         del self._by_model[name]
         self._unloaded[name] = state_of(auditor)
         while len(self._unloaded) > MAX_KEPT:
@@ -97,35 +104,32 @@ class Audits:
             self._saving = asyncio.create_task(self._save_often())
 
     async def _save_often(self) -> None:
-        failed = False
         while True:
             await asyncio.sleep(SAVE_S)
-            for write in self._writers():
-                try:
-                    await asyncio.to_thread(write)
-                    failed = False
-                except OSError as error:
-                    if not failed:
-                        log.error("state_dir: cannot be written, tried again every %g s: %s", SAVE_S, error)
-                    failed = True
+            for auditor in list(self._by_model.values()):
+                await asyncio.to_thread(self._save, auditor)
 
-    def _save(self) -> None:
-        for write in self._writers():
+    def _save(self, auditor: Auditor) -> None:
+        with self._writing:
+            if self._state is None or not auditor.is_changed:
+                return
+            auditor.is_changed = False
             try:
-                write()
-            except OSError as error:
-                log.error("state_dir: what the last audits showed is lost: %s", error)
-
-    def _writers(self) -> Iterator[Callable[[], None]]:
-        for auditor in list(self._by_model.values()):
-            if self._state is not None and auditor.is_changed:
-                auditor.is_changed = False
-                yield self._state.writer(auditor)
+                self._state.write(auditor)
+                self._has_failed = False
+            except Exception as error:  # whatever it is, requests are answered
+                auditor.is_changed = True
+                if not self._has_failed:
+                    log.error("state_dir: cannot be written; it is tried again every %g s: %s", SAVE_S, error)
+                self._has_failed = True
 
     def stop(self) -> None:
         """Save what is known, and close the files; called once nothing is answered any more."""
-        self._save()
-        if self._state is not None:
-            self._state.close()
+        for auditor in list(self._by_model.values()):
+            self._save(auditor)
+        with self._writing:
+            if self._state is not None:
+                self._state.close()
+            self._state = None
         if self._log is not None:
             self._log.close()

@@ -1,6 +1,7 @@
 """The log of audits: what each audited text showed at every exit, a line of JSON each."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import orjson
 from server.engine.work import Outcome, Served, Text
 
 MAX_BYTES = 100 * 2**20  # of a file, of which there are two
+MAX_LINE = 2**24
 
 
 class AuditLog:
@@ -26,7 +28,7 @@ class AuditLog:
         """Raises ValueError for a file that cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _end_line(path)
+            _cut_torn_line(path)
             self._handler = _Handler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
@@ -38,6 +40,8 @@ class AuditLog:
         share: the probability with which it was drawn.
         """
         passed = outcome.passed
+        if not all(math.isfinite(value) for reading in passed for value in reading.logits):
+            return  # which no calibration takes
         row: dict[str, Any] = {
             "time": round(time.time(), 3),
             "model": served.model.full_name,
@@ -60,7 +64,10 @@ class AuditLog:
 
 
 class _Handler(RotatingFileHandler):
-    """Says once that the file cannot be written."""
+    """Says once that the file cannot be written; only this user may read it, as texts are user data."""
+
+    def _open(self) -> Any:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_private)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Called for an error in emit."""
@@ -73,15 +80,21 @@ class _Handler(RotatingFileHandler):
     handles_errors = True
 
 
-def _end_line(path: Path) -> None:
-    """End a last line that a killed server left torn, so that it does not spoil the next one."""
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
+def _cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a killed server left torn."""
+    with open(path, "ab+", opener=_private) as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(0, end - MAX_LINE)
+        file.seek(start)
+        kept = start + file.read().rfind(b"\n") + 1
+        if kept > start or start == 0:
+            file.truncate(kept)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _short(values: Sequence[float]) -> list[float]:
-    """Values with the precision that float32 has."""
-    return [float(f"{value:.7g}") for value in values]
+    """Values of float32, with as many digits as tell one from the next."""
+    return [float(f"{value:.9g}") for value in values]

@@ -12,7 +12,7 @@ from server.audit.auditor import Auditor
 
 def report(auditor: Auditor) -> dict[str, Any]:
     """The evidence of one model by τ, what is promised, and what became of it."""
-    evidence, signal, promise = auditor.evidence, auditor.signal, auditor.promise
+    evidence, signal, promise = auditor.evidence.copy(), auditor.signal, auditor.promise
     manifest = auditor.served.model.manifest
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()

@@ -4,7 +4,7 @@ import fcntl
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from server.audit.auditor import MAX_RESETS, Auditor, Reset
 log = logging.getLogger("de3")
 MAX_BYTES = 2**20
 MAX_TAUS = 1024
+NEW_SHARES = 17  # that a server may add
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -46,6 +47,7 @@ class Promised(_Part):
 
     rate: Rate
     tau: Rate
+    start: Rate
     reason: Reason
     detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
     weight: Annotated[float, Field(ge=0)]
@@ -62,11 +64,16 @@ class ResetRow(_Part):
 
 
 class State(_Part):
-    """A model's audits. They hold for these files of the model, this signal and these τ only."""
+    """A model's audits. They hold for these files of the model, run in this way, this signal and these τ only.
+
+    caution: what τ is multiplied by for texts out of distribution.
+    """
 
     schema_version: Literal[1] = 1
     model: str
     fingerprint: str
+    runtime: str
+    caution: float
     signal: SignalName
     lam: float | None
     taus: list[Rate] = Field(max_length=MAX_TAUS)
@@ -92,6 +99,8 @@ def state_of(auditor: Auditor) -> State:
     return State(
         model=auditor.served.model.full_name,
         fingerprint=fingerprint(manifest),
+        runtime=auditor.served.model.runtime,
+        caution=auditor.served.monitor.caution,
         signal=signal.name,
         lam=signal.lam,
         taus=auditor.taus.tolist(),
@@ -105,7 +114,7 @@ def state_of(auditor: Auditor) -> State:
                 differing=tally.differing.tolist(),
                 layers=tally.layers.tolist(),
             )
-            for share, tally in auditor.evidence.tallies.items()
+            for share, tally in auditor.evidence.copy().tallies.items()
         ],
         promise=None if promise is None else Promised(**promise.kept()._asdict()),
         resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in auditor.resets],
@@ -119,6 +128,11 @@ def restore(auditor: Auditor, state: State) -> None:
         raise ValueError("it is of another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
         raise ValueError("it is of another signal")
+    served = auditor.served
+    if (state.runtime, state.caution) != (served.model.runtime, served.monitor.caution):
+        raise ValueError("it is of another runtime, or another --ood-policy")
+    if len(state.counts) + NEW_SHARES > MAX_SHARES:
+        raise ValueError("it has too many shares")
     if state.taus != auditor.taus.tolist():
         raise ValueError("it is of other τ")
     evidence = Evidence(auditor.taus)
@@ -178,20 +192,17 @@ class StateDir:
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             aside = path.with_suffix(".json.old")
             log.warning("%s does not fit, and audits begin anew: %s; kept as %s", path, what, aside.name)
-            path.replace(aside)
+            with suppress(OSError):
+                path.replace(aside)
         else:
             log.info("%s: %d audits from %s", auditor.served.model.full_name, auditor.evidence.audits, path)
 
-    def writer(self, auditor: Auditor) -> Callable[[], None]:
-        """A function that writes what an auditor has now, by one rename; to be called in any thread."""
-        path, data = self._file(auditor), state_of(auditor).model_dump_json().encode()
-
-        def write() -> None:
-            new = path.with_suffix(".json.new")
-            with new.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            new.replace(path)
-
-        return write
+    def write(self, auditor: Auditor) -> None:
+        """Write what an auditor has now, by one rename; raises OSError. Called in any thread, one at a time."""
+        path = self._file(auditor)
+        new = path.with_suffix(".json.new")
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(state_of(auditor).model_dump_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)

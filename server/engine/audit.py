@@ -12,11 +12,14 @@ from threading import Condition, Thread
 from model_store.segments import ForwardPass
 from server.engine.group import outcome_of_pass
 from server.engine.queue import MAX_GROUP, WorkQueue
-from server.engine.work import MAX_STEP_S, Item, Job, Outcome
+from server.engine.work import MAX_STEP_S, Item, Job, Outcome, Served
 from server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
 STEP_S = 0.001  # between two looks at the queue, unless one layer takes longer
+# A server that is overloaded for long audits slowly, but does not go blind.
+MOST_WAIT_S = 1.0
+STOP_S = 5.0
 
 
 class AuditThreads:
@@ -43,25 +46,28 @@ class AuditThreads:
             if self._closed:
                 raise RequestError("the server stops", cause="queue_full")
             self._pending += job.items
-            self._changed.notify()
+            self._changed.notify_all()
             if self._threads[0].ident is None:
                 for thread in self._threads:
                     thread.start()
 
-    def drop(self) -> None:
-        """Drop what is pending; called by the event loop, which owns the futures."""
+    def drop(self, gone: Sequence[Served]) -> None:
+        """Drop what is pending for some models; called by the event loop, which owns the futures."""
         with self._changed:
-            for item in self._pending:
+            for item in [item for item in self._pending if item.job.served in gone]:
                 item.job.is_dropped = True
                 item.job.future.cancel()
-            self._pending.clear()
+                self._pending.remove(item)
 
     def close(self) -> None:
-        """Accept nothing more, and forget what is pending."""
+        """Accept nothing more, forget what is pending, and end the threads."""
         with self._changed:
             self._closed = True
             self._pending.clear()
             self._changed.notify_all()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(STOP_S)
 
     def _work(self) -> None:
         while self._step():  # which forgets what it ran: a thread that waits keeps no model alive
@@ -71,7 +77,7 @@ class AuditThreads:
         items = self._next()
         try:
             if items:
-                self._finish(run_audits(items, self._queue))
+                self._finish(run_audits(items, self._queue, lambda: self._closed))
         except BaseException as error:  # a panic in a library's Rust is no Exception; the thread must live on
             log.exception("audits failed")
             for job in {id(item.job): item.job for item in items}.values():
@@ -93,10 +99,12 @@ class AuditThreads:
             return items
 
 
-def run_audits(items: Sequence[Item], queue: WorkQueue) -> list[tuple[Item, Outcome]]:
+def run_audits(
+    items: Sequence[Item], queue: WorkQueue, stops: Callable[[], bool] = lambda: False
+) -> list[tuple[Item, Outcome]]:
     """Run texts of one model, which were tokenized before, to full depth; the outcomes of those that are not dropped.
 
-    Every exit is evaluated. Waits between two steps while anything is pending in the queue.
+    Every exit is evaluated. Waits between two steps while anything is pending in the queue. stops: whether to give up.
     """
     served, rule = items[0].job.served, items[0].rule
     through, timing, num_layers = served.model.through, served.timing, served.model.manifest.num_layers
@@ -112,8 +120,8 @@ def run_audits(items: Sequence[Item], queue: WorkQueue) -> list[tuple[Item, Outc
     layer_s = sum(timing.layer_s(len(one.tokens)) for one in passes)
     layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
     while passes[0].layer <= num_layers:
-        queue.wait_until_empty()
-        if all(item.job.is_dropped for item in items):
+        queue.wait_until_empty(MOST_WAIT_S)
+        if stops() or all(item.job.is_dropped for item in items):
             return []
         # The embeddings take next to no time.
         through(passes, None, layers + (passes[0].layer == 0), at_idle=True)

@@ -18,7 +18,7 @@ from server.engine.deadlines import Deadlines
 from server.engine.group import run_group
 from server.engine.queue import WorkQueue
 from server.engine.run import Result, run
-from server.engine.work import Item, Job, Outcome, wake
+from server.engine.work import Item, Job, Outcome, Served, wake
 from server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
@@ -87,10 +87,10 @@ class Engine:
     def stop(self) -> None:
         """Finish what was accepted, then end the threads; those that are stuck end with the process."""
         self.queue.close()
-        self._audits.close()
         for number, thread in enumerate(self._threads):
             while thread.is_alive() and not self._is_stuck(number):  # not alive if the models never loaded
                 thread.join(1.0)
+        self._audits.close()
 
     def submit(self, job: Job) -> None:
         """Accept a job; raises RequestError if the queue has no room or its deadline cannot be promised."""
@@ -132,10 +132,10 @@ class Engine:
         self.queue.drop(job)
         self.deadlines.drop(job)
 
-    def drop_shadows(self) -> None:
-        """Drop pending shadows and audits; called by the event loop."""
+    def drop_shadows(self, gone: Sequence[Served]) -> None:
+        """Drop the pending shadows, and the audits of models that are unloaded; called by the event loop."""
         self.queue.drop_shadows()
-        self._audits.drop()
+        self._audits.drop(gone)
 
     def _finish_audits(self, results: Sequence[tuple[Item, Outcome]]) -> None:
         done = [item.job for item, outcome in results if item.job.finish(item, outcome)]

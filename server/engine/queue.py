@@ -143,7 +143,7 @@ class WorkQueue:
     @property
     def shadow_room(self) -> int:
         """How many more items of shadows have room."""
-        return MAX_SHADOWS - len(self._shadows)
+        return MAX_SHADOWS - sum(not item.job.is_audit for item in self._shadows)
 
     def drop_shadows(self) -> None:
         """Drop the pending shadows; called by the event loop, which owns their futures."""
@@ -194,11 +194,10 @@ class WorkQueue:
             other = self._clients[first.job.client]
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
-    def wait_until_empty(self) -> None:
-        """Wait while anything is pending, shadows excepted."""
+    def wait_until_empty(self, seconds: float) -> None:
+        """Wait while anything is pending, shadows excepted, but not for longer."""
         with self._changed:
-            while self._pending:
-                self._emptied.wait()
+            self._emptied.wait_for(lambda: not self._pending, seconds)
 
     def later_than(self, due: float) -> int:
         """How many pending items are due after then."""

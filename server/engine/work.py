@@ -263,6 +263,7 @@ class Job:
         is_shadow: nobody waits for it: it runs while nothing else does.
         is_audit: it is a shadow that runs a text to full depth which was answered already.
         audit_share: the probability with which its texts were drawn for audits; 0: they do not count.
+        audit_epoch: tells the evidence for which they were drawn from that after a reset.
         is_dropped: nobody waits for it any more.
         is_promised: its deadline was accepted: it is scheduled before jobs without one.
         is_late: best effort: the deadline that it asked for cannot be met.
@@ -278,6 +279,7 @@ class Job:
     is_shadow: bool = False
     is_audit: bool = False
     audit_share: float = 0.0
+    audit_epoch: int = 0
     submitted: float = field(default_factory=perf_counter)
     items: list[Item] = field(init=False)
     is_dropped: bool = False

@@ -1,5 +1,6 @@
 """Routes that tell what is served: the models, their calibrations, and what audits showed."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from server.service import Service
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add them to an application."""
+    reporting = asyncio.Lock()  # one at a time: each takes milliseconds
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
@@ -55,7 +57,9 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     async def audit(name: str) -> dict[str, Any]:
         """How often early answers differ from full depth, measured on live traffic, at each τ."""
         service.check_open()
-        return {"object": "audit"} | report(service.audits.of(service.models.current(name)))
+        auditor = service.audits.of(service.models.current(name))
+        async with reporting:
+            return {"object": "audit"} | await asyncio.to_thread(report, auditor)
 
 
 def signals(manifest: Manifest) -> list[str]:
