@@ -13,12 +13,13 @@ from urllib.request import urlopen
 import numpy as np
 from numpy.typing import NDArray
 
+from loadtest.capacity import capacity
 from loadtest.client import Target, ask_alone, quantile, send_traffic
 from loadtest.report import panels
 from loadtest.servers import ours, running
 from loadtest.texts import Sample
 
-WARM_S, WINDOW_S = 2.0, 2.0
+WARM_S, WINDOW_S, CAPACITY_S = 2.0, 2.0, 4.0
 CONNECTIONS = 16
 # Below capacity even where every text runs to full depth: audits need idle time.
 LOAD = 0.7
@@ -205,12 +206,16 @@ def cost(
     samples: list[Sample],
     share: float,
     load: float,
+    slo_ms: float,
     rounds: int,
     seconds: float,
     port: int,
     on_round: Callable[[Round], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Latency at a share of the capacity, without and with audits in turn, both servers at the same rate."""
+    """Latency at a share of the capacity, without and with audits in turn, both servers at the same rate.
+
+    The capacity is the highest rate of Poisson arrivals whose p99 is within slo_ms, without audits.
+    """
     options: tuple[list[str], list[str]] = [], ["--audit-share", str(share)]
     done: list[Round] = []
     with (
@@ -218,9 +223,9 @@ def cost(
         running(ours(store, model, options=options[0]), port, Path(folder) / "without") as without,
         running(ours(store, model, options=options[1]), port + 1, Path(folder) / "with") as audited,
     ):
-        for server in (audited, without):
-            capacity = send_traffic(server.target, samples, WARM_S + seconds, connections=CONNECTIONS).rate()
-        rate = load * capacity
+        send_traffic(audited.target, samples, WARM_S, connections=CONNECTIONS)
+        most = capacity(without.target, samples, slo_ms, CAPACITY_S)
+        rate = load * most
         for number in range(rounds):
             before = audit_of(audited.target.url, model)
             pair = (without, audited) if number % 2 == 0 else (audited, without)
@@ -245,7 +250,7 @@ def cost(
             )
             on_round(done[-1])
     return {
-        "capacity": capacity,
+        "capacity": most,
         "rate": rate,
         "p50": median(r.audited_p50 / r.p50 for r in done),
         "p99": median(r.audited_p99 / r.p99 for r in done),

@@ -85,12 +85,15 @@ def cost(
     text_column: options.TextColumn = "sentence",
     share: Share = 0.05,
     load: Annotated[float, typer.Option(help="Share of the capacity.", min=0.01, max=1)] = 0.8,
+    slo_p99_ms: options.SloP99 = 20.0,
     rounds: options.Rounds = 5,
     seconds: options.Seconds = 10.0,
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
     """The latency of requests under load with audits and without, in turn, and how many texts were audited.
+
+    The capacity is the highest rate without audits whose p99 is within --slo-p99-ms, as of de3 loadtest capacity.
 
     Example: de3 loadtest audit cost --texts dev.tsv
     """
@@ -107,7 +110,7 @@ def cost(
         )
 
     samples = read(texts, text_column, "label", [])
-    result = audit.cost(store, model, samples, share, load, rounds, seconds, port, show)
+    result = audit.cost(store, model, samples, share, load, slo_p99_ms, rounds, seconds, port, show)
     table = Table("requests/s", "p50, with / without", "p99, with / without", "audited")
     table.add_row(
         f"{result['rate']:.0f} of {result['capacity']:.0f}",

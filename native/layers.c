@@ -311,6 +311,8 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     return failed ? -1 : 0;
 }
 
+/* A thread for run_passes_at_idle. Anyone may lower a thread's priority, and nobody without privileges may raise it
+ * again, so the calling thread keeps its own and waits. */
 typedef struct {
     const Model *m;
     Pass *passes;
@@ -320,23 +322,82 @@ typedef struct {
     int failed;
 } Call;
 
-static void *run_call(void *argument) {
-    Call *c = argument;
-    clock_used = CLOCK_THREAD_CPUTIME_ID; /* it may be preempted for long */
+typedef struct {
+    pthread_t thread;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    Call *call; /* NULL: done */
+    int ends;
+} Worker;
+
+static pthread_key_t worker_key;
+static pthread_once_t worker_once = PTHREAD_ONCE_INIT;
+
+static void *work(void *argument) {
+    Worker *w = argument;
 #ifdef SCHED_IDLE
-    /* Anyone may lower a thread, and nobody without privileges may raise it again: hence a thread for each call. */
     sched_setscheduler(0, SCHED_IDLE, &(struct sched_param){0});
 #endif
-    c->failed = run_passes(c->m, c->passes, c->count, c->first, c->last, c->prototypes, c->far);
+    clock_used = CLOCK_THREAD_CPUTIME_ID; /* it may be preempted for long */
+    pthread_mutex_lock(&w->lock);
+    for (;;) {
+        while (w->call == NULL && !w->ends) pthread_cond_wait(&w->changed, &w->lock);
+        if (w->ends) break;
+        Call *c = w->call;
+        pthread_mutex_unlock(&w->lock);
+        c->failed = run_passes(c->m, c->passes, c->count, c->first, c->last, c->prototypes, c->far);
+        pthread_mutex_lock(&w->lock);
+        w->call = NULL;
+        pthread_cond_broadcast(&w->changed);
+    }
+    pthread_mutex_unlock(&w->lock);
     return NULL;
+}
+
+/* Called as the thread ends whose worker it is. */
+static void end_worker(void *argument) {
+    Worker *w = argument;
+    pthread_mutex_lock(&w->lock);
+    w->ends = 1;
+    pthread_cond_broadcast(&w->changed);
+    pthread_mutex_unlock(&w->lock);
+    pthread_join(w->thread, NULL);
+    pthread_cond_destroy(&w->changed);
+    pthread_mutex_destroy(&w->lock);
+    free(w);
+}
+
+static void make_worker_key(void) { pthread_key_create(&worker_key, end_worker); }
+
+/* The worker of the calling thread; NULL if it cannot have one. */
+static Worker *own_worker(void) {
+    pthread_once(&worker_once, make_worker_key);
+    Worker *w = pthread_getspecific(worker_key);
+    if (w != NULL) return w;
+    w = calloc(1, sizeof(Worker));
+    if (w == NULL) return NULL;
+    pthread_mutex_init(&w->lock, NULL);
+    pthread_cond_init(&w->changed, NULL);
+    if (pthread_create(&w->thread, NULL, work, w)) {
+        free(w);
+        return NULL;
+    }
+    if (pthread_setspecific(worker_key, w)) {
+        end_worker(w);
+        return NULL;
+    }
+    return w;
 }
 
 int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                        const double *far) {
+    Worker *w = own_worker();
+    if (w == NULL) return run_passes(m, passes, count, first, last, prototypes, far);
     Call call = {m, passes, count, first, last, prototypes, far, 0};
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, run_call, &call)) /* no room for one */
-        return run_passes(m, passes, count, first, last, prototypes, far);
-    pthread_join(thread, NULL);
+    pthread_mutex_lock(&w->lock);
+    w->call = &call;
+    pthread_cond_broadcast(&w->changed);
+    while (w->call != NULL) pthread_cond_wait(&w->changed, &w->lock);
+    pthread_mutex_unlock(&w->lock);
     return call.failed;
 }
