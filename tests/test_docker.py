@@ -292,6 +292,27 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
     assert answer.json()["model"] == "tiny-int8:1"
 
 
+def test_what_audits_showed_survives_a_restart(compose: Compose) -> None:
+    """In a volume that the container's user may write to."""
+    compose("up", "--detach", "server", DE3_GUARANTEE="0.1")
+    compose.wait_until_healthy()
+    path = compose.url + "/v1/models/sst2/audit"
+    texts = [f"a lovely film , number {n}" for n in range(200)]
+    httpx.post(compose.url + "/classify", json={"input": texts}, timeout=60)
+    until(lambda: httpx.get(path).json()["tau"]["reason"] == "evidence", "the audits", 60)
+    before = httpx.get(path).json()
+    compose("restart", "server")
+    compose.wait_until_healthy()
+    after = httpx.get(path).json()
+    assert (after["tau"], after["audits"], after["since"]) == (
+        before["tau"],
+        before["audits"],
+        before["since"],
+    )
+    compose("up", "--detach", "server")
+    compose.wait_until_healthy()
+
+
 def test_keys_come_in_files(compose: Compose) -> None:
     """As .env advises: readable for user 10001, in a folder that others on this machine cannot enter."""
     key, admin_key = "alice-0123456789", "root-0123456789abc"
