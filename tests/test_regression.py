@@ -233,7 +233,9 @@ def test_the_page_shows_values(server: Server) -> None:
             page.fill("#text", "a superb fine film")
             expect(page.locator("#summary strong")).to_have_text(re.compile(r"praise -?\d\.\d+"))
             expect(page.locator("#summary")).to_contain_text("Full depth agrees: praise")
-            expect(page.locator("#expected")).to_contain_text("within 0.5 of the answer of the original model")
+            expect(page.locator("#expected")).to_contain_text(
+                "within 0.5 of the answer of the original model"
+            )
         browser.close()
 
 
