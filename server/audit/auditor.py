@@ -252,9 +252,10 @@ class Auditor:
         items = list(job.items)
         job.release()
         self._outstanding -= len(drawn)
-        if job.future.cancelled():  # the model was unloaded
-            for one in drawn:
-                one.entry.is_pending = False
+        for one in drawn:  # whatever follows, no entry must hold up those behind it
+            one.entry.is_pending = False
+        if job.future.cancelled():  # the model was unloaded, and the audits tell nothing
+            pass
         elif (error := job.future.exception()) is not None:
             log.error("%d audits failed, and count as disagreements: %s", len(drawn), error)
             last = self.served.model.manifest.num_layers
@@ -263,7 +264,6 @@ class Auditor:
                 self._count(one.entry, worst, True)
         else:
             for one, item in zip(drawn, items, strict=True):
-                one.entry.is_pending = False
                 assert item.outcome is not None
                 self.seconds += item.outcome.model_s
                 self._conclude(one.entry, one.answer, item, one.text)
@@ -293,7 +293,7 @@ class Auditor:
         return scores
 
     def _count(self, entry: _Entry, audit: Profile, served_differs: bool) -> None:
-        entry.audit, entry.served_differs, entry.is_pending = audit, served_differs, False
+        entry.audit, entry.served_differs = audit, served_differs
         self.audits += 1
         self.disagreements += served_differs
 
