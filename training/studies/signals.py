@@ -28,7 +28,7 @@ from training import data
 from training.checkpoint import Checkpoint
 from training.data import Encoded, evaluation_batches
 from training.model import De3Model
-from training.studies.recipes import TASKS
+from training.studies.tasks import TASKS
 
 Floats = NDArray[np.float64]
 Features = Callable[["Samples"], Floats]

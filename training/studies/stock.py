@@ -15,7 +15,8 @@ import typer
 from training import data
 from training.checkpoint import quiet
 from training.split import split
-from training.studies.recipes import REGRESSIONS, TASKS, fine_tune, minilm
+from training.studies.recipes import fine_tune
+from training.studies.tasks import REGRESSIONS, TASKS, minilm
 from training.trainer import TrainSettings
 
 
