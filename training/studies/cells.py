@@ -99,6 +99,10 @@ class States:
         arrays = (r.logits[:, exits:], r.distances[:, exits:], r.labels)
         return type(self)(self.pooled[:, exits:], Recorded(r.exit_layers[exits:], *arrays, r.tokens))
 
+    def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
+        """Some of the texts."""
+        return type(self)(self.pooled[which], self.recorded.rows(which))
+
 
 class Trained:
     """A cell's model and its states.

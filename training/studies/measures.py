@@ -98,7 +98,7 @@ def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> flo
 
 
 def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
-    """The highest speed-up in layers up to which every τ loses at most so much accuracy, in hindsight."""
+    """The highest speed-up in layers at which at most so much accuracy is lost, in hindsight."""
     layers, rows, correct = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.correct
     full, best = correct[:, -1].mean(), 1.0
     for tau in thresholds(scores):
@@ -106,6 +106,24 @@ def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
         if full - correct[rows, index].mean() <= loss + 1e-9:
             best = max(best, float(layers[-1] / max(layers[index].mean(), 0.05)))
     return best
+
+
+def tau_within(scores: Floats, recorded: Recorded, loss: float) -> float:
+    """The largest τ up to which no τ loses more accuracy than `loss` on these samples."""
+    rows, correct = np.arange(len(scores)), recorded.correct
+    full, chosen = correct[:, -1].mean(), -np.inf
+    for tau in thresholds(scores):
+        if full - correct[rows, exit_index(scores, float(tau))].mean() > loss + 1e-9:
+            break
+        chosen = float(tau)
+    return chosen
+
+
+def at(scores: Floats, recorded: Recorded, tau: float) -> tuple[float, float]:
+    """The mean exit layer at a τ, and how much accuracy it loses."""
+    index, correct = exit_index(scores, tau), recorded.correct
+    loss = correct[:, -1].mean() - correct[np.arange(len(index)), index].mean()
+    return float(np.asarray(recorded.exit_layers)[index].mean()), float(loss)
 
 
 def auroc(scores: Floats, positive: NDArray[Any]) -> float:

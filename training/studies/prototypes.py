@@ -5,7 +5,7 @@
 Trains with α = 0 and α = 0.1, and with γ fixed and as max(γ, 1/n_k), where n_k counts the batches with class k so far.
 Each model's prototypes are then the sliding averages (Eq. 1), the class means of h', those of the refit networks, and
 the class means of h. The measure is what the distance ratio adds to risk on unseen data: the gain in AUROC for "this
-exit disagrees with full depth", the mean of the exits, and the merit as in training.studies.signals.
+exit disagrees with full depth", the mean of the exits, and the merit as in training.studies.risk_features.
 """
 
 import json
@@ -28,7 +28,7 @@ from training.model import De3Model
 from training.recipe import by_size
 from training.split import split
 from training.studies.recipes import read
-from training.studies.signals import Floats, Samples, auroc, class_means, features, fitted, speeds
+from training.studies.risk_features import Floats, Samples, auroc, class_means, features, fitted, speeds
 from training.studies.tasks import TASKS, minilm
 from training.trainer import TrainSettings, train
 

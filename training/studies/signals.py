@@ -1,221 +1,154 @@
-"""Which signal exits earliest at equal disagreement with full depth, and does the geometry of the prototypes help it?
+"""Exit signals side by side, on the same recorded exits.
 
-    python -m training.studies.signals DATA CHECKPOINT --task mrpc
+    python -m training.studies.signals DATA RUNS mrpc-minilm-D-0 mrpc-minilm-D-1 mrpc-minilm-D-2
+    python -m training.studies.signals --redraw
 
-Risks are fitted on the parts that training held out, and measured on the data set's own dev or test part. The merit is
-the geometric mean of the speed-ups, in layers, at 1, 2 and 5% disagreement.
+The accuracy on unseen samples at fixed speed-ups in layers. Parameters (EDR's λ, energy's T, CAP's α) are chosen for
+each speed-up on held-out samples; τ follows from the speed-up. Cells of one task differ in seed, and are averaged text
+by text, or in fold, and are joined.
 """
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import isotonic_regression
 
-from exits import formulas
-from exits.calibration import LAMS, MERIT_AT
-from exits.recorded import Recorded
-from exits.risk import regress
-from exits.rule import exit_index
-from exits.signals import Edr
-from training import data
-from training.checkpoint import Checkpoint
-from training.data import Encoded, evaluation_batches
-from training.model import De3Model
-from training.studies.tasks import TASKS
+from training.studies import measures
+from training.studies.cells import Cell, States, Trained
+from training.studies.measures import SPEEDUPS, Floats, right_at
+from training.studies.scores import Family, families
 
-Floats = NDArray[np.float64]
-Features = Callable[["Samples"], Floats]
+NAME = "signals"
 
 
-class Samples:
-    """Recorded samples, with their pooled states h^(m) (n, exits, hidden) and their numbers of tokens (n,)."""
-
-    def __init__(self, model: De3Model, pad_id: int, encoded: Encoded) -> None:
-        """Run the model in float32."""
-        n, exits = len(encoded), len(model.config.exit_layers)
-        logits = np.zeros((n, exits, model.config.num_labels), np.float32)
-        distances = np.full_like(logits, np.nan)
-        self.states = np.zeros((n, exits, model.config.hidden_size), np.float32)
-        with torch.no_grad():
-            for rows in evaluation_batches([len(ids) for ids in encoded.ids], 64):
-                inputs, _ = encoded.batch(rows, pad_id)
-                pooled = model.pooled(**inputs)
-                self.states[rows] = pooled.numpy()
-                for j, classify in enumerate(model.classifiers):
-                    logits[rows, j] = classify(pooled[:, j]).numpy()
-                spaces = model.distances(model.embed(pooled))
-                distances[rows, : spaces.shape[1]] = spaces.numpy()
-        self.recorded = Recorded(model.config.exit_layers, logits, distances, encoded.labels.numpy())
-        self.tokens = np.array([len(ids) for ids in encoded.ids])
-
-    @property
-    def differs(self) -> Floats:
-        """Whether each exit's label is not that of full depth, (n, exits)."""
-        labels = self.recorded.logits.argmax(-1)
-        return np.asarray(labels != labels[:, -1:], np.float64)
+def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
+    """For each signal and speed-up how right each unseen text is, (n,); first: exits to leave out."""
+    held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
+    train = trained.states("train").without(first)
+    found = {"full depth": {"1": unseen.recorded.correct[:, -1].astype(float)}}
+    for family in families(trained.model, train, held, first):
+        found[family.name] = {f"{s:g}": chosen(family, held, unseen, s)[1] for s in SPEEDUPS}
+        score = next(iter(family.choices.values()))
+        if len(family.choices) == 1:
+            areas = disagreement_auroc(score(unseen), unseen)
+            found[family.name]["auroc"] = np.array([areas])
+    return found
 
 
-def class_means(train: Samples, centred: bool) -> Callable[[Samples], Floats]:
-    """Distances to the class means of h^(m) over the training samples, instead of to the prototypes of h'^(m)."""
-    origin = train.states.mean(0) if centred else np.zeros(train.states.shape[1:], np.float32)
-    labels = train.recorded.labels
-    means = (
-        np.stack([train.states[labels == k].mean(0) for k in range(train.recorded.logits.shape[-1])]) - origin
-    )
-    means /= np.linalg.norm(means, axis=-1, keepdims=True)
-
-    def distances(samples: Samples) -> Floats:
-        states = samples.states - origin
-        states = states / np.linalg.norm(states, axis=-1, keepdims=True)
-        return np.asarray(1 - np.einsum("neh,keh->nek", states, means), np.float64)
-
-    return distances
+def chosen(family: Family, held: States, unseen: States, speedup: float) -> tuple[str, Floats]:
+    """The parameter that is best on held-out samples at a speed-up, and how right the unseen texts are with it."""
+    if len(family.choices) == 1:
+        name = next(iter(family.choices))
+    else:
+        merits = {
+            name: right_at(of(held), held.recorded, speedup).mean() for name, of in family.choices.items()
+        }
+        name = max(merits, key=lambda name: -1 if np.isnan(merits[name]) else merits[name])
+    return name, right_at(family.choices[name](unseen), unseen.recorded, speedup)
 
 
-def features(samples: Samples, distances: Floats | None = None) -> Floats:
-    """The features of risk, (n, exits, 5), with other distances than those to the prototypes."""
-    used = samples.recorded.distances if distances is None else distances
-    return formulas.risk_features(samples.recorded.logits, used)
+def disagreement_auroc(scores: Floats, states: States) -> float:
+    """AUROC for "this exit disagrees with the last", the mean of the exits."""
+    differs = states.recorded.differs
+    areas = [measures.auroc(scores[:, j], differs[:, j]) for j in range(scores.shape[1] - 1)]
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
-def variants(train: Samples) -> dict[str, Features]:
-    """What a risk might be fitted on, by name."""
-    raw, centred = class_means(train, False), class_means(train, True)
-
-    def also(extra: Callable[[Samples], Floats]) -> Features:
-        return lambda s: np.concatenate([features(s), extra(s)[..., None]], -1)
-
-    def agreement(s: Samples) -> Floats:
-        labels = s.recorded.logits.argmax(-1)
-        same = [
-            (labels[:, :j] == labels[:, j : j + 1]).mean(1) if j else 0 * labels[:, 0]
-            for j in range(labels.shape[1])
-        ]
-        return np.stack(same, 1).astype(np.float64)
-
-    return {
-        "risk without DR": lambda s: features(s)[..., :4],
-        "risk, DR by prototypes": features,
-        "risk, DR by class means of h": lambda s: features(s, raw(s)),
-        "risk, DR by centred class means of h": lambda s: features(s, centred(s)),
-        "risk, and agreement with earlier exits": also(agreement),
-        "risk, and text length": also(lambda s: np.repeat(np.log(s.tokens)[:, None], s.states.shape[1], 1)),
-        "risk, and the class": also(lambda s: (s.recorded.logits.argmax(-1) == 0).astype(np.float64)),
-    }
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """A row for each task, encoder, recipe, with and without the exit on the embeddings."""
+    groups: dict[tuple[str, str, str, bool], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.task, cell.encoder, cell.recipe, cell.fold is not None].append(cell)
+    rows = []
+    for (task, encoder, recipe, is_folds), members in groups.items():
+        for first in (0, 1):
+            found = [of_cell(Trained(cell, root, runs), first) for cell in members]
+            joined = {
+                name: {
+                    speed: (np.concatenate if is_folds else _mean)([f[name][speed] for f in found])
+                    for speed in found[0][name]
+                }
+                for name in found[0]
+            }
+            row = {"task": task, "encoder": encoder, "recipe": recipe, "folds": is_folds}
+            row |= {"cells": len(members), "embeddings": first == 0}
+            rows.append(row | summary(joined))
+            print(f"{task} {encoder} {recipe} {'with' if first == 0 else 'without'} layer 0", flush=True)
+    return rows
 
 
-def fitted(held_out: Samples, unseen: Samples, of: Features) -> Floats:
-    """The scores of unseen samples, (n, exits), by a logistic regression on samples that were held out."""
-    x, y, z = of(held_out), held_out.differs, of(unseen)
-    scores = [z[:, j] @ regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]
-    return np.stack([*scores, np.full(len(z), np.inf)], 1)
+def _mean(parts: Sequence[Floats]) -> Floats:
+    return np.asarray(np.mean(parts, axis=0))
 
 
-def isotonic(held_out: Samples, unseen: Samples) -> Floats:
-    """As `fitted`, and then each exit's score made a probability by an isotonic regression on the same samples."""
-    x, y, z = features(held_out), held_out.differs, features(unseen)
-    scores = []
-    for j in range(x.shape[1] - 1):
-        weights = regress(x[:, j], y[:, j])
-        known = x[:, j] @ weights
-        order = known.argsort()
-        steps = isotonic_regression(y[order, j]).x
-        # Ties are broken by the logistic score, or whole steps would leave at once.
-        scores.append(np.interp(z[:, j] @ weights, known[order], steps + 1e-9 * known[order]))
-    return np.stack([*scores, np.full(len(z), np.inf)], 1)
-
-
-def shared(held_out: Samples, unseen: Samples, strength: float) -> Floats:
-    """As `fitted`, with the exits' weights drawn towards those of one regression for all exits, by so many samples."""
-    x, y, z = features(held_out)[:, :-1], held_out.differs[:, :-1], features(unseen)[:, :-1]
-    flat = x.reshape(-1, x.shape[-1])
-    common = regress(flat, y.reshape(-1))
-    answers = 1 / (1 + np.exp(-np.clip(flat @ common, -500, 500))).reshape(y.shape)
-    share = strength / (strength + len(x))
-    # Each exit sees, with a share, what the common regression would answer: as many samples of its own mind.
-    scores = [
-        z[:, j] @ regress(x[:, j], (1 - share) * y[:, j] + share * answers[:, j]) for j in range(x.shape[1])
+def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
+    """Accuracies, and differences to entropy, and of risk to risk without DR, with 95% intervals."""
+    full = right.pop("full depth")["1"]
+    out: dict[str, Any] = {"n": len(full), "full": full.mean(), "signals": {}}
+    pairs = [(name, "entropy") for name in right if name != "entropy"]
+    pairs += [("risk", "risk without DR"), ("risk", "EDR"), ("risk", "entropy, calibrated")]
+    for name, by_speed in right.items():
+        out["signals"][name] = {speed: values.mean() for speed, values in by_speed.items()}
+    out["differences"] = [
+        {
+            "signal": a,
+            "minus": b,
+            "speedup": float(speed),
+            "mean": (difference := right[a][speed] - right[b][speed]).mean(),
+            "interval": measures.bootstrap(difference),
+        }
+        for a, b in pairs
+        for speed in (f"{s:g}" for s in SPEEDUPS)
     ]
-    return np.stack([*scores, np.full(len(z), np.inf)], 1)
+    return out
 
 
-def speeds(scores: Floats, samples: Samples) -> list[float]:
-    """The highest speed-ups at 1, 2 and 5% disagreement, with the best τ in hindsight."""
-    layers, rows = np.asarray(samples.recorded.exit_layers), np.arange(len(scores))
-    finite = scores[:, :-1][np.isfinite(scores[:, :-1])]
-    best = dict.fromkeys(MERIT_AT, 1.0)
-    for tau in np.unique(np.quantile(finite, np.linspace(0, 1, 1000))):
-        index = exit_index(scores, float(tau))
-        rate, depth = samples.differs[rows, index].mean(), layers[index].mean()
-        for limit in MERIT_AT:
-            if rate <= limit:
-                best[limit] = max(best[limit], float(layers[-1] / max(depth, 0.05)))
-    return list(best.values())
-
-
-def auroc(scores: Floats, positive: Floats) -> float:
-    """The area under the ROC curve; NaN if all samples are alike."""
-    ranks = scores.argsort().argsort() + 1.0
-    count = positive.sum()
-    if not 0 < count < len(positive):
-        return float("nan")
-    return float((ranks[positive == 1].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """For each row of results the accuracies; a * where the difference to entropy is beyond chance."""
+    out = []
+    for row in rows:
+        title = f"{row['task']}, {row['encoder']} {row['recipe']}: {row['n']} texts, {row['cells']} models, "
+        table = Table(
+            title=title + ("with" if row["embeddings"] else "without") + " the exit on the embeddings"
+        )
+        for column in ("signal", *(f"{s:g}×" for s in SPEEDUPS), "AUROC"):
+            table.add_column(column, justify="left" if column == "signal" else "right")
+        beyond = {
+            (d["signal"], d["speedup"]): d["interval"][0] > 0 or d["interval"][1] < 0
+            for d in row["differences"]
+            if d["minus"] == "entropy" and None not in d["interval"]
+        }
+        for name, by_speed in row["signals"].items():
+            cells = []
+            for s in SPEEDUPS:
+                value = by_speed.get(f"{s:g}")
+                star = "*" if beyond.get((name, s)) else ""
+                cells.append("–" if value is None else f"{100 * value:.1f}{star}")
+            area = by_speed.get("auroc")
+            table.add_row(name, *cells, f"{area:.3f}" if area is not None else "")
+        table.caption = f"full depth {100 * row['full']:.1f}"
+        out.append(table)
+    return out
 
 
 def main(
-    root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
-    folder: Annotated[Path, typer.Argument(help="A checkpoint of de3 train, on the same data and seed.")],
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
 ) -> None:
-    """Compare signals and what risk may be fitted on, on data that nothing was trained or fitted on."""
-    checkpoint = Checkpoint(folder)
-
-    def samples(examples: list[data.Example], what: str) -> Samples:
-        encoded = data.encode(examples, checkpoint.tokenizer, checkpoint.config.max_tokens, what)
-        return Samples(checkpoint.model, checkpoint.tokenizer.pad_token_id, encoded)
-
-    held = checkpoint.held_out("tune") + checkpoint.held_out("certify")
-    kept = {example.text for example in held}
-    rows = data.to_examples(TASKS[task].train(root), checkpoint.names)
-    train = samples([example for example in rows if example.text not in kept], "train")
-    held_out = samples(held, "held-out")
-    unseen = samples(data.to_examples(TASKS[task].unseen(root), checkpoint.names), "unseen")
-    recorded = unseen.recorded
-    scores: dict[str, Floats] = {"entropy": recorded.entropy}
-    scores |= {f"EDR λ={lam:g}": Edr(lam).scores(recorded) for lam in LAMS}
-    scores |= {name: fitted(held_out, unseen, of) for name, of in variants(train).items()}
-    scores["risk, isotonic"] = isotonic(held_out, unseen)
-    for strength in (50, 500):
-        scores[f"risk, exits share {strength} samples"] = shared(held_out, unseen, strength)
-    n, fits = len(recorded.labels), len(held)
-    table = Table(title=f"{task}: speed-up at 1, 2 and 5% disagreement, {n} unseen samples, {fits} to fit on")
-    for column in ("signal", "1%", "2%", "5%", "merit"):
-        table.add_column(column, justify="left" if column == "signal" else "right")
-    for name, values in scores.items():
-        found = speeds(values, unseen)
-        merit = float(np.exp(np.mean(np.log(found))))
-        table.add_row(name, *(f"{speed:.2f}×" for speed in found), f"{merit:.2f}")
-    console = Console()
-    console.print(table)
-    console.print('AUROC for "this exit disagrees with full depth", by layer:')
-    for name in (
-        "entropy",
-        "EDR λ=1",
-        "risk without DR",
-        "risk, DR by prototypes",
-        "risk, DR by class means of h",
-    ):
-        areas = [
-            auroc(scores[name][:, j], unseen.differs[:, j]) for j in range(len(recorded.exit_layers) - 1)
-        ]
-        console.print(f"  {name}: {' '.join(f'{area:.3f}' for area in areas)}", highlight=False)
+    """Compare exit signals at equal speed-ups."""
+    if not redraw:
+        if root is None or runs is None or not names:
+            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
+        measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
+    for table in tables(measures.load(NAME)):
+        Console(width=120).print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,184 @@
+"""Accuracy against speed-up for every task, the knee of each curve marked, and the speed-up for at most half a point.
+
+    python -m training.studies.sweep DATA RUNS sst2-minilm-D-0 mrpc-minilm-D-0
+    python -m training.studies.sweep --redraw
+
+Unseen samples; the risk is fitted, and EDR's λ chosen, on held-out ones. Cells of one task are joined as in
+training.studies.signals, which answers what each signal is worth.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from exits.calibration import LAMS
+from exits.recorded import Recorded
+from training.evaluate import in_time
+from training.studies import measures
+from training.studies.cells import Cell, Trained
+from training.studies.measures import Floats, fastest_within, right_at
+from training.studies.scores import by_exit, edr
+
+NAME = "sweep"
+# What tokens, embeddings and their exit cost, in layers (int8 kernels; de3 loadtest study wall).
+START_LAYERS = {"minilm": 0.4, "mpnet": 0.1}
+LOSS = 0.005
+
+
+def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
+    """Unseen samples without the first exits, their scores, and the largest τ that lost half a point on held-out ones.
+
+    Scores of the risk on held-out samples are cross-fitted by halves.
+    """
+    held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
+    lam = max(LAMS, key=lambda lam: right_at(edr(held, lam), held.recorded, 3.0).mean())
+
+    def features(states: Any) -> Floats:
+        return np.asarray(states.recorded.risk_features)
+
+    scores = {
+        "entropy": unseen.recorded.entropy,
+        "EDR": edr(unseen, lam),
+        "risk": by_exit(held, features)(unseen),
+    }
+    half = np.arange(len(held.pooled)) % 2 == 0
+    crossed = np.ones(held.recorded.entropy.shape)
+    for inside in (half, ~half):
+        crossed[inside] = by_exit(held.rows(~inside), features)(held.rows(inside))
+    on_held = {"entropy": held.recorded.entropy, "EDR": edr(held, lam), "risk": crossed}
+    taus = {
+        name: np.array([measures.tau_within(values, held.recorded, LOSS)]) for name, values in on_held.items()
+    }
+    return unseen.recorded, scores, taus
+
+
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """A row for each task, encoder and recipe, with and without the exit on the embeddings."""
+    groups: dict[tuple[str, str, str, bool], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[cell.task, cell.encoder, cell.recipe, cell.fold is not None].append(cell)
+    rows = []
+    for (task, encoder, recipe, is_folds), members in groups.items():
+        for first in (0, 1):
+            found = [of_cell(Trained(cell, root, runs), first) for cell in members]
+            row: dict[str, Any] = {"task": task, "encoder": encoder, "recipe": recipe, "folds": is_folds}
+            row |= {"cells": len(members), "embeddings": first == 0, "signals": {}}
+            row["n"] = sum(len(f[0].labels) for f in found)
+            row["full"] = np.mean([f[0].correct[:, -1].mean() for f in found])
+            for name in found[0][1]:
+                row["signals"][name] = of_signal([(f[0], f[1][name], float(f[2][name][0])) for f in found])
+            rows.append(row)
+    return rows
+
+
+def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]:
+    """The curve of one signal, the mean of the models, its knee, and its speed-ups for at most half a point."""
+    grid = [1 + 0.1 * i for i in range(91)]
+    accuracy = [
+        float(np.mean([right_at(scores, recorded, s).mean() for recorded, scores, _ in parts])) for s in grid
+    ]
+    known = [i for i, a in enumerate(accuracy) if not np.isnan(a)]
+    speedups, accuracy = [grid[i] for i in known], [accuracy[i] for i in known]
+    at = measures.knee(speedups, accuracy)
+    chosen = [measures.at(scores, recorded, tau) for recorded, scores, tau in parts]
+    return {
+        "curve": [speedups, accuracy],
+        "knee": [speedups[at], accuracy[at]],
+        "hindsight": float(
+            np.mean([fastest_within(scores, recorded, LOSS) for recorded, scores, _ in parts])
+        ),
+        "chosen": {
+            "mean_layer": float(np.mean([depth for depth, _ in chosen])),
+            "loss": float(np.mean([loss for _, loss in chosen])),
+        },
+    }
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """The knees, and the speed-ups for half a point."""
+    knees = Table(
+        title="Knee, and the speed-up for at most half a point: in hindsight, by τ chosen on held-out samples"
+    )
+    for column in ("model", "layer 0", "full", "signal", "knee", "hindsight", "chosen", "in time", "loss"):
+        knees.add_column(column, justify="left" if column in ("model", "signal") else "right", no_wrap=True)
+    for row in rows:
+        num_layers = LAYERS[row["encoder"]]
+        for name, found in row["signals"].items():
+            depth = found["chosen"]["mean_layer"]
+            knees.add_row(
+                f"{row['task']} {row['encoder']} {row['recipe']}",
+                "yes" if row["embeddings"] else "no",
+                f"{100 * row['full']:.1f}",
+                name,
+                f"{found['knee'][0]:.1f}× {100 * found['knee'][1]:.1f}",
+                f"{found['hindsight']:.2f}×",
+                f"{num_layers / depth:.2f}×",
+                f"{in_time(num_layers, depth, START_LAYERS[row['encoder']]):.2f}×",
+                f"{100 * found['chosen']['loss']:+.2f}",
+            )
+    return [knees]
+
+
+LAYERS = {"minilm": 6, "mpnet": 12}
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel for each model; dashed: without the exit on the embeddings; a ring: the knee."""
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys((row["task"], row["encoder"], row["recipe"]) for row in rows))
+    columns = min(3, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.1 * lines))
+    axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
+    for axis, name in zip(axes, names, strict=False):
+        for row in (r for r in rows if (r["task"], r["encoder"], r["recipe"]) == name):
+            for signal, color in (("entropy", "#4c78a8"), ("EDR", "#59a14f"), ("risk", "crimson")):
+                found = row["signals"][signal]
+                x, y = (np.array(values) for values in found["curve"])
+                style = "-" if row["embeddings"] else ":"
+                axis.plot(
+                    x, 100 * y, style, color=color, linewidth=1.3, label=signal if style == "-" else None
+                )
+                axis.plot(
+                    found["knee"][0], 100 * found["knee"][1], "o", mfc="none", color=color, markersize=5
+                )
+            axis.axhline(100 * row["full"], color="grey", linewidth=0.6)
+        axis.set_title(" ".join(name[:2]) + (f" {name[2]}" if name[2] != "D" else ""), fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.25)
+        axis.set_xlim(1, 8)
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    axes[0].legend(fontsize=7)
+    figure.supxlabel("speed-up, layers", fontsize=9)
+    figure.supylabel("accuracy, %", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only draw and print the results again.")] = False,
+) -> None:
+    """Sweep τ."""
+    if not redraw:
+        if root is None or runs is None or not names:
+            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
+        measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
+    rows = measures.load(NAME)
+    for table in tables(rows):
+        Console(width=140).print(table)
+    plot(rows, measures.RESULTS / f"{NAME}.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)
