@@ -1,0 +1,182 @@
+"""What each part of DE3-BERT is worth: DAR, prototypes, their distance, the fusion, and its λ.
+
+    python -m training.studies.ablations DATA RUNS mrpc-minilm-D-0
+    python -m training.studies.ablations --redraw
+
+Accuracy on unseen samples at fixed speed-ups. λ, and the weight of the other fusions, are chosen for each speed-up on
+held-out samples; "best λ" is the best on the unseen ones, so its gap to the chosen one is what choosing costs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from exits import formulas
+from exits.recorded import Recorded
+from training.studies import measures
+from training.studies.cells import Cell, States, Trained
+from training.studies.measures import SPEEDUPS, Floats, auroc, merit, right_at
+from training.studies.scores import by_exit
+from training.studies.spaces import Spaces, class_means, nearest_is_right
+
+NAME = "ablations"
+LAMS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 100.0)
+
+
+def arithmetic(h: Floats, dr: Floats, lam: float) -> Floats:
+    """(entropy + λ·DR)/(1 + λ)."""
+    return np.asarray((h + lam * dr) / (1 + lam))
+
+
+def geometric(h: Floats, dr: Floats, lam: float) -> Floats:
+    """(entropy · DR^λ)^(1/(1+λ))."""
+    log = (np.log(np.maximum(h, 1e-12)) + lam * np.log(np.maximum(dr, 1e-12))) / (1 + lam)
+    return np.asarray(np.exp(log))
+
+
+def largest(h: Floats, dr: Floats, lam: float) -> Floats:
+    """max(entropy, λ·DR): both must be small."""
+    return np.asarray(np.maximum(h, lam * dr))
+
+
+FUSIONS: dict[str, Callable[[Floats, Floats, float], Floats]] = {
+    "harmonic (Eq. 12)": formulas.edr,
+    "arithmetic": arithmetic,
+    "geometric": geometric,
+    "maximum": largest,
+}
+
+
+def fused(how: str, recorded: Recorded, lam: float) -> Floats:
+    """A fusion's scores, (n, exits); λ = 0 is entropy alone."""
+    if lam == 0:
+        return recorded.entropy
+    return FUSIONS[how](recorded.entropy, recorded.distance_ratio, lam)
+
+
+def by_lam(how: str, held: Recorded, unseen: Recorded) -> dict[str, Any]:
+    """For each speed-up: the accuracy by λ on unseen samples, the λ chosen on held-out ones, and the best one."""
+    found: dict[str, Any] = {}
+    for speedup in SPEEDUPS:
+        on = [
+            [right_at(fused(how, part, lam), part, speedup).mean() for lam in LAMS] for part in (held, unseen)
+        ]
+        chosen, best = (int(np.nanargmax(values)) for values in on)
+        found[f"{speedup:g}"] = {
+            "by_lam": on[1],
+            "chosen": [LAMS[chosen], on[1][chosen]],
+            "best": [LAMS[best], on[1][best]],
+        }
+    return found
+
+
+def geometry(held: Recorded, unseen: Recorded) -> dict[str, Any]:
+    """What distances tell: by exit the nearest prototype's accuracy, and what DR adds to entropy in AUROC for
+    "this exit disagrees with the last"; accuracy of EDR with the chosen λ, and of risk; merit of risk."""
+    states = [States(np.zeros((len(r.labels), 1, 1), np.float16), r) for r in (held, unseen)]
+    areas = []
+    for features in (slice(0, 4), slice(0, 5)):
+        scores = by_exit(states[0], partial(_some, which=features))(states[1])
+        areas.append([auroc(scores[:, j], unseen.differs[:, j]) for j in range(scores.shape[1] - 1)])
+    return {
+        "nearest": nearest_is_right(unseen),
+        "gain": np.array(areas[1]) - np.array(areas[0]),
+        "edr": {s: v["chosen"][1] for s, v in by_lam("harmonic (Eq. 12)", held, unseen).items()},
+        "dr": {f"{s:g}": right_at(unseen.distance_ratio, unseen, s).mean() for s in SPEEDUPS},
+        "risk": {f"{s:g}": right_at(scores, unseen, s).mean() for s in SPEEDUPS},
+        "merit": merit(scores, unseen),
+    }
+
+
+def _some(states: States, which: slice) -> Floats:
+    return np.asarray(states.recorded.risk_features[..., which])
+
+
+def of_cell(trained: Trained) -> dict[str, Any]:
+    """All fusions, and all kinds of prototypes that need no training of the encoder."""
+    train, held, unseen = (trained.states(part) for part in ("train", "held-out", "unseen"))
+    row: dict[str, Any] = {"cell": trained.cell.name, "n": len(unseen.pooled)}
+    row["full"] = unseen.recorded.correct[:, -1].mean()
+    row["exits"] = unseen.recorded.correct.mean(0)
+    row["entropy"] = {
+        f"{s:g}": right_at(unseen.recorded.entropy, unseen.recorded, s).mean() for s in SPEEDUPS
+    }
+    row["fusions"] = {how: by_lam(how, held.recorded, unseen.recorded) for how in FUSIONS}
+    refit = Spaces.fit(trained.model, train)
+    row["prototypes"] = {
+        "as trained": geometry(held.recorded, unseen.recorded),
+        "fitted on states": geometry(refit.recorded(held), refit.recorded(unseen)),
+        "class means of h": geometry(class_means(train, held, False), class_means(train, unseen, False)),
+        "centred class means of h": geometry(
+            class_means(train, held, True), class_means(train, unseen, True)
+        ),
+    }
+    return row
+
+
+def tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """Fusions, and prototypes."""
+    speeds = [f"{s:g}" for s in SPEEDUPS]
+    fusions = Table(
+        title="Accuracy by fusion, λ chosen on held-out samples (in brackets: λ; best on unseen samples)"
+    )
+    kinds = Table(
+        title="Prototypes: accuracy of DR alone, EDR and risk at 2× and 3×, merit of risk, gain in AUROC"
+    )
+    for column in ("cell", "fusion", *(f"{s}×" for s in speeds)):
+        fusions.add_column(column)
+    for column in (
+        "cell",
+        "prototypes",
+        "nearest right, by exit",
+        "DR",
+        "EDR",
+        "risk",
+        "merit",
+        "gain by exit, ‰",
+    ):
+        kinds.add_column(column)
+    for row in rows:
+        fusions.add_row(row["cell"], "entropy alone", *(f"{100 * row['entropy'][s]:.1f}" for s in speeds))
+        for how, found in row["fusions"].items():
+            cells = (
+                f"{100 * found[s]['chosen'][1]:.1f} ({found[s]['chosen'][0]:g}; {100 * found[s]['best'][1]:.1f})"
+                for s in speeds
+            )
+            fusions.add_row("", how, *cells)
+        for kind, found in row["prototypes"].items():
+            pairs = (" ".join(_percent(found[key][s]) for s in ("2", "3")) for key in ("dr", "edr", "risk"))
+            nearest = " ".join(f"{100 * x:.0f}" for x in found["nearest"])
+            gain = " ".join("–" if x is None else f"{1000 * x:+.0f}" for x in found["gain"])
+            kinds.add_row(row["cell"], kind, nearest, *pairs, f"{found['merit']:.2f}", gain)
+    return [fusions, kinds]
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
+) -> None:
+    """Measure the parts of the method."""
+    if not redraw:
+        if root is None or runs is None or not names:
+            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
+        rows = [of_cell(Trained(Cell.parse(name), root, runs)) for name in names]
+        measures.save(NAME, rows)
+    for table in tables(measures.load(NAME)):
+        Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
