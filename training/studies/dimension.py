@@ -1,0 +1,101 @@
+"""How wide must the prototype space be? Networks of 16 to 768 dimensions, five seeds, on cached states.
+
+    python -m training.studies.dimension DATA RUNS mrpc-minilm-D-0 clinc150-minilm-D-0
+    python -m training.studies.dimension --redraw
+
+Accuracy of EDR (λ chosen on held-out samples) and of risk on unseen samples at 2× and 3×, the merit of risk, and the
+multiplications that the network and the distances add to a layer's, for a text of 25 tokens.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training.model import De3Config
+from training.studies import measures
+from training.studies.ablations import geometry
+from training.studies.cells import Cell, Trained
+from training.studies.spaces import Spaces
+
+NAME = "dimension"
+DIMS = (16, 32, 64, 128, 256, 384, 768)
+SEEDS = 5
+TOKENS = 25
+
+
+def of_cell(trained: Trained, dims: tuple[int, ...] = DIMS, seeds: int = SEEDS) -> dict[str, Any]:
+    """The measures by dimension, each the mean and the standard deviation over the seeds."""
+    train, held, unseen = (trained.states(part) for part in ("train", "held-out", "unseen"))
+    rows = []
+    for dim in dims:
+        found = []
+        for seed in range(seeds):
+            spaces = Spaces.fit(trained.model, train, dim, seed)
+            g = geometry(spaces.recorded(held), spaces.recorded(unseen))
+            found.append(
+                [
+                    g["edr"]["2"],
+                    g["edr"]["3"],
+                    g["risk"]["2"],
+                    g["risk"]["3"],
+                    g["merit"],
+                    np.nanmean(g["gain"]),
+                ]
+            )
+        rows.append(
+            {
+                "dim": dim,
+                "mean": np.mean(found, axis=0),
+                "spread": np.std(found, axis=0, ddof=1),
+                "overhead": overhead(trained.config, dim),
+            }
+        )
+    return {"cell": trained.cell.name, "full": unseen.recorded.correct[:, -1].mean(), "rows": rows}
+
+
+def overhead(config: De3Config, dim: int, tokens: int = TOKENS) -> float:
+    """The multiplications of one prototypical network and its distances as a share of an encoder layer's."""
+    hidden, inner = config.hidden_size, int(config.encoder["intermediate_size"])
+    layer = tokens * (4 * hidden * hidden + 2 * hidden * inner) + 2 * tokens * tokens * hidden
+    return float((hidden * dim + dim * config.num_labels) / layer)
+
+
+def tables(results: list[dict[str, Any]]) -> list[Table]:
+    """A table for each cell."""
+    out = []
+    for result in results:
+        table = Table(title=f"{result['cell']}: full depth {100 * result['full']:.1f}")
+        for column in ("dim", "EDR 2×", "EDR 3×", "risk 2×", "risk 3×", "merit", "gain, ‰", "added work"):
+            table.add_column(column, justify="right")
+        for row in result["rows"]:
+            scale = (100, 100, 100, 100, 1, 1000)
+            cells = (
+                f"{s * m:.2f} ± {s * d:.2f}"
+                for s, m, d in zip(scale, row["mean"], row["spread"], strict=True)
+            )
+            table.add_row(str(row["dim"]), *cells, f"{100 * row['overhead']:.2f}%")
+        out.append(table)
+    return out
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
+) -> None:
+    """Fit prototype spaces of several widths."""
+    if not redraw:
+        if root is None or runs is None or not names:
+            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
+        measures.save(NAME, [of_cell(Trained(Cell.parse(name), root, runs)) for name in names])
+    for table in tables(measures.load(NAME)):
+        Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
