@@ -1,0 +1,135 @@
+"""Four recipes in a half-fraction of a factorial design: 8 of their 16 combinations, which tell all main effects apart.
+
+    python -m training.studies.factorial DATA RUNS --task mrpc --task cola
+    python -m training.studies.factorial --redraw
+
+T: a 12-layer teacher answers the training pairs and an altered copy of each. W: COSEE's exit-likely weights instead of
+weights by depth. S: the last exit teaches the others. D: the paper's DAR. The combinations are those with an odd number
+of letters (D = −TWS): each effect is the mean of four models less that of four others, and is confounded with one
+interaction of the three others only. MiniLM; a teacher is the cell TASK-mpnet-D-0.
+
+The response is the accuracy on held-out and unseen samples together, at full depth and at fixed speed-ups, by risk,
+cross-fitted on the same samples without labels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from exits import risk
+from exits.recorded import Recorded
+from training.studies import measures
+from training.studies.cells import Cell, Trained
+from training.studies.measures import Floats, fastest_within, merit, right_at
+
+NAME = "factorial"
+FACTORS = "TWSD"
+DESIGN = ("D", "T", "W", "S", "TWS", "TWD", "TSD", "WSD")
+SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0)
+
+
+def of_cell(trained: Trained, first: int) -> dict[str, Floats]:
+    """For each response how right each sample is, (n,), or one number; first: exits to leave out."""
+    recorded = joined([trained.states(part).without(first).recorded for part in ("held-out", "unseen")])
+    scores = risk.cross_fit(recorded)
+    found = {f"{s:g}×": right_at(scores, recorded, s) for s in SPEEDUPS[1:]}
+    found = {"1×": recorded.correct[:, -1].astype(float), **found}
+    found["merit"] = np.array([merit(scores, recorded)])
+    found["within 0.5"] = np.array([fastest_within(scores, recorded, 0.005)])
+    return found
+
+
+def joined(parts: Sequence[Recorded]) -> Recorded:
+    """Samples of several parts."""
+    logits, distances, labels = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
+    )
+    return Recorded(parts[0].exit_layers, logits, distances, labels)
+
+
+def of_task(task: str, root: Path, runs: Path) -> list[dict[str, Any]]:
+    """Two rows, with and without the exit on the embeddings: the responses of each model, and the effects."""
+    rows = []
+    for first in (0, 1):
+        found = {}
+        for recipe in DESIGN:
+            found[recipe] = of_cell(Trained(Cell(task, recipe=recipe), root, runs), first)
+        rows.append(
+            {
+                "task": task,
+                "embeddings": first == 0,
+                "n": len(found["D"]["1×"]),
+                "models": {r: {name: values.mean() for name, values in f.items()} for r, f in found.items()},
+                "effects": {f: effect(found, f) for f in FACTORS},
+            }
+        )
+    return rows
+
+
+def effect(found: dict[str, dict[str, Floats]], factor: str) -> dict[str, Any]:
+    """What a factor adds to each response, with a 95% interval over the samples where the response has them."""
+    out: dict[str, Any] = {}
+    for name in found["D"]:
+        with_it, without = (
+            np.mean([f[name] for recipe, f in found.items() if (factor in recipe) == has], axis=0)
+            for has in (True, False)
+        )
+        difference = with_it - without
+        interval = measures.bootstrap(difference) if len(difference) > 1 else None
+        out[name] = {"mean": difference.mean(), "interval": interval}
+    return out
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+    """For each row the models, and the effects."""
+    out = []
+    for row in rows:
+        names = list(row["effects"]["D"])
+        title = f"{row['task']}: {row['n']} samples, {'with' if row['embeddings'] else 'without'} layer 0"
+        table = Table(title=title)
+        for column in ("recipe", *names):
+            table.add_column(column, justify="right" if column != "recipe" else "left", no_wrap=True)
+        for recipe, found in row["models"].items():
+            table.add_row(recipe, *(_shown(name, found[name]) for name in names))
+        table.add_section()
+        for factor, found in row["effects"].items():
+            cells = []
+            for name in names:
+                shown = _shown(name, found[name]["mean"], "+")
+                low, high = found[name]["interval"] or (np.nan, np.nan)
+                cells.append(shown if np.isnan(low) else f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})")
+            table.add_row(f"effect of {factor}", *cells)
+        out.append(table)
+    return out
+
+
+def _shown(name: str, value: float | None, sign: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{100 * value:{sign}.1f}" if name.endswith("×") else f"{value:{sign}.2f}"
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="mrpc, rte or cola.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
+) -> None:
+    """Train the design's models, and print what each recipe adds."""
+    if not redraw:
+        if root is None or runs is None:
+            raise typer.BadParameter("give DATA and RUNS, or --redraw")
+        measures.save(
+            NAME, [r for name in task or ["mrpc", "rte", "cola"] for r in of_task(name, root, runs)]
+        )
+    for table in tables(measures.load(NAME)):
+        Console(width=170).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
