@@ -1,0 +1,223 @@
+"""The studies of docs/experiments.md: their measures on made-up exits, and all of them on tiny models."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from exits.recorded import Recorded
+from exits.rule import exit_index
+from tests.conftest import make_rows
+from training import loss as losses
+from training.studies import (
+    ablations,
+    cells,
+    dimension,
+    factorial,
+    measures,
+    scores,
+    signals,
+    space,
+    sweep,
+)
+from training.studies.cells import Cell, Objective, States
+
+
+def made_up(n: int, seed: int, exits: int = 4, labels: int = 3) -> Recorded:
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(n, exits, labels)).astype(np.float32)
+    distances = generator.uniform(0, 2, logits.shape).astype(np.float32)
+    return Recorded(list(range(exits)), logits, distances, generator.integers(labels, size=n))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.floats(1.0, 30.0))
+def test_a_speedup_is_met_exactly_by_mixing_two_neighbouring_taus(seed: int, speedup: float) -> None:
+    recorded = made_up(60, seed)
+    depth = np.broadcast_to(np.array(recorded.exit_layers, float), (60, 4))
+    # Ties must not matter.
+    values = np.round(recorded.entropy, 1)
+    mean = measures.right_at(values, recorded, speedup, depth).mean()
+    assert mean == pytest.approx(3 / speedup)
+
+
+def test_a_speedup_beyond_the_first_exit_is_not_met() -> None:
+    recorded = made_up(50, 1)
+    deeper = Recorded([1, 2, 3, 4], recorded.logits, recorded.distances, recorded.labels)
+    assert np.isnan(measures.right_at(deeper.entropy, deeper, 4.5)).all()
+    assert measures.right_at(deeper.entropy, deeper, 4.0) == pytest.approx(deeper.correct[:, 0].astype(float))
+    assert measures.right_at(deeper.entropy, deeper, 1.0) == pytest.approx(
+        deeper.correct[:, -1].astype(float)
+    )
+
+
+def test_no_tau_up_to_the_chosen_one_loses_more() -> None:
+    recorded = made_up(400, 3)
+    found = measures.tau_within(recorded.entropy, recorded, 0.01)
+    rows = np.arange(400)
+    for tau in measures.thresholds(recorded.entropy):
+        loss = (
+            recorded.correct[:, -1].mean() - recorded.correct[rows, exit_index(recorded.entropy, tau)].mean()
+        )
+        if tau > found:
+            assert loss > 0.01
+            break
+        assert loss <= 0.01 + 1e-9
+
+
+def test_the_knee_is_where_the_curve_bends() -> None:
+    assert measures.knee([1, 2, 3, 4, 5], [90, 89.9, 89.8, 80, 70]) == 2
+
+
+def test_auroc_counts_ties_half() -> None:
+    values, positive = np.array([0.1, 0.5, 0.5, 0.9]), np.array([False, True, False, True])
+    assert measures.auroc(values, positive) == pytest.approx((1 + 0.5 + 1 + 1) / 4)
+    assert np.isnan(measures.auroc(values, np.ones(4, bool)))
+
+
+def test_patience_counts_equal_answers_in_a_row() -> None:
+    logits = np.eye(2, dtype=np.float32)[[0, 0, 1, 1, 1]][None]
+    recorded = Recorded([0, 1, 2, 3, 4], logits, np.full_like(logits, np.nan), np.array([1]))
+    states = States(np.zeros((1, 5, 2), np.float16), recorded)
+    assert scores.patience(states)[0] == pytest.approx([1, 1 / 2, 1, 1 / 2, 1 / 3])
+
+
+def test_energy_is_small_where_a_logit_is_large() -> None:
+    logits = np.array([[[0.0, 0.0], [5.0, 0.0], [800.0, 0.0]]], np.float32)
+    recorded = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.array([0]))
+    found = scores.energy(States(np.zeros((1, 3, 2), np.float16), recorded), 1.0)[0]
+    assert found == pytest.approx([1 / 3, 1 / (2 + np.exp(5)), 0])
+
+
+def test_cap_is_large_where_the_classifier_cannot_see_the_state() -> None:
+    classifier = torch.nn.Linear(3, 2)
+    with torch.no_grad():
+        classifier.weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]))
+        classifier.bias.zero_()
+    model: Any = SimpleNamespace(classifiers=[classifier])
+    pooled = np.array([[[1, 1, 0]], [[0, 0, 2]], [[3, 0, 4]]], np.float16)
+    logits = (pooled @ np.array([[1, 0], [0, 1], [0, 0]])).astype(np.float32)
+    recorded = Recorded([1], logits, np.full_like(logits, np.nan), np.zeros(3, int))
+    found = scores.cap(model, States(pooled, recorded), 1.0, 0)[:, 0]
+    assert found[0] == pytest.approx(1 / (2 * np.e + 1))
+    assert found[1] == pytest.approx(np.e / (2 + np.e))
+    assert found[2] == pytest.approx(np.exp(0.8) / (np.exp(3) + 1 + np.exp(0.8)), rel=1e-4)
+
+
+def some_logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    logits = torch.randn(8, 4, 3, requires_grad=True)
+    return logits, torch.rand(8, 3, 3), torch.randint(3, (8,)), losses.layer_weights([0, 1, 2, 3], "depth")
+
+
+def test_the_objective_without_options_is_the_loss_of_the_trainer() -> None:
+    logits, distances, labels, weights = some_logits()
+    teacher = torch.randn(8, 3)
+    arguments = (logits, distances, labels, weights, 0.1, teacher, 0.9, 2.0)
+    assert Objective(False, False, 10, 0)(*arguments) == losses.total(*arguments)
+
+
+def test_exit_likely_weights_sum_to_one_and_gather_at_the_exit() -> None:
+    logits = some_logits()[0]
+    objective = Objective(True, False, 100, 0)
+    early = objective._weights(logits.detach())
+    assert early.sum(1) == pytest.approx(torch.ones(8).numpy())
+    assert early == pytest.approx(np.full((8, 4), 0.25))  # β starts at 0
+    objective.step = 100
+    assert objective._weights(logits.detach()).max() > 0.5
+
+
+def test_the_last_exit_teaches_without_being_taught() -> None:
+    logits, distances, labels, weights = some_logits()
+    Objective(False, True, 10, 0)(logits, distances, labels, weights, 0.0, None, 0.0, 1.0).backward()
+    assert logits.grad is not None
+    taught = logits.grad[:, -1].clone()
+    alone = logits.detach().clone().requires_grad_()
+    (weights * losses.cross_entropy(alone, labels)).sum().backward()
+    assert alone.grad is not None
+    assert torch.allclose(taught, alone.grad[:, -1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        Cell("mrpc"),
+        Cell("rte", fold=3),
+        Cell("sst2", "mpnet", "TWS", 2),
+        Cell("mrpc", recipe="D,pooling=cls,gamma=0.1"),
+    ],
+)
+def test_a_cell_is_known_by_its_name(cell: Cell) -> None:
+    assert Cell.parse(cell.name) == cell
+
+
+def test_what_is_no_cell_is_refused() -> None:
+    with pytest.raises(ValueError, match="mrpc-minilm-D-0"):
+        Cell.parse("mrpc-bert-D-0")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("data")
+    for task, header in (
+        ("mrpc", "Quality\t#1 String\t#2 String\n"),
+        ("rte", "sentence1\tsentence2\tlabel\n"),
+    ):
+        (folder / task).mkdir()
+        for part, count, seed in (("train", 400, 1), ("dev", 120, 2)):
+            pairs = zip(make_rows(count, seed), make_rows(count, seed + 10), strict=True)
+            rows = ((a, b, label) for (a, label), (b, _) in pairs)
+            lines = (
+                f"{label}\t{a}\t{b}\n" if task == "mrpc" else f"{a}\t{b}\t{label}\n" for a, b, label in rows
+            )
+            (folder / f"{task}/{part}.tsv").write_text(header + "".join(lines))
+    return folder
+
+
+def test_all_studies_run_on_tiny_models(
+    root: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
+    monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measures, "BOOTSTRAPS", 50)
+    runs = tmp_path / "runs"
+    folds = [f"rte-minilm-D-0-fold{k}" for k in range(5)]
+    cells.main(root, runs, ["mrpc-mpnet-D-0", *folds])
+    texts = [
+        example.text
+        for name in folds
+        for example in cells.Trained(Cell.parse(name), root, runs).examples("unseen")
+    ]
+    assert len(texts) == 400
+    assert len(set(texts)) == len({tuple(sorted((str(t),))) for t in texts})
+
+    signals.main(root, runs, ["mrpc-minilm-D-0", "mrpc-minilm-D-1", *folds])
+    rows = measures.load("signals")
+    assert [(row["task"], row["embeddings"], row["n"]) for row in rows] == [
+        ("mrpc", True, 120),
+        ("mrpc", False, 120),
+        ("rte", True, 400),
+        ("rte", False, 400),
+    ]
+    assert set(rows[0]["signals"]) >= {"entropy", "CAP", "learned exits", "EDR", "risk", "patience"}
+    sweep.main(root, runs, ["mrpc-minilm-D-0", *folds])
+    assert (tmp_path / "results/sweep.png").stat().st_size > 5_000
+    ablations.main(root, runs, ["mrpc-minilm-D-0"])
+    found = measures.load("ablations")[0]["fusions"]["harmonic (Eq. 12)"]["2"]
+    assert found["best"][1] >= found["chosen"][1]
+    monkeypatch.setattr(dimension, "DIMS", (16, 32))
+    dimension.main(root, runs, ["mrpc-minilm-D-0"])
+    space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"], draw=1)
+    assert (tmp_path / "results/space.png").stat().st_size > 5_000
+    factorial.main(root, runs, ["mrpc"])
+    row = measures.load("factorial")[0]
+    four = [row["models"][recipe]["2×"] for recipe in factorial.DESIGN if "S" in recipe]
+    others = [row["models"][recipe]["2×"] for recipe in factorial.DESIGN if "S" not in recipe]
+    assert row["effects"]["S"]["2×"]["mean"] == pytest.approx(np.mean(four) - np.mean(others), abs=2e-5)
+    for study in (signals, sweep, ablations, dimension, space, factorial):
+        study.main(redraw=True)
