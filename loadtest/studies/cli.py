@@ -381,7 +381,6 @@ def overhead(
 
     Example: de3 loadtest study overhead --model sst2 --json overhead.json
     """
-    from loadtest import report
     from loadtest.engines import pinned
     from loadtest.studies import overhead as study
     from model_store.store import Store
@@ -392,8 +391,7 @@ def overhead(
             rows = study.overhead(Store(store).open(model), tokens or study.LENGTHS, seconds)
     _print(*study.table(rows), json_file, rows)
     if png:
-        labels = ("A prototypical network beside its layer", "tokens", "time, % of the layer")
-        report.plot_curves(png, study.curves(rows), labels)
+        study.plot(png, rows)
 
 
 @app.command()
@@ -433,7 +431,8 @@ def wall(
             raise ValueError("wall: needs labelled texts, or results to --show")
         samples = read(texts, text_column, label_column, _names(label_names))
         with pinned(core):
-            served = load(Store(store).open(model), Settings())
+            settings: dict[str, Any] = {}  # the defaults
+            served = load(Store(store).open(model), Settings(**settings))
             manifest = served.model.manifest
             if manifest.thresholds is not None or manifest.tolerance is not None:
                 raise ValueError(f"{model}: this study is of models whose classes exclude each other")

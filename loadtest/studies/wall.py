@@ -73,7 +73,7 @@ def wall(served: Served, samples: Sequence[Sample], taus: Sequence[float], round
     engine = Engine(served)
     for number in range(-1, rounds):  # the first warms up, with a block
         for begin in range(0, len(samples) if number >= 0 else 1, BLOCK):
-            for j in np.roll(np.arange(len(taus)), number + begin // BLOCK):
+            for j in np.roll(np.arange(len(taus)), number + begin // BLOCK).tolist():
                 for i, sample in enumerate(samples[begin : begin + BLOCK], begin):
                     started = perf_counter()
                     outcome = engine.classify(sample.text, choices[j])
