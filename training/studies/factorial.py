@@ -98,11 +98,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
             table.add_row(recipe, *(_shown(name, found[name]) for name in names))
         table.add_section()
         for factor, found in row["effects"].items():
-            cells = []
-            for name in names:
-                shown = _shown(name, found[name]["mean"], "+")
-                low, high = found[name]["interval"] or (np.nan, np.nan)
-                cells.append(shown if np.isnan(low) else f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})")
+            cells = [_with_interval(name, found[name]) for name in names]
             table.add_row(f"effect of {factor}", *cells)
         out.append(table)
     return out
@@ -112,6 +108,14 @@ def _shown(name: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
     return f"{100 * value:{sign}.1f}" if name.endswith("×") else f"{value:{sign}.2f}"
+
+
+def _with_interval(name: str, found: dict[str, Any]) -> str:
+    shown = _shown(name, found["mean"], "+")
+    if found["mean"] is None or found["interval"] is None:
+        return shown
+    low, high = found["interval"]
+    return f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})"
 
 
 def main(
