@@ -71,7 +71,8 @@ def test_no_tau_up_to_the_chosen_one_loses_more() -> None:
 
 
 def test_the_knee_is_where_the_curve_bends() -> None:
-    assert measures.knee([1, 2, 3, 4, 5], [90, 89.9, 89.8, 80, 70]) == 2
+    assert measures.knee([1, 2, 3, 4, 5], [0.9, 0.899, 0.898, 0.8, 0.7]) == 2
+    assert measures.knee([1, 2, 3], [0.9, 0.8, 0.7]) is None
 
 
 def test_auroc_counts_ties_half() -> None:

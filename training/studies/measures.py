@@ -52,25 +52,11 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float, values: Floats 
     return np.asarray((1 - share) * values[rows, slow] + share * values[rows, fast])
 
 
-def curve(scores: Floats, recorded: Recorded, points: int = 80) -> tuple[list[float], list[float]]:
-    """Speed-ups from 1 and the accuracy at each, of a τ that rises."""
-    layers, rows, correct = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.correct
-    found: dict[float, float] = {}
-    taus = thresholds(scores)
-    for i in np.unique(np.linspace(0, len(taus) - 1, points).astype(int)):
-        index = exit_index(scores, float(taus[i]))
-        found[float(layers[-1] / max(layers[index].mean(), 1e-2))] = float(correct[rows, index].mean())
-    speedups = sorted(found)
-    return speedups, [found[s] for s in speedups]
-
-
-def knee(speedups: Sequence[float], scores: Sequence[float]) -> int:
-    """The index of the point that lies farthest above the chord from the first point to the last."""
+def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
+    """The index of the point farthest above the chord from the first point to the last; None if none is 0.005 above."""
     x, y = np.asarray(speedups), np.asarray(scores)
-    if len(x) < 3 or x[-1] == x[0]:
-        return 0
-    chord = y[0] + (y[-1] - y[0]) * (x - x[0]) / (x[-1] - x[0])
-    return int(np.argmax(y - chord))
+    above = y - (y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-9))
+    return int(np.argmax(above)) if above.max() >= 0.005 else None
 
 
 def bootstrap(difference: Floats, seed: int = 0) -> tuple[float, float]:

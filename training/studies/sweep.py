@@ -79,7 +79,7 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]:
     """The curve of one signal, the mean of the models, its knee, and its speed-ups for at most half a point."""
-    grid = [1 + 0.1 * i for i in range(91)]
+    grid = [1 + 0.1 * i for i in range(71)]
     accuracy = [
         float(np.mean([right_at(scores, recorded, s).mean() for recorded, scores, _ in parts])) for s in grid
     ]
@@ -89,7 +89,7 @@ def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]
     chosen = [measures.at(scores, recorded, tau) for recorded, scores, tau in parts]
     return {
         "curve": [speedups, accuracy],
-        "knee": [speedups[at], accuracy[at]],
+        "knee": None if at is None else [speedups[at], accuracy[at]],
         "hindsight": float(
             np.mean([fastest_within(scores, recorded, LOSS) for recorded, scores, _ in parts])
         ),
@@ -110,13 +110,13 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
     for row in rows:
         num_layers = LAYERS[row["encoder"]]
         for name, found in row["signals"].items():
-            depth = found["chosen"]["mean_layer"]
+            depth, knee = found["chosen"]["mean_layer"], found["knee"]
             knees.add_row(
                 f"{row['task']} {row['encoder']} {row['recipe']}",
                 "yes" if row["embeddings"] else "no",
                 f"{100 * row['full']:.1f}",
                 name,
-                f"{found['knee'][0]:.1f}× {100 * found['knee'][1]:.1f}",
+                "–" if knee is None else f"{knee[0]:.1f}× {100 * knee[1]:.1f}",
                 f"{found['hindsight']:.2f}×",
                 f"{num_layers / depth:.2f}×",
                 f"{in_time(num_layers, depth, START_LAYERS[row['encoder']]):.2f}×",
