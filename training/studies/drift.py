@@ -31,7 +31,16 @@ from exits.rule import exit_index
 from exits.signals import Risk
 from training.studies.cells import States, Trained
 from training.studies.measures import RESULTS, bootstrap, load, save, speed_within
-from training.studies.shift import AUDITED, CELLS, DISAGREEMENT, domains, held_out, mean_auroc, tau_within
+from training.studies.shift import (
+    AUDITED,
+    CELLS,
+    DISAGREEMENT,
+    both,
+    domains,
+    held_out,
+    mean_auroc,
+    tau_within,
+)
 
 ORDERS = 20
 HOME, AWAY = 2_000, 11_000  # texts of a stream before those that are measured; of HOME, at most
@@ -230,17 +239,10 @@ def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]
     n = len(home.pooled)
     found = {}
     for name, states in others:
-        if name == "out of scope":
-            continue
-        if name.startswith("test and"):  # has the texts in domain
+        if name == "test and out of scope":  # has the texts in domain
             found[name] = (Texts.of(trained, states), np.arange(n), np.arange(len(states.pooled)))
-        else:
-            one, other = Texts.of(trained, home), Texts.of(trained, states)
-            a, b = one.recorded, other.recorded
-            arrays = [
-                np.concatenate([getattr(r, k) for r in (a, b)]) for k in ("logits", "distances", "labels")
-            ]
-            texts = Texts(np.concatenate([one.embedded, other.embedded]), Recorded(a.exit_layers, *arrays))
+        elif name != "out of scope":
+            texts = Texts.of(trained, both(home, states))
             found[name] = (texts, np.arange(n), n + np.arange(len(states.pooled)))
     return found
 

@@ -68,10 +68,11 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
 def both(first: States, second: States) -> States:
     """The texts of both."""
     a, b = first.recorded, second.recorded
-    arrays = [
+    logits, distances, labels = (
         np.concatenate([getattr(r, name) for r in (a, b)]) for name in ("logits", "distances", "labels")
-    ]
-    return States(np.concatenate([first.pooled, second.pooled]), Recorded(a.exit_layers, *arrays))
+    )
+    pooled = np.concatenate([first.pooled, second.pooled])
+    return States(pooled, Recorded(a.exit_layers, logits, distances, labels))
 
 
 def signals(held: Recorded) -> dict[str, Signal]:
