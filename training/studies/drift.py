@@ -20,8 +20,6 @@ import numpy as np
 import torch
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from exits.betting import Floats
 from exits.calibration import speedup
@@ -38,6 +36,7 @@ from training.studies.shift import (
     both,
     domains,
     held_out,
+    markdown,
     mean_auroc,
     tau_within,
 )
@@ -239,7 +238,7 @@ def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]
     n = len(home.pooled)
     found = {}
     for name, states in others:
-        if name == "test and out of scope":  # has the texts in domain
+        if name == "mixed":  # has the texts in domain
             found[name] = (Texts.of(trained, states), np.arange(n), np.arange(len(states.pooled)))
         elif name != "out of scope":
             texts = Texts.of(trained, both(home, states))
@@ -253,25 +252,29 @@ def measure(texts: Texts, home: Rows, away: Rows, start: Start) -> dict[str, lis
     return {name: [run(texts, order, start, arm) for order in orders] for name, arm in ARMS.items()}
 
 
-def table(results: dict[str, Any]) -> Table:
-    """The means over the orders, and the differences to frozen."""
-    found = Table("stream", "arm", title=f"{ORDERS} orders; in brackets the difference to frozen, 95%")
-    for column in ("speed-up", "unlike full depth", "AUROC of risk", "2% in hindsight", "guard fired"):
-        found.add_column(column, justify="right")
-    columns = (("speedup", 1, "×", 2), ("unlike", 100, "%", 2), ("auroc", 1, "", 3), ("hindsight", 1, "×", 2))
+def table(results: dict[str, Any]) -> str:
+    """The means over the orders, and in brackets 95% intervals of the differences to frozen, as Markdown."""
+    keys = {
+        "speedup": (1, 2),
+        "unlike": (100, 2),
+        "auroc": (1000, 0),
+        "hindsight": (1, 2),
+    }  # factor and digits
+    columns = ["then", "arm", "speed-up", "unlike, %", "AUROC, ‰", "2% in hindsight", "guard"]
+    rows = []
     for domain, arms in results.items():
         for name, runs in arms.items():
             cells = []
-            for key, scale, unit, digits in columns:
+            for key, (scale, digits) in keys.items():
                 values, frozen = (scale * np.array([r[key] for r in of]) for of in (runs, arms["frozen"]))
-                cell = f"{values.mean():.{digits}f}{unit}"
+                cell = f"{values.mean():.{digits}f}"
                 if name != "frozen":
                     low, high = bootstrap(values - frozen)
-                    middle = (values - frozen).mean()
-                    cell += f" ({middle:+.{digits}f}: {low:+.{digits}f} … {high:+.{digits}f})"
+                    cell += f" ({low:+.{digits}f} … {high:+.{digits}f})".replace("-", "−")
                 cells.append(cell)
-            found.add_row(domain, name, *cells, f"{sum(r['fired'] for r in runs):.0f}")
-    return found
+            first = domain if name == "frozen" else ""
+            rows.append([first, name, *cells, f"{sum(r['fired'] for r in runs):.0f}"])
+    return markdown(columns, rows)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -311,7 +314,7 @@ def main(
         save("drift", results)
     results = load("drift")
     plot(results, RESULTS / "drift.png")
-    Console(width=180).print(table(results))
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from exits import formulas, reference
 from exits.betting import Floats
@@ -62,7 +60,7 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
     outside = trained.of(
         [Example(text, -1) for text in out_of_scope(root)[-TEST_OUT_OF_SCOPE:]], "out-of-scope"
     )
-    return {"test": home, "test and out of scope": both(home, outside), "out of scope": outside}
+    return {"test": home, "mixed": both(home, outside), "out of scope": outside}
 
 
 def both(first: States, second: States) -> States:
@@ -234,38 +232,53 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
     return result
 
 
-def tables(results: dict[str, Any]) -> list[Table]:
-    """A table of the signals and one of risk's policy and guarantee, for each model."""
+def tables(results: dict[str, Any]) -> str:
+    """A table of the signals and one of risk's policy and guarantee, for each model, as Markdown."""
     found = []
     for task, result in results.items():
-        table = Table("domain", "signal", title=f"{task}: τ chosen in domain")
-        for column in ("3×: speed-up", "lost", "unlike", "2%: speed-up", "lost", "unlike", "early", "AUROC"):
-            table.add_column(column, justify="right")
-        for domain in result["texts"]:
-            for name, rows in result["signals"].items():
-                row = rows[domain]
+        columns = [task, "signal", "3×: speed-up, lost, unlike, %", "2%: speed-up, lost, unlike, %"]
+        columns += ["exit early, %", "AUROC"]
+        rows = []
+        for domain, count in result["texts"].items():
+            for i, (name, by_domain) in enumerate(result["signals"].items()):
+                row = by_domain[domain]
                 fast, like = row["speed"], row["agreement"]
-                cells = [*_cells(fast), *_cells(like), f"{100 * like['early']:.0f}%", number(row["auroc"])]
-                table.add_row(domain, name, *cells)
-        found.append(table)
-        table = Table("domain", "risk at 2%", "speed-up", "unlike", "worst stream", title=task)
-        for domain, rows in result["risk"].items():
+                cells = [_cells(fast), _cells(like), number(100 * like["early"], 0), number(row["auroc"])]
+                rows.append(["" if i else f"{domain} ({count})", name, *cells])
+        found.append(markdown(columns, rows))
+        columns = [task, "far, %"]
+        columns += [
+            "nothing: speed-up, unlike, %",
+            "policy",
+            "guarantee (worst stream)",
+            "both (worst stream)",
+        ]
+        rows = []
+        for domain, ways in result["risk"].items():
+            cells = []
             for name in ("nothing", "policy", "guarantee", "both"):
-                row = rows[name]
-                worst = f"{100 * row['worst']:.2f}%" if "worst" in row else "–"
-                table.add_row(domain, name, f"{row['speedup']:.2f}×", f"{100 * row['unlike']:.2f}%", worst)
-        found.append(table)
-    return found
+                way = ways[name]
+                worst = f" ({100 * way['worst']:.2f})" if "worst" in way else ""
+                cells.append(f"{way['speedup']:.2f}×, {100 * way['unlike']:.2f}{worst}")
+            rows.append([domain, number(100 * ways["far"]["share"], 0), *cells])
+        found.append(markdown(columns, rows))
+    return "\n".join(found)
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table, as the pages of docs/ have them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """A number of a table; a dash where there is none."""
-    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
+def _cells(row: dict[str, Any]) -> str:
     lost = None if row["loss"] is None else 100 * row["loss"]
-    return f"{row['speedup']:.2f}×", number(lost, 2), f"{100 * row['unlike']:.2f}%"
+    return f"{row['speedup']:.2f}×, {number(lost, 2)}, {100 * row['unlike']:.2f}"
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
@@ -309,8 +322,7 @@ def main(
         save("shift", results)
     results = load("shift")
     plot(results, RESULTS / "shift.png")
-    for table in tables(results):
-        Console(width=140).print(table)
+    print(tables(results))
 
 
 if __name__ == "__main__":
