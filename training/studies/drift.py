@@ -27,6 +27,7 @@ from exits.recorded import Recorded
 from exits.risk import cross_fit, fit
 from exits.rule import exit_index
 from exits.signals import Risk
+from training.progress import track
 from training.studies.cells import States, Trained
 from training.studies.measures import RESULTS, bootstrap, load, save, speed_within
 from training.studies.shift import (
@@ -246,10 +247,16 @@ def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]
     return found
 
 
-def measure(texts: Texts, home: Rows, away: Rows, start: Start) -> dict[str, list[dict[str, float]]]:
+def measure(
+    domain: str, texts: Texts, home: Rows, away: Rows, start: Start
+) -> dict[str, list[dict[str, float]]]:
     """Every arm on the same streams."""
-    orders = [stream(home, away, seed) for seed in range(ORDERS)]
-    return {name: [run(texts, order, start, arm) for order in orders] for name, arm in ARMS.items()}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    for seed in track(range(ORDERS), f"Streams, then {domain}"):
+        order = stream(home, away, seed)
+        for name, arm in ARMS.items():
+            results[name].append(run(texts, order, start, arm))
+    return results
 
 
 def table(results: dict[str, Any]) -> str:
@@ -310,7 +317,7 @@ def main(
             trained = Trained(cell, root, runs)
             start = calibrated(trained)
             for domain, (texts, home, away) in streams(trained, root).items():
-                results[domain] = measure(texts, home, away, start)
+                results[domain] = measure(domain, texts, home, away, start)
         save("drift", results)
     results = load("drift")
     plot(results, RESULTS / "drift.png")
