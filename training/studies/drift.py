@@ -139,9 +139,9 @@ class Arm:
 
 ARMS = {
     "frozen": Arm(),
-    "prototypes follow": Arm(follow=True),
+    "follow": Arm(follow=True),
     "follow, no guard": Arm(follow=True, guarded=False),
-    "risk fitted again": Arm(refit=True),
+    "refit": Arm(refit=True),
     "both": Arm(follow=True, refit=True),
 }
 
@@ -178,7 +178,7 @@ def stream(home: Rows, away: Rows, seed: int) -> Stream:
 def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
     """One stream and arm: what it does with the texts that are measured."""
     prototypes, risk, guard = start.prototypes, start.risk, Guard()
-    audits: list[int] = []
+    audits: list[Recorded] = []  # with the distances that they had
     fitted = False
     scored: list[Floats] = []
     for i in range(0, len(stream.order), BATCH):
@@ -187,7 +187,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
         scores = risk.scores(recorded)
         scored.append(scores)
         # From here on, what changes is for the texts that come later.
-        audits += rows[audited].tolist()
+        audits.append(recorded.rows(audited))
         if arm.follow and not guard.has_fired:
             if arm.guarded and audited.any():
                 _compare(guard, texts, rows[audited], prototypes, start.prototypes)
@@ -201,8 +201,8 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
                 prototypes = slide(
                     prototypes, texts.embedded[rows[use]], labels[use], passed[use], start.gamma
                 )
-        if arm.refit and not fitted and len(audits) >= AUDITS:
-            risk, fitted = fit(texts.rows(np.array(audits[:AUDITS]), prototypes)), True
+        if arm.refit and not fitted and sum(len(r.labels) for r in audits) >= AUDITS:
+            risk, fitted = fit(_first(audits, AUDITS)), True
     scores = np.concatenate(scored)[stream.measured :]
     last = texts.recorded.rows(stream.order[stream.measured :])
     index, n = exit_index(scores, start.tau), np.arange(len(scores))
@@ -214,6 +214,14 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
         "hindsight": speed_within(scores, last, DISAGREEMENT),
         "fired": float(guard.has_fired),
     }
+
+
+def _first(batches: list[Recorded], count: int) -> Recorded:
+    logits, distances, labels = (
+        np.concatenate([getattr(r, name) for r in batches])[:count]
+        for name in ("logits", "distances", "labels")
+    )
+    return Recorded(batches[0].exit_layers, logits, distances, labels)
 
 
 def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: Prototypes) -> None:
