@@ -1,0 +1,329 @@
+"""How do the signals degrade out of distribution, and what do the OOD policy and the guarantee then save?
+
+    python -m training.studies.shift DATA RUNS
+
+The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
+measured on other texts in domain, on product reviews, and with questions out of scope. Those have no label.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from exits import formulas, reference
+from exits.betting import Floats
+from exits.calibration import FINE_TAUS, LAMS, speedup
+from exits.promise import Profile, Promise
+from exits.recorded import Recorded
+from exits.risk import cross_fit, fit
+from exits.rule import exit_index
+from exits.signals import Edr
+from training.data import Example
+from training.studies.cells import Cell, States, Trained
+from training.studies.measures import RESULTS, auroc, load, merit, save, thresholds
+from training.studies.tasks import out_of_scope, reviews
+
+CELLS = {"sst2": Cell("sst2"), "clinc150": Cell("clinc150")}
+REVIEWS = ("books", "electronics")
+TEST_OUT_OF_SCOPE = 1_000  # the last ones are of the test part
+SPEEDUP, DISAGREEMENT = 3.0, 0.02
+CAUTION = 0.5  # what the policy multiplies τ by (server.ood)
+STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
+
+
+class Signal(NamedTuple):
+    """A signal: its scores of the held-out texts, (n, exits), and how it scores others."""
+
+    held: Floats
+    scores: Callable[[Recorded], Floats]
+
+
+def held_out(trained: Trained) -> States:
+    """The held-out texts without fragments, which a server is not asked."""
+    whole = np.array([not e.is_fragment for e in trained.examples("held-out")])
+    states = trained.states("held-out")
+    return States(states.pooled[whole], states.recorded.rows(whole))
+
+
+def domains(trained: Trained, root: Path) -> dict[str, States]:
+    """The texts of each domain, the model's own first. A text without a label has the label −1."""
+    home = trained.states("unseen")
+    if trained.cell.task == "sst2":
+        names = trained.checkpoint.names
+        texts = {d: [Example(text, names.index(label)) for text, label in reviews(root, d)] for d in REVIEWS}
+        return {"dev": home} | {d: trained.of(examples, d) for d, examples in texts.items()}
+    outside = trained.of(
+        [Example(text, -1) for text in out_of_scope(root)[-TEST_OUT_OF_SCOPE:]], "out-of-scope"
+    )
+    return {"test": home, "mixed": both(home, outside), "out of scope": outside}
+
+
+def both(first: States, second: States) -> States:
+    """The texts of both."""
+    a, b = first.recorded, second.recorded
+    logits, distances, labels = (
+        np.concatenate([getattr(r, name) for r in (a, b)]) for name in ("logits", "distances", "labels")
+    )
+    pooled = np.concatenate([first.pooled, second.pooled])
+    return States(pooled, Recorded(a.exit_layers, logits, distances, labels))
+
+
+def signals(held: Recorded) -> dict[str, Signal]:
+    """The signals, fitted on held-out texts where they need that; small is sure."""
+
+    def without(recorded: Recorded) -> Recorded:
+        return replace(recorded, distances=np.full_like(recorded.distances, np.nan))
+
+    def unsure(recorded: Recorded) -> Floats:
+        return np.asarray(1 - formulas.softmax(recorded.logits).max(-1))
+
+    lam = max(LAMS, key=lambda lam: merit(Edr(lam).scores(held), held))
+    plain: dict[str, Callable[[Recorded], Floats]] = {
+        "maximum probability": unsure,
+        "entropy": lambda r: r.entropy,
+        "DR alone": lambda r: r.distance_ratio,
+        f"EDR, λ = {lam:g}": Edr(lam).scores,
+    }
+    found = {name: Signal(scores(held), scores) for name, scores in plain.items()}
+    blind, risk = fit(without(held)), fit(held)
+    found["risk without DR"] = Signal(cross_fit(without(held)), lambda r: blind.scores(without(r)))
+    found["risk"] = Signal(cross_fit(held), risk.scores)
+    return found
+
+
+def tau_for_speedup(scores: Floats, recorded: Recorded, wanted: float) -> float:
+    """The smallest τ with at least the wanted speed-up in layers; that of full speed if there is none."""
+    layers, taus = np.asarray(recorded.exit_layers), thresholds(scores)
+    low, high = 0, len(taus) - 1  # the mean layer falls as τ rises
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_fast = layers[exit_index(scores, float(taus[middle]))].mean() <= layers[-1] / wanted
+        low, high = (low, middle) if is_fast else (middle, high)
+    return float(taus[high])
+
+
+def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
+    """The largest τ up to which at most so many answers are unlike full depth."""
+    rows, differs = np.arange(len(scores)), recorded.differs
+    chosen = -np.inf
+    for tau in thresholds(scores):
+        if differs[rows, exit_index(scores, float(tau))].mean() > disagreement:
+            break
+        chosen = float(tau)
+    return chosen
+
+
+def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
+    """What a τ does: speed-up in layers, accuracy lost on the texts with a label, texts unlike full depth, and
+    texts that exit early."""
+    index, rows = exit_index(scores, tau), np.arange(len(scores))
+    labelled, correct = recorded.labels >= 0, recorded.correct
+    lost = (correct[:, -1].astype(float) - correct[rows, index])[labelled]
+    layers = np.asarray(recorded.exit_layers)
+    return {
+        "speedup": speedup(recorded.exit_layers[-1], float(layers[index].mean())),
+        "loss": float(lost.mean()) if len(lost) else float("nan"),
+        "unlike": float(recorded.differs[rows, index].mean()),
+        "early": float((index < len(layers) - 1).mean()),
+    }
+
+
+def mean_auroc(scores: Floats, recorded: Recorded) -> float:
+    """The AUROC for "this exit disagrees with the last", the mean of the exits."""
+    areas = [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+
+
+def limits(held: Recorded) -> Floats:
+    """The distance to the nearest prototype beyond which a text is far, by exit; inf where there are no prototypes."""
+    nearest = held.distances.min(-1)
+    return np.array(
+        [
+            reference.far(reference.quantiles(nearest[:, j])) if np.isfinite(nearest[:, j]).all() else np.inf
+            for j in range(nearest.shape[1])
+        ]
+    )
+
+
+def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
+    """The scores as the OOD policy compares them with τ.
+
+    It halves τ from the first exit on at which a text is far from every prototype: as if the scores were doubled.
+    """
+    far = np.maximum.accumulate(recorded.distances.min(-1) > limits, axis=1)
+    return np.where(far, scores / CAUTION, scores)
+
+
+def guaranteed(
+    scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
+) -> tuple[float, float, float]:
+    """A stream with the guarantee on, that begins with τ `start` of the grid: share of answers unlike full depth,
+    mean exit layer, and the last τ.
+
+    Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers: a server
+    runs them when it is idle.
+    """
+    rng, rows = np.random.default_rng(seed), np.arange(len(scores))
+    index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
+    differs = recorded.differs[rows[:, None], index]
+    layers = np.asarray(recorded.exit_layers)[index]
+    rates, depths = differs.mean(0), layers.mean(0)
+    promise = Promise(DISAGREEMENT, np.array(FINE_TAUS), start)
+    text, unlike, depth = 0, 0.0, 0.0
+    while text < texts:
+        share = AUDITED if promise.index else 1.0
+        skipped = min(int(rng.geometric(share)), texts - text) - 1
+        unlike += float(rates[promise.index]) * (skipped + 1)
+        depth += float(depths[promise.index]) * (skipped + 1)
+        k = int(rng.integers(len(scores)))
+        promise.skip(share, skipped)
+        promise.add(share, Profile(differs[k], layers[k]))
+        text += skipped + 1
+    return unlike / texts, depth / texts, promise.tau
+
+
+def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
+    """All results of one model."""
+    result: dict[str, Any] = {
+        "signals": {},
+        "risk": {},
+        "texts": {d: len(r.labels) for d, r in texts.items()},
+    }
+    result["full depth"] = {
+        d: float(r.correct[r.labels >= 0, -1].mean()) if (r.labels >= 0).any() else float("nan")
+        for d, r in texts.items()
+    }
+    known = signals(held)
+    for name, signal in known.items():
+        taus = {
+            "speed": tau_for_speedup(signal.held, held, SPEEDUP),
+            "agreement": tau_within(signal.held, held, DISAGREEMENT),
+        }
+        result["signals"][name] = {
+            d: {
+                **{target: at(signal.scores(r), r, tau) for target, tau in taus.items()},
+                "auroc": mean_auroc(signal.scores(r), r),
+            }
+            for d, r in texts.items()
+        }
+    tau = tau_within(known["risk"].held, held, DISAGREEMENT)
+    start = int(np.searchsorted(FINE_TAUS, tau, side="right")) - 1
+    far = limits(held)
+    for d, recorded in texts.items():
+        scores = known["risk"].scores(recorded)
+        ways = {"nothing": scores, "policy": cautious(scores, recorded, far)}
+        rows = {name: at(s, recorded, FINE_TAUS[start]) for name, s in ways.items()}
+        for name, s in (("guarantee", scores), ("both", ways["policy"])):
+            runs = np.array([guaranteed(s, recorded, start, TEXTS, seed) for seed in range(STREAMS)])
+            rows[name] = {
+                "speedup": speedup(recorded.exit_layers[-1], float(runs[:, 1].mean())),
+                "unlike": float(runs[:, 0].mean()),
+                "worst": float(runs[:, 0].max()),
+                "tau": float(np.median(runs[:, 2])),
+            }
+        rows["far"] = {"share": float((recorded.distances.min(-1) > far).any(1).mean())}
+        result["risk"][d] = rows
+    result["tau"] = FINE_TAUS[start]
+    return result
+
+
+def tables(results: dict[str, Any]) -> str:
+    """A table of the signals and one of risk's policy and guarantee, for each model, as Markdown."""
+    found = []
+    for task, result in results.items():
+        columns = [task, "signal", "3×: speed-up, lost, unlike, %", "2%: speed-up, lost, unlike, %"]
+        columns += ["exit early, %", "AUROC"]
+        rows = []
+        for domain, count in result["texts"].items():
+            for i, (name, by_domain) in enumerate(result["signals"].items()):
+                row = by_domain[domain]
+                fast, like = row["speed"], row["agreement"]
+                cells = [_cells(fast), _cells(like), number(100 * like["early"], 0), number(row["auroc"])]
+                rows.append(["" if i else f"{domain} ({count})", name, *cells])
+        found.append(markdown(columns, rows))
+        columns = [task, "far, %"]
+        columns += [
+            "nothing: speed-up, unlike, %",
+            "policy",
+            "guarantee (worst stream)",
+            "both (worst stream)",
+        ]
+        rows = []
+        for domain, ways in result["risk"].items():
+            cells = []
+            for name in ("nothing", "policy", "guarantee", "both"):
+                way = ways[name]
+                worst = f" ({100 * way['worst']:.2f})" if "worst" in way else ""
+                cells.append(f"{way['speedup']:.2f}×, {100 * way['unlike']:.2f}{worst}")
+            rows.append([domain, number(100 * ways["far"]["share"], 0), *cells])
+        found.append(markdown(columns, rows))
+    return "\n".join(found)
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table, as the pages of docs/ have them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number of a table; a dash where there is none."""
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def _cells(row: dict[str, Any]) -> str:
+    lost = None if row["loss"] is None else 100 * row["loss"]
+    return f"{row['speedup']:.2f}×, {number(lost, 2)}, {100 * row['unlike']:.2f}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Texts unlike full depth by signal and domain, at the τ that was chosen for 2% in domain."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    for axis, (task, result) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        width = 0.8 / len(result["texts"])
+        places: NDArray[np.float64] = np.arange(len(result["signals"]), dtype=float)
+        for i, domain in enumerate(result["texts"]):
+            heights = [100 * rows[domain]["agreement"]["unlike"] for rows in result["signals"].values()]
+            axis.bar(places + i * width, heights, width, label=domain)
+        axis.axhline(100 * DISAGREEMENT, color="black", linestyle=":", linewidth=1)
+        axis.set_xticks(
+            places + 0.4 - width / 2, list(result["signals"]), rotation=25, ha="right", fontsize=8
+        )
+        axis.set(title=task, ylabel="unlike full depth, %")
+        axis.grid(alpha=0.3, axis="y")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+    redraw: Annotated[bool, typer.Option("--redraw", help="Only the tables and the picture again.")] = False,
+) -> None:
+    """Measure, and print the tables."""
+    if not redraw:
+        if root is None or runs is None:
+            raise typer.BadParameter("give the folders of the data sets and of the trained models")
+        results = {}
+        for task, cell in CELLS.items():
+            trained = Trained(cell, root, runs)
+            texts = {name: states.recorded for name, states in domains(trained, root).items()}
+            results[task] = measure(held_out(trained).recorded, texts)
+        save("shift", results)
+    results = load("shift")
+    plot(results, RESULTS / "shift.png")
+    print(tables(results))
+
+
+if __name__ == "__main__":
+    typer.run(main)
