@@ -47,9 +47,10 @@ def test_correlations_of_resamples_are_those_of_the_rows_they_have() -> None:
     x = 100 + rng.normal(size=40)
     y = x + rng.normal(size=40)
     rows = rng.integers(40, size=40)
-    counts = np.bincount(rows, minlength=40).astype(float)
-    both = resampled(x, y, np.stack([counts, np.ones(40)]))
-    assert np.allclose(both, [correlation(x[rows], y[rows])[0], correlation(x, y)[0]])
+    counts = np.bincount(rows, minlength=40)
+    both = resampled(np.stack([x, x * x]), y, np.stack([counts, np.ones(40)]) / 40)
+    expected = [[correlation(z[r], y[r])[0] for z in (x, x * x)] for r in (rows, np.arange(40))]
+    assert np.allclose(both, expected)
 
 
 def test_one_layer_for_all_has_the_asked_speedup() -> None:

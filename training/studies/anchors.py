@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 KINDS = ("sliding, attraction only", "sliding, with contrast", "trained, with contrast")
 GAMMA = 0.01  # of Eq. 1
-EPOCHS, BATCH, LR = 10, 64, 1e-3
+WIDTH = 64  # of h'
+EPOCHS, BATCH, LR = 5, 64, 1e-3
 CONTRAST = 0.1  # temperature of the contrast in training
 TEMPERATURES = torch.logspace(-2.5, 1, 36)
 STEP = 0.1  # of values, where the nearest point of the line is looked for
@@ -69,15 +70,15 @@ class Anchors:
         """
         generator = torch.Generator().manual_seed(seed)
         (n, exits, hidden), mean = states.shape, states.mean(0)
-        weight = (0.02 * torch.randn(exits, hidden, hidden, generator=generator)).requires_grad_()
-        bias = torch.zeros(exits, hidden, requires_grad=True)
+        weight = (0.02 * torch.randn(exits, hidden, WIDTH, generator=generator)).requires_grad_()
+        bias = torch.zeros(exits, WIDTH, requires_grad=True)
         shares = hats(labels, values)
         slides, contrasts = kind.startswith("sliding"), kind.endswith("contrast")
         model = cls(values, mean, weight, bias, torch.empty(0))
         with torch.no_grad():
             model.points = _means(model.embed(states), shares)
         parameters = [weight, bias] if slides else [weight, bias, model.points.requires_grad_()]
-        optimizer = torch.optim.AdamW(parameters, lr=LR)
+        optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
         steps, step = EPOCHS * -(-n // BATCH), 0
         for _ in range(EPOCHS):
             for rows in torch.randperm(n, generator=generator).split(BATCH):
@@ -127,11 +128,9 @@ class Anchors:
 
     def temperatures(self, states: Tensor, labels: Tensor) -> Tensor:
         """Of each exit the temperature that reads the labels with the least squared error, (exits,)."""
-        exits = states.shape[1]
-        errors = [
-            (self.read(states, t.expand(exits)) - labels[:, None]).square().mean(0) for t in TEMPERATURES
-        ]
-        return TEMPERATURES[torch.stack(errors).argmin(0)]
+        similar = self.similarities(states)
+        read = torch.stack([(similar / t).softmax(-1) @ self.values for t in TEMPERATURES])
+        return TEMPERATURES[(read - labels[:, None]).square().mean(1).argmin(0)]
 
     def geometry(self, states: Tensor, values: Tensor, temperatures: Tensor) -> Tensor:
         """What the anchors say of an exit whose head says values (n, exits): (n, exits, 3).

@@ -3,14 +3,15 @@
     python -m training.studies.regression DATA RUNS
     python -m training.studies.regression --redraw      # the tables and the plot again, from the JSON
 
-MiniLM is trained once, with a linear value head at every exit; all that follows works on its recorded states. Signals
-(training.studies.value_signals) and ordered anchor prototypes (training.studies.anchors) are fitted on train and
-held-out pairs, and measured on dev.
+MiniLM is trained with a linear value head at every exit; all that follows works on its recorded states. Heads are
+fitted again, and ordered anchor prototypes (training.studies.anchors) fitted, on training pairs, signals
+(training.studies.value_signals) on held-out pairs; all are measured on dev.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ from training.studies.value_signals import (
     ONE_LAYER,
     PLAIN,
     PLOTTED,
+    SIGNALS,
     SPEEDUPS,
+    Fold,
     Pairs,
     measure,
     of_states,
@@ -46,8 +49,9 @@ TOLERANCE = 0.5  # of STS-B's 0 to 5; it chooses the epoch only
 SETTINGS = TrainSettings(epochs=5, batch_size=32, lr=1e-4, head_lr=1e-3, alpha=0.0)
 HIGHEST = 5.0  # of STS-B's values
 COUNTS = (6, 11)  # of anchors
-SEEDS = (0, 1, 2)  # of the anchors
-OF_EACH_KIND = ("anchors", "value, value², anchors", "value, value², change, anchors")
+SEEDS = (0, 1, 2)  # of the anchors, with each encoder
+OF_READ = (PLAIN, "value, value², change", "anchors", ONE_LAYER)
+OF_EACH_KIND = ("anchors", "value, value², anchors")
 
 
 def parts_of(root: Path) -> Split:
@@ -60,12 +64,12 @@ def squared_error(values: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     return (weights * (values[..., 0] - labels[:, None].float()).square().mean(0)).sum()
 
 
-def trained(root: Path, runs: Path) -> Checkpoint:
+def trained(root: Path, runs: Path, seed: int) -> Checkpoint:
     """A value head at every exit of MiniLM, the embeddings included; trained unless runs has it."""
-    folder = runs / "stsb-minilm"
+    folder = runs / f"stsb-minilm-{seed}"
     if not is_finished(folder):
         parts, encoder = parts_of(root), minilm()
-        torch.manual_seed(SETTINGS.seed)
+        torch.manual_seed(seed)
         layers = list(range(AutoConfig.from_pretrained(encoder).num_hidden_layers + 1))
         model = De3Model.from_encoder(
             encoder, ["score"], exit_layers=layers, tolerance=TOLERANCE, input="pair"
@@ -77,7 +81,7 @@ def trained(root: Path, runs: Path) -> Checkpoint:
             model,
             AutoTokenizer.from_pretrained(encoder),
             parts,
-            SETTINGS,
+            replace(SETTINGS, seed=seed),
             folder,
             resume=folder.exists(),
             objective=lambda values, _, labels, weights, *more: squared_error(values, labels, weights),
@@ -111,91 +115,133 @@ def by_exit(values: Tensor, labels: Tensor) -> dict[str, list[float]]:
     return {"pearson": [p for p, _ in both], "spearman": [s for _, s in both], "rmse": rmse}
 
 
-def again(train_pairs: Pairs, unseen: Pairs) -> Tensor:
-    """What heads say of unseen pairs, (n, exits), if they are fitted again to the training states, by ridge."""
+def again(train_pairs: Pairs, fold: Fold) -> Fold:
+    """The fold with the values of heads that are fitted again, to the trained encoder's states, by ridge."""
     y = train_pairs.labels.double().numpy()
-    exits = range(unseen.values.shape[1])
-    columns = [ridge(of_states(train_pairs, j), y, of_states(unseen, j)) for j in exits]
-    return torch.from_numpy(np.stack(columns, 1)).float()
+
+    def values(p: Pairs) -> Tensor:
+        exits = range(p.values.shape[1])
+        columns = [ridge(of_states(train_pairs, j), y, of_states(p, j)) for j in exits]
+        return torch.from_numpy(np.stack(columns, 1)).float()
+
+    return Fold(*(replace(p, values=values(p)) for p in fold))
 
 
-def study(root: Path, runs: Path) -> dict[str, Any]:
+class Fitted(NamedTuple):
+    """Anchors of one seed, and what follows from them.
+
+    Attributes:
+        beside: the fold's values, with the anchors' geometry.
+        read: the values that the anchors read, with their geometry.
+        error: of those of held-out pairs, squared.
+    """
+
+    beside: Fold
+    read: Fold
+    error: float
+
+
+def with_anchors(train_pairs: Pairs, fold: Fold, count: int, kind: str, seed: int) -> Fitted:
+    """Fit anchors on training states; on held-out pairs only their temperatures."""
+    values = torch.linspace(0, HIGHEST, count)
+    anchors = Anchors.fit(train_pairs.states, train_pairs.labels, values, kind, seed)
+    temperatures = anchors.temperatures(fold.held.states, fold.held.labels)
+    read = [replace(p, values=anchors.read(p.states, temperatures)) for p in fold]
+    error = float((read[0].values - read[0].labels[:, None]).square().mean())
+    beside, of_read = (Fold(*(p.with_anchors(anchors, temperatures) for p in of)) for of in (fold, read))
+    return Fitted(beside, of_read, error)
+
+
+def study(root: Path, runs: Path, encoders: int) -> dict[str, Any]:
     """Train, record, and measure."""
-    checkpoint, parts = trained(root, runs), parts_of(root)
+    parts = parts_of(root)
     dev = data.to_examples(REGRESSIONS["stsb"].unseen(root), [], regression=True)
-    train_pairs = recorded(checkpoint, parts.train, "train")
-    held = recorded(checkpoint, parts.tune + parts.certify, "held-out")
-    unseen = recorded(checkpoint, dev, "dev")
-    heads = {
-        "value head": by_exit(unseen.values, unseen.labels),
-        "value head, fitted again": by_exit(again(train_pairs, unseen), unseen.labels),
-    }
-    kinds, geometries = {}, {}
+    trainings, trained_folds = [], []
+    for seed in range(encoders):
+        checkpoint = trained(root, runs, seed)
+        trainings.append(recorded(checkpoint, parts.train, "train"))
+        held = recorded(checkpoint, parts.tune + parts.certify, "held-out")
+        trained_folds.append(Fold(held, recorded(checkpoint, dev, "dev")))
+    console.print("fitting the heads again")
+    folds = [again(t, fold) for t, fold in zip(trainings, trained_folds, strict=True)]
+    heads = {"value heads as trained": _heads(trained_folds), "value heads, fitted again": _heads(folds)}
+    kinds, fitted = {}, {}
     for count in COUNTS:
         for kind in KINDS:
             name = f"{count} anchors, {kind}"
             console.print(name, highlight=False)
-            errors, reads, pairs = [], [], []
-            for seed in SEEDS:
-                values = torch.linspace(0, HIGHEST, count)
-                anchors = Anchors.fit(train_pairs.states, train_pairs.labels, values, kind, seed)
-                temperatures = anchors.temperatures(held.states, held.labels)
-                read = anchors.read(held.states, temperatures)
-                errors.append(float((read - held.labels[:, None]).square().mean()))
-                reads.append(by_exit(anchors.read(unseen.states, temperatures), unseen.labels))
-                pairs.append([p.with_anchors(anchors, temperatures) for p in (held, unseen)])
-            heads[name] = {key: np.mean([r[key] for r in reads], 0).tolist() for key in reads[0]}
-            geometries[name] = [p[0] for p in pairs], [p[1] for p in pairs]
+            pairs = [pair for pair in zip(trainings, folds, strict=True) for _ in SEEDS]
+            seeds = [seed for _ in folds for seed in SEEDS]
+            fitted[name] = [
+                with_anchors(*pair, count, kind, seed) for pair, seed in zip(pairs, seeds, strict=True)
+            ]
+            heads[name] = _heads([f.read for f in fitted[name]])
             kinds[name] = {
-                "held_out_error": float(np.mean(errors)),
-                **measure(*geometries[name], OF_EACH_KIND),
+                "held_out_error": float(np.mean([f.error for f in fitted[name]])),
+                **measure([f.beside for f in fitted[name]], folds, OF_EACH_KIND),
             }
     chosen = min(kinds, key=lambda name: kinds[name]["held_out_error"])
-    held_seeds, unseen_seeds = geometries[chosen]
-    sizes = {"train": len(train_pairs.labels), "held-out": len(held.labels), "dev": len(unseen.labels)}
+    console.print(f"chosen: {chosen}", highlight=False)
+    systems = {
+        "as trained": (trained_folds, (PLAIN, ONE_LAYER)),
+        "fitted again": ([f.beside for f in fitted[chosen]], SIGNALS),
+        "read from anchors": ([f.read for f in fitted[chosen]], OF_READ),
+    }
+    sizes = [len(p.labels) for p in (trainings[0], *folds[0])]
     return {
-        "pairs": sizes,
+        "encoders": encoders,
+        "pairs": dict(zip(("train", "held-out", "dev"), sizes, strict=True)),
         "heads": heads,
         "kinds": kinds,
         "chosen": chosen,
-        "with": measure(held_seeds, unseen_seeds),
-        "without": measure(
-            [p.without_first() for p in held_seeds], [p.without_first() for p in unseen_seeds]
-        ),
+        "with": {name: measure(of, folds, signals) for name, (of, signals) in systems.items()},
+        "without": {
+            name: measure(_without_first(of), _without_first(folds), signals)
+            for name, (of, signals) in systems.items()
+        },
     }
 
 
+def _heads(folds: Sequence[Fold]) -> dict[str, list[float]]:
+    """How right the values of unseen pairs are by exit, the mean of folds."""
+    each = [by_exit(fold.unseen.values, fold.unseen.labels) for fold in folds]
+    return {key: np.mean([one[key] for one in each], 0).tolist() for key in each[0]}
+
+
+def _without_first(folds: Sequence[Fold]) -> list[Fold]:
+    return [Fold(*(p.without_first() for p in fold)) for fold in folds]
+
+
 def tables(results: dict[str, Any]) -> str:
-    """The page's tables, in Markdown."""
-    layers = len(results["heads"]["value head"]["pearson"])
-    lines = [
-        "| Pearson, Spearman by exit | " + " | ".join(str(m) for m in range(layers)) + " |",
-        "| --- |" + " --- |" * layers,
-    ]
+    """The page's tables, in Markdown: correlations in hundredths."""
+    layers = len(results["heads"]["value heads as trained"]["pearson"])
+    lines = [_row(["Pearson, Spearman by exit", *range(layers)]), _row(["---"] * (layers + 1))]
     for name, head in results["heads"].items():
-        cells = [
-            f"{100 * p:.1f}, {100 * s:.1f}" for p, s in zip(head["pearson"], head["spearman"], strict=True)
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        both = zip(head["pearson"], head["spearman"], strict=True)
+        lines.append(_row([name, *(f"{100 * p:.1f}, {100 * s:.1f}" for p, s in both)]))
     for part in ("with", "without"):
-        head = " | ".join(f"{s:g}×" for s in SPEEDUPS[1:])
-        lines += ["", f"| {part} the exit on the embeddings | {head} |", "| --- |" + " --- |" * 3]
-        for name, signal in results[part].items():
-            lines.append(f"| {name} | " + " | ".join(_cells(signal)) + " |")
-    lines += ["", "| anchors | held-out error | signal | 2× | 3× |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", _row([f"{part} layer 0: values", "signal", *(f"{s:g}×" for s in SPEEDUPS[1:])])]
+        lines.append(_row(["---"] * (1 + len(SPEEDUPS))))
+        for system, signals in results[part].items():
+            lines += [_row([system, name, *_cells(signal)]) for name, signal in signals.items()]
+    lines += ["", _row(["anchors", "held-out error", "signal", "2×", "3×"]), _row(["---"] * 5)]
     for name, kind in results["kinds"].items():
-        for signal in OF_EACH_KIND:
-            cells = _cells(kind[signal])[1:]
-            lines.append(f"| {name} | {kind['held_out_error']:.3f} | {signal} | " + " | ".join(cells) + " |")
+        error = f"{kind['held_out_error']:.3f}"
+        lines += [_row([name, error, signal, *_cells(kind[signal])[1:]]) for signal in OF_EACH_KIND]
     lines += ["", "Spearman of the scores with |ŷ_m − ŷ_M|, by exit:", ""]
-    for name, signal in results["with"].items():
-        if signal["knows"]:
-            lines.append(f"- {name}: {' '.join(f'{k:.2f}' for k in signal['knows'])}")
+    for system, signals in results["with"].items():
+        for name, signal in signals.items():
+            if signal["knows"]:
+                lines.append(f"- {system}, {name}: {' '.join(f'{k:.2f}' for k in signal['knows'])}")
     return "\n".join(lines)
 
 
+def _row(cells: Sequence[object]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def _cells(signal: dict[str, Any]) -> list[str]:
-    """Of each speed-up both correlations, and what Pearson's gains over the plain signal."""
+    """Of each speed-up both correlations, and Pearson's gain with its interval."""
     cells = []
     for s in SPEEDUPS[1:]:
         at = signal["speedups"][f"{s:g}"]
@@ -206,26 +252,21 @@ def _cells(signal: dict[str, Any]) -> list[str]:
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Pearson's correlation against speed-up, by signal, with and without the exit on the embeddings."""
+    """Pearson's correlation against speed-up, by values and signal, with and without the exit on the embeddings."""
     from matplotlib.figure import Figure
 
+    colors = dict(zip(SIGNALS, ("black", "C0", "C1", "C2", "C3", "C4", "C5", "grey", "C8"), strict=True))
     figure = Figure(figsize=(11, 4.5))
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("with", "without"), strict=True):
-        for name, signal in results[part].items():
-            dashes = {PLAIN: "-", ONE_LAYER: ":"}.get(name, "--" if "anchors" in name else "-")
-            strong = name in (PLAIN, ONE_LAYER)
-            axes.plot(
-                PLOTTED,
-                [100 * p for p in signal["curve"]],
-                dashes,
-                label=name,
-                color="black" if strong else None,
-                linewidth=2 if strong else 1.2,
-            )
+        for name, signal in results[part]["fitted again"].items():
+            axes.plot(PLOTTED, [100 * p for p in signal["curve"]], color=colors[name], label=name)
+        for system, style in (("as trained", ":"), ("read from anchors", "--")):
+            curve = [100 * p for p in results[part][system][ONE_LAYER]["curve"]]
+            axes.plot(PLOTTED, curve, style, color=colors[ONE_LAYER], label=f"{ONE_LAYER}, values {system}")
         axes.set(xlabel="speed-up: M / mean exit layer", title=f"{part} the exit on the embeddings")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Pearson · 100, STS-B dev")
-    figure.axes[1].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=80)
 
@@ -234,6 +275,7 @@ def main(
     root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
     runs: Annotated[Path | None, typer.Argument(help="Folder of the trained model.")] = None,
     redraw: Annotated[bool, typer.Option(help="Only print and draw the results again.")] = False,
+    encoders: Annotated[int, typer.Option(min=1, help="How many to train, with seeds from 0.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; by default it chooses.")] = None,
 ) -> None:
     """Train a value head at every exit, fit the signals, and compare them at equal speed-up."""
@@ -243,7 +285,7 @@ def main(
     if not redraw:
         if root is None or runs is None:
             raise typer.BadParameter("give the folder of the data sets and that of the trained model")
-        measures.save(NAME, study(root, runs))
+        measures.save(NAME, study(root, runs, encoders))
     results = measures.load(NAME)
     print(tables(results))
     draw(results, measures.RESULTS / f"{NAME}.png")

@@ -5,7 +5,7 @@ A score predicts |ŷ_m − ŷ_M|, how far the value of exit m is from that of fu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from torch import Tensor
@@ -69,6 +69,13 @@ class Pairs:
         return Recorded(layers, logits, np.full_like(logits, np.nan), labels, tolerance=1.0)
 
 
+class Fold(NamedTuple):
+    """What signals are fitted on, and what they are measured on."""
+
+    held: Pairs
+    unseen: Pairs
+
+
 Features = Callable[[Pairs, int], Floats]  # of an exit, (n, F)
 
 
@@ -100,13 +107,11 @@ FITTED: dict[str, tuple[Features, ...]] = {
     PLAIN: (of_value,),
     "value, value², change": (of_value, of_change),
     "h": (of_states,),
-    "h, value, value², change": (of_states, of_value, of_change),
     "anchors": (of_anchors,),
     "value, value², anchors": (of_value, of_anchors),
     "value, value², change, anchors": (of_value, of_change, of_anchors),
-    "h, value, value², change, anchors": (of_states, of_value, of_change, of_anchors),
 }
-RAW = {"anchors: |read − value| as it is": 0, "anchors: distance ratio as it is": 1}
+RAW = {"distance ratio as it is": 1}
 HINDSIGHT = "hindsight: |ŷ_m − ŷ_M| itself"
 ONE_LAYER = "one layer for all"
 SIGNALS = (*FITTED, *RAW, HINDSIGHT, ONE_LAYER)
@@ -156,13 +161,14 @@ def of_one_layer(unseen: Pairs, speedup: float) -> Floats:
     return np.asarray((1 - share) * answers[:, below] + share * answers[:, below + 1])
 
 
-def resampled(answers: Floats, labels: Floats, counts: Floats) -> Floats:
-    """Pearson's correlation in each resample, (B,), of which counts (B, n) says how often it has each pair."""
-    shares = counts / counts.sum(1, keepdims=True)
-    x, y = answers - answers.mean(), labels - labels.mean()
-    mean_x, mean_y = shares @ x, shares @ y
-    spread_x, spread_y = shares @ (x * x) - mean_x**2, shares @ (y * y) - mean_y**2
-    return np.asarray((shares @ (x * y) - mean_x * mean_y) / np.sqrt(spread_x * spread_y))
+def resampled(answers: Floats, labels: Floats, shares: Floats) -> Floats:
+    """Pearson's correlation of answers (k, n) with labels (n,) in each resample, (B, k).
+
+    shares: of each pair in each resample, (B, n), rows of sum 1.
+    """
+    x, y = (answers - answers.mean(1, keepdims=True)).T, (labels - labels.mean())[:, None]
+    mean_x, square_x, product, mean_y, square_y = (shares @ v for v in (x, x * x, x * y, y, y * y))
+    return np.asarray((product - mean_x * mean_y) / np.sqrt((square_x - mean_x**2) * (square_y - mean_y**2)))
 
 
 def ranks(values: Floats) -> Floats:
@@ -171,7 +177,7 @@ def ranks(values: Floats) -> Floats:
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])
 
 
-def compare(of: list[Floats], plain: list[Floats], labels: Floats, counts: Floats) -> dict[str, Any]:
+def compare(of: list[Floats], plain: list[Floats], labels: Floats, shares: Floats) -> dict[str, Any]:
     """Both correlations of answers, the mean of the seeds, and their gains over plain ones with 95% intervals.
 
     Spearman's resamples keep the ranks of the whole sample.
@@ -181,37 +187,47 @@ def compare(of: list[Floats], plain: list[Floats], labels: Floats, counts: Float
     found: dict[str, Any] = {}
     for i, name in enumerate(("pearson", "spearman")):
         shown = ranks if name == "spearman" else np.asarray
-        new, old = (
-            np.mean([resampled(shown(a), shown(labels), counts) for a in group], 0) for group in (of, plain)
-        )
+        both = np.stack([shown(a) for a in of + plain])
+        each = resampled(both, shown(labels), shares)
+        differences = each[:, : len(of)].mean(1) - each[:, len(of) :].mean(1)
         found[name] = exact[i]
-        found[f"{name}_gain"] = [gains[i], *np.quantile(new - old, (0.025, 0.975))]
+        found[f"{name}_gain"] = [gains[i], *np.quantile(differences, (0.025, 0.975))]
     return found
 
 
-def measure(held: Sequence[Pairs], unseen: Sequence[Pairs], names: Sequence[str] = SIGNALS) -> dict[str, Any]:
-    """Signals, fitted on held-out pairs and measured on unseen ones, each with the geometry of one seed of anchors."""
-    labels, n = unseen[0].labels.double().numpy(), len(unseen[0].labels)
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(n, np.full(n, 1 / n), measures.BOOTSTRAPS).astype(float)
-    recorded = unseen[0].recorded
+def measure(folds: Sequence[Fold], plain: Sequence[Fold], names: Sequence[str] = SIGNALS) -> dict[str, Any]:
+    """Signals, the mean of folds (seeds) of the same unseen pairs, and their gains over the plain signal of others."""
+    labels = folds[0].unseen.labels.double().numpy()
+    n, rng = len(labels), np.random.default_rng(0)
+    shares = rng.multinomial(n, np.full(n, 1 / n), measures.BOOTSTRAPS) / n
 
-    def at(scores: list[Floats], speedup: float) -> list[Floats]:
-        if not scores:
-            return [of_one_layer(unseen[0], speedup)]
-        return [measures.right_at(s, recorded, speedup, recorded.answers) for s in scores]
+    def scored(name: str, of: Sequence[Fold]) -> list[tuple[Fold, Floats | None]]:
+        return [(fold, None if name == ONE_LAYER else score(name, *fold)) for fold in of]
 
-    plain = [score(PLAIN, held[0], unseen[0])]
+    def answers(of: list[tuple[Fold, Floats | None]], speedup: float) -> list[Floats]:
+        return [_answers(fold, scores, speedup) for fold, scores in of]
+
+    base = scored(PLAIN, plain)
     results: dict[str, Any] = {}
     for name in names:
-        seeds = zip(held, unseen, strict=True) if "anchors" in name else [(held[0], unseen[0])]
-        scores = [] if name == ONE_LAYER else [score(name, *seed) for seed in seeds]
+        of = scored(name, folds)
+        known = [_knows(scores, fold.unseen.off) for fold, scores in of if scores is not None]
         results[name] = {
-            "speedups": {f"{s:g}": compare(at(scores, s), at(plain, s), labels, counts) for s in SPEEDUPS},
-            "curve": [np.mean([correlation(a, labels)[0] for a in at(scores, s)]) for s in PLOTTED],
-            "knows": np.mean([_knows(s, unseen[0].off) for s in scores], 0) if scores else [],
+            "speedups": {
+                f"{s:g}": compare(answers(of, s), answers(base, s), labels, shares) for s in SPEEDUPS
+            },
+            "curve": [np.mean([correlation(a, labels)[0] for a in answers(of, s)]) for s in PLOTTED],
+            "knows": np.mean(known, 0) if known else [],
         }
     return results
+
+
+def _answers(fold: Fold, scores: Floats | None, speedup: float) -> Floats:
+    """The values that unseen pairs exit with, (n,)."""
+    if scores is None:
+        return of_one_layer(fold.unseen, speedup)
+    recorded = fold.unseen.recorded
+    return measures.right_at(scores, recorded, speedup, recorded.answers)
 
 
 def _knows(scores: Floats, off: Floats) -> list[float]:
