@@ -56,7 +56,7 @@ def test_correlations_of_resamples_are_those_of_the_rows_they_have() -> None:
 def test_one_layer_for_all_has_the_asked_speedup() -> None:
     values = torch.arange(1.0, 7).expand(3, 6)  # of layers 1 to 6: the layer itself
     layers = Pairs(torch.zeros(3, 6, 1), values, torch.zeros(3), first=1)
-    for speedup in (1.0, 1.7, 2.0, 6.0):
+    for speedup in (1.0, 1.5, 2.0, 6.0):
         assert np.allclose(of_one_layer(layers, speedup), 6 / speedup)
     # And so has a signal: the mean layer of what it answers.
     scores = np.random.default_rng(0).random((3, 6))

@@ -255,20 +255,24 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Pearson's correlation against speed-up, by values and signal, with and without the exit on the embeddings."""
     from matplotlib.figure import Figure
 
-    colors = dict(zip(SIGNALS, ("black", "C0", "C1", "C2", "C3", "C4", "C5", "grey", "C8"), strict=True))
-    figure = Figure(figsize=(11, 4.5))
+    figure = Figure(figsize=(10, 4.2))
+    heads = {"value heads as trained": "v", "value heads, fitted again": "o", results["chosen"]: "^"}
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("with", "without"), strict=True):
         for name, signal in results[part]["fitted again"].items():
-            axes.plot(PLOTTED, [100 * p for p in signal["curve"]], color=colors[name], label=name)
-        for system, style in (("as trained", ":"), ("read from anchors", "--")):
-            curve = [100 * p for p in results[part][system][ONE_LAYER]["curve"]]
-            axes.plot(PLOTTED, curve, style, color=colors[ONE_LAYER], label=f"{ONE_LAYER}, values {system}")
-        axes.set(xlabel="speed-up: M / mean exit layer", title=f"{part} the exit on the embeddings")
+            if name != ONE_LAYER:
+                axes.plot(PLOTTED, [100 * p for p in signal["curve"]], linewidth=1.2, label=name)
+        for name, marker in heads.items():
+            by_layer = results["heads"][name]["pearson"][1:]
+            speedups = [len(by_layer) / m for m in range(1, len(by_layer) + 1)]
+            axes.plot(speedups, [100 * p for p in by_layer], marker, label=f"{ONE_LAYER}: {name}", alpha=0.7)
+        axes.set(
+            ylim=(55, 87), xlabel="speed-up: M / mean exit layer", title=f"{part} the exit on the embeddings"
+        )
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("Pearson · 100, STS-B dev")
     figure.axes[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=75, pil_kwargs={"optimize": True})
 
 
 def main(

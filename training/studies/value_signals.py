@@ -153,12 +153,9 @@ def score(name: str, held: Pairs, unseen: Pairs) -> Floats:
 
 
 def of_one_layer(unseen: Pairs, speedup: float) -> Floats:
-    """The values of one layer for all, (n,); between two layers each pair's mean of both by their shares."""
-    answers = unseen.recorded.answers
-    wanted = (unseen.first + answers.shape[1] - 1) / speedup - unseen.first
-    below = min(int(wanted), answers.shape[1] - 2)
-    share = wanted - below
-    return np.asarray((1 - share) * answers[:, below] + share * answers[:, below + 1])
+    """The values of the one layer with this speed-up, for all pairs, (n,)."""
+    layers = unseen.recorded.exit_layers
+    return np.asarray(unseen.recorded.answers[:, layers.index(round(layers[-1] / speedup))])
 
 
 def resampled(answers: Floats, labels: Floats, shares: Floats) -> Floats:
@@ -216,7 +213,10 @@ def measure(folds: Sequence[Fold], plain: Sequence[Fold], names: Sequence[str] =
             "speedups": {
                 f"{s:g}": compare(answers(of, s), answers(base, s), labels, shares) for s in SPEEDUPS
             },
-            "curve": [np.mean([correlation(a, labels)[0] for a in answers(of, s)]) for s in PLOTTED],
+            "curve": [
+                np.mean([correlation(a, labels)[0] for a in answers(of, s)])
+                for s in (PLOTTED if name != ONE_LAYER else ())
+            ],
             "knows": np.mean(known, 0) if known else [],
         }
     return results
