@@ -139,12 +139,12 @@ class Trained:
         return self.checkpoint.config
 
     def examples(self, part: str) -> list[Example]:
-        """The samples of a part: train, held-out or unseen."""
+        """The samples of a part: train, held-out or unseen; of held-out ones those that are whole texts."""
         held = self.checkpoint.held_out("tune")
         if self.cell.fold is None:
             held += self.checkpoint.held_out("certify")
         if part == "held-out":
-            return held
+            return [example for example in held if not example.is_fragment]
         if part == "unseen" and self.cell.fold is not None:
             return self.checkpoint.held_out("certify")
         names, task = self.checkpoint.names, TASKS[self.cell.task]

@@ -36,7 +36,6 @@ from training.studies.shift import (
     DISAGREEMENT,
     both,
     domains,
-    held_out,
     markdown,
     mean_auroc,
     tau_within,
@@ -234,7 +233,7 @@ def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: P
 
 def calibrated(trained: Trained) -> Start:
     """The prototypes, risk and τ of a model by its held-out texts."""
-    texts = Texts.of(trained, held_out(trained))
+    texts = Texts.of(trained, trained.states("held-out"))
     prototypes = trained.model.prototypes.numpy().astype(np.float32)
     recorded = texts.rows(np.arange(len(texts.embedded)), prototypes)
     tau = tau_within(cross_fit(recorded), recorded, DISAGREEMENT)

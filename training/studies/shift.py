@@ -43,13 +43,6 @@ class Signal(NamedTuple):
     scores: Callable[[Recorded], Floats]
 
 
-def held_out(trained: Trained) -> States:
-    """The held-out texts without fragments, which a server is not asked."""
-    whole = np.array([not e.is_fragment for e in trained.examples("held-out")])
-    states = trained.states("held-out")
-    return States(states.pooled[whole], states.recorded.rows(whole))
-
-
 def domains(trained: Trained, root: Path) -> dict[str, States]:
     """The texts of each domain, the model's own first. A text without a label has the label −1."""
     home = trained.states("unseen")
@@ -318,7 +311,7 @@ def main(
         for task, cell in CELLS.items():
             trained = Trained(cell, root, runs)
             texts = {name: states.recorded for name, states in domains(trained, root).items()}
-            results[task] = measure(held_out(trained).recorded, texts)
+            results[task] = measure(trained.states("held-out").recorded, texts)
         save("shift", results)
     results = load("shift")
     plot(results, RESULTS / "shift.png")
