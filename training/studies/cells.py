@@ -248,6 +248,7 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
     )
     if cell.encoder == "mpnet":
         lr, epochs = MPNET.get(cell.task, (5e-5, 4))
+        epochs = epochs // 2 if "T" in letters else epochs  # as many steps
         settings = replace(settings, lr=lr, epochs=epochs, patience=0)
     gamma, pooling = float(cell.more.get("gamma", 0.01)), cell.more.get("pooling", "mean")
     alpha, how = float(cell.more.get("alpha", settings.alpha)), cell.more.get("prototypes", "refit")
