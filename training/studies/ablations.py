@@ -14,14 +14,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from exits import formulas
 from exits.recorded import Recorded
 from training.studies import measures
 from training.studies.cells import Cell, States, Trained
-from training.studies.measures import SPEEDUPS, Floats, auroc, merit, right_at
+from training.studies.measures import SPEEDUPS, Floats, auroc, markdown, merit, number, right_at
 from training.studies.scores import by_exit
 from training.studies.spaces import Spaces, class_means, nearest_is_right
 
@@ -120,46 +118,51 @@ def of_cell(trained: Trained) -> dict[str, Any]:
     return row
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """Fusions, and prototypes."""
-    speeds = [f"{s:g}" for s in SPEEDUPS]
-    fusions = Table(
-        title="Accuracy by fusion, λ chosen on held-out samples (in brackets: λ; best on unseen samples)"
-    )
-    kinds = Table(
-        title="Prototypes: accuracy of DR alone, EDR and risk at 2× and 3×, merit of risk, gain in AUROC"
-    )
-    for column in ("cell", "fusion", *(f"{s}×" for s in speeds)):
-        fusions.add_column(column)
-    for column in (
-        "cell",
+def tables(rows: list[dict[str, Any]]) -> str:
+    """λ, fusions, and prototypes."""
+    out = []
+    lines = []
+    for row in rows:
+        found = row["fusions"]["harmonic (Eq. 12)"]
+        pairs = (found[s] for s in ("2", "3"))
+        cells = (
+            f"{p['chosen'][0]:g}: {100 * p['chosen'][1]:.1f}; {p['best'][0]:g}: {100 * p['best'][1]:.1f}"
+            for p in pairs
+        )
+        lines.append([row["cell"], *(f"{100 * row['entropy'][s]:.1f}" for s in ("2", "3")), *cells])
+    columns = ["model", "entropy 2×", "3×", "EDR 2×: λ chosen; best", "3×"]
+    out.append(markdown(columns, lines))
+    columns = ["fusion, λ chosen on held-out", *(f"{row['cell']} {s}×" for row in rows for s in ("2", "3"))]
+    lines = [["entropy alone", *(f"{100 * row['entropy'][s]:.1f}" for row in rows for s in ("2", "3"))]]
+    for how in FUSIONS:
+        lines.append(
+            [how, *(f"{100 * row['fusions'][how][s]['chosen'][1]:.1f}" for row in rows for s in ("2", "3"))]
+        )
+    alone = [_percent(row["prototypes"]["as trained"]["dr"][s]) for row in rows for s in ("2", "3")]
+    out.append(markdown(columns, [*lines, ["distance ratio alone", *alone]]))
+    columns = [
+        "model",
         "prototypes",
-        "nearest right, by exit",
-        "DR",
+        "nearest right by exit, %",
+        "DR 2×, 3×",
         "EDR",
         "risk",
         "merit",
         "gain by exit, ‰",
-    ):
-        kinds.add_column(column)
+    ]
+    lines = []
     for row in rows:
-        fusions.add_row(row["cell"], "entropy alone", *(f"{100 * row['entropy'][s]:.1f}" for s in speeds))
-        for how, found in row["fusions"].items():
-            cells = (
-                f"{100 * found[s]['chosen'][1]:.1f} ({found[s]['chosen'][0]:g}; {100 * found[s]['best'][1]:.1f})"
-                for s in speeds
-            )
-            fusions.add_row("", how, *cells)
         for kind, found in row["prototypes"].items():
-            pairs = (" ".join(_percent(found[key][s]) for s in ("2", "3")) for key in ("dr", "edr", "risk"))
+            pairs = (", ".join(_percent(found[key][s]) for s in ("2", "3")) for key in ("dr", "edr", "risk"))
             nearest = " ".join(f"{100 * x:.0f}" for x in found["nearest"])
-            gain = " ".join("–" if x is None else f"{1000 * x:+.0f}" for x in found["gain"])
-            kinds.add_row(row["cell"], kind, nearest, *pairs, f"{found['merit']:.2f}", gain)
-    return [fusions, kinds]
+            gain = " ".join("–" if x is None else f"{1000 * x:+.0f}" for x in found["gain"]).replace("-", "−")
+            lines.append([row["cell"], kind, nearest, *pairs, f"{found['merit']:.2f}", gain])
+    out.append(markdown(columns, lines))
+    return "\n".join(out)
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
+    return number(None if value is None else 100 * value, 1)
 
 
 def main(
@@ -174,8 +177,7 @@ def main(
             raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
         rows = [of_cell(Trained(Cell.parse(name), root, runs)) for name in names]
         measures.save(NAME, rows)
-    for table in tables(measures.load(NAME)):
-        Console(width=150).print(table)
+    print(tables(measures.load(NAME)))
 
 
 if __name__ == "__main__":

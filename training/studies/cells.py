@@ -147,10 +147,12 @@ class Trained:
             return [example for example in held if not example.is_fragment]
         if part == "unseen" and self.cell.fold is not None:
             return self.checkpoint.held_out("certify")
-        names, task = self.checkpoint.names, TASKS[self.cell.task]
-        if part == "unseen":
-            return data.to_examples(task.unseen(self.root), names)
-        return _parts(self.cell, self.root)[0].train
+        split, names = _parts(self.cell, self.root)
+        return (
+            data.to_examples(TASKS[self.cell.task].unseen(self.root), names)
+            if part == "unseen"
+            else split.train
+        )
 
     def states(self, part: str) -> States:
         """The states of a part."""

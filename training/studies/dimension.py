@@ -12,13 +12,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from training.model import De3Config
 from training.studies import measures
 from training.studies.ablations import geometry
 from training.studies.cells import Cell, Trained
+from training.studies.measures import markdown
 from training.studies.spaces import Spaces
 
 NAME = "dimension"
@@ -64,22 +63,29 @@ def overhead(config: De3Config, dim: int, tokens: int = TOKENS) -> float:
     return float((hidden * dim + dim * config.num_labels) / layer)
 
 
-def tables(results: list[dict[str, Any]]) -> list[Table]:
-    """A table for each cell."""
-    out = []
+def tables(results: list[dict[str, Any]]) -> str:
+    """A line for each cell and dimension."""
+    lines = []
     for result in results:
-        table = Table(title=f"{result['cell']}: full depth {100 * result['full']:.1f}")
-        for column in ("dim", "EDR 2×", "EDR 3×", "risk 2×", "risk 3×", "merit", "gain, ‰", "added work"):
-            table.add_column(column, justify="right")
         for row in result["rows"]:
-            scale = (100, 100, 100, 100, 1, 1000)
             cells = (
                 f"{s * m:.2f} ± {s * d:.2f}"
-                for s, m, d in zip(scale, row["mean"], row["spread"], strict=True)
+                for s, m, d in zip((100, 100, 100, 100, 1, 1000), row["mean"], row["spread"], strict=True)
             )
-            table.add_row(str(row["dim"]), *cells, f"{100 * row['overhead']:.2f}%")
-        out.append(table)
-    return out
+            work = f"{100 * row['overhead']:.2f}"
+            lines.append([result["cell"], str(row["dim"]), *(cell.replace("-", "−") for cell in cells), work])
+    columns = [
+        "model",
+        "width",
+        "EDR 2×",
+        "EDR 3×",
+        "risk 2×",
+        "risk 3×",
+        "merit",
+        "gain, ‰",
+        "added work, %",
+    ]
+    return markdown(columns, lines)
 
 
 def main(
@@ -93,8 +99,7 @@ def main(
         if root is None or runs is None or not names:
             raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
         measures.save(NAME, [of_cell(Trained(Cell.parse(name), root, runs)) for name in names])
-    for table in tables(measures.load(NAME)):
-        Console(width=130).print(table)
+    print(tables(measures.load(NAME)))
 
 
 if __name__ == "__main__":

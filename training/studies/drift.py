@@ -29,14 +29,13 @@ from exits.rule import exit_index
 from exits.signals import Risk
 from training.progress import track
 from training.studies.cells import States, Trained
-from training.studies.measures import RESULTS, bootstrap, load, save, speed_within
+from training.studies.measures import RESULTS, bootstrap, load, markdown, save, speed_within
 from training.studies.shift import (
     AUDITED,
     CELLS,
     DISAGREEMENT,
     both,
     domains,
-    markdown,
     mean_auroc,
     tau_within,
 )

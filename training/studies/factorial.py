@@ -18,14 +18,12 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from exits import risk
 from exits.recorded import Recorded
 from training.studies import measures
 from training.studies.cells import Cell, Trained
-from training.studies.measures import Floats, fastest_within, merit, right_at
+from training.studies.measures import Floats, fastest_within, markdown, merit, right_at
 
 NAME = "factorial"
 FACTORS = "TWSD"
@@ -85,29 +83,24 @@ def effect(found: dict[str, dict[str, Floats]], factor: str) -> dict[str, Any]:
     return out
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
     """For each row the models, and the effects."""
     out = []
     for row in rows:
         names = list(row["effects"]["D"])
-        title = f"{row['task']}: {row['n']} samples, {'with' if row['embeddings'] else 'without'} layer 0"
-        table = Table(title=title)
-        for column in ("recipe", *names):
-            table.add_column(column, justify="right" if column != "recipe" else "left", no_wrap=True)
-        for recipe, found in row["models"].items():
-            table.add_row(recipe, *(_shown(name, found[name]) for name in names))
-        table.add_section()
+        title = f"{row['task']}, {row['n']} samples, {'with' if row['embeddings'] else 'without'} layer 0"
+        lines = [[r, *(_shown(name, found[name]) for name in names)] for r, found in row["models"].items()]
         for factor, found in row["effects"].items():
-            cells = [_with_interval(name, found[name]) for name in names]
-            table.add_row(f"effect of {factor}", *cells)
-        out.append(table)
-    return out
+            lines.append([f"effect of {factor}", *(_with_interval(name, found[name]) for name in names)])
+        out.append(markdown([title, *names], lines))
+    return "\n".join(out)
 
 
 def _shown(name: str, value: float | None, sign: str = "") -> str:
     if value is None:
         return "–"
-    return f"{100 * value:{sign}.1f}" if name.endswith("×") else f"{value:{sign}.2f}"
+    shown = f"{100 * value:{sign}.1f}" if name.endswith("×") else f"{value:{sign}.2f}"
+    return shown.replace("-", "−")
 
 
 def _with_interval(name: str, found: dict[str, Any]) -> str:
@@ -115,7 +108,7 @@ def _with_interval(name: str, found: dict[str, Any]) -> str:
     if found["mean"] is None or found["interval"] is None:
         return shown
     low, high = found["interval"]
-    return f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})"
+    return f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})".replace("-", "−")
 
 
 def main(
@@ -131,8 +124,7 @@ def main(
         measures.save(
             NAME, [r for name in task or ["mrpc", "rte", "cola"] for r in of_task(name, root, runs)]
         )
-    for table in tables(measures.load(NAME)):
-        Console(width=170).print(table)
+    print(tables(measures.load(NAME)))
 
 
 if __name__ == "__main__":

@@ -123,6 +123,17 @@ def auroc(scores: Floats, positive: NDArray[Any]) -> float:
     return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table, as the pages of docs/ have them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number of a table; a dash where there is none."""
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
 def save(name: str, results: Any) -> None:
     """Write a study's results to docs/experiments/NAME.json, numbers rounded to 5 digits."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from exits.rule import exit_index
 from exits.signals import Edr
 from training.data import Example
 from training.studies.cells import Cell, States, Trained
-from training.studies.measures import RESULTS, auroc, load, merit, save, thresholds
+from training.studies.measures import RESULTS, auroc, load, markdown, merit, number, save, thresholds
 from training.studies.tasks import out_of_scope, reviews
 
 CELLS = {"sst2": Cell("sst2"), "clinc150": Cell("clinc150")}
@@ -256,17 +256,6 @@ def tables(results: dict[str, Any]) -> str:
             rows.append([domain, number(100 * ways["far"]["share"], 0), *cells])
         found.append(markdown(columns, rows))
     return "\n".join(found)
-
-
-def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table, as the pages of docs/ have them."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number of a table; a dash where there is none."""
-    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
 def _cells(row: dict[str, Any]) -> str:

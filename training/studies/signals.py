@@ -15,12 +15,10 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from training.studies import measures
 from training.studies.cells import Cell, States, Trained
-from training.studies.measures import SPEEDUPS, Floats, right_at
+from training.studies.measures import SPEEDUPS, Floats, markdown, number, right_at
 from training.studies.scores import Family, families
 
 NAME = "signals"
@@ -108,32 +106,44 @@ def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
     return out
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """For each row of results the accuracies; a * where the difference to entropy is beyond chance."""
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """With and without the exit on the embeddings, for each speed-up: signals by models."""
     out = []
-    for row in rows:
-        title = f"{row['task']}, {row['encoder']} {row['recipe']}: {row['n']} texts, {row['cells']} models, "
-        table = Table(
-            title=title + ("with" if row["embeddings"] else "without") + " the exit on the embeddings"
-        )
-        for column in ("signal", *(f"{s:g}×" for s in SPEEDUPS), "AUROC"):
-            table.add_column(column, justify="left" if column == "signal" else "right")
-        beyond = {
-            (d["signal"], d["speedup"]): d["interval"][0] > 0 or d["interval"][1] < 0
+    for embeddings in (True, False):
+        some = [row for row in rows if row["embeddings"] == embeddings]
+        for speedup in (f"{s:g}" for s in SPEEDUPS):
+            title = f"{speedup}×, {'with' if embeddings else 'without'} layer 0"
+            columns = [title, *(model(row) for row in some)]
+            names = list(dict.fromkeys(name for row in some for name in row["signals"]))
+            lines = [["full depth", *(f"{100 * row['full']:.1f}" for row in some)]]
+            lines += [[name, *(_cell(row, name, speedup) for row in some)] for name in names]
+            out.append(markdown(columns, lines))
+        columns = ["AUROC, exit unlike the last", *(model(row) for row in some)]
+        names = [name for name in names if any("auroc" in row["signals"].get(name, {}) for row in some)]
+        lines = [[name, *(number(row["signals"][name].get("auroc")) for row in some)] for name in names]
+        out.append(markdown(columns, lines))
+    return "\n".join(out)
+
+
+def model(row: dict[str, Any]) -> str:
+    """A model as tables name it."""
+    return f"{row['task']} {row['encoder']}" + (f" {row['recipe']}" if row["recipe"] != "D" else "")
+
+
+def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
+    """An accuracy; with * if its difference to entropy's is beyond chance."""
+    value = row["signals"].get(name, {}).get(speedup)
+    if value is None:
+        return "–"
+    low, high = next(
+        (
+            d["interval"]
             for d in row["differences"]
-            if d["minus"] == "entropy" and None not in d["interval"]
-        }
-        for name, by_speed in row["signals"].items():
-            cells = []
-            for s in SPEEDUPS:
-                value = by_speed.get(f"{s:g}")
-                star = "*" if beyond.get((name, s)) else ""
-                cells.append("–" if value is None else f"{100 * value:.1f}{star}")
-            area = by_speed.get("auroc")
-            table.add_row(name, *cells, f"{area:.3f}" if area is not None else "")
-        table.caption = f"full depth {100 * row['full']:.1f}"
-        out.append(table)
-    return out
+            if (d["signal"], d["minus"], d["speedup"]) == (name, "entropy", float(speedup))
+        ),
+        (0, 0),
+    )
+    return f"{100 * value:.1f}" + ("*" if low > 0 or high < 0 else "")
 
 
 def main(
@@ -147,8 +157,7 @@ def main(
         if root is None or runs is None or not names:
             raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
         measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
-    for table in tables(measures.load(NAME)):
-        Console(width=120).print(table)
+    print(tables(measures.load(NAME)))
 
 
 if __name__ == "__main__":

@@ -14,12 +14,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 
 from training.studies import measures
 from training.studies.ablations import geometry
 from training.studies.cells import Cell, Trained
+from training.studies.measures import markdown, number
 from training.studies.spaces import Spaces, class_means
 
 NAME = "space"
@@ -87,27 +86,24 @@ def tsne(points: NDArray[np.float32]) -> NDArray[np.float32]:
     )
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """One table: a line for each cell, space and measure, by exit."""
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A line for each cell, space and measure, by exit."""
     exits = max((row["exits"] for row in rows), key=len)
-    table = Table(title="Prototype spaces by exit, unseen samples")
-    for column in ("cell", "space", "measure", *(str(m) for m in exits)):
-        table.add_column(column, justify="left" if column in ("cell", "space", "measure") else "right")
+    lines = []
     for row in rows:
-        table.add_row(
-            row["cell"], "", "classifier right, %", *(f"{100 * x:.1f}" for x in row["classifier right"])
+        lines.append(
+            [row["cell"], "", "classifier right, %", *(f"{100 * x:.1f}" for x in row["classifier right"])]
         )
         for space in ("h'", "h"):
             found = row[space]
-            table.add_row("", space, "silhouette", *(f"{x:.3f}" for x in found["silhouette"]))
-            table.add_row(
-                "", "", "nearest prototype right, %", *(f"{100 * x:.1f}" for x in found["nearest right"])
+            gains = (number(None if x is None else 1000 * x, 1) for x in found["gain"])
+            lines.append(
+                ["", space, "nearest prototype right, %", *(f"{100 * x:.1f}" for x in found["nearest right"])]
             )
-            table.add_row("", "", "cosine of prototypes", *(f"{x:.3f}" for x in found["prototype cosine"]))
-            gains = ("–" if x is None else f"{1000 * x:+.1f}" for x in found["gain"])
-            table.add_row("", "", "gain of DR, AUROC, ‰", *gains)
-        table.add_section()
-    return [table]
+            lines.append(["", "", "silhouette", *(number(x) for x in found["silhouette"])])
+            lines.append(["", "", "cosine of prototypes", *(number(x) for x in found["prototype cosine"])])
+            lines.append(["", "", "what DR adds, ‰ of AUROC", *gains])
+    return markdown(["model", "space", "measure", *(str(m) for m in exits)], lines)
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -146,8 +142,7 @@ def main(
         rows = [of_cell(Trained(Cell.parse(name), root, runs), i < draw) for i, name in enumerate(names)]
         measures.save(NAME, rows)
     rows = measures.load(NAME)
-    for table in tables(rows):
-        Console(width=150).print(table)
+    print(tables(rows))
     plot(rows, measures.RESULTS / f"{NAME}.png")
 
 

@@ -14,20 +14,20 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from exits.calibration import LAMS
 from exits.recorded import Recorded
 from training.evaluate import in_time
 from training.studies import measures
 from training.studies.cells import Cell, Trained
-from training.studies.measures import Floats, fastest_within, right_at
+from training.studies.measures import Floats, fastest_within, markdown, number, right_at
 from training.studies.scores import by_exit, edr
+from training.studies.signals import model
 
 NAME = "sweep"
 # What tokens, embeddings and their exit cost, in layers (int8 kernels; de3 loadtest study wall).
 START_LAYERS = {"minilm": 0.94, "mpnet": 0.45}
+LAYERS = {"minilm": 6, "mpnet": 12}
 LOSS = 0.005
 
 
@@ -100,32 +100,23 @@ def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]
     }
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
+def tables(rows: Sequence[dict[str, Any]]) -> str:
     """The knees, and the speed-ups for half a point."""
-    knees = Table(
-        title="Knee, and the speed-up for at most half a point: in hindsight, by τ chosen on held-out samples"
-    )
-    for column in ("model", "layer 0", "full", "signal", "knee", "hindsight", "chosen", "in time", "loss"):
-        knees.add_column(column, justify="left" if column in ("model", "signal") else "right", no_wrap=True)
+    columns = ["model", "full depth, %", "layer 0", "signal", "knee", "≤ 0.5 points, hindsight"]
+    columns += ["τ chosen on held-out: in layers", "in model time", "points lost"]
+    lines = []
     for row in rows:
-        num_layers = LAYERS[row["encoder"]]
+        num_layers, start = LAYERS[row["encoder"]], START_LAYERS[row["encoder"]]
         for name, found in row["signals"].items():
             depth, knee = found["chosen"]["mean_layer"], found["knee"]
-            knees.add_row(
-                f"{row['task']} {row['encoder']} {row['recipe']}",
-                "yes" if row["embeddings"] else "no",
-                f"{100 * row['full']:.1f}",
-                name,
-                "–" if knee is None else f"{knee[0]:.1f}× {100 * knee[1]:.1f}",
+            line = [model(row), f"{100 * row['full']:.1f}", "yes" if row["embeddings"] else "no", name]
+            line += [
+                "–" if knee is None else f"{knee[0]:.1f}×, {100 * knee[1]:.1f}%",
                 f"{found['hindsight']:.2f}×",
-                f"{num_layers / depth:.2f}×",
-                f"{in_time(num_layers, depth, START_LAYERS[row['encoder']]):.2f}×",
-                f"{100 * found['chosen']['loss']:+.2f}",
-            )
-    return [knees]
-
-
-LAYERS = {"minilm": 6, "mpnet": 12}
+            ]
+            line += [f"{num_layers / depth:.2f}×", f"{in_time(num_layers, depth, start):.2f}×"]
+            lines.append([*line, number(100 * found["chosen"]["loss"], 2)])
+    return markdown(columns, lines)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -175,8 +166,7 @@ def main(
             raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
         measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
     rows = measures.load(NAME)
-    for table in tables(rows):
-        Console(width=140).print(table)
+    print(tables(rows))
     plot(rows, measures.RESULTS / f"{NAME}.png")
 
 
