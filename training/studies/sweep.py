@@ -3,12 +3,13 @@
     python -m training.studies.sweep DATA RUNS sst2-minilm-D-0 mrpc-minilm-D-0
     python -m training.studies.sweep --redraw
 
-Unseen samples; the risk is fitted, and EDR's λ chosen, on held-out ones. Cells of one task are joined as in
+Unseen samples; the risk is fitted, and EDR's λ and CAP's α chosen, on held-out ones. Cells of one task are joined as in
 training.studies.signals, which answers what each signal is worth.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from training.evaluate import in_time
 from training.studies import measures
 from training.studies.cells import Cell, Trained
 from training.studies.measures import Floats, fastest_within, markdown, number, right_at
-from training.studies.scores import by_exit, edr
+from training.studies.scores import CAP_SCALES, by_exit, cap, edr
 from training.studies.signals import model
 
 NAME = "sweep"
@@ -29,6 +30,7 @@ NAME = "sweep"
 START_LAYERS = {"minilm": 0.94, "mpnet": 0.45}
 LAYERS = {"minilm": 6, "mpnet": 12}
 LOSS = 0.005
+COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "crimson"}
 
 
 def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
@@ -38,6 +40,8 @@ def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], 
     """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     lam = max(LAMS, key=lambda lam: right_at(edr(held, lam), held.recorded, 3.0).mean())
+    nsp = partial(cap, trained.model, first=first)
+    scale = max(CAP_SCALES, key=lambda scale: right_at(nsp(held, scale=scale), held.recorded, 3.0).mean())
 
     def features(states: Any) -> Floats:
         return np.asarray(states.recorded.risk_features)
@@ -45,13 +49,15 @@ def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], 
     scores = {
         "entropy": unseen.recorded.entropy,
         "EDR": edr(unseen, lam),
+        "CAP": nsp(unseen, scale=scale),
         "risk": by_exit(held, features)(unseen),
     }
     half = np.arange(len(held.pooled)) % 2 == 0
     crossed = np.ones(held.recorded.entropy.shape)
     for inside in (half, ~half):
         crossed[inside] = by_exit(held.rows(~inside), features)(held.rows(inside))
-    on_held = {"entropy": held.recorded.entropy, "EDR": edr(held, lam), "risk": crossed}
+    on_held = {"entropy": held.recorded.entropy, "EDR": edr(held, lam)}
+    on_held |= {"CAP": nsp(held, scale=scale), "risk": crossed}
     taus = {
         name: np.array([measures.tau_within(values, held.recorded, LOSS)]) for name, values in on_held.items()
     }
@@ -130,7 +136,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes = np.atleast_1d(figure.subplots(lines, columns)).ravel()
     for axis, name in zip(axes, names, strict=False):
         for row in (r for r in rows if (r["task"], r["encoder"], r["recipe"]) == name):
-            for signal, color in (("entropy", "#4c78a8"), ("EDR", "#59a14f"), ("risk", "crimson")):
+            for signal, color in COLORS.items():
                 found = row["signals"][signal]
                 x, y = (np.array(values) for values in found["curve"])
                 style = "-" if row["embeddings"] else ":"
