@@ -45,7 +45,7 @@ class Cell:
     Attributes:
         recipe: letters: T a teacher's answers, for altered copies too; W exit-likely weights; S the last exit teaches
             the others; D the paper's DAR; "none" of them. Then, after commas, other settings of the training (alpha,
-            gamma, pooling, prototypes): "D,pooling=cls".
+            gamma, pooling, prototypes, weights): "D,pooling=cls".
         fold: of 5, what to hold out and measure; None: held out as de3 train does, and measured on dev or test.
     """
 
@@ -254,7 +254,8 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
         settings = replace(settings, lr=lr, epochs=epochs, patience=0)
     gamma, pooling = float(cell.more.get("gamma", 0.01)), cell.more.get("pooling", "mean")
     alpha, how = float(cell.more.get("alpha", settings.alpha)), cell.more.get("prototypes", "refit")
-    settings = replace(settings, alpha=alpha, prototypes=how)
+    weights = cell.more.get("weights", "depth")
+    settings = replace(settings, alpha=alpha, prototypes=how, weights=weights)
     torch.manual_seed(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     layers = AutoConfig.from_pretrained(encoder).num_hidden_layers
