@@ -163,7 +163,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.supxlabel("speed-up, layers", fontsize=9)
     figure.supylabel("accuracy, %", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=56)
 
 
 def main(
