@@ -137,7 +137,7 @@ def number(value: float | None, digits: int = 3) -> str:
 def save(name: str, results: Any) -> None:
     """Write a study's results to docs/experiments/NAME.json, numbers rounded to 5 digits."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(results), ensure_ascii=False, indent=1) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(results), ensure_ascii=False) + "\n")
 
 
 def load(name: str) -> Any:

@@ -22,7 +22,7 @@ from training.studies.measures import markdown, number
 from training.studies.spaces import Spaces, class_means
 
 NAME = "space"
-SHOWN = 300  # points a panel
+SHOWN = 200  # points a panel
 
 
 def of_cell(trained: Trained, draw: bool) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def of_cell(trained: Trained, draw: bool) -> dict[str, Any]:
     }
     if draw:
         row["labels"] = labels[:SHOWN]
-        row["points"] = [tsne(embedded[:SHOWN, j]) for j in exits]
+        row["points"] = [tsne(embedded[:SHOWN, j]).round(1) for j in exits]
     return row
 
 
@@ -119,10 +119,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             x = np.array(points)
             axis.scatter(x[:, 0], x[:, 1], c=labels, s=2, cmap="coolwarm")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"exit {row['exits'][j]}: {row[HPRIME]['silhouette'][j]:.2f}", fontsize=7)
+            axis.set_title(f"exit {row['exits'][j]}: {row[HPRIME]['silhouette'][j]:.2f}", fontsize=8)
         line[0].set_ylabel(row["cell"].split("-minilm-")[-1], fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=64)
 
 
 HPRIME = "h'"
