@@ -20,11 +20,10 @@ from exits.recorded import Recorded
 from training.studies import measures
 from training.studies.cells import Cell, States, Trained
 from training.studies.measures import SPEEDUPS, Floats, auroc, markdown, merit, number, right_at
-from training.studies.scores import by_exit
+from training.studies.scores import LAMS, by_exit
 from training.studies.spaces import Spaces, class_means, nearest_is_right
 
 NAME = "ablations"
-LAMS = (0.0, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 100.0)
 
 
 def arithmetic(h: Floats, dr: Floats, lam: float) -> Floats:
@@ -52,9 +51,7 @@ FUSIONS: dict[str, Callable[[Floats, Floats, float], Floats]] = {
 
 
 def fused(how: str, recorded: Recorded, lam: float) -> Floats:
-    """A fusion's scores, (n, exits); λ = 0 is entropy alone."""
-    if lam == 0:
-        return recorded.entropy
+    """A fusion's scores, (n, exits)."""
     return FUSIONS[how](recorded.entropy, recorded.distance_ratio, lam)
 
 

@@ -4,10 +4,11 @@ runs/mrpc-minilm-D-0/            a checkpoint of de3 train
 runs/mrpc-minilm-D-0/states-unseen.safetensors
 """
 
+import hashlib
 import re
+import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -34,7 +35,8 @@ from training.trainer import TrainSettings, train
 
 FOLDS = 5
 SST2_ROWS = 24_000
-MPNET = {"sst2": (3e-5, 2), "cola": (5e-5, 3)}  # learning rate and epochs
+MPNET = {"sst2": (3e-5, 2)}  # learning rate and epochs
+SETTINGS = {"alpha", "gamma", "pooling", "prototypes", "weights"}
 NAME = re.compile(r"([a-z0-9]+)-(minilm|mpnet)-([TWSD]+|none)((?:-[a-z]+=[a-z0-9.]+)*)-(\d+)(?:-fold(\d))?")
 
 
@@ -68,6 +70,10 @@ class Cell:
         if match is None:
             raise ValueError(f"{name}: not a cell; an example is mrpc-minilm-D-0")
         task, encoder, letters, more, seed, fold = match.groups()
+        if unknown := set(re.findall(r"-([a-z]+)=", more)) - SETTINGS:
+            raise ValueError(
+                f"{name}: {unknown.pop()} is no setting; those are {', '.join(sorted(SETTINGS))}"
+            )
         return cls(task, encoder, letters + more.replace("-", ","), int(seed), int(fold) if fold else None)
 
     @property
@@ -119,6 +125,8 @@ class Trained:
         quiet()
         self.cell, self.root, self.folder = cell, root, runs / cell.name
         if not is_finished(self.folder):
+            if "W" in cell.letters:  # its weights depend on the steps so far, which no checkpoint has
+                shutil.rmtree(self.folder, ignore_errors=True)
             console.print(f"training {cell.name}", highlight=False)
             _train(cell, root, runs, self.folder, _encoder(cell, encoders))
 
@@ -219,11 +227,10 @@ def _parts(cell: Cell, root: Path) -> tuple[Split, list[str]]:
     names = data.label_order(rows)
     examples = data.to_examples(rows, names)
     if cell.fold is not None:
-        size = len(examples) // FOLDS
-        folds = split(examples, 0, size)  # in an order by hash
-        ordered = folds.tune + folds.certify + folds.train
-        starts = [size * k for k in range(FOLDS)] + [len(ordered)]
-        of = [ordered[a:b] for a, b in pairwise(starts)]
+        if task.fragments:
+            raise ValueError(f"{cell.name}: folds would put a text and its fragments apart")
+        fold_of = [hashlib.sha256(repr(e.text).encode()).digest()[0] % FOLDS for e in examples]
+        of = [[e for e, fold in zip(examples, fold_of, strict=True) if fold == k] for k in range(FOLDS)]
         tune = (cell.fold + 1) % FOLDS
         rest = [e for k, part in enumerate(of) if k not in (cell.fold, tune) for e in part]
         half = len(of[tune]) // 2  # to choose the epoch; the other half is trained on

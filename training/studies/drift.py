@@ -29,14 +29,22 @@ from exits.rule import exit_index
 from exits.signals import Risk
 from training.progress import track
 from training.studies.cells import States, Trained
-from training.studies.measures import RESULTS, bootstrap, load, markdown, save, speed_within
+from training.studies.measures import (
+    RESULTS,
+    bootstrap,
+    joined,
+    load,
+    markdown,
+    mean_auroc,
+    save,
+    speed_within,
+)
 from training.studies.shift import (
     AUDITED,
     CELLS,
     DISAGREEMENT,
     both,
     domains,
-    mean_auroc,
     tau_within,
 )
 
@@ -200,7 +208,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
                     prototypes, texts.embedded[rows[use]], labels[use], passed[use], start.gamma
                 )
         if arm.refit and not fitted and sum(len(r.labels) for r in audits) >= AUDITS:
-            risk, fitted = fit(_first(audits, AUDITS)), True
+            risk, fitted = fit(joined(audits).rows(np.arange(AUDITS))), True
     scores = np.concatenate(scored)[stream.measured :]
     last = texts.recorded.rows(stream.order[stream.measured :])
     index, n = exit_index(scores, start.tau), np.arange(len(scores))
@@ -212,14 +220,6 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
         "hindsight": speed_within(scores, last, DISAGREEMENT),
         "fired": float(guard.has_fired),
     }
-
-
-def _first(batches: list[Recorded], count: int) -> Recorded:
-    logits, distances, labels = (
-        np.concatenate([getattr(r, name) for r in batches])[:count]
-        for name in ("logits", "distances", "labels")
-    )
-    return Recorded(batches[0].exit_layers, logits, distances, labels)
 
 
 def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: Prototypes) -> None:

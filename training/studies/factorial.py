@@ -20,10 +20,9 @@ import numpy as np
 import typer
 
 from exits import risk
-from exits.recorded import Recorded
 from training.studies import measures
 from training.studies.cells import Cell, Trained
-from training.studies.measures import Floats, fastest_within, markdown, merit, right_at
+from training.studies.measures import Floats, fastest_within, joined, markdown, merit, right_at
 
 NAME = "factorial"
 FACTORS = "TWSD"
@@ -40,14 +39,6 @@ def of_cell(trained: Trained, first: int) -> dict[str, Floats]:
     found["merit"] = np.array([merit(scores, recorded)])
     found["within 0.5"] = np.array([fastest_within(scores, recorded, 0.005)])
     return found
-
-
-def joined(parts: Sequence[Recorded]) -> Recorded:
-    """Samples of several parts."""
-    logits, distances, labels = (
-        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
-    )
-    return Recorded(parts[0].exit_layers, logits, distances, labels)
 
 
 def of_task(task: str, root: Path, runs: Path) -> list[dict[str, Any]]:

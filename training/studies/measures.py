@@ -134,6 +134,20 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
+def mean_auroc(scores: Floats, recorded: Recorded) -> float:
+    """AUROC for "this exit disagrees with the last", the mean of the exits."""
+    areas = [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+
+
+def joined(parts: Sequence[Recorded]) -> Recorded:
+    """The samples of several parts of one model."""
+    logits, distances, labels = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
+    )
+    return Recorded(parts[0].exit_layers, logits, distances, labels)
+
+
 def save(name: str, results: Any) -> None:
     """Write a study's results to docs/experiments/NAME.json, numbers rounded to 5 digits."""
     RESULTS.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,9 @@ from training.checkpoint import quiet
 from training.model import De3Model
 from training.recipe import by_size
 from training.split import split
+from training.studies.measures import auroc
 from training.studies.recipes import read
-from training.studies.risk_features import Floats, Samples, auroc, class_means, features, fitted, speeds
+from training.studies.risk_features import Floats, Samples, class_means, features, fitted, speeds
 from training.studies.tasks import TASKS, minilm
 from training.trainer import TrainSettings, train
 

@@ -237,7 +237,8 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
+    escaped = [str(cell).replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 def _cells(signal: dict[str, Any]) -> list[str]:
@@ -247,7 +248,7 @@ def _cells(signal: dict[str, Any]) -> list[str]:
         at = signal["speedups"][f"{s:g}"]
         gain, low, high = (100 * x for x in at["pearson_gain"])
         both = f"{100 * at['pearson']:.1f}, {100 * at['spearman']:.1f}"
-        cells.append(f"{both} ({gain:+.1f}: {low:+.1f} … {high:+.1f})")
+        cells.append(f"{both} ({gain:+.1f}: {low:+.1f} … {high:+.1f})".replace("-", "−"))
     return cells
 
 

@@ -28,6 +28,7 @@ from training import data
 from training.checkpoint import Checkpoint
 from training.data import Encoded, evaluation_batches
 from training.model import De3Model
+from training.studies.measures import auroc
 from training.studies.tasks import TASKS
 
 Floats = NDArray[np.float64]
@@ -158,15 +159,6 @@ def speeds(scores: Floats, samples: Samples) -> list[float]:
             if rate <= limit:
                 best[limit] = max(best[limit], float(layers[-1] / max(depth, 0.05)))
     return list(best.values())
-
-
-def auroc(scores: Floats, positive: Floats) -> float:
-    """The area under the ROC curve; NaN if all samples are alike."""
-    ranks = scores.argsort().argsort() + 1.0
-    count = positive.sum()
-    if not 0 < count < len(positive):
-        return float("nan")
-    return float((ranks[positive == 1].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
 
 
 def main(

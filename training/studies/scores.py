@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from exits import formulas
-from exits.calibration import LAMS
 from exits.risk import regress
 from training.model import De3Model
 from training.studies.cells import States
 
 Floats = NDArray[np.float64]
 Score = Callable[[States], Floats]
+LAMS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 100.0)
 ENERGY_TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 CAP_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 

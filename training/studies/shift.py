@@ -25,7 +25,17 @@ from exits.rule import exit_index
 from exits.signals import Edr
 from training.data import Example
 from training.studies.cells import Cell, States, Trained
-from training.studies.measures import RESULTS, auroc, load, markdown, merit, number, save, thresholds
+from training.studies.measures import (
+    RESULTS,
+    joined,
+    load,
+    markdown,
+    mean_auroc,
+    merit,
+    number,
+    save,
+    thresholds,
+)
 from training.studies.tasks import out_of_scope, reviews
 
 CELLS = {"sst2": Cell("sst2"), "clinc150": Cell("clinc150")}
@@ -58,12 +68,8 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
 
 def both(first: States, second: States) -> States:
     """The texts of both."""
-    a, b = first.recorded, second.recorded
-    logits, distances, labels = (
-        np.concatenate([getattr(r, name) for r in (a, b)]) for name in ("logits", "distances", "labels")
-    )
     pooled = np.concatenate([first.pooled, second.pooled])
-    return States(pooled, Recorded(a.exit_layers, logits, distances, labels))
+    return States(pooled, joined([first.recorded, second.recorded]))
 
 
 def signals(held: Recorded) -> dict[str, Signal]:
@@ -124,12 +130,6 @@ def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
         "unlike": float(recorded.differs[rows, index].mean()),
         "early": float((index < len(layers) - 1).mean()),
     }
-
-
-def mean_auroc(scores: Floats, recorded: Recorded) -> float:
-    """The AUROC for "this exit disagrees with the last", the mean of the exits."""
-    areas = [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
-    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
 def limits(held: Recorded) -> Floats:
@@ -205,7 +205,7 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
             for d, r in texts.items()
         }
     tau = tau_within(known["risk"].held, held, DISAGREEMENT)
-    start = int(np.searchsorted(FINE_TAUS, tau, side="right")) - 1
+    start = max(0, int(np.searchsorted(FINE_TAUS, tau, side="right")) - 1)
     far = limits(held)
     for d, recorded in texts.items():
         scores = known["risk"].scores(recorded)

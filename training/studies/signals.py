@@ -34,8 +34,8 @@ def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
         found[family.name] = {f"{s:g}": chosen(family, held, unseen, s)[1] for s in SPEEDUPS}
         score = next(iter(family.choices.values()))
         if len(family.choices) == 1:
-            areas = disagreement_auroc(score(unseen), unseen)
-            found[family.name]["auroc"] = np.array([areas])
+            area = measures.mean_auroc(score(unseen), unseen.recorded)
+            found[family.name]["auroc"] = np.array([area])
     return found
 
 
@@ -49,13 +49,6 @@ def chosen(family: Family, held: States, unseen: States, speedup: float) -> tupl
         }
         name = max(merits, key=lambda name: -1 if np.isnan(merits[name]) else merits[name])
     return name, right_at(family.choices[name](unseen), unseen.recorded, speedup)
-
-
-def disagreement_auroc(scores: Floats, states: States) -> float:
-    """AUROC for "this exit disagrees with the last", the mean of the exits."""
-    differs = states.recorded.differs
-    areas = [measures.auroc(scores[:, j], differs[:, j]) for j in range(scores.shape[1] - 1)]
-    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 
 def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:

@@ -16,13 +16,12 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from exits.calibration import LAMS
 from exits.recorded import Recorded
 from training.evaluate import in_time
 from training.studies import measures
 from training.studies.cells import Cell, Trained
 from training.studies.measures import Floats, fastest_within, markdown, number, right_at
-from training.studies.scores import CAP_SCALES, by_exit, cap, edr
+from training.studies.scores import CAP_SCALES, LAMS, by_exit, cap, edr
 from training.studies.signals import model
 
 NAME = "sweep"
@@ -39,9 +38,9 @@ def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], 
     Scores of the risk on held-out samples are cross-fitted by halves.
     """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
-    lam = max(LAMS, key=lambda lam: right_at(edr(held, lam), held.recorded, 3.0).mean())
+    lam = max(LAMS, key=lambda lam: fastest_within(edr(held, lam), held.recorded, LOSS))
     nsp = partial(cap, trained.model, first=first)
-    scale = max(CAP_SCALES, key=lambda scale: right_at(nsp(held, scale=scale), held.recorded, 3.0).mean())
+    scale = max(CAP_SCALES, key=lambda scale: fastest_within(nsp(held, scale=scale), held.recorded, LOSS))
 
     def features(states: Any) -> Floats:
         return np.asarray(states.recorded.risk_features)
