@@ -162,7 +162,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.supxlabel("speed-up, layers", fontsize=9)
     figure.supylabel("accuracy, %", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=56)
+    figure.savefig(path, dpi=50)
 
 
 def main(
