@@ -7,6 +7,7 @@ runs/mrpc-minilm-D-0/states-unseen.safetensors
 import hashlib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,14 @@ class Cell:
     def more(self) -> dict[str, str]:
         """The other settings."""
         return dict(pair.split("=") for pair in self.recipe.split(",")[1:])
+
+
+def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell]]:
+    """Cells by task, encoder, recipe, and whether they are folds: those of a group differ in seed or fold."""
+    groups: dict[tuple[str, str, str, bool], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.encoder, cell.recipe, cell.fold is not None), []).append(cell)
+    return groups
 
 
 @dataclass(frozen=True)

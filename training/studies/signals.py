@@ -8,7 +8,6 @@ each speed-up on held-out samples; τ follows from the speed-up. Cells of one ta
 by text, or in fold, and are joined.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ import numpy as np
 import typer
 
 from training.studies import measures
-from training.studies.cells import Cell, States, Trained
+from training.studies.cells import Cell, States, Trained, grouped
 from training.studies.measures import SPEEDUPS, Floats, markdown, number, right_at
 from training.studies.scores import Family, families
 
@@ -53,11 +52,8 @@ def chosen(family: Family, held: States, unseen: States, speedup: float) -> tupl
 
 def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
     """A row for each task, encoder, recipe, with and without the exit on the embeddings."""
-    groups: dict[tuple[str, str, str, bool], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.task, cell.encoder, cell.recipe, cell.fold is not None].append(cell)
     rows = []
-    for (task, encoder, recipe, is_folds), members in groups.items():
+    for (task, encoder, recipe, is_folds), members in grouped(cells).items():
         for first in (0, 1):
             found = [of_cell(Trained(cell, root, runs), first) for cell in members]
             joined = {

@@ -7,7 +7,6 @@ Unseen samples; the risk is fitted, and EDR's λ and CAP's α chosen, on held-ou
 training.studies.signals, which answers what each signal is worth.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import typer
 from exits.recorded import Recorded
 from training.evaluate import in_time
 from training.studies import measures
-from training.studies.cells import Cell, Trained
+from training.studies.cells import Cell, Trained, grouped
 from training.studies.measures import Floats, fastest_within, markdown, number, right_at
 from training.studies.scores import CAP_SCALES, LAMS, by_exit, cap, edr
 from training.studies.signals import model
@@ -65,11 +64,8 @@ def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], 
 
 def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
     """A row for each task, encoder and recipe, with and without the exit on the embeddings."""
-    groups: dict[tuple[str, str, str, bool], list[Cell]] = defaultdict(list)
-    for cell in cells:
-        groups[cell.task, cell.encoder, cell.recipe, cell.fold is not None].append(cell)
     rows = []
-    for (task, encoder, recipe, is_folds), members in groups.items():
+    for (task, encoder, recipe, is_folds), members in grouped(cells).items():
         for first in (0, 1):
             found = [of_cell(Trained(cell, root, runs), first) for cell in members]
             row: dict[str, Any] = {"task": task, "encoder": encoder, "recipe": recipe, "folds": is_folds}
