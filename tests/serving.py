@@ -1,6 +1,7 @@
 """A real server in a thread, on a real socket, whose engine the test can hold still."""
 
 import os
+import random
 import re
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port on which nothing listens.
+
+    Below those that the kernel gives out for port 0, so that no other process is given it before the test uses it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:

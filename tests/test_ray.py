@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,15 @@ def port(versions: Path) -> Iterator[int]:
     found = free_port()
     with measure.cluster(2, 1, found):
         measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
-        until(
-            lambda: classify(found, input="good").status_code == 200, "the proxy to know the application", 60
-        )
+        until(lambda: answers(found), "the proxy to know the application", 60)
         yield found
+
+
+def answers(port: int) -> bool:
+    """Whether the proxy is up and knows the application."""
+    with suppress(httpx.TransportError):
+        return classify(port, input="good").status_code == 200
+    return False
 
 
 def classify(port: int, **body: object) -> httpx.Response:

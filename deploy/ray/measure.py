@@ -42,7 +42,8 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
         for _ in range(nodes - 1):
             ray_cluster.add_node(num_cpus=cores)
         ray.init(address=ray_cluster.address, logging_level="ERROR", log_to_driver=False)
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        # One proxy: those of two nodes would share the port, and a client could be sent to one that is still starting.
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield ray_cluster
     finally:
         serve.shutdown()
