@@ -223,7 +223,7 @@ def test_all_studies_run_on_tiny_models(
     assert found["best"][1] == max(found["by_lam"])
     monkeypatch.setattr(dimension, "DIMS", (16, 32))
     dimension.main(root, runs, ["mrpc-minilm-D-0"])
-    space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"], draw=1)
+    space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"])
     assert (tmp_path / "results/space.png").stat().st_size > 5_000
     factorial.main(root, runs, ["mrpc"])
     row = measures.load("factorial")[0]

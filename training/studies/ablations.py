@@ -7,18 +7,18 @@ Accuracy on unseen samples at fixed speed-ups. λ, and the weight of the other f
 held-out samples; "best λ" is the best on the unseen ones, so its gap to the chosen one is what choosing costs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from exits import formulas
 from exits.recorded import Recorded
-from training.studies import measures
 from training.studies.cells import Cell, States, Trained
+from training.studies.command import command
 from training.studies.measures import SPEEDUPS, Floats, auroc, markdown, merit, number, right_at
 from training.studies.scores import LAMS, by_exit
 from training.studies.spaces import Spaces, class_means, nearest_is_right
@@ -162,20 +162,12 @@ def _percent(value: float | None) -> str:
     return number(None if value is None else 100 * value, 1)
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
-) -> None:
-    """Measure the parts of the method."""
-    if not redraw:
-        if root is None or runs is None or not names:
-            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-        rows = [of_cell(Trained(Cell.parse(name), root, runs)) for name in names]
-        measures.save(NAME, rows)
-    print(tables(measures.load(NAME)))
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """A row for each cell."""
+    return [of_cell(Trained(cell, root, runs)) for cell in cells]
 
+
+main = command(NAME, measure, tables)
 
 if __name__ == "__main__":
     typer.run(main)

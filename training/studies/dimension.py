@@ -7,16 +7,17 @@ Accuracy of EDR (λ chosen on held-out samples) and of risk on unseen samples at
 multiplications that the network and the distances add to a layer's, for a text of 25 tokens.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from training.model import De3Config
-from training.studies import measures
 from training.studies.ablations import geometry
 from training.studies.cells import Cell, Trained
+from training.studies.command import command
 from training.studies.measures import markdown
 from training.studies.spaces import Spaces
 
@@ -88,19 +89,12 @@ def tables(results: list[dict[str, Any]]) -> str:
     return markdown(columns, lines)
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
-) -> None:
-    """Fit prototype spaces of several widths."""
-    if not redraw:
-        if root is None or runs is None or not names:
-            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-        measures.save(NAME, [of_cell(Trained(Cell.parse(name), root, runs)) for name in names])
-    print(tables(measures.load(NAME)))
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """A row for each cell."""
+    return [of_cell(Trained(cell, root, runs)) for cell in cells]
 
+
+main = command(NAME, measure, tables)
 
 if __name__ == "__main__":
     typer.run(main)

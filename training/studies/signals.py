@@ -10,13 +10,14 @@ by text, or in fold, and are joined.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 
 from training.studies import measures
 from training.studies.cells import Cell, States, Trained, grouped
+from training.studies.command import command
 from training.studies.measures import SPEEDUPS, Floats, markdown, number, right_at
 from training.studies.scores import Family, families
 
@@ -138,19 +139,7 @@ def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
     return f"{100 * value:.1f}" + ("*" if low > 0 or high < 0 else "")
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
-) -> None:
-    """Compare exit signals at equal speed-ups."""
-    if not redraw:
-        if root is None or runs is None or not names:
-            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-        measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
-    print(tables(measures.load(NAME)))
-
+main = command(NAME, measure, tables)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -8,21 +8,23 @@ the nearest prototype is right, the mean cosine between prototypes, and what log
 margin and the entropy, in AUROC for "this exit disagrees with the last", fitted on held-out samples.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
-from training.studies import measures
 from training.studies.ablations import geometry
 from training.studies.cells import Cell, Trained
+from training.studies.command import command
 from training.studies.measures import markdown, number
 from training.studies.spaces import Spaces, class_means
 
 NAME = "space"
 SHOWN = 200  # points a panel
+DRAWN = 3  # cells
 
 
 def of_cell(trained: Trained, draw: bool) -> dict[str, Any]:
@@ -119,32 +121,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             x = np.array(points)
             axis.scatter(x[:, 0], x[:, 1], c=labels, s=2, cmap="coolwarm")
             axis.set(xticks=[], yticks=[])
-            axis.set_title(f"exit {row['exits'][j]}: {row[HPRIME]['silhouette'][j]:.2f}", fontsize=8)
+            silhouette = row["h'"]["silhouette"][j]
+            axis.set_title(f"exit {row['exits'][j]}: {silhouette:.2f}", fontsize=8)
         line[0].set_ylabel(row["cell"].split("-minilm-")[-1], fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=64)
 
 
-HPRIME = "h'"
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """A row for each cell, the first DRAWN with points."""
+    return [of_cell(Trained(cell, root, runs), i < DRAWN) for i, cell in enumerate(cells)]
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
-    draw: Annotated[int, typer.Option(help="Draw the spaces of so many cells, the first ones.")] = 3,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only draw and print the results again.")] = False,
-) -> None:
-    """Measure and draw prototype spaces."""
-    if not redraw:
-        if root is None or runs is None or not names:
-            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-        rows = [of_cell(Trained(Cell.parse(name), root, runs), i < draw) for i, name in enumerate(names)]
-        measures.save(NAME, rows)
-    rows = measures.load(NAME)
-    print(tables(rows))
-    plot(rows, measures.RESULTS / f"{NAME}.png")
-
+main = command(NAME, measure, tables, plot)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -10,7 +10,7 @@ training.studies.signals, which answers what each signal is worth.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -19,6 +19,7 @@ from exits.recorded import Recorded
 from training.evaluate import in_time
 from training.studies import measures
 from training.studies.cells import Cell, Trained, grouped
+from training.studies.command import command
 from training.studies.measures import Floats, fastest_within, markdown, number, right_at
 from training.studies.scores import CAP_SCALES, LAMS, by_exit, cap, edr
 from training.studies.signals import model
@@ -161,21 +162,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=50)
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only draw and print the results again.")] = False,
-) -> None:
-    """Sweep τ."""
-    if not redraw:
-        if root is None or runs is None or not names:
-            raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-        measures.save(NAME, measure([Cell.parse(name) for name in names], root, runs))
-    rows = measures.load(NAME)
-    print(tables(rows))
-    plot(rows, measures.RESULTS / f"{NAME}.png")
-
+main = command(NAME, measure, tables, plot)
 
 if __name__ == "__main__":
     typer.run(main)

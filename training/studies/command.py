@@ -1,0 +1,47 @@
+"""The command of a study on trained cells: measure them, or print and draw earlier results again."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from training.studies import measures
+from training.studies.cells import Cell
+
+
+def command(
+    name: str,
+    measure: Callable[[Sequence[Cell], Path, Path], Any],
+    tables: Callable[[Any], str],
+    plot: Callable[[Any, Path], None] | None = None,
+) -> Callable[..., None]:
+    """A function for typer.run.
+
+    Args:
+        name: of the files in docs/experiments, NAME.json and NAME.png.
+        measure: the results of cells, of the folder of the data sets and that of the trained models.
+        tables: the results as text.
+        plot: draws the results into a file.
+    """
+
+    def main(
+        root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+        runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
+        names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+        redraw: Annotated[
+            bool, typer.Option("--redraw", help="Only print and draw the results again.")
+        ] = False,
+    ) -> None:
+        if not redraw:
+            if root is None or runs is None or not names:
+                raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
+            measures.save(name, measure([Cell.parse(each) for each in names], root, runs))
+        results = measures.load(name)
+        print(tables(results))
+        if plot is not None:
+            plot(results, measures.RESULTS / f"{name}.png")
+
+    main.__doc__ = (sys.modules[measure.__module__].__doc__ or "").partition("\n")[0]
+    return main
