@@ -13,13 +13,14 @@ from loadtest.studies import overhead as study
 from loadtest.studies.overhead import Stripped
 from loadtest.studies.samples import recorded
 from loadtest.studies.wall import Engine, wall
-from loadtest.texts import Sample
 from model_store.model import Model
 from model_store.store import Artifact, Store
+from server.engine.work import Text
 from server.models import load
 from server.settings import ExitOptions, Settings
 from tests.conftest import make_rows
 from tests.test_studies import run, write
+from training.data import Example
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
@@ -149,8 +150,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
     served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
     model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
     texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
-    names = model.manifest.labels
-    result = wall(served, [Sample(text, names[int(label)]) for text, label in rows], taus, 2)
+    result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)
     scores, every = model.manifest.default_signal.scores(texts), np.arange(len(rows))
     for tau, row in zip(taus, result["rows"], strict=True):
         index = exit_index(scores, tau)
@@ -183,12 +183,12 @@ def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
 def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     served = load(Store(store).open("tiny"), Settings(runtime="onnxruntime"))
     engine, choice = Engine(served), served.rules.of(ExitOptions(tau=0.1))
-    assert engine.classify("a good film", choice).layer >= 0
+    assert engine.classify(Text("a good film"), choice).layer >= 0
 
     def broken(*_: object) -> None:
         raise RuntimeError("no memory")
 
     monkeypatch.setattr(served.model.segments[0], "_run", broken)
     with pytest.raises(RuntimeError, match="no memory"):
-        engine.classify("a good film", choice)
+        engine.classify(Text("a good film"), choice)
     engine.close()

@@ -402,8 +402,12 @@ def wall(
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "text",
+    pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
     label_column: LabelColumn = "label",
-    label_names: LabelNames = "",
+    header: Annotated[bool, typer.Option(help="Whether the first row names the columns.")] = True,
+    label_names: Annotated[
+        str | None, typer.Option(help="New names of the labels in their sorted order.")
+    ] = None,
     tau: Annotated[
         list[float] | None, typer.Option(help="A τ beside 0; repeat for more.", min=0, max=1)
     ] = None,
@@ -420,24 +424,27 @@ def wall(
     from loadtest import report
     from loadtest.engines import pinned
     from loadtest.studies import wall as study
-    from loadtest.texts import read
     from model_store.store import Store
     from server.models import load
     from server.settings import Settings
+    from training import data
 
     results = [result for file in show or [] for result in json.loads(file.read_text())]
     if not show:
         if texts is None:
             raise ValueError("wall: needs labelled texts, or results to --show")
-        samples = read(texts, text_column, label_column, _names(label_names))
+        columns = data.Columns(text_column, pair_column, label_column, header)
+        rows = data.rename(data.read_rows(texts, columns), label_names)
         with pinned(core):
             settings: dict[str, Any] = {}  # the defaults
             served = load(Store(store).open(model), Settings(**settings))
             manifest = served.model.manifest
             if manifest.thresholds is not None or manifest.tolerance is not None:
                 raise ValueError(f"{model}: this study is of models whose classes exclude each other")
+            examples = data.to_examples(rows, manifest.labels)
+            data.check_input(examples, manifest.input, str(texts))
             taus = sorted({0.0, *(tau or (*study.TAUS, manifest.defaults.tau))})
-            results = [study.wall(served, samples, taus, rounds)]
+            results = [study.wall(served, examples, taus, rounds)]
     _print(*study.table(results), json_file, results)
     if png:
         labels = ("Accuracy against speed-up", "speed-up against τ = 0", "accuracy, %")

@@ -13,7 +13,6 @@ import numpy as np
 
 from exits import calibration
 from export.record import start_layers
-from loadtest.texts import Sample
 from server.engine.group import run_group
 from server.engine.queue import WorkQueue
 from server.engine.run import Result, run
@@ -36,9 +35,9 @@ class Engine:
         self._served, self._queue = served, WorkQueue(1)
         self._loop = asyncio.new_event_loop()  # nobody waits in it
 
-    def classify(self, text: str, choice: Choice) -> Outcome:
+    def classify(self, text: Text, choice: Choice) -> Outcome:
         """The outcome of one text, run as the engine's threads run it; raises what it failed with."""
-        self._queue.put(Job(self._served, choice, Request([Text(text)]), self._loop.create_future()))
+        self._queue.put(Job(self._served, choice, Request([text]), self._loop.create_future()))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items
         if items[0].can_share:
@@ -54,29 +53,26 @@ class Engine:
         self._loop.close()
 
 
-def wall(served: Served, samples: Sequence[Sample], taus: Sequence[float], rounds: int) -> dict[str, Any]:
+def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rounds: int) -> dict[str, Any]:
     """Accuracy and speed-up for each τ, the first of which must be 0; each speed-up is against τ = 0 of its round.
 
     `predicted` is what `de3 evaluate` says: from the mean exit layer, and from the cost of what comes before the first
-    layer. Raises ValueError for a sample without a label, or with one that the model does not have.
+    layer.
     """
     manifest = served.model.manifest
-    index = {name: i for i, name in enumerate(manifest.labels)}
-    if unknown := next((s for s in samples if s.label not in index), None):
-        raise ValueError(f"{unknown.label!r} is no label of {served.model.full_name}")
-    right = np.array([index[sample.label or ""] for sample in samples])
-    examples = [Example(sample.text, int(label)) for sample, label in zip(samples, right, strict=True)]
+    right = np.array([example.label for example in examples])
+    texts = [Text(*(e.text if isinstance(e.text, tuple) else (e.text,))) for e in examples]
     start = start_layers(served.model, examples)
     choices = [served.rules.of(ExitOptions(tau=tau)) for tau in taus]
-    seconds = np.zeros((rounds, len(taus), len(samples)))
-    labels, layers = np.zeros((2, len(taus), len(samples)), np.int64)
+    seconds = np.zeros((rounds, len(taus), len(texts)))
+    labels, layers = np.zeros((2, len(taus), len(texts)), np.int64)
     engine = Engine(served)
     for number in range(-1, rounds):  # the first warms up, with a block
-        for begin in range(0, len(samples) if number >= 0 else 1, BLOCK):
+        for begin in range(0, len(texts) if number >= 0 else 1, BLOCK):
             for j in np.roll(np.arange(len(taus)), number + begin // BLOCK).tolist():
-                for i, sample in enumerate(samples[begin : begin + BLOCK], begin):
+                for i, text in enumerate(texts[begin : begin + BLOCK], begin):
                     started = perf_counter()
-                    outcome = engine.classify(sample.text, choices[j])
+                    outcome = engine.classify(text, choices[j])
                     seconds[number, j, i] = perf_counter() - started
                     labels[j, i], layers[j, i] = outcome.reading.label, outcome.layer
     engine.close()
@@ -96,7 +92,7 @@ def wall(served: Served, samples: Sequence[Sample], taus: Sequence[float], round
     return {
         "model": served.model.full_name,
         "runtime": served.model.full_runtime,
-        "texts": len(samples),
+        "texts": len(texts),
         "rounds": rounds,
         "start_layers": start,
         "rows": rows,
