@@ -1,5 +1,6 @@
 """The studies of docs/experiments.md: their measures on made-up exits, and most of them on tiny models."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +19,11 @@ from training.studies import (
     ablations,
     cells,
     dimension,
+    drift,
     factorial,
     measures,
     scores,
+    shift,
     signals,
     space,
     sweep,
@@ -182,6 +185,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SST-2, reviews, and CLINC150 with questions out of scope."""
+    folder: Path = tmp_path_factory.mktemp("shifted")
+    for name, count, seed in (("sst2/train", 500, 1), ("sst2/dev", 100, 2), ("ood/books", 90, 3)):
+        rows = make_rows(count, seed)
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.tsv").write_text(
+            "sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows if text.strip())
+        )
+    (folder / "ood/electronics.tsv").write_bytes((folder / "ood/books.tsv").read_bytes())
+    parts = {part: make_rows(count, 4 + count) for part, count in (("train", 500), ("test", 100))}
+    parts |= {f"oos_{part}": make_rows(40, 9) for part in ("train", "val", "test")}
+    (folder / "clinc150").mkdir()
+    (folder / "clinc150/data_full.json").write_text(json.dumps(parts))
+    return folder
+
+
 def all_of(root: Path) -> list[Any]:
     rows = cells.TASKS["rte"].train(root)
     return cells.data.to_examples(rows, cells.data.label_order(rows))
@@ -194,6 +215,31 @@ def test_folds_hold_out_every_sample_once(root: Path) -> None:
     for part in parts:
         used = {example.text for example in part.train} | {example.text for example in part.tune}
         assert not used & {example.text for example in part.certify}
+
+
+def test_shift_and_drift_run_on_tiny_models(
+    shifted: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
+    monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(measures, "BOOTSTRAPS", 50)
+    monkeypatch.setattr(shift, "STREAMS", 2)
+    monkeypatch.setattr(shift, "TEXTS", 300)
+    monkeypatch.setattr(drift, "ORDERS", 2)
+    monkeypatch.setattr(drift, "AWAY", 1_000)
+    monkeypatch.setattr(drift, "AUDITS", 30)
+    names = ["sst2-minilm-D-0", "clinc150-minilm-D-0"]
+    for study in (shift, drift):
+        study.main(shifted, tmp_path / "runs", names)
+        study.main(redraw=True)
+    found = measures.load("shift")
+    assert set(found["sst2"]["texts"]) == {"dev", "books", "electronics"}
+    assert set(found["clinc150"]["texts"]) == {"test", "mixed", "out of scope"}
+    assert found["clinc150"]["full depth"]["out of scope"] is None  # they have no label
+    streams = measures.load("drift")
+    assert set(streams) == {"books", "electronics", "mixed"}
+    assert all(len(runs) == 2 for arms in streams.values() for runs in arms.values())
+    assert all((tmp_path / f"results/{name}.png").stat().st_size > 5_000 for name in ("shift", "drift"))
 
 
 def test_all_studies_run_on_tiny_models(

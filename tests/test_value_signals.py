@@ -1,10 +1,16 @@
-"""The parts of the regression study that are calculated: points between anchors, and resampled correlations."""
+"""The parts of the regression study that are calculated, and the whole of it on a tiny model."""
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from exits.recorded import Recorded
+from tests.conftest import make_rows
 from training.evaluate import correlation
+from training.studies import measures, regression
 from training.studies.anchors import KINDS, Anchors, distance_to, hats
 from training.studies.measures import right_at
 from training.studies.value_signals import Pairs, of_one_layer, resampled
@@ -63,3 +69,23 @@ def test_one_layer_for_all_has_the_asked_speedup() -> None:
     recorded: Recorded = layers.recorded
     for speedup in (1.0, 2.0, 3.0):
         assert np.isclose(right_at(scores, recorded, speedup, recorded.answers).mean(), 6 / speedup)
+
+
+def test_the_study_runs_on_a_tiny_model(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "stsb").mkdir()
+    for part, count, seed in (("train", 300, 1), ("dev", 80, 2)):
+        pairs = zip(make_rows(count, seed), make_rows(count, seed + 10), strict=True)
+        lines = (f"{a}\t{b}\t{3 * int(x) + int(y)}\n" for (a, x), (b, y) in pairs if a.strip() and b.strip())
+        (tmp_path / f"stsb/{part}.tsv").write_text("sentence1\tsentence2\tscore\n" + "".join(lines))
+    monkeypatch.setattr(regression, "minilm", lambda: str(encoder))
+    monkeypatch.setattr(regression, "SETTINGS", replace(regression.SETTINGS, epochs=1))
+    monkeypatch.setattr(regression, "SEEDS", (0,))
+    monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
+    regression.main(tmp_path, tmp_path / "runs")
+    found = measures.load("regression")
+    assert found["chosen"] in found["kinds"]
+    assert set(found["with"]) == {"as trained", "fitted again", "read from anchors"}
+    regression.main(redraw=True)
+    assert (tmp_path / "results/regression.png").stat().st_size > 5_000

@@ -1,6 +1,7 @@
 """Drift without labels: does it help to let the prototypes follow, or to fit the risk again from audits?
 
-    python -m training.studies.drift DATA RUNS
+    python -m training.studies.drift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
+    python -m training.studies.drift --redraw
 
 A stream has texts in domain, then texts of another. τ stays that of the calibration in domain, for at most 2% of
 answers unlike full depth by the signal risk. A few texts, drawn at random, are audited: run to full depth after their
@@ -12,9 +13,10 @@ fitted on a text that is measured, before that text was answered.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -28,26 +30,24 @@ from exits.risk import cross_fit, fit
 from exits.rule import exit_index
 from exits.signals import Risk
 from training.progress import track
-from training.studies.cells import States, Trained
+from training.studies.cells import Cell, States, Trained
+from training.studies.command import command
 from training.studies.measures import (
-    RESULTS,
     bootstrap,
     joined,
-    load,
     markdown,
     mean_auroc,
-    save,
     speed_within,
 )
 from training.studies.shift import (
     AUDITED,
-    CELLS,
     DISAGREEMENT,
     both,
     domains,
     tau_within,
 )
 
+NAME = "drift"
 ORDERS = 20
 HOME, AWAY = 2_000, 11_000  # texts of a stream before those that are measured; of HOME, at most
 AUDITS = 500  # that the risk is fitted on
@@ -265,6 +265,17 @@ def measure(
     return results
 
 
+def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
+    """The results by the domain that comes."""
+    found = {}
+    for cell in cells:
+        trained = Trained(cell, root, runs)
+        start = calibrated(trained)
+        for domain, (texts, home, away) in streams(trained, root).items():
+            found[domain] = measure(domain, texts, home, away, start)
+    return found
+
+
 def table(results: dict[str, Any]) -> str:
     """The means over the orders, and in brackets 95% intervals of the differences to frozen, as Markdown."""
     keys = {
@@ -309,26 +320,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only the table and the picture again.")] = False,
-) -> None:
-    """Measure, and print the table."""
-    if not redraw:
-        if root is None or runs is None:
-            raise typer.BadParameter("give the folders of the data sets and of the trained models")
-        results = {}
-        for cell in CELLS.values():
-            trained = Trained(cell, root, runs)
-            start = calibrated(trained)
-            for domain, (texts, home, away) in streams(trained, root).items():
-                results[domain] = measure(domain, texts, home, away, start)
-        save("drift", results)
-    results = load("drift")
-    plot(results, RESULTS / "drift.png")
-    print(table(results))
-
+main = command(NAME, results_of, table, plot)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -261,7 +261,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     for axes, part in zip(figure.subplots(1, 2, sharey=True), ("with", "without"), strict=True):
         for name, signal in results[part]["fitted again"].items():
             if name != ONE_LAYER:
-                axes.plot(PLOTTED, [100 * p for p in signal["curve"]], linewidth=1.2, label=name)
+                axes.plot(PLOTTED, 100 * np.array(signal["curve"], float), linewidth=1.2, label=name)
         for name, marker in heads.items():
             by_layer = results["heads"][name]["pearson"][1:]
             speedups = [len(by_layer) / m for m in range(1, len(by_layer) + 1)]

@@ -1,15 +1,16 @@
 """How do the signals degrade out of distribution, and what do the OOD policy and the guarantee then save?
 
-    python -m training.studies.shift DATA RUNS
+    python -m training.studies.shift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
+    python -m training.studies.shift --redraw
 
 The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
 measured on other texts in domain, on product reviews, and with questions out of scope. Those have no label.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import typer
@@ -25,20 +26,18 @@ from exits.rule import exit_index
 from exits.signals import Edr
 from training.data import Example
 from training.studies.cells import Cell, States, Trained
+from training.studies.command import command
 from training.studies.measures import (
-    RESULTS,
     joined,
-    load,
     markdown,
     mean_auroc,
     merit,
     number,
-    save,
     thresholds,
 )
 from training.studies.tasks import out_of_scope, reviews
 
-CELLS = {"sst2": Cell("sst2"), "clinc150": Cell("clinc150")}
+NAME = "shift"
 REVIEWS = ("books", "electronics")
 TEST_OUT_OF_SCOPE = 1_000  # the last ones are of the test part
 SPEEDUP, DISAGREEMENT = 3.0, 0.02
@@ -225,6 +224,16 @@ def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
     return result
 
 
+def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
+    """The results by task."""
+    found = {}
+    for cell in cells:
+        trained = Trained(cell, root, runs)
+        texts = {name: states.recorded for name, states in domains(trained, root).items()}
+        found[cell.task] = measure(trained.states("held-out").recorded, texts)
+    return found
+
+
 def tables(results: dict[str, Any]) -> str:
     """A table of the signals and one of risk's policy and guarantee, for each model, as Markdown."""
     found = []
@@ -287,25 +296,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only the tables and the picture again.")] = False,
-) -> None:
-    """Measure, and print the tables."""
-    if not redraw:
-        if root is None or runs is None:
-            raise typer.BadParameter("give the folders of the data sets and of the trained models")
-        results = {}
-        for task, cell in CELLS.items():
-            trained = Trained(cell, root, runs)
-            texts = {name: states.recorded for name, states in domains(trained, root).items()}
-            results[task] = measure(trained.states("held-out").recorded, texts)
-        save("shift", results)
-    results = load("shift")
-    plot(results, RESULTS / "shift.png")
-    print(tables(results))
-
+main = command(NAME, results_of, tables, plot)
 
 if __name__ == "__main__":
     typer.run(main)
