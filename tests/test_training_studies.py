@@ -263,6 +263,13 @@ def test_all_studies_run_on_tiny_models(
     assert set(rows[0]["signals"]) >= {"entropy", "CAP", "learned exits", "EDR", "risk", "patience"}
     sweep.main(root, runs, ["mrpc-minilm-D-0", *folds])
     assert (tmp_path / "results/sweep.png").stat().st_size > 5_000
+    sweep.main(root, runs, ["mrpc-minilm-none-0", folds[0]], add=True)
+    rows = measures.load("sweep")
+    assert [(row["task"], row["recipe"], row["cells"]) for row in rows[::2]] == [
+        ("mrpc", "D", 1),
+        ("rte", "D", 1),
+        ("mrpc", "none", 1),
+    ]
     ablations.main(root, runs, ["mrpc-minilm-D-0"])
     found = measures.load("ablations")[0]["fusions"]["harmonic (Eq. 12)"]["2"]
     assert found["chosen"][0] in scores.LAMS
@@ -271,7 +278,7 @@ def test_all_studies_run_on_tiny_models(
     dimension.main(root, runs, ["mrpc-minilm-D-0"])
     space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"])
     assert (tmp_path / "results/space.png").stat().st_size > 5_000
-    factorial.main(root, runs, ["mrpc"])
+    factorial.main(root, runs, ["mrpc-minilm-D-0"])
     row = measures.load("factorial")[0]
     four = [row["models"][recipe]["2×"] for recipe in factorial.DESIGN if "S" in recipe]
     others = [row["models"][recipe]["2×"] for recipe in factorial.DESIGN if "S" not in recipe]

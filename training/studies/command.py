@@ -10,6 +10,15 @@ import typer
 from training.studies import measures
 from training.studies.cells import Cell
 
+IDENTITY = (
+    "cell",
+    "task",
+    "encoder",
+    "recipe",
+    "folds",
+    "embeddings",
+)  # what tells the rows of a study apart
+
 
 def command(
     name: str,
@@ -30,6 +39,7 @@ def command(
         root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
         runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
         names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
+        add: Annotated[bool, typer.Option("--add", help="Keep the earlier results of other models.")] = False,
         redraw: Annotated[
             bool, typer.Option("--redraw", help="Only print and draw the results again.")
         ] = False,
@@ -37,7 +47,8 @@ def command(
         if not redraw:
             if root is None or runs is None or not names:
                 raise typer.BadParameter("give DATA, RUNS and cells, or --redraw")
-            measures.save(name, measure([Cell.parse(each) for each in names], root, runs))
+            found = measure([Cell.parse(each) for each in names], root, runs)
+            measures.save(name, added(measures.load(name), found) if add else found)
         results = measures.load(name)
         print(tables(results))
         if plot is not None:
@@ -45,3 +56,11 @@ def command(
 
     main.__doc__ = (sys.modules[measure.__module__].__doc__ or "").partition("\n")[0]
     return main
+
+
+def added(earlier: Any, found: Any) -> Any:
+    """Earlier results, with those of the same models replaced, and new ones at the end."""
+    if isinstance(earlier, dict):
+        return earlier | found
+    rows = {tuple(row.get(key) for key in IDENTITY): row for row in [*earlier, *found]}
+    return list(rows.values())

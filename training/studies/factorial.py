@@ -1,6 +1,6 @@
 """Four recipes in a half-fraction of a factorial design: 8 of their 16 combinations, which tell all main effects apart.
 
-    python -m training.studies.factorial DATA RUNS --task mrpc --task cola
+    python -m training.studies.factorial DATA RUNS mrpc-minilm-D-0 cola-minilm-D-0
     python -m training.studies.factorial --redraw
 
 T: a 12-layer teacher answers the training pairs and an altered copy of each. W: COSEE's exit-likely weights instead of
@@ -13,8 +13,9 @@ cross-fitted on the same samples without labels.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import typer
@@ -22,6 +23,7 @@ import typer
 from exits import risk
 from training.studies import measures
 from training.studies.cells import Cell, Trained
+from training.studies.command import command
 from training.studies.measures import Floats, fastest_within, joined, markdown, merit, right_at
 
 NAME = "factorial"
@@ -41,16 +43,16 @@ def of_cell(trained: Trained, first: int) -> dict[str, Floats]:
     return found
 
 
-def of_task(task: str, root: Path, runs: Path) -> list[dict[str, Any]]:
+def of_task(cell: Cell, root: Path, runs: Path) -> list[dict[str, Any]]:
     """Two rows, with and without the exit on the embeddings: the responses of each model, and the effects."""
     rows = []
     for first in (0, 1):
-        found = {}
-        for recipe in DESIGN:
-            found[recipe] = of_cell(Trained(Cell(task, recipe=recipe), root, runs), first)
+        found = {
+            recipe: of_cell(Trained(replace(cell, recipe=recipe), root, runs), first) for recipe in DESIGN
+        }
         rows.append(
             {
-                "task": task,
+                "task": cell.task,
                 "embeddings": first == 0,
                 "n": len(found["D"]["1×"]),
                 "models": {r: {name: values.mean() for name, values in f.items()} for r, f in found.items()},
@@ -58,6 +60,11 @@ def of_task(task: str, root: Path, runs: Path) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
+    """The rows of each cell's task; the cell names task, encoder and seed of the design."""
+    return [row for cell in cells for row in of_task(cell, root, runs)]
 
 
 def effect(found: dict[str, dict[str, Floats]], factor: str) -> dict[str, Any]:
@@ -102,21 +109,7 @@ def _with_interval(name: str, found: dict[str, Any]) -> str:
     return f"{shown} ({100 * low:+.1f} … {100 * high:+.1f})".replace("-", "−")
 
 
-def main(
-    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
-    runs: Annotated[Path | None, typer.Argument(help="Folder of the trained models.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="mrpc, rte or cola.")] = None,
-    redraw: Annotated[bool, typer.Option("--redraw", help="Only print the results again.")] = False,
-) -> None:
-    """Train the design's models, and print what each recipe adds."""
-    if not redraw:
-        if root is None or runs is None:
-            raise typer.BadParameter("give DATA and RUNS, or --redraw")
-        measures.save(
-            NAME, [r for name in task or ["mrpc", "rte", "cola"] for r in of_task(name, root, runs)]
-        )
-    print(tables(measures.load(NAME)))
-
+main = command(NAME, measure, tables)
 
 if __name__ == "__main__":
     typer.run(main)

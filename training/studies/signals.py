@@ -120,7 +120,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 def model(row: dict[str, Any]) -> str:
     """A model as tables name it."""
-    return f"{row['task']} {row['encoder']}" + (f" {row['recipe']}" if row["recipe"] != "D" else "")
+    name = f"{row['task']} {row['encoder']}" + (f" {row['recipe']}" if row["recipe"] != "D" else "")
+    return name + (f", {row['cells']} {'folds' if row['folds'] else 'seeds'}" if row["cells"] > 1 else "")
 
 
 def _cell(row: dict[str, Any], name: str, speedup: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from exits.calibration import speedup
 from exits.recorded import Recorded
 from training.evaluate import in_time
 from training.studies import measures
@@ -123,7 +124,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
         line += [f"{row['signals'][name]['hindsight']:.2f}×" for name in COLORS]
         line += [
             "–" if knee is None else f"{knee[0]:.1f}×, {100 * knee[1]:.1f}%",
-            f"{num_layers / depth:.2f}×",
+            f"{speedup(num_layers, depth):.2f}×",
         ]
         line += [f"{in_time(num_layers, depth, start):.2f}×", number(100 * risk["chosen"]["loss"], 2)]
         lines.append(line)
