@@ -274,6 +274,12 @@ def test_all_studies_run_on_tiny_models(
     found = measures.load("ablations")[0]["fusions"]["harmonic (Eq. 12)"]["2"]
     assert found["chosen"][0] in scores.LAMS
     assert found["best"][1] == max(found["by_lam"])
+    ablations.main(root, runs, ["mrpc-minilm-D-alpha=1-0"], add=True)
+    *_, settings = ablations.tables(measures.load("ablations")).split("\n\n")
+    assert [line.split(" | ")[0] for line in settings.splitlines()[2:]] == [
+        "| mrpc-minilm-D-0",
+        "| mrpc-minilm-D-alpha=1-0",
+    ]
     monkeypatch.setattr(dimension, "DIMS", (16, 32))
     dimension.main(root, runs, ["mrpc-minilm-D-0"])
     space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"])

@@ -24,6 +24,7 @@ from training.studies.scores import LAMS, by_exit
 from training.studies.spaces import Spaces, class_means, nearest_is_right
 
 NAME = "ablations"
+PROTOTYPES = ["nearest right by exit, %", "DR 2×, 3×", "EDR", "risk", "merit", "gain by exit, ‰"]
 
 
 def arithmetic(h: Floats, dr: Floats, lam: float) -> Floats:
@@ -116,7 +117,26 @@ def of_cell(trained: Trained) -> dict[str, Any]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """λ, fusions, and prototypes."""
+    """λ, fusions, and prototypes; then the cells that were trained with other settings, beside the plain ones."""
+    special = [row for row in rows if Cell.parse(row["cell"]).more]
+    tasks = {Cell.parse(row["cell"]).task for row in special}
+    plain = [row for row in rows if row not in special]
+    beside = [row for row in plain if Cell.parse(row["cell"]).task in tasks]
+    out = _of_plain(plain)
+    if special:
+        columns = ["model", "full depth, %", "entropy 2×, 3×", *PROTOTYPES]
+        lines = []
+        for row in [*beside, *special]:
+            entropy = ", ".join(_percent(row["entropy"][s]) for s in ("2", "3"))
+            lines.append(
+                [row["cell"], _percent(row["full"]), entropy, *_geometry(row["prototypes"]["as trained"])]
+            )
+        out.append(markdown(columns, lines))
+    return "\n".join(out)
+
+
+def _of_plain(rows: list[dict[str, Any]]) -> list[str]:
+    """λ, fusions, prototypes: a table each."""
     out = []
     lines = []
     for row in rows:
@@ -137,25 +157,19 @@ def tables(rows: list[dict[str, Any]]) -> str:
         )
     alone = [_percent(row["prototypes"]["as trained"]["dr"][s]) for row in rows for s in ("2", "3")]
     out.append(markdown(columns, [*lines, ["distance ratio alone", *alone]]))
-    columns = [
-        "model",
-        "prototypes",
-        "nearest right by exit, %",
-        "DR 2×, 3×",
-        "EDR",
-        "risk",
-        "merit",
-        "gain by exit, ‰",
-    ]
     lines = []
     for row in rows:
-        for kind, found in row["prototypes"].items():
-            pairs = (", ".join(_percent(found[key][s]) for s in ("2", "3")) for key in ("dr", "edr", "risk"))
-            nearest = " ".join(f"{100 * x:.0f}" for x in found["nearest"])
-            gain = " ".join("–" if x is None else f"{1000 * x:+.0f}" for x in found["gain"]).replace("-", "−")
-            lines.append([row["cell"], kind, nearest, *pairs, f"{found['merit']:.2f}", gain])
-    out.append(markdown(columns, lines))
-    return "\n".join(out)
+        lines += [[row["cell"], kind, *_geometry(found)] for kind, found in row["prototypes"].items()]
+    out.append(markdown(["model", "prototypes", *PROTOTYPES], lines))
+    return out
+
+
+def _geometry(found: dict[str, Any]) -> list[str]:
+    """The cells of PROTOTYPES."""
+    pairs = (", ".join(_percent(found[key][s]) for s in ("2", "3")) for key in ("dr", "edr", "risk"))
+    nearest = " ".join(f"{100 * x:.0f}" for x in found["nearest"])
+    gain = " ".join("–" if x is None else f"{1000 * x:+.0f}" for x in found["gain"]).replace("-", "−")
+    return [nearest, *pairs, f"{found['merit']:.2f}", gain]
 
 
 def _percent(value: float | None) -> str:

@@ -123,7 +123,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
             silhouette = row["h'"]["silhouette"][j]
             axis.set_title(f"exit {row['exits'][j]}: {silhouette:.2f}", fontsize=8)
-        line[0].set_ylabel(row["cell"].split("-minilm-")[-1], fontsize=6)
+        line[0].set_ylabel(row["cell"].replace("-minilm", ""), fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=64)
 
