@@ -10,14 +10,8 @@ import typer
 from training.studies import measures
 from training.studies.cells import Cell
 
-IDENTITY = (
-    "cell",
-    "task",
-    "encoder",
-    "recipe",
-    "folds",
-    "embeddings",
-)  # what tells the rows of a study apart
+# What tells the rows of a study apart.
+IDENTITY = ("cell", "task", "encoder", "recipe", "folds", "embeddings")
 
 
 def command(

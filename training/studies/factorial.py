@@ -6,7 +6,7 @@
 T: a 12-layer teacher answers the training pairs and an altered copy of each. W: COSEE's exit-likely weights instead of
 weights by depth. S: the last exit teaches the others. D: the paper's DAR. The combinations are those with an odd number
 of letters (D = −TWS): each effect is the mean of four models less that of four others, and is confounded with one
-interaction of the three others only. MiniLM; a teacher is the cell TASK-mpnet-D-0.
+interaction of the three others only. A cell names task, encoder and seed; a teacher is the cell TASK-mpnet-D-0.
 
 The response is the accuracy on held-out and unseen samples together, at full depth and at fixed speed-ups, by risk,
 cross-fitted on the same samples without labels.
