@@ -217,12 +217,18 @@ def test_folds_hold_out_every_sample_once(root: Path) -> None:
         assert not used & {example.text for example in part.certify}
 
 
-def test_shift_and_drift_run_on_tiny_models(
-    shifted: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def tiny(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder; cells are of a tiny encoder, and results go to its folder results."""
     monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
     monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(measures, "BOOTSTRAPS", 50)
+    return tmp_path
+
+
+def test_shift_and_drift_run_on_tiny_models(
+    shifted: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(shift, "STREAMS", 2)
     monkeypatch.setattr(shift, "TEXTS", 300)
     monkeypatch.setattr(drift, "ORDERS", 2)
@@ -230,7 +236,7 @@ def test_shift_and_drift_run_on_tiny_models(
     monkeypatch.setattr(drift, "AUDITS", 30)
     names = ["sst2-minilm-D-0", "clinc150-minilm-D-0"]
     for study in (shift, drift):
-        study.main(shifted, tmp_path / "runs", names)
+        study.main(shifted, tiny / "runs", names)
         study.main(redraw=True)
     found = measures.load("shift")
     assert set(found["sst2"]["texts"]) == {"dev", "books", "electronics"}
@@ -239,16 +245,11 @@ def test_shift_and_drift_run_on_tiny_models(
     streams = measures.load("drift")
     assert set(streams) == {"books", "electronics", "mixed"}
     assert all(len(runs) == 2 for arms in streams.values() for runs in arms.values())
-    assert all((tmp_path / f"results/{name}.png").stat().st_size > 5_000 for name in ("shift", "drift"))
+    assert all((tiny / f"results/{name}.png").stat().st_size > 5_000 for name in ("shift", "drift"))
 
 
-def test_all_studies_run_on_tiny_models(
-    root: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
-    monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(measures, "BOOTSTRAPS", 50)
-    runs = tmp_path / "runs"
+def test_all_studies_run_on_tiny_models(root: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tiny / "runs"
     folds = [f"rte-minilm-D-0-fold{k}" for k in (0, 3)]
     cells.main(root, runs, ["mrpc-mpnet-D-0"])  # a teacher
     signals.main(root, runs, ["mrpc-minilm-D-0", "mrpc-minilm-D-1", *folds])
@@ -262,7 +263,7 @@ def test_all_studies_run_on_tiny_models(
     ]
     assert set(rows[0]["signals"]) >= {"entropy", "CAP", "learned exits", "EDR", "risk", "patience"}
     sweep.main(root, runs, ["mrpc-minilm-D-0", *folds])
-    assert (tmp_path / "results/sweep.png").stat().st_size > 5_000
+    assert (tiny / "results/sweep.png").stat().st_size > 5_000
     sweep.main(root, runs, ["mrpc-minilm-none-0", folds[0]], add=True)
     rows = measures.load("sweep")
     assert [(row["task"], row["recipe"], row["cells"]) for row in rows[::2]] == [
@@ -283,7 +284,7 @@ def test_all_studies_run_on_tiny_models(
     monkeypatch.setattr(dimension, "DIMS", (16, 32))
     dimension.main(root, runs, ["mrpc-minilm-D-0"])
     space.main(root, runs, ["mrpc-minilm-D-prototypes=sliding-0", "mrpc-minilm-none-0"])
-    assert (tmp_path / "results/space.png").stat().st_size > 5_000
+    assert (tiny / "results/space.png").stat().st_size > 5_000
     factorial.main(root, runs, ["mrpc-minilm-D-0"])
     row = measures.load("factorial")[0]
     four = [row["models"][recipe]["2×"] for recipe in factorial.DESIGN if "S" in recipe]
