@@ -7,15 +7,15 @@ from typing import Annotated, NoReturn
 import typer
 from rich.markup import escape
 
-from de3.classify import classify
-from de3.evaluate import evaluate
-from de3.export import calibrate, export
-from de3.importing import import_model
-from de3.models import app as models_app
-from de3.options import console, reason
-from de3.serve import serve
-from de3.train import train
-from loadtest.cli import app as loadtest_app
+from de3.commands.classify import classify
+from de3.commands.evaluate import evaluate
+from de3.commands.export import calibrate, export
+from de3.commands.importing import import_model
+from de3.commands.models import app as models_app
+from de3.commands.options import console, reason
+from de3.commands.serve import serve
+from de3.commands.train import train
+from de3.loadtest.cli import app as loadtest_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,12 +28,12 @@ app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
 
 
-def main() -> None:
+def main(commands: typer.Typer | None = None) -> None:
     """Run the command line; an error that the user can fix is reported in one line, without a traceback."""
     from pydantic import ValidationError
 
     try:
-        app()
+        (commands or app)()
     except ValidationError as error:  # a ValueError with one line per setting
         problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
         _fail("; ".join(problems))

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import guarantee
-from exits.recorded import Recorded
-from exits.rule import exit_index
-from exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits import guarantee
+from de3.exits.recorded import Recorded
+from de3.exits.rule import exit_index
+from de3.exits.signals import Edr, Entropy, Signal, SignalName
 
 LAMS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Quadratic spacing: most scores are near 0, so the grid is finest there.

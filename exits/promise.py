@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import betting
-from exits.guarantee import CONFIDENCE
+from de3.exits import betting
+from de3.exits.guarantee import CONFIDENCE
 
 # Audits to a false alarm, in the mean, of a rate that is just what was promised. A lower one takes far longer.
 PATIENCE = 1e5

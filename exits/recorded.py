@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import formulas
+from de3.exits import formulas
 
 MIN_TOLERANCE, MAX_TOLERANCE = 1e-3, 1e9  # of a regression model
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from exits.recorded import Recorded
-from exits.signals import Risk, Weights
+from de3.exits.recorded import Recorded
+from de3.exits.signals import Risk, Weights
 
 Floats = NDArray[np.float64]
 RIDGE = 0.01  # of standardized weights, in samples

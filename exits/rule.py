@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from exits.reading import Reading, read, read_labels, read_value
-from exits.signals import Signal
+from de3.exits.reading import Reading, read, read_labels, read_value
+from de3.exits.signals import Signal
 
 # Why a text exited at its layer.
 ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]

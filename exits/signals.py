@@ -12,9 +12,9 @@ from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 
-from exits import formulas
-from exits.reading import Reading
-from exits.recorded import Recorded
+from de3.exits import formulas
+from de3.exits.reading import Reading
+from de3.exits.recorded import Recorded
 
 MAX_LAM = 100.0
 SMALLEST = 1e-12  # of what a logarithm is taken

@@ -11,13 +11,13 @@ from dataclasses import replace
 from math import log
 from typing import NamedTuple
 
-from exits.reading import Reading
+from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
 MAX_TOKENS = 16 * 512  # in all windows: fewer of a model that takes long texts, but two
 OVERLAP = 0.25  # of a window's tokens, also in the next one
 # At τ > 0: of what the windows that are left could change, the part that they are expected to change at most. Measured
-# on product reviews (docs/experiments.md).
+# on product reviews (lab/docs/experiments.md).
 EXPECTED_CHANGE = 0.75
 ROUNDING = 1e-9  # of the weight of all windows: more than sums of probabilities are off
 SMALLEST = 1e-300  # of what a logarithm is taken

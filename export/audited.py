@@ -11,12 +11,12 @@ import orjson
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from exits.calibration import Samples
-from exits.recorded import Recorded
-from export.calibrate import Part
-from model_store.manifest import MAX_LABELS, MAX_LAYERS, NAME, VERSION, Count, Layer, Manifest, Share
-from model_store.store import Artifact
-from training.progress import console, warn
+from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
+from de3.export.calibrate import Part
+from de3.model_store.manifest import MAX_LABELS, MAX_LAYERS, NAME, VERSION, Count, Layer, Manifest, Share
+from de3.model_store.store import Artifact
+from de3.training.progress import console, warn
 
 MAX_AUDITS = 200_000  # that are kept in memory
 MAX_LINE = 2**24  # bytes

@@ -3,11 +3,11 @@
 import onnx
 from onnx import TensorProto
 
-from export import modernbert
-from export.graph import Graph, block, embed, exit_heads
-from training.encoders import family
-from training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
-from training.model import De3Model
+from de3.export import modernbert
+from de3.export.graph import Graph, block, embed, exit_heads
+from de3.training.encoders import family
+from de3.training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
+from de3.training.model import De3Model
 
 
 def file_name(layer: int) -> str:

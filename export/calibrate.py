@@ -8,16 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from exits import calibration, risk
-from exits.calibration import FINE_TAUS, Outcome, Samples
-from exits.recorded import Recorded
-from exits.reference import quantiles
-from exits.signals import Risk, Signal, SignalName
-from exits.trade_offs import TradeOffs
-from model_store.manifest import Calibration, Defaults, RiskWeights
-from training.data import Example
-from training.progress import console
-from training.split import related
+from de3.exits import calibration, risk
+from de3.exits.calibration import FINE_TAUS, Outcome, Samples
+from de3.exits.recorded import Recorded
+from de3.exits.reference import quantiles
+from de3.exits.signals import Risk, Signal, SignalName
+from de3.exits.trade_offs import TradeOffs
+from de3.model_store.manifest import Calibration, Defaults, RiskWeights
+from de3.training.data import Example
+from de3.training.progress import console
+from de3.training.split import related
 
 CHOICES = ("auto", "risk", "edr", "entropy")
 MIN_CERTIFY = 850  # groups

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.encoders.weights import Array, Disentangled, Layer
+from de3.training.encoders.weights import Array, Disentangled, Layer
 
 if TYPE_CHECKING:
-    from export.graph import Graph
+    from de3.export.graph import Graph
 
 
 def attention(g: "Graph", hidden: str, layer: Layer, relative: Disentangled) -> str:

@@ -12,21 +12,21 @@ from rich.table import Table
 from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
 
-from exits.calibration import paired_interval
-from exits.recorded import Recorded
-from exits.rule import ExitRule, exit_index
-from export.build import build
-from export.calibrate import CHOICES, Part, calibrate
-from export.record import record
-from model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
-from model_store.model import Model
-from model_store.store import Artifact, Draft, Store
-from training.checkpoint import Checkpoint
-from training.data import Example, check_apart, encode, with_original
-from training.evaluate import weaknesses
-from training.model import De3Model
-from training.predict import predict
-from training.progress import console, warn
+from de3.exits.calibration import paired_interval
+from de3.exits.recorded import Recorded
+from de3.exits.rule import ExitRule, exit_index
+from de3.export.build import build
+from de3.export.calibrate import CHOICES, Part, calibrate
+from de3.export.record import record
+from de3.model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Draft, Store
+from de3.training.checkpoint import Checkpoint
+from de3.training.data import Example, check_apart, encode, with_original
+from de3.training.evaluate import weaknesses
+from de3.training.model import De3Model
+from de3.training.predict import predict
+from de3.training.progress import console, warn
 
 MAX_FP32_DIFFERENCE = 1e-3
 LEAST_SAME = 0.8  # share of samples that should leave alike in int8 and fp32

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from model_store.store import Artifact, read_manifest
+from de3.model_store.store import Artifact, read_manifest
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
@@ -196,9 +196,9 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
             raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
         write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
         return
-    from export.build import build  # slow to import, and an artifact does not need it
-    from export.exporter import plain_tokenizer
-    from training.checkpoint import Checkpoint
+    from de3.export.build import build  # slow to import, and an artifact does not need it
+    from de3.export.exporter import plain_tokenizer
+    from de3.training.checkpoint import Checkpoint
 
     opened = Checkpoint(source)
     tokenizer = plain_tokenizer(source).encode()

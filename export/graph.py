@@ -21,9 +21,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export import deberta
-from model_store.node_reader import TOKEN_QUANTIZATION, center_sums
-from training.encoders.weights import Array, Disentangled, Embeddings, Head, Layer, Linear, Norm
+from de3.export import deberta
+from de3.model_store.node_reader import TOKEN_QUANTIZATION, center_sums
+from de3.training.encoders.weights import Array, Disentangled, Embeddings, Head, Layer, Linear, Norm
 
 MICROSOFT = "com.microsoft"
 # FastGelu is the tanh approximation, Gelu the exact one.

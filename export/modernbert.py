@@ -8,9 +8,9 @@ square.
 import numpy as np
 from onnx import TensorProto
 
-from export.graph import Graph
-from model_store.modernbert_reader import DENSE, MASKED
-from training.encoders.weights import PreNormLayer
+from de3.export.graph import Graph
+from de3.model_store.modernbert_reader import DENSE, MASKED
+from de3.training.encoders.weights import PreNormLayer
 
 
 def block(g: Graph, hidden: str, layer: PreNormLayer) -> str:

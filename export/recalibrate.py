@@ -4,15 +4,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from exits.recorded import Recorded
-from export import audited
-from export.calibrate import Calibrated, Part, calibrate
-from export.record import record
-from model_store.manifest import SCHEMA_VERSION, Manifest
-from model_store.model import Model
-from model_store.store import Artifact, Store
-from training.data import Example, check_apart, check_input, load_examples, with_original
-from training.progress import warn
+from de3.exits.recorded import Recorded
+from de3.export import audited
+from de3.export.calibrate import Calibrated, Part, calibrate
+from de3.export.record import record
+from de3.model_store.manifest import SCHEMA_VERSION, Manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Store
+from de3.training.data import Example, check_apart, check_input, load_examples, with_original
+from de3.training.progress import warn
 
 
 def recalibrate(

@@ -7,11 +7,11 @@ from time import perf_counter
 
 import numpy as np
 
-from exits.recorded import Recorded
-from model_store.model import Model
-from model_store.segments import Step
-from training.data import Example, label_array
-from training.progress import track
+from de3.exits.recorded import Recorded
+from de3.model_store.model import Model
+from de3.model_store.segments import Step
+from de3.training.data import Example, label_array
+from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:

@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from loadtest.client import Target, quantile, send_traffic
-from loadtest.texts import Sample
+from de3.loadtest.client import Target, quantile, send_traffic
+from de3.loadtest.texts import Sample
 
 WARM_S = 2.0
 STEPS = 7

@@ -17,7 +17,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from loadtest.texts import Sample
+from de3.loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
 GRACE_S = 20.0  # wait for the last answers

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.markup import escape
 
-from loadtest import report
-from loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
-from loadtest.metrics import Metrics
-from loadtest.servers import Running, Server, running
-from loadtest.texts import Sample, with_long
+from de3.loadtest import report
+from de3.loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
+from de3.loadtest.metrics import Metrics
+from de3.loadtest.servers import Running, Server, running
+from de3.loadtest.texts import Sample, with_long
 
 console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 CONNECTIONS = 16

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from loadtest import report
-from loadtest.client import Answer, Run, quantile, send_traffic
-from loadtest.servers import ours, running
-from loadtest.texts import Sample
+from de3.loadtest import report
+from de3.loadtest.client import Answer, Run, quantile, send_traffic
+from de3.loadtest.servers import ours, running
+from de3.loadtest.texts import Sample
 
 console = Console(stderr=True)
 # (name, seconds, request rate at the start and at the end as a share of the capacity)

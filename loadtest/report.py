@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from loadtest.client import Run, accuracy, quantile
+from de3.loadtest.client import Run, accuracy, quantile
 
 
 def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from model_store.graph_check import MICROSOFT, GraphError
-from model_store.manifest import Manifest
-from model_store.node_reader import ANY, Array, Reader, Weight, floats
-from native.network import Disentangled, Linear
+from de3.model_store.graph_check import MICROSOFT, GraphError
+from de3.model_store.manifest import Manifest
+from de3.model_store.node_reader import ANY, Array, Reader, Weight, floats
+from de3.native.network import Disentangled, Linear
 
 ENCODER = "deberta-v2"
 _SCALAR, _ONE, _ROW = Weight(np.int64, ()), Weight(np.int64, (1,)), Weight(np.int32, (1,))

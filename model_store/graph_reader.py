@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from model_store import deberta_reader, modernbert_reader
-from model_store.graph_check import MICROSOFT, GraphError
-from model_store.manifest import Manifest
-from model_store.node_reader import ANY, Array, Form, Reader, Weight, floats
-from native.network import (
+from de3.model_store import deberta_reader, modernbert_reader
+from de3.model_store.graph_check import MICROSOFT, GraphError
+from de3.model_store.manifest import Manifest
+from de3.model_store.node_reader import ANY, Array, Form, Reader, Weight, floats
+from de3.native.network import (
     Disentangled,
     Embeddings,
     Exit,

@@ -6,10 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
-from exits.reference import LEVELS, is_ascending
-from exits.rule import Thresholds
-from exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
+from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
+from de3.exits.reference import LEVELS, is_ascending
+from de3.exits.rule import Thresholds
+from de3.exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
 
 # 3 has no risk: the signal is λ, and 0 is entropy. 4 has no head.
 SCHEMA_VERSIONS = (3, 4, 5)

@@ -7,10 +7,10 @@ import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
-from exits.signals import Entropy
-from model_store.graph_check import GraphError, read_graph
-from model_store.graph_reader import Read, network_of, read_segment
-from model_store.segments import (
+from de3.exits.signals import Entropy
+from de3.model_store.graph_check import GraphError, read_graph
+from de3.model_store.graph_reader import Read, network_of, read_segment
+from de3.model_store.segments import (
     Array,
     ForwardPass,
     NativeSegment,
@@ -22,10 +22,10 @@ from model_store.segments import (
     full_depth,
     session_options,
 )
-from model_store.store import Artifact, StoreError
-from model_store.tokenizer import TextTokenizer
-from native import NoKernelsError
-from native.network import Network, build
+from de3.model_store.store import Artifact, StoreError
+from de3.model_store.tokenizer import TextTokenizer
+from de3.native import NoKernelsError
+from de3.native.network import Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's logits, or distances
@@ -110,7 +110,7 @@ class Model:
     ) -> tuple[Sequence[Segment], Through]:
         """The segments as the kernels run them; NoKernelsError unless they give what ONNX Runtime gives."""
         model, manifest = build(network), self.manifest
-        from native import kernels  # there, or build() would have failed
+        from de3.native import kernels  # there, or build() would have failed
 
         native = [
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))

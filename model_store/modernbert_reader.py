@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
-from model_store.graph_check import MICROSOFT, GraphError
-from model_store.manifest import Manifest
-from model_store.node_reader import ANY, Array, Reader, Weight, floats
-from native.network import PreNormLayer
+from de3.model_store.graph_check import MICROSOFT, GraphError
+from de3.model_store.manifest import Manifest
+from de3.model_store.node_reader import ANY, Array, Reader, Weight, floats
+from de3.native.network import PreNormLayer
 
 DENSE = 4  # windows: texts that are not longer are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a token that is not seen

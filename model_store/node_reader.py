@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from model_store.graph_check import MICROSOFT, GraphError
-from native.network import Linear, Norm
+from de3.model_store.graph_check import MICROSOFT, GraphError
+from de3.native.network import Linear, Norm
 
 Array = NDArray[Any]
 ANY = -1  # a size that the weight itself decides

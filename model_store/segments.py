@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from exits.signals import Signal
-from model_store.manifest import Manifest
-from model_store.store import StoreError
+from de3.exits.signals import Signal
+from de3.model_store.manifest import Manifest
+from de3.model_store.store import StoreError
 
 Array = NDArray[np.float32]
 NOWHERE = "/nonexistent/de3"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from model_store.manifest import MAX_INT, NAME, SCHEMA_VERSIONS, VERSION, Manifest
-from model_store.printable import printable
+from de3.model_store.manifest import MAX_INT, NAME, SCHEMA_VERSIONS, VERSION, Manifest
+from de3.model_store.printable import printable
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
-from exits.windows import Span, capacity, spans
-from model_store.segments import Tokens
-from model_store.store import Artifact, StoreError
-from model_store.tokenizer_check import TokenizerError, check_tokenizer
+from de3.exits.windows import Span, capacity, spans
+from de3.model_store.segments import Tokens
+from de3.model_store.store import Artifact, StoreError
+from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
 # Of all windows together. A run of letters without an end is one piece, which nothing can preempt.

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from model_store.charsmap import check_charsmap
+from de3.model_store.charsmap import check_charsmap
 
 _NORMALIZERS = (
     "BertNormalizer Lowercase NFC NFD NFKC NFKD Nmt Precompiled Prepend Replace Sequence Strip StripAccents"

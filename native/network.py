@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from native import NoKernelsError
+from de3.native import NoKernelsError
 
 Array = NDArray[Any]
 NONE = np.zeros(0, np.float32)
@@ -155,10 +155,10 @@ class Network:
 
 def build(network: Network) -> Any:
     """The kernels' model of a network; raises NoKernelsError for one that they cannot run."""
-    if find_spec("native.kernels") is None:
+    if find_spec("de3.native.kernels") is None:
         raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
     try:
-        from native import kernels
+        from de3.native import kernels
     except ImportError as error:
         raise NoKernelsError(f"the kernels cannot be loaded: {error}") from None
     if not kernels.supported():
@@ -241,6 +241,6 @@ def _scale(scale: Array | None) -> Array:
 
 
 def _set_norm(model: Any, layer: int, which: int, norm: Norm) -> None:
-    from native import kernels
+    from de3.native import kernels
 
     kernels.set_norm(model, layer, which, norm.scale, norm.shift, norm.epsilon)

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 
-from server.engine.engine import Engine
-from server.engine.work import REPLY_S, Job
-from server.models import Models
-from server.overload import TICK_S, Controller
-from server.settings import Settings
-from server.shares import Shares
+from de3.server.engine.engine import Engine
+from de3.server.engine.work import REPLY_S, Job
+from de3.server.models import Models
+from de3.server.overload import TICK_S, Controller
+from de3.server.settings import Settings
+from de3.server.shares import Shares
 
 
 class Admission:

@@ -7,10 +7,10 @@ import asyncio
 from dataclasses import replace
 from time import perf_counter
 
-from exits.windows import most_windows
-from server.engine.work import Job, Request, Served
-from server.errors import RequestError
-from server.service import Service
+from de3.exits.windows import most_windows
+from de3.server.engine.work import Job, Request, Served
+from de3.server.errors import RequestError
+from de3.server.service import Service
 
 
 async def infer(request: Request, service: Service) -> Job:

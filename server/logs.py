@@ -5,7 +5,7 @@ import logging
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
 
-from model_store.printable import printable
+from de3.model_store.printable import printable
 
 
 def configure(style: str) -> None:

@@ -10,13 +10,13 @@ from types import FrameType
 
 import uvicorn
 
-from server import logs
-from server.http.app import PROTOCOLS, create_app
-from server.http.frontend import Frontend
-from server.http.listener import Listener
-from server.http.protocol import Protocol
-from server.service import EngineError, Service
-from server.settings import Settings
+from de3.server import logs
+from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.frontend import Frontend
+from de3.server.http.listener import Listener
+from de3.server.http.protocol import Protocol
+from de3.server.service import EngineError, Service
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the system holds until they are accepted

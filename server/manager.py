@@ -7,17 +7,17 @@ from contextlib import asynccontextmanager
 from time import perf_counter
 from weakref import ref
 
-from model_store.model import Model
-from model_store.store import Artifact, Store, StoreError, UnknownModelError
-from server import memory
-from server.audit.audits import Audits
-from server.background import in_background
-from server.engine.work import Served
-from server.errors import RequestError
-from server.metrics import Metrics
-from server.models import MAX_LOADED, Models, Role, load
-from server.prove import Prover
-from server.settings import Settings
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError
+from de3.server import memory
+from de3.server.audit.audits import Audits
+from de3.server.background import in_background
+from de3.server.engine.work import Served
+from de3.server.errors import RequestError
+from de3.server.metrics import Metrics
+from de3.server.models import MAX_LOADED, Models, Role, load
+from de3.server.prove import Prover
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of an unloaded model

@@ -17,13 +17,13 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from exits.rule import ExitReason
-from model_store.model import Model
-from server.audit.auditor import Auditor
-from server.engine.work import Job, Outcome, Served
-from server.errors import Cause
-from server.rules import Choice
-from server.settings import Settings
+from de3.exits.rule import ExitReason
+from de3.model_store.model import Model
+from de3.server.audit.auditor import Auditor
+from de3.server.engine.work import Job, Outcome, Served
+from de3.server.errors import Cause
+from de3.server.rules import Choice
+from de3.server.settings import Settings
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # half the series, and Prometheus needs none of them
 

@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
-from model_store.manifest import Manifest
-from model_store.model import Model
-from model_store.store import Artifact, NoModelsError, Store, StoreError
-from server.engine.timing import Timing
-from server.engine.work import Served
-from server.errors import RequestError
-from server.ood import OodMonitor
-from server.rules import Rules
-from server.settings import Settings
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
+from de3.server.engine.timing import Timing
+from de3.server.engine.work import Served
+from de3.server.errors import RequestError
+from de3.server.ood import OodMonitor
+from de3.server.rules import Rules
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 MAX_HISTORY = 16  # versions to roll back to

@@ -7,9 +7,9 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
-from exits import reference
-from exits.reading import Reading
-from model_store.manifest import Manifest, Reference
+from de3.exits import reference
+from de3.exits.reading import Reading
+from de3.model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from chance
 MAX_PER_S = 200  # texts sampled: enough, and cheap under any load

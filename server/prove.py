@@ -16,16 +16,16 @@ from signal import SIGKILL
 from threading import Event, Lock, Timer
 from time import monotonic
 
-from model_store.manifest import Manifest
-from model_store.printable import printable
-from model_store.store import Artifact, StoreError
+from de3.model_store.manifest import Manifest
+from de3.model_store.printable import printable
+from de3.model_store.store import Artifact, StoreError
 
 TIMEOUT_S = 120.0
 MEMORY_BYTES = 2**30  # beside the files, of which there are a few copies for a moment
 COPIES = 6
 MAX_OUTPUT = 2**16  # characters of what the process says
 REFUSED = 3  # its exit code if the artifact is not sound
-PROGRAM = "from server.prove import child; child()"
+PROGRAM = "from de3.server.prove import child; child()"
 
 
 class Prover:
@@ -153,9 +153,9 @@ def _load(artifact: Artifact, runtime: str) -> str:
     """Do once with an artifact what the server does with it before it answers; why it has no kernels."""
     import numpy as np  # within the limits
 
-    from model_store.model import Model
-    from model_store.segments import Tokens
-    from server.engine.timing import Timing
+    from de3.model_store.model import Model
+    from de3.model_store.segments import Tokens
+    from de3.server.engine.timing import Timing
 
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:

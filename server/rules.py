@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple
 
-from exits.guarantee import CONFIDENCE
-from exits.promise import Promise
-from exits.rule import ExitRule, Thresholds
-from exits.signals import Edr, Entropy, Signal, SignalName
-from exits.trade_offs import TradeOffs
-from model_store.manifest import Manifest, TradeOff
-from server.errors import RequestError
-from server.settings import ExitOptions, Settings
+from de3.exits.guarantee import CONFIDENCE
+from de3.exits.promise import Promise
+from de3.exits.rule import ExitRule, Thresholds
+from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.trade_offs import TradeOffs
+from de3.model_store.manifest import Manifest, TradeOff
+from de3.server.errors import RequestError
+from de3.server.settings import ExitOptions, Settings
 
 MAX_NAMED = 20  # signals in a message
 MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from itertools import count
 from time import perf_counter
 
-from model_store.manifest import Manifest
-from model_store.store import Artifact, Store
-from server import memory
-from server.admission import Admission
-from server.audit.audits import Audits
-from server.engine.engine import Engine
-from server.engine.timing import run_longest
-from server.engine.work import Served
-from server.errors import RequestError
-from server.manager import Manager
-from server.metrics import Metrics
-from server.models import Models, default_of, find, newest
-from server.rules import Choice
-from server.settings import Settings
+from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact, Store
+from de3.server import memory
+from de3.server.admission import Admission
+from de3.server.audit.audits import Audits
+from de3.server.engine.engine import Engine
+from de3.server.engine.timing import run_longest
+from de3.server.engine.work import Served
+from de3.server.errors import RequestError
+from de3.server.manager import Manager
+from de3.server.metrics import Metrics
+from de3.server.models import Models, default_of, find, newest
+from de3.server.rules import Choice
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # between two checks of the engine threads

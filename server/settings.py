@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from exits.signals import SignalName
+from de3.exits.signals import SignalName
 
 PREFIX = "DE3_"
 # Variables with the prefix that are not settings of the server.

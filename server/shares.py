@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from server.errors import RequestError
+from de3.server.errors import RequestError
 
 SPARE = 1 / 8  # of the limit, beyond it: for other clients when one holds all of it
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from exits.rule import ExitRule
-from exits.signals import Edr
-from server.engine.work import Job, Request, Text
-from server.rules import Choice
-from server.settings import ExitOptions
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Edr
+from de3.server.engine.work import Job, Request, Text
+from de3.server.rules import Choice
+from de3.server.settings import ExitOptions
 
 LOOP = asyncio.new_event_loop()
 NO_MODEL, WITH_KERNELS = SimpleNamespace(through=None), SimpleNamespace(through=object())

@@ -16,14 +16,14 @@ from typing import Any
 import httpx
 import uvicorn
 
-from server.engine.queue import WorkQueue
-from server.http.app import PROTOCOLS
-from server.http.connection import BODY
-from server.http.listener import Listener
-from server.http.protocol import Protocol
-from server.main import uvicorn_config
-from server.service import Service
-from server.settings import Settings
+from de3.server.engine.queue import WorkQueue
+from de3.server.http.app import PROTOCOLS
+from de3.server.http.connection import BODY
+from de3.server.http.listener import Listener
+from de3.server.http.protocol import Protocol
+from de3.server.main import uvicorn_config
+from de3.server.service import Service
+from de3.server.settings import Settings
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.errors import RequestError
-from server.http.access import MAX_KEYS, Charge, Keys, RateLimit
-from server.http.app import PROTOCOLS
-from server.http.frontend import Frontend
-from server.service import Service
-from server.settings import Settings
+from de3.server.errors import RequestError
+from de3.server.http.access import MAX_KEYS, Charge, Keys, RateLimit
+from de3.server.http.app import PROTOCOLS
+from de3.server.http.frontend import Frontend
+from de3.server.service import Service
+from de3.server.settings import Settings
 from tests.serving import Gate, Server, serving, until
 
 ALICE, BOB = "alice-has-a-long-key", "bob-has-another-key-too"

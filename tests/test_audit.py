@@ -13,18 +13,18 @@ from weakref import ref
 import httpx
 import pytest
 
-from exits.promise import Profile
-from model_store.segments import Tokens
-from server.audit.auditor import MAX_PENDING, ROOM, Auditor
-from server.audit.state import StateDir
-from server.engine import audit as audit_engine
-from server.engine.audit import run_audits
-from server.engine.queue import WorkQueue
-from server.engine.work import Job
-from server.service import Service
-from server.settings import Settings
+from de3.exits.promise import Profile
+from de3.model_store.segments import Tokens
+from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor
+from de3.server.audit.state import StateDir
+from de3.server.engine import audit as audit_engine
+from de3.server.engine.audit import run_audits
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.work import Job
+from de3.server.service import Service
+from de3.server.settings import Settings
 from tests import jobs
-from tests.conftest import make_rows
+from tests.fixtures import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 TEXTS = [text for text, _ in make_rows(200, 41)]

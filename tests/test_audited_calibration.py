@@ -12,15 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from de3.cli import app
-from export import audited
-from export.calibrate import calibrate
-from export.record import record
-from model_store.manifest import Manifest
-from model_store.model import Model
-from model_store.store import Artifact, Store
-from tests.conftest import make_rows
+from de3.export import audited
+from de3.export.calibrate import calibrate
+from de3.export.record import record
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Store
+from de3.training.data import Example
+from tests.fixtures import make_rows
 from tests.serving import serving, until
-from training.data import Example
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits import betting
-from exits.betting import ChangeDetector, bounds, e_values, e_values_above
+from de3.exits import betting
+from de3.exits.betting import ChangeDetector, bounds, e_values, e_values_above
 
 SHARES = (1.0, 0.5, 0.05)
 # Of each text: with which of SHARES it came, whether it was drawn, whether it differs.

@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from model_store.manifest import TradeOff
-from model_store.segments import OnnxSegment
-from model_store.store import Store
-from server.engine import timing
-from server.models import load
-from server.ood import WINDOW
-from server.settings import Settings
-from tests.conftest import make_rows
+from de3.model_store.manifest import TradeOff
+from de3.model_store.segments import OnnxSegment
+from de3.model_store.store import Store
+from de3.server.engine import timing
+from de3.server.models import load
+from de3.server.ood import WINDOW
+from de3.server.settings import Settings
+from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
@@ -310,7 +310,7 @@ def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -
 
 
 def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.ood.MAX_PER_S", 1e9)  # look at every text
+    monkeypatch.setattr("de3.server.ood.MAX_PER_S", 1e9)  # look at every text
     with serving(store, models=["tiny-int8"], tau=0.3) as server:
 
         def drift(statistic: str) -> float | None:

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exits import calibration, guarantee, risk
-from exits.calibration import Samples
-from exits.recorded import Recorded
-from exits.rule import exit_index
-from exits.signals import Edr, Entropy, Signal, signal_of
-from exits.trade_offs import TradeOffs
-from export.calibrate import Calibrated, Part, calibrate, joined
-from training.data import Example
+from de3.exits import calibration, guarantee, risk
+from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
+from de3.exits.rule import exit_index
+from de3.exits.signals import Edr, Entropy, Signal, signal_of
+from de3.exits.trade_offs import TradeOffs
+from de3.export.calibrate import Calibrated, Part, calibrate, joined
+from de3.training.data import Example
 
 
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:

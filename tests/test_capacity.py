@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from de3.cli import app
-from loadtest import capacity
-from loadtest.client import Target
-from tests.conftest import make_rows
+from de3.loadtest import capacity
+from de3.loadtest.client import Target
+from tests.fixtures import make_rows
 from tests.serving import free_port
 
 

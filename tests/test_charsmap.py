@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, normalizers
 
-from model_store.charsmap import MAX_REPLACEMENT, check_charsmap
-from model_store.tokenizer_check import TokenizerError, check_tokenizer
+from de3.model_store.charsmap import MAX_REPLACEMENT, check_charsmap
+from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 
 def table(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from de3 import client as de3_client
 from de3.cli import app
 from de3.client import AsyncClient, Client, ServerError
-from tests.conftest import make_rows
+from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(100, 11)]

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 
 from de3.cli import app as de3_app
 from de3.client import AsyncClient, Client
-from server.http.app import PROTOCOLS, create_api
-from server.http.frontend import Frontend
-from server.service import Service
-from server.settings import Settings
+from de3.server.http.app import PROTOCOLS, create_api
+from de3.server.http.frontend import Frontend
+from de3.server.service import Service
+from de3.server.settings import Settings
 from tests.serving import Server, serving
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.http import connection, listener
-from server.http.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
+from de3.server.http import connection, listener
+from de3.server.http.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
 from tests.serving import Server, serving, until
 
 BODY = b'{"input": "good film"}'

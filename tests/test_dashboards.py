@@ -13,9 +13,9 @@ import httpx
 import pytest
 import yaml
 
-from deploy.grafana import generate
-from deploy.grafana.panels import ALL_MODELS, DASHBOARDS
-from tests.conftest import make_rows
+from de3.deploy.grafana import generate
+from de3.deploy.grafana.panels import ALL_MODELS, DASHBOARDS
+from tests.fixtures import make_rows
 from tests.prometheus import CONFIG, Prometheus, needs_prometheus, scraping
 from tests.serving import serving, until
 
@@ -35,7 +35,7 @@ GRAFANA = next(
 
 def test_committed_dashboards_are_those_that_the_code_makes() -> None:
     for path, text in generate.files().items():
-        assert path.read_text() == text, "run python -m deploy.grafana.generate"
+        assert path.read_text() == text, "run python -m de3.deploy.grafana.generate"
     assert set(generate.FOLDER.glob("*")) == set(generate.files())
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training import data
-from training import split as splits
-from training.data import Columns, Example
+from de3.training import data
+from de3.training import split as splits
+from de3.training.data import Columns, Example
 
 
 def write(path: Path, text: str) -> Path:

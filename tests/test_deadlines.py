@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.deadlines import Deadlines
-from server.engine.work import REPLY_S, Item, Job
+from de3.server.engine.deadlines import Deadlines
+from de3.server.engine.work import REPLY_S, Item, Job
 from tests import jobs
 
 THREADS, LAYERS = 2, 6
@@ -18,7 +18,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr("server.engine.deadlines.perf_counter", lambda: self.now)
+        monkeypatch.setattr("de3.server.engine.deadlines.perf_counter", lambda: self.now)
 
 
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:

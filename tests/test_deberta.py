@@ -17,18 +17,18 @@ from transformers import AutoConfig, DebertaV2Tokenizer
 from typer.testing import CliRunner
 
 from de3.cli import app
-from export import exporter
-from export.build import build
-from export.exporter import ExportSettings
-from export.full_depth import export_full_depth, stitch
-from model_store.model import Model
-from model_store.segments import full_depth, session_options
-from model_store.store import Store, StoreError
-from tests.conftest import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
+from de3.export import exporter
+from de3.export.build import build
+from de3.export.exporter import ExportSettings
+from de3.export.full_depth import export_full_depth, stitch
+from de3.model_store.model import Model
+from de3.model_store.segments import full_depth, session_options
+from de3.model_store.store import Store, StoreError
+from de3.training import encoders
+from de3.training.stock import Stock, open_stock, with_exits
+from tests.fixtures import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
 from tests.test_export import untrained
 from tests.test_hostile_models import attribute, forge
-from training import encoders
-from training.stock import Stock, open_stock, with_exits
 
 FAMILY = "deberta-v2"
 LENGTHS = (

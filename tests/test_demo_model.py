@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from exits.reading import read
-from exits.rule import ExitRule
-from model_store.model import Model
-from model_store.store import Store
+from de3.exits.reading import read
+from de3.exits.rule import ExitRule
+from de3.model_store.model import Model
+from de3.model_store.store import Store
 
 MODELS = Path(__file__).parent.parent / "models"
 TEXTS = {

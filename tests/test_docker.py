@@ -116,8 +116,8 @@ def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
         "exec", server, "python3", "-c", "import importlib.util as u; print(u.find_spec('torch'))"
     )
     assert listed == "None"
-    assert docker("exec", server, "python3", "-c", "import native.kernels; print(1)") == "1"
-    demo = "from de3.serve import demo_store; print(demo_store().resolve())"
+    assert docker("exec", server, "python3", "-c", "import de3.native.kernels; print(1)") == "1"
+    demo = "from de3.commands.serve import demo_store; print(demo_store().resolve())"
     assert docker("exec", server, "python3", "-c", demo) == "/models"
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 
-from server import service
-from server.engine import engine
-from server.engine.engine import Engine
-from server.engine.queue import WorkQueue
-from server.service import EngineError
+from de3.server import service
+from de3.server.engine import engine
+from de3.server.engine.engine import Engine
+from de3.server.engine.queue import WorkQueue
+from de3.server.service import EngineError
 from tests.serving import Server, process, serving, until, url_when_ready
 
 
@@ -82,7 +82,7 @@ def test_a_thread_that_ended_is_seen(store: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from model_store.segments import OnnxSegment
+    from de3.model_store.segments import OnnxSegment
 
     monkeypatch.setattr(service, "CHECK_S", 0.05)
     monkeypatch.setattr(engine, "STUCK_CHECKS", 8)
@@ -108,8 +108,8 @@ def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
 
 STUCK = """
 import sys, threading, time
-from server import service
-from server.engine import engine
+from de3.server import service
+from de3.server.engine import engine
 from de3.cli import main
 service.CHECK_S, engine.STUCK_CHECKS = 0.05, 8
 engine.run_group = engine.run = lambda *_: time.sleep(600)

@@ -12,24 +12,24 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from de3.cli import app
-from exits.recorded import Recorded
-from exits.rule import ExitRule
-from export import exporter
-from export.calibrate import Part
-from export.exporter import ExportError, ExportSettings
-from export.full_depth import export_full_depth
-from export.graph import quantize
-from export.record import record
-from model_store.model import Model
-from model_store.segments import session_options
-from model_store.store import Store
-from tests.conftest import make_rows, save_encoder
-from training import data as datas
-from training import encoders
-from training.checkpoint import Checkpoint, write_record
-from training.data import Example
-from training.model import De3Model
-from training.predict import predict
+from de3.exits.recorded import Recorded
+from de3.exits.rule import ExitRule
+from de3.export import exporter
+from de3.export.calibrate import Part
+from de3.export.exporter import ExportError, ExportSettings
+from de3.export.full_depth import export_full_depth
+from de3.export.graph import quantize
+from de3.export.record import record
+from de3.model_store.model import Model
+from de3.model_store.segments import session_options
+from de3.model_store.store import Store
+from de3.training import data as datas
+from de3.training import encoders
+from de3.training.checkpoint import Checkpoint, write_record
+from de3.training.data import Example
+from de3.training.model import De3Model
+from de3.training.predict import predict
+from tests.fixtures import make_rows, save_encoder
 
 LABELS = ["a", "b", "c"]
 

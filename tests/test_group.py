@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from model_store.model import Model
-from model_store.store import Store
-from server.engine.group import run_group
-from server.engine.queue import WorkQueue
-from server.engine.run import Result, run
-from server.engine.work import MAX_STEP_S, Item, Job, Outcome
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from de3.server.engine.group import run_group
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.run import Result, run
+from de3.server.engine.work import MAX_STEP_S, Item, Job, Outcome
 from tests import jobs
 
 pytestmark = pytest.mark.usefixtures("kernels")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from export.build import build
-from model_store.graph_check import GraphError
-from model_store.graph_reader import read_segment
-from model_store.manifest import Head, Manifest
-from tests.conftest import save_encoder
-from training.encoders import FAMILIES
-from training.stock import open_stock, with_exits
+from de3.export.build import build
+from de3.model_store.graph_check import GraphError
+from de3.model_store.graph_reader import read_segment
+from de3.model_store.manifest import Head, Manifest
+from de3.training.encoders import FAMILIES
+from de3.training.stock import open_stock, with_exits
+from tests.fixtures import save_encoder
 
 FREE = ("epsilon", "num_heads")  # of the weights' kind: any value within limits
 

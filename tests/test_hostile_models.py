@@ -23,23 +23,23 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from de3.cli import app
-from model_store.graph_check import GraphError, read_graph
-from model_store.model import Model
-from model_store.printable import printable
-from model_store.segments import full_depth, session_options
-from model_store.store import Store, StoreError
-from model_store.tokenizer import TextTokenizer
-from model_store.tokenizer_check import TokenizerError, check_tokenizer
-from server import prove
-from server.background import in_background
-from server.engine.timing import Timing
-from server.errors import RequestError
-from server.logs import JsonFormatter, TextFormatter
-from server.models import find, load, newest
-from server.rules import Rules
-from server.service import Service
-from server.settings import ExitOptions, Settings
-from tests.conftest import using
+from de3.model_store.graph_check import GraphError, read_graph
+from de3.model_store.model import Model
+from de3.model_store.printable import printable
+from de3.model_store.segments import full_depth, session_options
+from de3.model_store.store import Store, StoreError
+from de3.model_store.tokenizer import TextTokenizer
+from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
+from de3.server import prove
+from de3.server.background import in_background
+from de3.server.engine.timing import Timing
+from de3.server.errors import RequestError
+from de3.server.logs import JsonFormatter, TextFormatter
+from de3.server.models import find, load, newest
+from de3.server.rules import Rules
+from de3.server.service import Service
+from de3.server.settings import ExitOptions, Settings
+from tests.fixtures import using
 from tests.serving import serving, until
 
 RUNTIMES = ("onnxruntime", "auto")
@@ -646,7 +646,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
         ("import os; os.abort()", "ends the process that loads it"),
         ("import os; os.kill(os.getpid(), 9)", "was killed, probably for lack of memory"),
         ("import time; time.sleep(60)", "takes more than 1 s"),
-        ("from server.prove import child; bytearray(2**33)", "MemoryError"),
+        ("from de3.server.prove import child; bytearray(2**33)", "MemoryError"),
     ],
 )
 def test_what_ends_the_process_that_proves_a_model_ends_no_other(
@@ -802,7 +802,7 @@ def test_memory_limits_follow_the_files_that_are_there(copies: Path, monkeypatch
     assert artifact.size() == sum(file.stat().st_size for file in files)
     edit(folder, lambda m: m["files"]["layer_01.onnx"].update(bytes=2**31 - 1))
     assert Store(copies).open("tiny").size() == artifact.size()
-    monkeypatch.setattr("model_store.store.MAX_ARTIFACT_BYTES", 1000)
+    monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", 1000)
     with pytest.raises(StoreError, match="bytes, at most 1000 are allowed"):
         prove.Prover().prove(artifact, "auto")
 
@@ -829,7 +829,7 @@ def test_any_error_of_a_model_leaves_the_others(copies: Path, monkeypatch: pytes
         served.append(artifact.manifest.name)
         return load(artifact, Settings(store=copies)) if len(served) > 1 else raise_(KeyError("forged"))
 
-    monkeypatch.setattr("server.manager.load", loading)
+    monkeypatch.setattr("de3.server.manager.load", loading)
     with serving(copies) as server:
         assert server.classify(input="good").json()["model"] == "tiny-int8:1"
 

@@ -13,16 +13,16 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 from de3.cli import app
-from model_store.model import Model
-from model_store.store import Store
-from tests.conftest import made_once, make_rows, save_encoder
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from de3.training import stock
+from de3.training.checkpoint import Checkpoint
+from de3.training.data import Example, encode
+from de3.training.encoders import FAMILIES
+from de3.training.model import De3Model
+from de3.training.stock import open_stock, parity, with_exits
+from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
-from training import stock
-from training.checkpoint import Checkpoint
-from training.data import Example, encode
-from training.encoders import FAMILIES
-from training.model import De3Model
-from training.stock import open_stock, parity, with_exits
 
 
 def de3(arguments: str) -> Any:
@@ -48,9 +48,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """A stock classifier that has learned something, without exits: fine-tuned by transformers."""
-    from training import data
-    from training.studies.recipes import fine_tune
-    from training.trainer import TrainSettings
+    from de3.training import data
+    from de3.training.trainer import TrainSettings
+    from lab.experiments.recipes import fine_tune
 
     def make(folder: Path) -> None:
         examples = data.to_examples(data.read_rows(data_file, data.Columns("sentence")), ["0", "1"])
@@ -190,7 +190,7 @@ def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tm
 def test_an_interrupted_import_goes_on(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training import frozen
+    from de3.training import frozen
 
     monkeypatch.setattr(frozen, "CHUNK", 100)
     ran: list[int] = []
@@ -232,7 +232,7 @@ def test_states_of_another_head_are_not_taken(
 
     command = f"--texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
     with monkeypatch.context() as patch:
-        patch.setattr("export.importing.export", stopped)
+        patch.setattr("de3.export.importing.export", stopped)
         assert de3(f"import {classifier} {command}").exit_code == 130
     model = AutoModelForSequenceClassification.from_pretrained(classifier)
     with torch.no_grad():
@@ -273,7 +273,7 @@ def test_an_import_that_was_stopped_while_saving_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("export.importing.save_examples", stopped)
+        patch.setattr("de3.export.importing.save_examples", stopped)
         assert de3(command).exit_code == 130
     with pytest.raises(ValueError, match="is not finished"):
         Checkpoint(tmp_path / "work")
@@ -284,7 +284,7 @@ def test_an_import_that_was_stopped_while_saving_goes_on(
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.frozen._run", lambda *_: pytest.fail("nothing is computed"))
+    monkeypatch.setattr("de3.training.frozen._run", lambda *_: pytest.fail("nothing is computed"))
     command = f"import {classifier} --texts {{}} --store {tmp_path}/s"
     (tmp_path / "file").write_text("")
     rows = tmp_path / "rows.csv"

@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from server.settings import Settings
+from de3.server.settings import Settings
 
 FILE = Path("deploy/kubernetes/de3.yaml")
 UNITS = {"Mi": 2**20, "Gi": 2**30}

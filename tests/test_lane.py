@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 
-from server.engine.work import Text
-from server.errors import RequestError
-from server.http.classify import parse
-from server.http.errors import STATUSES
-from server.http.lane import Lane
-from server.http.protocol import Call
+from de3.server.engine.work import Text
+from de3.server.errors import RequestError
+from de3.server.http.classify import parse
+from de3.server.http.errors import STATUSES
+from de3.server.http.lane import Lane
+from de3.server.http.protocol import Call
 from tests.serving import serving, until
 
 

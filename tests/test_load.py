@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.overload import TICK_S, Controller
-from tests.conftest import make_rows
+from de3.server.overload import TICK_S, Controller
+from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
 OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06

@@ -13,13 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from de3.cli import app
-from export.full_depth import export_full_depth
-from loadtest import client, report, servers
-from loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
-from loadtest.layers import layers
-from loadtest.texts import Sample, read, with_long, with_taus
-from model_store.store import Store, StoreError
-from tests.conftest import make_rows
+from de3.export.full_depth import export_full_depth
+from de3.loadtest import client, report, servers
+from de3.loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
+from de3.loadtest.texts import Sample, read, with_long, with_taus
+from de3.model_store.store import Store, StoreError
+from lab.layers import layers
+from tests.fixtures import make_rows
 from tests.serving import serving
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]

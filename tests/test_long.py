@@ -11,19 +11,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits.reading import Reading, read, read_labels, read_value
-from exits.rule import ExitRule
-from exits.signals import Edr
-from exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, most_windows, spans
-from model_store.model import Model
-from model_store.segments import Tokens
-from model_store.store import Store
-from model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
-from server.engine import run as engine
-from server.engine.work import Item, Job, Outcome
-from server.rules import Choice
+from de3.exits.reading import Reading, read, read_labels, read_value
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Edr
+from de3.exits.windows import MAX_WINDOWS, OVERLAP, Combination, Span, capacity, most_windows, spans
+from de3.model_store.model import Model
+from de3.model_store.segments import Tokens
+from de3.model_store.store import Store
+from de3.model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
+from de3.server.engine import run as engine
+from de3.server.engine.work import Item, Job, Outcome
+from de3.server.rules import Choice
 from tests import jobs
-from tests.conftest import BAD, FILLER, GOOD
+from tests.fixtures import BAD, FILLER, GOOD
 from tests.serving import Server, serving
 from tests.test_tokenizer import MADE, texts
 

@@ -16,13 +16,13 @@ from typing import Any
 import httpx
 import pytest
 
-from model_store.store import Store, StoreError
-from server import manager
-from server.metrics import KEPT_MODELS
-from server.models import MAX_LOADED, find
-from server.service import Service
-from server.settings import Settings
-from tests.conftest import make_rows
+from de3.model_store.store import Store, StoreError
+from de3.server import manager
+from de3.server.metrics import KEPT_MODELS
+from de3.server.models import MAX_LOADED, find
+from de3.server.service import Service
+from de3.server.settings import Settings
+from tests.fixtures import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 KEY = "an-admin-key-of-some-length"

@@ -18,21 +18,21 @@ from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner
 
 from de3.cli import app
-from export.build import build
-from export.full_depth import dequantize, export_full_depth, fuse, stitch
-from model_store.graph_check import GraphError, read_graph
-from model_store.graph_reader import Read, network_of, read_segment
-from model_store.model import Model
-from model_store.segments import session_options
-from model_store.store import Store, StoreError
-from native import NoKernelsError
-from native.network import build as build_kernels
-from tests.conftest import made_once, make_rows, save_encoder
+from de3.export.build import build
+from de3.export.full_depth import dequantize, export_full_depth, fuse, stitch
+from de3.model_store.graph_check import GraphError, read_graph
+from de3.model_store.graph_reader import Read, network_of, read_segment
+from de3.model_store.model import Model
+from de3.model_store.segments import session_options
+from de3.model_store.store import Store, StoreError
+from de3.native import NoKernelsError
+from de3.native.network import build as build_kernels
+from de3.training import checks, encoders
+from de3.training.model import De3Config, De3Model
+from de3.training.stock import open_stock, with_exits
+from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
 from tests.test_hostile_models import edit, forge
-from training import checks, encoders
-from training.model import De3Config, De3Model
-from training.stock import open_stock, with_exits
 
 LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # the tests' encoders see 5 tokens to each side
 SMALL = {"layers": 5, "labels": 3}
@@ -369,8 +369,8 @@ def test_other_frequencies_norms_and_heads_are_refused(graphs: tuple[Any, list[o
 
 
 def test_there_are_no_kernels_and_this_is_said(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
-    pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
-    from native import kernels
+    pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
+    from de3.native import kernels
 
     manifest, segments = graphs
     before = kernels.supported()

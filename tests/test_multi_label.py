@@ -12,16 +12,16 @@ import torch
 from typer.testing import CliRunner
 
 from de3.cli import app
-from export.record import record
-from model_store.model import Model
-from model_store.store import Store, StoreError
-from tests.conftest import BAD, FILLER, GOOD, made_once, make_rows
+from de3.export.record import record
+from de3.model_store.model import Model
+from de3.model_store.store import Store, StoreError
+from de3.training import data
+from de3.training.checkpoint import Checkpoint
+from de3.training.data import Example, label_array, label_of
+from de3.training.evaluate import f1
+from de3.training.stock import open_stock
+from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
 from tests.serving import Server, serving
-from training import data
-from training.checkpoint import Checkpoint
-from training.data import Example, label_array, label_of
-from training.evaluate import f1
-from training.stock import open_stock
 
 NAMES = ["praise", "blame", "story"]
 STORY = FILLER[5:9]
@@ -40,8 +40,8 @@ def labels_of(text: str) -> tuple[int, ...]:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock multi-label classifier, fine-tuned by transformers alone."""
-    from training.studies.recipes import fine_tune
-    from training.trainer import TrainSettings
+    from de3.training.trainer import TrainSettings
+    from lab.experiments.recipes import fine_tune
 
     def make(folder: Path) -> None:
         examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]

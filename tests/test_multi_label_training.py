@@ -16,17 +16,17 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from de3.cli import app
-from exits.recorded import Recorded
-from exits.signals import Entropy
-from model_store.store import Store
-from tests.conftest import BAD, FILLER, GOOD, made_once, make_rows
+from de3.exits.recorded import Recorded
+from de3.exits.signals import Entropy
+from de3.model_store.store import Store
+from de3.training import checks, data
+from de3.training import loss as losses
+from de3.training.checkpoint import Checkpoint
+from de3.training.evaluate import default_line, exit_scores, f1, weaknesses
+from de3.training.model import De3Model
+from lab.experiments import joined
+from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
 from tests.serving import serving
-from training import checks, data
-from training import loss as losses
-from training.checkpoint import Checkpoint
-from training.evaluate import default_line, exit_scores, f1, weaknesses
-from training.model import De3Model
-from training.studies import joined
 
 NAMES = ["blame", "praise", "story"]
 WORDS = (BAD, GOOD, FILLER[5:9])

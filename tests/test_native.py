@@ -18,29 +18,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto
 
-from exits.reading import read
-from exits.recorded import Recorded
-from exits.rule import ExitRule, Thresholds
-from exits.signals import Edr, Entropy, Risk, Signal
-from export import graph
-from loadtest.layers import layers
-from model_store.graph_reader import network_of, read_segment
-from model_store.manifest import Head as StockHead
-from model_store.manifest import Manifest
-from model_store.model import Model
-from model_store.segments import ForwardPass, NativeSegment, session_options
-from model_store.store import Store, StoreError
-from model_store.tokenizer import TextTokenizer
-from native import NoKernelsError
-from native.network import Network, build
-from server.engine.group import run_group
-from server.engine.queue import WorkQueue
+from de3.exits.reading import read
+from de3.exits.recorded import Recorded
+from de3.exits.rule import ExitRule, Thresholds
+from de3.exits.signals import Edr, Entropy, Risk, Signal
+from de3.export import graph
+from de3.model_store.graph_reader import network_of, read_segment
+from de3.model_store.manifest import Head as StockHead
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import Model
+from de3.model_store.segments import ForwardPass, NativeSegment, session_options
+from de3.model_store.store import Store, StoreError
+from de3.model_store.tokenizer import TextTokenizer
+from de3.native import NoKernelsError
+from de3.native.network import Network, build
+from de3.server.engine.group import run_group
+from de3.server.engine.queue import WorkQueue
+from de3.training.encoders import weights
+from lab.layers import layers
 from tests import jobs
-from tests.conftest import make_rows, using
+from tests.fixtures import make_rows, using
 from tests.serving import Gate, serving, until
-from training.encoders import weights
 
-kernels = pytest.importorskip("native.kernels", reason="the kernels were not built: no C compiler")
+kernels = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
 pytestmark = pytest.mark.usefixtures("kernels")
 ALL = kernels.implementations()  # the reference is the last
 each = pytest.mark.parametrize("implementation", ALL)
@@ -470,7 +470,7 @@ def test_the_last_exit_has_no_risk() -> None:
 def test_without_kernels_one_warning_says_why_and_what_it_costs(
     store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "native.kernels", None)
+    monkeypatch.setitem(sys.modules, "de3.native.kernels", None)
     assert Model(Store(store).open("tiny-int8")).runtime == "onnxruntime"
     (line,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert "tiny-int8:1: ONNX Runtime runs it: the int8 kernels were not built" in line
@@ -489,7 +489,7 @@ def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.Monke
     def mixed_up(network: Network) -> Any:
         return build(replace(network, layers=network.layers[::-1]))
 
-    monkeypatch.setattr("model_store.model.build", mixed_up)
+    monkeypatch.setattr("de3.model_store.model.build", mixed_up)
     assert Model(artifact).runtime == "onnxruntime"
     with pytest.raises(StoreError, match="differ from ONNX Runtime"):
         Model(artifact, "native")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exits.calibration import FINE_TAUS
-from exits.promise import Evidence, Kept, Profile, Promise, Recent, profile
-from exits.rule import ExitRule, exit_index
-from exits.signals import Entropy
+from de3.exits.calibration import FINE_TAUS
+from de3.exits.promise import Evidence, Kept, Profile, Promise, Recent, profile
+from de3.exits.rule import ExitRule, exit_index
+from de3.exits.signals import Entropy
 
 TAUS = np.array(FINE_TAUS)
 GRID = np.array([0.0, 0.1, 0.2, 0.4])

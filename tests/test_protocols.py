@@ -8,12 +8,12 @@ import httpx
 import orjson
 import pytest
 
-from server.engine.work import Job, Request, Text
-from server.errors import RequestError
-from server.http.app import PROTOCOLS
-from server.http.protocol import Call, Protocol
-from server.service import Service
-from server.settings import Settings
+from de3.server.engine.work import Job, Request, Text
+from de3.server.errors import RequestError
+from de3.server.http.app import PROTOCOLS
+from de3.server.http.protocol import Call, Protocol
+from de3.server.service import Service
+from de3.server.settings import Settings
 from tests.serving import Server, until
 
 KEY = "alice-has-a-long-key"

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.engine.engine import MAX_LEAD_S, Engine
-from server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
-from server.engine.work import MAX_STEP_S, Job
-from server.errors import RequestError
+from de3.server.engine.engine import MAX_LEAD_S, Engine
+from de3.server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
+from de3.server.engine.work import MAX_STEP_S, Job
+from de3.server.errors import RequestError
 from tests import jobs
 
 LIMIT = 7
@@ -349,7 +349,7 @@ def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
 
 
 def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.queue.MAX_CLIENTS", 10)
+    monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
     queue = WorkQueue(100)
     for number in range(100):
         queue.put(job(1, client=str(number)))

@@ -10,14 +10,15 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.conftest import make_rows
+from tests.fixtures import make_rows
 from tests.serving import free_port, serving, until
 from tests.test_models import copy
 
 ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
 
-from deploy.ray import measure, repeat  # noqa: E402
-from deploy.ray.app import build  # noqa: E402
+from de3.deploy.ray import repeat  # noqa: E402
+from de3.deploy.ray.app import build  # noqa: E402
+from lab import ray as measure  # noqa: E402
 
 pytestmark = pytest.mark.slow
 TEXTS = [text for text, _ in make_rows(50, 31) if text.strip()]

@@ -20,28 +20,28 @@ from typer.testing import CliRunner
 
 from de3.cli import app
 from de3.client import Client
-from exits import formulas
-from exits.reading import sigmoid
-from exits.recorded import Recorded
-from exits.rule import ExitRule
-from exits.signals import Risk
-from export.record import record
-from loadtest.client import answer_of
-from model_store.manifest import MIN_TOLERANCE
-from model_store.model import Model
-from model_store.store import Store, StoreError
-from server.infer import are_unlike
-from tests.conftest import BAD, GOOD, made_once, make_rows, save_encoder
+from de3.exits import formulas
+from de3.exits.reading import sigmoid
+from de3.exits.recorded import Recorded
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Risk
+from de3.export.record import record
+from de3.loadtest.client import answer_of
+from de3.model_store.manifest import MIN_TOLERANCE
+from de3.model_store.model import Model
+from de3.model_store.store import Store, StoreError
+from de3.server.infer import are_unlike
+from de3.training import data
+from de3.training.checkpoint import Checkpoint
+from de3.training.data import Example
+from de3.training.evaluate import correlation, correlations
+from de3.training.stock import open_stock
+from de3.training.trainer import TrainSettings
+from lab.experiments.recipes import fine_tune
+from tests.fixtures import BAD, GOOD, made_once, make_rows, save_encoder
 from tests.serving import Server, serving, until
 from tests.test_models import HEADERS, KEY
 from tests.test_page import CHROMIUM, FLAGS, opened
-from training import data
-from training.checkpoint import Checkpoint
-from training.data import Example
-from training.evaluate import correlation, correlations
-from training.stock import open_stock
-from training.studies.recipes import fine_tune
-from training.trainer import TrainSettings
 
 TOLERANCE = 0.5
 

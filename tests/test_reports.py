@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from server.http.traces import MAX_TEXTS, STOP_S, Traces
+from de3.server.http.traces import MAX_TEXTS, STOP_S, Traces
 from tests.serving import Server, free_port, process, serving, until
 
 

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits import formulas, risk
-from exits.reading import read
-from exits.recorded import Recorded
-from exits.signals import Risk, Weights
-from model_store.manifest import RiskWeights
+from de3.exits import formulas, risk
+from de3.exits.reading import read
+from de3.exits.recorded import Recorded
+from de3.exits.signals import Risk, Weights
+from de3.model_store.manifest import RiskWeights
 from tests.test_calibration import recorded
 
 

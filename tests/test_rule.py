@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from exits import formulas
-from exits.reading import read
-from exits.rule import ExitRule, exit_index
-from exits.signals import Edr, Entropy, signal_of
+from de3.exits import formulas
+from de3.exits.reading import read
+from de3.exits.rule import ExitRule, exit_index
+from de3.exits.signals import Edr, Entropy, signal_of
 
 
 @pytest.mark.parametrize(("tau", "lam"), [(-0.1, 1), (1.1, 1), (float("nan"), 1), (0.5, -1), (0.5, 101)])

@@ -14,12 +14,12 @@ import httpx
 import numpy as np
 import pytest
 
-from exits.reading import read
-from exits.signals import Signal, SignalName, edr
-from model_store.model import Model
-from model_store.store import Store
-from server.errors import Cause
-from tests.conftest import make_rows
+from de3.exits.reading import read
+from de3.exits.signals import Signal, SignalName, edr
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from de3.server.errors import Cause
+from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(120, 11)]

@@ -14,11 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from model_store.store import Store, StoreError
-from model_store.tokenizer import TextTokenizer
-from server.http import connection
-from server.service import Service
-from server.settings import Settings
+from de3.model_store.store import Store, StoreError
+from de3.model_store.tokenizer import TextTokenizer
+from de3.server.http import connection
+from de3.server.service import Service
+from de3.server.settings import Settings
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 
@@ -72,7 +72,7 @@ def test_a_client_that_leaves_costs_nothing_more(store: Path, monkeypatch: pytes
 def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from model_store.segments import OnnxSegment as Segment
+    from de3.model_store.segments import OnnxSegment as Segment
 
     entered, go_on, ran = threading.Event(), threading.Event(), []
     run = Segment.run
@@ -186,7 +186,7 @@ def test_a_head_that_does_not_come_is_cut_off(store: Path, monkeypatch: pytest.M
 
 
 def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from server import manager
+    from de3.server import manager
 
     go_on = threading.Event()
     load = manager.load
@@ -251,7 +251,7 @@ def test_demo_serves_the_demo_model_whatever_the_variable_says(
     from de3.cli import main
 
     served: list[Settings] = []
-    monkeypatch.setattr("server.main.serve", lambda settings, warnings: served.append(settings))
+    monkeypatch.setattr("de3.server.main.serve", lambda settings, warnings: served.append(settings))
     monkeypatch.setenv("DE3_STORE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["de3", "serve", "--demo", "--port", "8001"])
     with pytest.raises(SystemExit) as stopped:

@@ -9,7 +9,7 @@ import yaml
 from typer.testing import CliRunner
 
 from de3.cli import app
-from server.settings import Settings, option, unknown_variables, variable
+from de3.server.settings import Settings, option, unknown_variables, variable
 from tests.serving import process, url_when_ready
 
 ROOT = Path(__file__).parents[1]

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.errors import RequestError
-from server.http.clients import Clients
-from server.shares import Shares
+from de3.server.errors import RequestError
+from de3.server.http.clients import Clients
+from de3.server.shares import Shares
 
 LIMIT = 40
 

@@ -10,18 +10,19 @@ import httpx
 import numpy as np
 import pytest
 
-from exits.reading import Reading, read
-from exits.recorded import Recorded
-from exits.rule import ExitRule
-from exits.signals import Edr, Entropy, Signal, SignalName
-from exits.trade_offs import TradeOffs
-from model_store.manifest import SCHEMA_VERSION, Manifest
-from model_store.model import Model
-from model_store.store import Store
-from tests.conftest import make_rows
+from de3.exits.reading import Reading, read
+from de3.exits.recorded import Recorded
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.trade_offs import TradeOffs
+from de3.model_store.manifest import SCHEMA_VERSION, Manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from lab.tests.test_studies import write
+from tests.commands import de3
+from tests.fixtures import make_rows
 from tests.serving import Server, serving
 from tests.test_store import edit
-from tests.test_studies import run, write
 
 TEXTS = [text for text, _ in make_rows(60, 41)]
 
@@ -214,7 +215,7 @@ class Mean:
 def test_a_signal_without_c_leaves_where_the_rule_says(
     store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.rules.Entropy", Mean)
+    monkeypatch.setattr("de3.server.rules.Entropy", Mean)
     # Of a model whose own signal is another: that is not made anew for a request.
     mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / name / "1", lambda m: m["defaults"].update(table_default(m, "edr")))
@@ -295,7 +296,7 @@ def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_p
         write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 150, 51), ("c", 150, 52))
     )
-    run(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
+    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
     written = json.loads((mine / "tiny-int8/2/manifest.json").read_text())
     assert written["schema_version"] == SCHEMA_VERSION
     assert [row["layer"] for row in written["risk"]] == [0, 1, 2]

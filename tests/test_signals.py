@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from exits import formulas
+from de3.exits import formulas
 
 unit = st.floats(0, 1)
 lams = st.floats(0, 100)

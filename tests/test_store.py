@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from de3.cli import app
-from model_store.model import Model
-from model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
 
 
 @pytest.fixture
@@ -314,7 +314,7 @@ def test_only_listed_files_are_read(store: Path) -> None:
 
 def test_onnx_runtime_keeps_no_telemetry(store: Path, tmp_path: Path) -> None:
     """Where it sends telemetry, its builds keep a device id and a database of events at home."""
-    code = "from model_store import model, store; from pathlib import Path; import sys;"
+    code = "from de3.model_store import model, store; from pathlib import Path; import sys;"
     code += "model.Model(store.Store(Path(sys.argv[1])).open('tiny'))"
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
     env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, TextTokenizer
+from de3.model_store.tokenizer import MAX_CHARS_PER_TOKEN, PIECE, TextTokenizer
 
 WORDS = ["good", "film", "not", "bad", "a", "the", "plot", "dull", "x1", "qxzj", "scene", "long", "very"]
 CORPUS = [" ".join(random.Random(i).choices(WORDS, k=12)) + " é中?!" for i in range(200)]

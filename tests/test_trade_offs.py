@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exits import calibration, guarantee, reference
-from exits.calibration import Samples
-from exits.signals import Edr
-from exits.trade_offs import TradeOffs
+from de3.exits import calibration, guarantee, reference
+from de3.exits.calibration import Samples
+from de3.exits.signals import Edr
+from de3.exits.trade_offs import TradeOffs
 from tests.test_calibration import recorded
 
 

@@ -10,13 +10,13 @@ import torch
 from typer.testing import CliRunner
 
 from de3.cli import app
-from tests.conftest import FILLER
-from training import data as datas
-from training import progress
-from training import split as splits
-from training.model import De3Model
-from training.predict import predict
-from training.trainer import TrainSettings, open_teacher, train
+from de3.training import data as datas
+from de3.training import progress
+from de3.training import split as splits
+from de3.training.model import De3Model
+from de3.training.predict import predict
+from de3.training.trainer import TrainSettings, open_teacher, train
+from tests.fixtures import FILLER
 
 
 def de3(arguments: str) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import save_encoder
-from training import loss as losses
-from training.encoders import family
-from training.model import De3Config, De3Model
+from de3.training import loss as losses
+from de3.training.encoders import family
+from de3.training.model import De3Config, De3Model
+from tests.fixtures import save_encoder
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
 
 
 def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
-    from training import prototypes
-    from training.data import Encoded
+    from de3.training import prototypes
+    from de3.training.data import Encoded
 
     data = Encoded([[2, 5, 3], [2, 6, 7, 3], [2, 8, 3]], [], torch.tensor([0, 2, 0]))
     prototypes.finish(model, data, 0, "means", lr=1e-3, seed=0, bf16=False)
@@ -141,8 +141,8 @@ def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
 
 
 def test_refitting_leaves_the_classifier_alone_and_sliding_everything(model: De3Model) -> None:
-    from training import prototypes
-    from training.data import Encoded
+    from de3.training import prototypes
+    from de3.training.data import Encoded
 
     data = Encoded([[2, 5, 3], [2, 6, 7, 3]] * 40, [], torch.tensor([0, 1] * 40))
     before = {k: v.clone() for k, v in model.state_dict().items()}

@@ -15,15 +15,15 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceC
 from typer.testing import CliRunner, Result
 
 from de3.cli import app
-from exits.recorded import Recorded
-from export.exporter import ExportError, int8_loss
-from tests.conftest import make_rows, save_encoder
+from de3.exits.recorded import Recorded
+from de3.export.exporter import ExportError, int8_loss
+from de3.training import checks, trainer
+from de3.training.checkpoint import Checkpoint, read_record, write_record
+from de3.training.data import Example
+from de3.training.evaluate import weaknesses
+from de3.training.split import Split
+from tests.fixtures import make_rows, save_encoder
 from tests.serving import serving
-from training import checks, trainer
-from training.checkpoint import Checkpoint, read_record, write_record
-from training.data import Example
-from training.evaluate import weaknesses
-from training.split import Split
 
 TYPES = ["albert", "xlnet", "gpt2", "t5"]
 

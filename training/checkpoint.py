@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from training.data import Example, check_input, load_examples
-from training.model import De3Config, De3Model, check_loaded
+from de3.training.data import Example, check_input, load_examples
+from de3.training.model import De3Config, De3Model, check_loaded
 
 RECORD = "training.json"
 

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
-from training import checkpoint, encoders
-from training.data import SEPARATOR, Example, Text
-from training.split import Split
+from de3.training import checkpoint, encoders
+from de3.training.data import SEPARATOR, Example, Text
+from de3.training.split import Split
 
 MAX_LABELS = 1000
 FEW = 5  # samples of a label

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exits.recorded import Recorded
-from training.progress import track
+from de3.exits.recorded import Recorded
+from de3.training.progress import track
 
 Text = str | tuple[str, str]
 Label = int | float | tuple[int, ...]

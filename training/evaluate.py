@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from exits import calibration
-from exits.recorded import Recorded
-from exits.reference import LEVELS
-from exits.rule import exit_index
-from exits.signals import Edr, Signal
-from exits.trade_offs import TradeOffs
+from de3.exits import calibration
+from de3.exits.recorded import Recorded
+from de3.exits.reference import LEVELS
+from de3.exits.rule import exit_index
+from de3.exits.signals import Edr, Signal
+from de3.exits.trade_offs import TradeOffs
 
 SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 HINDSIGHT = (0.01, 0.02, 0.03, 0.05)  # disagreements

@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from exits import calibration, risk
-from exits.calibration import FINE_TAUS, Samples
-from exits.recorded import Recorded
-from training import loss as losses
-from training import prototypes
-from training.data import Encoded, evaluation_batches
-from training.model import POOLINGS, De3Model
-from training.predict import logit_thresholds
-from training.progress import console, track
+from de3.exits import calibration, risk
+from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.recorded import Recorded
+from de3.training import loss as losses
+from de3.training import prototypes
+from de3.training.data import Encoded, evaluation_batches
+from de3.training.model import POOLINGS, De3Model
+from de3.training.predict import logit_thresholds
+from de3.training.progress import console, track
 
 CHUNK = 1024  # texts
 RIDGES = (1e-2, 1e-3, 1e-4)

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exits.recorded import Recorded
-from training.data import Encoded, evaluation_batches
-from training.model import De3Config, De3Model
-from training.progress import track
+from de3.exits.recorded import Recorded
+from de3.training.data import Encoded, evaluation_batches
+from de3.training.model import De3Config, De3Model
+from de3.training.progress import track
 
 
 @torch.no_grad()

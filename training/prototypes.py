@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from training import loss as losses
-from training.data import Encoded, training_batches
-from training.model import De3Model
-from training.progress import track
+from de3.training import loss as losses
+from de3.training.data import Encoded, training_batches
+from de3.training.model import De3Model
+from de3.training.progress import track
 
 CHOICES = ("refit", "means", "sliding")
 

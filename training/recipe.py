@@ -1,4 +1,4 @@
-"""Batch size, epochs and learning rate by the size of the data; measured in docs/experiments.md."""
+"""Batch size, epochs and learning rate by the size of the data; measured in lab/docs/experiments.md."""
 
 from dataclasses import dataclass, replace
 from typing import Any

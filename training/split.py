@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from training.data import Example, Text
+from de3.training.data import Example, Text
 
 SHORTEST_FRAGMENT = 3  # words; shorter ones occur everywhere
 

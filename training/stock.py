@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from exits.recorded import MIN_TOLERANCE
-from exits.rule import Thresholds
-from training import checkpoint, encoders
-from training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
-from training.model import De3Config, De3Model, check_loaded
-from training.progress import track
+from de3.exits.recorded import MIN_TOLERANCE
+from de3.exits.rule import Thresholds
+from de3.training import checkpoint, encoders
+from de3.training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
+from de3.training.model import De3Config, De3Model, check_loaded
+from de3.training.progress import track
 
 MAX_DIFFERENCE = 1e-4
 

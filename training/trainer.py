@@ -15,15 +15,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from training import augment, prototypes
-from training import loss as losses
-from training.checkpoint import Checkpoint, is_finished, read_record, write_record
-from training.data import Encoded, Example, encode, save_examples, training_batches
-from training.evaluate import exit_scores, exit_table, weaknesses
-from training.model import De3Model
-from training.predict import predict
-from training.progress import Meter, console, warn
-from training.split import Split
+from de3.training import augment, prototypes
+from de3.training import loss as losses
+from de3.training.checkpoint import Checkpoint, is_finished, read_record, write_record
+from de3.training.data import Encoded, Example, encode, save_examples, training_batches
+from de3.training.evaluate import exit_scores, exit_table, weaknesses
+from de3.training.model import De3Model
+from de3.training.predict import predict
+from de3.training.progress import Meter, console, warn
+from de3.training.split import Split
 
 RESUME = "resume.safetensors"
 

@@ -1,4 +1,4 @@
-"""Write the dashboards that Grafana is provisioned with: python -m deploy.grafana.generate"""
+"""Write the dashboards that Grafana is provisioned with: python -m de3.deploy.grafana.generate"""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common, dashboard
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-from deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel
+from de3.deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel
 
 FOLDER = Path(__file__).parent / "dashboards"
 SOURCE = dashboard.DataSourceRef(type_val="prometheus", uid="prometheus")

@@ -1,4 +1,4 @@
-"""Draw the dashboards from the data of a Prometheus, for the docs: python -m deploy.grafana.pictures --help"""
+"""Draw the dashboards from the data of a Prometheus, for the docs: python -m de3.deploy.grafana.pictures --help"""
 
 import re
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel, Query
+from de3.deploy.grafana.panels import ALL_MODELS, DASHBOARDS, Dashboard, Panel, Query
 
 COLUMNS, ROW_INCHES, WIDTH_INCHES = 24, 0.36, 15.0
 POINTS = 200  # in the time range

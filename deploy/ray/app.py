@@ -1,4 +1,4 @@
-"""The Ray Serve application: serve run deploy.ray.app:build store=/models max_replicas=8
+"""The Ray Serve application: serve run de3.deploy.ray.app:build store=/models max_replicas=8
 
 Each replica is a server with the HTTP routes, engine and models of `de3 serve`. Ray starts the replicas on
 the machines of its cluster, sends each request to one of the less busy, replaces replicas that fail, and
@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.app import PROTOCOLS, create_app
-from server.http.exchange import HEADER
-from server.http.frontend import Frontend
-from server.service import Service
-from server.settings import Settings
+from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.exchange import HEADER
+from de3.server.http.frontend import Frontend
+from de3.server.service import Service
+from de3.server.settings import Settings
 
 
 class Options(BaseModel):

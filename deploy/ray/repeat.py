@@ -1,7 +1,7 @@
 """Middlewares for Ray's proxy: retries of the requests of a replica that died, and request ids that are safe.
 
 Classification has no side effects, so its requests can be retried.
-Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=deploy.ray.repeat:middlewares.
+Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.repeat:middlewares.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from contextlib import suppress
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.http.app import PROTOCOLS
-from server.http.exchange import HEADER, WELL_FORMED
-from server.http.frontend import route_path
+from de3.server.http.app import PROTOCOLS
+from de3.server.http.exchange import HEADER, WELL_FORMED
+from de3.server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
 TRIES = 2

@@ -48,6 +48,6 @@ echo "answered after $SECONDS s: $answer"
 [[ $answer == *'"label":"positive"'* ]] || fail "not the expected answer"
 
 # The wheel must hold the kernels; whether this processor can run them is another matter.
-runtime=$(env/bin/python -c "from native import kernels; print(f'native, {kernels.supported()}' if kernels.supported() else 'onnxruntime')")
+runtime=$(env/bin/python -c "from de3.native import kernels; print(f'native, {kernels.supported()}' if kernels.supported() else 'onnxruntime')")
 grep -q "sst2:1 is current ($runtime)" log || fail "expected the runtime $runtime"
 echo "runtime: $runtime"

@@ -17,16 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from exits.calibration import FINE_TAUS
-from exits.promise import Evidence, Kept, Profile, Promise, Reason, profile
-from exits.reading import Reading, differs
-from exits.signals import Signal
-from model_store.segments import Tokens
-from server.audit.log import AuditLog
-from server.engine.work import Item, Job, Request, Served, Text
-from server.errors import RequestError
-from server.rules import Choice
-from server.settings import ExitOptions, Settings
+from de3.exits.calibration import FINE_TAUS
+from de3.exits.promise import Evidence, Kept, Profile, Promise, Reason, profile
+from de3.exits.reading import Reading, differs
+from de3.exits.signals import Signal
+from de3.model_store.segments import Tokens
+from de3.server.audit.log import AuditLog
+from de3.server.engine.work import Item, Job, Request, Served, Text
+from de3.server.errors import RequestError
+from de3.server.rules import Choice
+from de3.server.settings import ExitOptions, Settings
 
 log = logging.getLogger("de3")
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-from server.audit.auditor import Auditor
-from server.audit.log import AuditLog
-from server.audit.state import State, StateDir, fingerprint, restore, state_of
-from server.engine.work import Job, Served
-from server.errors import RequestError
-from server.rules import Choice
-from server.settings import Settings
+from de3.server.audit.auditor import Auditor
+from de3.server.audit.log import AuditLog
+from de3.server.audit.state import State, StateDir, fingerprint, restore, state_of
+from de3.server.engine.work import Job, Served
+from de3.server.errors import RequestError
+from de3.server.rules import Choice
+from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 SAVE_S = 2.0  # between two times that what changed is saved: a crash loses as much

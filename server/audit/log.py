@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from server.engine.work import Outcome, Served, Text
+from de3.server.engine.work import Outcome, Served, Text
 
 MAX_BYTES = 100 * 2**20  # of a file, of which there are two
 MAX_LINE = 2**24

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from exits.calibration import speedup
-from exits.guarantee import CONFIDENCE
-from server.audit.auditor import Auditor
+from de3.exits.calibration import speedup
+from de3.exits.guarantee import CONFIDENCE
+from de3.server.audit.auditor import Auditor
 
 
 def report(auditor: Auditor) -> dict[str, Any]:

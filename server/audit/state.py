@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
-from exits.signals import SignalName
-from model_store.manifest import Manifest
-from server.audit.auditor import MAX_RESETS, Auditor, Reset
+from de3.exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
+from de3.exits.signals import SignalName
+from de3.model_store.manifest import Manifest
+from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
 log = logging.getLogger("de3")
 MAX_BYTES = 2**20
@@ -32,7 +32,7 @@ class _Part(BaseModel):
 
 
 class Counts(_Part):
-    """exits.promise.Tally, and the share that it is of."""
+    """de3.exits.promise.Tally, and the share that it is of."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -43,7 +43,7 @@ class Counts(_Part):
 
 
 class Promised(_Part):
-    """exits.promise.Kept."""
+    """de3.exits.promise.Kept."""
 
     rate: Rate
     tau: Rate
@@ -55,7 +55,7 @@ class Promised(_Part):
 
 
 class ResetRow(_Part):
-    """server.audit.auditor.Reset."""
+    """de3.server.audit.auditor.Reset."""
 
     at: float
     reason: Reason

@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from threading import Condition, Thread
 
-from model_store.segments import ForwardPass
-from server.engine.group import outcome_of_pass
-from server.engine.queue import MAX_GROUP, WorkQueue
-from server.engine.work import MAX_STEP_S, Item, Job, Outcome, Served
-from server.errors import RequestError
+from de3.model_store.segments import ForwardPass
+from de3.server.engine.group import outcome_of_pass
+from de3.server.engine.queue import MAX_GROUP, WorkQueue
+from de3.server.engine.work import MAX_STEP_S, Item, Job, Outcome, Served
+from de3.server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
 STEP_S = 0.001  # between two looks at the queue, unless one layer takes longer

@@ -10,7 +10,7 @@ from heapq import heapify, heapreplace
 from threading import Lock
 from time import perf_counter
 
-from server.engine.work import Item, Job
+from de3.server.engine.work import Item, Job
 
 
 @dataclass(slots=True)

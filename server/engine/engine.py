@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter, sleep
 
-from model_store.model import Model
-from server.engine.audit import AuditThreads
-from server.engine.deadlines import Deadlines
-from server.engine.group import run_group
-from server.engine.queue import WorkQueue
-from server.engine.run import Result, run
-from server.engine.work import Item, Job, Outcome, Served, wake
-from server.errors import RequestError
+from de3.model_store.model import Model
+from de3.server.engine.audit import AuditThreads
+from de3.server.engine.deadlines import Deadlines
+from de3.server.engine.group import run_group
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.run import Result, run
+from de3.server.engine.work import Item, Job, Outcome, Served, wake
+from de3.server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
 

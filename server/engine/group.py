@@ -8,10 +8,10 @@ import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
-from model_store.segments import ForwardPass
-from server.engine.queue import WorkQueue
-from server.engine.run import Result, exit_reason, outcome_of, too_long_error
-from server.engine.work import MAX_STEP_S, Item, Outcome
+from de3.model_store.segments import ForwardPass
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.run import Result, exit_reason, outcome_of, too_long_error
+from de3.server.engine.work import MAX_STEP_S, Item, Outcome
 
 log = logging.getLogger("de3.engine")
 

@@ -7,8 +7,8 @@ from itertools import count
 from threading import Condition, RLock
 from time import perf_counter
 
-from server.engine.work import MAX_STEP_S, Item, Job
-from server.errors import RequestError
+from de3.server.engine.work import MAX_STEP_S, Item, Job
+from de3.server.errors import RequestError
 
 MAX_GROUP = 16
 MAX_STRETCH = 3  # of the first text's time: how long another of its group may take

@@ -6,12 +6,12 @@ A text with several windows runs them one after the other, until its answer is s
 from collections.abc import Callable
 from time import perf_counter
 
-from exits.rule import ExitReason
-from exits.windows import EXPECTED_CHANGE
-from model_store.segments import Tokens
-from server.engine.queue import WorkQueue
-from server.engine.work import Item, Outcome
-from server.errors import RequestError
+from de3.exits.rule import ExitReason
+from de3.exits.windows import EXPECTED_CHANGE
+from de3.model_store.segments import Tokens
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.work import Item, Outcome
+from de3.server.errors import RequestError
 
 Result = Outcome | Exception
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter, thread_time
 
-from exits.windows import capacity, spans
-from model_store.model import Model
-from model_store.tokenizer import PIECE, max_chars
+from de3.exits.windows import capacity, spans
+from de3.model_store.model import Model
+from de3.model_store.tokenizer import PIECE, max_chars
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5

@@ -8,17 +8,17 @@ from threading import Lock
 from time import perf_counter
 from typing import ClassVar
 
-from exits.reading import Reading
-from exits.rule import ExitReason, ExitRule
-from exits.windows import Combination
-from model_store.manifest import Manifest
-from model_store.model import Model
-from model_store.segments import Array, ForwardPass, Tokens
-from model_store.tokenizer import PIECE, Tokenization, Windows
-from server.engine.timing import Timing, tokens_of
-from server.ood import OodMonitor
-from server.rules import Choice, Rules
-from server.settings import ExitOptions
+from de3.exits.reading import Reading
+from de3.exits.rule import ExitReason, ExitRule
+from de3.exits.windows import Combination
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import Model
+from de3.model_store.segments import Array, ForwardPass, Tokens
+from de3.model_store.tokenizer import PIECE, Tokenization, Windows
+from de3.server.engine.timing import Timing, tokens_of
+from de3.server.ood import OodMonitor
+from de3.server.rules import Choice, Rules
+from de3.server.settings import ExitOptions
 
 # The engine looks at the queue at least so often, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004

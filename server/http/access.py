@@ -13,8 +13,8 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from pydantic import SecretStr
 from starlette.types import Scope
 
-from server.errors import RequestError
-from server.settings import Settings
+from de3.server.errors import RequestError
+from de3.server.settings import Settings
 
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # each request is compared with all of them

@@ -7,12 +7,12 @@ from fastapi import Body, FastAPI, Path
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model_store.manifest import NAME
-from server.engine.work import Served
-from server.errors import RequestError
-from server.http.openapi import error
-from server.models import Role
-from server.service import Service
+from de3.model_store.manifest import NAME
+from de3.server.engine.work import Served
+from de3.server.errors import RequestError
+from de3.server.http.openapi import error
+from de3.server.models import Role
+from de3.server.service import Service
 
 Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="of a model, without version")]
 NameOrVersion = Annotated[

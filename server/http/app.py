@@ -16,15 +16,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import Cause, RequestError
-from server.http import admin, hugging_face, models, open_inference, openapi, tei
-from server.http.classify import CLASSIFY
-from server.http.endpoint import answer, read_body
-from server.http.exchange import HEADER, request_id
-from server.http.frontend import Frontend, route_path
-from server.http.moderations import MODERATIONS
-from server.http.page import page
-from server.http.protocol import Protocol
+from de3.server.errors import Cause, RequestError
+from de3.server.http import admin, hugging_face, models, open_inference, openapi, tei
+from de3.server.http.classify import CLASSIFY
+from de3.server.http.endpoint import answer, read_body
+from de3.server.http.exchange import HEADER, request_id
+from de3.server.http.frontend import Frontend, route_path
+from de3.server.http.moderations import MODERATIONS
+from de3.server.http.page import page
+from de3.server.http.protocol import Protocol
 
 PROTOCOLS: dict[str, Protocol] = {
     "/classify": CLASSIFY,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Scope
 
-from server.errors import RequestError
+from de3.server.errors import RequestError
 
 if TYPE_CHECKING:
-    from server.http.connection import Connection
+    from de3.server.http.connection import Connection
 
 log = logging.getLogger("de3")
 

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from exits.reading import Reading
-from exits.signals import edr
-from exits.windows import MAX_WINDOWS
-from model_store.manifest import Manifest
-from server.engine.work import Item, Job, Outcome, Request, Text
-from server.errors import RequestError
-from server.http import hugging_face, sglang
-from server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
-from server.http.protocol import Call, Protocol
+from de3.exits.reading import Reading
+from de3.exits.signals import edr
+from de3.exits.windows import MAX_WINDOWS
+from de3.model_store.manifest import Manifest
+from de3.server.engine.work import Item, Job, Outcome, Request, Text
+from de3.server.errors import RequestError
+from de3.server.http import hugging_face, sglang
+from de3.server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
+from de3.server.http.protocol import Call, Protocol
 
 
 @dataclass(slots=True, eq=False)

@@ -22,12 +22,12 @@ from urllib.parse import unquote
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser, parse_url
 from starlette.types import Scope
 
-from server.errors import RequestError
-from server.http import errors
-from server.http.asgi import AsgiRequest
+from de3.server.errors import RequestError
+from de3.server.http import errors
+from de3.server.http.asgi import AsgiRequest
 
 if TYPE_CHECKING:
-    from server.http.listener import Listener
+    from de3.server.http.listener import Listener
 
 MAX_HEAD_BYTES = 32 * 1024
 MAX_HEADERS = 100

@@ -10,14 +10,14 @@ from time import perf_counter
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.engine.work import Job, Request
-from server.errors import RequestError
-from server.http import errors
-from server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
-from server.http.exchange import HEADER, Exchange, request_id
-from server.http.frontend import Frontend
-from server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
-from server.infer import infer, timed_out
+from de3.server.engine.work import Job, Request
+from de3.server.errors import RequestError
+from de3.server.http import errors
+from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
+from de3.server.http.exchange import HEADER, Exchange, request_id
+from de3.server.http.frontend import Frontend
+from de3.server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
+from de3.server.infer import infer, timed_out
 
 log = logging.getLogger("de3")
 

@@ -3,7 +3,7 @@
 import orjson
 from starlette.responses import Response
 
-from server.errors import Cause, RequestError
+from de3.server.errors import Cause, RequestError
 
 TYPES = {
     400: "BadRequestError",

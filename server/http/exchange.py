@@ -9,8 +9,8 @@ from time import perf_counter
 
 from starlette.types import Scope
 
-from server.engine.work import Job, Request
-from server.errors import Cause
+from de3.server.engine.work import Job, Request
+from de3.server.errors import Cause
 
 HEADER = b"x-request-id"
 WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)

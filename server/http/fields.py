@@ -7,10 +7,10 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from exits.signals import MAX_LAM, SignalName
-from server.errors import RequestError
-from server.http.protocol import LARGE_BODY_BYTES
-from server.settings import MAX_BUDGET_MS, ExitOptions
+from de3.exits.signals import MAX_LAM, SignalName
+from de3.server.errors import RequestError
+from de3.server.http.protocol import LARGE_BODY_BYTES
+from de3.server.settings import MAX_BUDGET_MS, ExitOptions
 
 MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
 ALLOWED = {

@@ -6,17 +6,17 @@ from starlette.responses import Response
 from starlette.routing import compile_path
 from starlette.types import Scope, Send
 
-from server.errors import RequestError
-from server.http import errors
-from server.http.access import Access
-from server.http.clients import Clients
-from server.http.exchange import HEADER, Exchange, Reporter, request_id
-from server.http.lane import Lane
-from server.http.protocol import Protocol, Route
-from server.http.request_log import RequestLog
-from server.http.traces import Traces, provider
-from server.service import Service
-from server.shares import Shares
+from de3.server.errors import RequestError
+from de3.server.http import errors
+from de3.server.http.access import Access
+from de3.server.http.clients import Clients
+from de3.server.http.exchange import HEADER, Exchange, Reporter, request_id
+from de3.server.http.lane import Lane
+from de3.server.http.protocol import Protocol, Route
+from de3.server.http.request_log import RequestLog
+from de3.server.http.traces import Traces, provider
+from de3.server.service import Service
+from de3.server.shares import Shares
 
 
 class Frontend:

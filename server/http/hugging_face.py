@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from exits.reading import Reading, read, sigmoid
-from server.engine.work import Item, Job, Request, Text
-from server.errors import RequestError
-from server.http.fields import OptionFields, check_count, check_fields, load_json
-from server.http.protocol import Call, Protocol
+from de3.exits.reading import Reading, read, sigmoid
+from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.errors import RequestError
+from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.protocol import Call, Protocol
 
 Function = Literal["softmax", "sigmoid", "none"]
 

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from starlette.types import ASGIApp, Scope
 
-from server.http.connection import BODY, RESPONSE, Connection
-from server.shares import Shares
+from de3.server.http.connection import BODY, RESPONSE, Connection
+from de3.server.shares import Shares
 
 MAX_UNREAD_BYTES = 2**26  # of responses that clients do not read, on all connections
 # Of bodies that do not arrive in one piece, on all connections: reading them takes a fifth of the event

@@ -8,12 +8,12 @@ import orjson
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from exits.guarantee import CONFIDENCE
-from model_store.manifest import Manifest
-from server.audit.report import report
-from server.errors import RequestError
-from server.http import openapi
-from server.service import Service
+from de3.exits.guarantee import CONFIDENCE
+from de3.model_store.manifest import Manifest
+from de3.server.audit.report import report
+from de3.server.errors import RequestError
+from de3.server.http import openapi
+from de3.server.service import Service
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 import orjson
 from pydantic import BeforeValidator, Field
 
-from model_store.manifest import Manifest
-from server.engine.work import Item, Job, Request, Text
-from server.errors import RequestError
-from server.http.fields import OptionFields, check_count, check_fields, load_json
-from server.http.protocol import Call, Protocol
+from de3.model_store.manifest import Manifest
+from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.errors import RequestError
+from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.protocol import Call, Protocol
 
 
 @dataclass(slots=True, eq=False)

@@ -15,12 +15,12 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from model_store.manifest import Manifest
-from server.engine.work import Job, Request, Text
-from server.errors import RequestError
-from server.http.fields import OptionFields, check_fields, load_json
-from server.http.protocol import Call, Protocol
-from server.service import Service
+from de3.model_store.manifest import Manifest
+from de3.server.engine.work import Job, Request, Text
+from de3.server.errors import RequestError
+from de3.server.http.fields import OptionFields, check_fields, load_json
+from de3.server.http.protocol import Call, Protocol
+from de3.server.service import Service
 
 INPUTS = ("text", "text_pair")
 OUTPUTS, VALUE_OUTPUTS = ("label", "probs", "exit_layer"), ("label", "value", "exit_layer")

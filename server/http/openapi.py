@@ -7,10 +7,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
-from exits.rule import ExitReason
-from exits.signals import SignalName
-from server.http import errors
-from server.http.classify import ClassifyRequest
+from de3.exits.rule import ExitReason
+from de3.exits.signals import SignalName
+from de3.server.http import errors
+from de3.server.http.classify import ClassifyRequest
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """

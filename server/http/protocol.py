@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from server.engine.work import Job, Request
-from server.errors import RequestError
-from server.http import errors
+from de3.server.engine.work import Job, Request
+from de3.server.errors import RequestError
+from de3.server.http import errors
 
 LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
 

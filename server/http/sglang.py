@@ -6,8 +6,8 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
-from server.engine.work import Item, Job, Request, Text
-from server.http.fields import OptionFields, check_count, check_fields
+from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.http.fields import OptionFields, check_count, check_fields
 
 
 @dataclass(slots=True, eq=False)

@@ -8,12 +8,12 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BeforeValidator, Field
 
-from exits.reading import Reading, sigmoid
-from server.engine.work import Item, Job, Request, Text
-from server.errors import Cause, RequestError
-from server.http.fields import OptionFields, check_count, check_fields, load_json
-from server.http.protocol import Call, Protocol
-from server.service import Service
+from de3.exits.reading import Reading, sigmoid
+from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.errors import Cause, RequestError
+from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.protocol import Call, Protocol
+from de3.server.service import Service
 
 # TEI's names for why a request failed.
 ERROR_TYPES: dict[Cause, str] = {

@@ -9,8 +9,8 @@ from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
-from server.engine.work import Item
-from server.http.exchange import Exchange
+from de3.server.engine.work import Item
+from de3.server.http.exchange import Exchange
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

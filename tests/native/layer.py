@@ -18,7 +18,7 @@ def floats(count: int, spread: float) -> array:
 
 def main() -> None:
     sys.path.insert(0, sys.argv[1])
-    from native import kernels
+    from de3.native import kernels
 
     random.seed(1)
     model = kernels.new(HIDDEN, HEADS, INNER, 1, True, True, True)

@@ -6,12 +6,12 @@ those before the last layer through a final norm, if the encoder has one); impor
 
 from typing import Any
 
-from training.encoders.bert import BERT, ELECTRA, ROBERTA
-from training.encoders.deberta import DEBERTA
-from training.encoders.distilbert import DISTILBERT
-from training.encoders.modernbert import MODERNBERT
-from training.encoders.mpnet import MPNET
-from training.encoders.weights import Family
+from de3.training.encoders.bert import BERT, ELECTRA, ROBERTA
+from de3.training.encoders.deberta import DEBERTA
+from de3.training.encoders.distilbert import DISTILBERT
+from de3.training.encoders.modernbert import MODERNBERT
+from de3.training.encoders.mpnet import MPNET
+from de3.training.encoders.weights import Family
 
 FAMILIES = {
     "bert": BERT,

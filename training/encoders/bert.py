@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from training.encoders.weights import (
+from de3.training.encoders.weights import (
     Embeddings,
     Family,
     Layer,

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from training.encoders.bert import BERT
-from training.encoders.weights import (
+from de3.training.encoders.bert import BERT
+from de3.training.encoders.weights import (
     Array,
     Disentangled,
     Embeddings,

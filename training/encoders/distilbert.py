@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from training.encoders.bert import BERT
-from training.encoders.weights import (
+from de3.training.encoders.bert import BERT
+from de3.training.encoders.weights import (
     Family,
     Layer,
     StockHead,

@@ -3,7 +3,7 @@ only."""
 
 from typing import Any
 
-from training.encoders.weights import (
+from de3.training.encoders.weights import (
     Embeddings,
     Family,
     PreNormLayer,

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from training.encoders import bert
-from training.encoders.bert import ROBERTA
-from training.encoders.weights import Family, Layer, array, linear, norm, side_by_side
+from de3.training.encoders import bert
+from de3.training.encoders.bert import ROBERTA
+from de3.training.encoders.weights import Family, Layer, array, linear, norm, side_by_side
 
 
 def check(config: Any) -> None:

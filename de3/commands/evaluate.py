@@ -1,0 +1,223 @@
+"""`de3 evaluate`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from de3.commands.options import (
+    Dataset,
+    DatasetSplit,
+    Delimiter,
+    File,
+    Header,
+    LabelColumn,
+    LabelNames,
+    PairColumn,
+    Quotes,
+    TextColumn,
+    need_train_extra,
+    read_rows,
+    reason,
+    say,
+)
+
+
+def evaluate(
+    model: Annotated[
+        Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")
+    ],
+    file: File = None,
+    dataset: Dataset = None,
+    split: DatasetSplit = "test",
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
+    header: Header = True,
+    quotes: Quotes = None,
+    delimiter: Delimiter = None,
+    label_names: LabelNames = None,
+    lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
+    original: Annotated[
+        str | None,
+        typer.Option(
+            help="The classifier that was imported: disagreement is then counted against its answers, which are the "
+            'labels too with --label-column "" or a .txt file.',
+            show_default=False,
+        ),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of the plot. Default: evaluation.png in the checkpoint, or evaluation-VERSION.png beside "
+            "the artifact.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
+
+    Without data it uses certify.jsonl, which training held out. An artifact runs through its ONNX segments, as
+    it does when serving, and its default τ is evaluated too.
+
+    Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
+    """
+    need_train_extra()
+    from de3.training import data
+    from de3.training import evaluate as evaluation
+    from de3.training.progress import warn
+
+    lams = _lambdas(lambdas)
+    subject = _open(model)
+    if file is not None or dataset is not None:
+        has_labels = original is None or not (label_column == "" or (file and file.suffix == ".txt"))
+        label = label_column if has_labels else None
+        columns = data.Columns(
+            text_column,
+            pair_column,
+            label,
+            header,
+            quotes,
+            delimiter,
+            multi_label=subject.config.thresholds is not None,
+            regression=subject.config.tolerance is not None,
+        )
+        rows = read_rows(file, dataset, split, columns)
+        if not (has_labels or columns.regression):
+            rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
+        elif not columns.regression:
+            rows = data.rename(rows, label_names, columns.multi_label)
+        examples = data.to_examples(rows, subject.names, columns.multi_label, columns.regression)
+        if original is not None:
+            examples = _answered(original, examples, subject, has_labels)
+    elif original is not None:
+        raise ValueError(
+            "--original: give the texts that it shall answer; held-out samples know its answers already"
+        )
+    elif subject.checkpoint is None:
+        raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
+    else:
+        examples = subject.checkpoint.held_out("certify")
+    data.check_input(examples, subject.config.input, str(file or dataset or model))
+    recorded = data.with_original(subject.record(examples), examples)
+    curves = evaluation.curves(recorded, lams, subject.risk)
+    output = Console()
+    output.print(evaluation.exit_table(recorded))
+    warn(evaluation.weaknesses(recorded, subject.names))
+    if len(recorded.exit_layers) > 1:
+        output.print(evaluation.curve_table(curves))
+        if subject.artifact is not None:
+            _report_artifact(subject.artifact, recorded, examples, output)
+        title = f"{subject.title}, {len(examples)} samples"
+        warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, subject.beside))
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is evaluated: a checkpoint, or an artifact; `config` has its `input`, `thresholds` and `tolerance`."""
+
+    title: str
+    names: Sequence[str]
+    config: Any
+    record: Callable[[list[Any]], Any]
+    risk: Any
+    beside: Path
+    artifact: Any = None
+    checkpoint: Any = None
+
+
+def _open(path: Path) -> _Subject:
+    """Open a checkpoint or an artifact; raises ValueError."""
+    if not (path / "manifest.json").exists():
+        from de3.training import data
+        from de3.training.checkpoint import Checkpoint
+        from de3.training.predict import predict
+
+        checkpoint = Checkpoint(path)
+        names, tokenizer, most = checkpoint.names, checkpoint.tokenizer, checkpoint.config.max_tokens
+
+        def run(examples: list[Any]) -> Any:
+            encoded = data.encode(examples, tokenizer, most, num_labels=len(names))
+            return predict(checkpoint.model, encoded, tokenizer.pad_token_id)
+
+        png = path / "evaluation.png"
+        return _Subject(path.name, names, checkpoint.config, run, None, png, checkpoint=checkpoint)
+    from de3.export.record import record
+    from de3.model_store.model import Model
+    from de3.model_store.store import Store
+
+    path = path.resolve()
+    artifact = Model(Store(path.parent.parent).open_path(path))
+    manifest = artifact.manifest
+    risk = manifest.signal("risk") if manifest.risk is not None else None
+    png = path.parent / f"evaluation-{path.name}.png"
+    return _Subject(
+        artifact.full_name,
+        manifest.labels,
+        manifest,
+        lambda examples: record(artifact, examples),
+        risk,
+        png,
+        artifact=artifact,
+    )
+
+
+def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
+    """Examples with the answers of the classifier that was imported, which are their labels too if they have none."""
+    from de3.training import data, stock
+
+    names = list(subject.names)
+    config = subject.config
+    opened = replace(stock.open_stock(original), thresholds=config.thresholds, tolerance=config.tolerance)
+    same = sorted(opened.names) == sorted(names)  # else they were renamed, in order
+    if len(opened.names) != len(names) or (same and opened.names != names):
+        raise ValueError(f"--original {original}: has the labels {opened.names[:20]}, the model {names[:20]}")
+    encoded = data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
+    answers = stock.answers(opened, encoded)
+    known = [replace(e, original=answer) for e, answer in zip(examples, answers, strict=True)]
+    return known if has_labels else [replace(e, label=e.original) for e in known]
+
+
+def _lambdas(values: str) -> list[float]:
+    """The values of --lambdas; raises ValueError."""
+    from de3.exits.signals import signal_of
+
+    try:
+        return [signal_of("edr", float(value)).lam or 0.0 for value in values.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--lambdas must be numbers like 0.5,1,2; got {values!r} ({error})") from None
+
+
+def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
+    """Plot to the file that was named, or to the default, where a store that is read-only is but a warning."""
+    target = png or default
+    try:
+        plot(target)
+    except OSError as error:
+        if png is not None:
+            raise
+        return [f"no plot was written ({reason(error)}): name another file with --png"]
+    say(f"plot: {target}")
+    return []
+
+
+def _report_artifact(artifact: Any, recorded: Any, examples: list[Any], output: Console) -> None:
+    """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
+    from de3.exits.trade_offs import TradeOffs
+    from de3.export.record import start_layers
+    from de3.training import evaluate as evaluation
+    from de3.training.progress import warn
+
+    manifest, start = artifact.manifest, start_layers(artifact, examples)
+    tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
+    output.print(evaluation.default_line(recorded, tau, signal, start), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal, start))
+    if calibration is None:
+        return
+    certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
+    output.print(evaluation.target_table(recorded, certified, start))
+    output.print(evaluation.hindsight_table(recorded, [signal for signal, _ in certified]))
+    warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))

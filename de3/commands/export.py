@@ -1,0 +1,136 @@
+"""`de3 export` and `de3 calibrate`: what makes a version of a model in a store."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from de3.commands.models import StoreOption
+from de3.commands.options import SignalOption, need_train_extra, next_serve, say
+
+
+def export(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="A checkpoint of de3 train; with --full-depth also an artifact's folder."),
+    ],
+    name: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model in the store; required without --full-depth.", show_default=False
+        ),
+    ] = None,
+    store: StoreOption = Path("models"),
+    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label". '
+            "Default: the checkpoint's tune.jsonl.",
+            show_default=False,
+        ),
+    ] = None,
+    certify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Samples for the reported numbers. Default: the checkpoint's certify.jsonl.",
+            show_default=False,
+        ),
+    ] = None,
+    max_loss: Annotated[
+        float,
+        typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
+    ] = 1.0,
+    max_int8_loss: Annotated[
+        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
+    ] = 1.0,
+    signal: SignalOption = "auto",
+    full_depth: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write one plain ONNX graph without exits to this new folder instead.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
+
+    The export is compared with the PyTorch model, and nothing is published if it differs too much.
+    With --full-depth it writes one plain ONNX graph instead, for other servers, in int8 with ONNX Runtime's fused
+    operators: one scale for the activations of a text.
+
+    Example: de3 export runs/sst2 --name sst2 --quantize int8
+    """
+    need_train_extra()
+    if full_depth is not None:
+        from de3.export.full_depth import export_full_depth
+
+        if quantize not in ("int8", "none"):
+            raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
+        export_full_depth(checkpoint, full_depth, quantize == "int8")
+        say(f"wrote {full_depth / 'model.onnx'}: no exits, {quantize}")
+        return
+    if name is None:
+        raise ValueError("--name is required: the model's name in the store")
+    from de3.export.exporter import ExportSettings
+    from de3.export.exporter import export as run
+    from de3.model_store.store import Store
+
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    path = run(checkpoint, Store(store), settings, tune, certify)
+    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
+    say(f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}")
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Model in the store, as name or name:version.")],
+    tune: Annotated[
+        Path | None,
+        typer.Option(
+            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label".',
+            show_default=False,
+        ),
+    ] = None,
+    certify: Annotated[
+        Path | None,
+        typer.Option(help="Other samples, for the reported numbers and the guarantees.", show_default=False),
+    ] = None,
+    from_audits: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead of samples: a log of de3 serve --log-audits with this version's audits; repeat for more, as "
+            "for FILE.1.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreOption = Path("models"),
+    max_loss: Annotated[
+        float,
+        typer.Option(
+            help="Accuracy that the default τ may lose against full depth, in percentage points; with --from-audits: "
+            "agreement with full depth.",
+        ),
+    ] = 1.0,
+    signal: SignalOption = "auto",
+) -> None:
+    """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
+
+    It also gives the signal risk to a model that was exported without it. With --from-audits it needs no labels and
+    runs no text: what full depth answered is right.
+
+    Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
+    """
+    if from_audits and (tune is not None or certify is not None):
+        raise ValueError("--from-audits cannot go with --tune or --certify: audits are split into both parts")
+    need_train_extra()
+    from de3.export.recalibrate import recalibrate, recalibrate_on_audits
+    from de3.model_store.store import Store
+
+    models = Store(store)
+    if from_audits:
+        path = recalibrate_on_audits(models.open(model), models, from_audits, max_loss / 100, signal)
+    else:
+        if tune is None or certify is None:
+            missing = "--tune" if tune is None else "--certify"
+            raise ValueError(f"{missing} is required, or --from-audits")
+        path = recalibrate(models.open(model), models, tune, certify, max_loss / 100, signal)
+    say(f"published {path}. Next: {next_serve(store, path.parent.name)}")

@@ -1,0 +1,167 @@
+"""`de3 import`: a stock classifier gets early exits."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from de3.commands.models import StoreOption
+from de3.commands.options import (
+    DATA,
+    TRAINING,
+    Delimiter,
+    Fragments,
+    GroupColumn,
+    Header,
+    PairColumn,
+    Quotes,
+    SignalOption,
+    TextColumn,
+    Threshold,
+    check_groups,
+    need_train_extra,
+    next_serve,
+)
+
+
+def import_model(
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a …ForSequenceClassification of transformers.")
+    ],
+    texts: Annotated[
+        Path,
+        typer.Option(
+            help="Texts like those to be served: a .txt file, one text a line, or .csv, .tsv or .jsonl."
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="Name of the model in the store.")],
+    store: StoreOption = Path("models"),
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the checkpoint with exits. An interrupted run goes on from what it left there. "
+            "Default: runs/NAME, or runs/NAME-finetuned.",
+            show_default=False,
+        ),
+    ] = None,
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of the right labels, to report accuracy; of a multi-label model with | between them, of a "
+            "regression model numbers. Default: none; the model's own answers are what counts.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    label_names: Annotated[
+        str | None,
+        typer.Option(
+            help="New names of the model's labels, in the order of its logits, e.g. negative,positive.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    multi_label: Annotated[
+        bool,
+        typer.Option(
+            help="It is a multi-label model, though its config.json does not say problem_type.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    threshold: Threshold = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="Required of a regression model (one output): by how much an early answer may differ from full "
+            "depth's and count as the same, in the model's own units.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    group_column: GroupColumn = None,
+    fragments: Fragments = False,
+    header: Header = True,
+    quotes: Quotes = None,
+    delimiter: Delimiter = None,
+    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    max_int8_loss: Annotated[
+        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
+    ] = 2.0,
+    max_loss: Annotated[
+        float,
+        typer.Option(
+            help="Accuracy that the default τ may lose against full depth, in percentage points; without labels: "
+            "agreement with the model's own answers.",
+        ),
+    ] = 1.0,
+    signal: SignalOption = "auto",
+    finetune: Annotated[
+        bool,
+        typer.Option(
+            help="Then train the encoder too, so that its first layers tell more. Full depth is held to the original's "
+            "answers, and what it answers otherwise counts as disagreement.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = False,
+    epochs: Annotated[int, typer.Option(help="Of --finetune.", rich_help_panel=TRAINING)] = 3,
+    lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
+    bf16: Annotated[
+        bool, typer.Option(help="Compute the states that exits are fitted on in bfloat16.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
+) -> None:
+    """Give a classifier that you have early exits; its weights stay, and full depth answers as it always did.
+
+    Exits are fitted on texts without labels, to the model's own answers; how often they differ is certified on texts
+    held out. Use texts that the model was not trained on: on its training texts it is surer than on others, and the
+    certificate would not hold.
+
+    Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
+    """
+    need_train_extra()
+    from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
+    from de3.export.exporter import ExportSettings
+    from de3.export.importing import ImportSettings, import_classifier
+    from de3.model_store.store import Store
+    from de3.training import checks, data, stock
+    from de3.training.progress import console, warn
+
+    check_groups(fragments, group_column)
+    if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # NaN neither
+        raise ValueError(
+            f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
+        )
+    settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    opened = stock.open_stock(model, label_names, threshold, multi_label, tolerance)
+    columns = data.Columns(
+        text_column,
+        pair_column,
+        label_column,
+        header,
+        quotes,
+        delimiter,
+        multi_label=opened.thresholds is not None,
+        regression=opened.is_regression,
+    )
+    rows = data.read_rows(texts, columns)
+    groups = data.read_column(texts, columns, group_column) if group_column is not None else None
+    warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
+    folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
+    command = shlex.join(["de3", *sys.argv[1:]])
+    how = ImportSettings(label_column is not None, fragments, seed, bf16, finetune, epochs, lr, command)
+    try:
+        path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: {command}", markup=False, soft_wrap=True)
+        sys.exit(130)
+    size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
+    console.print(
+        f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: "
+        f"{next_serve(store, name)}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,200 @@
+"""de3 models: inspect a model store, and change the models of a running server."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote
+from urllib.request import Request, urlopen
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from de3.model_store.printable import printable
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Inspect a model store (list, show, verify) and change a server's models (load, unload, rollback).",
+)
+README = "README.md"
+StoreOption = Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of the model store.")]
+
+
+@app.command("list")
+def models_list(store: StoreOption = Path("models")) -> None:
+    """List the models and versions of a store."""
+    from rich.table import Table
+
+    from de3.model_store.store import Store
+
+    models = Store(store)
+    table = Table()
+    for column in ("model", "labels", "layers", "precision", "default τ", "accuracy", "speed-up"):
+        table.add_column(column)
+    for name in models.names():
+        try:
+            m = models.open(name).manifest
+        except Exception as error:  # whatever a forged manifest may cause
+            table.add_row(name, f"[red]{escape(_reason(error))}")
+            continue
+        labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
+        labels = escape(printable(labels))
+        c = m.calibration
+        numbers = (f"{100 * c.default.accuracy:.1f}%", f"{c.default.speedup:.1f}×") if c else ("–", "–")
+        table.add_row(name, labels, str(m.num_layers), m.precision, f"{m.defaults.tau:g}", *numbers)
+    Console().print(table)
+
+
+@app.command("show")
+def models_show(
+    model: Annotated[str, typer.Argument(help="Model, as name or name:version.")],
+    store: StoreOption = Path("models"),
+    table: Annotated[bool, typer.Option(help="Include the calibration table.")] = False,
+) -> None:
+    """Print a model's manifest as JSON."""
+    from de3.model_store.store import Store
+
+    manifest = Store(store).open(model).manifest
+    exclude = None if table else {"calibration": {"table"}}
+    text = manifest.model_dump_json(indent=2, exclude=exclude)
+    print("\n".join(map(printable, text.split("\n"))))
+
+
+@app.command("verify")
+def models_verify(
+    model: Annotated[
+        str | None, typer.Argument(help="Model, as name or name:version. Default: all.", show_default=False)
+    ] = None,
+    store: StoreOption = Path("models"),
+) -> None:
+    """Check the hash and the contents of every file of a model, and that it loads; exits with 1 on failure.
+
+    A model runs only after it has been checked, and then in a separate process with limits.
+    """
+    from de3.model_store.store import Store
+    from de3.server.prove import Prover
+
+    models = Store(store)
+    failed = False
+    for name in [model] if model else models.names():
+        try:
+            artifact = models.open(name)
+            no_kernels = Prover().prove(artifact, "auto")
+            if README in artifact.manifest.files:  # which no server reads
+                artifact.read(README)
+            print(
+                f"{artifact.full_name}  sound{no_kernels and f', without kernels: {printable(no_kernels)}'}"
+            )
+        except Exception as error:  # whatever a forged artifact may cause: the next may be sound
+            failed = True
+            print(f"{printable(name)}  NOT SOUND  {_reason(error)}")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _reason(error: Exception) -> str:
+    """Why an artifact is not sound."""
+    from de3.model_store.store import StoreError
+
+    return str(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
+
+
+CHANGE_TIMEOUT_S = 600.0  # loading a model takes time
+Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running server.")]
+
+
+def check_url(url: str) -> str:
+    """The URL of a server without a slash at its end; raises ValueError."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"--url: must begin with http:// or https://; did you mean http://{url}?")
+    return url.rstrip("/")
+
+
+@app.command("load")
+def models_load(
+    model: Annotated[
+        str, typer.Argument(help="Model, as name (its newest version in the server's store) or name:version.")
+    ],
+    url: Url = "http://127.0.0.1:8000",
+    canary: Annotated[
+        float | None,
+        typer.Option(
+            help="Load it as a canary that answers this share of the requests without a version.",
+            min=0.001,
+            max=0.999,
+            show_default=False,
+        ),
+    ] = None,
+    shadow: Annotated[
+        bool,
+        typer.Option("--shadow", help="Load it as a shadow: run the same texts and count different labels."),
+    ] = False,
+    beside: Annotated[
+        bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")
+    ] = False,
+) -> None:
+    """Load or reload a version on a running server. Once it has warmed up, it is the current version.
+
+    Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
+    """
+    if (canary is not None) + shadow + beside > 1:
+        raise ValueError("give at most one of --canary, --shadow and --beside")
+    role = "canary" if canary is not None else "shadow" if shadow else "beside" if beside else "current"
+    body: dict[str, Any] = {"role": role} | ({} if canary is None else {"share": canary})
+    done = _change(url, model, "load", body)
+    print(f"{done['model']} is {done['role']}, by {done['runtime']}")
+
+
+@app.command("unload")
+def models_unload(
+    model: Annotated[str, typer.Argument(help="Model, as name:version, or as name for all versions.")],
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Unload a version, or all versions of a model, from a server. Needs an admin key in DE3_ADMIN_KEY."""
+    for name in _change(url, model, "unload", {})["unloaded"]:
+        print(f"{name} is unloaded")
+
+
+@app.command("rollback")
+def models_rollback(
+    model: Annotated[str, typer.Argument(help="Model, without a version.")],
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Make the previous version current again. Needs an admin key in DE3_ADMIN_KEY."""
+    done = _change(url, model, "rollback", {})
+    print(f"{done['model']} is current again, by {done['runtime']}")
+
+
+def _change(url: str, model: str, action: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Send an admin request and return its answer; raises ValueError with the server's error message."""
+    key = os.environ.get("DE3_ADMIN_KEY")
+    if not key:
+        raise ValueError("set DE3_ADMIN_KEY to an admin key of the server (de3 serve --admin-keys-file)")
+    name, colon, version = model.partition(":")
+    if colon:
+        if not version.isdecimal() or action == "rollback":
+            raise ValueError(
+                f"{model!r}: must be a name" + ("" if action == "rollback" else " or name:version")
+            )
+        body = body | {"version": int(version)}
+    request = Request(
+        f"{check_url(url)}/v1/models/{quote(name, safe='')}/{action}",
+        json.dumps(body).encode(),
+        {"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
+    )
+    try:
+        with urlopen(request, timeout=CHANGE_TIMEOUT_S) as answer:
+            result: dict[str, Any] = json.load(answer)
+            return result
+    except HTTPError as error:
+        try:
+            message = json.load(error)["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"HTTP {error.code}"
+        if error.code == 404 and "no such path" in message:
+            message = "the server has no admin keys, so its models cannot be changed"
+        raise ValueError(message) from None
+    except URLError as error:
+        raise ValueError(f"{url}: {error.reason}") from None

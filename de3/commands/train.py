@@ -1,0 +1,329 @@
+"""`de3 train`."""
+
+import shlex
+import sys
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from de3.commands.options import (
+    DATA,
+    MODEL,
+    TRAINING,
+    Dataset,
+    DatasetSplit,
+    Delimiter,
+    File,
+    Fragments,
+    GroupColumn,
+    Header,
+    LabelColumn,
+    LabelNames,
+    PairColumn,
+    Quotes,
+    TextColumn,
+    Threshold,
+    check_groups,
+    need_train_extra,
+    read_rows,
+    say,
+)
+
+# Options that a multi-label model has no use for.
+NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes")
+NO_TEACHER = ("teacher", "distill", "temperature", "augment")
+
+
+def train(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    encoder: Annotated[
+        str,
+        typer.Option(help="Folder or hub id of the encoder, e.g. bert-base-uncased.", rich_help_panel=MODEL),
+    ],
+    file: File = None,
+    dataset: Dataset = None,
+    split: DatasetSplit = "train",
+    text_column: TextColumn = "text",
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = "label",
+    header: Header = True,
+    quotes: Quotes = None,
+    delimiter: Delimiter = None,
+    label_names: LabelNames = None,
+    held_back: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of samples in each of the two held-out parts (tune, certify). "
+            "Default: a tenth each, at most 4000.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Train on so many samples at most, chosen by seed. Default: on all that are not held out.",
+            show_default=False,
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    fragments: Fragments = False,
+    group_column: GroupColumn = None,
+    multi_label: Annotated[
+        bool,
+        typer.Option(
+            help="A text has any number of labels: a list in .jsonl, or in a cell with | between them.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    threshold: Threshold = None,
+    exits: Annotated[
+        str,
+        typer.Option(
+            help="Layers with an exit: all (1…M), last (a plain fine-tune), or a list like 0,2,4,6.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "all",
+    embedding_exit: Annotated[
+        bool, typer.Option(help="Add an exit on the embedding output, layer 0.", rich_help_panel=MODEL)
+    ] = True,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            help="Pooling of a layer's tokens: mean, or cls as in the paper.",
+            rich_help_panel=MODEL,
+        ),
+    ] = "mean",
+    metric_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Width of the prototype space. Default: the encoder's hidden size.",
+            show_default=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    last_prototypes: Annotated[
+        bool, typer.Option(help="Add a prototype space at the last layer.", rich_help_panel=MODEL)
+    ] = False,
+    gamma: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="γ, moving-average factor of the prototypes.", rich_help_panel=MODEL),
+    ] = 0.01,
+    alpha: Annotated[
+        float, typer.Option(help="α, weight of the distance-aware loss.", rich_help_panel=TRAINING)
+    ] = 0.1,
+    weights: Annotated[
+        str, typer.Option(help="Layer weights in the loss: depth or uniform.", rich_help_panel=TRAINING)
+    ] = "depth",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; shown when "
+            "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "auto",
+    epochs: Annotated[
+        int | None,
+        typer.Option(help="Passes over the data.", show_default="by --recipe", rich_help_panel=TRAINING),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples a step.", show_default="by --recipe", rich_help_panel=TRAINING)
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of the encoder.", show_default="by --recipe", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    head_lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Learning rate of the exits' heads.",
+            show_default="1e-3; with --multi-label 1e-2",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 0.01,
+    warmup: Annotated[
+        float, typer.Option(help="Share of the steps with learning-rate warm-up.", rich_help_panel=TRAINING)
+    ] = 0.06,
+    max_length: Annotated[
+        int, typer.Option(help="Truncate training texts to this number of tokens.", rich_help_panel=TRAINING)
+    ] = 128,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="A checkpoint to distil from, trained on the same data with the same seed.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    distill: Annotated[
+        float,
+        typer.Option(
+            help="Share of the loss that uses the teacher's logits instead of the label.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0.5,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
+    ] = 2.0,
+    augment: Annotated[
+        int,
+        typer.Option(
+            help="Number of altered copies of each sample (words replaced, texts joined), labelled by the teacher.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 0,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after this many epochs without improvement; 0: never.",
+            show_default="by --recipe",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    prototypes: Annotated[
+        str,
+        typer.Option(
+            help="Final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only "
+            "recompute the prototypes over the training data) or sliding (keep the moving averages).",
+            rich_help_panel=TRAINING,
+        ),
+    ] = "refit",
+    bf16: Annotated[bool, typer.Option(help="Use bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order of samples.")] = 0,
+    resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
+) -> None:
+    """Train a DE3-BERT on labelled texts; writes the best epoch to --out.
+
+    Two parts of the data, chosen by seed, are held out: tune.jsonl and certify.jsonl in --out.
+
+    Example: de3 train data/train.tsv --text-column sentence --encoder bert-base-uncased --out runs/sst2
+    """
+    need_train_extra()
+    import torch
+
+    from de3.training import checks, data
+    from de3.training import recipe as recipes
+    from de3.training.encoders import family
+    from de3.training.model import De3Model
+    from de3.training.progress import warn
+    from de3.training.split import split as split_examples
+    from de3.training.trainer import TrainSettings
+    from de3.training.trainer import train as run
+
+    check_groups(fragments, group_column)
+    _check_multi_label(context, multi_label)
+    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, multi_label)
+    read = read_rows(file, dataset, split, columns)
+    counts = Counter(label for _, cell in read for label in data.labels_in(cell, multi_label))
+    warnings = checks.labels(counts, len(read) if multi_label else None)
+    read = data.rename(read, label_names, multi_label)
+    names = (
+        [name.strip() for name in label_names.split(",")]
+        if label_names
+        else data.label_order(read, multi_label)
+    )
+    examples = data.to_examples(read, names, multi_label)
+    if multi_label:
+        warnings += checks.label_counts(examples)
+    if group_column is not None:
+        groups = (
+            data.read_column(file, columns, group_column)
+            if file
+            else data.read_dataset_column(str(dataset), split, group_column)
+        )
+        examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
+    encoder_config, tokenizer = checks.open_encoder(encoder)
+    warnings += checks.unknown_tokens(tokenizer, examples)
+    parts = split_examples(examples, seed, held_back, fragments)
+    parts = replace(parts, train=parts.train[:rows])
+    warnings += checks.held_out(parts, names)
+    chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
+    settings = TrainSettings(
+        **asdict(chosen),
+        head_lr=(recipes.MULTI_LABEL_HEAD_LR if multi_label else recipes.HEAD_LR)
+        if head_lr is None
+        else head_lr,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        alpha=alpha,
+        weights=weights,
+        distill=distill,
+        temperature=temperature,
+        augment=augment,
+        max_length=max_length,
+        seed=seed,
+        bf16=bf16,
+        prototypes=prototypes,
+    )
+    say(
+        f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
+        f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+    )
+    if multi_label:
+        say(f"{sum(e.label == () for e in examples)} of {len(examples)} texts have no label")
+    say(f"recipe ({recipe}): {chosen}")
+    warn(warnings)
+    torch.manual_seed(seed)
+    model = De3Model.from_encoder(
+        encoder,
+        names,
+        exit_layers=_exit_layers(exits, embedding_exit, encoder_config.num_hidden_layers),
+        pooling=pooling,
+        metric_dim=metric_dim,
+        last_prototypes=last_prototypes,
+        gamma=gamma,
+        thresholds=[0.5 if threshold is None else threshold] * len(names) if multi_label else None,
+        max_tokens=min(tokenizer.model_max_length, family(encoder_config).max_tokens(encoder_config)),
+        input=data.input_of(examples),
+    )
+    command = shlex.join(["de3", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])
+    try:
+        run(model, tokenizer, parts, settings, out, teacher, resume, command)
+    except KeyboardInterrupt:
+        say(f"interrupted; go on after the last complete epoch with: {command}")
+        sys.exit(130)
+    if exits == "last":
+        teacher_too = "" if multi_label else ", or use it as a --teacher"
+        say(f"saved to {out}. Next: de3 evaluate {out}{teacher_too}")
+    else:
+        say(
+            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on a file that you name), then "
+            f"de3 export {out} --name NAME"
+        )
+
+
+def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
+    """Raise ValueError for options that cannot go together."""
+
+    def given(name: str) -> bool:
+        source = context.get_parameter_source(name)
+        return source is not None and source.name != "DEFAULT"
+
+    if not multi_label and given("threshold"):
+        raise ValueError("--threshold: only a multi-label model has one: say --multi-label")
+    for names, reason in (
+        (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels do not exclude each other"),
+        (NO_TEACHER, "distillation is for labels that exclude each other"),
+    ):
+        for name in names if multi_label else ():
+            if given(name):
+                raise ValueError(f"--{name.replace('_', '-')} cannot go with --multi-label: {reason}")
+
+
+def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:
+    if exits == "last":
+        return [num_layers]
+    if exits == "all":
+        return list(range(0 if embedding_exit else 1, num_layers + 1))
+    try:
+        return [int(layer) for layer in exits.split(",")]
+    except ValueError:
+        raise ValueError(f"--exits must be all, last or layers like 0,2,4,6; got {exits!r}") from None

@@ -1,0 +1,380 @@
+"""Trained models of the studies, each with all its exits recorded; what a folder already has is not computed again.
+
+runs/mrpc-minilm-D-0/            a checkpoint of de3 train
+runs/mrpc-minilm-D-0/states-unseen.safetensors
+"""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoTokenizer
+
+from de3.exits.recorded import Recorded
+from de3.training import data
+from de3.training import loss as losses
+from de3.training.checkpoint import Checkpoint, is_finished, quiet
+from de3.training.data import Encoded, Example, evaluation_batches
+from de3.training.model import De3Config, De3Model
+from de3.training.progress import console, track
+from de3.training.recipe import by_size
+from de3.training.split import Split, split
+from de3.training.trainer import TrainSettings, train
+from lab.experiments.tasks import TASKS, minilm
+
+FOLDS = 5
+SST2_ROWS = 24_000
+MPNET = {"sst2": (3e-5, 2)}  # learning rate and epochs
+SETTINGS = {"alpha", "gamma", "pooling", "prototypes", "weights"}
+NAME = re.compile(r"([a-z0-9]+)-(minilm|mpnet)-([TWSD]+|none)((?:-[a-z]+=[a-z0-9.]+)*)-(\d+)(?:-fold(\d))?")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one model is trained on, and how.
+
+    Attributes:
+        recipe: letters: T a teacher's answers, for altered copies too; W exit-likely weights; S the last exit teaches
+            the others; D the paper's DAR; "none" of them. Then, after commas, other settings of the training (alpha,
+            gamma, pooling, prototypes, weights): "D,pooling=cls".
+        fold: of 5, what to hold out and measure; None: held out as de3 train does, and measured on dev or test.
+    """
+
+    task: str
+    encoder: str = "minilm"
+    recipe: str = "D"
+    seed: int = 0
+    fold: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        fold = "" if self.fold is None else f"-fold{self.fold}"
+        return f"{self.task}-{self.encoder}-{self.recipe.replace(',', '-')}-{self.seed}{fold}"
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """The cell of a folder's name."""
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{name}: not a cell; an example is mrpc-minilm-D-0")
+        task, encoder, letters, more, seed, fold = match.groups()
+        if unknown := set(re.findall(r"-([a-z]+)=", more)) - SETTINGS:
+            raise ValueError(
+                f"{name}: {unknown.pop()} is no setting; those are {', '.join(sorted(SETTINGS))}"
+            )
+        return cls(task, encoder, letters + more.replace("-", ","), int(seed), int(fold) if fold else None)
+
+    @property
+    def letters(self) -> str:
+        """The recipe without other settings."""
+        return self.recipe.split(",")[0]
+
+    @property
+    def more(self) -> dict[str, str]:
+        """The other settings."""
+        return dict(pair.split("=") for pair in self.recipe.split(",")[1:])
+
+
+def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell]]:
+    """Cells by task, encoder, recipe, and whether they are folds: those of a group differ in seed or fold."""
+    groups: dict[tuple[str, str, str, bool], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.encoder, cell.recipe, cell.fold is not None), []).append(cell)
+    return groups
+
+
+@dataclass(frozen=True)
+class States:
+    """Texts that a model was run on.
+
+    Attributes:
+        pooled: h^(m) of every exit, (n, exits, hidden), float16.
+        recorded: all exits.
+    """
+
+    pooled: NDArray[np.float16]
+    recorded: Recorded
+
+    def without(self, exits: int) -> Self:
+        """The same without the first exits."""
+        r = self.recorded
+        arrays = (r.logits[:, exits:], r.distances[:, exits:], r.labels)
+        return type(self)(self.pooled[:, exits:], Recorded(r.exit_layers[exits:], *arrays, r.tokens))
+
+    def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
+        """Some of the texts."""
+        return type(self)(self.pooled[which], self.recorded.rows(which))
+
+
+class Trained:
+    """A cell's model and its states.
+
+    Attributes:
+        model: in evaluation mode.
+    """
+
+    def __init__(self, cell: Cell, root: Path, runs: Path, encoders: Path | None = None) -> None:
+        """Train the cell, unless runs has it.
+
+        encoders: a folder with all-mpnet-base-v2, for cells of the encoder mpnet.
+        """
+        quiet()
+        self.cell, self.root, self.folder = cell, root, runs / cell.name
+        if not is_finished(self.folder):
+            if "W" in cell.letters:  # its weights depend on the steps so far, which no checkpoint has
+                shutil.rmtree(self.folder, ignore_errors=True)
+            console.print(f"training {cell.name}", highlight=False)
+            _train(cell, root, runs, self.folder, _encoder(cell, encoders))
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The opened checkpoint."""
+        return Checkpoint(self.folder)
+
+    @property
+    def model(self) -> De3Model:
+        """The model."""
+        model: De3Model = self.checkpoint.model
+        return model
+
+    @property
+    def config(self) -> De3Config:
+        """Its configuration."""
+        return self.checkpoint.config
+
+    def examples(self, part: str) -> list[Example]:
+        """The samples of a part: train, held-out or unseen; of held-out ones those that are whole texts."""
+        held = self.checkpoint.held_out("tune")
+        if self.cell.fold is None:
+            held += self.checkpoint.held_out("certify")
+        if part == "held-out":
+            return [example for example in held if not example.is_fragment]
+        if part == "unseen" and self.cell.fold is not None:
+            return self.checkpoint.held_out("certify")
+        split, names = _parts(self.cell, self.root)
+        return (
+            data.to_examples(TASKS[self.cell.task].unseen(self.root), names)
+            if part == "unseen"
+            else split.train
+        )
+
+    def states(self, part: str) -> States:
+        """The states of a part."""
+        return self.of(self.examples(part), part)
+
+    def of(self, examples: list[Example], what: str) -> States:
+        """The states of any samples, kept in the checkpoint's folder under a name."""
+        file = self.folder / f"states-{what}.safetensors"
+        if not file.exists():
+            tokenizer = self.checkpoint.tokenizer
+            encoded = data.encode(examples, tokenizer, self.config.max_tokens, what)
+            save_file(
+                _run(self.model, encoded, tokenizer.pad_token_id, what), new := file.with_suffix(".new")
+            )
+            new.replace(file)
+        kept = load_file(file)
+        recorded = Recorded(
+            self.config.exit_layers,
+            kept["logits"].numpy(),
+            kept["distances"].numpy(),
+            kept["labels"].numpy(),
+            kept["tokens"].numpy(),
+        )
+        return States(kept["pooled"].numpy(), recorded)
+
+
+@torch.no_grad()
+def _run(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> dict[str, Tensor]:
+    """Every exit's states; in bfloat16 for training texts, which are many, and fitted on only."""
+    model.eval()
+    n, exits, labels = len(encoded), len(model.config.exit_layers), model.config.num_labels
+    pooled = torch.zeros(n, exits, model.config.hidden_size, dtype=torch.float16)
+    logits, distances = torch.zeros(n, exits, labels), torch.full((n, exits, labels), torch.nan)
+    for rows in track(evaluation_batches([len(ids) for ids in encoded.ids], 64), f"Running {what}"):
+        inputs, _ = encoded.batch(rows, pad_id)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=what == "train"):
+            h = model.pooled(**inputs)
+        pooled[rows] = h.half()
+        logits[rows] = torch.stack([f(h[:, i]) for i, f in enumerate(model.classifiers)], 1)
+        spaces = model.distances(model.embed(h))
+        distances[rows, : spaces.shape[1]] = spaces
+    tokens = torch.tensor([len(ids) for ids in encoded.ids])
+    return {
+        "pooled": pooled,
+        "logits": logits,
+        "distances": distances,
+        "labels": encoded.labels,
+        "tokens": tokens,
+    }
+
+
+def _encoder(cell: Cell, encoders: Path | None) -> str:
+    if cell.encoder == "minilm":
+        return minilm()
+    if encoders is None:
+        raise ValueError("--encoders: give the folder of all-mpnet-base-v2")
+    return str(encoders / "all-mpnet-base-v2")
+
+
+def _parts(cell: Cell, root: Path) -> tuple[Split, list[str]]:
+    """The samples of a cell, and the labels."""
+    task = TASKS[cell.task]
+    rows = task.train(root)
+    names = data.label_order(rows)
+    examples = data.to_examples(rows, names)
+    if cell.fold is not None:
+        if task.fragments:
+            raise ValueError(f"{cell.name}: folds would put a text and its fragments apart")
+        fold_of = [hashlib.sha256(repr(e.text).encode()).digest()[0] % FOLDS for e in examples]
+        of = [[e for e, fold in zip(examples, fold_of, strict=True) if fold == k] for k in range(FOLDS)]
+        tune = (cell.fold + 1) % FOLDS
+        rest = [e for k, part in enumerate(of) if k not in (cell.fold, tune) for e in part]
+        half = len(of[tune]) // 2  # to choose the epoch; the other half is trained on
+        return Split(rest + of[tune][half:], of[tune][:half], of[cell.fold]), names
+    parts = split(examples, 0, fragments=task.fragments)
+    if task.fragments:
+        parts = Split(parts.train[:SST2_ROWS], parts.tune, parts.certify)
+    return parts, names
+
+
+def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
+    parts, names = _parts(cell, root)
+    recipe, letters = by_size(len(parts.train)), cell.letters
+    settings = TrainSettings(
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        # A teacher's altered copies double the steps of an epoch.
+        epochs=3 if "T" in letters else recipe.epochs,
+        patience=recipe.patience,
+        alpha=0.1 if "D" in letters else 0.0,
+        augment=1 if "T" in letters else 0,
+        distill=0.9,
+        seed=cell.seed,
+    )
+    if cell.encoder == "mpnet":
+        lr, epochs = MPNET.get(cell.task, (5e-5, 4))
+        epochs = epochs // 2 if "T" in letters else epochs  # as many steps
+        settings = replace(settings, lr=lr, epochs=epochs, patience=0)
+    gamma, pooling = float(cell.more.get("gamma", 0.01)), cell.more.get("pooling", "mean")
+    alpha, how = float(cell.more.get("alpha", settings.alpha)), cell.more.get("prototypes", "refit")
+    weights = cell.more.get("weights", "depth")
+    settings = replace(settings, alpha=alpha, prototypes=how, weights=weights)
+    torch.manual_seed(settings.seed)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    layers = AutoConfig.from_pretrained(encoder).num_hidden_layers
+    model = De3Model.from_encoder(
+        encoder,
+        names,
+        exit_layers=list(range(layers + 1)),
+        input=data.input_of(parts.train),
+        gamma=gamma,
+        pooling=pooling,
+    )
+    samples = len(parts.train) * (1 + settings.augment)
+    steps = settings.epochs * -(-samples // settings.batch_size)
+    objective = Objective("W" in letters, "S" in letters, steps, settings.seed)
+    teacher = runs / Cell(cell.task, "mpnet", "D").name if "T" in letters else None
+    train(model, tokenizer, parts, settings, out, teacher, resume=out.exists(), objective=objective)
+
+
+class Objective:
+    """The training loss with COSEE's weights (arXiv 2412.13236) or the last exit as a teacher.
+
+    exit_likely: a sample's weight at exit m is softmax(−β·|m − e|), e the exit that it would leave at by entropy and a
+    random τ, the mean of 5 of them; β grows from 0 to 10, as theirs does. Instead of weights by depth.
+    self_distill: half of each exit's loss but the last one's is T²·KL to the last one's probabilities, T = 2.
+    """
+
+    BETA, THRESHOLDS, SHARE, TEMPERATURE = 10.0, 5, 0.5, 2.0
+
+    def __init__(self, exit_likely: bool, self_distill: bool, steps: int, seed: int) -> None:
+        self.exit_likely, self.self_distill = exit_likely, self_distill
+        self.step, self.steps = 0, steps
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        distances: Tensor,
+        labels: Tensor,
+        weights: Tensor,
+        alpha: float,
+        teacher: Tensor | None,
+        distill: float,
+        temperature: float,
+    ) -> Tensor:
+        """As training.loss.total."""
+        self.step += 1
+        if not (self.exit_likely or self.self_distill):
+            return losses.total(logits, distances, labels, weights, alpha, teacher, distill, temperature)
+        flat = F.cross_entropy(
+            logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none"
+        )
+        per = flat.view(logits.shape[:2])  # (batch, exits)
+        if teacher is not None:
+            per = (1 - distill) * per + distill * _kl(logits, teacher, temperature)
+        if self.self_distill:
+            taught = _kl(logits[:, :-1], logits[:, -1].detach(), self.TEMPERATURE)
+            per = torch.cat([(1 - self.SHARE) * per[:, :-1] + self.SHARE * taught, per[:, -1:]], 1)
+        of_samples = self._weights(logits.detach()) if self.exit_likely else weights
+        loss = (of_samples * per).sum(1).mean()
+        if alpha:
+            loss = loss + alpha * (weights[: distances.shape[1]] * losses.dar(distances, labels)).sum()
+        return loss
+
+    def _weights(self, logits: Tensor) -> Tensor:
+        """(batch, exits), each row's sum 1."""
+        p = logits.softmax(-1)
+        entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / np.log(logits.shape[-1])
+        exits = logits.shape[1]
+        beta = self.BETA * self.step / self.steps
+        low, high = float(entropy.min()), float(entropy.max())
+        total = torch.zeros_like(entropy)
+        for tau in (low + (high - low) * torch.rand(self.THRESHOLDS, generator=self.generator)).tolist():
+            below = entropy < tau
+            below[:, -1] = True
+            leaves = below.int().argmax(1)
+            gaps = (torch.arange(exits) - leaves[:, None]).abs().float()
+            total += (-beta * gaps).softmax(-1)
+        return total / self.THRESHOLDS
+
+
+def _kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T²·KL(teacher ‖ exit) by sample, (batch, exits), of logits (batch, exits, K) and a teacher's (batch, K)."""
+    log_p = F.log_softmax(logits / temperature, dim=-1)
+    q = F.log_softmax(teacher / temperature, dim=-1).unsqueeze(1).expand_as(log_p)
+    return temperature**2 * F.kl_div(log_p, q, reduction="none", log_target=True).sum(-1)
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
+    runs: Annotated[Path, typer.Argument(help="Folder of the trained models.")],
+    names: Annotated[
+        list[str], typer.Argument(help="Cells, such as mrpc-minilm-D-0 or rte-minilm-D-0-fold3.")
+    ],
+    encoders: Annotated[Path | None, typer.Option(help="Folder that has all-mpnet-base-v2.")] = None,
+    keep_train: Annotated[bool, typer.Option(help="Record the training samples too.")] = False,
+) -> None:
+    """Train cells, and record their exits on held-out and unseen samples."""
+    for name in names:
+        trained = Trained(Cell.parse(name), root, runs, encoders)
+        for part in ("held-out", "unseen", *(["train"] if keep_train else [])):
+            correct = trained.states(part).recorded.correct.mean(0)
+            print(f"{name} {part}: {' '.join(f'{100 * c:.1f}' for c in correct)}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

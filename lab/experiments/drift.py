@@ -1,0 +1,326 @@
+"""Drift without labels: does it help to let the prototypes follow, or to fit the risk again from audits?
+
+    python -m lab experiment drift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
+    python -m lab experiment drift --redraw
+
+A stream has texts in domain, then texts of another. τ stays that of the calibration in domain, for at most 2% of
+answers unlike full depth by the signal risk. A few texts, drawn at random, are audited: run to full depth after their
+answer, as the server does. Nothing knows a label.
+
+The other domain's texts are parted at random. One half, drawn again and again, makes up the long part of the stream, in
+which there are enough audits; the other half ends it, each text once, and is what is measured. So nothing has been
+fitted on a text that is measured, before that text was answered.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+import typer
+from numpy.typing import NDArray
+
+from de3.exits.betting import Floats
+from de3.exits.calibration import speedup
+from de3.exits.recorded import Recorded
+from de3.exits.risk import cross_fit, fit
+from de3.exits.rule import exit_index
+from de3.exits.signals import Risk
+from de3.training.progress import track
+from lab.experiments.cells import Cell, States, Trained
+from lab.experiments.command import command
+from lab.experiments.measures import (
+    bootstrap,
+    joined,
+    markdown,
+    mean_auroc,
+    speed_within,
+)
+from lab.experiments.shift import (
+    AUDITED,
+    DISAGREEMENT,
+    both,
+    domains,
+    tau_within,
+)
+
+NAME = "drift"
+ORDERS = 20
+HOME, AWAY = 2_000, 11_000  # texts of a stream before those that are measured; of HOME, at most
+AUDITS = 500  # that the risk is fitted on
+BATCH = 64  # texts to a step of the sliding average, as in training
+SURE = 0.5  # an early answer is a pseudo-label if its score is below this share of τ
+
+Rows = NDArray[np.int64]
+Prototypes = NDArray[np.float32]  # (spaces, K, metric_dim)
+
+
+class Texts(NamedTuple):
+    """Texts with their embeddings h'^(m), (n, spaces, metric_dim)."""
+
+    embedded: NDArray[np.float32]
+    recorded: Recorded
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, trained: Trained, states: States) -> Self:
+        """Embed texts."""
+        return cls(trained.model.embed(torch.from_numpy(states.pooled).float()).numpy(), states.recorded)
+
+    def rows(self, rows: Rows, prototypes: Prototypes) -> Recorded:
+        """Some of the texts, with their distances to these prototypes."""
+        recorded = self.recorded.rows(rows)
+        distances = np.full_like(recorded.distances, np.nan)
+        distances[:, : len(prototypes)] = 1 - cosines(self.embedded[rows], prototypes)
+        return replace(recorded, distances=distances)
+
+
+def cosines(embedded: NDArray[np.float32], prototypes: Prototypes) -> NDArray[np.float32]:
+    """Of embeddings (n, spaces, metric_dim) with each prototype, (n, spaces, K)."""
+    units = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (embedded, prototypes)]
+    return np.asarray((units[0].transpose(1, 0, 2) @ units[1].transpose(0, 2, 1)).transpose(1, 0, 2))
+
+
+def slide(
+    prototypes: Prototypes,
+    embedded: NDArray[np.float32],
+    labels: Rows,
+    passed: NDArray[np.bool_],
+    gamma: float,
+) -> Prototypes:
+    """One step of the sliding average (Eq. 1), each space by the texts that passed its exit (n, spaces)."""
+    moved = prototypes.copy()
+    for k in np.unique(labels):
+        rows = labels == k
+        counts = passed[rows].sum(0)[:, None]
+        sums = np.einsum("ns,nsd->sd", passed[rows].astype(np.float32), embedded[rows])
+        step = (1 - gamma) * moved[:, k] + gamma * sums / np.maximum(counts, 1)
+        moved[:, k] = np.where(counts > 0, step, moved[:, k])
+    return moved
+
+
+def pseudo_labels(
+    recorded: Recorded, scores: Floats, index: Rows, tau: float, audited: NDArray[np.bool_]
+) -> tuple[Rows, NDArray[np.bool_]]:
+    """The label of each text, and whether it counts, both (n,).
+
+    It is full depth's answer where that is known. Else it is the answer that was given, if its score is small.
+    """
+    rows = np.arange(len(index))
+    known = audited | (index == scores.shape[1] - 1)
+    labels = np.where(known, recorded.answers[:, -1], recorded.answers[rows, index])
+    return labels, known | (scores[rows, index] < SURE * tau)
+
+
+class Guard:
+    """Ends the following once it does harm: audits tell how often the nearest prototype is that of full depth's answer.
+
+    It compares the prototypes that have moved with those of the start, on the same audits.
+    """
+
+    WINDOW, LEAST, MARGIN = 100, 30, 0.02
+
+    def __init__(self) -> None:
+        self._gains: deque[float] = deque(maxlen=self.WINDOW)
+        self.has_fired = False
+
+    def add(self, moved: NDArray[np.bool_], start: NDArray[np.bool_]) -> None:
+        """An audit: whether the nearest prototype was right at each exit, moved and at the start, each (spaces,)."""
+        self._gains.append(float(moved.mean()) - float(start.mean()))
+        if len(self._gains) >= self.LEAST and np.mean(self._gains) < -self.MARGIN:
+            self.has_fired = True
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What adapts: prototypes that follow, with a guard or without, and a risk that is fitted again."""
+
+    follow: bool = False
+    refit: bool = False
+    guarded: bool = True
+
+
+ARMS = {
+    "frozen": Arm(),
+    "follow": Arm(follow=True),
+    "follow, no guard": Arm(follow=True, guarded=False),
+    "refit": Arm(refit=True),
+    "both": Arm(follow=True, refit=True),
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model was calibrated with."""
+
+    prototypes: Prototypes
+    risk: Risk
+    tau: float
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The order of texts, which of them are audited, and the place of the first that is measured."""
+
+    order: Rows
+    audited: NDArray[np.bool_]
+    measured: int
+
+
+def stream(home: Rows, away: Rows, seed: int) -> Stream:
+    """A stream of these texts; texts may be in both."""
+    rng = np.random.default_rng(seed)
+    away = rng.permutation(away)
+    first, last = np.split(away, [len(away) // 2])
+    before = rng.permutation(np.setdiff1d(home, last))[:HOME]
+    order = np.concatenate([before, rng.choice(first, AWAY), last])
+    return Stream(order, rng.random(len(order)) < AUDITED, len(before) + AWAY)
+
+
+def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
+    """One stream and arm: what it does with the texts that are measured."""
+    prototypes, risk, guard = start.prototypes, start.risk, Guard()
+    audits: list[Recorded] = []  # with the distances that they had
+    fitted = False
+    scored: list[Floats] = []
+    for i in range(0, len(stream.order), BATCH):
+        rows, audited = stream.order[i : i + BATCH], stream.audited[i : i + BATCH]
+        recorded = texts.rows(rows, prototypes)
+        scores = risk.scores(recorded)
+        scored.append(scores)
+        # From here on, what changes is for the texts that come later.
+        audits.append(recorded.rows(audited))
+        if arm.follow and not guard.has_fired:
+            if arm.guarded and audited.any():
+                _compare(guard, texts, rows[audited], prototypes, start.prototypes)
+            if guard.has_fired:
+                prototypes = start.prototypes
+            else:
+                index = exit_index(scores, start.tau)
+                labels, use = pseudo_labels(recorded, scores, index, start.tau, audited)
+                reached = np.where(audited, scores.shape[1] - 1, index)
+                passed = np.arange(len(prototypes)) <= reached[:, None]
+                prototypes = slide(
+                    prototypes, texts.embedded[rows[use]], labels[use], passed[use], start.gamma
+                )
+        if arm.refit and not fitted and sum(len(r.labels) for r in audits) >= AUDITS:
+            risk, fitted = fit(joined(audits).rows(np.arange(AUDITS))), True
+    scores = np.concatenate(scored)[stream.measured :]
+    last = texts.recorded.rows(stream.order[stream.measured :])
+    index, n = exit_index(scores, start.tau), np.arange(len(scores))
+    layer = float(np.asarray(last.exit_layers)[index].mean())
+    return {
+        "speedup": speedup(last.exit_layers[-1], layer),
+        "unlike": float(last.differs[n, index].mean()),
+        "auroc": mean_auroc(scores, last),
+        "hindsight": speed_within(scores, last, DISAGREEMENT),
+        "fired": float(guard.has_fired),
+    }
+
+
+def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: Prototypes) -> None:
+    """Show the guard some audits."""
+    wanted = texts.recorded.answers[rows, -1][:, None]
+    right = [cosines(texts.embedded[rows], prototypes).argmax(-1) == wanted for prototypes in (moved, start)]
+    for one, other in zip(*right, strict=True):
+        guard.add(one, other)
+
+
+def calibrated(trained: Trained) -> Start:
+    """The prototypes, risk and τ of a model by its held-out texts."""
+    texts = Texts.of(trained, trained.states("held-out"))
+    prototypes = trained.model.prototypes.numpy().astype(np.float32)
+    recorded = texts.rows(np.arange(len(texts.embedded)), prototypes)
+    tau = tau_within(cross_fit(recorded), recorded, DISAGREEMENT)
+    return Start(prototypes, fit(recorded), tau, trained.config.gamma)
+
+
+def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]:
+    """By the domain that comes: all texts, and the rows of those in domain and of those that come."""
+    (_, home), *others = domains(trained, root).items()
+    n = len(home.pooled)
+    found = {}
+    for name, states in others:
+        if name == "mixed":  # has the texts in domain
+            found[name] = (Texts.of(trained, states), np.arange(n), np.arange(len(states.pooled)))
+        elif name != "out of scope":
+            texts = Texts.of(trained, both(home, states))
+            found[name] = (texts, np.arange(n), n + np.arange(len(states.pooled)))
+    return found
+
+
+def measure(
+    domain: str, texts: Texts, home: Rows, away: Rows, start: Start
+) -> dict[str, list[dict[str, float]]]:
+    """Every arm on the same streams."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
+    for seed in track(range(ORDERS), f"Streams, then {domain}"):
+        order = stream(home, away, seed)
+        for name, arm in ARMS.items():
+            results[name].append(run(texts, order, start, arm))
+    return results
+
+
+def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
+    """The results by the domain that comes."""
+    found = {}
+    for cell in cells:
+        trained = Trained(cell, root, runs)
+        start = calibrated(trained)
+        for domain, (texts, home, away) in streams(trained, root).items():
+            found[domain] = measure(domain, texts, home, away, start)
+    return found
+
+
+def table(results: dict[str, Any]) -> str:
+    """The means over the orders, and in brackets 95% intervals of the differences to frozen, as Markdown."""
+    keys = {
+        "speedup": (1, 2),
+        "unlike": (100, 2),
+        "auroc": (1000, 0),
+        "hindsight": (1, 2),
+    }  # factor and digits
+    columns = ["then", "arm", "speed-up", "unlike, %", "AUROC, ‰", "2% in hindsight", "guard"]
+    rows = []
+    for domain, arms in results.items():
+        for name, runs in arms.items():
+            cells = []
+            for key, (scale, digits) in keys.items():
+                values, frozen = (scale * np.array([r[key] for r in of]) for of in (runs, arms["frozen"]))
+                cell = f"{values.mean():.{digits}f}"
+                if name != "frozen":
+                    low, high = bootstrap(values - frozen)
+                    cell += f" ({low:+.{digits}f} … {high:+.{digits}f})".replace("-", "−")
+                cells.append(cell)
+            first = domain if name == "frozen" else ""
+            rows.append([first, name, *cells, f"{sum(r['fired'] for r in runs):.0f}"])
+    return markdown(columns, rows)
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Speed-up and answers unlike full depth of every order and arm."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.8))
+    for axis, (domain, arms) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        for name, runs in arms.items():
+            points = ([r["speedup"] for r in runs], [100 * r["unlike"] for r in runs])
+            axis.scatter(*points, s=14, alpha=0.7, label=name)
+        axis.axhline(100 * DISAGREEMENT, color="black", linestyle=":", linewidth=1)
+        axis.set(title=f"then {domain}", xlabel="speed-up in layers", ylabel="unlike full depth, %")
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+main = command(NAME, results_of, table, plot)
+
+if __name__ == "__main__":
+    typer.run(main)

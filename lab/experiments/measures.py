@@ -1,0 +1,169 @@
+"""What the studies measure: the score at an exact speed-up, intervals of differences, merit, AUROC."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.calibration import MERIT_AT
+from de3.exits.recorded import Recorded
+from de3.exits.rule import exit_index
+
+Floats = NDArray[np.float64]
+SPEEDUPS = (1.5, 2.0, 3.0, 4.0)
+RESULTS = Path("lab/docs/experiments")
+BOOTSTRAPS = 2_000
+
+
+def thresholds(scores: Floats) -> Floats:
+    """Every τ that makes a difference, thinned to 2,000, ascending from 0 (never early) to above all scores."""
+    early = scores[:, :-1]
+    early = np.unique(early[np.isfinite(early)])
+    if len(early) > 2_000:
+        early = np.unique(np.quantile(early, np.linspace(0, 1, 2_000)))
+    return np.concatenate([[-np.inf], early, [np.inf]])
+
+
+def right_at(scores: Floats, recorded: Recorded, speedup: float, values: Floats | None = None) -> Floats:
+    """How right each text is when τ is set for a speed-up in layers, (n,): between two τ, the mean by their shares.
+
+    τ needs no labels, so it is set on the texts that are measured, and all signals are compared at the same speed-up.
+    NaN if even the loosest τ is slower. values: (n, exits), what to average instead of whether each exit is right.
+    """
+    layers, rows = np.asarray(recorded.exit_layers), np.arange(len(scores))
+    values = recorded.correct.astype(float) if values is None else values
+    wanted = layers[-1] / speedup
+    taus = thresholds(scores)
+    low, high = 0, len(taus) - 1  # the mean layer falls as τ rises
+    if layers[exit_index(scores, float(taus[-1]))].mean() > wanted:
+        return np.full(len(scores), np.nan)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if layers[exit_index(scores, float(taus[middle]))].mean() > wanted:
+            low = middle
+        else:
+            high = middle
+    slow, fast = (exit_index(scores, float(taus[i])) for i in (low, high))
+    depths = [layers[index].mean() for index in (slow, fast)]
+    share = (depths[0] - wanted) / (depths[0] - depths[1]) if depths[0] > depths[1] else 1.0
+    return np.asarray((1 - share) * values[rows, slow] + share * values[rows, fast])
+
+
+def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
+    """The index of the point farthest above the chord from the first point to the last; None if none is 0.005 above."""
+    x, y = np.asarray(speedups), np.asarray(scores)
+    above = y - (y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-9))
+    return int(np.argmax(above)) if above.max() >= 0.005 else None
+
+
+def bootstrap(difference: Floats, seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean of a paired difference (n,), by resampling its texts."""
+    rng = np.random.default_rng(seed)
+    n = len(difference)
+    means = [difference[rng.integers(n, size=n)].mean() for _ in range(BOOTSTRAPS)]
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def merit(scores: Floats, recorded: Recorded) -> float:
+    """The geometric mean of the speed-ups in layers at 1, 2 and 5% disagreement, with the best τ in hindsight."""
+    return float(np.exp(np.mean(np.log([speed_within(scores, recorded, d) for d in MERIT_AT]))))
+
+
+def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
+    """The highest speed-up in layers at which at most so many answers are unlike full depth, in hindsight."""
+    layers, rows, differs = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.differs
+    best = 1.0
+    for tau in thresholds(scores):
+        index = exit_index(scores, float(tau))
+        if differs[rows, index].mean() <= disagreement:
+            best = max(best, float(layers[-1] / max(layers[index].mean(), 0.05)))
+    return best
+
+
+def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
+    """The highest speed-up in layers at which at most so much accuracy is lost, in hindsight."""
+    layers, rows, correct = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.correct
+    full, best = correct[:, -1].mean(), 1.0
+    for tau in thresholds(scores):
+        index = exit_index(scores, float(tau))
+        if full - correct[rows, index].mean() <= loss + 1e-9:
+            best = max(best, float(layers[-1] / max(layers[index].mean(), 0.05)))
+    return best
+
+
+def tau_within(scores: Floats, recorded: Recorded, loss: float) -> float:
+    """The largest τ up to which no τ loses more accuracy than `loss` on these samples."""
+    rows, correct = np.arange(len(scores)), recorded.correct
+    full, chosen = correct[:, -1].mean(), -np.inf
+    for tau in thresholds(scores):
+        if full - correct[rows, exit_index(scores, float(tau))].mean() > loss + 1e-9:
+            break
+        chosen = float(tau)
+    return chosen
+
+
+def at(scores: Floats, recorded: Recorded, tau: float) -> tuple[float, float]:
+    """The mean exit layer at a τ, and how much accuracy it loses."""
+    index, correct = exit_index(scores, tau), recorded.correct
+    loss = correct[:, -1].mean() - correct[np.arange(len(index)), index].mean()
+    return float(np.asarray(recorded.exit_layers)[index].mean()), float(loss)
+
+
+def auroc(scores: Floats, positive: NDArray[Any]) -> float:
+    """The area under the ROC curve, ties at half; NaN if all samples are alike."""
+    positive = np.asarray(positive, bool)
+    if positive.all() or not positive.any():
+        return float("nan")
+    _, number, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[number]
+    count = int(positive.sum())
+    return float((ranks[positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> str:
+    """A table, as the pages of docs/ have them."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number of a table; a dash where there is none."""
+    return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
+
+
+def mean_auroc(scores: Floats, recorded: Recorded) -> float:
+    """AUROC for "this exit disagrees with the last", the mean of the exits."""
+    areas = [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
+    return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
+
+
+def joined(parts: Sequence[Recorded]) -> Recorded:
+    """The samples of several parts of one model."""
+    logits, distances, labels = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
+    )
+    return Recorded(parts[0].exit_layers, logits, distances, labels)
+
+
+def save(name: str, results: Any) -> None:
+    """Write a study's results to lab/docs/experiments/NAME.json, numbers rounded to 5 digits."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(_rounded(results), ensure_ascii=False) + "\n")
+
+
+def load(name: str) -> Any:
+    """A study's results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_rounded(v) for v in value]
+    if isinstance(value, (float, np.floating)):
+        return None if np.isnan(value) else float(f"{value:.5g}")
+    return value.item() if isinstance(value, np.generic) else value

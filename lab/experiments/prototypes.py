@@ -1,0 +1,163 @@
+"""Which prototypes tell most about an exit's mistakes: α, γ, and how the final prototypes are computed?
+
+    python -m lab experiment prototypes DATA --task mrpc
+
+Trains with α = 0 and α = 0.1, and with γ fixed and as max(γ, 1/n_k), where n_k counts the batches with class k so far.
+Each model's prototypes are then the sliding averages (Eq. 1), the class means of h', those of the refit networks, and
+the class means of h. The measure is what the distance ratio adds to risk on unseen data: the gain in AUROC for "this
+exit disagrees with full depth", the mean of the exits, and the merit as in training.studies.risk_features.
+"""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from de3.training import data, prototypes
+from de3.training.checkpoint import quiet
+from de3.training.model import De3Model
+from de3.training.recipe import by_size
+from de3.training.split import split
+from de3.training.trainer import TrainSettings, train
+from lab.experiments.measures import auroc
+from lab.experiments.recipes import read
+from lab.experiments.risk_features import Floats, Samples, class_means, features, fitted, speeds
+from lab.experiments.tasks import TASKS, minilm
+
+RESULTS = Path("lab/docs/experiments/prototypes.jsonl")
+CELLS = {"α 0.1, γ 0.01": (0.1, False), "α 0.1, γ max(0.01, 1/n)": (0.1, True), "α 0": (0.0, True)}
+
+
+class WarmModel(De3Model):
+    """With γ = max(γ, 1/n_k): a plain mean of the batches of a class, until it has had 1/γ of them."""
+
+    @torch.no_grad()
+    def update_prototypes(self, embedded: Tensor, labels: Tensor) -> None:
+        """As De3Model's, with the factor of each class."""
+        self.batches = getattr(self, "batches", Counter[int]())
+        for k in labels.unique().tolist():
+            self.batches[k] += 1
+            gamma = max(self.config.gamma, 1 / self.batches[k])
+            mean = embedded[labels == k].mean(0)
+            self.prototypes[:, k] += gamma * (mean - self.prototypes[:, k])
+            self.prototype_seen[:, k] = True
+
+
+def measure(root: Path, task: str, cell: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Train one cell, and measure each kind of prototypes."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    alpha, warm = CELLS[cell]
+    rows, unseen = TASKS[task].train(root), TASKS[task].unseen(root)
+    names = data.label_order(rows)
+    parts = split(data.to_examples(rows, names), 0)
+    recipe = by_size(len(parts.train))
+    settings = TrainSettings(
+        batch_size=recipe.batch_size,
+        lr=recipe.lr,
+        epochs=recipe.epochs,
+        alpha=alpha,
+        seed=seed,
+        prototypes="sliding",
+    )
+    torch.manual_seed(seed)
+    encoder = minilm()
+    tokenizer, layers = (
+        AutoTokenizer.from_pretrained(encoder),
+        AutoConfig.from_pretrained(encoder).num_hidden_layers,
+    )
+    kind = WarmModel if warm else De3Model
+    model = kind.from_encoder(
+        encoder, names, exit_layers=list(range(layers + 1)), input=data.input_of(parts.train)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model = train(model, tokenizer, parts, settings, Path(folder))
+    model.eval()
+    pad_id = tokenizer.pad_token_id
+    encoded = {
+        what: data.encode(examples, tokenizer, model.config.max_tokens, what)
+        for what, examples in (
+            ("train", parts.train),
+            ("held-out", parts.tune + parts.certify),
+            ("unseen", data.to_examples(unseen, names)),
+        )
+    }
+    trained = Samples(model, pad_id, encoded["train"])
+    for how in prototypes.CHOICES[::-1]:  # the refit replaces the networks: last
+        prototypes.finish(model, encoded["train"], pad_id, how, settings.head_lr, seed, settings.bf16)
+        model.eval()
+        held, test = (Samples(model, pad_id, encoded[what]) for what in ("held-out", "unseen"))
+        yield {"prototypes": how, **gain(held, test, None, None)}
+    for name, centred in (("class means of h", False), ("centred class means of h", True)):
+        of = class_means(trained, centred)
+        yield {"prototypes": name, **gain(held, test, of(held), of(test))}
+
+
+def gain(held: Samples, test: Samples, near: Floats | None, far: Floats | None) -> dict[str, Any]:
+    """What DR by distances `near` (held-out samples) and `far` (unseen ones) adds to risk; None: to the prototypes."""
+    distances = {id(held): near, id(test): far}
+    without = fitted(held, test, lambda s: features(s)[..., :4])
+    with_it = fitted(held, test, lambda s: features(s, distances[id(s)]))
+
+    def areas(scores: Floats) -> Floats:
+        exits = scores.shape[1] - 1
+        return np.array([auroc(scores[:, j], test.differs[:, j]) for j in range(exits)])
+
+    def merit(scores: Floats) -> float:
+        return float(np.exp(np.mean(np.log(speeds(scores, test)))))
+
+    return {
+        "auroc": np.nanmean(areas(with_it)),
+        "gain": (areas(with_it) - areas(without)).tolist(),
+        "merit": merit(with_it),
+        "merit_without": merit(without),
+    }
+
+
+def main(
+    root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(TASKS)}.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of heads and order; the split stays.")] = 0,
+    results: Annotated[Path, typer.Option(help="File of the results.")] = RESULTS,
+    table: Annotated[bool, typer.Option("--table", help="Only print the table of the results.")] = False,
+) -> None:
+    """Train with several prototype spaces, and print what each one's distance ratio adds to risk."""
+    quiet()
+    done = read(results)
+    for name in () if table else task or ["mrpc"]:
+        if root is None:
+            raise typer.BadParameter("give the folder of the data sets")
+        for cell in CELLS:
+            key = {"task": name, "training": cell, "seed": seed}
+            if not any(key.items() <= row.items() for row in done):
+                rows = [{**key, **row} for row in measure(root, name, cell, seed)]
+                results.parent.mkdir(parents=True, exist_ok=True)
+                with results.open("a") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+    Console().print(report(results))
+
+
+def report(results: Path) -> Table:
+    """The gain in AUROC and in merit by task, training and prototypes."""
+    table = Table(title="What the distance ratio adds to risk, on unseen data")
+    for column in ("task", "training", "prototypes", "AUROC gain, mean", "by exit", "merit", "without"):
+        table.add_column(column, justify="right" if column[0] in "Amw" else "left")
+    for row in read(results):
+        by_exit = " ".join(f"{1000 * x:+.0f}" for x in row["gain"])
+        mean = f"{np.nanmean(row['gain']):+.4f}"
+        cells = (row["task"], row["training"], row["prototypes"], mean, f"{by_exit} ‰")
+        table.add_row(*cells, f"{row['merit']:.2f}", f"{row['merit_without']:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(main)

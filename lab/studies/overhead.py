@@ -1,0 +1,239 @@
+"""What an exit costs beside its encoder layer: the classifier, and on top of it the prototypical network.
+
+Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and so again in a copy of
+the model that has no prototypical networks. Differences are within one copy: two copies of the same weights may differ
+by more than an exit costs, by where they lie in memory. Times are the thread's own: the wall clock of a core that does
+nothing else.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, thread_time
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from de3.exits.signals import Entropy
+from de3.model_store.manifest import Manifest
+from de3.model_store.model import Model
+from de3.model_store.segments import ForwardPass, Tokens
+from de3.model_store.store import Artifact
+from lab.layers import weights_of
+
+LENGTHS = (8, 32, 128, 512)
+PAIRS, MOST_PAIRS = 6, 6000
+ALONE = 0.1  # of the time is spent on the embeddings
+PAPER = 1.2 / 1813.5  # MFLOPs of the prototypical network and of a layer of BERT-base
+Floats = NDArray[np.float64]
+Run = Callable[[bool], float]  # seconds, with exits or without
+
+
+@dataclass(frozen=True)
+class Stripped(Artifact):
+    """An artifact whose exits are read without their prototypical networks."""
+
+    @classmethod
+    def of(cls, artifact: Artifact) -> "Stripped":
+        """The same artifact, which has prototypes at no layer."""
+        return cls(artifact.path, artifact.manifest.model_copy(update={"prototype_layers": []}))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, checked as the artifact's own are."""
+        data = super().read(name)
+        return without_prototypes(data) if name.endswith(".onnx") else data
+
+
+def without_prototypes(data: bytes) -> bytes:
+    """A segment whose exit gives logits only, as export builds it for an exit without prototypes."""
+    model = onnx.load_model_from_string(data)
+    graph = model.graph
+    for node in (node for node in graph.node if "distances" in node.output):
+        node.output.remove("distances")
+        for attribute in node.attribute:
+            _keep_first_output(attribute.g)
+    for values in (graph.output, graph.input):
+        for value in [v for v in values if v.name in ("distances", "prototypes")]:
+            values.remove(value)
+    branches = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    used = {name for g in (graph, *branches) for node in g.node for name in node.input}
+    for weight in [w for w in graph.initializer if w.name not in used]:
+        graph.initializer.remove(weight)
+    return bytes(model.SerializeToString())
+
+
+def _keep_first_output(branch: Any) -> None:
+    """Remove all outputs of a branch but the first, and the nodes that only those need."""
+    del branch.output[1:]
+    needed = {branch.output[0].name}
+    for node in reversed(list(branch.node)):
+        if needed.isdisjoint(node.output):
+            branch.node.remove(node)
+        else:
+            needed.update(node.input)
+
+
+def embeddings(model: Model, tokens: Tokens) -> Run:
+    """The embeddings and their exit, as the engine runs them."""
+
+    def run(with_exits: bool) -> float:
+        one = _pass(model, tokens, with_exits)
+        start = thread_time()
+        if model.through is not None:
+            model.through([one], layers=1)
+        else:
+            model.segments[0].embed(tokens, with_exits)
+        return thread_time() - start
+
+    return run
+
+
+def layers(model: Model, tokens: Tokens) -> Run:
+    """Layers 1 to M − 1 and their exits, as the engine runs them."""
+    count = model.manifest.num_layers - 1
+    embedded = model.segments[0].embed(tokens, False)
+
+    def run(with_exits: bool) -> float:
+        if model.through is not None:
+            one = _pass(model, tokens, with_exits)
+            model.through([one], layers=1)
+            start = thread_time()
+            model.through([one], layers=count)
+        else:
+            step, start = embedded, thread_time()
+            for segment in model.segments[1 : 1 + count]:
+                step = segment.run(step.hidden, with_exits)
+        return thread_time() - start
+
+    return run
+
+
+def _pass(model: Model, tokens: Tokens, with_exits: bool) -> ForwardPass:
+    """At τ = 0 no exit is left at, and none is computed that is not asked for."""
+    return ForwardPass(tokens, 0.0, Entropy(), model.manifest.num_layers, with_exits)
+
+
+def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
+    """Seconds without and with exits, (copies, pairs, 2): copies and pairs take turns, for about so many seconds."""
+    pairs: list[list[list[float]]] = [[] for _ in runs]
+    start = perf_counter()
+    while len(pairs[0]) < PAIRS or (perf_counter() - start < seconds and len(pairs[0]) < MOST_PAIRS):
+        for run, times in zip(runs, pairs, strict=True):
+            run(True)  # the copy's weights come into the caches
+            for number in range(PAIRS):
+                order = (False, True) if number % 2 else (True, False)
+                took = {asked: run(asked) for asked in order}
+                times.append([took[False], took[True]])
+    return np.array(pairs)
+
+
+def median_of(values: Floats) -> tuple[float, float]:
+    """The median, and half of its 95% interval as if the values were independent and normal."""
+    low, middle, high = np.percentile(values, (25, 50, 75))
+    # 1.2533 standard errors of the mean; 1.349 deviations between the quartiles.
+    return float(middle), 1.96 * 1.2533 * (high - low) / 1.349 / len(values) ** 0.5
+
+
+def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple[float, float]]:
+    """Seconds of one exit with half an interval: of its classifier and of its prototypical network.
+
+    runs: of the model, and of its copy without prototypical networks; exits: that each run has.
+    """
+    times = pairs_of(runs, seconds)
+    whole, classifier = (median_of((copy[:, 1] - copy[:, 0]) / exits) for copy in times)
+    prototypical = whole[0] - classifier[0], float(np.hypot(whole[1], classifier[1]))
+    return {"all": median_of(times[0, :, 0]), "classifier": classifier, "prototypical": prototypical}
+
+
+def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
+    """MFLOPs, two for each multiply-add: of a layer, and of a prototypical network with its distances."""
+    hidden, metric, labels = manifest.hidden_size, manifest.metric_dim, len(manifest.labels)
+    layer = tokens * weights + 2 * tokens * tokens * hidden
+    return {
+        "layer_mflops": 2e-6 * layer,
+        "prototypical_mflops": 2e-6 * (hidden * metric + (labels + 1) * metric),
+    }
+
+
+def overhead(
+    artifact: Artifact, lengths: Sequence[int] = LENGTHS, seconds: float = 3.0
+) -> list[dict[str, Any]]:
+    """A row for each runtime of the model and each number of tokens: the time of a layer, and what its classifier (with
+    pooling) and its prototypical network (with distances) cost.
+
+    `alone_us` is the prototypical network of the embeddings' exit, whose weights stay in the caches, for about a tenth
+    of `seconds`, which are those of a row. `_interval` is half of a 95% interval.
+    Raises ValueError for a model without prototypes on embeddings and layers, or of a single layer.
+    """
+    manifest = artifact.manifest
+    between = [layer for layer in manifest.prototype_layers if 0 < layer < manifest.num_layers]
+    if not between or 0 not in manifest.prototype_layers:
+        raise ValueError(
+            f"{artifact.full_name}: has no prototypes on its embeddings or before its last layer"
+        )
+    weights = weights_of(artifact.read(manifest.segment_files()[1]))
+    rows = []
+    for runtime in ("native", "onnxruntime") if Model(artifact).through is not None else ("onnxruntime",):
+        copies = [Model(each, runtime) for each in (artifact, Stripped.of(artifact))]
+        for length in (n for n in lengths if n <= manifest.max_tokens):
+            tokens = copies[0].tokenize("a " * (length - 2))
+            costs = costs_of([layers(copy, tokens) for copy in copies], len(between), seconds)
+            alone = costs_of([embeddings(copy, tokens) for copy in copies], 1, ALONE * seconds)
+            row: dict[str, Any] = {"model": artifact.full_name, "precision": manifest.precision}
+            row |= {"layers": manifest.num_layers, "hidden": manifest.hidden_size, "runtime": runtime}
+            row["tokens"] = len(tokens)
+            row["layer_us"] = 1e6 * costs["all"][0] / (manifest.num_layers - 1)
+            for name in ("classifier", "prototypical"):
+                row[f"{name}_us"], row[f"{name}_interval"] = (1e6 * x for x in costs[name])
+            row["alone_us"] = 1e6 * alone["prototypical"][0]
+            rows.append(row | flops(manifest, weights, len(tokens)))
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """The columns and rows of a table; in percent of the layer."""
+    columns = ["model", "runtime", "tokens", "layer, ms", "classifier, µs", "prototypical, µs", "alone, µs"]
+    columns += ["classifier, %", "prototypical, %", "alone, %", "by FLOPs, %"]
+
+    def cells(r: dict[str, Any]) -> list[Any]:
+        parts = ("classifier", "prototypical")
+        shares = [
+            f"{100 * r[f'{part}_us'] / r['layer_us']:.2f} ± {100 * r[f'{part}_interval'] / r['layer_us']:.2f}"
+            for part in parts
+        ]
+        return [
+            *(f"{r['model']}, {r['layers']}×{r['hidden']}", f"{r['runtime']}, {r['precision']}", r["tokens"]),
+            *(f"{r['layer_us'] / 1000:.3f}", *(f"{r[f'{part}_us']:.1f}" for part in (*parts, "alone"))),
+            *(*shares, f"{100 * r['alone_us'] / r['layer_us']:.2f}"),
+            f"{100 * r['prototypical_mflops'] / r['layer_mflops']:.3f}",
+        ]
+
+    return columns, [cells(r) for r in rows]
+
+
+def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The prototypical network in percent of a layer by tokens, with intervals, for each model and runtime."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2))
+    axes = figure.subplots()
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for r in rows:
+        lines.setdefault(f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}", []).append(r)
+    for number, (name, line) in enumerate(lines.items()):
+        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals stand side by side
+        shares, halves = (
+            [100 * r[f"prototypical_{key}"] / r["layer_us"] for r in line] for key in ("us", "interval")
+        )
+        axes.errorbar(x, shares, yerr=halves, marker="o", capsize=2, linewidth=1, label=name)
+    by_flops = sorted({(r["tokens"], 100 * r["prototypical_mflops"] / r["layer_mflops"]) for r in rows})
+    axes.plot(*zip(*by_flops, strict=True), "k--", label="by FLOPs")
+    axes.plot([128], [100 * PAPER], "k*", markersize=10, label="the paper's")
+    axes.set_xscale("log", base=2)
+    axes.set(title="A prototypical network beside its layer", xlabel="tokens", ylabel="time, % of the layer")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)

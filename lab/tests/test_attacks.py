@@ -1,0 +1,167 @@
+"""Every attack in short: the server lives, and an innocent client is answered, if late."""
+
+import json
+import socket
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from de3.loadtest.servers import Server
+from lab import attacks, resilience
+from lab.attacker import BACK_OFF_S, Attacker
+from lab.attacks import ATTACKS, MAX_BODY_BYTES
+from lab.cli import app as lab_app
+from lab.innocent import Answer, Phase
+from lab.limits import limits
+from tests.commands import invoke
+from tests.serving import free_port
+
+PHASE = Phase(100, 2.0, 5.0, 9.0, refused=0, errors=0, unanswered=0, reopened=0)
+MEMORY = resilience.Memory(limited=True, before_mb=150.0, peak_mb=300.0, after_mb=160.0, back_s=1.0)
+
+
+def row() -> resilience.Row:
+    phases = dict.fromkeys(("before", "during", "after"), PHASE)
+    return resilience.Row("x", "what", 64, 20.0, phases=phases, memory=MEMORY, survived=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_innocent_client_is_answered_beside(attack: str, store: Path, tmp_path: Path) -> None:
+    result = invoke(
+        f"attack --store {store} --model tiny --only {attack} --seconds 1.25 --connections 16 "
+        f"--memory-wait-s 1 --port {free_port()} --out {tmp_path}",
+        lab_app,
+    )
+    (found,) = json.loads((tmp_path / "attacks.json").read_text())
+    assert found["survived"], result.output
+    assert found["sent"]["connections"] > 0 and found["sent"]["megabytes"] > 0
+    assert list(found["phases"]) == ["before", "during", "after"]
+    for phase in found["phases"].values():
+        assert phase["requests"] > 0 == phase["errors"] == phase["unanswered"], found
+        assert phase["refused"] == 0 or ATTACKS[attack].may_refuse, found
+    memory = found["memory"]
+    assert 0 < memory["before_mb"] <= 1.1 * memory["peak_mb"] < 1.1 * resilience.MEMORY_BYTES / 1e6
+    asked, kept = found["budgets"] or (0, 0)
+    assert (asked > 0) == ATTACKS[attack].with_budgets and kept <= asked
+
+
+def test_a_row_fails_for_what_the_innocent_client_sees() -> None:
+    def why(may_refuse: float = 0.0, **during: float) -> str:
+        found = row()
+        found.phases = found.phases | {"during": replace(PHASE, **during)}
+        return "; ".join(resilience.problems(found, may_refuse))
+
+    assert why() == "" == why(p99_ms=50.0)
+    assert why(p99_ms=51.0) == "p99 of 51 ms during the attack, at most 50 allowed"
+    assert why(p99_ms=float("nan")) == "no innocent request was answered 200"
+    assert why(refused=1) == "1 of 100 innocent requests were refused"
+    assert why(refused=10, may_refuse=0.1) == "" != why(refused=11, may_refuse=0.1)
+    assert why(unanswered=1, errors=2) == "during: 1 innocent requests unanswered, 2 errors"
+
+
+def test_a_row_fails_for_what_the_server_does() -> None:
+    slow = row()  # five times its own p99 is allowed to a slow machine
+    slow.phases = {"before": replace(PHASE, p99_ms=20.0), "during": replace(PHASE, p99_ms=99.0)}
+    assert resilience.problems(slow, 0) == []
+    dead, fat, unlimited = row(), row(), row()
+    dead.survived = False
+    assert resilience.problems(dead, 0) == [
+        "did not survive: a valid request is no longer answered as before"
+    ]
+    fat.memory = replace(MEMORY, after_mb=250.0, back_s=None)
+    assert resilience.problems(fat, 0) == ["memory 250 MB after, 150 before"]
+    unlimited.memory = replace(MEMORY, limited=False, peak_mb=1200.0)
+    assert resilience.problems(unlimited, 0) == ["memory peak 1200 MB, above the limit"]
+
+
+def test_memory_is_back_within_a_tenth_or_16_mb() -> None:
+    large, small = replace(MEMORY, before_mb=400.0), replace(MEMORY, before_mb=50.0)
+    assert large.is_back(440) and not large.is_back(441)
+    assert small.is_back(66) and not small.is_back(67)
+
+
+def test_a_phase_counts_each_request_once() -> None:
+    statuses = [200, 200, 429, 503, 500, 422, 0]
+    phase = Phase.of([Answer(0.0, 10.0 * i, status) for i, status in enumerate(statuses)])
+    assert phase == Phase(7, 10.0, 10.0, 10.0, refused=2, errors=2, unanswered=1, reopened=0)
+
+
+def test_an_attack_that_cannot_be_tried_is_a_row_that_says_so(tmp_path: Path) -> None:
+    arena = resilience.Arena(tmp_path, "tiny", free_port(), tmp_path)
+    (found,) = resilience.attack_all(arena, ["pipelined"])  # there is no model: the server does not start
+    assert "did not start" in found.problems[0] and not found.survived
+    assert json.loads(resilience.as_json([found]))[0]["phases"] == {}
+    assert resilience.table([found]).row_count == 1
+
+
+def test_an_unknown_attack_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no attack 'flood'; there are: pair_of_words, "):
+        resilience.attack_all(resilience.Arena(tmp_path, "tiny", 0, tmp_path), ["flood"])
+
+
+def test_every_attack_says_what_it_does_and_bodies_are_within_the_limit() -> None:
+    assert all(attack.what for attack in ATTACKS.values())
+    for request in (
+        *(attacks._unknown_fields(), attacks._many_texts(), attacks._user("[]"), attacks._single_pieces(1)),
+        attacks._long_texts(1),
+    ):
+        head, _, body = request.partition(b"\r\n\r\n")
+        assert f"Content-Length: {len(body)}".encode() in head and len(body) <= MAX_BODY_BYTES
+        json.loads(body)
+    assert b'"a","a"]}' in attacks._many_texts() and len(attacks._many_texts()) > 0.99 * MAX_BODY_BYTES
+
+
+def test_a_server_that_hangs_up_is_not_flooded() -> None:
+    """A connection is opened again after a while, and comes from another address than the innocent client."""
+    sources = set()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def close_all() -> None:
+            while True:
+                try:
+                    connection, address = listening.accept()
+                except OSError:
+                    return
+                sources.add(address[0])
+                connection.close()
+
+        threading.Thread(target=close_all, daemon=True).start()
+        sent = Attacker(ATTACKS["unread_bodies"], listening.getsockname()[1], 20).run(1.0)
+        listening.shutdown(socket.SHUT_RDWR)
+    assert 20 <= sent.connections <= 20 * (1 + 1.0 / BACK_OFF_S)
+    assert sent.closed > 0 and sources <= {f"127.0.0.{i}" for i in range(2, 10)}
+
+
+def test_an_attack_answers_to_what_the_server_sends() -> None:
+    """It waits for an answer before it goes on, and counts it."""
+    received = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            connection, _ = listening.accept()
+            with connection:
+                for _ in range(3):
+                    received.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\n{}")
+
+        threading.Thread(target=answer, daemon=True).start()
+        attack = replace(ATTACKS["pipelined"], script=lambda _: attacks._repeat(b"GET /"), reads=True)
+        sent = Attacker(attack, listening.getsockname()[1], 1).run(2.0)
+    assert received == [b"GET /"] * 3 and sent.statuses == {"404": 3}
+
+
+def test_a_server_has_its_limits(tmp_path: Path) -> None:
+    said = (
+        "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), flush=True); bytearray(3 * 10**8)"
+    )
+    with limits(f"de3-test-{free_port()}", 10**8, 100) as limit:
+        server = limit.apply(Server("x", [sys.executable, "-c", said]))
+        done = subprocess.run(server.command, check=False, capture_output=True, text=True)
+        assert done.stdout == "(100, 100)\n"
+        assert limit.killed() == (limit.group is not None) == (done.returncode != 0)
+    assert limit.group is None or not limit.group.exists()

@@ -1,0 +1,195 @@
+"""The comparison of engines in process, the lean peers, and classifiers with random weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from de3.export.full_depth import export_full_depth
+from de3.loadtest import servers
+from de3.loadtest.compare import Comparison
+from de3.loadtest.servers import Server, lean_peers
+from de3.loadtest.texts import Sample
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from lab.engines import (
+    Engines,
+    compared,
+    layer_weights,
+    multiply_adds,
+    name_of,
+    pinned,
+    read_bandwidth,
+    tables,
+)
+from lab.studies.untrained import NAME, untrained
+from tests.fixtures import make_rows, save_tokenizer
+
+TEXTS = [text for text, _ in make_rows(20, 5)]
+
+
+def fused(graph: Path, name: str = "fused graph, FastAPI, int8") -> Server:
+    """The lean peer that runs in the project's own environment."""
+    script = servers.PEERS / "fused_app.py"
+    return Server(name, [sys.executable, str(script), str(graph), "--port", "{port}"])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier with random weights."""
+    folder = tmp_path_factory.mktemp("untrained")
+    save_tokenizer(folder / "tokenizer")
+    untrained(folder, 2, 64, 4, 128, str(folder / "tokenizer"))
+    return folder
+
+
+def test_random_weights_are_those_of_the_stock_model(small: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    artifact = Store(small / "store").open(NAME)
+    assert artifact.manifest.exit_layers == [0, 1, 2] and artifact.manifest.precision == "int8"
+    exported = Model(artifact, "onnxruntime")
+    stock = AutoModelForSequenceClassification.from_pretrained(small / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(small / "model")
+    ours, theirs = [], []
+    for text in TEXTS:
+        ours.append(exported.full_depth(exported.tokenize(text))[-1].logits)
+        with torch.no_grad():
+            theirs.append(stock(**tokenizer(text, return_tensors="pt")).logits[0].numpy())
+    a, b = np.array(ours), np.array(theirs)
+    assert np.abs(a - b).max() < 0.05 * np.abs(b).max()  # int8 error; other weights would give other logits
+    for k in range(2):
+        assert np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9  # also from text to text, where they differ little
+
+
+def test_random_weights_overwrite_nothing(small: Path) -> None:
+    with pytest.raises(ValueError, match="exists already"):
+        untrained(small, 2, 64, 4, 128, str(small / "tokenizer"))
+
+
+def test_a_lean_peer_measures_itself_in_one_line(store: Path, tmp_path: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
+    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    command = fused(tmp_path / "graph").measuring(tmp_path / "texts.json", 0.1)
+    (line,) = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.splitlines()
+    measured = json.loads(line)
+    assert measured["texts_per_s"] > 0 and measured["passes"] >= 1
+    model = Model(artifact, "onnxruntime")
+    logits = [model.full_depth(model.tokenize(text))[-1].logits for text in TEXTS]
+    # The graph has one scale for the activations of a text, the segments one for each token.
+    assert np.abs(np.array(measured["logits"]) - np.array(logits)).max() < 0.1 * np.ptp(logits)
+
+
+def test_engines_take_turns_and_broken_ones_are_left_out(
+    kernels: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.engines.read_bandwidth", lambda: read_bandwidth(2**20))
+    artifact = Store(small / "store").open(NAME)
+    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+    broken = Server("broken, int8", [sys.executable, "-c", "raise SystemExit('no such engine')"])
+    silent = Server("silent, int8", [sys.executable, "-c", "pass"])
+    lines: list[str] = []
+    core = min(os.sched_getaffinity(0))
+    peers = [broken, fused(tmp_path / "graph"), silent]
+    results = Engines(artifact, peers, TEXTS, tmp_path, 0.05, 2, core, lines.append).run()
+    assert set(results["rounds"]) == {name_of(1), name_of(4), name_of(16), "ONNX Runtime, int8"}
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in results["rounds"].values())
+    assert results["notes"]["broken, int8"] == "left out: broken, int8: no such engine"
+    assert "does not measure itself" in results["notes"]["silent, int8"]
+    assert results["logits_difference"]["ONNX Runtime, int8"] < 0.05
+    assert results["compared"]["best_int8"] == "ONNX Runtime, int8"
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert len(tables(results)[0].rows) == 4
+
+
+def test_work_is_counted_by_weights_and_tokens(small: Path) -> None:
+    artifact = Store(small / "store").open(NAME)
+    weights = layer_weights(artifact)
+    assert weights == 2 * (4 * 64 * 64 + 2 * 64 * 128)  # without biases, norms, exits and embeddings
+    assert multiply_adds(artifact, weights, 10) == 10 * weights + 2 * 2 * 10 * 10 * 64
+
+
+def test_shares_and_ratios_are_of_the_same_round() -> None:
+    rounds = {name_of(1): [100.0, 50.0], "ONNX Runtime, int8": [50.0, 25.0], "OpenVINO, int8": [80.0, 25.0]}
+    rounds |= {"OpenVINO, bf16": [500.0, 500.0], "CTranslate2, int8": [400.0, 400.0]}
+    results = {
+        "rounds": rounds,
+        "ours": [name_of(1)],
+        "texts": 10,
+        "calls": {name_of(1): 10},
+        "multiply_adds": 1e6,
+        "weights": 1e6,
+        "peak_multiply_adds_per_s": [2e8, 1e8],  # a slower round is slower in all
+        "read_bytes_per_s": [1e9, 5e8],
+    }
+    ours = compared(results)["engines"][name_of(1)]
+    assert compared(results)["best_int8"] == "OpenVINO, int8"  # not bf16, and not CTranslate2
+    assert ours["of_peak"] == "0.50 (0.50 … 0.50)" and ours["of_bandwidth"] == "0.10 (0.10 … 0.10)"
+    assert ours["against"]["ONNX Runtime, int8"] == "2.00 (2.00 … 2.00)"
+    assert ours["against"]["OpenVINO, int8"] == "1.62 (1.25 … 2.00)"
+
+
+def test_texts_that_share_a_call_read_the_weights_once() -> None:
+    results = {
+        "rounds": {name_of(4): [100.0]},
+        "ours": [name_of(4)],
+        "texts": 10,
+        "calls": {name_of(4): 3},
+        "multiply_adds": 1e6,
+        "weights": 1e6,
+        "peak_multiply_adds_per_s": [1e9],
+        "read_bytes_per_s": [1e8],
+    }
+    assert compared(results)["engines"][name_of(4)]["of_bandwidth"] == "0.30 (0.30 … 0.30)"
+    assert compared(results)["best_int8"] is None
+
+
+def test_a_core_is_left_again() -> None:
+    before = os.sched_getaffinity(0)
+    with pinned(min(before)):
+        assert os.sched_getaffinity(0) == {min(before)}
+        child = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"],
+            capture_output=True,
+            check=True,
+        )
+        assert child.stdout.split() == [b"{%d}" % min(before)]
+    assert os.sched_getaffinity(0) == before
+    with pytest.raises(ValueError, match="--core 100000: this process may run on"), pinned(100000):
+        pass
+
+
+def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
+    paths = (tmp_path / "int8", tmp_path / "fp32", tmp_path / "out" / "calibration.json")
+    assert {server.script for server in lean_peers(*paths, None)} == {"fused_app", "openvino_app"}
+    (tmp_path / "bert").mkdir()
+    folders = []
+    for weights in (b"one model", b"another one"):  # of the same name: it does not run in the other's place
+        (tmp_path / "bert" / "model.safetensors").write_bytes(weights)
+        (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
+        folders += [part for part in converted.command if "ctranslate2-bert-" in part]
+    assert len(set(folders)) == 2
+    assert converted.conversion[-1] == "--convert"
+
+
+def test_a_peer_that_cannot_convert_its_model_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.exit('runs no MPNet')"
+    monkeypatch.setattr(servers, "peer_command", lambda script: [sys.executable, "-c", code])
+    ours = Server("de3", [])
+    other = Server("other", [], script="other_app", conversion=["--convert"])
+    comparison = Comparison([ours, other], [Sample("a")], tmp_path, 1, 1, 1)
+    comparison.results["notes"] = {}
+    comparison._prepare()
+    assert comparison.servers == [ours]
+    assert comparison.results["notes"] == {"other": "left out: other cannot be prepared: runs no MPNet"}
+    with pytest.raises(ValueError, match="no peer could be started"):
+        comparison._best_peer()

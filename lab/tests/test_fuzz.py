@@ -1,0 +1,130 @@
+"""What nobody should send: by the OpenAPI schema, by mutation of good requests, and in artifacts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from de3.model_store.model import Model
+from de3.model_store.store import Store, StoreError
+from lab.fuzz import check, fuzz
+from tests.serving import Server, serving
+
+KEY = "an-admin-key-of-some-length"
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store, models=["tiny"], admin_keys=f"root {KEY}", body_timeout_s=1) as running:
+        yield running
+
+
+@pytest.mark.slow
+def test_every_answer_is_as_the_schema_says(server: Server, tmp_path: Path) -> None:
+    """Schemathesis asks every route, with what its schema allows and with what it does not."""
+    config = tmp_path / "schemathesis.toml"
+    # A budget of next to nothing is answered 503, as documented.
+    config.write_text('[checks.not_a_server_error]\nexpected-statuses = ["2xx", "4xx", 503]\n')
+    command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", "--no-color"]
+    command += [server.url + "/openapi.json"]
+    command += ["--max-examples", "50", "--seed", "1", "-H", f"Authorization: Bearer {KEY}"]
+    # What cannot go together (tau and target_speedup) a schema would say in a way that no reader understands.
+    command += ["--exclude-checks", "positive_data_acceptance"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert "19 selected / 19 total" in done.stdout
+
+
+@pytest.mark.slow
+def test_no_request_breaks_the_server(server: Server) -> None:
+    before = server.classify(input="good film", explain=True).json()["data"]
+    found = fuzz(server.url, 3000, seed=2)
+    assert found.problems == []
+    assert found.statuses["200"] > 100 and found.statuses["422"] > 500 and found.statuses["400"] > 100
+    assert server.classify(input="good film", explain=True).json()["data"] == before
+    assert server.metric("de3_in_flight_requests") == 0 == server.metric("de3_queue_texts")
+    assert server.metric("de3_rejected_total", cause="internal") == 0
+
+
+def test_the_check_finds_what_is_wrong() -> None:
+    as_json = {"content-type": "application/json"}
+    good = json.dumps({"error": {"message": "m", "type": "t", "param": None, "code": 422}}).encode()
+    assert check(422, as_json, good, b"POST ") == ""
+    assert "the right code" in check(404, as_json, good, b"POST ")
+    assert "wrong shape" in check(422, as_json, b'{"detail": 1}', b"POST ")
+    assert check(500, as_json, good, b"POST ") == "status 500"
+    assert "wrong shape" in check(404, {"content-type": "text/html"}, b"<html>", b"POST ")
+    assert "wrong shape" in check(404, {"content-type": "text/plain"}, b"no", b"POST ")
+    assert check(503, {}, b"", b"POST ") == "503 without Retry-After"
+    assert check(503, {"retry-after": "1"}, b"", b"POST ") == ""
+
+
+@pytest.fixture(scope="module")
+def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A store of one's own with tiny:1, and the files that belong there."""
+    path = tmp_path_factory.mktemp("fuzzed")
+    folder = shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
+    return path, {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_artifact_is_refused_by_name(
+    artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
+) -> None:
+    """Any bytes of any file changed, cut or added: refused with the file's name, by no other exception."""
+    path, files = artifact
+    name = data.draw(st.sampled_from(sorted(files)), "file")
+    good = files[name]
+    at = data.draw(st.integers(0, len(good) - 1), "at")
+    cut = data.draw(st.integers(0, 50), "cut")
+    bad = good[:at] + data.draw(st.binary(max_size=50), "put there") + good[at + cut :]
+    target = path / "tiny" / "1" / name
+    target.write_bytes(bad)
+    try:
+        model = Model(Store(path).open("tiny"), "onnxruntime")
+    except StoreError as error:
+        assert name in str(error)
+    else:  # spaces in the manifest's JSON, or nothing changed at all
+        assert name == "manifest.json" or bad == good
+        assert model.manifest.name == "tiny"
+    finally:
+        target.write_bytes(good)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_forged_manifest_is_refused_or_works(
+    artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
+) -> None:
+    """Whoever writes the manifest writes the hashes, too: values of every kind in every place."""
+    path, files = artifact
+    manifest = json.loads(files["manifest.json"])
+    place, inside = manifest, data.draw(st.sampled_from(sorted(manifest)), "field")
+    while isinstance(place[inside], dict) and place[inside] and data.draw(st.booleans(), "deeper"):
+        place = place[inside]
+        inside = data.draw(st.sampled_from(sorted(place)), "field")
+    place[inside] = data.draw(
+        st.one_of(
+            *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+            *(st.lists(st.integers(-2, 9), max_size=4), st.dictionaries(st.text(max_size=4), st.integers())),
+        ),
+        "value",
+    )
+    target = path / "tiny" / "1" / "manifest.json"
+    target.write_text(json.dumps(manifest))
+    try:
+        model = Model(Store(path).open("tiny"), "onnxruntime")
+        tokens = model.tokenize("a good film")
+        for segment in model.segments[:1]:
+            segment.embed(tokens, True)
+    except StoreError:
+        pass
+    finally:
+        target.write_bytes(files["manifest.json"])

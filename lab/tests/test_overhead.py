@@ -1,0 +1,195 @@
+"""What an exit costs beside its layer, and what early exit gains by the clock: the studies, on a tiny model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from de3.exits.rule import exit_index
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact, Store
+from de3.server.engine.work import Text
+from de3.server.models import load
+from de3.server.settings import ExitOptions, Settings
+from de3.training.data import Example
+from lab.studies import overhead as study
+from lab.studies.overhead import Stripped
+from lab.studies.samples import recorded
+from lab.studies.wall import Engine, wall
+from lab.tests.test_studies import write
+from tests.commands import lab
+from tests.fixtures import make_rows
+
+CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+
+
+@pytest.fixture(params=["tiny", "tiny-int8"])
+def artifact(request: pytest.FixtureRequest, store: Path) -> Artifact:
+    return Store(store).open(request.param)
+
+
+def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
+    whole, stripped = (Model(each, "onnxruntime") for each in (artifact, Stripped.of(artifact)))
+    tokens = whole.tokenize("a good film , but not a great one")
+    manifest = artifact.manifest
+    for layer, (ours, theirs) in enumerate(
+        zip(stripped.full_depth(tokens), whole.full_depth(tokens), strict=True)
+    ):
+        assert ours.distances is None
+        assert (theirs.distances is not None) == (layer in manifest.prototype_layers)
+        assert ours.logits is not None and theirs.logits is not None
+        assert ours.hidden.tobytes() == theirs.hidden.tobytes()
+        assert ours.logits.tobytes() == theirs.logits.tobytes()
+    for layer in manifest.prototype_layers:  # so the weights are gone, too
+        name = manifest.segment_files()[layer]
+        assert len(Stripped.of(artifact).read(name)) < len(artifact.read(name))
+
+
+def test_the_kernels_run_a_model_without_prototypes(kernels: Any, store: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
+    stripped = Model(Stripped.of(artifact), "native")
+    assert stripped.through is not None
+    tokens = stripped.tokenize("a good film")
+    whole = Model(artifact, "native").full_depth(tokens)
+    for ours, theirs in zip(stripped.full_depth(tokens), whole, strict=True):
+        assert ours.distances is None and ours.logits is not None and theirs.logits is not None
+        assert ours.logits.tobytes() == theirs.logits.tobytes()
+
+
+def test_layers_run_with_their_exits_only_if_asked(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(Store(store).open("tiny"), "onnxruntime")
+    asked: list[tuple[int, bool]] = []
+    for segment in model.segments:
+
+        def note(x: Any, with_exit: bool, segment: Any = segment, plain: Any = segment._run) -> Any:
+            asked.append((segment.layer, with_exit))
+            return plain(x, with_exit)
+
+        monkeypatch.setattr(segment, "_run", note)
+    run_layers = study.layers(model, model.tokenize("a good film"))
+    between = list(range(1, model.manifest.num_layers))
+    for with_exits in (False, True):
+        asked.clear()
+        assert run_layers(with_exits) > 0
+        assert asked == [(layer, with_exits) for layer in between]
+        asked.clear()
+        assert study.embeddings(model, model.tokenize("a good film"))(with_exits) > 0
+        assert asked == [(0, with_exits)]
+
+
+def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> None:
+    model = Model(Store(store).open("tiny-int8"), "native")
+    tokens, last = model.tokenize("a good film"), model.manifest.num_layers
+    assert model.through is not None
+    for with_exits in (False, True):
+        one = study._pass(model, tokens, with_exits)
+        model.through([one], layers=1)
+        model.through([one], layers=last - 1)
+        assert one.logits.any(1).tolist() == [with_exits] * last + [False]
+
+
+def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
+    """Whatever a copy takes by itself, and whatever disturbs some of its runs."""
+
+    def copy(base: float, exits: float) -> study.Run:
+        count = iter(range(10**9))
+        return lambda asked: base + exits * asked + (1.0 if next(count) % 17 == 16 else 0.0)
+
+    costs = study.costs_of([copy(0.010, 0.008), copy(0.013, 0.003)], 2, 0.05)
+    assert costs["all"][0] == pytest.approx(0.010)
+    assert costs["classifier"][0] == pytest.approx(0.0015)
+    assert costs["prototypical"][0] == pytest.approx(0.004 - 0.0015)
+
+
+def test_the_interval_is_that_of_a_median() -> None:
+    generator = np.random.default_rng(3)
+    found = [study.median_of(generator.normal(5, 2, 200)) for _ in range(400)]
+    assert 0.9 < np.mean([abs(middle - 5) <= half for middle, half in found]) < 0.99
+
+
+def test_by_flops_a_prototypical_network_is_what_the_paper_says(store: Path) -> None:
+    bert = Store(store).open("tiny").manifest.model_copy(update={"hidden_size": 768, "metric_dim": 768})
+    found = study.flops(bert, 12 * 768 * 768, 128)
+    assert found["prototypical_mflops"] == pytest.approx(1.2, rel=0.02)
+    assert found["layer_mflops"] == pytest.approx(1813.5 + 50.3, rel=0.001)  # with attention's products
+    assert found["prototypical_mflops"] / found["layer_mflops"] == pytest.approx(study.PAPER, rel=0.06)
+
+
+def test_the_overhead_of_each_runtime(kernels: Any, store: Path, tmp_path: Path) -> None:
+    numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
+    common = (
+        f"--tokens 8 --tokens 20 --tokens 100000 --seconds 0.5 --core {CORE} --json {numbers} --png {plot}"
+    )
+    lab(f"study overhead --store {store} --model tiny-int8 {common}")
+    rows = json.loads(numbers.read_text())
+    assert [(row["runtime"], row["tokens"]) for row in rows] == [
+        (runtime, tokens) for runtime in ("native", "onnxruntime") for tokens in (8, 20)
+    ]
+    assert all(row["layer_us"] > 0 and row["precision"] == "int8" for row in rows)
+    assert plot.stat().st_size > 5_000
+    # Shown again, without a model.
+    shown = tmp_path / "shown.json"
+    lab(f"study overhead --store {tmp_path} --show {numbers} --show {numbers} --json {shown}")
+    assert json.loads(shown.read_text()) == rows * 2
+
+
+def test_a_model_without_prototypes_has_no_overhead(artifact: Artifact) -> None:
+    with pytest.raises(ValueError, match="no prototypes"):
+        study.overhead(Stripped.of(artifact))
+
+
+@pytest.mark.parametrize("runtime", ["native", "onnxruntime"])
+def test_by_the_clock_texts_leave_where_the_rule_says(
+    request: pytest.FixtureRequest, store: Path, tmp_path: Path, runtime: str
+) -> None:
+    if runtime == "native":
+        request.getfixturevalue("kernels")
+    rows = [row for row in make_rows(90, 41) if row[0].strip()]
+    served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
+    model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
+    texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
+    result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)
+    scores, every = model.manifest.default_signal.scores(texts), np.arange(len(rows))
+    for tau, row in zip(taus, result["rows"], strict=True):
+        index = exit_index(scores, tau)
+        assert row["mean_exit_layer"] == pytest.approx(np.asarray(texts.exit_layers)[index].mean())
+        assert row["accuracy"] == pytest.approx(texts.correct[every, index].mean())
+        low, high = row["on_clock_range"]
+        assert 0 < low <= row["on_clock"] <= high
+        assert row["off"] == pytest.approx(row["predicted"] / row["on_clock"] - 1)
+    full, deep = result["rows"][0], result["rows"][-1]
+    assert full["on_clock"] == full["predicted"] == full["in_layers"] == 1
+    assert deep["mean_exit_layer"] < full["mean_exit_layer"] and deep["predicted"] > 1
+
+
+def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", make_rows(70, 42))
+    numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
+    command = f"study wall {texts} --store {store} --model tiny --tau 0.4 --rounds 1 --core {CORE}"
+    lab(f"{command} --json {numbers} --png {plot}")
+    (result,) = json.loads(numbers.read_text())
+    assert [row["tau"] for row in result["rows"]] == [0, 0.4] and result["start_layers"] > 0
+    assert plot.stat().st_size > 5_000
+    assert "0.4" in lab(f"study wall --store {tmp_path} --show {numbers}")
+    with pytest.raises(ValueError, match="labelled texts"):
+        lab("study wall")
+    with pytest.raises(ValueError, match="'odd'"):
+        odd = write(tmp_path / "odd.jsonl", [("a film", "odd")])
+        lab(f"study wall {odd} --store {store} --model tiny --core {CORE}")
+
+
+def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = load(Store(store).open("tiny"), Settings(runtime="onnxruntime"))
+    engine, choice = Engine(served), served.rules.of(ExitOptions(tau=0.1))
+    assert engine.classify(Text("a good film"), choice).layer >= 0
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(served.model.segments[0], "_run", broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.classify(Text("a good film"), choice)
+    engine.close()

@@ -1,0 +1,191 @@
+"""A new calibration, the ramp, and the studies behind docs/budgets.md, by their commands on a tiny model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from de3.exits.calibration import Samples
+from de3.exits.recorded import Recorded
+from de3.exits.signals import Entropy
+from de3.loadtest import ramp
+from de3.model_store.store import Store
+from lab.studies import speedup
+from lab.studies.deadlines import Costs, deadlines
+from lab.studies.far import auroc
+from lab.studies.promise import promise
+from tests.commands import de3, lab
+from tests.fixtures import make_rows
+from tests.serving import free_port
+
+
+def write(path: Path, rows: list[tuple[str, str]]) -> Path:
+    names = ("negative", "positive")
+    lines = [json.dumps({"text": t, "label": names[int(x)] if x.isdigit() else x}) + "\n" for t, x in rows]
+    path.write_text("".join(lines))
+    return path
+
+
+def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "store"
+    shutil.copytree(store, mine)
+    tune, certify = (
+        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
+        for part, n, seed in (("t", 120, 31), ("c", 150, 32))
+    )
+    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
+    old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
+    assert new.calibration is not None and old.calibration is not None
+    # Of so few samples both files certify.
+    assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
+    assert new.calibration != old.calibration
+    assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
+    default = new.calibration.default
+    assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (
+        default.tau,
+        default.signal,
+        default.lam,
+    )
+    assert new.risk is not None and new.risk != old.risk
+
+
+def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "store"
+    shutil.copytree(store, mine)
+    odd = write(tmp_path / "odd.jsonl", [("a film", "mixed")])
+    with pytest.raises(ValueError, match="mixed"):
+        de3(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
+    assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
+
+
+def test_a_promise_needs_samples_of_its_own(store: Path, tmp_path: Path) -> None:
+    same = write(tmp_path / "same.jsonl", make_rows(60, 35))
+    with pytest.raises(ValueError, match=r"60 of its texts are in .*same.jsonl too"):
+        de3(f"calibrate tiny --tune {same} --certify {same} --store {store}")
+
+
+@pytest.mark.slow
+def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ramp, "PHASES", (("half", 1, 0.5, 0.5), ("twice", 1, 2.0, 2.0), ("after", 1, 0.5, 0.5))
+    )
+    monkeypatch.setattr(ramp, "SECONDS", 3)
+    texts = write(tmp_path / "texts.jsonl", make_rows(60, 33))
+    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
+    found = json.loads((tmp_path / "ramp.json").read_text())
+    assert set(found["runs"]) == {"off", "on"}
+    for one in found["runs"].values():
+        assert set(one["phases"]) == {"half", "twice", "after"}
+        assert one["phases"]["half"]["answered"] > 0
+        offered = [phase["offered_per_s"] for phase in one["phases"].values()]
+        assert offered[1] > 2 * offered[0]
+    assert (tmp_path / "ramp.png").stat().st_size > 10_000
+
+
+def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: Path) -> None:
+    texts = write(tmp_path / "texts.jsonl", make_rows(80, 34))
+    away = tmp_path / "away.txt"
+    away.write_text("".join(f"zebra quartz {i} umbrella\n" for i in range(60)))
+    tune, certify = checkpoint / "tune.jsonl", checkpoint / "certify.jsonl"
+    common = f"--store {store} --model tiny --text-column text --json {tmp_path}/numbers.json"
+
+    lab(f"study promise {tune} {certify} --trials 20 {common}")
+    rows = json.loads((tmp_path / "numbers.json").read_text())
+    assert [row["wish"] for row in rows] == [0.02, 0.05, 0.1]
+
+    lab(f"study far {certify} {texts} {away} --switches 2 {common}")
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert all(0 <= x <= 1 for row in numbers["auroc"].values() for x in row.values())
+    speeds = {name: row["speedup"] for name, row in numbers["policy"]["away"].items()}
+    assert speeds["flag"] >= speeds["deepen"] >= speeds["far to full depth"]
+
+    lab(f"study deadlines {texts} {common}")
+    assert len(json.loads((tmp_path / "numbers.json").read_text())) == 9
+
+
+def test_auroc_counts_pairs() -> None:
+    home, away = np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0])
+    pairs = [(a > h) + 0.5 * (a == h) for a in away for h in home]
+    assert auroc(home, away) == pytest.approx(np.mean(pairs))
+
+
+def known(n: int) -> Recorded:
+    """n samples, two exits, no prototypes: the surer the first, the more often it agrees with the last."""
+    generator = np.random.default_rng(5)
+    margin = generator.exponential(2.0, n)
+    labels = generator.integers(2, size=n)
+    flip = generator.random(n) < 0.5 * np.exp(-margin)
+    sign = np.where(labels == 1, 1.0, -1.0)
+    first = np.where(flip, -sign, sign) * margin
+    logits = np.zeros((n, 2, 2), np.float32)
+    logits[:, 0, 1], logits[:, 1, 1] = first, 9 * sign
+    return Recorded([1, 2], logits, np.full_like(logits, np.nan), labels)
+
+
+@pytest.mark.parametrize("copies", [1, 8])
+def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(copies: int) -> None:
+    """Also for samples that come in groups, here of equal ones: then only the number of groups counts."""
+    rows = np.repeat(np.arange(1500), copies)
+    population = Samples(known(1500).rows(rows), rows)
+    taus = [(i / 60) ** 2 for i in range(45)]
+    found = promise(population, Entropy(), 750, [0.02, 0.05], 50, start_layers=0.5, taus=taus)
+    for row in found:
+        assert row["broken"] <= 0.12  # 5% and chance
+        assert 0.7 < row["of_oracle_layers"] < 1.05
+        assert row["speedup"] > 1
+    assert found[1]["speedup"] > found[0]["speedup"]
+
+
+def test_no_simulated_answer_passes_its_deadline() -> None:
+    found = known(300)
+    costs = Costs(0.001, 0.001)
+    alone = deadlines(found, 0.0, Entropy(), costs, [(0.5, 0.0), (2.5, 0.0), (3.5, 0.0)])
+    assert [row["default"]["refused"] for row in alone] == [1, 0, 0]
+    assert [row["default"]["layers"] for row in alone] == [0, 1, 2]
+    loaded = deadlines(found, 0.0, Entropy(), costs, [(5.0, 3.0)])[0]["default"]
+    assert 0 < loaded["refused"] < 1 and 1 <= loaded["layers"] < 2
+
+
+@pytest.mark.slow
+def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: Path) -> None:
+    texts, numbers = tmp_path / "texts.txt", tmp_path / "numbers.json"
+    texts.write_text("".join(text + "\n" for text, _ in make_rows(100, 9) if text.strip()))
+    lab(
+        f"study speedup --texts {texts} --store {store} --model tiny --rate 40 --rounds 1 "
+        f"--seconds 1 --port {free_port()} --json {numbers}"
+    )
+    (row,) = json.loads(numbers.read_text())
+    assert row["rate"] == 40 and row["said"] > 0 and row["was"] > 0
+
+
+def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Path, __: str, options: list[str], *___: object) -> list[tuple[float, float]]:
+        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # it took, it says
+
+    monkeypatch.setattr(speedup, "_run", run)
+    (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)
+    assert (row.said, row.was) == (pytest.approx(2.5), pytest.approx(3))
+
+
+@pytest.mark.slow
+def test_long_texts_are_compared_with_their_beginnings(store: Path, tmp_path: Path) -> None:
+    """Of texts that begin with fillers, windows tell more than truncation does."""
+    rows = [(f"{'the a film movie ' * 16} {text} {text}", label) for text, label in make_rows(60, 3)]
+    texts = write(tmp_path / "texts.jsonl", [*rows, *make_rows(20, 4)])
+    numbers = tmp_path / "numbers.json"
+    lab(
+        f"study long {texts} --store {store} --model tiny --text-column text --max-tokens 64 "
+        f"--max-tokens 32 --json {numbers}"
+    )
+    found = json.loads(numbers.read_text())
+    assert {row["count"] for row in found if row["texts"] == "long" and row["max_tokens"] == 64} <= {29, 30}
+    for size in (64, 32):
+        at_0 = {
+            r["strategy"]: r for r in found if (r["max_tokens"], r["tau"], r["texts"]) == (size, 0, "long")
+        }
+        assert at_0["truncate"]["work"] == 1 and at_0["truncate"]["accuracy"] < 0.7
+        every, exact = at_0["all: mean by new tokens"], at_0["until settled exactly"]
+        assert every["unlike_all"] == exact["unlike_all"] == 0
+        assert 1 <= exact["work"] <= every["work"] > 1 and at_0["last window"]["difference"] > 0.1

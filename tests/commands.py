@@ -1,0 +1,38 @@
+"""The commands of `de3` and of the laboratory, run in this process as a user types them."""
+
+from typer import Typer
+from typer.testing import CliRunner, Result
+
+
+def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
+    """Run a command, of `de3` unless another app is given; wide enough that no line of output is broken."""
+    from de3.cli import app as de3_app
+
+    words = arguments.split() if isinstance(arguments, str) else arguments
+    return CliRunner().invoke(app or de3_app, words, env={"COLUMNS": "200"})
+
+
+def _output(result: Result) -> str:
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def de3(arguments: str | list[str]) -> str:
+    """What a command prints that succeeds; raises its error otherwise."""
+    return _output(invoke(arguments))
+
+
+def lab(arguments: str | list[str]) -> str:
+    """The same of `python -m lab`."""
+    from lab.cli import app
+
+    return _output(invoke(arguments, app))
+
+
+def refusal(arguments: str | list[str]) -> str:
+    """The message of the ValueError with which a command refuses its arguments."""
+    result = invoke(arguments)
+    assert isinstance(result.exception, ValueError), result.output
+    return str(result.exception)

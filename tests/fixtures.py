@@ -1,0 +1,262 @@
+"""Small real models, made and trained here, so that every test runs on a fresh machine."""
+
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh built
+    spec = importlib.util.spec_from_file_location("de3.native.kernels", path)
+    assert spec is not None and spec.loader is not None
+    sys.modules["de3.native.kernels"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    import de3.native as native
+
+    native.kernels = module  # type: ignore[attr-defined]
+    os.environ.pop("LD_PRELOAD", None)  # other processes run without the sanitizers
+
+# One thread: on models this small several only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+GOOD = "good great lovely superb fine warm funny charming bright fresh".split()  # noqa: SIM905
+BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905
+FILLER = "the a film movie plot actor scene it is was and with of this one story very quite".split()  # noqa: SIM905
+OTHER = "not never but ##s".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Any]:
+    """The kernels, those of the reference where this machine has no faster ones."""
+    module = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
+    if not module.supported():
+        module.use("reference")
+    yield module
+    module.use("")
+
+
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Kernels of this name instead of the best."""
+    from de3.native import kernels
+
+    before = kernels.supported()
+    kernels.use(name)
+    try:
+        yield
+    finally:
+        kernels.use(before)
+
+
+def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
+    """Labelled sentences: words that carry the label, some of them negated, between fillers."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = rng.randrange(2)
+        negated = rng.random() < 0.25
+        words = rng.choices((GOOD, BAD)[label != negated], k=rng.randint(1, 3))
+        if negated:
+            words = [x for word in words for x in ("not", word)]
+        fillers = rng.choices(FILLER, k=rng.randint(0, 12))
+        cut = rng.randint(0, len(fillers))
+        rows.append((" ".join(fillers[:cut] + words + fillers[cut:]), str(label)))
+    return rows
+
+
+def save_tokenizer(folder: Path, token_types: bool = True) -> int:
+    """A small WordPiece tokenizer in folder, padding and truncating as some packages do; returns its size."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *GOOD, *BAD, *FILLER, *OTHER]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    tokenizer.enable_padding(length=32)
+    tokenizer.enable_truncation(32)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"][:: 1 if token_types else 2],
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def save_encoder(
+    folder: Path,
+    family: str = "bert",
+    layers: int = 3,
+    activation: str = "gelu",
+    labels: int = 0,
+    **options: Any,
+) -> Path:
+    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier.
+
+    options: of its configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    torch.manual_seed(7)
+    vocabulary = save_tokenizer(folder, token_types=family in ("bert", "electra", "deberta-v2"))
+    like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    settings: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 64,  # sizes that the kernels in native/ have
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 66 if like_roberta else 64,
+        "hidden_act": activation,
+        "pad_token_id": 1 if like_roberta else 0,
+    }
+    if like_roberta:
+        settings["type_vocab_size"] = 1
+    if family == "electra":
+        settings["embedding_size"] = 16
+    if family == "distilbert":
+        settings |= {"dim": 32, "n_layers": layers, "n_heads": 4, "hidden_dim": 64, "activation": activation}
+        for key in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "hidden_act",
+        ):
+            del settings[key]
+    if family == "deberta-v2":
+        settings |= {
+            "embedding_size": 48,
+            "type_vocab_size": 2,
+            "relative_attention": True,
+            "position_biased_input": False,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 8,  # fewer than a text may have tokens
+            "max_relative_positions": 24,
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        }
+    if family == "modernbert":
+        settings |= {
+            "hidden_activation": settings.pop("hidden_act"),
+            "local_attention": 10,  # texts have up to 64 tokens
+            "classifier_pooling": "mean",
+            "layer_types": [("full_attention", "sliding_attention")[i % 2] for i in range(layers)],
+            **{f"{token}_token_id": 2 + i % 2 for i, token in enumerate(("bos", "eos", "cls", "sep"))},
+        }
+    if labels:
+        settings["num_labels"] = labels
+    config = AutoConfig.for_model(family, **settings | options)
+    kind = AutoModelForSequenceClassification if labels else AutoModel
+    model = kind.from_config(config)
+    with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return folder
+
+
+# Longest first, so that no worker of pytest-xdist begins a long one when the others are done.
+SLOW_FILES = (
+    "docker",
+    "ray",
+    "models",
+    "attacks",
+    "trouble",
+    "studies",
+    "training",
+    "fuzz",
+    "dashboards",
+    "trade_offs",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}.py": number for number, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills once for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            making = folder.with_suffix(".making")
+            making.mkdir()
+            make(making)
+            making.rename(folder)
+    return folder
+
+
+def run_de3(arguments: str) -> None:
+    """A command as a user types it."""
+    from typer.testing import CliRunner
+
+    from de3.cli import app
+
+    result = CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_once(tmp_path_factory, "encoder", save_encoder)
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    def make(folder: Path) -> None:
+        rows = "".join(f"{text}\t{label}\n" for text, label in make_rows(2400, 1))
+        (folder / "train.tsv").write_text("sentence\tlabel\n" + rows)
+
+    return made_once(tmp_path_factory, "data", make) / "train.tsv"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
+    """A small DE3-BERT, trained by the command a user types."""
+    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 8  # what it answers does not matter there
+    command = (
+        f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
+        f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
+    )
+    return made_once(tmp_path_factory, "checkpoint", lambda folder: run_de3(f"{command} {folder}"))
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
+
+    Their manifests do not say what they take, as those of earlier exports: single texts and pairs.
+    """
+
+    def make(folder: Path) -> None:
+        for name, quantize in (("tiny", "none"), ("tiny-int8", "int8")):
+            run_de3(
+                f"export {checkpoint} --name {name} --store {folder} --quantize {quantize} --max-loss 3 "
+                "--max-int8-loss 3"
+            )
+            manifest = folder / name / "1/manifest.json"
+            manifest.write_text(manifest.read_text().replace('"input": "text"', '"input": null'))
+
+    return made_once(tmp_path_factory, "store", make)
