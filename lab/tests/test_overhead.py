@@ -11,7 +11,7 @@ import pytest
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.server.engine.work import Text
+from de3.server.engine.request import Text
 from de3.server.models import load
 from de3.server.settings import ExitOptions, Settings
 from de3.training.data import Example
@@ -19,9 +19,8 @@ from lab.studies import overhead as study
 from lab.studies.overhead import Stripped
 from lab.studies.samples import recorded
 from lab.studies.wall import Engine, wall
-from lab.tests.test_studies import write
-from tests.commands import lab
-from tests.fixtures import make_rows
+from lab.tests.commands import lab
+from tests.fixtures import make_rows, write_rows
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
@@ -51,7 +50,7 @@ def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
 def test_the_kernels_run_a_model_without_prototypes(kernels: Any, store: Path) -> None:
     artifact = Store(store).open("tiny-int8")
     stripped = Model(Stripped.of(artifact), "native")
-    assert stripped.through is not None
+    assert stripped.forward is not None
     tokens = stripped.tokenize("a good film")
     whole = Model(artifact, "native").full_depth(tokens)
     for ours, theirs in zip(stripped.full_depth(tokens), whole, strict=True):
@@ -83,11 +82,11 @@ def test_layers_run_with_their_exits_only_if_asked(store: Path, monkeypatch: pyt
 def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> None:
     model = Model(Store(store).open("tiny-int8"), "native")
     tokens, last = model.tokenize("a good film"), model.manifest.num_layers
-    assert model.through is not None
+    assert model.forward is not None
     for with_exits in (False, True):
         one = study._pass(model, tokens, with_exits)
-        model.through([one], layers=1)
-        model.through([one], layers=last - 1)
+        model.forward([one], layers=1)
+        model.forward([one], layers=last - 1)
         assert one.logits.any(1).tolist() == [with_exits] * last + [False]
 
 
@@ -150,7 +149,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
     rows = [row for row in make_rows(90, 41) if row[0].strip()]
     served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
     model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
-    texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
+    texts = recorded(model, [write_rows(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
     result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)
     scores, every = model.manifest.default_signal.scores(texts), np.arange(len(rows))
     for tau, row in zip(taus, result["rows"], strict=True):
@@ -166,7 +165,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
 
 
 def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
-    texts = write(tmp_path / "texts.jsonl", make_rows(70, 42))
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(70, 42))
     numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
     command = f"study wall {texts} --store {store} --model tiny --tau 0.4 --rounds 1 --core {CORE}"
     lab(f"{command} --json {numbers} --png {plot}")
@@ -177,7 +176,7 @@ def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labelled texts"):
         lab("study wall")
     with pytest.raises(ValueError, match="'odd'"):
-        odd = write(tmp_path / "odd.jsonl", [("a film", "odd")])
+        odd = write_rows(tmp_path / "odd.jsonl", [("a film", "odd")])
         lab(f"study wall {odd} --store {store} --model tiny --core {CORE}")
 
 
@@ -192,4 +191,3 @@ def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(served.model.segments[0], "_run", broken)
     with pytest.raises(RuntimeError, match="no memory"):
         engine.classify(Text("a good film"), choice)
-    engine.close()
