@@ -4,7 +4,8 @@ import onnx
 from onnx import TensorProto
 
 from de3.export import modernbert
-from de3.export.graph import Graph, block, embed, exit_heads
+from de3.export.graph import Graph
+from de3.export.segment import block, embed, exit_heads
 from de3.training.encoders import family
 from de3.training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
 from de3.training.model import De3Model
