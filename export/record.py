@@ -1,4 +1,4 @@
-"""Record every exit of an artifact's segments for labelled texts, as they run when serving."""
+"""Recording of every exit of an artifact on labelled texts, run as in serving."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """All exits of examples, in their order; each sample runs unbatched to full depth, in parallel on all cores."""
+    """Every exit of the examples, in their order; each runs unbatched to full depth, in parallel on all cores."""
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
@@ -48,9 +48,9 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
 
 
 def start_layers(model: Model, examples: Sequence[Example], count: int = 100) -> float:
-    """What a text costs before its first layer (tokens, embeddings and their exit), in layers: a median over examples.
+    """Cost of a text before its first layer (tokens, embeddings and their exit), in layers: a median over examples.
 
-    The embeddings are nearly free, tokenizing is not; so M / mean exit layer overstates what is gained in time.
+    The embeddings are nearly free but tokenizing is not, so M / mean exit layer overstates the speed-up in time.
     """
     costs = []
     for example in list(examples)[:count]:
