@@ -132,5 +132,5 @@ def test_a_manifest_of_another_model_is_refused(change: dict[str, Any]) -> None:
 
 def test_the_distances_of_mpnet_reach_as_far_as_its_texts() -> None:
     graphs, manifest = built("mpnet", True)
-    with pytest.raises(GraphError, match="adds something else"):
+    with pytest.raises(GraphError, match="does not add one value"):
         read_segment(graphs[1], 1, manifest.model_copy(update={"max_tokens": 65}))
