@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from de3.exits import guarantee
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import Edr, Entropy, Signal
 
 LAMS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Quadratic spacing: most scores are near 0, so the grid is finest there.
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 class Outcome:
     """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff explains the fields."""
 
-    signal: SignalName
+    signal: str
     lam: float | None
     tau: float
     accuracy: float

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promise import Promise
 from de3.exits.rule import ExitRule, Thresholds
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
@@ -21,7 +21,7 @@ MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
 class Key(NamedTuple):
     """What tells the signals of one model apart."""
 
-    name: SignalName
+    name: str
     lam: float | None
 
     def __str__(self) -> str:
@@ -86,7 +86,7 @@ class Rules:
         self._exits = manifest.exit_layers
         self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
         self._own_thresholds = manifest.thresholds
-        self._has_classes = manifest.tolerance is None
+        self._traits = manifest.traits
         self._thresholds = manifest.label_thresholds
         self.name = f"{manifest.name}:{manifest.version}"
         table = manifest.calibration.table if manifest.calibration else []
@@ -94,8 +94,9 @@ class Rules:
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
         self._signal = manifest.default_signal
         self._certified = {Key(*key): TradeOffs(rows) for key, rows in manifest.trade_offs().items()}
-        self._signals = {key: manifest.signal(*key) for key in self._certified}
-        self._risk = manifest.signal("risk") if manifest.risk is not None else None
+        self._signals = {_key(signal): signal for signal in signals_of(self._traits)}
+        self._names = " or ".join(key.name for key in self._signals)
+        self._signals |= {key: signal_of(*key, self._traits) for key in self._certified}
         self.trade_offs = self._certified.get(_key(self._signal))
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
         default = self._choice(tau, self._signal, "default")
@@ -161,7 +162,11 @@ class Rules:
         if self._own_thresholds is None:
             raise RequestError(
                 f"thresholds: {self.name} is no multi-label model: "
-                + ("its classes exclude each other" if self._has_classes else "its answer is a number"),
+                + (
+                    "its answer is a number"
+                    if self._traits.answer == "value"
+                    else "its classes exclude each other"
+                ),
                 "thresholds",
             )
         if not isinstance(wanted, Mapping):
@@ -187,31 +192,23 @@ class Rules:
 
     def _signal_of(self, options: ExitOptions) -> Signal:
         """The signal that a request asks for, or the model's; raises RequestError."""
-        name, lam = options.signal, options.lam
-        if name is None and lam is None:
+        name, lam = options.signal or "edr", options.lam
+        if options.signal is None and lam is None:
             return self._signal
-        if name == "risk":
-            if self._risk is None:
-                raise RequestError(f"signal: {self.name} has no risk; de3 calibrate adds it", "signal")
-            return self._signal if self._signal.name == "risk" else self._risk
-        if not self._has_classes:
-            what = "entropy" if name == "entropy" else "edr"
-            raise RequestError(
-                f"signal: {what} needs classes, and {self.name} is a regression model, whose answer is a number; give "
-                "risk",
-                "signal" if name is not None else "lambda",
-            )
-        if self._thresholds is not None and (name == "edr" or lam):
-            raise RequestError(
-                f"signal: edr needs classes that exclude each other, and {self.name} is a multi-label model; give "
-                "risk or entropy",
-                "signal" if name is not None else "lambda",
-            )
-        if lam is None and name == "edr":
-            certified = [key.lam for key in self._certified if key.name == "edr"]
-            lam = self._signal.lam or (certified[0] if certified else 1.0)
-        signal: Signal = Edr(lam) if lam else Entropy()
-        return self._signal if _key(signal) == _key(self._signal) else signal
+        if lam == 0:
+            name, lam = "entropy", None
+        if name == "edr" and lam is None:
+            certified = (key.lam for key in self._certified if key.name == "edr")
+            lam = self._signal.lam or next(certified, None)
+        key = Key(name, lam)
+        if key == _key(self._signal):
+            return self._signal
+        try:
+            return self._signals.get(key) or signal_of(name, lam, self._traits)
+        except ValueError as error:
+            field = "lambda" if options.signal is None else "signal"
+            instead = f"; give {self._names}" if self._names else ""
+            raise RequestError(f"{field}: {error}{instead}", field) from None
 
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
         """The choice for a request that names another signal than the model's, and no τ: about as cautious.

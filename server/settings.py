@@ -9,8 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from de3.exits.signals import SignalName
-
 PREFIX = "DE3_"
 # Variables with the prefix that are not settings of the server.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")  # of clients
@@ -35,7 +33,7 @@ class ExitOptions:
     """
 
     tau: float | None = None
-    signal: SignalName | None = None
+    signal: str | None = None
     lam: float | None = None
     max_layer: int | None = None
     target_speedup: float | None = None
@@ -45,8 +43,8 @@ class ExitOptions:
     thresholds: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        # λ = 0 is entropy.
-        if self.lam is not None and (self.signal == "risk" or (self.lam and self.signal == "entropy")):
+        is_entropy = self.lam == 0 and self.signal == "entropy"  # λ = 0 is entropy
+        if self.lam is not None and self.signal not in (None, "edr") and not is_entropy:
             raise ValueError(f"lambda: goes with the signal edr only, not with {self.signal}")
         values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
         if values == (None, None, None, None):

@@ -928,7 +928,7 @@ def test_a_log_record_cannot_be_forged() -> None:
         (lambda m: m["risk"].append({"layer": 3, "weights": [0.0] * 5}), "risk must have one entry"),
         (lambda m: m.update(risk=[m["risk"][0]] * 5000), "risk: List should have at most 100 items"),
         (lambda m: m.update(risk=[]), "risk must have one entry"),
-        (lambda m: m.update(risk=None), "the signal risk needs the weights in risk"),
+        (lambda m: m.update(risk=None), "tiny:1 has no risk"),
         (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda must be above 0"),
         (lambda m: m["defaults"].update({"signal": "risk", "lambda": 2}), "and null for another"),

@@ -446,7 +446,7 @@ def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> Non
         ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
         (
             {"defaults": {"tau": 0.1, "signal": "entropy", "lambda": None}},
-            "a regression model has the signal risk only",
+            "entropy needs classes, and praise:1 is a regression model",
         ),
     ],
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from de3.exits.reading import read
-from de3.exits.signals import Signal, SignalName, edr
+from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.errors import Cause
@@ -78,7 +78,7 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
     ],
 )
 def test_answers_are_those_of_the_full_model(
-    server: Server, model: Model, tau: float, asked: dict[str, Any], name: SignalName, lam: float | None
+    server: Server, model: Model, tau: float, asked: dict[str, Any], name: str, lam: float | None
 ) -> None:
     signal = model.manifest.signal(name, lam)
     answer = server.classify(**{"input": TEXTS, "tau": tau, **asked}).json()

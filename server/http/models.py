@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from de3.exits.guarantee import CONFIDENCE
+from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.report import report
 from de3.server.errors import RequestError
@@ -62,13 +63,6 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
             return {"object": "audit"} | await asyncio.to_thread(report, auditor)
 
 
-def signals(manifest: Manifest) -> list[str]:
-    """The signals that requests may name."""
-    edr = ["edr"] if manifest.prototype_layers else []
-    entropy = ["entropy"] if manifest.tolerance is None else []
-    return [*entropy, *edr, *(["risk"] if manifest.risk is not None else [])]
-
-
 def model_row(manifest: Manifest) -> dict[str, Any]:
     """One model as /v1/models lists it."""
     c = manifest.calibration
@@ -88,7 +82,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "tolerance": manifest.tolerance,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
-        "signals": signals(manifest),
+        "signals": [signal.name for signal in signals_of(manifest.traits)],
         "self_labelled": c is not None and c.self_labelled,
         "has_original": c is not None and c.original_disagreement is not None,
         "calibration": c.default.model_dump(by_alias=True) if c else None,
