@@ -6,6 +6,9 @@ from math import exp, inf, log, log1p, nan
 
 LOG_2 = log(2.0)
 
+# A class or several labels, by number or by name; or a value.
+Answer = int | str | list[int] | float
+
 
 @dataclass(slots=True)
 class Reading:
@@ -39,6 +42,13 @@ class Reading:
     labels: list[int] | None = None
     value: float | None = None
     distances: list[float] | None = None
+
+    @property
+    def answer(self) -> Answer:
+        """The class, the labels of a multi-label model, or the value of a regression model."""
+        if self.value is not None:
+            return self.value
+        return self.label if self.labels is None else self.labels
 
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
@@ -97,11 +107,11 @@ def read_value(layer: int, logits: list[float]) -> Reading:
     return Reading(layer, logits, [], 0, nan, nan, None, None, value=logits[0])
 
 
-def differs(one: Reading, other: Reading, tolerance: float | None = None) -> bool:
-    """Whether two answers of a model differ: in the class, in any label, or in the value by more than the tolerance."""
-    if one.value is not None and other.value is not None:
-        return not abs(one.value - other.value) <= (tolerance or 0.0)  # NaN is unlike any
-    return one.label != other.label if one.labels is None else one.labels != other.labels
+def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
+    """Whether two answers differ: in the class, in any label, or in the value by more than the tolerance."""
+    if isinstance(one, float) and isinstance(other, float):
+        return not abs(one - other) <= (tolerance or 0.0)  # NaN differs from every value
+    return one != other
 
 
 def sigmoid(x: float) -> float:

@@ -112,8 +112,8 @@ class _AuditMetrics(Collector):
             "the promise), or reset by an admin",
             labels=["model", "reason"],
         )
-        apart = counter(
-            "de3_audit_apart_texts",
+        excluded = counter(
+            "de3_audit_excluded_texts",
             "Texts that do not count, by reason: deadline, max_layer, windows",
             labels=["model", "reason"],
         )
@@ -135,9 +135,22 @@ class _AuditMetrics(Collector):
             seconds.add_metric([name], auditor.seconds)
             for reason, count in auditor.num_resets.items():
                 resets.add_metric([name, reason], count)
-            for why, count in auditor.apart.items():
-                apart.add_metric([name, why], count)
-        yield from (share, pending, rate, lower, upper, promise, tau, texts, unlike, seconds, resets, apart)
+            for why, count in auditor.excluded.items():
+                excluded.add_metric([name, why], count)
+        yield from (
+            share,
+            pending,
+            rate,
+            lower,
+            upper,
+            promise,
+            tau,
+            texts,
+            unlike,
+            seconds,
+            resets,
+            excluded,
+        )
 
 
 def _info(served: Served) -> tuple[str, ...]:
@@ -204,8 +217,8 @@ class Metrics:
             "Connections closed at a limit: connection_limit, or unread (a client does not read its responses)",
             ["reason"],
         )
-        self.far = counter(
-            "de3_far_texts",
+        self.ood = counter(
+            "de3_ood_texts",
             "Out-of-distribution texts: far from every prototype at an exit (--ood-policy)",
             ["model"],
         )
@@ -215,8 +228,8 @@ class Metrics:
         self.calibrated = counter(
             "de3_calibrated_texts", "Texts answered with a τ of the calibration table", ["model"]
         )
-        self.expected_right = counter(
-            "de3_expected_right_texts",
+        self.expected_correct = counter(
+            "de3_expected_correct_texts",
             "Expected number of correct ones among de3_calibrated_texts, by the calibration",
             ["model"],
         )
@@ -235,7 +248,7 @@ class Metrics:
         self._by_model = (
             *(self.exit_layer, self.layers_run, self.layers_saved, self.full_depth, self.tokens),
             *(self.entropy, self.distance_ratio, self.request_latency, self.stage_latency, self.requests),
-            *(self.far, self.degraded, self.calibrated, self.expected_right),
+            *(self.ood, self.degraded, self.calibrated, self.expected_correct),
             *(self.shadow_texts, self.shadow_disagreements),
         )
         self._gone: list[str] = []
@@ -292,7 +305,7 @@ class Metrics:
         for status in STATUSES:
             self.requests.labels(name, status)
         self.request_latency.labels(name)
-        for counter in (self.degraded, self.calibrated, self.expected_right):
+        for counter in (self.degraded, self.calibrated, self.expected_correct):
             counter.labels(name)
         self._observers[name] = self._observer(served)
         self._served[name] = served
@@ -330,7 +343,7 @@ class Metrics:
                 for item in job.items
             )
             self._child(self.calibrated, model).inc(texts)
-            self._child(self.expected_right, model).inc(texts * choice.expected.accuracy)
+            self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
     def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
         """Count a request by its response; model is none where no model was found."""
@@ -358,7 +371,7 @@ class Metrics:
         name, depth = served.model.full_name, served.model.manifest.num_layers
         layers = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]
-        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.far)
+        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.ood)
         run, saved, full_depth, tokens, far = (c.labels(name) for c in counters)
         entropy, ratio = self.entropy.labels(name), self.distance_ratio.labels(name)
         speedup = served.timing.speedup

@@ -42,7 +42,8 @@ class Choice:
         expected: the row of the calibration's table for this τ and λ; None if they are not in it.
         budget_s: the latency budget, if one was asked for.
         is_degraded: whether τ was raised under load.
-        promise: with a guarantee: what is promised, and why τ is what it is.
+        certificate: with a wanted disagreement: its certified bound; None: nothing is certified.
+        promise: with a guarantee: the promised rate, and the reason for τ.
     """
 
     rule: ExitRule
@@ -51,6 +52,7 @@ class Choice:
     expected: TradeOff | None = None
     budget_s: float | None = None
     is_degraded: bool = False
+    certificate: Mapping[str, Any] | None = None
     promise: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
@@ -120,11 +122,11 @@ class Rules:
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
-    def keep(self, promise: Promise) -> None:
-        """From now on requests that choose nothing have the τ that keeps a promise."""
+    def apply_guarantee(self, promise: Promise) -> None:
+        """Give requests without options the τ that keeps a promise."""
         choice = self._choice(promise.tau, self._signal, "guarantee", promise.rate)
-        says = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "because": promise.reason}
-        self.default = replace(choice, promise=says)
+        row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
+        self.default = replace(choice, promise=row)
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options, at a load level."""
@@ -226,7 +228,8 @@ class Rules:
         if options.latency_budget_ms is not None:
             # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
             budget = options.latency_budget_ms
-            return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
+            field, seconds = "latency_budget_ms", budget / 1000
+            return replace(otherwise, by=field, wanted=budget, budget_s=seconds, certificate=None)
         if options.target_speedup is not None:
             trade_offs = self._table(signal, "target_speedup")
             row = trade_offs.at_speedup(options.target_speedup)
@@ -242,19 +245,18 @@ class Rules:
                     "sometimes answers otherwise than the original model",
                     "max_disagreement",
                 )
-            return self.at(row, "max_disagreement", options.max_disagreement)
+            return self._certified_at(row, options.max_disagreement)
         return otherwise
 
-    def certificate(self, choice: Choice) -> dict[str, Any] | None:
-        """What is promised on the rate of answers that differ from full depth, if that was asked for."""
-        if choice.by != "max_disagreement" or choice.expected is None:
-            return None
-        return {
-            "max_disagreement": choice.wanted,
-            "bound": choice.expected.disagreement_bound,
+    def _certified_at(self, row: TradeOff, max_disagreement: float) -> Choice:
+        """The choice of a row that certifies a disagreement, with its certificate."""
+        certificate = {
+            "max_disagreement": max_disagreement,
+            "bound": row.disagreement_bound,
             "confidence": CONFIDENCE,
             "samples": self._samples,
         }
+        return replace(self.at(row, "max_disagreement", max_disagreement), certificate=certificate)
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:

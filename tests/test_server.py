@@ -404,7 +404,7 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 
     def counts() -> tuple[float, float]:
         return tuple(
-            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_right")
+            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_correct")
         )
 
     known, right = counts()

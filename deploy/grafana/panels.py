@@ -86,8 +86,8 @@ def _layers(window: str = R) -> str:
 
 
 def _accuracy(window: str = R) -> str:
-    right = _sum("de3_expected_right_texts_total", window=window)
-    return f"{right} / {_sum('de3_calibrated_texts_total', window=window)}"
+    correct = _sum("de3_expected_correct_texts_total", window=window)
+    return f"{correct} / {_sum('de3_calibrated_texts_total', window=window)}"
 
 
 def _share(metric: str, window: str = R) -> str:
@@ -395,7 +395,7 @@ QUALITY = Dashboard(
         _stat(
             "Out of distribution",
             "percentunit",
-            _share("de3_far_texts_total", "[$__range]"),
+            _share("de3_ood_texts_total", "[$__range]"),
             "Share of the texts far from every prototype at an exit; needs --ood-policy flag or deepen.",
         ),
         Panel(
@@ -444,7 +444,7 @@ QUALITY = Dashboard(
             "Shares of the texts: answered with a τ raised under load; far from every prototype at an exit.",
             (
                 Query(_share("de3_degraded_texts_total"), "degraded"),
-                Query(_share("de3_far_texts_total"), "out of distribution"),
+                Query(_share("de3_ood_texts_total"), "out of distribution"),
             ),
         ),
         _ACCURACY,

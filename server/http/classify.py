@@ -205,10 +205,9 @@ def serialize(request_id: str, job: Job) -> bytes:
         "data": [_row(item, job, request) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
-    certificate = job.served.rules.certificate(job.choice)
-    # It speaks of texts that are one window.
-    if certificate is not None and not any(item.windows for item in job.items):
-        body["certificate"] = certificate
+    # The certificate covers texts of a single window.
+    if job.choice.certificate is not None and not any(item.windows for item in job.items):
+        body["certificate"] = job.choice.certificate
     if request.explain:
         body["tau_choice"] = job.choice.row()
     return orjson.dumps(body)
