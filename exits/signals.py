@@ -93,7 +93,7 @@ class Signal(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entropy:
-    """The local signal alone."""
+    """The local signal: the normalized entropy."""
 
     name: ClassVar[str] = "entropy"
     code: ClassVar[int | None] = 0
@@ -151,16 +151,16 @@ def edr(reading: Reading, lam: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Risk:
-    """The probability that this exit's answer is not that of full depth.
+    """The probability that this exit's answer differs from full depth's.
 
-    At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
-    + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
-    nearest to its threshold). Of a regression model z = w0 + w1·value + w2·value². Fitted by `exits.risk` on samples
-    that were not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+    A logistic regression for each exit: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
+    + w4·log DR. The margin is the highest logit minus the second; in a multi-label model it is the smallest distance
+    of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². `exits.risk` fits the weights
+    on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
-        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 of classes is 0 at an exit
-            without prototypes.
+        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
+            prototypes.
     """
 
     weights: tuple[Weights | None, ...]

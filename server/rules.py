@@ -1,4 +1,4 @@
-"""The choice of τ: from a request's options to its exit rule."""
+"""Chooses τ: from a request's options to its exit rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,11 +15,11 @@ from de3.server.errors import RequestError
 from de3.server.settings import ExitOptions, Settings
 
 MAX_NAMED = 20  # signals in a message
-MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
+MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
 
 
 class Key(NamedTuple):
-    """What tells the signals of one model apart."""
+    """Identifies a signal of one model."""
 
     name: str
     lam: float | None
@@ -34,16 +34,16 @@ def _key(signal: Signal) -> Key:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An exit rule, and why it is this one.
+    """An exit rule, and how it was chosen.
 
     Attributes:
         by: the option that decided, or default, or overload.
-        wanted: that field's value, if there is one.
-        expected: the row of the calibration's table for this τ and λ; None if they are not in it.
-        budget_s: the latency budget, if one was asked for.
-        is_degraded: whether τ was raised under load.
-        certificate: with a wanted disagreement: its certified bound; None: nothing is certified.
-        promise: with a guarantee: the promised rate, and the reason for τ.
+        wanted: value of that option; None if it has none.
+        expected: row of the calibration's table for this signal and τ; None if the table has no such row.
+        budget_s: latency budget; None if there is none.
+        is_degraded: τ was raised under load.
+        certificate: with max_disagreement, the certified bound; else None.
+        promise: with a guarantee, the promised rate and the reason for τ; else None.
     """
 
     rule: ExitRule
@@ -56,14 +56,14 @@ class Choice:
     promise: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
-        """The share of the full-depth time that a text is expected to take."""
+        """Expected time of a text, as a share of its time at full depth."""
         if self.expected is None:
             return 1.0
-        # The embeddings and the tokenizer cost about a layer.
+        # Tokenizer and embeddings cost about as much as one layer.
         return (self.expected.mean_exit_layer + 1) / (num_layers + 1)
 
     def row(self) -> dict[str, Any]:
-        """How τ was chosen, as `explain` shows it."""
+        """The choice as JSON, for `explain`."""
         signal = self.rule.signal
         row: dict[str, Any] = {
             "by": self.by,
@@ -111,9 +111,9 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """What the default may become under load, level 1 first; none if the default is itself a guarantee."""
-        promises = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
-        if self.trade_offs is None or any(value is not None for value in promises):
+        """The choices that replace the default under load, from level 1; none if the default keeps a target."""
+        targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
+        if self.trade_offs is None or any(value is not None for value in targets):
             return []
         least = settings.min_accuracy
         if least is None:
@@ -129,7 +129,7 @@ class Rules:
         self.default = replace(choice, promise=row)
 
     def in_force(self, level: int) -> Choice:
-        """The choice for requests without options, at a load level."""
+        """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
@@ -139,14 +139,14 @@ class Rules:
         return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
-        """The choice that a row of the calibration's table stands for."""
+        """The choice of a row of the calibration's table."""
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
     def of(self, options: ExitOptions, level: int = 0) -> Choice:
-        """The choice that fulfils a request's options, or the one in force; raises RequestError."""
+        """The choice for a request's options; raises RequestError if they cannot be met."""
         choice = self._chosen(options, level)
-        if choice.promise is not None and options != ExitOptions():  # it is not audited
+        if choice.promise is not None and options != ExitOptions():  # such requests are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
             return choice
@@ -157,13 +157,13 @@ class Rules:
                 "give tau",
                 "thresholds",
             )
-        return replace(choice, rule=rule, expected=None)  # nothing is known of other thresholds
+        return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, for all labels or by name; raises RequestError."""
         if self._own_thresholds is None:
             raise RequestError(
-                f"thresholds: {self.name} is no multi-label model: "
+                f"thresholds: {self.name} is not a multi-label model: "
                 + (
                     "its answer is a number"
                     if self._traits.answer == "value"
@@ -176,7 +176,7 @@ class Rules:
         unknown = next((name for name in wanted if name not in self._label_set), None)
         if unknown is not None:
             raise RequestError(
-                f"thresholds: {unknown[:100]!r} is no label of {self.name}; there are: "
+                f"thresholds: {self.name} has no label {unknown[:100]!r}; there are: "
                 f"{', '.join(self._labels[:MAX_NAMED])}",
                 "thresholds",
             )
@@ -193,7 +193,7 @@ class Rules:
         return self._of(options, self._default_of(signal, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
-        """The signal that a request asks for, or the model's; raises RequestError."""
+        """The signal that a request names, or the model's default; raises RequestError."""
         name, lam = options.signal or "edr", options.lam
         if options.signal is None and lam is None:
             return self._signal
@@ -213,9 +213,10 @@ class Rules:
             raise RequestError(f"{field}: {error}{instead}", field) from None
 
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
-        """The choice for a request that names another signal than the model's, and no τ: about as cautious.
+        """The choice for a request that names another signal than the model's default and no τ: about as cautious as
+        the default.
 
-        field: what a RequestError names, if nothing is known of the signal.
+        field: the request's field that a RequestError names if the signal is not calibrated.
         """
         trade_offs = self._table(signal, field)
         expected = self.default.expected
@@ -223,10 +224,10 @@ class Rules:
         return self.at(row, "default")
 
     def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
-        """The choice that fulfils options without τ."""
+        """The choice for options without τ; `otherwise` if they set no target."""
         signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
-            # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
+            # Running until the deadline is more accurate than an earlier exit by prediction (docs/budgets.md).
             budget = options.latency_budget_ms
             field, seconds = "latency_budget_ms", budget / 1000
             return replace(otherwise, by=field, wanted=budget, budget_s=seconds, certificate=None)
@@ -242,14 +243,14 @@ class Rules:
             if row.disagreement_bound > options.max_disagreement:
                 raise RequestError(
                     f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: in int8 even full depth "
-                    "sometimes answers otherwise than the original model",
+                    "sometimes differs from the original model",
                     "max_disagreement",
                 )
             return self._certified_at(row, options.max_disagreement)
         return otherwise
 
     def _certified_at(self, row: TradeOff, max_disagreement: float) -> Choice:
-        """The choice of a row that certifies a disagreement, with its certificate."""
+        """The choice of a row within a disagreement, with its certificate."""
         certificate = {
             "max_disagreement": max_disagreement,
             "bound": row.disagreement_bound,
@@ -270,7 +271,7 @@ class Rules:
         return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:
-        """The trade-offs of a signal; raises RequestError if it was not certified."""
+        """The trade-offs of a signal; raises RequestError if it was not calibrated."""
         trade_offs = self._certified.get(_key(signal))
         if trade_offs is not None:
             return trade_offs

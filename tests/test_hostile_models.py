@@ -712,7 +712,7 @@ def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Pat
 def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on which the server's own measuring takes too long is refused before the server measures."""
     monkeypatch.setattr(prove, "TIMEOUT_S", 3.0)
-    code = "import time, server.engine.timing as t; t._run = lambda *a: time.sleep(60); "
+    code = "import time, de3.server.engine.timing as t; t._run = lambda *a: time.sleep(60); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
     with pytest.raises(StoreError, match="takes more than 3 s"):
         prove.Prover().prove(Store(store).open("tiny"), "auto")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -42,11 +43,13 @@ def test_the_bound_is_where_so_few_errors_become_unlikely(n: int, data: st.DataO
     assert cdf == pytest.approx(0.05, abs=1e-6)
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=20))
-def test_bounds_of_a_sequence_never_fall(errors: list[int]) -> None:
-    bounds = guarantee.sequence_bounds(errors, 50)
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_of_a_table_never_fall(seed: int) -> None:
+    rows = table(seed, 50)[1:]
+    bounds = [row.disagreement_bound for row in rows]
     assert bounds == sorted(bounds)
-    assert all(b >= guarantee.upper_bound(e, 50) for b, e in zip(bounds, errors, strict=True))
+    least = [guarantee.upper_bound(round(50 * row.disagreement), 50) for row in rows]
+    assert all(bound >= own for bound, own in zip(bounds, least, strict=True))
 
 
 @pytest.mark.parametrize("most", [0.03, 0.08])
@@ -57,14 +60,14 @@ def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations(most: float)
     rng, broken, trials, chosen = np.random.default_rng(0), 0, 400, []
     signal = Edr(1.0).scores(population)
     labels = population.logits.argmax(-1)
-    taus = sorted(truth)
+    taus, bound_of = sorted(truth), cache(lambda errors: guarantee.upper_bound(errors, 500))
     for _ in range(trials):
         rows = rng.choice(len(population.labels), 500, replace=False)
-        errors = []
+        bounds = [0.0]
         for tau in taus[1:]:
             index = calibration.exit_index(signal[rows], tau)
-            errors.append(int((labels[rows, index] != labels[rows, -1]).sum()))
-        bounds = [0.0, *guarantee.sequence_bounds(errors, 500)]
+            errors = int((labels[rows, index] != labels[rows, -1]).sum())
+            bounds.append(max(bounds[-1], bound_of(errors)))
         tau = max(t for t, bound in zip(taus, bounds, strict=True) if bound <= most)
         chosen.append(tau)
         broken += truth[tau] > most
