@@ -148,7 +148,7 @@ def test_the_tau_in_force_is_a_metric(store: Path) -> None:
 
 def test_a_setting_that_no_model_can_fulfil_stops_the_start(store: Path) -> None:
     artifact = Store(store).open("tiny")
-    with pytest.raises(ValueError, match="a setting cannot be fulfilled: target_speedup: at most"):
+    with pytest.raises(ValueError, match="a setting cannot be met: target_speedup: at most"):
         load(artifact, Settings(store=store, target_speedup=5000))
 
 

@@ -643,7 +643,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("import os; os.abort()", "ends the process that loads it"),
+        ("import os; os.abort()", "crashes the process that loads it"),
         ("import os; os.kill(os.getpid(), 9)", "was killed, probably for lack of memory"),
         ("import time; time.sleep(60)", "takes more than 1 s"),
         ("from de3.server.prove import child; bytearray(2**33)", "MemoryError"),
@@ -696,7 +696,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
     prover.stop()
     thread.join(20)
     assert failed and not thread.is_alive()
-    with pytest.raises(StoreError, match="the server stops"):
+    with pytest.raises(StoreError, match="the server is stopping"):
         prover.prove(Store(store).open("tiny"), "auto")
 
 
@@ -740,7 +740,7 @@ def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
     check = prover.limit(artifact)
     prover.stop()
     for step in (lambda: Model(artifact, check=check), lambda: Timing(model, check)):
-        with pytest.raises(StoreError, match="the server stops"):
+        with pytest.raises(StoreError, match="the server is stopping"):
             step()
 
 
@@ -858,7 +858,7 @@ def test_the_process_that_proves_a_model_cannot_say_too_much(
 ) -> None:
     artifact = Store(store).open("tiny")
     for code, says in (
-        ("import sys; sys.stdin.read(); print('x' * 10**8)", "says too much"),
+        ("import sys; sys.stdin.read(); print('x' * 10**8)", "prints too much"),
         (f"print({EVIL!r} + 'x' * 1000); import sys; sys.exit(3)", r"^\\u2028\\u202eyxxx"),
         (f"raise RuntimeError({EVIL!r})", r"\(1\): \S*y"),
     ):
