@@ -269,7 +269,7 @@ def test_a_signal_that_is_wanted_is_the_default() -> None:
         found = calibrate(*parts, 0.02, wanted)
         assert found.defaults.signal == found.calibration.default.signal == wanted
         assert {row.signal for row in found.calibration.table} == {"risk", "edr", "entropy"}
-    with pytest.raises(ValueError, match="--signal must be one of auto, risk, edr, entropy, got 'margin'"):
+    with pytest.raises(ValueError, match="--signal must be one of auto, entropy, edr, risk, got 'margin'"):
         calibrate(*parts, 0.02, "margin")
 
 

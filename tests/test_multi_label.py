@@ -117,7 +117,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
     assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
     # With a wish of the calibration, or a name that is none, it is an error that says so.
     for options, says in (
-        ({"thresholds": {"anger": 0.5}}, "'anger' is no label of topics:1; there are: praise, blame, story"),
+        ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
         ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
         ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot go with max_disagreement"),
@@ -160,7 +160,7 @@ def test_edr_needs_classes_that_exclude_each_other(server: Server, options: dict
 def test_thresholds_are_of_multi_label_models_only(store: Path) -> None:
     with serving(store, models=["tiny"]) as server:
         answer = server.classify(input="a", thresholds=0.3)
-    assert answer.status_code == 422 and "is no multi-label model" in answer.json()["error"]["message"]
+    assert answer.status_code == 422 and "is not a multi-label model" in answer.json()["error"]["message"]
 
 
 def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:

@@ -478,7 +478,7 @@ def test_what_audits_measured_in_words(page: Page, changed: dict[str, Any], word
     audit = {
         "audits": 3,
         "tau": {"tau": 0.25, "reason": "evidence"},
-        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "because": "evidence"},
+        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
         "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
         "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
     }

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from de3.exits.reading import read
-from de3.exits.signals import Signal, SignalName, edr
+from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.errors import Cause
@@ -78,7 +78,7 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
     ],
 )
 def test_answers_are_those_of_the_full_model(
-    server: Server, model: Model, tau: float, asked: dict[str, Any], name: SignalName, lam: float | None
+    server: Server, model: Model, tau: float, asked: dict[str, Any], name: str, lam: float | None
 ) -> None:
     signal = model.manifest.signal(name, lam)
     answer = server.classify(**{"input": TEXTS, "tau": tau, **asked}).json()
@@ -404,7 +404,7 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 
     def counts() -> tuple[float, float]:
         return tuple(
-            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_right")
+            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_correct")
         )
 
     known, right = counts()

@@ -42,6 +42,15 @@ def test_the_bound_is_where_so_few_errors_become_unlikely(n: int, data: st.DataO
     assert cdf == pytest.approx(0.05, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_of_a_table_never_fall(seed: int) -> None:
+    rows = table(seed, 50)[1:]
+    bounds = [row.disagreement_bound for row in rows]
+    assert bounds == sorted(bounds)
+    least = [guarantee.upper_bound(round(50 * row.disagreement), 50) for row in rows]
+    assert all(bound >= own for bound, own in zip(bounds, least, strict=True))
+
+
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations() -> None:
     population = recorded(20_000, 1)
     samples = Samples.independent(population)

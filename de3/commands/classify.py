@@ -10,6 +10,7 @@ from typing import Annotated, Any, TextIO
 import typer
 
 from de3.commands.models import Url, check_url
+from de3.exits.signals import SIGNALS
 
 MAX_BATCH = 32
 
@@ -33,7 +34,7 @@ def classify(
         float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
     ] = None,
     signal: Annotated[
-        str | None, typer.Option(help="The score: risk, edr or entropy. Default: the model's.")
+        str | None, typer.Option(help=f"The score: {', '.join(SIGNALS)}. Default: the model's.")
     ] = None,
     target_speedup: Annotated[
         float | None, typer.Option(help="Or the mean speed-up over full depth.")

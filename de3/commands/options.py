@@ -6,6 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from de3.exits.signals import SIGNALS
+
 console = Console(stderr=True)
 
 DATA = "Data"
@@ -76,8 +78,8 @@ Threshold = Annotated[
 SignalOption = Annotated[
     str,
     typer.Option(
-        help="What is compared with τ by default: risk, edr or entropy, or auto: what is fastest on the tuning "
-        "samples. Requests may name another.",
+        help=f"Default signal, the score that is compared with τ: {', '.join(SIGNALS)}, or auto: the fastest on the "
+        "tuning samples. Requests may name another.",
     ),
 ]
 

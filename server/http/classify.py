@@ -207,8 +207,8 @@ def serialize(request_id: str, job: Job) -> bytes:
         "data": [_row(item, job, request) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
-    certificate = job.served.rules.certificate(job.choice)
-    # It speaks of texts that are one window.
+    # The certificate covers texts of a single window.
+    certificate = job.choice.certificate
     if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
         body["certificate"] = certificate
     if request.explain:

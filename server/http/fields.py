@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from de3.exits.signals import MAX_LAM, SignalName
+from de3.exits.signals import MAX_LAM, SIGNALS, check_name
 from de3.server.errors import RequestError
 from de3.server.http.protocol import LARGE_BODY_BYTES
 from de3.server.settings import MAX_BUDGET_MS, ExitOptions
@@ -15,7 +15,6 @@ from de3.server.settings import MAX_BUDGET_MS, ExitOptions
 MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
-    "signal": "",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
@@ -48,6 +47,15 @@ def _is_threshold(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1
 
 
+def _signal(value: Any) -> str:
+    return check_name(value if isinstance(value, str) else "")
+
+
+SignalName = Annotated[
+    str, BeforeValidator(_signal), Field(json_schema_extra=lambda schema: schema.update(enum=[*SIGNALS]))
+]
+
+
 class OptionFields(BaseModel):
     """The exit options, as every protocol has them in its JSON."""
 
@@ -58,8 +66,7 @@ class OptionFields(BaseModel):
     )
     signal: SignalName | None = Field(
         None,
-        description="the score: risk (the chance that full depth answers otherwise), edr, or entropy; default: "
-        "the model's",
+        description=f"the score: {', '.join(SIGNALS)} (docs/signals.md explains them); default: the model's",
     )
     lam: float | None = Field(
         None,

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from de3.exits.rule import ExitReason
-from de3.exits.signals import SignalName
 from de3.server.http import errors
 from de3.server.http.classify import ClassifyRequest
+from de3.server.http.fields import SignalName
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
