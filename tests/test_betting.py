@@ -140,3 +140,13 @@ def test_the_detector_fires_after_a_rise_and_not_before() -> None:
             audits += 1
         delays.append(audits)
     assert np.median(delays) < 500 and max(delays) < 1500
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(confidence: float) -> None:
+    """Each of the two sides may err half as often."""
+    counted = np.array([1.0, 0.25]), np.array([600, 400]), np.array([[12, 60, 300], [2, 15, 40]])
+    lower, upper = bounds(*counted, confidence)
+    enough = [2 / (1 - confidence)] * 3
+    assert e_values(*counted, upper) == pytest.approx(enough, abs=1e-4)
+    assert e_values_above(*counted, lower) == pytest.approx(enough, abs=1e-4)
