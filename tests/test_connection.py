@@ -417,3 +417,24 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
         s.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         status, error = answer(s)
         assert status == 413 and "2000 bytes" in error["error"]["message"]
+
+
+def test_a_chunk_extension_that_comes_byte_by_byte_has_an_end(server: Server) -> None:
+    """Each packet costs the parser a call, so it counts as more than the byte that it brings."""
+    with connect(server) as s:
+        s.sendall(CHUNKED + b"1;")
+        until(lambda: server.bodies_awaited() == 1, "the head to come")
+        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
+        packets: list[int] = []
+
+        def drip() -> None:
+            while waiting.state == connection.BODY and len(packets) < 10_000:
+                packets.append(1)
+                waiting.data_received(b"x")
+
+        waiting.loop.call_soon_threadsafe(drip)
+        status, body = answer(s)
+        assert status == 400 and "chunk sizes and trailers" in body["error"]["message"]
+        assert len(packets) == pytest.approx(1000, rel=0.05)
+        assert is_closed(s)
+    works(server)
