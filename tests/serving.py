@@ -18,8 +18,7 @@ import uvicorn
 
 from de3.server.engine.queue import WorkQueue
 from de3.server.http.app import PROTOCOLS
-from de3.server.http.connection import BODY
-from de3.server.http.listener import Listener
+from de3.server.http.listener import BODY, Listener
 from de3.server.http.protocol import Protocol
 from de3.server.main import uvicorn_config
 from de3.server.service import Service
@@ -52,7 +51,7 @@ class Server:
     def __init__(self, service: Service, protocols: Mapping[str, Protocol] = PROTOCOLS) -> None:
         self.service = service
         config = uvicorn_config(service, lambda: None, protocols)
-        self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
+        self.listener: Listener = config.http.args[0]  # type: ignore[union-attr]
         self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)

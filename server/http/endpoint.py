@@ -136,15 +136,12 @@ async def _parse_in_turn(
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
     """A request's body; raises RequestError as soon as it is too large, or when it does not arrive in time."""
-    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
-    if "de3.connection" in scope:  # our connections give a complete body, in time
+    if "de3.connection" in scope:  # our connections give a complete body, within these limits
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        # One that came with its head is read even if it is too large, so that the connection can be reused.
-        if len(message["body"]) > limit:
-            raise too_large
         return bytes(message["body"])
+    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
             raise too_large
