@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import uvicorn
 
 from de3.server.engine.queue import WorkQueue
@@ -73,6 +74,16 @@ class Server:
 
     def classify(self, **body: Any) -> httpx.Response:
         return httpx.post(self.url + "/classify", json=body, timeout=30)
+
+    def described(self, **body: Any) -> dict[str, Any]:
+        """The answer to a request, checked against the schema, which must name every field of it."""
+        answer: dict[str, Any] = self.classify(**body).json()
+        schema = httpx.get(self.url + "/openapi.json").json()
+        for kind in schema["components"]["schemas"].values():
+            kind["additionalProperties"] = False
+        schema["$ref"] = "#/components/schemas/ClassifyResponse"
+        jsonschema.validate(answer, schema)
+        return answer
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""

@@ -15,8 +15,17 @@ from de3.model_store.manifest import Manifest
 from de3.server.engine.work import Item, Job, Outcome, Request, Text
 from de3.server.errors import RequestError
 from de3.server.http import hugging_face, sglang
-from de3.server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
+from de3.server.http.fields import (
+    OptionFields,
+    check_count,
+    check_fields,
+    checked_text,
+    known_fields,
+    load_json,
+    one_or_more,
+)
 from de3.server.http.protocol import Call, Protocol
+from de3.server.http.response import ClassifiedText, ClassifyResponse, PassedExit
 
 
 @dataclass(slots=True, eq=False)
@@ -43,35 +52,20 @@ class Classification(Request):
 
 
 def _texts(value: Any) -> list[Text]:
-    """The texts of `input`, which is one text or pair, or a list of them. Raises ValueError."""
-    if not isinstance(value, list):
-        return [_text(value, "")]
-    if not value:
-        raise ValueError("must not be an empty list; give at least one text")
-    return [_text(item, f"[{i}]") for i, item in enumerate(value)]
+    return one_or_more(value, _text)
 
 
 def _text(value: Any, where: str) -> Text:
-    if isinstance(value, dict):
-        if len(value) != 2 or "text" not in value or "text_pair" not in value:
-            missing = [key for key in ("text", "text_pair") if key not in value]
-            surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # it may have 100,000 fields
-            problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
-            raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
-        return Text(
-            _string(value["text"], f"{where}.text"), _string(value["text_pair"], f"{where}.text_pair")
-        )
-    return Text(_string(value, where))
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-        what = kinds.get(type(value), "null")
-        raise ValueError(f"{where}: must be a text, or an object with text and text_pair; got {what}")
-    if not value.strip():
-        raise ValueError(f"{where}: must not be empty")
-    return value
+    if not isinstance(value, dict):
+        return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
+    if len(value) != 2 or "text" not in value or "text_pair" not in value:
+        missing = [key for key in ("text", "text_pair") if key not in value]
+        surplus = sorted({*islice(value, 6)} - {"text", "text_pair"})  # it may have 100,000 fields
+        problem = f"{' and '.join(missing)} missing" if missing else f"unknown field {surplus[0][:100]!r}"
+        raise ValueError(f"{where}: an object must have exactly text and text_pair: {problem}")
+    return Text(
+        checked_text(value["text"], f"{where}.text"), checked_text(value["text_pair"], f"{where}.text_pair")
+    )
 
 
 class TextPair(BaseModel):
@@ -189,7 +183,7 @@ def _request(fields: ClassifyFields) -> Classification:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """The response's body for a job that is done: one row for each text, in order."""
+    """The body of the response for a job that is done: one row for each text, in order."""
     request = job.request
     if isinstance(request, hugging_face.TaskRequest):
         return hugging_face.serialize(request_id, job)
@@ -197,7 +191,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         return sglang.serialize(request_id, job)
     assert isinstance(request, Classification)
     tokens = job.tokens
-    body: dict[str, Any] = {
+    body: ClassifyResponse = {
         "id": f"classify-{request.id or request_id}",
         "object": "list",
         "created": int(time.time()),
@@ -206,7 +200,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     certificate = job.served.rules.certificate(job.choice)
-    # It speaks of texts that are one window.
+    # It holds for texts that are one window.
     if certificate is not None and not any(item.windows for item in job.items):
         body["certificate"] = certificate
     if request.explain:
@@ -214,32 +208,38 @@ def serialize(request_id: str, job: Job) -> bytes:
     return orjson.dumps(body)
 
 
-def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
+def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
     """The answer to one text."""
-    outcome, manifest = item.outcome, job.model.manifest
+    outcome, labels = item.outcome, job.model.manifest.labels
     assert outcome is not None  # the job is done
     reading, signal = outcome.reading, item.rule.signal
     lam = signal.lam or DISPLAY_LAM
-    row: dict[str, Any] = {
+    row: ClassifiedText = {
         "index": item.index,
-        **_answer(reading, manifest.labels, request.raw),
-        "num_classes": len(manifest.labels),
+        "label": labels[reading.label],
+        "probs": _probs(reading, request.raw),
+        "num_classes": len(labels),
         "exit": {
             "layer": outcome.layer,
-            "num_layers": manifest.num_layers,
+            "num_layers": job.model.manifest.num_layers,
             "reason": outcome.reason,
             "tau": item.rule.tau,
             "signal": signal.name,
             "lambda": signal.lam,
-            **_signals(reading, lam),
+            "score": reading.score,
+            "entropy": reading.entropy,  # NaN, a regression model's, is null in JSON
+            "distance_ratio": reading.distance_ratio,
+            "edr": edr(reading, lam),
         },
     }
+    if reading.value is not None:
+        row["value"] = reading.value
     if reading.labels is not None:
-        row["labels"] = [manifest.labels[k] for k in reading.labels]
+        row["labels"] = [labels[k] for k in reading.labels]
     if request.top_k:
-        values = row["probs"]
+        values = row["probs"] or []
         best = sorted(range(len(values)), key=lambda k: -values[k])[: request.top_k]
-        row["top"] = [{"label": manifest.labels[k], "prob": values[k]} for k in best]
+        row["top"] = [{"label": labels[k], "prob": values[k]} for k in best]
     if outcome.truncated:
         row["truncated"] = True
     if outcome.windows:
@@ -250,42 +250,37 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     if outcome.is_far:
         row["out_of_distribution"] = True
     if request.explain:
-        row["layers"] = [
-            {
-                "layer": r.layer,
-                **_signals(r, lam),
-                **_answer(r, manifest.labels, request.raw),
-                **place,
-            }
-            for r, place in _passed(outcome)
-        ]
+        row["layers"] = _passed_exits(outcome, labels, lam, request.raw)
     return row
 
 
-def _answer(reading: Reading, names: list[str], raw: bool) -> dict[str, Any]:
-    """What one exit answers: a label and probabilities, or a value."""
+def _probs(reading: Reading, raw: bool) -> list[float] | None:
     if reading.value is not None:
-        return {"label": names[0], "value": reading.value, "probs": None}
-    return {"label": names[reading.label], "probs": reading.logits if raw else reading.probs}
+        return None
+    return reading.logits if raw else reading.probs
 
 
-def _passed(outcome: Outcome) -> list[tuple[Reading, dict[str, int]]]:
-    """The reading of every exit passed, and of a text with several windows in which one."""
-    if not outcome.windows:
-        return [(reading, {}) for reading in outcome.passed]
-    return [(r, {"window": n}) for n, window in enumerate(outcome.windows) for r in window.passed]
-
-
-def _signals(reading: Reading, lam: float) -> dict[str, Any]:
-    """The signals of one exit, and the score that was compared with τ."""
-    if reading.value is not None:
-        return {"score": reading.score, "entropy": None, "distance_ratio": None, "edr": None}
-    return {
-        "score": reading.score,
-        "entropy": reading.entropy,
-        "distance_ratio": reading.distance_ratio,
-        "edr": edr(reading, lam),
-    }
+def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) -> list[PassedExit]:
+    """A row for every exit passed; for a text in several windows also the number of the window."""
+    rows: list[PassedExit] = []
+    windows = [window.passed for window in outcome.windows] or [outcome.passed]
+    for number, passed in enumerate(windows):
+        for reading in passed:
+            row: PassedExit = {
+                "layer": reading.layer,
+                "label": labels[reading.label],
+                "probs": _probs(reading, raw),
+                "score": reading.score,
+                "entropy": reading.entropy,
+                "distance_ratio": reading.distance_ratio,
+                "edr": edr(reading, lam),
+            }
+            if reading.value is not None:
+                row["value"] = reading.value
+            if outcome.windows:
+                row["window"] = number
+            rows.append(row)
+    return rows
 
 
 CLASSIFY = Protocol(parse, serialize)

@@ -1,6 +1,7 @@
 """What the protocols share: bodies of JSON, and the fields of the exit options."""
 
 import gc
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Annotated, Any, TypeVar
 
@@ -8,6 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from de3.exits.signals import MAX_LAM, SignalName
+from de3.server.engine.work import Text
 from de3.server.errors import RequestError
 from de3.server.http.protocol import LARGE_BODY_BYTES
 from de3.server.settings import MAX_BUDGET_MS, ExitOptions
@@ -164,6 +166,28 @@ def check_count(texts: Any, field: str, most: int) -> None:
     """Raise RequestError if a list has too many texts, before each is looked at."""
     if isinstance(texts, list) and len(texts) > most:
         raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
+
+
+def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
+    """The texts of a field that is one of them or a list; raises ValueError.
+
+    text_of: makes one of a value and its place in the field, for messages.
+    """
+    if not isinstance(value, list):
+        return [text_of(value, "")]
+    if not value:
+        raise ValueError("must not be an empty list; give at least one text")
+    return [text_of(item, f"[{i}]") for i, item in enumerate(value)]
+
+
+def checked_text(value: Any, where: str, expected: str = "a text") -> str:
+    """A text that is not empty; raises ValueError, whose message begins with its place in the field."""
+    if not isinstance(value, str):
+        kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
+    if not value.strip():
+        raise ValueError(f"{where}: must not be empty")
+    return value
 
 
 def _explain(error: ValidationError, example: str) -> RequestError:

@@ -10,7 +10,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from de3.exits.reading import Reading, read, sigmoid
 from de3.server.engine.work import Item, Job, Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.fields import (
+    OptionFields,
+    check_count,
+    check_fields,
+    checked_text,
+    load_json,
+    one_or_more,
+)
 from de3.server.http.protocol import Call, Protocol
 
 Function = Literal["softmax", "sigmoid", "none"]
@@ -36,23 +43,16 @@ class TaskRequest(Request):
 
 def _inputs(value: Any) -> list[Text]:
     """The texts of `inputs`: a text, {"text", "text_pair"}, or a list of them."""
-    if isinstance(value, list):
-        if not value:
-            raise ValueError("must not be an empty list; give at least one text")
-        return [_text(entry, f"[{i}]") for i, entry in enumerate(value)]
-    return [_text(value, "")]
+    return one_or_more(value, _text)
 
 
 def _text(value: Any, where: str) -> Text:
-    texts = [value]
-    if isinstance(value, dict):
-        if not {"text"} <= value.keys() <= {"text", "text_pair"}:
-            raise ValueError(f"{where}: an object must have text, and may have text_pair")
-        texts = list(value.values()) if len(value) == 1 else [value["text"], value["text_pair"]]
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: a text must be a string that is not empty")
-    return Text(*texts)
+    if not isinstance(value, dict):
+        return Text(checked_text(value, where, "a text, or an object with text"))
+    if not {"text"} <= value.keys() <= {"text", "text_pair"}:
+        raise ValueError(f"{where}: an object must have text, and may have text_pair")
+    text = checked_text(value["text"], f"{where}.text")
+    return Text(text, checked_text(value["text_pair"], f"{where}.text_pair") if len(value) == 2 else None)
 
 
 class Parameters(OptionFields):

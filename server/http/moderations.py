@@ -9,7 +9,14 @@ from pydantic import BeforeValidator, Field
 from de3.model_store.manifest import Manifest
 from de3.server.engine.work import Item, Job, Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.fields import (
+    OptionFields,
+    check_count,
+    check_fields,
+    checked_text,
+    load_json,
+    one_or_more,
+)
 from de3.server.http.protocol import Call, Protocol
 
 
@@ -30,19 +37,13 @@ class ModerationRequest(Request):
 
 def _input(value: Any) -> list[Text]:
     """The texts of `input`: one, or a list of them."""
-    texts = value if isinstance(value, list) else [value]
-    if not texts:
-        raise ValueError("must not be an empty list; give at least one text")
-    for i, text in enumerate(texts):
-        if isinstance(text, dict):
-            raise ValueError(
-                f"[{i}]: must be a text; parts with a type, such as images, cannot be classified"
-            )
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(
-                f"{f'[{i}]' if isinstance(value, list) else ''}: must be a text that is not empty"
-            )
-    return [Text(text) for text in texts]
+    return one_or_more(value, _text)
+
+
+def _text(value: Any, where: str) -> Text:
+    if isinstance(value, dict):
+        raise ValueError(f"{where}: must be a text; parts with a type, such as images, cannot be classified")
+    return Text(checked_text(value, where))
 
 
 class ModerationFields(OptionFields):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from de3.model_store.manifest import Manifest
 from de3.server.engine.work import Job, Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_fields, load_json
+from de3.server.http.fields import OptionFields, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
@@ -186,9 +186,10 @@ def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
 
 
 def _checked(text: Any, name: str, i: int) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"inputs: {name}[{i}]: must be a text that is not empty", "inputs")
-    return text
+    try:
+        return checked_text(text, f"inputs: {name}[{i}]")
+    except ValueError as error:
+        raise RequestError(str(error), "inputs") from None
 
 
 def serialize(_: str, job: Job) -> bytes:

@@ -4,13 +4,11 @@ from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from de3.exits.rule import ExitReason
-from de3.exits.signals import SignalName
 from de3.server.http import errors
 from de3.server.http.classify import ClassifyRequest
+from de3.server.http.response import ClassifyResponse
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
@@ -40,7 +38,7 @@ _REQUESTS = {
     "a long text": {"input": "it begins slowly , and then it does not end . " * 60, "long": "windows"},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
-_ANSWER = {
+_ANSWER: ClassifyResponse = {
     "id": "classify-5f0c9c1d6e9a4c0f8f1b9d1f2a3b4c5d",
     "object": "list",
     "created": 1790000000,
@@ -122,91 +120,6 @@ CLASSIFY: dict[str, Any] = {
 }
 
 
-class Exit(BaseModel):
-    """Where a text exited, and why; of a text with several windows, the last that ran."""
-
-    layer: int = Field(description="0 is the embeddings")
-    num_layers: int
-    reason: ExitReason
-    tau: float
-    signal: SignalName = Field(description="what is compared with tau")
-    lam: float | None = Field(alias="lambda", description="of the signal edr")
-    score: float | None = Field(description="the signal's value at this exit; null if it has none here")
-    entropy: float | None = Field(description="null: a regression model has none")
-    distance_ratio: float | None
-    edr: float | None
-
-
-class PassedExit(BaseModel):
-    """An exit that a text passed, the last of them the one where it left; of each window that ran."""
-
-    layer: int
-    label: str
-    value: float | None = Field(None, description="of a regression model, instead of probs")
-    probs: list[float] | None
-    score: float | None
-    entropy: float | None
-    distance_ratio: float | None
-    edr: float | None
-    window: int | None = Field(None, description="of a text with several windows: in which one, from 0")
-
-
-class Windows(BaseModel):
-    """The windows of a text that is longer than the model takes."""
-
-    run: int = Field(description="how many ran until the answer was settled")
-    of: int = Field(description="how many the text has")
-    layers: list[int] = Field(description="where each one that ran exited")
-
-
-class TopLabel(BaseModel):
-    """One of the most probable labels."""
-
-    label: str
-    prob: float
-
-
-class ClassifiedText(BaseModel):
-    """The answer to one text."""
-
-    index: int
-    label: str
-    value: float | None = Field(None, description="the answer of a regression model")
-    probs: list[float] | None = Field(
-        description="in the order of the model's labels; null: a regression model has none"
-    )
-    num_classes: int
-    exit: Exit
-    labels: list[str] = Field([], description="of a multi-label model: those above their threshold")
-    top: list[TopLabel] = Field([], description="with top_k: the most probable labels, in this order")
-    truncated: bool = Field(False, description="whether the text was cut")
-    windows: Windows | None = Field(None, description="with long: windows, of a text that has several")
-    ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")
-    out_of_distribution: bool = Field(False, description="whether it was far from every prototype at an exit")
-    layers: list[PassedExit] = Field([], description="with explain: every exit passed")
-
-
-class Usage(BaseModel):
-    """Tokens of all texts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ClassifyResponse(BaseModel):
-    """The answer to a request: a row for each text, in order."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    data: list[ClassifiedText]
-    usage: Usage
-
-
 class ServedModel(BaseModel):
     """A served version of a model; further fields describe its role, defaults and calibration."""
 
@@ -281,9 +194,10 @@ def document(app: FastAPI) -> None:
 
 
 def _improve(schema: dict[str, Any]) -> None:
-    models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse]
-    models += ERRORS.values()
-    _, ours = models_json_schema([(model, "validation") for model in models], ref_template=REF)
+    types: list[Any] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse, *ERRORS.values()]
+    _, ours = TypeAdapter.json_schemas(
+        [(each, "validation", TypeAdapter(each)) for each in types], ref_template=REF
+    )
     components = schema.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which the server never sends
         components.pop(name, None)

@@ -7,7 +7,7 @@ import orjson
 from pydantic import BeforeValidator, Field
 
 from de3.server.engine.work import Item, Job, Request, Text
-from de3.server.http.fields import OptionFields, check_count, check_fields
+from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, one_or_more
 
 
 @dataclass(slots=True, eq=False)
@@ -24,15 +24,9 @@ class LogitsRequest(Request):
 
 
 def _texts(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `text`, which is one or a list of them, and whether they are a batch."""
-    is_batch = isinstance(value, list)
-    texts = value if is_batch else [value]
-    if not texts:
-        raise ValueError("must not be an empty list; give at least one text")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{f'[{i}]' if is_batch else ''}: must be a text that is not empty")
-    return [Text(text) for text in texts], is_batch
+    """The texts of `text`, which is one or a list of them; and whether they are a batch."""
+    texts = one_or_more(value, lambda text, where: Text(checked_text(text, where)))
+    return texts, isinstance(value, list)
 
 
 class LogitsFields(OptionFields):

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from de3.exits.reading import Reading, sigmoid
 from de3.server.engine.work import Item, Job, Request, Text
 from de3.server.errors import Cause, RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
@@ -51,10 +51,7 @@ def _inputs(value: Any) -> tuple[list[Text], bool]:
 def _text(entry: Any, where: str) -> Text:
     if not isinstance(entry, list) or not 1 <= len(entry) <= 2:
         raise ValueError(f"{where}: must be a list of one text, or of two for a pair")
-    for text in entry:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: a text must be a string that is not empty")
-    return Text(*entry)
+    return Text(*(checked_text(text, where) for text in entry))
 
 
 class PredictFields(OptionFields):

@@ -1,0 +1,121 @@
+"""The response of /classify: mypy checks the serializer against it, and /openapi.json is made from it."""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
+
+from de3.exits.rule import ExitReason
+from de3.exits.signals import SignalName
+
+
+class Signals(TypedDict):
+    """The signals at one exit."""
+
+    score: Annotated[
+        float | None, Field(description="the signal that is compared with tau; null if it has none here")
+    ]
+    entropy: Annotated[float | None, Field(description="null for a regression model")]
+    distance_ratio: Annotated[float | None, Field(description="null at an exit without prototypes")]
+    edr: Annotated[float | None, Field(description="null at an exit without prototypes")]
+
+
+class Answer(TypedDict):
+    """The answer at one exit."""
+
+    label: str
+    value: NotRequired[Annotated[float, Field(description="the answer of a regression model")]]
+    probs: Annotated[
+        list[float] | None,
+        Field(description="in the order of the model's labels; null for a regression model"),
+    ]
+
+
+_Lambda = TypedDict("_Lambda", {"lambda": Annotated[float | None, Field(description="of the signal edr")]})
+
+
+class Exit(Signals, _Lambda):
+    """Where a text exited, and why; of a text in several windows, the exit of the last one that ran."""
+
+    layer: Annotated[int, Field(description="0 is the embeddings")]
+    num_layers: int
+    reason: ExitReason
+    tau: float
+    signal: Annotated[SignalName, Field(description="compared with tau")]
+
+
+class PassedExit(Signals, Answer):
+    """An exit that a text passed; the last one is where it exited."""
+
+    layer: int
+    window: NotRequired[Annotated[int, Field(description="number of the window, of a text in several")]]
+
+
+class Windows(TypedDict):
+    """The windows of a text that is longer than the model takes."""
+
+    run: Annotated[int, Field(description="how many ran until the answer was settled")]
+    of: Annotated[int, Field(description="how many the text has")]
+    layers: Annotated[list[int], Field(description="where each one that ran exited")]
+
+
+class TopLabel(TypedDict):
+    """One of the most probable labels."""
+
+    label: str
+    prob: float
+
+
+class ClassifiedText(Answer):
+    """The answer to one text."""
+
+    index: int
+    num_classes: int
+    exit: Exit
+    labels: NotRequired[
+        Annotated[list[str], Field(description="of a multi-label model: those above their threshold")]
+    ]
+    top: NotRequired[
+        Annotated[list[TopLabel], Field(description="with top_k: the most probable labels, in order")]
+    ]
+    truncated: NotRequired[Annotated[bool, Field(description="the text was cut")]]
+    windows: NotRequired[
+        Annotated[Windows, Field(description="with long: windows, of a text that has several")]
+    ]
+    ood_score: NotRequired[
+        Annotated[float | None, Field(description="with ood: near 1 for texts unlike the calibration's")]
+    ]
+    out_of_distribution: NotRequired[
+        Annotated[bool, Field(description="the text was far from every prototype at an exit")]
+    ]
+    layers: NotRequired[Annotated[list[PassedExit], Field(description="with explain: every exit passed")]]
+
+
+class Usage(TypedDict):
+    """Tokens of all texts."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class ClassifyResponse(TypedDict):
+    """The answer to a request: a row for each text, in order."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: Annotated[str, Field(description="name:version")]
+    data: list[ClassifiedText]
+    usage: Usage
+    certificate: NotRequired[
+        Annotated[
+            dict[str, Any],
+            Field(description="with max_disagreement: the certified bound of the disagreement"),
+        ]
+    ]
+    tau_choice: NotRequired[
+        Annotated[
+            dict[str, Any], Field(description="with explain: how tau was chosen, and what is expected of it")
+        ]
+    ]
