@@ -12,7 +12,9 @@ from de3.exits.reading import Reading
 from de3.exits.signals import edr
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
-from de3.server.engine.work import Item, Job, Outcome, Request, Text
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.http import hugging_face, sglang
 from de3.server.http.fields import (
@@ -201,7 +203,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     }
     certificate = job.served.rules.certificate(job.choice)
     # It holds for texts that are one window.
-    if certificate is not None and not any(item.windows for item in job.items):
+    if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
         body["certificate"] = certificate
     if request.explain:
         body["tau_choice"] = job.choice.row()
@@ -212,7 +214,7 @@ def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
     """The answer to one text."""
     outcome, labels = item.outcome, job.model.manifest.labels
     assert outcome is not None  # the job is done
-    reading, signal = outcome.reading, item.rule.signal
+    reading, rule, signal = outcome.reading, outcome.rule, outcome.rule.signal
     lam = signal.lam or DISPLAY_LAM
     row: ClassifiedText = {
         "index": item.index,
@@ -223,7 +225,7 @@ def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
             "layer": outcome.layer,
             "num_layers": job.model.manifest.num_layers,
             "reason": outcome.reason,
-            "tau": item.rule.tau,
+            "tau": rule.tau,
             "signal": signal.name,
             "lambda": signal.lam,
             "score": reading.score,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import from_json
 
 from de3.exits.signals import MAX_LAM, SignalName
-from de3.server.engine.work import Text
+from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.http.protocol import LARGE_BODY_BYTES
 from de3.server.settings import MAX_BUDGET_MS, ExitOptions
