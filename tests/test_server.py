@@ -354,7 +354,9 @@ def test_the_schema_describes_answers(store: Path) -> None:
         "ClassifiedText": {"value", "labels"},
         "PassedExit": {"value"},
     }
-    assert {field.name for field in fields(Exit)} - {"lam"} | {"lambda"} == schemas["Exit"]["properties"].keys()
+    assert {field.name for field in fields(Exit)} - {"lam"} | {"lambda"} == schemas["Exit"][
+        "properties"
+    ].keys()
 
 
 def test_server_timing_adds_up(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""Every panel of the dashboards, with its PromQL. Dashboards, pictures and tests are made from this."""
+"""Every panel of the dashboards, with its PromQL: the source of dashboards, pictures and tests."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ DRIFTED = 0.25  # population stability index: by convention, above it the texts 
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and the name of its result; {{label}} stands for a label's value."""
+    """A PromQL expression and the legend of its result; {{label}} stands for a label's value."""
 
     expr: str
     legend: str = ""
@@ -23,7 +23,7 @@ class Panel:
 
     Attributes:
         kind: stat (one number for the time range), lines, stack, or heatmap (of a histogram's buckets).
-        unit: Grafana's name of it.
+        unit: as Grafana names it.
         width: in columns, of 24.
         least, most: range of the axis; None: from the data.
         limit: a threshold, drawn as a line.
@@ -91,7 +91,7 @@ def _accuracy(window: str = R) -> str:
 
 
 def _share(metric: str, window: str = R) -> str:
-    """The share of the texts that left."""
+    """The share of the classified texts."""
     return f"{_sum(metric, window=window)} / {_sum('de3_exit_layer_count', window=window)}"
 
 
@@ -107,7 +107,7 @@ _ACCURACY = Panel(
     "Expected accuracy",
     "lines",
     "percentunit",
-    "Accuracy by the calibration: of texts answered with a τ of the calibration table, and at full depth.",
+    "Accuracy by the calibration: for texts answered with a τ of the calibration table, and at full depth.",
     (
         Query(_accuracy(), "as answered"),
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
@@ -121,9 +121,9 @@ _PROMISE = (
         "Measured disagreement",
         "lines",
         "percentunit",
-        "Share of texts whose answer differs from full depth at the τ in force, as audits of live traffic measured it, "
-        "with its bounds at 95% confidence; and what is promised. The promise is broken where the lower bound is above "
-        "it. Of several replicas, the highest value of each.",
+        "Share of texts whose answer differs from full depth at the τ in force, measured by audits of live traffic, "
+        "with bounds at 95% confidence, and the promise. The promise is broken where the lower bound is above it. "
+        "With several replicas: the highest value of each.",
         (
             Query(f"max by (model) (de3_audit_disagreement{M})", "measured {{model}}"),
             Query(f"max by (model) (de3_audit_disagreement_lower{M})", "lower bound {{model}}"),
@@ -136,16 +136,16 @@ _PROMISE = (
         "τ by reason",
         "lines",
         "none",
-        "τ for requests that choose nothing, and why. With a guarantee: start, calibrated, evidence (audits raised "
-        "it), recent (lowered, as recent audits want it), change (the rate had risen) or reset (by an admin). "
-        "Without: the setting.",
+        "τ for requests that name no target of their own, and its reason. With a guarantee: start, calibrated, "
+        "evidence (audits raised it), recent (recent audits lowered it), change (the disagreement rose) or reset "
+        "(by an admin). Without a guarantee: the setting.",
         (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
     ),
     Panel(
         "Audits",
         "lines",
         "none",
-        "Texts audited per second, and audits that wait for idle time.",
+        "Texts audited per second, and audits pending until there is idle time.",
         (
             Query(_sum("de3_audit_texts_total"), "audits/s"),
             Query(f"sum(de3_audit_pending_texts{M})", "pending"),
@@ -156,7 +156,7 @@ _PROMISE = (
         "Share and cost of audits",
         "lines",
         "percentunit",
-        "Probability with which the next text is audited; and the audits' share of all model time.",
+        "Probability that the next text is audited, and the audits' share of all model time.",
         (
             Query(f"max by (model) (de3_audit_share{M})", "of texts {{model}}"),
             Query(
@@ -172,9 +172,8 @@ _PROMISE = (
         "Resets",
         "lines",
         "none",
-        "Times that what audits had measured became void. change: the rate at the τ that was proved "
-        "had risen above the promise; reset: by an "
-        "admin.",
+        "Times that the results of audits were discarded. change: the disagreement at the proven τ rose above the "
+        "promise; reset: by an admin.",
         (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
         width=8,
     ),
@@ -206,7 +205,7 @@ SPEED_UP = Dashboard(
             "Expected accuracy",
             "percentunit",
             _accuracy("[$__range]"),
-            "By the calibration, of texts answered with a τ of the calibration table.",
+            "By the calibration, for texts answered with a τ of the calibration table.",
         ),
         Panel(
             "Speed-up over full depth",
@@ -223,7 +222,7 @@ SPEED_UP = Dashboard(
             "Mean exit layer",
             "lines",
             "none",
-            "Mean layer at which texts left. Layer 0 is the exit on the embeddings.",
+            "Mean layer at which texts exited. Layer 0 is the exit on the embeddings.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_sum', 'model')} / {_sum('de3_exit_layer_count', 'model')}",
@@ -235,7 +234,7 @@ SPEED_UP = Dashboard(
             "Exit layers",
             "heatmap",
             "percentunit",
-            "Share of the texts that left at each layer.",
+            "Share of the texts that exited at each layer.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_bucket', 'le')} / scalar({_sum('de3_exit_layer_count')})",
@@ -311,7 +310,7 @@ LATENCY = Dashboard(
             "Request latency",
             "lines",
             "s",
-            "From a request's head to its response or time-out; and the objective, if set (--slo-p99-ms).",
+            "From a request's head to its response or time-out, and the objective, if set (--slo-p99-ms).",
             (
                 *_quantiles("de3_request_latency_seconds"),
                 Query("max(de3_latency_objective_seconds)", "objective"),
@@ -335,7 +334,7 @@ LATENCY = Dashboard(
             for stage, title, what in (
                 ("queue", "Queue time", "Time that a text waits for an engine thread."),
                 ("tokenize", "Tokenizing time", "Time to tokenize a text."),
-                ("model", "Model time", "Time of a text in the model, to the layer at which it left."),
+                ("model", "Model time", "Time of a text in the model, up to its exit."),
             )
         ),
         Panel(
@@ -402,7 +401,7 @@ QUALITY = Dashboard(
             "Entropy at exit",
             "lines",
             "none",
-            "Normalized entropy at the exit where a text left. 0: certain; 1: uniform.",
+            "Normalized entropy at a text's exit. 0: certain; 1: uniform.",
             _quantiles("de3_exit_entropy"),
             most=1,
         ),
@@ -418,7 +417,7 @@ QUALITY = Dashboard(
             "Drift (PSI)",
             "lines",
             "none",
-            "Population stability index: the last 500 texts at the first exit against the calibration.",
+            "Population stability index of the last 500 texts at the first exit, against the calibration.",
             (Query('max by (signal) (de3_drift{model=~"$model", statistic="psi"})', "{{signal}}"),),
             limit=DRIFTED,
         ),
@@ -458,7 +457,7 @@ QUALITY = Dashboard(
         *_PROMISE,
     ),
 )
-# Accuracy is shown beside speed, too.
+# Accuracy is shown beside the speed-up, too.
 SPEED_UP = Dashboard(SPEED_UP.uid, SPEED_UP.title, (*SPEED_UP.panels, _ACCURACY))
 
 DASHBOARDS = (SPEED_UP, LATENCY, QUALITY)

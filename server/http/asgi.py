@@ -1,4 +1,4 @@
-"""Requests of a connection as an ASGI application receives and answers them."""
+"""Passes the requests of a connection to an ASGI application."""
 
 import logging
 from collections.abc import Coroutine
@@ -13,7 +13,7 @@ log = logging.getLogger("de3")
 
 
 def handler(app: ASGIApp) -> Handler:
-    """Answers the requests of connections by an application."""
+    """A handler that passes requests to an application."""
 
     def handle(connection: Connection, scope: Scope, body: bytes | RequestError) -> Coroutine[Any, Any, None]:
         return AsgiRequest(connection, scope, body).run(app)
@@ -22,7 +22,7 @@ def handler(app: ASGIApp) -> Handler:
 
 
 class AsgiRequest:
-    """The messages of one request; writes the response to the connection."""
+    """The ASGI messages of one request; writes the response to the connection."""
 
     __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start")
 
@@ -38,7 +38,7 @@ class AsgiRequest:
         """Run the application."""
         try:
             await app(self._scope, self.receive, self.send)
-        except Exception:  # the framework raises it again after its response of 500
+        except Exception:  # the framework re-raises it after responding with 500
             log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
         finally:
             if not self._over:
@@ -46,9 +46,9 @@ class AsgiRequest:
                 self._connection.abort()  # in the middle of a response
 
     async def receive(self) -> Message:
-        """The complete body; after that, the disconnect, once the response is written or the client is gone.
+        """The complete body; after that, a disconnect once the response is written or the client is gone.
 
-        Raises RequestError where the body could not be read.
+        Raises RequestError if the body could not be read.
         """
         body, self._body = self._body, None
         if isinstance(body, RequestError):
@@ -60,7 +60,7 @@ class AsgiRequest:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Write the response's head or a part of its body; waits while the client does not read."""
+        """Write the head or a part of the body of the response; waits while the client does not read."""
         connection = self._connection
         if message["type"] == "http.response.start":
             self._start = message

@@ -32,12 +32,12 @@ from de3.server.http.response import ClassifiedText, ClassifyResponse, PassedExi
 
 @dataclass(slots=True, eq=False)
 class Classification(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
         id: the client's, for the response's id.
-        raw: logits instead of probabilities.
-        top_k: how many of the most probable labels to name besides; 0: none.
+        raw: respond with logits instead of probabilities.
+        top_k: number of the most probable labels to list; 0: none.
     """
 
     id: str | None = None
@@ -45,7 +45,7 @@ class Classification(Request):
     top_k: int = 0
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for a ranking of labels that the model has not."""
+        """Raise RequestError if labels are to be ranked and the model has none."""
         if self.top_k and manifest.tolerance is not None:
             raise RequestError(
                 f"top_k: {manifest.name}:{manifest.version} is a regression model: it has no labels to rank",
@@ -79,7 +79,7 @@ class TextPair(BaseModel):
     text_pair: str
 
 
-# For the schema; `_texts` does the work, without a model for each text.
+# For the schema only: `_texts` checks values, without a pydantic model for each text.
 OneText = Annotated[str, Field(min_length=1)] | TextPair
 OneOrMore = OneText | Annotated[list[OneText], Field(min_length=1)]
 Long = Literal["truncate", "windows", "error"]
@@ -90,8 +90,8 @@ class ClassifyFields(OptionFields):
 
     model: str | None = Field(
         None,
-        description="name (its current version, or a canary) or name:version; required where several models are "
-        "served and none of them is the default",
+        description="name (its current version, or a canary) or name:version; required if several models are "
+        "served and none is the default",
     )
     input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"
@@ -103,7 +103,9 @@ class ClassifyFields(OptionFields):
         "overlapping windows until their combined answer is settled), or error",
     )
     explain: bool = Field(False, description="report every exit passed")
-    ood: bool = Field(False, description="report how unlike the calibration's texts a text is, as ood_score")
+    ood: bool = Field(
+        False, description="report how far a text is from the calibration's texts, as ood_score"
+    )
 
     @model_validator(mode="after")
     def _check_long(self) -> "ClassifyFields":
@@ -122,15 +124,17 @@ class ClassifyFields(OptionFields):
 class ClassifyRequest(ClassifyFields):
     """A request to classify one or more texts."""
 
-    raw: bool = Field(False, description="logits in probs, instead of probabilities")
-    top_k: int | None = Field(None, ge=1, description="report so many of the most probable labels, as top")
+    raw: bool = Field(False, description="logits in probs instead of probabilities")
+    top_k: int | None = Field(None, ge=1, description="report this many of the most probable labels, as top")
     request_id: str | None = Field(None, max_length=128, description="for the response's id")
-    use_activation: bool | None = Field(None, description="false: as raw")
+    use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
     truncate_prompt_tokens: Literal[-1] | None = Field(
-        None, description="accepted; texts are cut to what the model takes"
+        None, description="accepted; texts are truncated to what the model takes"
     )
-    truncation_side: Literal["right"] | None = Field(None, description="accepted; texts are cut at their end")
+    truncation_side: Literal["right"] | None = Field(
+        None, description="accepted; texts are truncated at their end"
+    )
     add_special_tokens: Literal[True] | None = Field(None, description="accepted; the model needs them")
     user: Any = Field(None, description="accepted and ignored")
     rid: Any = Field(None, description="accepted and ignored")
@@ -140,14 +144,14 @@ class ClassifyRequest(ClassifyFields):
     mm_processor_kwargs: Any = Field(None, description="accepted and ignored")
 
 
-DISPLAY_LAM = 1.0  # of the EDR that is reported beside another signal
+DISPLAY_LAM = 1.0  # λ of the EDR that is reported beside another signal
 EXAMPLE = '{"input": "a text"}'
-OFTEN = frozenset(known_fields(ClassifyFields))
+COMMON_FIELDS = frozenset(known_fields(ClassifyFields))
 IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_processor_kwargs"})
 
 
 def parse(call: Call) -> Request:
-    """The request in a call; raises RequestError for what is not JSON or has a wrong value."""
+    """The request in a call; raises RequestError if it is not JSON or has a wrong value."""
     value = load_json(call.body)
     if isinstance(value, dict):
         if "input" not in value:
@@ -156,7 +160,7 @@ def parse(call: Call) -> Request:
             if "text" in value:
                 return sglang.request_of(value, call.max_texts)
         check_count(value.get("input"), "input", call.max_texts)
-        if not value.keys() <= OFTEN:
+        if not value.keys() <= COMMON_FIELDS:
             return _with_all_fields(value)
     return _request(check_fields(ClassifyFields, value, EXAMPLE))
 
@@ -185,7 +189,7 @@ def _request(fields: ClassifyFields) -> Classification:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """The body of the response for a job that is done: one row for each text, in order."""
+    """The body of the response for a finished job: one row for each text, in order."""
     request = job.request
     if isinstance(request, hugging_face.TaskRequest):
         return hugging_face.serialize(request_id, job)
@@ -213,7 +217,7 @@ def serialize(request_id: str, job: Job) -> bytes:
 def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
     """The answer to one text."""
     outcome, labels = item.outcome, job.model.manifest.labels
-    assert outcome is not None  # the job is done
+    assert outcome is not None  # the job is finished
     reading, rule, signal = outcome.reading, outcome.rule, outcome.rule.signal
     lam = signal.lam or DISPLAY_LAM
     row: ClassifiedText = {

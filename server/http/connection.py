@@ -1,9 +1,9 @@
-"""HTTP/1.1 for one client, under limits: the protocol that uvicorn runs for each connection.
+"""HTTP/1.1 for one client, with limits: the protocol that uvicorn creates for each connection.
 
-One request at a time: pipelined requests stay unparsed until the response before them is written and read.
-The application starts when a request is complete, so that an unfinished body occupies a connection and
-nothing else. Every part of a request is limited in raw bytes and in time. A connection on which a request
-cannot be read to its end is closed once the response is sent.
+One request at a time: pipelined requests stay unparsed until the previous response is written and read. The
+application starts when a request is complete, so an unfinished body occupies a connection and nothing else.
+Every part of a request is limited in bytes and in time. If a request cannot be read to its end, the
+connection is closed after the response.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from de3.server.http import errors
 from de3.server.http.listener import BODY, HEAD, LINGER, RESPONSE, BaseConnection, Listener
 from de3.server.http.parser import RequestParser
 
-MAX_PIPELINED_BYTES = 16 * 1024  # read before the response is written: more stays in the system's buffers
-MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending sees the response
+MAX_PIPELINED_BYTES = 16 * 1024  # buffered during a response; more stays in the kernel's buffers
+MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending gets the response
 SOCKET_BUFFER_BYTES = 2**16
-WRITE_BUFFER_BYTES = 2**14  # of a response: a client with more unread counts as one that does not read
+WRITE_BUFFER_BYTES = 2**14  # a client with more unread bytes counts as one that does not read
 MIN_READ_PAUSE_S = 0.001  # a shorter pause is not worth a timer
 HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
@@ -37,13 +37,11 @@ _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
 
 
 class Connection(BaseConnection, asyncio.Protocol):
-    """The connection of a client.
-
-    It is in a request's scope as `de3.connection`.
+    """One client's connection, which the scope of its requests holds as `de3.connection`.
 
     Attributes:
-        on_gone: called when the client closes the connection; the endpoint sets it, because to wait for ASGI's
-            disconnect message would cost a task for each request.
+        on_gone: called when the client disconnects. The endpoint sets it, because waiting for ASGI's disconnect
+            message would cost a task for each request.
     """
 
     on_gone: Callable[[], None] | None = None
@@ -57,7 +55,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """uvicorn gives what follows the handler."""
+        """uvicorn passes the arguments after the handler."""
         super().__init__(_loop or asyncio.get_running_loop())
         self._listener, self._handle, self._root_path = listener, handle, config.root_path
         self._server_state, self._app_state = server_state, app_state
@@ -65,7 +63,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._parser = RequestParser()
         self.deadline = self.opened_at + HEAD_TIMEOUT_S
         self._reading_paused = False
-        self._awaits_turn = False  # for a pipelined request
+        self._awaits_turn = False  # to parse a pipelined request
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set once the client reads again
         self._closing = False  # after the current response
@@ -83,7 +81,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
         self.address = self._listener.gate.address(self._peer)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
-        # The system would let each connection grow to megabytes.
+        # By default the kernel buffers up to megabytes for each connection.
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
@@ -91,13 +89,13 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._listener.opened(self)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Tell the endpoint, and release everything."""
+        """Notify the endpoint and release everything."""
         self._gone = True
         self._server_state.connections.discard(self)
         self._listener.closed(self)
         self._release()
         self.deadline = self.write_deadline = inf
-        self._scope = {}  # which refers back to this
+        self._scope = {}  # it refers back to this connection
         if self.on_gone is not None:
             self.on_gone()
         if self._resumed is not None:
@@ -105,20 +103,20 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._end_response()
 
     def shutdown(self) -> None:
-        """Close now if there is no request, else after its response."""
+        """Close now, or after the response to the current request."""
         if self.state in (BODY, RESPONSE):
             self._closing = True
         else:
             self._close()
 
     def pause_writing(self) -> None:
-        """The client does not read: start its time-out."""
+        """Start the time-out of a client that does not read."""
         self._resumed = asyncio.Event()
         self.write_deadline = monotonic() + WRITE_TIMEOUT_S
         self._listener.paused(self)
 
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Go on: the client reads again."""
         if self._resumed is not None:
             self._resumed.set()
             self._resumed = None
@@ -151,7 +149,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self.state, self.deadline = state, monotonic() + seconds
 
     def expire(self, now: float) -> None:
-        """End whatever is past its deadline."""
+        """Close the connection or refuse its request, as a deadline has passed."""
         if self.write_deadline < now or self.state == LINGER:
             self.abort()
         elif self.state == BODY:
@@ -162,7 +160,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Close once what was written is sent; abort if that takes too long."""
+        """Close once everything written is sent; abort if that takes too long."""
         self.deadline = inf
         self.write_deadline = min(self.write_deadline, monotonic() + WRITE_TIMEOUT_S)
         self._transport.close()
@@ -173,7 +171,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.abort()
 
     def _linger(self) -> None:
-        """Close, after a client that is still sending had time to see the response."""
+        """Close, after giving a client that is still sending time to read the response."""
         self._release()
         self._parser.data = b""
         self._wait(LINGER, LINGER_S)
@@ -213,11 +211,11 @@ class Connection(BaseConnection, asyncio.Protocol):
         except HttpParserUpgrade:
             self._refuse(405, "CONNECT is not allowed; see /docs")
         except (HttpParserError, ValueError) as error:
-            reason = str(error.__context__ or error)[:200]  # httptools wraps what callbacks raise
+            reason = str(error.__context__ or error)[:200]  # httptools wraps exceptions of callbacks
             self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
 
     def _begin(self) -> None:
-        """A head is complete: wait for its body, or start now. Raises ValueError or HttpParserError."""
+        """Wait for the body, or start now if none is needed. Raises ValueError or HttpParserError."""
         parser = self._parser
         url = parse_url(parser.url)
         raw_path = url.path or b"/"  # an absolute URL may have none
@@ -251,7 +249,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             refusal = error
         if parser.length > self._listener.max_body_bytes:
             refusal = refusal or self._too_large()
-        # A body that was received already is read in any case, so that the connection can be reused.
+        # A body that has already arrived is read in any case, so that the connection can be reused.
         if (client is None or refusal) and not 0 <= parser.length <= len(parser.data):
             self._start(refusal or b"")
             return
@@ -261,7 +259,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _read_body(self) -> None:
-        """Parse what was received of a body. Raises RequestError, ValueError or HttpParserError."""
+        """Parse the received part of a body. Raises RequestError, ValueError or HttpParserError."""
         parser, received = self._parser, len(self._parser.data)
         size = parser.parse_body()
         if parser.size > self._listener.max_body_bytes:
@@ -307,14 +305,14 @@ class Connection(BaseConnection, asyncio.Protocol):
     # Responding
 
     def _start(self, body: bytes | RequestError) -> None:
-        """Handle a request, given its body or why that was not read."""
+        """Start the handler, given the body or the error that prevented reading it."""
         self.state, self.deadline = RESPONSE, inf
         task = self.loop.create_task(self._handle(self, self._scope, body))
         self._server_state.tasks.add(task)
         task.add_done_callback(self._server_state.tasks.discard)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Refuse what is not HTTP, and close."""
+        """Refuse input that is not HTTP, and close."""
         self._listener.gate.malformed()
         error = errors.plain_response(status, message)
         self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
@@ -357,11 +355,11 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._response_end.set_result(None)
 
     def responded(self) -> None:
-        """The response is written: go on to the next request, or close."""
+        """Go on to the next request, or close; called when the response is written."""
         self._server_state.total_requests += 1
         self.responses += 1
         self._end_response()
-        if self._gone or self._transport.is_closing():  # aborted meanwhile, as it did not read
+        if self._gone or self._transport.is_closing():  # aborted, because the client did not read
             return
         if self.keeps_alive:
             self._release()
@@ -376,19 +374,19 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._linger()
 
     def _take_turn(self) -> None:
-        """It is this connection's turn for a pipelined request."""
+        """Parse a pipelined request: its turn has come."""
         self._awaits_turn = False
         if self.state == HEAD:
             self._wait(HEAD, HEAD_TIMEOUT_S)
             self._resume_parsing()
 
     def _resume_parsing(self) -> None:
-        """Parse what was received meanwhile, unless the client must read first."""
+        """Parse the data received in the meantime, unless the client must read first."""
         if self.state not in (HEAD, BODY) or self._resumed is not None or self._transport.is_closing():
             return
         self._resume_reading()
         self._advance()
 
 
-# Answers a request of a connection, given its scope, and its body or why that was not read (asgi.py).
+# Answers a request, given its scope, and its body or the error that prevented reading it (asgi.py).
 Handler = Callable[[Connection, Scope, bytes | RequestError], Coroutine[Any, Any, None]]

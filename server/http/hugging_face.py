@@ -1,5 +1,5 @@
-"""The protocol of Hugging Face's text-classification task: POST / for InferenceClient(base_url), and bodies
-with `inputs` on /classify."""
+"""The protocol of Hugging Face's text-classification task: POST /, as InferenceClient(base_url) sends it, and
+bodies with `inputs` on /classify."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,13 +26,13 @@ Function = Literal["softmax", "sigmoid", "none"]
 
 @dataclass(slots=True, eq=False)
 class TaskRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
-        is_nested: whether the response is a list with an entry for each text.
-        top_k: the number of labels; None: all.
-        function: of the logits, for the scores; None: the model's, sigmoid for a multi-label model, none for a
-            regression model, else softmax.
+        is_nested: the response is a list with an entry for each text.
+        top_k: maximum number of labels; None: all.
+        function: turns logits into scores; None: the model's (sigmoid for a multi-label model, none for a
+            regression model, else softmax).
     """
 
     input_name: ClassVar[str] = "inputs"
@@ -57,21 +57,21 @@ def _text(value: Any, where: str) -> Text:
 
 
 class Parameters(OptionFields):
-    """`parameters`; the exit options are ours."""
+    """`parameters`; the exit options are an extension."""
 
-    top_k: int | None = Field(None, ge=1, description="most labels of a text")
+    top_k: int | None = Field(None, ge=1, description="maximum number of labels of a text")
     function_to_apply: Function | None = Field(
-        None, description="softmax unless set, of a multi-label model sigmoid, of a regression model none"
+        None, description="default: softmax; sigmoid for a multi-label model, none for a regression model"
     )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
-        True, description="cut texts that are too long instead of refusing them"
+        True, description="truncate texts that are too long instead of refusing them"
     )
     padding: Any = Field(None, description="accepted and ignored")
     max_length: Any = Field(None, description="accepted and ignored")
 
 
 class TaskFields(BaseModel):
-    """A body of the task."""
+    """The body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -86,10 +86,12 @@ def parse(call: Call) -> Request:
 
 
 def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
-    """The request in a JSON value; raises RequestError. nests_one: also the response for a single text is a
-    list with an entry for each text."""
+    """The request in a JSON value; raises RequestError.
+
+    nests_one: the response is a list with an entry for each text even if the request has a single text.
+    """
     if isinstance(value, dict):
-        value.pop("options", None)  # of the hosted API, as use_cache
+        value.pop("options", None)  # of the hosted API, such as use_cache
         check_count(value.get("inputs"), "inputs", max_texts)
     fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
@@ -112,7 +114,7 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     scores = _apply(request.function, item.outcome.reading)
     ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
     return [{"label": label, "score": score} for score, label in ranked[: request.top_k]]

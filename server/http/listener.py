@@ -11,14 +11,13 @@ from starlette.types import Scope
 
 from de3.server.shares import Shares
 
-MAX_UNREAD_BYTES = 2**26  # of responses that clients do not read, on all connections
-# Of bodies that do not arrive in one piece, on all connections: reading them takes a fifth of the event
-# loop's time.
+MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
+# Reading rate of bodies that arrive in pieces, over all connections: a fifth of the event loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
-PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, on all connections
+PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_ADDRESS_RATIO = 8  # of an address's connections to those that are left for others
-EVICTION_SAMPLE = 256  # connections among which the one to evict is chosen
+MAX_ADDRESS_RATIO = 8  # connections of one address to those that are still free
+EVICTION_SAMPLE = 256  # connections from which the one to evict is chosen
 
 
 # A connection awaits a head, a body, the application's response, or that the client closes.
@@ -41,7 +40,7 @@ class Gate(Protocol):
         """Count a request that is not HTTP."""
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed at a limit."""
+        """Count a connection that was closed because of a limit."""
 
 
 class BaseConnection(ABC):
@@ -67,7 +66,7 @@ class BaseConnection(ABC):
 
     @abstractmethod
     def expire(self, now: float) -> None:
-        """End whatever is past its deadline."""
+        """Close the connection or refuse its request, as a deadline has passed."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -101,10 +100,10 @@ class Listener:
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def opened(self, connection: BaseConnection) -> None:
-        """Count a connection; evict one if its address has more than MAX_ADDRESS_RATIO times as many as are left.
+        """Count a connection; evict one if its address has over MAX_ADDRESS_RATIO times as many as are free.
 
-        The victim is a connection without a request in progress, of the address that has the most; first those
-        on which nothing was answered yet, first the oldest. If there is none, it is the new one.
+        The victim, possibly the new connection, has no request in progress. It belongs to the address with the
+        most connections; connections without an answered request go first, then the oldest.
         """
         self.connections.add(connection)
         mine = self._by_address.setdefault(connection.address, set())
@@ -132,7 +131,7 @@ class Listener:
             del self._by_address[connection.address]
 
     def wait_to_read(self, size: int) -> float:
-        """Seconds to wait, after so many bytes of a body, before more of it is read."""
+        """Seconds to wait before reading on, after `size` bytes of a body."""
         now = monotonic()
         self._read_at = max(now, self._read_at) + size / MAX_BODY_BYTES_PER_S
         return self._read_at - now
@@ -144,7 +143,7 @@ class Listener:
         return self._pipelined_at - now
 
     def paused(self, connection: BaseConnection) -> None:
-        """Note a client that does not read; if too much is unread in all, abort the largest."""
+        """Record a client that does not read; abort the largest ones while too much is unread in total."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:
@@ -155,13 +154,13 @@ class Listener:
 
     @property
     def paused_connections(self) -> int:
-        """Clients that do not read what is sent to them."""
+        """Number of clients that do not read their responses."""
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse an unfinished body in favour of a client that is within its share; false if there is none.
+        """Refuse an unfinished body to make room for a client within its share; false if there is none.
 
-        It is the largest body of the client that has the most bytes in flight.
+        It is the largest body of the client with the most bytes in flight.
         """
         shares = self.gate.bytes_in_flight
         unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]
@@ -171,11 +170,11 @@ class Listener:
         return True
 
     def resumed(self, connection: BaseConnection) -> None:
-        """A client reads again."""
+        """Record that a client reads again."""
         self._paused.discard(connection)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End what is past its deadline; cheaper than a timer for each request."""
+        """Expire connections past a deadline; cheaper than a timer for each request."""
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)

@@ -1,4 +1,4 @@
-"""Routes that tell what is served: the models, their calibrations, and what audits showed."""
+"""Routes that report the served models, their calibrations, and the results of audits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from de3.server.service import Service
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
-    """Add them to an application."""
+    """Add the routes to an application."""
     reporting = asyncio.Lock()  # one at a time: each takes milliseconds
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested: each has 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
     async def models() -> dict[str, Any]:
-        """The served models: labels, layers, role, defaults, and what the defaults give."""
+        """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]
         return {"object": "list", "data": rows}
 
@@ -34,7 +34,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         responses={404: {"description": "no such model"}},
     )
     async def calibration(name: str) -> Response:
-        """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
+        """Accuracy, speed-up and disagreement at each λ and τ, on samples that nothing was tuned on."""
         manifest = service.manifest(name)
         full_name = f"{manifest.name}:{manifest.version}"
         if manifest.calibration is None:
@@ -55,7 +55,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         responses={404: {"description": "no such model"}, 409: {"description": "nothing is audited"}},
     )
     async def audit(name: str) -> dict[str, Any]:
-        """How often early answers differ from full depth, measured on live traffic, at each τ."""
+        """Disagreement of early answers with full depth at each τ, measured on live traffic."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
         async with reporting:

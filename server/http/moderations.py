@@ -23,15 +23,15 @@ from de3.server.http.protocol import Call, Protocol
 
 @dataclass(slots=True, eq=False)
 class ModerationRequest(Request):
-    """A request that a multi-label model can answer."""
+    """A request that only a multi-label model can answer."""
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for another model."""
+        """Raise RequestError unless the model is multi-label."""
         if manifest.thresholds is None:
             why = "its classes exclude each other" if manifest.tolerance is None else "its answer is a number"
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} is no multi-label model, as moderation needs; {why}: see "
-                "/classify",
+                f"model: {manifest.name}:{manifest.version} is no multi-label model, which moderation needs: {why}; "
+                "use /classify",
                 "model",
             )
 
@@ -48,7 +48,7 @@ def _text(value: Any, where: str) -> Text:
 
 
 class ModerationFields(OptionFields):
-    """The body; the exit options are ours."""
+    """The body of a request; the exit options are an extension."""
 
     input: Annotated[list[Text], BeforeValidator(_input)]
     model: str | None = Field(None, description="name, or name:version; default: the server's")
@@ -64,13 +64,13 @@ def parse(call: Call) -> ModerationRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"id", "model", "results"}: of each text the labels above their thresholds, and all probabilities."""
+    """{"id", "model", "results"}: the labels above their thresholds and all probabilities, for each text."""
     results = [_result(item, job.model.manifest.labels) for item in job.items]
     return orjson.dumps({"id": f"modr-{request_id}", "model": job.model.full_name, "results": results})
 
 
 def _result(item: Item, names: list[str]) -> dict[str, Any]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     reading = item.outcome.reading
     given = set(reading.labels or ())
     return {

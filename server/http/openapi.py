@@ -13,14 +13,14 @@ from de3.server.http.response import ClassifyResponse
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
 Every encoder layer has a classifier and class prototypes. A text exits at the first layer whose score is below
-**tau**: mostly its risk, the chance that full depth answers otherwise. Easy texts exit after a layer or two, hard
-ones go deeper.
+**tau**. The score of most models is the risk: the probability that the answer differs from full depth. Easy texts
+exit after a layer or two, hard ones go deeper.
 
 - `tau: 0` runs every text to full depth; a larger `tau` exits earlier. The default is the model's calibrated tau.
 - Instead of `tau`, give a target: `target_speedup`, `max_disagreement` (with full depth, certified) or
   `latency_budget_ms`.
 - `explain: true` reports every exit that was passed, and how tau was chosen.
-- `ood: true` scores how far a text is out of the calibration's distribution.
+- `ood: true` scores how far a text is from the calibration's distribution.
 
 Errors have the shape `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -68,7 +68,7 @@ _ANSWER: ClassifyResponse = {
 
 
 def error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAPI documents it."""
+    """The documentation of an error response."""
     return {
         "description": errors.TYPES[status],
         "content": {"application/json": {"example": orjson.loads(errors.body(status, message, param))}},
@@ -80,7 +80,7 @@ _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 MODELS: dict[str, Any] = {
     "responses": {
         200: {
-            "description": "The first answers requests that name no model",
+            "description": "The served models",
             "content": {"application/json": {"schema": {"$ref": REF.format(model="ModelList")}}},
         }
     }
@@ -132,13 +132,11 @@ class ServedModel(BaseModel):
     num_layers: int
     exit_layers: list[int]
     max_tokens: int
-    input: str | None = Field(description="what it takes: text, pair, or null for both")
+    input: str | None = Field(description="text, pair, or null: takes both")
     precision: str
-    runtime: str | None = Field(
-        None, description="what runs it: native or onnxruntime; absent while models load"
-    )
+    runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
-        None, description="the native kernels' instruction set, as amx, vnni or dotprod"
+        None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
     )
 
 
@@ -150,11 +148,11 @@ class ModelList(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    """What is wrong."""
+    """The details of an error."""
 
     message: str
     type: str
-    param: str | None = Field(description="the field at fault, if one is")
+    param: str | None = Field(description="the invalid field, if any")
     code: int = Field(description="the HTTP status")
 
 

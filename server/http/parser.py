@@ -1,7 +1,7 @@
-"""Requests of HTTP/1.1 from the bytes of a connection, within limits of size.
+"""Parses the HTTP/1.1 requests of a connection, within limits of size.
 
 httptools (Node's llhttp) parses. It is fed up to the end of a message and no further: a head, and a chunked
-body, end with an empty line, and llhttp accepts no line ends but CR LF, so the end can be found beforehand.
+body, end with an empty line, and llhttp accepts only CR LF as a line end, so the end can be found in advance.
 """
 
 import re
@@ -61,7 +61,7 @@ class RequestParser:
             stripped = data.lstrip(b"\r\n")
             self._blank += len(data) - len(stripped)
             self.data = data = stripped
-        if data and not 65 <= data[0] <= 90:  # TLS, for example, whose client would wait for a response
+        if data and not 65 <= data[0] <= 90:  # such as TLS, whose client would wait for a response
             raise ValueError("it does not begin with a method")
         end = data.find(_END, self._searched)
         if self._blank + (len(data) if end < 0 else end) > MAX_HEAD_BYTES:
@@ -94,7 +94,7 @@ class RequestParser:
     def _parse_chunks(self) -> None:
         while not self.is_complete:
             end = self.data.find(_END)
-            # Without an end in sight, all but what may be the beginning of one.
+            # If the end is not in sight, feed all but what may be the beginning of it.
             to = len(self.data) - len(_END) + 1 if end < 0 else end + len(_END)
             if to <= 0:
                 break
@@ -115,7 +115,7 @@ class RequestParser:
         """Release what was parsed of a body."""
         self._body = []
 
-    # Callbacks of httptools, which wraps what they raise.
+    # Callbacks of httptools
 
     def on_url(self, url: bytes) -> None:
         """A part of the request line."""

@@ -13,7 +13,8 @@ class Signals(TypedDict):
     """The signals at one exit."""
 
     score: Annotated[
-        float | None, Field(description="the signal that is compared with tau; null if it has none here")
+        float | None,
+        Field(description="the signal's value, compared with tau; null if it has none at this exit"),
     ]
     entropy: Annotated[float | None, Field(description="null for a regression model")]
     distance_ratio: Annotated[float | None, Field(description="null at an exit without prototypes")]
@@ -35,7 +36,7 @@ _Lambda = TypedDict("_Lambda", {"lambda": Annotated[float | None, Field(descript
 
 
 class Exit(Signals, _Lambda):
-    """Where a text exited, and why; of a text in several windows, the exit of the last one that ran."""
+    """The exit of a text; for a text in several windows, that of the last one that ran."""
 
     layer: Annotated[int, Field(description="0 is the embeddings")]
     num_layers: int
@@ -48,15 +49,15 @@ class PassedExit(Signals, Answer):
     """An exit that a text passed; the last one is where it exited."""
 
     layer: int
-    window: NotRequired[Annotated[int, Field(description="number of the window, of a text in several")]]
+    window: NotRequired[Annotated[int, Field(description="number of the window, for a text in several")]]
 
 
 class Windows(TypedDict):
     """The windows of a text that is longer than the model takes."""
 
-    run: Annotated[int, Field(description="how many ran until the answer was settled")]
-    of: Annotated[int, Field(description="how many the text has")]
-    layers: Annotated[list[int], Field(description="where each one that ran exited")]
+    run: Annotated[int, Field(description="number that ran until the answer was settled")]
+    of: Annotated[int, Field(description="number that the text has")]
+    layers: Annotated[list[int], Field(description="exit layer of each one that ran")]
 
 
 class TopLabel(TypedDict):
@@ -73,17 +74,17 @@ class ClassifiedText(Answer):
     num_classes: int
     exit: Exit
     labels: NotRequired[
-        Annotated[list[str], Field(description="of a multi-label model: those above their threshold")]
+        Annotated[list[str], Field(description="for a multi-label model: those above their threshold")]
     ]
     top: NotRequired[
         Annotated[list[TopLabel], Field(description="with top_k: the most probable labels, in order")]
     ]
-    truncated: NotRequired[Annotated[bool, Field(description="the text was cut")]]
+    truncated: NotRequired[Annotated[bool, Field(description="the text was truncated")]]
     windows: NotRequired[
-        Annotated[Windows, Field(description="with long: windows, of a text that has several")]
+        Annotated[Windows, Field(description="with long: windows, for a text that has several")]
     ]
     ood_score: NotRequired[
-        Annotated[float | None, Field(description="with ood: near 1 for texts unlike the calibration's")]
+        Annotated[float | None, Field(description="with ood: near 1 for texts far from the calibration's")]
     ]
     out_of_distribution: NotRequired[
         Annotated[bool, Field(description="the text was far from every prototype at an exit")]
@@ -116,6 +117,6 @@ class ClassifyResponse(TypedDict):
     ]
     tau_choice: NotRequired[
         Annotated[
-            dict[str, Any], Field(description="with explain: how tau was chosen, and what is expected of it")
+            dict[str, Any], Field(description="with explain: how tau was chosen, and the expected results")
         ]
     ]

@@ -1,4 +1,4 @@
-"""The protocol of SGLang's own /classify, bodies with `text`: logits, which it calls an embedding."""
+"""SGLang's own bodies of /classify, with `text`; answered with logits, which SGLang calls an embedding."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -13,10 +13,10 @@ from de3.server.http.fields import OptionFields, check_count, check_fields, chec
 
 @dataclass(slots=True, eq=False)
 class LogitsRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
-        is_batch: whether the response is a list with an entry for each text.
+        is_batch: the response is a list with an entry for each text.
     """
 
     input_name: ClassVar[str] = "text"
@@ -31,11 +31,11 @@ def _texts(value: Any) -> tuple[list[Text], bool]:
 
 
 class LogitsFields(OptionFields):
-    """The body; the exit options are ours."""
+    """The body of a request; the exit options are an extension."""
 
     model: str | None = None
     text: Annotated[tuple[list[Text], bool], BeforeValidator(_texts)]
-    truncate: bool = Field(False, description="cut texts that are too long instead of refusing them")
+    truncate: bool = Field(False, description="truncate texts that are too long instead of refusing them")
     rid: Any = Field(None, description="accepted and ignored")
 
 
@@ -49,13 +49,13 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"embedding", "meta_info"}; of a batch a list of these."""
+    """{"embedding", "meta_info"}; for a batch, a list of these."""
     assert isinstance(job.request, LogitsRequest)
     rows = [_row(item, request_id) for item in job.items]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
 def _row(item: Item, request_id: str) -> dict[str, Any]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     meta_info = {"id": request_id, "prompt_tokens": item.outcome.tokens}
     return {"embedding": item.outcome.reading.logits, "meta_info": meta_info}
