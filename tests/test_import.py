@@ -387,7 +387,7 @@ def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_on
     monkeypatch.setattr("de3.training.frozen.fit", lambda _, *arguments: given.extend(arguments))
     monkeypatch.setattr("de3.export.importing.export", stopped)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
-    assert CliRunner().invoke(app, command.split()).exit_code == 130
+    assert invoke(command).exit_code == 130
     fitting, tuning, _ = given
     tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
     assert len(fitting.logits) == 600 - len(tune) - len(certify)

@@ -92,7 +92,7 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
     opened = open_stock(str(stock))
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
