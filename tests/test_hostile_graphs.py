@@ -44,7 +44,6 @@ def built(family: str, int8: bool) -> tuple[list[Any], Manifest]:
         encoder=family,
         pooling="mean",
         precision="int8" if int8 else "fp32",
-        activations="token",
         head=Head.model_validate({**config.head, "norm": "norm" in config.head}),
     )
     return graphs, manifest
