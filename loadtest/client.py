@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from de3.client import Row
 from de3.loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
@@ -34,9 +35,10 @@ def post(
     return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-def answer_of(row: dict[str, Any]) -> str:
-    """What a row of /classify answers: its label, or the value of a regression model."""
-    return str(row.get("value", row["label"]))
+def label_of(answer: Any) -> str:
+    """The label in an answer of /classify to one text; of a regression model its value."""
+    row = Row.parse(answer["data"][0])
+    return row.label if row.value is None else str(row.value)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target:
     url: str
     path: str = "/classify"
     body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
-    label: Callable[[Any], str] = lambda answer: answer_of(answer["data"][0])
+    label: Callable[[Any], str] = label_of
 
     def request(self, sample: Sample) -> bytes:
         """The bytes of a request."""
@@ -278,7 +280,7 @@ def _label(target: Target, answer: Answer) -> str | None:
         return None
     try:
         return target.label(json.loads(answer.body))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return "not an answer"
 
 

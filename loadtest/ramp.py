@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from de3.client import Row
 from de3.loadtest import report
 from de3.loadtest.client import Answer, Run, quantile, send_traffic
 from de3.loadtest.servers import ours, running
@@ -104,7 +105,7 @@ def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
 
 
 def _tau(answer: Answer) -> float:
-    return float(json.loads(answer.body)["data"][0]["exit"]["tau"])
+    return Row.parse(json.loads(answer.body)["data"][0]).exit.tau
 
 
 def _plot(path: Path, results: dict[str, Any]) -> None:

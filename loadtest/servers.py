@@ -18,7 +18,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from de3.loadtest.client import Target
+from de3.loadtest.client import Target, label_of
 
 PEERS = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "de3-peers"
@@ -93,7 +93,7 @@ def ours(
         [*command, "--port", "{port}"],
         ready="/ready",
         body=lambda text: {"input": text, **fields},
-        label=lambda answer: str(answer["data"][0]["label"]),
+        label=label_of,
     )
 
 

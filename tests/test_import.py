@@ -48,12 +48,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """A stock classifier that has learned something, without exits: fine-tuned by transformers."""
+    from de3 import tables
     from de3.training import data
     from de3.training.trainer import TrainSettings
     from lab.experiments.recipes import fine_tune
 
     def make(folder: Path) -> None:
-        examples = data.to_examples(data.read_rows(data_file, data.Columns("sentence")), ["0", "1"])
+        examples = data.to_examples(tables.read_rows(data_file, tables.Columns("sentence")), ["0", "1"])
         settings = TrainSettings(batch_size=32, lr=2e-3, epochs=4, bf16=False)
         model, tokenizer = fine_tune(str(encoder), ["bad", "good"], examples, settings)
         model.save_pretrained(folder)

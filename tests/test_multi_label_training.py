@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
+from de3 import tables
 from de3.cli import app
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Entropy
@@ -192,10 +193,10 @@ def test_labels_are_checked() -> None:
 
 
 def test_a_label_may_have_a_bar_in_it_where_labels_are_a_list(tmp_path: Path) -> None:
-    columns = data.Columns(multi_label=True)
+    columns = tables.Columns(multi_label=True)
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "label": ["x|y", "z", "z"]}\n{"text": "b", "label": "x | y"}\n')
-    rows = data.read_rows(file, columns)
+    rows = tables.read_rows(file, columns)
     assert data.label_order(rows, multi_label=True) == ["x", "x|y", "y", "z"]
     examples = data.to_examples(rows, ["x", "x|y", "y", "z"], multi_label=True)
     assert [e.label for e in examples] == [(1, 3), (0, 2)]
@@ -209,8 +210,8 @@ def test_a_dataset_of_numbers_has_the_names_of_its_labels(tmp_path: Path) -> Non
     kind = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=["joy", "anger"]))})
     rows = {"text": ["a", "b", "c"], "label": [[1, 0], [], [1]]}
     Dataset.from_dict(rows, kind).to_parquet(str(tmp_path / "train.parquet"))
-    read = data.read_dataset(str(tmp_path), "train", data.Columns(multi_label=True))
-    assert [data.labels_in(cell, multi_label=True) for _, cell in read] == [["anger", "joy"], [], ["anger"]]
+    read = tables.read_dataset(str(tmp_path), "train", tables.Columns(multi_label=True))
+    assert [tables.labels_in(cell, multi_label=True) for _, cell in read] == [["anger", "joy"], [], ["anger"]]
 
 
 def test_the_loss_is_that_of_plain_pytorch() -> None:

@@ -2,13 +2,16 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
+from de3 import tables
 from de3.cli import app
 from de3.training import data as datas
 from de3.training import progress
@@ -33,6 +36,15 @@ def common(data_file: Path, encoder: Path, out: Path) -> str:
     )
 
 
+def test_every_setting_is_an_option_with_its_default() -> None:
+    options = {p.name: p for p in get_command(app).commands["train"].params}  # type: ignore[attr-defined]
+    for setting in fields(TrainSettings):
+        option = options[setting.name]
+        by_other_options = isinstance(option.show_default, str)  # type: ignore[attr-defined]
+        assert option.default == (None if by_other_options else setting.default), setting.name
+        assert option.help, setting.name  # type: ignore[attr-defined]
+
+
 def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
     record = json.loads((checkpoint / "training.json").read_text())
     accuracy = record["history"][record["best_epoch"] - 1]["tune_accuracy"]
@@ -46,7 +58,7 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
 
 
 def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     parts = splits.split(datas.to_examples(rows, names), seed=0, held_back=300)
     assert datas.load_examples(checkpoint / "tune.jsonl", names) == parts.tune
@@ -89,7 +101,7 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     """What the command builds from its arguments."""
     from transformers import AutoTokenizer
 
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)

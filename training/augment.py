@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from de3.training.data import Example, Text
+from de3.tables import Text
+from de3.training.data import Example
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
 JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares: of the texts, of the words, of the words

@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.tables import SEPARATOR, Text
 from de3.training import checkpoint, encoders
-from de3.training.data import SEPARATOR, Example, Text
+from de3.training.data import Example
 from de3.training.split import Split
 
 MAX_LABELS = 1000

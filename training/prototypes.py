@@ -16,8 +16,6 @@ from de3.training.data import Encoded, training_batches
 from de3.training.model import De3Model
 from de3.training.progress import track
 
-CHOICES = ("refit", "means", "sliding")
-
 
 def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, seed: int, bf16: bool) -> None:
     """Compute the final prototypes in one pass over the training data, with the encoder frozen.

@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from de3.training.data import Example, Text
+from de3.tables import Text
+from de3.training.data import Example
 
 SHORTEST_FRAGMENT = 3  # words; shorter ones occur everywhere
 

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +23,10 @@ from de3.training.evaluate import exit_scores, exit_table, weaknesses
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.progress import Meter, console, warn
+from de3.training.settings import TrainSettings
 from de3.training.split import Split
 
 RESUME = "resume.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The training settings; they validate themselves.
-
-    Attributes:
-        alpha: α, the weight of L_DAR (Eq. 6).
-        weights: the layers' weights in the loss, "depth" or "uniform".
-        distill: share of the loss that uses the teacher's logits instead of the label, in [0, 1].
-        augment: number of altered copies of each sample, which the teacher labels.
-        patience: stop after this many epochs without a better tuning score; 0: never.
-        prototypes: how the final prototypes are computed: "refit", "means" or "sliding"
-            (training.prototypes).
-    """
-
-    epochs: int = 3
-    batch_size: int = 64
-    lr: float = 5e-5
-    head_lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.06
-    alpha: float = 0.1
-    weights: str = "depth"
-    distill: float = 0.5
-    temperature: float = 2.0
-    augment: int = 0
-    max_length: int = 128
-    patience: int = 0
-    seed: int = 0
-    bf16: bool = True
-    prototypes: str = "refit"
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.max_length < 3:
-            raise ValueError("epochs and batch_size must be at least 1, max_length at least 3")
-        if min(self.lr, self.head_lr) <= 0 or self.alpha < 0 or self.temperature <= 0:
-            raise ValueError("learning rates and temperature must be above 0, alpha 0 or more")
-        if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
-            raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
-        losses.layer_weights([1], self.weights)
-        if self.augment < 0:
-            raise ValueError("augment must be 0 or more")
-        if self.prototypes not in prototypes.CHOICES:
-            raise ValueError(f"prototypes must be one of {', '.join(prototypes.CHOICES)}")
 
 
 def train(

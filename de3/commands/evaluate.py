@@ -11,21 +11,19 @@ from rich.console import Console
 from de3.commands.options import (
     Dataset,
     DatasetSplit,
-    Delimiter,
     File,
-    Header,
-    LabelColumn,
     LabelNames,
-    PairColumn,
-    Quotes,
-    TextColumn,
+    fields_of,
     need_train_extra,
     read_rows,
     reason,
     say,
+    with_fields,
 )
+from de3.tables import Columns
 
 
+@with_fields(Columns)
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")
@@ -33,12 +31,6 @@ def evaluate(
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "test",
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = None,
-    label_column: LabelColumn = "label",
-    header: Header = True,
-    quotes: Quotes = None,
-    delimiter: Delimiter = None,
     label_names: LabelNames = None,
     lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
     original: Annotated[
@@ -57,6 +49,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    **options: Any,
 ) -> None:
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
@@ -73,18 +66,13 @@ def evaluate(
     lams = _lambdas(lambdas)
     subject = _open(model)
     if file is not None or dataset is not None:
-        has_labels = original is None or not (label_column == "" or (file and file.suffix == ".txt"))
-        label = label_column if has_labels else None
-        columns = data.Columns(
-            text_column,
-            pair_column,
-            label,
-            header,
-            quotes,
-            delimiter,
+        has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
+        columns = Columns(
+            **fields_of(Columns, options),
             multi_label=subject.config.thresholds is not None,
             regression=subject.config.tolerance is not None,
         )
+        columns = columns if has_labels else replace(columns, label=None)
         rows = read_rows(file, dataset, split, columns)
         if not (has_labels or columns.regression):
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below

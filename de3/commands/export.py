@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import SignalOption, need_train_extra, next_serve, say
+from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_train_extra, next_serve, say
 
 
 def export(
@@ -21,7 +21,7 @@ def export(
         ),
     ] = None,
     store: StoreOption = Path("models"),
-    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    quantize: Quantize = "int8",
     tune: Annotated[
         Path | None,
         typer.Option(
@@ -41,9 +41,7 @@ def export(
         float,
         typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
     ] = 1.0,
-    max_int8_loss: Annotated[
-        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
-    ] = 1.0,
+    max_int8_loss: MaxInt8Loss = 1.0,
     signal: SignalOption = "auto",
     full_depth: Annotated[
         Path | None,

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,21 +11,22 @@ from de3.commands.models import StoreOption
 from de3.commands.options import (
     DATA,
     TRAINING,
-    Delimiter,
     Fragments,
     GroupColumn,
-    Header,
-    PairColumn,
-    Quotes,
+    MaxInt8Loss,
+    Quantize,
     SignalOption,
-    TextColumn,
     Threshold,
     check_groups,
+    fields_of,
     need_train_extra,
     next_serve,
+    with_fields,
 )
+from de3.tables import Columns, read_column, read_rows
 
 
+@with_fields(Columns, without=["label"])
 def import_model(
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of a …ForSequenceClassification of transformers.")
@@ -46,11 +47,10 @@ def import_model(
             show_default=False,
         ),
     ] = None,
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = None,
-    label_column: Annotated[
+    label: Annotated[
         str | None,
         typer.Option(
+            "--label-column",
             help="Column of the right labels, to report accuracy; of a multi-label model with | between them, of a "
             "regression model numbers. Default: none; the model's own answers are what counts.",
             show_default=False,
@@ -84,13 +84,8 @@ def import_model(
     ] = None,
     group_column: GroupColumn = None,
     fragments: Fragments = False,
-    header: Header = True,
-    quotes: Quotes = None,
-    delimiter: Delimiter = None,
-    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
-    max_int8_loss: Annotated[
-        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
-    ] = 2.0,
+    quantize: Quantize = "int8",
+    max_int8_loss: MaxInt8Loss = 2.0,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -113,6 +108,7 @@ def import_model(
         bool, typer.Option(help="Compute the states that exits are fitted on in bfloat16.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
+    **options: Any,
 ) -> None:
     """Give a classifier that you have early exits; its weights stay, and full depth answers as it always did.
 
@@ -137,22 +133,18 @@ def import_model(
         )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     opened = stock.open_stock(model, label_names, threshold, multi_label, tolerance)
-    columns = data.Columns(
-        text_column,
-        pair_column,
-        label_column,
-        header,
-        quotes,
-        delimiter,
+    columns = Columns(
+        **fields_of(Columns, options),
+        label=label,
         multi_label=opened.thresholds is not None,
         regression=opened.is_regression,
     )
-    rows = data.read_rows(texts, columns)
-    groups = data.read_column(texts, columns, group_column) if group_column is not None else None
+    rows = read_rows(texts, columns)
+    groups = read_column(texts, columns, group_column) if group_column is not None else None
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
     folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
     command = shlex.join(["de3", *sys.argv[1:]])
-    how = ImportSettings(label_column is not None, fragments, seed, bf16, finetune, epochs, lr, command)
+    how = ImportSettings(label is not None, fragments, seed, bf16, finetune, epochs, lr, command)
     try:
         path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
     except KeyboardInterrupt:

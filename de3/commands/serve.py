@@ -1,12 +1,13 @@
 """`de3 serve`: its options are the fields of server.settings.Settings, and --demo."""
 
 import os
-from inspect import Parameter, Signature
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
+from de3.commands.options import declare
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
 DEMO_MODEL = "sst2"
@@ -76,6 +77,4 @@ _parameters = [
     Parameter("demo", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _demo]),
     *(parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None),
 ]
-# Typer reads a command's options from its signature.
-serve.__signature__ = Signature(_parameters)  # type: ignore[attr-defined]
-serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters}
+declare(serve, _parameters)

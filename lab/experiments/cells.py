@@ -30,8 +30,9 @@ from de3.training.data import Encoded, Example, evaluation_batches
 from de3.training.model import De3Config, De3Model
 from de3.training.progress import console, track
 from de3.training.recipe import by_size
+from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.tasks import TASKS, minilm
 
 FOLDS = 5

@@ -26,8 +26,9 @@ from de3.training import data, prototypes
 from de3.training.checkpoint import quiet
 from de3.training.model import De3Model
 from de3.training.recipe import by_size
+from de3.training.settings import PROTOTYPES, TrainSettings
 from de3.training.split import split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.measures import auroc
 from lab.experiments.recipes import read
 from lab.experiments.risk_features import Floats, Samples, class_means, features, fitted, speeds
@@ -92,7 +93,7 @@ def measure(root: Path, task: str, cell: str, seed: int) -> Iterator[dict[str, A
         )
     }
     trained = Samples(model, pad_id, encoded["train"])
-    for how in prototypes.CHOICES[::-1]:  # the refit replaces the networks: last
+    for how in PROTOTYPES[::-1]:  # the refit replaces the networks: last
         prototypes.finish(model, encoded["train"], pad_id, how, settings.head_lr, seed, settings.bf16)
         model.eval()
         held, test = (Samples(model, pad_id, encoded[what]) for what in ("held-out", "unseen"))

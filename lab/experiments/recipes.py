@@ -27,8 +27,9 @@ from de3.training.data import Example
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.progress import Meter
+from de3.training.settings import TrainSettings
 from de3.training.split import split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.tasks import TASKS, minilm
 
 RESULTS = Path("lab/docs/experiments/recipes.jsonl")

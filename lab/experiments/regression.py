@@ -26,8 +26,9 @@ from de3.training.data import evaluation_batches
 from de3.training.evaluate import correlation
 from de3.training.model import De3Model
 from de3.training.progress import console, track
+from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments import measures
 from lab.experiments.anchors import KINDS, Anchors
 from lab.experiments.tasks import REGRESSIONS, minilm

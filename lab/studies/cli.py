@@ -435,6 +435,7 @@ def wall(
     from de3.model_store.store import Store
     from de3.server.models import load
     from de3.server.settings import Settings
+    from de3.tables import Columns, read_rows
     from de3.training import data
     from lab.engines import pinned
     from lab.studies import wall as study
@@ -443,8 +444,8 @@ def wall(
     if not show:
         if texts is None:
             raise ValueError("wall: needs labelled texts, or results to --show")
-        columns = data.Columns(text_column, pair_column, label_column, header)
-        rows = data.rename(data.read_rows(texts, columns), label_names)
+        columns = Columns(text_column, pair_column, label_column, header)
+        rows = data.rename(read_rows(texts, columns), label_names)
         with pinned(core):
             settings: dict[str, Any] = {}  # the defaults
             served = load(Store(store).open(model), Settings(**settings))
