@@ -23,7 +23,7 @@ from de3.model_store.store import Store
 from de3.training import checks, data
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint
-from de3.training.evaluate import default_line, exit_scores, f1, weaknesses
+from de3.training.evaluate import Times, default_line, exit_scores, f1, weaknesses
 from de3.training.model import De3Model
 from lab.experiments import joined
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
@@ -261,9 +261,12 @@ def test_the_default_is_told_in_f1() -> None:
     """Two texts leave at the first exit; full depth would have given the second one its own label."""
     logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
     labels = np.array([[True, False], [False, True]])
-    two = Recorded([0, 3], logits, np.full_like(logits, np.nan), labels, thresholds=np.zeros(2))
-    said = default_line(two, 0.5, Entropy(), 0.1)
+    two = Recorded(
+        [0, 3], logits, np.full_like(logits, np.nan), labels, np.array([9, 9]), thresholds=np.zeros(2)
+    )
+    said = default_line(two, 0.5, Entropy(), Times(np.array([8.0, 0.0]), np.array([[2.0, 0.0], [9.0, 0.0]])))
     assert "all labels right 50.00%" in said and "50.00% of answers unlike full depth" in said
+    assert "4.00× in time" in said
     assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said
 
 

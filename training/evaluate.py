@@ -178,12 +178,39 @@ def curve_table(curves: Sequence[Curve]) -> Table:
     return table
 
 
-def in_time(num_layers: int, mean_exit_layer: float, start_layers: float) -> float:
-    """The speed-up in model time, where a text costs `start_layers` layers before its first one."""
-    return (num_layers + start_layers) / (mean_exit_layer + start_layers)
+@dataclass(frozen=True)
+class Times:
+    """Seconds that a text takes by itself, as intercept and slope by its number of tokens.
+
+    Attributes:
+        full: at τ = 0: tokenizer, embeddings, all layers and the last exit, (2,).
+        exits: to each exit, evaluating every exit up to it, (exits, 2).
+    """
+
+    full: NDArray[np.float64]
+    exits: NDArray[np.float64]
+
+    def speedup(self, index: NDArray[np.int64], tokens: NDArray[np.int64]) -> float:
+        """The speed-up in time of texts (n,) with these exit indices and numbers of tokens.
+
+        It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and leaves at exit eᵢ, T is the time at τ = 0, t_e the time to
+        exit e. Unlike M / mean exit layer it counts tokenizer, embeddings and every exit passed, (s + M·l + e) /
+        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: those of an
+        exit with 150 classes are 1% of a layer's on 11 tokens, but take a third of its time, as every weight is read
+        from memory for a single row (lab/docs/experiments/time.md).
+        """
+        full = self.full[0] + self.full[1] * tokens
+        early = self.exits[index, 0] + self.exits[index, 1] * tokens
+        return float(full.sum() / early.sum())
 
 
-def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> str:
+def in_time(recorded: Recorded, scores: NDArray[np.float64], tau: float, times: Times) -> float:
+    """The speed-up in time of exiting at score < τ; recorded: of an artifact, which knows the texts' tokens."""
+    assert recorded.tokens is not None
+    return times.speedup(exit_index(scores, tau), recorded.tokens)
+
+
+def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -> str:
     """The outcome of an artifact's default (signal, τ) on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
     scores = signal.scores(recorded)
@@ -209,16 +236,13 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: f
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
         f"{more}{100 * o.disagreement:.2f}% of {answer} unlike full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
-        f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
-        f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"
+        f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
     )
 
 
-def target_table(
-    recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], start_layers: float
-) -> Table:
+def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], times: Times) -> Table:
     """What an artifact's targets give on these samples, for each signal, with the τ that its calibration says."""
     samples = calibration.Samples.independent(recorded)
     title = "Targets: a speed-up, or a largest share of answers unlike full depth"
@@ -228,7 +252,6 @@ def target_table(
     for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%", *correlated):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
     speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
-    num_layers = recorded.exit_layers[-1]
     for signal, trade_offs in signals:
         rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in speedups]
         rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
@@ -244,7 +267,7 @@ def target_table(
                 target,
                 f"{row.tau:.4f}",
                 f"{o.speedup:.2f}×",
-                f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
+                f"{in_time(recorded, scores, row.tau, times):.2f}×",
                 f"{100 * o.disagreement:.2f}%",
                 f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
                 *(f"{100 * x:.2f}" for x in both),
@@ -268,23 +291,24 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
     return table
 
 
-def length_table(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> Table:
+def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -> Table:
     """What the default gives on short and long texts: the samples in four equal parts by their number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
     for column in ("tokens", "samples", "in layers", "in time", "unlike", "loss ± 95%"):
         table.add_column(column, justify="right", no_wrap=True)
-    order, num_layers = np.argsort(recorded.tokens, kind="stable"), recorded.exit_layers[-1]
+    order = np.argsort(recorded.tokens, kind="stable")
     for part in np.array_split(order, min(4, len(order))):
         some = recorded.rows(part)
-        o = calibration.outcome(calibration.Samples.independent(some), signal.scores(some), tau, signal)
+        scores = signal.scores(some)
+        o = calibration.outcome(calibration.Samples.independent(some), scores, tau, signal)
         low, high = (100 * x for x in o.loss_interval)
         assert some.tokens is not None
         table.add_row(
             f"{some.tokens.min()} to {some.tokens.max()}",
             str(len(part)),
             f"{o.speedup:.2f}×",
-            f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
+            f"{in_time(some, scores, tau, times):.2f}×",
             f"{100 * o.disagreement:.2f}%",
             f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
         )

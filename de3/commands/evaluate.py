@@ -97,8 +97,8 @@ def evaluate(
     warn(evaluation.weaknesses(recorded, subject.names))
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
-        if subject.artifact is not None:
-            _report_artifact(subject.artifact, recorded, examples, output)
+        if subject.served is not None:
+            _report_artifact(subject.served, recorded, examples, output)
         title = f"{subject.title}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, subject.beside))
 
@@ -113,7 +113,7 @@ class _Subject:
     record: Callable[[list[Any]], Any]
     risk: Any
     beside: Path
-    artifact: Any = None
+    served: Any = None
     checkpoint: Any = None
 
 
@@ -134,22 +134,22 @@ def _open(path: Path) -> _Subject:
         png = path / "evaluation.png"
         return _Subject(path.name, names, checkpoint.config, run, None, png, checkpoint=checkpoint)
     from de3.export.record import record
-    from de3.model_store.model import Model
     from de3.model_store.store import Store
+    from de3.server.models import load
+    from de3.server.settings import Settings
 
     path = path.resolve()
-    artifact = Model(Store(path.parent.parent).open_path(path))
-    manifest = artifact.manifest
-    risk = manifest.signal("risk") if manifest.risk is not None else None
-    png = path.parent / f"evaluation-{path.name}.png"
+    settings: dict[str, Any] = {}  # the defaults
+    served = load(Store(path.parent.parent).open_path(path), Settings(**settings))
+    model, manifest = served.model, served.model.manifest
     return _Subject(
-        artifact.full_name,
+        model.full_name,
         manifest.labels,
         manifest,
-        lambda examples: record(artifact, examples),
-        risk,
-        png,
-        artifact=artifact,
+        lambda examples: record(model, examples),
+        manifest.signal("risk") if manifest.risk is not None else None,
+        path.parent / f"evaluation-{path.name}.png",
+        served=served,
     )
 
 
@@ -192,20 +192,20 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _report_artifact(artifact: Any, recorded: Any, examples: list[Any], output: Console) -> None:
+def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
     """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
+    from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
-    from de3.export.record import start_layers
     from de3.training import evaluate as evaluation
     from de3.training.progress import warn
 
-    manifest, start = artifact.manifest, start_layers(artifact, examples)
+    manifest, times = served.model.manifest, measure_times(served, examples)
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
-    output.print(evaluation.default_line(recorded, tau, signal, start), highlight=False)
-    output.print(evaluation.length_table(recorded, tau, signal, start))
+    output.print(evaluation.default_line(recorded, tau, signal, times), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal, times))
     if calibration is None:
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
-    output.print(evaluation.target_table(recorded, certified, start))
+    output.print(evaluation.target_table(recorded, certified, times))
     output.print(evaluation.hindsight_table(recorded, [signal for signal, _ in certified]))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))
