@@ -1,6 +1,5 @@
 """The time of texts in the engine, one after another: by it `de3 evaluate` says what a speed-up in layers is worth."""
 
-import asyncio
 from collections.abc import Sequence
 from time import thread_time
 
@@ -8,9 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from de3.server.engine.group import run_group
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
+from de3.server.engine.request import Request, Text
 from de3.server.engine.run import Result, run
-from de3.server.engine.work import Item, Job, Outcome, Request, Served, Text
+from de3.server.engine.served import Served
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 from de3.training.data import Example
@@ -25,11 +27,10 @@ class Engine:
 
     def __init__(self, served: Served) -> None:
         self._served, self._queue = served, WorkQueue(1)
-        self._loop = asyncio.new_event_loop()  # nobody waits in it
 
     def classify(self, text: Text, choice: Choice) -> Outcome:
         """The outcome of one text, run as the engine's threads run it; raises the error that it failed with."""
-        self._queue.put(Job(self._served, choice, Request([text]), self._loop.create_future()))
+        self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items
         if items[0].can_share:
@@ -39,10 +40,6 @@ class Engine:
             raise outcomes[0]
         assert outcomes[0] is not None  # nothing preempts it
         return outcomes[0]
-
-    def close(self) -> None:
-        """Close the loop."""
-        self._loop.close()
 
 
 def text_of(example: Example) -> Text:
@@ -68,7 +65,6 @@ def measure_times(served: Served, examples: Sequence[Example], count: int = 100)
                 started = thread_time()
                 engine.classify(text, choice)
                 row[i] = thread_time() - started
-    engine.close()
     full, *exits = (_line(tokens, row) for row in seconds)
     return Times(full, np.array(exits))
 

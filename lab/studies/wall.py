@@ -12,7 +12,7 @@ import numpy as np
 
 from de3.commands.timing import Engine, measure_times, text_of
 from de3.exits import calibration
-from de3.server.engine.work import Served
+from de3.server.engine.served import Served
 from de3.server.settings import ExitOptions
 from de3.training.data import Example
 
@@ -45,7 +45,6 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
                     outcome = engine.classify(text, choices[j])
                     seconds[number, j, i] = perf_counter() - started
                     labels[j, i], layers[j, i] = outcome.reading.label, outcome.layer
-    engine.close()
     each = seconds.mean(2)  # (rounds, taus)
     speedups = each[:, :1] / each
     rows = []
