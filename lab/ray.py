@@ -149,7 +149,7 @@ def main(
     port: Annotated[int, typer.Option(help="Port to use.")] = 8800,
 ) -> None:
     """Measure the proxy's overhead, scaling to two replicas and nodes, a killed replica, and a rolling update."""
-    samples = read(texts, text_column, "label", [])
+    samples = read(texts, text_column)
     results: dict[str, list[tuple[float, float]]] = {}
 
     def measure(name: str, port: int) -> None:

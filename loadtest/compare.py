@@ -1,9 +1,7 @@
 """Compare our server with its peers on one machine, in turn, with the same texts."""
 
-import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -13,16 +11,15 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
 from rich.markup import escape
 
 from de3.loadtest import report
 from de3.loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.metrics import Metrics
+from de3.loadtest.report import console, write_json
 from de3.loadtest.servers import Running, Server, running
 from de3.loadtest.texts import Sample, with_long
 
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 CONNECTIONS = 16
 LONG_SHARE, LONG_WORDS = 0.05, 450  # more than 512 tokens: every server truncates to 512
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -78,7 +75,7 @@ class Comparison:
         self._curve(pair)
         self._taus(ours_at)
         self.results["ratios"] = self._ratios(best)
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.out / "results.json", self.results)
         return self.results
 
     def _prepare(self) -> None:

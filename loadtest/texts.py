@@ -29,16 +29,17 @@ class Sample:
 def read(
     path: Path,
     text_column: str,
-    label_column: str,
-    label_names: Sequence[str],
+    label_column: str = "label",
+    label_names: str = "",
     group_column: str | None = None,
 ) -> list[Sample]:
     """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
-    Labels that are numbers index label_names; a file without label_column gives samples without labels. Fragments, as
-    `de3 train` marks them in the parts that it holds out, are left out unless group_column names the texts that they
-    are part of. Raises ValueError naming the file and the line.
+    Labels that are numbers index label_names, which are comma-separated; without label_column in the file samples have
+    no labels. Fragments, as `de3 train` marks them in its held-out parts, are left out unless group_column names the
+    text that they are part of. Raises ValueError naming the file and the line.
     """
+    names = [name.strip() for name in label_names.split(",") if name.strip()]
     samples = []
     for where, record in records(path, Columns(text_column, label=None)):
         text = text_of(record, text_column, where)
@@ -47,7 +48,7 @@ def read(
         label = record.get(label_column)
         if label is not None:
             label = str(label)
-            label = label_names[int(label)] if label.isdigit() and label_names else label
+            label = names[int(label)] if label.isdigit() and names else label
         group = record.get(group_column) if group_column is not None else None
         samples.append(Sample(text, label, group=str(group) if group else None))
     if not samples:

@@ -26,7 +26,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.export.record import record
-from de3.loadtest.client import answer_of
+from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
@@ -220,7 +220,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     with Client(server.url) as client:
         row = client.classify(text).rows[0]
     assert (row.value, row.probs, row.exit.entropy) == (value, [], None)
-    assert answer_of(row.raw) == str(value)
+    assert label_of({"data": [row.raw]}) == str(value)
     printed = de3(f"classify {text.split()[1]} --url {server.url}").output
     assert printed.startswith("praise  ")
 

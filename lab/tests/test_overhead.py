@@ -151,7 +151,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
     rows = [row for row in make_rows(90, 41) if row[0].strip()]
     served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
     model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
-    texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
+    texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label")).recorded
     result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)
     scores, every = model.manifest.default_signal.scores(texts), np.arange(len(rows))
     for tau, row in zip(taus, result["rows"], strict=True):
