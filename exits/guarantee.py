@@ -7,9 +7,6 @@ are seen, so every step may use the full error probability. The true rate exceed
 most 5% of calibrations.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
-
 import numpy as np
 
 CONFIDENCE = 0.95
@@ -37,12 +34,3 @@ def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
         else:
             high = p
     return float(high)
-
-
-def sequence_bounds(errors: Sequence[int], n: int, confidence: float = CONFIDENCE) -> list[float]:
-    """Bounds of settings in the fixed order in which they are tested; they never descend.
-
-    The setting to take is the last one whose bound is within the requested rate. The bound holds for it.
-    """
-    bound_of = {count: upper_bound(count, n, confidence) for count in set(errors)}
-    return list(accumulate((bound_of[count] for count in errors), max))

@@ -18,9 +18,8 @@ from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import SCHEMA_VERSION, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Store
-from lab.tests.test_studies import write
 from tests.commands import de3
-from tests.fixtures import make_rows
+from tests.fixtures import make_rows, write_rows
 from tests.serving import Server, serving
 from tests.test_store import edit
 
@@ -293,7 +292,7 @@ def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_p
     mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / "tiny-int8" / "1", lambda m: to_schema_3(m, "entropy"))
     tune, certify = (
-        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
+        write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 150, 51), ("c", 150, 52))
     )
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
