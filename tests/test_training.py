@@ -213,7 +213,10 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
     ("arguments", "message"),
     [
         ("--group-column label --fragments", "--group-column cannot go with --fragments"),
-        ("--group-column user", r"train.tsv:2: the column 'user' is missing; there are 'sentence', 'label'"),
+        (
+            "--group-column user",
+            r"train.tsv:2: no column 'user'; it has 'sentence', 'label': set --group-column",
+        ),
     ],
 )
 def test_a_group_column_that_cannot_be(

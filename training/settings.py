@@ -74,6 +74,6 @@ class TrainSettings(Recipe):
         if self.augment < 0:
             raise ValueError("augment must be 0 or more")
         if self.weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}")
+            raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {self.weights!r}")
         if self.prototypes not in PROTOTYPES:
-            raise ValueError(f"prototypes must be one of {', '.join(PROTOTYPES)}")
+            raise ValueError(f"prototypes must be one of {', '.join(PROTOTYPES)}, got {self.prototypes!r}")
