@@ -26,7 +26,7 @@ Input = str | dict[str, str] | tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Where a text exited, and why; the fields of `exit` in docs/api.md."""
+    """The exit of a text: the fields of `exit` in docs/api.md."""
 
     layer: int
     num_layers: int
@@ -135,7 +135,7 @@ def _checked(response: httpx.Response) -> Any:
 
 
 class _Attempts:
-    """The attempts at one request: which errors lead to another, and when."""
+    """The attempts at one request: after some errors it is sent again."""
 
     def __init__(self, retries: int) -> None:
         self._left, self._pause_s = retries, 0.1
@@ -144,9 +144,8 @@ class _Attempts:
     def answer(self, response: httpx.Response) -> Answer | None:
         """The answer; None: send the request again after `pause_s`. Raises ServerError.
 
-        The pause is the one that the server names, or a longer one after each attempt, and a random part of it more, so
-        that clients that were refused together do not return together. Without Retry-After the same request would fail
-        again.
+        The pause is the server's Retry-After or twice the last one, whichever is longer, plus a random part, so that
+        clients that were refused together do not retry together. Without Retry-After the request would fail again.
         """
         try:
             return Answer.parse(_checked(response))

@@ -205,7 +205,7 @@ def _label(record: Any, columns: Columns, where: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Is a cell a finite number, in JSON or as text?"""
+    """True if a cell is a finite number, in JSON or as text."""
     try:
         return not isinstance(value, bool) and math.isfinite(float(value))
     except (TypeError, ValueError, OverflowError):
@@ -213,7 +213,7 @@ def is_number(value: Any) -> bool:
 
 
 def labels_in(cell: str, multi_label: bool) -> list[str]:
-    """The labels of a row: the one, or each once."""
+    """The labels of a row: one, or any number, each once."""
     if not multi_label:
         return [cell]
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))

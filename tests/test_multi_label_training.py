@@ -148,7 +148,7 @@ def test_without_the_option_the_right_one_is_named(
 ) -> None:
     command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
     assert "only a multi-label model has several labels a text" in refusal(command)
-    assert "say --multi-label" in refusal(f"{command} --threshold 0.5")
+    assert "add --multi-label" in refusal(f"{command} --threshold 0.5")
     single = tmp_path / "single.csv"
     single.write_text(
         "text,label\n" + "".join(f"{GOOD[i % 10]} {FILLER[i % 17]},{NAMES[i % 3]}\n" for i in range(60))
@@ -158,7 +158,7 @@ def test_without_the_option_the_right_one_is_named(
 
 
 def test_labels_are_checked() -> None:
-    assert "say --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
+    assert "use --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
     assert checks.labels(Counter({"a": 50, "b": 60}), 70) == []
     assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}), 60)[0]
     for counts, has in (({"a": 5}, "'a'"), ({}, "none")):
@@ -235,7 +235,7 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
     assert weaknesses(some, NAMES) == []
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)
-    assert "gives 1 of 3 labels to none of 2 samples, though they are right for some: blame;" in warning
+    assert "gives 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
 
 
 def test_the_default_is_told_in_f1() -> None:

@@ -1,7 +1,7 @@
 """Data augmentation for distillation: altered copies of the training texts, which the teacher labels.
 
-A fine-tuned teacher is confident about nearly every text it was trained on, so those add little to their
-labels. Altered copies show the student where the teacher's decision changes.
+A fine-tuned teacher is confident about nearly every text it was trained on, so its logits add little to the labels
+there. Altered copies show the student where the teacher's decision changes.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""Labelled texts: read from files or `datasets`, saved, tokenized and batched."""
+"""Labelled texts: examples made from rows, saved and loaded, tokenized and batched."""
 
 import json
 import random
@@ -25,12 +25,12 @@ class Example:
     """A labelled text or pair of texts.
 
     Attributes:
-        label: an index into the label names; of a multi-label model a tuple of those that are right, ascending; of a
-            regression model the right value, a float.
-        group: samples of a group are related (parts of one text, document or user) and stay in one part of the data;
-            None: the text is related to its own copies only.
-        is_fragment: it is part of another text of the data, and not what the model will be asked.
-        original: the answer of the classifier that was imported, as label; None: not imported.
+        label: index into the label names; for a multi-label model a tuple of the correct indices, ascending; for a
+            regression model the correct value, a float.
+        group: examples of a group are related (parts of one text, document or user) and stay in one part of the data;
+            None: related to copies of the same text only.
+        is_fragment: the text is part of another text of the data, and not a text that the model will serve.
+        original: answer of the classifier that was imported, as a label; None: not imported.
     """
 
     text: Text
@@ -59,7 +59,7 @@ def label_array(labels: Sequence[Label], count: int) -> NDArray[Any]:
 
 
 def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
-    """With the answers of the classifier that was imported, if they are known of every sample."""
+    """`recorded` with the answers of the imported classifier, if they are known for every sample."""
     answers = [e.original for e in examples if e.original is not None]
     if len(answers) < len(examples):
         return recorded
@@ -67,7 +67,7 @@ def with_original(recorded: Recorded, examples: Sequence[Example]) -> Recorded:
 
 
 def label_of(row: NDArray[Any] | np.generic) -> Label:
-    """One row of label_array as a label."""
+    """A row of label_array as a label."""
     values = np.asarray(row)
     if values.ndim:
         return tuple(np.flatnonzero(values).tolist())
@@ -82,7 +82,7 @@ def to_examples(
 ) -> list[Example]:
     """Rows as examples, each label as its index in `names`; raises ValueError for any other label.
 
-    regression: the labels are values instead, 0 where there is none.
+    regression: the labels are values instead of names, 0 where there is none.
     """
     if regression:
         return [Example(text, float(label or 0)) for text, label in rows]
@@ -118,7 +118,7 @@ def rename(
 
 
 def save_examples(path: Path, examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Write examples as jsonl: text, text_pair of pairs, label (its name), and what else is known of them."""
+    """Write examples as jsonl: text, text_pair, label (its name), and the other attributes that are set."""
     with path.open("w", encoding="utf-8") as file:
         for e in examples:
             text, pair = e.text if isinstance(e.text, tuple) else (e.text, None)
@@ -140,7 +140,7 @@ def _named(label: Label, names: Sequence[str]) -> str | float | list[str]:
 
 
 def _original(name: Any, names: Sequence[str], regression: bool, where: str) -> Label:
-    """A value, or the label of a name or of a list of names; raises ValueError for another."""
+    """The label of a name or a list of names, or a value; raises ValueError for anything else."""
     if regression:
         if not is_number(name):
             raise ValueError(f"{where}: original must be a finite number, got {name!r:.50}")
@@ -158,7 +158,7 @@ def load_examples(
 ) -> list[Example]:
     """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing.
 
-    multi_label: each text has a list of labels, or several in one string with | between. regression: it has a value.
+    multi_label: each text has a list of labels, or a string in which they are separated by |. regression: a value.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file")
@@ -194,12 +194,12 @@ def check_apart(
 
 
 def input_of(examples: Sequence[Example]) -> str:
-    """What a model of these samples takes: "text" or "pair"."""
+    """Input of a model for these samples: "text" or "pair"."""
     return "pair" if isinstance(examples[0].text, tuple) else "text"
 
 
 def check_input(examples: Sequence[Example], expected: str | None, where: str) -> None:
-    """Raise ValueError for single texts where a model takes pairs, or the reverse; expected None: not known."""
+    """Raise ValueError for single texts if the model takes pairs, or the reverse; expected None: not known."""
     if expected is not None and input_of(examples) != expected:
         hint = (
             "give --pair-column, the column of the second text"

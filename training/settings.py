@@ -1,4 +1,4 @@
-"""The settings of a training. `de3 train` makes its options of their fields. Needs no PyTorch."""
+"""The settings of a training, from whose fields `de3 train` makes its options. Needs no PyTorch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ _by_recipe = partial(_option, show_default="by --recipe")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long and how fast to train."""
+    """Length and learning rate of a training."""
 
     batch_size: Annotated[int, _by_recipe(help="Samples a step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3

@@ -44,12 +44,12 @@ def train(
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
-    The best epoch has the highest accuracy on `split.tune` (of a multi-label model: micro F1), averaged over the exits
+    The best epoch has the highest accuracy on `split.tune` (micro F1 for a multi-label model), averaged over the exits
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
-    read, and until the end the state from which `resume` continues.
+    read, and until the training is finished the state from which `resume` continues.
 
-    command: what resumes this run; kept in the checkpoint, for those who open it too early. logits: a teacher's for
-    split.train, (n, num_labels), where there is no folder of one. objective: the loss, called as training.loss.total.
+    command: the command that resumes this run, recorded in the checkpoint. logits: of a teacher for split.train,
+    (n, num_labels), instead of a teacher's folder. objective: the loss, with the signature of training.loss.total.
     more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
@@ -125,7 +125,7 @@ def _training_data(
     teacher: Checkpoint | None,
     logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
-    """What to train on, altered copies included, and the teacher's logits for it, (n, num_labels)."""
+    """Training data with the altered copies, and the teacher's logits for it, (n, num_labels)."""
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
@@ -169,7 +169,7 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        # An imported head has learned as much as its encoder.
+        # An imported head is trained already, as its encoder is.
         learned = ["encoder."]
         if self.model.config.head is not None:
             learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
@@ -290,7 +290,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
         raise ValueError(f"--out {out}: is a file; give a folder, which need not exist")
     has_other = (out / "config.json").exists() and read_record(out) is None and not (out / RESUME).exists()
     if has_other:
-        raise ValueError(f"--out {out}: has a model that is not of this training: choose another --out")
+        raise ValueError(f"--out {out}: has a model of another training: choose another --out")
     if resume:
         file = out / RESUME
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
@@ -299,7 +299,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
                 f"{out} belongs to a run with other settings or data: use the same, or another folder"
             )
     elif (out / "config.json").exists() or read_record(out) is not None:
-        what = "a finished checkpoint" if is_finished(out) else "a training that can go on with --resume"
+        what = "a finished checkpoint" if is_finished(out) else "a training that --resume continues"
         raise ValueError(f"{out} has {what}: choose another --out, or delete the folder")
 
 
@@ -325,7 +325,7 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     """
     opened = Checkpoint(teacher)
     if opened.config.thresholds is not None:
-        raise ValueError(f"--teacher {teacher}: is a multi-label model, which cannot teach one label of many")
+        raise ValueError(f"--teacher {teacher}: is a multi-label model, and labels here exclude each other")
     if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"

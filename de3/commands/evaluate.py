@@ -1,4 +1,4 @@
-"""`de3 evaluate`."""
+"""`de3 evaluate`: accuracy by exit and against speed-up, for a checkpoint or an artifact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +36,8 @@ def evaluate(
     original: Annotated[
         str | None,
         typer.Option(
-            help="The classifier that was imported: disagreement is then counted against its answers, which are the "
-            'labels too with --label-column "" or a .txt file.',
+            help="The classifier that was imported: disagreement is counted against its answers, which are also the "
+            'labels with --label-column "" or a .txt file.',
             show_default=False,
         ),
     ] = None,
@@ -83,10 +83,10 @@ def evaluate(
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
         raise ValueError(
-            "--original: give the texts that it shall answer; held-out samples know its answers already"
+            "--original: give the texts for it to answer; held-out samples have its answers already"
         )
     elif subject.checkpoint is None:
-        raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
+        raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
     else:
         examples = subject.checkpoint.held_out("certify")
     data.check_input(examples, subject.config.input, str(file or dataset or model))
@@ -105,7 +105,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated: a checkpoint, or an artifact; `config` has its `input`, `thresholds` and `tolerance`."""
+    """The checkpoint or artifact to evaluate; `config` has its `input`, `thresholds` and `tolerance`."""
 
     title: str
     names: Sequence[str]
@@ -154,7 +154,7 @@ def _open(path: Path) -> _Subject:
 
 
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
-    """Examples with the answers of the classifier that was imported, which are their labels too if they have none."""
+    """Examples with the answers of the imported classifier, which are also the labels if there are none."""
     from de3.training import data, stock
 
     names = list(subject.names)
@@ -180,7 +180,7 @@ def _lambdas(values: str) -> list[float]:
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
-    """Plot to the file that was named, or to the default, where a store that is read-only is but a warning."""
+    """Plot to the named file, or to the default; a default that cannot be written is only a warning."""
     target = png or default
     try:
         plot(target)
@@ -193,7 +193,7 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
 
 
 def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
+    """Print the outcome of an artifact's default and targets on recorded samples, and of the default by length."""
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
     from de3.training import evaluate as evaluation

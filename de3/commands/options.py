@@ -36,7 +36,7 @@ Fragments = Annotated[
 GroupColumn = Annotated[
     str | None,
     typer.Option(
-        help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part, and "
+        help="Column that names the group of a row, e.g. document or user: rows of a group stay in the same part, and "
         "count as related in the guarantees.",
         show_default=False,
         rich_help_panel=DATA,
@@ -47,7 +47,7 @@ Threshold = Annotated[
     typer.Option(
         min=0.01,
         max=0.99,
-        help="Of a multi-label model: the probability above which a label is given. Requests may set others.",
+        help="For a multi-label model: the probability above which a label is given. Requests may set others.",
         show_default="0.5",
         rich_help_panel=DATA,
     ),
@@ -127,7 +127,7 @@ def read_rows(file: Path | None, dataset: str | None, split: str, columns: Colum
 
 
 def check_groups(fragments: bool, group_column: str | None) -> None:
-    """Raise ValueError for two ways at once to say which rows are related."""
+    """Raise ValueError if related rows are given in two ways at once."""
     if fragments and group_column is not None:
         raise ValueError(
             "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
@@ -140,7 +140,7 @@ def next_serve(store: Path, name: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr as it is: a command in it can be copied, and brackets are no markup."""
+    """Print a line on stderr unchanged: not wrapped, so that commands can be copied, and without markup."""
     console.print(message, markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""`de3 train`."""
+"""`de3 train`: its options are its own, and the fields of Columns and of TrainSettings."""
 
 import shlex
 import sys
@@ -30,7 +30,7 @@ from de3.commands.options import (
 from de3.tables import Columns, Text, labels_in, read_column, read_dataset_column
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
-# Options that a multi-label model has no use for.
+# Options that do not apply to a multi-label model.
 NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes")
 NO_TEACHER = ("teacher", "distill", "temperature", "augment")
 
@@ -60,7 +60,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Train on so many samples at most, chosen by seed. Default: on all that are not held out.",
+            help="Train on at most this many samples, chosen by seed. Default: on all that are not held out.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -70,7 +70,7 @@ def train(
     multi_label: Annotated[
         bool,
         typer.Option(
-            help="A text has any number of labels: a list in .jsonl, or in a cell with | between them.",
+            help="A text has any number of labels: a list in .jsonl, or separated by | in a cell.",
             rich_help_panel=DATA,
         ),
     ] = False,
@@ -110,7 +110,7 @@ def train(
     recipe: Annotated[
         str,
         typer.Option(
-            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; shown when "
+            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; printed when "
             "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option.",
             rich_help_panel=TRAINING,
         ),
@@ -188,7 +188,7 @@ def train(
     try:
         run(model, tokenizer, parts, settings, out, teacher, resume, command)
     except KeyboardInterrupt:
-        say(f"interrupted; go on after the last complete epoch with: {command}")
+        say(f"interrupted; continue after the last complete epoch with: {command}")
         sys.exit(130)
     if exits == "last":
         teacher_too = "" if multi_label else ", or use it as a --teacher"
@@ -223,7 +223,7 @@ def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
         return source is not None and source.name != "DEFAULT"
 
     if not multi_label and given("threshold"):
-        raise ValueError("--threshold: only a multi-label model has one: say --multi-label")
+        raise ValueError("--threshold: only a multi-label model has one; add --multi-label")
     for names, reason in (
         (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels do not exclude each other"),
         (NO_TEACHER, "distillation is for labels that exclude each other"),
