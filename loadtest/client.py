@@ -1,8 +1,8 @@
 """The load generator: one thread, blocking on select, so that it uses little CPU.
 
-Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency
-counts from the time its request was due, so a stall of the server counts for every request that arrives
-during it. Closed loop: each connection sends its next request once it has its answer.
+Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency counts from
+the time its request was due, so a stall of the server counts for every request that arrives during it. Closed loop:
+each connection sends its next request once it has its answer.
 """
 
 import json
@@ -36,7 +36,7 @@ def post(
 
 
 def label_of(answer: Any) -> str:
-    """The label in an answer of /classify to one text; of a regression model its value."""
+    """The label in an answer of /classify to one text, or the value of a regression model."""
     row = Row.parse(answer["data"][0])
     return row.label if row.value is None else str(row.value)
 
@@ -168,8 +168,8 @@ def send_traffic(
     """Send samples in order, repeatedly, for `seconds`.
 
     Args:
-        rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a
-            closed loop over `connections`.
+        rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a closed
+            loop over `connections`.
         progress: called every 0.25 s with the elapsed seconds.
     """
     cpu = _cpu()
@@ -222,7 +222,7 @@ class _Generator:
             self._collect(max(0.0, self._next - now) if has_next else 0.1)
         for connection in [*self._idle, *self._busy]:
             connection.socket.close()
-        return [*self._answers, *self._pending]  # the pending ones were never sent and count as unanswered
+        return [*self._answers, *self._pending]  # pending requests were never sent: they count as unanswered
 
     def _now(self) -> float:
         return perf_counter() - self._start
@@ -290,7 +290,7 @@ def _cpu() -> float:
 
 
 def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
-    """The label of every sample, sent one at a time: answers under load must have the same labels."""
+    """The label of every sample, each sent alone, to compare with the labels under load."""
     connection = _Connection(_address(target))
     labels = []
     for i, sample in enumerate(samples):

@@ -79,7 +79,7 @@ class Comparison:
         return self.results
 
     def _prepare(self) -> None:
-        """Create environments and convert models; a peer for which that fails is left out."""
+        """Create environments and convert models; peers for which that fails are left out."""
         for server in [s for s in self.servers if s.script]:
             console.print(f"preparing {server.name}")
             try:
@@ -141,7 +141,7 @@ class Comparison:
         return last
 
     def _saved(self) -> None:
-        """Measure what early exit saves: the model time of a single text, from the server's metrics."""
+        """Measure the model time of a single text with early exit and at full depth, from the server's metrics."""
         costs = []
         for server in self.servers[:2]:
             console.print(f"model time: {server.name}")
@@ -225,7 +225,7 @@ class Comparison:
         return float(median(row[key] for row in self.results[what][server]))
 
     def _ratios(self, best: Server) -> dict[str, str]:
-        """Ours against the peers: the median of the rounds' ratios, and their range."""
+        """Ratios of ours to the peers: median and range over the rounds."""
         ours, ratios = self.servers[0].name, {}
         rows = self.results["saturation"]
         for peer in self._peers():
@@ -288,7 +288,7 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux has it."""
+    """The processor's name in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

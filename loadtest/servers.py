@@ -1,4 +1,4 @@
-"""The compared servers: ours and its peers, each started by one command in its own environment."""
+"""The compared servers: ours and its peers, each started by a command in an environment of its own."""
 
 import hashlib
 import json
@@ -34,12 +34,12 @@ STOCK_NOTE = (
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server and how to send it requests.
+    """A server that can be started, and the format of its requests.
 
     Attributes:
         command: the command line; {port} is replaced.
         ready: path that answers 200 once the server is ready.
-        note: the difference from ours, for the report.
+        note: how it differs from ours, for the report.
         script: of a peer: its script in `peers`; `prepare` creates the environment.
         conversion: of a peer: arguments with which its script converts its model.
     """
@@ -78,7 +78,7 @@ class Server:
             raise ValueError(f"{self.name} cannot be prepared: {error}") from None
 
     def measuring(self, texts: Path, seconds: float) -> list[str]:
-        """The command by which a lean peer measures itself without HTTP; texts: a JSON list."""
+        """The command with which a lean peer measures itself without HTTP; texts: a JSON list."""
         command = [part.replace("{port}", "0") for part in self.command]
         return [*command, "--measure", str(texts), "--seconds", f"{seconds:g}"]
 
@@ -130,7 +130,7 @@ def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, 
 
 
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
-    """The engines in a minimal app of ours, int8 and bf16; they can also be measured without HTTP.
+    """Peers with an engine in our minimal app, in int8 and bf16; they can also be measured without HTTP.
 
     Args:
         int8, fp32: folders of the full-depth graph.
@@ -300,7 +300,7 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
 
 
 def reload(url: str, model: str, admin_key: str) -> None:
-    """Reload a model of a running server of ours; raises OSError if that fails."""
+    """Reload a model of our running server; raises OSError if that fails."""
     headers = {"Authorization": f"Bearer {admin_key}", "Content-Type": "application/json"}
     with urlopen(Request(f"{url}/v1/models/{model}/load", b"{}", headers), timeout=60):
         pass

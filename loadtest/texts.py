@@ -1,4 +1,4 @@
-"""Samples to send, read from a file."""
+"""Texts to send, read from a file."""
 
 import random
 from collections.abc import Sequence

@@ -107,12 +107,12 @@ def correlation(values: NDArray[np.float64], labels: NDArray[np.float64]) -> tup
     if not (np.ptp(values) and np.ptp(labels)):
         return float("nan"), float("nan")
     pearson, spearman = (
-        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (_ranks(values), _ranks(labels)))
+        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (ranks(values), ranks(labels)))
     )
     return float(pearson), float(spearman)
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """The rank of each value, from 1; equal values share their mean rank."""
     _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])

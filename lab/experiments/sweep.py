@@ -3,8 +3,8 @@
     python -m lab experiment sweep DATA RUNS sst2-minilm-D-0 mrpc-minilm-D-0
     python -m lab experiment sweep --redraw
 
-Unseen samples; the risk is fitted, and EDR's λ and CAP's α chosen, on held-out ones. Cells of one task are joined as in
-training.studies.signals, which answers what each signal is worth.
+Unseen samples; the risk is fitted, and EDR's λ and CAP's α chosen, on held-out ones. Cells of a task are joined as in
+lab.experiments.signals.
 """
 
 from collections.abc import Sequence
@@ -36,9 +36,9 @@ COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "cri
 
 
 def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
-    """Unseen samples without the first exits, their scores, and the largest τ that lost half a point on held-out ones.
+    """Unseen samples without the first exits, their scores, and the largest τ within half a point on held-out samples.
 
-    Scores of the risk on held-out samples are cross-fitted by halves.
+    Scores of risk on held-out samples are cross-fitted by halves.
     """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     lam = max(LAMS, key=lambda lam: fastest_within(edr(held, lam), held.recorded, LOSS))

@@ -15,7 +15,7 @@ class Task(NamedTuple):
 
     Attributes:
         train, unseen: read its training rows, and its dev or test rows, from the folder of the data sets.
-        fragments: whether its training rows contain fragments of one another.
+        fragments: its training rows contain fragments of one another.
     """
 
     train: Callable[[Path], Rows]

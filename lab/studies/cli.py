@@ -40,7 +40,7 @@ def promise(
     group_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of what texts are related by, such as group in a held-out part of de3 train.",
+            help="Column that names the group of related texts, such as group in a held-out part of de3 train.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +51,7 @@ def promise(
     start_layers: StartLayers = 0.6,
     json_file: Json = None,
 ) -> None:
-    """How often `max_disagreement` is violated, and its speed-up against an oracle's, over many calibrations.
+    """Violations of `max_disagreement`, and its speed-up relative to an oracle's, over many calibrations.
 
     Example: python -m lab study promise runs/sst2/tune.jsonl runs/sst2/certify.jsonl
     """
@@ -75,8 +75,8 @@ def promise(
 
 @app.command()
 def audit(
-    home: Annotated[Path, typer.Argument(help="Texts that streams begin with.")],
-    away: Annotated[Path, typer.Argument(help="Texts that they change to.")],
+    home: Annotated[Path, typer.Argument(help="Texts at the beginning of streams.")],
+    away: Annotated[Path, typer.Argument(help="Texts that streams switch to.")],
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
@@ -97,9 +97,9 @@ def audit(
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Does --guarantee keep its promise, and how fast is it? Streams of recorded texts whose true rates are known.
+    """Validity and speed of --guarantee, on simulated streams of recorded texts whose true rates are known.
 
-    Stationary, with a sudden switch, a slow drift, and bursts of other texts.
+    Streams are stationary, or have a sudden switch, a slow drift, or bursts of other texts.
 
     Example: python -m lab study audit sst2/dev.tsv electronics.jsonl --png audit.png
     """
@@ -269,7 +269,10 @@ def speedup(
     samples = read(texts, text_column)
     rows = run(store, model, samples, rate or [50.0, 300.0], rounds, seconds, port)
     columns = ["requests/s", "reported", "measured", "error"]
-    cells = [[r.rate, f"{r.said:.2f}", f"{r.was:.2f}", f"{100 * (r.said / r.was - 1):+.0f}%"] for r in rows]
+    cells = [
+        [r.rate, f"{r.reported:.2f}", f"{r.measured:.2f}", f"{100 * (r.reported / r.measured - 1):+.0f}%"]
+        for r in rows
+    ]
     show(columns, cells, json_file, [asdict(r) for r in rows])
 
 
@@ -290,9 +293,9 @@ def long_texts(
     ] = 0.25,
     json_file: Json = None,
 ) -> None:
-    """Long texts truncated against windows: accuracy and work, by how windows are combined and when that is settled.
+    """Long texts, truncated or in windows: accuracy and work by strategy.
 
-    Every other text chose the strategy; the others are reported.
+    The strategy is chosen on every other text; the rest is reported.
 
     Example: python -m lab study long books.csv --label-names negative,positive --max-tokens 512 --max-tokens 64
     """
@@ -346,7 +349,7 @@ def overhead(
     png: Png = None,
     json_file: Json = None,
 ) -> None:
-    """What classifier and prototypical network cost beside a layer, by the kernels and by ONNX Runtime, on one core.
+    """Time of an exit's classifier and prototypical network beside a layer's, in kernels and ONNX Runtime, on one core.
 
     Example: python -m lab study overhead --model sst2 --json overhead.json
     """
@@ -384,7 +387,7 @@ def wall(
     json_file: Json = None,
     **reading: Any,
 ) -> None:
-    """Accuracy against speed-up in layers and by the clock: texts alone, one after another, through the engine.
+    """Accuracy against speed-up in layers and by the clock, for texts that run alone in the engine.
 
     Example: python -m lab study wall dev.tsv --text-column sentence --label-names negative,positive
     """

@@ -1,4 +1,4 @@
-"""Record every exit of a model for the texts of files."""
+"""Every exit of a model, recorded for the texts of files."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Accuracy against speed-up by the clock: texts one after another through the engine, at a grid of τ.
 
-A text takes the way of a request with one text: queue, tokenizer, layers and exit rule, in the calling thread. HTTP is
-left out, and so is the change of threads between event loop and engine.
+A text runs as a request with one text does: queue, tokenizer, layers and exit rule, in the calling thread. HTTP is left
+out, and so is the change of threads between event loop and engine.
 """
 
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ from de3.server.settings import ExitOptions
 from de3.training.data import Example
 
 TAUS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.2, 0.3, 0.4)
-# Texts before it is another τ's turn: at an early τ the layers that are used stay in the caches, as when serving.
+# Texts before another τ takes its turn: at an early τ the layers that are used stay in the caches, as when serving.
 BLOCK = 64
-SHOWN = 10  # times as fast, at most, in the plot
+SHOWN = 10  # highest speed-up in the plot
 
 
 def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rounds: int) -> dict[str, Any]:
     """Accuracy and speed-up for each τ, the first of which must be 0; each speed-up is against τ = 0 of its round.
 
-    `predicted` is the speed-up in model time that `de3 evaluate` prints, from passes to each exit.
+    `predicted` is the speed-up in time that `de3 evaluate` prints.
     """
     manifest = served.model.manifest
     right = np.array([example.label for example in examples])
