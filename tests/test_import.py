@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.tables import Columns, read_rows
 from de3.training import data, stock
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example, encode
@@ -38,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """A stock classifier that has learned something."""
-    examples = data.to_examples(data.read_rows(data_file, data.Columns("sentence")), ["0", "1"])
+    examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 
@@ -183,7 +184,7 @@ def test_an_interrupted_import_goes_on(
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
     output = de3(command)
-    assert "fitting: 3 of 8 parts are there from an earlier run" in output
+    assert "fitting: 3 of 8 parts are reused from an earlier run" in output
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
 
 
@@ -267,7 +268,7 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         (f"{texts} --name BAD/NAME", "--name must have at most 64 lower-case letters"),
         (f"{texts} --name m --signal best", "--signal must be one of"),
         (f"{texts} --name m --work {tmp_path}/file", "is a file; give a folder"),
-        (f"{texts} --name m --threshold 0.3", "is no multi-label model"),
+        (f"{texts} --name m --threshold 0.3", "is not a multi-label model"),
         (f"{rows} --name m", "rows.csv:2: has 2 fields, the header 1"),
     ):
         assert message in refusal(command.format(more))

@@ -166,7 +166,7 @@ def test_a_cell_is_known_by_its_name(cell: Cell) -> None:
 def test_what_is_no_cell_is_refused() -> None:
     with pytest.raises(ValueError, match="mrpc-minilm-D-0"):
         Cell.parse("mrpc-bert-D-0")
-    with pytest.raises(ValueError, match="gama is no setting"):
+    with pytest.raises(ValueError, match="unknown setting gama"):
         Cell.parse("mrpc-minilm-D-gama=0.1-0")
 
 
