@@ -145,23 +145,23 @@ def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
 
 def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
     """Those of full depth, (texts, K)."""
-    assert model.through is not None
+    assert model.forward is not None
     passes = _passes(model, tokens)
     for each in passes:
-        model.through([each])
+        model.forward([each])
     return np.stack([each.logits[-1] for each in passes])
 
 
 def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) -> float:
     """Texts per second at full depth, `size` texts a call in their order: whole passes, as the peers measure."""
-    assert model.through is not None
+    assert model.forward is not None
     calls = [tokens[i : i + size] for i in range(0, len(tokens), size)]
     for call in calls:
-        model.through(_passes(model, call))
+        model.forward(_passes(model, call))
     start, passes, elapsed = perf_counter(), 0, 0.0
     while elapsed < seconds:
         for call in calls:
-            model.through(_passes(model, call))
+            model.forward(_passes(model, call))
         passes += 1
         elapsed = perf_counter() - start
     return passes * len(tokens) / elapsed

@@ -13,11 +13,11 @@ from de3.model_store.graph_reader import Read, network_of, read_segment
 from de3.model_store.segments import (
     Array,
     ForwardPass,
+    NativeForward,
     NativeSegment,
     OnnxSegment,
     Segment,
     Step,
-    Through,
     Tokens,
     full_depth,
     session_options,
@@ -48,7 +48,7 @@ class Model:
         runtime: what runs them: native or onnxruntime.
         instructions: the instruction set that the kernels use, as amx, vnni or dotprod; empty unless native.
         why_not_native: why the kernels do not run an int8 artifact; else empty.
-        through: runs several samples through all layers in one call; None unless native.
+        forward: runs several samples forward all layers in one call; None unless native.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Model:
         prototypes = unit_prototypes(artifact)
         options = session_options(manifest.max_tokens)
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
-        self.through: Through | None = None
+        self.forward: NativeForward | None = None
         weights, segments = [], []
         for layer, name in enumerate(manifest.segment_files()):
             check()
@@ -86,7 +86,7 @@ class Model:
         try:
             if not weights:
                 raise NoKernelsError("only int8 artifacts have kernels")
-            self.segments, self.through = self._native(artifact, network_of(weights, manifest), prototypes)
+            self.segments, self.forward = self._native(artifact, network_of(weights, manifest), prototypes)
             self.runtime = "native"
         except NoKernelsError as error:
             self.why_not_native = str(error) if weights else ""
@@ -107,7 +107,7 @@ class Model:
 
     def _native(
         self, artifact: Artifact, network: Network, prototypes: dict[int, Array]
-    ) -> tuple[Sequence[Segment], Through]:
+    ) -> tuple[Sequence[Segment], NativeForward]:
         """The segments as the kernels run them; NoKernelsError unless they give what ONNX Runtime gives."""
         model, manifest = build(network), self.manifest
         from de3.native import kernels  # there, or build() would have failed
@@ -116,12 +116,12 @@ class Model:
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
             for layer in range(manifest.num_layers + 1)
         ]
-        through = Through(kernels, model, manifest, prototypes)
-        self._prove(artifact, native, through)
+        forward = NativeForward(kernels, model, manifest, prototypes)
+        self._prove(artifact, native, forward)
         self.instructions = kernels.supported()
-        return native, through
+        return native, forward
 
-    def _prove(self, artifact: Artifact, native: Sequence[Segment], through: Through) -> None:
+    def _prove(self, artifact: Artifact, native: Sequence[Segment], forward: NativeForward) -> None:
         """Compare the kernels with ONNX Runtime on PROOF, the last of it as long as the model takes.
 
         Each layer runs on what ONNX Runtime gave for the one before, as rounding errors add up over the layers. Raises
@@ -162,14 +162,16 @@ class Model:
             spread = max(float(np.ptp(theirs_)), MIN_SPREAD)
             if not np.abs(theirs_ - ours_).max() <= MAX_NATIVE_DIFFERENCE * spread:
                 raise NoKernelsError(f"layer {layer}: the kernels' {name} differ from ONNX Runtime's")
-        self._prove_group([self.tokenize(text, pair) for text, pair in texts], native, through)
+        self._prove_group([self.tokenize(text, pair) for text, pair in texts], native, forward)
 
-    def _prove_group(self, tokens: Sequence[Tokens], native: Sequence[Segment], through: Through) -> None:
+    def _prove_group(
+        self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
+    ) -> None:
         """Raise NoKernelsError unless texts that run together, in two parts, give what they give alone."""
         passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
         for _ in range(2):
             self._check()
-            through(passes, layers=self.manifest.num_layers // 2 + 1)
+            forward(passes, layers=self.manifest.num_layers // 2 + 1)
         for one in passes:
             for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()

@@ -8,6 +8,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from de3.exits.reading import Reading
+from de3.exits.rule import Thresholds
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import StoreError
@@ -110,12 +112,15 @@ class ForwardPass:
         deepest: the layer at which to leave at the latest, one with an exit.
         ask_all: compute every exit passed, also those at which it cannot leave (tau 0).
         caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
-        thresholds: of a multi-label model, for the kernels.
+        thresholds: of a multi-label model; None: classes exclude each other.
         layer: the next one to run.
         hidden: (1, tokens, hidden), what it takes; None: nothing was kept, as all layers run in one call.
         exit_layer: where it left; -1: not yet.
         seconds: compute time.
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
+        readings: once it left, those of the exits that were computed, scored.
+        is_below_tau: it left because its score was below τ.
+        is_far: an exit was too far from its prototypes.
     """
 
     tokens: Tokens
@@ -124,16 +129,34 @@ class ForwardPass:
     deepest: int
     ask_all: bool
     caution: float = 1.0
-    thresholds: bytes | None = None
+    thresholds: Thresholds | None = None
     layer: int = field(default=0, init=False)
     hidden: Array | None = field(default=None, init=False)
     exit_layer: int = field(default=-1, init=False)
     seconds: float = field(default=0.0, init=False)
     logits: Array = field(init=False)
     distances: Array = field(init=False)
+    readings: list[Reading] = field(default_factory=list, init=False)
+    is_below_tau: bool = field(default=False, init=False)
+    is_far: bool = field(default=False, init=False)
+
+    def leave(self, exit_layer: int, is_below_tau: bool, is_far: bool, rows: list[tuple[Any, ...]]) -> None:
+        """Record the decision of the kernels. rows: the readings, as `native/python.c: reading_list` makes them."""
+        self.exit_layer, self.is_below_tau, self.is_far = exit_layer, is_below_tau, is_far
+        for layer, label, margin, entropy, ratio, nearest, score, probs in rows:
+            logits = self.logits[layer].tolist()
+            reading = Reading(layer, logits, probs, label, margin, entropy, ratio, nearest, score)
+            if len(logits) == 1:
+                reading.value = logits[0]
+            elif self.thresholds is not None:
+                limits = self.thresholds.logits
+                reading.labels = [k for k, limit in enumerate(limits) if logits[k] > limit]
+            elif nearest is not None:
+                reading.distances = self.distances[layer].tolist()
+            self.readings.append(reading)
 
 
-class Through:
+class NativeForward:
     """All native segments in one call, the exit rule between them, without Python and the GIL."""
 
     def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
@@ -150,7 +173,7 @@ class Through:
         at_idle: bool = False,
     ) -> None:
         """Run 1 to 64 samples, all before the same layer, until each has left, or through so many layers; fills
-        exit_layer, seconds, logits and distances.
+        all that is not in the constructor.
 
         far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any. at_idle: any other
         thread of the system preempts it.
@@ -165,12 +188,15 @@ class Through:
                 if is_part:
                     p.hidden = np.empty((1, len(p.tokens), self._hidden), np.float32)
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
-            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, p.thresholds)
+            table = None if p.thresholds is None else p.thresholds.table
+            rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, table)
             texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden))
         results = self._through(self._model, texts, self._prototypes, far, first, last, at_idle)
-        for p, (exit_layer, seconds) in zip(passes, results, strict=True):
-            p.exit_layer, p.layer = exit_layer, last + 1
+        for p, (seconds, left) in zip(passes, results, strict=True):
+            p.layer = last + 1
             p.seconds += seconds
+            if left is not None:
+                p.leave(*left)
 
 
 def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:

@@ -230,8 +230,8 @@ static int is_asked(const Model *m, int layer, const Pass *p) {
     return m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
 }
 
-/* Read an exit that was computed, and decide. */
-static void judge(const Model *m, int layer, Pass *p, double far) {
+/* Read an exit that was computed, and decide whether the text leaves there. */
+static void decide_exit(const Model *m, int layer, Pass *p, double far) {
     const ExitHead *head = &m->exits[layer];
     size_t row = (size_t)layer * head->num_labels;
     Reading *reading = &p->readings[p->num_readings++];
@@ -241,7 +241,9 @@ static void judge(const Model *m, int layer, Pass *p, double far) {
         p->is_far = 1;
         p->tau *= p->caution;
     }
-    if (layer == p->deepest || exits(score(p->signal, p->readings, p->num_readings), p->tau)) p->exit_layer = layer;
+    reading->score = score(p->signal, p->readings, p->num_readings);
+    p->is_below_tau = exits(reading->score, p->tau);
+    if (p->is_below_tau || layer == p->deepest) p->exit_layer = layer;
 }
 
 static __thread clockid_t clock_used = CLOCK_MONOTONIC;
@@ -273,7 +275,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
         if (first) memcpy(rows + row * hidden, p->hidden, p->tokens * hidden * 4);
         row += p->tokens;
         for (int layer = 0; layer < first; layer++)
-            if (is_asked(m, layer, p)) judge(m, layer, p, far ? far[layer] : INFINITY);
+            if (is_asked(m, layer, p)) decide_exit(m, layer, p, far ? far[layer] : INFINITY);
     }
     for (int layer = first; layer <= last && count && !failed; layer++) {
         double start = now();
@@ -289,7 +291,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
             if (is_asked(m, layer, p)) {
                 size_t at = (size_t)layer * m->exits[layer].num_labels;
                 failed = run_exit(m, layer, from, p->tokens, prototypes[layer], p->logits + at, p->distances + at);
-                if (!failed) judge(m, layer, p, far ? far[layer] : INFINITY);
+                if (!failed) decide_exit(m, layer, p, far ? far[layer] : INFINITY);
                 double asked = now();
                 p->seconds += asked - end;
                 end = asked;

@@ -37,8 +37,9 @@ typedef struct {
     Reading *readings;         /* of the exits computed so far; room for (num_layers + 1) */
     int num_readings;
 
-    int exit_layer; /* -1: it has not left */
-    int is_far;
+    int exit_layer;   /* -1: it has not left */
+    int is_below_tau; /* its score at exit_layer is below tau */
+    int is_far;       /* an exit was too far from its prototypes */
     double seconds;
 } Pass;
 

@@ -1,4 +1,4 @@
-/* The extension module native.kernels: arguments checked, buffers held, and the GIL released while layers run.
+/* The extension module de3.native.kernels: arguments checked, buffers held, and the GIL released while layers run.
  * native/kernels.pyi has the functions' types. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000 /* one build for Python 3.11 and all later versions */
@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "layers.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -367,7 +368,39 @@ static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_bu
     return require_memory(p->readings != NULL);
 }
 
-/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(exit layer or -1, seconds)]
+static PyObject *number_or_none(double x) { return isnan(x) ? Py_NewRef(Py_None) : PyFloat_FromDouble(x); }
+
+/* The probabilities at an exit, or an empty list if it gives a value. */
+static PyObject *probability_list(const Reading *reading, const float *logits, const double *thresholds, int num_labels) {
+    int count = reading->is_value ? 0 : num_labels;
+    double *values = malloc((count + 1) * sizeof(double));
+    PyObject *list = values ? PyList_New(count) : PyErr_NoMemory();
+    if (list != NULL) {
+        if (count) probabilities(logits, thresholds, num_labels, values);
+        for (int k = 0; k < count; k++) PyList_SetItem(list, k, PyFloat_FromDouble(values[k]));
+    }
+    free(values);
+    return list;
+}
+
+/* (layer, label, margin, entropy, distance_ratio, nearest, score, probabilities) of each exit that a text passed. */
+static PyObject *reading_list(const Model *m, const Pass *p) {
+    PyObject *list = PyList_New(p->num_readings);
+    for (int i = 0; list != NULL && i < p->num_readings; i++) {
+        const Reading *r = &p->readings[i];
+        int num_labels = m->exits[r->layer].num_labels;
+        PyObject *row = Py_BuildValue(
+            "iiddNNNN", r->layer, r->label, r->margin, r->entropy, number_or_none(r->distance_ratio),
+            number_or_none(r->nearest), number_or_none(r->score),
+            probability_list(r, p->logits + (size_t)r->layer * num_labels, p->thresholds, num_labels));
+        if (row == NULL) Py_CLEAR(list);
+        else PyList_SetItem(list, i, row);
+    }
+    return list;
+}
+
+/* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]
+ * exit: None, or for a text that left (layer, is_below_tau, is_far, readings); see reading_list.
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
  * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
@@ -410,7 +443,12 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
     }
     if (ok) result = PyList_New(count);
     for (int i = 0; result != NULL && i < count; i++) {
-        PyObject *pair = Py_BuildValue("id", passes[i].exit_layer, passes[i].seconds);
+        const Pass *p = &passes[i];
+        PyObject *left = p->exit_layer < 0
+                             ? Py_NewRef(Py_None)
+                             : Py_BuildValue("iNNN", p->exit_layer, PyBool_FromLong(p->is_below_tau),
+                                             PyBool_FromLong(p->is_far), reading_list(m, p));
+        PyObject *pair = Py_BuildValue("dN", p->seconds, left);
         if (pair == NULL) Py_CLEAR(result);
         else PyList_SetItem(result, i, pair);
     }

@@ -60,6 +60,19 @@ Reading read_exit(int layer, const float *logits, const float *distances, const 
                       : read_classes(layer, logits, distances, num_labels);
 }
 
+void probabilities(const float *logits, const double *thresholds, int num_labels, double *to) {
+    if (thresholds) {
+        for (int k = 0; k < num_labels; k++) {
+            double x = logits[k];
+            to[k] = x >= 0.0 ? 1.0 / (1.0 + exp(-x)) : exp(x) / (1.0 + exp(x));
+        }
+        return;
+    }
+    double top = logits[best(logits, num_labels, -1)], total = 0.0;
+    for (int k = 0; k < num_labels; k++) total += to[k] = exp(logits[k] - top);
+    for (int k = 0; k < num_labels; k++) to[k] /= total;
+}
+
 static double at_least(double x, double low) { return x < low ? low : x; } /* NaN stays */
 
 /* z of the logistic regression: exits/signals.py, Risk. */

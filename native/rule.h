@@ -15,6 +15,7 @@ typedef struct {
     double margin;                  /* the highest logit minus the second; of labels: to the nearest threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
+    double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */
 } Reading;
 
 /* Which score is compared with tau: the `code` of a signal in exits/signals.py. */
@@ -30,6 +31,9 @@ typedef struct {
 /* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none.
  * thresholds: of a multi-label model, as logits, num_labels; NULL: classes exclude each other. One label: a value. */
 Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
+
+/* The probabilities of an exit's labels, num_labels; of each label by itself if there are thresholds. */
+void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);
 
 /* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from time import perf_counter
 
 from de3.server.engine.engine import Engine
-from de3.server.engine.work import REPLY_S, Job
+from de3.server.engine.job import REPLY_S, Job
 from de3.server.models import Models
 from de3.server.overload import TICK_S, Controller
 from de3.server.settings import Settings

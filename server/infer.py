@@ -1,38 +1,85 @@
-"""From a request to its answer: what lies between the protocols and the engine.
+"""From a request to its answer: the step between the protocols and the engine.
 
-Every protocol calls `infer`, and nothing below it knows HTTP.
+Every protocol runs an `Inference`, and nothing below it knows HTTP.
 """
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 from de3.exits.windows import most_windows
-from de3.server.engine.work import Job, Request, Served
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
 
 
-async def infer(request: Request, service: Service) -> Job:
-    """Classify the texts of a request; the job that is done has the outcomes.
+@dataclass(slots=True, eq=False)
+class Inference:
+    """One request while it is answered, for those who cancel it or report how far it got.
 
-    Raises RequestError when the request is not answered. `request.cancel(error)` ends it, and raises error.
+    Attributes:
+        served, job: the model and its work, once they are known.
     """
-    service.check_open()
-    request.served = served = service.models.get(request.model)
-    request.check(served.model.manifest)
-    request.windows = min(request.windows, most_windows(served.model.manifest.max_tokens))
-    _check_texts(request, served)
-    level = service.admission.level
-    choice = served.rules.of(request.options, level)
-    request.job = job = Job(served, choice, request, asyncio.get_running_loop().create_future())
-    with service.audits.watch(job), service.admission.admit(job):
-        await _wait(job, service)
-    shadow = service.models.shadow_of(served)
-    if shadow is not None:
-        _run_shadow(shadow, job, level, service)
-    service.metrics.answered(job)
-    return job
+
+    request: Request
+    served: Served | None = None
+    job: Job | None = None
+    _done: "asyncio.Future[None] | None" = None
+
+    async def run(self, service: Service) -> Job:
+        """Classify the texts; the job that is done has the outcomes. Raises RequestError when it cannot."""
+        service.check_open()
+        request = self.request
+        self.served = served = service.models.get(request.model)
+        request.check(served.model.manifest)
+        request.windows = min(request.windows, most_windows(served.model.manifest.max_tokens))
+        _check_texts(request, served)
+        level = service.admission.level
+        choice = served.rules.of(request.options, level)
+        self._done = asyncio.get_running_loop().create_future()
+        self.job = job = Job(served, choice, request, self._settle)
+        with service.audits.watch(job), service.admission.admit(job):
+            await self._wait(job, self._done, service)
+        shadow = service.models.shadow_of(served)
+        if shadow is not None:
+            _run_shadow(shadow, job, level, service)
+        service.metrics.answered(job)
+        return job
+
+    def cancel(self, error: Exception) -> None:
+        """End it with an error, which run() raises; without effect unless it waits for the engine."""
+        self._settle(error)
+
+    def _settle(self, error: Exception | None) -> None:
+        if self._done is None or self._done.done():  # the client went away, or another text failed first
+            return
+        if error is None:
+            self._done.set_result(None)
+        else:
+            self._done.set_exception(error)
+
+    async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
+        """Submit a job and wait until it is done, its time is up or it is cancelled."""
+        service.engine.submit(job)
+        timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
+        left_s = timeout_s if expires_at is None else expires_at - perf_counter()
+        timer = asyncio.get_running_loop().call_later(left_s, self.cancel, timed_out(timeout_s))
+        try:
+            await done
+        except BaseException:
+            # What is pending leaves the queue at once, and what runs stops at its next layer.
+            service.engine.drop(job)
+            raise
+        finally:
+            timer.cancel()
+
+    def release(self) -> None:
+        """Release the texts and their state, which refer to each other."""
+        if self.job is not None:
+            self.job.release()
+            self.job = None
 
 
 def _check_texts(request: Request, served: Served) -> None:
@@ -52,23 +99,6 @@ def _check_texts(request: Request, served: Served) -> None:
             raise RequestError(f"{name}: {served.model.full_name} takes {what}", name)
 
 
-async def _wait(job: Job, service: Service) -> None:
-    """Submit a job and wait until it is done, its time is up or it is cancelled."""
-    service.engine.submit(job)
-    timeout_s = service.settings.timeout_s
-    expires_at = job.request.expires_at
-    left_s = timeout_s if expires_at is None else expires_at - perf_counter()
-    timer = job.future.get_loop().call_later(left_s, job.request.cancel, timed_out(timeout_s))
-    try:
-        await job.future
-    except BaseException:
-        # What is pending leaves the queue at once, and what runs stops at its next layer.
-        service.engine.drop(job)
-        raise
-    finally:
-        timer.cancel()
-
-
 def timed_out(timeout_s: float) -> RequestError:
     """The error of a request whose time is up."""
     return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
@@ -82,34 +112,30 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """
     if len(job.items) > service.engine.queue.shadow_room:
         return
-    future = asyncio.get_running_loop().create_future()
-    try:
-        _check_texts(job.request, shadow)
-        choice = shadow.rules.of(job.request.options, level)
-        request = Request(job.request.texts, windows=job.request.windows)
-        second = Job(shadow, replace(choice, budget_s=None), request, future, is_shadow=True)
-        service.engine.submit(second)
-    except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
-        return
     # A text that a deadline cut short says nothing of the model: the shadow has none.
     answers = [
-        None if item.outcome is None or item.outcome.reason == "deadline" else answer
-        for item, answer in zip(job.items, job.answers(), strict=True)
+        None if outcome.reason == "deadline" else answer
+        for outcome, answer in zip(job.outcomes(), job.answers(), strict=True)
     ]
     tolerance = job.model.manifest.tolerance
     names = job.model.full_name, shadow.model.full_name
 
-    def compare(done: "asyncio.Future[None]") -> None:
-        others = second.answers()
+    def compare(error: Exception | None) -> None:
+        if error is None:
+            pairs = [(a, b) for a, b in zip(answers, second.answers(), strict=True) if a is not None]
+            service.metrics.shadow_texts.labels(*names).inc(len(pairs))
+            unlike = sum(are_unlike(a, b, tolerance) for a, b in pairs)
+            service.metrics.shadow_disagreements.labels(*names).inc(unlike)
         second.release()
-        if done.cancelled() or done.exception() is not None:
-            return
-        pairs = [(a, b) for a, b in zip(answers, others, strict=True) if a is not None]
-        service.metrics.shadow_texts.labels(*names).inc(len(pairs))
-        unlike = sum(are_unlike(a, b, tolerance) for a, b in pairs)
-        service.metrics.shadow_disagreements.labels(*names).inc(unlike)
 
-    future.add_done_callback(compare)
+    try:
+        _check_texts(job.request, shadow)
+        choice = shadow.rules.of(job.request.options, level)
+        request = Request(job.request.texts, windows=job.request.windows)
+        second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
+        service.engine.submit(second)
+    except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
+        return
 
 
 def are_unlike(one: str | float, other: str | float, tolerance: float | None) -> bool:

@@ -12,7 +12,7 @@ from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError
 from de3.server import memory
 from de3.server.audit.audits import Audits
 from de3.server.background import in_background
-from de3.server.engine.work import Served
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.metrics import Metrics
 from de3.server.models import MAX_LOADED, Models, Role, load

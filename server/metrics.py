@@ -20,7 +20,9 @@ from prometheus_client.registry import Collector
 from de3.exits.rule import ExitReason
 from de3.model_store.model import Model
 from de3.server.audit.auditor import Auditor
-from de3.server.engine.work import Job, Outcome, Served
+from de3.server.engine.job import Job
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.served import Served
 from de3.server.errors import Cause
 from de3.server.rules import Choice
 from de3.server.settings import Settings
@@ -323,11 +325,8 @@ class Metrics:
         if choice.expected is not None:
             # Not those that a deadline cut short, that ran deeper as out of distribution, or in several windows.
             texts = sum(
-                item.rule.tau == choice.rule.tau
-                and item.outcome is not None
-                and item.outcome.reason != "deadline"
-                and not item.outcome.windows
-                for item in job.items
+                outcome.rule.tau == choice.rule.tau and outcome.reason != "deadline" and not outcome.windows
+                for outcome in job.outcomes()
             )
             self._child(self.calibrated, model).inc(texts)
             self._child(self.expected_right, model).inc(texts * choice.expected.accuracy)

@@ -10,8 +10,8 @@ from typing import Literal
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
+from de3.server.engine.served import Served
 from de3.server.engine.timing import Timing
-from de3.server.engine.work import Served
 from de3.server.errors import RequestError
 from de3.server.ood import OodMonitor
 from de3.server.rules import Rules

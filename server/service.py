@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from time import perf_counter
 
@@ -13,8 +14,8 @@ from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
 from de3.server.engine.engine import Engine
+from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
-from de3.server.engine.work import Served
 from de3.server.errors import RequestError
 from de3.server.manager import Manager
 from de3.server.metrics import Metrics
@@ -29,6 +30,16 @@ TRIM_CHECKS = 10  # between two times that free memory is handed back
 
 class EngineError(Exception):
     """An engine thread ended or is stuck."""
+
+
+def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
+    """Dispatch callbacks on an event loop."""
+
+    def dispatch(callback: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody is waiting
+            loop.call_soon_threadsafe(callback)
+
+    return dispatch
 
 
 class Service:
@@ -47,7 +58,7 @@ class Service:
         self.metrics = Metrics(settings, deepest, self._in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
-        self.audits = Audits(settings, self.engine.submit, self._in_force)
+        self.audits = Audits(settings, self.engine.audit, self._in_force)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
@@ -78,7 +89,7 @@ class Service:
             await self.manager.begin(self.artifacts)
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
-            self.engine.start(lambda: run_longest(models))
+            self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.audits.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
             # Most of what exists now stays: no collection need look at it again while requests wait.

@@ -1,18 +1,17 @@
 """Jobs of a model that exists in name only, for the tests of the queue and of the deadlines."""
 
-import asyncio
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Edr
-from de3.server.engine.work import Job, Request, Text
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request, Text
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 
-LOOP = asyncio.new_event_loop()
-NO_MODEL, WITH_KERNELS = SimpleNamespace(through=None), SimpleNamespace(through=object())
+NO_MODEL, WITH_KERNELS = SimpleNamespace(forward=None), SimpleNamespace(forward=object())
 NO_MONITOR = SimpleNamespace(samples=lambda: False, is_far=lambda *_: False, limits=None, caution=1.0)
 
 
@@ -29,6 +28,8 @@ def job(
     client: str = "",
     submitted: float | None = None,
     is_shadow: bool = False,
+    rule: ExitRule | None = None,
+    monitor: Any = NO_MONITOR,
 ) -> Job:
     """A job whose texts are predicted to take `full_s` seconds each through every layer.
 
@@ -44,9 +45,9 @@ def job(
     if model is None:
         model = NO_MODEL if group_s is None else WITH_KERNELS
     served: Any = SimpleNamespace(
-        model=model, timing=timing, monitor=NO_MONITOR, group_s=lambda _: 0.0 if group_s is None else group_s
+        model=model, timing=timing, monitor=monitor, group_s=lambda _: 0.0 if group_s is None else group_s
     )
     request = Request([Text(text) for text in texts], ExitOptions(best_effort=best_effort), client=client)
-    choice = Choice(ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
+    choice = Choice(rule or ExitRule(0, Edr(1.0)), "default", budget_s=budget_s)
     new = {} if submitted is None else {"submitted": submitted}
-    return Job(served, choice, request, LOOP.create_future(), is_shadow, **new)
+    return Job(served, choice, request, lambda _: None, is_shadow, **new)

@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -15,12 +15,13 @@ import pytest
 
 from de3.exits.promise import Profile
 from de3.model_store.segments import Tokens
-from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor
+from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor, Draw
 from de3.server.audit.state import StateDir
 from de3.server.engine import audit as audit_engine
-from de3.server.engine.audit import run_audits
+from de3.server.engine.audit import Audit, run_audits
+from de3.server.engine.job import Job
 from de3.server.engine.queue import WorkQueue
-from de3.server.engine.work import Job
+from de3.server.engine.request import Text
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests import jobs
@@ -200,31 +201,30 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
 def test_audits_wait_while_requests_do(store: Path) -> None:
     """They are deferred, not dropped, and later texts are drawn less often."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
-        auditor, waiting = auditor_of(server), list[Job]()
-        submit, auditor._submit = auditor._submit, waiting.append
+        auditor, waiting = auditor_of(server), list[Audit]()
+        submit, auditor._submit = auditor._submit, waiting.extend
         server.classify(input=TEXTS)
-        until(lambda: auditor.pending == sum(len(job.items) for job in waiting) > 64, "audits to be pending")
+        until(lambda: auditor.pending == len(waiting) > 64, "audits to be pending")
         assert audit(server)["share"] <= 2**-2
         assert audit(server)["pending"] == auditor.pending
         auditor._submit = submit
-        for job in waiting:
-            job.future.get_loop().call_soon_threadsafe(submit, job)
+        submit(waiting)
         until(lambda: auditor.evidence.audits == len(TEXTS), "the audits to run")
         assert audit(server)["share"] == 1.0
 
 
 def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
-        auditor, waiting = auditor_of(server), list[Job]()
+        auditor, waiting = auditor_of(server), list[Sequence[Audit]]()
         submit, auditor._submit = auditor._submit, waiting.append
         for texts in (TEXTS[:16], TEXTS[16:32]):
             server.classify(input=texts)
-            until(lambda: auditor.pending == sum(len(job.items) for job in waiting), "the audits' job")
+            until(lambda: auditor.pending == sum(map(len, waiting)), "the audits")
         first, second = waiting
-        second.future.get_loop().call_soon_threadsafe(submit, second)
-        until(lambda: auditor.pending == len(first.items), "the later audits")
+        submit(second)
+        until(lambda: auditor.pending == len(first), "the later audits")
         assert auditor.evidence.texts < 16
-        first.future.get_loop().call_soon_threadsafe(submit, first)
+        submit(first)
         until(lambda: auditor.evidence.texts == 32, "all texts")
         assert auditor.evidence.audits == 32
 
@@ -232,7 +232,13 @@ def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None
 def test_an_audit_that_fails_counts_as_a_disagreement(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         auditor = auditor_of(server)
-        auditor._submit = lambda job: job.future.set_exception(RuntimeError("broken"))
+
+        def fail(audits: Sequence[Audit]) -> None:
+            for one in audits:
+                one.error = RuntimeError("broken")
+                one.on_done(one)
+
+        auditor._submit = fail
         text = next(
             t for t in TEXTS if server.classify(input=t, tau=TAU).json()["data"][0]["exit"]["layer"] < 3
         )
@@ -454,12 +460,13 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
 def test_tokens_are_all_that_a_pending_audit_keeps(store: Path) -> None:
     """Not the text, which may be large."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
-        auditor, waiting = auditor_of(server), list[Job]()
-        auditor._submit = waiting.append
+        auditor, waiting = auditor_of(server), list[Audit]()
+        auditor._submit = waiting.extend
         server.classify(input="good " * 10_000)
-        until(lambda: waiting, "the audit's job")
-        (job,) = waiting
-        assert isinstance(job.items[0].tokens, Tokens) and job.items[0].text.chars == 0
+        until(lambda: waiting, "the audit")
+        referred = gc.get_referents(waiting[0], *(waiting[0].on_done.__closure__ or ()))  # type: ignore[attr-defined]
+        assert any(isinstance(one, Tokens) for one in referred)
+        assert not any(isinstance(one, Text | str) for one in referred)
 
 
 def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: Path) -> None:
@@ -478,49 +485,50 @@ def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: P
 def test_audits_that_run_together_are_as_alone_and_wait_for_requests(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         (served,) = server.service.models.all
-        if served.model.through is None:
+        if served.model.forward is None:
             pytest.skip("no kernels")
-        auditor, waiting = auditor_of(server), list[Job]()
-        auditor._submit = waiting.append
+        auditor, audits = auditor_of(server), list[Audit]()
+        auditor._submit = audits.extend
         server.classify(input=TEXTS[:12])
-        until(lambda: waiting, "the audits' job")
-        (job,) = waiting
-        queue, results = WorkQueue(10), list[Any]()
+        until(lambda: audits, "the audits")
+        queue = WorkQueue(10)
         queue.put(jobs.job(["text"], [1.0]))
-        running = threading.Thread(target=lambda: results.extend(run_audits(job.items, queue)))
+        running = threading.Thread(target=run_audits, args=(audits, queue))
         running.start()
         running.join(0.01)
-        assert running.is_alive() and not results
+        assert running.is_alive() and not any(one.passed for one in audits)
         queue.next()  # the request is scheduled
         running.join(20)
-        assert [item for item, _ in results] == job.items
-        for item, outcome in results:
-            assert item.tokens is not None
-            alone = served.model.full_depth(item.tokens)
+        for one in audits:
+            alone = served.model.full_depth(one.tokens)
             exits = [step.logits.tolist() for step in alone if step.logits is not None]
-            assert [reading.logits for reading in outcome.passed] == exits
-        job.is_dropped = True
-        assert run_audits(job.items, queue) == []
+            assert [reading.logits for reading in one.passed] == exits
+        run_audits(audits, queue, lambda: True)
+        assert all(one.is_dropped for one in audits)
 
 
-def test_audits_that_the_kernels_cannot_run_are_the_engines_shadows(store: Path) -> None:
+def test_audits_that_the_kernels_cannot_run_run_alone_to_the_same_answers(store: Path) -> None:
     with serving(store, models=["tiny"], audit_share=1.0, tau=TAU) as server:
         server.classify(input=TEXTS)
         assert settled(server, len(TEXTS), "tiny")["audits"] == len(TEXTS)
-        threads = server.service.engine._audits._threads
-        assert not any(thread.is_alive() for thread in threads)
+        (served,) = server.service.models.all
+        text = served.model.tokenizer.start("a dull film", None, True, 1).step()
+        assert isinstance(text, Tokens)
+        one = Audit(served, served.rules.default.rule, text, lambda _: None)
+        run_audits([one], WorkQueue(1))
+        alone = [s.logits.tolist() for s in served.model.full_depth(text) if s.logits is not None]
+        assert [reading.logits for reading in one.passed] == alone and one.model_s > 0
 
 
 def test_what_was_drawn_before_a_reset_does_not_count_after_it(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
-        auditor, waiting = auditor_of(server), list[Job]()
-        submit, auditor._submit = auditor._submit, waiting.append
+        auditor, waiting = auditor_of(server), list[Audit]()
+        submit, auditor._submit = auditor._submit, waiting.extend
         server.classify(input=TEXTS[:10])
-        until(lambda: waiting, "the audits' job")
-        loop = waiting[0].future.get_loop()
-        loop.call_soon_threadsafe(auditor.reset)
+        until(lambda: waiting, "the audits")
+        server.service.engine._dispatch(auditor.reset)
         until(lambda: auditor.num_resets["reset"], "the reset")
-        loop.call_soon_threadsafe(submit, waiting[0])
+        submit(waiting)
         until(lambda: not auditor.pending, "the audits")
         auditor._submit = submit
         server.classify(input=TEXTS[:3])
@@ -528,9 +536,10 @@ def test_what_was_drawn_before_a_reset_does_not_count_after_it(store: Path) -> N
 
         draw = auditor.draw
 
-        def draw_and_reset(job: Job) -> None:
-            draw(job)
+        def draw_and_reset(job: Job) -> Draw | None:
+            drawn = draw(job)
             auditor.reset()
+            return drawn
 
         auditor.draw = draw_and_reset  # type: ignore[method-assign]
         server.classify(input=TEXTS[:10])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.server.engine.deadlines import Deadlines
-from de3.server.engine.work import REPLY_S, Item, Job
+from de3.server.engine.job import REPLY_S, Item, Job
 from tests import jobs
 
 THREADS, LAYERS = 2, 6

@@ -1,17 +1,22 @@
-"""Groups: texts that share steps leave, join and give way between layers, and answer as they do alone."""
+"""Groups: texts that share steps leave, join and are preempted between layers, and answer as they do alone."""
 
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from de3.exits.reading import Reading
+from de3.exits.rule import ExitRule
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.engine.group import run_group
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
-from de3.server.engine.work import MAX_STEP_S, Item, Job, Outcome
+from de3.server.engine.served import MAX_STEP_S
 from tests import jobs
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -24,10 +29,14 @@ def model(kernels: Any, store: Path) -> Model:
     return Model(Store(store).open("tiny-int8"), "native")
 
 
-def job(model: Model, texts: list[str] = TEXTS, due: float = 0.0, layer_s: float = 0.0) -> Job:
+def job(
+    model: Model, texts: list[str] = TEXTS, due: float = 0.0, layer_s: float = 0.0, **options: Any
+) -> Job:
     """A job whose texts are due at once; layer_s: of one of them. By default a step of all of them has one layer."""
     layer_s = layer_s or MAX_STEP_S / len(texts)
-    return jobs.job(texts, [0.0] * len(texts), model=model, group_s=SHARE, layer_s=layer_s, submitted=due)
+    return jobs.job(
+        texts, [0.0] * len(texts), model=model, group_s=SHARE, layer_s=layer_s, submitted=due, **options
+    )
 
 
 class Steps:
@@ -49,18 +58,24 @@ class Steps:
         self.seconds.append(seconds)
 
 
-def answers(results: dict[Item, Result]) -> dict[str, tuple[int, float]]:
-    """Layer and margin, bit for bit, by text."""
+def answers(results: dict[Item, Result]) -> dict[str, Any]:
+    """Where and why each text exits, and the readings of its exits, bit for bit, by text."""
     found = {}
     for item, outcome in results.items():
         assert isinstance(outcome, Outcome)
-        found[item.text.text] = (outcome.layer, outcome.reading.margin)
+        found[item.text.text] = (
+            outcome.layer,
+            outcome.reason,
+            outcome.rule.tau,
+            outcome.is_far,
+            outcome.passed,
+        )
     return found
 
 
-def alone(model: Model, texts: list[str]) -> dict[str, tuple[int, float]]:
+def alone(model: Model, texts: list[str], **options: Any) -> dict[str, Any]:
     results: dict[Item, Result] = {}
-    for item in job(model, texts).items:
+    for item in job(model, texts, **options).items:
         outcome = run(item, WorkQueue(1))
         assert outcome is not None
         results[item] = outcome
@@ -76,6 +91,29 @@ def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> N
     assert answers(steps.results) == alone(model, TEXTS)
 
 
+@pytest.mark.parametrize("far", [None, 0.2, -1.0], ids=["any", "far", "all far"])
+@pytest.mark.parametrize("max_layer", [None, 2])
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("signal", ["entropy", "edr", "risk"])
+def test_the_kernels_read_the_exits_as_python_does(
+    model: Model, signal: str, tau: float, max_layer: int | None, far: float | None
+) -> None:
+    """With a rule of each kind, for texts that are far from their prototypes and others."""
+    chosen = model.manifest.signal(signal, 1.5 if signal == "edr" else None)
+    limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
+
+    def is_far(reading: Reading) -> bool:
+        return far is not None and reading.nearest is not None and reading.nearest > far
+
+    monitor = SimpleNamespace(samples=lambda: False, is_far=is_far, limits=limits, caution=0.5)
+    options = {"rule": ExitRule(tau, chosen, max_layer), "monitor": monitor}
+    queue = WorkQueue(100)
+    queue.put(job(model, **options))
+    steps = Steps(queue)
+    steps.run()
+    assert not steps.alone and answers(steps.results) == alone(model, TEXTS, **options)
+
+
 def test_what_fits_runs_in_one_step(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
@@ -84,14 +122,14 @@ def test_what_fits_runs_in_one_step(model: Model) -> None:
     assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one to tokenize
 
 
-def test_a_group_gives_way_to_an_urgent_text_and_joins_it(model: Model) -> None:
+def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(job(model, due=5.0))
     urgent = job(model, ["an urgent one"], due=1.0)
     steps = Steps(queue, {1: lambda: queue.put(urgent)})
     items = steps.run()
-    assert len(steps.seconds) == 2 and not steps.results  # tokenized, a layer run, then it gave way
-    assert [item.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
+    assert len(steps.seconds) == 2 and not steps.results  # tokenized, a layer run, then it was preempted
+    assert [item.progress.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # they joined it before layer 2
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
@@ -103,7 +141,7 @@ def test_a_text_that_turned_out_longer_than_a_step_goes_on_as_it_began(model: Mo
     long.served.group_s = lambda _: 2 * MAX_STEP_S  # once it is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
-    assert item.layer == 2 and len(queue) == 2
+    assert item.progress.layer == 2 and len(queue) == 2
     Steps(queue).run()
     rest = Steps(queue)
     assert rest.run() == [item] and answers(rest.results) == alone(model, ["good"])
@@ -124,15 +162,15 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
     queue.put(job(model))
     calls = []
 
-    def through(*arguments: Any) -> None:
+    def forward(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 3:
             raise MemoryError
-        assert model.through is not None
-        model.through(*arguments)
+        assert model.forward is not None
+        model.forward(*arguments)
 
     broken = SimpleNamespace(
-        through=through, tokenizer=model.tokenizer, manifest=model.manifest, deepest_exit=model.deepest_exit,
+        forward=forward, tokenizer=model.tokenizer, manifest=model.manifest, deepest_exit=model.deepest_exit,
         segments=model.segments,
     )  # fmt: skip
     items = queue.next()

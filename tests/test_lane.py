@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from de3.server.engine.work import Text
+from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.http.classify import parse
 from de3.server.http.errors import STATUSES

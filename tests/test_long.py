@@ -20,7 +20,8 @@ from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
 from de3.model_store.tokenizer import MAX_SHORTER, PIECE, TextTokenizer, Windows, max_chars
 from de3.server.engine import run as engine
-from de3.server.engine.work import Item, Job, Outcome
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
 from de3.server.rules import Choice
 from tests import jobs
 from tests.fixtures import BAD, FILLER, GOOD
@@ -241,10 +242,15 @@ def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:
     job = jobs.job([text], [1.0], model=model, **options)
     job.choice = Choice(ExitRule(tau, Edr(1.0)), "tau")
     job.request.windows = MAX_WINDOWS
-    job.asks_all_exits = "first_exit_s" in options
     (item,) = job.items
-    item.rule = job.choice.rule
+    item.asks_all_exits = "first_exit_s" in options
+    item.progress.rule = job.choice.rule
     return item
+
+
+def num_ran(item: Item) -> int:
+    windows = item.progress.windows
+    return len(windows.ran) if windows else 0
 
 
 def run(item: Item, queue: Any) -> Outcome:
@@ -324,11 +330,11 @@ def test_a_deadline_keeps_the_answer_of_what_ran(model: Model, monkeypatch: pyte
 
 def test_a_dropped_job_stops_between_its_layers(model: Model) -> None:
     item, queue = item_of(model, words(200)), Busy(True)
-    while engine.run(item, queue) is None and len(item.ran) < 1:
+    while engine.run(item, queue) is None and num_ran(item) < 1:
         pass
     item.job.is_dropped = True
-    before = len(item.ran)
-    assert engine.run(item, queue) is None and len(item.ran) == before and item.outcome is None
+    before = num_ran(item)
+    assert engine.run(item, queue) is None and num_ran(item) == before and item.outcome is None
 
 
 # Over HTTP.

@@ -361,10 +361,10 @@ def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
     at_idle: bool,
 ) -> None:
     passes = [ForwardPass(native.tokenize(text), tau, signal, deepest, False) for text, tau in batch]
-    assert native.through is not None
+    assert native.forward is not None
     with using(implementation):
         while left := [p for p in passes if p.exit_layer < 0]:
-            native.through(left, layers=layers, at_idle=at_idle)
+            native.forward(left, layers=layers, at_idle=at_idle)
         alone = [list(native.full_depth(p.tokens)) for p in passes]
     for p, steps in zip(passes, alone, strict=True):
         rule = ExitRule(p.tau, signal)
@@ -552,7 +552,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         }
         return tuple((fields | wrong).values())
 
-    assert kernels.through(model, [text()], prototypes, None, 0, 3)[0][0] == 3
+    assert kernels.through(model, [text()], prototypes, None, 0, 3)[0][1][0] == 3
     for texts in (
         [],
         [text()] * 65,

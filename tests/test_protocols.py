@@ -8,7 +8,8 @@ import httpx
 import orjson
 import pytest
 
-from de3.server.engine.work import Job, Request, Text
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.http.app import PROTOCOLS
 from de3.server.http.protocol import Call, Protocol

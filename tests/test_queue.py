@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from de3.server.engine.engine import MAX_LEAD_S, Engine
+from de3.server.engine.job import Job
 from de3.server.engine.queue import MAX_SHADOWS, MAX_STRETCH, PREEMPTION_LEAD_S, WorkQueue
-from de3.server.engine.work import MAX_STEP_S, Job
+from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
 from tests import jobs
 
 LIMIT = 7
-MODELS = [SimpleNamespace(through=object()) for _ in range(2)]
+MODELS = [SimpleNamespace(forward=object()) for _ in range(2)]
 
 
 def job(
@@ -55,7 +56,7 @@ class QueueMachine(RuleBasedStateMachine):
     def put_shadow(self, texts: int) -> None:
         new = job(texts, is_shadow=True)
         if len(self.shadows) + texts > MAX_SHADOWS:
-            with pytest.raises(RequestError, match="the server stops"):
+            with pytest.raises(RequestError, match="the queue is full"):
                 self.queue.put(new)
         else:
             self.queue.put(new)
@@ -82,7 +83,7 @@ class QueueMachine(RuleBasedStateMachine):
     def put(self, texts: int, submitted: int, seconds: float, model: Any, share: float) -> None:
         new = job(texts, submitted, seconds, share * MAX_STEP_S, model)
         if len(self.waiting) + texts > LIMIT:
-            with pytest.raises(RequestError, match="the server stops"):
+            with pytest.raises(RequestError, match="the queue is full"):
                 self.queue.put(new)
         else:
             self.queue.put(new)
@@ -96,14 +97,14 @@ class QueueMachine(RuleBasedStateMachine):
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
             fits = total <= MAX_STEP_S and item.group_s <= MAX_STRETCH * first.group_s
-            fits = fits and item.layer == first.layer and item.job.model is first.job.model
+            fits = fits and item.progress.layer == first.progress.layer and item.job.model is first.job.model
             if not fits or len(expected) >= len(self.waiting) / threads:
                 break
             expected.append(item)
         assert self.queue.next(threads) == expected
         for item in expected:
             self.waiting.remove(item)
-            item.layer += 1
+            item.progress.layer += 1
             self.running.append(item)
 
     @precondition(lambda self: self.running and len(self.waiting) < LIMIT)
@@ -376,7 +377,7 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
     for worker in workers:
         worker.join(10)
     assert sorted(map(id, taken)) == sorted(id(item) for j in submitted for item in j.items)
-    with pytest.raises(RequestError, match="the server stops"):
+    with pytest.raises(RequestError, match="the server is stopping"):
         queue.put(job(1))
 
 
@@ -386,7 +387,7 @@ def test_shadows_can_be_dropped() -> None:
     queue.put(shadow := job(3, is_shadow=True))
     item = queue.next()[0]
     queue.drop_shadows()
-    assert shadow.future.cancelled() and queue.shadow_room == MAX_SHADOWS
+    assert shadow.is_dropped and queue.shadow_room == MAX_SHADOWS
     queue.requeue(item)
     queue.put(failed := job(2, is_shadow=True))
     failed.is_dropped = True
@@ -444,16 +445,16 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
     queue.put(job(5, group_s=MAX_STEP_S / 4))
     first, second, third, fourth, fifth = queue.next() + queue.next()
     for item, layer in ((first, 2), (second, 3), (third, 2)):
-        item.layer = layer
+        item.progress.layer = layer
         queue.requeue(item)
     assert queue.next() == [first]  # and not the third, as the second is more urgent
-    fourth.layer = fifth.layer = 3
+    fourth.progress.layer = fifth.progress.layer = 3
     group = [fourth]
     queue.join(group)
     assert group == [fourth, second]
     queue.join(group)
     assert group == [fourth, second]  # the third is before another layer
-    third.layer = 3
+    third.progress.layer = 3
     queue.join(group)
     assert group == [fourth, second, third]
     queue.requeue(fifth)

@@ -81,8 +81,8 @@ def embeddings(model: Model, tokens: Tokens) -> Run:
     def run(with_exits: bool) -> float:
         one = _pass(model, tokens, with_exits)
         start = thread_time()
-        if model.through is not None:
-            model.through([one], layers=1)
+        if model.forward is not None:
+            model.forward([one], layers=1)
         else:
             model.segments[0].embed(tokens, with_exits)
         return thread_time() - start
@@ -96,11 +96,11 @@ def layers(model: Model, tokens: Tokens) -> Run:
     embedded = model.segments[0].embed(tokens, False)
 
     def run(with_exits: bool) -> float:
-        if model.through is not None:
+        if model.forward is not None:
             one = _pass(model, tokens, with_exits)
-            model.through([one], layers=1)
+            model.forward([one], layers=1)
             start = thread_time()
-            model.through([one], layers=count)
+            model.forward([one], layers=count)
         else:
             step, start = embedded, thread_time()
             for segment in model.segments[1 : 1 + count]:
@@ -175,7 +175,7 @@ def overhead(
         )
     weights = weights_of(artifact.read(manifest.segment_files()[1]))
     rows = []
-    for runtime in ("native", "onnxruntime") if Model(artifact).through is not None else ("onnxruntime",):
+    for runtime in ("native", "onnxruntime") if Model(artifact).forward is not None else ("onnxruntime",):
         copies = [Model(each, runtime) for each in (artifact, Stripped.of(artifact))]
         for length in (n for n in lengths if n <= manifest.max_tokens):
             tokens = copies[0].tokenize("a " * (length - 2))

@@ -4,7 +4,6 @@ A text takes the way of a request with one text: queue, tokenizer, layers and ex
 left out, and so is the change of threads between event loop and engine.
 """
 
-import asyncio
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any
@@ -14,9 +13,12 @@ import numpy as np
 from de3.exits import calibration
 from de3.export.record import start_layers
 from de3.server.engine.group import run_group
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
+from de3.server.engine.request import Request, Text
 from de3.server.engine.run import Result, run
-from de3.server.engine.work import Item, Job, Outcome, Request, Served, Text
+from de3.server.engine.served import Served
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 from de3.training.data import Example
@@ -33,11 +35,10 @@ class Engine:
 
     def __init__(self, served: Served) -> None:
         self._served, self._queue = served, WorkQueue(1)
-        self._loop = asyncio.new_event_loop()  # nobody waits in it
 
     def classify(self, text: Text, choice: Choice) -> Outcome:
         """The outcome of one text, run as the engine's threads run it; raises what it failed with."""
-        self._queue.put(Job(self._served, choice, Request([text]), self._loop.create_future()))
+        self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items
         if items[0].can_share:
@@ -47,10 +48,6 @@ class Engine:
             raise outcomes[0]
         assert outcomes[0] is not None  # nothing preempts it
         return outcomes[0]
-
-    def close(self) -> None:
-        """Close the loop."""
-        self._loop.close()
 
 
 def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rounds: int) -> dict[str, Any]:
@@ -75,7 +72,6 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
                     outcome = engine.classify(text, choices[j])
                     seconds[number, j, i] = perf_counter() - started
                     labels[j, i], layers[j, i] = outcome.reading.label, outcome.layer
-    engine.close()
     each = seconds.mean(2)  # (rounds, taus)
     speedups = each[:, :1] / each
     rows = []

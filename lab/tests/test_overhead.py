@@ -11,7 +11,7 @@ import pytest
 from de3.exits.rule import exit_index
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
-from de3.server.engine.work import Text
+from de3.server.engine.request import Text
 from de3.server.models import load
 from de3.server.settings import ExitOptions, Settings
 from de3.training.data import Example
@@ -50,7 +50,7 @@ def test_without_prototypes_all_else_is_as_before(artifact: Artifact) -> None:
 def test_the_kernels_run_a_model_without_prototypes(kernels: Any, store: Path) -> None:
     artifact = Store(store).open("tiny-int8")
     stripped = Model(Stripped.of(artifact), "native")
-    assert stripped.through is not None
+    assert stripped.forward is not None
     tokens = stripped.tokenize("a good film")
     whole = Model(artifact, "native").full_depth(tokens)
     for ours, theirs in zip(stripped.full_depth(tokens), whole, strict=True):
@@ -82,11 +82,11 @@ def test_layers_run_with_their_exits_only_if_asked(store: Path, monkeypatch: pyt
 def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> None:
     model = Model(Store(store).open("tiny-int8"), "native")
     tokens, last = model.tokenize("a good film"), model.manifest.num_layers
-    assert model.through is not None
+    assert model.forward is not None
     for with_exits in (False, True):
         one = study._pass(model, tokens, with_exits)
-        model.through([one], layers=1)
-        model.through([one], layers=last - 1)
+        model.forward([one], layers=1)
+        model.forward([one], layers=last - 1)
         assert one.logits.any(1).tolist() == [with_exits] * last + [False]
 
 
@@ -191,4 +191,3 @@ def test_a_text_that_fails_says_why(store: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(served.model.segments[0], "_run", broken)
     with pytest.raises(RuntimeError, match="no memory"):
         engine.classify(Text("a good film"), choice)
-    engine.close()

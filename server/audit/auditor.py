@@ -11,8 +11,8 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,8 +23,10 @@ from de3.exits.reading import Reading, differs
 from de3.exits.signals import Signal
 from de3.model_store.segments import Tokens
 from de3.server.audit.log import AuditLog
-from de3.server.engine.work import Item, Job, Request, Served, Text
-from de3.server.errors import RequestError
+from de3.server.engine.audit import Audit
+from de3.server.engine.job import Job
+from de3.server.engine.request import Text
+from de3.server.engine.served import Served
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions, Settings
 
@@ -34,7 +36,6 @@ log = logging.getLogger("de3")
 ROOM = 256
 MAX_PENDING = 2 * ROOM  # beyond, nothing is drawn; by large batches only, as the share is near 0 before
 MAX_ENTRIES = 8192  # texts and audits that wait to be counted, as one before them has not run yet
-TOGETHER = 16  # audits of a job: what fails, fails together
 TICK_S = 0.05  # for which drawn texts are gathered
 MAX_RESETS = 20  # that are remembered
 APART = ("deadline", "max_layer", "windows")  # answers that no τ explains
@@ -60,13 +61,18 @@ class _Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drawn:
-    """A text whose audit is still to run, and its answer; the text itself only if it is logged."""
+class Draw:
+    """The texts of a job that are audited, drawn before anything of them was known.
 
-    entry: _Entry
-    tokens: Tokens
-    answer: Reading
-    text: Text | None
+    Attributes:
+        share: the probability of each.
+        epoch: of the evidence for which they were drawn, as a reset begins a new one.
+        is_drawn: one for each text.
+    """
+
+    share: float
+    epoch: int
+    is_drawn: list[bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +109,11 @@ class Auditor:
         self,
         served: Served,
         settings: Settings,
-        submit: Callable[[Job], None],
+        submit: Callable[[Sequence[Audit]], None],
         in_force: Callable[[Served], Choice],
         audit_log: AuditLog | None = None,
     ) -> None:
-        """submit: enqueues a job. in_force: the choice for requests without options, which load may have changed."""
+        """submit: enqueues audits. in_force: the choice for requests without options, which load may have changed."""
         self._submit, self._in_force = submit, in_force
         self._log, self._random = audit_log, random.Random()
         self._epoch = 0  # of the evidence
@@ -121,7 +127,7 @@ class Auditor:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
             self.promise = Promise(settings.guarantee, self.taus, start)
         self._entries: deque[_Entry] = deque()
-        self._fresh: list[_Drawn] = []
+        self._fresh: list[Audit] = []
         self._outstanding = 0  # texts that were drawn and need an audit of their own, which has not run yet
         self.since = time.time()
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
@@ -170,48 +176,47 @@ class Auditor:
             return 1.0
         return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
 
-    def draw(self, job: Job) -> None:
-        """Draw texts of a job that is about to be submitted, if its request leaves the choice of τ to the server."""
+    def draw(self, job: Job) -> Draw | None:
+        """Draw texts of a job that is about to be submitted; None if its request chooses τ itself."""
         if job.request.options != NO_WISH:
-            return
-        job.audit_share = share = self.share
-        job.audit_epoch = self._epoch
-        for item in job.items:
-            item.is_drawn = self._random.random() < share
+            return None
+        share = self.share
+        draw = Draw(share, self._epoch, [self._random.random() < share for _ in job.items])
+        for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
+            item.asks_all_exits |= is_drawn
         if job.choice.rule.tau > 0:
-            self._outstanding += sum(item.is_drawn for item in job.items)
+            self._outstanding += sum(draw.is_drawn)
+        return draw
 
-    def abandon(self, job: Job) -> None:
-        """A job that was not answered: its texts do not count."""
+    def abandon(self, job: Job, draw: Draw) -> None:
+        """Release the draws of a job that was not answered: its texts do not count."""
         if job.choice.rule.tau > 0:
-            self._outstanding -= sum(item.is_drawn for item in job.items)
+            self._outstanding -= sum(draw.is_drawn)
 
-    def answered(self, job: Job) -> None:
+    def answered(self, job: Job, draw: Draw | None) -> None:
         """Count the texts of a job that is done, and enqueue the audits of those that were drawn."""
-        is_void = job.audit_epoch != self._epoch  # it was drawn for evidence that is void
-        for item in job.items:
-            assert item.outcome is not None
-            reason = "windows" if item.outcome.windows else item.outcome.reason
+        is_void = draw is None or draw.epoch != self._epoch or not draw.share
+        share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
+        for item, outcome, is_drawn in zip(job.items, job.outcomes(), drawn, strict=True):
+            needs_audit = is_drawn and job.choice.rule.tau > 0
+            reason = "windows" if outcome.windows else outcome.reason
             if reason in APART:
                 self.apart[reason] += 1
-            if reason in APART or is_void or not job.audit_share:
-                self._release(item)
+            if reason in APART or is_void:
+                self._outstanding -= needs_audit
                 continue
-            entry = self._open(job.audit_share)
-            if not item.is_drawn:
+            entry = self._open(share)
+            if not is_drawn:
                 entry.skipped += 1
                 continue
             entry.is_open = False
-            if len(item.outcome.passed) == len(self.served.model.manifest.exit_layers):
-                self._release(item)
-                self._conclude(entry, item.outcome.reading, item, item.text)
+            if len(outcome.passed) == len(self.served.model.manifest.exit_layers):
+                self._outstanding -= needs_audit
+                self._conclude(entry, outcome.reading, outcome.passed, outcome.tokens, item.text)
             else:
-                self._enqueue(entry, item)
+                assert item.progress.tokens is not None
+                self._enqueue(entry, item.progress.tokens, outcome.reading, item.text)
         self._settle()
-
-    def _release(self, item: Item) -> None:
-        if item.is_drawn and item.job.choice.rule.tau > 0:
-            self._outstanding -= 1
 
     def _open(self, share: float) -> _Entry:
         if not self._entries or not self._entries[-1].is_open or self._entries[-1].share != share:
@@ -220,60 +225,44 @@ class Auditor:
             self._entries.append(_Entry(share))
         return self._entries[-1]
 
-    def _enqueue(self, entry: _Entry, item: Item) -> None:
+    def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
         """Let a text run to full depth soon: some together, and not before their answers are sent."""
-        assert item.outcome is not None and item.tokens is not None
         entry.is_pending = True
         # Its tokens are enough: texts may be large.
-        text = item.text if self._log is not None and self._log.has_texts else None
+        logged = text if self._log is not None and self._log.has_texts else None
+        rule = self.served.rules.default.rule
+
+        def done(audit: Audit) -> None:
+            self._done(audit, entry, answer, logged)
+
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
-        self._fresh.append(_Drawn(entry, item.tokens, item.outcome.reading, text))
+        self._fresh.append(Audit(self.served, rule, tokens, done))
 
     def _submit_fresh(self) -> None:
         fresh, self._fresh = self._fresh, []
-        for start in range(0, len(fresh), TOGETHER):
-            self._submit_audits(fresh[start : start + TOGETHER])
+        self._submit(fresh)
 
-    def _submit_audits(self, drawn: list["_Drawn"]) -> None:
-        future = asyncio.get_running_loop().create_future()
-        rule = replace(self.served.rules.default.rule, tau=0.0)
-        request = Request([Text("")] * len(drawn))
-        job = Job(self.served, Choice(rule, "audit"), request, future, is_shadow=True, is_audit=True)
-        for item, one in zip(job.items, drawn, strict=True):
-            item.tokens, item.group_s = one.tokens, self.served.group_s(len(one.tokens))
-        future.add_done_callback(lambda _: self._done(job, drawn))
-        try:
-            self._submit(job)
-        except RequestError:  # the server stops
-            future.cancel()
-
-    def _done(self, job: Job, drawn: list["_Drawn"]) -> None:
-        items = list(job.items)
-        job.release()
-        self._outstanding -= len(drawn)
-        for one in drawn:  # whatever follows, no entry must hold up those behind it
-            one.entry.is_pending = False
-        if job.future.cancelled():  # the model was unloaded, and the audits tell nothing
+    def _done(self, audit: Audit, entry: _Entry, answer: Reading, text: Text | None) -> None:
+        self._outstanding -= 1
+        entry.is_pending = False  # whatever follows, no entry must hold up those behind it
+        if audit.is_dropped:  # it tells nothing
             pass
-        elif (error := job.future.exception()) is not None:
-            log.error("%d audits failed, and count as disagreements: %s", len(drawn), error)
+        elif audit.error is not None:
+            log.error("an audit failed, and counts as a disagreement: %s", audit.error)
             last = self.served.model.manifest.num_layers
             worst = Profile(self.taus > 0, np.full(len(self.taus), last))
-            for one in drawn:
-                self._count(one.entry, worst, True)
+            self._count(entry, worst, True)
         else:
-            for one, item in zip(drawn, items, strict=True):
-                assert item.outcome is not None
-                self.seconds += item.outcome.model_s
-                self._conclude(one.entry, one.answer, item, one.text)
+            self.seconds += audit.model_s
+            self._conclude(entry, answer, audit.passed, len(audit.tokens), text)
         self._settle()
 
-    def _conclude(self, entry: _Entry, answer: Reading, item: Item, text: Text | None) -> None:
-        """What a text that passed every exit tells, which was answered with `answer`."""
+    def _conclude(
+        self, entry: _Entry, answer: Reading, passed: list[Reading], tokens: int, text: Text | None
+    ) -> None:
+        """Count a text that passed every exit, and that was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
-        assert item.outcome is not None
-        passed = item.outcome.passed
         last = passed[-1]
         unlike = [differs(reading, last, tolerance) for reading in passed]
         layers = [reading.layer for reading in passed]
@@ -281,7 +270,7 @@ class Auditor:
             entry, profile(self._scores(passed), unlike, layers, self.taus), differs(answer, last, tolerance)
         )
         if self._log is not None:
-            self._log.write(self.served, entry.share, item.outcome, text)
+            self._log.write(self.served, entry.share, passed, tokens, text)
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits; from where it is out of distribution as if τ had been lowered for it."""

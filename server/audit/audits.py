@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.log import AuditLog
 from de3.server.audit.state import State, StateDir, fingerprint, restore, state_of
-from de3.server.engine.work import Job, Served
+from de3.server.engine.audit import Audit
+from de3.server.engine.job import Job
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.rules import Choice
 from de3.server.settings import Settings
@@ -23,7 +25,10 @@ class Audits:
     """One auditor for each served model; none where nothing is audited."""
 
     def __init__(
-        self, settings: Settings, submit: Callable[[Job], None], in_force: Callable[[Served], Choice]
+        self,
+        settings: Settings,
+        submit: Callable[[Sequence[Audit]], None],
+        in_force: Callable[[Served], Choice],
     ) -> None:
         """submit, in_force: see Auditor. Raises ValueError for a folder or a file that cannot be written."""
         self._settings, self._submit, self._in_force = settings, submit, in_force
@@ -87,14 +92,15 @@ class Audits:
         if auditor is None:
             yield
             return
-        auditor.draw(job)
+        draw = auditor.draw(job)
         try:
             yield
         except BaseException:
-            auditor.abandon(job)
+            if draw is not None:
+                auditor.abandon(job, draw)
             raise
         try:
-            auditor.answered(job)
+            auditor.answered(job, draw)
         except Exception:  # it was answered
             log.exception("the texts of a request were answered, but not counted for audits")
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import orjson
 
-from de3.server.engine.work import Outcome, Served, Text
+from de3.exits.reading import Reading
+from de3.server.engine.request import Text
+from de3.server.engine.served import Served
 
 MAX_BYTES = 100 * 2**20  # of a file, of which there are two
 MAX_LINE = 2**24
@@ -34,19 +36,20 @@ class AuditLog:
             raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
         self.has_texts = log_texts
 
-    def write(self, served: Served, share: float, outcome: Outcome, text: Text | None) -> None:
-        """Write an audit: the outcome of a text that passed every exit.
+    def write(
+        self, served: Served, share: float, passed: list[Reading], tokens: int, text: Text | None
+    ) -> None:
+        """Write an audit: the readings of a text that passed every exit, and its number of tokens.
 
         share: the probability with which it was drawn.
         """
-        passed = outcome.passed
         if not all(math.isfinite(value) for reading in passed for value in reading.logits):
             return  # which no calibration takes
         row: dict[str, Any] = {
             "time": round(time.time(), 3),
             "model": served.model.full_name,
             "share": share,
-            "tokens": outcome.tokens,
+            "tokens": tokens,
             "layers": [reading.layer for reading in passed],
             "logits": [_short(reading.logits) for reading in passed],
             "distances": [None if r.distances is None else _short(r.distances) for r in passed],

@@ -1,19 +1,21 @@
-"""Audits of a model that the kernels run: in threads of their own, while nothing else is pending.
+"""Audits: answered texts run once more, to full depth, in threads of their own, while nothing else is pending.
 
-Their layers run at the lowest priority of the system, some texts together: on the engine's threads, a text at a time,
-they made others wait (docs/design.md).
+The kernels run the layers of several texts together, at the lowest priority of the system: on the engine's threads, a
+text at a time, they made others wait (docs/design.md).
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from threading import Condition, Thread
+from time import perf_counter
 
-from de3.model_store.segments import ForwardPass
-from de3.server.engine.group import outcome_of_pass
+from de3.exits.reading import Reading
+from de3.exits.rule import ExitRule
+from de3.model_store.segments import Array, ForwardPass, Tokens
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
-from de3.server.engine.work import MAX_STEP_S, Item, Job, Outcome, Served
-from de3.server.errors import RequestError
+from de3.server.engine.served import MAX_STEP_S, Served
 
 log = logging.getLogger("de3.engine")
 STEP_S = 0.001  # between two looks at the queue, unless one layer takes longer
@@ -22,42 +24,71 @@ MOST_WAIT_S = 1.0
 STOP_S = 5.0
 
 
+@dataclass(slots=True, eq=False)
+class Audit:
+    """A text that was answered, to be run through every layer with every exit evaluated.
+
+    Attributes:
+        rule: reads and scores the exits; its τ is not used.
+        on_done: called by the engine's `dispatch` when it has run, failed or was dropped.
+        passed: the reading of every exit, once it has run.
+        model_s: compute time, seconds.
+        error: why it failed.
+        is_dropped: its model was unloaded before it ran, or the server stops.
+    """
+
+    served: Served
+    rule: ExitRule
+    tokens: Tokens
+    on_done: Callable[["Audit"], None]
+    passed: list[Reading] = field(default_factory=list)
+    model_s: float = 0.0
+    error: Exception | None = None
+    is_dropped: bool = False
+
+    @property
+    def in_group(self) -> bool:
+        """The kernels can run it, several together."""
+        return self.served.model.forward is not None and self.rule.signal.code is not None
+
+
 class AuditThreads:
     """Threads that run audits; they start with the first one."""
 
-    def __init__(
-        self,
-        count: int,
-        queue: WorkQueue,
-        finish: Callable[[Sequence[tuple[Item, Outcome]]], None],
-    ) -> None:
-        """queue: audits run while it is empty. finish: called with the outcomes of a group."""
+    def __init__(self, count: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
+        """queue: audits run while it is empty. finish: called with audits that are done."""
         self._queue, self._finish = queue, finish
-        self._pending: deque[Item] = deque()
+        self._pending: deque[Audit] = deque()
         self._changed = Condition()
         self._closed = False
         self._threads = [
             Thread(target=self._work, name=f"audits-{number}", daemon=True) for number in range(count)
         ]
 
-    def put(self, job: Job) -> None:
-        """Enqueue a job; raises RequestError once the server stops."""
+    def put(self, audits: Sequence[Audit]) -> None:
+        """Enqueue audits. There is always room: the auditor draws fewer texts as they become more."""
         with self._changed:
             if self._closed:
-                raise RequestError("the server stops", cause="queue_full")
-            self._pending += job.items
+                self._drop(audits)
+                return
+            self._pending += audits
             self._changed.notify_all()
             if self._threads[0].ident is None:
                 for thread in self._threads:
                     thread.start()
 
     def drop(self, gone: Sequence[Served]) -> None:
-        """Drop what is pending for some models; called by the event loop, which owns the futures."""
+        """Drop the pending audits of some models."""
         with self._changed:
-            for item in [item for item in self._pending if item.job.served in gone]:
-                item.job.is_dropped = True
-                item.job.future.cancel()
-                self._pending.remove(item)
+            dropped = [audit for audit in self._pending if audit.served in gone]
+            self._pending = deque(audit for audit in self._pending if audit.served not in gone)
+        self._drop(dropped)
+
+    def _drop(self, audits: Sequence[Audit]) -> None:
+        for audit in audits:
+            audit.is_dropped = True
+        if audits:
+            self._finish(audits)
 
     def close(self) -> None:
         """Accept nothing more, forget what is pending, and end the threads."""
@@ -74,60 +105,83 @@ class AuditThreads:
             pass
 
     def _step(self) -> bool:
-        items = self._next()
+        audits = self._next()
+        if not audits:
+            return False
         try:
-            if items:
-                self._finish(run_audits(items, self._queue, lambda: self._closed))
+            run_audits(audits, self._queue, lambda: self._closed)
         except BaseException as error:  # a panic in a library's Rust is no Exception; the thread must live on
             log.exception("audits failed")
-            for job in {id(item.job): item.job for item in items}.values():
-                job.fail(RuntimeError(str(error)))
-        return bool(items)
+            for audit in audits:
+                audit.error = RuntimeError(str(error))
+        self._finish(audits)
+        return True
 
-    def _next(self) -> list[Item]:
+    def _next(self) -> list[Audit]:
         """Wait for an audit; it comes with others of its model that fit into a step. Empty once closed."""
         with self._changed:
             while not self._pending and not self._closed:
                 self._changed.wait()
-            items, left = list[Item](), MAX_STEP_S
-            while self._pending and len(items) < MAX_GROUP:
-                item = self._pending[0]
-                left -= item.group_s
-                if items and (left < 0 or item.job.served is not items[0].job.served):
+            audits, left = list[Audit](), MAX_STEP_S
+            while self._pending and len(audits) < MAX_GROUP:
+                audit = self._pending[0]
+                left -= audit.served.group_s(len(audit.tokens))
+                if audits and (left < 0 or not audit.in_group or audit.served is not audits[0].served):
                     break
-                items.append(self._pending.popleft())
-            return items
+                audits.append(self._pending.popleft())
+            return audits
 
 
-def run_audits(
-    items: Sequence[Item], queue: WorkQueue, stops: Callable[[], bool] = lambda: False
-) -> list[tuple[Item, Outcome]]:
-    """Run texts of one model, which were tokenized before, to full depth; the outcomes of those that are not dropped.
+def run_audits(audits: Sequence[Audit], queue: WorkQueue, stops: Callable[[], bool] = lambda: False) -> None:
+    """Run audits of one model, several only where the kernels can, and fill in their results.
 
-    Every exit is evaluated. Waits between two steps while anything is pending in the queue. stops: whether to give up.
+    Waits between two steps while anything is pending in the queue. stops: the server stops, and they are dropped.
     """
-    served, rule = items[0].job.served, items[0].rule
-    through, timing, num_layers = served.model.through, served.timing, served.model.manifest.num_layers
-    assert through is not None
-    thresholds = rule.thresholds.table if rule.thresholds is not None else None
-    passes = []
-    for item in items:
-        assert item.tokens is not None
-        item.num_tokens = len(item.tokens)
-        passes.append(
-            ForwardPass(item.tokens, rule.tau, rule.signal, num_layers, True, thresholds=thresholds)
-        )
-    layer_s = sum(timing.layer_s(len(one.tokens)) for one in passes)
+
+    def may_go_on() -> bool:
+        queue.wait_until_empty(MOST_WAIT_S)
+        for audit in audits if (has_stopped := stops()) else ():
+            audit.is_dropped = True
+        return not has_stopped
+
+    if audits[0].in_group:
+        _run_group(audits, may_go_on)
+    else:
+        for audit in audits:
+            _run_alone(audit, may_go_on)
+
+
+def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool]) -> None:
+    served = audits[0].served
+    forward, timing, num_layers = served.model.forward, served.timing, served.model.manifest.num_layers
+    assert forward is not None
+    passes = [
+        ForwardPass(a.tokens, 0.0, a.rule.signal, num_layers, True, thresholds=a.rule.thresholds)
+        for a in audits
+    ]
+    layer_s = sum(timing.layer_s(len(audit.tokens)) for audit in audits)
     layers = max(1, int(STEP_S / layer_s)) if layer_s > 0 else num_layers
     while passes[0].layer <= num_layers:
-        queue.wait_until_empty(MOST_WAIT_S)
-        if stops() or all(item.job.is_dropped for item in items):
-            return []
+        if not may_go_on():
+            return
         # The embeddings take next to no time.
-        through(passes, None, layers + (passes[0].layer == 0), at_idle=True)
-    results = []
-    for item, one in zip(items, passes, strict=True):
-        item.layer, item.model_s = one.layer, one.seconds
-        if not item.job.is_dropped:
-            results.append((item, outcome_of_pass(item, one)))
-    return results
+        forward(passes, None, layers + (passes[0].layer == 0), at_idle=True)
+    for audit, one in zip(audits, passes, strict=True):
+        audit.passed, audit.model_s = one.readings, one.seconds
+
+
+def _run_alone(audit: Audit, may_go_on: Callable[[], bool]) -> None:
+    hidden: Array | None = None
+    passed: list[Reading] = []
+    for segment in audit.served.model.segments:
+        if not may_go_on():
+            return
+        started = perf_counter()
+        step = segment.embed(audit.tokens, True) if hidden is None else segment.run(hidden, True)
+        hidden = step.hidden
+        if step.logits is not None:
+            distances = None if step.distances is None else step.distances.tolist()
+            passed.append(audit.rule.read(segment.layer, step.logits.tolist(), distances))
+            passed[-1].score = audit.rule.signal.score(passed)
+        audit.model_s += perf_counter() - started
+    audit.passed = passed

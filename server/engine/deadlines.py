@@ -1,4 +1,4 @@
-"""Deadlines: which can be promised, and how long each text may take so that every promise is kept.
+"""Deadlines: decides which can be promised, and how long each text may take so that every promise is met.
 
 Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only
 if, by the times measured at start-up, every promised text reaches its first exit in time; the time that is
@@ -10,12 +10,12 @@ from heapq import heapify, heapreplace
 from threading import Lock
 from time import perf_counter
 
-from de3.server.engine.work import Item, Job
+from de3.server.engine.job import Item, Job
 
 
 @dataclass(slots=True)
 class _Promise:
-    """What a job still has to begin.
+    """The texts of a job that have not begun.
 
     Attributes:
         firsts: seconds to the first exit of each text that has not begun, by its index.

@@ -13,12 +13,14 @@ from threading import Thread
 from time import perf_counter, sleep
 
 from de3.model_store.model import Model
-from de3.server.engine.audit import AuditThreads
+from de3.server.engine.audit import Audit, AuditThreads
 from de3.server.engine.deadlines import Deadlines
 from de3.server.engine.group import run_group
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
-from de3.server.engine.work import Item, Job, Outcome, Served, wake
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
@@ -29,10 +31,18 @@ STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
 MAX_FAILURES = 100  # steps in a row, after which a thread ends
 
 
+Dispatch = Callable[[Callable[[], None]], object]
+
+
+def call_here(callback: Callable[[], None]) -> None:
+    """Dispatch a callback on the thread that has news."""
+    callback()
+
+
 class Engine:
     """A queue and the threads that empty it.
 
-    `observe` is called with every item that left, by the thread that ran it.
+    `observe` is called with every text that exited, by the thread that ran it.
     """
 
     def __init__(
@@ -45,7 +55,8 @@ class Engine:
             Thread(target=self._work, args=(i,), name=f"engine-{i}", daemon=True) for i in range(threads)
         ]
         self.deadlines = Deadlines(threads)
-        self._audits = AuditThreads(max(1, threads // 2), self.queue, self._finish_audits)
+        self._audits = AuditThreads(max(1, threads // 2), self.queue, self._report_audits)
+        self._dispatch: Dispatch = call_here
         self._finished = [0] * threads
         self._seconds = [0.0] * threads
         self._progress = [0] * threads  # steps and layers begun
@@ -54,9 +65,13 @@ class Engine:
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
         self.errors = 0  # of what the engine calls, which did not end a thread
 
-    def start(self, warm_up: Callable[[], object] = lambda: None) -> None:
-        """Start the threads; each calls warm_up first."""
-        self._warm_ups = [warm_up] * self.threads  # each is let go of, with the models that it refers to
+    def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
+        """Start the threads; each calls warm_up first.
+
+        dispatch: runs the callbacks of jobs and audits, such as on an event loop.
+        """
+        self._dispatch = dispatch
+        self._warm_ups = [warm_up] * self.threads  # released after use, with the models that they refer to
         for thread in self._threads:
             thread.start()
 
@@ -94,9 +109,6 @@ class Engine:
 
     def submit(self, job: Job) -> None:
         """Accept a job; raises RequestError if the queue has no room or its deadline cannot be promised."""
-        if job.is_audit and job.can_share:
-            self._audits.put(job)
-            return
         if job.deadline is not None:
             self._promise(job)
         try:
@@ -104,6 +116,10 @@ class Engine:
         except RequestError:
             self.deadlines.drop(job)
             raise
+
+    def audit(self, audits: Sequence[Audit]) -> None:
+        """Run audits while nothing else is pending."""
+        self._audits.put(audits)
 
     def _promise(self, job: Job) -> None:
         """Promise a job's deadline; raises RequestError."""
@@ -133,14 +149,25 @@ class Engine:
         self.deadlines.drop(job)
 
     def drop_shadows(self, gone: Sequence[Served]) -> None:
-        """Drop the pending shadows, and the audits of models that are unloaded; called by the event loop."""
+        """Drop the pending shadows, and the audits of models that are unloaded."""
         self.queue.drop_shadows()
         self._audits.drop(gone)
 
-    def _finish_audits(self, results: Sequence[tuple[Item, Outcome]]) -> None:
-        done = [item.job for item, outcome in results if item.job.finish(item, outcome)]
-        if done:
-            wake([(job, None) for job in done])
+    def _report_audits(self, audits: Sequence[Audit]) -> None:
+        def report() -> None:
+            for audit in audits:
+                audit.on_done(audit)
+
+        self._dispatch(report)
+
+    def _report(self, ended: Sequence[tuple[Job, Exception | None]]) -> None:
+        """Report jobs that are done or failed, all at once: waking an event loop costs a thread switch."""
+
+        def report() -> None:
+            for job, error in ended:
+                job.on_done(error)
+
+        self._dispatch(report)
 
     @property
     def finished(self) -> int:
@@ -170,7 +197,8 @@ class Engine:
             self.errors += 1
             log.exception("the engine failed; it goes on")
             for item in items:
-                item.job.fail(RuntimeError(str(error)))
+                item.job.is_dropped = True
+            self._report([(item.job, RuntimeError(str(error))) for item in items])
             self._failures[number] += 1
             sleep(0.01)  # it may fail at once again
             return True
@@ -211,28 +239,29 @@ class Engine:
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
-        """Record the results of items, and wake those who wait for them."""
-        done: list[tuple[Job, Exception | None]] = []
+        """Record the results of items, and report the jobs that they end."""
+        ended: list[tuple[Job, Exception | None]] = []
         for item, result in results:
+            job = item.job
             if isinstance(result, Exception):
-                item.job.fail(result)
+                job.is_dropped = True
+                ended.append((job, result))
             elif result is not None:
-                if not item.job.is_shadow:
+                if not job.is_shadow:
                     self._finished[number] += 1
                     self._seconds[number] += result.tokenize_s + result.model_s
-                if item.job.finish(item, result):
-                    done.append((item.job, None))
-                if not item.job.is_audit:
-                    self._report(item, result)
-        if done:
-            wake(done)
+                if job.finish(item, result):
+                    ended.append((job, None))
+                self._count(job, result)
+        if ended:
+            self._report(ended)
 
-    def _report(self, item: Item, outcome: Outcome) -> None:
+    def _count(self, job: Job, outcome: Outcome) -> None:
         """Call the observer, whose errors are no request's."""
         if self._observe is None:
             return
         try:
-            self._observe(item.job.model, outcome)
+            self._observe(job.model, outcome)
         except BaseException:
             self.errors += 1
             if self.errors == 1:  # each text would have one

@@ -8,10 +8,13 @@ import logging
 from collections.abc import Callable, Sequence
 from time import perf_counter
 
+from de3.exits.rule import ExitReason
 from de3.model_store.segments import ForwardPass
+from de3.server.engine.job import Item
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
-from de3.server.engine.run import Result, exit_reason, outcome_of, too_long_error
-from de3.server.engine.work import MAX_STEP_S, Item, Outcome
+from de3.server.engine.run import Result, outcome_of, too_long_error
+from de3.server.engine.served import MAX_STEP_S
 
 log = logging.getLogger("de3.engine")
 
@@ -32,7 +35,7 @@ def run_group(
     """
     group = list(items)  # those that are neither finished nor requeued
     try:
-        if group[0].layer == 0:
+        if group[0].progress.layer == 0:
             occupy(MAX_STEP_S)
             _begin(group, queue, finish)
         while group:
@@ -78,15 +81,15 @@ def _begin(
             continue
         seconds += layer_s
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
-        thresholds = rule.thresholds.table if rule.thresholds is not None else None
-        item.tokens, item.num_tokens, item.group_s = tokens, len(tokens), served.group_s(len(tokens))
-        item.forward = ForwardPass(
-            tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, thresholds
+        item.group_s = served.group_s(len(tokens))
+        item.progress.tokens, item.progress.num_tokens = tokens, len(tokens)
+        item.progress.forward = ForwardPass(
+            tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, rule.thresholds
         )
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
     for item in items:  # those that fail or do not run have cost it, too
-        item.tokenize_s = spent
+        item.progress.tokenize_s = spent
         queue.charge(item.job, spent)
     for item in too_long:
         item.is_short = False
@@ -103,39 +106,44 @@ def _step(
 ) -> None:
     """Run as many layers as fit into a step. Items that have left, were dropped or preempted leave the group."""
     items, served, monitor = list(group), group[0].job.served, group[0].job.monitor
-    through, first = served.model.through, group[0].layer
-    assert through is not None
-    passes = [item.forward for item in items if item.forward is not None]
+    forward, first = served.model.forward, group[0].progress.layer
+    assert forward is not None
+    passes = [item.progress.forward for item in items if item.progress.forward is not None]
     layer_s = sum(served.timing.layer_s(len(p.tokens)) for p in passes)
     layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else served.model.manifest.num_layers
     occupy(layer_s * layers)
     # The embeddings take next to no time.
-    through(passes, monitor.limits if monitor else None, layers + (first == 0))
+    forward(passes, monitor.limits if monitor else None, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
+    staying: list[Item] = []
     for item, one in zip(items, passes, strict=True):
-        spent, item.model_s, item.layer = one.seconds - item.model_s, one.seconds, one.layer
+        progress = item.progress
+        spent, progress.model_s, progress.layer = one.seconds - progress.model_s, one.seconds, one.layer
         queue.charge(item.job, spent)
         if one.exit_layer >= 0:
-            left.append((item, outcome_of_pass(item, one)))
-    group[:] = [item for item in items if item.forward is not None and item.forward.exit_layer < 0]
+            left.append((item, _outcome_of_pass(item, one)))
+            progress.forward = None  # its hidden states
+        else:
+            staying.append(item)
+    group[:] = staying
     finish(left)
-    for item in items:
-        if item.job.is_dropped or item not in group:
-            item.forward = None  # its hidden states
-    group[:] = [item for item in group if item.forward is not None]
+    for item in staying:
+        if item.job.is_dropped:
+            item.progress.forward = None
+    group[:] = [item for item in staying if item.progress.forward is not None]
     # All have been charged: else the first of a client's texts would stay, and the others go.
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]
     queue.requeue(*preempted)
 
 
-def outcome_of_pass(item: Item, one: ForwardPass) -> Outcome:
-    """The outcome of a pass through the kernels, which decided where it left."""
-    manifest = item.job.model.manifest
-    asked = [one.exit_layer]
-    if item.asks_all_exits:
-        asked = [m for m in manifest.exit_layers if m <= one.exit_layer]
-    for layer in asked:
-        distances = one.distances[layer].tolist() if layer in manifest.prototype_layers else None
-        item.record(item.rule.read(layer, one.logits[layer].tolist(), distances))
-    return outcome_of(item, exit_reason(item, one.deepest))
+def _outcome_of_pass(item: Item, one: ForwardPass) -> Outcome:
+    """The outcome of a pass through the kernels, which decided where it exits."""
+    progress, monitor = item.progress, item.job.monitor
+    progress.passed = one.readings
+    if one.is_far and monitor is not None:
+        progress.be_cautious(monitor)
+    reason: ExitReason = "threshold" if one.is_below_tau else "max_layer"
+    if one.exit_layer == item.job.model.manifest.num_layers:
+        reason = "last_layer"
+    return outcome_of(item, reason)

@@ -7,7 +7,8 @@ from itertools import count
 from threading import Condition, RLock
 from time import perf_counter
 
-from de3.server.engine.work import MAX_STEP_S, Item, Job
+from de3.server.engine.job import Item, Job
+from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
 
 MAX_GROUP = 16
@@ -78,14 +79,12 @@ class WorkQueue:
         return self._pending
 
     def put(self, job: Job) -> None:
-        """Enqueue all items of a job, or none: raises RequestError if there is no room.
-
-        Audits always have room: the auditor draws fewer texts as they become more.
-        """
+        """Enqueue all items of a job, or none: raises RequestError if there is no room."""
         with self._changed:
             room = self.shadow_room if job.is_shadow else self.limit - self._pending
-            if self._closed or (len(job.items) > room and not job.is_audit):
-                raise RequestError("the server stops", cause="queue_full", retry_after_s=1)
+            if self._closed or len(job.items) > room:
+                reason = "the server is stopping" if self._closed else "the queue is full"
+                raise RequestError(f"{reason}; try again", cause="queue_full", retry_after_s=1)
             for item in job.items:
                 self._add(item)
             self._changed.notify(len(job.items))
@@ -135,22 +134,21 @@ class WorkQueue:
             left -= item.group_s
             # In a group each waits for all: a short text does not wait for long ones.
             fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
-            is_alike = item.layer == first.layer and item.job.model is first.job.model
+            is_alike = item.progress.layer == first.progress.layer and item.job.model is first.job.model
             if not (fits and is_alike and item.can_share):
                 break
             items.append(self._take(heap))
 
     @property
     def shadow_room(self) -> int:
-        """How many more items of shadows have room."""
-        return MAX_SHADOWS - sum(not item.job.is_audit for item in self._shadows)
+        """Number of further shadow items for which there is room."""
+        return MAX_SHADOWS - len(self._shadows)
 
     def drop_shadows(self) -> None:
-        """Drop the pending shadows; called by the event loop, which owns their futures."""
+        """Drop the pending shadows."""
         with self._changed:
             for item in self._shadows:
                 item.job.is_dropped = True
-                item.job.future.cancel()
             self._shadows.clear()
 
     def charge(self, job: Job, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""How a text runs by itself: tokenized, then layer by layer until it exits.
+"""Runs one text by itself: tokenized, then layer by layer until it exits.
 
 A text with several windows runs them one after the other, until its answer is settled (`exits/windows.py`).
 """
@@ -9,8 +9,9 @@ from time import perf_counter
 from de3.exits.rule import ExitReason
 from de3.exits.windows import EXPECTED_CHANGE
 from de3.model_store.segments import Tokens
+from de3.server.engine.job import Item
+from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
-from de3.server.engine.work import Item, Outcome
 from de3.server.errors import RequestError
 
 Result = Outcome | Exception
@@ -22,17 +23,18 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
 
     None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
     """
-    if item.tokens is None and not _tokenize(item, queue, occupy):
+    progress = item.progress
+    if progress.tokens is None and not _tokenize(item, queue, occupy):
         return None
     while True:
         reason = _run_layers(item, queue, occupy)
         if reason is None:
             return None
-        if item.combination is None:
+        if progress.windows is None:
             return outcome_of(item, reason)
-        item.end_window()
-        change = EXPECTED_CHANGE if item.rule.tau > 0 else 1.0
-        if reason == "deadline" or item.combination.is_settled(change):
+        progress.end_window()
+        change = EXPECTED_CHANGE if progress.rule.tau > 0 else 1.0
+        if reason == "deadline" or progress.windows.combination.is_settled(change):
             return outcome_of(item, reason)
         if item.job.is_dropped:
             return None
@@ -43,31 +45,31 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
 
 def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> ExitReason | None:
     """Run a text's window through the layers until it exits, and say why; None as in run()."""
-    job, model, rule = item.job, item.job.model, item.job.choice.rule
-    assert item.tokens is not None
+    job, model, rule, progress = item.job, item.job.model, item.job.choice.rule, item.progress
+    assert progress.tokens is not None
     started = last = perf_counter()
     deepest = model.deepest_exit(rule.max_layer)
     # At τ = 0 only the deepest exit is needed.
     may_leave_early = rule.tau > 0 or item.asks_all_exits
-    layer_s = job.served.timing.layer_s(len(item.tokens))
+    layer_s = job.served.timing.layer_s(len(progress.tokens))
     reason: ExitReason | None = None
-    for layer in range(item.layer, deepest + 1):
-        if item.ends is not None and item.has_answer and perf_counter() + layer_s > item.ends:
+    for layer in range(progress.layer, deepest + 1):
+        if item.ends is not None and progress.has_answer and perf_counter() + layer_s > item.ends:
             reason = "deadline"
             break
         occupy(layer_s)
         segment = model.segments[layer]
         asked = segment.is_exit and (may_leave_early or layer == deepest)
-        if item.hidden is None:
-            item.num_tokens += len(item.tokens)
-            step = segment.embed(item.tokens, asked)
+        if progress.hidden is None:
+            progress.num_tokens += len(progress.tokens)
+            step = segment.embed(progress.tokens, asked)
         else:
-            step = segment.run(item.hidden, asked)
-        item.hidden = step.hidden
+            step = segment.run(progress.hidden, asked)
+        progress.hidden = step.hidden
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
-            item.record(rule.read(layer, step.logits.tolist(), distances))
-            reason = exit_reason(item, deepest)
+            progress.record(rule.read(layer, step.logits.tolist(), distances), job.monitor)
+            reason = _exit_reason(item, deepest)
             if reason:
                 break
         now = perf_counter()
@@ -76,51 +78,54 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
             queue.charge(job, spent)
             return None
         if queue.has_more_urgent_than(item, spent):
-            item.layer = layer + 1
-            item.model_s += now - started
+            progress.layer = layer + 1
+            progress.model_s += now - started
             queue.requeue(item)
             return None
     now = perf_counter()
-    item.model_s += now - started
+    progress.model_s += now - started
     queue.charge(job, now - last)
-    item.hidden = None
+    progress.hidden = None
     return reason
 
 
-def exit_reason(item: Item, deepest: int) -> ExitReason | None:
-    """Why an item leaves at the exit that it passed last; None if it does not."""
-    reading = item.passed[-1]
+def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
+    """Why a text exits at the exit that it passed last; None if it does not."""
+    reading = item.progress.passed[-1]
     if reading.layer == item.job.model.manifest.num_layers:
         return "last_layer"
-    if item.rule.exits(reading.score):
+    if item.progress.rule.exits(reading.score):
         return "threshold"
     return "max_layer" if reading.layer == deepest else None
 
 
-def outcome_of(item: Item, reason: ExitReason | None) -> Outcome:
-    """The outcome of an item that left."""
-    assert item.tokens is not None and reason is not None
-    passed, num_windows = item.passed, 1
-    if item.windows is not None:
-        passed, num_windows = [r for window in item.ran for r in window.passed], len(item.windows)
+def outcome_of(item: Item, reason: ExitReason) -> Outcome:
+    """The outcome of an item that exited."""
+    progress = item.progress
+    assert progress.tokens is not None
+    passed, ran, num_windows, combination = progress.passed, [], 1, None
+    if progress.windows is not None:
+        ran, num_windows = progress.windows.ran, len(progress.windows.all)
+        passed, combination = [r for window in ran for r in window.passed], progress.windows.combination
     reading = passed[-1]  # at a deadline: the deepest answer so far
-    if item.combination is not None:
-        reading = item.combination.reading(last=reading)
-    pending_s = perf_counter() - item.job.submitted - item.tokenize_s - item.model_s
+    if combination is not None:
+        reading = combination.reading(last=reading)
+    pending_s = perf_counter() - item.job.submitted - progress.tokenize_s - progress.model_s
     if item.is_sampled and item.job.monitor is not None:
         item.job.monitor.sample(passed[0])
     return Outcome(
         layer=reading.layer,
         reason=reason,
+        rule=progress.rule,
         reading=reading,
         passed=passed,
-        tokens=item.num_tokens,
-        truncated=item.tokens.truncated,
+        tokens=progress.num_tokens,
+        truncated=progress.tokens.truncated,
         queue_s=0.0 if item.job.is_shadow else pending_s,  # shadow jobs report no queue time
-        tokenize_s=item.tokenize_s,
-        model_s=item.model_s,
-        is_far=item.is_far,
-        windows=item.ran,
+        tokenize_s=progress.tokenize_s,
+        model_s=progress.model_s,
+        is_far=progress.is_far,
+        windows=ran,
         num_windows=num_windows,
     )
 
@@ -128,29 +133,30 @@ def outcome_of(item: Item, reason: ExitReason | None) -> Outcome:
 def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> bool:
     """Tokenize a text piece by piece; False if its job was dropped or it was preempted. Raises RequestError
     if it is too long and may not be truncated."""
-    job, text = item.job, item.text
-    if item.tokenization is None:
+    job, text, progress = item.job, item.text, item.progress
+    if progress.tokenization is None:
         request = job.request
-        item.tokenization = job.model.tokenizer.start(
+        progress.tokenization = job.model.tokenizer.start(
             text.text, text.text_pair, request.truncate, request.windows
         )
     while True:
         occupy(job.served.timing.piece_s)
         started = perf_counter()
         try:
-            tokens = item.tokenization.step()
+            tokens = progress.tokenization.step()
         except ValueError as error:
             queue.charge(job, perf_counter() - started)
             raise too_long_error(item, error) from None
         finally:
             spent = perf_counter() - started
-            item.tokenize_s += spent
+            progress.tokenize_s += spent
         if tokens is not None:
             if isinstance(tokens, Tokens):
-                item.tokens = tokens
+                progress.tokens = tokens
             else:
-                item.split(tokens)
-            item.tokenization = None
+                progress.split(tokens)
+                item.is_short = False  # no group takes it
+            progress.tokenization = None
             queue.charge(job, spent)
             return True
         if job.is_dropped:
@@ -162,6 +168,6 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
 
 
 def too_long_error(item: Item, error: ValueError) -> RequestError:
-    """What to tell of a text that is longer than the model takes."""
+    """The error for a text that is longer than the model takes."""
     field = item.job.request.name_of(item.index)
     return RequestError(f"{field}: {error}", field, "too_long")

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from de3.model_store.manifest import NAME
-from de3.server.engine.work import Served
+from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.http.openapi import error
 from de3.server.models import Role

@@ -12,7 +12,9 @@ from de3.exits.reading import Reading
 from de3.exits.signals import edr
 from de3.exits.windows import MAX_WINDOWS
 from de3.model_store.manifest import Manifest
-from de3.server.engine.work import Item, Job, Outcome, Request, Text
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.http import hugging_face, sglang
 from de3.server.http.fields import OptionFields, check_count, check_fields, known_fields, load_json
@@ -207,7 +209,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     }
     certificate = job.served.rules.certificate(job.choice)
     # It speaks of texts that are one window.
-    if certificate is not None and not any(item.windows for item in job.items):
+    if certificate is not None and all(outcome.num_windows == 1 for outcome in job.outcomes()):
         body["certificate"] = certificate
     if request.explain:
         body["tau_choice"] = job.choice.row()
@@ -218,7 +220,7 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
     """The answer to one text."""
     outcome, manifest = item.outcome, job.model.manifest
     assert outcome is not None  # the job is done
-    reading, signal = outcome.reading, item.rule.signal
+    reading, rule, signal = outcome.reading, outcome.rule, outcome.rule.signal
     lam = signal.lam or DISPLAY_LAM
     row: dict[str, Any] = {
         "index": item.index,
@@ -228,7 +230,7 @@ def _row(item: Item, job: Job, request: Classification) -> dict[str, Any]:
             "layer": outcome.layer,
             "num_layers": manifest.num_layers,
             "reason": outcome.reason,
-            "tau": item.rule.tau,
+            "tau": rule.tau,
             "signal": signal.name,
             "lambda": signal.lam,
             **_signals(reading, lam),

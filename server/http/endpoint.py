@@ -10,14 +10,15 @@ from time import perf_counter
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from de3.server.engine.work import Job, Request
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
 from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
 from de3.server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
-from de3.server.infer import infer, timed_out
+from de3.server.infer import Inference, timed_out
 
 log = logging.getLogger("de3")
 
@@ -32,8 +33,8 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
             await _send(send, exchange.id, body, timing)
     finally:
         frontend.report(exchange)
-        if exchange.job is not None:
-            exchange.job.release()
+        if exchange.inference is not None:
+            exchange.inference.release()
 
 
 async def _answer(
@@ -92,20 +93,20 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         charge.settle(1)
         raise
     charge.raise_to(len(request.texts))
-    exchange.request = request
+    exchange.inference = inference = Inference(request)
     request.client, request.expires_at = client, exchange.started + settings.timeout_s
     connection = scope.get("de3.connection")
     if connection is not None:
         if connection.is_gone:
             raise ClientDisconnect
-        connection.on_gone = lambda: request.cancel(ClientDisconnect())
+        connection.on_gone = lambda: inference.cancel(ClientDisconnect())
     try:
-        return await infer(request, service)
+        return await inference.run(service)
     finally:  # also of a request that failed: it pays for what ran
         if connection is not None:
             connection.on_gone = None
-        if request.job is not None:
-            tokens = (item.num_tokens for item in request.job.items)
+        if inference.job is not None:
+            tokens = (item.progress.num_tokens for item in inference.job.items)
             charge.settle(sum(-(-count // TOKENS_PER_TEXT) for count in tokens))
 
 
@@ -170,7 +171,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
 
 def _timing(job: Job, started: float, ended: float) -> str:
     """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
-    outcomes = [item.outcome for item in job.items if item.outcome]
+    outcomes = job.outcomes()
     queue = max([o.queue_s for o in outcomes])
     tokenize = sum([o.tokenize_s for o in outcomes])
     model = sum([o.model_s for o in outcomes])

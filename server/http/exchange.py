@@ -9,8 +9,9 @@ from time import perf_counter
 
 from starlette.types import Scope
 
-from de3.server.engine.work import Job, Request
+from de3.server.engine.job import Job
 from de3.server.errors import Cause
+from de3.server.infer import Inference
 
 HEADER = b"x-request-id"
 WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
@@ -39,7 +40,7 @@ class Exchange:
         owner: whose API key it has; empty where none is needed.
         status: HTTP status; 499: the client went away.
         cause: why it was not answered, as in the metrics; None if it was.
-        request: the parsed request; None where it was refused before.
+        inference: the parsed request, and how far it got; None where it was refused before.
     """
 
     id: str
@@ -50,17 +51,17 @@ class Exchange:
     owner: str = ""
     status: int = 500
     cause: Cause | None = None
-    request: Request | None = None
+    inference: Inference | None = None
 
     @property
     def job(self) -> Job | None:
-        """What ran its texts; None where it was refused before it had any."""
-        return None if self.request is None else self.request.job
+        """The work on its texts; None where it was refused before."""
+        return None if self.inference is None else self.inference.job
 
     @property
     def model(self) -> str:
         """name:version, or none where no model was found."""
-        served = None if self.request is None else self.request.served
+        served = None if self.inference is None else self.inference.served
         return "none" if served is None else served.model.full_name
 
 

@@ -8,7 +8,8 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from de3.exits.reading import Reading, read, sigmoid
-from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.engine.job import Item, Job
+from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
 from de3.server.http.protocol import Call, Protocol

@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from de3.model_store.manifest import Manifest
-from de3.server.engine.work import Job, Request, Text
+from de3.server.engine.job import Job
+from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
 from de3.server.http.fields import OptionFields, check_fields, load_json
 from de3.server.http.protocol import Call, Protocol

@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar
 import orjson
 from pydantic import BeforeValidator, Field
 
-from de3.server.engine.work import Item, Job, Request, Text
+from de3.server.engine.job import Item, Job
+from de3.server.engine.request import Request, Text
 from de3.server.http.fields import OptionFields, check_count, check_fields
 
 

@@ -9,7 +9,7 @@ from threading import Thread
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING
 
-from de3.server.engine.work import Item
+from de3.server.engine.job import Item
 from de3.server.http.exchange import Exchange
 
 if TYPE_CHECKING:
@@ -113,8 +113,8 @@ class Traces:
                 "de3.exit.layer": o.layer,
                 "de3.exit.num_layers": item.job.model.manifest.num_layers,
                 "de3.exit.reason": o.reason,
-                "de3.exit.tau": item.rule.tau,
-                "de3.exit.signal": item.rule.signal.name,
+                "de3.exit.tau": o.rule.tau,
+                "de3.exit.signal": o.rule.signal.name,
                 # The last layer has no risk, and an attribute has no null.
                 **({} if o.reading.score is None else {"de3.exit.score": o.reading.score}),
             },

@@ -1,0 +1,193 @@
+"""The unit of the engine's work: a job, with an item for each text of its request."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock
+from time import perf_counter
+
+from de3.model_store.model import Model
+from de3.model_store.tokenizer import PIECE
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.progress import Progress
+from de3.server.engine.request import Request, Text
+from de3.server.engine.served import MAX_STEP_S, Served
+from de3.server.engine.timing import tokens_of
+from de3.server.ood import OodMonitor
+from de3.server.rules import Choice
+
+# From the last layer to the response's first byte: of a request, and more for each of its texts.
+REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """One text of a job: when it is due, how far it got, and its outcome.
+
+    Attributes:
+        predicted_s: predicted seconds through every layer.
+        due: when it should be answered (perf_counter seconds); the queue schedules the earliest first.
+        first_exit_s: predicted seconds to the first exit; set with a deadline only.
+        group_s: seconds of MAX_STEP_S that it takes in a group.
+        ends: when it must exit (perf_counter seconds), set as it starts; None: no deadline.
+        is_short: tokenized in one step.
+        is_sampled: counts for drift.
+        asks_all_exits: every exit is evaluated, even those at which it may not exit.
+        outcome: None until it exits.
+    """
+
+    job: "Job"
+    index: int
+    text: Text
+    predicted_s: float
+    due: float
+    first_exit_s: float = 0.0
+    group_s: float = 0.0
+    ends: float | None = None
+    is_short: bool = field(init=False)
+    is_sampled: bool = field(init=False)
+    asks_all_exits: bool = field(init=False)
+    progress: Progress = field(init=False)
+    outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        monitor = self.job.monitor
+        self.is_short = self.text.chars <= 2 * PIECE
+        self.is_sampled = monitor is not None and monitor.samples()
+        self.asks_all_exits = self.job.asks_all_exits or self.is_sampled
+        self.progress = Progress(self.job.choice.rule)
+
+    @property
+    def can_share(self) -> bool:
+        """It may run in a group; a text that began in one goes on in one."""
+        fits = self.group_s <= MAX_STEP_S or self.progress.forward is not None
+        return self.is_short and self.job.in_groups and fits
+
+    def restart(self) -> None:
+        """Begin again, alone, after a group that failed."""
+        self.is_short, self.progress = False, Progress(self.job.choice.rule)
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """The items of one request, and the rule that they share.
+
+    Every item is finished by exactly one engine thread. A job is dropped when its client is gone, its time is up or
+    one of its items failed: its pending items then never run.
+
+    An item is due after its own predicted time and that of the items before it in the batch, so short texts
+    overtake long ones and single texts large batches, but nothing waits forever.
+
+    Attributes:
+        on_done: called with None when the last item has an outcome, or with the error of an item, perhaps more than
+            once; by the engine's `dispatch`. Never called for a job that was dropped otherwise.
+        is_shadow: background job; it runs while nothing else is pending.
+        in_groups: its texts may run in groups.
+        asks_all_exits: every exit is evaluated, even those at which its items may not exit.
+        is_dropped: nobody waits for it any more.
+        deadline: when the last text must exit (perf_counter seconds); None: none.
+        is_promised: its deadline was accepted: it is scheduled before jobs without one.
+        is_late: best effort: the deadline that it asked for cannot be met.
+        pending, promised_s: its items in the queue, and their predicted time if promised; kept by the queue.
+    """
+
+    served: Served
+    choice: Choice
+    request: Request
+    on_done: Callable[[Exception | None], None]
+    is_shadow: bool = False
+    submitted: float = field(default_factory=perf_counter)
+    items: list[Item] = field(init=False)
+    in_groups: bool = field(init=False)
+    asks_all_exits: bool = field(init=False)
+    is_dropped: bool = False
+    deadline: float | None = None
+    is_promised: bool = False
+    is_late: bool = False
+    pending: int = 0
+    promised_s: float = 0.0
+    _left: int = field(init=False)
+    _lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
+        # A text with a deadline runs alone, so that it can exit after any layer, and so does one whose signal the
+        # kernels lack, as it is scored between the layers.
+        has_kernels = self.model.forward is not None and self.choice.rule.signal.code is not None
+        self.in_groups = has_kernels and budget_s is None and not self.is_shadow
+        # A deadline needs an answer at any time; a score and a flag need the readings of all exits.
+        is_flagged = self.monitor is not None and self.monitor.limits is not None
+        self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
+        if budget_s is not None:
+            self.deadline = self.submitted + budget_s - REPLY_S - REPLY_TEXT_S * len(request.texts)
+        due, self.items = self.submitted, []
+        for index, text in enumerate(request.texts):
+            predicted_s = timing.predict(text.chars, request.windows)
+            due += predicted_s
+            item = Item(self, index, text, predicted_s, due)
+            if self.in_groups:
+                item.group_s = self.served.group_s(tokens_of(text.chars))
+            if budget_s is not None:
+                item.first_exit_s = timing.predict_first_exit(text.chars, request.windows)
+            self.items.append(item)
+        self._left = len(self.items)
+
+    @property
+    def model(self) -> Model:
+        """The model that runs it."""
+        return self.served.model
+
+    @property
+    def monitor(self) -> OodMonitor | None:
+        """OOD monitor; None for shadow jobs."""
+        return None if self.is_shadow else self.served.monitor
+
+    @property
+    def client(self) -> str:
+        """Client of the request."""
+        return self.request.client
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of its texts that began to run."""
+        return sum(item.progress.num_tokens for item in self.items)
+
+    @property
+    def finished(self) -> int:
+        """Number of texts that exited."""
+        return len(self.items) - self._left
+
+    def promise(self) -> None:
+        """Promise its deadline: it overtakes jobs without one."""
+        assert self.deadline is not None
+        self.is_promised = True
+        for item in self.items:
+            item.due = self.deadline
+
+    def finish(self, item: Item, outcome: Outcome) -> bool:
+        """Record an item's outcome; True for the last one. Called by an engine thread."""
+        item.outcome = outcome
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+    def outcomes(self) -> list[Outcome]:
+        """The outcomes of its texts that exited, in order."""
+        return [item.outcome for item in self.items if item.outcome is not None]
+
+    def answers(self) -> list[str | float]:
+        """The label, labels or value of each text; of a job that is done."""
+        values = [outcome.reading.value for outcome in self.outcomes()]
+        both = zip(self.labels(), values, strict=True)
+        return [label if value is None else value for label, value in both]
+
+    def labels(self) -> list[str]:
+        """The label of each text, or those of a multi-label model with commas between; of a job that is done."""
+        names = self.model.manifest.labels
+        readings = [outcome.reading for outcome in self.outcomes()]
+        return [
+            names[r.label] if r.labels is None else ", ".join(names[k] for k in r.labels) for r in readings
+        ]
+
+    def release(self) -> None:
+        """Release the items, which refer back to it: large texts must not wait for the garbage collector."""
+        self.items = []

@@ -1,0 +1,47 @@
+"""The engine's answer to one text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from de3.exits.reading import Reading
+from de3.exits.rule import ExitReason, ExitRule
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A window that ran, of a text that has several; fields as in Outcome."""
+
+    layer: int
+    passed: list[Reading]
+    tokens: int
+    model_s: float
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Where and why a text exited, and its costs in seconds.
+
+    Attributes:
+        layer: the exit's layer; of several windows, that of the last one.
+        rule: the rule in force there: its τ is lower than the job's if the text is far.
+        reading: the answer; of several windows the combined one, with the signals of the last one.
+        passed: the reading of every exit passed, the answer's last; of several windows, of all that ran.
+        tokens: of the windows that ran.
+        windows: those that ran, of a text that has several.
+        num_windows: number of its windows.
+        is_far: it was far from every prototype at some exit.
+    """
+
+    layer: int
+    reason: ExitReason
+    rule: ExitRule
+    reading: Reading
+    passed: list[Reading]
+    tokens: int
+    truncated: bool
+    queue_s: float
+    tokenize_s: float
+    model_s: float
+    is_far: bool = False
+    windows: Sequence[Window] = ()
+    num_windows: int = 1

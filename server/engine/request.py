@@ -1,0 +1,55 @@
+"""A request in any protocol: texts to classify, and its options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from de3.model_store.manifest import Manifest
+from de3.server.settings import ExitOptions
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One text, or a pair of texts."""
+
+    text: str
+    text_pair: str | None = None
+
+    @property
+    def chars(self) -> int:
+        """Characters of both."""
+        return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Texts to classify, and how; every protocol parses its bodies into one.
+
+    Attributes:
+        input_name: the protocol's name of the texts, for messages.
+        model: name or name:version; None: the server's default.
+        explain: report every exit passed.
+        ood: report how unlike the calibration's texts a text is.
+        windows: the most windows that a text is split into if it is longer than one.
+        client: fair-share key; the engine's time is shared between clients.
+        expires_at: when it times out (perf_counter seconds); None: after the server's `timeout_s` from now.
+    """
+
+    input_name: ClassVar[str] = "input"
+
+    texts: Sequence[Text]
+    options: ExitOptions = field(default_factory=ExitOptions)
+    model: str | None = None
+    truncate: bool = True
+    explain: bool = False
+    ood: bool = False
+    windows: int = 1
+    client: str = ""
+    expires_at: float | None = None
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise RequestError for a model that cannot answer this kind of request."""
+
+    def name_of(self, index: int) -> str:
+        """The name of one of the texts in messages."""
+        return f"{self.input_name}[{index}]" if len(self.texts) > 1 else self.input_name

@@ -1,0 +1,32 @@
+"""A loaded model with all that serving it takes."""
+
+from dataclasses import dataclass
+
+from de3.model_store.model import Model
+from de3.server.engine.timing import Timing
+from de3.server.ood import OodMonitor
+from de3.server.rules import Rules
+
+# The engine looks at the queue at least so often, unless one layer of one text takes longer.
+MAX_STEP_S = 0.004
+# A model is fast if it runs so many texts of so many tokens through all layers in a step.
+FAST, FAST_TOKENS = 4, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A loaded model, its speed on this machine, the choice of its τ, and the OOD monitor of its texts."""
+
+    model: Model
+    timing: Timing
+    rules: Rules
+    monitor: OodMonitor
+
+    def group_s(self, tokens: int) -> float:
+        """Seconds of MAX_STEP_S that a text this long takes in a group.
+
+        The first text of a group waits for the last, so all layers of a fast model's group have to fit into a step.
+        Of other models, whose texts would never share a pass then, one layer has to.
+        """
+        is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
+        return self.timing.full_depth_s(tokens) if is_fast else self.timing.layer_s(tokens)
