@@ -79,7 +79,6 @@ def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in [*head, *running.stderr]]
 
 
-@pytest.mark.slow
 def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
     whole = log_of(store, "--log-requests")
     assert {"uvicorn.error", "de3", "de3.requests"} == {line["logger"] for line in whole}
@@ -93,7 +92,6 @@ def test_requests_are_logged_as_json_without_their_texts(store: Path) -> None:
     assert "good film" not in json.dumps(whole)
 
 
-@pytest.mark.slow
 def test_texts_are_logged_only_if_asked_for(store: Path) -> None:
     asked = [line for line in log_of(store, "--log-texts") if line["logger"] == "de3.requests"]
     texts = [{"text": "a good film", "text_pair": None}, {"text": "bad\nline", "text_pair": None}]
