@@ -44,7 +44,7 @@ class ExportSettings:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
         max_int8_loss: largest accuracy loss of any exit by int8, a fraction.
-        signal: the default's: auto, risk, edr or entropy.
+        signal: the default signal, or auto.
     """
 
     name: str
@@ -181,7 +181,6 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         else Head.model_validate({**config.head, "norm": "norm" in config.head}),
         input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
-        activations="token",
         defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
         export={},

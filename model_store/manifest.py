@@ -4,15 +4,13 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
-from de3.exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
+from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
 
-# 3 has no risk: the signal is λ, and 0 is entropy. 4 has no head.
-SCHEMA_VERSIONS = (3, 4, 5)
 SCHEMA_VERSION: Literal[5] = 5
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -30,6 +28,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Label = Annotated[str, Field(max_length=1000)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]
+SignalName = Annotated[str, AfterValidator(check_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -52,17 +51,6 @@ class _Signal(_Part):
     signal: SignalName
     # λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
     lam: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Field(alias="lambda")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_schema_3(cls, value: Any) -> Any:
-        if (
-            isinstance(value, dict)
-            and "signal" not in value
-            and isinstance(lam := value.get("lambda"), int | float)
-        ):
-            return {**value, "signal": "edr" if lam else "entropy", "lambda": lam or None}
-        return value
 
     @model_validator(mode="after")
     def _has_lambda(self) -> Self:
@@ -152,7 +140,7 @@ class Calibration(_Part):
 
     tune_size: Count
     certify_size: Count
-    groups: Count | None = None
+    groups: Count
     max_loss: float
     self_labelled: bool = False
     original_disagreement: Share | None = None
@@ -185,12 +173,11 @@ class Manifest(_Part):
             name of its value, and the signal risk only. None: it has classes.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
-        activations: in int8, whether the activations of a text share one scale, or those of each token do.
         export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
             and the share of samples that leave at the same exit with the same label.
     """
 
-    schema_version: Literal[3, 4, 5]
+    schema_version: Literal[5]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
@@ -209,7 +196,6 @@ class Manifest(_Part):
     tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
-    activations: Literal["text", "token"] = "text"
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None
@@ -270,13 +256,11 @@ class Manifest(_Part):
         if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
-        default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)
-        named = {*signals, *([default] if self.defaults.tau > 0 else [])}
-        if self.tolerance is not None and named - {("risk", None)}:
-            raise ValueError("a regression model has the signal risk only")
-        if self.risk is None and ("risk", None) in {*signals, default}:
-            raise ValueError("the signal risk needs the weights in risk")
-        if self.calibration and default not in signals:
+        traits = self.traits
+        for key in signals:
+            signal_of(*key, traits)  # raises ValueError
+        _ = self.default_signal
+        if self.calibration and (self.defaults.signal, self.defaults.lam) not in signals:
             raise ValueError("calibration.table must have rows of the default signal")
         for rows in signals.values():
             if rows[0].tau != 0:
@@ -288,23 +272,40 @@ class Manifest(_Part):
                 raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         return self
 
-    def trade_offs(self) -> dict[tuple[SignalName, float | None], list[TradeOff]]:
+    def trade_offs(self) -> dict[tuple[str, float | None], list[TradeOff]]:
         """The calibration's rows by signal and λ, each by ascending τ; of those that were certified."""
-        rows_of: dict[tuple[SignalName, float | None], list[TradeOff]] = {}
+        rows_of: dict[tuple[str, float | None], list[TradeOff]] = {}
         for row in sorted(self.calibration.table if self.calibration else [], key=lambda r: r.tau):
             rows_of.setdefault((row.signal, row.lam), []).append(row)
         return rows_of
 
-    def signal(self, name: SignalName, lam: float | None = None) -> Signal:
-        """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""
+    @property
+    def traits(self) -> ModelTraits:
+        """The properties that decide which signals the model has."""
         weights: list[Weights | None] = [None] * (self.num_layers + 1)
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
-        return signal_of(name, lam, tuple(weights) if self.risk is not None else None)
+        return ModelTraits(
+            name=f"{self.name}:{self.version}",
+            answer="value"
+            if self.tolerance is not None
+            else "classes"
+            if self.thresholds is None
+            else "labels",
+            risk=None if self.risk is None else tuple(weights),
+        )
+
+    def signal(self, name: str, lam: float | None = None) -> Signal:
+        """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""
+        return signal_of(name, lam, self.traits)
 
     @property
     def default_signal(self) -> Signal:
         """The signal of the defaults."""
+        if self.defaults.tau == 0 and self.defaults.signal == "entropy":
+            return (
+                Entropy()
+            )  # of an export without calibration, whatever the model's kind: at τ = 0 it decides nothing
         return self.signal(self.defaults.signal, self.defaults.lam)
 
     @property

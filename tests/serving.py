@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import uvicorn
 
 from de3.server.engine.queue import WorkQueue
 from de3.server.http.app import PROTOCOLS
-from de3.server.http.connection import BODY
-from de3.server.http.listener import Listener
+from de3.server.http.listener import BODY, Listener
 from de3.server.http.protocol import Protocol
 from de3.server.main import uvicorn_config
 from de3.server.service import Service
@@ -52,7 +52,7 @@ class Server:
     def __init__(self, service: Service, protocols: Mapping[str, Protocol] = PROTOCOLS) -> None:
         self.service = service
         config = uvicorn_config(service, lambda: None, protocols)
-        self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
+        self.listener: Listener = config.http.args[0]  # type: ignore[union-attr]
         self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
@@ -74,6 +74,16 @@ class Server:
 
     def classify(self, **body: Any) -> httpx.Response:
         return httpx.post(self.url + "/classify", json=body, timeout=30)
+
+    def described(self, **body: Any) -> dict[str, Any]:
+        """The answer to a request, checked against the schema, which must name every field of it."""
+        answer: dict[str, Any] = self.classify(**body).json()
+        schema = httpx.get(self.url + "/openapi.json").json()
+        for kind in schema["components"]["schemas"].values():
+            kind["additionalProperties"] = False
+        schema["$ref"] = "#/components/schemas/ClassifyResponse"
+        jsonschema.validate(answer, schema)
+        return answer
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""

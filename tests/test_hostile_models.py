@@ -642,7 +642,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("import os; os.abort()", "ends the process that loads it"),
+        ("import os; os.abort()", "crashes the process that loads it"),
         ("import os; os.kill(os.getpid(), 9)", "was killed, probably for lack of memory"),
         ("import time; time.sleep(60)", "takes more than 1 s"),
         ("from de3.server.prove import child; bytearray(2**33)", "MemoryError"),
@@ -695,7 +695,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
     prover.stop()
     thread.join(20)
     assert failed and not thread.is_alive()
-    with pytest.raises(StoreError, match="the server stops"):
+    with pytest.raises(StoreError, match="the server is stopping"):
         prover.prove(Store(store).open("tiny"), "auto")
 
 
@@ -711,7 +711,7 @@ def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Pat
 def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on which the server's own measuring takes too long is refused before the server measures."""
     monkeypatch.setattr(prove, "TIMEOUT_S", 3.0)
-    code = "import time, server.engine.timing as t; t._run = lambda *a: time.sleep(60); "
+    code = "import time, de3.server.engine.timing as t; t._run = lambda *a: time.sleep(60); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
     with pytest.raises(StoreError, match="takes more than 3 s"):
         prove.Prover().prove(Store(store).open("tiny"), "auto")
@@ -739,7 +739,7 @@ def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
     check = prover.limit(artifact)
     prover.stop()
     for step in (lambda: Model(artifact, check=check), lambda: Timing(model, check)):
-        with pytest.raises(StoreError, match="the server stops"):
+        with pytest.raises(StoreError, match="the server is stopping"):
             step()
 
 
@@ -857,7 +857,7 @@ def test_the_process_that_proves_a_model_cannot_say_too_much(
 ) -> None:
     artifact = Store(store).open("tiny")
     for code, says in (
-        ("import sys; sys.stdin.read(); print('x' * 10**8)", "says too much"),
+        ("import sys; sys.stdin.read(); print('x' * 10**8)", "prints too much"),
         (f"print({EVIL!r} + 'x' * 1000); import sys; sys.exit(3)", r"^\\u2028\\u202eyxxx"),
         (f"raise RuntimeError({EVIL!r})", r"\(1\): \S*y"),
     ):
@@ -926,7 +926,7 @@ def test_a_log_record_cannot_be_forged() -> None:
         (lambda m: m["risk"].append({"layer": 3, "weights": [0.0] * 5}), "risk must have one entry"),
         (lambda m: m.update(risk=[m["risk"][0]] * 5000), "risk: List should have at most 100 items"),
         (lambda m: m.update(risk=[]), "risk must have one entry"),
-        (lambda m: m.update(risk=None), "the signal risk needs the weights in risk"),
+        (lambda m: m.update(risk=None), "tiny:1 has no risk"),
         (lambda m: m["defaults"].update(signal="margin"), "defaults.signal"),
         (lambda m: m["defaults"].update({"signal": "edr", "lambda": None}), "lambda must be above 0"),
         (lambda m: m["defaults"].update({"signal": "risk", "lambda": 2}), "and null for another"),

@@ -372,3 +372,26 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
     ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
     assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0
     assert "choose another --work" in refusal(command.replace("--finetune ", ""))
+
+
+def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is certified would hold for texts that the exits have seen."""
+    folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
+    file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
+    given: list[Any] = []
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("de3.training.frozen.fit", lambda _, *arguments: given.extend(arguments))
+    monkeypatch.setattr("de3.export.importing.export", stopped)
+    command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    assert invoke(command).exit_code == 130
+    fitting, tuning, _ = given
+    tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
+    assert len(fitting.logits) == 600 - len(tune) - len(certify)
+    assert not {e.text for e in tune} & {e.text for e in certify}
+    own = logits_of(folder, [str(example.text) for example in tune])
+    np.testing.assert_allclose(tuning.logits.numpy(), own, atol=1e-4)

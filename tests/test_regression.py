@@ -19,7 +19,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from de3.client import Client
 from de3.exits import formulas
-from de3.exits.reading import sigmoid
+from de3.exits.reading import differs, sigmoid
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
@@ -28,7 +28,6 @@ from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
-from de3.server.infer import are_unlike
 from de3.training import data
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
@@ -93,7 +92,7 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
     opened = open_stock(str(stock))
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
@@ -239,10 +238,11 @@ def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: P
         assert server.metric("de3_shadow_disagreements_total") == (gaps > TOLERANCE).sum()
 
 
-def test_answers_are_unlike_beyond_the_tolerance() -> None:
-    assert not are_unlike(1.0, 1.5, 0.5) and are_unlike(1.0, 1.51, 0.5)
-    assert are_unlike("a", "b", None) and not are_unlike("a", "a", None)
-    assert are_unlike("praise", 1.0, 0.5) and are_unlike(1.0, "praise", 0.5)
+def test_answers_differ_beyond_the_tolerance() -> None:
+    assert not differs(1.0, 1.5, 0.5) and differs(1.0, 1.51, 0.5)
+    assert differs(3, 4) and not differs([1, 2], [1, 2]) and differs([1], [1, 2])
+    assert differs("a", "b", None) and not differs("a", "a", None)
+    assert differs("praise", 1.0, 0.5) and differs(1.0, "praise", 0.5)
 
 
 @given(
@@ -286,7 +286,7 @@ def test_values_that_are_not_numbers_never_leave_early(kernels: Any) -> None:
 
 
 def test_a_value_has_no_metric_space(kernels: Any) -> None:
-    model = kernels.new(64, 4, 128, 1, True, True, True)
+    model = kernels.new(64, 4, 128, 1, True, True)
     row, none, space = np.zeros(64, np.float32), np.zeros(0, np.float32), np.zeros((64, 32), np.int8)
     with pytest.raises(ValueError, match="no metric space"):
         kernels.set_exit(model, 0, row, row[:1], space, row[:32], row[:32])
@@ -411,7 +411,7 @@ def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> Non
         ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
         (
             {"defaults": {"tau": 0.1, "signal": "entropy", "lambda": None}},
-            "a regression model has the signal risk only",
+            "entropy needs classes, and praise:1 is a regression model",
         ),
     ],
 )
@@ -437,4 +437,4 @@ def test_a_value_that_is_not_a_number_is_unlike_any() -> None:
     values = np.array([[[np.nan], [1.0]]], np.float32)
     recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
     assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]
-    assert are_unlike(float("nan"), 1.0, 0.5)
+    assert differs(float("nan"), 1.0, 0.5)

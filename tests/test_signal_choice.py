@@ -1,8 +1,9 @@
-"""The signal of a request over HTTP, on models of both schemas, with the kernels and layer by layer."""
+"""The signal of a request over HTTP, with and without risk, with the kernels and layer by layer."""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +14,13 @@ import pytest
 from de3.exits.reading import Reading, read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import SIGNALS, Edr, Entropy, ModelTraits, Signal
 from de3.exits.trade_offs import TradeOffs
-from de3.model_store.manifest import SCHEMA_VERSION, Manifest
+from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
-from de3.model_store.store import Store
+from de3.model_store.store import Store, StoreError
+from de3.server.rules import Rules
+from de3.server.settings import ExitOptions, Settings
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
 from tests.serving import Server, serving
@@ -72,7 +75,7 @@ def asked(server: Server, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_a_request_chooses_its_signal(
-    server: Server, name: str, fields: dict[str, Any], signal: SignalName, lam: float | None
+    server: Server, name: str, fields: dict[str, Any], signal: str, lam: float | None
 ) -> None:
     model = next(m for m in server.service.artifacts if m.manifest.name == name).manifest
     wanted = model.signal(signal, lam)
@@ -150,8 +153,8 @@ UNKNOWN = {"lambda": 77}  # no calibration knows it
         ({**UNKNOWN, "max_layer": 2}, "tau", "give tau"),
         ({**UNKNOWN, "target_speedup": 2}, "target_speedup", "no calibration of edr with lambda 77"),
         ({**UNKNOWN, "max_disagreement": 0.1}, "max_disagreement", "no calibration of edr with lambda 77"),
-        ({"signal": "margin"}, "signal", "'entropy', 'edr' or 'risk'"),
-        ({"signal": 1}, "signal", "'entropy', 'edr' or 'risk'"),
+        ({"signal": "margin"}, "signal", "must be one of entropy, edr, risk"),
+        ({"signal": 1}, "signal", "must be one of entropy, edr, risk"),
         ({"signal": "risk", "lambda": 1}, "lambda", "goes with the signal edr only, not with risk"),
         ({"signal": "risk", "lambda": 0}, "lambda", "goes with the signal edr only, not with risk"),
         ({"signal": "entropy", "lambda": 1}, "lambda", "goes with the signal edr only, not with entropy"),
@@ -194,15 +197,21 @@ def test_models_say_which_signals_they_have(server: Server, manifest: Manifest) 
     assert listed == manifest.defaults.model_dump(by_alias=True)
 
 
+@dataclass(frozen=True)
 class Mean:
-    """A signal that the kernels do not have: the mean entropy of all exits passed."""
+    """A new signal, made as `exits/signals.py` says: the mean entropy of the exits passed, without a kernel."""
 
-    name: ClassVar[SignalName] = "entropy"
-    code: ClassVar[None] = None
-    lam: ClassVar[None] = None
-    table: ClassVar[None] = None
+    name: ClassVar[str] = "mean"
+    code: ClassVar[int | None] = None
+    lam: ClassVar[float | None] = None
+    table: ClassVar[bytes | None] = None
 
-    def score(self, readings: list[Reading]) -> float:
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> "Mean":
+        model.check_has_classes(cls.name, exclusive=False)
+        return cls()
+
+    def score(self, readings: Sequence[Reading]) -> float:
         return sum(r.entropy for r in readings) / len(readings)
 
     def scores(self, recorded: Recorded) -> np.ndarray:
@@ -211,26 +220,59 @@ class Mean:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_a_signal_without_c_leaves_where_the_rule_says(
-    store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_new_signal_is_served_once_it_is_listed(
+    store: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.server.rules.Entropy", Mean)
-    # Of a model whose own signal is another: that is not made anew for a request.
-    mine = shutil.copytree(store, tmp_path / "store")
-    edit(mine / name / "1", lambda m: m["defaults"].update(table_default(m, "edr")))
-    with serving(mine, models=[name], threads=2) as server:
+    monkeypatch.setitem(SIGNALS, "mean", Mean)
+    with serving(store, models=[name], threads=2) as server:
         (served,) = server.service.models.all
         if name == "tiny-int8":
-            assert served.model.through is not None  # it has the kernels for the others
+            assert served.model.forward is not None  # it has the kernels for the others
         left = set()
         for tau in (0.05, 0.3, 0.6):
-            fields = {"input": TEXTS, "tau": tau, "signal": "entropy"}
+            fields = {"input": TEXTS, "tau": tau, "signal": "mean"}
             rows = server.classify(**fields).json()["data"]
             for text, row in zip(TEXTS, rows, strict=True):
                 layer, score = by_the_rule(served.model, text, tau, Mean())
-                assert (row["exit"]["layer"], row["exit"]["score"]) == (layer, score)
+                found = row["exit"]
+                assert (found["signal"], found["layer"], found["score"]) == ("mean", layer, score)
                 left.add(layer)
         assert len(left) > 1
+        (row,) = httpx.get(server.url + "/v1/models").json()["data"]
+        assert row["signals"] == ["entropy", "edr", "risk", "mean"]
+        names = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
+        assert names["Exit"]["properties"]["signal"]["enum"] == row["signals"]
+        refused = server.classify(input="a film", signal="median")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
+        assert "must be one of entropy, edr, risk, mean" in refused.json()["error"]["message"]
+        uncertified = server.classify(input="a film", signal="mean").json()["error"]
+        assert "no calibration of mean; give tau" in uncertified["message"]
+        with_lambda = server.classify(input="a film", signal="mean", tau=0.1, **{"lambda": 2}).json()["error"]
+        assert "goes with the signal edr only, not with mean" in with_lambda["message"]
+
+
+def test_an_artifact_may_name_a_new_signal(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+
+    def by_mean(m: dict[str, Any]) -> None:
+        for row in (*m["calibration"]["table"], m["calibration"]["default"]):
+            row["signal"] = "mean" if row["signal"] == "entropy" else row["signal"]
+        m["defaults"] = table_default(m, "mean")
+
+    edit(mine / "tiny" / "1", by_mean)
+    with pytest.raises(StoreError, match="must be one of entropy, edr, risk"):
+        Store(mine).open("tiny")
+    monkeypatch.setitem(SIGNALS, "mean", Mean)
+    rules = Rules(Store(mine).open("tiny").manifest, Settings())
+    for options in (
+        ExitOptions(),
+        ExitOptions(signal="mean"),
+        ExitOptions(signal="mean", target_speedup=1.5),
+    ):
+        choice = rules.of(options)
+        assert choice.rule.signal == Mean() and choice.expected is not None
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
@@ -239,34 +281,27 @@ def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
     return {key: rows[len(rows) // 2][key] for key in ("tau", "signal", "lambda")}
 
 
-def to_schema_3(manifest: dict[str, Any], signal: str) -> None:
-    """A manifest as the release before risk wrote it: λ instead of the signal, 0 for entropy."""
+def without_risk(manifest: dict[str, Any], signal: str) -> None:
+    """A calibrated manifest without the weights and rows of the risk; another signal is its default."""
     calibration = manifest["calibration"]
     manifest["defaults"] = table_default(manifest, signal)
     chosen = manifest["defaults"]["tau"], signal
     calibration["default"] = next(r for r in calibration["table"] if (r["tau"], r["signal"]) == chosen)
     calibration["table"] = [r for r in calibration["table"] if r["signal"] != "risk"]
-    manifest["schema_version"] = 3
-    del manifest["risk"], calibration["groups"]
-    for row in {
-        id(r): r for r in (manifest["defaults"], calibration["default"], *calibration["table"])
-    }.values():
-        row["lambda"] = row["lambda"] or 0.0
-        del row["signal"]
+    del manifest["risk"]
 
 
 @pytest.mark.parametrize("signal", ["entropy", "edr"])
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_an_artifact_of_schema_3_is_served_as_before(
-    store: Path, tmp_path: Path, name: str, signal: SignalName
+def test_an_artifact_without_risk_is_served_by_its_other_signals(
+    store: Path, tmp_path: Path, name: str, signal: str
 ) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
-    before = json.loads((mine / name / "1/manifest.json").read_text())
-    edit(mine / name / "1", lambda m: to_schema_3(m, signal))
+    edit(mine / name / "1", lambda m: without_risk(m, signal))
     written = json.loads((mine / name / "1/manifest.json").read_text())
-    assert '"signal"' not in json.dumps(written) and "risk" not in written
+    assert "risk" not in written
     lams = {row["lambda"] for row in written["calibration"]["table"]}
-    assert 0 in lams and len(lams) == 2
+    assert None in lams and len(lams) == 2
     with serving(mine, models=[name]) as server:
         (served,) = server.service.models.all
         tau, lam = written["defaults"]["tau"], written["defaults"]["lambda"]
@@ -275,12 +310,12 @@ def test_an_artifact_of_schema_3_is_served_as_before(
         for text, row in zip(TEXTS, rows, strict=True):
             found = row["exit"]
             assert (found["layer"], found["score"]) == by_the_rule(served.model, text, tau, by)
-            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam or None)
+            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam)
         for other in lams:
-            table = [row for row in before["calibration"]["table"] if (row["lambda"] or 0.0) == other]
-            trade_offs = sorted((r for r in table if r["signal"] != "risk"), key=lambda r: r["tau"])
+            table = [row for row in written["calibration"]["table"] if row["lambda"] == other]
+            trade_offs = sorted(table, key=lambda r: r["tau"])
             wanted = next(r for r in trade_offs if r["speedup"] >= 1.5)
-            found = asked(server, target_speedup=1.5, **{"lambda": other})
+            found = asked(server, target_speedup=1.5, **{"lambda": other or 0.0})
             assert (found["tau"], found["expected"]["accuracy"]) == (wanted["tau"], wanted["accuracy"])
         refused = server.classify(input="a film", signal="risk", tau=0.1)
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
@@ -288,16 +323,15 @@ def test_an_artifact_of_schema_3_is_served_as_before(
         assert httpx.get(server.url + "/v1/models").json()["data"][0]["signals"] == ["entropy", "edr"]
 
 
-def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_path: Path) -> None:
+def test_a_new_calibration_gives_an_artifact_risk(store: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
-    edit(mine / "tiny-int8" / "1", lambda m: to_schema_3(m, "entropy"))
+    edit(mine / "tiny-int8" / "1", lambda m: without_risk(m, "entropy"))
     tune, certify = (
         write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 150, 51), ("c", 150, 52))
     )
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
     written = json.loads((mine / "tiny-int8/2/manifest.json").read_text())
-    assert written["schema_version"] == SCHEMA_VERSION
     assert [row["layer"] for row in written["risk"]] == [0, 1, 2]
     assert (written["defaults"]["signal"], written["defaults"]["lambda"]) == ("risk", None)
     assert {row["signal"] for row in written["calibration"]["table"]} == {"risk", "edr", "entropy"}

@@ -12,6 +12,7 @@ import typer
 
 from de3.commands.models import Url, check_url
 from de3.commands.options import fields_of, with_fields
+from de3.exits.signals import SIGNALS
 from de3.tables import Columns, records, text_of
 
 MAX_BATCH = 32
@@ -42,7 +43,7 @@ def classify(
         float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
     ] = None,
     signal: Annotated[
-        str | None, typer.Option(help="The score: risk, edr or entropy. Default: the model's.")
+        str | None, typer.Option(help=f"The score: {', '.join(SIGNALS)}. Default: the model's.")
     ] = None,
     target_speedup: Annotated[
         float | None, typer.Option(help="Instead of --tau: the mean speed-up over full depth.")

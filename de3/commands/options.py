@@ -10,6 +10,7 @@ from rich.console import Console
 from typer.models import OptionInfo
 
 from de3 import tables
+from de3.exits.signals import SIGNALS
 from de3.tables import Columns, Text
 from de3.training import settings
 
@@ -60,7 +61,7 @@ MaxInt8Loss = Annotated[
 SignalOption = Annotated[
     str,
     typer.Option(
-        help="Signal that is compared with τ by default: risk, edr or entropy; or auto: the fastest of them on the "
+        help=f"Default signal, the score that is compared with τ: {', '.join(SIGNALS)}, or auto: the fastest on the "
         "tuning samples. Requests may name another.",
     ),
 ]

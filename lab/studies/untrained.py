@@ -98,7 +98,6 @@ def _manifest(
         head=Head.model_validate({**config.head, "norm": False}),
         input=config.input,
         precision=precision,
-        activations="token",
         defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
         export={},

@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from de3.exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
-from de3.exits.signals import SignalName
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
@@ -74,7 +73,7 @@ class State(_Part):
     fingerprint: str
     runtime: str
     caution: float
-    signal: SignalName
+    signal: str
     lam: float | None
     taus: list[Rate] = Field(max_length=MAX_TAUS)
     since: float
