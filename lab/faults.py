@@ -74,7 +74,10 @@ class Testbed:
     def logged(self) -> dict[str, int]:
         """Status by request id, as the server logged them."""
         statuses = {}
-        for line in self.log.read_text(errors="replace").splitlines():
+        complete, _, _ = self.log.read_text(errors="replace").rpartition(
+            "\n"
+        )  # the last line may be half written
+        for line in complete.splitlines():
             if line.startswith("{") and '"de3.requests"' in line:
                 record = json.loads(line)
                 statuses[record["request_id"]] = record["status"]

@@ -352,7 +352,6 @@ def test_a_state_folder_that_cannot_be_written_is_an_error_at_start(store: Path,
         Service(Settings(store=store, audit_share=0.1, log_audits=tmp_path / "file/log"))
 
 
-@pytest.mark.slow
 def test_a_killed_server_loses_seconds_at_most(store: Path, tmp_path: Path) -> None:
     arguments = ("--model", "tiny-int8", "--audit-share", "1", "--state-dir", str(tmp_path))
     with process(store, *arguments) as running:

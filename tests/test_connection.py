@@ -289,7 +289,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
         assert answer(s)[0] == 200 and is_closed(s)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cuts=st.lists(st.integers(1, 400), max_size=12),
     chunks=st.lists(st.integers(1, 22), min_size=1, max_size=8),

@@ -40,7 +40,7 @@ def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
     assert np.abs(x @ (found - truth)).std() < 0.2  # and near the truth
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(2, 60), st.integers(0, 10**6), st.sampled_from(["separable", "none", "all", "one", "chance"])
 )

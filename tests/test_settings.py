@@ -32,7 +32,6 @@ def test_variables_that_are_no_settings_are_found() -> None:
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
 
 
-@pytest.mark.slow
 def test_they_are_warned_about_at_start(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DE3_MODELS", "tiny-int8 tiny")
     monkeypatch.setenv("DE3_MAX_QUEU", "5")

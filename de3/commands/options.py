@@ -61,7 +61,7 @@ MaxInt8Loss = Annotated[
 SignalOption = Annotated[
     str,
     typer.Option(
-        help=f"Default signal, the score that is compared with τ: {', '.join(SIGNALS)}, or auto: the fastest on the "
+        help=f"Signal that is compared with τ by default: {', '.join(SIGNALS)}; or auto: the fastest of them on the "
         "tuning samples. Requests may name another.",
     ),
 ]

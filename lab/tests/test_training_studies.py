@@ -41,7 +41,7 @@ def made_up(n: int, seed: int, exits: int = 4, labels: int = 3) -> Recorded:
     return Recorded(list(range(exits)), logits, distances, generator.integers(labels, size=n))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(1.0, 30.0))
 def test_a_speedup_is_met_exactly_by_mixing_two_neighbouring_taus(seed: int, speedup: float) -> None:
     recorded = made_up(60, seed)
