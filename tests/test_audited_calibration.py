@@ -309,7 +309,7 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
     assert file.read_text() != text
     log = write(tmp_path / "log", make_audits(tiny.manifest, 1000))
     output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
-    assert "tiny:1 was imported, and audits do not know how the original would have answered" in output
+    assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
     assert calibration.certify_size == 1000 and calibration.groups == 1000  # of so few both parts certify
