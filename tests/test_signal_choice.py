@@ -228,7 +228,7 @@ def test_a_new_signal_is_served_once_it_is_listed(
     with serving(store, models=[name], threads=2) as server:
         (served,) = server.service.models.all
         if name == "tiny-int8":
-            assert served.model.through is not None  # it has the kernels for the others
+            assert served.model.forward is not None  # it has the kernels for the others
         left = set()
         for tau in (0.05, 0.3, 0.6):
             fields = {"input": TEXTS, "tau": tau, "signal": "mean"}
