@@ -1,4 +1,4 @@
-"""The commands of `de3` and of the laboratory, run in this process as a user types them."""
+"""The commands of `de3`, run in this process as a user types them."""
 
 from typer import Typer
 from typer.testing import CliRunner, Result
@@ -12,7 +12,8 @@ def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
     return CliRunner().invoke(app or de3_app, words, env={"COLUMNS": "200"})
 
 
-def _output(result: Result) -> str:
+def output_of(result: Result) -> str:
+    """What a command printed that succeeded; raises its error otherwise."""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -21,14 +22,7 @@ def _output(result: Result) -> str:
 
 def de3(arguments: str | list[str]) -> str:
     """What a command prints that succeeds; raises its error otherwise."""
-    return _output(invoke(arguments))
-
-
-def lab(arguments: str | list[str]) -> str:
-    """The same of `python -m lab`."""
-    from lab.cli import app
-
-    return _output(invoke(arguments, app))
+    return output_of(invoke(arguments))
 
 
 def refusal(arguments: str | list[str]) -> str:

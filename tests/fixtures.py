@@ -1,6 +1,7 @@
 """Small real models, made and trained here, so that every test runs on a fresh machine."""
 
 import importlib.util
+import json
 import os
 import random
 import sys
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from tests.commands import de3
+
 if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh built
     spec = importlib.util.spec_from_file_location("de3.native.kernels", path)
     assert spec is not None and spec.loader is not None
@@ -19,7 +22,7 @@ if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh 
     spec.loader.exec_module(module)
     import de3.native as native
 
-    native.kernels = module  # type: ignore[attr-defined]
+    native.kernels = module
     os.environ.pop("LD_PRELOAD", None)  # other processes run without the sanitizers
 
 # One thread: on models this small several only wait for each other.
@@ -70,6 +73,13 @@ def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
         cut = rng.randint(0, len(fillers))
         rows.append((" ".join(fillers[:cut] + words + fillers[cut:]), str(label)))
     return rows
+
+
+def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
+    """A .jsonl file of labelled texts, the labels by name."""
+    names = {"0": "negative", "1": "positive"}
+    path.write_text("".join(json.dumps({"text": t, "label": names.get(x, x)}) + "\n" for t, x in rows))
+    return path
 
 
 def save_tokenizer(folder: Path, token_types: bool = True) -> int:
@@ -208,16 +218,6 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
-def run_de3(arguments: str) -> None:
-    """A command as a user types it."""
-    from typer.testing import CliRunner
-
-    from de3.cli import app
-
-    result = CliRunner().invoke(app, arguments.split(), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-
-
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "encoder", save_encoder)
@@ -240,7 +240,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_fil
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
     )
-    return made_once(tmp_path_factory, "checkpoint", lambda folder: run_de3(f"{command} {folder}"))
+    return made_once(tmp_path_factory, "checkpoint", lambda folder: de3(f"{command} {folder}"))
 
 
 @pytest.fixture(scope="session")
@@ -252,7 +252,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
     def make(folder: Path) -> None:
         for name, quantize in (("tiny", "none"), ("tiny-int8", "int8")):
-            run_de3(
+            de3(
                 f"export {checkpoint} --name {name} --store {folder} --quantize {quantize} --max-loss 3 "
                 "--max-int8-loss 3"
             )

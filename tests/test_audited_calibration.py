@@ -9,9 +9,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.export import audited
 from de3.export.calibrate import calibrate
 from de3.export.record import record
@@ -19,20 +17,11 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.training.data import Example
+from tests.commands import de3, refusal
 from tests.fixtures import make_rows
 from tests.serving import serving, until
 
 Row = dict[str, Any]
-
-
-def de3(arguments: str) -> Any:
-    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-
-
-def refusal(arguments: str) -> str:
-    result = de3(arguments)
-    assert isinstance(result.exception, ValueError), result.output
-    return str(result.exception)
 
 
 def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
@@ -111,9 +100,8 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
         wanted = np.sort(again.logits[:, layer, 0])
         assert np.sort(found[:, layer, 0]) == pytest.approx(wanted, abs=1e-3)
 
-    result = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 3")
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert "agreement with full depth" in result.output and "accuracy" not in result.output
+    output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 3")
+    assert "agreement with full depth" in output and "accuracy" not in output
     new = Store(mine).open("tiny:2").manifest
     assert new.calibration is not None and new.calibration.self_labelled
     assert new.files == tiny.manifest.files and new.risk != tiny.manifest.risk
@@ -319,9 +307,8 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
     file.write_text(text.replace('"original_disagreement": null', '"original_disagreement": 0.01'))
     assert file.read_text() != text
     log = write(tmp_path / "log", make_audits(tiny.manifest, 1000))
-    result = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
-    assert result.exit_code == 0, (result.output, result.exception)
-    assert "tiny:1 was imported, and audits do not know how the original would have answered" in result.output
+    output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
+    assert "tiny:1 was imported, and audits do not know how the original would have answered" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
     assert calibration.certify_size == 1000 and calibration.groups == 1000  # of so few both parts certify

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.loadtest import capacity
 from de3.loadtest.client import Target
+from tests.commands import de3
 from tests.fixtures import make_rows
 from tests.serving import free_port
 
@@ -42,10 +41,8 @@ def test_advice_has_room_for_bursts() -> None:
 def test_on_a_real_server(store: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(text + "\n" for text, _ in make_rows(200, 9) if text.strip()))
-    result = CliRunner().invoke(
-        app,
+    output = de3(
         f"loadtest capacity --texts {texts} --store {store} --model tiny --seconds 0.5 --slo-p99-ms 1000 "
-        f"--port {free_port()} --out {tmp_path}".split(),
+        f"--port {free_port()} --out {tmp_path}"
     )
-    assert result.exit_code == 0, result.output
-    assert "one replica:" in result.output and "within 1000 ms" in result.output
+    assert "one replica:" in output and "within 1000 ms" in output

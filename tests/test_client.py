@@ -10,11 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner, Result
 
 from de3 import client as de3_client
-from de3.cli import app
 from de3.client import AsyncClient, Client, ServerError
+from tests.commands import de3, invoke
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
@@ -94,21 +93,16 @@ def test_an_answer_of_a_proxy_is_an_error_too() -> None:
         client.classify("good")
 
 
-def de3(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["classify", *arguments])
-
-
 def test_the_command_classifies_texts(server: Server) -> None:
-    result = de3("a good film", "a dull plot", "--tau", "0", "--url", server.url)
-    assert result.exit_code == 0, result.output
-    assert [line.split("  ")[0] for line in result.output.splitlines()] == [
+    output = de3(["classify", "a good film", "a dull plot", "--tau", "0", "--url", server.url])
+    assert [line.split("  ")[0] for line in output.splitlines()] == [
         row["label"] for row in server.classify(input=["a good film", "a dull plot"], tau=0).json()["data"]
     ]
-    assert "layer 3" in result.output
-    result = de3("a good film " * 60, "--tau", "0", "--long", "windows", "--url", server.url)
+    assert "layer 3" in output
+    output = de3(["classify", "a good film " * 60, "--tau", "0", "--long", "windows", "--url", server.url])
     with Client(server.url) as client:
         (row,) = client.classify("a good film " * 60, tau=0, long="windows").rows
-    assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in result.output
+    assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in output
 
 
 def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Path) -> None:
@@ -116,8 +110,8 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
     rows: list[Any] = [text if i % 2 else {"text": text, "id": i} for i, text in enumerate(TEXTS)]
     rows[7] = {"text": TEXTS[7], "text_pair": "a dull plot"}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ("--file", str(file), "--out", str(out), "--url", server.url, "--tau", "0.1")
-    assert de3(*command).exit_code == 0
+    command = f"classify --file {file} --out {out} --url {server.url} --tau 0.1"
+    de3(command)
     whole = out.read_text()
     labels = [json.loads(line)["label"] for line in whole.splitlines()]
     inputs: list[Any] = list(TEXTS)
@@ -129,7 +123,7 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
     lines = whole.splitlines(keepends=True)
     out.write_text("".join(lines[:41]) + lines[41][:10])  # as an interrupted run leaves it
     before = server.metric("de3_tokens_total")
-    assert de3(*command).exit_code == 0
+    de3(command)
     assert out.read_text() == whole
     assert 0 < server.metric("de3_tokens_total") - before < before
 
@@ -149,7 +143,7 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
 def test_what_is_wrong_is_said_in_a_line(server: Server, arguments: tuple[str, ...], says: str) -> None:
     if "--url" not in arguments:
         arguments = (*arguments, "--url", server.url)
-    result = de3(*arguments)
+    result = invoke(["classify", *arguments])
     assert result.exit_code == 1 and says in str(result.exception)
 
 
@@ -157,5 +151,5 @@ def test_a_line_that_is_no_text_is_named(server: Server, tmp_path: Path) -> None
     file = tmp_path / "in.jsonl"
     for content, says in (("not json\n", "line 1: not JSON"), ('"a"\n["b"]\n', "line 2: must be a text")):
         file.write_text(content)
-        result = de3("--file", str(file), "--out", str(tmp_path / "out"), "--url", server.url)
+        result = invoke(f"classify --file {file} --out {tmp_path}/out --url {server.url}")
         assert result.exit_code == 1 and says in str(result.exception)

@@ -17,14 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
-from typer.testing import CliRunner
 
-from de3.cli import app as de3_app
 from de3.client import AsyncClient, Client
 from de3.server.http.app import PROTOCOLS, create_api
 from de3.server.http.frontend import Frontend
 from de3.server.service import Service
 from de3.server.settings import Settings
+from tests.commands import de3
 from tests.serving import Server, serving
 
 TEXTS = ["a good film", "dull and boring", "it is not bad"]
@@ -100,8 +99,7 @@ def by_our_async_client(url: str, texts: list[str]) -> Any:
 
 
 def by_our_command(url: str, texts: list[str]) -> Any:
-    result = CliRunner().invoke(de3_app, ["classify", *texts, "--url", url], catch_exceptions=False)
-    rows = [line.split() for line in result.output.splitlines()]
+    rows = [line.split() for line in de3(["classify", *texts, "--url", url]).splitlines()]
     return [(row[0], float(row[1])) for row in rows]
 
 

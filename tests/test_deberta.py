@@ -14,9 +14,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 from transformers import AutoConfig, DebertaV2Tokenizer
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.export import exporter
 from de3.export.build import build
 from de3.export.exporter import ExportSettings
@@ -26,6 +24,7 @@ from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
 from de3.training import encoders
 from de3.training.stock import Stock, open_stock, with_exits
+from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
 from tests.test_export import untrained
 from tests.test_hostile_models import attribute, forge
@@ -161,12 +160,7 @@ def test_options_that_are_refused_before_any_work(tmp_path: Path, options: dict,
         open_stock(str(tmp_path))
     command = f"train {tmp_path / 'none.tsv'} --encoder {tmp_path} --out {tmp_path / 'out'}"
     (tmp_path / "none.tsv").write_text("text\tlabel\n" + "a\t0\nb\t1\n" * 50)
-    assert why.partition(" ")[0] in str(CliRunner().invoke(app, command.split()).exception)
-
-
-def de3(arguments: str) -> None:
-    result = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, (result.output, result.exception)
+    assert why.partition(" ")[0] in refusal(command)
 
 
 def pairs(path: Path) -> Path:

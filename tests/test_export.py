@@ -9,9 +9,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.export import exporter
@@ -29,6 +27,7 @@ from de3.training.checkpoint import Checkpoint, write_record
 from de3.training.data import Example
 from de3.training.model import De3Model
 from de3.training.predict import predict
+from tests.commands import de3
 from tests.fixtures import make_rows, save_encoder
 
 LABELS = ["a", "b", "c"]
@@ -215,21 +214,20 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         png = tmp_path / "plot.png"
         arguments = ["evaluate", str(model), str(data_file), "--text-column", "sentence"]
         arguments += ["--label-names", "negative,positive", "--png", str(png)]
-        result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "120"})
-        assert result.exit_code == 0, result.output
-        assert "EDR λ=2" in result.output and "distance ratio" in result.output
+        output = de3(arguments)
+        assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        assert ("risk" in result.output) == (model != checkpoint)  # which has none yet
-    assert "The default by length" in result.output and "≤ 2%" in result.output
+        assert ("risk" in output) == (model != checkpoint)  # which has none yet
+    assert "The default by length" in output and "≤ 2%" in output
     long = tmp_path / "long.tsv"
     rows = [f"{text} {'and it was so ' * 9}\t{label}\n" for text, label in make_rows(40, 1)]
     long.write_text("sentence\tlabel\n" + "".join(rows))
     arguments = ["evaluate", str(store / "tiny-int8/1"), str(long), "--text-column", "sentence"]
-    result = CliRunner().invoke(app, [*arguments, "--label-names", "negative,positive", "--png", str(png)])
-    assert "what the calibration promises may not hold for them" in result.output
+    output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
+    assert "what the calibration promises may not hold for them" in output
     default = Store(store).open("tiny-int8").manifest.defaults
-    assert f"Default {default.signal}" in result.output.replace("EDR", "edr")  # an artifact's is judged too
+    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's is judged too
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:

@@ -20,9 +20,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.model_store.graph_check import GraphError, read_graph
 from de3.model_store.model import Model
 from de3.model_store.printable import printable
@@ -39,6 +37,7 @@ from de3.server.models import find, load, newest
 from de3.server.rules import Rules
 from de3.server.service import Service
 from de3.server.settings import ExitOptions, Settings
+from tests.commands import invoke
 from tests.fixtures import using
 from tests.serving import serving, until
 
@@ -703,7 +702,7 @@ def test_proving_says_what_is_wrong_and_can_be_stopped(
 def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Path) -> None:
     forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))
     forge(copies, "tiny-int8", 1, other_activation)
-    result = CliRunner().invoke(app, ["models", "verify", "--store", str(copies)])
+    result = invoke(f"models verify --store {copies}")
     assert result.exit_code == 1
     assert "tiny:1  NOT SOUND" in result.output and "branch has the field input" in result.output
     assert "tiny-int8:1  sound, without kernels: " in result.output
@@ -881,8 +880,7 @@ def test_verify_goes_on_after_any_error_and_prints_no_control_characters(copies:
     worse = Path(shutil.copytree(folder, copies / "worse" / "1"))
     edit(worse, lambda m: m.update({"name": "worse", EVIL: 1}))
     results = {
-        command: CliRunner().invoke(app, ["models", *command.split(), "--store", str(copies)])
-        for command in ("verify", "list", "show tiny")
+        command: invoke(f"models {command} --store {copies}") for command in ("verify", "list", "show tiny")
     }
     for result in results.values():
         assert all(line.isprintable() for line in result.output.split("\n")), result.output

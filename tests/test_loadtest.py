@@ -10,16 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from de3.cli import app
-from de3.export.full_depth import export_full_depth
-from de3.loadtest import client, report, servers
+from de3.loadtest import client, ramp, report, servers
 from de3.loadtest.client import Target, accuracy, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.texts import Sample, read, with_long, with_taus
-from de3.model_store.store import Store, StoreError
-from lab.layers import layers
-from tests.fixtures import make_rows
+from de3.model_store.store import Store
+from tests.commands import de3
+from tests.fixtures import make_rows, write_rows
 from tests.serving import serving
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
@@ -141,31 +138,10 @@ def test_against_the_real_server(store: Path, tmp_path: Path) -> None:
             f"loadtest run {server.url} --texts {file} --seconds 0.5 --rate 50 --tau 0 --tau 0.5 "
             f"--json {tmp_path}/r.json --png {tmp_path}/r.png"
         )
-        result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
-        assert result.exit_code == 0, result.output
+        de3(command)
     numbers = json.loads((tmp_path / "r.json").read_text())
     assert numbers["wrong_labels"] == 0 and set(numbers["statuses"]) == {"200"}
     assert (tmp_path / "r.png").stat().st_size > 1000
-
-
-def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_path: Path) -> None:
-    artifact = Store(store).open("tiny-int8")
-    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
-    command = [
-        sys.executable,
-        str(servers.PEERS / "fused_app.py"),
-        str(tmp_path / "graph"),
-        "--port",
-        "{port}",
-    ]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
-        theirs = ask_alone(peer.target, SAMPLES)
-        assert peer.memory_mb() > 20
-    with serving(store, models=["tiny-int8"]) as server:
-        ours = ask_alone(Target(server.url, body=lambda text: {"input": text, "tau": 0}), SAMPLES)
-    assert theirs == ours
 
 
 def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
@@ -182,11 +158,6 @@ def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> 
             servers.running(other, server.port, tmp_path / "log"),
         ):
             pass
-
-
-def test_peers_say_what_they_need() -> None:
-    for script in servers.PEERS.glob("*_app.py"):
-        assert servers.dependencies(script), script
 
 
 def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
@@ -209,6 +180,19 @@ def test_our_server_is_started_with_the_runtime_asked(tmp_path: Path) -> None:
     assert command[command.index("--runtime") + 1] == "onnxruntime"
 
 
-def test_the_time_of_a_layer_needs_an_int8_model(store: Path) -> None:
-    with pytest.raises(StoreError, match="has no kernels here"):
-        layers(Store(store).open("tiny"))
+@pytest.mark.slow
+def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        ramp, "PHASES", (("half", 1, 0.5, 0.5), ("twice", 1, 2.0, 2.0), ("after", 1, 0.5, 0.5))
+    )
+    monkeypatch.setattr(ramp, "SECONDS", 3)
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(60, 33))
+    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
+    found = json.loads((tmp_path / "ramp.json").read_text())
+    assert set(found["runs"]) == {"off", "on"}
+    for one in found["runs"].values():
+        assert set(one["phases"]) == {"half", "twice", "after"}
+        assert one["phases"]["half"]["answered"] > 0
+        offered = [phase["offered_per_s"] for phase in one["phases"].values()]
+        assert offered[1] > 2 * offered[0]
+    assert (tmp_path / "ramp.png").stat().st_size > 10_000

@@ -15,9 +15,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoConfig, AutoModel
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.export.build import build
 from de3.export.full_depth import dequantize, export_full_depth, fuse, stitch
 from de3.model_store.graph_check import GraphError, read_graph
@@ -30,6 +28,7 @@ from de3.native.network import build as build_kernels
 from de3.training import checks, encoders
 from de3.training.model import De3Config, De3Model
 from de3.training.stock import open_stock, with_exits
+from tests.commands import de3
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
 from tests.test_hostile_models import edit, forge
@@ -384,12 +383,6 @@ def test_there_are_no_kernels_and_this_is_said(graphs: tuple[Any, list[onnx.Mode
 
 
 # From the command line
-
-
-def de3(arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-    assert result.exit_code == 0, (result.output, result.exception)
-    return result.output
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.export.record import record
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
@@ -20,15 +18,13 @@ from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example, label_array, label_of
 from de3.training.evaluate import f1
 from de3.training.stock import open_stock
-from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
+from tests.commands import de3
+from tests.fixtures import BAD, FILLER, GOOD, make_rows
 from tests.serving import Server, serving
+from tests.stock import fine_tuned, imported_as
 
 NAMES = ["praise", "blame", "story"]
 STORY = FILLER[5:9]
-
-
-def de3(arguments: str) -> Any:
-    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
 
 
 def labels_of(text: str) -> tuple[int, ...]:
@@ -39,34 +35,14 @@ def labels_of(text: str) -> tuple[int, ...]:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """A stock multi-label classifier, fine-tuned by transformers alone."""
-    from de3.training.trainer import TrainSettings
-    from lab.experiments.recipes import fine_tune
-
-    def make(folder: Path) -> None:
-        examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]
-        settings = TrainSettings(batch_size=32, lr=2e-3, epochs=10, bf16=False)
-        model, tokenizer = fine_tune(str(encoder), NAMES, examples, settings)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return made_once(tmp_path_factory, "multi", make)
+    """A stock multi-label classifier."""
+    examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]
+    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=10)
 
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path) -> Path:
-    """A folder with store/topics/1 (int8) and its checkpoint in work, of texts without labels."""
-
-    def make(folder: Path) -> None:
-        texts = folder / "texts.txt"
-        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
-        result = de3(
-            f"import {classifier} --texts {texts} --name topics --store {folder}/store --work {folder}/work "
-            "--max-loss 5"
-        )
-        assert result.exit_code == 0, (result.output, result.exception)
-
-    return made_once(tmp_path_factory, "imported-multi", make)
+    return imported_as(tmp_path_factory, "topics", classifier)
 
 
 @pytest.fixture(scope="module")
@@ -253,26 +229,22 @@ def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_p
     file = tmp_path / "texts.csv"
     rows = [(text, labels_of(text)) for text, _ in make_rows(900, 5)]
     file.write_text("text,label\n" + "".join(f"{t},{'|'.join(NAMES[k] for k in ks)}\n" for t, ks in rows))
-    result = de3(
+    de3(
         f"import {classifier} --texts {file} --label-column label --name m --store {tmp_path}/s --work {tmp_path}/w"
     )
-    assert result.exit_code == 0, (result.output, result.exception)
     calibration = Store(tmp_path / "s").open("m").manifest.calibration
     assert calibration is not None and not calibration.self_labelled
     for model in (f"{imported}/store/topics/1", f"{imported}/work"):
-        result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {classifier}")
-        assert result.exit_code == 0, (result.output, result.exception)
-        assert "all labels right" in result.output and "macro F1" in result.output
+        output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {classifier}")
+        assert "all labels right" in output and "macro F1" in output
     command = (
         f"import {classifier} --texts {file} --label-column label --name low --threshold 0.2 --quantize none"
     )
-    assert de3(f"{command} --store {tmp_path}/s --work {tmp_path}/low").exit_code == 0
+    de3(f"{command} --store {tmp_path}/s --work {tmp_path}/low")
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
-    result = de3(f"evaluate {tmp_path}/s/low/1 {texts} --original {classifier} --png {tmp_path}/plot.png")
-    assert (
-        "100.00" in result.output
-    )  # with the thresholds of the import, the original's answers are full depth's
+    output = de3(f"evaluate {tmp_path}/s/low/1 {texts} --original {classifier} --png {tmp_path}/plot.png")
+    assert "100.00" in output  # with the thresholds of the import, the original's answers are full depth's
 
 
 def test_labels_as_arrays_and_back(tmp_path: Path) -> None:

@@ -35,7 +35,6 @@ from de3.native.network import Network, build
 from de3.server.engine.group import run_group
 from de3.server.engine.queue import WorkQueue
 from de3.training.encoders import weights
-from lab.layers import layers
 from tests import jobs
 from tests.fixtures import make_rows, using
 from tests.serving import Gate, serving, until
@@ -634,15 +633,6 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
     same = sum(a == b for a, b in zip(*found, strict=True))
     assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
-
-
-@pytest.mark.skipif(ALL == ["reference"], reason="the reference's peak is no measure")
-def test_the_time_of_a_layer_by_both_runtimes(store: Path) -> None:
-    found = layers(Store(store).open("tiny-int8"), lengths=(3, 10**6), rounds=1)
-    (row,) = found["layers"]  # the model takes fewer than a million tokens
-    assert found["instructions"] == ALL[0]
-    assert row["tokens"] == 3 and row["kernels_us"] > 0
-    assert 0 < row["kernels_of_peak"] < 1 and 0 < row["onnxruntime_of_peak"] < 1
 
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:

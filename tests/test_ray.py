@@ -1,119 +1,11 @@
-"""On real Ray: two nodes on this machine that share a store, a replica killed, a model changed."""
+"""Serving on Ray: the middleware that retries, and options that are refused; lab/tests/test_ray.py starts a cluster."""
 
 import asyncio
-import shutil
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from tests.fixtures import make_rows
-from tests.serving import free_port, serving, until
-from tests.test_models import copy
-
-ray = pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
-
-from de3.deploy.ray import repeat  # noqa: E402
-from de3.deploy.ray.app import build  # noqa: E402
-from lab import ray as measure  # noqa: E402
-
-pytestmark = pytest.mark.slow
-TEXTS = [text for text, _ in make_rows(50, 31) if text.strip()]
-
-
-@pytest.fixture(scope="module")
-def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with tiny:1, and tiny:2 with other labels."""
-    path = tmp_path_factory.mktemp("shared") / "store"
-    shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
-    copy(path, 2, labels=["no", "yes"])
-    return path
-
-
-@pytest.fixture(scope="module")
-def port(versions: Path) -> Iterator[int]:
-    """Of Ray's proxy, before two replicas; a node has one core, so each has one of them."""
-    found = free_port()
-    with measure.cluster(2, 1, found):
-        measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
-        until(lambda: answers(found), "the proxy to know the application", 60)
-        yield found
-
-
-def answers(port: int) -> bool:
-    """Whether the proxy is up and knows the application."""
-    with suppress(httpx.TransportError):
-        return classify(port, input="good").status_code == 200
-    return False
-
-
-def classify(port: int, **body: object) -> httpx.Response:
-    return httpx.post(f"http://127.0.0.1:{port}/classify", json=body, timeout=30)
-
-
-def test_it_answers_what_de3_serve_answers(port: int, versions: Path) -> None:
-    ours = classify(port, input=TEXTS, explain=True).json()["data"]
-    with serving(versions, models=["tiny:1"]) as server:
-        assert ours == server.classify(input=TEXTS, explain=True).json()["data"]
-    assert classify(port, input="good", tau=7).status_code == 422
-    assert httpx.get(f"http://127.0.0.1:{port}/v1/models").json()["data"][0]["id"] == "tiny:1"
-
-
-@pytest.mark.parametrize(
-    ("sent", "is_kept"), [([], False), (["my-own"], True), (["a b"], False), (["{}", "my-own"], True)]
-)
-def test_a_response_has_one_request_id(port: int, sent: list[str], is_kept: bool) -> None:
-    """The answer's `id` is made of the id that the replica logs."""
-    headers = [("X-Request-ID", one) for one in sent]
-    url = f"http://127.0.0.1:{port}"
-    answer = httpx.post(url + "/classify", json={"input": "good"}, headers=headers)
-    (request_id,) = answer.headers.get_list("x-request-id")
-    assert answer.json()["id"] == f"classify-{request_id}"
-    assert (request_id == "my-own") is is_kept and request_id not in ("", "a b", "{}")
-    for other in (
-        httpx.post(url + "/classify", json={}, headers=headers),
-        httpx.get(url + "/v1/models", headers=headers),
-        httpx.get(url + "/nothing", headers=headers),
-    ):
-        (request_id,) = other.headers.get_list("x-request-id")
-        assert (request_id == "my-own") is is_kept
-
-
-def test_each_node_has_a_replica(port: int) -> None:
-    assert len(set(measure.replicas().values())) == 2
-
-
-def test_a_killed_replica_is_replaced_and_every_request_answered(port: int) -> None:
-    before = measure.replicas()
-    with measure.Clients(port, TEXTS) as clients:
-        until(lambda: clients.counts["200 tiny:1"] > 20, "answers")
-        killed = measure.kill_one()
-        until(lambda: len(measure.replicas().keys() - {killed}) == 2, "another replica", 60)
-        after = clients.counts["200 tiny:1"]
-        until(lambda: clients.counts["200 tiny:1"] > after + 20, "answers with another replica")
-    assert killed in before and len(set(measure.replicas().values())) == 2
-    assert set(clients.counts) == {"200 tiny:1"}
-
-
-def test_a_model_is_changed_without_an_error(port: int, versions: Path) -> None:
-    with measure.Clients(port, TEXTS) as clients:
-        until(lambda: clients.counts["200 tiny:1"] > 20, "answers of the old version")
-        measure.deploy(store=versions, models="tiny:2", min_replicas=2, max_replicas=2)
-        until(lambda: clients.counts["200 tiny:2"] > 20, "answers of the new version")
-    assert set(clients.counts) == {"200 tiny:1", "200 tiny:2"}
-
-
-def test_replicas_are_added_under_load_and_removed_after_it(port: int, versions: Path) -> None:
-    delays = {"upscale_delay_s": 1, "downscale_delay_s": 3}
-    measure.deploy(store=versions, models="tiny:2", min_replicas=1, max_replicas=2, **delays)
-    until(lambda: len(measure.replicas()) == 1, "one replica", 60)
-    with measure.Clients(port, TEXTS, count=16) as clients:
-        until(lambda: len(measure.replicas()) == 2, "another replica", 90)
-    until(lambda: len(measure.replicas()) == 1, "one replica again", 90)
-    assert set(clients.counts) == {"200 tiny:2"}
+from de3.deploy.ray import repeat
 
 
 def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
@@ -151,9 +43,13 @@ def test_what_got_no_answer_is_asked_once_more_unless_nobody_waits() -> None:
     assert calls == [body]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [{"min_replicas": "0"}, {"cores": "two"}, {"tau": "7"}, {"no_such_setting": "1"}]
 )
 def test_a_wrong_option_is_refused_where_it_was_typed(arguments: dict[str, str]) -> None:
+    pytest.importorskip("ray", reason="ray is not installed (extra: ray)")
+    from de3.deploy.ray.app import build
+
     with pytest.raises(ValueError, match=next(iter(arguments))):
         build(arguments)

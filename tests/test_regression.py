@@ -16,9 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from playwright.sync_api import expect, sync_playwright
 from scipy.stats import pearsonr, spearmanr
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.client import Client
 from de3.exits import formulas
 from de3.exits.reading import differs, sigmoid
@@ -35,24 +33,14 @@ from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
 from de3.training.evaluate import correlation, correlations
 from de3.training.stock import open_stock
-from de3.training.trainer import TrainSettings
-from lab.experiments.recipes import fine_tune
-from tests.fixtures import BAD, GOOD, made_once, make_rows, save_encoder
+from tests.commands import de3, refusal
+from tests.fixtures import BAD, GOOD, make_rows, save_encoder
 from tests.serving import Server, serving, until
+from tests.stock import fine_tuned, imported_as
 from tests.test_models import HEADERS, KEY
 from tests.test_page import CHROMIUM, FLAGS, opened
 
 TOLERANCE = 0.5
-
-
-def de3(arguments: str) -> Any:
-    return CliRunner().invoke(app, arguments.split(), env={"COLUMNS": "200"})
-
-
-def refusal(arguments: str) -> str:
-    result = de3(arguments)
-    assert isinstance(result.exception, ValueError), result.output
-    return str(result.exception)
 
 
 def value_of(text: str) -> float:
@@ -66,32 +54,14 @@ def value_of(text: str) -> float:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
-    """A stock regression model, fine-tuned by transformers alone."""
-
-    def make(folder: Path) -> None:
-        examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
-        settings = TrainSettings(batch_size=32, lr=2e-3, epochs=6, bf16=False)
-        model, tokenizer = fine_tune(str(encoder), ["praise"], examples, settings)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-
-    return made_once(tmp_path_factory, "regression", make)
+    """A stock regression model."""
+    examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
+    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=6)
 
 
 @pytest.fixture(scope="session")
 def imported(tmp_path_factory: pytest.TempPathFactory, stock: Path) -> Path:
-    """A folder with store/praise/1 (int8) and its checkpoint in work, of texts without labels."""
-
-    def make(folder: Path) -> None:
-        texts = folder / "texts.txt"
-        texts.write_text("".join(f"{text}\n" for text, _ in make_rows(1500, 12)))
-        result = de3(
-            f"import {stock} --texts {texts} --name praise --store {folder}/store --work {folder}/work "
-            f"--tolerance {TOLERANCE} --max-loss 5"
-        )
-        assert result.exit_code == 0, (result.output, result.exception)
-
-    return made_once(tmp_path_factory, "imported-regression", make)
+    return imported_as(tmp_path_factory, "praise", stock, f"--tolerance {TOLERANCE}")
 
 
 @pytest.fixture(scope="module")
@@ -220,8 +190,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
         row = client.classify(text).rows[0]
     assert (row.value, row.probs, row.exit.entropy) == (value, [], None)
     assert answer_of(row.raw) == str(value)
-    printed = de3(f"classify {text.split()[1]} --url {server.url}").output
-    assert printed.startswith("praise  ")
+    assert de3(f"classify {text.split()[1]} --url {server.url}").startswith("praise  ")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
@@ -363,23 +332,21 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
     file = tmp_path / "texts.csv"
     rows = [(text, value_of(text)) for text, _ in make_rows(900, 5)]
     file.write_text("text,label\n" + "".join(f"{text},{value}\n" for text, value in rows))
-    result = de3(
+    de3(
         f"import {stock} --texts {file} --label-column label --name m --store {tmp_path}/s --work {tmp_path}/w "
         f"--tolerance {TOLERANCE} --quantize none"
     )
-    assert result.exit_code == 0, (result.output, result.exception)
     calibration = Store(tmp_path / "s").open("m").manifest.calibration
     assert calibration is not None and not calibration.self_labelled
     assert calibration.original_disagreement is None
     for model in (f"{imported}/store/praise/1", f"{imported}/work"):
-        result = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {stock}")
-        assert result.exit_code == 0, (result.output, result.exception)
-        assert "Pearson" in result.output and "within 0.5" in result.output
-    assert f"within {TOLERANCE:g} of the label" in result.output or "store" not in model
+        output = de3(f"evaluate {model} {file} --png {tmp_path}/plot.png --original {stock}")
+        assert "Pearson" in output and "within 0.5" in output
+    assert f"within {TOLERANCE:g} of the label" in output or "store" not in model
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
-    result = de3(f"evaluate {tmp_path}/s/m/1 {texts} --original {stock} --png {tmp_path}/plot.png")
-    assert "100.00" in result.output, result.output  # in fp32 the original's answers are full depth's
+    output = de3(f"evaluate {tmp_path}/s/m/1 {texts} --original {stock} --png {tmp_path}/plot.png")
+    assert "100.00" in output, output  # in fp32 the original's answers are full depth's
     file.write_text("text,label\na good film,much\n")
     for arguments in (
         f"evaluate {imported}/work {file}",
@@ -391,12 +358,10 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
 def test_a_recalibration_keeps_the_tolerance(imported: Path, tmp_path: Path) -> None:
     shutil.copytree(imported / "store", tmp_path / "store")
     parts = f"--tune {imported}/work/tune.jsonl --certify {imported}/work/certify.jsonl"
-    result = de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
-    assert result.exit_code == 0, (result.output, result.exception)
+    de3(f"calibrate praise --store {tmp_path}/store {parts} --max-loss 5")
     old, new = (Store(tmp_path / "store").open(f"praise:{version}").manifest for version in (1, 2))
     assert new.tolerance == TOLERANCE and new.defaults == old.defaults and new.risk == old.risk
-    listed = de3(f"models list --store {tmp_path}/store")
-    assert listed.exit_code == 0 and "praise" in listed.output
+    assert "praise" in de3(f"models list --store {tmp_path}/store")
 
 
 def test_values_as_labels_and_back(tmp_path: Path) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 import yaml
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.server.settings import Settings, option, unknown_variables, variable
+from tests.commands import de3
 from tests.serving import process, url_when_ready
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +16,7 @@ VARIABLES = {variable(name) for name in Settings.model_fields}
 
 
 def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
-    text = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output
+    text = de3("serve --help")
     for name, field in Settings.model_fields.items():
         how = option(name)
         if how is None:

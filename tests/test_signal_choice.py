@@ -21,9 +21,8 @@ from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
 from de3.server.rules import Rules
 from de3.server.settings import ExitOptions, Settings
-from lab.tests.test_studies import write
 from tests.commands import de3
-from tests.fixtures import make_rows
+from tests.fixtures import make_rows, write_rows
 from tests.serving import Server, serving
 from tests.test_store import edit
 
@@ -335,7 +334,7 @@ def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_p
     mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / "tiny-int8" / "1", lambda m: to_schema_3(m, "entropy"))
     tune, certify = (
-        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
+        write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 150, 51), ("c", 150, 52))
     )
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")

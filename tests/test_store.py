@@ -14,11 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
+from tests.commands import invoke
 
 
 @pytest.fixture
@@ -289,20 +288,20 @@ def test_a_name_that_a_store_cannot_hold(tmp_path: Path, name: str) -> None:
 def test_models_commands(copy: Path) -> None:
     root = str(copy.parent.parent)
 
-    def de3(*arguments: str) -> tuple[int, str]:
-        result = CliRunner().invoke(app, ["models", *arguments, "--store", root], env={"COLUMNS": "200"})
+    def models(arguments: str) -> tuple[int, str]:
+        result = invoke(f"models {arguments} --store {root}")
         return result.exit_code, result.output
 
-    assert "tiny:1" in de3("list")[1]
-    shown = json.loads(de3("show", "tiny")[1])
+    assert "tiny:1" in models("list")[1]
+    shown = json.loads(models("show tiny")[1])
     assert shown["labels"] == ["negative", "positive"] and "table" not in shown["calibration"]
-    assert len(json.loads(de3("show", "tiny", "--table")[1])["calibration"]["table"]) > 100
-    assert de3("verify") == (0, "tiny:1  sound\ntiny-int8:1  sound\n")
+    assert len(json.loads(models("show tiny --table")[1])["calibration"]["table"]) > 100
+    assert models("verify") == (0, "tiny:1  sound\ntiny-int8:1  sound\n")
     (copy / "layer_01.onnx").write_bytes(b"")
-    code, text = de3("verify", "tiny")
+    code, text = models("verify tiny")
     assert code == 1 and "NOT SOUND" in text and "layer_01.onnx" in text
     (copy / "manifest.json").write_text("{")
-    assert "not JSON" in de3("list")[1]
+    assert "not JSON" in models("list")[1]
 
 
 def test_only_listed_files_are_read(store: Path) -> None:

@@ -7,23 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from de3.cli import app
 from de3.training import data as datas
 from de3.training import progress
 from de3.training import split as splits
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.trainer import TrainSettings, open_teacher, train
+from tests.commands import de3
 from tests.fixtures import FILLER
-
-
-def de3(arguments: str) -> str:
-    result = CliRunner().invoke(app, arguments.split())
-    if result.exit_code != 0:
-        raise result.exception or AssertionError(result.output)
-    return result.output
 
 
 def common(data_file: Path, encoder: Path, out: Path) -> str:
@@ -76,10 +68,8 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(
     model.save_pretrained = save_then_die
     with pytest.raises(Killed):
         train(model, tokenizer, parts, settings, out)
-    output = CliRunner().invoke(
-        app, (common(data_file, encoder, out) + " --epochs 3 --patience 1 --resume").split()
-    )
-    assert output.exit_code == 0 and "resuming after epoch 1" in output.output
+    output = de3(common(data_file, encoder, out) + " --epochs 3 --patience 1 --resume")
+    assert "resuming after epoch 1" in output
     whole, broken = (De3Model.from_pretrained(tmp_path / x).state_dict() for x in ("whole", "broken"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, broken[name]), name

@@ -12,9 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
-from typer.testing import CliRunner, Result
 
-from de3.cli import app
 from de3.exits.recorded import Recorded
 from de3.export.exporter import ExportError, int8_loss
 from de3.training import checks, trainer
@@ -22,20 +20,11 @@ from de3.training.checkpoint import Checkpoint, read_record, write_record
 from de3.training.data import Example
 from de3.training.evaluate import weaknesses
 from de3.training.split import Split
+from tests.commands import de3, invoke, refusal
 from tests.fixtures import make_rows, save_encoder
 from tests.serving import serving
 
 TYPES = ["albert", "xlnet", "gpt2", "t5"]
-
-
-def de3(arguments: str) -> Result:
-    return CliRunner().invoke(app, arguments.split())
-
-
-def refusal(arguments: str) -> str:
-    result = de3(arguments)
-    assert isinstance(result.exception, ValueError), result.output
-    return str(result.exception)
 
 
 def training(data_file: Path, encoder: Path, out: Path) -> str:
@@ -119,7 +108,7 @@ def interrupted(tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pyt
     out = tmp_path / "interrupted"
     with monkeypatch.context() as patch:
         patch.setattr(trainer.prototypes, "finish", interrupt)
-        result = de3(training(data_file, encoder, out))
+        result = invoke(training(data_file, encoder, out))
     assert result.exit_code == 130 and "interrupted; go on" in result.output and "--resume" in result.output
     return out
 
@@ -139,11 +128,10 @@ def test_an_unfinished_training_is_not_used(
         assert "is not finished" in message and "--resume" in message
     assert "can go on with --resume" in refusal(training(data_file, encoder, interrupted))
 
-    assert de3(training(data_file, encoder, interrupted) + " --resume").exit_code == 0
+    de3(training(data_file, encoder, interrupted) + " --resume")
     assert Checkpoint(interrupted).names == ["0", "1"]
     assert not (interrupted / "resume.safetensors").exists()
-    again = de3(training(data_file, encoder, interrupted) + " --resume")
-    assert again.exit_code == 0 and "nothing to resume" in again.output
+    assert "nothing to resume" in de3(training(data_file, encoder, interrupted) + " --resume")
 
 
 # 3: encoders that cannot be exported
@@ -198,9 +186,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[
     rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = training(folder / "data.jsonl", encoder, folder / "checkpoint").replace("sentence", "a")
-    assert de3(train + " --pair-column b").exit_code == 0
-    done = de3(f"export {folder}/checkpoint --name pairs --store {folder}/store --max-int8-loss 50")
-    assert done.exit_code == 0, done.output
+    de3(train + " --pair-column b")
+    de3(f"export {folder}/checkpoint --name pairs --store {folder}/store --max-int8-loss 50")
     return lambda name: folder / name
 
 
@@ -210,7 +197,7 @@ def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
     for model in (pairs("checkpoint"), artifact):
         message = refusal(f"evaluate {model} {data} --text-column a")
         assert "trained on pairs of texts, and these are single texts: give --pair-column" in message
-        assert de3(f"evaluate {model} {data} --text-column a --pair-column b").exit_code == 0
+        de3(f"evaluate {model} {data} --text-column a --pair-column b")
     single = pairs("single.jsonl")
     single.write_text("".join(json.dumps({"text": t, "label": x}) + "\n" for t, x in make_rows(60, 3)))
     store = pairs("store")
@@ -280,9 +267,9 @@ def test_a_training_that_diverges_stops(data_file: Path, encoder: Path, tmp_path
 def test_a_plot_that_cannot_be_written_is_a_warning(checkpoint: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     (copy / "evaluation.png").mkdir()  # root may write to read-only folders
-    result = de3(f"evaluate {copy}")
-    assert result.exit_code == 0 and "name another file with --png" in result.output
-    assert isinstance(de3(f"evaluate {copy} --png {copy}/evaluation.png").exception, OSError)
+    assert "name another file with --png" in de3(f"evaluate {copy}")
+    with pytest.raises(OSError, match=r"evaluation\.png"):
+        de3(f"evaluate {copy} --png {copy}/evaluation.png")
 
 
 def recorded(labels: list[int], answers: list[int]) -> Recorded:

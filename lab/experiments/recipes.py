@@ -26,10 +26,10 @@ from de3.training.checkpoint import quiet
 from de3.training.data import Example
 from de3.training.model import De3Model
 from de3.training.predict import predict
-from de3.training.progress import Meter
 from de3.training.split import split
 from de3.training.trainer import TrainSettings, train
 from lab.experiments.tasks import TASKS, minilm
+from tests.fine_tune import fine_tune
 
 RESULTS = Path("lab/docs/experiments/recipes.jsonl")
 
@@ -123,58 +123,6 @@ def _plain(
         for rows in data.evaluation_batches([len(ids) for ids in unseen.ids], 64):
             answers[rows] = model(**unseen.batch(rows, tokenizer.pad_token_id)[0]).logits.argmax(-1).numpy()
     return _scores(answers, test)
-
-
-def fine_tune(
-    encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
-) -> tuple[Any, Any]:
-    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it.
-
-    Of one name: a regression. Multi-label if the examples are.
-    """
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        get_linear_schedule_with_warmup,
-    )
-
-    torch.manual_seed(settings.seed)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    pad_id = tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_pretrained(
-        encoder,
-        num_labels=len(names),
-        id2label=dict(enumerate(names)),
-        dtype=torch.float32,
-        problem_type="multi_label_classification" if isinstance(examples[0].label, tuple) else None,
-    )
-    encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
-    if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
-        # From a half each, hundreds of steps would only teach it that most labels are rare.
-        model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))
-    steps = settings.epochs * -(-len(encoded) // settings.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    meter, generator = Meter(), torch.Generator().manual_seed(settings.seed)
-    for epoch in range(settings.epochs):
-        model.train()
-        order = torch.randperm(len(encoded), generator=generator).tolist()
-        batches = [order[i : i + settings.batch_size] for i in range(0, len(order), settings.batch_size)]
-        with meter.epoch(epoch + 1, settings.epochs, len(batches)) as progress:
-            for i, rows in enumerate(batches, 1):
-                inputs, labels = encoded.batch(rows, pad_id)
-                if labels.dtype is torch.bool or len(names) == 1:
-                    labels = labels.float()
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=settings.bf16):
-                    loss = model(**inputs, labels=labels).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
-                progress.step(i, loss.item())
-    model.eval()
-    return model, tokenizer
 
 
 def _scores(answers: Any, test: list[Example]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from de3.training import data
 from de3.training.checkpoint import quiet
 from de3.training.split import split
 from de3.training.trainer import TrainSettings
-from lab.experiments.recipes import fine_tune
 from lab.experiments.tasks import REGRESSIONS, TASKS, minilm
+from tests.fine_tune import fine_tune
 
 
 def main(

@@ -19,9 +19,8 @@ from lab.studies import overhead as study
 from lab.studies.overhead import Stripped
 from lab.studies.samples import recorded
 from lab.studies.wall import Engine, wall
-from lab.tests.test_studies import write
-from tests.commands import lab
-from tests.fixtures import make_rows
+from lab.tests.commands import lab
+from tests.fixtures import make_rows, write_rows
 
 CORE = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
 
@@ -150,7 +149,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
     rows = [row for row in make_rows(90, 41) if row[0].strip()]
     served = load(Store(store).open("tiny-int8"), Settings(runtime=runtime))
     model, taus = served.model, (0.0, 0.1, 0.3, 0.6)
-    texts = recorded(model, [write(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
+    texts = recorded(model, [write_rows(tmp_path / "texts.jsonl", rows)], ("text", "label"), []).recorded
     result = wall(served, [Example(text, int(label)) for text, label in rows], taus, 2)
     scores, every = model.manifest.default_signal.scores(texts), np.arange(len(rows))
     for tau, row in zip(taus, result["rows"], strict=True):
@@ -166,7 +165,7 @@ def test_by_the_clock_texts_leave_where_the_rule_says(
 
 
 def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
-    texts = write(tmp_path / "texts.jsonl", make_rows(70, 42))
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(70, 42))
     numbers, plot = tmp_path / "numbers.json", tmp_path / "plot.png"
     command = f"study wall {texts} --store {store} --model tiny --tau 0.4 --rounds 1 --core {CORE}"
     lab(f"{command} --json {numbers} --png {plot}")
@@ -177,7 +176,7 @@ def test_by_the_clock_by_command(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="labelled texts"):
         lab("study wall")
     with pytest.raises(ValueError, match="'odd'"):
-        odd = write(tmp_path / "odd.jsonl", [("a film", "odd")])
+        odd = write_rows(tmp_path / "odd.jsonl", [("a film", "odd")])
         lab(f"study wall {odd} --store {store} --model tiny --core {CORE}")
 
 

@@ -1,7 +1,6 @@
-"""A new calibration, the ramp, and the studies behind docs/budgets.md, by their commands on a tiny model."""
+"""The studies behind docs/budgets.md, by their commands on a tiny model."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,82 +9,17 @@ import pytest
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Entropy
-from de3.loadtest import ramp
-from de3.model_store.store import Store
 from lab.studies import speedup
 from lab.studies.deadlines import Costs, deadlines
 from lab.studies.far import auroc
 from lab.studies.promise import promise
-from tests.commands import de3, lab
-from tests.fixtures import make_rows
+from lab.tests.commands import lab
+from tests.fixtures import make_rows, write_rows
 from tests.serving import free_port
 
 
-def write(path: Path, rows: list[tuple[str, str]]) -> Path:
-    names = ("negative", "positive")
-    lines = [json.dumps({"text": t, "label": names[int(x)] if x.isdigit() else x}) + "\n" for t, x in rows]
-    path.write_text("".join(lines))
-    return path
-
-
-def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "store"
-    shutil.copytree(store, mine)
-    tune, certify = (
-        write(tmp_path / f"{part}.jsonl", make_rows(n, seed))
-        for part, n, seed in (("t", 120, 31), ("c", 150, 32))
-    )
-    de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
-    old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
-    assert new.calibration is not None and old.calibration is not None
-    # Of so few samples both files certify.
-    assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
-    assert new.calibration != old.calibration
-    assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
-    default = new.calibration.default
-    assert (new.defaults.tau, new.defaults.signal, new.defaults.lam) == (
-        default.tau,
-        default.signal,
-        default.lam,
-    )
-    assert new.risk is not None and new.risk != old.risk
-
-
-def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "store"
-    shutil.copytree(store, mine)
-    odd = write(tmp_path / "odd.jsonl", [("a film", "mixed")])
-    with pytest.raises(ValueError, match="mixed"):
-        de3(f"calibrate tiny --tune {odd} --certify {odd} --store {mine}")
-    assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
-
-
-def test_a_promise_needs_samples_of_its_own(store: Path, tmp_path: Path) -> None:
-    same = write(tmp_path / "same.jsonl", make_rows(60, 35))
-    with pytest.raises(ValueError, match=r"60 of its texts are in .*same.jsonl too"):
-        de3(f"calibrate tiny --tune {same} --certify {same} --store {store}")
-
-
-@pytest.mark.slow
-def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        ramp, "PHASES", (("half", 1, 0.5, 0.5), ("twice", 1, 2.0, 2.0), ("after", 1, 0.5, 0.5))
-    )
-    monkeypatch.setattr(ramp, "SECONDS", 3)
-    texts = write(tmp_path / "texts.jsonl", make_rows(60, 33))
-    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
-    found = json.loads((tmp_path / "ramp.json").read_text())
-    assert set(found["runs"]) == {"off", "on"}
-    for one in found["runs"].values():
-        assert set(one["phases"]) == {"half", "twice", "after"}
-        assert one["phases"]["half"]["answered"] > 0
-        offered = [phase["offered_per_s"] for phase in one["phases"].values()]
-        assert offered[1] > 2 * offered[0]
-    assert (tmp_path / "ramp.png").stat().st_size > 10_000
-
-
 def test_the_studies_run_on_any_model(store: Path, checkpoint: Path, tmp_path: Path) -> None:
-    texts = write(tmp_path / "texts.jsonl", make_rows(80, 34))
+    texts = write_rows(tmp_path / "texts.jsonl", make_rows(80, 34))
     away = tmp_path / "away.txt"
     away.write_text("".join(f"zebra quartz {i} umbrella\n" for i in range(60)))
     tune, certify = checkpoint / "tune.jsonl", checkpoint / "certify.jsonl"
@@ -173,7 +107,7 @@ def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) 
 def test_long_texts_are_compared_with_their_beginnings(store: Path, tmp_path: Path) -> None:
     """Of texts that begin with fillers, windows tell more than truncation does."""
     rows = [(f"{'the a film movie ' * 16} {text} {text}", label) for text, label in make_rows(60, 3)]
-    texts = write(tmp_path / "texts.jsonl", [*rows, *make_rows(20, 4)])
+    texts = write_rows(tmp_path / "texts.jsonl", [*rows, *make_rows(20, 4)])
     numbers = tmp_path / "numbers.json"
     lab(
         f"study long {texts} --store {store} --model tiny --text-column text --max-tokens 64 "

@@ -1,6 +1,8 @@
 """The studies of lab/docs/experiments.md: their measures on made-up exits, and most of them on tiny models."""
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +22,7 @@ from lab.experiments import (
     dimension,
     drift,
     factorial,
+    joined,
     measures,
     scores,
     shift,
@@ -292,3 +295,19 @@ def test_all_studies_run_on_tiny_models(root: Path, tiny: Path, monkeypatch: pyt
     assert row["effects"]["S"]["2×"]["mean"] == pytest.approx(np.mean(four) - np.mean(others), abs=2e-5)
     for study in (signals, sweep, ablations, dimension, space, factorial):
         study.main(redraw=True)
+
+
+@given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers())
+def test_joined_questions_are_each_in_one_text_with_their_intents(intents: list[str], seed: int) -> None:
+    questions = [(f"question {i:03}", intent) for i, intent in enumerate(intents)]
+    rows = joined.join(questions, random.Random(seed))
+    of = dict(questions)
+    found = []
+    for text, labels in rows:
+        parts = [f"question {number}" for number in text.replace("question", "").split()]
+        assert labels == sorted({of[part] for part in parts}) and len(labels) == len(parts) <= 2
+        found += parts
+    assert sorted(found) == sorted(of)
+    pairs = sum(len(labels) == 2 for _, labels in rows)
+    most = max(Counter(intents).values())
+    assert pairs <= len(questions) * 3 / 8 and (pairs > 0 or len(questions) < 3 or most > len(questions) / 2)

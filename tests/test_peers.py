@@ -1,0 +1,98 @@
+"""The lean peers that de3 loadtest compare runs."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from de3.export.full_depth import export_full_depth
+from de3.loadtest import servers
+from de3.loadtest.client import Target, ask_alone
+from de3.loadtest.compare import Comparison
+from de3.loadtest.servers import Server, lean_peers
+from de3.loadtest.texts import Sample
+from de3.model_store.model import Model
+from de3.model_store.store import Store
+from tests.fixtures import make_rows
+from tests.serving import serving
+
+SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
+TEXTS = [text for text, _ in make_rows(20, 5)]
+
+
+def fused(graph: Path, name: str = "fused graph, FastAPI, int8") -> Server:
+    """The lean peer that runs in the project's own environment."""
+    script = servers.PEERS / "fused_app.py"
+    return Server(name, [sys.executable, str(script), str(graph), "--port", "{port}"])
+
+
+def test_a_lean_peer_measures_itself_in_one_line(store: Path, tmp_path: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
+    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    command = fused(tmp_path / "graph").measuring(tmp_path / "texts.json", 0.1)
+    (line,) = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout.splitlines()
+    measured = json.loads(line)
+    assert measured["texts_per_s"] > 0 and measured["passes"] >= 1
+    model = Model(artifact, "onnxruntime")
+    logits = [model.full_depth(model.tokenize(text))[-1].logits for text in TEXTS]
+    # The graph has one scale for the activations of a text, the segments one for each token.
+    assert np.abs(np.array(measured["logits"]) - np.array(logits)).max() < 0.1 * np.ptp(logits)
+
+
+def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
+    paths = (tmp_path / "int8", tmp_path / "fp32", tmp_path / "out" / "calibration.json")
+    assert {server.script for server in lean_peers(*paths, None)} == {"fused_app", "openvino_app"}
+    (tmp_path / "bert").mkdir()
+    folders = []
+    for weights in (b"one model", b"another one"):  # of the same name: it does not run in the other's place
+        (tmp_path / "bert" / "model.safetensors").write_bytes(weights)
+        (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
+        folders += [part for part in converted.command if "ctranslate2-bert-" in part]
+    assert len(set(folders)) == 2
+    assert converted.conversion[-1] == "--convert"
+
+
+def test_a_peer_that_cannot_convert_its_model_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; sys.exit('runs no MPNet')"
+    monkeypatch.setattr(servers, "peer_command", lambda script: [sys.executable, "-c", code])
+    ours = Server("de3", [])
+    other = Server("other", [], script="other_app", conversion=["--convert"])
+    comparison = Comparison([ours, other], [Sample("a")], tmp_path, 1, 1, 1)
+    comparison.results["notes"] = {}
+    comparison._prepare()
+    assert comparison.servers == [ours]
+    assert comparison.results["notes"] == {"other": "left out: other cannot be prepared: runs no MPNet"}
+    with pytest.raises(ValueError, match="no peer could be started"):
+        comparison._best_peer()
+
+
+def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_path: Path) -> None:
+    artifact = Store(store).open("tiny-int8")
+    export_full_depth(artifact.path, tmp_path / "graph", int8=True)
+    command = [
+        sys.executable,
+        str(servers.PEERS / "fused_app.py"),
+        str(tmp_path / "graph"),
+        "--port",
+        "{port}",
+    ]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
+        theirs = ask_alone(peer.target, SAMPLES)
+        assert peer.memory_mb() > 20
+    with serving(store, models=["tiny-int8"]) as server:
+        ours = ask_alone(Target(server.url, body=lambda text: {"input": text, "tau": 0}), SAMPLES)
+    assert theirs == ours
+
+
+def test_peers_say_what_they_need() -> None:
+    for script in servers.PEERS.glob("*_app.py"):
+        assert servers.dependencies(script), script
