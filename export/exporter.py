@@ -181,7 +181,6 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
         else Head.model_validate({**config.head, "norm": "norm" in config.head}),
         input=config.input,
         precision="int8" if settings.quantize == "int8" else "fp32",
-        activations="token",
         defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
         export={},

@@ -85,7 +85,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
     fused, replaced = {}, {}
     for node in nodes:
-        if node.op_type == "DynamicQuantizeMatMul" and len(node.input) == 4:
+        if node.op_type == "DynamicQuantizeMatMul":
             x, weight, scale, _ = node.input
             (scaled,) = taken_by[node.output[0]]
             (last,) = taken_by[scaled.output[0]]

@@ -8,7 +8,7 @@ from de3.exits.recorded import Recorded
 from de3.export import audited
 from de3.export.calibrate import Calibrated, Part, calibrate
 from de3.export.record import record
-from de3.model_store.manifest import SCHEMA_VERSION, Manifest
+from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store
 from de3.training.data import Example, check_apart, check_input, load_examples, with_original
@@ -67,7 +67,6 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
             update={
                 "version": draft.next_version(),
                 "created": int(time.time()),
-                "schema_version": SCHEMA_VERSION,
                 **calibrated.fields(),
             }
         )

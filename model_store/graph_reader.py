@@ -15,7 +15,7 @@ from onnx import TensorProto, numpy_helper
 from de3.model_store import deberta_reader, modernbert_reader
 from de3.model_store.graph_check import MICROSOFT, GraphError
 from de3.model_store.manifest import Manifest
-from de3.model_store.node_reader import ANY, Array, Form, Reader, Weight, floats
+from de3.model_store.node_reader import ANY, Array, Reader, Weight, floats
 from de3.native.network import (
     Disentangled,
     Embeddings,
@@ -37,8 +37,7 @@ def network_of(segments: Sequence["Read"], manifest: Manifest) -> Network:
     embeddings, *layers = (segment.part for segment in segments)
     exits = {layer: segment.exit for layer, segment in enumerate(segments) if segment.exit is not None}
     head = segments[-1].head
-    is_mean, by_token = manifest.pooling == "mean", manifest.activations == "token"
-    return Network(manifest.hidden_size, embeddings, layers, exits, is_mean, by_token, head)
+    return Network(manifest.hidden_size, embeddings, layers, exits, manifest.pooling == "mean", head)
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
         if [len(node.output) for node in graph.node if node.op_type == "If"] != wanted:
             raise GraphError("it has another exit than the manifest says")
         _check_names(graph)
-        r = _Reader(graph, {w.name: w for w in graph.initializer}, _form(manifest))
+        r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
         part: Embeddings | Layer | PreNormLayer
         if layer == 0:
             part = r.embeddings(manifest)
@@ -79,12 +78,6 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
         raise
     except Exception as error:  # of protobuf or NumPy, over what is no graph of ours
         raise GraphError(f"{type(error).__name__}: {error}") from None
-
-
-def _form(manifest: Manifest) -> Form:
-    if manifest.precision == "fp32":
-        return "fp32"
-    return "int8 by token" if manifest.activations == "token" else "int8 by text"
 
 
 def _is_pre_norm(manifest: Manifest) -> bool:
@@ -107,7 +100,7 @@ class _Reader(Reader):
     def embeddings(self, manifest: Manifest) -> Embeddings:
         """The embeddings, whose output must be called hidden."""
         ids, scale = "input_ids", None
-        if self.form != "fp32":
+        if self.int8:
             (rows,), (word,) = self.node("Gather", Weight(np.int8, (ANY, ANY)), ids)
             (picked,), _ = self.node("Cast", rows, to=TensorProto.FLOAT)
             (scales,), (scale,) = self.node("Gather", floats(len(word), 1), ids)
@@ -133,7 +126,7 @@ class _Reader(Reader):
         if not is_deberta:
             x, norm = self.norm(x, width)
         projection = None
-        if self.next_op() in ("MatMul", "DynamicQuantizeMatMul", "ReduceMax"):
+        if self.next_op() in ("MatMul", "ReduceMax"):
             x, projection = self.linear(x, width, manifest.hidden_size)
         elif width != manifest.hidden_size:
             raise GraphError(f"hidden has {width} dimensions, the manifest says {manifest.hidden_size}")
@@ -145,27 +138,20 @@ class _Reader(Reader):
     def layer(self, manifest: Manifest) -> Layer:
         """A transformer block from hidden to next_hidden."""
         hidden = manifest.hidden_size
-        wide = floats(3 * hidden)
         relative: Array | Disentangled | None = None
         if manifest.encoder == deberta_reader.ENCODER:
             attended, qkv, relative = deberta_reader.attention(self, manifest)
         elif self.next_op() == "Shape":
             attended, qkv, relative = self._attention_with_offsets(manifest)
-        elif self.form == "int8 by token":
+        elif self.int8:
             x, qkv = self.linear("hidden", hidden, 3 * hidden)
             parts, _ = self.node("Split", x, outputs=3, axis=-1)
             (attended,), _ = self.node("MultiHeadAttention", *parts, domain=MICROSOFT, num_heads=None)
-        elif self.form == "int8 by text":
-            (x, x_scale, x_zero), _ = self.node("DynamicQuantizeLinear", "hidden", outputs=3)
-            (attended,), (weight, bias, scale) = self.node(
-                *("QAttention", x, Weight(np.int8, (hidden, 3 * hidden)), wide, x_scale, wide, "", x_zero),
-                domain=MICROSOFT,
-                num_heads=None,
-            )
-            qkv = Linear(weight, bias, scale)
         else:
             (attended,), (weight, bias) = self.node(
-                "Attention", "hidden", floats(hidden, 3 * hidden), wide, domain=MICROSOFT, num_heads=None
+                *("Attention", "hidden", floats(hidden, 3 * hidden), floats(3 * hidden)),
+                domain=MICROSOFT,
+                num_heads=None,
             )
             qkv = Linear(weight, bias, None)
         heads = self.attributes["num_heads"]
@@ -223,7 +209,7 @@ class _Reader(Reader):
         then, other = self.attributes["then_branch"], self.attributes["else_branch"]
         if outputs != names:
             raise GraphError("its exit gives out other values")
-        yes = _Reader(then, self.weights, self.form)
+        yes = _Reader(then, self.weights, self.int8)
         is_mean = (manifest.head.pooling if has_head and manifest.head else manifest.pooling) == "mean"
         pooled, norm = yes.pooled(hidden, is_mean, manifest)
         seen, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
@@ -240,7 +226,7 @@ class _Reader(Reader):
             given.append(distances)
         yes.end()
         self.used |= yes.used
-        no = _Reader(other, self.weights, self.form)
+        no = _Reader(other, self.weights, self.int8)
         zeros = []
         for _ in names:
             (value,), _ = no.node("Constant", value=None)

@@ -11,8 +11,6 @@ from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
 from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
 
-# 3 has no risk: the signal is λ, and 0 is entropy. 4 has no head.
-SCHEMA_VERSIONS = (3, 4, 5)
 SCHEMA_VERSION: Literal[5] = 5
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -53,17 +51,6 @@ class _Signal(_Part):
     signal: SignalName
     # λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
     lam: Annotated[Annotated[float, Field(ge=0, le=100)] | None, Field(alias="lambda")] = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_schema_3(cls, value: Any) -> Any:
-        if (
-            isinstance(value, dict)
-            and "signal" not in value
-            and isinstance(lam := value.get("lambda"), int | float)
-        ):
-            return {**value, "signal": "edr" if lam else "entropy", "lambda": lam or None}
-        return value
 
     @model_validator(mode="after")
     def _has_lambda(self) -> Self:
@@ -153,7 +140,7 @@ class Calibration(_Part):
 
     tune_size: Count
     certify_size: Count
-    groups: Count | None = None
+    groups: Count
     max_loss: float
     self_labelled: bool = False
     original_disagreement: Share | None = None
@@ -186,12 +173,11 @@ class Manifest(_Part):
             name of its value, and the signal risk only. None: it has classes.
         risk: the weights of the signal risk, for every exit but the last; None: it has none.
         input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
-        activations: in int8, whether the activations of a text share one scale, or those of each token do.
         export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
             and the share of samples that leave at the same exit with the same label.
     """
 
-    schema_version: Literal[3, 4, 5]
+    schema_version: Literal[5]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
@@ -210,7 +196,6 @@ class Manifest(_Part):
     tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
     input: Literal["text", "pair"] | None = None
     precision: Literal["fp32", "int8"]
-    activations: Literal["text", "token"] = "text"
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None

@@ -1,7 +1,7 @@
 """Reads a graph's nodes in their order: what graph_reader.py and the readers of families are made of."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,6 @@ from de3.native.network import Linear, Norm
 Array = NDArray[Any]
 ANY = -1  # a size that the weight itself decides
 ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
-# How a graph computes a linear layer: in int8 a text's activations share one scale, or each token has its own.
-Form = Literal["fp32", "int8 by text", "int8 by token"]
-
 
 # A token's activations are moved and scaled to −128 … 127: a step is 1/255 of their range, but at least so much, as
 # they may all be alike; their center is 128 steps above the least.
@@ -43,9 +40,9 @@ def floats(*shape: int) -> Weight:
 class Reader:
     """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
 
-    def __init__(self, graph: Any, weights: dict[str, Any], form: Form) -> None:
+    def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
         """weights: the graph's initializers, or those of the graph around a branch, by name."""
-        self._nodes, self.weights, self.form = list(graph.node), weights, form
+        self._nodes, self.weights, self.int8 = list(graph.node), weights, int8
         self._at = 0
         self.used: set[str] = set()  # weights
         self.attributes: dict[str, Any] = {}  # of the last node
@@ -110,24 +107,13 @@ class Reader:
 
     def linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
         """x·W + b: the output's name, and the weights."""
-        if self.form == "int8 by token":
-            return self._linear_by_token(x, inputs, outputs)
-        # The sizes of scale and bias are compared below: with ANY, the weight decides them.
-        if self.form == "int8 by text":
-            (out,), (weight, scale, bias) = self.node(
-                *("DynamicQuantizeMatMul", x, Weight(np.int8, (inputs, outputs))),
-                *(floats(outputs), "", floats(outputs)),
-                domain=MICROSOFT,
-            )
-        else:
-            scale = None
-            (product,), (weight,) = self.node("MatMul", x, floats(inputs, outputs))
-            (out,), (bias,) = self.node("Add", product, floats(outputs))
-        if len(bias) != weight.shape[1] or (scale is not None and len(scale) != len(bias)):
-            raise GraphError(f"operator {self._at} has a weight of another shape")
-        return out, Linear(weight, bias, scale)
+        if self.int8:
+            return self._quantized_linear(x, inputs, outputs)
+        (product,), (weight,) = self.node("MatMul", x, floats(inputs, outputs))
+        (out,), (bias,) = self.node("Add", product, floats(weight.shape[1]))
+        return out, Linear(weight, bias, None)
 
-    def _linear_by_token(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
+    def _quantized_linear(self, x: str, inputs: int, outputs: int) -> tuple[str, Linear]:
         scalar = Weight(np.float32, ())
         (high,), _ = self.node("ReduceMax", x, axes=[-1], keepdims=1)
         (low,), _ = self.node("ReduceMin", x, axes=[-1], keepdims=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from de3.model_store.manifest import MAX_INT, NAME, SCHEMA_VERSIONS, VERSION, Manifest
+from de3.model_store.manifest import MAX_INT, NAME, SCHEMA_VERSION, VERSION, Manifest
 from de3.model_store.printable import printable
 
 MANIFEST = "manifest.json"
@@ -210,10 +210,9 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{file}: not JSON: {error}") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if version not in SCHEMA_VERSIONS:
+    if version != SCHEMA_VERSION:
         raise StoreError(
-            f"{file}: schema version {version!r}, this release reads {', '.join(map(str, SCHEMA_VERSIONS))}: "
-            "export the model again, or use a release that supports that version"
+            f"{file}: schema version {version!r}, this release reads {SCHEMA_VERSION}: export the model again"
         )
     try:
         return Manifest.model_validate_json(data)

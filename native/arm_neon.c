@@ -1,7 +1,7 @@
 /* The int8 products of Arm, i8mm (SMMLA) and dotprod (SDOT), and NEON, for Linux on aarch64.
  *
  * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. An
- * activation becomes int8 by a flipped bit, x − MIDDLE, so that a sum has MIDDLE times Linear.sums less.
+ * activation becomes int8, x − MIDDLE, by a flipped bit, so that sums need no correction by Linear.offset.
  */
 #include "kernels.h"
 
@@ -112,24 +112,22 @@ static Range range(const float *x, size_t count) {
 }
 
 /* 4 values as int16, saturated, without MIDDLE; NaN: less than any int8. */
-static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse, int moved) {
+static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse) {
     float32x4_t steps = vmulq_n_f32(vsubq_f32(vld1q_f32(x), center), inverse);
     steps = vminnmq_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1e6f)), vdupq_n_f32(1e6f));
-    return vqmovn_s32(vaddq_s32(vcvtnq_s32_f32(steps), vdupq_n_s32(moved)));
+    return vqmovn_s32(vcvtnq_s32_f32(steps));
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
-                     uint8_t *to) {
-    int moved = zero - MIDDLE;
+static void quantize(const float *x, int tokens, int width, Quantization *rows, uint8_t *to) {
     for (int t = 0; t < tokens; t++, x += width, to += width) {
-        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        rows[t] = quantization_of(range(x, width));
         float inverse = 1.0f / rows[t].scale;
         float32x4_t center = vdupq_n_f32(rows[t].center);
         for (int i = 0; i < width; i += 16) {
             int8x8_t half[2];
             for (int c = 0; c < 2; c++) {
                 const float *from = x + i + 8 * c;
-                int16x4_t left = steps4(from, center, inverse, moved), right = steps4(from + 4, center, inverse, moved);
+                int16x4_t left = steps4(from, center, inverse), right = steps4(from + 4, center, inverse);
                 half[c] = vqmovn_s16(vcombine_s16(left, right));
             }
             uint8x16_t v = vreinterpretq_u8_s8(vcombine_s8(half[0], half[1]));
@@ -148,28 +146,27 @@ enum { COLUMNS = 16 };
 
 /* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
-                                                         int column, int rows, Then then) {
+                                                         int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
     for (int c = 0; c < COLUMNS; c += 4) {
         float32x4_t scale = vld1q_f32(w->scale + column + c), bias = vld1q_f32(w->bias + column + c);
         float32x4_t center = vld1q_f32(w->center + column + c);
-        int32x4_t offset = vmulq_n_s32(vld1q_s32(w->sums + column + c), p->zero - MIDDLE);
         for (int r = 0; r < rows; r++) {
             size_t at = (size_t)(row + r) * w->out + column + c;
             const Quantization *q = &p->rows[row + r];
             float32x4_t shift = vfmaq_n_f32(bias, center, q->center);
-            float32x4_t v = vcvtq_f32_s32(vsubq_s32(vld1q_s32(sums[r] + c), offset));
+            float32x4_t v = vcvtq_f32_s32(vld1q_s32(sums[r] + c));
             v = vfmaq_f32(shift, v, vmulq_n_f32(scale, q->scale));
-            if (then == GELU) v = gelu4(v);
-            if (then == RELU) v = vmaxnmq_f32(v, vdupq_n_f32(0.0f));
-            if (then == RESIDUAL) v = vaddq_f32(v, vld1q_f32(p->residual + at));
+            if (epilogue == GELU) v = gelu4(v);
+            if (epilogue == RELU) v = vmaxnmq_f32(v, vdupq_n_f32(0.0f));
+            if (epilogue == RESIDUAL) v = vaddq_f32(v, vld1q_f32(p->residual + at));
             vst1q_f32(p->to + at, v);
         }
     }
 }
 
 static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int row, int column, int rows) {
-    switch (p->then) {
+    switch (p->epilogue) {
     case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
     case GELU: finish(p, sums, row, column, rows, GELU); break;
     case RELU: finish(p, sums, row, column, rows, RELU); break;
@@ -484,8 +481,7 @@ static float dot(const float *a, const float *b, int count) {
 }
 
 #define SHARED                                                                                                \
-    .range = range, .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed,   \
-    .mean = mean, .dot = dot
+    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels i8mm_kernels = {
     .name = "i8mm",

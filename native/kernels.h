@@ -10,8 +10,7 @@
 
 #include "model.h"
 
-/* A float32 value of a row is about scale · (uint8 value − zero) + center; zero is that of all rows of a call: MIDDLE, or
- * what ONNX gives a text whose rows share a scale, with a center of 0. */
+/* How a row is quantized: float32 value ≈ scale · (uint8 value − MIDDLE) + center. */
 typedef struct {
     float scale, center;
 } Quantization;
@@ -20,23 +19,22 @@ typedef struct {
     float low, high;
 } Range;
 
-/* A range onto 0 … 255; all values alike: any scale will do. */
+/* Maps a range onto 0 … 255. If all values are equal, any scale will do. */
 static inline Quantization quantization_of(Range range) {
     float scale = (range.high - range.low) * (1.0f / 255.0f);
     return scale > 0.0f ? (Quantization){scale, range.low + MIDDLE * scale} : (Quantization){1.0f, range.low};
 }
 
-/* What follows a product. */
-typedef enum { PLAIN, GELU, RELU, RESIDUAL } Then;
+/* The operation applied to the output of a product before it is stored. */
+typedef enum { PLAIN, GELU, RELU, RESIDUAL } Epilogue;
 
-/* to = x·W + b, and what follows. */
+/* to = epilogue(x·W + b) */
 typedef struct {
     const Linear *w;
-    const uint8_t *x; /* (tokens rounded up to 16, w->in); what the rows past the end hold does not matter */
+    const uint8_t *x; /* (tokens rounded up to 16, w->in); rows past the end may hold anything */
     const Quantization *rows; /* of x, (tokens) */
-    int zero;                 /* of x */
     int tokens;
-    Then then;
+    Epilogue epilogue;
     const float *residual; /* (tokens, w->out), for RESIDUAL */
     float *to;             /* (tokens, w->out) */
 } Product;
@@ -80,13 +78,9 @@ typedef struct {
     void (*begin)(void);
     void (*end)(void);
 
-    /* The range of values; count is a multiple of 64. */
-    Range (*range)(const float *x, size_t count);
-
-    /* x (tokens, width) to uint8, rounded to nearest (ties: even) and saturated; width is a multiple of 64.
-     * rows: (tokens), written. shared: what all rows have; NULL: each has that of its own range. */
-    void (*quantize)(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
-                     uint8_t *to);
+    /* x (tokens, width) to uint8, each row by its own range, rounded to nearest (ties: even); width is a multiple of
+     * 64. rows: (tokens), written. */
+    void (*quantize)(const float *x, int tokens, int width, Quantization *rows, uint8_t *to);
 
     void (*product)(const Product *p);
 

@@ -35,43 +35,13 @@ static size_t quantized_size(int tokens, int width) {
     return rows_size(tokens) + (size_t)ROUND_UP(tokens, 16) * width;
 }
 
-/* ONNX's DynamicQuantizeLinear: the range of all values, with 0 in it, onto 0 … 255, and 0 onto a whole number. */
-static Quantization quantization_of_text(Range range, int *zero) {
-    float min = fminf(range.low, 0.0f), max = fmaxf(range.high, 0.0f);
-    float scale = max == min ? 1.0f : (max - min) / 255.0f;
-    *zero = (int)nearbyintf(fminf(fmaxf(-min / scale, 0.0f), 255.0f));
-    return (Quantization){scale, 0.0f};
-}
-
-/* Texts whose rows follow one another. */
-typedef struct {
-    const int *tokens; /* of each */
-    int count, rows;
-} Texts;
-
-/* to = x·W + b and what follows; x is (rows, in). quantized: scratch of quantized_size bytes. Where a text's rows share a
- * scale and a zero, each text has a product of its own. */
-static void multiply(const Model *m, const Linear *w, const float *x, Texts texts, Then then, const float *residual,
+/* to = epilogue(x·W + b); x is (tokens, in). quantized: scratch of quantized_size bytes. */
+static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilogue, const float *residual,
                      char *quantized, float *to) {
-    const Kernels *k = kernels;
     Quantization *rows = (Quantization *)quantized;
-    uint8_t *bytes = (uint8_t *)quantized + rows_size(texts.rows);
-    if (m->by_token) {
-        k->quantize(x, texts.rows, w->in, NULL, MIDDLE, rows, bytes);
-        Product p = {w, bytes, rows, MIDDLE, texts.rows, then, residual, to};
-        k->product(&p);
-        return;
-    }
-    for (int i = 0; i < texts.count; i++) {
-        int tokens = texts.tokens[i], zero;
-        Quantization shared = quantization_of_text(k->range(x, (size_t)tokens * w->in), &zero);
-        k->quantize(x, tokens, w->in, &shared, zero, rows, bytes);
-        Product p = {w, bytes, rows, zero, tokens, then, residual, to};
-        k->product(&p);
-        x += (size_t)tokens * w->in;
-        to += (size_t)tokens * w->out;
-        if (residual) residual += (size_t)tokens * w->out;
-    }
+    uint8_t *bytes = (uint8_t *)quantized + rows_size(tokens);
+    kernels->quantize(x, tokens, w->in, rows, bytes);
+    kernels->product(&(Product){w, bytes, rows, tokens, epilogue, residual, to});
 }
 
 /* Rows that pass from one product to the next together: enough for the weights to cost little, few enough for what is
@@ -99,65 +69,55 @@ static int get_memory(const Model *m, int rows, int part, int longest, Memory *t
     return 0;
 }
 
-/* What follows attention, for rows that do not need each other any more. */
-static void run_rows(const Model *m, const Layer *layer, const float *from, const float *context, Texts texts,
+/* The rest of a layer after attention, where each row is independent of the others. */
+static void run_rows(const Model *m, const Layer *layer, const float *from, const float *context, int rows,
                      const Memory *memory, float *to) {
     const Kernels *k = kernels;
     char *quantized = memory->quantized;
     float *middle = memory->middle, *inner = memory->inner;
-    multiply(m, &layer->out, context, texts, RESIDUAL, from, quantized, middle);
-    k->layer_norm(middle, texts.rows, m->hidden, &layer->after_attention);
-    multiply(m, &layer->up, middle, texts, m->has_gelu ? GELU : RELU, NULL, quantized, inner);
-    multiply(m, &layer->down, inner, texts, RESIDUAL, middle, quantized, to);
-    k->layer_norm(to, texts.rows, m->hidden, &layer->after_ffn);
+    multiply(&layer->out, context, rows, RESIDUAL, from, quantized, middle);
+    k->layer_norm(middle, rows, m->hidden, &layer->after_attention);
+    multiply(&layer->up, middle, rows, m->has_gelu ? GELU : RELU, NULL, quantized, inner);
+    multiply(&layer->down, inner, rows, RESIDUAL, middle, quantized, to);
+    k->layer_norm(to, rows, m->hidden, &layer->after_ffn);
 }
 
-/* Rows of about the same number of parts, whatever texts they belong to. */
-static int part_start(Texts texts, int part, int parts) { return (int)((long)texts.rows * part / parts); }
-
-static Texts part_of(Texts texts, int part, int parts) {
-    if (parts == 1) return texts;
-    return (Texts){NULL, 0, part_start(texts, part + 1, parts) - part_start(texts, part, parts)};
-}
-
-static int run_block(const Model *m, const Layer *layer, const float *from, Texts texts, float *to) {
+/* The layer for `count` texts of `rows` tokens together. */
+static int run_block(const Model *m, const Layer *layer, const float *from, const int *tokens, int count, int rows,
+                     float *to) {
     const Kernels *k = kernels;
     size_t hidden = m->hidden;
-    int longest = 0;
-    for (int i = 0; i < texts.count; i++) longest = texts.tokens[i] > longest ? texts.tokens[i] : longest;
-    /* A text whose values share a scale is quantized as a whole. */
-    int parts = m->by_token ? (texts.rows + BLOCK - 1) / BLOCK : 1;
+    int longest = 0, parts = (rows + BLOCK - 1) / BLOCK; /* parts of about the same size, across texts */
+    for (int i = 0; i < count; i++) longest = tokens[i] > longest ? tokens[i] : longest;
     Memory memory;
-    if (get_memory(m, texts.rows, (texts.rows + parts - 1) / parts, longest, &memory)) return -1;
+    if (get_memory(m, rows, (rows + parts - 1) / parts, longest, &memory)) return -1;
     if (k->begin) k->begin();
     for (int i = 0; i < parts; i++) {
-        int row = part_start(texts, i, parts);
-        multiply(m, &layer->qkv, from + row * hidden, part_of(texts, i, parts), PLAIN, NULL, memory.quantized,
-                 memory.qkv + row * 3 * hidden);
+        int row = rows * i / parts, part = rows * (i + 1) / parts - row;
+        multiply(&layer->qkv, from + row * hidden, part, PLAIN, NULL, memory.quantized, memory.qkv + row * 3 * hidden);
     }
-    for (int i = 0, row = 0; i < texts.count; row += texts.tokens[i++])
-        k->attention(memory.qkv + row * 3 * hidden, texts.tokens[i], m->hidden, m->num_heads, &layer->offsets,
-                     memory.work, memory.context + row * hidden);
+    for (int i = 0, row = 0; i < count; row += tokens[i++])
+        k->attention(memory.qkv + row * 3 * hidden, tokens[i], m->hidden, m->num_heads, &layer->offsets, memory.work,
+                     memory.context + row * hidden);
     for (int i = 0; i < parts; i++) {
-        int row = part_start(texts, i, parts);
-        run_rows(m, layer, from + row * hidden, memory.context + row * hidden, part_of(texts, i, parts), &memory,
-                 to + row * hidden);
+        int row = rows * i / parts, part = rows * (i + 1) / parts - row;
+        run_rows(m, layer, from + row * hidden, memory.context + row * hidden, part, &memory, to + row * hidden);
     }
     if (k->end) k->end();
     return 0;
 }
 
 int run_layer(const Model *m, int number, const float *from, const int *tokens, int count, float *to) {
+    const Layer *layer = &m->layers[number];
     for (int i = 0; i < count;) {
-        Texts block = {tokens + i, 0, 0};
+        int first = i, rows = 0;
         do {
-            if (m->layers[number].offsets.values && tokens[i] > m->layers[number].offsets.positions) return -1;
-            block.rows += tokens[i++];
-            block.count++;
-        } while (i < count && block.rows + tokens[i] <= BLOCK);
-        if (run_block(m, &m->layers[number], from, block, to)) return -1;
-        from += (size_t)block.rows * m->hidden;
-        to += (size_t)block.rows * m->hidden;
+            if (layer->offsets.values && tokens[i] > layer->offsets.positions) return -1;
+            rows += tokens[i++];
+        } while (i < count && rows + tokens[i] <= BLOCK);
+        if (run_block(m, layer, from, tokens + first, i - first, rows, to)) return -1;
+        from += (size_t)rows * m->hidden;
+        to += (size_t)rows * m->hidden;
     }
     return 0;
 }
@@ -215,8 +175,7 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
         return 0;
     }
     if (k->begin) k->begin();
-    multiply(m, &head->projection, pooled, (Texts){(int[]){1}, 1, 1}, PLAIN, NULL, memory + 2 * states + space,
-             embedded);
+    multiply(&head->projection, pooled, 1, PLAIN, NULL, memory + 2 * states + space, embedded);
     if (k->end) k->end();
     float length = sqrtf(k->dot(embedded, embedded, metric));
     for (int i = 0; i < head->num_labels; i++) {

@@ -1,8 +1,7 @@
 /* One encoder layer, the embeddings, an exit, and a pass of several texts through all layers.
  *
  * The arithmetic of the int8 segments (export/graph.py), operator by operator: activations quantized to uint8
- * with a scale for each row, or one for each tensor of a text, int8 weights with a scale for each output,
- * everything else in float32. Every function returns 0, or -1: an id outside the tables, or no memory.
+ * with a scale for each row, int8 weights with a scale for each output, everything else in float32. Every function returns 0, or -1: an id outside the tables, or no memory.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H

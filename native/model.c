@@ -77,17 +77,17 @@ int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *
     *w = (Linear){.in = in, .out = out, .tiles = tiles, .end = end};
     w->scale = copy_of(scale, (size_t)out * 4);
     w->bias = copy_of(bias, (size_t)out * 4);
-    w->sums = aligned_alloc(64, (size_t)out * 4);
+    w->offset = aligned_alloc(64, (size_t)out * 4);
     w->center = aligned_alloc(64, (size_t)out * 4);
-    if (!w->scale || !w->bias || !w->sums || !w->center) return -1;
+    if (!w->scale || !w->bias || !w->offset || !w->center) return -1;
     for (int n = 0; n < out; n++) {
-        int32_t sum = 0; /* zero · sum is below 2^30, for up to 32768 inputs: no overflow */
+        int32_t sum = 0; /* MIDDLE · sum is at most 2^29, for up to 32768 inputs: no overflow */
         for (int k = 0; k < in; k++) {
             int8_t value = weights[(size_t)k * out + n];
             sum += value;
             tiles[tile_index(in, k, n)] = value;
         }
-        w->sums[n] = sum;
+        w->offset[n] = MIDDLE * sum;
         w->center[n] = scale[n] * (float)sum;
     }
     return 0;
@@ -96,7 +96,7 @@ int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *
 void free_linear(Linear *w) {
     free(w->scale);
     free(w->bias);
-    free(w->sums);
+    free(w->offset);
     free(w->center);
 }
 

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #define MAX_LAYERS 100
-enum { MIDDLE = 128 }; /* what a quantized activation of its row's center is, where each row has its own range */
+enum { MIDDLE = 128 }; /* uint8 value of the center of a row's range */
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
 /* x·W + b with W in int8: (in, out), in a multiple of 64, out of 32. */
@@ -20,8 +20,8 @@ typedef struct {
     int8_t *end;     /* of the memory from tiles on that runs next, and is worth a prefetch */
     float *scale;    /* (out) */
     float *bias;     /* (out) */
-    int32_t *sums;   /* (out): the sum of an output's weights: zero times that a product has too much */
-    float *center;   /* (out): scale · that sum: what a center of 1 adds */
+    int32_t *offset; /* (out): MIDDLE · the sum of an output's weights, to subtract from products of uint8 values */
+    float *center;   /* (out): scale · that sum, the contribution of a row's center of 1 */
 } Linear;
 
 /* What attention adds to the score of a query and a key, by head and by their distance; values NULL: nothing. */
@@ -61,7 +61,6 @@ typedef struct {
     int hidden, num_heads, inner, num_layers;
     int has_gelu;  /* else ReLU */
     int has_mean;  /* exits see the mean of the tokens, else the first token */
-    int by_token;  /* each token's activations have a scale, else those of a text share one */
     int num_words, num_positions, num_types;
     int8_t *words;                 /* (num_words, hidden) */
     float *word_scales;            /* (num_words) */

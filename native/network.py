@@ -140,7 +140,6 @@ class Network:
         hidden_size: the width of the hidden states.
         exits: by layer, 0 being the embeddings.
         mean: whether exits see the mean of the tokens, else the first one.
-        by_token: in int8, whether each token's activations have a scale of their own, else those of a text share one.
         head: of the last exit; None: its classifier sees what the other exits' see.
     """
 
@@ -149,7 +148,6 @@ class Network:
     layers: Sequence[Layer | PreNormLayer]
     exits: dict[int, Exit]
     mean: bool
-    by_token: bool
     head: Head | None = None
 
 
@@ -170,9 +168,7 @@ def build(network: Network) -> Any:
     try:
         is_gelu = first.activation == "Gelu"
         heads, inner = first.num_heads, first.ffn_in.weight.shape[1]
-        model = kernels.new(
-            network.hidden_size, heads, inner, len(layers), is_gelu, network.mean, network.by_token
-        )
+        model = kernels.new(network.hidden_size, heads, inner, len(layers), is_gelu, network.mean)
         kernels.set_embeddings(
             model,
             *(tables.word, _scale(tables.word_scale)),

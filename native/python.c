@@ -122,15 +122,13 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 /* ---- building a model ------------------------------------------------------------------------------- */
 
 static PyObject *py_new(PyObject *self, PyObject *args) {
-    int hidden, num_heads, inner, num_layers, gelu, mean, by_token;
-    if (!PyArg_ParseTuple(args, "iiiippp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean, &by_token))
-        return NULL;
+    int hidden, num_heads, inner, num_layers, gelu, mean;
+    if (!PyArg_ParseTuple(args, "iiiipp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean)) return NULL;
     if (!require(has_kernels(hidden, num_heads, inner, num_layers), "these sizes have no kernels")) return NULL;
     Model *m = new_model(hidden, num_heads, inner, num_layers);
     if (m == NULL) return PyErr_NoMemory();
     m->has_gelu = gelu;
     m->has_mean = mean;
-    m->by_token = by_token;
     PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
     if (capsule == NULL) free_model(m);
     return capsule;
@@ -502,7 +500,7 @@ static PyMethodDef methods[] = {
     {"why_not", py_why_not, METH_NOARGS, "What this machine lacks, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): another implementation, for a test; empty: the best again."},
     {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best."},
-    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean, by_token)"},
+    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
     {"set_offsets", py_set_offsets, METH_VARARGS, "set_offsets(model, layer, values)"},

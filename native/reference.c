@@ -14,13 +14,12 @@ static Range range(const float *x, size_t count) {
     return range;
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
-                     uint8_t *to) {
+static void quantize(const float *x, int tokens, int width, Quantization *rows, uint8_t *to) {
     for (int t = 0; t < tokens; t++, x += width, to += width) {
-        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        rows[t] = quantization_of(range(x, width));
         float inverse = 1.0f / rows[t].scale, center = rows[t].center;
         for (int i = 0; i < width; i++) {
-            float value = nearbyintf((x[i] - center) * inverse) + (float)zero;
+            float value = nearbyintf((x[i] - center) * inverse) + (float)MIDDLE;
             to[i] = value > 0.0f ? (uint8_t)fminf(value, 255.0f) : 0; /* NaN: 0 */
         }
     }
@@ -36,14 +35,14 @@ static void product(const Product *p) {
             size_t at = (size_t)row * w->out + column;
             int32_t sum = 0;
             for (int k = 0; k < w->in; k++) sum += x[k] * w->tiles[tile_index(w->in, k, column)];
-            sum -= p->zero * w->sums[column];
+            sum -= w->offset[column];
             Quantization q = p->rows[row];
             /* fmaf: one rounding, as in the vector units, so that products agree to the last bit */
             float shift = fmaf(q.center, w->center[column], w->bias[column]);
             float value = fmaf((float)sum, w->scale[column] * q.scale, shift);
-            if (p->then == GELU) value = gelu(value);
-            if (p->then == RELU) value = value > 0.0f ? value : 0.0f;
-            if (p->then == RESIDUAL) value += p->residual[at];
+            if (p->epilogue == GELU) value = gelu(value);
+            if (p->epilogue == RELU) value = value > 0.0f ? value : 0.0f;
+            if (p->epilogue == RESIDUAL) value += p->residual[at];
             p->to[at] = value;
         }
 }
@@ -125,7 +124,6 @@ static double multiply_adds(void) {
 const Kernels reference_kernels = {
     .name = "reference",
     .why_not = why_not,
-    .range = range,
     .quantize = quantize,
     .product = product,
     .attention = attention,

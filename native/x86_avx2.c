@@ -145,21 +145,19 @@ static Range range(const float *x, size_t count) {
 }
 
 /* 8 values as int32, without MIDDLE; NaN: less than any int8. */
-static inline __m256i steps8(const float *x, __m256 center, __m256 inverse, __m256i moved) {
+static inline __m256i steps8(const float *x, __m256 center, __m256 inverse) {
     __m256 steps = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x), center), inverse);
     steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-1e6f)), _mm256_set1_ps(1e6f));
-    return _mm256_add_epi32(_mm256_cvtps_epi32(steps), moved);
+    return _mm256_cvtps_epi32(steps);
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
-                     uint8_t *to) {
+static void quantize(const float *x, int tokens, int width, Quantization *rows, uint8_t *to) {
     const __m128i middle = _mm_set1_epi8((char)MIDDLE);
-    const __m256i moved = _mm256_set1_epi32(zero - MIDDLE);
     for (int t = 0; t < tokens; t++, x += width, to += width) {
-        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        rows[t] = quantization_of(range(x, width));
         __m256 inverse = _mm256_set1_ps(1.0f / rows[t].scale), center = _mm256_set1_ps(rows[t].center);
         for (int i = 0; i < width; i += 16) {
-            __m256i left = steps8(x + i, center, inverse, moved), right = steps8(x + i + 8, center, inverse, moved);
+            __m256i left = steps8(x + i, center, inverse), right = steps8(x + i + 8, center, inverse);
             __m256i pairs = _mm256_packs_epi32(left, right); /* saturates */
             pairs = _mm256_permute4x64_epi64(pairs, 0xd8); /* packs works on halves of 128 bits */
             __m128i v = _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
@@ -173,13 +171,12 @@ enum { COLUMNS = 16 };
 
 /* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
-                                                         int column, int rows, Then then) {
+                                                         int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
     for (int c = 0; c < COLUMNS; c += 8) {
         __m256 scale = _mm256_loadu_ps(w->scale + column + c), bias = _mm256_loadu_ps(w->bias + column + c);
         __m256 center = _mm256_loadu_ps(w->center + column + c);
-        __m256i offset = _mm256_loadu_si256((const __m256i *)(w->sums + column + c));
-        offset = _mm256_mullo_epi32(_mm256_set1_epi32(p->zero), offset);
+        __m256i offset = _mm256_loadu_si256((const __m256i *)(w->offset + column + c));
         for (int r = 0; r < rows; r++) {
             size_t at = (size_t)(row + r) * w->out + column + c;
             const Quantization *q = &p->rows[row + r];
@@ -187,16 +184,16 @@ static inline __attribute__((always_inline)) void finish(const Product *p, const
             __m256 shift = _mm256_fmadd_ps(_mm256_set1_ps(q->center), center, bias);
             __m256 factor = _mm256_mul_ps(scale, _mm256_set1_ps(q->scale));
             __m256 v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), factor, shift);
-            if (then == GELU) v = gelu8(v);
-            if (then == RELU) v = _mm256_max_ps(v, _mm256_setzero_ps());
-            if (then == RESIDUAL) v = _mm256_add_ps(v, _mm256_loadu_ps(p->residual + at));
+            if (epilogue == GELU) v = gelu8(v);
+            if (epilogue == RELU) v = _mm256_max_ps(v, _mm256_setzero_ps());
+            if (epilogue == RESIDUAL) v = _mm256_add_ps(v, _mm256_loadu_ps(p->residual + at));
             _mm256_storeu_ps(p->to + at, v);
         }
     }
 }
 
 static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int row, int column, int rows) {
-    switch (p->then) {
+    switch (p->epilogue) {
     case PLAIN: finish(p, sums, row, column, rows, PLAIN); break;
     case GELU: finish(p, sums, row, column, rows, GELU); break;
     case RELU: finish(p, sums, row, column, rows, RELU); break;
@@ -511,8 +508,7 @@ static double multiply_adds_avxvnni(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .range = range, .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed,   \
-    .mean = mean, .dot = dot
+    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels avxvnni_kernels = {
     .name = "avxvnni",

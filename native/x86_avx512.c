@@ -139,21 +139,19 @@ static Range range(const float *x, size_t count) {
     return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
-static void quantize(const float *x, int tokens, int width, const Quantization *shared, int zero, Quantization *rows,
-                     uint8_t *to) {
+static void quantize(const float *x, int tokens, int width, Quantization *rows, uint8_t *to) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i middle = _mm512_set1_epi8((char)MIDDLE); /* int8 to uint8 */
-    __m512i moved = _mm512_set1_epi32(zero - MIDDLE);
     __m512 least = _mm512_set1_ps(-1e6f), most = _mm512_set1_ps(1e6f); /* that int32 holds; packing saturates */
     for (int t = 0; t < tokens; t++, x += width, to += width) {
-        rows[t] = shared ? *shared : quantization_of(range(x, width));
+        rows[t] = quantization_of(range(x, width));
         __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale), center = _mm512_set1_ps(rows[t].center);
         for (int i = 0; i < width; i += 64) {
             __m512i v[4];
             for (int c = 0; c < 4; c++) {
                 __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * c), center), inverse);
                 steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: the least */
-                v[c] = _mm512_add_epi32(_mm512_cvtps_epi32(steps), moved);
+                v[c] = _mm512_cvtps_epi32(steps);
             }
             __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
             bytes = _mm512_permutexvar_epi32(order, _mm512_xor_si512(bytes, middle));
@@ -164,26 +162,26 @@ static void quantize(const float *x, int tokens, int width, const Quantization *
 
 /* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows and 16 outputs of a tile. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t *tile, int row,
-                                                         int column, int rows, Then then) {
+                                                         int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
     __m512 scale = _mm512_loadu_ps(w->scale + column), bias = _mm512_loadu_ps(w->bias + column);
     __m512 center = _mm512_loadu_ps(w->center + column);
-    __m512i offset = _mm512_mullo_epi32(_mm512_set1_epi32(p->zero), _mm512_loadu_si512(w->sums + column));
+    __m512i offset = _mm512_loadu_si512(w->offset + column);
     for (int r = 0; r < rows; r++) {
         size_t at = (size_t)(row + r) * w->out + column;
         const Quantization *q = &p->rows[row + r];
         __m512i sum = _mm512_sub_epi32(_mm512_load_si512(tile + 16 * r), offset);
         __m512 shift = _mm512_fmadd_ps(_mm512_set1_ps(q->center), center, bias);
         __m512 v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_mul_ps(scale, _mm512_set1_ps(q->scale)), shift);
-        if (then == GELU) v = gelu16(v);
-        if (then == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
-        if (then == RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(p->residual + at));
+        if (epilogue == GELU) v = gelu16(v);
+        if (epilogue == RELU) v = _mm512_max_ps(v, _mm512_setzero_ps());
+        if (epilogue == RESIDUAL) v = _mm512_add_ps(v, _mm512_loadu_ps(p->residual + at));
         _mm512_storeu_ps(p->to + at, v);
     }
 }
 
 static void finish_tile(const Product *p, const int32_t *tile, int row, int column, int rows) {
-    switch (p->then) {
+    switch (p->epilogue) {
     case PLAIN: finish(p, tile, row, column, rows, PLAIN); break;
     case GELU: finish(p, tile, row, column, rows, GELU); break;
     case RELU: finish(p, tile, row, column, rows, RELU); break;
@@ -562,8 +560,7 @@ static double multiply_adds_amx(void) {
 #endif
 
 #define SHARED                                                                                                \
-    .range = range, .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed,   \
-    .mean = mean, .dot = dot
+    .quantize = quantize, .attention = attention, .layer_norm = layer_norm, .embed = embed, .mean = mean, .dot = dot
 
 const Kernels amx_kernels = {
     .name = "amx",

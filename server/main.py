@@ -6,12 +6,15 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from de3.server import logs
 from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.asgi import handler
+from de3.server.http.connection import Connection
 from de3.server.http.frontend import Frontend
 from de3.server.http.listener import Listener
 from de3.server.http.protocol import Protocol
@@ -45,7 +48,7 @@ def uvicorn_config(
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)
     most = settings.max_connections or max_connections()
-    listener = Listener(app, frontend, most, settings.max_body_bytes, settings.body_timeout_s)
+    listener = Listener(frontend, most, settings.max_body_bytes, settings.body_timeout_s)
     return uvicorn.Config(
         app,
         host=settings.host,
@@ -57,8 +60,8 @@ def uvicorn_config(
         proxy_headers=False,  # http/clients.py reads them
         # An accepted request ends by its own time-out at the latest.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
-        http=listener.connection,  # type: ignore[arg-type]  # a function that makes one
-        ws="none",  # requests to upgrade are answered like any other
+        http=partial(Connection, listener, handler(app)),  # type: ignore[arg-type]  # makes a connection
+        ws="none",  # an upgrade is not offered: such a request is answered like any other
     )
 
 

@@ -51,7 +51,6 @@ def manifest_of(model: De3Model, int8: bool) -> Any:
         labels=config.label_names,
         token_types=False,
         precision="int8" if int8 else "fp32",
-        activations="token",
         head=SimpleNamespace(**config.head | {"norm": True}),
     )
 

@@ -71,7 +71,7 @@ def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: 
 def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classifier: Path) -> None:
     opened = open_stock(str(classifier))
     texts = ["good and bad", "a good film", "the plot", "a", "bad plot of a good scene"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             logits = opened.model(**opened.tokenizer(text, return_tensors="pt")).logits[0]

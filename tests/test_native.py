@@ -113,10 +113,9 @@ def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) 
             assert np.median(np.abs(ours - expected)) < 5e-3 and np.abs(ours - expected).max() < 0.1
 
 
-def test_an_artifact_whose_texts_share_a_scale_gives_what_onnx_runtime_gives(kernels: Any) -> None:
-    """As earlier exports have it, and the demo model."""
+def test_the_demo_model_gives_what_onnx_runtime_gives(kernels: Any) -> None:
+    """Over six layers some rounding errors end in another step of a quantization, in nearly every text."""
     artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
-    assert artifact.manifest.activations == "text"
     native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
     differences = []
     for text in TEXTS[:30]:
@@ -124,7 +123,7 @@ def test_an_artifact_whose_texts_share_a_scale_gives_what_onnx_runtime_gives(ker
         for ours, theirs in zip(native.full_depth(tokens), onnx.full_depth(tokens), strict=True):
             assert ours.logits is not None and theirs.logits is not None
             differences.append(np.abs(ours.logits - theirs.logits).max())
-    assert np.median(differences) < 1e-5 and np.max(differences) < 0.5
+    assert np.median(differences) < 5e-3 and np.max(differences) < 0.2
 
 
 def random_segments(
@@ -194,14 +193,14 @@ def is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
 def shaken(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Values with errors of the size of rounding.
 
-    A layer computes one scale and one zero point for all activations of a text, and either may be at the very edge of
-    two steps. Then a rounding error changes every output by up to a step, in ONNX Runtime, too.
+    An activation may be at the very edge of two steps. Then a rounding error changes every output of its token by up to
+    a step, in ONNX Runtime, too.
     """
     size = rng.choice([3e-7, 1e-6, 3e-6])  # of a float32, and of a sum of hundreds
     return (values * (1 + rng.normal(0, size, values.shape))).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.tuples(st.sampled_from([48, 64, 128, 192, 256]), st.sampled_from([1, 2, 4, 8, 12])),
     *(st.sampled_from([40, 64, 128, 320, 448]), st.integers(2, 40), st.sampled_from([0, 32, 64, 96, 100])),
@@ -237,7 +236,6 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
             "token_types": True,
             "pooling": "mean" if mean else "cls",
             "precision": "int8",
-            "activations": "token",
         },
     )
     segments = [read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)]
@@ -291,7 +289,6 @@ def test_the_head_of_a_stock_classifier(
         },
         **{"labels": ["", "", ""], "max_tokens": 96, "token_types": True, "precision": "int8", "head": head},
         encoder="bert",
-        activations="token",
         pooling="mean" if pooling == "cls" else "cls",
     )
     network = network_of([read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)], manifest)
@@ -341,7 +338,7 @@ def test_the_best_implementation_is_in_use() -> None:
 
 
 @each
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])), min_size=1, max_size=9
@@ -528,7 +525,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="have no kernels"):
-        kernels.new(65, 1, 64, 1, True, True, True)
+        kernels.new(65, 1, 64, 1, True, True)
     prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
     logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
 
@@ -648,7 +645,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 9),
     st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),

@@ -424,7 +424,7 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
             measured = page.locator("#measured")
             expect(measured).to_have_text(
                 "The server promises that at most 40% of labels differ from full depth. For now every text runs to "
-                "full depth, until enough live texts show that earlier exits keep this (0 so far)."
+                "full depth, until enough live texts show that earlier exits keep the promise (0 so far)."
             )
             page.clock.install()
             page.reload()
@@ -469,7 +469,7 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
         (
             {"tau": {"tau": 0, "reason": "change"}},
             "The server promises that at most 0.5% of labels differ from full depth. More did, so for now every text "
-            "runs to full depth, until enough live texts show that earlier exits keep this (3 so far).",
+            "runs to full depth, until enough live texts show that earlier exits keep the promise (3 so far).",
         ),
     ],
     ids=["no promise", "no calibration", "no audits yet", "a broken promise"],

@@ -24,7 +24,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.export.record import record
-from de3.loadtest.client import answer_of
+from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
@@ -92,7 +92,7 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
     opened = open_stock(str(stock))
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
@@ -189,7 +189,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     with Client(server.url) as client:
         row = client.classify(text).rows[0]
     assert (row.value, row.probs, row.exit.entropy) == (value, [], None)
-    assert answer_of(row.raw) == str(value)
+    assert label_of({"data": [row.raw]}) == str(value)
     assert de3(f"classify {text.split()[1]} --url {server.url}").startswith("praise  ")
 
 
@@ -286,7 +286,7 @@ def test_values_that_are_not_numbers_never_leave_early(kernels: Any) -> None:
 
 
 def test_a_value_has_no_metric_space(kernels: Any) -> None:
-    model = kernels.new(64, 4, 128, 1, True, True, True)
+    model = kernels.new(64, 4, 128, 1, True, True)
     row, none, space = np.zeros(64, np.float32), np.zeros(0, np.float32), np.zeros((64, 32), np.int8)
     with pytest.raises(ValueError, match="no metric space"):
         kernels.set_exit(model, 0, row, row[:1], space, row[:32], row[:32])
@@ -300,7 +300,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
     command = f"import {stock} --texts {texts} --name x --store {tmp_path}/s --work {tmp_path}/w"
     message = refusal(command)
-    assert "--tolerance: its answer is a number" in message and "own units" in message
+    assert "--tolerance: needed, as the answer is a number" in message and "units" in message
     suggested = float(message.rpartition(" ")[2])
     assert 0.05 < suggested < 1 and "standard deviation" in message
     assert not (tmp_path / "s").exists()
@@ -310,7 +310,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
         ("--finetune", "not for regression"),
         ("--signal edr", "needs classes"),
         ("--signal entropy", "of a regression model give risk"),
-        ("--threshold 0.3", "no multi-label model"),
+        ("--threshold 0.3", "not a multi-label model"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
         ("--label-names a,b", "must name the labels"),
     ):

@@ -1,4 +1,4 @@
-"""The signal of a request over HTTP, on models of both schemas, with the kernels and layer by layer."""
+"""The signal of a request over HTTP, with and without risk, with the kernels and layer by layer."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import SIGNALS, Edr, Entropy, ModelTraits, Signal
 from de3.exits.trade_offs import TradeOffs
-from de3.model_store.manifest import SCHEMA_VERSION, Manifest
+from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
 from de3.server.rules import Rules
@@ -281,34 +281,27 @@ def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
     return {key: rows[len(rows) // 2][key] for key in ("tau", "signal", "lambda")}
 
 
-def to_schema_3(manifest: dict[str, Any], signal: str) -> None:
-    """A manifest as the release before risk wrote it: λ instead of the signal, 0 for entropy."""
+def without_risk(manifest: dict[str, Any], signal: str) -> None:
+    """A calibrated manifest without the weights and rows of the risk; another signal is its default."""
     calibration = manifest["calibration"]
     manifest["defaults"] = table_default(manifest, signal)
     chosen = manifest["defaults"]["tau"], signal
     calibration["default"] = next(r for r in calibration["table"] if (r["tau"], r["signal"]) == chosen)
     calibration["table"] = [r for r in calibration["table"] if r["signal"] != "risk"]
-    manifest["schema_version"] = 3
-    del manifest["risk"], calibration["groups"]
-    for row in {
-        id(r): r for r in (manifest["defaults"], calibration["default"], *calibration["table"])
-    }.values():
-        row["lambda"] = row["lambda"] or 0.0
-        del row["signal"]
+    del manifest["risk"]
 
 
 @pytest.mark.parametrize("signal", ["entropy", "edr"])
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_an_artifact_of_schema_3_is_served_as_before(
+def test_an_artifact_without_risk_is_served_by_its_other_signals(
     store: Path, tmp_path: Path, name: str, signal: str
 ) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
-    before = json.loads((mine / name / "1/manifest.json").read_text())
-    edit(mine / name / "1", lambda m: to_schema_3(m, signal))
+    edit(mine / name / "1", lambda m: without_risk(m, signal))
     written = json.loads((mine / name / "1/manifest.json").read_text())
-    assert '"signal"' not in json.dumps(written) and "risk" not in written
+    assert "risk" not in written
     lams = {row["lambda"] for row in written["calibration"]["table"]}
-    assert 0 in lams and len(lams) == 2
+    assert None in lams and len(lams) == 2
     with serving(mine, models=[name]) as server:
         (served,) = server.service.models.all
         tau, lam = written["defaults"]["tau"], written["defaults"]["lambda"]
@@ -317,12 +310,12 @@ def test_an_artifact_of_schema_3_is_served_as_before(
         for text, row in zip(TEXTS, rows, strict=True):
             found = row["exit"]
             assert (found["layer"], found["score"]) == by_the_rule(served.model, text, tau, by)
-            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam or None)
+            assert (found["tau"], found["signal"], found["lambda"]) == (tau, signal, lam)
         for other in lams:
-            table = [row for row in before["calibration"]["table"] if (row["lambda"] or 0.0) == other]
-            trade_offs = sorted((r for r in table if r["signal"] != "risk"), key=lambda r: r["tau"])
+            table = [row for row in written["calibration"]["table"] if row["lambda"] == other]
+            trade_offs = sorted(table, key=lambda r: r["tau"])
             wanted = next(r for r in trade_offs if r["speedup"] >= 1.5)
-            found = asked(server, target_speedup=1.5, **{"lambda": other})
+            found = asked(server, target_speedup=1.5, **{"lambda": other or 0.0})
             assert (found["tau"], found["expected"]["accuracy"]) == (wanted["tau"], wanted["accuracy"])
         refused = server.classify(input="a film", signal="risk", tau=0.1)
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
@@ -330,16 +323,15 @@ def test_an_artifact_of_schema_3_is_served_as_before(
         assert httpx.get(server.url + "/v1/models").json()["data"][0]["signals"] == ["entropy", "edr"]
 
 
-def test_a_new_calibration_gives_an_artifact_of_schema_3_risk(store: Path, tmp_path: Path) -> None:
+def test_a_new_calibration_gives_an_artifact_risk(store: Path, tmp_path: Path) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
-    edit(mine / "tiny-int8" / "1", lambda m: to_schema_3(m, "entropy"))
+    edit(mine / "tiny-int8" / "1", lambda m: without_risk(m, "entropy"))
     tune, certify = (
         write_rows(tmp_path / f"{part}.jsonl", make_rows(n, seed))
         for part, n, seed in (("t", 150, 51), ("c", 150, 52))
     )
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3 --signal risk")
     written = json.loads((mine / "tiny-int8/2/manifest.json").read_text())
-    assert written["schema_version"] == SCHEMA_VERSION
     assert [row["layer"] for row in written["risk"]] == [0, 1, 2]
     assert (written["defaults"]["signal"], written["defaults"]["lambda"]) == ("risk", None)
     assert {row["signal"] for row in written["calibration"]["table"]} == {"risk", "edr", "entropy"}

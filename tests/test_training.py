@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 
+from de3 import tables
+from de3.cli import app
 from de3.training import data as datas
 from de3.training import progress
 from de3.training import split as splits
 from de3.training.model import De3Model
 from de3.training.predict import predict
-from de3.training.trainer import TrainSettings, open_teacher, train
+from de3.training.settings import TrainSettings
+from de3.training.trainer import open_teacher, train
 from tests.commands import de3
 from tests.fixtures import FILLER
 
@@ -23,6 +28,15 @@ def common(data_file: Path, encoder: Path, out: Path) -> str:
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--out {out} --lr 1e-3 --batch-size 64 --held-back 300 --no-bf16"
     )
+
+
+def test_every_setting_is_an_option_with_its_default() -> None:
+    options = {p.name: p for p in get_command(app).commands["train"].params}  # type: ignore[attr-defined]
+    for setting in fields(TrainSettings):
+        option = options[setting.name]
+        by_other_options = isinstance(option.show_default, str)  # type: ignore[attr-defined]
+        assert option.default == (None if by_other_options else setting.default), setting.name
+        assert option.help, setting.name  # type: ignore[attr-defined]
 
 
 def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
@@ -38,7 +52,7 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
 
 
 def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     parts = splits.split(datas.to_examples(rows, names), seed=0, held_back=300)
     assert datas.load_examples(checkpoint / "tune.jsonl", names) == parts.tune
@@ -79,7 +93,7 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     """What the command builds from its arguments."""
     from transformers import AutoTokenizer
 
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -199,7 +213,10 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
     ("arguments", "message"),
     [
         ("--group-column label --fragments", "--group-column cannot go with --fragments"),
-        ("--group-column user", r"train.tsv:2: the column 'user' is missing; there are 'sentence', 'label'"),
+        (
+            "--group-column user",
+            r"train.tsv:2: no column 'user'; it has 'sentence', 'label': set --group-column",
+        ),
     ],
 )
 def test_a_group_column_that_cannot_be(

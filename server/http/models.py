@@ -1,4 +1,4 @@
-"""Routes that list the served models, their calibrations, and the results of audits."""
+"""Routes that report the served models, their calibrations, and the results of audits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,11 +20,11 @@ from de3.server.service import Service
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application."""
     reporting = asyncio.Lock()  # one at a time: each takes milliseconds
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # cache of the last one, 170 KB
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested: each has 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
     async def models() -> dict[str, Any]:
-        """The served models: labels, layers, role, defaults, and calibrated results of the defaults."""
+        """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]
         return {"object": "list", "data": rows}
 

@@ -101,22 +101,21 @@ static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *en
 
 /* Products are sums of int8 products and one rounding, so all but GELU are the same to the last bit. */
 static void compare_product(const Linear *w, int tokens, int level) {
-    int zero = level < 0 ? whole(0, 255) : MIDDLE;
     size_t padded = ROUND_UP(tokens, 16), count = (size_t)tokens * w->out;
     uint8_t *x = memory(padded * w->in);
     for (size_t i = 0; i < padded * w->in; i++) x[i] = (uint8_t)(level < 0 ? whole(0, 255) : level);
     Quantization *rows = memory(tokens * sizeof *rows);
     for (int t = 0; t < tokens; t++) rows[t] = (Quantization){0.02f * (1.0f + 0.5f * normal()), normal()};
     float *residual = normals(count, 1.0f), *expected = memory(count * 4), *found = memory((count + 16) * 4);
-    for (Then then = PLAIN; then <= RESIDUAL; then++) {
-        Product p = {w, x, rows, zero, tokens, then, residual, expected};
+    for (Epilogue epilogue = PLAIN; epilogue <= RESIDUAL; epilogue++) {
+        Product p = {w, x, rows, tokens, epilogue, residual, expected};
         reference_kernels.product(&p);
         for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
         p.to = found;
         ours->product(&p);
-        int ok = then == GELU ? are_near(found, expected, count, 0.1f) : are_same(found, expected, count);
+        int ok = epilogue == GELU ? are_near(found, expected, count, 0.1f) : are_same(found, expected, count);
         for (int i = 0; i < 16; i++) ok = ok && found[count + i] == -1e30f;
-        check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual"}[then], w->in, w->out, tokens);
+        check(ok, (const char *[]){"product", "GELU", "ReLU", "product + residual"}[epilogue], w->in, w->out, tokens);
     }
     free(x);
     free(rows);
@@ -158,12 +157,12 @@ static void compare_gelu(void) {
     uint8_t *x = memory(16 * IN);
     memset(x, MIDDLE, 16 * IN);
     Quantization row = {1.0f, 0.0f};
-    for (Then then = GELU; then <= RELU; then++) {
-        reference_kernels.product(&(Product){&w, x, &row, MIDDLE, 1, then, NULL, expected});
-        ours->product(&(Product){&w, x, &row, MIDDLE, 1, then, NULL, found});
-        check(is_same(found[0], expected[0]) && is_same(found[1], expected[1]), "infinite activation", then, 0, 0);
-        check(fabsf(found[2] / 1e30f - 1.0f) < 1e-6f, "large activation", then, 0, 0);
-        for (int i = 3; i < OUT; i++) check(fabsf(found[i] - expected[i]) <= 1e-6f, "activation", then, i, 0);
+    for (Epilogue epilogue = GELU; epilogue <= RELU; epilogue++) {
+        reference_kernels.product(&(Product){&w, x, &row, 1, epilogue, NULL, expected});
+        ours->product(&(Product){&w, x, &row, 1, epilogue, NULL, found});
+        check(is_same(found[0], expected[0]) && is_same(found[1], expected[1]), "infinite activation", epilogue, 0, 0);
+        check(fabsf(found[2] / 1e30f - 1.0f) < 1e-6f, "large activation", epilogue, 0, 0);
+        for (int i = 3; i < OUT; i++) check(fabsf(found[i] - expected[i]) <= 1e-6f, "activation", epilogue, i, 0);
     }
     free_linear(&w);
     free(tiles);
@@ -175,18 +174,16 @@ static void compare_gelu(void) {
 
 /* ---- quantization ----------------------------------------------------------------------------------- */
 
-static void compare_quantized(const float *x, int tokens, int width, const Quantization *shared, int zero, int kind) {
+static void compare_quantized(const float *x, int tokens, int width, int kind) {
     size_t count = (size_t)tokens * width;
     Quantization expected[16], found[16];
     uint8_t *bytes = memory(count), *same = memory(count);
-    reference_kernels.quantize(x, tokens, width, shared, zero, expected, bytes);
-    ours->quantize(x, tokens, width, shared, zero, found, same);
+    reference_kernels.quantize(x, tokens, width, expected, bytes);
+    ours->quantize(x, tokens, width, found, same);
     check(!memcmp(bytes, same, count), "quantized", kind, tokens, width);
     for (int t = 0; t < tokens; t++)
         check(is_same(expected[t].scale, found[t].scale) && is_same(expected[t].center, found[t].center),
               "quantization", kind, t, width);
-    Range a = reference_kernels.range(x, count), b = ours->range(x, count);
-    check(is_same(a.low, b.low) && is_same(a.high, b.high), "range", kind, tokens, width);
     free(bytes);
     free(same);
 }
@@ -209,9 +206,7 @@ static void compare_quantize(void) {
                 if (kind == 9) x[i] = i % width ? -1.5f : NAN;
                 if (kind == 10) x[i] *= 1e-43f; /* a scale without an inverse */
             }
-            compare_quantized(x, tokens, width, NULL, MIDDLE, kind);
-            compare_quantized(x, tokens, width, &(Quantization){1.0f, 0.0f}, whole(0, 255), kind);
-            compare_quantized(x, tokens, width, &(Quantization){1e-3f, 0.1f}, whole(0, 255), kind); /* saturates */
+            compare_quantized(x, tokens, width, kind);
             free(x);
         }
 }
@@ -295,10 +290,9 @@ static void compare_rest(void) {
 
 /* ---- a layer ---------------------------------------------------------------------------------------- */
 
-static Model *model_of(int hidden, int heads, int inner, int by_token, int positions) {
+static Model *model_of(int hidden, int heads, int inner, int positions) {
     Model *m = new_model(hidden, heads, inner, 1);
     if (m == NULL) exit(3);
-    m->by_token = by_token;
     m->has_gelu = 1;
     Layer *layer = &m->layers[1];
     Linear *linears[] = {&layer->qkv, &layer->out, &layer->up, &layer->down};
@@ -322,15 +316,15 @@ static void compare_layer(const Model *m) {
     int failed = run_layer(m, 1, x, tokens, 6, together);
     for (int i = 0, row = 0; i < 6; row += tokens[i++])
         failed = failed || run_layer(m, 1, x + (size_t)row * hidden, tokens + i, 1, alone + (size_t)row * hidden);
-    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, m->by_token, 0);
+    check(!failed && !memcmp(together, alone, count * 4), "a text in a group", hidden, m->layers[1].offsets.positions, 0);
     kernels = &reference_kernels;
     failed = run_layer(m, 1, x, tokens, 6, alone);
     for (size_t i = 0; i < count; i++) {
         float error = fabsf(together[i] - alone[i]);
         far += !(error < 1e-4f);
-        check(error < 0.2f, "a layer", hidden, m->by_token, (int)i);
+        check(error < 0.2f, "a layer", hidden, m->layers[1].offsets.positions, (int)i);
     }
-    check(!failed && far < (int)count / 2, "a layer's values", hidden, m->by_token, far);
+    check(!failed && far < (int)count / 2, "a layer's values", hidden, m->layers[1].offsets.positions, far);
     free(x);
     free(together);
     free(alone);
@@ -339,8 +333,8 @@ static void compare_layer(const Model *m) {
 static void compare_layers(void) {
     static const int shapes[][3] = {{64, 4, 64}, {128, 2, 320}, {192, 4, 128}};
     for (int i = 0; i < 3; i++)
-        for (int by_token = 0; by_token < 2; by_token++) {
-            Model *m = model_of(shapes[i][0], shapes[i][1], shapes[i][2], by_token, by_token ? 160 : 0);
+        for (int with = 0; with < 2; with++) { /* offsets */
+            Model *m = model_of(shapes[i][0], shapes[i][1], shapes[i][2], with ? 160 : 0);
             compare_layer(m);
             free_model(m);
         }
