@@ -1,5 +1,5 @@
 # The server with its demo model: docker build -t de3 .
-# It drains when it is stopped: docker run --read-only --stop-timeout 40 -p 8000:8000 de3
+# It drains when stopped: docker run --read-only --stop-timeout 40 -p 8000:8000 de3
 ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS build
@@ -8,16 +8,16 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/de3
 WORKDIR /src
-# What the code depends on changes less often than the code: a layer of its own.
+# Dependencies change less often than the code, so they have a layer of their own.
 COPY pyproject.toml ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" > needs.txt \
     && /opt/de3/bin/pip install --no-cache-dir --requirement needs.txt
 COPY . .
 RUN /opt/de3/bin/pip install --no-cache-dir --no-deps . \
-    # Nothing is installed at run time, and a test suite of a library serves nobody.
+    # Nothing is installed at run time, and the tests of libraries are not needed.
     && /opt/de3/bin/pip uninstall --yes pip \
-    # The demo model is in the image once, in /models.
+    # The image holds the demo model once, in /models.
     && cd /opt/de3/lib/python3*/site-packages/de3 && rm -r demo && ln -s /models demo \
     && find /opt/de3 -type d -name tests -prune -exec rm -rf {} +
 
@@ -27,13 +27,13 @@ LABEL org.opencontainers.image.title="de3" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/de3 /opt/de3
 COPY models /models
-# What audits showed, if DE3_STATE_DIR=/state: a new volume takes the folder's owner.
+# Results of audits, if DE3_STATE_DIR=/state. A new volume takes the owner of the folder.
 RUN install --directory --owner 10001 --group 10001 /state
 ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000
-# Not urllib: it would ask a proxy, where the container has one.
+# Not urllib, which would use the proxy of the container, if it has one.
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python3", "-c", "\
 import http.client, os, sys; \
 c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DE3_PORT']), timeout=2); \

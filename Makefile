@@ -1,5 +1,6 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
-# make test    set up everything and run all tests
+# make test    set up everything and run the tests of what a change to the product can break
+# make test-all  run the other tests: containers, Ray, emulators, wheels, load, and the laboratory's
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter
 # make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
@@ -7,18 +8,23 @@ PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
+# More than the two cores that most CI machines have: a test that waits leaves its core to another.
 WORKERS := 4
+PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # pip's progress bars are for a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)
 NATIVE := $(wildcard native/*.c native/*.h)
 
-.PHONY: serve test wheel lint sanitize format setup clean
+.PHONY: serve test test-all wheel lint sanitize format setup clean
 
 serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
 
 test: $(DEV)/ready
-	$(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow" tests
+
+test-all: $(DEV)/ready
+	$(PYTEST) -m slow
 
 wheel:
 	deploy/release/build.sh $(PYTHON)

@@ -1,4 +1,4 @@
-"""The `de3` command. Each command imports its dependencies when it runs, so serving needs no torch."""
+"""The `de3` command. Each command imports its dependencies when it runs, so serving needs no PyTorch."""
 
 import sys
 from importlib.metadata import version
@@ -21,15 +21,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     help="Train, export and serve text classifiers with early exit (DE3-BERT).",
-    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve; with a classifier that you have: de3 "
-    "import → de3 serve.",
+    epilog="Typical order: de3 train → de3 evaluate → de3 export → de3 serve; for an existing classifier: de3 import → "
+    "de3 serve.",
 )
 app.add_typer(models_app, name="models")
 app.add_typer(loadtest_app, name="loadtest")
 
 
 def main(commands: typer.Typer | None = None) -> None:
-    """Run the command line; an error that the user can fix is reported in one line, without a traceback."""
+    """Run the command line; an error that the user can fix is reported in a line, without a traceback."""
     from pydantic import ValidationError
 
     try:

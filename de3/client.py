@@ -26,7 +26,7 @@ Input = str | dict[str, str] | tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Where a text exited, and why; the fields of `exit` in docs/api.md."""
+    """The exit of a text: the fields of `exit` in docs/api.md."""
 
     layer: int
     num_layers: int
@@ -39,14 +39,21 @@ class Exit:
     distance_ratio: float | None
     edr: float | None
 
+    @classmethod
+    def parse(cls, json: dict[str, Any]) -> "Exit":
+        """An exit from its JSON, in which λ is `lambda`; fields of a newer server are ignored."""
+        known: dict[str, Any] = {field.name: json.get(field.name) for field in fields(cls)}
+        return cls(**{**known, "lam": json.get("lambda")})
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The answer to one text; `raw` is its JSON, with what `explain` and `ood` add.
+    """The answer to one text.
 
     Attributes:
-        probs: empty of a regression model.
-        value: the answer of a regression model; None: it has classes.
+        probs: of each label, in the model's order; empty for a regression model.
+        raw: the JSON of the answer, with the fields that `explain` and `ood` add.
+        value: the answer of a regression model; None for a model with classes.
     """
 
     label: str
@@ -55,6 +62,12 @@ class Row:
     is_truncated: bool
     raw: dict[str, Any]
     value: float | None = None
+
+    @classmethod
+    def parse(cls, json: dict[str, Any]) -> "Row":
+        """A row from its JSON."""
+        truncated, value = json.get("truncated", False), json.get("value")
+        return cls(json["label"], json["probs"] or [], Exit.parse(json["exit"]), truncated, json, value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +85,19 @@ class Answer:
     tokens: int
     raw: dict[str, Any]
 
+    @classmethod
+    def parse(cls, json: dict[str, Any]) -> "Answer":
+        """An answer from the JSON of a response."""
+        rows = [Row.parse(row) for row in json["data"]]
+        return cls(json["model"], rows, json["usage"]["total_tokens"], json)
+
 
 class ServerError(Exception):
-    """A request that the server did not answer.
+    """A request that the server refused or failed to answer.
 
     Attributes:
         status: the HTTP status.
-        field: the field at fault; None if none is.
+        field: the field at fault, if one is.
         retry_after_s: seconds after which the same request may succeed; None: it will not by itself.
     """
 
@@ -109,33 +128,34 @@ def _checked(response: httpx.Response) -> Any:
     try:
         error = response.json()["error"]
         message, field = error["message"], error["param"]
-    except (ValueError, KeyError, TypeError):  # of a proxy
+    except (ValueError, KeyError, TypeError):  # a proxy's answer
         message, field = f"HTTP {response.status_code}: {response.text[:200]}", None
     after = response.headers.get("retry-after", "")
     raise ServerError(response.status_code, message, field, float(after) if after.isdigit() else None)
 
 
-def _answer(json: dict[str, Any]) -> Answer:
-    rows = []
-    for row in json["data"]:
-        given = {("lam" if k == "lambda" else k): v for k, v in row["exit"].items()}
-        # A newer server may say more.
-        known: dict[str, Any] = {field.name: given.get(field.name) for field in fields(Exit)}
-        truncated, value = row.get("truncated", False), row.get("value")
-        rows.append(Row(row["label"], row["probs"] or [], Exit(**known), truncated, row, value))
-    return Answer(json["model"], rows, json["usage"]["total_tokens"], json)
+class _Attempts:
+    """The attempts at one request: after some errors it is sent again."""
 
+    def __init__(self, retries: int) -> None:
+        self._left, self._pause_s = retries, 0.1
+        self.pause_s = 0.0  # before the next attempt
 
-def _pause_s(error: ServerError, attempt: int, retries: int) -> float | None:
-    """Seconds to wait before another attempt; None: there is none.
+    def answer(self, response: httpx.Response) -> Answer | None:
+        """The answer; None: send the request again after `pause_s`. Raises ServerError.
 
-    What the server names, or more after each attempt, and a random part, so that clients that were refused
-    together do not come back together. Without Retry-After the same request would fail again.
-    """
-    if attempt >= retries or error.status not in RETRIED or error.retry_after_s is None:
-        return None
-    pause_s: float = max(error.retry_after_s, 0.1 * 2**attempt) * random.uniform(1.0, 1.5)
-    return min(MAX_PAUSE_S, pause_s)
+        The pause is the server's Retry-After or twice the last one, whichever is longer, plus a random part, so that
+        clients that were refused together do not retry together. Without Retry-After the request would fail again.
+        """
+        try:
+            return Answer.parse(_checked(response))
+        except ServerError as error:
+            if self._left <= 0 or error.status not in RETRIED or error.retry_after_s is None:
+                raise
+            pause_s = max(error.retry_after_s, self._pause_s) * random.uniform(1.0, 1.5)
+            self.pause_s = min(MAX_PAUSE_S, pause_s)
+            self._left, self._pause_s = self._left - 1, 2 * self._pause_s
+            return None
 
 
 class Client:
@@ -153,16 +173,10 @@ class Client:
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
-        body, attempt = _body(inputs, options), 0
-        while True:
-            try:
-                return _answer(_checked(self._http.post("/classify", json=body)))
-            except ServerError as error:
-                pause_s = _pause_s(error, attempt, self._retries)
-                if pause_s is None:
-                    raise
-                time.sleep(pause_s)
-                attempt += 1
+        body, attempts = _body(inputs, options), _Attempts(self._retries)
+        while (answer := attempts.answer(self._http.post("/classify", json=body))) is None:
+            time.sleep(attempts.pause_s)
+        return answer
 
     def models(self) -> list[dict[str, Any]]:
         """The served models; raises ServerError."""
@@ -180,7 +194,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same for asyncio."""
+    """The same client for asyncio."""
 
     def __init__(
         self, url: str = URL, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4
@@ -190,16 +204,10 @@ class AsyncClient:
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
         """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
-        body, attempt = _body(inputs, options), 0
-        while True:
-            try:
-                return _answer(_checked(await self._http.post("/classify", json=body)))
-            except ServerError as error:
-                pause_s = _pause_s(error, attempt, self._retries)
-                if pause_s is None:
-                    raise
-                await asyncio.sleep(pause_s)
-                attempt += 1
+        body, attempts = _body(inputs, options), _Attempts(self._retries)
+        while (answer := attempts.answer(await self._http.post("/classify", json=body))) is None:
+            await asyncio.sleep(attempts.pause_s)
+        return answer
 
     async def models(self) -> list[dict[str, Any]]:
         """The served models; raises ServerError."""

@@ -1,1 +1,1 @@
-"""What runs the server and watches it."""
+"""Deployment and monitoring of the server."""

@@ -1,20 +1,19 @@
-"""Tests and bounds of a rate that hold at every moment, however often one looks: by betting.
+"""Anytime-valid tests and bounds of a rate, by betting: they hold at every moment, however often one looks.
 
-Texts arrive one after the other. Text t is drawn with probability q_t, which is fixed before anything of the text is
-known; A_t says whether it was drawn, and d_t whether its early answer differs from full depth, which only the drawn
-ones tell. X_t = A_t·d_t/q_t has the rate ρ as its mean, whatever q_t was.
+Texts arrive one after the other. Text t is drawn with probability q_t, which is fixed before anything about the text is
+known. A_t is 1 if it was drawn; d_t is 1 if its early answer differs from full depth, which is observed only if it was
+drawn. X_t = A_t·d_t/q_t has the rate ρ as its mean, whatever q_t was.
 
 A gambler who bets that ρ is below r has the wealth W = Π (1 + λ_t·(r − X_t)), 1 at the start, where λ_t = c·q_t with a
-constant c in (0, 1). If ρ is r or more, W is a supermartingale that is never negative: the probability that it ever
-reaches 1/δ is at most δ (Ville). So is the mean of several such W with other c, an e-value of "the rate is r or more".
-(Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", 2024; Xu, Karampatziakis & Mineiro,
-"Active, anytime-valid risk controlling prediction sets", 2024.)
+constant c in (0, 1). If ρ is r or more, W is a nonnegative supermartingale, so the probability that it ever reaches 1/δ
+is at most δ (Ville's inequality). The same holds for the mean of several such W with other c, which is an e-value of
+"the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", 2024; Xu,
+Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
 
-As λ_t is in proportion to q_t, an audit wins or loses the same share of W whatever q_t was; else a few that were drawn
-when q was small would decide.
+As λ_t is proportional to q_t, an audit wins or loses the same share of W whatever q_t was. Otherwise a few audits that
+were drawn when q was small would dominate.
 
-W depends only on how many texts came at each q and how many of the drawn ones differed, so counts are all that needs to
-be kept.
+W depends only on the number of texts at each q and of the drawn ones that differ, so only these counts are stored.
 """
 
 from collections.abc import Callable
@@ -25,11 +24,11 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-# c of the bets that the rate is lower, and κ of those that it is higher, whose λ_t is κ·q_t: best where the rate is
+# c of the bets that the rate is lower, and κ of the bets that it is higher, where λ_t = κ·q_t: optimal if the rate is
 # 1 + κ times r.
 LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
-# Of what a text that does not differ can lose of a bet that the rate is higher.
+# Largest share of the wealth that a bet on a higher rate loses with a text that does not differ.
 MOST_LOSS = 0.9
 STEPS = 30  # of a bisection
 
@@ -37,8 +36,8 @@ STEPS = 30  # of a bisection
 def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
     """E-values of "the rate is `rates` or more", (G,): evidence that it is lower.
 
-    shares: q, (L,), each in (0, 1]. texts: those that came at each q, drawn or not, (L,). differing: the drawn ones
-    that differ, (L, G). rates: r, (G,), each in (0, 1).
+    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, drawn or not, (L,). differing: number of drawn
+    texts that differ, (L, G). rates: r, (G,), each in (0, 1).
     """
     c, q, r = LOWER[:, None, None], shares[:, None], rates
     lost = np.log1p(c * (q * r - 1.0))
@@ -58,20 +57,20 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
     """Lower and upper bounds of G rates, each (G,): a confidence sequence for each of them.
 
-    With probability `confidence` a rate is within its bounds at every moment. Arguments as for `e_values`.
+    With probability `confidence`, a rate is within its bounds at every moment. Arguments as for `e_values`.
     """
     count = differing.shape[1]
     if not texts.any():
         return np.zeros(count), np.ones(count)
-    enough = 2.0 / (1.0 - confidence)  # each side may err half as often
+    enough = 2.0 / (1.0 - confidence)  # each side has half of the error probability
 
-    def bisect(is_right: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
-        """The greatest rates, (G,), that are right, where all lower ones are."""
+    def bisect(holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
+        """The greatest rates, (G,), for which a condition holds that holds for all lower rates."""
         low, high = np.zeros(count), np.ones(count)
         for _ in range(STEPS):
             middle = (low + high) / 2
-            right = is_right(middle)
-            low, high = np.where(right, middle, low), np.where(right, high, middle)
+            held = holds(middle)
+            low, high = np.where(held, middle, low), np.where(held, high, middle)
         return high
 
     lower = bisect(lambda rates: e_values_above(shares, texts, differing, rates) >= enough)
@@ -80,16 +79,16 @@ def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) 
 
 
 def _mean_exp(logs: Floats) -> Floats:
-    """The mean over the bets of their wealths, whose logarithms are (bets, G)."""
+    """Mean wealth over the bets, (G,), from its logarithms, (bets, G)."""
     return np.asarray(np.exp(np.minimum(logs, 700.0)).mean(0))
 
 
 class ChangeDetector:
-    """Fires when a rate has risen above r: an e-detector of Shiryaev–Roberts' kind (Shin, Ramdas & Rinaldo, 2023).
+    """Fires when a rate has risen above r: a Shiryaev–Roberts e-detector (Shin, Ramdas & Rinaldo, 2023).
 
-    At every text a new gambler begins, with the stake q_t, to bet that the rate is above r; the detector is what all of
-    them own together. While the rate is at most r they own, in the mean, what they staked, so the mean number of drawn
-    texts to a false alarm is at least `patience`.
+    At every text a new gambler begins to bet, with the stake q_t, that the rate is above r; the statistic is the total
+    wealth of all of them. While the rate is at most r, its expectation is the sum of the stakes, so the mean number of
+    drawn texts to a false alarm is at least `patience`.
     """
 
     BETS = np.array([0.5, 1.5, 4.0])  # κ, as in HIGHER
@@ -101,19 +100,19 @@ class ChangeDetector:
 
     @property
     def has_fired(self) -> bool:
-        """Whether the rate has risen."""
+        """True once the rate has risen."""
         return bool(self.wealth.mean() >= self.patience)
 
     def skip(self, share: float, texts: int) -> None:
-        """Texts that were not drawn, at q = `share`."""
+        """Count texts that were not drawn, at q = `share`."""
         if texts:
             stays = 1.0 - self._bets(share) * self.rate
             power = stays**texts
-            # The sum of a geometric series: each text's stake, and what is left of it.
+            # A geometric series: the stake of each text, and what remains of it.
             self.wealth = self.wealth * power + share * stays * (1.0 - power) / (1.0 - stays)
 
     def add(self, share: float, differs: bool) -> None:
-        """A text that was drawn, at q = `share`."""
+        """Count a text that was drawn, at q = `share`."""
         self.wealth = (self.wealth + share) * (1.0 + self._bets(share) * (differs / share - self.rate))
 
     def _bets(self, share: float) -> Floats:

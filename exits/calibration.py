@@ -1,6 +1,6 @@
 """The trade-off table and the default (signal, τ) of recorded exits, with confidence intervals.
 
-The signal is chosen on one set of samples; every number comes from another.
+The signal is chosen on one set of samples; all numbers come from another.
 """
 
 import math
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from de3.exits import guarantee
 from de3.exits.recorded import Recorded
 from de3.exits.rule import exit_index
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import Edr, Entropy, Signal
 
 LAMS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Quadratic spacing: most scores are near 0, so the grid is finest there.
 TAUS = tuple(round((i / 60) ** 2, 6) for i in range(61))
-# For the guarantees; includes all of TAUS.
+# Grid of the guarantees; includes all of TAUS.
 FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 Z95_ONE_SIDED = 1.644854
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 class Outcome:
     """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff explains the fields."""
 
-    signal: SignalName
+    signal: str
     lam: float | None
     tau: float
     accuracy: float
@@ -43,15 +43,15 @@ class Outcome:
     mean_exit_layer: float
     speedup: float
     histogram: list[float]
-    disagreement_bound: float = 1.0  # set by trade_off, which needs the whole sequence
+    disagreement_bound: float = 1.0  # set by trade_off, as it depends on the whole sequence
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Recorded samples, and which of them are related.
+    """Recorded samples in groups of related ones.
 
     Attributes:
-        groups: the number of each sample's group, (n,); related samples have the same.
+        groups: group number of each sample, (n,).
     """
 
     recorded: Recorded
@@ -59,7 +59,7 @@ class Samples:
 
     @classmethod
     def independent(cls, recorded: Recorded) -> "Samples":
-        """Samples of which each is a group of its own."""
+        """Samples that each form a group of their own."""
         return cls(recorded, np.arange(len(recorded.labels)))
 
     @property
@@ -73,9 +73,9 @@ class Samples:
 
 
 def candidates(recorded: Recorded) -> list[Signal]:
-    """The signals of the paper, which need no fitting: entropy, and EDR with several λ where there are prototypes.
+    """The signals that need no fitting: entropy, and EDR with several λ if classes exclude each other.
 
-    A regression model has neither.
+    A regression model has none.
     """
     if recorded.tolerance is not None:
         return []
@@ -96,7 +96,7 @@ def speedup(num_layers: int, mean_exit_layer: float) -> float:
 
 
 def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Outcome:
-    """The outcome of exiting at score < τ; `scores` holds every exit of every sample, (n, exits)."""
+    """The outcome of exiting at score < τ; scores are (n, exits)."""
     recorded = samples.recorded
     index = exit_index(scores, tau)
     rows = np.arange(len(index))
@@ -122,9 +122,9 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 
 
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
-    """The mean of values (n,) and its standard error, which counts groups, not samples.
+    """The mean of values (n,) and its standard error, by groups instead of samples.
 
-    It is at least that of one group that differs.
+    The error is at least that of a single differing group.
     """
     count = len(values) if groups is None else len(np.unique(groups))
     return float(values.mean()), max(_standard_error(values, groups), 1 / count)
@@ -142,15 +142,15 @@ def _standard_error(values: Floats, groups: NDArray[np.int64] | None) -> float:
 
 
 def effective_size(hits: NDArray[np.bool_], groups: NDArray[np.int64]) -> float:
-    """How many independent samples would tell a proportion as exactly as these, some of which are related."""
+    """Number of independent samples that would estimate a proportion as precisely as these related ones."""
     n, count, mean = len(hits), len(np.unique(groups)), float(hits.mean())
-    if count in (1, n) or not 0 < mean < 1:  # nothing tells how alike a group is
+    if count in (1, n) or not 0 < mean < 1:  # the correlation within groups cannot be estimated
         return float(count)
     return max(1.0, min(n, mean * (1 - mean) / _standard_error(hits.astype(float), groups) ** 2))
 
 
 def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tuple[float, float]:
-    """95% interval of the accuracy that `after` lost against `before`, each (n,), on the same samples."""
+    """95% interval of the accuracy lost from `before` to `after`, each (n,), on the same samples."""
     loss, error = mean_and_error(before.astype(float) - after)
     return loss - Z95 * error, loss + Z95 * error
 
@@ -160,12 +160,12 @@ def trade_off(
 ) -> list[Outcome]:
     """The outcomes of one signal by ascending τ; their disagreement bounds form one fixed sequence.
 
-    scores: the signal's, where they were cross-fitted.
+    scores: cross-fitted scores; None: the signal's own.
     """
     if scores is None:
         scores = signal.scores(samples.recorded)
     rows = [outcome(samples, scores, tau, signal) for tau in sorted(taus)]
-    # At τ = 0 every answer is that of full depth: there is nothing to bound, unless that is not the original's.
+    # At τ = 0 every answer is full depth's: there is nothing to bound, unless full depth differs from the original.
     above = [row for row in rows if row.tau > 0 or samples.recorded.original is not None]
     all_differ = samples.recorded.differs
     number = np.arange(len(all_differ))
@@ -188,8 +188,8 @@ def upper_loss(row: Outcome) -> float:
 def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
     """The last row, by ascending τ, up to which every row's loss is below max_loss with 95% confidence.
 
-    The rows are of one signal and tested in this order, fixed before the data were seen: the first that fails ends
-    the sequence, and the confidence holds for the row that is chosen. τ = 0 always passes.
+    The rows of one signal are tested in this order, which was fixed before the data were seen. The first that fails
+    ends the sequence, so the confidence holds for the chosen row. τ = 0 always passes.
     """
     chosen = None
     for row in sorted(table, key=lambda r: r.tau):
@@ -201,10 +201,10 @@ def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
 
 
 def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
-    """The highest speed-up of a table at which the labels differ from full depth at most so often."""
+    """The highest speed-up of a table at which at most this share of answers differs from full depth."""
     return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
 
 
 def merit(table: Sequence[Outcome]) -> float:
-    """How good a signal is: the geometric mean of its speed-ups at 1, 2 and 5% disagreement with full depth."""
+    """Merit of a signal: the geometric mean of its speed-ups at 1, 2 and 5% disagreement with full depth."""
     return math.exp(sum(math.log(speed_within(table, d)) for d in MERIT_AT) / len(MERIT_AT))

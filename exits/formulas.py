@@ -1,11 +1,10 @@
 """The formulas of DE3-BERT (arXiv 2402.05948) on arrays: the two signals and their fusion.
 
 Local signal: the entropy of an exit's class probabilities. Global signal: how much nearer the sample is to
-the prototype of the top-ranked class than to that of the second-ranked class. Both are small when the exit
+the prototype of the first-ranked class than to that of the second-ranked one. Both are small when the exit
 is confident.
 
-In every function the classes are the last axis, and any axes may precede it. All compute in float64 and
-return values in [0, 1].
+Classes are the last axis; any axes may precede it. All functions compute in float64.
 """
 
 import numpy as np
@@ -64,7 +63,7 @@ def edr(entropy: ArrayLike, distance_ratio: ArrayLike, lam: float) -> Floats:
 
 
 def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
-    """What `exits.signals.Risk` weighs, shape (..., 5): 1, margin, entropy, log entropy, log DR.
+    """The features of `exits.signals.Risk`, shape (..., 5): 1, margin, entropy, log entropy, log DR.
 
     logits and distances are (..., K); log DR is 0 where the distances are NaN (an exit without prototypes).
     """
@@ -74,20 +73,20 @@ def risk_features(logits: ArrayLike, distances: ArrayLike) -> Floats:
 
 
 def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
-    """The features of risk, shape (..., 5), of margin, entropy and distance ratio (NaN: none), each (...)."""
+    """The features of risk, shape (..., 5), from margin, entropy and distance ratio (NaN: none), each (...)."""
     log_ratio = np.log(np.maximum(np.where(np.isnan(ratio), 1.0, ratio), 1e-12))
     return np.stack([np.ones_like(h), margin, h, np.log(np.maximum(h, 1e-12)), log_ratio], -1)
 
 
 def value_features(values: ArrayLike) -> Floats:
-    """What `exits.signals.Risk` weighs of values (...) of a regression model, (..., 5): 1, value, value², 0, 0."""
+    """The features of risk in a regression model with the values (...), shape (..., 5): 1, value, value², 0, 0."""
     y = np.asarray(values, dtype=np.float64)
     return np.stack([np.ones_like(y), y, y * y, np.zeros_like(y), np.zeros_like(y)], -1)
 
 
 def label_entropy(logits: ArrayLike) -> Floats:
     """Entropy of K independent labels with the probabilities σ(logits), (..., K), divided by K·log 2, shape (...)."""
-    far = np.abs(np.asarray(logits, dtype=np.float64))
-    e = np.exp(-far)
-    total = (np.log1p(e) + far * e / (1.0 + e)).sum(axis=-1)
-    return np.asarray(np.clip(total / (far.shape[-1] * np.log(2.0)), 0.0, 1.0))
+    magnitude = np.abs(np.asarray(logits, dtype=np.float64))
+    e = np.exp(-magnitude)
+    total = (np.log1p(e) + magnitude * e / (1.0 + e)).sum(axis=-1)
+    return np.asarray(np.clip(total / (magnitude.shape[-1] * np.log(2.0)), 0.0, 1.0))

@@ -1,4 +1,4 @@
-"""Statistical guarantees on how often early answers differ from full depth.
+"""Statistical bound on the rate of early answers that differ from full depth.
 
 Risk control by Learn-then-Test with fixed-sequence testing ("Fast yet Safe: Early-Exiting with Risk
 Control", NeurIPS 2024): τ ascends from 0, an exact binomial bound limits the rate of differing answers at
@@ -13,9 +13,9 @@ CONFIDENCE = 0.95
 
 
 def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
-    """One-sided Clopper–Pearson upper bound of an error rate, in [0, 1], from `errors` in n samples.
+    """One-sided Clopper–Pearson upper bound of an error rate, in [0, 1], for `errors` in n samples.
 
-    It is the p with P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n.
+    The p for which P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n.
     """
     if not 0 <= errors <= n or n < 1:
         raise ValueError(f"errors must be from 0 to n and n at least 1, got {errors} of {n}")

@@ -1,15 +1,15 @@
-"""What audits of live traffic tell of each τ, and the τ that a promise allows.
+"""Online risk control: chooses τ from the disagreement that audits of live traffic find.
 
-An audit runs a text to full depth and sees, without a label, what every τ would have answered (`profile`). `Evidence`
-counts these by τ. `Promise` raises τ while the evidence says that the rate of answers that differ from full depth stays
-within the promise, and takes it back when that rate has risen.
+An audit runs a text to full depth and shows, without a label, how every τ would have answered (`profile`). `Evidence`
+counts the disagreements by τ. `Promise` raises τ as long as the evidence shows that the rate of answers that differ
+from full depth stays within the promised rate, and resets it when the rate has risen.
 
-The fixed order of the τ, ascending from 0, makes this one test, not many: τ rises to the next one only once the e-value
-of "its rate is above the promise" has reached 1/δ, and stops at the first that has not. The first τ whose rate is above
-the promise is ever passed with probability δ at most, from the start, or from a reset, until the traffic changes.
+The fixed order of the τ, ascending from 0, makes this a single test: τ moves to the next value only once the e-value of
+"the rate at this τ is above the promise" has reached 1/δ. From the start or a reset until the traffic changes, the
+probability that τ ever passes the first value whose rate is above the promise is at most δ.
 
-Traffic changes, and by little it cannot be told from chance for a long time. So τ is also lowered as far as the recent
-audits want it (`Recent`), which takes no proof; and what was proved becomes void when the change detector fires.
+A small change of the traffic cannot be told from chance for a long time. Therefore τ is also lowered as soon as the
+recent audits exceed the promise (`Recent`), without a test; and all evidence is void when the change detector fires.
 """
 
 import math
@@ -23,24 +23,24 @@ from numpy.typing import NDArray
 from de3.exits import betting
 from de3.exits.guarantee import CONFIDENCE
 
-# Audits to a false alarm, in the mean, of a rate that is just what was promised. A lower one takes far longer.
+# Mean number of audits to a false alarm at exactly the promised rate. At a lower rate it takes far longer.
 PATIENCE = 1e5
-MAX_SHARES = 64  # kept apart; a server has about ten
-# Audits that are recent: more where fewer than LEAST_EXPECTED of them may differ.
+MAX_SHARES = 64  # tallies in an Evidence; a server has about ten
+# Number of recent audits; larger if fewer than LEAST_EXPECTED of them may differ.
 RECENT, LEAST_EXPECTED = 300, 6
 
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
 class Kept(NamedTuple):
-    """A promise as another server left it.
+    """The saved state of a promise, besides its evidence.
 
     Attributes:
-        tau: the last that was proved.
-        start: the τ below which nothing was proved.
-        reason: why, as in Promise.
-        detector: what the gamblers of the change detector own.
-        weight, recent: see Recent.
+        tau: the last proved τ.
+        start: the τ to begin with, which was not tested.
+        reason: see Promise.
+        detector: wealth of the change detector.
+        weight, recent: `weight` and `differing` of Recent.
     """
 
     rate: float
@@ -53,8 +53,7 @@ class Kept(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """What each τ of a grid would have done with one text, (G,): whether the answer differs from full depth's, and its
-    exit layer."""
+    """The result of each τ of a grid for one text, (G,): disagreement with full depth, and exit layer."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
@@ -66,11 +65,11 @@ def profile(
     layers: Sequence[int],
     taus: NDArray[np.float64],
 ) -> Profile:
-    """The profile of a text that passed every exit, by the rule of `exits.rule`: the first score below τ, else the
-    last.
+    """The profile of a text that passed every exit, by the rule of `exits.rule`: exit at the first score below τ, else
+    at the last layer.
 
-    scores: of each exit; None or NaN: it has none. differs: whether its answer is not the last one's. layers: of the
-    exits.
+    scores: by exit; None or NaN at an exit without a score. differs: disagreement of each exit with the last one.
+    layers: layers of the exits.
     """
     below = np.array([np.inf if score is None else score for score in scores[:-1]])
     least = np.minimum.accumulate(np.where(np.isnan(below), np.inf, below))
@@ -80,14 +79,14 @@ def profile(
 
 @dataclass(slots=True)
 class Tally:
-    """What came while texts were drawn with one probability.
+    """Counts of the texts that were drawn with one probability.
 
     Attributes:
-        texts: all, drawn or not.
-        audits: the drawn ones.
-        served: those of them whose answer, as it was sent, differs from full depth.
-        differing: those that would differ at each τ, (G,).
-        layers: the sum of their exit layers at each τ, (G,).
+        texts: number of texts, drawn or not.
+        audits: number of drawn texts.
+        served: audits whose answer, as served, differs from full depth.
+        differing: audits that would differ at each τ, (G,).
+        layers: sum of the audits' exit layers at each τ, (G,).
     """
 
     texts: int
@@ -110,7 +109,7 @@ class Evidence:
     tallies: dict[float, Tally] = field(default_factory=dict)
 
     def copy(self) -> "Evidence":
-        """As it is now; another thread may go on counting."""
+        """A snapshot, while another thread may go on counting."""
         tallies = {
             share: replace(tally, differing=tally.differing.copy(), layers=tally.layers.copy())
             for share, tally in list(self.tallies.items())
@@ -136,32 +135,32 @@ class Evidence:
             raise ValueError(f"a share must be above 0 and at most 1, got {share}")
         if share not in self.tallies:
             if len(self.tallies) == MAX_SHARES:
-                raise ValueError(f"at most {MAX_SHARES} shares are kept apart")
+                raise ValueError(f"at most {MAX_SHARES} shares are counted")
             zeros = np.zeros(len(self.taus), np.int64)
             self.tallies[share] = Tally(0, 0, 0, zeros, zeros.copy())
         return self.tallies[share]
 
     @property
     def texts(self) -> int:
-        """Texts, drawn or not."""
+        """Number of texts, drawn or not."""
         return sum(tally.texts for tally in self.tallies.values())
 
     @property
     def audits(self) -> int:
-        """Texts that were drawn."""
+        """Number of drawn texts."""
         return sum(tally.audits for tally in self.tallies.values())
 
     def served(self) -> float | None:
-        """The rate of answers that differed from full depth as they were sent; None without audits."""
+        """Rate of disagreement of the answers as served; None without audits."""
         weight = self._weight()
         return sum(t.served / share for share, t in self.tallies.items()) / weight if weight else None
 
     def rates(self) -> betting.Floats:
-        """The rate at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
+        """Rate of disagreement at each τ, (G,), each audit weighted by 1/q; NaN without audits."""
         return self._mean([tally.differing for tally in self.tallies.values()])
 
     def mean_layers(self) -> betting.Floats:
-        """The mean exit layer at each τ, (G,); NaN without audits."""
+        """Mean exit layer at each τ, (G,); NaN without audits."""
         return self._mean([tally.layers for tally in self.tallies.values()])
 
     def _weight(self) -> float:
@@ -174,9 +173,9 @@ class Evidence:
         return np.asarray(sum(s / share for share, s in zip(self.tallies, sums, strict=True)) / weight)
 
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
-        """Bounds of the rates at some τ, which hold at every moment with 95% confidence for each τ.
+        """Bounds of the rates at a slice of the τ, which hold at every moment with 95% confidence for each τ.
 
-        Bets do not weight audits as rates() does, so a rate may be outside; the bounds are then widened to it.
+        The bets do not weight audits as rates() does, so a rate may be outside; the bounds then include it.
         """
         if not self.audits:
             count = len(self.taus[index])
@@ -187,7 +186,7 @@ class Evidence:
         return np.minimum(lower, rates), np.maximum(upper, rates)
 
     def e_values(self, rate: float, index: slice = slice(None)) -> betting.Floats:
-        """The e-values of "the rate at this τ is above `rate`", of some τ."""
+        """E-values of "the rate at this τ is above `rate`", for a slice of the τ."""
         count = len(self.taus[index])
         if not self.tallies:
             return np.ones(count)
@@ -200,15 +199,15 @@ class Evidence:
 
 
 class Recent:
-    """The rates of the last audits, by τ; older ones fade.
+    """Exponentially weighted rates of the recent audits, by τ.
 
     Attributes:
-        weight: of the audits so far, at most `window`.
-        differing: the weight of those that would differ at each τ, (G,).
+        weight: total weight of the audits, less than the window.
+        differing: weight of the audits that would differ at each τ, (G,).
     """
 
     def __init__(self, rate: float, count: int) -> None:
-        """rate: what is promised. count: G."""
+        """rate: the promised rate. count: G."""
         self._rate, self._window = rate, max(RECENT, LEAST_EXPECTED / rate)
         self._error = math.sqrt(rate * (1 - rate) / self._window)
         self.weight, self.differing = 0.0, np.zeros(count)
@@ -220,8 +219,8 @@ class Recent:
         self.differing = self.differing * stays + differs
 
     def allows(self, index: int) -> int:
-        """The last τ, up to this index, before the first whose recent rate is not below the promise by a standard
-        error; this index while there are few audits."""
+        """Index of the last τ, up to this index, before the first whose recent rate is not at least a standard error
+        below the promise; this index while there are few audits."""
         if self.weight < self._window / 3:
             return index
         above = self.differing[: index + 1] > (self._rate - self._error) * self.weight
@@ -229,21 +228,20 @@ class Recent:
 
 
 class Promise:
-    """Keeps the rate of answers that differ from full depth within `rate`: which τ is in force, and why.
+    """Chooses τ so that the rate of answers that differ from full depth stays within `rate`.
 
     Attributes:
-        evidence: since the start, or the last change or reset.
-        proved: the index of the last τ that was proved, or that was the start.
-        index: of τ in force, at most `proved`.
-        reason: start (τ = 0, as nothing is known), calibrated (the offline certificate's), evidence (raised by audits),
-            recent (below what was proved, as recent audits want it), change (the rate had risen, and what was known is
-            void) or reset (by an admin).
+        evidence: audits since the start, or the last change or reset.
+        proved: index of the last τ that was proved, or of the τ to begin with.
+        index: index of τ in force, at most `proved`.
+        reason: start (τ = 0, without evidence), calibrated (τ of the offline certificate), evidence (raised by audits),
+            recent (lowered by recent audits), change (the rate had risen: the evidence is void) or reset (by an admin).
     """
 
     def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
-        """start: the index of the τ to begin with, which is not tested."""
+        """start: index of the τ to begin with, which is not tested."""
         if not 0 < rate < 1:
-            raise ValueError(f"a promise must be above 0 and below 1, got {rate}")
+            raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
         self.rate = rate
         self.evidence = Evidence(taus)
         self.proved = self.index = self._start = start
@@ -253,12 +251,12 @@ class Promise:
 
     @property
     def tau(self) -> float:
-        """τ in force; 0: every answer is full depth's."""
+        """τ in force; 0: every text runs to full depth."""
         return float(self.evidence.taus[self.index])
 
     @property
     def reason(self) -> Reason:
-        """Why τ is what it is; see the class."""
+        """The reason for τ; see the class."""
         return "recent" if self.index < self.proved else self._why
 
     def skip(self, share: float, texts: int) -> None:
@@ -268,7 +266,7 @@ class Promise:
             self._detector.skip(share, texts)
 
     def add(self, share: float, audit: Profile, served_differs: bool = False) -> bool:
-        """Count an audit; whether τ changed."""
+        """Count an audit; True if τ changed."""
         before = self.index
         self.evidence.add(share, audit, served_differs)
         self.recent.add(audit.differs)
@@ -291,7 +289,7 @@ class Promise:
         return bool(e_value >= 1 / (1 - CONFIDENCE))
 
     def reset(self, reason: Reason) -> None:
-        """Forget what is known, and answer at full depth again."""
+        """Discard the evidence, and return to τ = 0."""
         self.evidence = Evidence(self.evidence.taus)
         self.recent = Recent(self.rate, len(self.evidence.taus))
         self.proved = self.index = self._start = 0
@@ -304,7 +302,7 @@ class Promise:
         self._raise()
 
     def kept(self) -> "Kept":
-        """What `restore` needs besides the evidence."""
+        """The state to save besides the evidence, for `restore`."""
         taus, recent = self.evidence.taus, self.recent
         return Kept(
             *(self.rate, float(taus[self.proved]), float(taus[self._start]), self._why),
@@ -312,10 +310,10 @@ class Promise:
         )
 
     def restore(self, evidence: Evidence, kept: "Kept") -> None:
-        """Go on where another left off. What had been proved of another rate, or from a start that this one has not, is
-        proved anew, by the evidence.
+        """Continue from a saved state. If it was saved with another rate, or with a higher start, only its evidence is
+        used.
 
-        Raises ValueError for a τ that is not of the grid, and for values that cannot be.
+        Raises ValueError for a τ outside the grid, and for impossible values.
         """
         if kept.rate != self.rate or kept.start > evidence.taus[self._start]:
             self.adopt(evidence)
@@ -326,7 +324,7 @@ class Promise:
         fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape
         fits &= differing.shape == evidence.taus.shape and bool((differing <= kept.weight).all())
         if not fits or not (wealth >= 0).all() or not (differing >= 0).all():
-            raise ValueError("what was promised does not fit the τ")
+            raise ValueError("the saved promise does not fit the τ")
         self.evidence, self.proved, self._why = evidence, int(match[0]), kept.reason
         self._detector.wealth = wealth
         self.recent.weight, self.recent.differing = kept.weight, differing

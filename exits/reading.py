@@ -6,25 +6,28 @@ from math import exp, inf, log, log1p, nan
 
 LOG_2 = log(2.0)
 
+# A class or several labels, by number or by name; or a value.
+Answer = int | str | list[int] | float
+
 
 @dataclass(slots=True)
 class Reading:
-    """An exit's answer to one sample, and what the signals are computed from.
+    """An exit's answer to one sample, and the inputs of the signals.
 
     Attributes:
-        layer: the exit's.
-        logits: K of them.
-        probs: class probabilities, K of them; none of a regression model.
+        layer: layer of the exit.
+        logits: (K,).
+        probs: class probabilities, (K,); empty in a regression model.
         label: the most probable class (ties: lowest index).
-        margin: the highest logit minus the second; of a multi-label model how far the logit nearest to its threshold is
-            from it; of a regression model NaN.
-        entropy: the local signal, in [0, 1]; of a regression model NaN.
+        margin: the highest logit minus the second; in a multi-label model, the smallest distance of a logit from its
+            threshold; NaN in a regression model.
+        entropy: the local signal, in [0, 1]; NaN in a regression model.
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
-        labels: of a multi-label model those above their threshold; None: classes exclude each other.
-        value: the answer of a regression model; None: it has classes.
-        distances: to the prototypes, K of them; None at an exit without prototypes.
+        labels: labels of a multi-label model that are above their thresholds; None if classes exclude each other.
+        value: the answer of a regression model; None in a model with classes.
+        distances: to the prototypes, (K,); None at an exit without prototypes.
     """
 
     layer: int
@@ -40,13 +43,20 @@ class Reading:
     value: float | None = None
     distances: list[float] | None = None
 
+    @property
+    def answer(self) -> Answer:
+        """The class, the labels of a multi-label model, or the value of a regression model."""
+        if self.value is not None:
+            return self.value
+        return self.label if self.labels is None else self.labels
+
 
 def read(layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-    """Read one exit of one sample: its layer, its logits and its distances to the prototypes, K each.
+    """The reading of one exit of one sample, from its logits and its distances to the prototypes, K each.
 
-    These are the formulas of `exits.formulas` for one sample, in plain Python: a server calls this after
-    every layer, and NumPy takes 20 times as long for a handful of classes. `native/rule.c` does the same
-    operations in the same order, so both make the same decision.
+    The formulas of `exits.formulas` in plain Python: a server calls this after every layer, and NumPy takes 20 times
+    as long for a handful of classes. `native/rule.c` performs the same operations in the same order, so both decide
+    alike.
     """
     top = max(logits)
     label = logits.index(top)
@@ -73,16 +83,16 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
 
 
 def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) -> Reading:
-    """Read one exit of a multi-label model: each label has a probability of its own, σ(logit), and a threshold.
+    """The reading of one exit of a multi-label model, where each label has its own probability, σ(logit).
 
-    thresholds: as logits, K of them. The entropy is that of K independent labels, divided by K·log 2. As `read`, in
-    agreement with `native/rule.c`.
+    thresholds: as logits, (K,). The entropy is that of K independent labels, divided by K·log 2. Like `read`, it
+    agrees with `native/rule.c`.
     """
     total, margin = 0.0, inf
     for x, threshold in zip(logits, thresholds, strict=True):
-        far = abs(x)
-        e = exp(-far)
-        total += log1p(e) + far * e / (1.0 + e)
+        magnitude = abs(x)
+        e = exp(-magnitude)
+        total += log1p(e) + magnitude * e / (1.0 + e)
         gap = abs(x - threshold)
         margin = gap if gap < margin else margin
     entropy = min(max(total / (len(logits) * LOG_2), 0.0), 1.0)
@@ -93,15 +103,15 @@ def read_labels(layer: int, logits: list[float], thresholds: Sequence[float]) ->
 
 
 def read_value(layer: int, logits: list[float]) -> Reading:
-    """Read one exit of a regression model: its only logit is its answer."""
+    """The reading of one exit of a regression model, whose only logit is its answer."""
     return Reading(layer, logits, [], 0, nan, nan, None, None, value=logits[0])
 
 
-def differs(one: Reading, other: Reading, tolerance: float | None = None) -> bool:
-    """Whether two answers of a model differ: in the class, in any label, or in the value by more than the tolerance."""
-    if one.value is not None and other.value is not None:
-        return not abs(one.value - other.value) <= (tolerance or 0.0)  # NaN is unlike any
-    return one.label != other.label if one.labels is None else one.labels != other.labels
+def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
+    """True if two answers differ: in the class, in any label, or in the value by more than the tolerance."""
+    if isinstance(one, float) and isinstance(other, float):
+        return not abs(one - other) <= (tolerance or 0.0)  # NaN differs from every value
+    return one != other
 
 
 def sigmoid(x: float) -> float:

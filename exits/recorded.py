@@ -1,4 +1,4 @@
-"""The outputs of every exit for every sample, as evaluation, calibration and tests use them."""
+"""The outputs of every exit for every sample, for evaluation and calibration."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +19,13 @@ class Recorded:
         exit_layers: the layers of the exits, ascending; the last is M.
         logits: (n, exits, K).
         distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
-        labels: true classes, (n,); of a multi-label model which labels are right, (n, K) bool; of a regression model
-            the right values, (n,) float64.
-        tokens: tokens of each sample, (n,); None: not recorded.
-        original: what the model answered before it was changed (to int8), shaped as labels; None: as full depth does.
-        thresholds: of a multi-label model, as logits, (K,); None: classes exclude each other.
-        tolerance: of a regression model: values that differ by more are unlike. Its logits are the values, K = 1.
+        labels: true classes, (n,); in a multi-label model the true labels, (n, K) bool; in a regression model the
+            true values, (n,) float64.
+        tokens: tokens of each sample, (n,); None if not recorded.
+        original: answers of the model before it was changed (to int8), shaped as labels; None: those of full depth.
+        thresholds: of a multi-label model, as logits, (K,); None if classes exclude each other.
+        tolerance: of a regression model: the largest difference of two values that counts as agreement. Its logits are
+            the values, K = 1.
     """
 
     exit_layers: list[int]
@@ -44,7 +45,7 @@ class Recorded:
 
     @property
     def answers(self) -> NDArray[Any]:
-        """What each exit answers: a class or a value, (n, exits), or which labels, (n, exits, K) bool."""
+        """The answer of each exit: a class or a value, (n, exits), or its labels, (n, exits, K) bool."""
         if self.tolerance is not None:
             return self.logits[..., 0].astype(np.float64)
         if self.thresholds is None:
@@ -53,21 +54,19 @@ class Recorded:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Whether each exit's answer is correct, (n, exits): in every label, or within the tolerance."""
-        return ~self._unlike(self.labels)
+        """Correctness of each exit's answer, (n, exits): in every label, or within the tolerance."""
+        return ~self._differs_from(self.labels)
 
     @property
     def differs(self) -> NDArray[np.bool_]:
-        """Whether each exit's answer is not that of full depth, or of the original where that is known, (n, exits)."""
-        return self._unlike(self.answers[:, -1] if self.original is None else self.original)
+        """Disagreement of each exit with full depth, or with the original where that is known, (n, exits)."""
+        return self._differs_from(self.answers[:, -1] if self.original is None else self.original)
 
-    def _unlike(self, wanted: NDArray[Any]) -> NDArray[np.bool_]:
-        if self.tolerance is not None:
-            return np.asarray(
-                ~(np.abs(self.answers - wanted[:, None]) <= self.tolerance)
-            )  # NaN is unlike any
-        unlike = self.answers != wanted[:, None]
-        return np.asarray(unlike if self.thresholds is None else unlike.any(-1))
+    def _differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:
+        if self.tolerance is not None:  # NaN differs from every value
+            return np.asarray(~(np.abs(self.answers - expected[:, None]) <= self.tolerance))
+        differs = self.answers != expected[:, None]
+        return np.asarray(differs if self.thresholds is None else differs.any(-1))
 
     @property
     def entropy(self) -> formulas.Floats:
@@ -83,7 +82,7 @@ class Recorded:
 
     @property
     def risk_features(self) -> formulas.Floats:
-        """What `exits.signals.Risk` weighs, (n, exits, 5)."""
+        """The features of `exits.signals.Risk`, (n, exits, 5)."""
         if self.tolerance is not None:
             return formulas.value_features(self.answers)
         if self.thresholds is None:

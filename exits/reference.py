@@ -1,6 +1,6 @@
 """Reference distributions of the signals, as quantiles of the calibration samples.
 
-They tell how far out of distribution a text is, and whether the inputs drift.
+They are the baseline of the out-of-distribution score of a text, and of drift.
 """
 
 import math
@@ -19,7 +19,7 @@ LEVELS = (
 )
 FAR_LEVEL = 0.99  # a distance above this quantile is out of distribution
 LEAST_TAIL = 0.0005  # tail of a value above every calibration sample
-BINS = 10  # of the PSI
+BINS = 10  # bins of the PSI
 DIGITS = 6
 
 
@@ -29,7 +29,7 @@ def quantiles(values: NDArray[np.floating]) -> list[float]:
 
 
 def far(reference: Sequence[float]) -> float:
-    """The nearest-prototype distance above which a text is out of distribution, from its quantiles."""
+    """The distance to the nearest prototype above which a text is out of distribution, from the quantiles."""
     return reference[LEVELS.index(FAR_LEVEL)]
 
 
@@ -54,7 +54,7 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
     """The OOD score of a text, in [0, 1): 1 − the geometric mean of `tail` over the exits it passed.
 
     nearest: distance to the nearest prototype at each passed exit that has prototypes; references: their
-    quantiles. None if there is no such exit. Of the scores tested, this one separates texts of another
+    quantiles. None if there is no such exit. Of the scores that were tested, this one separates texts of another
     domain best (docs/budgets.md).
     """
     if not nearest:
@@ -66,7 +66,7 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
 def psi(values: Sequence[float], reference: Sequence[float]) -> float:
     """Population stability index of a window of values against the calibration deciles; 0: no difference.
 
-    A PSI above 0.25 usually means that the inputs have shifted. Each bin starts at ½, so that none is empty.
+    By convention, a PSI above 0.25 means that the inputs have shifted. Each bin starts at ½, so that none is empty.
     """
     upto: dict[float, float] = {}  # share up to each decile; of equal deciles, the last
     for i in range(1, BINS):
@@ -92,5 +92,5 @@ def ks(values: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def is_ascending(values: Sequence[float]) -> bool:
-    """Whether the values can be quantiles at LEVELS."""
+    """True if the values can be quantiles at LEVELS."""
     return len(values) == len(LEVELS) and all(a <= b for a, b in pairwise(values))

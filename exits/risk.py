@@ -1,7 +1,7 @@
-"""Fit the signal `risk`: at each exit, the probability that its label is not that of full depth.
+"""Fits the signal `risk`: for each exit, the probability that its answer differs from full depth's.
 
-A logistic regression per exit, on samples that the model was not trained on. It needs no labels: the target is
-whether the exit disagrees with full depth, or with the model before it was quantized where that is known.
+A logistic regression per exit, on held-out samples. It needs no labels: the target is disagreement with full depth,
+or with the model before quantization where its answers are known.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,15 @@ from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk, Weights
 
 Floats = NDArray[np.float64]
-RIDGE = 0.01  # of standardized weights, in samples
+RIDGE = 0.01  # on standardized weights, in samples
 MAX_STEPS = 100
-LEAST_SPREAD = 1e-4  # of a feature that is used; a weight is divided by it, and must stay small
+LEAST_SPREAD = (
+    1e-4  # features that vary less are not used: weights are divided by the spread, and must stay small
+)
 
 
 def fit(recorded: Recorded) -> Risk:
-    """The risk of a model, from the exits of n samples that were run to full depth."""
+    """The risk of a model, fitted on the recorded exits of n samples."""
     features = recorded.risk_features
     differs = recorded.differs.astype(np.float64)
     weights: list[Weights | None] = [None] * (recorded.exit_layers[-1] + 1)
@@ -31,11 +33,11 @@ def fit(recorded: Recorded) -> Risk:
 def cross_fit(
     recorded: Recorded, groups: Sequence[int] | NDArray[np.int64] | None = None, folds: int = 5
 ) -> Floats:
-    """Scores of the samples themselves, (n, exits), each by a risk that was fitted without its group.
+    """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 
     NaN where there is no other group.
 
-    groups: the group of each sample, (n,); None: each is its own.
+    groups: the group of each sample, (n,); None: every sample is a group of its own.
     """
     n = len(recorded.labels)
     group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
@@ -49,10 +51,10 @@ def cross_fit(
 
 
 def regress(features: Floats, targets: Floats) -> Floats:
-    """Weights (F,) of a logistic regression of targets (n,), 0 or 1, on features (n, F), of which the first is 1.
+    """Weights (F,) of a logistic regression of targets (n,), 0 or 1, on features (n, F), the first of which is 1.
 
-    A ridge on the standardized weights, but not on the constant, keeps them finite where the targets are separable
-    or all alike. A feature that does not vary gets the weight 0.
+    A ridge penalty on the standardized weights keeps them finite where the targets are separable or all alike. A
+    feature that does not vary gets the weight 0.
     """
     x = features[:, 1:]
     mean, spread = x.mean(0), x.std(0)

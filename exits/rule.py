@@ -21,11 +21,11 @@ ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """Of a multi-label model: a label is given if its logit is above its threshold.
+    """The thresholds of a multi-label model: a label is assigned if its logit is above its threshold.
 
     Attributes:
-        logits: the thresholds as logits, K of them.
-        table: the same for the kernels, float64.
+        logits: the thresholds as logits, (K,).
+        table: the same as float64, for the kernels.
     """
 
     logits: tuple[float, ...]
@@ -33,20 +33,20 @@ class Thresholds:
 
     @classmethod
     def of(cls, probabilities: Iterable[float]) -> "Thresholds":
-        """Thresholds that are probabilities, each above 0 and below 1."""
+        """Thresholds from probabilities, each above 0 and below 1."""
         logits = tuple(log(p / (1.0 - p)) for p in probabilities)
         return cls(logits, np.array(logits, np.float64).tobytes())
 
 
 @dataclass(frozen=True, slots=True)
 class ExitRule:
-    """When a sample exits; validates itself.
+    """The condition on which a sample exits; raises ValueError for a τ outside [0, 1].
 
     Attributes:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
-        max_layer: exit at the latest at the deepest exit not deeper than this; None: at the last layer.
-        thresholds: of a multi-label model; None: classes exclude each other.
+        max_layer: samples exit at the last exit up to this layer, if not before; None: at the last layer.
+        thresholds: of a multi-label model; None if classes exclude each other.
     """
 
     tau: float
@@ -59,7 +59,7 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-        """Read one exit of a sample: its logits and its distances to the prototypes, K each; K = 1: a value."""
+        """The reading of one exit, from its logits and its distances to the prototypes, K each; K = 1: a value."""
         if len(logits) == 1:
             return read_value(layer, logits)
         if self.thresholds is not None:
@@ -67,7 +67,7 @@ class ExitRule:
         return read(layer, logits, distances)
 
     def exits(self, score: float | None) -> bool:
-        """Whether a sample with this score exits; None (no score at this exit) never does."""
+        """True if a sample with this score exits; never for None (no score at this exit)."""
         return score is not None and score < self.tau
 
 

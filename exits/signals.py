@@ -1,14 +1,16 @@
 """Exit signals: the uncertainty of a sample, from its readings at the exits passed so far.
 
-To add a signal, write a class here with the members of `Signal` and select it in `signal_of`. That is enough to serve
-it, layer by layer. For the kernels, which run short texts through all layers in one call, also give it a code of its
-own: in `native/rule.h`, with a case in `native/rule.c: score`.
+To add a signal, write a class here with the members of `Signal` and list it in `SIGNALS`. Requests and manifests may
+then name it, and it is served layer by layer. To run it in the kernels, which pass short texts through several layers
+in one call, give it a `code` in `native/rule.h` and a case in `native/rule.c: score`. To calibrate it, add it to
+`candidates` in `exits/calibration.py`.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import exp, log
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 
@@ -17,32 +19,69 @@ from de3.exits.reading import Reading
 from de3.exits.recorded import Recorded
 
 MAX_LAM = 100.0
-SMALLEST = 1e-12  # of what a logarithm is taken
+DEFAULT_LAM = 1.0
+SMALLEST = 1e-12  # lower bound of the argument of a logarithm
 FEATURES = 5  # of Risk, at each exit
 
-SignalName = Literal["entropy", "edr", "risk"]
 Weights = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTraits:
+    """The properties of a model that decide which signals it has.
+
+    Attributes:
+        name: for messages.
+        answer: classes that exclude each other, independent labels, or a value.
+        risk: weights of Risk by layer; None: the model has no risk.
+    """
+
+    name: str = "the model"
+    answer: Literal["classes", "labels", "value"] = "classes"
+    risk: tuple[Weights | None, ...] | None = None
+
+    def check_has_classes(self, signal: str, exclusive: bool) -> None:
+        """Raise ValueError for a regression model, and with `exclusive` for a multi-label model."""
+        if self.answer == "value":
+            raise ValueError(
+                f"{signal} needs classes, and {self.name} is a regression model, whose answer is a number"
+            )
+        if exclusive and self.answer == "labels":
+            raise ValueError(
+                f"{signal} needs classes that exclude each other, and {self.name} is a multi-label model"
+            )
+
+
+CLASSIFIER = ModelTraits()
 
 
 class Signal(Protocol):
     """Scores a sample at an exit: 0 is certain, 1 is uncertain.
 
     Attributes:
-        name: what requests and artifacts call it.
+        name: the name in requests and artifacts.
         code: its number in `native/rule.h`; None: the kernels do not have it.
+        lam: EDR's λ; None for any other signal.
         table: parameters for the kernels, float64; None: it has none.
     """
 
-    name: ClassVar[SignalName]
+    name: ClassVar[str]
     code: ClassVar[int | None]
 
     @property
     def lam(self) -> float | None:
-        """EDR's λ; None for a signal without one."""
+        """See the class."""
 
     @property
     def table(self) -> bytes | None:
         """See the class."""
+
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> Self:
+        """The signal of a model; raises ValueError with the reason if the model cannot have it.
+
+        lam: always None, except for EDR.
+        """
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The score of one sample, in [0, 1], from its readings up to and including this exit; None if this
@@ -54,12 +93,18 @@ class Signal(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Entropy:
-    """The local signal alone."""
+    """The local signal: the normalized entropy."""
 
-    name: ClassVar[SignalName] = "entropy"
+    name: ClassVar[str] = "entropy"
     code: ClassVar[int | None] = 0
     lam: ClassVar[float | None] = None
     table: ClassVar[bytes | None] = None
+
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> Self:
+        """The entropy of a model with classes."""
+        model.check_has_classes(cls.name, exclusive=False)
+        return cls()
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The normalized entropy at this exit."""
@@ -75,9 +120,15 @@ class Edr:
     """Entropy and distance ratio fused (Eq. 12): EDR = (λ + 1)/(λ/DR + 1/Entropy), λ in (0, 100]."""
 
     lam: float
-    name: ClassVar[SignalName] = "edr"
+    name: ClassVar[str] = "edr"
     code: ClassVar[int | None] = 1
     table: ClassVar[bytes | None] = None
+
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> Self:
+        """The EDR of a model whose classes exclude each other."""
+        model.check_has_classes(cls.name, exclusive=True)
+        return cls(DEFAULT_LAM if lam is None else lam)
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """EDR at this exit; None if it has no prototypes."""
@@ -100,27 +151,34 @@ def edr(reading: Reading, lam: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Risk:
-    """The probability that this exit's answer is not that of full depth.
+    """The probability that this exit's answer differs from full depth's.
 
-    At each exit a logistic regression: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
-    + w4·log DR, where margin is the highest logit minus the second (of a multi-label model: the distance of the logit
-    nearest to its threshold). Of a regression model z = w0 + w1·value + w2·value². Fitted by `exits.risk` on samples
-    that were not trained on, without their labels. Unlike entropy and EDR it is comparable between exits.
+    A logistic regression for each exit: 1/(1 + exp(−z)), z = w0 + w1·margin + w2·entropy + w3·log entropy
+    + w4·log DR. The margin is the highest logit minus the second; in a multi-label model it is the smallest distance
+    of a logit from its threshold. In a regression model z = w0 + w1·value + w2·value². `exits.risk` fits the weights
+    on held-out samples, without their labels. Unlike entropy and EDR, risk is comparable across exits.
 
     Attributes:
-        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 of classes is 0 at an exit
-            without prototypes.
+        weights: by layer, (w0, …, w4); None at layers without an exit, and at the last. w4 is 0 at an exit without
+            prototypes.
     """
 
     weights: tuple[Weights | None, ...]
     table: bytes | None = field(init=False, repr=False, compare=False)
-    name: ClassVar[SignalName] = "risk"
+    name: ClassVar[str] = "risk"
     code: ClassVar[int | None] = 2
     lam: ClassVar[float | None] = None
 
     def __post_init__(self) -> None:
         rows = [weights or (np.nan,) * FEATURES for weights in self.weights]
         object.__setattr__(self, "table", np.array(rows, np.float64).tobytes())
+
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> Self:
+        """The risk of a model that was calibrated with it."""
+        if model.risk is None:
+            raise ValueError(f"{model.name} has no risk; de3 calibrate adds it")
+        return cls(model.risk)
 
     def score(self, readings: Sequence[Reading]) -> float | None:
         """The risk at this exit; None at the last one."""
@@ -151,25 +209,36 @@ def _logistic(z: float) -> float:
     return 1.0 / (1.0 + exp(-min(max(z, -700.0), 700.0)))  # in this order NaN stays NaN
 
 
-def signal_of(
-    name: SignalName, lam: float | None = None, weights: tuple[Weights | None, ...] | None = None
-) -> Signal:
-    """The signal of a name; λ for edr (0 is entropy alone), weights for risk.
+# Every signal, by the name that requests, artifacts and commands use.
+SIGNALS: dict[str, type[Signal]] = {"entropy": Entropy, "edr": Edr, "risk": Risk}
 
-    Raises ValueError for a λ outside [0, 100], or with a signal that has none, and for risk without weights.
+
+def check_name(name: str) -> str:
+    """The name of a signal; raises ValueError if there is no such signal."""
+    if name not in SIGNALS:
+        raise ValueError(f"must be one of {', '.join(SIGNALS)}")
+    return name
+
+
+def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFIER) -> Signal:
+    """The signal of this name; λ for edr, where 0 is entropy alone.
+
+    Raises ValueError for an unknown name, a signal that the model cannot have, and a λ that is outside [0, 100] or goes
+    with another signal.
     """
     if lam is not None and not 0 <= lam <= MAX_LAM:
         raise ValueError(f"lambda must be in [0, {MAX_LAM:g}], got {lam}")
-    if name == "risk":
-        if weights is None:
-            raise ValueError("the model has no risk; de3 calibrate adds it")
-        if lam is not None:
-            raise ValueError("lambda goes with the signal edr only")
-        return Risk(weights)
-    if name == "entropy":
-        if lam:
-            raise ValueError("lambda goes with the signal edr only")
-        return Entropy()
-    if lam is None:
-        raise ValueError("the signal edr needs lambda")
-    return Edr(lam) if lam else Entropy()
+    if lam == 0 and name in ("edr", "entropy"):
+        name, lam = "entropy", None
+    if lam is not None and name != "edr":
+        raise ValueError("lambda goes with the signal edr only")
+    return SIGNALS[check_name(name)].of(model, lam)
+
+
+def signals_of(model: ModelTraits) -> list[Signal]:
+    """Every signal that a model has, EDR with the default λ."""
+    signals = []
+    for kind in SIGNALS.values():
+        with suppress(ValueError):
+            signals.append(kind.of(model, None))
+    return signals

@@ -1,16 +1,16 @@
-"""Find the τ that meets a caller's target, in the calibration table of one λ."""
+"""Finds the τ that meets a target in the calibration table of one signal."""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_GAIN = 1.1  # speed-up of a step under load over the step before
+LEAST_GAIN = 1.1  # speed-up of each step under load over the previous one
 
 
 class TradeOffs:
-    """The rows of a calibration table at one λ, by ascending τ; the first is full depth (τ = 0).
+    """The rows of a calibration table for one signal, by ascending τ; the first is full depth (τ = 0).
 
-    A row has the fields of exits.calibration.Outcome, as does a manifest's TradeOff.
+    A row has the fields of exits.calibration.Outcome, as has a manifest's TradeOff.
     """
 
     def __init__(self, rows: Sequence[Any]) -> None:
@@ -22,12 +22,12 @@ class TradeOffs:
         self._bounds = [row.disagreement_bound for row in self.rows]
 
     def at_speedup(self, wanted: float) -> Any | None:
-        """The row of the smallest τ with at least the wanted speed-up; None if there is none."""
+        """The row of the smallest τ with at least this speed-up; None if there is none."""
         index = bisect_left(self._speedups, wanted)
         return self.rows[index] if index < len(self.rows) else None
 
     def at_disagreement(self, most: float) -> Any:
-        """The row of the largest τ up to which the samples' disagreement is at most `most`."""
+        """The row of the largest τ up to which the measured disagreement is at most `most`."""
         chosen = self.rows[0]
         for row in self.rows[1:]:
             if row.disagreement > most:
@@ -40,7 +40,7 @@ class TradeOffs:
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
-        """The rows that a server under load may step τ up to, each faster than the last, within both limits."""
+        """The rows to which a server under load may raise τ, each faster than the one before, within both limits."""
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)
         for row in self.rows:

@@ -1,9 +1,9 @@
 """Texts longer than a model's window: the windows, their combined answer, and when it is settled.
 
-Classes that exclude each other: the answer's probabilities are the mean of the windows' probabilities, each window
-weighted by the tokens that no window before it has. A multi-label model: a label's probability is the highest that any
-window gives it, as a text may say in one place only what a label is for. A regression model: the mean of the windows'
-values, weighted alike.
+- Classes that exclude each other: probabilities are the mean over the windows, each weighted by its number of tokens
+  that are in no earlier window.
+- Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
+- Regression: the mean of the values, weighted as for classes.
 """
 
 from collections.abc import Sequence
@@ -14,17 +14,17 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # in all windows: fewer of a model that takes long texts, but two
-OVERLAP = 0.25  # of a window's tokens, also in the next one
-# At τ > 0: of what the windows that are left could change, the part that they are expected to change at most. Measured
+MAX_TOKENS = 16 * 512  # in all windows; a model with long windows gets fewer of them, but at least two
+OVERLAP = 0.25  # share of a window's tokens that are also in the next one
+# At τ > 0: the most that the remaining windows are expected to change, as a share of what they could change. Measured
 # on product reviews (lab/docs/experiments.md).
 EXPECTED_CHANGE = 0.75
-ROUNDING = 1e-9  # of the weight of all windows: more than sums of probabilities are off
-SMALLEST = 1e-300  # of what a logarithm is taken
+ROUNDING = 1e-9  # of the weight of all windows: exceeds the rounding error of summed probabilities
+SMALLEST = 1e-300  # lower bound of the argument of a logarithm
 
 
 class Span(NamedTuple):
-    """The tokens [start, end) of a text, the last `new` of which are in no window before."""
+    """The tokens [start, end) of a text, the last `new` of which are in no earlier window."""
 
     start: int
     end: int
@@ -32,17 +32,17 @@ class Span(NamedTuple):
 
 
 def most_windows(max_tokens: int) -> int:
-    """The most windows of a text for a model that takes so many tokens."""
+    """The most windows that a model with this maximal number of tokens splits a text into."""
     return min(MAX_WINDOWS, max(2, MAX_TOKENS // max_tokens))
 
 
 def capacity(room: int, windows: int) -> int:
-    """The most tokens that fit in so many windows of `room` tokens."""
+    """The most tokens that fit into this many windows of `room` tokens."""
     return room + (windows - 1) * _step(room)
 
 
 def spans(tokens: int, room: int, overlap: float = OVERLAP) -> list[Span]:
-    """The windows of a text with this many tokens, in order: all have `room` tokens but the last."""
+    """The windows of a text with this many tokens, in order; all but the last have `room` tokens."""
     windows, end = [Span(0, min(tokens, room), min(tokens, room))], min(tokens, room)
     while end < tokens:
         start, before = len(windows) * _step(room, overlap), end
@@ -56,16 +56,16 @@ def _step(room: int, overlap: float = OVERLAP) -> int:
 
 
 class Combination:
-    """The combined answer of the windows that ran, of one text."""
+    """The combined answer of the windows of one text that have run."""
 
     def __init__(self, weights: Sequence[int], thresholds: Sequence[float] | None = None) -> None:
-        """weights: new tokens of every window, in the order in which they run. thresholds: of a multi-label model, as
-        logits; None: classes exclude each other."""
+        """weights: new tokens of each window, in the order in which they run. thresholds: of a multi-label model, as
+        logits; None if classes exclude each other."""
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
         self._thresholds = thresholds
-        self._probs: list[float] = []  # weighted sums, or that of values; of a multi-label model the highest
-        self._logits: list[float] = []  # of a multi-label model, the highest
+        self._probs: list[float] = []  # weighted sums of probabilities or of the value; multi-label: maxima
+        self._logits: list[float] = []  # multi-label: maxima
 
     def add(self, reading: Reading) -> None:
         """Add the answer of the next window."""
@@ -80,30 +80,30 @@ class Combination:
             self._logits = _highest(self._logits, reading.logits)
 
     def is_settled(self, change: float = 1.0) -> bool:
-        """Whether the windows that are left cannot change the label, or of a multi-label model the decision on any.
+        """True if the remaining windows cannot change the label, or any label of a multi-label model.
 
-        change: below 1: whether they cannot by so much of the most that they could change. Of classes that exclude
-        each other only, as no part of a text says what labels another has. A value is settled by the last window.
+        change: assume that they change at most this share of what they could; for classes that exclude each other only,
+        as one part of a text says nothing about the labels of another. A value is settled by the last window.
         """
         if self._left == 0:
             return True
-        if self._thresholds is not None:  # a label that is given stays given, and any other may still be
+        if self._thresholds is not None:  # an assigned label stays; any other may still be assigned
             return all(x > limit for x, limit in zip(self._logits, self._thresholds, strict=True))
-        if len(self._probs) == 1:  # a value, which a window may change by any amount
+        if len(self._probs) == 1:  # a window may change a value by any amount
             return False
         best, second = sorted(self._probs, reverse=True)[:2]
         return best - second > change * self._left + ROUNDING * self._total
 
     def reading(self, last: Reading) -> Reading:
-        """The combined answer of the windows that ran, with the signals of the last one's exit.
+        """The combined answer of the windows that have run, with the signals at the exit of the last one.
 
         The logits are those of the combined probabilities.
         """
         if self._thresholds is not None:
             logits = self._logits
-            given = [k for k, limit in enumerate(self._thresholds) if logits[k] > limit]
+            assigned = [k for k, limit in enumerate(self._thresholds) if logits[k] > limit]
             label = logits.index(max(logits))
-            return replace(last, logits=logits, probs=self._probs, label=label, labels=given)
+            return replace(last, logits=logits, probs=self._probs, label=label, labels=assigned)
         if last.value is not None:
             value = self._probs[0] / (self._total - self._left)
             return replace(last, logits=[value], value=value)

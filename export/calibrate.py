@@ -12,14 +12,14 @@ from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Outcome, Samples
 from de3.exits.recorded import Recorded
 from de3.exits.reference import quantiles
-from de3.exits.signals import Risk, Signal, SignalName
+from de3.exits.signals import SIGNALS, Risk, Signal
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Calibration, Defaults, RiskWeights
 from de3.training.data import Example
 from de3.training.progress import console
 from de3.training.split import related
 
-CHOICES = ("auto", "risk", "edr", "entropy")
+CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
 MIN_GAIN = 1.05  # speed-up of another signal relative to risk's, from which it is preferred
 
@@ -81,14 +81,12 @@ def calibrate(
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted
     if name not in signals:
-        given = " or ".join(sorted(signals, reverse=True))
-        needed = "prototypes" if name == "edr" else "classes"
-        raise ValueError(f"--signal {name}: this model has no {needed}; give {given}")
+        raise ValueError(f"--signal {name}: not for this model; give {' or '.join(signals)}")
     tables = {}
     for signal, _ in signals.values():
         samples, scores = _certifying(tune, certify, signal, pooled)
         tables[signal.name] = calibration.trade_off(samples, signal, FINE_TAUS, scores)
-    default = calibration.within_loss(tables[_named(name)], max_loss)
+    default = calibration.within_loss(tables[name], max_loss)
     samples = joined([tune.whole, certify.whole]) if pooled else certify.whole
     _report(tables, default, samples, self_labelled)
     calibrated = Calibration.model_validate(
@@ -117,11 +115,7 @@ def calibrate(
     return Calibrated(calibrated, weights, defaults)
 
 
-def _named(name: str) -> SignalName:
-    return next(known for known in ("risk", "edr", "entropy") if known == name)
-
-
-def _rivals(tune: Part, fitted: Risk) -> dict[SignalName, tuple[Signal, float]]:
+def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
     """One signal of each kind, EDR with its best λ, and their merits on the tuning samples."""
     whole = tune.whole
     scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
@@ -130,7 +124,7 @@ def _rivals(tune: Part, fitted: Risk) -> dict[SignalName, tuple[Signal, float]]:
         for signal in calibration.candidates(whole.recorded)
     ]
     tables.append((fitted, calibration.trade_off(whole, fitted, FINE_TAUS, scores)))
-    best: dict[SignalName, tuple[Signal, float]] = {}
+    best: dict[str, tuple[Signal, float]] = {}
     for signal, table in tables:
         merit = calibration.merit(table)
         if signal.name not in best or merit > best[signal.name][1]:
@@ -138,7 +132,7 @@ def _rivals(tune: Part, fitted: Risk) -> dict[SignalName, tuple[Signal, float]]:
     return best
 
 
-def _choose(signals: dict[SignalName, tuple[Signal, float]]) -> SignalName:
+def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
     """Risk, whose τ is a probability, unless another signal is clearly faster."""
     name = max(signals, key=lambda name: signals[name][1])
     return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
@@ -173,7 +167,7 @@ def joined(parts: Sequence[Samples]) -> Samples:
 
 
 def _report(
-    tables: dict[SignalName, list[Outcome]], default: Outcome, samples: Samples, self_labelled: bool
+    tables: dict[str, list[Outcome]], default: Outcome, samples: Samples, self_labelled: bool
 ) -> None:
     n = len(samples.recorded.labels)
     reference = "full depth" if samples.recorded.original is None else "the original model"

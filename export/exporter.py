@@ -44,7 +44,7 @@ class ExportSettings:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
         max_int8_loss: largest accuracy loss of any exit by int8, a fraction.
-        signal: default signal: auto, risk, edr or entropy.
+        signal: the default signal, or auto.
     """
 
     name: str

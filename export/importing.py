@@ -11,14 +11,16 @@ from tokenizers import Tokenizer
 from de3.export.exporter import ExportSettings, export
 from de3.model_store.store import Store
 from de3.model_store.tokenizer_check import check_tokenizer
+from de3.tables import Text, labels_in
 from de3.training import frozen, stock
 from de3.training.checkpoint import read_record, write_record
-from de3.training.data import Example, Text, encode, input_of, label_of, labels_in, save_examples, to_examples
+from de3.training.data import Example, encode, input_of, label_of, save_examples, to_examples
 from de3.training.frozen import States
 from de3.training.model import De3Model
 from de3.training.progress import console
+from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500

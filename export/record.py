@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
-from time import perf_counter
 
 import numpy as np
 
@@ -45,22 +44,3 @@ def record(model: Model, examples: Sequence[Example], what: str = "samples") -> 
         thresholds=None if thresholds is None else np.array(thresholds.logits),
         tolerance=model.manifest.tolerance,
     )
-
-
-def start_layers(model: Model, examples: Sequence[Example], count: int = 100) -> float:
-    """Cost of a text before its first layer (tokens, embeddings and their exit), in layers: a median over examples.
-
-    The embeddings are nearly free but tokenizing is not, so M / mean exit layer overstates the speed-up in time.
-    """
-    costs = []
-    for example in list(examples)[:count]:
-        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
-        started = perf_counter()
-        tokens = model.tokenize(text, pair)
-        step = model.segments[0].embed(tokens, model.segments[0].is_exit)
-        embedded = perf_counter()
-        for segment in model.segments[1:]:
-            step = segment.run(step.hidden, segment.is_exit)
-        layer_s = (perf_counter() - embedded) / model.manifest.num_layers
-        costs.append((embedded - started) / layer_s)
-    return float(np.median(costs))

@@ -1,1 +1,1 @@
-"""The laboratory: measurements, attacks and studies that prove what the documentation claims; not shipped."""
+"""The laboratory: measurements, attacks and studies behind the claims in the documentation; not shipped."""

@@ -1,4 +1,4 @@
-"""python -m lab: as de3, an error that the user can fix is reported in one line."""
+"""python -m lab: as with de3, an error that the user can fix is reported in a line."""
 
 from de3.cli import main
 from lab.cli import app

@@ -1,7 +1,7 @@
 """The attacking process of `python -m lab attack`: many nonblocking connections in one thread.
 
-It runs as a separate process at nice 19, so that it competes neither for the measuring client's interpreter
-nor for the server's cores. A remote attacker would not compete for them either.
+It runs as a separate process at nice 19, so that it competes neither for the measuring client's interpreter nor for
+the server's cores. A remote attacker would not compete for them either.
 """
 
 import heapq
@@ -21,9 +21,9 @@ from lab.attacks import ATTACKS, Answer, Attack, Step
 
 SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the innocent client uses 127.0.0.1
 BACK_OFF_S = 0.2  # before a closed connection is reopened
-MAX_OPENED_PER_S = 500.0  # the attacks target the server's limits; they are no SYN flood
+MAX_OPENED_PER_S = 500.0  # the attacks target the server's limits and are not a SYN flood
 BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is assigned at connect()
-TURN_BYTES = 2**20  # sent on one connection before it is another's turn
+TURN_BYTES = 2**20  # sent on one connection before the next one takes its turn
 RECEIVE_BYTES = 2**16
 PREPARED = 8  # scripts whose requests are built before the attack starts; no attack has more variants
 

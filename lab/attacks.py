@@ -33,9 +33,9 @@ class Attack:
         what: a description in one sentence.
         script: the steps of one connection.
         connections: default number of connections.
-        reads: whether the attacker reads what the server sends.
+        reads: the attacker reads the server's answers.
         may_refuse: share of the innocent client's requests that the server may refuse with 429 or 503.
-        with_budgets: whether the innocent client also sends requests with a latency budget.
+        with_budgets: the innocent client also sends requests with a latency budget.
     """
 
     name: str
@@ -207,13 +207,13 @@ def _unfinished(length: int) -> Iterator[Step]:
 
 @_attack(connections=1200, may_refuse=0.1)
 def small_unfinished(_: int) -> Iterator[Step]:
-    """Bodies of 80 bytes whose last byte never comes."""
+    """Bodies of 80 bytes without the last byte."""
     return _unfinished(80)
 
 
 @_attack(connections=200, may_refuse=0.1)
 def large_unfinished(_: int) -> Iterator[Step]:
-    """Bodies of 1 MiB whose last byte never comes."""
+    """Bodies of 1 MiB without the last byte."""
     return _unfinished(MAX_BODY_BYTES)
 
 
@@ -225,7 +225,7 @@ def large_users(_: int) -> Iterator[Step]:
 
 @cache
 def _single_pieces(seed: int) -> bytes:
-    """A request with six texts of words of 100 random consonants, which are in no vocabulary."""
+    """A request with six texts of words of 100 random consonants, which no vocabulary contains."""
     rng = random.Random(seed)
 
     def text() -> str:

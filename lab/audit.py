@@ -1,4 +1,4 @@
-"""Audits of a real server over HTTP: a guarantee while the traffic changes, and what audits cost others."""
+"""Audits of a real server over HTTP: a guarantee while the traffic changes, and the latency that audits cost."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,18 +26,18 @@ LOAD = 0.7
 
 
 def audit_of(url: str, model: str) -> dict[str, Any]:
-    """What a server says of its audits; raises OSError."""
+    """A server's report on its audits; raises OSError."""
     with urlopen(f"{url}/v1/models/{model}/audit", timeout=10) as answer:
         return dict(json.load(answer))
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What full depth answers to each text, as the server says it at τ = 0 with `explain`.
+    """Full depth's answer to each text, from the server at τ = 0 with `explain`.
 
     Attributes:
         scores: of each exit, (n, exits).
-        differs: whether an exit answers otherwise than full depth, (n, exits).
+        differs: an exit's answer differs from full depth's, (n, exits).
     """
 
     labels: list[str]
@@ -55,7 +55,7 @@ class Truth:
         return cls([row["label"] for row in rows], np.array(scores), np.array(differs))
 
     def rate(self, tau: float) -> float:
-        """The rate of texts that are answered otherwise at a τ."""
+        """The rate of texts whose answer at a τ differs from full depth's."""
         below = self.scores < tau
         below[:, -1] = True
         return float(self.differs[np.arange(len(below)), below.argmax(1)].mean())
@@ -66,10 +66,10 @@ class Window:
     """Some seconds of the story.
 
     Attributes:
-        phase: whose texts were sent, home or away.
-        texts: sent so far.
-        seen: the rate of answers in this window that were not full depth's, as the client counted.
-        true: the rate of all texts of the phase at the τ in force at the end of the window.
+        phase: the texts that were sent, home or away.
+        texts: number of texts sent so far.
+        seen: rate of answers in this window that differed from full depth's, counted by the client.
+        true: the same rate over all texts of the phase, at the τ in force at the end of the window.
         p99_ms: of requests in this window.
     """
 
@@ -150,7 +150,7 @@ def story(
 
 
 def summary(told: list[Window], rate: float) -> dict[str, Any]:
-    """What became of the promise: the client's own count, and the texts from the switch to the end of its breach."""
+    """Summary of the story: the client's own count, and the texts from the switch to the end of the breach."""
     away = [w for w in told if w.phase == "away"]
     before = max((w.texts for w in told if w.phase == "home"), default=0)
     breached = [w for w in away if w.true > rate]
@@ -232,7 +232,7 @@ def cost(
             found = []
             for server in pair:
                 while audit_of(audited.target.url, model)["pending"]:
-                    sleep(0.1)  # else the one without would pay for audits
+                    sleep(0.1)  # else audits would slow down the server without them
                 run = send_traffic(server.target, samples, seconds, rate=rate, seed=number)
                 found.append(run.latencies_ms())
             plain, other = found if number % 2 == 0 else found[::-1]

@@ -1,18 +1,19 @@
-"""python -m lab: what we run to prove claims about speed and safety."""
+"""The commands of the laboratory: measurements, attacks and studies behind the claims in the documentation."""
 
 import ast
-import json
 import runpy
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from de3.loadtest import options
-from de3.loadtest.cli import models_of_peers, read_samples
+from de3.loadtest.report import console, write_json
+from de3.loadtest.report import show as show_table
+from de3.loadtest.texts import read
 from lab.audit_cli import app as audit_app
+from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
 
 EXPERIMENTS = (
@@ -35,7 +36,6 @@ EXPERIMENTS = (
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")
 app.add_typer(audit_app, name="audit")
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 
 
 @app.command()
@@ -46,8 +46,10 @@ def fuzz(
 ) -> None:
     """Send malformed requests to a server; fails if one of them gets a wrong answer.
 
-    Every answer must be HTTP with a status below 500 (or 503 or 504), and errors must have the documented
-    shape. At the end the server must answer a valid request as before. Only test your own servers.
+    Every answer must be HTTP with a status below 500 (or 503 or 504), and errors must have the documented shape. At the
+    end the server must answer a valid request as before. Only test your own servers.
+
+    Example: python -m lab fuzz http://127.0.0.1:8000 --requests 10000
     """
     from rich.progress import Progress
 
@@ -76,9 +78,11 @@ def soak(
 ) -> None:
     """Start a server and send it mixed traffic for an hour, while its model is reloaded regularly.
 
-    The traffic: single texts, batches, long texts, latency budgets, malformed requests, clients that hang up
-    or read slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5%
-    from the second quarter to the last.
+    The traffic: single texts, batches, long texts, latency budgets, malformed requests, clients that hang up or read
+    slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5% from the second
+    quarter to the last.
+
+    Example: python -m lab soak --texts dev.tsv --minutes 60
     """
     import secrets
 
@@ -90,7 +94,7 @@ def soak(
     from de3.loadtest.servers import ours, running
 
     key = secrets.token_hex(16)
-    samples = read_samples(texts, text_column, "label", "")
+    samples = read(texts, text_column)
     out.mkdir(parents=True, exist_ok=True)
     keys, log = out / "admin-keys", out / "server.log"
     keys.touch(0o600)
@@ -130,20 +134,22 @@ def faults(
     """Inject faults into our own server and count accepted requests that are lost; fails if there are any.
 
     SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, a jumping clock.
+
+    Example: python -m lab faults --texts dev.tsv --only sigterm
     """
     from dataclasses import asdict
 
     from lab import faults as injection
 
     out.mkdir(parents=True, exist_ok=True)
-    testbed = injection.Testbed(store, model, read_samples(texts, text_column, "label", ""), port, out)
+    testbed = injection.Testbed(store, model, read(texts, text_column), port, out)
 
     def show(row: injection.Row) -> None:
         lost = "not tested" if row.lost is None else f"lost {row.lost}"
         print(f"{row.fault}\n    {row.happened}\n    {lost}", flush=True)
 
     rows = injection.faults(testbed, only or [], show)
-    (out / "faults.json").write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_json(out / "faults.json", [asdict(row) for row in rows])
     if any(row.lost for row in rows):
         raise typer.Exit(1)
 
@@ -168,14 +174,14 @@ def attack(
 ) -> None:
     """Attack our own server and check that an innocent client is still served.
 
-    Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a
-    process at nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The innocent client, at 127.0.0.1, sends 20
-    requests per second. An attack fails if the server dies or keeps the memory, or if the innocent client is
-    refused, gets no answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
+    Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
+    nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The innocent client, at 127.0.0.1, sends 20 requests per second.
+    The server fails an attack if it dies or keeps the memory, or if the innocent client is refused, gets no answer or
+    gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
 
     There is no URL to give, so that only your own servers can be attacked.
 
-    Example: de3 loadtest attack --only endless_header --seconds 10
+    Example: python -m lab attack --only endless_header --seconds 10
     """
     from lab import resilience
 
@@ -187,7 +193,7 @@ def attack(
 
     rows = resilience.attack_all(arena, only or [], show)
     (out / "attacks.json").write_text(resilience.as_json(rows))
-    Console(width=None if sys.stdout.isatty() else 175).print(resilience.table(rows))
+    show_table(resilience.table(rows), 175)
     if any(row.problems for row in rows):
         raise typer.Exit(1)
 
@@ -195,58 +201,53 @@ def attack(
 @app.command()
 def layers(
     store: options.Store = Path("models"),
-    model: Annotated[str, typer.Option(help="An int8 model, as name or name:version.")] = "sst2",
+    model: Int8Model = "sst2",
     instructions: Annotated[
-        str, typer.Option(help="Instruction set of the kernels, as vnni, avx2 or dotprod; empty: the best.")
+        str, typer.Option(help="Instruction set of the kernels, as vnni, avx2 or dotprod. Default: the best.")
     ] = "",
     json_file: options.Json = None,
 ) -> None:
     """Time one encoder layer in ONNX Runtime and in our kernels, and compare with the processor's peak.
 
-    Example: de3 loadtest layers --model sst2
+    Example: python -m lab layers --model sst2
     """
-    from rich.table import Table
-
     from de3.model_store.store import Store
     from lab.layers import layers as measure
 
     with console.status("measuring"):
         results = measure(Store(store).open(model), instructions=instructions)
-    table = Table(
+    peak = results["peak_multiply_adds_per_s"] / 1e12
+    print(f"peak of one core ({results['instructions']}): {peak:.2f}e12 int8 multiply-adds per second")
+    columns = [
         "tokens",
         "ONNX Runtime, µs",
         "kernels, µs",
         "ratio",
         "ONNX Runtime, % of peak",
         "kernels, % of peak",
-        title=f"peak of one core ({results['instructions']}): "
-        f"{results['peak_multiply_adds_per_s'] / 1e12:.2f}e12 int8 multiply-adds per second",
-    )
-    for row in results["layers"]:
-        table.add_row(
-            str(row["tokens"]),
-            f"{row['onnxruntime_us']:.0f}",
-            f"{row['kernels_us']:.0f}",
+    ]
+    rows = [
+        [
+            *(row["tokens"], f"{row['onnxruntime_us']:.0f}", f"{row['kernels_us']:.0f}"),
             f"{row['onnxruntime_us'] / row['kernels_us']:.2f}",
-            f"{100 * row['onnxruntime_of_peak']:.0f}",
-            f"{100 * row['kernels_of_peak']:.0f}",
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    if json_file:
-        json_file.write_text(json.dumps(results, indent=1) + "\n")
+            *(f"{100 * row[f'{runtime}_of_peak']:.0f}" for runtime in ("onnxruntime", "kernels")),
+        ]
+        for row in results["layers"]
+    ]
+    show(columns, rows, json_file, results)
 
 
 @app.command()
 def engines(
     texts: options.Texts,
     store: options.Store = Path("models"),
-    model: Annotated[str, typer.Option(help="An int8 model, as name or name:version.")] = "sst2",
+    model: Int8Model = "sst2",
     stock: options.Stock = None,
     text_column: options.TextColumn = "sentence",
     count: Annotated[
         int | None, typer.Option(help="Number of texts. Default: all.", min=1, show_default=False)
     ] = None,
-    core: Annotated[int, typer.Option(help="The core that everything runs on.", min=0)] = 0,
+    core: Core = 0,
     seconds: options.Seconds = 3.0,
     rounds: Annotated[int, typer.Option(help="Number of repetitions; the engines take turns.", min=1)] = 5,
     out: Annotated[Path, typer.Option(help="Folder for results.json and converted models.")] = Path(
@@ -257,24 +258,24 @@ def engines(
 
     Texts are tokenized beforehand. Ours run one text a call, and in groups of 4 and 16; the others run one.
 
-    Example: de3 loadtest engines --texts dev.tsv
+    Example: python -m lab engines --texts dev.tsv
     """
-    from de3.loadtest.servers import lean_peers
+    from de3.loadtest.servers import lean_peers, peer_models
     from de3.model_store.store import Store
     from lab.engines import Engines, tables
 
     artifact = Store(store).open(model)
-    plain = [s.text for s in read_samples(texts, text_column, "label", "")][:count]
-    peers = lean_peers(*models_of_peers(artifact, plain, out), stock)
+    plain = [s.text for s in read(texts, text_column)][:count]
+    peers = lean_peers(*peer_models(artifact, plain, out), stock)
 
-    def show(line: str) -> None:
+    def say(line: str) -> None:
         console.print(line, markup=False)
 
-    results = Engines(artifact, peers, plain, out, seconds, rounds, core, show).run()
+    results = Engines(artifact, peers, plain, out, seconds, rounds, core, say).run()
     for table in tables(results):
-        Console(width=None if sys.stdout.isatty() else 160).print(table)
+        show_table(table, 160)
     for name, note in results["notes"].items():
-        console.print(f"{name}: {note}", markup=False)
+        say(f"{name}: {note}")
     console.print(f"results: {out / 'results.json'}")
 
 

@@ -1,4 +1,4 @@
-"""Full depth on one core, in process: our kernels and the engines of lean peers, in turn, with the same texts."""
+"""Full depth on one core, in process: our kernels and the engines of lean peers, in turn, on the same texts."""
 
 import json
 import os
@@ -51,7 +51,7 @@ class Engines:
 
     Attributes:
         artifact: an int8 model that the kernels can run.
-        peers: lean ones; one that cannot be prepared or does not run is left out, with a note.
+        peers: lean peers; those that cannot be prepared or do not run are left out, with a note.
         out: folder for results.json.
         seconds: least duration of one measurement.
         show: called with each line of progress.
@@ -135,7 +135,7 @@ class Engines:
 
 
 def name_of(size: int) -> str:
-    """The name of ours with so many texts a call."""
+    """The name of our engine with this many texts a call."""
     return "de3, one text a call" if size == 1 else f"de3, {size} texts a call"
 
 
@@ -144,7 +144,7 @@ def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
 
 
 def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
-    """Those of full depth, (texts, K)."""
+    """Logits of full depth, (texts, K)."""
     assert model.forward is not None
     passes = _passes(model, tokens)
     for each in passes:
@@ -168,7 +168,7 @@ def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) 
 
 
 def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
-    """What a lean peer says of itself: texts_per_s, passes and logits. Raises ValueError if it does not run."""
+    """A lean peer's own measurement: texts_per_s, passes and logits. Raises ValueError if it does not run."""
     command = peer.measuring(file, seconds)
     try:
         done = subprocess.run(command, check=True, capture_output=True, timeout=MEASURE_S)
@@ -180,12 +180,12 @@ def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
 
 
 def layer_weights(artifact: Artifact) -> int:
-    """Weights of all encoder layers, without exits; in int8 as many bytes are read for a text that runs alone."""
+    """Weights of all encoder layers, without exits; in int8 this is also the bytes read for a text that runs alone."""
     return sum(weights_of(artifact.read(file)) for file in artifact.manifest.segment_files()[1:])
 
 
 def multiply_adds(artifact: Artifact, weights: int, tokens: int) -> int:
-    """Those of all encoder layers for a text of so many tokens: of its weights and, in float32, of attention."""
+    """Multiply-adds of all encoder layers for a text of this many tokens: with weights, and in float32 in attention."""
     manifest = artifact.manifest
     return tokens * weights + 2 * tokens * tokens * manifest.hidden_size * manifest.num_layers
 
@@ -193,7 +193,7 @@ def multiply_adds(artifact: Artifact, weights: int, tokens: int) -> int:
 def read_bandwidth(size: int = BUFFER_BYTES) -> float:
     """Bytes per second that one core reads from memory: a dot product of two float32 arrays, the best of five.
 
-    With two streams it reads up to 1.4 times as fast as a sum of one array. einsum, as `dot` may use several threads.
+    Two streams are read up to 1.4 times as fast as one array in a sum. `dot` may use several threads, einsum does not.
     """
     left, right = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
     times = []
@@ -205,7 +205,7 @@ def read_bandwidth(size: int = BUFFER_BYTES) -> float:
 
 
 def compared(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians with ranges: rates, and of ours the shares of peak and bandwidth and the ratios to each peer."""
+    """Medians with ranges: rates; for ours also the shares of peak and bandwidth, and the ratios to each peer."""
     rounds, ours = results["rounds"], results["ours"]
     peers = [name for name in rounds if name not in ours]
     rivals = [name for name in peers if name.endswith("int8") and not name.startswith("CTranslate2")]

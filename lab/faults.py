@@ -1,4 +1,4 @@
-"""Fault injection against a real server process: what happens, and is any accepted request lost?"""
+"""Fault injection into a real server process: the effect of each fault, and the accepted requests that it loses."""
 
 import json
 import os
@@ -37,7 +37,7 @@ CLOCK_LIBRARIES = (
 
 @dataclass(frozen=True)
 class Row:
-    """The result of a fault: what happened, and how many accepted requests were lost; None: not tested."""
+    """The result of a fault; lost: number of accepted requests without an answer, None if it was not tested."""
 
     fault: str
     happened: str
@@ -74,7 +74,10 @@ class Testbed:
     def logged(self) -> dict[str, int]:
         """Status by request id, as the server logged them."""
         statuses = {}
-        for line in self.log.read_text(errors="replace").splitlines():
+        complete, _, _ = self.log.read_text(errors="replace").rpartition(
+            "\n"
+        )  # the last line may be half written
+        for line in complete.splitlines():
             if line.startswith("{") and '"de3.requests"' in line:
                 record = json.loads(line)
                 statuses[record["request_id"]] = record["status"]
@@ -121,7 +124,7 @@ class Testbed:
         return Metrics(self.url).total(name, **labels)
 
     def wait(self, condition: Callable[[], bool], seconds: float = 60.0) -> float:
-        """Wait for a condition; returns the seconds that took. Raises ValueError after `seconds`."""
+        """Wait for a condition and return the seconds until then. Raises ValueError after `seconds`."""
         started = time.monotonic()
         while not condition():
             if time.monotonic() - started > seconds:
@@ -130,7 +133,7 @@ class Testbed:
         return time.monotonic() - started
 
     def answered_during(self, fault: Callable[[], None], clients: int = 4) -> tuple[set[str], int]:
-        """Send requests during a fault: the ids of those answered 200, and the number left unanswered."""
+        """Send requests during a fault; returns the ids answered with 200, and the number without an answer."""
         stop, answered, unanswered, errors = threading.Event(), set(), [0], list[ValueError]()
 
         def client(number: int) -> None:
@@ -163,7 +166,7 @@ class Testbed:
         return answered, unanswered[0]
 
     def lost(self, answered: set[str]) -> int:
-        """Number of requests that the server logged as answered, but whose client got no answer."""
+        """Number of requests that the server logged as answered, but whose client got nothing."""
         logged = {
             name for name, status in self.logged().items() if status == 200 and name.startswith("fault-")
         }
@@ -402,7 +405,7 @@ def slow_heads(testbed: Testbed) -> Row:
 
 
 def overload(testbed: Testbed) -> Row:
-    """Many more texts at once than the queue holds."""
+    """More texts at once than the queue holds."""
     with testbed.server("--max-queue", "300"):
         waves = 0
         statuses: list[int] = []

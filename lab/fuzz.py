@@ -1,8 +1,8 @@
 """A fuzzer: sends malformed requests; the server must answer with a clear error or close the connection.
 
-Requests are mutations of valid ones: JSON values, JSON bytes, headers, the request line. An answer must be
-HTTP with a status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed
-request must be answered, and at the end a valid request must get the same answer as at the start.
+Requests are mutations of valid ones: JSON values, JSON bytes, headers, the request line. An answer must be HTTP with a
+status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed request must be
+answered, and at the end a valid request must get the same answer as at the start.
 """
 
 import json
@@ -76,7 +76,7 @@ class Result:
 
     Attributes:
         statuses: number of answers by status; "closed": the connection was closed without an answer.
-        problems: what was wrong with an answer, and its request.
+        problems: descriptions of wrong answers, each with its request.
         count: number of requests.
     """
 
@@ -92,7 +92,7 @@ class Result:
 
 @dataclass(frozen=True)
 class RawRequest:
-    """The bytes of a request; is_http: whether it is well-formed HTTP, which must be answered."""
+    """The bytes of a request; is_http: it is well-formed HTTP, and must be answered."""
 
     data: bytes
     is_http: bool = True
@@ -169,7 +169,7 @@ def _mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> str:
-    """What is wrong with an answer; empty if it is correct."""
+    """The problem of an answer; empty if it is correct."""
     if status in (503, 504):
         return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
     if status >= 500:
@@ -177,7 +177,7 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
     if status >= 400 and not request.startswith(b"HEAD "):
         try:
             error = json.loads(body)["error"]
-            if isinstance(error, str) and error:  # of the other protocols
+            if isinstance(error, str) and error:  # the shape of other protocols
                 return ""
             if not (error["message"] and error["type"] and error["code"] == status):
                 return f"an error without message, type or the right code: {body[:300]!r}"
@@ -189,8 +189,7 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
 def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Result:
     """Send requests one after the other; raises OSError if the server stops listening.
 
-    A connection is reused as long as the server keeps it open, so that leftovers of one request would affect
-    the next.
+    A connection is reused as long as the server keeps it open, so that leftovers of a request would affect the next.
     """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
@@ -218,7 +217,7 @@ def _answer(url: str) -> Any:
 
 
 def send(connection: socket.socket, raw: RawRequest, result: Result) -> bool:
-    """Send a request and record its result; returns whether the connection can be reused."""
+    """Send a request and record its result; returns True if the connection can be reused."""
     request = raw.data
     try:
         connection.sendall(request)

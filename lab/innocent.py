@@ -1,7 +1,7 @@
 """An innocent client during an attack: sends short sentences at a constant rate and records the answers.
 
-Half of the requests use one kept-alive connection, the other half a new connection each. A latency counts
-from the time its request was due, so a stall of the server counts for every request that is due during it.
+Half of the requests use one kept-alive connection, the other half a new connection each. A latency counts from the
+time its request was due, so a stall of the server counts for every request that is due during it.
 """
 
 import asyncio
@@ -71,8 +71,8 @@ class Answer:
 
     Attributes:
         due: when the request was due, by time.monotonic.
-        with_budget: whether it had a latency budget.
-        reopened: whether it was sent again because the server had closed the kept-alive connection.
+        with_budget: it had a latency budget.
+        reopened: it was sent again because the server had closed the kept-alive connection.
     """
 
     due: float
@@ -86,7 +86,7 @@ class Innocent:
     """The client, in its own thread.
 
     Args:
-        budget_ms: if set, also send requests with this latency budget, at half the rate.
+        budget_ms: latency budget of further requests, at half the rate; None: there are none.
     """
 
     def __init__(self, port: int, budget_ms: float | None = None) -> None:
@@ -161,8 +161,7 @@ class Innocent:
 
 
 def _use_realtime_priority() -> None:
-    """Give this thread real-time priority if permitted (as root): a remote client would not compete with the
-    server for its cores."""
+    """Give this thread real-time priority where permitted (as root), as a remote client would not compete for cores."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 
@@ -172,7 +171,7 @@ def _since_ms(due: float) -> float:
 
 
 class _Stale(Exception):
-    """The server closed a connection before it sent any part of the answer."""
+    """Raised if the server closed a connection before it sent any part of the answer."""
 
 
 class _Connection:
@@ -193,7 +192,7 @@ class _Connection:
                 if self._streams is not None:
                     try:
                         return await self._try(*self._streams, request), False
-                    except _Stale:  # the server may close an idle connection: clients then retry
+                    except _Stale:  # the server may close an idle connection; a client then retries
                         self.close()
                         reopened = True
                 self._streams = await asyncio.open_connection("127.0.0.1", self._port)

@@ -19,10 +19,10 @@ def layers(
 ) -> dict[str, Any]:
     """Microseconds of layer 1 on one thread by number of tokens: medians of alternating measurements.
 
-    `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's float32
-    ones count too. ONNX Runtime uses the best set that the processor has, whatever the kernels use.
+    `_of_peak` is the share of one core's peak int8 multiply-adds with the kernels' instruction set; attention's
+    multiply-adds, in float32, count too. ONNX Runtime uses the processor's best set, whatever the kernels use.
 
-    instructions: the kernels' instruction set from here on; empty: the best.
+    instructions: instruction set that the kernels use from now on; empty: the best.
     Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]

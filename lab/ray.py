@@ -1,4 +1,4 @@
-"""Measure the overhead and the scaling of Ray on this machine: python -m lab ray --help"""
+"""Measure the overhead and the scaling of Ray on this machine."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
         for _ in range(nodes - 1):
             ray_cluster.add_node(num_cpus=cores)
         ray.init(address=ray_cluster.address, logging_level="ERROR", log_to_driver=False)
-        # One proxy: those of two nodes would share the port, and a client could be sent to one that is still starting.
+        # One proxy: two nodes would share the port, and a request could reach a proxy that is still starting.
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
         yield ray_cluster
     finally:
@@ -149,7 +149,7 @@ def main(
     port: Annotated[int, typer.Option(help="Port to use.")] = 8800,
 ) -> None:
     """Measure the proxy's overhead, scaling to two replicas and nodes, a killed replica, and a rolling update."""
-    samples = read(texts, text_column, "label", [])
+    samples = read(texts, text_column)
     results: dict[str, list[tuple[float, float]]] = {}
 
     def measure(name: str, port: int) -> None:

@@ -41,7 +41,7 @@ class Memory:
     """The server's memory (PSS) around an attack, MB.
 
     Attributes:
-        limited: whether a control group limits the memory; if not, the peak is compared with the limit.
+        limited: a control group limits the memory; if not, the peak is compared with the limit.
         back_s: seconds after the attack until the memory recovered; None: it did not.
     """
 
@@ -52,7 +52,7 @@ class Memory:
     back_s: float | None = None
 
     def is_back(self, now_mb: float) -> bool:
-        """Whether the memory has recovered to its level before the attack."""
+        """True if the memory has recovered to its level before the attack."""
         return now_mb <= self.before_mb + max(BACK_SHARE * self.before_mb, BACK_MB)
 
 
@@ -61,11 +61,11 @@ class Row:
     """The result of one attack.
 
     Attributes:
-        sent: the attack's traffic; see loadtest.attacker.Sent.
+        sent: the attack's traffic; see lab.attacker.Sent.
         phases: the innocent client's phases "before", "during" and "after".
         budgets: number of requests with a latency budget during the attack, and of those answered within it.
-        survived: whether the process still runs and answers a valid request as before.
-        problems: why the attack counts as failed; empty if it passed.
+        survived: the process still runs and answers a valid request as before.
+        problems: reasons why the server failed; empty if it passed.
     """
 
     attack: str
@@ -196,7 +196,7 @@ class Arena:
 
 
 def problems(row: Row, may_refuse: float) -> list[str]:
-    """Why an attack counts as failed; may_refuse: share of the innocent requests that may be refused."""
+    """Reasons why the server failed an attack; may_refuse: share of the innocent requests that may be refused."""
     before, during, memory = row.phases["before"], row.phases["during"], row.memory
     assert memory is not None
     messages = []

@@ -1,4 +1,4 @@
-"""A soak test with mixed traffic: memory must stay flat, and every request must get the same answer as before."""
+"""A soak test with mixed traffic: memory must stay flat, and a text must always get the same label."""
 
 import json
 import random
@@ -83,7 +83,7 @@ class _Client:
             kind = self._rng.choices(kinds, weights)[0]
             try:
                 kind()
-            except Exception as error:  # also an answer of the wrong shape: the client must continue
+            except Exception as error:  # including an answer of the wrong shape: the client must continue
                 self._soak.problem(f"{kind.__name__}: {error!r}")
                 self._connection.close()
                 self._connection = self._connect()
@@ -201,7 +201,7 @@ def soak(
 
 
 def check_plots() -> None:
-    """Raise ValueError if matplotlib is missing: better before the test than after an hour."""
+    """Raise ValueError if matplotlib is missing, before the test and not after an hour."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

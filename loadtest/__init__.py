@@ -1,1 +1,1 @@
-"""Load generator, the servers that people run today, and reports. Speaks only HTTP to what it measures."""
+"""Load generator, peer servers and reports. It speaks only HTTP to the servers that it measures."""

@@ -10,7 +10,7 @@ from de3.loadtest.texts import Sample
 WARM_S = 2.0
 STEPS = 7
 CONNECTIONS = 32
-HEADROOM = 0.7  # planned share of the capacity: leaves room for bursts and a replica being replaced
+HEADROOM = 0.7  # planned share of the capacity, to leave room for bursts and a replica being replaced
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Step:
     unanswered: float
 
     def keeps(self, slo_ms: float) -> bool:
-        """Whether the step meets the objective."""
+        """True if the step meets the objective."""
         return self.p99_ms <= slo_ms and self.unanswered <= 0.001
 
 
@@ -35,8 +35,8 @@ def capacity(
 ) -> float:
     """The highest rate of single texts, with Poisson arrivals, whose p99 meets the objective; 0: none.
 
-    A bisection between the highest rate that met it and the lowest that did not. The server should not change
-    τ during the test: start it without --slo-p99-ms.
+    A bisection between the highest rate that met it and the lowest that did not. The server must not change τ during
+    the test: start it without --slo-p99-ms.
     """
     warm_up = send_traffic(target, samples, WARM_S, connections=CONNECTIONS)
     low, high = 0.0, 1.2 * len(warm_up.answers) / warm_up.seconds

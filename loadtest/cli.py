@@ -1,30 +1,15 @@
 """de3 loadtest: load tests of a deployment, and a comparison with other servers."""
 
-import json
 import os
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from de3.loadtest import options
+from de3.loadtest.texts import read, with_long, with_taus
 
-if TYPE_CHECKING:
-    from de3.loadtest.texts import Sample
-    from de3.model_store.store import Artifact
-
-CALIBRATION_TEXTS = 300
 app = typer.Typer(no_args_is_help=True, help="Load tests, and comparisons with other servers.")
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
-
-
-def read_samples(texts: Path, text_column: str, label_column: str, label_names: str) -> "list[Sample]":
-    """The texts of a file with their labels; label_names: comma-separated."""
-    from de3.loadtest.texts import read
-
-    return read(texts, text_column, label_column, [name for name in label_names.split(",") if name])
 
 
 @app.command()
@@ -69,14 +54,13 @@ def run(
 
     from de3.loadtest import report
     from de3.loadtest.client import Target, ask_alone, send_traffic, wrong_labels
-    from de3.loadtest.texts import with_long, with_taus
 
-    samples = with_long(read_samples(texts, text_column, label_column, label_names), long_share, long_words)
+    samples = with_long(read(texts, text_column, label_column, label_names), long_share, long_words)
     samples = with_taus(samples, tau or [])
     target = Target(url)
     try:
         alone = ask_alone(target, samples)
-        with Progress(console=console, transient=True) as progress:
+        with Progress(console=report.console, transient=True) as progress:
             task = progress.add_task("sending requests", total=seconds)
 
             def show(elapsed: float) -> None:
@@ -86,9 +70,9 @@ def run(
     except OSError as error:
         raise ValueError(f"{url}: {error}; is the server running?") from None
     row = report.summary(result, wrong_labels(result, alone))
-    Console(width=None if sys.stdout.isatty() else 120).print(report.table({url: row}))
+    report.show(report.table({url: row}))
     if json_file:
-        json_file.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n")
+        report.write_json(json_file, row)
     if png:
         report.plot_cdf(png, {url: result.latencies_ms()}, f"{rate:g} requests/s" if rate else "closed loop")
 
@@ -115,8 +99,9 @@ def ramp(
     from rich.table import Table
 
     from de3.loadtest.ramp import ramp as run_ramp
+    from de3.loadtest.report import console, show
 
-    samples = read_samples(texts, text_column, label_column, label_names)
+    samples = read(texts, text_column, label_column, label_names)
     floor = [] if min_accuracy is None else ["--min-accuracy", f"{min_accuracy:g}"]
     results = run_ramp(store, model, samples, slo_p99_ms, floor, out, port)
     keys = ("offered_per_s", "answered", "within_slo", "p50_ms", "p99_ms", "accuracy", "tau")
@@ -124,7 +109,7 @@ def ramp(
     for name, result in results["runs"].items():
         for phase, row in result["phases"].items():
             table.add_row(name, phase, *(str(row[key]) for key in keys))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    show(table, 140)
     for name, result in results["runs"].items():
         recovery_s = result["recovery_s"]
         console.print(f"controller {name}: p99 meets the objective {recovery_s:g} s after the overload")
@@ -146,13 +131,16 @@ def capacity(
     """Find the highest request rate within a latency objective on this machine; advise on Kubernetes and Ray.
 
     The load generator shares the machine's cores, so the true capacity is somewhat higher.
+
+    Example: de3 loadtest capacity --texts dev.tsv --slo-p99-ms 50 --wanted 1000
     """
     from de3.loadtest import capacity as search
+    from de3.loadtest.report import console
     from de3.loadtest.servers import ours, running
     from de3.server.settings import available_cores
 
     out.mkdir(parents=True, exist_ok=True)
-    samples = read_samples(texts, text_column, "label", "")
+    samples = read(texts, text_column)
 
     def show(step: search.Step) -> None:
         verdict = "met" if step.keeps(slo_p99_ms) else "missed"
@@ -193,24 +181,6 @@ def peer(
     os.execv(command[0], command)
 
 
-def models_of_peers(artifact: "Artifact", texts: list[str], out: Path) -> tuple[Path, Path, Path]:
-    """Write what peers are made of into `out`: the full-depth graph in int8 and fp32, and texts to quantize with."""
-    from de3.export.full_depth import export_full_depth
-    from de3.loadtest.servers import fingerprint
-
-    out.mkdir(parents=True, exist_ok=True)
-    graphs = []
-    for quantize in ("int8", "none"):
-        # Another model of the same name and version has another manifest, with the hashes of its files.
-        name = f"{artifact.full_name.replace(':', '-')}-{fingerprint(artifact.path / 'manifest.json')}"
-        graphs.append(out / f"full-depth-{name}-{quantize}")
-        if not graphs[-1].exists():
-            export_full_depth(artifact.path, graphs[-1], quantize == "int8")
-    calibration = out / "calibration.json"
-    calibration.write_text(json.dumps(texts[:: max(1, len(texts) // CALIBRATION_TEXTS)][:CALIBRATION_TEXTS]))
-    return graphs[0], graphs[1], calibration
-
-
 @app.command()
 def compare(
     texts: options.Texts,
@@ -242,11 +212,12 @@ def compare(
     from rich.table import Table
 
     from de3.loadtest.compare import Comparison
-    from de3.loadtest.servers import ours, peers
+    from de3.loadtest.report import console, show
+    from de3.loadtest.servers import ours, peer_models, peers
     from de3.model_store.store import Store
 
-    samples = read_samples(texts, text_column, label_column, label_names)
-    models = models_of_peers(Store(store).open(model), [s.text for s in samples], out)
+    samples = read(texts, text_column, label_column, label_names)
+    models = peer_models(Store(store).open(model), [s.text for s in samples], out)
     others = peers(*models, stock)
     if unknown := set(peer or []) - {server.script for server in others}:
         known = sorted({server.script for server in others})
@@ -260,5 +231,5 @@ def compare(
     ratios = Table("ratio", "median (range)")
     for name, value in results["ratios"].items():
         ratios.add_row(name, value)
-    Console(width=None if sys.stdout.isatty() else 120).print(ratios)
+    show(ratios)
     console.print(f"results and plots: {out}")

@@ -1,8 +1,8 @@
 """The load generator: one thread, blocking on select, so that it uses little CPU.
 
-Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency
-counts from the time its request was due, so a stall of the server counts for every request that arrives
-during it. Closed loop: each connection sends its next request once it has its answer.
+Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency counts from
+the time its request was due, so a stall of the server counts for every request that arrives during it. Closed loop:
+each connection sends its next request once it has its answer.
 """
 
 import json
@@ -17,6 +17,7 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
+from de3.client import Row
 from de3.loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
@@ -34,9 +35,10 @@ def post(
     return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
-def answer_of(row: dict[str, Any]) -> str:
-    """What a row of /classify answers: its label, or the value of a regression model."""
-    return str(row.get("value", row["label"]))
+def label_of(answer: Any) -> str:
+    """The label in an answer of /classify to one text, or the value of a regression model."""
+    row = Row.parse(answer["data"][0])
+    return row.label if row.value is None else str(row.value)
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target:
     url: str
     path: str = "/classify"
     body: Callable[[str], dict[str, Any]] = lambda text: {"input": text}
-    label: Callable[[Any], str] = lambda answer: answer_of(answer["data"][0])
+    label: Callable[[Any], str] = label_of
 
     def request(self, sample: Sample) -> bytes:
         """The bytes of a request."""
@@ -166,8 +168,8 @@ def send_traffic(
     """Send samples in order, repeatedly, for `seconds`.
 
     Args:
-        rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a
-            closed loop over `connections`.
+        rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a closed
+            loop over `connections`.
         progress: called every 0.25 s with the elapsed seconds.
     """
     cpu = _cpu()
@@ -220,7 +222,7 @@ class _Generator:
             self._collect(max(0.0, self._next - now) if has_next else 0.1)
         for connection in [*self._idle, *self._busy]:
             connection.socket.close()
-        return [*self._answers, *self._pending]  # the pending ones were never sent and count as unanswered
+        return [*self._answers, *self._pending]  # pending requests were never sent: they count as unanswered
 
     def _now(self) -> float:
         return perf_counter() - self._start
@@ -278,7 +280,7 @@ def _label(target: Target, answer: Answer) -> str | None:
         return None
     try:
         return target.label(json.loads(answer.body))
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return "not an answer"
 
 
@@ -288,7 +290,7 @@ def _cpu() -> float:
 
 
 def ask_alone(target: Target, samples: list[Sample]) -> list[str | None]:
-    """The label of every sample, sent one at a time: answers under load must have the same labels."""
+    """The label of every sample, each sent alone, to compare with the labels under load."""
     connection = _Connection(_address(target))
     labels = []
     for i, sample in enumerate(samples):

@@ -1,9 +1,7 @@
 """Compare our server with its peers on one machine, in turn, with the same texts."""
 
-import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
@@ -13,16 +11,15 @@ from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
 
-from rich.console import Console
 from rich.markup import escape
 
 from de3.loadtest import report
 from de3.loadtest.client import Run, Target, ask_alone, quantile, send_traffic, wrong_labels
 from de3.loadtest.metrics import Metrics
+from de3.loadtest.report import console, write_json
 from de3.loadtest.servers import Running, Server, running
 from de3.loadtest.texts import Sample, with_long
 
-console = Console(stderr=True, width=None if sys.stderr.isatty() else 120)
 CONNECTIONS = 16
 LONG_SHARE, LONG_WORDS = 0.05, 450  # more than 512 tokens: every server truncates to 512
 TAUS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4)
@@ -78,11 +75,11 @@ class Comparison:
         self._curve(pair)
         self._taus(ours_at)
         self.results["ratios"] = self._ratios(best)
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+        write_json(self.out / "results.json", self.results)
         return self.results
 
     def _prepare(self) -> None:
-        """Create environments and convert models; a peer for which that fails is left out."""
+        """Create environments and convert models; peers for which that fails are left out."""
         for server in [s for s in self.servers if s.script]:
             console.print(f"preparing {server.name}")
             try:
@@ -144,7 +141,7 @@ class Comparison:
         return last
 
     def _saved(self) -> None:
-        """Measure what early exit saves: the model time of a single text, from the server's metrics."""
+        """Measure the model time of a single text with early exit and at full depth, from the server's metrics."""
         costs = []
         for server in self.servers[:2]:
             console.print(f"model time: {server.name}")
@@ -228,7 +225,7 @@ class Comparison:
         return float(median(row[key] for row in self.results[what][server]))
 
     def _ratios(self, best: Server) -> dict[str, str]:
-        """Ours against the peers: the median of the rounds' ratios, and their range."""
+        """Ratios of ours to the peers: median and range over the rounds."""
         ours, ratios = self.servers[0].name, {}
         rows = self.results["saturation"]
         for peer in self._peers():
@@ -291,7 +288,7 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name as Linux has it."""
+    """The processor's name in /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

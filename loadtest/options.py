@@ -1,4 +1,4 @@
-"""The command-line options that several commands of `de3 loadtest` share."""
+"""Command-line options that several commands of `de3 loadtest` and of the laboratory share."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,14 +6,14 @@ from typing import Annotated
 import typer
 
 Url = Annotated[str, typer.Argument(help="URL of the server, e.g. http://127.0.0.1:8000")]
-Store = Annotated[Path, typer.Option(help="The model store.")]
+Store = Annotated[Path, typer.Option(envvar="DE3_STORE", help="The model store.")]
 Model = Annotated[str, typer.Option(help="Model, as name or name:version.")]
 ModelName = Annotated[str, typer.Option(help="Model, without a version.")]
 Stock = Annotated[
     Path | None,
     typer.Option(
-        help="A stock sequence classification model on the same encoder, for the peers that support no other "
-        "(transformers, Infinity, CTranslate2). Default: omit these peers.",
+        help="A stock sequence classifier with the same encoder, for the peers that support no other model: "
+        "transformers, Infinity, CTranslate2. Default: omit these peers.",
         show_default=False,
     ),
 ]

@@ -6,14 +6,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console
-
+from de3.client import Row
 from de3.loadtest import report
 from de3.loadtest.client import Answer, Run, quantile, send_traffic
+from de3.loadtest.report import console, write_json
 from de3.loadtest.servers import ours, running
 from de3.loadtest.texts import Sample
 
-console = Console(stderr=True)
 # (name, seconds, request rate at the start and at the end as a share of the capacity)
 PHASES = (("half", 5, 0.5, 0.5), ("ramp", 5, 0.5, 2.0), ("twice", 10, 2.0, 2.0), ("half again", 10, 0.5, 0.5))
 SECONDS = sum(length for _, length, _, _ in PHASES)
@@ -51,7 +50,7 @@ def ramp(
                 started.target, samples, float(SECONDS), lambda s: _rate(s) * capacity, CONNECTIONS
             )
         results["runs"][name] = _summary(run, slo_ms)
-    (out / "ramp.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(out / "ramp.json", results)
     _plot(out / "ramp.png", results)
     return results
 
@@ -104,7 +103,7 @@ def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
 
 
 def _tau(answer: Answer) -> float:
-    return float(json.loads(answer.body)["data"][0]["exit"]["tau"])
+    return Row.parse(json.loads(answer.body)["data"][0]).exit.tau
 
 
 def _plot(path: Path, results: dict[str, Any]) -> None:

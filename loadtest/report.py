@@ -1,16 +1,33 @@
 """The results of load tests as tables, JSON and plots."""
 
+import json
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from de3.loadtest.client import Run, accuracy, quantile
 
+console = Console(
+    stderr=True, width=None if sys.stderr.isatty() else 120
+)  # for progress; results go to stdout
+
+
+def show(table: Table, width: int = 120) -> None:
+    """Print a table on stdout, this wide unless stdout is a terminal."""
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def write_json(path: Path, numbers: Any) -> None:
+    """Write results as JSON."""
+    path.write_text(json.dumps(numbers, indent=1, ensure_ascii=False) + "\n")
+
 
 def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
-    """The numbers of a run for JSON; wrong: number of wrong labels, None if not checked."""
+    """The numbers of a run for JSON; wrong: number of wrong labels, None if they were not checked."""
     numbers: dict[str, Any] = {
         "offered_per_s": run.offered,
         "connections": None if run.offered else run.connections,

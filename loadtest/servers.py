@@ -1,6 +1,7 @@
-"""The compared servers: ours and its peers, each started by one command in its own environment."""
+"""The compared servers: ours and its peers, each started by a command in an environment of its own."""
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,12 +19,14 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
-from de3.loadtest.client import Target
+from de3.loadtest.client import Target, label_of
+from de3.model_store.store import Artifact
 
 PEERS = Path(__file__).parent / "peers"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "de3-peers"
 START_S = 180.0
 CONVERT_S = 1800.0
+CALIBRATION_TEXTS = 300
 STOCK_NOTE = (
     "the stock model of --stock: the same amount of work, and other weights unless ours was made from it"
 )
@@ -31,14 +34,14 @@ STOCK_NOTE = (
 
 @dataclass(frozen=True)
 class Server:
-    """How to start a server and how to send it requests.
+    """A server that can be started, and the format of its requests.
 
     Attributes:
         command: the command line; {port} is replaced.
         ready: path that answers 200 once the server is ready.
-        note: the difference from ours, for the report.
-        script: of a peer: the script in `peers`, whose environment `prepare` creates.
-        conversion: of a peer: the arguments with which its script converts its model.
+        note: how it differs from ours, for the report.
+        script: of a peer: its script in `peers`; `prepare` creates the environment.
+        conversion: of a peer: arguments with which its script converts its model.
     """
 
     name: str
@@ -58,7 +61,7 @@ class Server:
     def prepare(self) -> None:
         """Create a peer's environment and convert its model, unless that was done before.
 
-        Raises ValueError with the end of what was printed if either fails.
+        Raises ValueError with the end of the output if either fails.
         """
         if not self.script:
             return
@@ -75,7 +78,7 @@ class Server:
             raise ValueError(f"{self.name} cannot be prepared: {error}") from None
 
     def measuring(self, texts: Path, seconds: float) -> list[str]:
-        """The command by which a lean peer measures itself without HTTP; texts: a JSON list."""
+        """The command with which a lean peer measures itself without HTTP; texts: a JSON list."""
         command = [part.replace("{port}", "0") for part in self.command]
         return [*command, "--measure", str(texts), "--seconds", f"{seconds:g}"]
 
@@ -83,7 +86,7 @@ class Server:
 def ours(
     store: Path, model: str, runtime: str = "auto", options: Sequence[str] = (), **fields: Any
 ) -> Server:
-    """Our server; `fields` are added to every request (such as tau), `options` to de3 serve."""
+    """Our server. `fields`, such as tau, are added to every request, `options` to de3 serve."""
     variant = ", ".join(f"{k} = {v:g}" for k, v in fields.items()) or "default τ"
     variant += ", ONNX Runtime" if runtime == "onnxruntime" else ""
     command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--model", model]
@@ -93,24 +96,41 @@ def ours(
         [*command, "--port", "{port}"],
         ready="/ready",
         body=lambda text: {"input": text, **fields},
-        label=lambda answer: str(answer["data"][0]["label"]),
+        label=label_of,
     )
 
 
 def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
-    """The peer that a script in `peers` starts, once it is prepared; `fields` are those of Server."""
+    """The peer that a script in `peers` starts; call `prepare` first. `fields`: of Server."""
     command = [str(python_of(script)), str(PEERS / f"{script}.py"), *arguments, "--port", "{port}"]
     return Server(name, command, script=script, **fields)
 
 
 def fingerprint(file: Path) -> str:
-    """The beginning of a file's hash: what was converted from it is kept under this name."""
+    """The beginning of a file's hash, part of the name of whatever is converted from it."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:8]
 
 
+def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, Path, Path]:
+    """Write the models of the peers to `out`: the full-depth graph in int8 and in fp32, and texts to quantize with."""
+    from de3.export.full_depth import export_full_depth
+
+    out.mkdir(parents=True, exist_ok=True)
+    graphs = []
+    for quantize in ("int8", "none"):
+        # Another model of the same name and version has another manifest, with the hashes of its files.
+        name = f"{artifact.full_name.replace(':', '-')}-{fingerprint(artifact.path / 'manifest.json')}"
+        graphs.append(out / f"full-depth-{name}-{quantize}")
+        if not graphs[-1].exists():
+            export_full_depth(artifact.path, graphs[-1], quantize == "int8")
+    calibration = out / "calibration.json"
+    calibration.write_text(json.dumps(texts[:: max(1, len(texts) // CALIBRATION_TEXTS)][:CALIBRATION_TEXTS]))
+    return graphs[0], graphs[1], calibration
+
+
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
-    """The engines in a minimal app of ours, int8 and bf16; they can also be measured without HTTP.
+    """Peers with an engine in our minimal app, in int8 and bf16; they can also be measured without HTTP.
 
     Args:
         int8, fp32: folders of the full-depth graph.
@@ -201,7 +221,7 @@ def dependencies(script: Path) -> list[str]:
 
 
 def python_of(name: str) -> Path:
-    """Where the Python of the virtual environment of this name is, or will be."""
+    """Path of the Python of the virtual environment of this name, which need not exist yet."""
     return CACHE / name / "bin" / "python"
 
 
@@ -280,7 +300,7 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
 
 
 def reload(url: str, model: str, admin_key: str) -> None:
-    """Reload a model of a running server of ours; raises OSError if that fails."""
+    """Reload a model of our running server; raises OSError if that fails."""
     headers = {"Authorization": f"Bearer {admin_key}", "Content-Type": "application/json"}
     with urlopen(Request(f"{url}/v1/models/{model}/load", b"{}", headers), timeout=60):
         pass

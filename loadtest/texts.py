@@ -1,16 +1,23 @@
-"""Samples to send, read from a file."""
+"""Texts to send, read from a file."""
 
-import csv
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from de3.tables import Columns, records, text_of
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A text, its correct label if known, whether it was made long, the requested τ, and what it is related by."""
+    """A text to send.
+
+    Attributes:
+        label: the correct one; None: not known.
+        long: the text was made long (with_long).
+        tau: of the request; None: the server's default.
+        group: texts of a group are related.
+    """
 
     text: str
     label: str | None = None
@@ -22,42 +29,30 @@ class Sample:
 def read(
     path: Path,
     text_column: str,
-    label_column: str,
-    label_names: Sequence[str],
+    label_column: str = "label",
+    label_names: str = "",
     group_column: str | None = None,
 ) -> list[Sample]:
-    """The samples of a tsv, csv or jsonl file with named columns, or of a txt file with one text per line.
+    """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
-    Labels that are numbers index label_names; a file without label_column gives samples without labels. Fragments, as
-    `de3 train` marks them in the parts that it holds out, are left out, unless group_column says what they are part of.
-    Raises ValueError naming the file and what is missing.
+    Labels that are numbers index label_names, which are comma-separated; without label_column in the file samples have
+    no labels. Fragments, as `de3 train` marks them in its held-out parts, are left out unless group_column names the
+    text that they are part of. Raises ValueError naming the file and the line.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        if path.suffix == ".txt":
-            rows = [{text_column: line.strip()} for line in file]
-        elif path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in file if line.strip()]
-        elif path.suffix == ".tsv":
-            rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(file))
-        else:
-            raise ValueError(f"{path}: must end in .tsv, .csv, .jsonl or .txt")
+    names = [name.strip() for name in label_names.split(",") if name.strip()]
     samples = []
-    for row in rows:
-        if row.get("fragment") and group_column is None:
+    for where, record in records(path, Columns(text_column, label=None)):
+        text = text_of(record, text_column, where)
+        if record.get("fragment") and group_column is None:
             continue
-        if text_column not in row:
-            raise ValueError(f"{path}: no column {text_column!r}; it has {', '.join(map(str, row))}")
-        label = row.get(label_column)
+        label = record.get(label_column)
         if label is not None:
             label = str(label)
-            label = label_names[int(label)] if label.isdigit() and label_names else label
-        if str(row[text_column]).strip():
-            group = str(row[group_column]) if group_column is not None and row.get(group_column) else None
-            samples.append(Sample(str(row[text_column]), label, group=group))
+            label = names[int(label)] if label.isdigit() and names else label
+        group = record.get(group_column) if group_column is not None else None
+        samples.append(Sample(text, label, group=str(group) if group else None))
     if not samples:
-        raise ValueError(f"{path}: contains no text")
+        raise ValueError(f"{path} has fragments only")
     return samples
 
 

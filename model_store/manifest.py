@@ -4,12 +4,12 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
-from de3.exits.signals import FEATURES, Signal, SignalName, Weights, signal_of
+from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
 
 SCHEMA_VERSION: Literal[5] = 5
 
@@ -28,6 +28,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Label = Annotated[str, Field(max_length=1000)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]
+SignalName = Annotated[str, AfterValidator(check_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -260,13 +261,11 @@ class Manifest(_Part):
         if any(r.weights[-1] != 0 for r in self.risk or [] if r.layer not in self.prototype_layers):
             raise ValueError("risk: the last weight must be 0 at an exit without prototypes")
         signals = self.trade_offs()
-        default: tuple[SignalName, float | None] = (self.defaults.signal, self.defaults.lam)
-        named = {*signals, *([default] if self.defaults.tau > 0 else [])}
-        if self.tolerance is not None and named - {("risk", None)}:
-            raise ValueError("a regression model has the signal risk only")
-        if self.risk is None and ("risk", None) in {*signals, default}:
-            raise ValueError("the signal risk needs the weights in risk")
-        if self.calibration and default not in signals:
+        traits = self.traits
+        for key in signals:
+            signal_of(*key, traits)  # raises ValueError
+        _ = self.default_signal
+        if self.calibration and (self.defaults.signal, self.defaults.lam) not in signals:
             raise ValueError("calibration.table must have rows of the default signal")
         for rows in signals.values():
             if rows[0].tau != 0:
@@ -278,23 +277,39 @@ class Manifest(_Part):
                 raise ValueError("calibration.table: speedup and disagreement_bound must ascend with τ")
         return self
 
-    def trade_offs(self) -> dict[tuple[SignalName, float | None], list[TradeOff]]:
+    def trade_offs(self) -> dict[tuple[str, float | None], list[TradeOff]]:
         """Rows of the calibration by signal and λ, each by ascending τ; only certified signals have rows."""
-        rows_of: dict[tuple[SignalName, float | None], list[TradeOff]] = {}
+        rows_of: dict[tuple[str, float | None], list[TradeOff]] = {}
         for row in sorted(self.calibration.table if self.calibration else [], key=lambda r: r.tau):
             rows_of.setdefault((row.signal, row.lam), []).append(row)
         return rows_of
 
-    def signal(self, name: SignalName, lam: float | None = None) -> Signal:
-        """The model's signal of that name; raises ValueError if it has none, or for a wrong λ."""
+    @property
+    def traits(self) -> ModelTraits:
+        """The properties that decide which signals the model has."""
         weights: list[Weights | None] = [None] * (self.num_layers + 1)
         for row in self.risk or []:
             weights[row.layer] = tuple(row.weights)
-        return signal_of(name, lam, tuple(weights) if self.risk is not None else None)
+        return ModelTraits(
+            name=f"{self.name}:{self.version}",
+            answer="value"
+            if self.tolerance is not None
+            else "classes"
+            if self.thresholds is None
+            else "labels",
+            risk=None if self.risk is None else tuple(weights),
+        )
+
+    def signal(self, name: str, lam: float | None = None) -> Signal:
+        """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""
+        return signal_of(name, lam, self.traits)
 
     @property
     def default_signal(self) -> Signal:
         """Signal of the defaults."""
+        if self.defaults.tau == 0 and self.defaults.signal == "entropy":
+            # That of an export without calibration, of whatever kind the model is: at τ = 0 it decides nothing.
+            return Entropy()
         return self.signal(self.defaults.signal, self.defaults.lam)
 
     @property

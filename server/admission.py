@@ -1,4 +1,4 @@
-"""Admission: how many texts may be in flight, the load level, and when to shed."""
+"""Admission control: limits the texts in flight, sets the load level, and sheds requests."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ from de3.server.shares import Shares
 
 
 class Admission:
-    """Texts in flight, shared fairly between clients, and the load level that keeps the latency objective.
+    """The texts in flight, shared between clients, and the load level that keeps the latency objective.
 
     Attributes:
-        texts: the shares of the texts in flight.
+        texts: shares of the texts in flight.
     """
 
     def __init__(self, settings: Settings, models: Models, retry_after_s: Callable[[], int]) -> None:
@@ -26,11 +26,11 @@ class Admission:
         self._batches: set[Job] = set()  # jobs with several texts
         self._engine: Engine | None = None
         self._controller: Controller | None = None
-        self._short_s = 0.0  # of a short text at full depth
+        self._short_s = 0.0  # time of a short text at full depth
         self._ticks: asyncio.Task[None] | None = None
 
     def start(self, engine: Engine) -> None:
-        """Begin to keep the latency objective, if there is one; once the models are loaded."""
+        """Start to control the load if there is a latency objective; called once the models are loaded."""
         self._engine = engine
         if self._settings.slo_p99_ms is None:
             return
@@ -43,7 +43,7 @@ class Admission:
         self._ticks = asyncio.create_task(self._tick(self._controller, engine))
 
     def _max_level(self) -> int:
-        """The most steps by which any model's default τ can be raised."""
+        """The highest load level of any model."""
         return max(len(served.rules.steps) for served in self._models.all)
 
     async def _tick(self, controller: Controller, engine: Engine) -> None:
@@ -52,21 +52,21 @@ class Admission:
             controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
-        """Texts that a new short one has to wait for: in flight, less those done and those it overtakes."""
+        """Texts that a new short text waits for: in flight, less the finished ones and those that it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)
 
     @property
     def level(self) -> int:
-        """The load level: by how many steps the default τ is raised."""
+        """The load level: number of steps by which the default τ is raised."""
         return self._controller.level if self._controller else 0
 
     def sheds(self, client: Callable[[], str | None]) -> bool:
-        """Whether a new request must be refused to keep the latency objective.
+        """True if a new request must be shed to keep the latency objective.
 
-        A client that has nothing in flight while others have is admitted: the queue serves it before them.
-        client: whose request it is; None: it is not authorized. Called only under load.
+        A client without texts in flight is admitted while others have some, as the queue serves it first.
+        client: returns the request's client, or None if it is unauthorized; called only under load.
         """
         controller, texts = self._controller, self.texts
         if controller is None or not controller.sheds(texts.total, self._queued_before_a_short_text):
@@ -76,7 +76,7 @@ class Admission:
 
     @contextmanager
     def admit(self, job: Job) -> Iterator[None]:
-        """Count a job's texts as in flight; raises RequestError when they would be too many."""
+        """Count a job's texts as in flight; raises RequestError if they would be too many."""
         count = len(job.items)
         self.texts.take(job.client, count)
         if count > 1:

@@ -1,4 +1,4 @@
-"""Work that the event loop waits for, and the end of the process does not."""
+"""Background work that does not delay the end of the process."""
 
 import asyncio
 from collections.abc import Callable
@@ -10,10 +10,9 @@ T = TypeVar("T")
 
 
 async def in_background(function: Callable[[], T]) -> T:
-    """What a function returns, run in a thread of its own.
+    """Run a function in a daemon thread, and return its result.
 
-    Unlike asyncio.to_thread, whose threads are joined at exit: a stopped server would wait for a model that
-    takes long to load.
+    asyncio.to_thread joins its threads at exit: a stopping server would wait for a model that is being loaded.
     """
     result: Future[T] = Future()
 

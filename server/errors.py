@@ -1,8 +1,8 @@
-"""Why a request is not answered. Each protocol maps a cause to its own status and error format."""
+"""The errors of requests. Each protocol maps a cause to its own status and error format."""
 
 from typing import Literal
 
-# A label in the metrics, so the values are few.
+# A label of metrics, so the values are bounded.
 Cause = Literal[
     "bad_request",
     "malformed",
@@ -32,12 +32,12 @@ Cause = Literal[
 
 
 class RequestError(Exception):
-    """A request that is not answered.
+    """A request that cannot be answered.
 
     Attributes:
-        message: what is wrong, beginning with the field at fault, and what is allowed.
-        field: that field of the request; None where no field is at fault.
-        retry_after_s: seconds after which the same request may succeed; None: it will not by itself.
+        message: the problem, beginning with the invalid field if there is one, and the allowed values.
+        field: the invalid field of the request; None: no field is invalid.
+        retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from time import perf_counter
 
+from de3.exits.reading import differs
 from de3.exits.windows import most_windows
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request
@@ -124,7 +125,7 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         if error is None:
             pairs = [(a, b) for a, b in zip(answers, second.answers(), strict=True) if a is not None]
             service.metrics.shadow_texts.labels(*names).inc(len(pairs))
-            unlike = sum(are_unlike(a, b, tolerance) for a, b in pairs)
+            unlike = sum(differs(a, b, tolerance) for a, b in pairs)
             service.metrics.shadow_disagreements.labels(*names).inc(unlike)
         second.release()
 
@@ -136,10 +137,3 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         service.engine.submit(second)
     except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
         return
-
-
-def are_unlike(one: str | float, other: str | float, tolerance: float | None) -> bool:
-    """Whether two answers differ: labels, or values by more than the tolerance."""
-    if tolerance is None or isinstance(one, str) or isinstance(other, str):
-        return one != other
-    return not abs(one - other) <= tolerance  # NaN is unlike any

@@ -1,4 +1,4 @@
-"""The log: as text or as JSON lines."""
+"""The log, as text or JSON lines."""
 
 import logging
 
@@ -9,7 +9,7 @@ from de3.model_store.printable import printable
 
 
 def configure(style: str) -> None:
-    """Log to standard error: style text, or json, one object a line."""
+    """Log to standard error; style: text, or json, an object per line."""
     handler = logging.StreamHandler()
     if style == "json":
         handler.setFormatter(
@@ -26,24 +26,24 @@ def configure(style: str) -> None:
 
 
 class TextFormatter(logging.Formatter):
-    """A record in one line; the lines of its traceback are indented, so that none looks like a record.
+    """Formats a record as one line, with its traceback indented, so that no traceback line looks like a record.
 
-    What a client or a model's file puts into either is escaped.
+    Control characters from clients or model files are escaped.
     """
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """The first line."""
+        """The first line of a record."""
         record.message = printable(record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
-        """All of it."""
+        """The record with its traceback."""
         return "\n    ".join(map(printable, super().format(record).split("\n")))
 
 
 class JsonFormatter(OrjsonFormatter):
-    """A record as one object in one line."""
+    """Formats a record as a JSON object in one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """All of it."""
+        """The record as one line."""
         return printable(super().format(record))

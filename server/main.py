@@ -1,4 +1,4 @@
-"""Run the server: one process, drained on SIGTERM."""
+"""Runs the server in one process, and drains it on SIGTERM."""
 
 import logging
 import resource
@@ -6,12 +6,15 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from de3.server import logs
 from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.asgi import handler
+from de3.server.http.connection import Connection
 from de3.server.http.frontend import Frontend
 from de3.server.http.listener import Listener
 from de3.server.http.protocol import Protocol
@@ -20,14 +23,14 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the system holds until they are accepted
-# Models, logs, the event loop; and connections that are accepted in one go, before others are evicted for
-# them.
+# File descriptors besides connections: models, logs, the event loop; and connections that are accepted in one batch,
+# before others are evicted for them.
 OTHER_FILES = 192
 MAX_CONNECTIONS = 10_000
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, saying "not ready" as soon as it is told to stop."""
+    """uvicorn with a service that drains as soon as the server is told to stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -41,11 +44,11 @@ class _Server(uvicorn.Server):
 def uvicorn_config(
     service: Service, on_failure: Callable[[], None], protocols: Mapping[str, Protocol] = PROTOCOLS
 ) -> uvicorn.Config:
-    """How uvicorn serves a service; on_failure is called when its models cannot be loaded."""
+    """The configuration of uvicorn for a service; on_failure is called if its models cannot be loaded."""
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)
     most = settings.max_connections or max_connections()
-    listener = Listener(app, frontend, most, settings.max_body_bytes, settings.body_timeout_s)
+    listener = Listener(frontend, most, settings.max_body_bytes, settings.body_timeout_s)
     return uvicorn.Config(
         app,
         host=settings.host,
@@ -55,18 +58,18 @@ def uvicorn_config(
         log_config=None,
         server_header=False,
         proxy_headers=False,  # http/clients.py reads them
-        # An accepted request ends by its own time-out; leave it that long, and a little.
+        # An accepted request ends by its own time-out at the latest.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
-        http=listener.connection,  # type: ignore[arg-type]  # a function that makes one
+        http=partial(Connection, listener, handler(app)),  # type: ignore[arg-type]  # makes a connection
         ws="none",  # an upgrade is not offered: such a request is answered like any other
     )
 
 
 def max_connections() -> int:
-    """As many connections as the process may have files, less what it needs itself."""
+    """The most connections: the process's limit of open files, less OTHER_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with suppress(ValueError, OSError):  # the system may have a limit of its own
+        with suppress(ValueError, OSError):  # the system may have a lower limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
     if soft == resource.RLIM_INFINITY:
@@ -75,12 +78,12 @@ def max_connections() -> int:
 
 
 def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what was accepted and return. Logs the warnings first.
+    """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
 
     Raises StoreError when a model is missing or damaged.
     """
-    # An engine thread takes the GIL a dozen times for a text, each time after this long while the event loop
-    # is busy; with Python's default of 5 ms that would be up to 60 ms.
+    # An engine thread takes the GIL a dozen times per text, and waits this long each time while the event loop is busy.
+    # With Python's default of 5 ms that would be up to 60 ms.
     sys.setswitchinterval(0.0005)
     logs.configure(settings.log_format)
     for warning in warnings:
@@ -91,11 +94,11 @@ def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
         server.should_exit = True
 
     server = _Server(uvicorn_config(service, stop), service)
-    # uvicorn handles these while it runs and raises them again at its end: a drained stop is a success.
+    # uvicorn handles these signals while it runs and raises them again at its end: a drained stop is a success.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
     server.run()
-    if isinstance(service.failure, EngineError):  # which is in the log
+    if isinstance(service.failure, EngineError):  # logged already
         sys.exit(1)
     if service.failure is not None:
         raise service.failure

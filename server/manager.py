@@ -1,4 +1,4 @@
-"""Loads, replaces, rolls back and unloads models while the server runs, one change at a time."""
+"""Loads, replaces, rolls back and unloads models of a running server, one change at a time."""
 
 import asyncio
 import logging
@@ -20,14 +20,14 @@ from de3.server.prove import Prover
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-WAIT_S, MAX_WAIT_S = 0.2, 60.0  # for the last requests of an unloaded model
+WAIT_S, MAX_WAIT_S = 0.2, 60.0  # wait for the last requests of an unloaded model
 
 
 class Manager:
-    """Changes what is served.
+    """Changes the served models.
 
-    A model is loaded and warmed up beside the others before it replaces one, so a bad artifact changes
-    nothing. A request in flight keeps the model that it began with.
+    A model is loaded and warmed up before it replaces another, so an invalid artifact changes nothing. A request in
+    flight keeps its model.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Manager:
         audits: Audits,
         drop_shadows: Callable[[Sequence[Served]], None],
     ) -> None:
-        """`drop_shadows`: called when models are unloaded: pending shadows would keep them in memory."""
+        """drop_shadows: called with unloaded models, as pending shadow jobs would keep them in memory."""
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
@@ -47,29 +47,29 @@ class Manager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
-        """Load the first models; of several of a name the first is current.
+        """Load the models at start; the first version of each name is current.
 
-        A bad one is skipped unless it was asked for by name. Raises StoreError or ValueError if one that was
-        is bad, or if none is left.
+        An invalid artifact is skipped unless it was named. Raises StoreError or ValueError if a named one is invalid,
+        or none is left.
         """
         async with self._changing:
             for artifact in artifacts:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
                     await self._serve(artifact, "current" if is_first else "beside")
-                except Exception as error:  # whatever a forged artifact may cause
+                except Exception as error:  # a forged artifact may cause any
                     if self._settings.models or (artifact is artifacts[-1] and not self._models.routes):
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)
 
     def stop(self) -> None:
-        """Abandon what is being loaded."""
+        """Abort the loading of models."""
         self._prover.stop()
 
     async def load(
         self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
     ) -> Served:
-        """Serve a version (the newest), read from the store anew; raises RequestError."""
+        """Load a version (default: the newest) from the store and serve it; raises RequestError."""
         async with self._one_change():
             artifact = await self._open(name, version)
             route = self._models.routes.get(name)
@@ -140,7 +140,7 @@ class Manager:
         return served
 
     def _forget(self, gone: list[Served]) -> None:
-        """Free the memory of models once nothing uses them any more."""
+        """Free the memory of models once they are no longer in use."""
         if gone:
             self._drop_shadows(gone)
         for served in gone:
@@ -153,7 +153,7 @@ class Manager:
 
 
 async def _give_back(models: list[ref[Model]]) -> None:
-    """Wait until models are freed, then hand the memory back to the system."""
+    """Wait until models are freed, then return their memory to the system."""
     for _ in range(round(MAX_WAIT_S / WAIT_S)):
         if all(model() is None for model in models):
             break

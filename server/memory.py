@@ -1,7 +1,7 @@
 """Returns freed memory to the operating system.
 
-The C library keeps what is freed in the arena of the thread that freed it: without this a server would keep
-what its largest requests, or a model's loading, once took.
+The C library keeps freed memory in the arena of the thread that freed it. Without this, a server would keep the peak
+memory of its largest requests and of loading models.
 """
 
 import ctypes
@@ -9,6 +9,6 @@ from contextlib import suppress
 
 
 def trim() -> None:
-    """Hand it back; takes half a millisecond where there is little, and does nothing without glibc."""
+    """Return freed memory; takes half a millisecond if there is little. Does nothing without glibc."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

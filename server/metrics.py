@@ -1,4 +1,4 @@
-"""Prometheus metrics of one server. Label values are bounded: served models, stages, reasons, causes."""
+"""Prometheus metrics of a server. Label values are bounded: served models, stages, reasons, causes."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -27,34 +27,34 @@ from de3.server.errors import Cause
 from de3.server.rules import Choice
 from de3.server.settings import Settings
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # half the series, and Prometheus needs none of them
+disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
 
-# From the embeddings alone to the time-out, finest where most requests are.
+# From an exit at the embeddings to the time-out, finest where most requests are.
 STAGE_BUCKETS = (
     *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
     *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
-# A text leaves early when it is sure, so both signals crowd near 0.
+# Texts exit when the signals are small, so values cluster near 0.
 SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 # The possible outcomes of a request, with a model and without one.
 STATUSES = ("200", "422", "429", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
-KEPT_MODELS = 8  # unloaded ones whose metrics can still be read
+KEPT_MODELS = 8  # unloaded models whose metrics are kept
 InForce = Callable[[Served], Choice]
 
 
 class _ModelGauges(Collector):
-    """Gauges by model that are computed at each scrape, not with every text."""
+    """Gauges by model that are computed at each scrape instead of for every text."""
 
     def __init__(self, served: dict[str, Served], in_force: InForce) -> None:
         self._served, self._in_force = served, in_force
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        """The gauges; no drift for a model whose window is not full yet, no accuracy without calibration."""
+        """The gauges; drift only once its window is full, accuracy only with a calibration."""
         tau = GaugeMetricFamily(
             "de3_tau",
-            "τ in force for requests that choose none; raised under load",
+            "τ in force for requests without exit options; raised under load",
             labels=["model"],
         )
         full = GaugeMetricFamily(
@@ -62,7 +62,7 @@ class _ModelGauges(Collector):
         )
         drift = GaugeMetricFamily(
             "de3_drift",
-            "How recent texts differ from the calibration's, by signal of the first exit; 0: not at all",
+            "Distance of recent texts from the calibration's, by signal of the first exit; 0: none",
             labels=["model", "signal", "statistic"],
         )
         for name, served in list(self._served.items()):
@@ -76,54 +76,58 @@ class _ModelGauges(Collector):
 
 
 class _AuditMetrics(Collector):
-    """What audits showed, by model."""
+    """The results of audits by model."""
 
     def __init__(self, served: dict[str, Served], auditor_of: Callable[[Served], Auditor | None]) -> None:
         self._served, self._auditor_of = served, auditor_of
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; no rate without audits, no promise without a guarantee."""
+        """The metrics; a rate only with audits, a promised rate only if the server has one."""
         gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
-        share = gauge("de3_audit_share", "Probability with which the next text is audited")
-        pending = gauge("de3_audit_pending_texts", "Audits that wait for idle time")
+        share = gauge("de3_audit_share", "Probability that the next text is audited")
+        pending = gauge("de3_audit_pending_texts", "Audits waiting for idle time")
         rate = gauge(
             "de3_audit_disagreement",
-            "Rate of texts that differ from full depth at the τ in force, by the audits since the last reset",
+            "Rate of disagreement with full depth at the τ in force, by the audits since the last reset",
         )
-        lower = gauge("de3_audit_disagreement_lower", "Its lower bound, at 95% confidence at every moment")
-        upper = gauge("de3_audit_disagreement_upper", "Its upper bound, at 95% confidence at every moment")
+        lower = gauge(
+            "de3_audit_disagreement_lower", "Anytime-valid 95% lower bound of de3_audit_disagreement"
+        )
+        upper = gauge(
+            "de3_audit_disagreement_upper", "Anytime-valid 95% upper bound of de3_audit_disagreement"
+        )
         promise = gauge(
             "de3_audit_promise",
-            "The rate of disagreement that is promised: --guarantee, or --max-disagreement",
+            "Promised rate of disagreement: --guarantee, or --max-disagreement",
         )
         tau = GaugeMetricFamily(
             "de3_audit_tau",
-            "τ in force, by why: start, calibrated, evidence, recent, change, reset; or how it was set",
+            "τ in force, by reason: start, calibrated, evidence, recent, change, reset; or the option that set it",
             labels=["model", "reason"],
         )
-        texts = counter("de3_audit_texts", "Texts that were audited", labels=["model"])
-        unlike = counter(
+        texts = counter("de3_audit_texts", "Audited texts", labels=["model"])
+        disagreements = counter(
             "de3_audit_disagreements",
-            "Audited texts whose answer, as it was sent, differs from full depth",
+            "Audited texts whose answer, as served, differs from full depth",
             labels=["model"],
         )
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         resets = counter(
             "de3_audit_resets",
-            "Times that what audits had shown became void, by why: change (the rate at the proved τ had risen above "
-            "the promise), or reset by an admin",
+            "Times that the evidence of audits became void, by reason: change (the rate at the proved τ had risen "
+            "above the promise), or reset (by an admin)",
             labels=["model", "reason"],
         )
-        apart = counter(
-            "de3_audit_apart_texts",
-            "Texts that do not count, by reason: deadline, max_layer, windows",
+        excluded = counter(
+            "de3_audit_excluded_texts",
+            "Texts excluded from audits, by reason: deadline, max_layer, windows",
             labels=["model", "reason"],
         )
         for name, served in list(self._served.items()):
             auditor = self._auditor_of(served)
             if auditor is None:
                 continue
-            measured, force = auditor.measured(), auditor.in_force()
+            measured, in_force = auditor.measured(), auditor.in_force()
             share.add_metric([name], auditor.share)
             pending.add_metric([name], auditor.pending)
             if measured is not None:
@@ -131,15 +135,16 @@ class _AuditMetrics(Collector):
                     metric.add_metric([name], value)
             if auditor.promised is not None:
                 promise.add_metric([name], auditor.promised)
-            tau.add_metric([name, force["reason"]], force["tau"])
+            tau.add_metric([name, in_force["reason"]], in_force["tau"])
             texts.add_metric([name], auditor.audits)
-            unlike.add_metric([name], auditor.disagreements)
+            disagreements.add_metric([name], auditor.disagreements)
             seconds.add_metric([name], auditor.seconds)
             for reason, count in auditor.num_resets.items():
                 resets.add_metric([name, reason], count)
-            for why, count in auditor.apart.items():
-                apart.add_metric([name, why], count)
-        yield from (share, pending, rate, lower, upper, promise, tau, texts, unlike, seconds, resets, apart)
+            for why, count in auditor.excluded.items():
+                excluded.add_metric([name, why], count)
+        yield from (share, pending, rate, lower, upper, promise, tau)
+        yield from (texts, disagreements, seconds, resets, excluded)
 
 
 def _info(served: Served) -> tuple[str, ...]:
@@ -148,85 +153,80 @@ def _info(served: Served) -> tuple[str, ...]:
 
 
 class Metrics:
-    """All metrics, in a registry of their own."""
+    """All metrics of a server, in a registry of their own."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
-        """deepest: the most layers that a served model has. in_force: the choice for requests without options."""
+        """deepest: largest number of layers of a model. in_force: the choice for requests without options."""
         self.registry = r = CollectorRegistry()
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
             "de3_exit_layer",
-            "Exit layer of each text (0: embeddings), by reason; of a text with several windows, of the last that ran",
+            "Exit layer of each text (0: embeddings), by reason; for several windows, of the last that ran",
             ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
         )
         self.layers_run = counter("de3_layers_run", "Encoder layers executed", ["model"])
-        self.layers_saved = counter("de3_layers_saved", "Encoder layers that early exits saved", ["model"])
+        self.layers_saved = counter("de3_layers_saved", "Encoder layers saved by early exits", ["model"])
         self.full_depth = counter(
             "de3_full_depth_seconds",
-            "Model time that the texts would have taken at full depth: their own, scaled by the time per layer "
-            "that was measured at start-up",
+            "Estimated model time at full depth: measured model time, scaled by the times per layer from start-up",
             ["model"],
         )
-        self.tokens = counter("de3_tokens", "Tokens of the texts that left", ["model"])
+        self.tokens = counter("de3_tokens", "Tokens of finished texts", ["model"])
         self.entropy = histogram(
-            "de3_exit_entropy", "Entropy at the exit where a text left", ["model"], buckets=SIGNAL_BUCKETS
+            "de3_exit_entropy", "Entropy at the exit of each text", ["model"], buckets=SIGNAL_BUCKETS
         )
         self.distance_ratio = histogram(
             "de3_exit_distance_ratio",
-            "Distance ratio at the exit where a text left, if that exit has prototypes",
+            "Distance ratio at the exit of each text, if it has prototypes",
             ["model"],
             buckets=SIGNAL_BUCKETS,
         )
         self.request_latency = histogram(
             "de3_request_latency_seconds",
-            "From a request's head to its response or time-out",
+            "Time from a request's head to its response or time-out",
             ["model"],
-            # The objective is one: whether p99 is within it must not be a guess.
+            # The objective is a bucket, so that the share of requests within it is exact.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
         )
         self.stage_latency = histogram(
             "de3_stage_latency_seconds",
-            "Time that a text spends in a stage: queue, tokenize, model",
+            "Time of a text in each stage: queue, tokenize, model",
             ["model", "stage"],
             buckets=STAGE_BUCKETS,
         )
         self.requests = counter(
             "de3_requests",
-            "Classification requests by HTTP status; model is none where no model was found",
+            "Classification requests by HTTP status; model is none if the request's model was not found",
             ["model", "status"],
         )
-        self.rejected = counter(
-            "de3_rejected", "Requests on any route that were not answered, by cause", ["cause"]
-        )
-        self.engine_failures = counter("de3_engine_failures", "Engine threads that ended or are stuck")
+        self.rejected = counter("de3_rejected", "Rejected requests on all routes, by cause", ["cause"])
+        self.engine_failures = counter("de3_engine_failures", "Engine threads that died or hang")
         self.dropped_connections = counter(
             "de3_dropped_connections",
-            "Connections closed at a limit: connection_limit, or unread (a client does not read its responses)",
+            "Connections closed at a limit: connection_limit, or unread (the client does not read its responses)",
             ["reason"],
         )
-        self.far = counter(
-            "de3_far_texts",
-            "Out-of-distribution texts: far from every prototype at an exit (--ood-policy)",
+        self.ood = counter(
+            "de3_ood_texts",
+            "Out-of-distribution texts, far from every prototype at an exit (--ood-policy)",
             ["model"],
         )
-        self.degraded = counter(
-            "de3_degraded_texts", "Texts answered with a τ that was raised under load", ["model"]
-        )
+        self.degraded = counter("de3_degraded_texts", "Texts answered with a τ raised under load", ["model"])
         self.calibrated = counter(
             "de3_calibrated_texts", "Texts answered with a τ of the calibration table", ["model"]
         )
-        self.expected_right = counter(
-            "de3_expected_right_texts",
-            "Expected number of correct ones among de3_calibrated_texts, by the calibration",
+        self.expected_correct = counter(
+            "de3_expected_correct_texts",
+            "Expected number of correct texts among de3_calibrated_texts, by the calibration",
             ["model"],
         )
         self.shadow_texts = counter(
-            "de3_shadow_texts", "Texts that a shadow model also ran", ["model", "shadow"]
+            "de3_shadow_texts", "Texts also run by a shadow model", ["model", "shadow"]
         )
         self.shadow_disagreements = counter(
-            "de3_shadow_disagreements", "Texts that a shadow model answered differently", ["model", "shadow"]
+            "de3_shadow_disagreements", "Texts answered differently by a shadow model", ["model", "shadow"]
         )
         self._model = Gauge(
             "de3_model_info",
@@ -237,15 +237,15 @@ class Metrics:
         self._by_model = (
             *(self.exit_layer, self.layers_run, self.layers_saved, self.full_depth, self.tokens),
             *(self.entropy, self.distance_ratio, self.request_latency, self.stage_latency, self.requests),
-            *(self.far, self.degraded, self.calibrated, self.expected_right),
+            *(self.ood, self.degraded, self.calibrated, self.expected_correct),
             *(self.shadow_texts, self.shadow_disagreements),
         )
         self._gone: list[str] = []
-        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # of models that are not forgotten
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # of models whose metrics are kept
         self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
-        for cause in get_args(Cause):  # a rate needs the zero before the first one
+        for cause in get_args(Cause):  # rate() needs a 0 before the first event
             self.rejected.labels(cause)
         for reason in ("connection_limit", "unread"):
             self.dropped_connections.labels(reason)
@@ -254,15 +254,15 @@ class Metrics:
         self._limits(settings)
 
     def _limits(self, settings: Settings) -> None:
-        """The limits that alerts compare with."""
+        """The limits that alerts refer to."""
         r = self.registry
         Info("de3", "The server", registry=r).info({"version": version("de3")})
         Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
-        Gauge("de3_queue_limit_texts", "Most texts in flight (--max-queue)", registry=r).set(
+        Gauge("de3_queue_limit_texts", "Limit of texts in flight (--max-queue)", registry=r).set(
             settings.max_queue
         )
         if settings.slo_p99_ms is not None:
-            objective = Gauge("de3_latency_objective_seconds", "--slo-p99-ms, in seconds", registry=r)
+            objective = Gauge("de3_latency_objective_seconds", "Latency objective (--slo-p99-ms)", registry=r)
             objective.set(settings.slo_p99_ms / 1000)
 
     def read_from(
@@ -272,21 +272,25 @@ class Metrics:
         in_flight: Callable[[], int],
         level: Callable[[], int],
     ) -> None:
-        """Read these values at each scrape."""
+        """Export values that are read at each scrape."""
         for name, help_, value in (
             ("de3_in_flight_requests", "Requests in flight", in_flight),
-            ("de3_ready", "1 once every model is loaded and warmed up", is_ready),
+            (
+                "de3_ready",
+                "1 while the server is ready: all models loaded and warmed up, not draining",
+                is_ready,
+            ),
             ("de3_queue_texts", "Texts pending in the queue", queue_length),
-            ("de3_load_level", "Load level: steps by which the default τ is raised", level),
+            ("de3_load_level", "Load level: number of steps by which the default τ is raised", level),
         ):
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
-        """Read what audits showed at each scrape."""
+        """Export the results of audits, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
 
     def add(self, served: Served) -> None:
-        """Begin to count for this model."""
+        """Start counting for a model."""
         name = served.model.full_name
         if name in self._served:  # reloaded, perhaps with another runtime
             self.drop(self._served[name])
@@ -294,7 +298,7 @@ class Metrics:
         for status in STATUSES:
             self.requests.labels(name, status)
         self.request_latency.labels(name)
-        for counter in (self.degraded, self.calibrated, self.expected_right):
+        for counter in (self.degraded, self.calibrated, self.expected_correct):
             counter.labels(name)
         self._observers[name] = self._observer(served)
         self._served[name] = served
@@ -302,7 +306,7 @@ class Metrics:
             self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Remove a model that was unloaded; its counters can still be read for a while."""
+        """Remove an unloaded model; its counters are kept for a while."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
@@ -323,24 +327,24 @@ class Metrics:
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
-            # Not those that a deadline cut short, that ran deeper as out of distribution, or in several windows.
+            # The calibration does not cover deadlines, a lower τ out of distribution, or several windows.
             texts = sum(
                 outcome.rule.tau == choice.rule.tau and outcome.reason != "deadline" and not outcome.windows
                 for outcome in job.outcomes()
             )
             self._child(self.calibrated, model).inc(texts)
-            self._child(self.expected_right, model).inc(texts * choice.expected.accuracy)
+            self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
     def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
-        """Count a request by its response; model is none where no model was found."""
+        """Count a request by its response; model is none if the request's model was not found."""
         if cause is not None:
             self.rejected.labels(cause).inc()
         self._child(self.requests, model, str(status)).inc()
-        if status in (200, 504):  # refusals are quick, and would distort the latency
+        if status in (200, 504):  # rejections are fast, and would distort the latency
             self._child(self.request_latency, model).observe(latency_s)
 
     def _child(self, metric: Any, *labels: str) -> Any:
-        """A metric's series, kept: a look-up by prometheus_client takes as long as an exit."""
+        """A cached series of a metric: a look-up in prometheus_client takes as long as an exit."""
         key = (metric, labels)
         child = self._children.get(key)
         if child is None:
@@ -348,22 +352,24 @@ class Metrics:
         return child
 
     def observe(self, model: Model, outcome: Outcome) -> None:
-        """Count one text that left; called by engine threads."""
-        if observer := self._observers.get(model.full_name):  # also for texts in flight when it was dropped
+        """Count a finished text; called by engine threads."""
+        if observer := self._observers.get(
+            model.full_name
+        ):  # the model may have been dropped with texts in flight
             observer(outcome)
 
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
-        """The observer of one model, with its labels looked up once."""
+        """The observer of one model, which looks its series up once."""
         name, depth = served.model.full_name, served.model.manifest.num_layers
-        layers = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
+        exit_layer = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]
-        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.far)
-        run, saved, full_depth, tokens, far = (c.labels(name) for c in counters)
+        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.ood)
+        run, saved, full_depth, tokens, ood = (c.labels(name) for c in counters)
         entropy, ratio = self.entropy.labels(name), self.distance_ratio.labels(name)
         speedup = served.timing.speedup
 
         def observe(o: Outcome) -> None:
-            layers[o.reason].observe(o.layer)
+            exit_layer[o.reason].observe(o.layer)
             for part in o.windows or (o,):
                 run.inc(part.layer)
                 saved.inc(depth - part.layer)
@@ -374,7 +380,7 @@ class Metrics:
             if o.reading.distance_ratio is not None:
                 ratio.observe(o.reading.distance_ratio)
             if o.is_far:
-                far.inc()
+                ood.inc()
             for stage, seconds in zip(stages, (o.queue_s, o.tokenize_s, o.model_s), strict=True):
                 stage.observe(seconds)
 

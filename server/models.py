@@ -1,4 +1,4 @@
-"""The models that a server has loaded: which version answers a name, and which others run beside it."""
+"""The loaded models of a server, and the roles of their versions."""
 
 import logging
 import random
@@ -23,10 +23,10 @@ MAX_LOADED = 16
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
-    """The artifacts to serve, manifests checked: those wanted, or the newest of every model in the store.
+    """The artifacts to serve, with their manifests checked: those named, or the newest of every model in the store.
 
-    A bad artifact is skipped unless it was asked for by name. Raises StoreError if one that was is bad, or if
-    none is left, and NoModelsError if there was none.
+    An invalid artifact is skipped unless it was named. Raises StoreError if a named one is invalid or none is left, and
+    NoModelsError if the store is empty.
     """
     names = wanted or list(store.versions())
     if not names:
@@ -41,7 +41,7 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     for name in names:
         try:
             artifacts.append(store.open(name))
-        except Exception as error:  # whatever a forged manifest may cause
+        except Exception as error:  # a forged manifest may cause any
             errors.append(error)
             log.error("%s is not served: %s", name, error)
     if not artifacts:
@@ -50,25 +50,25 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
 
 
 def newest(store: Store) -> list[Artifact]:
-    """The newest version of every model in the store whose manifest is valid: what may be loaded later."""
+    """The newest version of every model in the store with a valid manifest, which may be loaded later."""
     artifacts = []
     for name in store.versions():
-        with suppress(Exception):  # it cannot be loaded, which matters once it is asked for
+        with suppress(Exception):  # an invalid one is reported when it is loaded
             artifacts.append(store.open(name))
     return artifacts
 
 
 def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lambda: None) -> Served:
-    """Load a model and warm it up, so that no request pays for first runs.
+    """Load a model and warm it up.
 
-    check: called before each run; what it raises ends the loading.
-    Raises StoreError, or ValueError for exit options in the settings that the model cannot fulfil.
+    check: called before each run; an exception from it aborts the loading.
+    Raises StoreError, or ValueError for exit options in the settings that the model cannot meet.
     """
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except RequestError as error:  # the same as a request with these options would get
-        raise ValueError(f"a setting cannot be fulfilled: {error.message}") from None
+    except RequestError as error:  # as for a request with these options
+        raise ValueError(f"a setting cannot be met: {error.message}") from None
     model = Model(artifact, settings.runtime, check)
     try:
         return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
@@ -83,13 +83,13 @@ Role = Literal["current", "canary", "shadow", "beside"]
 
 @dataclass(slots=True)
 class Route:
-    """Which versions of one name do what.
+    """The roles of the versions of one name.
 
     Attributes:
         current: answers requests that name no version.
-        canary: answers the `share` of them instead.
-        shadow: runs the texts of current's requests as well; its labels are compared, and go to nobody.
-        before: versions that were current, the last one last.
+        canary: answers `share` of these requests instead.
+        shadow: also runs the texts of current; its answers are compared and not returned.
+        before: versions that were current, latest last.
     """
 
     current: int
@@ -99,7 +99,7 @@ class Route:
     before: list[int] = field(default_factory=list)
 
     def give(self, role: Role, version: int, share: float = 0.0) -> None:
-        """Give a role to a version; it loses the role that it had, unless that is current."""
+        """Give a role to a version, which loses its former role unless that is current."""
         if role == "current" and version != self.current:
             self.before = [*self.before, self.current][-MAX_HISTORY:]
             self.current = version
@@ -113,7 +113,7 @@ class Route:
             self.shadow = version
 
     def version_in(self, role: Role) -> int | None:
-        """The version that has a role, if one has, and only one can."""
+        """The version that has a role; None if none has, and for beside, which several may have."""
         return (
             None
             if role == "beside"
@@ -121,15 +121,15 @@ class Route:
         )
 
     def used(self) -> set[int]:
-        """Versions with a role."""
+        """The versions with a role."""
         return {self.current} | {v for v in (self.canary, self.shadow) if v is not None}
 
 
 class Models:
-    """Loaded models. Only the event loop changes them, each time in one step: a request sees all or nothing."""
+    """The loaded models. Only the event loop changes them, each change in one step."""
 
     def __init__(self, default: str | None = None) -> None:
-        """default: the name that answers requests that name none; None: only one that is alone does."""
+        """default: name of the model that answers requests without one; None: the only model, if there is one."""
         self._default = default
         self._versions: dict[str, dict[int, Served]] = {}
         self.routes: dict[str, Route] = {}
@@ -149,11 +149,11 @@ class Models:
         return self.current(name)
 
     def is_default(self, name: str) -> bool:
-        """Whether a name answers requests that name none."""
+        """True if this name answers requests that name no model."""
         return name == self._default or len(self.routes) == 1
 
     def default_name(self) -> str:
-        """The name that answers requests that name none; raises RequestError if there is no such name."""
+        """The name that answers requests that name no model; raises RequestError if there is none."""
         if self._default in self.routes:
             return str(self._default)
         if len(self.routes) == 1:
@@ -161,7 +161,7 @@ class Models:
         raise no_default(list(self.routes))
 
     def current(self, name: str) -> Served:
-        """A name's current version, or that of name:version; raises RequestError."""
+        """The current version of a name, or name:version; raises RequestError."""
         if name in self.routes:
             return self._versions[name][self.routes[name].current]
         served = self.all
@@ -171,13 +171,13 @@ class Models:
         raise unknown_model(name, [s.model.full_name for s in served])
 
     def role_of(self, manifest: Manifest) -> Role:
-        """What a loaded version does."""
+        """The role of a loaded version."""
         route = self.routes[manifest.name]
         roles: tuple[Role, ...] = ("current", "canary", "shadow")
         return next((r for r in roles if route.version_in(r) == manifest.version), "beside")
 
     def shadow_of(self, served: Served) -> Served | None:
-        """The shadow that runs the texts of this model as well, if it has one."""
+        """The shadow of a model; None if it has none."""
         name = served.model.manifest.name
         route = self.routes.get(name)
         if route is None or route.shadow is None or route.current != served.model.manifest.version:
@@ -187,7 +187,7 @@ class Models:
     def add(
         self, served: Served, role: Role = "current", share: float = 0.0, back: bool = False
     ) -> list[Served]:
-        """Serve a model in a role; returns those that are no longer served, as it took their place.
+        """Serve a model in a role; returns the models that it replaces.
 
         back: a rollback, which removes the version from the history.
         """
@@ -198,14 +198,13 @@ class Models:
         used = route.used()
         route.give(role, version, share)
         if back:
-            del route.before[-2:]  # itself, and the one that it replaces
+            del route.before[-2:]  # this version, and the one that it replaces
         for lost in used - route.used() - {version}:
             del self._versions[name][lost]
         return _gone(before, self.all)
 
     def remove(self, name: str, version: int | None) -> list[Served]:
-        """Serve a version, or all of a name, no longer; returns what is gone. Raises
-        RequestError."""
+        """Stop serving a version, or all versions of a name; returns the removed models. Raises RequestError."""
         self.get(name if version is None else f"{name}:{version}")
         route, before = self.routes[name], self.all
         if version is None or self._versions[name].keys() == {version}:
@@ -215,7 +214,7 @@ class Models:
         elif version == route.current:
             others = ", ".join(f"{name}:{v}" for v in self._versions[name] if v != version)
             raise RequestError(
-                f"version: {name}:{version} answers for {name}; load another as current first "
+                f"version: {name}:{version} is the current version of {name}; load another as current first "
                 f"(loaded are {others}), or unload all of {name}",
                 "version",
                 "conflict",
@@ -231,10 +230,10 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
 
 
 def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
-    """The name that answers requests that name none; raises StoreError if it is not served."""
+    """The name that answers requests that name no model; raises StoreError if it is not served."""
     name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
-    if name is None:  # one that is alone at start stays the default when others are loaded later
+    if name is None:  # the only model at start remains the default when others are loaded
         return served[0] if settings.models or len(served) == 1 else None
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
@@ -242,16 +241,16 @@ def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
 
 
 def no_default(names: list[str]) -> RequestError:
-    """The error of a request that names no model, where several are served."""
+    """The error for a request that names no model while several are served."""
     return RequestError(
-        f"model: is required, as several are served: {', '.join(names)}; for requests that cannot name one, the "
-        "server's operator chooses it with --default-model",
+        f"model: is required, as several are served: {', '.join(names)}; the server's operator may set a default with "
+        "--default-model",
         "model",
     )
 
 
 def unknown_model(name: str, served: list[str]) -> RequestError:
-    """The error of a name that is not served."""
+    """The error for a name that is not served."""
     return RequestError(
         f"model: no model {name[:100]!r} is served; there are: {', '.join(served)}",
         "model",

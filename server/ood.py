@@ -1,4 +1,4 @@
-"""Out-of-distribution texts, one by one, and drift of all of them, against the calibration's texts."""
+"""Detects out-of-distribution texts, and drift of the traffic, against the calibration's texts."""
 
 import math
 from collections import deque
@@ -12,16 +12,16 @@ from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from chance
-MAX_PER_S = 200  # texts sampled: enough, and cheap under any load
-# τ is multiplied by this from the first exit on at which a text is far from every prototype. Full depth for
-# such texts would cost half the speed-up of their domain, and measured no more accurate (docs/budgets.md).
+MAX_PER_S = 200  # texts sampled for drift: enough, and cheap under any load
+# Factor of τ from the first exit at which a text is far from every prototype. Full depth for such texts would cost half
+# of the speed-up in their domain, and was measured to be no more accurate (docs/budgets.md).
 CAUTION = 0.5
 
 
 class Drift:
-    """A sliding window of the first exit's readings, against calibration.
+    """A sliding window of readings at the first exit, against the calibration.
 
-    Every text reaches the first exit; deeper ones see only those that stayed.
+    Every text reaches the first exit; deeper exits see a selection of the texts.
     """
 
     def __init__(self, expected: Reference) -> None:
@@ -37,7 +37,7 @@ class Drift:
         self._next = 0.0
 
     def wants(self) -> bool:
-        """Whether it is time to sample another text."""
+        """True if it is time to sample another text."""
         now = perf_counter()
         if now < self._next:
             return False
@@ -45,11 +45,11 @@ class Drift:
         return True
 
     def add(self, reading: Reading) -> None:
-        """Add the first exit's reading of a text."""
+        """Add the reading of a text at the first exit."""
         self._window.append(reading)
 
     def statistics(self) -> dict[tuple[str, str], float]:
-        """By signal and statistic (psi, ks); nothing until the window is full."""
+        """The drift by signal and statistic (psi, ks); empty until the window is full."""
         readings = list(self._window)
         if len(readings) < WINDOW:
             return {}
@@ -65,10 +65,10 @@ class OodMonitor:
     """Flags a model's out-of-distribution texts, scores them and samples them for drift.
 
     Attributes:
-        limits: the largest distance to the nearest prototype by layer, (layers + 1,) float64; inf where there
-            are no prototypes. None: nothing is flagged.
-        caution: what τ is multiplied by for a text beyond; 1: it is only flagged.
-        drift: None for a model without calibration, or whose first exit has no prototypes.
+        limits: by layer, the distance to the nearest prototype above which a text is flagged, (layers + 1,) float64;
+            inf at layers without prototypes. None: nothing is flagged.
+        caution: factor of τ for flagged texts; 1: they are flagged only.
+        drift: None for a model without calibration, or without prototypes at its first exit.
     """
 
     def __init__(self, manifest: Manifest, policy: str) -> None:
@@ -84,22 +84,22 @@ class OodMonitor:
             self.limits = np.array(limits)
 
     def samples(self) -> bool:
-        """Whether the next text should count for drift."""
+        """True if the next text is to be sampled for drift."""
         return self.drift is not None and self.drift.wants()
 
     def sample(self, reading: Reading) -> None:
-        """Add a text's first reading to the sample, if it is of the model's first exit."""
+        """Sample the first reading of a text, unless the model's first exit was skipped."""
         if self.drift is not None and reading.layer == self.drift.layer:
             self.drift.add(reading)
 
     def is_far(self, reading: Reading) -> bool:
-        """Whether a text is further from every prototype of this exit than 99% of the calibration's."""
+        """True if a text is further from every prototype at this exit than 99% of the calibration's texts."""
         if self.limits is None or reading.nearest is None:
             return False
         return reading.nearest > float(self.limits[reading.layer])
 
     def score(self, passed: list[Reading]) -> float | None:
-        """The ood score of a text, by the exits that it passed; None if none of them has prototypes."""
+        """The OOD score of a text, from the exits that it passed; None if none of them has prototypes."""
         known = [
             (r.nearest, self._nearest[r.layer])
             for r in passed

@@ -1,24 +1,26 @@
-"""Under load: raise the default τ step by step, then shed; lower it again when the load is over."""
+"""Overload control: raises the default τ step by step, then sheds; lowers τ again after the load."""
 
 from collections.abc import Callable
 from time import perf_counter
 
 TICK_S = 0.05
-# Of the latency objective, for the mean queue time of a new text; the p99 latency measured 2 to 3 times that.
+# Thresholds of the predicted queue time, as shares of the latency objective. The p99 latency was measured to be 2 to 3
+# times the mean queue time.
 RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.3
-CALM_S = 1.0  # below LOWER_BELOW for this long: the first step down
-CALM_STEP_S = 0.25  # then one step each; far below the capacity, one each tick
-FAR_BELOW = 0.7  # of the capacity
-MEMORY = 0.3  # weight of the newest tick in the estimate of the capacity
+CALM_S = 1.0  # time below LOWER_BELOW before the first step down
+CALM_STEP_S = 0.25  # time before each further step down; one step per tick if far below capacity
+FAR_BELOW = 0.7  # share of the capacity
+MEMORY = 0.3  # weight of the newest tick in the estimated capacity
 
 
 class Controller:
     """Predicts the queue time of a new text by Little's law: texts queued before it / texts finished per second.
 
-    Texts that are running do not count: on an idle server nothing is queued, however slow the model is.
+    Running texts do not count: on an idle server nothing is queued, however slow the model is.
 
     Attributes:
-        level: 0: every model's default τ; up to `levels` steps above it, which change with the models.
+        level: number of steps by which the default τ of every model is raised, from 0 to `levels()`, which depends on
+            the loaded models.
     """
 
     def __init__(
@@ -29,7 +31,7 @@ class Controller:
         threads: int,
         clock: Callable[[], float] = perf_counter,
     ) -> None:
-        """capacity: a first guess, in texts per second."""
+        """capacity: initial estimate, texts per second."""
         self._objective, self._levels, self._capacity = objective_s, levels, capacity
         self._threads = threads
         self._clock = clock
@@ -39,14 +41,14 @@ class Controller:
         self.level = 0
 
     def predicted_s(self, queued: int) -> float:
-        """Predicted queue time of a new text in seconds, with so many texts before it."""
+        """Predicted queue time of a new text with this many texts before it, seconds."""
         return max(0, queued - self._threads) / self._capacity
 
     def sheds(self, in_flight: int, queued: Callable[[], int]) -> bool:
-        """Whether a new request must be shed: τ is at its highest step, and still it would be late.
+        """True if a new request must be shed: it would be late although τ is at its highest step.
 
-        Called for every request, so what is queued before it is counted only if all texts in flight would be
-        too many. In a burst τ jumps to its last step at once.
+        Called for every request, so the queue is counted only if all texts in flight would be too many. In a burst, τ
+        jumps to its last step at once.
         """
         self._least = min(self._least, in_flight)
         most = SHED_ABOVE * self._objective
@@ -58,11 +60,11 @@ class Controller:
         return True
 
     def tick(self, in_flight: int, queued: int, finished: int) -> None:
-        """Adjust the level, about every TICK_S. finished: texts so far."""
+        """Adjust the level; called every TICK_S. finished: total number of finished texts."""
         now = self._clock()
         rate = (finished - self._finished) / max(now - self._last, 1e-6)
         self._last, self._finished = now, finished
-        # Only a server that was never idle shows its capacity.
+        # The rate measures the capacity only if the server was never idle.
         if min(in_flight, self._least) > 2 * self._threads:
             self._capacity += MEMORY * (max(rate, 1.0) - self._capacity)
         else:

@@ -1,9 +1,7 @@
-"""Loads and runs an artifact as the server will, in a process that can be killed, with limits of time and
-memory.
+"""Proves an artifact: loads and runs it in a separate process, with limits of time and memory.
 
-What a file may hold is checked before it is opened (graph_check.py, graph_reader.py and tokenizer_check.py of
-model_store); this is for what only running it shows: how long it takes, how much memory, and whether it ends
-the process.
+`model_store` checks the contents of the files before it opens them (graph_check.py, graph_reader.py,
+tokenizer_check.py). This covers what only shows at run time: time, memory, and crashes.
 """
 
 import resource
@@ -21,15 +19,15 @@ from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, StoreError
 
 TIMEOUT_S = 120.0
-MEMORY_BYTES = 2**30  # beside the files, of which there are a few copies for a moment
-COPIES = 6
-MAX_OUTPUT = 2**16  # characters of what the process says
-REFUSED = 3  # its exit code if the artifact is not sound
+MEMORY_BYTES = 2**30  # besides the files
+COPIES = 6  # of the files that are in memory for a moment
+MAX_OUTPUT = 2**16  # characters of the process's output
+REFUSED = 3  # exit code of the process for an unsound artifact
 PROGRAM = "from de3.server.prove import child; child()"
 
 
 class Prover:
-    """Proves one artifact at a time, and can be told to stop."""
+    """Proves one artifact at a time; can be stopped."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -37,11 +35,11 @@ class Prover:
         self._stopped = False
 
     def prove(self, artifact: Artifact, runtime: str) -> str:
-        """Load and run an artifact elsewhere; raises StoreError if that fails, or takes too long or too much.
+        """Load and run an artifact in a process; raises StoreError if it fails or exceeds a limit.
 
-        Why an int8 artifact has no kernels here, if it has none; else empty.
+        Returns the reason why the kernels cannot run an int8 artifact here; empty if they can.
         """
-        # -P: no module is taken from the working directory.
+        # -P: import no modules from the working directory.
         command = [sys.executable, "-P", "-X", "utf8", "-c", PROGRAM, str(artifact.path.absolute()), runtime]
         command.append(str(MEMORY_BYTES + COPIES * artifact.size()))
         with self._lock:
@@ -69,7 +67,7 @@ class Prover:
         if late.is_set():
             raise _too_late(artifact)
         if len(output) == MAX_OUTPUT:
-            raise StoreError(f"{artifact.path}: the process that loads it says too much")
+            raise StoreError(f"{artifact.path}: the process that loads it prints too much")
         if code == REFUSED:
             raise StoreError(last)
         if code == -SIGKILL:
@@ -78,12 +76,12 @@ class Prover:
             )
         if code != 0:
             raise StoreError(
-                f"{artifact.path}: ends the process that loads it ({code}): {last[:300] or 'it says nothing'}"
+                f"{artifact.path}: crashes the process that loads it ({code}): {last[:300] or 'no output'}"
             )
         return last
 
     def limit(self, artifact: Artifact) -> Callable[[], None]:
-        """For loading an artifact in this process: raises StoreError once that takes too long, or is stopped."""
+        """A check for loading an artifact in this process: raises StoreError after the time limit, or once stopped."""
         end = monotonic() + TIMEOUT_S
 
         def check() -> None:
@@ -94,7 +92,7 @@ class Prover:
         return check
 
     def stop(self) -> None:
-        """Give up what is being proved or loaded, and whatever is to come."""
+        """Abort the current proof or loading, and refuse later ones."""
         with self._lock:
             self._stopped = True
             if self._running is not None:
@@ -103,7 +101,7 @@ class Prover:
 
     def _check(self, artifact: Artifact) -> None:
         if self._stopped:
-            raise StoreError(f"{artifact.path}: not loaded: the server stops")
+            raise StoreError(f"{artifact.path}: not loaded: the server is stopping")
 
 
 def _too_late(artifact: Artifact) -> StoreError:
@@ -111,11 +109,11 @@ def _too_late(artifact: Artifact) -> StoreError:
 
 
 def _talk(process: "subprocess.Popen[str]", manifest: Manifest) -> str:
-    """Give the process its manifest, and wait for its end; what it says, or the beginning of that."""
+    """Send the process its manifest and wait for its end; returns its output, truncated to MAX_OUTPUT."""
     with process:
         assert process.stdin is not None and process.stdout is not None
         with suppress(BrokenPipeError):
-            # The manifest that was read and checked, not one that may be there by now.
+            # The manifest that was checked; the file may have changed since.
             process.stdin.write(manifest.model_dump_json())
         with suppress(BrokenPipeError):
             process.stdin.close()
@@ -126,15 +124,12 @@ def _talk(process: "subprocess.Popen[str]", manifest: Manifest) -> str:
 
 
 def child() -> None:
-    """What the other process does: say in its last line what is wrong with the artifact, or why it has no
-    kernels."""
+    """Entry point of the process: prints as its last line why the artifact is unsound, or why it has no kernels."""
     path, runtime, memory = sys.argv[1:]
-    # Of the heap and private mappings; address space would count what is only reserved.
+    # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(
-        OSError
-    ):  # where a container's memory is not enough, the kernel kills this process, not the server
+    with suppress(OSError):  # out of memory, the kernel is to kill this process instead of the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     artifact = Artifact(Path(path), Manifest.model_validate_json(sys.stdin.read()))
     try:
@@ -150,7 +145,7 @@ def child() -> None:
 
 
 def _load(artifact: Artifact, runtime: str) -> str:
-    """Do once with an artifact what the server does with it before it answers; why it has no kernels."""
+    """Load an artifact and warm it up as the server does; returns why it has no kernels."""
     import numpy as np  # within the limits
 
     from de3.model_store.model import Model
@@ -160,7 +155,9 @@ def _load(artifact: Artifact, runtime: str) -> str:
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:
         Timing(model, runs=1)
-        tokens = model.tokenize("a")  # as often as fit, whatever the tokenizer makes of longer texts
+        tokens = model.tokenize(
+            "a"
+        )  # repeated to the longest input, whatever the tokenizer does with long texts
         ids, types = (np.resize(x, (1, most)) for x in (tokens.ids, tokens.type_ids))
         model.full_depth(Tokens(ids, types, False))
     except Exception as error:  # onnxruntime raises its own classes, without a common base

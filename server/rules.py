@@ -1,4 +1,4 @@
-"""The choice of τ: from a request's options to its exit rule."""
+"""Chooses τ: from a request's options to its exit rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ from typing import Any, NamedTuple
 from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promise import Promise
 from de3.exits.rule import ExitRule, Thresholds
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
 from de3.server.settings import ExitOptions, Settings
 
 MAX_NAMED = 20  # signals in a message
-MAX_LOAD_LOSS = 0.02  # of accuracy under load, where no floor is set
+MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
 
 
 class Key(NamedTuple):
-    """What tells the signals of one model apart."""
+    """Identifies a signal of one model."""
 
-    name: SignalName
+    name: str
     lam: float | None
 
     def __str__(self) -> str:
@@ -34,15 +34,16 @@ def _key(signal: Signal) -> Key:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An exit rule, and why it is this one.
+    """An exit rule, and how it was chosen.
 
     Attributes:
         by: the option that decided, or default, or overload.
-        wanted: that field's value, if there is one.
-        expected: the row of the calibration's table for this τ and λ; None if they are not in it.
-        budget_s: the latency budget, if one was asked for.
-        is_degraded: whether τ was raised under load.
-        promise: with a guarantee: what is promised, and why τ is what it is.
+        wanted: value of that option; None if it has none.
+        expected: row of the calibration's table for this signal and τ; None if the table has no such row.
+        budget_s: latency budget; None if there is none.
+        is_degraded: τ was raised under load.
+        certificate: with max_disagreement, the certified bound; else None.
+        promise: with a guarantee, the promised rate and the reason for τ; else None.
     """
 
     rule: ExitRule
@@ -51,17 +52,18 @@ class Choice:
     expected: TradeOff | None = None
     budget_s: float | None = None
     is_degraded: bool = False
+    certificate: Mapping[str, Any] | None = None
     promise: Mapping[str, Any] | None = None
 
     def share(self, num_layers: int) -> float:
-        """The share of the full-depth time that a text is expected to take."""
+        """Expected time of a text, as a share of its time at full depth."""
         if self.expected is None:
             return 1.0
-        # The embeddings and the tokenizer cost about a layer.
+        # Tokenizer and embeddings cost about as much as one layer.
         return (self.expected.mean_exit_layer + 1) / (num_layers + 1)
 
     def row(self) -> dict[str, Any]:
-        """How τ was chosen, as `explain` shows it."""
+        """The choice as JSON, for `explain`."""
         signal = self.rule.signal
         row: dict[str, Any] = {
             "by": self.by,
@@ -86,7 +88,7 @@ class Rules:
         self._exits = manifest.exit_layers
         self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
         self._own_thresholds = manifest.thresholds
-        self._has_classes = manifest.tolerance is None
+        self._traits = manifest.traits
         self._thresholds = manifest.label_thresholds
         self.name = f"{manifest.name}:{manifest.version}"
         table = manifest.calibration.table if manifest.calibration else []
@@ -94,8 +96,9 @@ class Rules:
         self._rows = {(row.tau, row.signal, row.lam): row for row in table}
         self._signal = manifest.default_signal
         self._certified = {Key(*key): TradeOffs(rows) for key, rows in manifest.trade_offs().items()}
-        self._signals = {key: manifest.signal(*key) for key in self._certified}
-        self._risk = manifest.signal("risk") if manifest.risk is not None else None
+        self._signals = {_key(signal): signal for signal in signals_of(self._traits)}
+        self._names = " or ".join(key.name for key in self._signals)
+        self._signals |= {key: signal_of(*key, self._traits) for key in self._certified}
         self.trade_offs = self._certified.get(_key(self._signal))
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
         default = self._choice(tau, self._signal, "default")
@@ -108,9 +111,9 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """What the default may become under load, level 1 first; none if the default is itself a guarantee."""
-        promises = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
-        if self.trade_offs is None or any(value is not None for value in promises):
+        """The choices that replace the default under load, from level 1; none if the default keeps a target."""
+        targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
+        if self.trade_offs is None or any(value is not None for value in targets):
             return []
         least = settings.min_accuracy
         if least is None:
@@ -119,14 +122,14 @@ class Rules:
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
-    def keep(self, promise: Promise) -> None:
-        """From now on requests that choose nothing have the τ that keeps a promise."""
+    def apply_guarantee(self, promise: Promise) -> None:
+        """Give requests without options the τ that keeps a promise."""
         choice = self._choice(promise.tau, self._signal, "guarantee", promise.rate)
-        says = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "because": promise.reason}
-        self.default = replace(choice, promise=says)
+        row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
+        self.default = replace(choice, promise=row)
 
     def in_force(self, level: int) -> Choice:
-        """The choice for requests without options, at a load level."""
+        """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
 
     def _choice(
@@ -136,14 +139,14 @@ class Rules:
         return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
-        """The choice that a row of the calibration's table stands for."""
+        """The choice of a row of the calibration's table."""
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
     def of(self, options: ExitOptions, level: int = 0) -> Choice:
-        """The choice that fulfils a request's options, or the one in force; raises RequestError."""
+        """The choice for a request's options; raises RequestError if they cannot be met."""
         choice = self._chosen(options, level)
-        if choice.promise is not None and options != ExitOptions():  # it is not audited
+        if choice.promise is not None and options != ExitOptions():  # such requests are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
             return choice
@@ -154,14 +157,18 @@ class Rules:
                 "give tau",
                 "thresholds",
             )
-        return replace(choice, rule=rule, expected=None)  # nothing is known of other thresholds
+        return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, for all labels or by name; raises RequestError."""
         if self._own_thresholds is None:
             raise RequestError(
-                f"thresholds: {self.name} is no multi-label model: "
-                + ("its classes exclude each other" if self._has_classes else "its answer is a number"),
+                f"thresholds: {self.name} is not a multi-label model: "
+                + (
+                    "its answer is a number"
+                    if self._traits.answer == "value"
+                    else "its classes exclude each other"
+                ),
                 "thresholds",
             )
         if not isinstance(wanted, Mapping):
@@ -169,7 +176,7 @@ class Rules:
         unknown = next((name for name in wanted if name not in self._label_set), None)
         if unknown is not None:
             raise RequestError(
-                f"thresholds: {unknown[:100]!r} is no label of {self.name}; there are: "
+                f"thresholds: {self.name} has no label {unknown[:100]!r}; there are: "
                 f"{', '.join(self._labels[:MAX_NAMED])}",
                 "thresholds",
             )
@@ -186,37 +193,30 @@ class Rules:
         return self._of(options, self._default_of(signal, *wishes))
 
     def _signal_of(self, options: ExitOptions) -> Signal:
-        """The signal that a request asks for, or the model's; raises RequestError."""
-        name, lam = options.signal, options.lam
-        if name is None and lam is None:
+        """The signal that a request names, or the model's default; raises RequestError."""
+        name, lam = options.signal or "edr", options.lam
+        if options.signal is None and lam is None:
             return self._signal
-        if name == "risk":
-            if self._risk is None:
-                raise RequestError(f"signal: {self.name} has no risk; de3 calibrate adds it", "signal")
-            return self._signal if self._signal.name == "risk" else self._risk
-        if not self._has_classes:
-            what = "entropy" if name == "entropy" else "edr"
-            raise RequestError(
-                f"signal: {what} needs classes, and {self.name} is a regression model, whose answer is a number; give "
-                "risk",
-                "signal" if name is not None else "lambda",
-            )
-        if self._thresholds is not None and (name == "edr" or lam):
-            raise RequestError(
-                f"signal: edr needs classes that exclude each other, and {self.name} is a multi-label model; give "
-                "risk or entropy",
-                "signal" if name is not None else "lambda",
-            )
-        if lam is None and name == "edr":
-            certified = [key.lam for key in self._certified if key.name == "edr"]
-            lam = self._signal.lam or (certified[0] if certified else 1.0)
-        signal: Signal = Edr(lam) if lam else Entropy()
-        return self._signal if _key(signal) == _key(self._signal) else signal
+        if lam == 0:
+            name, lam = "entropy", None
+        if name == "edr" and lam is None:
+            certified = (key.lam for key in self._certified if key.name == "edr")
+            lam = self._signal.lam or next(certified, None)
+        key = Key(name, lam)
+        if key == _key(self._signal):
+            return self._signal
+        try:
+            return self._signals.get(key) or signal_of(name, lam, self._traits)
+        except ValueError as error:
+            field = "lambda" if options.signal is None else "signal"
+            instead = f"; give {self._names}" if self._names else ""
+            raise RequestError(f"{field}: {error}{instead}", field) from None
 
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
-        """The choice for a request that names another signal than the model's, and no τ: about as cautious.
+        """The choice for a request that names another signal than the model's default and no τ: about as cautious as
+        the default.
 
-        field: what a RequestError names, if nothing is known of the signal.
+        field: the request's field that a RequestError names if the signal is not calibrated.
         """
         trade_offs = self._table(signal, field)
         expected = self.default.expected
@@ -224,12 +224,13 @@ class Rules:
         return self.at(row, "default")
 
     def _of(self, options: ExitOptions, otherwise: Choice) -> Choice:
-        """The choice that fulfils options without τ."""
+        """The choice for options without τ; `otherwise` if they set no target."""
         signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
-            # Going on to the deadline beats leaving earlier by prediction (docs/budgets.md).
+            # Running until the deadline is more accurate than an earlier exit by prediction (docs/budgets.md).
             budget = options.latency_budget_ms
-            return replace(otherwise, by="latency_budget_ms", wanted=budget, budget_s=budget / 1000)
+            field, seconds = "latency_budget_ms", budget / 1000
+            return replace(otherwise, by=field, wanted=budget, budget_s=seconds, certificate=None)
         if options.target_speedup is not None:
             trade_offs = self._table(signal, "target_speedup")
             row = trade_offs.at_speedup(options.target_speedup)
@@ -242,22 +243,21 @@ class Rules:
             if row.disagreement_bound > options.max_disagreement:
                 raise RequestError(
                     f"max_disagreement: at least {row.disagreement_bound:g} with {self.name}: in int8 even full depth "
-                    "sometimes answers otherwise than the original model",
+                    "sometimes differs from the original model",
                     "max_disagreement",
                 )
-            return self.at(row, "max_disagreement", options.max_disagreement)
+            return self._certified_at(row, options.max_disagreement)
         return otherwise
 
-    def certificate(self, choice: Choice) -> dict[str, Any] | None:
-        """What is promised on the rate of answers that differ from full depth, if that was asked for."""
-        if choice.by != "max_disagreement" or choice.expected is None:
-            return None
-        return {
-            "max_disagreement": choice.wanted,
-            "bound": choice.expected.disagreement_bound,
+    def _certified_at(self, row: TradeOff, max_disagreement: float) -> Choice:
+        """The choice of a row within a disagreement, with its certificate."""
+        certificate = {
+            "max_disagreement": max_disagreement,
+            "bound": row.disagreement_bound,
             "confidence": CONFIDENCE,
             "samples": self._samples,
         }
+        return replace(self.at(row, "max_disagreement", max_disagreement), certificate=certificate)
 
     def _explicit(self, tau: float | None, signal: Signal, max_layer: int | None) -> Choice:
         if max_layer is not None and not self._exits[0] <= max_layer <= self._exits[-1]:
@@ -271,7 +271,7 @@ class Rules:
         return self._choice(default.rule.tau, signal, "default", None, max_layer)
 
     def _table(self, signal: Signal, field: str) -> TradeOffs:
-        """The trade-offs of a signal; raises RequestError if it was not certified."""
+        """The trade-offs of a signal; raises RequestError if it was not calibrated."""
         trade_offs = self._certified.get(_key(signal))
         if trade_offs is not None:
             return trade_offs

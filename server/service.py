@@ -1,4 +1,4 @@
-"""The running server's parts, and its life: loading, ready, draining. It knows no protocol."""
+"""The parts of a running server, and its states: loading, ready, draining. Independent of protocols."""
 
 import asyncio
 import gc
@@ -24,12 +24,12 @@ from de3.server.rules import Choice
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-CHECK_S = 1.0  # between two checks of the engine threads
-TRIM_CHECKS = 10  # between two times that free memory is handed back
+CHECK_S = 1.0  # interval between checks of the engine threads
+TRIM_CHECKS = 10  # number of checks between two returns of free memory to the system
 
 
 class EngineError(Exception):
-    """An engine thread ended or is stuck."""
+    """An engine thread died or hangs."""
 
 
 def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:
@@ -43,10 +43,10 @@ def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]
 
 
 class Service:
-    """Settings, models, engine and metrics of one server.
+    """Settings, models, engine and metrics of a server.
 
-    Manifests are read at construction, so that a wrong store or name fails before the port opens; the models
-    themselves load afterwards, while /health already answers.
+    Manifests are read at construction, so that a wrong store or name fails before the port opens. The models are loaded
+    afterwards, while /health already responds.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -63,7 +63,7 @@ class Service:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
         self.state = "loading"
-        self.is_open = False  # once all models are loaded, and then for good
+        self.is_open = False  # True from when all models are loaded
         self.in_flight = 0  # requests, of all protocols
         self.metrics.read_from(
             self.engine.queue.__len__,
@@ -81,8 +81,8 @@ class Service:
         return self.engine.retry_after_s()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
-        """Load and warm up every model, then be ready; on failure keep the reason and call on_failure."""
-        if self.is_open:  # before it was served, as on Ray
+        """Load and warm up every model, then be ready; on failure store the reason and call on_failure."""
+        if self.is_open:  # loaded before it was served, as on Ray
             return
         try:
             started = perf_counter()
@@ -92,7 +92,7 @@ class Service:
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.audits.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
-            # Most of what exists now stays: no collection need look at it again while requests wait.
+            # Most objects that exist now stay: exclude them from garbage collection while requests wait.
             gc.collect()
             gc.freeze()
             self.is_open = True
@@ -109,7 +109,7 @@ class Service:
             on_failure()
 
     async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
-        """End the server when an engine thread is lost: its supervisor starts a new one."""
+        """End the server if an engine thread dies or hangs, so that its supervisor restarts it."""
         for check in count(1):
             if self.state == "stopping":
                 return
@@ -117,7 +117,7 @@ class Service:
                 break
             await asyncio.sleep(CHECK_S)
             if check % TRIM_CHECKS == 0:
-                gc.collect()  # little is not frozen
+                gc.collect()  # cheap, as most objects are frozen
                 await asyncio.to_thread(memory.trim)
         log.critical("%s: the server stops", problem)
         self.state = "failed"
@@ -126,12 +126,12 @@ class Service:
         on_failure()
 
     def drain(self) -> None:
-        """From now on not ready; requests that were accepted are still answered."""
+        """Become not ready; accepted requests are still answered."""
         if self.state != "failed":
             self.state = "draining"
 
     def stop(self) -> None:
-        """Finish what was accepted, then end the engine's threads."""
+        """Finish the accepted requests, then end the engine's threads."""
         if self.state != "failed":
             self.state = "stopping"
         self.manager.stop()
@@ -139,18 +139,18 @@ class Service:
         self.audits.stop()
 
     def check_open(self) -> None:
-        """Raise RequestError while the models load. A draining server still answers what reaches it."""
+        """Raise RequestError while the models load. A draining server still answers requests."""
         if not self.is_open:
             raise RequestError("the models are still loading", cause="loading", retry_after_s=1)
 
     def manifests(self) -> list[Manifest]:
-        """Those of the served models, or of those that are being loaded."""
+        """Manifests of the served models, or of those that are being loaded."""
         if self.is_open:
             return [served.model.manifest for served in self.models.all]
         return [artifact.manifest for artifact in self.artifacts]
 
     def role(self, manifest: Manifest) -> dict[str, str | float | bool | None]:
-        """What a served version does and what runs it, as /v1/models reports it; nothing while the models load."""
+        """Role and runtime of a served version, for /v1/models; empty while the models load."""
         if not self.is_open:
             return {}
         role = self.models.role_of(manifest)
@@ -160,11 +160,11 @@ class Service:
         return {"role": role, **share, "is_default": self.models.is_default(manifest.name), **runtime}
 
     def default_manifest(self) -> Manifest:
-        """That of the version that answers requests without a model; raises RequestError if none does."""
+        """Manifest of the version that answers requests without a model; raises RequestError if there is none."""
         self.check_open()
         return self.models.current(self.models.default_name()).model.manifest
 
     def manifest(self, name: str) -> Manifest:
-        """That of a name (its current version) or name:version; raises RequestError."""
+        """Manifest of a name (its current version) or name:version; raises RequestError."""
         self.check_open()
         return self.models.current(name).model.manifest

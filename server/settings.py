@@ -1,5 +1,5 @@
-"""The settings of one server. Each is declared here once: `de3 serve` makes its flags, variables, help and
-defaults of these fields."""
+"""The settings of a server. Each is declared once, here: its flag, variable, help and default in `de3 serve` come from
+the field."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -9,33 +9,32 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from de3.exits.signals import SignalName
-
 PREFIX = "DE3_"
-# Variables with the prefix that are not settings of the server.
-OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")  # of clients
+# Variables with the prefix that clients read.
+OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")
 MAX_BUDGET_MS = 60_000
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 
 
 @dataclass(frozen=True, slots=True)
 class ExitOptions:
-    """What decides where a text exits; checks that its fields go together. None: not asked for.
+    """The options of a request that decide where its texts exit; None: not set. Raises ValueError for options that
+    exclude each other.
 
     Attributes:
-        tau: leave at the first exit whose score is below it.
-        signal: entropy, edr or risk; None: the model's, or edr with a λ.
+        tau: exit at the first layer whose score is below it.
+        signal: a name in `exits.signals.SIGNALS`; None: the model's default, or edr if `lam` is set.
         lam: EDR's λ.
-        max_layer: go no deeper than this layer.
-        target_speedup: the mean speed-up over full depth, by the calibration.
-        latency_budget_ms: answer within this time, at the deepest exit reached by then.
-        max_disagreement: the rate of answers that may differ from full depth, at 95% confidence.
-        best_effort: with a budget that cannot be met: answer at the first exit.
-        thresholds: of a multi-label model: the probability above which a label is given, of all labels or by name.
+        max_layer: deepest layer.
+        target_speedup: mean speed-up over full depth, by the calibration.
+        latency_budget_ms: time until the answer, which is that of the deepest exit reached by then.
+        max_disagreement: rate of answers that may differ from full depth, at 95% confidence.
+        best_effort: answer at the first exit if the budget cannot be met.
+        thresholds: of a multi-label model: probability above which a label is assigned, for all labels or by name.
     """
 
     tau: float | None = None
-    signal: SignalName | None = None
+    signal: str | None = None
     lam: float | None = None
     max_layer: int | None = None
     target_speedup: float | None = None
@@ -45,8 +44,8 @@ class ExitOptions:
     thresholds: float | Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        # λ = 0 is entropy.
-        if self.lam is not None and (self.signal == "risk" or (self.lam and self.signal == "entropy")):
+        is_entropy = self.lam == 0 and self.signal == "entropy"  # λ = 0 is entropy
+        if self.lam is not None and self.signal not in (None, "edr") and not is_entropy:
             raise ValueError(f"lambda: goes with the signal edr only, not with {self.signal}")
         values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
         if values == (None, None, None, None):
@@ -64,11 +63,11 @@ class ExitOptions:
 
 @dataclass(frozen=True)
 class Option:
-    """How a field of Settings is set from the command line.
+    """The command-line flag of a field of Settings.
 
     Attributes:
-        panel: the heading in --help under which it is listed.
-        flag: its flag, where that is not the field's name; a list's flag is repeated.
+        panel: heading in --help.
+        flag: the flag, if it is not the field's name; a list's flag is repeated.
     """
 
     panel: str = "Options"
@@ -81,14 +80,14 @@ LOAD = Option("Under load")
 ACCESS = Option("Access")
 LOGS = Option("Logs and traces")
 AUDITS = Option("Audits")
-GUARANTEE_SHARE = 0.05  # of audits, where none is set
+GUARANTEE_SHARE = 0.05  # share of audits with --guarantee, if none is set
 
 
 class Settings(BaseModel):
-    """Settings of one server; checks itself.
+    """The settings of one server.
 
-    A field's description is the help of its flag. Secrets have no flag, only a variable, as other users of
-    the machine can see a process's flags.
+    A field's description is the help of its flag. Secrets have a variable but no flag, as other users of the machine
+    can see the flags of a process.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True)
@@ -96,147 +95,158 @@ class Settings(BaseModel):
     store: Annotated[Path, Option()] = Field(Path("models"), description="Folder of the model store.")
     models: Annotated[list[str], Option(flag="--model")] = Field(
         [],
-        description="name or name:version; repeat for more (in the variable: separated by spaces). The first "
-        "answers requests that name none, the first version of a name those that name no version. "
-        "Default: the newest of each in the store.",
+        description="Model to serve, as name or name:version; repeat for more (in the variable: separated by spaces). "
+        "The first answers requests that name no model, and the first version of a name those that name no version. "
+        "Default: the newest version of every model in the store.",
     )
     default_model: Annotated[str | None, Option()] = Field(
         None,
-        description="Name of the model that answers requests that name none. Default: the first --model; of "
-        "several models that are served without --model, none does.",
+        description="Model that answers requests that name none. Default: the first --model, or the only model in the "
+        "store.",
     )
-    host: Annotated[str, Option()] = Field("127.0.0.1", description="0.0.0.0 to be reached from elsewhere.")
+    host: Annotated[str, Option()] = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
     threads: Annotated[int, Option()] = Field(
         0,
         ge=0,
         le=1024,
-        description="Engine threads, each of which runs a text, or a group of short ones; 0: one per core.",
+        description="Engine threads; each runs one text, or a group of short ones, at a time. 0: one per core.",
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",
-        description="onnxruntime, native (our int8 kernels), or auto: native where possible.",
+        description="onnxruntime, native (int8 kernels), or auto: native if possible.",
     )
     max_queue: Annotated[int, LIMITS] = Field(
         1024,
         ge=1,
-        description="Most texts in flight. Beyond it the answer is 503, or 429 for a client that has more than "
-        "its share.",
+        description="Most texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
+        "share.",
     )
     max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Most texts in one request.")
     max_body_bytes: Annotated[int, LIMITS] = Field(2**20, ge=1024, description="Largest request body.")
-    body_timeout_s: Annotated[float, LIMITS] = Field(10.0, gt=0, description="Longest wait for a body.")
+    body_timeout_s: Annotated[float, LIMITS] = Field(
+        10.0, gt=0, description="Longest time to receive a body."
+    )
     timeout_s: Annotated[float, LIMITS] = Field(
         30.0, gt=0, description="Longest time from a request's arrival to its response."
     )
     max_connections: Annotated[int, LIMITS] = Field(
-        0, ge=0, description="Most open connections; 0: what the limit of open files allows."
+        0, ge=0, description="Most open connections; 0: as many as the limit of open files allows."
     )
     max_inflight_bytes: Annotated[int, LIMITS] = Field(
-        2**26, ge=1024, description="Most bytes of request bodies in memory, of all requests together."
+        2**26, ge=1024, description="Most bytes of request bodies in memory, over all requests."
     )
     trusted_proxies: Annotated[list[str], Option("Limits", "--trusted-proxy")] = Field(
         [],
-        description="Network of proxies whose X-Forwarded-For names the client, as in 10.0.0.0/8; repeat for "
-        "more. Clients without a key are told apart by address.",
+        description="Network of proxies whose X-Forwarded-For names the client, such as 10.0.0.0/8; repeat for more. "
+        "Clients without a key are identified by address.",
     )
     ood_policy: Annotated[Literal["off", "flag", "deepen"], Option()] = Field(
         "off",
-        description="Texts far from every prototype: off, flag them, or deepen: also halve their τ.",
+        description="Out-of-distribution texts, far from every prototype: off, flag, or deepen (flag, and halve their "
+        "τ).",
     )
     tau: Annotated[float | None, DEFAULTS] = Field(
-        None, ge=0, le=1, description="τ of requests that choose none. Default: each model's calibrated one."
+        None,
+        ge=0,
+        le=1,
+        description="τ of requests without exit options. Default: each model's calibrated τ.",
     )
     target_speedup: Annotated[float | None, DEFAULTS] = Field(
         None,
         ge=1,
-        description="Mean speed-up of requests that choose nothing, by the calibration; instead of --tau.",
+        description="Mean speed-up of requests without exit options, by the calibration; instead of --tau.",
     )
     latency_budget_ms: Annotated[float | None, DEFAULTS] = Field(
-        None, gt=0, le=MAX_BUDGET_MS, description="Time within which to answer them; instead of --tau."
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        description="Latency budget of requests without exit options; instead of --tau.",
     )
     max_disagreement: Annotated[float | None, DEFAULTS] = Field(
         None,
         ge=0,
         le=1,
-        description="Rate of their answers that may differ from full depth, at 95% confidence; instead of --tau.",
+        description="Rate of answers that may differ from full depth, at 95% confidence, for requests without exit "
+        "options; instead of --tau.",
     )
     slo_p99_ms: Annotated[float | None, LOAD] = Field(
         None,
         gt=0,
-        description="Latency objective: when it is exceeded, the default τ is raised, then load is shed.",
+        description="Latency objective: to keep it under load, the default τ is raised, then requests are shed.",
     )
     min_accuracy: Annotated[float | None, LOAD] = Field(
         None,
         ge=0,
         le=1,
-        description="Under load τ is raised only as far as the calibrated accuracy is at least this. "
-        "Default: 0.02 under full depth.",
+        description="Lower limit of the calibrated accuracy when τ is raised under load. Default: 0.02 below full "
+        "depth.",
     )
     max_load_disagreement: Annotated[float, LOAD] = Field(
         1.0,
         ge=0,
         le=1,
-        description="Under load τ is raised only as far as the calibrated disagreement is at most this.",
+        description="Upper limit of the calibrated disagreement when τ is raised under load.",
     )
     audit_share: Annotated[float | None, AUDITS] = Field(
         None,
         ge=0,
         le=1,
-        description="Share of the texts that also run to full depth while nothing else is pending, to measure how "
-        "often early answers differ from it. Default: none; 0.05 with --guarantee.",
+        description="Share of texts that also run to full depth while nothing else is pending, to measure how often "
+        "early answers differ from it. Default: 0; 0.05 with --guarantee.",
     )
     guarantee: Annotated[float | None, AUDITS] = Field(
         None,
         gt=0,
         lt=1,
-        description="Rate of answers that may differ from full depth, at 95% confidence, of requests that choose "
-        "nothing: starts at full depth, and exits earlier as audits of live traffic show that this keeps the promise. "
-        "Instead of --tau and the like.",
+        description="Rate of answers that may differ from full depth, at 95% confidence, for requests without exit "
+        "options. Texts run to full depth at first, and exit earlier as audits of live traffic prove that the rate "
+        "stays within this one. Instead of --tau, --target-speedup, --latency-budget-ms and --max-disagreement.",
     )
     guarantee_start: Annotated[Literal["strict", "calibrated"], AUDITS] = Field(
         "strict",
-        description="With --guarantee: strict, or calibrated: start with the calibration's τ, which assumes that "
-        "texts are like the calibration's.",
+        description="With --guarantee: strict (start at full depth), or calibrated (start with the calibration's τ, "
+        "which assumes that texts are like the calibration's).",
     )
     state_dir: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="Folder that keeps what audits showed across restarts; each replica needs its own. Default: "
+        description="Folder that keeps the results of audits across restarts; each replica needs its own. Default: "
         "in memory only.",
     )
     log_audits: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="File for what each audited text showed at every exit, for de3 calibrate --from-audits; without "
-        "texts. Beyond 100 MB it begins anew, and the last one is kept as FILE.1.",
+        description="File for the outputs of every exit for each audited text, for de3 calibrate --from-audits; "
+        "without the texts. It is rotated at 100 MB, with one predecessor, FILE.1.",
     )
     log_audit_texts: Annotated[bool, AUDITS] = Field(
-        False, description="Also log the audited texts there, which are user data."
+        False, description="Also log the audited texts in that file. They are user data."
     )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="Keys for /classify and /v1/models: lines of a name and a key, or a name and "
+        description="File of API keys, for /classify and /v1/models: lines of a name and a key, or a name and "
         "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. Default: no key is needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="Keys for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: models cannot be changed.",
+        description="File of admin keys, for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: models "
+        "cannot be changed.",
     )
     admin_keys: SecretStr | None = None
     rate_limit: Annotated[str | None, ACCESS] = Field(
-        None, description="Texts for each API key, as in 100/second."
+        None, description="Rate limit for each API key, in texts, such as 100/second."
     )
     cors_origins: Annotated[
         list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]], Option("Access", "--cors-origin")
-    ] = Field([], description="Pages of this origin may send requests; repeat for more, * for all.")
+    ] = Field([], description="Origin whose pages may send requests; repeat for more, * for all.")
     log_format: Annotated[Literal["text", "json"], LOGS] = Field(
-        "text", description="text, or json: one object a line."
+        "text", description="text, or json: an object per line."
     )
-    log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line for each request.")
-    log_texts: Annotated[bool, LOGS] = Field(False, description="Also log the texts, which are user data.")
+    log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line per request.")
+    log_texts: Annotated[bool, LOGS] = Field(False, description="Also log the texts. They are user data.")
     traces: Annotated[bool, LOGS] = Field(
         False,
-        description="Send OpenTelemetry traces, to OTEL_EXPORTER_OTLP_ENDPOINT. Needs the otel extra.",
+        description="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT; needs the otel extra.",
     )
 
     @model_validator(mode="after")
@@ -262,23 +272,23 @@ class Settings(BaseModel):
 
     @property
     def share_of_audits(self) -> float:
-        """The share of texts that are audited; 0: none."""
+        """Share of texts that are audited; 0: none."""
         if self.audit_share is None:
             return GUARANTEE_SHARE if self.guarantee is not None else 0.0
         return self.audit_share
 
     @property
     def options(self) -> ExitOptions:
-        """The exit options of requests that have none."""
+        """The exit options of requests without any."""
         return ExitOptions(**{name: getattr(self, name) for name in EXCLUSIVE})
 
     def engine_threads(self) -> int:
-        """The number of engine threads: as set, or one for each core that this process may use."""
+        """Number of engine threads: as set, or one for each available core."""
         return self.threads or available_cores()
 
 
 def option(name: str) -> Option | None:
-    """How a field of Settings is set from the command line; None for a secret, which has a variable only."""
+    """The flag of a field of Settings; None for a secret, which has a variable only."""
     metadata: Iterable[Any] = Settings.model_fields[name].metadata
     return next((m for m in metadata if isinstance(m, Option)), None)
 
@@ -289,18 +299,18 @@ def variable(name: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables that look like settings and are none: misspelt, or of another version."""
+    """Variables with the prefix that are not settings: misspelt, or of another version."""
     known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 
 def available_cores() -> int:
-    """Cores that this process may use: its affinity, cut to a container's CPU quota."""
+    """Cores available to this process: its CPU affinity, limited by the container's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
-            cores = min(cores, -(-int(quota) // int(period)))  # a share of a core counts as one
+            cores = min(cores, -(-int(quota) // int(period)))  # a fraction of a core counts as one
     except (OSError, ValueError):
         pass
     return max(1, cores)

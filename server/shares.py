@@ -4,35 +4,34 @@ from collections.abc import Callable
 
 from de3.server.errors import RequestError
 
-SPARE = 1 / 8  # of the limit, beyond it: for other clients when one holds all of it
+SPARE = 1 / 8  # extra room, as a share of the limit, for other clients when one holds all of it
 
 
 class Shares:
-    """A limited amount, shared between those who use it now.
+    """A limited amount, shared between the clients that hold some of it.
 
-    A client that is alone may hold the whole limit. Otherwise none may hold more than would then be left for
-    the others: each client that takes as much as it can leaves half of what was free, so that there is
-    something for the next one.
+    A client that is alone may hold the whole limit. Otherwise, no client may hold more than would then be left for the
+    others: each one that takes as much as it can leaves half of what was free for the next one.
 
     Attributes:
-        limit: what a client may hold if it is alone.
-        most: all there is.
-        total: what is held.
+        limit: largest amount of a client that is alone.
+        most: the whole amount, SPARE included.
+        total: amount held by all clients.
     """
 
     def __init__(self, limit: int, what: str, retry_after_s: Callable[[], int] = lambda: 1) -> None:
-        """what: the unit, for messages. retry_after_s: for a refusal."""
+        """what: the unit, for messages. retry_after_s: for rejected requests."""
         self.limit, self._what, self._retry_after_s = limit, what, retry_after_s
         self.most = limit + max(1, int(SPARE * limit))
         self._held: dict[str, int] = {}
         self.total = 0
 
     def amount(self, client: str) -> int:
-        """What a client holds."""
+        """The amount that a client holds."""
         return self._held.get(client, 0)
 
     def take(self, client: str, amount: int) -> None:
-        """Take an amount; raises RequestError: over_share for a client that holds more than its share, else
+        """Take an amount; raises RequestError: over_share if the client would hold more than its share, else
         queue_full."""
         held = self._held.get(client, 0)
         total = self.total + amount
@@ -55,7 +54,7 @@ class Shares:
         self.total += amount
 
     def give_back(self, client: str, amount: int) -> None:
-        """Give back what was taken."""
+        """Return an amount that was taken."""
         self.total -= amount
         left = self._held[client] - amount
         if left:

@@ -7,7 +7,7 @@ import torch
 from de3.training import data
 from de3.training.data import Example
 from de3.training.progress import Meter
-from de3.training.trainer import TrainSettings
+from de3.training.settings import TrainSettings
 
 
 def fine_tune(

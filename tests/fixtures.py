@@ -4,14 +4,17 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from tests.commands import de3
 
@@ -29,6 +32,14 @@ if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# A busy machine may take longer than hypothesis (0.2 s an example) and httpx (5 s) allow by default.
+hypothesis.settings.register_profile(
+    "de3", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True
+)
+hypothesis.settings.load_profile("de3")
+for phase in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, phase, 60.0)
 
 GOOD = "good great lovely superb fine warm funny charming bright fresh".split()  # noqa: SIM905
 BAD = "bad awful dull poor weak cold boring tired messy stale".split()  # noqa: SIM905
@@ -201,17 +212,23 @@ SLOW_FILES = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(item.config.rootpath / "lab"):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(900))
     order = {f"test_{name}.py": number for number, name in enumerate(SLOW_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once for all workers of pytest-xdist."""
+    """A folder that `make` fills once for all workers of pytest-xdist; after an error the next one tries again."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             making = folder.with_suffix(".making")
+            shutil.rmtree(making, ignore_errors=True)
             making.mkdir()
             make(making)
             making.rename(folder)

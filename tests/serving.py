@@ -1,5 +1,6 @@
 """A real server in a thread, on a real socket, whose engine the test can hold still."""
 
+import hashlib
 import os
 import random
 import re
@@ -11,22 +12,27 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
+import jsonschema
 import uvicorn
 
+from de3.model_store.store import Artifact
+from de3.server import manager
 from de3.server.engine.queue import WorkQueue
 from de3.server.http.app import PROTOCOLS
-from de3.server.http.connection import BODY
-from de3.server.http.listener import Listener
+from de3.server.http.listener import BODY, Listener
 from de3.server.http.protocol import Protocol
 from de3.server.main import uvicorn_config
+from de3.server.prove import Prover
 from de3.server.service import Service
 from de3.server.settings import Settings
 
+RESERVED: list[socket.socket] = []
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
+
+def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
     """Wait for a condition, polling; fails the test when it does not come."""
     end = time.monotonic() + seconds
     while not condition():
@@ -35,15 +41,37 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 20) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens.
+    """A port on which nothing listens, and which no other test is given, in whatever process.
 
-    Below those that the kernel gives out for port 0, so that no other process is given it before the test uses it.
+    It is below those that the kernel gives out for port 0. A socket that does not listen stays bound to it until this
+    process ends: servers bind with SO_REUSEADDR and may listen there all the same, this function may not.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("127.0.0.1", port))
+        reserved = socket.socket()
+        with suppress(OSError):
+            reserved.bind(("127.0.0.1", port))
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            RESERVED.append(reserved)
             return port
+        reserved.close()
+
+
+class ProvesOnce(Prover):
+    """Proves the same files once for all servers of a test run: the process that does so takes a second of a core."""
+
+    _proved: ClassVar[dict[tuple[str, ...], str]] = {}
+
+    def prove(self, artifact: Artifact, runtime: str) -> str:
+        manifest = artifact.manifest
+        files = (hashlib.sha256((artifact.path / name).read_bytes()).hexdigest() for name in manifest.files)
+        key = (runtime, manifest.model_dump_json(exclude={"version"}), *files)
+        if key not in self._proved:
+            self._proved[key] = super().prove(artifact, runtime)
+        return self._proved[key]
+
+
+manager.Prover = ProvesOnce  # type: ignore[misc]
 
 
 class Server:
@@ -52,10 +80,12 @@ class Server:
     def __init__(self, service: Service, protocols: Mapping[str, Protocol] = PROTOCOLS) -> None:
         self.service = service
         config = uvicorn_config(service, lambda: None, protocols)
-        self.listener: Listener = config.http.__self__  # type: ignore[union-attr]
+        self.listener: Listener = config.http.args[0]  # type: ignore[union-attr]
         self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
+        # A connection for each request, as httpx.post has it, without the certificates that it reads each time.
+        self._client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
     def start(self) -> None:
         self._thread.start()
@@ -64,8 +94,9 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
+        self._client.close()
         self._uvicorn.should_exit = True
-        self._thread.join(30)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     def bodies_awaited(self) -> int:
@@ -73,7 +104,17 @@ class Server:
         return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + "/classify", json=body, timeout=30)
+        return self._client.post(self.url + "/classify", json=body)
+
+    def described(self, **body: Any) -> dict[str, Any]:
+        """The answer to a request, checked against the schema, which must name every field of it."""
+        answer: dict[str, Any] = self.classify(**body).json()
+        schema = httpx.get(self.url + "/openapi.json").json()
+        for kind in schema["components"]["schemas"].values():
+            kind["additionalProperties"] = False
+        schema["$ref"] = "#/components/schemas/ClassifyResponse"
+        jsonschema.validate(answer, schema)
+        return answer
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of a metric's samples that have these labels."""
@@ -93,7 +134,8 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
     server = Server(Service(Settings(store=store, port=0, **settings)))
     server.start()
     try:
-        until(lambda: server.service.state == "ready", "readiness")
+        until(lambda: server.service.state != "loading", "readiness")
+        assert server.service.state == "ready", "see the log"
         yield server
     finally:
         server.stop()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from de3.training.data import Example
-from de3.training.trainer import TrainSettings
+from de3.training.settings import TrainSettings
 from tests.commands import de3
 from tests.fine_tune import fine_tune
 from tests.fixtures import made_once, make_rows

@@ -120,7 +120,7 @@ def test_windows_and_deadlines_are_counted_apart(store: Path) -> None:
         server.classify(input="good", tau=0, max_layer=1)
         said = settled(server, 1)
         assert said["texts"] == 1
-        assert said["apart"] == {"deadline": 0, "max_layer": 1, "windows": 1}
+        assert said["excluded"] == {"deadline": 0, "max_layer": 1, "windows": 1}
 
 
 def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         assert server.service.settings.share_of_audits == 0.05
         first = server.classify(input=TEXTS[0], explain=True).json()
         assert first["data"][0]["exit"]["reason"] == "last_layer"
-        promise = {"max_disagreement": 0.2, "confidence": 0.95, "because": "start"}
+        promise = {"max_disagreement": 0.2, "confidence": 0.95, "reason": "start"}
         assert first["tau_choice"]["by"] == "guarantee"
         assert first["tau_choice"]["promise"] == promise
         for _ in range(3):
@@ -136,7 +136,7 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         until(lambda: audit(server)["tau"]["tau"] > 0, "τ to rise")
         said = audit(server)
         assert said["share"] == 0.05
-        assert said["promise"] == promise | {"because": "evidence"}
+        assert said["promise"] == promise | {"reason": "evidence"}
         passed = [row for row in said["taus"] if 0 < row["tau"] <= said["tau"]["tau"]]
         assert passed
         after = server.classify(input=TEXTS, explain=True).json()
@@ -153,7 +153,7 @@ def test_a_calibrated_start_has_the_certified_tau(store: Path) -> None:
         certified = server.classify(input="good", max_disagreement=0.3).json()["data"][0]["exit"]["tau"]
         answer = server.classify(input="good", explain=True).json()
         assert answer["tau_choice"]["tau"] == certified > 0
-        assert answer["tau_choice"]["promise"]["because"] == "calibrated"
+        assert answer["tau_choice"]["promise"]["reason"] == "calibrated"
 
 
 def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
         said = audit(server)
         assert said["tau"] == {"tau": 0.0, "reason": "change"}
         (reset,) = said["resets"]
-        assert reset["because"] == "change" and reset["tau"] > 0
+        assert reset["reason"] == "change" and reset["tau"] > 0
         assert server.metric("de3_audit_resets_total", reason="change") == 1
         assert server.classify(input="good").json()["data"][0]["exit"]["reason"] == "last_layer"
 
@@ -352,7 +352,6 @@ def test_a_state_folder_that_cannot_be_written_is_an_error_at_start(store: Path,
         Service(Settings(store=store, audit_share=0.1, log_audits=tmp_path / "file/log"))
 
 
-@pytest.mark.slow
 def test_a_killed_server_loses_seconds_at_most(store: Path, tmp_path: Path) -> None:
     arguments = ("--model", "tiny-int8", "--audit-share", "1", "--state-dir", str(tmp_path))
     with process(store, *arguments) as running:
@@ -412,7 +411,7 @@ def test_an_admin_resets_what_is_known(managed: Server) -> None:
     response = httpx.post(path, headers=ADMIN)
     assert response.json() == {"model": "tiny-int8:1", "tau": {"tau": 0.0, "reason": "reset"}}
     said = audit(managed)
-    assert (said["audits"], said["texts"], said["resets"][0]["because"]) == (0, 0, "reset")
+    assert (said["audits"], said["texts"], said["resets"][0]["reason"]) == (0, 0, "reset")
     assert managed.metric("de3_audit_resets_total", reason="reset") == 1
     assert httpx.post(f"{managed.url}/v1/models/other/audit/reset", headers=ADMIN).status_code == 404
 
@@ -586,3 +585,22 @@ def test_audits_go_on_slowly_where_something_is_always_pending(
         )
         server.classify(input=TEXTS[:5])
         assert settled(server, 5)["audits"] == 5
+
+
+def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) -> None:
+    """Not under --audit-share: each disagreement stands for 1/q texts."""
+    with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
+        auditor, waiting = auditor_of(server), list[Job]()
+        submit, auditor._submit = auditor._submit, waiting.append
+        auditor._random.seed(1)
+        server.classify(input=TEXTS[: ROOM // 8])  # all are drawn, and none runs to full depth by itself
+        assert (auditor.pending, auditor.share) == (ROOM // 8, 0.5)
+        server.classify(input=TEXTS[ROOM // 8 : ROOM // 8 + 20])
+        drawn = auditor.pending - ROOM // 8
+        assert 0 < drawn < 20
+        until(lambda: sum(len(job.items) for job in waiting) == auditor.pending, "the audits' jobs")
+        for job in waiting:
+            job.future.get_loop().call_soon_threadsafe(submit, job)
+        until(lambda: auditor.evidence.texts == ROOM // 8 + 20, "all to be counted")
+        counted = {share: (tally.texts, tally.audits) for share, tally in auditor.evidence.tallies.items()}
+        assert counted == {1.0: (ROOM // 8, ROOM // 8), 0.5: (20, drawn)}

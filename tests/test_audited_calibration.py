@@ -84,10 +84,11 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
     with serving(
         mine, audit_share=1.0, log_audits=log, log_audit_texts=True, max_disagreement=0.05
     ) as server:
-        audits = f"{server.url}/v1/models/tiny/audit"
+        (served,) = server.service.models.all
+        evidence = server.service.audits.of(served).evidence
         for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
             assert server.classify(input=texts[i : i + 8]).status_code == 200
-            until(lambda sent=i + 8: httpx.get(audits).json()["audits"] == sent, "the audits")
+            until(lambda sent=i + 8: evidence.audits == sent, "the audits")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(row["text"] for row in rows) == sorted(texts)
 

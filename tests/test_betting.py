@@ -86,15 +86,12 @@ def test_nothing_is_known_of_no_texts() -> None:
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
     """At any of 40 looks, in less than 5% of 300 streams; a bound for one look would be left by far more."""
-    rng, outside = np.random.default_rng(1), 0
-    for _ in range(300):
-        hits = np.cumsum(rng.random(4000) < 0.1 * rate)  # drawn and differing
-        looks = [
-            bounds(np.array([0.1]), np.array([n]), np.array([[hits[n - 1]]]), 0.95)
-            for n in range(100, 4001, 100)
-        ]
-        outside += any(not low[0] <= rate <= high[0] for low, high in looks)
-    assert outside <= 15
+    hits = np.cumsum(np.random.default_rng(1).random((300, 4000)) < 0.1 * rate, axis=1)  # drawn and differing
+    outside = np.zeros(300, np.bool_)
+    for n in range(100, 4001, 100):
+        low, high = bounds(np.array([0.1]), np.array([n]), hits[None, :, n - 1], 0.95)
+        outside |= (rate < low) | (rate > high)
+    assert outside.sum() <= 15
 
 
 @given(st.floats(0.01, 0.99), st.sampled_from(SHARES), st.integers(0, 50))
@@ -140,3 +137,37 @@ def test_the_detector_fires_after_a_rise_and_not_before() -> None:
             audits += 1
         delays.append(audits)
     assert np.median(delays) < 500 and max(delays) < 1500
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(confidence: float) -> None:
+    """Each of the two sides may err half as often."""
+    counted = np.array([1.0, 0.25]), np.array([600, 400]), np.array([[12, 60, 300], [2, 15, 40]])
+    lower, upper = bounds(*counted, confidence)
+    enough = [2 / (1 - confidence)] * 3
+    assert e_values(*counted, upper) == pytest.approx(enough, abs=1e-4)
+    assert e_values_above(*counted, lower) == pytest.approx(enough, abs=1e-4)
+
+
+def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
+    """Not once one of them does: that would be sooner than the mean time to a false alarm allows."""
+    detector, before = ChangeDetector(0.1, 1000.0), 0.0
+    while not detector.has_fired:
+        before = detector.wealth.mean()
+        detector.add(1.0, True)
+    assert before < 1000 <= detector.wealth.mean() < detector.wealth.max() / 2
+
+
+@pytest.mark.parametrize("rate", [0.4, 0.9])
+def test_no_gambler_of_the_detector_can_owe_anything(rate: float) -> None:
+    detector = ChangeDetector(rate, 1e5)
+    for _ in range(5):
+        detector.add(1.0, False)
+        detector.skip(1.0, 3)
+        assert (detector.wealth > 0).all()
+
+
+def test_e_values_of_a_long_time_are_finite() -> None:
+    counted = np.array([1.0]), np.array([10**6]), np.array([[0, 10**6]])
+    rates = np.array([0.5, 0.5])
+    assert np.isfinite(e_values(*counted, rates)).all() and np.isfinite(e_values_above(*counted, rates)).all()

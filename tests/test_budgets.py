@@ -148,7 +148,7 @@ def test_the_tau_in_force_is_a_metric(store: Path) -> None:
 
 def test_a_setting_that_no_model_can_fulfil_stops_the_start(store: Path) -> None:
     artifact = Store(store).open("tiny")
-    with pytest.raises(ValueError, match="a setting cannot be fulfilled: target_speedup: at most"):
+    with pytest.raises(ValueError, match="a setting cannot be met: target_speedup: at most"):
         load(artifact, Settings(store=store, target_speedup=5000))
 
 
@@ -271,7 +271,7 @@ def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
     for policy in ("off", "flag", "deepen"):
         with serving(store, models=[name], ood_policy=policy, tau=0.5) as server:
             found[policy] = server.classify(input=texts, ood=True).json()["data"]
-            far = server.metric("de3_far_texts_total", model=f"{name}:1")
+            far = server.metric("de3_ood_texts_total", model=f"{name}:1")
         flagged = [row.get("out_of_distribution", False) for row in found[policy]]
         assert sum(flagged) == far and (far > 0) == (policy != "off")
     for off, flag, deepen in zip(found["off"], found["flag"], found["deepen"], strict=True):

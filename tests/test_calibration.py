@@ -264,12 +264,12 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
 
 
 def test_a_signal_that_is_wanted_is_the_default() -> None:
-    parts = [Part.of(recorded(900, seed), examples(900)) for seed in (1, 2)]
+    parts = [Part.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
     for wanted in ("risk", "edr", "entropy"):
         found = calibrate(*parts, 0.02, wanted)
         assert found.defaults.signal == found.calibration.default.signal == wanted
         assert {row.signal for row in found.calibration.table} == {"risk", "edr", "entropy"}
-    with pytest.raises(ValueError, match="--signal must be one of auto, risk, edr, entropy, got 'margin'"):
+    with pytest.raises(ValueError, match="--signal must be one of auto, entropy, edr, risk, got 'margin'"):
         calibrate(*parts, 0.02, "margin")
 
 
@@ -283,3 +283,28 @@ def test_groups_that_share_a_text_are_one() -> None:
     rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", "z"), ("e", None)]
     part = Part.of(recorded(6), [Example(text, 0, group) for text, group in rows])
     assert part.samples.num_groups == 3 and len(set(part.samples.groups[:4].tolist())) == 1
+
+
+def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:
+    """Later exits may be the worse ones; each step of the sequence needs those before it."""
+    logits = np.zeros((100, 3, 2), np.float32)
+    logits[:, :, 0] = [1, -1, 1]  # only the second exit answers otherwise
+    r = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64))
+    scores = np.tile([0.5, 0.1, np.nan], (100, 1))
+    rows = calibration.trade_off(Samples.independent(r), Entropy(), (0.0, 0.2, 0.6), scores)
+    assert [row.disagreement for row in rows] == [0, 1, 0]
+    assert [row.disagreement_bound for row in rows] == [0, 1, 1]
+
+
+def test_full_depth_of_a_changed_model_disagrees_with_the_original_and_has_a_bound() -> None:
+    r = recorded(400)
+    rows = calibration.trade_off(Samples.independent(replace(r, original=r.labels)), Entropy())
+    assert 0 < rows[0].disagreement < rows[0].disagreement_bound < 1
+    assert calibration.speed_within(rows, rows[0].disagreement / 2) == 1  # nothing is within, so full depth
+
+
+def test_the_error_of_groups_of_one_size_is_that_of_their_means() -> None:
+    means = np.arange(30) % 3 / 2
+    found, error = calibration.mean_and_error(np.repeat(means, 4), np.repeat(np.arange(30), 4))
+    assert found == pytest.approx(means.mean())
+    assert error == pytest.approx(means.std(ddof=1) / math.sqrt(30))

@@ -129,6 +129,31 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("in.txt", "a good film\n\na dull plot\n", ()),
+        ("in.csv", 'text;who\n"a good; film";7\na dull plot;8\n', ("--delimiter", ";")),
+        ("in.tsv", "a good film\ta dull plot\n", ("--no-header", "--text-column", "0", "--pair-column", "1")),
+    ],
+)
+def test_the_command_reads_tables(
+    server: Server, tmp_path: Path, name: str, content: str, options: tuple[str, ...]
+) -> None:
+    file, out = tmp_path / name, tmp_path / "out.jsonl"
+    file.write_text(content)
+    de3(["classify", "--file", str(file), "--out", str(out), "--url", server.url, "--tau", "0", *options])
+    inputs: Any = {
+        "in.txt": ["a good film", "a dull plot"],
+        "in.csv": ["a good; film", "a dull plot"],
+        "in.tsv": {"text": "a good film", "text_pair": "a dull plot"},
+    }[name]
+    expected = server.classify(input=inputs, tau=0).json()["data"]
+    assert [json.loads(line)["probs"] for line in out.read_text().splitlines()] == [
+        row["probs"] for row in expected
+    ]
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--file", "x.jsonl"), "give texts, or --file and --out"),
@@ -149,7 +174,11 @@ def test_what_is_wrong_is_said_in_a_line(server: Server, arguments: tuple[str, .
 
 def test_a_line_that_is_no_text_is_named(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
-    for content, says in (("not json\n", "line 1: not JSON"), ('"a"\n["b"]\n', "line 2: must be a text")):
+    for content, says in (
+        ("not json\n", "in.jsonl:1: not JSON"),
+        ('"a"\n["b"]\n', "in.jsonl:2: not an object"),
+        ('"a"\n\n""\n', "in.jsonl:3: text is empty"),
+    ):
         file.write_text(content)
         result = invoke(f"classify --file {file} --out {tmp_path}/out --url {server.url}")
         assert result.exit_code == 1 and says in str(result.exception)

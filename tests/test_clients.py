@@ -287,7 +287,7 @@ def test_sglangs_own_classify(server: Server) -> None:
     single = server.classify(text=CAFE, tau=0).json()
     assert len(single["embedding"]) == 2 and single["meta_info"]["prompt_tokens"] > 2
     for wrong, says in (
-        ({"text": ""}, "text: must be a text that is not empty"),
+        ({"text": ""}, "text: must not be empty"),
         ({"text": []}, "text: must not be an empty list"),
         ({"text": ["good", 1]}, "text[1]: must be a text"),
         ({"text": ["good", "good film " * 100]}, "text[1]: has 202 tokens"),

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.server.http import connection, listener
-from de3.server.http.connection import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS
+from de3.server.http.parser import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
 from tests.serving import Server, serving, until
 
 BODY = b'{"input": "good film"}'
@@ -99,6 +99,21 @@ def test_what_is_no_http_is_a_400_in_json_and_closed(server: Server, data: bytes
     works(server)
 
 
+def test_a_chunk_extension_of_a_byte_a_packet_is_refused_after_a_thousand() -> None:
+    parser = RequestParser()
+    parser.data = CHUNKED + b"1;"
+    assert parser.parse_head()
+
+    def feed(packets: int) -> None:
+        for _ in range(packets):
+            parser.data += b"x"
+            parser.parse_body()
+
+    feed(900)
+    with pytest.raises(ValueError, match="chunk sizes and trailers"):
+        feed(200)
+
+
 def test_connect_is_405_in_json(server: Server) -> None:
     with connect(server) as s:
         s.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -126,7 +141,7 @@ def test_an_answer_before_the_body_ends_the_connection(
         assert (response.status, response.getheader("connection")) == (status, "close")
         send(s, b"x")
         assert is_closed(s)
-        until(lambda: not [c for c in server.listener.connections if c.state == connection.LINGER], "the end")
+        until(lambda: not [c for c in server.listener.connections if c.state == listener.LINGER], "the end")
     works(server)
 
 
@@ -183,7 +198,7 @@ def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Se
 
         until(server_stops_writing, "the server to stop writing")
         (paused,) = server.listener._paused
-        assert paused.unread() < 2**18 and len(paused._data) < 2**19
+        assert paused.unread() < 2**18 and len(paused._parser.data) < 2**19
         works(server)
     until(lambda: not server.listener.paused_connections, "the connection to be forgotten")
     assert server.metric("de3_rejected_total", cause="client_gone") == before
@@ -274,7 +289,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
         assert answer(s)[0] == 200 and is_closed(s)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cuts=st.lists(st.integers(1, 400), max_size=12),
     chunks=st.lists(st.integers(1, 22), min_size=1, max_size=8),
@@ -349,7 +364,7 @@ def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> No
     with connect(server) as s:
         s.sendall(REQUEST[:-3])
         until(lambda: server.bodies_awaited() == 1, "the head to come")
-        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
+        (waiting,) = [c for c in server.listener.connections if c.state == listener.BODY]
         waiting.loop.call_soon_threadsafe(waiting.shutdown)
         s.sendall(REQUEST[-3:])
         assert answer(s)[0] == 200 and is_closed(s)
@@ -417,3 +432,24 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
         s.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         status, error = answer(s)
         assert status == 413 and "2000 bytes" in error["error"]["message"]
+
+
+def test_a_chunk_extension_that_comes_byte_by_byte_has_an_end(server: Server) -> None:
+    """Each packet costs the parser a call, so it counts as more than the byte that it brings."""
+    with connect(server) as s:
+        s.sendall(CHUNKED + b"1;")
+        until(lambda: server.bodies_awaited() == 1, "the head to come")
+        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
+        packets: list[int] = []
+
+        def drip() -> None:
+            while waiting.state == connection.BODY and len(packets) < 10_000:
+                packets.append(1)
+                waiting.data_received(b"x")
+
+        waiting.loop.call_soon_threadsafe(drip)
+        status, body = answer(s)
+        assert status == 400 and "chunk sizes and trailers" in body["error"]["message"]
+        assert len(packets) == pytest.approx(1000, rel=0.05)
+        assert is_closed(s)
+    works(server)

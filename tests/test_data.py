@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from de3 import tables
+from de3.tables import Columns
 from de3.training import data
 from de3.training import split as splits
-from de3.training.data import Columns, Example
+from de3.training.data import Example
 
 
 def write(path: Path, text: str) -> Path:
@@ -18,26 +20,26 @@ def write(path: Path, text: str) -> Path:
 
 def test_tsv_keeps_quotation_marks_and_csv_takes_them_as_delimiters(tmp_path: Path) -> None:
     tsv = write(tmp_path / "a.tsv", 'text\tlabel\n"so good\t1\n')
-    assert data.read_rows(tsv, Columns()) == [('"so good', "1")]
+    assert tables.read_rows(tsv, Columns()) == [('"so good', "1")]
     csv = write(tmp_path / "a.csv", 'text,label\n"good, really",1\n')
-    assert data.read_rows(csv, Columns()) == [("good, really", "1")]
+    assert tables.read_rows(csv, Columns()) == [("good, really", "1")]
     quoted = write(tmp_path / "b.tsv", 'text\tlabel\n"a\tb"\t0\n')
-    assert data.read_rows(quoted, Columns(quotes=True)) == [("a\tb", "0")]
+    assert tables.read_rows(quoted, Columns(quotes=True)) == [("a\tb", "0")]
 
 
 def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:
     marked = write(tmp_path / "a.tsv", "\ufefftext\tlabel\ngood\t1\n")
-    assert data.read_rows(marked, Columns()) == [("good", "1")]
+    assert tables.read_rows(marked, Columns()) == [("good", "1")]
     (tmp_path / "b.tsv").write_bytes("text\tlabel\ncafé\t1\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"b.tsv: not UTF-8 .* iconv"):
-        data.read_rows(tmp_path / "b.tsv", Columns())
+        tables.read_rows(tmp_path / "b.tsv", Columns())
 
 
 def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
     cola = write(tmp_path / "c.tsv", "gj04\t1\t\tOur friends.\n")
-    assert data.read_rows(cola, Columns(text="3", label="1", header=False)) == [("Our friends.", "1")]
+    assert tables.read_rows(cola, Columns(text="3", label="1", header=False)) == [("Our friends.", "1")]
     pairs = write(tmp_path / "p.jsonl", '{"s1": "a", "s2": "b", "label": "same"}\n\n')
-    assert data.read_rows(pairs, Columns("s1", "s2")) == [(("a", "b"), "same")]
+    assert tables.read_rows(pairs, Columns("s1", "s2")) == [(("a", "b"), "same")]
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
             "a.tsv:2: no column 'text'; it has 'sentence', 'label': set --text-column",
         ),
         ("a.tsv", "text\tlabel\nx\t1\ny\n", "a.tsv:3: label is empty"),
-        ("a.txt", "x", "expected a .tsv, .csv or .jsonl file; of another one give --delimiter"),
+        ("a.txt", "x", "expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter"),
         ("a.tsv", "text\tlabel\n", "has no rows"),
         ("a.tsv", "text\tlabel\n \t1\n", "a.tsv:2: text is empty"),
         ("a.jsonl", '{"text": "x", "label": 1}\n[1]\n', "a.jsonl:2: not an object"),
@@ -62,23 +64,23 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        data.read_rows(write(tmp_path / name, text), Columns())
+        tables.read_rows(write(tmp_path / name, text), Columns())
 
 
 def test_any_delimiter(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", 'text;label\n"good; fine";1\n')
-    assert data.read_rows(file, Columns(delimiter=";")) == [("good; fine", "1")]
+    assert tables.read_rows(file, Columns(delimiter=";")) == [("good; fine", "1")]
     file = write(tmp_path / "a.txt", "text\tlabel\ngood, fine\t1\n")
-    assert data.read_rows(file, Columns(delimiter="tab")) == [("good, fine", "1")]
+    assert tables.read_rows(file, Columns(delimiter="tab")) == [("good, fine", "1")]
     with pytest.raises(ValueError, match="one character or tab"):
-        data.read_rows(file, Columns(delimiter="::"))
+        tables.read_rows(file, Columns(delimiter="::"))
 
 
 def test_a_datasets_folder(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", '{"text": "x", "label": "b"}\n{"text": "y", "label": "a"}\n')
-    assert data.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
+    assert tables.read_dataset(str(tmp_path), "train", Columns()) == [("x", "b"), ("y", "a")]
     with pytest.raises(ValueError, match="row 0: no column 'sentence'"):
-        data.read_dataset(str(tmp_path), "train", Columns("sentence"))
+        tables.read_dataset(str(tmp_path), "train", Columns("sentence"))
 
 
 def test_labels_are_ordered_as_numbers_if_they_are() -> None:
@@ -179,16 +181,16 @@ def test_the_parts_say_what_is_a_fragment_and_of_what() -> None:
 
 def test_one_more_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,user\ngood,1, ann \nbad,0,7\n")
-    assert data.read_column(file, Columns(), "user") == ["ann", "7"]
+    assert tables.read_column(file, Columns(), "user") == ["ann", "7"]
     rows = write(
         tmp_path / "b.jsonl", '{"text": "a", "label": 1, "user": 3}\n{"text": "a", "label": 1, "user": " "}\n'
     )
-    with pytest.raises(ValueError, match=r"b.jsonl:2: the column 'user' is empty"):
-        data.read_column(rows, Columns(), "user")
+    with pytest.raises(ValueError, match=r"b.jsonl:2: user is empty"):
+        tables.read_column(rows, Columns(), "user")
     with pytest.raises(
-        ValueError, match=r"a.csv:2: the column 'who' is missing; there are 'text', 'label', 'user'"
+        ValueError, match=r"a.csv:2: no column 'who'; it has 'text', 'label', 'user': set --group-column"
     ):
-        data.read_column(file, Columns(), "who")
+        tables.read_column(file, Columns(), "who")
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))

@@ -41,7 +41,7 @@ asked = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     asked_jobs=st.lists(asked, min_size=1, max_size=12),
     uses=st.lists(st.floats(0, 1), min_size=1, max_size=30),

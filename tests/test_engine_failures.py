@@ -118,7 +118,6 @@ main()
 """
 
 
-@pytest.mark.slow
 def test_a_server_with_a_stuck_thread_exits_non_zero(store: Path) -> None:
     options = ["--model", "tiny", "--threads", "1", "--timeout-s", "1"]
     with process(store, *options, code=STUCK) as running:

@@ -184,3 +184,21 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
         assert outcome is not None and not item.can_share
         results[item] = outcome
     assert answers(results) == alone(model, TEXTS)
+
+
+def test_a_preempted_group_is_charged_what_its_texts_took(model: Model) -> None:
+    """All of a text's steps once each: those before it was preempted, and those after."""
+    queue = WorkQueue(100)
+    queue.put(first := job(model, due=5.0))
+    urgent = job(model, ["an urgent one"], due=1.0)
+    preempted = Steps(queue, {1: lambda: queue.put(urgent)})
+    preempted.run()
+    assert not preempted.results and len(queue) == len(TEXTS) + 1
+    later = Steps(queue)
+    later.run()
+    assert later.results.keys() == {*first.items, *urgent.items} and len(later.seconds) > 2
+    took = 0.0
+    for outcome in later.results.values():
+        assert isinstance(outcome, Outcome) and min(outcome.tokenize_s, outcome.model_s) > 0
+        took += outcome.model_s + outcome.tokenize_s
+    assert queue._clients[""].spent == pytest.approx(took, rel=1e-9)

@@ -134,3 +134,17 @@ def test_the_distances_of_mpnet_reach_as_far_as_its_texts() -> None:
     graphs, manifest = built("mpnet", True)
     with pytest.raises(GraphError, match="does not add one value"):
         read_segment(graphs[1], 1, manifest.model_copy(update={"max_tokens": 65}))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_heads_that_do_not_divide_the_width_are_refused(int8: bool) -> None:
+    graphs, manifest = built("bert", int8)
+    layer = deepcopy(graphs[1])
+    (heads,) = (a for node in layer.node for a in node.attribute if a.name == "num_heads")
+    for count in (2, 64):
+        heads.i = count
+        assert read_segment(layer, 1, manifest).part.num_heads == count
+    for count in (0, 3, 65, 128, -4):
+        heads.i = count
+        with pytest.raises(GraphError, match="another 'num_heads'"):
+            read_segment(layer, 1, manifest)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.model_store.model import Model
 from de3.model_store.store import Store
+from de3.tables import Columns, read_rows
 from de3.training import data, stock
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example, encode
@@ -38,7 +39,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
     """A stock classifier that has learned something."""
-    examples = data.to_examples(data.read_rows(data_file, data.Columns("sentence")), ["0", "1"])
+    examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
 
@@ -183,7 +184,7 @@ def test_an_interrupted_import_goes_on(
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
     output = de3(command)
-    assert "fitting: 3 of 8 parts are there from an earlier run" in output
+    assert "fitting: 3 of 8 parts are reused from an earlier run" in output
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
 
 
@@ -267,7 +268,7 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         (f"{texts} --name BAD/NAME", "--name must have at most 64 lower-case letters"),
         (f"{texts} --name m --signal best", "--signal must be one of"),
         (f"{texts} --name m --work {tmp_path}/file", "is a file; give a folder"),
-        (f"{texts} --name m --threshold 0.3", "is no multi-label model"),
+        (f"{texts} --name m --threshold 0.3", "is not a multi-label model"),
         (f"{rows} --name m", "rows.csv:2: has 2 fields, the header 1"),
     ):
         assert message in refusal(command.format(more))
@@ -371,3 +372,26 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
     ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
     assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0
     assert "choose another --work" in refusal(command.replace("--finetune ", ""))
+
+
+def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is certified would hold for texts that the exits have seen."""
+    folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
+    file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
+    given: list[Any] = []
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("de3.training.frozen.fit", lambda _, *arguments: given.extend(arguments))
+    monkeypatch.setattr("de3.export.importing.export", stopped)
+    command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
+    assert invoke(command).exit_code == 130
+    fitting, tuning, _ = given
+    tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
+    assert len(fitting.logits) == 600 - len(tune) - len(certify)
+    assert not {e.text for e in tune} & {e.text for e in certify}
+    own = logits_of(folder, [str(example.text) for example in tune])
+    np.testing.assert_allclose(tuning.logits.numpy(), own, atol=1e-4)

@@ -71,6 +71,7 @@ def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -
         assert run(*emulated, name) == f"{name}: 0 differences\n"
 
 
+@pytest.mark.slow
 @arm
 @pytest.mark.parametrize(
     ("processor", "names"),
@@ -82,6 +83,7 @@ def test_what_arm_processors_run_gives_what_the_reference_gives(
     assert_emulated(for_arm, QEMU, processor, *names.split())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("qemu-x86_64") is None or platform.machine() != "x86_64",
     reason="no qemu-x86_64 here, or another processor: tests/docker/packages.sh",

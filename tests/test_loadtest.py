@@ -163,16 +163,16 @@ def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> 
 def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
     file = tmp_path / "x.tsv"
     file.write_text('sentence\tlabel\na "film\t1\ndull\t0\n')
-    samples = read(file, "sentence", "label", ["bad", "good"])
+    samples = read(file, "sentence", "label", "bad, good")
     assert samples == [Sample('a "film', "good"), Sample("dull", "bad")]
     long = with_long(samples * 200, 0.1, 50)
     assert 20 < sum(s.long for s in long) < 60
     assert {len(s.text.split()) for s in long if s.long} == {50}
     assert [s.tau for s in with_taus(samples, [0.0, 0.2])] == [0.0, 0.2, 0.0, 0.2]
     with pytest.raises(ValueError, match="no column 'text'"):
-        read(file, "text", "label", [])
+        read(file, "text")
     (tmp_path / "x.txt").write_text("one\n\ntwo\n")
-    assert [s.text for s in read(tmp_path / "x.txt", "sentence", "label", [])] == ["one", "two"]
+    assert [s.text for s in read(tmp_path / "x.txt", "sentence")] == ["one", "two"]
 
 
 def test_our_server_is_started_with_the_runtime_asked(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_mean_is_weighted_by_new_tokens_and_may_be_settled_early() -> None:
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=texts, room=st.sampled_from([12, 60, 510]))
 def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: int) -> None:
     tokenizer = MADE[kind]

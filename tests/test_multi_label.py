@@ -36,8 +36,8 @@ def labels_of(text: str) -> tuple[int, ...]:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock multi-label classifier."""
-    examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]
-    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=10)
+    examples = [Example(text, labels_of(text)) for text, _ in make_rows(1200, 1)]
+    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=6)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: 
 def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classifier: Path) -> None:
     opened = open_stock(str(classifier))
     texts = ["good and bad", "a good film", "the plot", "a", "bad plot of a good scene"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             logits = opened.model(**opened.tokenizer(text, return_tensors="pt")).logits[0]
@@ -117,7 +117,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
     assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
     # With a wish of the calibration, or a name that is none, it is an error that says so.
     for options, says in (
-        ({"thresholds": {"anger": 0.5}}, "'anger' is no label of topics:1; there are: praise, blame, story"),
+        ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
         ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
         ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot go with max_disagreement"),
@@ -160,7 +160,7 @@ def test_edr_needs_classes_that_exclude_each_other(server: Server, options: dict
 def test_thresholds_are_of_multi_label_models_only(store: Path) -> None:
     with serving(store, models=["tiny"]) as server:
         answer = server.classify(input="a", thresholds=0.3)
-    assert answer.status_code == 422 and "is no multi-label model" in answer.json()["error"]["message"]
+    assert answer.status_code == 422 and "is not a multi-label model" in answer.json()["error"]["message"]
 
 
 def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:

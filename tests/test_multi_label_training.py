@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from de3 import tables
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Entropy
 from de3.model_store.store import Store
 from de3.training import checks, data
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint
-from de3.training.evaluate import default_line, exit_scores, f1, weaknesses
+from de3.training.evaluate import Times, default_line, exit_scores, f1, weaknesses
 from de3.training.model import De3Model
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
@@ -147,7 +148,7 @@ def test_without_the_option_the_right_one_is_named(
 ) -> None:
     command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
     assert "only a multi-label model has several labels a text" in refusal(command)
-    assert "say --multi-label" in refusal(f"{command} --threshold 0.5")
+    assert "add --multi-label" in refusal(f"{command} --threshold 0.5")
     single = tmp_path / "single.csv"
     single.write_text(
         "text,label\n" + "".join(f"{GOOD[i % 10]} {FILLER[i % 17]},{NAMES[i % 3]}\n" for i in range(60))
@@ -157,7 +158,7 @@ def test_without_the_option_the_right_one_is_named(
 
 
 def test_labels_are_checked() -> None:
-    assert "say --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
+    assert "use --multi-label" in checks.labels(Counter({"a|b": 5, "b|c": 5, "a": 5}))[0]
     assert checks.labels(Counter({"a": 50, "b": 60}), 70) == []
     assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}), 60)[0]
     for counts, has in (({"a": 5}, "'a'"), ({}, "none")):
@@ -173,10 +174,10 @@ def test_labels_are_checked() -> None:
 
 
 def test_a_label_may_have_a_bar_in_it_where_labels_are_a_list(tmp_path: Path) -> None:
-    columns = data.Columns(multi_label=True)
+    columns = tables.Columns(multi_label=True)
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "a", "label": ["x|y", "z", "z"]}\n{"text": "b", "label": "x | y"}\n')
-    rows = data.read_rows(file, columns)
+    rows = tables.read_rows(file, columns)
     assert data.label_order(rows, multi_label=True) == ["x", "x|y", "y", "z"]
     examples = data.to_examples(rows, ["x", "x|y", "y", "z"], multi_label=True)
     assert [e.label for e in examples] == [(1, 3), (0, 2)]
@@ -190,8 +191,8 @@ def test_a_dataset_of_numbers_has_the_names_of_its_labels(tmp_path: Path) -> Non
     kind = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=["joy", "anger"]))})
     rows = {"text": ["a", "b", "c"], "label": [[1, 0], [], [1]]}
     Dataset.from_dict(rows, kind).to_parquet(str(tmp_path / "train.parquet"))
-    read = data.read_dataset(str(tmp_path), "train", data.Columns(multi_label=True))
-    assert [data.labels_in(cell, multi_label=True) for _, cell in read] == [["anger", "joy"], [], ["anger"]]
+    read = tables.read_dataset(str(tmp_path), "train", tables.Columns(multi_label=True))
+    assert [tables.labels_in(cell, multi_label=True) for _, cell in read] == [["anger", "joy"], [], ["anger"]]
 
 
 def test_the_loss_is_that_of_plain_pytorch() -> None:
@@ -234,14 +235,17 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
     assert weaknesses(some, NAMES) == []
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)
-    assert "gives 1 of 3 labels to none of 2 samples, though they are right for some: blame;" in warning
+    assert "gives 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
 
 
 def test_the_default_is_told_in_f1() -> None:
     """Two texts leave at the first exit; full depth would have given the second one its own label."""
     logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
     labels = np.array([[True, False], [False, True]])
-    two = Recorded([0, 3], logits, np.full_like(logits, np.nan), labels, thresholds=np.zeros(2))
-    said = default_line(two, 0.5, Entropy(), 0.1)
-    assert "all labels right 50.00%" in said and "50.00% of answers unlike full depth" in said
+    two = Recorded(
+        [0, 3], logits, np.full_like(logits, np.nan), labels, np.array([9, 9]), thresholds=np.zeros(2)
+    )
+    said = default_line(two, 0.5, Entropy(), Times(np.array([8.0, 0.0]), np.array([[2.0, 0.0], [9.0, 0.0]])))
+    assert "all labels right 50.00%" in said and "50.00% of answers differ from full depth" in said
+    assert "4.00× in time" in said
     assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said

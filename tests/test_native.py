@@ -201,7 +201,7 @@ def shaken(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (values * (1 + rng.normal(0, size, values.shape))).astype(np.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.tuples(st.sampled_from([48, 64, 128, 192, 256]), st.sampled_from([1, 2, 4, 8, 12])),
     *(st.sampled_from([40, 64, 128, 320, 448]), st.integers(2, 40), st.sampled_from([0, 32, 64, 96, 100])),
@@ -339,7 +339,7 @@ def test_the_best_implementation_is_in_use() -> None:
 
 
 @each
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.sampled_from(TEXTS), st.sampled_from([0.0, 0.03, 0.2, 0.6, 1.0])), min_size=1, max_size=9
@@ -646,7 +646,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(1, 9),
     st.sampled_from([1e-20, 1e-3, 1.0, 1e4]),

@@ -424,7 +424,7 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
             measured = page.locator("#measured")
             expect(measured).to_have_text(
                 "The server promises that at most 40% of labels differ from full depth. For now every text runs to "
-                "full depth, until enough live texts show that earlier exits keep this (0 so far)."
+                "full depth, until enough live texts show that earlier exits keep the promise (0 so far)."
             )
             page.clock.install()
             page.reload()
@@ -469,7 +469,7 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
         (
             {"tau": {"tau": 0, "reason": "change"}},
             "The server promises that at most 0.5% of labels differ from full depth. More did, so for now every text "
-            "runs to full depth, until enough live texts show that earlier exits keep this (3 so far).",
+            "runs to full depth, until enough live texts show that earlier exits keep the promise (3 so far).",
         ),
     ],
     ids=["no promise", "no calibration", "no audits yet", "a broken promise"],
@@ -478,7 +478,7 @@ def test_what_audits_measured_in_words(page: Page, changed: dict[str, Any], word
     audit = {
         "audits": 3,
         "tau": {"tau": 0.25, "reason": "evidence"},
-        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "because": "evidence"},
+        "promise": {"max_disagreement": 0.005, "confidence": 0.95, "reason": "evidence"},
         "measured": {"disagreement": 0.0123, "lower": 0.0001, "upper": 0.0457, "confidence": 0.95},
         "calibrated": {"disagreement": 0.003, "disagreement_bound": 0.01, "speedup": 3},
     }

@@ -19,16 +19,15 @@ from scipy.stats import pearsonr, spearmanr
 
 from de3.client import Client
 from de3.exits import formulas
-from de3.exits.reading import sigmoid
+from de3.exits.reading import differs, sigmoid
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
 from de3.exits.signals import Risk
 from de3.export.record import record
-from de3.loadtest.client import answer_of
+from de3.loadtest.client import label_of
 from de3.model_store.manifest import MIN_TOLERANCE
 from de3.model_store.model import Model
 from de3.model_store.store import Store, StoreError
-from de3.server.infer import are_unlike
 from de3.training import data
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
@@ -93,7 +92,7 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
     opened = open_stock(str(stock))
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
-    rows = server.classify(input=texts, tau=0, explain=True).json()["data"]
+    rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
             value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
@@ -190,7 +189,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
     with Client(server.url) as client:
         row = client.classify(text).rows[0]
     assert (row.value, row.probs, row.exit.entropy) == (value, [], None)
-    assert answer_of(row.raw) == str(value)
+    assert label_of({"data": [row.raw]}) == str(value)
     assert de3(f"classify {text.split()[1]} --url {server.url}").startswith("praise  ")
 
 
@@ -239,10 +238,11 @@ def test_a_shadow_differs_by_more_than_the_tolerance(imported: Path, tmp_path: P
         assert server.metric("de3_shadow_disagreements_total") == (gaps > TOLERANCE).sum()
 
 
-def test_answers_are_unlike_beyond_the_tolerance() -> None:
-    assert not are_unlike(1.0, 1.5, 0.5) and are_unlike(1.0, 1.51, 0.5)
-    assert are_unlike("a", "b", None) and not are_unlike("a", "a", None)
-    assert are_unlike("praise", 1.0, 0.5) and are_unlike(1.0, "praise", 0.5)
+def test_answers_differ_beyond_the_tolerance() -> None:
+    assert not differs(1.0, 1.5, 0.5) and differs(1.0, 1.51, 0.5)
+    assert differs(3, 4) and not differs([1, 2], [1, 2]) and differs([1], [1, 2])
+    assert differs("a", "b", None) and not differs("a", "a", None)
+    assert differs("praise", 1.0, 0.5) and differs(1.0, "praise", 0.5)
 
 
 @given(
@@ -300,7 +300,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
     command = f"import {stock} --texts {texts} --name x --store {tmp_path}/s --work {tmp_path}/w"
     message = refusal(command)
-    assert "--tolerance: its answer is a number" in message and "own units" in message
+    assert "--tolerance: needed, as the answer is a number" in message and "units" in message
     suggested = float(message.rpartition(" ")[2])
     assert 0.05 < suggested < 1 and "standard deviation" in message
     assert not (tmp_path / "s").exists()
@@ -310,7 +310,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
         ("--finetune", "not for regression"),
         ("--signal edr", "needs classes"),
         ("--signal entropy", "of a regression model give risk"),
-        ("--threshold 0.3", "no multi-label model"),
+        ("--threshold 0.3", "not a multi-label model"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
         ("--label-names a,b", "must name the labels"),
     ):
@@ -411,7 +411,7 @@ def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> Non
         ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
         (
             {"defaults": {"tau": 0.1, "signal": "entropy", "lambda": None}},
-            "a regression model has the signal risk only",
+            "entropy needs classes, and praise:1 is a regression model",
         ),
     ],
 )
@@ -437,4 +437,4 @@ def test_a_value_that_is_not_a_number_is_unlike_any() -> None:
     values = np.array([[[np.nan], [1.0]]], np.float32)
     recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
     assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]
-    assert are_unlike(float("nan"), 1.0, 0.5)
+    assert differs(float("nan"), 1.0, 0.5)

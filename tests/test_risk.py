@@ -1,6 +1,7 @@
 """Risk: its regression at the optimum and in the degenerate cases, and that nobody scores what they have seen."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
     assert np.abs(x @ (found - truth)).std() < 0.2  # and near the truth
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(2, 60), st.integers(0, 10**6), st.sampled_from(["separable", "none", "all", "one", "chance"])
 )
@@ -179,3 +180,14 @@ def test_the_features_are_what_they_say() -> None:
     assert row == pytest.approx([1, 1.5, h, math.log(h), math.log(0.2)])
     (bare,) = formulas.risk_features([[2.0, 0.5, -1.0]], [[math.nan] * 3])
     assert bare == pytest.approx([*row[:4], 0])
+
+
+def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
+    """Where exits are not on every layer."""
+    r = replace(recorded(500), exit_layers=[1, 4, 6])
+    fitted = risk.fit(r)
+    differs = r.differs.astype(float)
+    assert len(fitted.weights) == 7 and [m for m, w in enumerate(fitted.weights) if w is not None] == [1, 4]
+    for j, layer in enumerate((1, 4)):
+        expected = risk.regress(r.risk_features[:, j], differs[:, j])
+        assert fitted.weights[layer] == tuple(expected.tolist())

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,8 +15,9 @@ import httpx
 import numpy as np
 import pytest
 
+from de3.client import Exit
 from de3.exits.reading import read
-from de3.exits.signals import Signal, SignalName, edr
+from de3.exits.signals import Signal, edr
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.server.errors import Cause
@@ -78,7 +80,7 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
     ],
 )
 def test_answers_are_those_of_the_full_model(
-    server: Server, model: Model, tau: float, asked: dict[str, Any], name: SignalName, lam: float | None
+    server: Server, model: Model, tau: float, asked: dict[str, Any], name: str, lam: float | None
 ) -> None:
     signal = model.manifest.signal(name, lam)
     answer = server.classify(**{"input": TEXTS, "tau": tau, **asked}).json()
@@ -327,6 +329,36 @@ def test_health_ready_and_docs(server: Server) -> None:
     assert {"200", "400", "404", "413", "422", "503", "504"} <= set(operation["responses"])
 
 
+def test_the_schema_describes_answers(store: Path) -> None:
+    asked: tuple[dict[str, Any], ...] = (
+        {"tau": 0.3},
+        {"top_k": 1, "raw": True, "signal": "entropy"},
+        {"max_disagreement": 1},
+        {"explain": True, "ood": True, "lambda": 2, "tau": 0.3},
+        {"explain": True, "long": "windows"},
+    )
+    texts = ["good film", "bad plot " * 400, "zebra quantum"]
+    seen: dict[str, set[str]] = defaultdict(set)
+    with serving(store, models=["tiny"], ood_policy="flag") as server:
+        for options in asked:
+            answer = server.described(input=texts, **options)
+            seen["ClassifyResponse"] |= answer.keys()
+            for row in answer["data"]:
+                seen["ClassifiedText"] |= row.keys()
+                seen["PassedExit"].update(*row.get("layers", []))
+        schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
+    # Each field occurs, but those of other models: test_multi_label.py and test_regression.py.
+    unseen = {name: schemas[name]["properties"].keys() - fields for name, fields in seen.items()}
+    assert unseen == {
+        "ClassifyResponse": set(),
+        "ClassifiedText": {"value", "labels"},
+        "PassedExit": {"value"},
+    }
+    assert {field.name for field in fields(Exit)} - {"lam"} | {"lambda"} == schemas["Exit"][
+        "properties"
+    ].keys()
+
+
 def test_server_timing_adds_up(server: Server) -> None:
     response = server.classify(input=TEXTS[:5])
     stages = dict(x.split(";dur=") for x in response.headers["server-timing"].split(", "))
@@ -404,7 +436,7 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 
     def counts() -> tuple[float, float]:
         return tuple(
-            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_right")
+            server.metric(f"de3_{x}_texts_total", model="tiny:1") for x in ("calibrated", "expected_correct")
         )
 
     known, right = counts()

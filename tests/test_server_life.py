@@ -262,7 +262,6 @@ def test_demo_serves_the_demo_model_whatever_the_variable_says(
     assert artifact.full_name == "sst2:1" and settings.port == 8001
 
 
-@pytest.mark.slow
 def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
     limits = ["--max-texts", "1024", "--max-queue", "8192"]
     with (
@@ -296,7 +295,6 @@ def test_a_draining_server_says_so_and_still_answers(store: Path) -> None:
         assert server.classify(input="good").status_code == 200
 
 
-@pytest.mark.slow
 def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(store, tmp_path / "store")
     (copy / "tiny" / "1" / "layer_02.onnx").write_bytes(b"")

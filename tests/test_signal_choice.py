@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,11 +14,13 @@ import pytest
 from de3.exits.reading import Reading, read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule
-from de3.exits.signals import Edr, Entropy, Signal, SignalName
+from de3.exits.signals import SIGNALS, Edr, Entropy, ModelTraits, Signal
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
-from de3.model_store.store import Store
+from de3.model_store.store import Store, StoreError
+from de3.server.rules import Rules
+from de3.server.settings import ExitOptions, Settings
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
 from tests.serving import Server, serving
@@ -72,7 +75,7 @@ def asked(server: Server, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_a_request_chooses_its_signal(
-    server: Server, name: str, fields: dict[str, Any], signal: SignalName, lam: float | None
+    server: Server, name: str, fields: dict[str, Any], signal: str, lam: float | None
 ) -> None:
     model = next(m for m in server.service.artifacts if m.manifest.name == name).manifest
     wanted = model.signal(signal, lam)
@@ -150,8 +153,8 @@ UNKNOWN = {"lambda": 77}  # no calibration knows it
         ({**UNKNOWN, "max_layer": 2}, "tau", "give tau"),
         ({**UNKNOWN, "target_speedup": 2}, "target_speedup", "no calibration of edr with lambda 77"),
         ({**UNKNOWN, "max_disagreement": 0.1}, "max_disagreement", "no calibration of edr with lambda 77"),
-        ({"signal": "margin"}, "signal", "'entropy', 'edr' or 'risk'"),
-        ({"signal": 1}, "signal", "'entropy', 'edr' or 'risk'"),
+        ({"signal": "margin"}, "signal", "must be one of entropy, edr, risk"),
+        ({"signal": 1}, "signal", "must be one of entropy, edr, risk"),
         ({"signal": "risk", "lambda": 1}, "lambda", "goes with the signal edr only, not with risk"),
         ({"signal": "risk", "lambda": 0}, "lambda", "goes with the signal edr only, not with risk"),
         ({"signal": "entropy", "lambda": 1}, "lambda", "goes with the signal edr only, not with entropy"),
@@ -194,15 +197,21 @@ def test_models_say_which_signals_they_have(server: Server, manifest: Manifest) 
     assert listed == manifest.defaults.model_dump(by_alias=True)
 
 
+@dataclass(frozen=True)
 class Mean:
-    """A signal that the kernels do not have: the mean entropy of all exits passed."""
+    """A new signal, made as `exits/signals.py` says: the mean entropy of the exits passed, without a kernel."""
 
-    name: ClassVar[SignalName] = "entropy"
-    code: ClassVar[None] = None
-    lam: ClassVar[None] = None
-    table: ClassVar[None] = None
+    name: ClassVar[str] = "mean"
+    code: ClassVar[int | None] = None
+    lam: ClassVar[float | None] = None
+    table: ClassVar[bytes | None] = None
 
-    def score(self, readings: list[Reading]) -> float:
+    @classmethod
+    def of(cls, model: ModelTraits, lam: float | None) -> "Mean":
+        model.check_has_classes(cls.name, exclusive=False)
+        return cls()
+
+    def score(self, readings: Sequence[Reading]) -> float:
         return sum(r.entropy for r in readings) / len(readings)
 
     def scores(self, recorded: Recorded) -> np.ndarray:
@@ -211,26 +220,59 @@ class Mean:
 
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_a_signal_without_c_leaves_where_the_rule_says(
-    store: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+def test_a_new_signal_is_served_once_it_is_listed(
+    store: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.server.rules.Entropy", Mean)
-    # Of a model whose own signal is another: that is not made anew for a request.
-    mine = shutil.copytree(store, tmp_path / "store")
-    edit(mine / name / "1", lambda m: m["defaults"].update(table_default(m, "edr")))
-    with serving(mine, models=[name], threads=2) as server:
+    monkeypatch.setitem(SIGNALS, "mean", Mean)
+    with serving(store, models=[name], threads=2) as server:
         (served,) = server.service.models.all
         if name == "tiny-int8":
-            assert served.model.through is not None  # it has the kernels for the others
+            assert served.model.forward is not None  # it has the kernels for the others
         left = set()
         for tau in (0.05, 0.3, 0.6):
-            fields = {"input": TEXTS, "tau": tau, "signal": "entropy"}
+            fields = {"input": TEXTS, "tau": tau, "signal": "mean"}
             rows = server.classify(**fields).json()["data"]
             for text, row in zip(TEXTS, rows, strict=True):
                 layer, score = by_the_rule(served.model, text, tau, Mean())
-                assert (row["exit"]["layer"], row["exit"]["score"]) == (layer, score)
+                found = row["exit"]
+                assert (found["signal"], found["layer"], found["score"]) == ("mean", layer, score)
                 left.add(layer)
         assert len(left) > 1
+        (row,) = httpx.get(server.url + "/v1/models").json()["data"]
+        assert row["signals"] == ["entropy", "edr", "risk", "mean"]
+        names = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
+        assert names["Exit"]["properties"]["signal"]["enum"] == row["signals"]
+        refused = server.classify(input="a film", signal="median")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "signal")
+        assert "must be one of entropy, edr, risk, mean" in refused.json()["error"]["message"]
+        uncertified = server.classify(input="a film", signal="mean").json()["error"]
+        assert "no calibration of mean; give tau" in uncertified["message"]
+        with_lambda = server.classify(input="a film", signal="mean", tau=0.1, **{"lambda": 2}).json()["error"]
+        assert "goes with the signal edr only, not with mean" in with_lambda["message"]
+
+
+def test_an_artifact_may_name_a_new_signal(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = shutil.copytree(store, tmp_path / "store")
+
+    def by_mean(m: dict[str, Any]) -> None:
+        for row in (*m["calibration"]["table"], m["calibration"]["default"]):
+            row["signal"] = "mean" if row["signal"] == "entropy" else row["signal"]
+        m["defaults"] = table_default(m, "mean")
+
+    edit(mine / "tiny" / "1", by_mean)
+    with pytest.raises(StoreError, match="must be one of entropy, edr, risk"):
+        Store(mine).open("tiny")
+    monkeypatch.setitem(SIGNALS, "mean", Mean)
+    rules = Rules(Store(mine).open("tiny").manifest, Settings())
+    for options in (
+        ExitOptions(),
+        ExitOptions(signal="mean"),
+        ExitOptions(signal="mean", target_speedup=1.5),
+    ):
+        choice = rules.of(options)
+        assert choice.rule.signal == Mean() and choice.expected is not None
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
@@ -252,7 +294,7 @@ def without_risk(manifest: dict[str, Any], signal: str) -> None:
 @pytest.mark.parametrize("signal", ["entropy", "edr"])
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
 def test_an_artifact_without_risk_is_served_by_its_other_signals(
-    store: Path, tmp_path: Path, name: str, signal: SignalName
+    store: Path, tmp_path: Path, name: str, signal: str
 ) -> None:
     mine = shutil.copytree(store, tmp_path / "store")
     edit(mine / name / "1", lambda m: without_risk(m, signal))

@@ -242,7 +242,7 @@ def test_unsound_prototypes_are_refused(copy: Path, change: Callable, message: s
         open_model(copy)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
     store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory

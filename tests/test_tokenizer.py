@@ -87,7 +87,7 @@ texts = st.lists(
 
 
 @pytest.mark.parametrize("kind", MADE)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=texts, pair=st.none() | texts, room=st.sampled_from([12, 60, 510]))
 def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
     """In a window with an even number of places: of an odd number the tokenizer gives one more to the longer
@@ -146,7 +146,7 @@ RUNS = ("a", "good", "qxzj" * 25, "x" * 99, "y" * 150, "z" * 700)
 runs = st.lists(st.sampled_from([*MARKS, *RUNS]), min_size=1, max_size=300).map("".join)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=runs, room=st.sampled_from([60, 510]))
 def test_wordpiece_has_the_same_tokens_without_white_space_too(text: str, room: int) -> None:
     tokenizer, limit = MADE["wordpiece"], room + 2

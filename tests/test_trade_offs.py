@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,21 +43,31 @@ def test_the_bound_is_where_so_few_errors_become_unlikely(n: int, data: st.DataO
     assert cdf == pytest.approx(0.05, abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_bounds_of_a_table_never_fall(seed: int) -> None:
+    rows = table(seed, 50)[1:]
+    bounds = [row.disagreement_bound for row in rows]
+    assert bounds == sorted(bounds)
+    least = [guarantee.upper_bound(round(50 * row.disagreement), 50) for row in rows]
+    assert all(bound >= own for bound, own in zip(bounds, least, strict=True))
+
+
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations() -> None:
     population = recorded(20_000, 1)
     samples = Samples.independent(population)
-    truth = {row.tau: row.disagreement for row in calibration.trade_off(samples, Edr(1.0))}
+    taus = calibration.TAUS[::3]
+    truth = {row.tau: row.disagreement for row in calibration.trade_off(samples, Edr(1.0), taus)}
     rng, trials = np.random.default_rng(0), 400
     chosen: dict[float, list[float]] = {0.03: [], 0.08: []}
     for _ in range(trials):
         few = population.rows(rng.choice(len(population.labels), 500, replace=False))
-        trade_offs = TradeOffs(calibration.trade_off(Samples.independent(few), Edr(1.0)))
-        for most, taus in chosen.items():
-            taus.append(trade_offs.within_disagreement(most).tau)
-    for most, taus in chosen.items():
-        broken = sum(truth[tau] > most for tau in taus)
+        trade_offs = TradeOffs(calibration.trade_off(Samples.independent(few), Edr(1.0), taus))
+        for most, found in chosen.items():
+            found.append(trade_offs.within_disagreement(most).tau)
+    for most, found in chosen.items():
+        broken = sum(truth[tau] > most for tau in found)
         assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
-        assert np.median(taus) > 0  # it does promise something
+        assert np.median(found) > 0  # it does promise something
 
 
 @given(st.integers(0, 8), st.lists(st.floats(1, 50), min_size=2, max_size=5))
@@ -149,3 +160,33 @@ def test_a_tail_is_the_share_of_calibration_beyond() -> None:
         assert reference.tail(float(np.quantile(SAMPLE, level)), KNOWN) == pytest.approx(1 - level, abs=0.01)
     assert reference.tail(99.0, KNOWN) == reference.LEAST_TAIL
     assert reference.ood_score([], []) is None
+
+
+def test_nothing_beyond_the_first_row_that_breaks_a_limit_is_chosen() -> None:
+    """Even if a later row is within it again."""
+    rows = [
+        SimpleNamespace(tau=k / 10, speedup=2.0**k, accuracy=accuracy, disagreement=disagreement)
+        for k, (accuracy, disagreement) in enumerate(
+            [(0.9, 0.0), (0.9, 0.01), (0.9, 0.01), (0.7, 0.2), (0.9, 0.01)]
+        )
+    ]
+    for row in rows:
+        row.disagreement_bound = row.disagreement
+    trade_offs = TradeOffs(rows)
+    assert trade_offs.at_disagreement(0.1) is rows[2]
+    assert trade_offs.under_load(0.0, 0.8, 1.0) == trade_offs.under_load(0.0, 0.0, 0.1) == rows[1:3]
+    assert trade_offs.under_load(0.0, 0.0, 1.0) == rows[1:]
+
+
+def test_a_text_that_is_as_unusual_at_every_exit_is_as_unusual_as_at_one() -> None:
+    alone = reference.ood_score([4.0], [KNOWN])
+    assert alone == 1 - reference.tail(4.0, KNOWN)
+    assert reference.ood_score([4.0] * 3, [KNOWN] * 3) == pytest.approx(alone)
+
+
+def test_the_stability_index_of_a_window_in_one_decile_by_hand() -> None:
+    """10 values in the first of 10 bins, each of which starts at a half: 10.5 of 15 in one, 0.5 in each other."""
+    values = [reference.quantiles(SAMPLE)[1]] * 10
+    first, other = 10.5 / 15, 0.5 / 15
+    expected = (first - 0.1) * math.log(first / 0.1) + 9 * (other - 0.1) * math.log(other / 0.1)
+    assert reference.psi(values, KNOWN) == pytest.approx(expected)

@@ -2,18 +2,23 @@
 
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 
+from de3 import tables
+from de3.cli import app
 from de3.training import data as datas
 from de3.training import progress
 from de3.training import split as splits
 from de3.training.model import De3Model
 from de3.training.predict import predict
-from de3.training.trainer import TrainSettings, open_teacher, train
+from de3.training.settings import TrainSettings
+from de3.training.trainer import open_teacher, train
 from tests.commands import de3
 from tests.fixtures import FILLER
 
@@ -23,6 +28,23 @@ def common(data_file: Path, encoder: Path, out: Path) -> str:
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--out {out} --lr 1e-3 --batch-size 64 --held-back 300 --no-bf16"
     )
+
+
+def test_every_setting_is_an_option_with_its_default() -> None:
+    options = {p.name: p for p in get_command(app).commands["train"].params}  # type: ignore[attr-defined]
+    for setting in fields(TrainSettings):
+        option = options[setting.name]
+        by_other_options = isinstance(option.show_default, str)  # type: ignore[attr-defined]
+        assert option.default == (None if by_other_options else setting.default), setting.name
+        assert option.help, setting.name  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def few(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 900 rows of the data, where nothing has to be learned."""
+    file = tmp_path_factory.mktemp("few") / "train.tsv"
+    file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:901]))
+    return file
 
 
 def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
@@ -38,18 +60,16 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
 
 
 def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     parts = splits.split(datas.to_examples(rows, names), seed=0, held_back=300)
     assert datas.load_examples(checkpoint / "tune.jsonl", names) == parts.tune
     assert datas.load_examples(checkpoint / "certify.jsonl", names) == parts.certify
 
 
-def test_a_resumed_run_ends_where_the_unbroken_one_does(
-    tmp_path: Path, data_file: Path, encoder: Path
-) -> None:
-    de3(common(data_file, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
-    model_parts = _parts(data_file, encoder)
+def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, few: Path, encoder: Path) -> None:
+    de3(common(few, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
+    model_parts = _parts(few, encoder)
     settings = TrainSettings(lr=1e-3, batch_size=64, epochs=3, bf16=False, patience=1)
     out = tmp_path / "broken"
 
@@ -68,7 +88,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(
     model.save_pretrained = save_then_die
     with pytest.raises(Killed):
         train(model, tokenizer, parts, settings, out)
-    output = de3(common(data_file, encoder, out) + " --epochs 3 --patience 1 --resume")
+    output = de3(common(few, encoder, out) + " --epochs 3 --patience 1 --resume")
     assert "resuming after epoch 1" in output
     whole, broken = (De3Model.from_pretrained(tmp_path / x).state_dict() for x in ("whole", "broken"))
     for name, tensor in whole.items():
@@ -79,7 +99,7 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     """What the command builds from its arguments."""
     from transformers import AutoTokenizer
 
-    rows = datas.rename(datas.read_rows(data_file, datas.Columns("sentence")), "negative,positive")
+    rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(encoder)
@@ -87,14 +107,14 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     return model, tokenizer, splits.split(datas.to_examples(rows, names), 0, 300)
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, data_file: Path, encoder: Path) -> None:
-    de3(common(data_file, encoder, tmp_path) + " --epochs 1")
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, encoder: Path) -> None:
+    de3(common(few, encoder, tmp_path) + " --epochs 1")
     with pytest.raises(ValueError, match="other settings or data"):
-        de3(common(data_file, encoder, tmp_path) + " --epochs 2 --resume")
+        de3(common(few, encoder, tmp_path) + " --epochs 2 --resume")
     kept_back = (tmp_path / "certify.jsonl").read_bytes()
     for other in ("--held-back 200", "--gamma 0.5", "--exits last", "--seed 1"):
         with pytest.raises(ValueError, match="other settings or data"):
-            de3(common(data_file, encoder, tmp_path) + f" --epochs 1 --resume {other}")
+            de3(common(few, encoder, tmp_path) + f" --epochs 1 --resume {other}")
     assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
 
 
@@ -199,7 +219,10 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
     ("arguments", "message"),
     [
         ("--group-column label --fragments", "--group-column cannot go with --fragments"),
-        ("--group-column user", r"train.tsv:2: the column 'user' is missing; there are 'sentence', 'label'"),
+        (
+            "--group-column user",
+            r"train.tsv:2: no column 'user'; it has 'sentence', 'label': set --group-column",
+        ),
     ],
 )
 def test_a_group_column_that_cannot_be(
@@ -237,14 +260,13 @@ def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) 
     assert "published" in output
 
 
-def test_altered_copies_are_labelled_by_the_teacher(
-    tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
-) -> None:
-    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
-    de3(common(data_file, encoder, tmp_path / "out") + f" --epochs 1 --teacher {teacher} --augment 2")
+def test_altered_copies_are_labelled_by_the_teacher(tmp_path: Path, few: Path, encoder: Path) -> None:
+    teacher = tmp_path / "teacher"
+    de3(common(few, encoder, teacher) + " --epochs 1")
+    de3(common(few, encoder, tmp_path / "out") + f" --epochs 1 --teacher {teacher} --augment 2")
     from safetensors.torch import load_file
 
-    _, _, parts = _parts(data_file, encoder)
+    _, _, parts = _parts(few, encoder)
     (cache,) = teacher.glob("logits-*.safetensors")
     assert len(load_file(cache)["logits"]) == 3 * len(parts.train)
 

@@ -85,7 +85,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     before = (copy / "model.safetensors").read_bytes()
     surplus = change(copy, classifiers__9__bias=torch.zeros(2))
-    assert "1 weights that its config.json has no place for, such as classifiers.9.bias" in surplus
+    assert "1 weights that are not in the model of its config.json, such as classifiers.9.bias" in surplus
     (copy / "model.safetensors").write_bytes(before)
     assert "another shape: classifiers.1.bias" in change(copy, classifiers__1__bias=torch.zeros(3))
     (copy / "model.safetensors").write_bytes(before)
@@ -109,7 +109,9 @@ def interrupted(tmp_path: Path, data_file: Path, encoder: Path, monkeypatch: pyt
     with monkeypatch.context() as patch:
         patch.setattr(trainer.prototypes, "finish", interrupt)
         result = invoke(training(data_file, encoder, out))
-    assert result.exit_code == 130 and "interrupted; go on" in result.output and "--resume" in result.output
+    assert (
+        result.exit_code == 130 and "interrupted; continue" in result.output and "--resume" in result.output
+    )
     return out
 
 
@@ -126,7 +128,7 @@ def test_an_unfinished_training_is_not_used(
     for command in commands:
         message = refusal(command)
         assert "is not finished" in message and "--resume" in message
-    assert "can go on with --resume" in refusal(training(data_file, encoder, interrupted))
+    assert "a training that --resume continues" in refusal(training(data_file, encoder, interrupted))
 
     de3(training(data_file, encoder, interrupted) + " --resume")
     assert Checkpoint(interrupted).names == ["0", "1"]
@@ -246,7 +248,7 @@ def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> N
     before = (encoder / "model.safetensors").read_bytes()
     for resume in ("", " --resume"):
         message = refusal(training(data_file, encoder, encoder) + resume)
-        assert "has a model that is not of this training" in message
+        assert "has a model of another training" in message
     assert (encoder / "model.safetensors").read_bytes() == before
     (tmp_path / "file").touch()
     assert "is a file; give a folder" in refusal(training(data_file, encoder, tmp_path / "file"))
@@ -283,7 +285,7 @@ def test_weak_numbers_are_called_weak() -> None:
     assert "30 samples are few" in few[0] and "has learned little" in few[1]
     majority = weaknesses(recorded([0, 0, 0, 1] * 500, [0] * 2000), ["no", "yes"])
     assert majority == [
-        "full depth is right for 75.0%, and always answering 'no' would be for 75.0%: the model has learned little"
+        "full depth is right for 75.0%, and 'no' alone would be right for 75.0%: the model has learned little"
     ]
     assert weaknesses(recorded([0, 1] * 500, [0, 1] * 450 + [1, 0] * 50), ["no", "yes"]) == []
 
@@ -297,7 +299,7 @@ def test_labels_that_are_none_are_refused() -> None:
         checks.labels(Counter({"a": 5}))
     assert checks.labels(Counter({"1": 50, "2": 50})) == []
     two = checks.labels(Counter({"pos": 50, "Pos ": 40, "neg": 50}))
-    assert two == ["'Pos ' (40), 'pos' (50) are different labels, and differ only in capitals or spaces"]
+    assert two == ["'Pos ' (40), 'pos' (50) are different labels that differ only in capitals or spaces"]
     assert "1 label has fewer than 5 rows" in checks.labels(Counter({"a": 50, "b": 1}))[0]
 
 

@@ -1,7 +1,7 @@
 """Data augmentation for distillation: altered copies of the training texts, which the teacher labels.
 
-A fine-tuned teacher is confident about nearly every text it was trained on, so those add little to their
-labels. Altered copies show the student where the teacher's decision changes.
+A fine-tuned teacher is confident about nearly every text it was trained on, so its logits add little to the labels
+there. Altered copies show the student where the teacher's decision changes.
 """
 
 import random
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from de3.training.data import Example, Text
+from de3.tables import Text
+from de3.training.data import Example
 
 JOINTS = (" ", " , ", " and ", " but ", " . ")
 JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares: of the texts, of the words, of the words

@@ -1,6 +1,6 @@
-"""A checkpoint of `de3 train`, opened: the only way in which commands read one.
+"""Checkpoints of `de3 train`. Every command opens them here.
 
-Its training.json says whether the training is finished, and by which command it can be resumed.
+A checkpoint's training.json records whether the training is finished, and the command that resumes it.
 """
 
 import json
@@ -29,7 +29,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, unfinished: bool = False) -> None:
-        """Raises ValueError for a folder that is no checkpoint, is not whole, or is not finished.
+        """Raises ValueError for a folder that is not a checkpoint, is incomplete, or is not finished.
 
         unfinished: accept a training that is not finished.
         """
@@ -54,12 +54,12 @@ class Checkpoint:
 
     @property
     def self_labelled(self) -> bool:
-        """Whether the labels of the held-out samples are the model's own answers."""
+        """True if the labels of the held-out samples are the model's own answers."""
         return bool((read_record(self.folder) or {}).get("self_labelled"))
 
     @property
     def is_finetuned(self) -> bool:
-        """Whether an imported classifier was trained further, so that its full depth may answer otherwise."""
+        """True if an imported classifier was trained further, so that its full depth may answer differently."""
         return bool((read_record(self.folder) or {}).get("finetuned"))
 
     @property
@@ -69,7 +69,7 @@ class Checkpoint:
         return config
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
-        """The samples of tune or certify, or of another file; raises ValueError."""
+        """The samples of a part, tune or certify, or of another file; raises ValueError."""
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
@@ -82,14 +82,16 @@ class Checkpoint:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError, with the next step, unless the folder is a checkpoint of de3 train."""
+    """Raise ValueError, naming the next step, unless the folder is a checkpoint of de3 train."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a checkpoint is what de3 train writes to --out")
     if (folder / "manifest.json").exists():
         raise ValueError(f"{folder} is an exported model, not a checkpoint of de3 train")
     kind = model_type(folder)
     if kind is None:
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json; de3 train writes one to --out")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no config.json; de3 train writes one to --out"
+        )
     if kind != De3Config.model_type:
         raise ValueError(
             f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Give a classifier exits "
@@ -109,7 +111,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can only be a folder, and not an id on the Hugging Face hub, which would be asked for minutes."""
+    """True if a name can only be a folder: it is not looked up on the Hugging Face hub, which may take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1
@@ -134,9 +136,9 @@ def write_record(folder: Path, **record: Any) -> None:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the training that wrote a checkpoint is finished."""
+    """True if the training that wrote a checkpoint is finished."""
     record = read_record(folder)
-    return record is not None and bool(record.get("finished", True))  # of a version that wrote it at the end
+    return record is not None and bool(record.get("finished", True))
 
 
 def _check_finished(folder: Path) -> None:
@@ -144,14 +146,14 @@ def _check_finished(folder: Path) -> None:
         return
     command = (read_record(folder) or {}).get("command")
     hint = f"finish it with: {command}" if command else "repeat its de3 train command with --resume"
-    raise ValueError(f"{folder} is not finished: its training still runs, or was interrupted; {hint}")
+    raise ValueError(f"{folder} is not finished: its training is still running, or was interrupted; {hint}")
 
 
 def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise ValueError for weights that the model has no place for, or that are not finite."""
+    """Raise ValueError for weights that are not in the model, or are not finite."""
     if surplus := sorted(unexpected):
         raise ValueError(
-            f"{folder}: its file has {len(surplus)} weights that its config.json has no place for, such as "
+            f"{folder}: its file has {len(surplus)} weights that are not in the model of its config.json, such as "
             f"{surplus[0]}: they do not belong together"
         )
     for name, weight in model.state_dict().items():
@@ -162,6 +164,6 @@ def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> 
 
 
 def quiet() -> None:
-    """Silence the progress bars and the advice of transformers; errors are raised."""
+    """Silence the progress bars and the warnings of transformers; errors are still raised."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What is checked before a training starts, so that it does not end in hours with a useless model."""
+"""Checks before a training starts, so that hours of it do not end with a useless model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.tables import SEPARATOR, Text
 from de3.training import checkpoint, encoders
-from de3.training.data import SEPARATOR, Example, Text
+from de3.training.data import Example
 from de3.training.split import Split
 
 MAX_LABELS = 1000
@@ -20,7 +21,7 @@ MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 def open_encoder(name: str) -> tuple[Any, Any]:
     """The configuration and the tokenizer of an encoder from a folder or the hub.
 
-    Raises ValueError, with what works, for an encoder that cannot be used.
+    Raises ValueError, naming a remedy, for an encoder that cannot be used.
     """
     checkpoint.quiet()
     folder = Path(name)
@@ -28,7 +29,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         kind = checkpoint.model_type(folder)
         if kind is None:
             raise ValueError(
-                f"--encoder {name}: the folder has no config.json, so it is no Hugging Face model"
+                f"--encoder {name}: the folder has no config.json, so it is not a Hugging Face model"
             )
         if kind == "de3-bert":
             raise ValueError(
@@ -61,9 +62,9 @@ def open_encoder(name: str) -> tuple[Any, Any]:
 
 
 def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
-    """Warnings about labels with so many rows each; raises ValueError for what is no classification.
+    """Warnings about labels, by their number of rows; raises ValueError if they cannot be classes.
 
-    rows: of multi-label data, where a row has any number of labels; None: each has one.
+    rows: number of rows of multi-label data; None: every row has one label.
     """
     total = counts.total() if rows is None else rows
     if len(counts) < 2 and rows is not None:
@@ -76,8 +77,8 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
         )
     if all(map(_is_number, counts)) and not all(map(_is_whole, counts)):
         raise ValueError(
-            f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes; group them into "
-            "classes first, or give a regression model that transformers trained exits: de3 import --tolerance"
+            f"the labels are numbers such as {', '.join(list(counts)[:3])}: scores, not classes. Group them "
+            "into classes first, or import a regression model of transformers: de3 import --tolerance"
         )
     if len(counts) > MAX_LABELS or len(counts) > total / 2:
         raise ValueError(
@@ -87,26 +88,24 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
     warnings = []
     joined = [name for name in counts if SEPARATOR in name]
     if rows is None and len(joined) > len(counts) / 2:
-        warnings.append(
-            f"labels such as {joined[0]!r}: if these are several labels of a text, say --multi-label"
-        )
+        warnings.append(f"labels such as {joined[0]!r}: if a text may have several labels, use --multi-label")
     spellings: dict[str, list[str]] = {}
     for name in counts:
         spellings.setdefault(" ".join(name.split()).casefold(), []).append(name)
     for same in spellings.values():
         if len(same) > 1:
             shown = ", ".join(f"{name!r} ({counts[name]})" for name in sorted(same))
-            warnings.append(f"{shown} are different labels, and differ only in capitals or spaces")
+            warnings.append(f"{shown} are different labels that differ only in capitals or spaces")
     rare = sorted((name for name, count in counts.items() if count < FEW), key=lambda name: counts[name])
     if rare:
         shown = ", ".join(f"{name!r} ({counts[name]})" for name in rare[:5])
         have = "label has" if len(rare) == 1 else "labels have"
-        warnings.append(f"{len(rare)} {have} fewer than {FEW} rows, and will hardly be learned: {shown}")
+        warnings.append(f"{len(rare)} {have} fewer than {FEW} rows, too few to learn much: {shown}")
     return warnings
 
 
 def label_counts(examples: Sequence[Example]) -> list[str]:
-    """A warning if no text of multi-label data has several labels, or none: then they seem to exclude each other."""
+    """A warning if every text of multi-label data has one label: the labels seem to exclude each other."""
     if any(len(labels_of(e)) != 1 for e in examples):
         return []
     return [
@@ -131,12 +130,12 @@ def held_out(parts: Split, names: Sequence[str]) -> list[str]:
 
 
 def labels_of(example: Example) -> tuple[int, ...]:
-    """The labels of an example, one or of multi-label data any number."""
+    """The labels of an example: one, or any number in multi-label data."""
     return example.label if isinstance(example.label, tuple) else (int(example.label),)
 
 
 def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
-    """Warnings about words that the tokenizer does not know; raises ValueError if most are unknown."""
+    """Warnings about unknown tokens; raises ValueError if there are too many."""
     unknown = tokenizer.unk_token_id
     texts = [text for example in examples[:2000] for text in _texts(example.text)]
     ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in one]
@@ -148,7 +147,7 @@ def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
     message = f"{100 * share:.0f}% of the texts' tokens are unknown to the encoder's tokenizer"
     if share > MAX_UNKNOWN:
         raise ValueError(
-            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it of the texts' language?"
+            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, is it for their language?"
         )
     return [message] if share > WARN_UNKNOWN else []
 

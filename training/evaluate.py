@@ -37,7 +37,7 @@ class Curve:
 
 
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
-    """The curves of entropy, distance ratio, EDR at each λ and, if a model has it, risk; of a regression model risk."""
+    """The curves of entropy, distance ratio, EDR at each λ and risk, as far as the model has these signals."""
     scores = {"entropy": recorded.entropy} if recorded.tolerance is None else {}
     if len(recorded.exit_layers) > 1 and recorded.thresholds is None and recorded.tolerance is None:
         scores["distance ratio"] = recorded.distance_ratio
@@ -83,7 +83,7 @@ def exit_table(recorded: Recorded, what: str = "") -> Table:
 
 
 def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label that nobody gives counts 0."""
+    """Micro and macro F1 of a multi-label model at every exit, each (exits,); a label without hits counts 0."""
     return _f1(recorded.answers, recorded.labels)
 
 
@@ -107,32 +107,32 @@ def correlation(values: NDArray[np.float64], labels: NDArray[np.float64]) -> tup
     if not (np.ptp(values) and np.ptp(labels)):
         return float("nan"), float("nan")
     pearson, spearman = (
-        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (_ranks(values), _ranks(labels)))
+        np.corrcoef(*pair)[0, 1] for pair in ((values, labels), (ranks(values), ranks(labels)))
     )
     return float(pearson), float(spearman)
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The rank of each value, from 1; of equal values the mean of theirs."""
+def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rank of each value, from 1; equal values share their mean rank."""
     _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])
 
 
 def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation of the values that exiting at score < τ gives, with the labels."""
+    """Pearson's and Spearman's correlation with the labels of the values when exiting at score < τ."""
     index = exit_index(scores, tau)
     return correlation(recorded.answers[np.arange(len(index)), index], recorded.labels)
 
 
 def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
-    """The name of what a training maximizes, accuracy or micro_f1, and its value at every exit, (exits,)."""
+    """The score that a training maximizes: its name, accuracy or micro_f1, and its value at every exit, (exits,)."""
     if recorded.thresholds is None:
         return "accuracy", np.asarray(recorded.correct.mean(0))
     return "micro_f1", f1(recorded)[0]
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """What makes a model's numbers weak, as warnings: few samples, or no better than the most frequent label."""
+    """Warnings about a model's numbers: few samples, or no better than the most frequent label."""
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
         return _labels_never_given(recorded, names)
@@ -148,21 +148,21 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
         )
     if low <= counts[most] / n:
         warnings.append(
-            f"full depth is right for {100 * right / n:.1f}%, and always answering {names[most]!r} would be for "
+            f"full depth is right for {100 * right / n:.1f}%, and {names[most]!r} alone would be right for "
             f"{100 * counts[most] / n:.1f}%: the model has learned little"
         )
     return warnings
 
 
 def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """A warning if full depth of a multi-label model gives some labels to no sample, though they are right for some."""
+    """A warning about labels that a multi-label model never gives at full depth, though they are correct for some."""
     missing = np.flatnonzero(recorded.labels.any(0) & ~recorded.answers[:, -1].any(0))
     if not len(missing):
         return []
     shown = ", ".join(names[k] for k in missing[:5]) + (" …" if len(missing) > 5 else "")
     return [
         f"full depth gives {len(missing)} of {len(names)} labels to none of {len(recorded.labels)} samples, though "
-        f"they are right for some: {shown}; they need more rows, a longer training, or lower thresholds"
+        f"they are correct for some: {shown}; they need more rows, longer training, or lower thresholds"
     ]
 
 
@@ -178,13 +178,40 @@ def curve_table(curves: Sequence[Curve]) -> Table:
     return table
 
 
-def in_time(num_layers: int, mean_exit_layer: float, start_layers: float) -> float:
-    """The speed-up in model time, where a text costs `start_layers` layers before its first one."""
-    return (num_layers + start_layers) / (mean_exit_layer + start_layers)
+@dataclass(frozen=True)
+class Times:
+    """Seconds that a text takes by itself, as intercept and slope by its number of tokens.
+
+    Attributes:
+        full: at τ = 0: tokenizer, embeddings, all layers and the last exit, (2,).
+        exits: to each exit, evaluating every exit up to it, (exits, 2).
+    """
+
+    full: NDArray[np.float64]
+    exits: NDArray[np.float64]
+
+    def speedup(self, index: NDArray[np.int64], tokens: NDArray[np.int64]) -> float:
+        """The speed-up in time of texts (n,) with these exit indices and numbers of tokens.
+
+        It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and leaves at exit eᵢ, T is the time at τ = 0, t_e the time to
+        exit e. Unlike M / mean exit layer it counts tokenizer, embeddings and every exit passed, (s + M·l + e) /
+        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: those of an
+        exit with 150 classes are 1% of a layer's on 11 tokens, but take a third of its time, as every weight is read
+        from memory for a single row (lab/docs/experiments/time.md).
+        """
+        full = self.full[0] + self.full[1] * tokens
+        early = self.exits[index, 0] + self.exits[index, 1] * tokens
+        return float(full.sum() / early.sum())
 
 
-def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> str:
-    """The outcome of an artifact's default (signal, τ) on these samples, as text."""
+def in_time(recorded: Recorded, scores: NDArray[np.float64], tau: float, times: Times) -> float:
+    """The speed-up in time of exiting at score < τ; recorded: of an artifact, which knows the texts' tokens."""
+    assert recorded.tokens is not None
+    return times.speedup(exit_index(scores, tau), recorded.tokens)
+
+
+def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -> str:
+    """The outcome of an artifact's default signal and τ on these samples, as text."""
     samples = calibration.Samples.independent(recorded)
     scores = signal.scores(recorded)
     o = calibration.outcome(samples, scores, tau, signal)
@@ -207,28 +234,24 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, start_layers: f
         f"Default {signal_label(signal)}, τ = {tau:g}: {measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{more}{100 * o.disagreement:.2f}% of {answer} unlike full depth, "
+        f"{more}{100 * o.disagreement:.2f}% of {answer} differ from full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
-        f"{in_time(recorded.exit_layers[-1], o.mean_exit_layer, start_layers):.2f}× in model time "
-        f"(tokens, embeddings and their exit cost {start_layers:.1f} of a layer)\n"
+        f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
         f"{', '.join(f'{100 * x:.1f}%' for x in o.histogram)}"
     )
 
 
-def target_table(
-    recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], start_layers: float
-) -> Table:
-    """What an artifact's targets give on these samples, for each signal, with the τ that its calibration says."""
+def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], times: Times) -> Table:
+    """The outcome of an artifact's targets on these samples, for each signal, at the τ of its calibration."""
     samples = calibration.Samples.independent(recorded)
-    title = "Targets: a speed-up, or a largest share of answers unlike full depth"
+    title = "Targets: a speed-up, or a limit on the answers that differ from full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
     is_regression = recorded.tolerance is not None
     correlated = ("Pearson", "Spearman") if is_regression else ()
-    for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%", *correlated):
+    for column in ("signal", "target", "τ", "in layers", "in time", "differ", "loss ± 95%", *correlated):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
     speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
-    num_layers = recorded.exit_layers[-1]
     for signal, trade_offs in signals:
         rows = [(f"{s:g}×", trade_offs.at_speedup(s)) for s in speedups]
         rows += [(f"≤ {100 * d:g}%", trade_offs.within_disagreement(d)) for d in TARGET_DISAGREEMENTS]
@@ -244,7 +267,7 @@ def target_table(
                 target,
                 f"{row.tau:.4f}",
                 f"{o.speedup:.2f}×",
-                f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
+                f"{in_time(recorded, scores, row.tau, times):.2f}×",
                 f"{100 * o.disagreement:.2f}%",
                 f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
                 *(f"{100 * x:.2f}" for x in both),
@@ -254,7 +277,7 @@ def target_table(
 
 
 def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
-    """The highest speed-up within a disagreement that each signal could reach on these samples, with the best τ."""
+    """The highest speed-up of each signal within a disagreement on these samples, with the best τ."""
     samples = calibration.Samples.independent(recorded)
     table = Table(title="Speed-up in layers within a disagreement, with the best τ in hindsight")
     for column in ("signal", *(f"{100 * d:g}%" for d in HINDSIGHT)):
@@ -268,23 +291,24 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
     return table
 
 
-def length_table(recorded: Recorded, tau: float, signal: Signal, start_layers: float) -> Table:
-    """What the default gives on short and long texts: the samples in four equal parts by their number of tokens."""
+def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -> Table:
+    """The outcome of the default on short and long texts: four equal parts of the samples by number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
-    for column in ("tokens", "samples", "in layers", "in time", "unlike", "loss ± 95%"):
+    for column in ("tokens", "samples", "in layers", "in time", "differ", "loss ± 95%"):
         table.add_column(column, justify="right", no_wrap=True)
-    order, num_layers = np.argsort(recorded.tokens, kind="stable"), recorded.exit_layers[-1]
+    order = np.argsort(recorded.tokens, kind="stable")
     for part in np.array_split(order, min(4, len(order))):
         some = recorded.rows(part)
-        o = calibration.outcome(calibration.Samples.independent(some), signal.scores(some), tau, signal)
+        scores = signal.scores(some)
+        o = calibration.outcome(calibration.Samples.independent(some), scores, tau, signal)
         low, high = (100 * x for x in o.loss_interval)
         assert some.tokens is not None
         table.add_row(
             f"{some.tokens.min()} to {some.tokens.max()}",
             str(len(part)),
             f"{o.speedup:.2f}×",
-            f"{in_time(num_layers, o.mean_exit_layer, start_layers):.2f}×",
+            f"{in_time(some, scores, tau, times):.2f}×",
             f"{100 * o.disagreement:.2f}%",
             f"{100 * o.loss:+.2f} ± {(high - low) / 2:.2f}",
         )
@@ -292,7 +316,7 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, start_layers: f
 
 
 def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None) -> list[str]:
-    """A warning if texts are much shorter or longer than those of a calibration, by the quantiles of its lengths."""
+    """A warning if the median length of texts is outside the quartiles of the calibration's lengths."""
     if calibrated is None:
         return []
     low, middle, high = (calibrated[LEVELS.index(level)] for level in (0.25, 0.5, 0.75))
@@ -300,8 +324,8 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
     if low <= median <= high:
         return []
     return [
-        f"the median of these texts has {median:.0f} tokens, that of the texts that the model was calibrated on "
-        f"{middle:.0f}: what the calibration promises may not hold for them; see de3 calibrate"
+        f"the median text has {median:.0f} tokens, and {middle:.0f} in the calibration: what the calibration promises "
+        "may not hold for these texts; see de3 calibrate"
     ]
 
 

@@ -1,6 +1,6 @@
-"""Exits for an encoder that stays as it is: fitted on its pooled states to its own answers, so without labels.
+"""Exits for a frozen encoder, fitted on its pooled states to the model's own answers, so without labels.
 
-The states are computed once, in chunks that are kept on disk: an interrupted run goes on where it was.
+The states are computed once, in chunks on disk: an interrupted run continues with the next chunk.
 """
 
 import hashlib
@@ -35,12 +35,12 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class States:
-    """What the frozen model says of n texts, in chunks on disk.
+    """Pooled states and logits of the frozen model for n texts, in chunks on disk.
 
     Attributes:
-        chunks: files of tensors: POOLING_LAYER, the pooled states (texts, hidden), logits of full depth (texts, K), and
-            rows, the texts' numbers.
-        logits: (n, K), float32.
+        chunks: files of tensors: POOLING_LAYER, the pooled states (texts, hidden); the logits of full depth (texts, K);
+            rows, the indices of the texts.
+        logits: of full depth, (n, K), float32.
         thresholds: of a multi-label model, as logits, (K,).
         tolerance: of a regression model, whose logits are values, K = 1.
     """
@@ -56,7 +56,7 @@ class States:
 
     @property
     def answers(self) -> Tensor:
-        """What full depth answers: classes or values, (n,), or which labels, (n, K) bool."""
+        """Answers of full depth: classes or values, (n,), or the labels given, (n, K) bool."""
         if self.tolerance is not None:
             return self.logits[:, 0].double()
         if self.thresholds is None:
@@ -65,7 +65,7 @@ class States:
 
     @property
     def probabilities(self) -> Tensor:
-        """Those of full depth, (n, K)."""
+        """Probabilities of full depth, (n, K)."""
         return F.softmax(self.logits, -1) if self.thresholds is None else torch.sigmoid(self.logits)
 
     def _gather(self, name: str) -> Tensor:
@@ -81,9 +81,9 @@ class States:
 
 @torch.no_grad()
 def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str, bf16: bool) -> States:
-    """Run the model over texts, or take from folder what an earlier run with the same model and texts left there.
+    """Run the model over texts; chunks that an earlier run with the same model and texts left in folder are reused.
 
-    bf16: compute in bfloat16, several times faster on CPUs with support for it; logits to about 2 digits.
+    bf16: compute in bfloat16, several times faster on CPUs that support it; logits are accurate to about 2 digits.
     """
     model.eval()
     config = model.config
@@ -101,7 +101,7 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
     files = [cache / f"{i:05}.safetensors" for i in range(len(pieces))]
     missing = [(file, piece) for file, piece in zip(files, pieces, strict=True) if not _is_whole(file)]
     if done := len(files) - len(missing):
-        console.print(f"{what}: {done} of {len(files)} parts are there from an earlier run")
+        console.print(f"{what}: {done} of {len(files)} parts are reused from an earlier run")
     for file, piece in track(missing, f"Running the model on {len(order)} {what} texts"):
         tensors = _run(model, data, pad_id, piece, bf16)
         save_file(tensors, new := file.with_suffix(".new"))
@@ -111,7 +111,7 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a part is there, and not cut short."""
+    """True if a chunk exists and is complete."""
     try:
         with safe_open(file, "pt") as opened:
             return bool(opened.keys())
@@ -135,7 +135,7 @@ def _run(model: De3Model, data: Encoded, pad_id: int, rows: list[int], bf16: boo
 
 
 def fit(model: De3Model, train: States, tune: States, seed: int) -> None:
-    """Fit all exits but the last, and their prototypes, in place; the pooling is the one that serves tune better."""
+    """Fit all exits but the last, and their prototypes, in place, with the pooling that is better on tune."""
     found = {}
     for pooling in POOLINGS:
         model.config.pooling = pooling
@@ -158,7 +158,7 @@ def fit(model: De3Model, train: States, tune: States, seed: int) -> None:
 
 
 def recorded(model: De3Model, of: States) -> Recorded:
-    """The exits of texts whose states are known; the labels are the answers of full depth."""
+    """All exits of texts, from their states; the labels are the answers of full depth."""
     pooling, exits = model.config.pooling, model.config.exit_layers
     logits, distances = [], []
     with torch.no_grad():
@@ -178,13 +178,13 @@ def recorded(model: De3Model, of: States) -> Recorded:
 
 
 def _merit(of: Recorded) -> float:
-    """The merit of the signal risk, fitted on a part of the samples and measured on the others."""
+    """The merit of risk, cross-fitted: fitted on a part of the samples and measured on the others."""
     samples = Samples.independent(of)
     return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
 
 
 def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
-    """Each exit's classifier, by cross-entropy to the probabilities of full depth, or least squares to its values."""
+    """Fit the classifiers by cross-entropy to the probabilities of full depth, or least squares to its values."""
     fit_one = _fit_values if train.tolerance is not None else _fit_probabilities
     exits = list(enumerate(model.config.exit_layers[:-1]))
     for j, layer in track(exits, f"Fitting exits ({model.config.pooling})"):
@@ -202,7 +202,7 @@ def _fit_classifiers(model: De3Model, train: States, tune: States) -> None:
 def _fit_values(x: Tensor, train: States, y: Tensor, tune: States) -> tuple[Tensor, Tensor]:
     """Weights (1, hidden) and bias (1,) of a ridge regression of values on states (n, hidden).
 
-    The ridge is the one of VALUE_RIDGES with the smallest error for `tune` on `y`.
+    The ridge of VALUE_RIDGES with the smallest error of `tune` on `y` is used.
     """
     mean = train.logits.mean(0)
     moments, products = x.T @ x / len(x), x.T @ (train.logits - mean) / len(x)
@@ -223,12 +223,12 @@ def _regress(
 ) -> tuple[Tensor, Tensor]:
     """Weights (K, hidden) and bias (K,) of a regression of probabilities (n, K) on states (n, hidden), by a loss.
 
-    The ridge is the one of RIDGES with the smallest loss of `held` on `y`.
+    The ridge of RIDGES with the smallest loss of `held` on `y` is used.
     """
     weight = torch.zeros(wanted.shape[1], x.shape[1], requires_grad=True)
     bias = wanted.mean(0).clamp_min(1e-6).log().requires_grad_()
     best, least = (weight.detach().clone(), bias.detach().clone()), float("inf")
-    for ridge in RIDGES:  # from the strongest: each starts where the last ended
+    for ridge in RIDGES:  # from the strongest: each starts from the last solution
         optimizer = torch.optim.LBFGS(
             [weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe"
         )
@@ -248,7 +248,7 @@ def _regress(
 
 
 def _fit_prototypes(model: De3Model, train: States, seed: int) -> None:
-    """Prototypical networks and prototypes by the answers of full depth, as after a training."""
+    """Fit prototypical networks and prototypes by the answers of full depth, as after a training."""
     pooled = torch.stack([train.pooled(model.config.pooling, m) for m in model.config.prototype_layers], 1)
     states, answers = _with_every_class(model, pooled, train.answers)
     order = np.random.default_rng(seed).permutation(len(states))
@@ -262,7 +262,7 @@ def _fit_prototypes(model: De3Model, train: States, seed: int) -> None:
 
 
 def _with_every_class(model: De3Model, states: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """A class that no text is answered with gets a state for its prototype: from the mean, where its classifier points.
+    """Add a state for each class that is never answered: the mean, moved in the direction of its classifier's weights.
 
     states: (n, spaces, hidden), answers: (n,).
     """

@@ -36,9 +36,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The cross-entropy of labels that do not exclude each other: summed over them, averaged over the batch.
+    """The cross-entropy of labels that do not exclude each other: summed over labels, averaged over the batch.
 
-    logits, and wanted, probabilities: (batch, …, num_labels); the result has the dimensions between.
+    logits and wanted, which are probabilities: (batch, …, num_labels); the result has the dimensions between.
     """
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
 
@@ -63,7 +63,7 @@ def total(
 ) -> Tensor:
     """Σ w_m·(CE_m + α·DAR_m) (Eq. 6), a scalar; with a teacher, CE becomes (1−d)·CE + d·distillation.
 
-    labels: classes, (batch,); of a multi-label model which labels are right, (batch, num_labels) bool.
+    labels: classes, (batch,); for a multi-label model the correct labels, (batch, num_labels) bool.
     """
     if labels.ndim == 1:
         per_exit = cross_entropy(logits, labels)

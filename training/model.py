@@ -27,17 +27,17 @@ class De3Config(PretrainedConfig):
             be the encoder's depth M. Default: 1…M.
         pooling: h^(m) of a layer: the "mean" of the sample's tokens, or "cls", the first token.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
-        last_prototypes: whether the last layer has a prototype space too (for drift and studies).
-        head: for the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or "gelu"}, what
-            is between the layer's output and the classifier, with a dense layer between the two. "norm": the epsilon
-            of a layer norm after them, if there is one. None: as other exits.
+        last_prototypes: give the last layer a prototype space too, for drift and studies.
+        head: stock head of the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or
+            "gelu"}, with a dense layer between the two; "norm": the epsilon of a layer norm after them, if there is
+            one. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
-        thresholds: of a multi-label model: the probability above which each label is given. It has no prototypes, as
-            its classes do not exclude each other. None: they do.
-        tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, and no
-            prototypes. None: it has classes.
+        thresholds: of a multi-label model: the probability above which each label is given. Such a model has no
+            prototypes. None: the classes exclude each other.
+        tolerance: of a regression model, in its units: answers that differ by more count as different. Such a model has
+            one label and no prototypes. None: the model has classes.
         max_tokens: the most tokens that the encoder takes.
-        input: what it was trained on, "text" or "pair"; None: a checkpoint that does not say.
+        input: kind of input in training, "text" or "pair"; None: unknown.
     """
 
     model_type = "de3-bert"
@@ -103,7 +103,7 @@ class De3Config(PretrainedConfig):
 
     @property
     def prototype_layers(self) -> list[int]:
-        """The exits that have a prototype space: all but the last, unless `last_prototypes`."""
+        """Layers of the exits with a prototype space: all but the last, unless `last_prototypes`."""
         if self.thresholds is not None or self.tolerance is not None:
             return []
         return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
@@ -153,7 +153,7 @@ class De3Model(PreTrainedModel):
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
-        # Weights of another shape are reported, and refused below.
+        # Weights of another shape are only reported here, and refused below.
         encoder, loaded = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -171,9 +171,9 @@ class De3Model(PreTrainedModel):
 
     @torch.no_grad()
     def start_at(self, labels: Tensor) -> None:
-        """Let every exit of a multi-label model begin with the frequencies of its labels, from (n, num_labels) bool.
+        """Start every exit of a multi-label model at the frequencies of its labels, (n, num_labels) bool.
 
-        From a half each, hundreds of steps would only teach it that most labels are rare.
+        From probabilities of 0.5, hundreds of steps would only teach it that most labels are rare.
         """
         frequencies = (labels.sum(0) + 0.5) / (len(labels) + 1)
         for classifier in self.classifiers:
@@ -226,7 +226,8 @@ class De3Model(PreTrainedModel):
         return [*states, last]
 
     def through_head(self, pooled: Tensor) -> Tensor:
-        """What the last classifier sees, (batch, 1, hidden), of h^(m), (batch, exits, hidden), by the stock head."""
+        """Input of the last classifier, (batch, 1, hidden): the stock head applied to the last of h^(m), (batch, exits,
+        hidden)."""
         assert self.head is not None
         activation = HEAD_ACTIVATIONS[self.config.head["activation"]]
         seen = activation(self.head(self.dropout(pooled[:, -1:])))
@@ -260,7 +261,7 @@ class De3Model(PreTrainedModel):
 def check_loaded(loaded: dict[str, Any], name: str, optional: str | None = None) -> None:
     """Raise ValueError unless every weight came from the file: a missing one would be random.
 
-    loaded: what from_pretrained reports; optional: the start of names that may be missing.
+    loaded: the report of from_pretrained; optional: prefix of names that may be missing.
     """
     missing = [key for key in loaded["missing_keys"] if optional is None or not key.startswith(optional)]
     wrong = [*missing, *(str(item[0]) for item in loaded.get("mismatched_keys", ()))]

@@ -16,8 +16,8 @@ def predict(
 ) -> Recorded:
     """Logits and distances of all exits in the order of data, with the model in evaluation mode.
 
-    Computes in float32 unless `bf16`, which is several times faster on CPUs with support for it and accurate
-    to about 2 digits.
+    Computes in float32 unless `bf16`, which is several times faster on CPUs that support it and accurate to about 2
+    digits.
     """
     model.eval()
     config = model.config
@@ -42,6 +42,6 @@ def predict(
 
 
 def logit_thresholds(config: De3Config) -> NDArray[np.float64] | None:
-    """The thresholds of a multi-label model as Recorded has them."""
+    """The thresholds of a multi-label model as logits, (num_labels,), for Recorded."""
     thresholds = config.label_thresholds
     return None if thresholds is None else np.array(thresholds.logits)

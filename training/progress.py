@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, a line now and then in a log."""
+"""Progress of long operations: a bar on a terminal, a line every 20 s in a log."""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,9 +16,9 @@ LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over items, with a progress bar on a terminal, and a line now and then in a log.
+    """Iterate over items, with a progress bar on a terminal and a line every 20 s in a log.
 
-    total: how many there are, if items do not say.
+    total: the number of items, if they have no length.
     """
     if console.is_terminal:
         yield from rich_track(items, description, total, console=console, transient=True)
@@ -41,14 +41,14 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 class Meter:
-    """How far a training is, and how long the rest will take at the speed of the steps so far."""
+    """Progress of a training, and the time left at the speed of the steps so far."""
 
     def __init__(self) -> None:
         self._spent_s, self._steps = 0.0, 0  # of all epochs of this process
 
     @contextmanager
     def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:
-        """Follow one epoch of so many steps, from its first step on."""
+        """Follow one epoch of this many steps."""
         self._epoch, self._epochs, self._total = epoch, epochs, steps
         self._last = self._printed = time.monotonic()
         self._bar = Progress(
@@ -65,7 +65,7 @@ class Meter:
             yield self
 
     def step(self, number: int, loss: float) -> None:
-        """A step is done; loss is the mean of the epoch's steps."""
+        """Report a finished step; loss: the mean over the epoch's steps so far."""
         now = time.monotonic()
         self._spent_s, self._steps, self._last = self._spent_s + now - self._last, self._steps + 1, now
         remaining = (self._epochs - self._epoch + 1) * self._total - number
@@ -79,7 +79,7 @@ class Meter:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people: 40 s, 12 min, 2 h 5 min."""
+    """A duration as text: 40 s, 12 min, 2 h 5 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

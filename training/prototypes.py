@@ -1,9 +1,8 @@
 """The final prototype spaces, computed once the encoder is trained.
 
-L_DAR has no term that separates classes (Eq. 2). In joint training over several epochs, the prototypical
-networks map every sample to nearly the same direction, and cosine distances no longer separate classes.
-Trained with the same loss for one epoch on the finished encoder, they do separate classes, and EDR beats
-entropy (docs/demo-model.md).
+L_DAR has no term that separates classes (Eq. 2). In joint training over several epochs, the prototypical networks map
+every sample to nearly the same direction, and cosine distances no longer separate classes. Trained with the same loss
+for one epoch on the finished encoder, they do separate classes, and EDR beats entropy (docs/demo-model.md).
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,8 +14,6 @@ from de3.training import loss as losses
 from de3.training.data import Encoded, training_batches
 from de3.training.model import De3Model
 from de3.training.progress import track
-
-CHOICES = ("refit", "means", "sliding")
 
 
 def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, seed: int, bf16: bool) -> None:
@@ -44,9 +41,9 @@ def finish(model: De3Model, data: Encoded, pad_id: int, how: str, lr: float, see
 def fit(
     model: De3Model, batches: Iterable[tuple[Tensor, Tensor]], count: int, lr: float | None, seed: int
 ) -> None:
-    """Prototypes from `count` batches: pooled states (batch, spaces or more, hidden), and labels (batch,).
+    """Compute prototypes from `count` batches of pooled states (batch, spaces or more, hidden) and labels (batch,).
 
-    lr: of retraining the prototypical networks; None: they stay.
+    lr: learning rate to retrain the prototypical networks; None: they are kept.
     """
     spaces, labels_count = len(model.config.prototype_layers), model.config.num_labels
     if lr is not None:
@@ -73,7 +70,7 @@ def fit(
 
 @torch.no_grad()
 def _take_means(model: De3Model, sums: Tensor, counts: Tensor) -> None:
-    """Set each prototype to its class's mean h'. h' is linear in h, so that is the network's output for mean h."""
+    """Set each prototype to its class's mean h', which is the network's output for the mean h, as h' is linear in h."""
     seen = counts > 0
     means = model.embed(sums[seen] / counts[seen, None, None])  # (classes, spaces, metric_dim)
     model.prototypes[:, seen] = means.transpose(0, 1)

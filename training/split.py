@@ -6,7 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from de3.training.data import Example, Text
+from de3.tables import Text
+from de3.training.data import Example
 
 SHORTEST_FRAGMENT = 3  # words; shorter ones occur everywhere
 
@@ -25,11 +26,10 @@ def split(
 ) -> Split:
     """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
-    By default each is a tenth of the examples, at most 4,000. Equal texts are in the same part, and so are examples
-    of one group. With `fragments` (the data contains fragments of its own texts, as SST-2's phrases), a text and its
-    fragments are too: a fragment of texts in several parts is left out, or kept in train if it has fewer than 3 words.
-    Otherwise the evaluation would use sentences that the model has seen in training. The parts say which texts are
-    fragments, and of what.
+    By default each is a tenth of the examples, at most 4,000. Equal texts and examples of a group are in the same part.
+    With `fragments` (the data contains fragments of its own texts, as SST-2's phrases) so are a text and its fragments,
+    as the evaluation must not use sentences that the model saw in training. A fragment of texts in several parts is
+    left out, or kept in train if it has fewer than 3 words. In the held-out parts fragments are marked.
 
     Raises ValueError if there are too few samples or distinct texts.
     """
@@ -73,7 +73,7 @@ def _in_its_text(example: Example, whole: set[Text]) -> Example:
 
 
 def related(examples: Sequence[Example]) -> dict[Text, Text]:
-    """For each text one text that stands for all that are related to it: by a group, directly or through others."""
+    """For each text a representative of the texts related to it: by a group, directly or through others."""
     parent: dict[Text, Text] = {e.text: e.text for e in examples}
 
     def root(text: Text) -> Text:

@@ -1,4 +1,4 @@
-"""Stock Hugging Face classifiers: read strictly, and turned into a model whose last exit is theirs, bit for bit."""
+"""Stock Hugging Face classifiers: read strictly, and turned into a model whose last exit is their own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,12 +28,13 @@ class Stock:
     """A stock classifier.
 
     Attributes:
-        model: transformers' own, in float32, in evaluation mode.
+        model: the model of transformers, in float32, in evaluation mode.
         tokenizer: its Hugging Face tokenizer.
         names: its labels, in the order of its logits.
         thresholds: of a multi-label model: the probability above which each label is given; None: its classes exclude
             each other.
-        tolerance: of a regression model: values that differ by more are unlike; None: it has classes, or nobody said.
+        tolerance: of a regression model: values that differ by more count as different; None: it has classes, or the
+            tolerance is not known.
     """
 
     model: Any
@@ -44,17 +45,17 @@ class Stock:
 
     @property
     def family(self) -> str:
-        """Its type as transformers calls it."""
+        """The model type of transformers."""
         return str(self.model.config.model_type)
 
     @property
     def is_regression(self) -> bool:
-        """Whether its answer is a number."""
+        """True if its answer is a number."""
         return len(self.names) == 1
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens that it takes."""
+        """The most tokens of a text."""
         return int(
             min(
                 self.tokenizer.model_max_length,
@@ -70,13 +71,13 @@ def open_stock(
     multi_label: bool = False,
     tolerance: float | None = None,
 ) -> Stock:
-    """A classifier from a folder or the hub; no code of a repository is run, and nothing is unpickled but weights.
+    """A classifier from a folder or the hub; no code of its repository is run, and nothing but weights is unpickled.
 
     label_names: new names of its labels, comma-separated, in the order of its logits. threshold: of every label of a
-    multi-label model, a probability; None: 0.5. multi_label: it is one, though its config.json does not say so.
+    multi-label model, a probability; None: 0.5. multi_label: treat it as one, though its config.json does not say so.
     tolerance: of a regression model, which has one output.
 
-    Raises ValueError, with what works, for one that cannot be imported.
+    Raises ValueError, naming a remedy, for one that cannot be imported.
     """
     checkpoint.quiet()
     folder = Path(name).expanduser()
@@ -89,7 +90,7 @@ def open_stock(
                 f"{name} is a checkpoint of de3 train, with exits: de3 export {name} --name NAME"
             )
         if kind is None:
-            raise ValueError(f"{name} has no config.json, so it is no Hugging Face model")
+            raise ValueError(f"{name} has no config.json, so it is not a Hugging Face model")
     elif checkpoint.looks_like_path(name):
         raise ValueError(f"{name}: no such folder")
     source = str(folder) if folder.is_dir() else name
@@ -132,7 +133,7 @@ def open_stock(
 def _tokenizer(name: str, source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as error:  # of many kinds, over a file that is missing or is none
+    except Exception as error:  # of many kinds, for missing or damaged files
         raise ValueError(
             f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "
             "save its tokenizer.json there"
@@ -140,12 +141,12 @@ def _tokenizer(name: str, source: str) -> Any:
 
 
 def _check(name: str, config: Any, multi_label: bool) -> None:
-    """Raise ValueError for a model that has no exits to give, before its weights are read."""
+    """Raise ValueError for a model that cannot be imported, before its weights are read."""
     try:
         encoders.family(config).head(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    architectures = config.architectures or ["ForSequenceClassification"]  # not said: its weights will tell
+    architectures = config.architectures or ["ForSequenceClassification"]  # not stated: its weights will tell
     if not any(a.endswith("ForSequenceClassification") for a in architectures):
         raise ValueError(
             f"{name} is a {architectures[0]}, not a …ForSequenceClassification: it has no classifier to keep; "
@@ -165,7 +166,7 @@ def _thresholds(name: str, config: Any, threshold: float | None, multi_label: bo
         return [0.5 if threshold is None else threshold] * config.num_labels
     if threshold is not None:
         raise ValueError(
-            f'--threshold: {name} is no multi-label model by its config.json ("problem_type"); if it is one, say '
+            f'--threshold: by its config.json ("problem_type") {name} is not a multi-label model; if it is one, add '
             "--multi-label"
         )
     return None
@@ -187,7 +188,7 @@ def _names(config: Any, label_names: str | None) -> list[str]:
 
 @torch.no_grad()
 def answers(stock: Stock, encoded: Encoded) -> list[Label]:
-    """What the classifier answers to texts, in their order, in float32."""
+    """The classifier's answers to texts, in their order, computed in float32."""
     logits = torch.zeros(len(encoded), len(stock.names))
     for rows in track(evaluation_batches([len(ids) for ids in encoded.ids], 64), "Asking the original"):
         inputs, _ = encoded.batch(rows, stock.tokenizer.pad_token_id)
@@ -202,23 +203,24 @@ def answers(stock: Stock, encoded: Encoded) -> list[Label]:
 
 
 def check_tolerance(stock: Stock, some: Sequence[Example]) -> None:
-    """Raise ValueError, with what the values of some texts are like, for a regression model without a tolerance."""
+    """Raise ValueError, describing the values of some texts, for a regression model without a tolerance."""
     if stock.is_regression and stock.tolerance is None:
         values = np.array(answers(stock, encode(some, stock.tokenizer, stock.max_tokens)))
         low, high = np.quantile(values, (0.05, 0.95))
         spread = float(values.std())
         raise ValueError(
-            "--tolerance: its answer is a number; say how far an early one may be from full depth's, in the model's "
-            f"own units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to {high:.3g} (standard "
-            f"deviation {spread:.3g}): for example --tolerance {max(MIN_TOLERANCE, spread / 4):.1g}"
+            "--tolerance: needed, as the answer is a number: the largest difference from full depth that counts as the "
+            f"same, in the model's units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to "
+            f"{high:.3g}; the standard deviation is {spread:.3g}: for example --tolerance "
+            f"{max(MIN_TOLERANCE, spread / 4):.1g}"
         )
 
 
 def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> float:
-    """The largest difference of full depth's logits from transformers' own model, on texts of many lengths.
+    """The largest difference of full depth's logits from those of transformers' model, on texts of many lengths.
 
-    Raises ValueError above 1e-4 (of a tolerance above 1): then this version of transformers computes another head than
-    is known here.
+    Raises ValueError above 1e-4 (times a tolerance above 1): this version of transformers then computes another head
+    than this module knows.
     """
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded.ids[i]))
     rows = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]
@@ -239,7 +241,7 @@ def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> 
 def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
     """A model with the stock classifier's encoder and head; its other exits are untrained.
 
-    pooling: of the other exits. input_: what it is imported with, "text" or "pair".
+    pooling: of the other exits. input_: kind of the texts that it is imported with, "text" or "pair".
     """
     head = encoders.family(stock.model.config).head(stock.model.config)
     config = De3Config(

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +23,10 @@ from de3.training.evaluate import exit_scores, exit_table, weaknesses
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.progress import Meter, console, warn
+from de3.training.settings import TrainSettings
 from de3.training.split import Split
 
 RESUME = "resume.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The training settings; they validate themselves.
-
-    Attributes:
-        alpha: α, the weight of L_DAR (Eq. 6).
-        weights: the layers' weights in the loss, "depth" or "uniform".
-        distill: share of the loss that uses the teacher's logits instead of the label, in [0, 1].
-        augment: number of altered copies of each sample, which the teacher labels.
-        patience: stop after this many epochs without a better tuning score; 0: never.
-        prototypes: how the final prototypes are computed: "refit", "means" or "sliding"
-            (training.prototypes).
-    """
-
-    epochs: int = 3
-    batch_size: int = 64
-    lr: float = 5e-5
-    head_lr: float = 1e-3
-    weight_decay: float = 0.01
-    warmup: float = 0.06
-    alpha: float = 0.1
-    weights: str = "depth"
-    distill: float = 0.5
-    temperature: float = 2.0
-    augment: int = 0
-    max_length: int = 128
-    patience: int = 0
-    seed: int = 0
-    bf16: bool = True
-    prototypes: str = "refit"
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.max_length < 3:
-            raise ValueError("epochs and batch_size must be at least 1, max_length at least 3")
-        if min(self.lr, self.head_lr) <= 0 or self.alpha < 0 or self.temperature <= 0:
-            raise ValueError("learning rates and temperature must be above 0, alpha 0 or more")
-        if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
-            raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
-        losses.layer_weights([1], self.weights)
-        if self.augment < 0:
-            raise ValueError("augment must be 0 or more")
-        if self.prototypes not in prototypes.CHOICES:
-            raise ValueError(f"prototypes must be one of {', '.join(prototypes.CHOICES)}")
 
 
 def train(
@@ -88,12 +44,12 @@ def train(
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
 
-    The best epoch has the highest accuracy on `split.tune` (of a multi-label model: micro F1), averaged over the exits
+    The best epoch has the highest accuracy on `split.tune` (micro F1 for a multi-label model), averaged over the exits
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
-    read, and until the end the state from which `resume` continues.
+    read, and until the training is finished the state from which `resume` continues.
 
-    command: what resumes this run; kept in the checkpoint, for those who open it too early. logits: a teacher's for
-    split.train, (n, num_labels), where there is no folder of one. objective: the loss, called as training.loss.total.
+    command: the command that resumes this run, recorded in the checkpoint. logits: of a teacher for split.train,
+    (n, num_labels), instead of a teacher's folder. objective: the loss, with the signature of training.loss.total.
     more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
@@ -169,7 +125,7 @@ def _training_data(
     teacher: Checkpoint | None,
     logits: torch.Tensor | None,
 ) -> tuple[Encoded, torch.Tensor | None]:
-    """What to train on, altered copies included, and the teacher's logits for it, (n, num_labels)."""
+    """Training data with the altered copies, and the teacher's logits for it, (n, num_labels)."""
     examples = list(split.train)
     if settings.augment:
         examples += altered(model, tokenizer, split.train, settings)
@@ -213,7 +169,7 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        # An imported head has learned as much as its encoder.
+        # An imported head is trained already, as its encoder is.
         learned = ["encoder."]
         if self.model.config.head is not None:
             learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
@@ -334,7 +290,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
         raise ValueError(f"--out {out}: is a file; give a folder, which need not exist")
     has_other = (out / "config.json").exists() and read_record(out) is None and not (out / RESUME).exists()
     if has_other:
-        raise ValueError(f"--out {out}: has a model that is not of this training: choose another --out")
+        raise ValueError(f"--out {out}: has a model of another training: choose another --out")
     if resume:
         file = out / RESUME
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
@@ -343,7 +299,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
                 f"{out} belongs to a run with other settings or data: use the same, or another folder"
             )
     elif (out / "config.json").exists() or read_record(out) is not None:
-        what = "a finished checkpoint" if is_finished(out) else "a training that can go on with --resume"
+        what = "a finished checkpoint" if is_finished(out) else "a training that --resume continues"
         raise ValueError(f"{out} has {what}: choose another --out, or delete the folder")
 
 
@@ -369,7 +325,7 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     """
     opened = Checkpoint(teacher)
     if opened.config.thresholds is not None:
-        raise ValueError(f"--teacher {teacher}: is a multi-label model, which cannot teach one label of many")
+        raise ValueError(f"--teacher {teacher}: is a multi-label model, and labels here exclude each other")
     if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"

@@ -1,28 +1,38 @@
-"""`de3 classify`: texts, or a file of them, by a running server."""
+"""`de3 classify`: classify texts, or a file of texts, with a running server."""
 
 import json
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
 from de3.commands.models import Url, check_url
+from de3.commands.options import fields_of, with_fields
+from de3.exits.signals import SIGNALS
+from de3.tables import Columns, records, text_of
 
 MAX_BATCH = 32
 
 
+@with_fields(Columns, without=["label"])
 def classify(
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify.")] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help='JSON lines to classify: a text, or an object with "text" (and "text_pair").'),
+        typer.Option(
+            help='Texts to classify: .jsonl, on each line a text or an object with "text" (and "text_pair"); .csv or '
+            ".tsv with such columns; or .txt, a text on each line."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the answers of --file go, one line each; a started file is continued."),
+        typer.Option(
+            help="File for the answers to --file, one line each. A file that an interrupted run left is continued."
+        ),
     ] = None,
     url: Url = "http://127.0.0.1:8000",
     key: Annotated[str | None, typer.Option(envvar="DE3_API_KEY", help="API key.")] = None,
@@ -33,22 +43,24 @@ def classify(
         float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
     ] = None,
     signal: Annotated[
-        str | None, typer.Option(help="The score: risk, edr or entropy. Default: the model's.")
+        str | None, typer.Option(help=f"The score: {', '.join(SIGNALS)}. Default: the model's.")
     ] = None,
     target_speedup: Annotated[
-        float | None, typer.Option(help="Or the mean speed-up over full depth.")
+        float | None, typer.Option(help="Instead of --tau: the mean speed-up over full depth.")
     ] = None,
     max_disagreement: Annotated[
-        float | None, typer.Option(help="Or the rate of answers that may differ from full depth.")
+        float | None,
+        typer.Option(help="Instead of --tau: the rate of answers that may differ from full depth."),
     ] = None,
     latency_budget_ms: Annotated[
-        float | None, typer.Option(help="Or the time within which to answer.")
+        float | None, typer.Option(help="Instead of --tau: the time within which to answer, ms.")
     ] = None,
     long: Annotated[
         str | None,
         typer.Option(help="Texts longer than the model takes: truncate (the default), windows, or error."),
     ] = None,
     parallel: Annotated[int, typer.Option(min=1, help="Requests of --file in flight.")] = 8,
+    **reading: Any,
 ) -> None:
     """Classify texts with a running server.
 
@@ -74,7 +86,9 @@ def classify(
                 number = row["value"] if "value" in row else max(row["probs"])
                 print(f"{label}  {number:.3f}  layer {row['exit']['layer']}  {text}")
         elif file is not None and out is not None:
-            _classify_file(client, file, out, options, parallel)
+            _classify_file(
+                client, file, Columns(**fields_of(Columns, reading), label=None), out, options, parallel
+            )
 
 
 def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -90,54 +104,49 @@ def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[s
         raise ValueError(f"no answer from the server ({error}); is it running? de3 serve") from None
 
 
-def _inputs(lines: TextIO, file: Path, skip: int) -> Iterator[Any]:
-    """The inputs of a file from a line on; raises ValueError that names the line."""
-    for number, line in enumerate(lines, 1):
-        if number <= skip:
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError:
-            raise ValueError(
-                f"{file}, line {number}: not JSON; one text in quotes, or one object, a line"
-            ) from None
-        if isinstance(value, dict) and "text" in value:
-            pair = value.get("text_pair")
-            value = value["text"] if pair is None else {"text": value["text"], "text_pair": pair}
-        if not isinstance(value, str | dict):
-            raise ValueError(f'{file}, line {number}: must be a text, or an object with "text"')
-        yield value
+def _inputs(file: Path, columns: Columns) -> Iterator[Any]:
+    """The texts and pairs of a file, as a request has them; raises ValueError that names the line."""
+    second = columns.text_pair or "text_pair"
+    for where, record in records(file, columns):
+        row = {columns.text: record} if isinstance(record, str) else record
+        text = text_of(row, columns.text, where)
+        if columns.text_pair is None and row.get(second) is None:
+            yield text
+        else:
+            yield {"text": text, "text_pair": text_of(row, second, where, "--pair-column")}
 
 
-def _classify_file(client: Any, file: Path, out: Path, options: dict[str, Any], parallel: int) -> None:
-    """Answers in the order of the lines; what an earlier run wrote is kept."""
+def _classify_file(
+    client: Any, file: Path, columns: Columns, out: Path, options: dict[str, Any], parallel: int
+) -> None:
+    """Answers in the order of the rows; those that an earlier run wrote are kept."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    done = _complete_lines(out)
-    with file.open(encoding="utf-8") as lines:
-        total = sum(1 for _ in lines)
-    columns = (TextColumn("classifying"), MofNCompleteColumn(), TimeRemainingColumn())
+    done, total = (
+        _complete_lines(out),
+        sum(1 for _ in _inputs(file, columns)),
+    )  # names a wrong row before any is sent
+    bars = (TextColumn("classifying"), MofNCompleteColumn(), TimeRemainingColumn())
     with (
-        file.open(encoding="utf-8") as lines,
         out.open("a", encoding="utf-8") as answers,
         ThreadPoolExecutor(parallel) as pool,
-        Progress(*columns) as progress,
+        Progress(*bars) as progress,
     ):
         task = progress.add_task("", total=total, completed=done)
-        inputs, pending = _inputs(lines, file, done), list[Future[list[dict[str, Any]]]]()
+        inputs, pending = islice(_inputs(file, columns), done, None), deque[Future[list[dict[str, Any]]]]()
         while True:
             while len(pending) < 2 * parallel and (batch := list(islice(inputs, MAX_BATCH))):
                 pending.append(pool.submit(_ask, client, batch, options))
             if not pending:
                 return
-            rows = pending.pop(0).result()
+            rows = pending.popleft().result()
             answers.writelines(json.dumps(_line(row)) + "\n" for row in rows)
             answers.flush()
             progress.advance(task, len(rows))
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    """What the file says of a text."""
+    """The fields of an answer that the file keeps."""
     names = ("label", "labels", "value", "probs", "exit", "windows")
     return {name: row[name] for name in names if name in row}
 

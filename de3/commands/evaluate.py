@@ -1,4 +1,4 @@
-"""`de3 evaluate`."""
+"""`de3 evaluate`: accuracy by exit and against speed-up, for a checkpoint or an artifact."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,21 +11,19 @@ from rich.console import Console
 from de3.commands.options import (
     Dataset,
     DatasetSplit,
-    Delimiter,
     File,
-    Header,
-    LabelColumn,
     LabelNames,
-    PairColumn,
-    Quotes,
-    TextColumn,
+    fields_of,
     need_train_extra,
     read_rows,
     reason,
     say,
+    with_fields,
 )
+from de3.tables import Columns
 
 
+@with_fields(Columns)
 def evaluate(
     model: Annotated[
         Path, typer.Argument(help="A checkpoint or an artifact's folder, <store>/<name>/<version>.")
@@ -33,19 +31,13 @@ def evaluate(
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "test",
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = None,
-    label_column: LabelColumn = "label",
-    header: Header = True,
-    quotes: Quotes = None,
-    delimiter: Delimiter = None,
     label_names: LabelNames = None,
     lambdas: Annotated[str, typer.Option(help="Values of λ for EDR.")] = "0.5,1,2,4,8",
     original: Annotated[
         str | None,
         typer.Option(
-            help="The classifier that was imported: disagreement is then counted against its answers, which are the "
-            'labels too with --label-column "" or a .txt file.',
+            help="The classifier that was imported: disagreement is counted against its answers, which are also the "
+            'labels with --label-column "" or a .txt file.',
             show_default=False,
         ),
     ] = None,
@@ -57,6 +49,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    **options: Any,
 ) -> None:
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
@@ -73,18 +66,13 @@ def evaluate(
     lams = _lambdas(lambdas)
     subject = _open(model)
     if file is not None or dataset is not None:
-        has_labels = original is None or not (label_column == "" or (file and file.suffix == ".txt"))
-        label = label_column if has_labels else None
-        columns = data.Columns(
-            text_column,
-            pair_column,
-            label,
-            header,
-            quotes,
-            delimiter,
+        has_labels = original is None or not (options["label"] == "" or (file and file.suffix == ".txt"))
+        columns = Columns(
+            **fields_of(Columns, options),
             multi_label=subject.config.thresholds is not None,
             regression=subject.config.tolerance is not None,
         )
+        columns = columns if has_labels else replace(columns, label=None)
         rows = read_rows(file, dataset, split, columns)
         if not (has_labels or columns.regression):
             rows = [(text, subject.names[0]) for text, _ in rows]  # replaced below
@@ -95,10 +83,10 @@ def evaluate(
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
         raise ValueError(
-            "--original: give the texts that it shall answer; held-out samples know its answers already"
+            "--original: give the texts for it to answer; held-out samples have its answers already"
         )
     elif subject.checkpoint is None:
-        raise ValueError(f"give the data: {model} holds no samples, as a checkpoint of de3 train does")
+        raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
     else:
         examples = subject.checkpoint.held_out("certify")
     data.check_input(examples, subject.config.input, str(file or dataset or model))
@@ -109,15 +97,15 @@ def evaluate(
     warn(evaluation.weaknesses(recorded, subject.names))
     if len(recorded.exit_layers) > 1:
         output.print(evaluation.curve_table(curves))
-        if subject.artifact is not None:
-            _report_artifact(subject.artifact, recorded, examples, output)
+        if subject.served is not None:
+            _report_artifact(subject.served, recorded, examples, output)
         title = f"{subject.title}, {len(examples)} samples"
         warn(_plot(lambda target: evaluation.plot(recorded, curves, target, title), png, subject.beside))
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is evaluated: a checkpoint, or an artifact; `config` has its `input`, `thresholds` and `tolerance`."""
+    """The checkpoint or artifact to evaluate; `config` has its `input`, `thresholds` and `tolerance`."""
 
     title: str
     names: Sequence[str]
@@ -125,7 +113,7 @@ class _Subject:
     record: Callable[[list[Any]], Any]
     risk: Any
     beside: Path
-    artifact: Any = None
+    served: Any = None
     checkpoint: Any = None
 
 
@@ -146,27 +134,27 @@ def _open(path: Path) -> _Subject:
         png = path / "evaluation.png"
         return _Subject(path.name, names, checkpoint.config, run, None, png, checkpoint=checkpoint)
     from de3.export.record import record
-    from de3.model_store.model import Model
     from de3.model_store.store import Store
+    from de3.server.models import load
+    from de3.server.settings import Settings
 
     path = path.resolve()
-    artifact = Model(Store(path.parent.parent).open_path(path))
-    manifest = artifact.manifest
-    risk = manifest.signal("risk") if manifest.risk is not None else None
-    png = path.parent / f"evaluation-{path.name}.png"
+    settings: dict[str, Any] = {}  # the defaults
+    served = load(Store(path.parent.parent).open_path(path), Settings(**settings))
+    model, manifest = served.model, served.model.manifest
     return _Subject(
-        artifact.full_name,
+        model.full_name,
         manifest.labels,
         manifest,
-        lambda examples: record(artifact, examples),
-        risk,
-        png,
-        artifact=artifact,
+        lambda examples: record(model, examples),
+        manifest.signal("risk") if manifest.risk is not None else None,
+        path.parent / f"evaluation-{path.name}.png",
+        served=served,
     )
 
 
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
-    """Examples with the answers of the classifier that was imported, which are their labels too if they have none."""
+    """Examples with the answers of the imported classifier, which are also the labels if there are none."""
     from de3.training import data, stock
 
     names = list(subject.names)
@@ -192,7 +180,7 @@ def _lambdas(values: str) -> list[float]:
 
 
 def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list[str]:
-    """Plot to the file that was named, or to the default, where a store that is read-only is but a warning."""
+    """Plot to the named file, or to the default; a default that cannot be written is only a warning."""
     target = png or default
     try:
         plot(target)
@@ -204,20 +192,20 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     return []
 
 
-def _report_artifact(artifact: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print what an artifact's default and targets give on recorded samples, and on short and long ones."""
+def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
+    """Print the outcome of an artifact's default and targets on recorded samples, and of the default by length."""
+    from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
-    from de3.export.record import start_layers
     from de3.training import evaluate as evaluation
     from de3.training.progress import warn
 
-    manifest, start = artifact.manifest, start_layers(artifact, examples)
+    manifest, times = served.model.manifest, measure_times(served, examples)
     tau, signal, calibration = manifest.defaults.tau, manifest.default_signal, manifest.calibration
-    output.print(evaluation.default_line(recorded, tau, signal, start), highlight=False)
-    output.print(evaluation.length_table(recorded, tau, signal, start))
+    output.print(evaluation.default_line(recorded, tau, signal, times), highlight=False)
+    output.print(evaluation.length_table(recorded, tau, signal, times))
     if calibration is None:
         return
     certified = [(manifest.signal(*key), TradeOffs(rows)) for key, rows in manifest.trade_offs().items()]
-    output.print(evaluation.target_table(recorded, certified, start))
+    output.print(evaluation.target_table(recorded, certified, times))
     output.print(evaluation.hindsight_table(recorded, [signal for signal, _ in certified]))
     warn(evaluation.unlike_lengths(recorded.tokens, calibration.tokens))

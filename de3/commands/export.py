@@ -1,4 +1,4 @@
-"""`de3 export` and `de3 calibrate`: what makes a version of a model in a store."""
+"""`de3 export` and `de3 calibrate`, which publish a version of a model in a store."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import SignalOption, need_train_extra, next_serve, say
+from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_train_extra, next_serve, say
 
 
 def export(
     checkpoint: Annotated[
         Path,
-        typer.Argument(help="A checkpoint of de3 train; with --full-depth also an artifact's folder."),
+        typer.Argument(help="A checkpoint of de3 train; with --full-depth also the folder of an artifact."),
     ],
     name: Annotated[
         str | None,
@@ -21,7 +21,7 @@ def export(
         ),
     ] = None,
     store: StoreOption = Path("models"),
-    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
+    quantize: Quantize = "int8",
     tune: Annotated[
         Path | None,
         typer.Option(
@@ -41,9 +41,7 @@ def export(
         float,
         typer.Option(help="Accuracy that the default τ may lose against full depth, in percentage points."),
     ] = 1.0,
-    max_int8_loss: Annotated[
-        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
-    ] = 1.0,
+    max_int8_loss: MaxInt8Loss = 1.0,
     signal: SignalOption = "auto",
     full_depth: Annotated[
         Path | None,
@@ -55,8 +53,8 @@ def export(
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The export is compared with the PyTorch model, and nothing is published if it differs too much.
-    With --full-depth it writes one plain ONNX graph instead, for other servers, in int8 with ONNX Runtime's fused
-    operators: one scale for the activations of a text.
+    With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 with ONNX Runtime's fused
+    operators, which use one scale for all activations of a text.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
@@ -97,8 +95,8 @@ def calibrate(
     from_audits: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead of samples: a log of de3 serve --log-audits with this version's audits; repeat for more, as "
-            "for FILE.1.",
+            help="Instead of samples: a log of de3 serve --log-audits with audits of this version; repeat for more, "
+            "such as FILE.1.",
             show_default=False,
         ),
     ] = None,
@@ -114,8 +112,8 @@ def calibrate(
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    It also gives the signal risk to a model that was exported without it. With --from-audits it needs no labels and
-    runs no text: what full depth answered is right.
+    A model that was exported without the signal risk gets it. With --from-audits no labels are needed and no text runs:
+    the answers of full depth count as correct.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """

@@ -1,9 +1,9 @@
-"""`de3 import`: a stock classifier gets early exits."""
+"""`de3 import`: add early exits to a stock classifier."""
 
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,21 +11,22 @@ from de3.commands.models import StoreOption
 from de3.commands.options import (
     DATA,
     TRAINING,
-    Delimiter,
     Fragments,
     GroupColumn,
-    Header,
-    PairColumn,
-    Quotes,
+    MaxInt8Loss,
+    Quantize,
     SignalOption,
-    TextColumn,
     Threshold,
     check_groups,
+    fields_of,
     need_train_extra,
     next_serve,
+    with_fields,
 )
+from de3.tables import Columns, read_column, read_rows
 
 
+@with_fields(Columns, without=["label"])
 def import_model(
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of a …ForSequenceClassification of transformers.")
@@ -33,7 +34,7 @@ def import_model(
     texts: Annotated[
         Path,
         typer.Option(
-            help="Texts like those to be served: a .txt file, one text a line, or .csv, .tsv or .jsonl."
+            help="Texts like those to be served: a .txt file with a text on each line, or .csv, .tsv or .jsonl."
         ),
     ],
     name: Annotated[str, typer.Option(help="Name of the model in the store.")],
@@ -41,18 +42,17 @@ def import_model(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the checkpoint with exits. An interrupted run goes on from what it left there. "
+            help="Folder for the checkpoint with exits. An interrupted run continues from there. "
             "Default: runs/NAME, or runs/NAME-finetuned.",
             show_default=False,
         ),
     ] = None,
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = None,
-    label_column: Annotated[
+    label: Annotated[
         str | None,
         typer.Option(
-            help="Column of the right labels, to report accuracy; of a multi-label model with | between them, of a "
-            "regression model numbers. Default: none; the model's own answers are what counts.",
+            "--label-column",
+            help="Column of the correct labels, to report accuracy; for a multi-label model separated by |, for a "
+            "regression model numbers. Default: none; accuracy is then agreement with the model's own answers.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -68,7 +68,7 @@ def import_model(
     multi_label: Annotated[
         bool,
         typer.Option(
-            help="It is a multi-label model, though its config.json does not say problem_type.",
+            help="Import a multi-label model whose config.json does not state problem_type.",
             rich_help_panel=DATA,
         ),
     ] = False,
@@ -76,21 +76,16 @@ def import_model(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="Required of a regression model (one output): by how much an early answer may differ from full "
-            "depth's and count as the same, in the model's own units.",
+            help="Required for a regression model (one output): the largest difference from full depth that counts as "
+            "the same answer, in the model's units.",
             show_default=False,
             rich_help_panel=DATA,
         ),
     ] = None,
     group_column: GroupColumn = None,
     fragments: Fragments = False,
-    header: Header = True,
-    quotes: Quotes = None,
-    delimiter: Delimiter = None,
-    quantize: Annotated[str, typer.Option(help="int8, or none for fp32.")] = "int8",
-    max_int8_loss: Annotated[
-        float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
-    ] = 2.0,
+    quantize: Quantize = "int8",
+    max_int8_loss: MaxInt8Loss = 2.0,
     max_loss: Annotated[
         float,
         typer.Option(
@@ -102,23 +97,22 @@ def import_model(
     finetune: Annotated[
         bool,
         typer.Option(
-            help="Then train the encoder too, so that its first layers tell more. Full depth is held to the original's "
-            "answers, and what it answers otherwise counts as disagreement.",
+            help="Then train the encoder too, so that its first layers learn more. Full depth is trained on the "
+            "original's answers; where it differs from them, that counts as disagreement.",
             rich_help_panel=TRAINING,
         ),
     ] = False,
-    epochs: Annotated[int, typer.Option(help="Of --finetune.", rich_help_panel=TRAINING)] = 3,
+    epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
-    bf16: Annotated[
-        bool, typer.Option(help="Compute the states that exits are fitted on in bfloat16.")
-    ] = True,
+    bf16: Annotated[bool, typer.Option(help="Use bfloat16 for the states that exits are fitted on.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
+    **options: Any,
 ) -> None:
-    """Give a classifier that you have early exits; its weights stay, and full depth answers as it always did.
+    """Add early exits to a stock classifier. Its weights stay, so full depth gives the same answers as before.
 
-    Exits are fitted on texts without labels, to the model's own answers; how often they differ is certified on texts
-    held out. Use texts that the model was not trained on: on its training texts it is surer than on others, and the
-    certificate would not hold.
+    Exits are fitted on texts without labels, to the model's own answers; the rate of different answers is certified on
+    held-out texts. Use texts that the model was not trained on: it is surer of its training texts, and a certificate
+    from them would not hold for others.
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
@@ -137,26 +131,22 @@ def import_model(
         )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     opened = stock.open_stock(model, label_names, threshold, multi_label, tolerance)
-    columns = data.Columns(
-        text_column,
-        pair_column,
-        label_column,
-        header,
-        quotes,
-        delimiter,
+    columns = Columns(
+        **fields_of(Columns, options),
+        label=label,
         multi_label=opened.thresholds is not None,
         regression=opened.is_regression,
     )
-    rows = data.read_rows(texts, columns)
-    groups = data.read_column(texts, columns, group_column) if group_column is not None else None
+    rows = read_rows(texts, columns)
+    groups = read_column(texts, columns, group_column) if group_column is not None else None
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
     folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
     command = shlex.join(["de3", *sys.argv[1:]])
-    how = ImportSettings(label_column is not None, fragments, seed, bf16, finetune, epochs, lr, command)
+    how = ImportSettings(label is not None, fragments, seed, bf16, finetune, epochs, lr, command)
     try:
         path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
     except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: {command}", markup=False, soft_wrap=True)
+        console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
         sys.exit(130)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(

@@ -36,7 +36,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
     for name in models.names():
         try:
             m = models.open(name).manifest
-        except Exception as error:  # whatever a forged manifest may cause
+        except Exception as error:  # a forged manifest may cause any
             table.add_row(name, f"[red]{escape(_reason(error))}")
             continue
         labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
@@ -82,12 +82,12 @@ def models_verify(
         try:
             artifact = models.open(name)
             no_kernels = Prover().prove(artifact, "auto")
-            if README in artifact.manifest.files:  # which no server reads
+            if README in artifact.manifest.files:  # no server reads it
                 artifact.read(README)
             print(
                 f"{artifact.full_name}  sound{no_kernels and f', without kernels: {printable(no_kernels)}'}"
             )
-        except Exception as error:  # whatever a forged artifact may cause: the next may be sound
+        except Exception as error:  # a forged artifact may cause any; the next may be sound
             failed = True
             print(f"{printable(name)}  NOT SOUND  {_reason(error)}")
     if failed:
@@ -95,7 +95,7 @@ def models_verify(
 
 
 def _reason(error: Exception) -> str:
-    """Why an artifact is not sound."""
+    """The reason that an artifact is not sound, as one line."""
     from de3.model_store.store import StoreError
 
     return str(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))
@@ -129,7 +129,10 @@ def models_load(
     ] = None,
     shadow: Annotated[
         bool,
-        typer.Option("--shadow", help="Load it as a shadow: run the same texts and count different labels."),
+        typer.Option(
+            "--shadow",
+            help="Load it as a shadow: it runs the same texts, and labels that differ are counted.",
+        ),
     ] = False,
     beside: Annotated[
         bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")

@@ -1,16 +1,22 @@
-"""What several commands share: their options, and the check for PyTorch."""
+"""Options and checks that several commands share."""
 
+from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from rich.console import Console
+from typer.models import OptionInfo
 
+from de3 import tables
+from de3.exits.signals import SIGNALS
+from de3.tables import Columns, Text
+from de3.training import settings
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 console = Console(stderr=True)
-
-DATA = "Data"
-MODEL = "Model"
-TRAINING = "Training"
+DATA, MODEL, TRAINING = tables.PANEL, "Model", settings.PANEL
 
 File = Annotated[Path | None, typer.Argument(help="A .tsv, .csv or .jsonl file.", show_default=False)]
 Dataset = Annotated[
@@ -20,31 +26,6 @@ Dataset = Annotated[
     ),
 ]
 DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset.", rich_help_panel=DATA)]
-TextColumn = Annotated[
-    str, typer.Option(help="Column of the text (with --no-header a number from 0).", rich_help_panel=DATA)
-]
-PairColumn = Annotated[
-    str | None, typer.Option(help="Column of the second text, for pairs.", rich_help_panel=DATA)
-]
-LabelColumn = Annotated[str, typer.Option(help="Column of the label.", rich_help_panel=DATA)]
-Header = Annotated[bool, typer.Option(help="Whether the first row names the columns.", rich_help_panel=DATA)]
-Delimiter = Annotated[
-    str | None,
-    typer.Option(
-        help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
-Quotes = Annotated[
-    bool | None,
-    typer.Option(
-        help="Whether quotation marks delimit fields. Default: no in .tsv, else yes.",
-        show_default=False,
-        rich_help_panel=DATA,
-    ),
-]
-
 Fragments = Annotated[
     bool,
     typer.Option(
@@ -56,7 +37,7 @@ Fragments = Annotated[
 GroupColumn = Annotated[
     str | None,
     typer.Option(
-        help="Column of what rows are related by, e.g. document or user: rows of a group stay in the same part, and "
+        help="Column that names the group of a row, e.g. document or user: rows of a group stay in the same part, and "
         "count as related in the guarantees.",
         show_default=False,
         rich_help_panel=DATA,
@@ -67,20 +48,23 @@ Threshold = Annotated[
     typer.Option(
         min=0.01,
         max=0.99,
-        help="Of a multi-label model: the probability above which a label is given. Requests may set others.",
+        help="For a multi-label model: the probability above which a label is given. Requests may set others.",
         show_default="0.5",
         rich_help_panel=DATA,
     ),
 ]
 
+Quantize = Annotated[str, typer.Option(help="int8, or none for fp32.")]
+MaxInt8Loss = Annotated[
+    float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
+]
 SignalOption = Annotated[
     str,
     typer.Option(
-        help="What is compared with τ by default: risk, edr or entropy, or auto: what is fastest on the tuning "
-        "samples. Requests may name another.",
+        help=f"Signal that is compared with τ by default: {', '.join(SIGNALS)}; or auto: the fastest of them on the "
+        "tuning samples. Requests may name another.",
     ),
 ]
-
 LabelNames = Annotated[
     str | None,
     typer.Option(
@@ -92,6 +76,41 @@ LabelNames = Annotated[
 ]
 
 
+def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
+    """A decorator that replaces **options of a command by the fields of dataclasses.
+
+    A field becomes an option if it is annotated with a typer.Option and not named in `without`. One whose
+    `show_default` is a text has the default None: its value depends on other options.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = signature(command, eval_str=True).parameters.values()
+        parameters = [parameter for parameter in own if parameter.kind is not Parameter.VAR_KEYWORD]
+        for field in [field for each in classes for field in signature(each).parameters.values()]:
+            match get_args(field.annotation):
+                case [kind, OptionInfo() as info] if field.name not in without:
+                    option = field.replace(kind=Parameter.KEYWORD_ONLY)
+                    if isinstance(info.show_default, str):
+                        option = option.replace(annotation=Annotated[kind | None, info], default=None)
+                    parameters.append(option)
+        declare(command, parameters)
+        return command
+
+    return decorate
+
+
+def declare(command: Callable[..., Any], parameters: Sequence[Parameter]) -> None:
+    """Give a command these parameters: typer reads its options from the signature and the annotations."""
+    command.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def fields_of(dataclass: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are fields of a dataclass and not None."""
+    names = signature(dataclass).parameters
+    return {name: value for name, value in options.items() if name in names and value is not None}
+
+
 def need_train_extra() -> None:
     """Raise ValueError unless PyTorch and transformers are installed."""
     try:
@@ -101,17 +120,15 @@ def need_train_extra() -> None:
         raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
 
 
-def read_rows(file: Path | None, dataset: str | None, split: str, columns: Any) -> list[Any]:
+def read_rows(file: Path | None, dataset: str | None, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless one of them is given."""
-    from de3.training import data
-
     if (file is None) == (dataset is None):
         raise ValueError("give the data either as a file or with --dataset")
-    return data.read_rows(file, columns) if file else data.read_dataset(str(dataset), split, columns)
+    return tables.read_rows(file, columns) if file else tables.read_dataset(str(dataset), split, columns)
 
 
 def check_groups(fragments: bool, group_column: str | None) -> None:
-    """Raise ValueError for two ways at once to say which rows are related."""
+    """Raise ValueError if related rows are given in two ways at once."""
     if fragments and group_column is not None:
         raise ValueError(
             "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
@@ -124,7 +141,7 @@ def next_serve(store: Path, name: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print a line on stderr as it is: a command in it can be copied, and brackets are no markup."""
+    """Print a line on stderr unchanged: not wrapped, so that commands can be copied, and without markup."""
     console.print(message, markup=False, soft_wrap=True)
 
 

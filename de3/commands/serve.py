@@ -1,12 +1,13 @@
-"""`de3 serve`: its options are the fields of server.settings.Settings, and --demo."""
+"""`de3 serve`: its options are --demo and the fields of server.settings.Settings."""
 
 import os
-from inspect import Parameter, Signature
+from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
+from de3.commands.options import declare
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
 DEMO_MODEL = "sst2"
@@ -27,7 +28,7 @@ def serve(context: typer.Context, demo: bool, **values: Any) -> None:
             raise ValueError("--demo: cannot go with --store; give one of them")
         given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
     for name in Settings.model_fields:
-        # An empty secret is passed on: it is a mistake that must not go unnoticed.
+        # An empty secret is passed on: Settings refuses it.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
             given[name] = secret
     try:
@@ -44,13 +45,13 @@ def demo_store() -> Path:
 
 
 def _warnings() -> list[str]:
-    """What the environment holds that no setting reads."""
+    """Warnings about variables of the environment that look like settings and are not."""
     hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} are for clients"
-    return [f"{name} is no setting and has no effect: {hint}" for name in unknown_variables(os.environ)]
+    return [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
 
 
 def _parameter(name: str) -> Parameter | None:
-    """A field as a parameter of a command."""
+    """A field of Settings as a parameter of the command; None for a secret."""
     field, how = Settings.model_fields[name], option(name)
     if how is None:
         return None
@@ -59,7 +60,7 @@ def _parameter(name: str) -> Parameter | None:
     if get_origin(kind) is list:
         kind, default = list[str] | None, default or None
     flag = how.flag or "--" + name.replace("_", "-")
-    # The field's own description says what an unset one means.
+    # The description of the field states its default if it is None.
     info = typer.Option(
         flag,
         envvar=variable(name),
@@ -70,12 +71,10 @@ def _parameter(name: str) -> Parameter | None:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
 
 
-_demo = typer.Option("--demo", help="Serve the demo model, which comes with de3, instead of a store.")
+_demo = typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
 _parameters = [
     Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
     Parameter("demo", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _demo]),
     *(parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None),
 ]
-# Typer reads a command's options from its signature.
-serve.__signature__ = Signature(_parameters)  # type: ignore[attr-defined]
-serve.__annotations__ = {parameter.name: parameter.annotation for parameter in _parameters}
+declare(serve, _parameters)

@@ -1,11 +1,11 @@
-"""`de3 train`."""
+"""`de3 train`: its options are its own, and the fields of Columns and of TrainSettings."""
 
 import shlex
 import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,28 +15,27 @@ from de3.commands.options import (
     TRAINING,
     Dataset,
     DatasetSplit,
-    Delimiter,
     File,
     Fragments,
     GroupColumn,
-    Header,
-    LabelColumn,
     LabelNames,
-    PairColumn,
-    Quotes,
-    TextColumn,
     Threshold,
     check_groups,
+    fields_of,
     need_train_extra,
     read_rows,
     say,
+    with_fields,
 )
+from de3.tables import Columns, Text, labels_in, read_column, read_dataset_column
+from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
-# Options that a multi-label model has no use for.
+# Options that do not apply to a multi-label model.
 NO_PROTOTYPES = ("gamma", "metric_dim", "last_prototypes", "alpha", "prototypes")
 NO_TEACHER = ("teacher", "distill", "temperature", "augment")
 
 
+@with_fields(Columns, TrainSettings)
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
@@ -47,12 +46,6 @@ def train(
     file: File = None,
     dataset: Dataset = None,
     split: DatasetSplit = "train",
-    text_column: TextColumn = "text",
-    pair_column: PairColumn = None,
-    label_column: LabelColumn = "label",
-    header: Header = True,
-    quotes: Quotes = None,
-    delimiter: Delimiter = None,
     label_names: LabelNames = None,
     held_back: Annotated[
         int | None,
@@ -67,7 +60,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Train on so many samples at most, chosen by seed. Default: on all that are not held out.",
+            help="Train on at most this many samples, chosen by seed. Default: on all that are not held out.",
             show_default=False,
             rich_help_panel=DATA,
         ),
@@ -77,7 +70,7 @@ def train(
     multi_label: Annotated[
         bool,
         typer.Option(
-            help="A text has any number of labels: a list in .jsonl, or in a cell with | between them.",
+            help="A text has any number of labels: a list in .jsonl, or separated by | in a cell.",
             rich_help_panel=DATA,
         ),
     ] = False,
@@ -114,48 +107,14 @@ def train(
         float,
         typer.Option(min=0, max=1, help="γ, moving-average factor of the prototypes.", rich_help_panel=MODEL),
     ] = 0.01,
-    alpha: Annotated[
-        float, typer.Option(help="α, weight of the distance-aware loss.", rich_help_panel=TRAINING)
-    ] = 0.1,
-    weights: Annotated[
-        str, typer.Option(help="Layer weights in the loss: depth or uniform.", rich_help_panel=TRAINING)
-    ] = "depth",
     recipe: Annotated[
         str,
         typer.Option(
-            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; shown when "
+            help="Epochs, batch size, learning rate and patience: auto (by the number of samples; printed when "
             "training starts) or fixed (3 epochs, batches of 64, 5e-5). Each can be set by its own option.",
             rich_help_panel=TRAINING,
         ),
     ] = "auto",
-    epochs: Annotated[
-        int | None,
-        typer.Option(help="Passes over the data.", show_default="by --recipe", rich_help_panel=TRAINING),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Samples a step.", show_default="by --recipe", rich_help_panel=TRAINING)
-    ] = None,
-    lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate of the encoder.", show_default="by --recipe", rich_help_panel=TRAINING
-        ),
-    ] = None,
-    head_lr: Annotated[
-        float | None,
-        typer.Option(
-            help="Learning rate of the exits' heads.",
-            show_default="1e-3; with --multi-label 1e-2",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    weight_decay: Annotated[float, typer.Option(rich_help_panel=TRAINING)] = 0.01,
-    warmup: Annotated[
-        float, typer.Option(help="Share of the steps with learning-rate warm-up.", rich_help_panel=TRAINING)
-    ] = 0.06,
-    max_length: Annotated[
-        int, typer.Option(help="Truncate training texts to this number of tokens.", rich_help_panel=TRAINING)
-    ] = 128,
     teacher: Annotated[
         Path | None,
         typer.Option(
@@ -163,42 +122,8 @@ def train(
             rich_help_panel=TRAINING,
         ),
     ] = None,
-    distill: Annotated[
-        float,
-        typer.Option(
-            help="Share of the loss that uses the teacher's logits instead of the label.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = 0.5,
-    temperature: Annotated[
-        float, typer.Option(help="Temperature of the distillation.", rich_help_panel=TRAINING)
-    ] = 2.0,
-    augment: Annotated[
-        int,
-        typer.Option(
-            help="Number of altered copies of each sample (words replaced, texts joined), labelled by the teacher.",
-            rich_help_panel=TRAINING,
-        ),
-    ] = 0,
-    patience: Annotated[
-        int | None,
-        typer.Option(
-            help="Stop after this many epochs without improvement; 0: never.",
-            show_default="by --recipe",
-            rich_help_panel=TRAINING,
-        ),
-    ] = None,
-    prototypes: Annotated[
-        str,
-        typer.Option(
-            help="Final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only "
-            "recompute the prototypes over the training data) or sliding (keep the moving averages).",
-            rich_help_panel=TRAINING,
-        ),
-    ] = "refit",
-    bf16: Annotated[bool, typer.Option(help="Use bfloat16 autocast.", rich_help_panel=TRAINING)] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the heads and the order of samples.")] = 0,
     resume: Annotated[bool, typer.Option(help="Continue after the last complete epoch in --out.")] = False,
+    **options: Any,
 ) -> None:
     """Train a DE3-BERT on labelled texts; writes the best epoch to --out.
 
@@ -215,54 +140,29 @@ def train(
     from de3.training.model import De3Model
     from de3.training.progress import warn
     from de3.training.split import split as split_examples
-    from de3.training.trainer import TrainSettings
     from de3.training.trainer import train as run
 
     check_groups(fragments, group_column)
     _check_multi_label(context, multi_label)
-    columns = data.Columns(text_column, pair_column, label_column, header, quotes, delimiter, multi_label)
+    columns = Columns(**fields_of(Columns, options), multi_label=multi_label)
     read = read_rows(file, dataset, split, columns)
-    counts = Counter(label for _, cell in read for label in data.labels_in(cell, multi_label))
-    warnings = checks.labels(counts, len(read) if multi_label else None)
-    read = data.rename(read, label_names, multi_label)
-    names = (
-        [name.strip() for name in label_names.split(",")]
-        if label_names
-        else data.label_order(read, multi_label)
-    )
-    examples = data.to_examples(read, names, multi_label)
-    if multi_label:
-        warnings += checks.label_counts(examples)
+    examples, names, warnings = _labelled(read, label_names, multi_label)
     if group_column is not None:
         groups = (
-            data.read_column(file, columns, group_column)
+            read_column(file, columns, group_column)
             if file
-            else data.read_dataset_column(str(dataset), split, group_column)
+            else read_dataset_column(str(dataset), split, group_column)
         )
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     encoder_config, tokenizer = checks.open_encoder(encoder)
     warnings += checks.unknown_tokens(tokenizer, examples)
-    parts = split_examples(examples, seed, held_back, fragments)
+    parts = split_examples(examples, options["seed"], held_back, fragments)
     parts = replace(parts, train=parts.train[:rows])
     warnings += checks.held_out(parts, names)
-    chosen = recipes.choose(recipe, len(parts.train), batch_size, epochs, lr, patience)
-    settings = TrainSettings(
-        **asdict(chosen),
-        head_lr=(recipes.MULTI_LABEL_HEAD_LR if multi_label else recipes.HEAD_LR)
-        if head_lr is None
-        else head_lr,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        alpha=alpha,
-        weights=weights,
-        distill=distill,
-        temperature=temperature,
-        augment=augment,
-        max_length=max_length,
-        seed=seed,
-        bf16=bf16,
-        prototypes=prototypes,
-    )
+    chosen = recipes.choose(recipe, len(parts.train), **fields_of(Recipe, options))
+    if multi_label and options["head_lr"] is None:
+        options["head_lr"] = MULTI_LABEL_HEAD_LR
+    settings = TrainSettings(**{**fields_of(TrainSettings, options), **asdict(chosen)})
     say(
         f"{len(parts.train)} samples to train, {len(parts.tune)} to tune, {len(parts.certify)} to certify; "
         f"labels: {', '.join(names[:10])}{' …' if len(names) > 10 else ''}"
@@ -271,7 +171,7 @@ def train(
         say(f"{sum(e.label == () for e in examples)} of {len(examples)} texts have no label")
     say(f"recipe ({recipe}): {chosen}")
     warn(warnings)
-    torch.manual_seed(seed)
+    torch.manual_seed(settings.seed)
     model = De3Model.from_encoder(
         encoder,
         names,
@@ -288,7 +188,7 @@ def train(
     try:
         run(model, tokenizer, parts, settings, out, teacher, resume, command)
     except KeyboardInterrupt:
-        say(f"interrupted; go on after the last complete epoch with: {command}")
+        say(f"interrupted; continue after the last complete epoch with: {command}")
         sys.exit(130)
     if exits == "last":
         teacher_too = "" if multi_label else ", or use it as a --teacher"
@@ -300,6 +200,21 @@ def train(
         )
 
 
+def _labelled(
+    rows: list[tuple[Text, str]], label_names: str | None, multi_label: bool
+) -> tuple[list[Any], list[str], list[str]]:
+    """The rows as examples, the names of their labels, and warnings about them."""
+    from de3.training import checks, data
+
+    counts = Counter(label for _, cell in rows for label in labels_in(cell, multi_label))
+    warnings = checks.labels(counts, len(rows) if multi_label else None)
+    rows = data.rename(rows, label_names, multi_label)
+    order = data.label_order(rows, multi_label)
+    names = [name.strip() for name in label_names.split(",")] if label_names else order
+    examples = data.to_examples(rows, names, multi_label)
+    return examples, names, warnings + (checks.label_counts(examples) if multi_label else [])
+
+
 def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
     """Raise ValueError for options that cannot go together."""
 
@@ -308,7 +223,7 @@ def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
         return source is not None and source.name != "DEFAULT"
 
     if not multi_label and given("threshold"):
-        raise ValueError("--threshold: only a multi-label model has one: say --multi-label")
+        raise ValueError("--threshold: only a multi-label model has one; add --multi-label")
     for names, reason in (
         (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels do not exclude each other"),
         (NO_TEACHER, "distillation is for labels that exclude each other"),

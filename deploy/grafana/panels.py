@@ -86,8 +86,8 @@ def _layers(window: str = R) -> str:
 
 
 def _accuracy(window: str = R) -> str:
-    right = _sum("de3_expected_right_texts_total", window=window)
-    return f"{right} / {_sum('de3_calibrated_texts_total', window=window)}"
+    correct = _sum("de3_expected_correct_texts_total", window=window)
+    return f"{correct} / {_sum('de3_calibrated_texts_total', window=window)}"
 
 
 def _share(metric: str, window: str = R) -> str:
@@ -121,9 +121,9 @@ _PROMISE = (
         "Measured disagreement",
         "lines",
         "percentunit",
-        "Share of texts whose answer differs from full depth at the τ in force, as audits of live traffic measured it, "
-        "with its bounds at 95% confidence; and what is promised. The promise is broken where the lower bound is above "
-        "it. Of several replicas, the highest value of each.",
+        "Rate of disagreement with full depth at the τ in force, measured by audits of live traffic, with its 95% "
+        "bounds; and the promised rate, which is exceeded where the lower bound is above it. For several replicas, the "
+        "highest value of each.",
         (
             Query(f"max by (model) (de3_audit_disagreement{M})", "measured {{model}}"),
             Query(f"max by (model) (de3_audit_disagreement_lower{M})", "lower bound {{model}}"),
@@ -136,16 +136,16 @@ _PROMISE = (
         "τ by reason",
         "lines",
         "none",
-        "τ for requests that choose nothing, and why. With a guarantee: start, calibrated, evidence (audits raised "
-        "it), recent (lowered, as recent audits want it), change (the rate had risen) or reset (by an admin). "
-        "Without: the setting.",
+        "τ for requests without exit options, by reason. With a guarantee: start, calibrated, evidence (raised by "
+        "audits), recent (lowered by recent audits), change (the rate had risen) or reset (by an admin). Without one: "
+        "the option that set it.",
         (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
     ),
     Panel(
         "Audits",
         "lines",
         "none",
-        "Texts audited per second, and audits that wait for idle time.",
+        "Audited texts per second, and audits waiting for idle time.",
         (
             Query(_sum("de3_audit_texts_total"), "audits/s"),
             Query(f"sum(de3_audit_pending_texts{M})", "pending"),
@@ -156,7 +156,7 @@ _PROMISE = (
         "Share and cost of audits",
         "lines",
         "percentunit",
-        "Probability with which the next text is audited; and the audits' share of all model time.",
+        "Probability that the next text is audited; and the audits' share of all model time.",
         (
             Query(f"max by (model) (de3_audit_share{M})", "of texts {{model}}"),
             Query(
@@ -172,9 +172,8 @@ _PROMISE = (
         "Resets",
         "lines",
         "none",
-        "Times that what audits had measured became void. change: the rate at the τ that was proved "
-        "had risen above the promise; reset: by an "
-        "admin.",
+        "Times that the evidence of audits became void. change: the rate at the proved τ had risen above the promise; "
+        "reset: by an admin.",
         (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
         width=8,
     ),
@@ -223,7 +222,7 @@ SPEED_UP = Dashboard(
             "Mean exit layer",
             "lines",
             "none",
-            "Mean layer at which texts left. Layer 0 is the exit on the embeddings.",
+            "Mean exit layer of the texts. Layer 0 is the exit on the embeddings.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_sum', 'model')} / {_sum('de3_exit_layer_count', 'model')}",
@@ -235,7 +234,7 @@ SPEED_UP = Dashboard(
             "Exit layers",
             "heatmap",
             "percentunit",
-            "Share of the texts that left at each layer.",
+            "Share of the texts that exited at each layer.",
             (
                 Query(
                     f"{_sum('de3_exit_layer_bucket', 'le')} / scalar({_sum('de3_exit_layer_count')})",
@@ -284,7 +283,7 @@ LATENCY = Dashboard(
             "Requests",
             "reqps",
             _sum("de3_requests_total", labels=""),
-            "Current rate of classification requests, refused ones included.",
+            "Current rate of classification requests, rejected ones included.",
         ),
         _stat(
             "p99 latency",
@@ -335,7 +334,7 @@ LATENCY = Dashboard(
             for stage, title, what in (
                 ("queue", "Queue time", "Time that a text waits for an engine thread."),
                 ("tokenize", "Tokenizing time", "Time to tokenize a text."),
-                ("model", "Model time", "Time of a text in the model, to the layer at which it left."),
+                ("model", "Model time", "Time of a text in the model, up to its exit layer."),
             )
         ),
         Panel(
@@ -359,7 +358,7 @@ LATENCY = Dashboard(
             "Rejected requests by cause",
             "stack",
             "reqps",
-            "Requests that were not answered. docs/grafana.md explains each cause.",
+            "Rejected requests. docs/grafana.md explains each cause.",
             (Query(_sum("de3_rejected_total", "cause", labels=""), "{{cause}}"),),
         ),
         Panel(
@@ -379,7 +378,7 @@ QUALITY = Dashboard(
     "de3-quality",
     "Quality",
     (
-        _stat("τ in force", "none", f"max(de3_tau{M})", "τ for requests that name no target of their own."),
+        _stat("τ in force", "none", f"max(de3_tau{M})", "τ for requests without exit options."),
         _stat(
             "Drift",
             "none",
@@ -390,19 +389,19 @@ QUALITY = Dashboard(
             "Degraded",
             "percentunit",
             _share("de3_degraded_texts_total", "[$__range]"),
-            "Share of the texts answered with a τ that was raised under load.",
+            "Share of the texts answered with a τ raised under load.",
         ),
         _stat(
             "Out of distribution",
             "percentunit",
-            _share("de3_far_texts_total", "[$__range]"),
+            _share("de3_ood_texts_total", "[$__range]"),
             "Share of the texts far from every prototype at an exit; needs --ood-policy flag or deepen.",
         ),
         Panel(
             "Entropy at exit",
             "lines",
             "none",
-            "Normalized entropy at the exit where a text left. 0: certain; 1: uniform.",
+            "Normalized entropy at the exit of each text. 0: certain; 1: uniform.",
             _quantiles("de3_exit_entropy"),
             most=1,
         ),
@@ -434,7 +433,7 @@ QUALITY = Dashboard(
             "τ in force",
             "lines",
             "none",
-            "τ for requests that name no target of their own; raised under load if there is a latency objective.",
+            "τ for requests without exit options; raised under load if there is a latency objective.",
             (Query(f"max by (model) (de3_tau{M})", "{{model}}"),),
         ),
         Panel(
@@ -444,7 +443,7 @@ QUALITY = Dashboard(
             "Shares of the texts: answered with a τ raised under load; far from every prototype at an exit.",
             (
                 Query(_share("de3_degraded_texts_total"), "degraded"),
-                Query(_share("de3_far_texts_total"), "out of distribution"),
+                Query(_share("de3_ood_texts_total"), "out of distribution"),
             ),
         ),
         _ACCURACY,
@@ -452,7 +451,7 @@ QUALITY = Dashboard(
             "Load level",
             "lines",
             "none",
-            "Steps by which the default τ is raised.",
+            "Number of steps by which the default τ is raised.",
             (Query("max(de3_load_level)", "level"),),
         ),
         *_PROMISE,

@@ -1,4 +1,4 @@
-"""Draw the dashboards from the data of a Prometheus, for the docs: python -m de3.deploy.grafana.pictures --help"""
+"""Draw the dashboards from the data of Prometheus, for the docs: python -m de3.deploy.grafana.pictures --help"""
 
 import re
 from datetime import UTC, datetime
@@ -31,14 +31,14 @@ class Series:
 
 
 class Source:
-    """A Prometheus, and the time range to query (Unix seconds)."""
+    """A Prometheus server, and the time range to query (Unix seconds)."""
 
     def __init__(self, url: str, start: float, end: float) -> None:
         self._url, self.start, self.end = url, start, end
         self._step = max(5, round((end - start) / POINTS))
 
     def _ask(self, path: str, expr: str, **parameters: float) -> list[dict[str, Any]]:
-        # As Grafana substitutes them; its shortest rate interval is four scrapes.
+        # Substituted as in Grafana, whose shortest rate interval is four scrapes.
         for name, value in (
             ("$__rate_interval", f"{max(20, 2 * self._step)}s"),
             ("$__range", f"{round(self.end - self.start)}s"),

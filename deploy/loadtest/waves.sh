@@ -1,5 +1,5 @@
 #!/bin/sh
-# Sends waves of requests to the server at $1 without end: most with defaults, some with their own τ, some long.
+# Sends endless waves of requests to the server at $1: most with defaults, some with their own τ, some long.
 set -eu
 texts=$(dirname "$0")/texts.txt
 while :; do

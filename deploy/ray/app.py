@@ -1,8 +1,8 @@
 """The Ray Serve application: serve run de3.deploy.ray.app:build store=/models max_replicas=8
 
 Each replica is a server with the HTTP routes, engine and models of `de3 serve`. Ray starts the replicas on
-the machines of its cluster, sends each request to one of the less busy, replaces replicas that fail, and
-adds or removes replicas by the number of pending and in-flight requests.
+the machines of its cluster, sends each request to one of the less busy replicas, replaces replicas that fail,
+and adds or removes replicas by the number of pending and in-flight requests.
 """
 
 import logging
@@ -25,7 +25,7 @@ class Options(BaseModel):
 
     Attributes:
         min_replicas, max_replicas: limits of the number of replicas.
-        cores: number of a replica's cores, each with an engine thread.
+        cores: cores of a replica, each with an engine thread.
         target_requests: mean number of in-flight requests per replica above which Ray adds replicas. Default:
             two per core, which keep the cores busy; more would only be queued.
         upscale_delay_s, downscale_delay_s: how long the number must be above or below target_requests before
@@ -72,7 +72,7 @@ class De3:
 
 
 def _without_id(app: ASGIApp) -> ASGIApp:
-    """Omits X-Request-ID from responses: Ray gives each request an id, which is the server's too, and adds it."""
+    """Removes X-Request-ID from responses, because Ray adds it: Ray sets the id that the server uses."""
 
     async def without_id(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
@@ -109,7 +109,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
             "upscale_delay_s": options.upscale_delay_s,
             "downscale_delay_s": options.downscale_delay_s,
         },
-        logging_config={"enable_access_log": False},  # costs as much as a layer; DE3 has its own
+        logging_config={"enable_access_log": False},  # it costs as much as a layer, and DE3 has its own
         health_check_period_s=5,
         graceful_shutdown_timeout_s=40,
     )

@@ -1,4 +1,4 @@
-"""Middlewares for Ray's proxy: retries of the requests of a replica that died, and request ids that are safe.
+"""Middlewares for Ray's proxy: they retry the requests of a replica that died, and drop unsafe request ids.
 
 Classification has no side effects, so its requests can be retried.
 Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.repeat:middlewares.
@@ -17,7 +17,7 @@ from de3.server.http.frontend import route_path
 
 log = logging.getLogger("ray.serve")
 TRIES = 2
-MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered, and so not retried
+MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not retried
 MAX_WAIT_S = 5.0  # nor are those whose body takes longer
 
 
@@ -71,8 +71,8 @@ async def _read(receive: Receive) -> tuple[list[Message], bool]:
 
 
 class SafeIds:
-    """ASGI middleware that drops an X-Request-ID that is not well formed: Ray would send it back as it came, and
-    makes an id where there is none."""
+    """ASGI middleware that drops an X-Request-ID that is not well-formed: Ray would echo it. Ray makes an id for
+    requests without one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

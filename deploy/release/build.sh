@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build what a release holds: the sdist, the wheel for Linux on x86-64, and their checksums, in dist/.
+# Build the files of a release in dist/: the sdist, the wheel for Linux on x86-64, and their checksums.
 #
 #   deploy/release/build.sh [PYTHON]
 #

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Build the wheel for Linux on aarch64 on another processor, as dist/de3-…-linux_aarch64.whl.
+# Cross-build the wheel for Linux on aarch64, as dist/de3-…-linux_aarch64.whl.
 #
 #   deploy/release/cross.sh [PYTHON]
 #
 # Needs aarch64-linux-gnu-gcc and its C library (Debian: gcc-aarch64-linux-gnu, libc6-dev-arm64-cross). The headers are
-# those of PYTHON, whose stable ABI is the same on both processors; Debian's own Python has them for its processor only.
-# The wheel runs with the C library that it was linked with, or a newer one; PyPI takes no wheel with this tag.
+# those of PYTHON, whose stable ABI is the same on both processors; Debian's Python has headers for its processor only.
+# The wheel runs with the C library that it was linked with, or a newer one; PyPI does not accept wheels with this tag.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${1:-python3}
@@ -21,9 +21,9 @@ mkdir -p dist
 mv "$tools"/*-linux_aarch64.whl dist/
 wheel=$(ls dist/*-linux_aarch64.whl)
 
-# The extension is optional, so that a build without it succeeds.
+# A build without the extension succeeds, because it is optional: check that it is there.
 "$python" -m zipfile -e "$wheel" "$tools/wheel"
-extension=$tools/wheel/native/kernels.abi3.so
+extension=$tools/wheel/de3/native/kernels.abi3.so
 aarch64-linux-gnu-readelf --file-header "$extension" | grep -q 'Machine: *AArch64'
 aarch64-linux-gnu-nm --dynamic --defined-only "$extension" | grep -q ' T PyInit_kernels$'
 newest=$(aarch64-linux-gnu-readelf --version-info "$extension" | grep -o 'GLIBC_[0-9.]*' | sort -Vu | tail -1)

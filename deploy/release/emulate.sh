@@ -3,8 +3,8 @@
 #
 #   deploy/release/emulate.sh WHEEL
 #
-# Needs Debian with qemu-user. The packages for Arm are unpacked into a temporary folder; the system stays as it is. Exit
-# code 2: they cannot be had here.
+# Needs Debian with qemu-user. The packages for Arm are unpacked into a temporary folder and not installed. Exit code 2:
+# they cannot be downloaded.
 set -euo pipefail
 wheel=$(realpath "$1")
 layer=$(realpath "$(dirname "$0")/../../tests/native/layer.py")

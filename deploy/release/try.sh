@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Do what a new user does with a wheel: install it into an empty environment, serve the demo model, classify a text.
-# Says how many seconds that took.
+# Try a wheel as a new user would: install it into an empty environment, serve the demo model, classify a text. Prints
+# the seconds that this took.
 #
 #   deploy/release/try.sh WHEEL [PYTHON] [FOLDER]
 #
@@ -29,10 +29,10 @@ fail() {
     exit 1
 }
 
-cd "$folder" # away from the checkout: Python would take its packages
+cd "$folder" # away from the checkout, whose packages Python would import
 unset PYTHONPATH
 SECONDS=0
-echo "installing $(basename "$wheel") and what it needs"
+echo "installing $(basename "$wheel") and its dependencies"
 "$python" -m venv env
 env/bin/pip install --quiet "$wheel"
 echo "installed after $SECONDS s"
@@ -47,7 +47,7 @@ done
 echo "answered after $SECONDS s: $answer"
 [[ $answer == *'"label":"positive"'* ]] || fail "not the expected answer"
 
-# The wheel must hold the kernels; whether this processor can run them is another matter.
+# The wheel must hold the kernels, even if this processor cannot run them.
 runtime=$(env/bin/python -c "from de3.native import kernels; print(f'native, {kernels.supported()}' if kernels.supported() else 'onnxruntime')")
 grep -q "sst2:1 is current ($runtime)" log || fail "expected the runtime $runtime"
 echo "runtime: $runtime"

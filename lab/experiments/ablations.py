@@ -1,10 +1,10 @@
-"""What each part of DE3-BERT is worth: DAR, prototypes, their distance, the fusion, and its λ.
+"""Ablations of DE3-BERT: DAR, prototypes, their distance, the fusion, and its λ.
 
     python -m lab experiment ablations DATA RUNS mrpc-minilm-D-0
     python -m lab experiment ablations --redraw
 
 Accuracy on unseen samples at fixed speed-ups. λ, and the weight of the other fusions, are chosen for each speed-up on
-held-out samples; "best λ" is the best on the unseen ones, so its gap to the chosen one is what choosing costs.
+held-out samples; "best λ" is the best on the unseen ones, so the gap between the two is the cost of choosing.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,7 +73,7 @@ def by_lam(how: str, held: Recorded, unseen: Recorded) -> dict[str, Any]:
 
 
 def geometry(held: Recorded, unseen: Recorded) -> dict[str, Any]:
-    """What distances tell: by exit the nearest prototype's accuracy, and what DR adds to entropy in AUROC for
+    """Measures of distances: by exit the nearest prototype's accuracy, and the gain of DR over entropy in AUROC for
     "this exit disagrees with the last"; accuracy of EDR with the chosen λ, and of risk; merit of risk."""
     states = [States(np.zeros((len(r.labels), 1, 1), np.float16), r) for r in (held, unseen)]
     areas = []

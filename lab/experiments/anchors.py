@@ -1,6 +1,6 @@
-"""Ordered anchor prototypes: the prototypes of a regression, at values in order; between two of them lies a line.
+"""Ordered anchor prototypes: prototypes for a regression, at ascending values, with a line between each two.
 
-A sample's target is the point of its value on that line, where a classifier's is the prototype of its class.
+A sample's target is the point of its value on that line; a classifier's is the prototype of its class.
 """
 
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ WIDTH = 64  # of h'
 EPOCHS, BATCH, LR = 5, 64, 1e-3
 CONTRAST = 0.1  # temperature of the contrast in training
 TEMPERATURES = torch.logspace(-2.5, 1, 36)
-STEP = 0.1  # of values, where the nearest point of the line is looked for
-ALTERNATIVE = 1.0  # how far from the head's value its rivals are, for the distance ratio
+STEP = 0.1  # of values, in the search for the nearest point of the line
+ALTERNATIVE = 1.0  # distance of its rivals from the head's value, for the distance ratio
 
 
 def hats(values: Tensor, anchors: Tensor) -> Tensor:
-    """The shares of the anchors (K,), ascending, in each value (…): (…, K), two of them not 0, which sum to 1.
+    """The shares of the anchors (K,), ascending, in each value (…): (…, K), at most two above 0, with the sum 1.
 
     A value beyond the first or the last anchor is that anchor's.
     """
@@ -127,17 +127,17 @@ class Anchors:
         return shares @ self.values
 
     def temperatures(self, states: Tensor, labels: Tensor) -> Tensor:
-        """Of each exit the temperature that reads the labels with the least squared error, (exits,)."""
+        """The temperature of each exit with the least squared error of the values read, (exits,)."""
         similar = self.similarities(states)
         read = torch.stack([(similar / t).softmax(-1) @ self.values for t in TEMPERATURES])
         return TEMPERATURES[(read - labels[:, None]).square().mean(1).argmin(0)]
 
     def geometry(self, states: Tensor, values: Tensor, temperatures: Tensor) -> Tensor:
-        """What the anchors say of an exit whose head says values (n, exits): (n, exits, 3).
+        """Features of exits whose heads give values (n, exits), from the anchors: (n, exits, 3).
 
-        How far the value read from the anchors is from the head's; the distance ratio; the log of the distance to the
-        nearest point of the line. The ratio is ½(1 + (r1 − r2)/max(r1, r2)), r1 the distance to the point of the
-        head's value, r2 that to the nearer one of the points one unit below and above.
+        They are the distance of the value read from the anchors to the head's; the distance ratio; and the log of the
+        distance to the nearest point of the line. The ratio is ½(1 + (r1 − r2)/max(r1, r2)), r1 the distance to the
+        point of the head's value, r2 that to the nearer one of the points one unit below and above.
         """
         units, points = F.normalize(self.embed(states), dim=-1), F.normalize(self.points, dim=-1)
         low, high = float(self.values[0]), float(self.values[-1])

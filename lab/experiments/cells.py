@@ -1,4 +1,4 @@
-"""Trained models of the studies, each with all its exits recorded; what a folder already has is not computed again.
+"""Trained models of the studies, each with all its exits recorded; the contents of a folder are reused.
 
 runs/mrpc-minilm-D-0/            a checkpoint of de3 train
 runs/mrpc-minilm-D-0/states-unseen.safetensors
@@ -30,8 +30,9 @@ from de3.training.data import Encoded, Example, evaluation_batches
 from de3.training.model import De3Config, De3Model
 from de3.training.progress import console, track
 from de3.training.recipe import by_size
+from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.tasks import TASKS, minilm
 
 FOLDS = 5
@@ -43,13 +44,13 @@ NAME = re.compile(r"([a-z0-9]+)-(minilm|mpnet)-([TWSD]+|none)((?:-[a-z]+=[a-z0-9
 
 @dataclass(frozen=True)
 class Cell:
-    """What one model is trained on, and how.
+    """The data and the training of one model.
 
     Attributes:
         recipe: letters: T a teacher's answers, for altered copies too; W exit-likely weights; S the last exit teaches
-            the others; D the paper's DAR; "none" of them. Then, after commas, other settings of the training (alpha,
+            the others; D the paper's DAR; "none": none of them. After commas other settings of the training (alpha,
             gamma, pooling, prototypes, weights): "D,pooling=cls".
-        fold: of 5, what to hold out and measure; None: held out as de3 train does, and measured on dev or test.
+        fold: the fold of 5 that is held out and measured; None: held out as de3 train does, measured on dev or test.
     """
 
     task: str
@@ -73,7 +74,7 @@ class Cell:
         task, encoder, letters, more, seed, fold = match.groups()
         if unknown := set(re.findall(r"-([a-z]+)=", more)) - SETTINGS:
             raise ValueError(
-                f"{name}: {unknown.pop()} is no setting; those are {', '.join(sorted(SETTINGS))}"
+                f"{name}: unknown setting {unknown.pop()}; there are {', '.join(sorted(SETTINGS))}"
             )
         return cls(task, encoder, letters + more.replace("-", ","), int(seed), int(fold) if fold else None)
 
@@ -89,7 +90,7 @@ class Cell:
 
 
 def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell]]:
-    """Cells by task, encoder, recipe, and whether they are folds: those of a group differ in seed or fold."""
+    """Cells by task, encoder, recipe, and True for folds; the cells of a group differ in seed or fold."""
     groups: dict[tuple[str, str, str, bool], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.encoder, cell.recipe, cell.fold is not None), []).append(cell)
@@ -98,7 +99,7 @@ def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell
 
 @dataclass(frozen=True)
 class States:
-    """Texts that a model was run on.
+    """The states and exits of texts.
 
     Attributes:
         pooled: h^(m) of every exit, (n, exits, hidden), float16.
@@ -156,7 +157,7 @@ class Trained:
         return self.checkpoint.config
 
     def examples(self, part: str) -> list[Example]:
-        """The samples of a part: train, held-out or unseen; of held-out ones those that are whole texts."""
+        """The samples of a part: train, held-out (whole texts only) or unseen."""
         held = self.checkpoint.held_out("tune")
         if self.cell.fold is None:
             held += self.checkpoint.held_out("certify")
@@ -198,7 +199,7 @@ class Trained:
 
 @torch.no_grad()
 def _run(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> dict[str, Tensor]:
-    """Every exit's states; in bfloat16 for training texts, which are many, and fitted on only."""
+    """Every exit's states; in bfloat16 for training texts, which are many and only fitted on."""
     model.eval()
     n, exits, labels = len(encoded), len(model.config.exit_layers), model.config.num_labels
     pooled = torch.zeros(n, exits, model.config.hidden_size, dtype=torch.float16)
@@ -293,8 +294,8 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
 class Objective:
     """The training loss with COSEE's weights (arXiv 2412.13236) or the last exit as a teacher.
 
-    exit_likely: a sample's weight at exit m is softmax(−β·|m − e|), e the exit that it would leave at by entropy and a
-    random τ, the mean of 5 of them; β grows from 0 to 10, as theirs does. Instead of weights by depth.
+    exit_likely: instead of weights by depth, a sample's weight at exit m is softmax(−β·|m − e|), where e is its exit by
+    entropy at a random τ; the mean over 5 such τ. β grows from 0 to 10, as in the paper.
     self_distill: half of each exit's loss but the last one's is T²·KL to the last one's probabilities, T = 2.
     """
 
@@ -316,7 +317,7 @@ class Objective:
         distill: float,
         temperature: float,
     ) -> Tensor:
-        """As training.loss.total."""
+        """The loss, with the arguments of training.loss.total."""
         self.step += 1
         if not (self.exit_likely or self.self_distill):
             return losses.total(logits, distances, labels, weights, alpha, teacher, distill, temperature)

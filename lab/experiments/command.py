@@ -1,4 +1,4 @@
-"""The command of a study on trained cells: measure them, or print and draw earlier results again."""
+"""The command of a study on trained cells: measure them, or print and plot earlier results again."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ import typer
 from lab.experiments import measures
 from lab.experiments.cells import Cell
 
-# What tells the rows of a study apart.
+# The keys that identify a row of a study.
 IDENTITY = ("cell", "task", "encoder", "recipe", "folds", "embeddings")
 
 
@@ -24,9 +24,9 @@ def command(
 
     Args:
         name: of the files in lab/docs/experiments, NAME.json and NAME.png.
-        measure: the results of cells, of the folder of the data sets and that of the trained models.
-        tables: the results as text.
-        plot: draws the results into a file.
+        measure: gives the results of cells, from the folder of the data sets and that of the trained models.
+        tables: gives the results as text.
+        plot: plots the results into a file.
     """
 
     def main(
@@ -35,7 +35,7 @@ def command(
         names: Annotated[list[str] | None, typer.Argument(help="Cells, such as mrpc-minilm-D-0.")] = None,
         add: Annotated[bool, typer.Option("--add", help="Keep the earlier results of other models.")] = False,
         redraw: Annotated[
-            bool, typer.Option("--redraw", help="Only print and draw the results again.")
+            bool, typer.Option("--redraw", help="Only print and plot the results again.")
         ] = False,
     ) -> None:
         if not redraw:
@@ -53,7 +53,7 @@ def command(
 
 
 def added(earlier: Any, found: Any) -> Any:
-    """Earlier results, with those of the same models replaced, and new ones at the end."""
+    """Earlier results, with those of the same models replaced and new ones appended."""
     if isinstance(earlier, dict):
         return earlier | found
     rows = {tuple(row.get(key) for key in IDENTITY): row for row in [*earlier, *found]}

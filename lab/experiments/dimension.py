@@ -1,4 +1,4 @@
-"""How wide must the prototype space be? Networks of 16 to 768 dimensions, five seeds, on cached states.
+"""Width of the prototype space: networks of 16 to 768 dimensions, five seeds, on cached states.
 
     python -m lab experiment dimension DATA RUNS mrpc-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment dimension --redraw

@@ -1,15 +1,15 @@
-"""Drift without labels: does it help to let the prototypes follow, or to fit the risk again from audits?
+"""Drift without labels: prototypes that follow the texts, and a risk that is refitted on audits.
 
     python -m lab experiment drift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment drift --redraw
 
-A stream has texts in domain, then texts of another. τ stays that of the calibration in domain, for at most 2% of
-answers unlike full depth by the signal risk. A few texts, drawn at random, are audited: run to full depth after their
-answer, as the server does. Nothing knows a label.
+A stream has texts in domain, then texts of another domain. τ stays that of the calibration in domain, for at most 2% of
+answers that differ from full depth, by the signal risk. A few random texts are audited: they run to full depth after
+their answer, as in the server. No labels are used.
 
-The other domain's texts are parted at random. One half, drawn again and again, makes up the long part of the stream, in
-which there are enough audits; the other half ends it, each text once, and is what is measured. So nothing has been
-fitted on a text that is measured, before that text was answered.
+The other domain's texts are split at random. One half, drawn with replacement, makes up the long part of the stream, in
+which there are enough audits. The other half ends the stream, each text once, and is measured. So nothing is fitted on
+a measured text before that text is answered.
 """
 
 from collections import deque
@@ -49,7 +49,7 @@ from lab.experiments.shift import (
 
 NAME = "drift"
 ORDERS = 20
-HOME, AWAY = 2_000, 11_000  # texts of a stream before those that are measured; of HOME, at most
+HOME, AWAY = 2_000, 11_000  # texts of a stream before the measured ones; HOME: at most
 AUDITS = 500  # that the risk is fitted on
 BATCH = 64  # texts to a step of the sliding average, as in training
 SURE = 0.5  # an early answer is a pseudo-label if its score is below this share of τ
@@ -79,7 +79,7 @@ class Texts(NamedTuple):
 
 
 def cosines(embedded: NDArray[np.float32], prototypes: Prototypes) -> NDArray[np.float32]:
-    """Of embeddings (n, spaces, metric_dim) with each prototype, (n, spaces, K)."""
+    """Cosines of embeddings (n, spaces, metric_dim) with each prototype, (n, spaces, K)."""
     units = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in (embedded, prototypes)]
     return np.asarray((units[0].transpose(1, 0, 2) @ units[1].transpose(0, 2, 1)).transpose(1, 0, 2))
 
@@ -105,9 +105,9 @@ def slide(
 def pseudo_labels(
     recorded: Recorded, scores: Floats, index: Rows, tau: float, audited: NDArray[np.bool_]
 ) -> tuple[Rows, NDArray[np.bool_]]:
-    """The label of each text, and whether it counts, both (n,).
+    """The label of each text, and True where it is used, both (n,).
 
-    It is full depth's answer where that is known. Else it is the answer that was given, if its score is small.
+    It is full depth's answer where that is known, else the answer that was given, which is used if its score is small.
     """
     rows = np.arange(len(index))
     known = audited | (index == scores.shape[1] - 1)
@@ -116,9 +116,10 @@ def pseudo_labels(
 
 
 class Guard:
-    """Ends the following once it does harm: audits tell how often the nearest prototype is that of full depth's answer.
+    """Stops prototypes that follow once they do harm.
 
-    It compares the prototypes that have moved with those of the start, on the same audits.
+    It compares, on the same audits, how often the nearest prototype is that of full depth's answer: of the moved
+    prototypes and of those at the start.
     """
 
     WINDOW, LEAST, MARGIN = 100, 30, 0.02
@@ -128,7 +129,7 @@ class Guard:
         self.has_fired = False
 
     def add(self, moved: NDArray[np.bool_], start: NDArray[np.bool_]) -> None:
-        """An audit: whether the nearest prototype was right at each exit, moved and at the start, each (spaces,)."""
+        """Add an audit: True where the nearest prototype was right, moved and at the start, each (spaces,)."""
         self._gains.append(float(moved.mean()) - float(start.mean()))
         if len(self._gains) >= self.LEAST and np.mean(self._gains) < -self.MARGIN:
             self.has_fired = True
@@ -136,7 +137,7 @@ class Guard:
 
 @dataclass(frozen=True)
 class Arm:
-    """What adapts: prototypes that follow, with a guard or without, and a risk that is fitted again."""
+    """A combination of adaptations: prototypes that follow, with a guard or without, and a refitted risk."""
 
     follow: bool = False
     refit: bool = False
@@ -154,7 +155,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Start:
-    """What a model was calibrated with."""
+    """The state of a model after its calibration."""
 
     prototypes: Prototypes
     risk: Risk
@@ -164,7 +165,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stream:
-    """The order of texts, which of them are audited, and the place of the first that is measured."""
+    """The order of texts, the audited ones, and the place of the first measured one."""
 
     order: Rows
     audited: NDArray[np.bool_]
@@ -182,7 +183,7 @@ def stream(home: Rows, away: Rows, seed: int) -> Stream:
 
 
 def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
-    """One stream and arm: what it does with the texts that are measured."""
+    """The results of an arm on the measured texts of a stream."""
     prototypes, risk, guard = start.prototypes, start.risk, Guard()
     audits: list[Recorded] = []  # with the distances that they had
     fitted = False
@@ -192,7 +193,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
         recorded = texts.rows(rows, prototypes)
         scores = risk.scores(recorded)
         scored.append(scores)
-        # From here on, what changes is for the texts that come later.
+        # Changes from here on take effect for later texts only.
         audits.append(recorded.rows(audited))
         if arm.follow and not guard.has_fired:
             if arm.guarded and audited.any():
@@ -223,7 +224,7 @@ def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float
 
 
 def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: Prototypes) -> None:
-    """Show the guard some audits."""
+    """Add audits to the guard."""
     wanted = texts.recorded.answers[rows, -1][:, None]
     right = [cosines(texts.embedded[rows], prototypes).argmax(-1) == wanted for prototypes in (moved, start)]
     for one, other in zip(*right, strict=True):
@@ -240,7 +241,7 @@ def calibrated(trained: Trained) -> Start:
 
 
 def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]:
-    """By the domain that comes: all texts, and the rows of those in domain and of those that come."""
+    """By the domain that follows: all texts, and the rows of those in domain and of those that follow."""
     (_, home), *others = domains(trained, root).items()
     n = len(home.pooled)
     found = {}
@@ -266,7 +267,7 @@ def measure(
 
 
 def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
-    """The results by the domain that comes."""
+    """The results by the domain that follows."""
     found = {}
     for cell in cells:
         trained = Trained(cell, root, runs)

@@ -1,4 +1,4 @@
-"""Four recipes in a half-fraction of a factorial design: 8 of their 16 combinations, which tell all main effects apart.
+"""Four recipes in a half-fraction of a factorial design: 8 of their 16 combinations, for all main effects.
 
     python -m lab experiment factorial DATA RUNS mrpc-minilm-D-0 cola-minilm-D-0
     python -m lab experiment factorial --redraw
@@ -33,7 +33,7 @@ SPEEDUPS = (1.0, 1.5, 2.0, 3.0, 4.0)
 
 
 def of_cell(trained: Trained, first: int) -> dict[str, Floats]:
-    """For each response how right each sample is, (n,), or one number; first: exits to leave out."""
+    """Each response by sample, (n,), or as one number; first: number of first exits to leave out."""
     recorded = joined([trained.states(part).without(first).recorded for part in ("held-out", "unseen")])
     scores = risk.cross_fit(recorded)
     found = {f"{s:g}×": right_at(scores, recorded, s) for s in SPEEDUPS[1:]}
@@ -68,7 +68,7 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 def effect(found: dict[str, dict[str, Floats]], factor: str) -> dict[str, Any]:
-    """What a factor adds to each response, with a 95% interval over the samples where the response has them."""
+    """The effect of a factor on each response, with a 95% interval where the response is by sample."""
     out: dict[str, Any] = {}
     for name in found["D"]:
         with_it, without = (

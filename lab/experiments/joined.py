@@ -1,11 +1,10 @@
-"""A multi-label set made of CLINC150: two questions in one text, with the intents of both.
+"""A multi-label set made from CLINC150: two questions in one text, with the intents of both.
 
     python -m lab experiment joined DATA OUT
 
-OUT gets train.jsonl, val.jsonl and test.jsonl, each of the questions of CLINC150's part of that name, each question in
-one text only. Of every five texts with an intent three have two questions, of different intents, and two have one.
-The out-of-scope questions, most of which CLINC150 has in its test part, are shared out by the parts' sizes; they have
-no label.
+OUT gets train.jsonl, val.jsonl and test.jsonl, from the questions of CLINC150's parts of these names; each question is
+in one text only. Of every five texts with an intent three have two questions, of different intents, and two have one.
+The out-of-scope questions, most of which are in the test part, are divided by the parts' sizes; they have no label.
 """
 
 import json

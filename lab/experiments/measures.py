@@ -1,4 +1,4 @@
-"""What the studies measure: the score at an exact speed-up, intervals of differences, merit, AUROC."""
+"""Measures of the studies: accuracy at an exact speed-up, intervals of differences, merit, AUROC; and their results."""
 
 import json
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def thresholds(scores: Floats) -> Floats:
 
 
 def right_at(scores: Floats, recorded: Recorded, speedup: float, values: Floats | None = None) -> Floats:
-    """How right each text is when τ is set for a speed-up in layers, (n,): between two τ, the mean by their shares.
+    """Correctness of each text at a speed-up in layers, (n,), interpolated between two τ.
 
-    τ needs no labels, so it is set on the texts that are measured, and all signals are compared at the same speed-up.
-    NaN if even the loosest τ is slower. values: (n, exits), what to average instead of whether each exit is right.
+    τ needs no labels, so it is set on the measured texts, and all signals are compared at the same speed-up. NaN if
+    even the loosest τ is slower. values: (n, exits), to average instead of the correctness of each exit.
     """
     layers, rows = np.asarray(recorded.exit_layers), np.arange(len(scores))
     values = recorded.correct.astype(float) if values is None else values
@@ -73,7 +73,7 @@ def merit(scores: Floats, recorded: Recorded) -> float:
 
 
 def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
-    """The highest speed-up in layers at which at most so many answers are unlike full depth, in hindsight."""
+    """The highest speed-up in layers within a disagreement with full depth, in hindsight."""
     layers, rows, differs = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.differs
     best = 1.0
     for tau in thresholds(scores):
@@ -84,7 +84,7 @@ def speed_within(scores: Floats, recorded: Recorded, disagreement: float) -> flo
 
 
 def fastest_within(scores: Floats, recorded: Recorded, loss: float) -> float:
-    """The highest speed-up in layers at which at most so much accuracy is lost, in hindsight."""
+    """The highest speed-up in layers within a loss of accuracy, in hindsight."""
     layers, rows, correct = np.asarray(recorded.exit_layers), np.arange(len(scores)), recorded.correct
     full, best = correct[:, -1].mean(), 1.0
     for tau in thresholds(scores):
@@ -106,7 +106,7 @@ def tau_within(scores: Floats, recorded: Recorded, loss: float) -> float:
 
 
 def at(scores: Floats, recorded: Recorded, tau: float) -> tuple[float, float]:
-    """The mean exit layer at a τ, and how much accuracy it loses."""
+    """The mean exit layer and the loss of accuracy at a τ."""
     index, correct = exit_index(scores, tau), recorded.correct
     loss = correct[:, -1].mean() - correct[np.arange(len(index)), index].mean()
     return float(np.asarray(recorded.exit_layers)[index].mean()), float(loss)
@@ -124,7 +124,7 @@ def auroc(scores: Floats, positive: NDArray[Any]) -> float:
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> str:
-    """A table, as the pages of docs/ have them."""
+    """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 

@@ -1,11 +1,11 @@
-"""Which prototypes tell most about an exit's mistakes: α, γ, and how the final prototypes are computed?
+"""Prototypes and an exit's mistakes: α, γ, and ways to compute the final prototypes.
 
     python -m lab experiment prototypes DATA --task mrpc
 
 Trains with α = 0 and α = 0.1, and with γ fixed and as max(γ, 1/n_k), where n_k counts the batches with class k so far.
-Each model's prototypes are then the sliding averages (Eq. 1), the class means of h', those of the refit networks, and
-the class means of h. The measure is what the distance ratio adds to risk on unseen data: the gain in AUROC for "this
-exit disagrees with full depth", the mean of the exits, and the merit as in training.studies.risk_features.
+Each model's prototypes are then the sliding averages (Eq. 1), the class means of h', those of the refitted networks,
+and the class means of h. The measure is the gain of risk by the distance ratio on unseen data: in AUROC for "this exit
+disagrees with full depth", the mean of the exits, and in merit as in lab.experiments.risk_features.
 """
 
 import json
@@ -26,8 +26,9 @@ from de3.training import data, prototypes
 from de3.training.checkpoint import quiet
 from de3.training.model import De3Model
 from de3.training.recipe import by_size
+from de3.training.settings import PROTOTYPES, TrainSettings
 from de3.training.split import split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.measures import auroc
 from lab.experiments.recipes import read
 from lab.experiments.risk_features import Floats, Samples, class_means, features, fitted, speeds
@@ -38,11 +39,11 @@ CELLS = {"α 0.1, γ 0.01": (0.1, False), "α 0.1, γ max(0.01, 1/n)": (0.1, Tru
 
 
 class WarmModel(De3Model):
-    """With γ = max(γ, 1/n_k): a plain mean of the batches of a class, until it has had 1/γ of them."""
+    """A model with γ = max(γ, 1/n_k): the plain mean of a class's batches, up to 1/γ of them."""
 
     @torch.no_grad()
     def update_prototypes(self, embedded: Tensor, labels: Tensor) -> None:
-        """As De3Model's, with the factor of each class."""
+        """One step, with a factor for each class."""
         self.batches = getattr(self, "batches", Counter[int]())
         for k in labels.unique().tolist():
             self.batches[k] += 1
@@ -92,7 +93,7 @@ def measure(root: Path, task: str, cell: str, seed: int) -> Iterator[dict[str, A
         )
     }
     trained = Samples(model, pad_id, encoded["train"])
-    for how in prototypes.CHOICES[::-1]:  # the refit replaces the networks: last
+    for how in PROTOTYPES[::-1]:  # the refit replaces the networks: last
         prototypes.finish(model, encoded["train"], pad_id, how, settings.head_lr, seed, settings.bf16)
         model.eval()
         held, test = (Samples(model, pad_id, encoded[what]) for what in ("held-out", "unseen"))
@@ -103,7 +104,7 @@ def measure(root: Path, task: str, cell: str, seed: int) -> Iterator[dict[str, A
 
 
 def gain(held: Samples, test: Samples, near: Floats | None, far: Floats | None) -> dict[str, Any]:
-    """What DR by distances `near` (held-out samples) and `far` (unseen ones) adds to risk; None: to the prototypes."""
+    """Gain of risk by DR of distances `near` (held-out samples) and `far` (unseen ones); None: to the prototypes."""
     distances = {id(held): near, id(test): far}
     without = fitted(held, test, lambda s: features(s)[..., :4])
     with_it = fitted(held, test, lambda s: features(s, distances[id(s)]))
@@ -130,7 +131,7 @@ def main(
     results: Annotated[Path, typer.Option(help="File of the results.")] = RESULTS,
     table: Annotated[bool, typer.Option("--table", help="Only print the table of the results.")] = False,
 ) -> None:
-    """Train with several prototype spaces, and print what each one's distance ratio adds to risk."""
+    """Train with several prototype spaces, and print the gain of risk by the distance ratio of each."""
     quiet()
     done = read(results)
     for name in () if table else task or ["mrpc"]:
@@ -148,7 +149,7 @@ def main(
 
 def report(results: Path) -> Table:
     """The gain in AUROC and in merit by task, training and prototypes."""
-    table = Table(title="What the distance ratio adds to risk, on unseen data")
+    table = Table(title="Gain of risk by the distance ratio, on unseen data")
     for column in ("task", "training", "prototypes", "AUROC gain, mean", "by exit", "merit", "without"):
         table.add_column(column, justify="right" if column[0] in "Amw" else "left")
     for row in read(results):

@@ -1,11 +1,11 @@
-"""Which batch size, learning rate and number of epochs fit a data set? The measurement behind training/recipe.py.
+"""Batch sizes, learning rates and numbers of epochs by data set: the measurement behind training/recipe.py.
 
     python -m lab experiment recipes DATA --task mrpc --recipe 16,5e-5,5 --recipe 32,1e-4,5 --seed 0 --seed 1
     python -m lab experiment recipes DATA --plain --task mrpc     # transformers' own classifier, for comparison
     python -m lab experiment recipes --table
 
 DATA holds the data sets as GLUE and their authors distribute them: mrpc/train.tsv and so on. Each run adds a line to
---results and is not repeated; the accuracies are those on dev or test, which no run saw.
+--results and is not repeated. Accuracies are those on dev or test, which no run used.
 """
 
 import json
@@ -26,8 +26,9 @@ from de3.training.checkpoint import quiet
 from de3.training.data import Example
 from de3.training.model import De3Model
 from de3.training.predict import predict
+from de3.training.settings import TrainSettings
 from de3.training.split import split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments.tasks import TASKS, minilm
 from tests.fine_tune import fine_tune
 
@@ -97,7 +98,7 @@ def _de3(
     settings: TrainSettings,
     keep: Path | None,
 ) -> dict[str, Any]:
-    """The accuracy of every exit, and which unseen samples the last one has right."""
+    """The accuracy of every exit, and the unseen samples that the last one answers correctly."""
     from transformers import AutoConfig, AutoTokenizer
 
     torch.manual_seed(settings.seed)
@@ -126,7 +127,7 @@ def _plain(
 
 
 def _scores(answers: Any, test: list[Example]) -> dict[str, Any]:
-    """Accuracy, F1 of the second of two labels, and which samples are right, as a string of 0 and 1."""
+    """Accuracy, F1 of the second of two labels, and the correct samples, as a string of 0 and 1."""
     labels = np.array([e.label for e in test])
     right = answers == labels
     scores: dict[str, Any] = {"accuracy": float(right.mean())}

@@ -1,11 +1,11 @@
-"""Early exit of a regression model, STS-B: which signal knows best how far an exit's value is from full depth's?
+"""Early exit of a regression model on STS-B: signals that predict an exit's distance from full depth's value.
 
     python -m lab experiment regression DATA RUNS
     python -m lab experiment regression --redraw      # the tables and the plot again, from the JSON
 
-MiniLM is trained with a linear value head at every exit; all that follows works on its recorded states. Heads are
-fitted again, and ordered anchor prototypes (training.studies.anchors) fitted, on training pairs, signals
-(training.studies.value_signals) on held-out pairs; all are measured on dev.
+MiniLM is trained with a linear value head at every exit; everything else uses its recorded states. Heads are refitted,
+and ordered anchor prototypes (lab.experiments.anchors) fitted, on training pairs; signals
+(lab.experiments.value_signals) are fitted on held-out pairs. All are measured on dev.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,9 @@ from de3.training.data import evaluation_batches
 from de3.training.evaluate import correlation
 from de3.training.model import De3Model
 from de3.training.progress import console, track
+from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import TrainSettings, train
+from de3.training.trainer import train
 from lab.experiments import measures
 from lab.experiments.anchors import KINDS, Anchors
 from lab.experiments.tasks import REGRESSIONS, minilm
@@ -45,7 +46,7 @@ from lab.experiments.value_signals import (
 )
 
 NAME = "regression"
-TOLERANCE = 0.5  # of STS-B's 0 to 5; it chooses the epoch only
+TOLERANCE = 0.5  # of STS-B's 0 to 5; used to choose the epoch only
 SETTINGS = TrainSettings(epochs=5, batch_size=32, lr=1e-4, head_lr=1e-3, alpha=0.0)
 HIGHEST = 5.0  # of STS-B's values
 COUNTS = (6, 11)  # of anchors
@@ -116,7 +117,7 @@ def by_exit(values: Tensor, labels: Tensor) -> dict[str, list[float]]:
 
 
 def again(train_pairs: Pairs, fold: Fold) -> Fold:
-    """The fold with the values of heads that are fitted again, to the trained encoder's states, by ridge."""
+    """The fold with the values of heads that are refitted to the trained encoder's states by ridge."""
     y = train_pairs.labels.double().numpy()
 
     def values(p: Pairs) -> Tensor:
@@ -128,12 +129,12 @@ def again(train_pairs: Pairs, fold: Fold) -> Fold:
 
 
 class Fitted(NamedTuple):
-    """Anchors of one seed, and what follows from them.
+    """The fold with anchors of one seed.
 
     Attributes:
-        beside: the fold's values, with the anchors' geometry.
-        read: the values that the anchors read, with their geometry.
-        error: of those of held-out pairs, squared.
+        beside: the heads' values, with the anchors' geometry.
+        read: the values read from the anchors, with their geometry.
+        error: mean squared error of `read` on held-out pairs.
     """
 
     beside: Fold
@@ -142,7 +143,7 @@ class Fitted(NamedTuple):
 
 
 def with_anchors(train_pairs: Pairs, fold: Fold, count: int, kind: str, seed: int) -> Fitted:
-    """Fit anchors on training states; on held-out pairs only their temperatures."""
+    """Fit anchors on training states, and their temperatures on held-out pairs."""
     values = torch.linspace(0, HIGHEST, count)
     anchors = Anchors.fit(train_pairs.states, train_pairs.labels, values, kind, seed)
     temperatures = anchors.temperatures(fold.held.states, fold.held.labels)
@@ -203,7 +204,7 @@ def study(root: Path, runs: Path, encoders: int) -> dict[str, Any]:
 
 
 def _heads(folds: Sequence[Fold]) -> dict[str, list[float]]:
-    """How right the values of unseen pairs are by exit, the mean of folds."""
+    """Correlations and errors of the values of unseen pairs by exit, the mean of the folds."""
     each = [by_exit(fold.unseen.values, fold.unseen.labels) for fold in folds]
     return {key: np.mean([one[key] for one in each], 0).tolist() for key in each[0]}
 
@@ -242,7 +243,7 @@ def _row(cells: Sequence[object]) -> str:
 
 
 def _cells(signal: dict[str, Any]) -> list[str]:
-    """Of each speed-up both correlations, and Pearson's gain with its interval."""
+    """Cells of each speed-up: both correlations, and Pearson's gain with its interval."""
     cells = []
     for s in SPEEDUPS[1:]:
         at = signal["speedups"][f"{s:g}"]
@@ -279,8 +280,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def main(
     root: Annotated[Path | None, typer.Argument(help="Folder of the data sets.")] = None,
     runs: Annotated[Path | None, typer.Argument(help="Folder of the trained model.")] = None,
-    redraw: Annotated[bool, typer.Option(help="Only print and draw the results again.")] = False,
-    encoders: Annotated[int, typer.Option(min=1, help="How many to train, with seeds from 0.")] = 1,
+    redraw: Annotated[bool, typer.Option(help="Only print and plot the results again.")] = False,
+    encoders: Annotated[int, typer.Option(min=1, help="Number of encoders to train, with seeds from 0.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads of PyTorch; by default it chooses.")] = None,
 ) -> None:
     """Train a value head at every exit, fit the signals, and compare them at equal speed-up."""

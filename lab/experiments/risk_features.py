@@ -1,4 +1,4 @@
-"""Which signal exits earliest at equal disagreement with full depth, and does the geometry of the prototypes help it?
+"""Signals at equal disagreement with full depth, and features of risk, such as the geometry of the prototypes.
 
     python -m lab experiment risk_features DATA CHECKPOINT --task mrpc
 
@@ -58,7 +58,7 @@ class Samples:
 
     @property
     def differs(self) -> Floats:
-        """Whether each exit's label is not that of full depth, (n, exits)."""
+        """1 where an exit's label is not that of full depth, (n, exits)."""
         labels = self.recorded.logits.argmax(-1)
         return np.asarray(labels != labels[:, -1:], np.float64)
 
@@ -81,13 +81,13 @@ def class_means(train: Samples, centred: bool) -> Callable[[Samples], Floats]:
 
 
 def features(samples: Samples, distances: Floats | None = None) -> Floats:
-    """The features of risk, (n, exits, 5), with other distances than those to the prototypes."""
+    """The features of risk, (n, exits, 5); distances: instead of those to the prototypes."""
     used = samples.recorded.distances if distances is None else distances
     return formulas.risk_features(samples.recorded.logits, used)
 
 
 def variants(train: Samples) -> dict[str, Features]:
-    """What a risk might be fitted on, by name."""
+    """Candidate features of risk, by name."""
     raw, centred = class_means(train, False), class_means(train, True)
 
     def also(extra: Callable[[Samples], Floats]) -> Features:
@@ -113,14 +113,14 @@ def variants(train: Samples) -> dict[str, Features]:
 
 
 def fitted(held_out: Samples, unseen: Samples, of: Features) -> Floats:
-    """The scores of unseen samples, (n, exits), by a logistic regression on samples that were held out."""
+    """The scores of unseen samples, (n, exits), by a logistic regression on held-out samples."""
     x, y, z = of(held_out), held_out.differs, of(unseen)
     scores = [z[:, j] @ regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]
     return np.stack([*scores, np.full(len(z), np.inf)], 1)
 
 
 def isotonic(held_out: Samples, unseen: Samples) -> Floats:
-    """As `fitted`, and then each exit's score made a probability by an isotonic regression on the same samples."""
+    """As `fitted`, with each exit's score then calibrated by an isotonic regression on the same samples."""
     x, y, z = features(held_out), held_out.differs, features(unseen)
     scores = []
     for j in range(x.shape[1] - 1):
@@ -128,19 +128,19 @@ def isotonic(held_out: Samples, unseen: Samples) -> Floats:
         known = x[:, j] @ weights
         order = known.argsort()
         steps = isotonic_regression(y[order, j]).x
-        # Ties are broken by the logistic score, or whole steps would leave at once.
+        # Ties are broken by the logistic score, or whole steps would exit at once.
         scores.append(np.interp(z[:, j] @ weights, known[order], steps + 1e-9 * known[order]))
     return np.stack([*scores, np.full(len(z), np.inf)], 1)
 
 
 def shared(held_out: Samples, unseen: Samples, strength: float) -> Floats:
-    """As `fitted`, with the exits' weights drawn towards those of one regression for all exits, by so many samples."""
+    """As `fitted`, with weights shrunk towards one regression for all exits, as if by `strength` samples."""
     x, y, z = features(held_out)[:, :-1], held_out.differs[:, :-1], features(unseen)[:, :-1]
     flat = x.reshape(-1, x.shape[-1])
     common = regress(flat, y.reshape(-1))
     answers = 1 / (1 + np.exp(-np.clip(flat @ common, -500, 500))).reshape(y.shape)
     share = strength / (strength + len(x))
-    # Each exit sees, with a share, what the common regression would answer: as many samples of its own mind.
+    # Each target is mixed with the answer of the common regression.
     scores = [
         z[:, j] @ regress(x[:, j], (1 - share) * y[:, j] + share * answers[:, j]) for j in range(x.shape[1])
     ]
@@ -166,7 +166,7 @@ def main(
     folder: Annotated[Path, typer.Argument(help="A checkpoint of de3 train, on the same data and seed.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")],
 ) -> None:
-    """Compare signals and what risk may be fitted on, on data that nothing was trained or fitted on."""
+    """Compare signals and features of risk, on data that nothing was trained or fitted on."""
     checkpoint = Checkpoint(folder)
 
     def samples(examples: list[data.Example], what: str) -> Samples:

@@ -1,4 +1,4 @@
-"""Exit signals of the literature on recorded exits: each (n, exits), smaller is surer, the last exit's not used."""
+"""Exit signals of the literature on recorded exits: (n, exits), small means sure; the last exit's are not used."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,16 +21,16 @@ CAP_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class Family(NamedTuple):
-    """A signal, by each of its parameters: which one to use is chosen on held-out samples."""
+    """A signal with each value of its parameter, which is chosen on held-out samples."""
 
     name: str
     choices: dict[str, Score]
 
 
 def families(model: De3Model, train: States | None, held: States, first: int = 0) -> list[Family]:
-    """All signals, those that need fitting fitted on held-out samples (learned exits: on training samples).
+    """All signals, fitted on held-out samples where necessary (learned exits: on training samples).
 
-    first: leave out the model's first exits; the states are without them.
+    first: number of first exits of the model that the states lack.
     """
     out = [
         Family("entropy", {"": lambda s: s.recorded.entropy}),
@@ -57,7 +57,7 @@ def edr(states: States, lam: float) -> Floats:
 
 
 def patience(states: States) -> Floats:
-    """PABEE's: 1/(1 + how many exits before this one in a row gave its answer)."""
+    """PABEE's patience: 1/(1 + number of exits in a row before this one with the same answer)."""
     answers = states.recorded.answers
     streak = np.zeros(answers.shape)
     for j in range(1, answers.shape[1]):
@@ -74,7 +74,7 @@ def energy(states: States, temperature: float) -> Floats:
 
 
 def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
-    """CAP: the softmax of the logits and scale·NSP, at NSP; NSP is the share of h that the classifier cannot see.
+    """CAP: the softmax of the logits and scale·NSP, at NSP; NSP is the share of h outside the classifier's row space.
 
     With W (K, hidden) and b: x = h + pinv(W)·b, NSP = √(1 − ‖P x‖²/‖x‖²), P the projection on the rows of W.
     """
@@ -92,7 +92,7 @@ def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
 
 
 def by_exit(held: States, features: Callable[[States], Floats]) -> Score:
-    """For each exit a logistic regression of "unlike full depth" on features, the first of which is 1."""
+    """For each exit a logistic regression of "differs from full depth" on features, the first of which is 1."""
     x, y = features(held), held.recorded.differs.astype(np.float64)
     weights = [regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]
 
@@ -104,7 +104,7 @@ def by_exit(held: States, features: Callable[[States], Floats]) -> Score:
 
 
 def learned(train: States, rows: int = 20_000, steps: int = 300) -> Score:
-    """BERxiT's: one linear map of h, shared by the exits, fitted on training samples to tell right from wrong."""
+    """BERxiT's learned exits: one linear map of h for all exits, fitted on training samples to predict correctness."""
     keep = np.random.default_rng(0).permutation(len(train.pooled))[:rows]
     x = torch.from_numpy(train.pooled[keep, :-1].astype(np.float32))
     y = torch.from_numpy(train.recorded.correct[keep, :-1].astype(np.float32))

@@ -1,10 +1,10 @@
-"""How do the signals degrade out of distribution, and what do the OOD policy and the guarantee then save?
+"""Signals out of distribution, and the effect of the OOD policy and the guarantee there.
 
     python -m lab experiment shift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment shift --redraw
 
 The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
-measured on other texts in domain, on product reviews, and with questions out of scope. Those have no label.
+measured on other texts in domain, on product reviews, and with out-of-scope questions, which have no label.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,14 +39,14 @@ from lab.experiments.tasks import out_of_scope, reviews
 
 NAME = "shift"
 REVIEWS = ("books", "electronics")
-TEST_OUT_OF_SCOPE = 1_000  # the last ones are of the test part
+TEST_OUT_OF_SCOPE = 1_000  # questions of the test part, which are the last
 SPEEDUP, DISAGREEMENT = 3.0, 0.02
-CAUTION = 0.5  # what the policy multiplies τ by (server.ood)
+CAUTION = 0.5  # the policy's factor of τ (server.ood)
 STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
 
 
 class Signal(NamedTuple):
-    """A signal: its scores of the held-out texts, (n, exits), and how it scores others."""
+    """A signal: its scores of the held-out texts, (n, exits), and a function that scores other texts."""
 
     held: Floats
     scores: Callable[[Recorded], Floats]
@@ -72,7 +72,7 @@ def both(first: States, second: States) -> States:
 
 
 def signals(held: Recorded) -> dict[str, Signal]:
-    """The signals, fitted on held-out texts where they need that; small is sure."""
+    """The signals, fitted on held-out texts where necessary; small means sure."""
 
     def without(recorded: Recorded) -> Recorded:
         return replace(recorded, distances=np.full_like(recorded.distances, np.nan))
@@ -95,7 +95,7 @@ def signals(held: Recorded) -> dict[str, Signal]:
 
 
 def tau_for_speedup(scores: Floats, recorded: Recorded, wanted: float) -> float:
-    """The smallest τ with at least the wanted speed-up in layers; that of full speed if there is none."""
+    """The smallest τ with at least the wanted speed-up in layers, or the largest τ if there is none."""
     layers, taus = np.asarray(recorded.exit_layers), thresholds(scores)
     low, high = 0, len(taus) - 1  # the mean layer falls as τ rises
     while high - low > 1:
@@ -106,7 +106,7 @@ def tau_for_speedup(scores: Floats, recorded: Recorded, wanted: float) -> float:
 
 
 def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
-    """The largest τ up to which at most so many answers are unlike full depth."""
+    """The largest τ up to which the disagreement with full depth is within a rate."""
     rows, differs = np.arange(len(scores)), recorded.differs
     chosen = -np.inf
     for tau in thresholds(scores):
@@ -117,8 +117,8 @@ def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float
 
 
 def at(scores: Floats, recorded: Recorded, tau: float) -> dict[str, float]:
-    """What a τ does: speed-up in layers, accuracy lost on the texts with a label, texts unlike full depth, and
-    texts that exit early."""
+    """Results at a τ: speed-up in layers, loss of accuracy on texts with a label, disagreement with full depth, and
+    share of texts that exit early."""
     index, rows = exit_index(scores, tau), np.arange(len(scores))
     labelled, correct = recorded.labels >= 0, recorded.correct
     lost = (correct[:, -1].astype(float) - correct[rows, index])[labelled]
@@ -143,9 +143,9 @@ def limits(held: Recorded) -> Floats:
 
 
 def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
-    """The scores as the OOD policy compares them with τ.
+    """Scores that have the effect of the OOD policy.
 
-    It halves τ from the first exit on at which a text is far from every prototype: as if the scores were doubled.
+    It halves τ from the first exit on at which a text is far from every prototype, as if the scores were doubled.
     """
     far = np.maximum.accumulate(recorded.distances.min(-1) > limits, axis=1)
     return np.where(far, scores / CAUTION, scores)
@@ -154,11 +154,11 @@ def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
 def guaranteed(
     scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
 ) -> tuple[float, float, float]:
-    """A stream with the guarantee on, that begins with τ `start` of the grid: share of answers unlike full depth,
-    mean exit layer, and the last τ.
+    """A stream under a guarantee that begins with τ `start` of the grid: disagreement with full depth, mean exit layer,
+    and the last τ.
 
-    Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers: a server
-    runs them when it is idle.
+    Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers, as a
+    server runs them when it is idle.
     """
     rng, rows = np.random.default_rng(seed), np.arange(len(scores))
     index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)

@@ -4,8 +4,8 @@
     python -m lab experiment signals --redraw
 
 The accuracy on unseen samples at fixed speed-ups in layers. Parameters (EDR's λ, energy's T, CAP's α) are chosen for
-each speed-up on held-out samples; τ follows from the speed-up. Cells of one task differ in seed, and are averaged text
-by text, or in fold, and are joined.
+each speed-up on held-out samples; τ follows from the speed-up. Cells of a task that differ in seed are averaged text by
+text, those that differ in fold are joined.
 """
 
 from collections.abc import Sequence
@@ -25,9 +25,9 @@ NAME = "signals"
 
 
 def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
-    """For each signal and speed-up how right each unseen text is, (n,); first: exits to leave out."""
+    """The correctness of each unseen text by signal and speed-up, (n,); first: number of first exits to leave out."""
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
-    # Of 12 layers it would take long to record the training samples, which only learned exits need.
+    # With 12 layers, recording the training samples would take long, and only learned exits need them.
     train = trained.states("train").without(first) if trained.cell.encoder == "minilm" else None
     found = {"full depth": {"1": unseen.recorded.correct[:, -1].astype(float)}}
     for family in families(trained.model, train, held, first):
@@ -40,7 +40,7 @@ def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
 
 
 def chosen(family: Family, held: States, unseen: States, speedup: float) -> tuple[str, Floats]:
-    """The parameter that is best on held-out samples at a speed-up, and how right the unseen texts are with it."""
+    """The parameter that is best on held-out samples at a speed-up, and the correctness of unseen texts with it."""
     if len(family.choices) == 1:
         name = next(iter(family.choices))
     else:
@@ -119,13 +119,13 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def model(row: dict[str, Any]) -> str:
-    """A model as tables name it."""
+    """The name of a model in tables."""
     name = f"{row['task']} {row['encoder']}" + (f" {row['recipe']}" if row["recipe"] != "D" else "")
     return name + (f", {row['cells']} {'folds' if row['folds'] else 'seeds'}" if row["cells"] > 1 else "")
 
 
 def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
-    """An accuracy; with * if its difference to entropy's is beyond chance."""
+    """An accuracy, with * if its difference to entropy's is significant."""
     value = row["signals"].get(name, {}).get(speedup)
     if value is None:
         return "–"

@@ -1,11 +1,11 @@
-"""The prototype space by layer, as the paper draws it (Fig. 10), and the numbers that a picture hides.
+"""The prototype space by layer, plotted as in the paper (Fig. 10), and its numbers.
 
     python -m lab experiment space DATA RUNS mrpc-minilm-D-prototypes=sliding-0 mrpc-minilm-D-0 mrpc-minilm-none-0
     python -m lab experiment space --redraw
 
-For h' of every exit of each cell, and for h itself, on unseen samples: the silhouette by true class (cosine), how often
-the nearest prototype is right, the mean cosine between prototypes, and what log DR adds to a logistic regression on the
-margin and the entropy, in AUROC for "this exit disagrees with the last", fitted on held-out samples.
+For h' of every exit of each cell, and for h itself, on unseen samples: the silhouette by true class (cosine), the
+accuracy of the nearest prototype, the mean cosine between prototypes, and the gain by log DR of a logistic regression
+on margin and entropy, in AUROC for "this exit disagrees with the last", fitted on held-out samples.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ DRAWN = 3  # cells
 
 
 def of_cell(trained: Trained, draw: bool) -> dict[str, Any]:
-    """The numbers of every exit's space, and with draw the t-SNE of some."""
+    """The numbers of every exit's space; draw: and the t-SNE of some samples."""
     train, held, unseen = (trained.states(part) for part in ("train", "held-out", "unseen"))
     labels = unseen.recorded.labels
     embedded = Spaces(trained.model).embedded(unseen)
@@ -66,7 +66,7 @@ def _means(h: NDArray[np.float16], labels: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def silhouette(points: NDArray[np.float32], labels: NDArray[Any]) -> float:
-    """The mean silhouette by class with cosine distances, in [−1, 1]: above 0, classes are apart."""
+    """The mean silhouette by class with cosine distances, in [−1, 1]: above 0, classes are separated."""
     from sklearn.metrics import silhouette_score
 
     return float(silhouette_score(points, labels, metric="cosine", sample_size=2_000, random_state=0))
@@ -104,7 +104,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
             )
             lines.append(["", "", "silhouette", *(number(x) for x in found["silhouette"])])
             lines.append(["", "", "cosine of prototypes", *(number(x) for x in found["prototype cosine"])])
-            lines.append(["", "", "what DR adds, ‰ of AUROC", *gains])
+            lines.append(["", "", "gain by DR, ‰ of AUROC", *gains])
     return markdown(["model", "space", "measure", *(str(m) for m in exits)], lines)
 
 

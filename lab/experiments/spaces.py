@@ -1,4 +1,4 @@
-"""Prototype spaces fitted again on cached states, in seconds."""
+"""Prototype spaces refitted on cached states, in seconds."""
 
 from copy import deepcopy
 
@@ -23,7 +23,7 @@ class Spaces:
 
     @classmethod
     def fit(cls, like: De3Model, train: States, dim: int | None = None, seed: int = 0) -> "Spaces":
-        """Networks retrained with L_DAR and class means of h', as `de3 train` ends; dim: width of h'."""
+        """Networks retrained with L_DAR, and class means of h', as at the end of `de3 train`; dim: width of h'."""
         model = _empty(like, dim)
         order = np.random.default_rng(seed).permutation(len(train.pooled))
         batches = np.array_split(order, -(-len(order) // BATCH))
@@ -69,6 +69,6 @@ def class_means(train: States, of: States, centred: bool) -> Recorded:
 
 
 def nearest_is_right(recorded: Recorded) -> Floats:
-    """How often the nearest prototype is that of the label, by exit, (exits − 1,)."""
+    """Accuracy of the nearest prototype by exit, (exits − 1,)."""
     nearest = recorded.distances[:, :-1].argmin(-1)
     return np.asarray((nearest == recorded.labels[:, None]).mean(0))

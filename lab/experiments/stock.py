@@ -12,10 +12,11 @@ from typing import Annotated
 
 import typer
 
+from de3.tables import Columns, read_rows
 from de3.training import data
 from de3.training.checkpoint import quiet
+from de3.training.settings import TrainSettings
 from de3.training.split import split
-from de3.training.trainer import TrainSettings
 from lab.experiments.tasks import REGRESSIONS, TASKS, minilm
 from tests.fine_tune import fine_tune
 
@@ -42,7 +43,7 @@ def main(
     quiet()
     is_multi, is_regression = multi_label is not None, task in REGRESSIONS and multi_label is None
     read = (
-        data.read_rows(multi_label, data.Columns(multi_label=True))
+        read_rows(multi_label, Columns(multi_label=True))
         if multi_label
         else (TASKS | REGRESSIONS)[task].train(root)
     )

@@ -1,15 +1,13 @@
 """The public data sets of the studies, read from a folder that holds them as GLUE and their authors distribute them."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from de3.training import data
-from de3.training.data import Columns
+from de3.tables import Columns, Text, read_rows
 
-Rows = list[tuple[data.Text, str]]
+Rows = list[tuple[Text, str]]
 
 
 class Task(NamedTuple):
@@ -17,7 +15,7 @@ class Task(NamedTuple):
 
     Attributes:
         train, unseen: read its training rows, and its dev or test rows, from the folder of the data sets.
-        fragments: whether its training rows contain fragments of one another.
+        fragments: its training rows contain fragments of one another.
     """
 
     train: Callable[[Path], Rows]
@@ -27,7 +25,7 @@ class Task(NamedTuple):
 
 def _files(folder: str, unseen: str, columns: Columns, suffix: str = "tsv", fragments: bool = False) -> Task:
     def reader(name: str) -> Callable[[Path], Rows]:
-        return lambda root: data.read_rows(root / folder / f"{name}.{suffix}", columns)
+        return lambda root: read_rows(root / folder / f"{name}.{suffix}", columns)
 
     return Task(reader("train"), reader(unseen), fragments)
 
@@ -51,9 +49,7 @@ REGRESSIONS = {
 
 def reviews(root: Path, domain: str) -> Rows:
     """Product reviews of a domain, books or electronics, with SST-2's labels; equal texts once."""
-    with (root / f"ood/{domain}.tsv").open(newline="") as file:
-        rows = {row["sentence"]: row["label"] for row in csv.DictReader(file, delimiter="\t")}
-    return list(rows.items())
+    return list(dict(read_rows(root / f"ood/{domain}.tsv", Columns("sentence", quotes=True))).items())
 
 
 def out_of_scope(root: Path) -> list[str]:

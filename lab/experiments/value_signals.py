@@ -1,6 +1,6 @@
-"""Exit signals of a regression model, fitted on recorded pairs, and what its answers are worth at equal speed-up.
+"""Exit signals of a regression model, fitted on recorded pairs, and its answers at equal speed-up.
 
-A score predicts |ŷ_m − ŷ_M|, how far the value of exit m is from that of full depth, so it needs no labels.
+A score predicts |ŷ_m − ŷ_M|, the distance of exit m's value from full depth's, so it needs no labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from de3.exits.recorded import Recorded
-from de3.training.evaluate import correlation
+from de3.training.evaluate import correlation, ranks
 from lab.experiments import measures
 from lab.experiments.anchors import Anchors
 from lab.experiments.measures import Floats
@@ -28,10 +28,10 @@ class Pairs:
 
     Attributes:
         states: h^(m), (n, exits, hidden).
-        values: what each exit's head says, (n, exits).
+        values: of each exit's head, (n, exits).
         labels: (n,).
         first: the layer of the first exit.
-        geometry: what anchors say, (n, exits, 3), by training.studies.anchors; None: there are none.
+        geometry: features from anchors, (n, exits, 3), by lab.experiments.anchors; None: there are none.
     """
 
     states: Tensor
@@ -62,7 +62,7 @@ class Pairs:
 
     @property
     def recorded(self) -> Recorded:
-        """The exits, as training.studies.measures takes them."""
+        """The exits, as lab.experiments.measures takes them."""
         logits = self.values.numpy()[..., None]
         layers = [self.first + j for j in range(logits.shape[1])]
         labels = self.labels.double().numpy()
@@ -70,7 +70,7 @@ class Pairs:
 
 
 class Fold(NamedTuple):
-    """What signals are fitted on, and what they are measured on."""
+    """The pairs that signals are fitted on, and those that they are measured on."""
 
     held: Pairs
     unseen: Pairs
@@ -80,13 +80,13 @@ Features = Callable[[Pairs, int], Floats]  # of an exit, (n, F)
 
 
 def of_value(p: Pairs, j: int) -> Floats:
-    """Those of exits.risk for a regression."""
+    """The features of exits.risk for a regression: the value and its square."""
     v = p.values[:, j].double().numpy()
     return np.stack([v, v * v], 1)
 
 
 def of_change(p: Pairs, j: int) -> Floats:
-    """By how much the value changed since the exit before; 0 at the first."""
+    """The change of the value since the exit before; 0 at the first."""
     change = p.values[:, j] - p.values[:, max(j - 1, 0)]
     return change.abs().double().numpy()[:, None]
 
@@ -97,7 +97,7 @@ def of_states(p: Pairs, j: int) -> Floats:
 
 
 def of_anchors(p: Pairs, j: int) -> Floats:
-    """What the anchors say."""
+    """The features from the anchors."""
     assert p.geometry is not None
     return p.geometry[:, j].double().numpy()
 
@@ -153,7 +153,7 @@ def score(name: str, held: Pairs, unseen: Pairs) -> Floats:
 
 
 def of_one_layer(unseen: Pairs, speedup: float) -> Floats:
-    """The values of the one layer with this speed-up, for all pairs, (n,)."""
+    """The values of the layer with this speed-up, for all pairs, (n,)."""
     layers = unseen.recorded.exit_layers
     return np.asarray(unseen.recorded.answers[:, layers.index(round(layers[-1] / speedup))])
 
@@ -166,12 +166,6 @@ def resampled(answers: Floats, labels: Floats, shares: Floats) -> Floats:
     x, y = (answers - answers.mean(1, keepdims=True)).T, (labels - labels.mean())[:, None]
     mean_x, square_x, product, mean_y, square_y = (shares @ v for v in (x, x * x, x * y, y, y * y))
     return np.asarray((product - mean_x * mean_y) / np.sqrt((square_x - mean_x**2) * (square_y - mean_y**2)))
-
-
-def ranks(values: Floats) -> Floats:
-    """Of equal values the mean rank."""
-    _, number, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts - 1) / 2)[number])
 
 
 def compare(of: list[Floats], plain: list[Floats], labels: Floats, shares: Floats) -> dict[str, Any]:

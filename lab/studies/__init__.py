@@ -1,1 +1,1 @@
-"""What docs/budgets.md claims, measured again on any model: promises, texts from elsewhere, deadlines."""
+"""Studies of any model: certificates, audits, out-of-distribution texts, long texts, deadlines, time."""

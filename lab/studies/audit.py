@@ -1,7 +1,7 @@
-"""Does a guarantee hold on live traffic, and what does it cost? Simulated streams of texts whose true rates are known.
+"""Guarantees on live traffic, and their cost: simulated streams of texts whose true rates are known.
 
 A stream draws its texts at random from recorded ones, so the rate of disagreement of each τ in them is the true rate.
-Each stream is run by the server's own code (`exits.promise`), text by text.
+Each stream runs through the server's own code (`exits.promise`), text by text.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,20 +26,20 @@ Kind = Literal["stationary", "switch", "drift", "bursts"]
 KINDS: tuple[Kind, ...] = ("stationary", "switch", "drift", "bursts")
 EARLY = 1200  # audits after which the speed-up is compared with the oracle's
 BURST, BURST_EVERY = 2_000, 10_000  # texts
-POINTS = 200  # of a stream that are kept, for the plot
+POINTS = 200  # of a stream, for the plot
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Population:
-    """Texts and what each τ of the grid does with them: whether the answer differs, and its exit layer, (n, G)."""
+    """Texts at each τ of the grid: does the answer differ from full depth, and at which layer is the exit, (n, G)."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
 
     @classmethod
     def of(cls, recorded: Recorded, signal: Signal) -> "Population":
-        """What the rule does with recorded texts."""
+        """Recorded texts under the exit rule."""
         scores, rows = signal.scores(recorded), np.arange(len(recorded.labels))
         index = np.stack([exit_index(scores, tau) for tau in FINE_TAUS], 1)
         layers = np.asarray(recorded.exit_layers)[index]
@@ -48,15 +48,15 @@ class Population:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all streams of a row have in common.
+    """The setting that all streams of a row share.
 
     Attributes:
         home, away: the populations; a stream begins with texts of home.
-        rate: what is promised.
-        share: of texts that are audited while τ is above 0.
+        rate: promised rate of disagreement.
+        share: share of texts that are audited while τ is above 0.
         change_at: texts before the switch or the drift.
-        start_layers: the cost of tokenization, embeddings and their exit, in layers.
-        start: the index of the τ to begin with.
+        start_layers: cost of tokenizer, embeddings and their exit, in layers.
+        start: index of the first τ.
     """
 
     home: Population
@@ -69,7 +69,7 @@ class Setting:
     start: int = 0
 
     def away_share(self, kind: Kind, text: int) -> float:
-        """The share of texts that come from away, at a text's place in the stream."""
+        """Share of texts from `away` at a text's place in the stream."""
         if kind == "switch":
             return float(text >= self.change_at)
         if kind == "drift":
@@ -79,13 +79,13 @@ class Setting:
         return 0.0
 
     def truth(self, kind: Kind, text: int, which: Callable[[Population], Floats]) -> Floats:
-        """Something of the populations, as mixed at that place."""
+        """A quantity of the populations, mixed as at that place."""
         share = self.away_share(kind, text)
         return (1 - share) * which(self.home) + share * which(self.away)
 
 
 def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
-    """One stream."""
+    """Run one stream."""
     rng = np.random.default_rng(seed)
     promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
@@ -139,7 +139,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
 
 
 def oracle(population: Population, rate: float, start_layers: float) -> float:
-    """The least cost, in layers, of a τ whose true rate is within a promise."""
+    """The lowest cost, in layers, of a τ whose true rate is within the promise."""
     fits = population.differs.mean(0) <= rate
     return float(population.layers.mean(0)[fits].min()) + start_layers
 
@@ -149,7 +149,7 @@ def audit(
 ) -> tuple[list[dict[str, Any]], dict[str, list[list[tuple[float, float, int]]]]]:
     """A row for each kind of stream, and the points of its streams, for the plot.
 
-    streams: of the stationary kind; other_streams: of each other.
+    streams: number of stationary streams; other_streams: of each other kind.
     """
     rows: list[dict[str, Any]] = []
     points: dict[str, list[list[tuple[float, float, int]]]] = {}
@@ -191,9 +191,9 @@ def audit(
 
 def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
     """The columns and rows of a table."""
-    columns = ["streams", "promised", "ever above", "time above", "unlike, mean (worst)", "speed-up"]
-    columns += [f"of the oracle's at {EARLY} audits", "at the end", "changes seen"]
-    columns += ["broken", "within again", "texts until then: median, worst"]
+    columns = ["streams", "promised", "ever above", "time above", "disagreement, mean (worst)", "speed-up"]
+    columns += [f"of the oracle's at {EARLY} audits", "at the end", "changes detected"]
+    columns += ["broken", "restored", "texts until then: median, worst"]
 
     def cells(r: dict[str, Any]) -> list[Any]:
         delays = "–" if r["restore_worst"] is None else f"{r['restore_median']:.0f}, {r['restore_worst']}"

@@ -1,14 +1,12 @@
-"""python -m lab study: the measurements behind docs/budgets.md."""
+"""python -m lab study: the measurements behind docs/budgets.md and lab/docs/experiments/time.md."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from de3.commands.options import fields_of, with_fields
 from de3.loadtest.options import (
     Json,
     LabelColumn,
@@ -17,40 +15,17 @@ from de3.loadtest.options import (
     Port,
     Rounds,
     Seconds,
+    Store,
     TextColumn,
     Texts,
 )
+from de3.loadtest.texts import read
+from de3.tables import Columns, read_rows
+from lab.options import AuditShare, Core, Earlier, Png, StartLayers, open_model, show
 
-app = typer.Typer(no_args_is_help=True, help="The measurements of docs/budgets.md, for any model.")
-
-Store = Annotated[Path, typer.Option(envvar="DE3_STORE", help="The model store.")]
-StartLayers = Annotated[
-    float, typer.Option(help="Cost of tokenization, embeddings and their exit, in layers.", min=0)
-]
-
-
-def _model(store: Path, model: str) -> Any:
-    from de3.model_store.model import Model
-    from de3.model_store.store import Store
-
-    try:
-        import torch  # noqa: F401  # `training` reads the data
-    except ImportError:
-        raise ValueError("this command needs the train extra: pip install '.[train]' in a checkout") from None
-    return Model(Store(store).open(model), "onnxruntime")
-
-
-def _names(label_names: str) -> list[str]:
-    return [name.strip() for name in label_names.split(",") if name.strip()]
-
-
-def _print(columns: list[str], rows: list[list[Any]], json_file: Path | None, numbers: Any) -> None:
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
-    if json_file:
-        json_file.write_text(json.dumps(numbers, indent=1) + "\n")
+app = typer.Typer(
+    no_args_is_help=True, help="Studies of any model: certificates, audits, OOD, deadlines, time."
+)
 
 
 @app.command()
@@ -65,7 +40,7 @@ def promise(
     group_column: Annotated[
         str | None,
         typer.Option(
-            help="Column of what texts are related by, such as group in a held-out part of de3 train.",
+            help="Column that names the group of related texts, such as group in a held-out part of de3 train.",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +51,7 @@ def promise(
     start_layers: StartLayers = 0.6,
     json_file: Json = None,
 ) -> None:
-    """How often `max_disagreement` is violated, and its speed-up against an oracle's, over many calibrations.
+    """Violations of `max_disagreement`, and its speed-up relative to an oracle's, over many calibrations.
 
     Example: python -m lab study promise runs/sst2/tune.jsonl runs/sst2/certify.jsonl
     """
@@ -84,9 +59,9 @@ def promise(
     from lab.studies.promise import table
     from lab.studies.samples import recorded
 
-    loaded = _model(store, model)
+    loaded = open_model(store, model)
     columns = (text_column, label_column)
-    population = recorded(loaded, texts, columns, _names(label_names), group_column)
+    population = recorded(loaded, texts, columns, label_names, group_column)
     rows = run(
         population,
         loaded.manifest.default_signal,
@@ -95,20 +70,20 @@ def promise(
         trials,
         start_layers,
     )
-    _print(*table(rows), json_file, rows)
+    show(*table(rows), json_file, rows)
 
 
 @app.command()
 def audit(
-    home: Annotated[Path, typer.Argument(help="Texts that streams begin with.")],
-    away: Annotated[Path, typer.Argument(help="Texts that they change to.")],
+    home: Annotated[Path, typer.Argument(help="Texts at the beginning of streams.")],
+    away: Annotated[Path, typer.Argument(help="Texts that streams switch to.")],
     store: Store = Path("models"),
     model: Model = "sst2",
     text_column: TextColumn = "sentence",
     rate: Annotated[
         list[float] | None, typer.Option(help="A promised disagreement (--guarantee); repeat for more.")
     ] = None,
-    share: Annotated[float, typer.Option(help="Share of the texts that are audited.", min=0.001)] = 0.05,
+    share: AuditShare = 0.05,
     streams: Annotated[int, typer.Option(help="Number of stationary streams.", min=1)] = 1000,
     other_streams: Annotated[int, typer.Option(help="Number of streams of each other kind.", min=1)] = 200,
     texts: Annotated[int, typer.Option(help="Texts in a stream.", min=1000)] = 100_000,
@@ -117,16 +92,16 @@ def audit(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="Start with the calibration's τ, not at full depth.")
     ] = False,
-    plot: Annotated[
-        Path | None, typer.Option(help="Write a picture here, a file for each rate.", show_default=False)
+    png: Annotated[
+        Path | None, typer.Option(help="Write a plot here, a file for each rate.", show_default=False)
     ] = None,
     json_file: Json = None,
 ) -> None:
-    """Does --guarantee keep its promise, and how fast is it? Streams of recorded texts whose true rates are known.
+    """Validity and speed of --guarantee, on simulated streams of recorded texts whose true rates are known.
 
-    Stationary, with a sudden switch, a slow drift, and bursts of other texts.
+    Streams are stationary, or have a sudden switch, a slow drift, or bursts of other texts.
 
-    Example: python -m lab study audit sst2/dev.tsv electronics.jsonl --plot audit.png
+    Example: python -m lab study audit sst2/dev.tsv electronics.jsonl --png audit.png
     """
     import numpy as np
 
@@ -136,10 +111,10 @@ def audit(
     from lab.studies import audit as study
     from lab.studies.samples import recorded
 
-    loaded = _model(store, model)
+    loaded = open_model(store, model)
     signal = loaded.manifest.default_signal
     both = [
-        study.Population.of(recorded(loaded, [path], (text_column, "label"), []).recorded, signal)
+        study.Population.of(recorded(loaded, [path], (text_column, "label")).recorded, signal)
         for path in (home, away)
     ]
     rows = []
@@ -152,13 +127,10 @@ def audit(
         setting = study.Setting(both[0], both[1], promised, share, texts, change_at, start_layers, start)
         found, points = study.audit(setting, study.KINDS, streams, other_streams)
         rows += found
-        if plot:
-            study.plot(
-                plot.with_stem(f"{plot.stem}-{100 * promised:g}") if len(rate or [1, 2]) > 1 else plot,
-                setting,
-                points,
-            )
-    _print(*study.table(rows), json_file, rows)
+        if png:
+            several = len(rate or [1, 2]) > 1
+            study.plot(png.with_stem(f"{png.stem}-{100 * promised:g}") if several else png, setting, points)
+    show(*study.table(rows), json_file, rows)
 
 
 @app.command()
@@ -187,22 +159,18 @@ def far(
     from lab.studies import far as study
     from lab.studies.samples import recorded
 
-    loaded = _model(store, model)
+    loaded = open_model(store, model)
     manifest, columns = loaded.manifest, (text_column, label_column)
-    fitted = recorded(loaded, [like], ("text", "label"), []).recorded
-    files = {
-        path.stem: recorded(loaded, [path], columns, _names(label_names)).recorded for path in [home, *away]
-    }
+    fitted = recorded(loaded, [like], ("text", "label")).recorded
+    files = {path.stem: recorded(loaded, [path], columns, label_names).recorded for path in [home, *away]}
     in_distribution, others = files[home.stem], {p.stem: files[p.stem] for p in away}
     numbers: dict[str, Any] = {"auroc": {}, "policy": {}, "drift": {}}
     for name, score in study.scores(manifest, fitted).items():
         scores = score(in_distribution)
         numbers["auroc"][name] = {key: study.auroc(scores, score(texts)) for key, texts in others.items()}
-    _print(
+    show(
         ["score (AUROC)", *others],
         [[name, *(f"{x:.3f}" for x in row.values())] for name, row in numbers["auroc"].items()],
-        None,
-        None,
     )
     for key, texts in files.items():
         numbers["policy"][key] = {
@@ -213,21 +181,19 @@ def far(
                 ("far to full depth", ("flag", True)),
             )
         }
-    _print(
+    show(
         ["policy", "texts", "accuracy", "speed-up", "far"],
         [
             [name, key, f"{100 * r['accuracy']:.2f}%", f"{r['speedup']:.2f}×", f"{100 * r['far']:.1f}%"]
             for key, rows in numbers["policy"].items()
             for name, r in rows.items()
         ],
-        None,
-        None,
     )
     for source, own in (("like", fitted), (home.stem, in_distribution)):
         for key, texts in others.items():
             numbers["drift"][f"{source} → {key}"] = study.drift(manifest, own, texts, switches)
     first = next(iter(numbers["drift"].values()))
-    _print(
+    show(
         ["drift", *first],
         [[key, *(f"{x:.3f}" for x in row.values())] for key, row in numbers["drift"].items()],
         json_file,
@@ -257,15 +223,15 @@ def deadlines(
     from lab.studies.deadlines import deadlines as run
     from lab.studies.samples import recorded
 
-    loaded = _model(store, model)
-    samples = recorded(loaded, [texts], (text_column, label_column), _names(label_names)).recorded
+    loaded = open_model(store, model)
+    samples = recorded(loaded, [texts], (text_column, label_column), label_names).recorded
     defaults = loaded.manifest.defaults
     cases = [(0.2, 0.0), (0.4, 0.0), (0.8, 0.0)]
     cases += [(budget, utilization) for utilization in (0.5, 0.9, 1.2) for budget in (2.0, 8.0)]
     costs = Costs(start_layers * layer_us * 1e-6, layer_us * 1e-6)
     rows = run(samples, defaults.tau, loaded.manifest.default_signal, costs, cases)
     policies = ("default", "predicted")
-    _print(
+    show(
         ["budget, ms", "load", *(f"{policy}: {key}" for policy in policies for key in rows[0][policy])],
         [
             [
@@ -298,14 +264,16 @@ def speedup(
     """
     from dataclasses import asdict
 
-    from de3.loadtest.texts import read
     from lab.studies.speedup import speedup as run
 
-    samples = read(texts, text_column, "label", [])
+    samples = read(texts, text_column)
     rows = run(store, model, samples, rate or [50.0, 300.0], rounds, seconds, port)
     columns = ["requests/s", "reported", "measured", "error"]
-    cells = [[r.rate, f"{r.said:.2f}", f"{r.was:.2f}", f"{100 * (r.said / r.was - 1):+.0f}%"] for r in rows]
-    _print(columns, cells, json_file, [asdict(r) for r in rows])
+    cells = [
+        [r.rate, f"{r.reported:.2f}", f"{r.measured:.2f}", f"{100 * (r.reported / r.measured - 1):+.0f}%"]
+        for r in rows
+    ]
+    show(columns, cells, json_file, [asdict(r) for r in rows])
 
 
 @app.command("long")
@@ -325,29 +293,31 @@ def long_texts(
     ] = 0.25,
     json_file: Json = None,
 ) -> None:
-    """Long texts truncated against windows: accuracy and work, by how windows are combined and when that is settled.
+    """Long texts, truncated or in windows: accuracy and work by strategy.
 
-    Every other text chose the strategy; the others are reported.
+    The strategy is chosen on every other text; the rest is reported.
 
     Example: python -m lab study long books.csv --label-names negative,positive --max-tokens 512 --max-tokens 64
     """
     from dataclasses import replace
 
     from de3.exits.rule import ExitRule
-    from de3.loadtest.texts import read
     from lab.studies import long as study
 
-    loaded = _model(store, model)
+    loaded = open_model(store, model)
     manifest = loaded.manifest
     if manifest.thresholds is not None or manifest.tolerance is not None:
         raise ValueError(f"{model}: this study is of models whose classes exclude each other")
     default = ExitRule(manifest.defaults.tau, manifest.default_signal)
-    columns, names = (text_column, label_column), _names(label_names)
+    columns = (text_column, label_column)
     rows = []
     for size in max_tokens or [manifest.max_tokens]:
         if size > manifest.max_tokens:
             raise ValueError(f"--max-tokens {size}: at most {manifest.max_tokens} with {model}")
-        sets = {path.stem: study.record(loaded, read(path, *columns, names), size, overlap) for path in texts}
+        sets = {
+            path.stem: study.record(loaded, read(path, *columns, label_names), size, overlap)
+            for path in texts
+        }
         for tau in (0.0, default.tau):
             served = study.EXPECTED if tau else study.EXACTLY
             found = study.rows_of(sets, replace(default, tau=tau), served)
@@ -362,15 +332,7 @@ def long_texts(
         ]
         for row in rows
     ]
-    _print(["window", "τ", "texts", "strategy", *measured], cells, json_file, rows)
-
-
-Shown = Annotated[
-    list[Path] | None,
-    typer.Option("--show", help="Show these results of --json, without measuring; repeat for more."),
-]
-Core = Annotated[int, typer.Option(help="The core to run on.", min=0)]
-Png = Annotated[Path | None, typer.Option("--png", help="Write a plot here.", show_default=False)]
+    show(["window", "τ", "texts", "strategy", *measured], cells, json_file, rows)
 
 
 @app.command()
@@ -383,11 +345,11 @@ def overhead(
     ] = None,
     seconds: Seconds = 3.0,
     core: Core = 0,
-    show: Shown = None,
+    earlier: Earlier = None,
     png: Png = None,
     json_file: Json = None,
 ) -> None:
-    """What classifier and prototypical network cost beside a layer, by the kernels and by ONNX Runtime, on one core.
+    """Time of an exit's classifier and prototypical network beside a layer's, in kernels and ONNX Runtime, on one core.
 
     Example: python -m lab study overhead --model sst2 --json overhead.json
     """
@@ -395,26 +357,23 @@ def overhead(
     from lab.engines import pinned
     from lab.studies import overhead as study
 
-    rows = [row for file in show or [] for row in json.loads(file.read_text())]
-    if not show:
+    rows = [row for file in earlier or [] for row in json.loads(file.read_text())]
+    if not earlier:
         with pinned(core):
             rows = study.overhead(Store(store).open(model), tokens or study.LENGTHS, seconds)
-    _print(*study.table(rows), json_file, rows)
+    show(*study.table(rows), json_file, rows)
     if png:
         study.plot(png, rows)
 
 
 @app.command()
+@with_fields(Columns)
 def wall(
     texts: Annotated[
         Path | None, typer.Argument(help="Labelled texts, unless --show is given.", show_default=False)
     ] = None,
     store: Store = Path("models"),
     model: Model = "sst2",
-    text_column: TextColumn = "text",
-    pair_column: Annotated[str | None, typer.Option(help="Column of the second text, for pairs.")] = None,
-    label_column: LabelColumn = "label",
-    header: Annotated[bool, typer.Option(help="Whether the first row names the columns.")] = True,
     label_names: Annotated[
         str | None, typer.Option(help="New names of the labels in their sorted order.")
     ] = None,
@@ -423,11 +382,12 @@ def wall(
     ] = None,
     rounds: Rounds = 3,
     core: Core = 0,
-    show: Shown = None,
+    earlier: Earlier = None,
     png: Png = None,
     json_file: Json = None,
+    **reading: Any,
 ) -> None:
-    """Accuracy against speed-up in layers and by the clock: texts alone, one after another, through the engine.
+    """Accuracy against speed-up in layers and by the clock, for texts that run alone in the engine.
 
     Example: python -m lab study wall dev.tsv --text-column sentence --label-names negative,positive
     """
@@ -439,12 +399,11 @@ def wall(
     from lab.engines import pinned
     from lab.studies import wall as study
 
-    results = [result for file in show or [] for result in json.loads(file.read_text())]
-    if not show:
+    results = [result for file in earlier or [] for result in json.loads(file.read_text())]
+    if not earlier:
         if texts is None:
             raise ValueError("wall: needs labelled texts, or results to --show")
-        columns = data.Columns(text_column, pair_column, label_column, header)
-        rows = data.rename(data.read_rows(texts, columns), label_names)
+        rows = data.rename(read_rows(texts, Columns(**fields_of(Columns, reading))), label_names)
         with pinned(core):
             settings: dict[str, Any] = {}  # the defaults
             served = load(Store(store).open(model), Settings(**settings))
@@ -455,7 +414,7 @@ def wall(
             data.check_input(examples, manifest.input, str(texts))
             taus = sorted({0.0, *(tau or (*study.TAUS, manifest.defaults.tau))})
             results = [study.wall(served, examples, taus, rounds)]
-    _print(*study.table(results), json_file, results)
+    show(*study.table(results), json_file, results)
     if png:
         labels = ("Accuracy against speed-up", "speed-up against τ = 0", "accuracy, %")
         report.plot_curves(png, study.curves(results), labels)

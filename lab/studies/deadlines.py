@@ -1,4 +1,4 @@
-"""Requests with deadlines in a simulated server: the default τ against the most accurate τ predicted to fit."""
+"""Requests with deadlines in a simulated server: the default τ against the most accurate τ predicted to meet them."""
 
 import heapq
 from collections.abc import Sequence
@@ -33,8 +33,8 @@ def simulate(
 ) -> dict[str, float]:
     """Serve every text once in FIFO order; a text exits before its deadline at the latest.
 
-    exits: for each available τ, ascending, the predicted mean depth and the exit of each text. A text uses
-        the first τ whose predicted time fits its deadline, else the last.
+    exits: for each available τ, ascending, the predicted mean depth and the exit of each text. A text uses the first τ
+        whose predicted time meets its deadline, else the last.
     rate: Poisson arrivals per second; 0: the server is idle for each text.
     """
     generator = np.random.default_rng(seed)

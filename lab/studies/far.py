@@ -1,4 +1,4 @@
-"""Out-of-distribution texts: which score detects them, what --ood-policy does, how soon drift is detected."""
+"""Out-of-distribution texts: scores that detect them, the effect of --ood-policy, the delay of the drift alarm."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from de3.model_store.manifest import Manifest
 from de3.server.ood import WINDOW, Drift, OodMonitor
 from lab.studies.samples import NO_LABEL, nearest
 
-ALARM = 0.25  # PSI above which the inputs have usually shifted
+ALARM = 0.25  # a higher PSI usually means that the inputs have shifted
 Floats = NDArray[np.float64]
 
 
@@ -29,7 +29,7 @@ def auroc(home: Floats, away: Floats) -> float:
 def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded], Floats]]:
     """OOD scores by name; each maps recorded texts to scores (n,), over the exits passed at the default rule.
 
-    like: in-distribution samples, to fit the scores that need more than the manifest.
+    like: in-distribution samples, for scores that must be fitted.
     """
     tau, signal = manifest.defaults.tau, manifest.default_signal
 
@@ -44,7 +44,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return score
 
     def over_exits(value: Callable[[Recorded], Floats]) -> Callable[[Recorded], Floats]:
-        """Mean over the exits passed of −ln of the share of `like` with values at least as large."""
+        """Mean over the exits passed of −ln of the share of `like` that has values at least as large."""
         levels = [np.sort(column) for column in value(like).T]
 
         def score(texts: Recorded) -> Floats:
@@ -70,7 +70,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return np.asarray(-(top + np.log(np.exp(texts.logits - top[..., None]).sum(-1))), np.float64)
 
     def mahalanobis(texts: Recorded) -> Floats:
-        """From `like`'s mean of the nearest class, in the space of distances to all prototypes."""
+        """Mahalanobis distance from the nearest class's mean in `like`, in the space of distances to all prototypes."""
         columns = [np.full(len(texts.labels), np.nan) for _ in texts.exit_layers]
         for e in range(len(texts.exit_layers)):
             fitted, distances = (r.distances[:, e].astype(np.float64) for r in (like, texts))
@@ -137,9 +137,8 @@ def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = Fa
 def drift(manifest: Manifest, home: Recorded, away: Recorded, switches: int, seed: int = 0) -> dict[str, Any]:
     """The drift metric on a random stream of in-distribution texts, and after a switch to other texts.
 
-    The metric is the PSI of the nearest distance at the first exit. Returns its median, maximum and share
-    above ALARM, measured at every 50th text of a stream of 100 windows, and the number of texts from a switch
-    to the alarm.
+    The metric is the PSI of the nearest distance at the first exit. Returns its median, maximum and share above ALARM,
+    measured at every 50th text of a stream of 100 windows, and the number of texts from a switch to the alarm.
     """
     calibrated = manifest.calibration
     if calibrated is None:

@@ -1,4 +1,4 @@
-"""Texts that are longer than the model's window: truncated, or in windows that are combined."""
+"""Texts longer than the model's window: truncated, or split into windows whose answers are combined."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Exits = list[tuple[int, list[float], list[float] | None]]  # layer, logits, dist
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What every exit says of a window, and how many tokens it has, all and new ones."""
+    """The exits of a window, its number of tokens, and how many of them are new."""
 
     tokens: int
     new: int
@@ -39,14 +39,14 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A labelled text, as its windows."""
+    """A labelled text, split into windows."""
 
     label: int
     windows: list[Window]
 
 
 def record(model: Model, samples: Sequence[Sample], max_tokens: int, overlap: float = OVERLAP) -> list[Text]:
-    """All exits of all windows of texts with known labels, in their order, each text once."""
+    """All exits of all windows of texts with known labels, in their order; duplicates are dropped."""
     index = {name: k for k, name in enumerate(model.manifest.labels)}
     frame, texts = model.tokenizer.frames[False], []
     unique = {sample.text: sample for sample in samples if sample.label in index}
@@ -72,7 +72,7 @@ def record(model: Model, samples: Sequence[Sample], max_tokens: int, overlap: fl
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A text's label, the number of windows that ran for it, and their layers · tokens."""
+    """A text's label, the number of windows that ran, and their layers · tokens."""
 
     label: int
     windows: int
@@ -89,7 +89,7 @@ def _run(
     order: Callable[[int], list[int]] = lambda n: list(range(n)),
     weighted: bool = True,
 ) -> Answer:
-    """Windows in an order until their answer is settled; change None: all of them."""
+    """Run windows in an order until their combined answer is settled; change None: run all."""
     windows = [text.windows[n] for n in order(len(text.windows))]
     combination = Combination([window.new if weighted else 1 for window in windows])
     count = work = 0
@@ -105,7 +105,7 @@ def _run(
 def _combined(
     text: Text, rule: ExitRule, how: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]]
 ) -> Answer:
-    """All windows, combined otherwise: how(probabilities (windows, K), weights (windows, 1)) gives scores (K,)."""
+    """Run all windows and combine them: how(probabilities (windows, K), weights (windows, 1)) gives scores (K,)."""
     readings = [window.read(rule) for window in text.windows]
     probs = np.array([r.probs for r in readings])
     scores = how(probs, np.array([[window.new] for window in text.windows]))
@@ -142,8 +142,8 @@ ALL = "all: mean by new tokens"
 
 
 def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]]:
-    """Each strategy's accuracy, its difference to truncation with half a paired 95% interval, its windows a text, its
-    work by truncation's, and the share of its answers that are not those of all windows."""
+    """Results by strategy: accuracy, difference to truncation with half a paired 95% interval, windows a text, work
+    relative to truncation, and share of answers that differ from those of all windows."""
     answers = {name: [run(text, rule) for text in texts] for name, run in STRATEGIES.items()}
     labels = np.array([text.label for text in texts])
     given = {name: np.array([a.label for a in rows]) for name, rows in answers.items()}
@@ -165,9 +165,9 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
 
 
 def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
-    """The comparisons on every second text of each set. The others chose the strategy, by their difference ("chose").
+    """The comparisons on every second text of each set; the strategy is chosen on the others, by difference ("chose").
 
-    All strategies on the long texts of all sets; truncation and the served strategy on all texts, and on each set.
+    All strategies on the long texts of all sets; truncation and the served strategy on all texts and on each set.
     """
     together = "all sets" if len(sets) > 1 else next(iter(sets))
     cases = [(together, list(sets.values()), True), (together, list(sets.values()), False)]

@@ -1,9 +1,9 @@
-"""What an exit costs beside its encoder layer: the classifier, and on top of it the prototypical network.
+"""The cost of an exit beside its encoder layer: the classifier, and in addition the prototypical network.
 
-Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and so again in a copy of
+Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and likewise in a copy of
 the model that has no prototypical networks. Differences are within one copy: two copies of the same weights may differ
-by more than an exit costs, by where they lie in memory. Times are the thread's own: the wall clock of a core that does
-nothing else.
+by more than the cost of an exit, by their place in memory. Times are CPU times of the thread, which on an idle core are
+wall time.
 """
 
 from collections.abc import Callable, Sequence

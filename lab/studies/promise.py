@@ -1,4 +1,4 @@
-"""Do the guarantees on disagreement hold, and what do they cost? Calibration repeated by resampling."""
+"""Certificates of disagreement, and their cost: calibration repeated by resampling."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,13 +21,13 @@ def promise(
     taus: Sequence[float] = calibration.FINE_TAUS,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """For each wish (a max_disagreement): how often it is violated, and the speed-up against an oracle's.
+    """For each wish (a max_disagreement): how often it is violated, and the speed-up relative to an oracle's.
 
     The rates of the population are the true rates. Each trial draws `size` groups of related samples with replacement,
     certifies on them as export does, takes the largest τ whose bound is within the wish, and looks up its true rate.
     The oracle takes the fastest τ whose true rate is within the wish.
 
-    start_layers: the cost of tokenization, embeddings and their exit, in layers, for the speed-up by time.
+    start_layers: cost of tokenizer, embeddings and their exit, in layers, for the speed-up in time.
     """
     scores = signal.scores(population.recorded)
     table = calibration.trade_off(population, signal, taus, scores)
@@ -38,7 +38,7 @@ def promise(
     )
     generator = np.random.default_rng(seed)
     chosen = np.zeros((trials, len(wishes)), int)
-    for trial in track(range(trials), "Calibrating again and again"):
+    for trial in track(range(trials), "Repeating the calibration"):
         drawn = [members[k] for k in generator.integers(len(members), size=size)]
         rows = np.concatenate(drawn)
         groups = np.repeat(np.arange(size), [len(group) for group in drawn])

@@ -1,4 +1,4 @@
-"""Record every exit of a model for the texts of files."""
+"""Every exit of a model, recorded for the texts of files."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +20,13 @@ def recorded(
     model: Model,
     paths: Sequence[Path],
     columns: tuple[str, str],
-    label_names: list[str],
+    label_names: str = "",
     group_column: str | None = None,
 ) -> Samples:
     """Every exit of every text of some files; the label is NO_LABEL if a file has none or the model does not know it.
 
-    columns: those of the text and the label. label_names: names of numeric labels. group_column: what texts are related
-    by; without it each is a group of its own.
+    columns: of the text and of the label. label_names: of numeric labels, comma-separated. group_column: texts with the
+    same value are related; without it each text is a group of its own.
     """
     index = {name: i for i, name in enumerate(model.manifest.labels)}
     samples = [sample for path in paths for sample in read(path, *columns, label_names, group_column)]

@@ -13,11 +13,11 @@ from de3.loadtest.texts import Sample
 
 @dataclass(frozen=True)
 class Row:
-    """One rate in one round: the reported (said) and the measured (was) speed-up, full depth / default τ."""
+    """A rate in a round: the speed-up at the default τ as reported by the server, and as measured against τ = 0."""
 
     rate: float
-    said: float
-    was: float
+    reported: float
+    measured: float
 
 
 def speedup(

@@ -1,4 +1,4 @@
-"""A classifier with random weights, of any size of BERT's: to measure speed without a training.
+"""A BERT classifier of any size with random weights, to measure speed without a training.
 
     python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
     de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv
@@ -24,7 +24,6 @@ from de3.training.checkpoint import quiet
 from de3.training.model import De3Model
 from de3.training.stock import open_stock, with_exits
 
-LABELS = 2
 NAME = "untrained"
 
 
@@ -37,6 +36,7 @@ def untrained(
     tokenizer: str,
     seed: int = 0,
     precision: Literal["int8", "fp32"] = "int8",
+    labels: int = 2,
 ) -> Path:
     """Write OUT/model and OUT/store; returns the artifact's folder. Raises ValueError if OUT/model exists.
 
@@ -55,7 +55,7 @@ def untrained(
         hidden_size=hidden,
         num_attention_heads=heads,
         intermediate_size=inner,
-        num_labels=LABELS,
+        num_labels=labels,
     )
     BertForSequenceClassification(config).save_pretrained(out / "model")
     opened.save_pretrained(out / "model")
@@ -113,6 +113,7 @@ def main(
     inner: Annotated[int, typer.Option(help="Width of the feed-forward network.", min=1)] = 3072,
     seed: int = 0,
     precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Of the artifact.")] = "int8",
+    labels: Annotated[int, typer.Option(help="Number of classes.", min=2)] = 2,
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.
 
@@ -120,7 +121,7 @@ def main(
     """
     from lab.experiments.tasks import minilm
 
-    path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision)
+    path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision, labels)
     print(f"published {path}; the stock model is {out / 'model'}")
 
 

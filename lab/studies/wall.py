@@ -1,7 +1,7 @@
 """Accuracy against speed-up by the clock: texts one after another through the engine, at a grid of τ.
 
-A text takes the way of a request with one text: queue, tokenizer, layers and exit rule, in the calling thread. HTTP is
-left out, and so is the change of threads between event loop and engine.
+A text runs as a request with one text does: queue, tokenizer, layers and exit rule, in the calling thread. HTTP is left
+out, and so is the change of threads between event loop and engine.
 """
 
 from collections.abc import Sequence
@@ -10,56 +10,29 @@ from typing import Any
 
 import numpy as np
 
+from de3.commands.timing import Engine, measure_times, text_of
 from de3.exits import calibration
-from de3.export.record import start_layers
-from de3.server.engine.group import run_group
-from de3.server.engine.job import Item, Job
-from de3.server.engine.outcome import Outcome
-from de3.server.engine.queue import WorkQueue
-from de3.server.engine.request import Request, Text
-from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
-from de3.server.rules import Choice
 from de3.server.settings import ExitOptions
 from de3.training.data import Example
-from de3.training.evaluate import in_time
 
 TAUS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.2, 0.3, 0.4)
-# Texts before it is another τ's turn: at an early τ the layers that are used stay in the caches, as when serving.
+# Texts before another τ takes its turn: at an early τ the layers that are used stay in the caches, as when serving.
 BLOCK = 64
-SHOWN = 10  # times as fast, at most, in the plot
-
-
-class Engine:
-    """A queue, and one thread that empties it: the caller's."""
-
-    def __init__(self, served: Served) -> None:
-        self._served, self._queue = served, WorkQueue(1)
-
-    def classify(self, text: Text, choice: Choice) -> Outcome:
-        """The outcome of one text, run as the engine's threads run it; raises what it failed with."""
-        self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
-        items, results = self._queue.next(), list[tuple[Item, Result]]()
-        alone = items
-        if items[0].can_share:
-            alone = run_group(items, self._queue, 1, lambda _: None, results.extend)
-        outcomes = [result for _, result in results] + [run(item, self._queue) for item in alone]
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
-        assert outcomes[0] is not None  # nothing preempts it
-        return outcomes[0]
+SHOWN = 10  # highest speed-up in the plot
 
 
 def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rounds: int) -> dict[str, Any]:
     """Accuracy and speed-up for each τ, the first of which must be 0; each speed-up is against τ = 0 of its round.
 
-    `predicted` is what `de3 evaluate` says: from the mean exit layer, and from the cost of what comes before the first
-    layer.
+    `predicted` is the speed-up in time that `de3 evaluate` prints.
     """
     manifest = served.model.manifest
     right = np.array([example.label for example in examples])
-    texts = [Text(*(e.text if isinstance(e.text, tuple) else (e.text,))) for e in examples]
-    start = start_layers(served.model, examples)
+    texts = [text_of(example) for example in examples]
+    times = measure_times(served, examples)
+    index_of = {layer: j for j, layer in enumerate(manifest.exit_layers)}
+    tokens = np.array([len(served.model.tokenize(text.text, text.text_pair)) for text in texts])
     choices = [served.rules.of(ExitOptions(tau=tau)) for tau in taus]
     seconds = np.zeros((rounds, len(taus), len(texts)))
     labels, layers = np.zeros((2, len(taus), len(texts)), np.int64)
@@ -77,7 +50,8 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
     rows = []
     for j, tau in enumerate(taus):
         depth, on_clock = float(layers[j].mean()), float(np.median(speedups[:, j]))
-        predicted = in_time(manifest.num_layers, depth, start)
+        exits = np.array([index_of[layer] for layer in layers[j].tolist()])
+        predicted = times.speedup(exits, tokens) if tau else 1.0
         rows.append(
             {"tau": tau, "accuracy": float((labels[j] == right).mean()), "mean_exit_layer": depth}
             | {"text_us": 1e6 * float(np.median(each[:, j]))}
@@ -90,7 +64,6 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
         "runtime": served.model.full_runtime,
         "texts": len(texts),
         "rounds": rounds,
-        "start_layers": start,
         "rows": rows,
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.model_store.model import Model
@@ -73,7 +73,7 @@ def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return path, {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_artifact_is_refused_by_name(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
@@ -98,7 +98,7 @@ def test_a_damaged_artifact_is_refused_by_name(
         target.write_bytes(good)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_forged_manifest_is_refused_or_works(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject

@@ -91,16 +91,16 @@ def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: 
         f"--seconds 1 --port {free_port()} --json {numbers}"
     )
     (row,) = json.loads(numbers.read_text())
-    assert row["rate"] == 40 and row["said"] > 0 and row["was"] > 0
+    assert row["rate"] == 40 and row["reported"] > 0 and row["measured"] > 0
 
 
 def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: Path, __: str, options: list[str], *___: object) -> list[tuple[float, float]]:
-        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # it took, it says
+        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # measured, reported at full depth
 
     monkeypatch.setattr(speedup, "_run", run)
     (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)
-    assert (row.said, row.was) == (pytest.approx(2.5), pytest.approx(3))
+    assert (row.reported, row.measured) == (pytest.approx(2.5), pytest.approx(3))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What peers with an engine of their own share: the tokenizer, the labels, one unpadded text a call."""
+"""The classifier of peers with an engine of their own: tokenizer, labels, one unpadded text a call."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 
 class Classifier:
-    """Answers a text with its label and probabilities. A subclass says how an engine computes the logits."""
+    """Answers a text with its label and probabilities. A subclass computes the logits with its engine."""
 
     def __init__(self, tokenizer: Path, labels: list[str], max_tokens: int) -> None:
         self.labels, self.max_tokens = labels, max_tokens
@@ -21,7 +21,7 @@ class Classifier:
         self.tokenizer.enable_truncation(max_tokens)
 
     def inputs(self, encoding: Any) -> Any:
-        """What `logits` takes of a text: its ids and token types, as the engine wants them."""
+        """Input of `logits`: ids and token types of a text, as the engine takes them."""
         raise NotImplementedError
 
     def logits(self, inputs: Any) -> np.ndarray:
@@ -29,7 +29,7 @@ class Classifier:
         raise NotImplementedError
 
     def encode(self, text: str) -> Any:
-        """What `logits` takes of a text."""
+        """Input of `logits` for a text."""
         return self.inputs(self.tokenizer.encode_batch_fast([text])[0])
 
     def warm_up(self) -> None:

@@ -26,9 +26,9 @@ from safetensors import safe_open
 class Encoder(Classifier):
     """One worker a core, each with one thread; the classifier, which CTranslate2 does not convert, in NumPy.
 
-    Tried on an AMD core: MKL instead of its choice for the processor, oneDNN, was 12 times slower; bfloat16, alone and
-    with int8, is refused. Over HTTP, on two cores, as many workers as cores and twice as many threads were the fastest
-    of 1, 2, 4 workers and 2, 3, 4 threads.
+    Tried on an AMD core: MKL was 12 times slower than oneDNN, its choice for the processor; it refuses bfloat16, alone
+    and with int8. Over HTTP, on two cores, 2 workers and 4 threads were the fastest of 1, 2, 4 workers and 2, 3, 4
+    threads.
     """
 
     def __init__(self, folder: Path, converted: Path, streams: int) -> None:
@@ -36,7 +36,7 @@ class Encoder(Classifier):
         with safe_open(folder / "model.safetensors", "np") as weights:
             self.weight = weights.get_tensor("classifier.weight").T
             self.bias = weights.get_tensor("classifier.bias")
-        names = config.get("id2label", {})  # which transformers leaves out if nobody named them
+        names = config.get("id2label", {})  # transformers leaves it out if the labels have no names
         labels = [names.get(str(k), f"LABEL_{k}") for k in range(len(self.bias))]
         super().__init__(folder / "tokenizer.json", labels, config["max_position_embeddings"])
         self.encoder = ctranslate2.Encoder(

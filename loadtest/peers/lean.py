@@ -32,7 +32,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, classifier: Classifier) -> None:
-    """Do what the command line asks for: serve, or measure."""
+    """Serve, or measure, as the command line asks."""
     if args.measure is not None:
         texts = json.loads(args.measure.read_text())
         print(json.dumps(measure(classifier, texts, args.seconds)))
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, classifier: Classifier) -> None:
 def measure(classifier: Classifier, texts: list[str], seconds: float) -> dict[str, object]:
     """Texts per second without HTTP, one text a call, tokenized beforehand: whole passes over the texts.
 
-    The first pass is not timed; it gives the logits, by which the caller can tell that the engine runs the same model.
+    The first pass is not timed; it gives the logits, with which the caller checks that the engine runs the same model.
     """
     inputs = [classifier.encode(text) for text in texts]
     logits = [classifier.logits(each).tolist() for each in inputs]

@@ -22,9 +22,9 @@ INT8 = "openvino-int8.xml"
 class OpenVino(GraphClassifier):
     """One stream a core, each with one thread and the infer request of the calling thread.
 
-    Tried on one core without a difference beyond noise: the performance hints, no pinning, bf16 or f32 for what int8
-    leaves, and the stock model converted from PyTorch instead of this graph. Over HTTP, on two cores, as many streams
-    as cores and twice as many threads were the fastest of 1, 2, 4 streams and 2, 3, 4 threads.
+    Tried on one core without a difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
+    operators that are not quantized, and the stock model converted from PyTorch instead of this graph. Over HTTP, on
+    two cores, 2 streams and 4 threads were the fastest of 1, 2, 4 streams and 2, 3, 4 threads.
     """
 
     def __init__(self, folder: Path, precision: str, streams: int) -> None:

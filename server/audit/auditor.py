@@ -38,7 +38,7 @@ MAX_PENDING = 2 * ROOM  # beyond, nothing is drawn; by large batches only, as th
 MAX_ENTRIES = 8192  # texts and audits that wait to be counted, as one before them has not run yet
 TICK_S = 0.05  # for which drawn texts are gathered
 MAX_RESETS = 20  # that are remembered
-APART = ("deadline", "max_layer", "windows")  # answers that no τ explains
+EXCLUDED = ("deadline", "max_layer", "windows")  # answers that no τ explains
 NO_WISH = ExitOptions()
 
 
@@ -100,7 +100,7 @@ class Auditor:
         since: when the evidence begins, in seconds since 1970.
         audits, disagreements, seconds: totals since the server began to audit: texts audited, those whose answer, as it
             was sent, differs from full depth, and the audits' model time.
-        apart: answers that do not count, by reason.
+        excluded: number of texts that are not audited, by reason.
         resets, num_resets: the last ones, and the number of all, by reason.
         is_changed: whether there is something to save.
     """
@@ -131,7 +131,7 @@ class Auditor:
         self._outstanding = 0  # texts that were drawn and need an audit of their own, which has not run yet
         self.since = time.time()
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
-        self.apart = dict.fromkeys(APART, 0)
+        self.excluded = dict.fromkeys(EXCLUDED, 0)
         self.resets: list[Reset] = []
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
         self.is_changed = False
@@ -141,16 +141,16 @@ class Auditor:
         """Audit this model, the same one as before if there was one, loaded again."""
         self.served = served
         if self.promise is not None:
-            served.rules.keep(self.promise)
+            served.rules.apply_guarantee(self.promise)
 
     @property
     def evidence(self) -> Evidence:
-        """What is known since the start, or the last change or reset."""
+        """The audits since the start, or the last change or reset."""
         return self.promise.evidence if self.promise is not None else self._evidence
 
     @property
     def signal(self) -> Signal:
-        """What is compared with τ."""
+        """The signal whose score is compared with τ."""
         return self.served.rules.default.rule.signal
 
     @property
@@ -200,9 +200,9 @@ class Auditor:
         for item, outcome, is_drawn in zip(job.items, job.outcomes(), drawn, strict=True):
             needs_audit = is_drawn and job.choice.rule.tau > 0
             reason = "windows" if outcome.windows else outcome.reason
-            if reason in APART:
-                self.apart[reason] += 1
-            if reason in APART or is_void:
+            if reason in EXCLUDED:
+                self.excluded[reason] += 1
+            if reason in EXCLUDED or is_void:
                 self._outstanding -= needs_audit
                 continue
             entry = self._open(share)
@@ -264,11 +264,10 @@ class Auditor:
         """Count a text that passed every exit, and that was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
         last = passed[-1]
-        unlike = [differs(reading, last, tolerance) for reading in passed]
+        unlike = [differs(reading.answer, last.answer, tolerance) for reading in passed]
         layers = [reading.layer for reading in passed]
-        self._count(
-            entry, profile(self._scores(passed), unlike, layers, self.taus), differs(answer, last, tolerance)
-        )
+        served_differs = differs(answer.answer, last.answer, tolerance)
+        self._count(entry, profile(self._scores(passed), unlike, layers, self.taus), served_differs)
         if self._log is not None:
             self._log.write(self.served, entry.share, passed, tokens, text)
 
@@ -307,7 +306,7 @@ class Auditor:
         tau, proved, audits = promise.tau, promise.proved, promise.evidence.audits
         if not promise.add(share, audit, served_differs):
             return
-        self.served.rules.keep(promise)
+        self.served.rules.apply_guarantee(promise)
         if promise.reason != "change":
             if promise.proved > proved:
                 log.info("%s: audits allow τ = %g", self.served.model.full_name, self.taus[promise.proved])
@@ -325,7 +324,7 @@ class Auditor:
         tau, audits = self.served.rules.default.rule.tau, self.evidence.audits
         if self.promise is not None:
             self.promise.reset("reset")
-            self.served.rules.keep(self.promise)
+            self.served.rules.apply_guarantee(self.promise)
         self._evidence = Evidence(self.taus)
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 

@@ -1,4 +1,4 @@
-"""What audits showed, as GET /v1/models/{name}/audit answers."""
+"""The results of audits, as GET /v1/models/{name}/audit returns them."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -43,11 +43,11 @@ def report(auditor: Auditor) -> dict[str, Any]:
         "texts": evidence.texts,
         "audits": evidence.audits,
         "pending": auditor.pending,
-        "apart": auditor.apart,
+        "excluded": auditor.excluded,
         "tau": in_force,
         "promise": None
         if auditor.promised is None
-        else {"max_disagreement": auditor.promised, "confidence": CONFIDENCE, "because": in_force["reason"]},
+        else {"max_disagreement": auditor.promised, "confidence": CONFIDENCE, "reason": in_force["reason"]},
         "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
         "calibrated": None
         if expected is None
@@ -58,7 +58,7 @@ def report(auditor: Auditor) -> dict[str, Any]:
         },
         "taus": [row(k) for k in range(len(auditor.taus))],
         "resets": [
-            {"at": _time(r.at), "because": r.reason, "tau": r.tau, "audits": r.audits} for r in auditor.resets
+            {"at": _time(r.at), "reason": r.reason, "tau": r.tau, "audits": r.audits} for r in auditor.resets
         ],
     }
 

@@ -1,4 +1,4 @@
-"""What audits showed, in a small file for each model, so that a restart does not lose it."""
+"""Saves the results of audits in a small file for each model, across restarts."""
 
 import fcntl
 import hashlib
@@ -12,7 +12,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from de3.exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
-from de3.exits.signals import SignalName
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
@@ -74,7 +73,7 @@ class State(_Part):
     fingerprint: str
     runtime: str
     caution: float
-    signal: SignalName
+    signal: str
     lam: float | None
     taus: list[Rate] = Field(max_length=MAX_TAUS)
     since: float
@@ -93,7 +92,7 @@ class State(_Part):
 
 
 def state_of(auditor: Auditor) -> State:
-    """What to write of an auditor."""
+    """The state of an auditor, to be saved."""
     manifest, promise = auditor.served.model.manifest, auditor.promise
     signal = auditor.signal
     return State(

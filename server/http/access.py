@@ -17,11 +17,11 @@ from de3.server.errors import RequestError
 from de3.server.settings import Settings
 
 MIN_KEY_CHARS = 16
-MAX_KEYS = 256  # each request is compared with all of them
+MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
-# What counts as one text for the rate limit, beside a text itself.
+# Each counts as one text for the rate limit.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-# Paths that reveal nothing of users or texts.
+# Paths that reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
 )
@@ -31,9 +31,9 @@ _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class Keys:
-    """API keys by the name of their owner, kept as SHA-256 digests.
+    """API keys by the name of their owner, stored as SHA-256 digests.
 
-    Every digest is compared, each in constant time, so that the time reveals nothing of a key.
+    A key is compared with every digest, in constant time, so that timing reveals nothing about the keys.
     """
 
     def __init__(self, digests: dict[str, bytes]) -> None:
@@ -43,7 +43,7 @@ class Keys:
     def read(cls, text: str, where: str) -> "Keys":
         """Keys from lines of `name key` or `name sha256:digest`, and comments after #. Raises ValueError.
 
-        where: what the lines come from, for messages; a message never shows a key.
+        where: source of the lines, for messages, which never show a key.
         """
         digests: dict[str, bytes] = {}
         for number, line in enumerate(text.splitlines(), 1):
@@ -57,7 +57,7 @@ class Keys:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{place}: a name is up to 64 letters, digits and _ . -")
             if name in digests:
-                raise ValueError(f"{place}: {name} is there already")
+                raise ValueError(f"{place}: {name} appears twice")
             hashed = _DIGEST.fullmatch(key)
             if hashed is None and (key.startswith("sha256:") or len(key) < MIN_KEY_CHARS):
                 raise ValueError(
@@ -78,7 +78,7 @@ class Keys:
         return cls.read(path.read_text(), str(path))
 
     def shares_with(self, others: "Keys") -> bool:
-        """Whether a key is in both."""
+        """True if both have a key in common."""
         return not set(self._digests.values()).isdisjoint(others._digests.values())
 
     def owner(self, scope: Scope) -> str:
@@ -100,20 +100,20 @@ class Keys:
 
 
 class Access:
-    """Authorization. Without keys every client may classify, and none may change the models."""
+    """Authorization. Without keys any client may classify, and none may change the models."""
 
     def __init__(self, settings: Settings) -> None:
-        """Raises ValueError for keys or a rate that cannot be used."""
+        """Raises ValueError for invalid keys or an invalid rate."""
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
-            raise ValueError("admin_keys: a key that users have cannot be an admin's as well")
+            raise ValueError("admin_keys: a key cannot be both a user's and an admin's")
         self._limit = RateLimit(settings.rate_limit) if settings.rate_limit else None
         if self._limit is not None and self.users is None:
-            raise ValueError("rate_limit: is for each API key, and there are none; give api_keys_file")
+            raise ValueError("rate_limit: applies to API keys, and there are none; give api_keys_file")
 
     def user(self, scope: Scope) -> str:
-        """The owner of a classification request's key; empty where none is needed. Raises RequestError."""
+        """The owner of a classification request's key; empty if no key is needed. Raises RequestError."""
         return "" if self.users is None else self.users.owner(scope)
 
     def _check_reader(self, scope: Scope) -> None:
@@ -126,14 +126,14 @@ class Access:
             self.admins.owner(scope)
 
     def charge(self, owner: str) -> "Charge":
-        """The charge of a new request of this owner."""
+        """A charge for a new request of this owner."""
         return Charge(self._limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
-        """Authorize a request other than to classify; whether it is an admin's. Raises RequestError.
+        """Authorize a request that does not classify; true if it needed an admin's key. Raises RequestError.
 
         Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
-        change anything, a user's to read. So no route is open by mistake, whatever path leads to it.
+        change anything, a user's to read. So no route is open by mistake, whatever its path.
         """
         if _OPEN.fullmatch(path):
             return False
@@ -168,30 +168,30 @@ def _digest(key: bytes) -> bytes:
 
 
 class Charge:
-    """What a request counts against its key's rate limit, in texts; raised as more of the request is known."""
+    """The charge of a request against its key's rate limit, in texts; it grows as more becomes known."""
 
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
         self._limit, self._owner, self._texts = limit, owner, 0
 
     def raise_to(self, texts: int) -> None:
-        """Make it count as so many texts in all; raises RequestError if that is over the limit."""
+        """Raise the charge to this many texts in total; raises RequestError if that is over the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.check(texts)
             self._limit.take(self._owner, texts - self._texts)
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """The same for work that was done: beyond the limit it uses up what is left."""
+        """The same for work already done: beyond the limit, it takes what is left."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
 
 
 class RateLimit:
-    """A number of texts per second, minute, hour or day for each key, over a sliding window.
+    """A limit of texts per second, minute, hour or day for each key, over a sliding window.
 
-    A request counts as its number of texts, of started 4 KiB of body, or of started 128 tokens of its texts,
-    whichever is the most.
+    A request is charged for its texts, for its body in units of 4 KiB, or for the tokens of its texts in units
+    of 128, whichever is the most; units are rounded up.
     """
 
     def __init__(self, rate: str) -> None:
@@ -201,7 +201,7 @@ class RateLimit:
             if len(parse_many(rate)) > 1 or self._rate.amount < 1:
                 raise ValueError
         except ValueError:
-            raise ValueError(f"rate_limit: {rate!r} is no rate; say for example 100/second") from None
+            raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
 
     def check(self, texts: int) -> None:
@@ -213,13 +213,13 @@ class RateLimit:
             )
 
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner, as far as the limit allows."""
+        """Count texts of an owner, as far as the limit permits."""
         left = self._limiter.get_window_stats(self._rate, owner).remaining
         if cost := min(texts, left):
             self._limiter.hit(self._rate, owner, cost=cost)
 
     def take(self, owner: str, texts: int) -> None:
-        """Count texts of an owner; raises RequestError when that would be too many."""
+        """Count texts of an owner; raises RequestError if that would exceed the limit."""
         if not self._limiter.hit(self._rate, owner, cost=texts):
             reset = self._limiter.get_window_stats(self._rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))

@@ -1,4 +1,4 @@
-"""Routes that change which models are served; there only if there are admin keys (access.py)."""
+"""Routes that change the served models; they exist only on a server with admin keys (access.py)."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -22,35 +22,35 @@ Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Load(BaseModel):
-    """What to load, and for what."""
+    """The body of a request to load a model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: Version | None = Field(default=None, description="the newest in the store, if unset")
+    version: Version | None = Field(default=None, description="default: the newest in the store")
     role: Role = Field(
         default="current",
         description="current: answers for the name; canary: answers a share of its requests; shadow: runs "
-        "them as well and is compared; beside: answers those that name its version",
+        "copies of them for comparison; beside: answers requests that name its version",
     )
-    share: float | None = Field(default=None, gt=0, lt=1, description="of the requests, for a canary")
+    share: float | None = Field(default=None, gt=0, lt=1, description="share of the requests, for a canary")
 
     @model_validator(mode="after")
     def _fits(self) -> "Load":
         if (self.share is None) == (self.role == "canary"):
-            raise ValueError("share: is for a canary, which needs one")
+            raise ValueError("share: required for a canary, and for nothing else")
         return self
 
 
 class Unload(BaseModel):
-    """What to unload."""
+    """The body of a request to unload a model."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    version: Version | None = Field(default=None, description="all of the name, if unset")
+    version: Version | None = Field(default=None, description="default: all versions of the name")
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
-    """Add them to an application."""
+    """Add the routes to an application."""
     manager = service.manager
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
-        """Forget what audits of live traffic showed; with a guarantee every text runs to full depth again at first."""
+        """Discard the results of audits; with a guarantee, every text runs to full depth again at first."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
         auditor.reset()
@@ -87,7 +87,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
 
 def explain(wrong: RequestValidationError) -> RequestError:
-    """The first problem of a request to one of these routes, as an answer."""
+    """The first problem of a request to these routes, as the error to respond with."""
     first = wrong.errors()[0]
     place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":

@@ -36,7 +36,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "/v2/models/{model}/versions/{version}/infer": open_inference.INFER,
 }
 READ_METHODS = ("GET", "HEAD", "OPTIONS")
-# The documentation has a script and styles in its page, and loads nothing from elsewhere.
+# The documentation page has inline scripts and styles, and loads nothing from other origins.
 SECURITY_HEADERS = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -50,11 +50,11 @@ SECURITY_HEADERS = [
 
 
 def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
-    """The application of a service; on_failure is called when its models cannot be loaded."""
+    """The ASGI application of a service; on_failure is called if its models cannot be loaded."""
     service = frontend.service
     settings, api = service.settings, create_api(frontend, on_failure)
     origins = settings.cors_origins
-    # With keys a page has none, unless its user gave it one.
+    # With API keys there is no need: a page has none, unless its user entered one.
     checks_origin = frontend.access.users is None and "*" not in origins
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +75,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                     receive = _replay(body, receive)
             except RequestError as error:
                 await frontend.refuse(error, scope)(scope, receive, send)
-            except ClientDisconnect:  # nobody reads a response
+            except ClientDisconnect:  # no one is left to read a response
                 service.metrics.rejected.labels("client_gone").inc()
             else:
                 await api(scope, receive, send)
@@ -99,7 +99,7 @@ OTHER_ORIGIN = RequestError(
 
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
-    """Whether a request is from a page of an allowed origin, or from no page; browsers send the page's origin."""
+    """True unless a page of another origin sent the request; browsers send the page's origin."""
     origin = host = None
     for name, value in scope["headers"]:
         if name == b"origin":
@@ -110,7 +110,7 @@ def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Receives a body that was read already, then what follows it."""
+    """A `receive` that returns a body that was already read, then further messages."""
     read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -120,7 +120,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _with_headers(send: Send, scope: Scope) -> Send:
-    """Adds the request's id and the security headers to a response."""
+    """A `send` that adds the request id and the security headers to a response."""
     extra = [(HEADER, request_id(scope).encode()), *SECURITY_HEADERS]
 
     async def with_headers(message: Message) -> None:
@@ -145,7 +145,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         await asyncio.to_thread(service.stop)
         await asyncio.to_thread(frontend.stop)
 
-    # Swagger UI from this package, not from a CDN: /docs works where there is no internet.
+    # Swagger UI from this package, not from a CDN: /docs works without internet access.
     app = FastAPIOffline(
         title="DE3",
         version=version("de3"),
@@ -155,7 +155,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         redirect_slashes=False,  # it would redirect to wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
-        generate_unique_id_function=lambda route: route.name,  # what generated clients call their functions
+        generate_unique_id_function=lambda route: route.name,  # function names in generated clients
     )
     app.state.service = service
     scraping = asyncio.Lock()  # several at a time would hold the GIL for too long
@@ -166,8 +166,8 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
     async def classify() -> Response:
-        """Classify a text, a pair of texts, or a batch of them, each leaving at the first exit that is sure."""
-        raise HTTPException(404)  # a path that only resembles it: create_app answers the real one
+        """Classify a text, a pair of texts or a batch; each exits at the first layer that is sure enough."""
+        raise HTTPException(404)  # of a path that only resembles it: create_app answers the real one
 
     models.add_routes(app, service, dependencies=users)
     open_inference.add_routes(app, service, dependencies=users)
@@ -194,7 +194,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
-        """Metrics in Prometheus' text format."""
+        """Metrics in the text format of Prometheus."""
         async with scraping:
             body = await asyncio.to_thread(generate_latest, service.metrics.registry)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
@@ -205,7 +205,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
 
 
 def _add_error_handlers(app: FastAPI, frontend: Frontend) -> None:
-    """Count and answer every error as the frontend does."""
+    """Answer every error through the frontend, which counts it."""
     causes: dict[int, Cause] = {400: "not_json", 404: "unknown_path", 405: "wrong_method"}
 
     @app.exception_handler(RequestError)

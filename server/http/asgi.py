@@ -1,64 +1,66 @@
-"""One request of a connection, as an ASGI application receives and answers it."""
+"""Passes the requests of a connection to an ASGI application."""
 
-import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Scope
 
 from de3.server.errors import RequestError
-
-if TYPE_CHECKING:
-    from de3.server.http.connection import Connection
+from de3.server.http.connection import Connection, Handler
 
 log = logging.getLogger("de3")
 
 
+def handler(app: ASGIApp) -> Handler:
+    """A handler that passes requests to an application."""
+
+    def handle(connection: Connection, scope: Scope, body: bytes | RequestError) -> Coroutine[Any, Any, None]:
+        return AsgiRequest(connection, scope, body).run(app)
+
+    return handle
+
+
 class AsgiRequest:
-    """The request's scope and messages; writes the response to the connection."""
+    """The ASGI messages of one request; writes the response to the connection."""
 
-    __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start", "_waiter")
+    __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start")
 
-    def __init__(self, connection: "Connection", scope: Scope, body: bytes | RequestError) -> None:
+    def __init__(self, connection: Connection, scope: Scope, body: bytes | RequestError) -> None:
         self._connection, self._scope = connection, scope
         self._body: bytes | RequestError | None = body
         self._start: Message | None = None  # of the response, until its body begins
         self._chunked = False
         self._is_head = scope["method"] == "HEAD"
         self._over = False
-        self._waiter: asyncio.Future[None] | None = None
 
     async def run(self, app: ASGIApp) -> None:
         """Run the application."""
         try:
             await app(self._scope, self.receive, self.send)
-        except Exception:  # the framework raises it again after its response of 500
+        except Exception:  # the framework re-raises it after responding with 500
             log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
         finally:
             if not self._over:
                 self._over = True
-                self._connection.broken()
+                self._connection.abort()  # in the middle of a response
 
     async def receive(self) -> Message:
-        """The complete body; after that, waits for the end and reports the disconnect. Raises RequestError where
-        the body could not be read."""
+        """The complete body; after that, a disconnect once the response is written or the client is gone.
+
+        Raises RequestError if the body could not be read.
+        """
         body, self._body = self._body, None
         if isinstance(body, RequestError):
             raise body
         if body is not None:
             return {"type": "http.request", "body": body, "more_body": False}
         if not (self._over or self._connection.is_gone):
-            self._waiter = self._connection.loop.create_future()
-            await self._waiter
+            await self._connection.response_ended()
         return {"type": "http.disconnect"}
 
-    def end(self) -> None:
-        """The exchange is over, or the client is gone."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
     async def send(self, message: Message) -> None:
-        """Write the response's head or a part of its body; waits while the client does not read."""
+        """Write the head or a part of the body of the response; waits while the client does not read."""
         connection = self._connection
         if message["type"] == "http.response.start":
             self._start = message
@@ -76,7 +78,6 @@ class AsgiRequest:
             await connection.drain()
         else:
             self._over = True
-            self.end()
             connection.responded()
 
     def _write_head(self, start: Message, body: bytes, more: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which client a request is from, where it has no API key."""
+"""Identifies clients that have no API key."""
 
 from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address, ip_network
@@ -7,10 +7,10 @@ from starlette.types import Scope
 
 
 class Clients:
-    """Tells clients without an API key apart, by address.
+    """Identifies clients without an API key by their address.
 
-    An IPv6 client is its /64 network, as a single host has that many addresses. Behind a proxy all clients
-    have the proxy's address, unless the proxy is trusted: then the client is the last address in
+    An IPv6 client is its /64 network, because a single host has that many addresses. All clients behind a
+    proxy have the proxy's address, unless the proxy is trusted: then the client is the last address in
     X-Forwarded-For that is not a trusted proxy's.
     """
 
@@ -19,7 +19,7 @@ class Clients:
         try:
             self._trusted = [ip_network(network) for network in trusted]
         except ValueError as error:
-            raise ValueError(f"trusted_proxies: {error}; say for example 10.0.0.0/8") from None
+            raise ValueError(f"trusted_proxies: {error}; give for example 10.0.0.0/8") from None
         self._name = lru_cache(4096)(self._find_name)
 
     def name(self, scope: Scope) -> str:
@@ -39,7 +39,7 @@ class Clients:
         return name
 
     def _find_name(self, address: str) -> tuple[str, bool]:
-        """A client's name by its address, and whether it is a trusted proxy."""
+        """The name of the client with this address, and whether it is a trusted proxy."""
         try:
             ip = ip_address(address)
         except ValueError:  # a Unix socket, or an invalid header

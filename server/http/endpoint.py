@@ -1,4 +1,4 @@
-"""A request to classify, in any protocol: read, parse, infer, serialize.
+"""Classification requests of all protocols: read, parse, infer, serialize.
 
 Plain ASGI: a web framework's routing and request objects would cost as much as an encoder layer.
 """
@@ -28,7 +28,7 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
     exchange = Exchange(request_id(scope), scope, route.template, scope.get("de3.started") or perf_counter())
     try:
         body, timing = await _answer(exchange, receive, send, frontend, route)
-        # No longer in flight: a client that reads slowly takes up no one's share.
+        # The request is no longer in flight, so a client that reads slowly uses up no share.
         if body:
             await _send(send, exchange.id, body, timing)
     finally:
@@ -40,7 +40,7 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
 async def _answer(
     exchange: Exchange, receive: Receive, send: Send, frontend: Frontend, route: Route
 ) -> tuple[bytes, str]:
-    """The response's body and timing; sends an error itself, and returns nothing then."""
+    """Body and Server-Timing of the response; the body is empty if an error was sent instead."""
     service, protocol, body, timing = frontend.service, route.protocol, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1
@@ -51,7 +51,7 @@ async def _answer(
         exchange.status = 200
     except RequestError as error:
         failure = error
-    except ClientDisconnect:  # nobody reads a response
+    except ClientDisconnect:  # no one is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
     except asyncio.CancelledError:  # the server stops before the response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
@@ -102,7 +102,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         connection.on_gone = lambda: inference.cancel(ClientDisconnect())
     try:
         return await inference.run(service)
-    finally:  # also of a request that failed: it pays for what ran
+    finally:  # a failed request, too, is charged for what ran
         if connection is not None:
             connection.on_gone = None
         if inference.job is not None:
@@ -113,12 +113,12 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
 async def _parse_in_turn(
     call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
-    """The request in a large body; raises RequestError, or ClientDisconnect if its client leaves meanwhile."""
+    """Parse a large body when its turn comes; raises RequestError, or ClientDisconnect if the client leaves."""
     settings, connection = frontend.service.settings, exchange.scope.get("de3.connection")
     task = asyncio.current_task()
     assert task is not None
     if connection is not None:
-        connection.on_gone = task.cancel  # it must not wait on with its body in memory
+        connection.on_gone = task.cancel  # so that its body does not stay in memory
     left_s = exchange.started + settings.timeout_s - perf_counter()
     try:
         async with asyncio.timeout(left_s), frontend.lane.turn(client):
@@ -136,16 +136,13 @@ async def _parse_in_turn(
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """A request's body; raises RequestError as soon as it is too large, or when it does not arrive in time."""
-    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
-    if "de3.connection" in scope:  # our connections give a complete body, in time
+    """The body; raises RequestError if it is too large or late, and ClientDisconnect."""
+    if "de3.connection" in scope:  # our connections give a complete body, within these limits
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        # One that came with its head is read even if it is too large, so that the connection can be reused.
-        if len(message["body"]) > limit:
-            raise too_large
         return bytes(message["body"])
+    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
             raise too_large

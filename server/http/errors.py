@@ -36,7 +36,7 @@ STATUSES: dict[Cause, int] = {
     "shed": 503,
     "budget": 503,
     "timeout": 504,
-    "client_gone": 499,  # nobody reads it: for the metrics and the log
+    "client_gone": 499,  # never sent: for the metrics and the log
     "no_key": 401,
     "forbidden": 403,
     "rate_limited": 429,
@@ -60,12 +60,12 @@ def openai_body(error: RequestError) -> bytes:
 
 
 def plain_response(status: int, message: str) -> Response:
-    """An error of what is no request: not HTTP, or to open a tunnel."""
+    """The response to input that is not HTTP, or to CONNECT."""
     return Response(body(status, message), status, media_type="application/json")
 
 
 def response(error: RequestError, request_id: str | None = None, content: bytes | None = None) -> Response:
-    """The HTTP response to a request's error; content: its body, in OpenAI's format if not given."""
+    """The HTTP response to a failed request. content: its body; default: in OpenAI's format."""
     headers = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
     if error.cause == "no_key":
         headers["WWW-Authenticate"] = "Bearer"

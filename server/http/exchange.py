@@ -1,4 +1,4 @@
-"""One HTTP request and its response, for whoever reports on it: the request log, the traces."""
+"""One HTTP request and its response, as the request log and the traces report it."""
 
 import itertools
 import re
@@ -20,9 +20,9 @@ _ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
 
 
 def request_id(scope: Scope) -> str:
-    """The id that a client sent as X-Request-ID, or a new one where it sent none that is well formed.
+    """The client's X-Request-ID if it is well-formed, else a new id.
 
-    Well formed are up to 128 ASCII letters, digits and _ . : / + = @ -, so that an id is safe in any log.
+    A well-formed id has up to 128 ASCII letters, digits and _ . : / + = @ -, and so is safe in any log.
     """
     for name, value in scope["headers"]:
         if name == HEADER and WELL_FORMED.fullmatch(value):
@@ -35,12 +35,12 @@ class Exchange:
     """One request, filled in as it is answered.
 
     Attributes:
-        route: the template of its path, as in `app.py: PROTOCOLS`.
+        route: template of the path, as in `app.py: PROTOCOLS`.
         started, ended: perf_counter seconds.
-        owner: whose API key it has; empty where none is needed.
-        status: HTTP status; 499: the client went away.
-        cause: why it was not answered, as in the metrics; None if it was.
-        inference: the parsed request, and how far it got; None where it was refused before.
+        owner: owner of the API key; empty if no key is needed.
+        status: HTTP status; 499: the client disconnected.
+        cause: cause of the failure, as in the metrics; None if the request was answered.
+        inference: the parsed request and its progress; None if it was refused earlier.
     """
 
     id: str
@@ -55,12 +55,12 @@ class Exchange:
 
     @property
     def job(self) -> Job | None:
-        """The work on its texts; None where it was refused before."""
+        """The job of its texts; None if it was refused earlier."""
         return None if self.inference is None else self.inference.job
 
     @property
     def model(self) -> str:
-        """name:version, or none where no model was found."""
+        """name:version; none if no model was found."""
         served = None if self.inference is None else self.inference.served
         return "none" if served is None else served.model.full_name
 

@@ -1,27 +1,28 @@
-"""What the protocols share: bodies of JSON, and the fields of the exit options."""
+"""Parsing that the protocols share: JSON bodies, texts and the exit options."""
 
 import gc
+from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import from_json
 
-from de3.exits.signals import MAX_LAM, SignalName
+from de3.exits.signals import MAX_LAM, SIGNALS, check_name
+from de3.server.engine.request import Text
 from de3.server.errors import RequestError
 from de3.server.http.protocol import LARGE_BODY_BYTES
 from de3.server.settings import MAX_BUDGET_MS, ExitOptions
 
-MAX_BRACKETS = 2**17  # in a body, those in texts included: each may be a list or an object to allocate
+MAX_BRACKETS = 2**17  # in a body, including those in texts: each may allocate a list or an object
 ALLOWED = {
     "tau": " (allowed: 0 to 1)",
-    "signal": "",
     "lambda": f" (allowed: 0 to {MAX_LAM:g})",
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
-    "truncate_prompt_tokens": " or null: texts are cut to what the model takes",
-    "truncation_side": " or null: texts are cut at their end",
+    "truncate_prompt_tokens": " or null: texts are truncated to what the model takes",
+    "truncation_side": " or null: texts are truncated at their end",
     "add_special_tokens": " or null: the model needs them",
 }
 
@@ -32,7 +33,7 @@ Threshold = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _thresholds(value: Any) -> Any:
-    """A threshold, or an object of them. Raises ValueError for the first that is wrong, and looks at no other."""
+    """A threshold, or an object of them. Raises ValueError for the first invalid one, and checks no other."""
     if isinstance(value, dict):
         if len(value) > MAX_THRESHOLDS:
             raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
@@ -40,7 +41,7 @@ def _thresholds(value: Any) -> Any:
             if not _is_threshold(one):
                 raise ValueError(f"[{name[:100]!r}]: must be {THRESHOLD}")
     elif value is not None and not _is_threshold(value):
-        raise ValueError(f"must be {THRESHOLD}, or an object of such by label")
+        raise ValueError(f"must be {THRESHOLD}, or an object of such numbers by label")
     return value
 
 
@@ -48,8 +49,17 @@ def _is_threshold(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 < value < 1
 
 
+def _signal(value: Any) -> str:
+    return check_name(value if isinstance(value, str) else "")
+
+
+SignalName = Annotated[
+    str, BeforeValidator(_signal), Field(json_schema_extra=lambda schema: schema.update(enum=[*SIGNALS]))
+]
+
+
 class OptionFields(BaseModel):
-    """The exit options, as every protocol has them in its JSON."""
+    """The exit options, which are the same in the JSON of every protocol."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
@@ -58,8 +68,7 @@ class OptionFields(BaseModel):
     )
     signal: SignalName | None = Field(
         None,
-        description="the score: risk (the chance that full depth answers otherwise), edr, or entropy; default: "
-        "the model's",
+        description=f"the score: {', '.join(SIGNALS)} (docs/signals.md explains them); default: the model's",
     )
     lam: float | None = Field(
         None,
@@ -93,7 +102,7 @@ class OptionFields(BaseModel):
         BeforeValidator(_thresholds, json_schema_input_type=Threshold | dict[str, Threshold] | None),
     ] = Field(
         None,
-        description="of a multi-label model: the probability above which a label is given, for all labels or by name",
+        description="for a multi-label model: the probability above which a label is given, for all labels or by name",
     )
 
     @model_validator(mode="after")
@@ -137,9 +146,9 @@ def load_json(body: bytes) -> Any:
 
 
 def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
-    """A JSON value as fields; raises RequestError. example: an object as it could be, for messages.
+    """The fields of a JSON value; raises RequestError. example: a valid object, for messages.
 
-    Unknown fields come first: pydantic's errors for 100,000 of them would take a quarter of a second.
+    Unknown fields are checked first: pydantic's errors for 100,000 of them would take a quarter of a second.
     """
     if isinstance(value, dict):
         known = known_fields(kind)
@@ -156,18 +165,40 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
 
 @cache
 def known_fields(kind: type[BaseModel]) -> list[str]:
-    """The names that a JSON object of this kind may have."""
+    """The field names that a JSON object of this kind may have."""
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 
 def check_count(texts: Any, field: str, most: int) -> None:
-    """Raise RequestError if a list has too many texts, before each is looked at."""
+    """Raise RequestError if a list has too many texts, before any is checked."""
     if isinstance(texts, list) and len(texts) > most:
         raise RequestError(f"{field}: {len(texts)} texts, at most {most} are allowed", field)
 
 
+def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
+    """The texts of a field that is one text or a list of them; raises ValueError.
+
+    text_of: (value, place in the field, for messages) to a text.
+    """
+    if not isinstance(value, list):
+        return [text_of(value, "")]
+    if not value:
+        raise ValueError("must not be an empty list; give at least one text")
+    return [text_of(item, f"[{i}]") for i, item in enumerate(value)]
+
+
+def checked_text(value: Any, where: str, expected: str = "a text") -> str:
+    """A text that is not empty; raises ValueError, whose message begins with its place in the field."""
+    if not isinstance(value, str):
+        kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+        raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
+    if not value.strip():
+        raise ValueError(f"{where}: must not be empty")
+    return value
+
+
 def _explain(error: ValidationError, example: str) -> RequestError:
-    """The first problem that pydantic found, with the field's name and what is allowed."""
+    """The first problem that pydantic found, with the field's name and the allowed values."""
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:

@@ -1,4 +1,4 @@
-"""What all HTTP requests share: who may send them, what they may take, and who reports on them."""
+"""Access, limits and reporting, shared by all HTTP requests."""
 
 from collections.abc import Mapping
 
@@ -20,11 +20,11 @@ from de3.server.shares import Shares
 
 
 class Frontend:
-    """The HTTP side of a service. Connections ask it before they read a body (listener.py: Gate).
+    """Admits, sheds, refuses and reports the requests to a service; the connections' Gate (listener.py).
 
     Attributes:
-        bytes_in_flight: the shares of the bytes of bodies in flight.
-        lane: where large bodies take turns to be parsed.
+        bytes_in_flight: shares of the body bytes in flight.
+        lane: turns for parsing large bodies.
     """
 
     def __init__(self, service: Service, protocols: Mapping[str, Protocol]) -> None:
@@ -63,7 +63,7 @@ class Frontend:
         self._shed_counters = metrics.rejected.labels("shed"), metrics.requests.labels("none", status)
 
     def route(self, scope: Scope) -> Route | None:
-        """The route of a request to classify; None for another request."""
+        """The route of a classification request; None for other requests."""
         if scope["method"] != "POST":
             return None
         path = route_path(scope)
@@ -75,8 +75,8 @@ class Frontend:
         return None
 
     def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if no body is needed to answer it. Raises RequestError for a
-        request that is refused whatever its body says."""
+        """The client of a request; None if no body is needed to answer it. Raises RequestError for a request
+        that is refused whatever its body contains."""
         if self.route(scope) is None:
             needs_body = self.access.check(route_path(scope), scope)
             return self.client(scope, "") if needs_body else None
@@ -86,15 +86,15 @@ class Frontend:
         return self.client(scope, self.access.user(scope))
 
     def client(self, scope: Scope, owner: str) -> str:
-        """Who shares what is limited: the owner of an API key, else an address."""
+        """Fair-share key: the owner of the API key, else the address."""
         return f"key {owner}" if owner else self._clients.name(scope)
 
     def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's other end."""
+        """The address, or the IPv6 network, of a connection's peer."""
         return self._clients.name({"client": peer, "headers": []})
 
     def sheds(self, scope: Scope) -> bool:
-        """Whether a request to classify is refused to keep the latency objective."""
+        """True if a classification request must be refused to keep the latency objective."""
 
         def client() -> str | None:
             try:
@@ -105,7 +105,7 @@ class Frontend:
         return self.service.admission.sheds(client)
 
     async def shed(self, scope: Scope, send: Send, route: Route) -> None:
-        """Answer a request that is shed."""
+        """Send the response to a request that is shed."""
         for counter in self._shed_counters:
             counter.inc()
         response = self._shed_responses[route.protocol]
@@ -119,9 +119,9 @@ class Frontend:
         self.report(exchange)
 
     def refuse(self, error: RequestError, scope: Scope) -> Response:
-        """Count a refused request, and make the response, in the format of the protocol whose path it is.
+        """Count a refused request; returns the response, in the error format of the path's protocol.
 
-        For requests on all routes but those to classify, whose outcomes endpoint.py counts.
+        For all routes but those of classification, whose outcomes endpoint.py counts.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
         protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])
@@ -132,11 +132,11 @@ class Frontend:
         self.service.metrics.rejected.labels("malformed").inc()
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed at a limit."""
+        """Count a connection that was closed because of a limit."""
         self.service.metrics.dropped_connections.labels(reason).inc()
 
     def report(self, exchange: Exchange) -> None:
-        """Log and trace a request that is over, as far as that was asked for."""
+        """Log and trace a finished request, as configured."""
         for reporter in self._reporters:
             reporter(exchange)
 
@@ -147,5 +147,5 @@ class Frontend:
 
 
 def route_path(scope: Scope) -> str:
-    """The path below the prefix under which a proxy or Ray serves this application."""
+    """The path without the prefix under which a proxy or Ray serves this application."""
     return str(scope["path"]).removeprefix(scope.get("root_path", ""))

@@ -1,5 +1,5 @@
-"""The protocol of Hugging Face's text-classification task: POST / for InferenceClient(base_url), and bodies
-with `inputs` on /classify."""
+"""The protocol of Hugging Face's text-classification task: POST /, as InferenceClient(base_url) sends it, and
+bodies with `inputs` on /classify."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,7 +11,14 @@ from de3.exits.reading import Reading, read, sigmoid
 from de3.server.engine.job import Item, Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.fields import (
+    OptionFields,
+    check_count,
+    check_fields,
+    checked_text,
+    load_json,
+    one_or_more,
+)
 from de3.server.http.protocol import Call, Protocol
 
 Function = Literal["softmax", "sigmoid", "none"]
@@ -19,13 +26,13 @@ Function = Literal["softmax", "sigmoid", "none"]
 
 @dataclass(slots=True, eq=False)
 class TaskRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
-        is_nested: whether the response is a list with an entry for each text.
-        top_k: the number of labels; None: all.
-        function: of the logits, for the scores; None: the model's, sigmoid for a multi-label model, none for a
-            regression model, else softmax.
+        is_nested: the response is a list with an entry for each text.
+        top_k: maximum number of labels; None: all.
+        function: turns logits into scores; None: the model's (sigmoid for a multi-label model, none for a
+            regression model, else softmax).
     """
 
     input_name: ClassVar[str] = "inputs"
@@ -37,41 +44,34 @@ class TaskRequest(Request):
 
 def _inputs(value: Any) -> list[Text]:
     """The texts of `inputs`: a text, {"text", "text_pair"}, or a list of them."""
-    if isinstance(value, list):
-        if not value:
-            raise ValueError("must not be an empty list; give at least one text")
-        return [_text(entry, f"[{i}]") for i, entry in enumerate(value)]
-    return [_text(value, "")]
+    return one_or_more(value, _text)
 
 
 def _text(value: Any, where: str) -> Text:
-    texts = [value]
-    if isinstance(value, dict):
-        if not {"text"} <= value.keys() <= {"text", "text_pair"}:
-            raise ValueError(f"{where}: an object must have text, and may have text_pair")
-        texts = list(value.values()) if len(value) == 1 else [value["text"], value["text_pair"]]
-    for text in texts:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: a text must be a string that is not empty")
-    return Text(*texts)
+    if not isinstance(value, dict):
+        return Text(checked_text(value, where, "a text, or an object with text"))
+    if not {"text"} <= value.keys() <= {"text", "text_pair"}:
+        raise ValueError(f"{where}: an object must have text, and may have text_pair")
+    text = checked_text(value["text"], f"{where}.text")
+    return Text(text, checked_text(value["text_pair"], f"{where}.text_pair") if len(value) == 2 else None)
 
 
 class Parameters(OptionFields):
-    """`parameters`; the exit options are ours."""
+    """`parameters`; the exit options are an extension."""
 
-    top_k: int | None = Field(None, ge=1, description="most labels of a text")
+    top_k: int | None = Field(None, ge=1, description="maximum number of labels of a text")
     function_to_apply: Function | None = Field(
-        None, description="softmax unless set, of a multi-label model sigmoid, of a regression model none"
+        None, description="default: softmax; sigmoid for a multi-label model, none for a regression model"
     )
     truncation: bool | Literal["only_first", "longest_first"] | None = Field(
-        True, description="cut texts that are too long instead of refusing them"
+        True, description="truncate texts that are too long instead of refusing them"
     )
     padding: Any = Field(None, description="accepted and ignored")
     max_length: Any = Field(None, description="accepted and ignored")
 
 
 class TaskFields(BaseModel):
-    """A body of the task."""
+    """The body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -86,10 +86,12 @@ def parse(call: Call) -> Request:
 
 
 def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
-    """The request in a JSON value; raises RequestError. nests_one: also the response for a single text is a
-    list with an entry for each text."""
+    """The request in a JSON value; raises RequestError.
+
+    nests_one: the response is a list with an entry for each text even if the request has a single text.
+    """
     if isinstance(value, dict):
-        value.pop("options", None)  # of the hosted API, as use_cache
+        value.pop("options", None)  # of the hosted API, such as use_cache
         check_count(value.get("inputs"), "inputs", max_texts)
     fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
@@ -112,7 +114,7 @@ def serialize(_: str, job: Job) -> bytes:
 
 
 def _scores(item: Item, job: Job, request: TaskRequest) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     scores = _apply(request.function, item.outcome.reading)
     ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])
     return [{"label": label, "score": score} for score, label in ranked[: request.top_k]]

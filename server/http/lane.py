@@ -8,7 +8,7 @@ from time import perf_counter
 
 
 class Lane:
-    """One turn at a time, clients in rotation; after each turn a pause as long as the turn."""
+    """Grants one turn at a time, to clients in rotation; a pause as long as the turn follows each."""
 
     def __init__(self) -> None:
         self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns
@@ -23,7 +23,7 @@ class Lane:
             try:
                 await own
             except asyncio.CancelledError:
-                if own.done() and not own.cancelled():  # it got the turn at the same moment
+                if own.done() and not own.cancelled():  # the turn was granted at the same moment
                     self._pass_on()
                 raise
         self._is_free = False
@@ -34,7 +34,7 @@ class Lane:
             asyncio.get_running_loop().call_later(perf_counter() - started, self._pass_on)
 
     def _pass_on(self) -> None:
-        """Give the turn to the next client."""
+        """Grant the next turn."""
         self._is_free = True
         while self._pending and self._is_free:
             client = next(iter(self._pending))

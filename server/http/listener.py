@@ -1,75 +1,109 @@
-"""What the connections of a server share: their number, what they may read and buffer, and who is evicted."""
+"""Limits that all connections of a server share: their number, and the bytes that they read and buffer."""
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
+from math import inf
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
-from starlette.types import ASGIApp, Scope
+from starlette.types import Scope
 
-from de3.server.http.connection import BODY, RESPONSE, Connection
 from de3.server.shares import Shares
 
-MAX_UNREAD_BYTES = 2**26  # of responses that clients do not read, on all connections
-# Of bodies that do not arrive in one piece, on all connections: reading them takes a fifth of the event
-# loop's time.
+MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
+# Reading rate of bodies that arrive in pieces, over all connections: a fifth of the event loop's time.
 MAX_BODY_BYTES_PER_S = 2.5e8
-PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, on all connections
+PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_ADDRESS_RATIO = 8  # of an address's connections to those that are left for others
-EVICTION_SAMPLE = 256  # connections among which the one to evict is chosen
+MAX_ADDRESS_RATIO = 8  # connections of one address to those that are still free
+EVICTION_SAMPLE = 256  # connections from which the one to evict is chosen
+
+
+# A connection awaits a head, a body, the application's response, or that the client closes.
+HEAD, BODY, RESPONSE, LINGER = range(4)
 
 
 class Gate(Protocol):
-    """What a connection asks before it reads a body; `Frontend` is one."""
+    """Admission of requests before their bodies are read; `Frontend` implements it."""
 
     bytes_in_flight: Shares
 
     def admit(self, scope: Scope) -> str | None:
-        """The client whose request this is; None if no body is needed to answer it. Raises RequestError for a
-        request that is refused whatever its body says."""
+        """The client of a request; None if no body is needed to answer it. Raises RequestError for a request
+        that is refused whatever its body contains."""
 
     def address(self, peer: tuple[str, int] | None) -> str:
-        """The address, or the IPv6 network, of a connection's other end."""
+        """The address, or the IPv6 network, of a connection's peer."""
 
     def malformed(self) -> None:
         """Count a request that is not HTTP."""
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed at a limit."""
+        """Count a connection that was closed because of a limit."""
+
+
+class BaseConnection(ABC):
+    """A connection as the listener sees it.
+
+    Attributes:
+        state: HEAD, BODY, RESPONSE or LINGER.
+        deadline: when the client must have sent what is awaited (monotonic seconds).
+        write_deadline: when the client must have read what was written (monotonic seconds).
+        address: address of the client.
+        opened_at: monotonic seconds.
+        responses: number of answered requests.
+        client: client of the current request, as `Gate.admit` names it.
+        body_bytes: bytes of the request's body that count as in flight.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.state, self.address = HEAD, ""
+        self.opened_at, self.responses = monotonic(), 0
+        self.deadline = self.write_deadline = inf
+        self.client, self.body_bytes = "", 0
+
+    @abstractmethod
+    def expire(self, now: float) -> None:
+        """Close the connection or refuse its request, as a deadline has passed."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Close at once."""
+
+    @abstractmethod
+    def unread(self) -> int:
+        """Bytes written that the client has not read."""
+
+    @abstractmethod
+    def refuse_body(self) -> None:
+        """Refuse a request whose body is unfinished, to make room for others."""
 
 
 class Listener:
-    """What the connections of a server share.
+    """Limits that all connections of a server share.
 
     Attributes:
-        connections: those that are open.
+        connections: the open ones.
     """
 
-    def __init__(
-        self, app: ASGIApp, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float
-    ) -> None:
-        self.app, self.gate = app, gate
+    def __init__(self, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float) -> None:
+        self.gate = gate
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
-        self.connections: set[Connection] = set()
-        self._by_address: dict[str, set[Connection]] = {}
-        self._paused: set[Connection] = set()
+        self.connections: set[BaseConnection] = set()
+        self._by_address: dict[str, set[BaseConnection]] = {}
+        self._paused: set[BaseConnection] = set()
         self._sweeping = False
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
-    def connection(self, config: Any, server_state: Any, app_state: dict[str, Any], _loop: Any) -> Connection:
-        """Make a connection; called by uvicorn."""
-        return Connection(
-            self, config.root_path, server_state, app_state, _loop or asyncio.get_running_loop()
-        )
+    def opened(self, connection: BaseConnection) -> None:
+        """Count a connection; evict one if its address has over MAX_ADDRESS_RATIO times as many as are free.
 
-    def opened(self, connection: Connection) -> None:
-        """Count a connection; evict one if its address has more than MAX_ADDRESS_RATIO times as many as are left.
-
-        The victim is a connection without a request in progress, of the address that has the most; first those
-        on which nothing was answered yet, first the oldest. If there is none, it is the new one.
+        The victim, possibly the new connection, has no request in progress. It belongs to the address with the
+        most connections; connections without an answered request go first, then the oldest.
         """
         self.connections.add(connection)
         mine = self._by_address.setdefault(connection.address, set())
@@ -86,7 +120,7 @@ class Listener:
             self._sweeping = True
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
-    def closed(self, connection: Connection) -> None:
+    def closed(self, connection: BaseConnection) -> None:
         """Forget a connection."""
         if connection not in self.connections:
             return
@@ -97,7 +131,7 @@ class Listener:
             del self._by_address[connection.address]
 
     def wait_to_read(self, size: int) -> float:
-        """Seconds to wait, after so many bytes of a body, before more of it is read."""
+        """Seconds to wait before reading on, after `size` bytes of a body."""
         now = monotonic()
         self._read_at = max(now, self._read_at) + size / MAX_BODY_BYTES_PER_S
         return self._read_at - now
@@ -108,8 +142,8 @@ class Listener:
         self._pipelined_at = max(now, self._pipelined_at + PIPELINE_PAUSE_S)
         return self._pipelined_at - now
 
-    def paused(self, connection: Connection) -> None:
-        """Note a client that does not read; if too much is unread in all, abort the largest."""
+    def paused(self, connection: BaseConnection) -> None:
+        """Record a client that does not read; abort the largest ones while too much is unread in total."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:
@@ -120,13 +154,13 @@ class Listener:
 
     @property
     def paused_connections(self) -> int:
-        """Clients that do not read what is sent to them."""
+        """Number of clients that do not read their responses."""
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse an unfinished body in favour of a client that is within its share; false if there is none.
+        """Refuse an unfinished body to make room for a client within its share; false if there is none.
 
-        It is the largest body of the client that has the most bytes in flight.
+        It is the largest body of the client with the most bytes in flight.
         """
         shares = self.gate.bytes_in_flight
         unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]
@@ -135,12 +169,12 @@ class Listener:
         max(unfinished, key=lambda c: (shares.amount(c.client), c.body_bytes)).refuse_body()
         return True
 
-    def resumed(self, connection: Connection) -> None:
-        """A client reads again."""
+    def resumed(self, connection: BaseConnection) -> None:
+        """Record that a client reads again."""
         self._paused.discard(connection)
 
     def _sweep(self, loop: asyncio.AbstractEventLoop) -> None:
-        """End what is past its deadline; cheaper than a timer for each request."""
+        """Expire connections past a deadline; cheaper than a timer for each request."""
         self._sweeping = bool(self.connections)
         if self._sweeping:
             loop.call_later(SWEEP_S, self._sweep, loop)

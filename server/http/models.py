@@ -1,4 +1,4 @@
-"""Routes that tell what is served: the models, their calibrations, and what audits showed."""
+"""Routes that report the served models, their calibrations, and the results of audits."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import Response
 
 from de3.exits.guarantee import CONFIDENCE
+from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.report import report
 from de3.server.errors import RequestError
@@ -17,13 +18,13 @@ from de3.server.service import Service
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
-    """Add them to an application."""
+    """Add the routes to an application."""
     reporting = asyncio.Lock()  # one at a time: each takes milliseconds
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested, of 170 KB
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested: each has 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
     async def models() -> dict[str, Any]:
-        """The served models: labels, layers, role, defaults, and what the defaults give."""
+        """The served models: labels, layers, role, defaults, and the calibrated accuracy of the defaults."""
         rows = [model_row(m) | service.role(m) for m in service.manifests()]
         return {"object": "list", "data": rows}
 
@@ -34,7 +35,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         responses={404: {"description": "no such model"}},
     )
     async def calibration(name: str) -> Response:
-        """What each λ and τ gives on samples that nothing was tuned on: accuracy, speed-up, disagreement."""
+        """Accuracy, speed-up and disagreement of each signal and τ on held-out samples."""
         manifest = service.manifest(name)
         full_name = f"{manifest.name}:{manifest.version}"
         if manifest.calibration is None:
@@ -52,21 +53,14 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         "/v1/models/{name}/audit",
         tags=["models"],
         dependencies=dependencies,
-        responses={404: {"description": "no such model"}, 409: {"description": "nothing is audited"}},
+        responses={404: {"description": "no such model"}, 409: {"description": "audits are off"}},
     )
     async def audit(name: str) -> dict[str, Any]:
-        """How often early answers differ from full depth, measured on live traffic, at each τ."""
+        """Disagreement of early answers with full depth at each τ, measured on live traffic."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
         async with reporting:
             return {"object": "audit"} | await asyncio.to_thread(report, auditor)
-
-
-def signals(manifest: Manifest) -> list[str]:
-    """The signals that requests may name."""
-    edr = ["edr"] if manifest.prototype_layers else []
-    entropy = ["entropy"] if manifest.tolerance is None else []
-    return [*entropy, *edr, *(["risk"] if manifest.risk is not None else [])]
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "tolerance": manifest.tolerance,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
-        "signals": signals(manifest),
+        "signals": [signal.name for signal in signals_of(manifest.traits)],
         "self_labelled": c is not None and c.self_labelled,
         "has_original": c is not None and c.original_disagreement is not None,
         "calibration": c.default.model_dump(by_alias=True) if c else None,

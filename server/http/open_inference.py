@@ -1,8 +1,8 @@
 """The Open Inference Protocol, version 2, over REST: POST /v2/models/{model}[/versions/{version}]/infer.
 
 Input: `text`, and `text_pair` for pairs, of datatype BYTES and shape [n] or [n, 1], as JSON or as binary
-tensors. Output: `label`, `probs` (of a regression model `value`) and `exit_layer`, as JSON. The exit options are in
-`parameters`.
+tensors. Output: `label`, `probs` (`value` for a regression model) and `exit_layer`, as JSON. The exit options are
+in `parameters`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import RequestError
-from de3.server.http.fields import OptionFields, check_fields, load_json
+from de3.server.http.fields import OptionFields, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
@@ -31,11 +31,11 @@ EXAMPLE = '{"inputs": [{"name": "text", "datatype": "BYTES", "shape": [1], "data
 
 @dataclass(slots=True, eq=False)
 class InferRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
         id: the client's request id, which the response repeats.
-        outputs: those that were asked for; none: all.
+        outputs: names of the requested outputs; empty: all.
     """
 
     input_name: ClassVar[str] = "inputs: text"
@@ -44,7 +44,7 @@ class InferRequest(Request):
     outputs: Sequence[str] = ()
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError for an output that the model has not."""
+        """Raise RequestError for an output that the model does not have."""
         for name in self.outputs:
             if name not in outputs_of(manifest):
                 raise RequestError(
@@ -54,12 +54,12 @@ class InferRequest(Request):
 
 
 def outputs_of(manifest: Manifest) -> Sequence[str]:
-    """The outputs of a model."""
+    """The names of a model's outputs."""
     return OUTPUTS if manifest.tolerance is None else VALUE_OUTPUTS
 
 
 class Parameters(OptionFields):
-    """`parameters` of a request: the exit options, and what clients add."""
+    """`parameters` of a request: the exit options, and fields that clients add."""
 
     truncate: bool = True
     binary_data_output: Any = Field(None, description="accepted; outputs are JSON")
@@ -68,7 +68,7 @@ class Parameters(OptionFields):
 
 
 class Tensor(BaseModel):
-    """An input."""
+    """An input tensor."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -80,7 +80,7 @@ class Tensor(BaseModel):
 
 
 class Output(BaseModel):
-    """An output that is asked for."""
+    """A requested output."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -187,13 +187,14 @@ def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
 
 
 def _checked(text: Any, name: str, i: int) -> str:
-    if not isinstance(text, str) or not text.strip():
-        raise RequestError(f"inputs: {name}[{i}]: must be a text that is not empty", "inputs")
-    return text
+    try:
+        return checked_text(text, f"inputs: {name}[{i}]")
+    except ValueError as error:
+        raise RequestError(str(error), "inputs") from None
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """The outputs that were asked for, one row for each text."""
+    """The requested outputs, one row for each text."""
     request, manifest = job.request, job.model.manifest
     assert isinstance(request, InferRequest)
     outcomes = [item.outcome for item in job.items if item.outcome is not None]
@@ -224,12 +225,12 @@ def error(problem: RequestError) -> bytes:
 
 
 def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
-    """Add health, readiness and metadata."""
+    """Add the routes of health, readiness and metadata."""
     tags: Any = {"tags": ["Open Inference Protocol"], **common}
 
     @app.get("/v2", **tags)
     async def server_metadata() -> dict[str, Any]:
-        """The server."""
+        """Name and version of the server."""
         return {"name": "de3", "version": version_of("de3"), "extensions": []}
 
     @app.get("/v2/health/live", tags=["Open Inference Protocol"])

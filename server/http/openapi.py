@@ -4,25 +4,23 @@ from typing import Any, Literal
 
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from de3.exits.rule import ExitReason
-from de3.exits.signals import SignalName
 from de3.server.http import errors
 from de3.server.http.classify import ClassifyRequest
+from de3.server.http.response import ClassifyResponse
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
 Every encoder layer has a classifier and class prototypes. A text exits at the first layer whose score is below
-**tau**: mostly its risk, the chance that full depth answers otherwise. Easy texts exit after a layer or two, hard
-ones go deeper.
+**tau**. The score of most models is the risk: the probability that the answer differs from full depth. Easy texts
+exit after a layer or two, hard ones go deeper.
 
 - `tau: 0` runs every text to full depth; a larger `tau` exits earlier. The default is the model's calibrated tau.
 - Instead of `tau`, give a target: `target_speedup`, `max_disagreement` (with full depth, certified) or
   `latency_budget_ms`.
 - `explain: true` reports every exit that was passed, and how tau was chosen.
-- `ood: true` scores how far a text is out of the calibration's distribution.
+- `ood: true` scores how far a text is from the calibration's distribution.
 
 Errors have the shape `{"error": {"message", "type", "param", "code"}}`.
 """
@@ -40,7 +38,7 @@ _REQUESTS = {
     "a long text": {"input": "it begins slowly , and then it does not end . " * 60, "long": "windows"},
     "a pair": {"input": {"text": "Is the film good?", "text_pair": "It is."}},
 }
-_ANSWER = {
+_ANSWER: ClassifyResponse = {
     "id": "classify-5f0c9c1d6e9a4c0f8f1b9d1f2a3b4c5d",
     "object": "list",
     "created": 1790000000,
@@ -70,7 +68,7 @@ _ANSWER = {
 
 
 def error(status: int, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error as OpenAPI documents it."""
+    """The documentation of an error response."""
     return {
         "description": errors.TYPES[status],
         "content": {"application/json": {"example": orjson.loads(errors.body(status, message, param))}},
@@ -82,7 +80,7 @@ _WRONG_TAU = "tau: input should be less than or equal to 1 (allowed: 0 to 1)"
 MODELS: dict[str, Any] = {
     "responses": {
         200: {
-            "description": "The first answers requests that name no model",
+            "description": "The served models",
             "content": {"application/json": {"schema": {"$ref": REF.format(model="ModelList")}}},
         }
     }
@@ -122,91 +120,6 @@ CLASSIFY: dict[str, Any] = {
 }
 
 
-class Exit(BaseModel):
-    """Where a text exited, and why; of a text with several windows, the last that ran."""
-
-    layer: int = Field(description="0 is the embeddings")
-    num_layers: int
-    reason: ExitReason
-    tau: float
-    signal: SignalName = Field(description="what is compared with tau")
-    lam: float | None = Field(alias="lambda", description="of the signal edr")
-    score: float | None = Field(description="the signal's value at this exit; null if it has none here")
-    entropy: float | None = Field(description="null: a regression model has none")
-    distance_ratio: float | None
-    edr: float | None
-
-
-class PassedExit(BaseModel):
-    """An exit that a text passed, the last of them the one where it left; of each window that ran."""
-
-    layer: int
-    label: str
-    value: float | None = Field(None, description="of a regression model, instead of probs")
-    probs: list[float] | None
-    score: float | None
-    entropy: float | None
-    distance_ratio: float | None
-    edr: float | None
-    window: int | None = Field(None, description="of a text with several windows: in which one, from 0")
-
-
-class Windows(BaseModel):
-    """The windows of a text that is longer than the model takes."""
-
-    run: int = Field(description="how many ran until the answer was settled")
-    of: int = Field(description="how many the text has")
-    layers: list[int] = Field(description="where each one that ran exited")
-
-
-class TopLabel(BaseModel):
-    """One of the most probable labels."""
-
-    label: str
-    prob: float
-
-
-class ClassifiedText(BaseModel):
-    """The answer to one text."""
-
-    index: int
-    label: str
-    value: float | None = Field(None, description="the answer of a regression model")
-    probs: list[float] | None = Field(
-        description="in the order of the model's labels; null: a regression model has none"
-    )
-    num_classes: int
-    exit: Exit
-    labels: list[str] = Field([], description="of a multi-label model: those above their threshold")
-    top: list[TopLabel] = Field([], description="with top_k: the most probable labels, in this order")
-    truncated: bool = Field(False, description="whether the text was cut")
-    windows: Windows | None = Field(None, description="with long: windows, of a text that has several")
-    ood_score: float | None = Field(None, description="with ood: near 1 for texts unlike the calibration's")
-    out_of_distribution: bool = Field(False, description="whether it was far from every prototype at an exit")
-    layers: list[PassedExit] = Field([], description="with explain: every exit passed")
-
-
-class Usage(BaseModel):
-    """Tokens of all texts."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class ClassifyResponse(BaseModel):
-    """The answer to a request: a row for each text, in order."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    id: str
-    object: Literal["list"]
-    created: int
-    model: str
-    data: list[ClassifiedText]
-    usage: Usage
-
-
 class ServedModel(BaseModel):
     """A served version of a model; further fields describe its role, defaults and calibration."""
 
@@ -219,13 +132,11 @@ class ServedModel(BaseModel):
     num_layers: int
     exit_layers: list[int]
     max_tokens: int
-    input: str | None = Field(description="what it takes: text, pair, or null for both")
+    input: str | None = Field(description="text, pair, or null: takes both")
     precision: str
-    runtime: str | None = Field(
-        None, description="what runs it: native or onnxruntime; absent while models load"
-    )
+    runtime: str | None = Field(None, description="native or onnxruntime; absent while models load")
     instructions: str | None = Field(
-        None, description="the native kernels' instruction set, as amx, vnni or dotprod"
+        None, description="the instruction set of the native kernels, such as amx, vnni or dotprod"
     )
 
 
@@ -237,11 +148,11 @@ class ModelList(BaseModel):
 
 
 class ErrorDetails(BaseModel):
-    """What is wrong."""
+    """The details of an error."""
 
     message: str
     type: str
-    param: str | None = Field(description="the field at fault, if one is")
+    param: str | None = Field(description="the invalid field, if any")
     code: int = Field(description="the HTTP status")
 
 
@@ -281,9 +192,10 @@ def document(app: FastAPI) -> None:
 
 
 def _improve(schema: dict[str, Any]) -> None:
-    models: list[type[BaseModel]] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse]
-    models += ERRORS.values()
-    _, ours = models_json_schema([(model, "validation") for model in models], ref_template=REF)
+    types: list[Any] = [ClassifyRequest, ClassifyResponse, ModelList, ErrorResponse, *ERRORS.values()]
+    _, ours = TypeAdapter.json_schemas(
+        [(each, "validation", TypeAdapter(each)) for each in types], ref_template=REF
+    )
     components = schema.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's, which the server never sends
         components.pop(name, None)

@@ -1,4 +1,4 @@
-"""What distinguishes one protocol from another."""
+"""The contract of the protocols: parse calls, serialize finished jobs."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One HTTP request to classify.
+    """One classification request, as it came over HTTP.
 
     Attributes:
-        path: the values of the path's parameters.
+        path: values of the path parameters.
         headers: names are lower case.
-        max_texts: the most texts that a request may have.
+        max_texts: maximum number of texts in a request.
     """
 
     body: bytes
@@ -30,10 +30,10 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How calls become requests, and finished jobs become responses.
+    """Converts calls to requests, and finished jobs to responses.
 
     To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. Keys,
-    limits, metrics and logs come with it. A protocol in full:
+    limits, metrics and logs come with it. A complete protocol:
 
         class LabelFields(BaseModel):
             text: Annotated[str, Field(min_length=1, pattern=r"\\S")]
@@ -47,14 +47,14 @@ class Protocol:
 
         PROTOCOLS["/label"] = Protocol(parse, serialize)
 
-    A path may have parameters, as in /models/{model}/label; they are in `Call.path`. What a response needs of
-    its request, a subclass of Request can carry.
+    A path may have parameters, as in /models/{model}/label; they are in `Call.path`. If the response depends on
+    further fields of the request, put them in a subclass of Request.
 
     Attributes:
         parse: raises RequestError.
-        serialize: (request id, job that is done) to the JSON of the response.
-        error: the JSON of an error, whose status is the same in every protocol (`errors.STATUSES`).
-        others: the first parts of further paths whose errors have this protocol's format.
+        serialize: (request id, finished job) to the JSON of the response.
+        error: the JSON of an error; its status is the same in every protocol (`errors.STATUSES`).
+        others: first parts of further paths whose errors have this protocol's format.
     """
 
     parse: Callable[[Call], Request]
@@ -64,11 +64,11 @@ class Protocol:
 
 
 class Route(NamedTuple):
-    """Where a request to classify goes.
+    """The route of a classification request.
 
     Attributes:
-        template: the path, as in `app.py: PROTOCOLS`.
-        path: the values of its parameters.
+        template: path, as in `app.py: PROTOCOLS`.
+        path: values of the path parameters.
     """
 
     template: str

@@ -1,4 +1,4 @@
-"""One log line for each request to classify."""
+"""The request log: one line for each classification request."""
 
 import logging
 from dataclasses import asdict
@@ -10,7 +10,7 @@ log = logging.getLogger("de3.requests")
 
 
 class RequestLog:
-    """Logs a line for each request; the texts themselves, which are users' data, only `with_texts`."""
+    """Logs a line for each request; the texts, which are user data, only if `with_texts` is set."""
 
     def __init__(self, style: str, with_texts: bool) -> None:
         self._style, self._with_texts = style, with_texts

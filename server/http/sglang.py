@@ -1,4 +1,4 @@
-"""The protocol of SGLang's own /classify, bodies with `text`: logits, which it calls an embedding."""
+"""SGLang's own bodies of /classify, with `text`; answered with logits, which SGLang calls an embedding."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -8,15 +8,15 @@ from pydantic import BeforeValidator, Field
 
 from de3.server.engine.job import Item, Job
 from de3.server.engine.request import Request, Text
-from de3.server.http.fields import OptionFields, check_count, check_fields
+from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, one_or_more
 
 
 @dataclass(slots=True, eq=False)
 class LogitsRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
-        is_batch: whether the response is a list with an entry for each text.
+        is_batch: the response is a list with an entry for each text.
     """
 
     input_name: ClassVar[str] = "text"
@@ -25,23 +25,17 @@ class LogitsRequest(Request):
 
 
 def _texts(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `text`, which is one or a list of them, and whether they are a batch."""
-    is_batch = isinstance(value, list)
-    texts = value if is_batch else [value]
-    if not texts:
-        raise ValueError("must not be an empty list; give at least one text")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{f'[{i}]' if is_batch else ''}: must be a text that is not empty")
-    return [Text(text) for text in texts], is_batch
+    """The texts of `text`, which is one or a list of them; and whether they are a batch."""
+    texts = one_or_more(value, lambda text, where: Text(checked_text(text, where)))
+    return texts, isinstance(value, list)
 
 
 class LogitsFields(OptionFields):
-    """The body; the exit options are ours."""
+    """The body of a request; the exit options are an extension."""
 
     model: str | None = None
     text: Annotated[tuple[list[Text], bool], BeforeValidator(_texts)]
-    truncate: bool = Field(False, description="cut texts that are too long instead of refusing them")
+    truncate: bool = Field(False, description="truncate texts that are too long instead of refusing them")
     rid: Any = Field(None, description="accepted and ignored")
 
 
@@ -55,13 +49,13 @@ def request_of(value: dict[str, Any], max_texts: int) -> LogitsRequest:
 
 
 def serialize(request_id: str, job: Job) -> bytes:
-    """{"embedding", "meta_info"}; of a batch a list of these."""
+    """{"embedding", "meta_info"}; for a batch, a list of these."""
     assert isinstance(job.request, LogitsRequest)
     rows = [_row(item, request_id) for item in job.items]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
 def _row(item: Item, request_id: str) -> dict[str, Any]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     meta_info = {"id": request_id, "prompt_tokens": item.outcome.tokens}
     return {"embedding": item.outcome.reading.logits, "meta_info": meta_info}

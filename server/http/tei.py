@@ -12,11 +12,11 @@ from de3.exits.reading import Reading, sigmoid
 from de3.server.engine.job import Item, Job
 from de3.server.engine.request import Request, Text
 from de3.server.errors import Cause, RequestError
-from de3.server.http.fields import OptionFields, check_count, check_fields, load_json
+from de3.server.http.fields import OptionFields, check_count, check_fields, checked_text, load_json
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
-# TEI's names for why a request failed.
+# TEI's types of errors, by cause; others are validation errors.
 ERROR_TYPES: dict[Cause, str] = {
     **dict.fromkeys(("over_share", "rate_limited", "queue_full", "shed", "loading", "budget"), "overloaded"),
     **dict.fromkeys(("timeout", "internal"), "backend"),
@@ -25,11 +25,11 @@ ERROR_TYPES: dict[Cause, str] = {
 
 @dataclass(slots=True, eq=False)
 class PredictRequest(Request):
-    """A request, with what its response depends on.
+    """A request, with the options of its response.
 
     Attributes:
-        is_batch: whether the response is a list with an entry for each text.
-        raw_scores: logits instead of probabilities.
+        is_batch: the response is a list with an entry for each text.
+        raw_scores: respond with logits instead of probabilities.
     """
 
     input_name: ClassVar[str] = "inputs"
@@ -39,7 +39,7 @@ class PredictRequest(Request):
 
 
 def _inputs(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `inputs`, and whether they are a batch. As in TEI a flat list of two texts is one pair."""
+    """The texts of `inputs`, and whether they are a batch. As in TEI, a flat list of two texts is one pair."""
     if isinstance(value, str):
         return [_text([value], "")], False
     if not isinstance(value, list) or not value:
@@ -52,19 +52,18 @@ def _inputs(value: Any) -> tuple[list[Text], bool]:
 def _text(entry: Any, where: str) -> Text:
     if not isinstance(entry, list) or not 1 <= len(entry) <= 2:
         raise ValueError(f"{where}: must be a list of one text, or of two for a pair")
-    for text in entry:
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: a text must be a string that is not empty")
-    return Text(*entry)
+    return Text(*(checked_text(text, where) for text in entry))
 
 
 class PredictFields(OptionFields):
-    """The body of /predict; the exit options are ours."""
+    """The body of /predict; the exit options are an extension."""
 
     inputs: Annotated[tuple[list[Text], bool], BeforeValidator(_inputs)]
     raw_scores: bool = Field(False, description="logits instead of probabilities")
-    truncate: bool | None = Field(False, description="cut texts that are too long instead of refusing them")
-    truncation_direction: Any = Field("right", description="accepted; texts are cut at their end")
+    truncate: bool | None = Field(
+        False, description="truncate texts that are too long instead of refusing them"
+    )
+    truncation_direction: Any = Field("right", description="accepted; texts are truncated at their end")
 
 
 def parse(call: Call) -> PredictRequest:
@@ -82,16 +81,16 @@ def parse(call: Call) -> PredictRequest:
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """[{"score", "label"}, …], the most probable first; of a batch a list of these."""
+    """[{"score", "label"}, …], the most probable first; for a batch, a list of these."""
     assert isinstance(job.request, PredictRequest)
     rows = [_scores(item, job, job.request.raw_scores) for item in job.items]
     return orjson.dumps(rows if job.request.is_batch else rows[0])
 
 
 def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
-    assert item.outcome is not None  # the job is done
+    assert item.outcome is not None  # the job is finished
     reading: Reading = item.outcome.reading
-    # Of a single output TEI gives the sigmoid.
+    # TEI applies the sigmoid to a single output.
     probs = reading.probs if reading.value is None else [sigmoid(reading.value)]
     scores = reading.logits if raw else probs
     ranked = sorted(zip(scores, job.model.manifest.labels, strict=True), key=lambda pair: -pair[0])

@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: a span for each request, each of its texts, and each stage of those.
+"""OpenTelemetry traces: a span for each request, each of its texts, and each stage of a text.
 
-The spans are made when the request is over, from times that were measured anyway, so a request that is not
-sampled costs little. The standard OTEL_* variables say where they are sent, and how many.
+Spans are made when the request is finished, from times that are measured anyway, so a request that is not
+sampled costs little. The standard OTEL_* variables configure the exporter and the sampling.
 """
 
 import os
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-STOP_S = 3.0  # for sending the last spans; a collector that hangs must not delay a stop
+STOP_S = 3.0  # to send the last spans; a collector that hangs must not delay shutdown
 MAX_TEXTS = 16  # of one request; a list of hundreds would fill the exporter's queue
 
 
 def provider() -> "TracerProvider":
-    """Sends spans by OTLP over HTTP, in the background; raises ValueError without the otel extra."""
+    """A provider that exports spans in the background, by OTLP over HTTP.
+
+    Raises ValueError if the otel extra is not installed.
+    """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import Resource
@@ -39,7 +42,7 @@ def provider() -> "TracerProvider":
 
 
 class Traces:
-    """Makes the spans of requests. A caller's `traceparent` header makes them part of its trace."""
+    """Makes the spans of requests, as part of the caller's trace if it sends `traceparent`."""
 
     def __init__(self, tracers: "TracerProvider") -> None:
         from opentelemetry import trace
@@ -49,7 +52,7 @@ class Traces:
         self._provider, self._tracer = tracers, tracers.get_tracer("de3")
 
     def stop(self) -> None:
-        """Send what is left, if that does not take long."""
+        """Send the remaining spans, within STOP_S."""
         sending = Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         sending.join(STOP_S)
@@ -97,7 +100,7 @@ class Traces:
         self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
 
     def _text(self, item: Item, inside: "Context", submitted: int) -> None:
-        """A text's span. A text that was preempted was pending more than once; the span shows the sum first."""
+        """Make the span of a text. A preempted text was queued more than once; the total time comes first."""
         o = item.outcome
         if o is None:
             return
@@ -115,7 +118,7 @@ class Traces:
                 "de3.exit.reason": o.reason,
                 "de3.exit.tau": o.rule.tau,
                 "de3.exit.signal": o.rule.signal.name,
-                # The last layer has no risk, and an attribute has no null.
+                # The last layer has no risk, and an attribute cannot be null.
                 **({} if o.reading.score is None else {"de3.exit.score": o.reading.score}),
             },
             start_time=submitted,

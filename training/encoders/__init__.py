@@ -1,7 +1,7 @@
-"""The families of encoders: the only code that knows them, a file each under one interface (weights.Family).
+"""The families of encoders, a file for each, with one interface (weights.Family). No other code knows a family.
 
-Training needs none of it, because every encoder of transformers returns its hidden states (training/model.py takes
-those before the last layer through a final norm, if the encoder has one); import and export do.
+Import and export need them. Training does not, because every encoder of transformers returns its hidden states
+(training/model.py applies an encoder's final norm to those before the last layer).
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ FAMILIES = {
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
     "mpnet": MPNET,
-    "deberta-v2": DEBERTA,  # and v3, whose checkpoints say deberta-v2
+    "deberta-v2": DEBERTA,  # and v3, whose checkpoints have the type deberta-v2
     "modernbert": MODERNBERT,
 }
 

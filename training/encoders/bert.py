@@ -1,4 +1,4 @@
-"""BERT and those with its layout: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
+"""BERT and encoders with its layout: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
 
 from typing import Any
 
@@ -63,12 +63,12 @@ def tables_from(encoder: Any, token_types: bool, first: int) -> Embeddings:
 
 
 def first_after_padding(config: Any) -> int:
-    """RoBERTa and its kin number positions from the padding id + 1."""
+    """The first position: RoBERTa and encoders like it number positions from the padding id + 1."""
     return int(config.pad_token_id) + 1
 
 
 def max_after_padding(config: Any) -> int:
-    """The most tokens, where the first positions are not used."""
+    """The most tokens of an encoder that does not use the first positions."""
     return int(config.max_position_embeddings) - first_after_padding(config)
 
 

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention adds, for the distance of two tokens, what depends on the content of either."""
+"""DeBERTa-v2 and v3: attention adds terms for the distance of two tokens that depend on the content of either."""
 
 from typing import Any
 
@@ -68,7 +68,7 @@ def _table_norms(config: Any) -> list[str]:
 
 
 def _farthest(config: Any) -> int:
-    """The distance from which on all are alike."""
+    """The distance from which on all distances are treated alike."""
     most = int(getattr(config, "max_relative_positions", -1))
     return most if most > 0 else int(config.max_position_embeddings)
 
@@ -136,7 +136,7 @@ def _rows(encoder: Any) -> NDArray[np.int32]:
 
 
 def _disentangled(attention: Any, rows: NDArray[np.int32], table: Tensor) -> Disentangled:
-    """The table of relative embeddings (rows, hidden) as a layer's keys and queries see it."""
+    """The table of relative embeddings (rows, hidden), projected by a layer's keys and queries."""
     terms, shared = attention.pos_att_type, attention.share_att_key
     scale = float((attention.attention_head_size * (1 + len(set(terms)))) ** -0.5)
 

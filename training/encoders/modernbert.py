@@ -1,5 +1,4 @@
-"""ModernBERT: norms before attention and the gated feed-forward network, RoPE, and layers that attend to neighbours
-only."""
+"""ModernBERT: norms before attention and the gated feed-forward network, RoPE, and layers with local attention."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""MPNet: as RoBERTa, and attention adds a value for the distance of two tokens, the same in every layer."""
+"""MPNet: like RoBERTa, with a bias for the distance of two tokens in attention, the same in every layer."""
 
 from typing import Any
 

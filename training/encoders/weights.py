@@ -1,4 +1,4 @@
-"""The weights of encoders under common names, as export takes them, and what a family of encoders is."""
+"""The weights of encoders under common names, as export takes them, and the interface of a family of encoders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Head:
-    """What a stock classifier has between pooling and its last linear layer; activation: tanh, relu or gelu.
+    """Layers of a stock classifier between pooling and its last linear layer; activation: tanh, relu or gelu.
 
     Attributes:
         norm: after the activation; None: none.
@@ -44,13 +44,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Disentangled:
-    """What attention adds for two tokens' distance, by their content: q·key_table[row] + k·query_table[row].
+    """Attention's terms for the distance of two tokens, by their content: q·key_table[row] + k·query_table[row].
 
     Attributes:
         rows: the row for query − key = 1 − P … P − 1, (2P − 1,) int32, with P the most tokens.
-        key_table, query_table: what a query and a key are multiplied by, (rows, hidden), scaled as the scores are;
-            None: nothing.
-        scale: what q·k is multiplied by.
+        key_table, query_table: factors of a query and of a key, (rows, hidden), scaled as the scores are; None: no such
+            term.
+        scale: factor of q·k.
     """
 
     rows: NDArray[np.int32]
@@ -64,8 +64,8 @@ class Layer:
     """One post-norm transformer block; `qkv` is query, key and value concatenated, (hidden, 3·hidden).
 
     Attributes:
-        relative: what is added to a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P
-            the most tokens, or for their distance and content; None: nothing.
+        relative: bias of a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P the most
+            tokens, or terms for distance and content; None: none.
     """
 
     qkv: Linear
@@ -84,11 +84,11 @@ class PreNormLayer:
     """One pre-norm transformer block with rotary positions and a gated feed-forward network.
 
     Attributes:
-        attention_norm: None: attention sees the hidden states as they are.
+        attention_norm: None: attention takes the hidden states without a norm.
         qkv: query, key and value concatenated, (hidden, 3·hidden).
-        ffn_in: what is activated and its gate concatenated, (hidden, 2·inner).
+        ffn_in: the activated part and its gate concatenated, (hidden, 2·inner).
         frequencies: of RoPE, (hidden / heads / 2,): position p turns pair i by p · frequencies[i].
-        window: a token attends to those at most so far from it; None: to all.
+        window: largest distance to which a token attends; None: any.
     """
 
     attention_norm: Norm | None
@@ -108,8 +108,8 @@ class Embeddings:
     """Tables of (rows, width); row 0 of `position` is the first token's. `projection` maps width to hidden.
 
     Attributes:
-        position: None: nothing is added for a token's position.
-        norm_last: whether the norm follows the projection, else it precedes it.
+        position: None: no position embeddings.
+        norm_last: the norm follows the projection; else it precedes it.
     """
 
     word: Array
@@ -122,11 +122,11 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class StockHead:
-    """Where a stock classifier has its head: pooling → dense → activation → norm → classifier.
+    """Layout of a stock classifier's head: pooling → dense → activation → norm → classifier.
 
     Attributes:
         pooling: "cls", the first token, or "mean".
-        dense, classifier, norm: the modules' names in transformers' model; norm None: it has none.
+        dense, classifier, norm: names of the modules in transformers' model; norm None: there is none.
         activation: tanh, relu or gelu.
         epsilon: of the norm.
     """
@@ -141,17 +141,17 @@ class StockHead:
 
 @dataclass(frozen=True)
 class Family:
-    """A family of encoders: all that is known of it.
+    """A family of encoders, as functions of a configuration or of an encoder of transformers.
 
     Attributes:
-        check: of a configuration; raises ValueError for an option that cannot be exported.
-        max_tokens: of a configuration: the most tokens that the encoder takes, special tokens included.
-        embeddings: the tables of an encoder of transformers, and whether its tokenizer returns token types. If it
-            returns none, or the encoder has only one, the embedding of type 0 is added to `position` or `word`.
-        layers: its blocks in order.
-        head: of a configuration: the head of transformers' …ForSequenceClassification; raises ValueError for one that
+        check: raises ValueError for a configuration with an option that cannot be exported.
+        max_tokens: configuration → the most tokens of a text, special tokens included.
+        embeddings: encoder, and True if its tokenizer returns token types → its tables. If the tokenizer returns none,
+            or the encoder has only one, the embedding of type 0 is added to `position` or `word`.
+        layers: encoder → its blocks in order.
+        head: configuration → the head of transformers' …ForSequenceClassification; raises ValueError for one that
             cannot be exported.
-        final_norm: of an encoder: the norm between a layer's hidden states and its exit; None: there is none.
+        final_norm: encoder → the norm between a layer's hidden states and its exit; None: there is none.
     """
 
     check: Callable[[Any], None]
@@ -168,18 +168,18 @@ def array(tensor: Any) -> Array:
 
 
 def linear(module: nn.Linear) -> Linear:
-    """The weights of a linear layer, with the weight transposed to (inputs, outputs); no bias is one of zeros."""
+    """The weights of a linear layer, transposed to (inputs, outputs); a missing bias becomes zeros."""
     return Linear(np.ascontiguousarray(array(module.weight).T), _bias(module, module.out_features))
 
 
 def side_by_side(*modules: nn.Linear) -> Linear:
-    """Several linear layers with the same input as one."""
+    """Several linear layers with the same input, concatenated into one."""
     parts = [linear(m) for m in modules]
     return Linear(np.concatenate([p.weight for p in parts], axis=1), np.concatenate([p.bias for p in parts]))
 
 
 def norm(module: nn.LayerNorm) -> Norm:
-    """The weights of a layer norm; no bias is one of zeros."""
+    """The weights of a layer norm; a missing bias becomes zeros."""
     return Norm(array(module.weight), _bias(module, len(module.weight)), float(module.eps))
 
 

@@ -1,4 +1,4 @@
-"""The page at GET /, on which one sees a text leave early: one response, its style and script inside."""
+"""The page at GET /, which shows where a text exits and why: one response, style and script included."""
 
 import hashlib
 from base64 import b64encode

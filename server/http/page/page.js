@@ -1,5 +1,5 @@
-// The page at GET /: asks this server what each layer says of a text, and draws the answers.
-// Nothing is stored but an API key, in sessionStorage.
+// The page at GET /: classifies a text on this server, and draws the answer of each layer.
+// It stores nothing but an API key, in sessionStorage.
 
 const BASE = new URL(".", location.href);
 const KEY = "de3-key";
@@ -7,8 +7,8 @@ const POLL_MS = 2000,
   WINDOW_MS = 60_000,
   PAUSE_MS = 60,
   MAX_RETRIES = 5,
-  POLLS_PER_AUDIT = 5; // what audits show is asked for less often: it changes slowly
-// Of the demo model's kind, by labels; the last one is a text that early exits get wrong.
+  POLLS_PER_AUDIT = 5; // the results of audits are polled less often: they change slowly
+// Texts for models like the demo, by labels; early exits get the last one wrong.
 const EXAMPLES = {
   "negative,positive": [
     "A wonderful film.",
@@ -21,7 +21,7 @@ const EXAMPLES = {
 const $ = (id) => document.getElementById(id);
 const state = { models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false };
 
-// What the slider sets: the request's field, the slider's values, how a value reads, and what it means.
+// The settings of the slider, by field of the request: values, start, text and hint.
 const CHOICES = {
   tau: {
     name: "Threshold τ",
@@ -56,16 +56,16 @@ const CHOICES = {
     hint: "The text goes as deep as the time allows. A budget too small for the first exit is refused.",
   },
 };
-// What is compared with τ: its name beside its bar, and the rest of "exit at the first layer whose …".
+// The signals: name beside the bar, and the end of "exit at the first layer whose …".
 const SIGNALS = {
-  risk: { name: "risk that full depth answers otherwise", below: "risk is below it" },
+  risk: { name: "risk that the answer differs from full depth", below: "risk is below it" },
   edr: { name: "EDR: the two combined", below: "EDR is below it" },
   entropy: { name: "score: the entropy", below: "entropy is below it" },
 };
 const REASONS = {
   threshold: "exits here",
   last_layer: "full depth",
-  max_layer: "as deep as allowed",
+  max_layer: "deepest allowed layer",
   deadline: "time is up",
 };
 
@@ -85,7 +85,7 @@ function svg(tag, attributes, text = "") {
   return node;
 }
 
-/** A bar inside a track; share is from 0 to 1, or null: the track alone. */
+/** A bar in a track; share is from 0 to 1, or null for an empty track. */
 function bar(share, kind) {
   const track = element("div", { class: kind });
   if (share === null) return track;
@@ -95,7 +95,7 @@ function bar(share, kind) {
   return track;
 }
 
-/** Whether a row, or an exit, is by the model's own signal. */
+/** True if a row, or an exit, uses the model's default signal. */
 const isDefault = ({ signal, lambda }) =>
   signal === state.model.defaults.signal && lambda === state.model.defaults.lambda;
 const squares = (steps) => range(0, 1, 1 / steps).map((value) => value ** 2);
@@ -114,7 +114,7 @@ function nearest(values, wanted) {
 
 // --- the server
 
-let lastKey = null; // where the browser blocks sessionStorage, a key lasts until the page is reloaded
+let lastKey = null; // if the browser blocks sessionStorage, the key lasts until the page is reloaded
 
 function key() {
   try {
@@ -140,7 +140,7 @@ class Refused extends Error {
   }
 }
 
-/** The body (text) and headers of a response; throws Refused with the server's own words. */
+/** The body (text) and headers of a response; throws Refused with the server's message. */
 async function request(path, options = {}) {
   const headers = { ...options.headers, ...(key() ? { Authorization: `Bearer ${key()}` } : {}) };
   let response, body;
@@ -156,7 +156,7 @@ async function request(path, options = {}) {
   try {
     message = JSON.parse(body).error.message ?? message;
   } catch {
-    /* not the server's own words, but those of a proxy */
+    /* the response of a proxy */
   }
   throw new Refused(response.status, message, Number(response.headers.get("Retry-After")) || null);
 }
@@ -178,13 +178,13 @@ let asking = null,
   timer = null,
   retries = 0;
 
-/** Cancel what is asked or will be asked. */
+/** Cancel the current and the scheduled request. */
 function cancel() {
   clearTimeout(timer);
   asking?.abort();
 }
 
-/** Ask soon, once there is a model; a later call replaces an earlier one. */
+/** Schedule a request, if there is a model; a later call replaces an earlier one. */
 function ask(pause = PAUSE_MS) {
   if (!state.model) return;
   retries = 0;
@@ -214,7 +214,7 @@ async function answer() {
   const fields = { [state.choice]: CHOICES[state.choice].values()[$("slider").value] };
   try {
     const row = await classify(model, input, fields, signal);
-    // Full depth depends on the text alone: asked for once, not for each move of the slider.
+    // Full depth depends on the text alone: one request, not one for each move of the slider.
     const asked = JSON.stringify([model.id, input]);
     const isNew = state.fullDepth?.asked !== asked;
     if (isNew) state.fullDepth = null;
@@ -232,7 +232,7 @@ async function answer() {
   }
 }
 
-/** Whether a model is no longer served, for example after its next version was loaded. */
+/** True if a model is no longer served, for example after its next version was loaded. */
 async function isGone(model) {
   try {
     return (await getJson("v1/models")).data.every((other) => other.id !== model.id);
@@ -241,7 +241,7 @@ async function isGone(model) {
   }
 }
 
-/** Show why a request was refused: ask for a key, or say what to do; tried again when the server says so. */
+/** Ask for a key, or show why a request was refused; retry after the time that the server names. */
 function refused(error, again) {
   if (!(error instanceof Refused)) throw error;
   if (error.status === 401) {
@@ -264,12 +264,12 @@ function refused(error, again) {
 
 // --- drawing
 
-/** Whether a row is of a regression model, whose answer is a value. */
+/** True for a row of a regression model, whose answer is a value. */
 const isValue = (row) => row.value !== undefined;
 
 const hasClasses = () => state.model.tolerance === null;
 
-/** What the calibration counts as right. */
+/** The phrase for an answer that the calibration counts as correct. */
 function rightMeans(source) {
   if (hasClasses()) return source ? `as ${source} answers` : "right";
   return `within ${state.model.tolerance} of ${source ? `the answer of ${source}` : "the label"}`;
@@ -299,9 +299,9 @@ function drawAnswer(row, fullDepth, animate) {
     );
   }
   if (row.truncated)
-    lines.push(element("p", { class: "muted" }, "The text was longer than the model can read, and was cut off."));
+    lines.push(element("p", { class: "muted" }, "The text was too long for the model and was truncated."));
   if (row.out_of_distribution)
-    lines.push(element("p", { class: "muted" }, "This text is unlike those that the model was calibrated on."));
+    lines.push(element("p", { class: "muted" }, "This text is far from those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
   $("score-name").textContent = SIGNALS[exit.signal].name;
@@ -376,7 +376,7 @@ function drawCurve(exit) {
     $("expected").textContent = "";
     return;
   }
-  // Whose answers are the labels, if there were no others: accuracy is agreement with it.
+  // The source of the labels, if the data had none: accuracy is then agreement with it.
   const source = state.model.self_labelled && (state.model.has_original ? "the original model" : "full depth");
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
@@ -429,7 +429,7 @@ function drawCurve(exit) {
   $("curve").replaceChildren(...parts);
 }
 
-/** What audits of live texts measured at the τ in force, beside the calibration's figure, and what is promised. */
+/** The disagreement that audits measured at the τ in force, the calibration's, and the promise. */
 function drawMeasured({ audits, measured, calibrated, promise, tau }) {
   const share = (value) => `${+(value * 100).toFixed(2)}%`;
   const things = hasClasses() ? "labels" : "values";
@@ -438,7 +438,7 @@ function drawMeasured({ audits, measured, calibrated, promise, tau }) {
     const why = tau.reason === "change" ? "More did, so for now" : "For now";
     parts.push(
       `The server promises that at most ${share(promise.max_disagreement)} of ${things} differ from full depth.`,
-      `${why} every text runs to full depth, until enough live texts show that earlier exits keep this ` +
+      `${why} every text runs to full depth, until enough live texts show that earlier exits keep the promise ` +
         `(${audits} so far).`,
     );
   } else if (measured.disagreement === null) {
@@ -501,7 +501,7 @@ function read(metrics, model) {
   return { at: Date.now(), model, latency, exits, texts, layersRun, layersSaved };
 }
 
-/** What each bucket gained between two samples, as [upper limit, cumulative count]. */
+/** The increase of each bucket between two samples, as [upper limit, cumulative count]. */
 const gained = (before, after) =>
   [...after]
     .map(([limit, count]) => [limit === "+Inf" ? Infinity : Number(limit), count - (before.get(limit) ?? 0)])
@@ -521,7 +521,7 @@ function quantile(buckets, share) {
   return lower;
 }
 
-/** Show what audits measured; nothing where the server audits none of the model's texts. */
+/** Show the results of audits, if the server audits the model's texts. */
 async function measure() {
   const { model } = state;
   let audit = null;
@@ -531,7 +531,7 @@ async function measure() {
     if (!(error instanceof Refused)) throw error;
     if (![404, 409].includes(error.status)) return; // a later poll may succeed
   }
-  if (state.model !== model) return; // another one was chosen meanwhile
+  if (state.model !== model) return; // another one was selected in the meantime
   state.isAudited = audit !== null;
   $("measured").hidden = !audit;
   if (audit) drawMeasured(audit);
@@ -544,7 +544,7 @@ async function poll() {
   if (document.visibilityState === "visible" && state.model) {
     try {
       const now = read((await request("metrics")).body, state.model.id);
-      // Counters that are lower than before are those of a server that was restarted.
+      // Lower counters than before: the server was restarted.
       state.samples = state.samples.filter(
         (old) => old.model === now.model && old.at > now.at - WINDOW_MS && old.texts <= now.texts,
       );
@@ -603,7 +603,7 @@ async function start() {
   cancel();
   try {
     const models = (await getJson("v1/models")).data;
-    // While the models load, they have no role.
+    // Models have no role while they load.
     if (!models.some((model) => model.role)) throw new Refused(503, "The models are still loading", 1);
     state.models = models;
   } catch (error) {
@@ -640,9 +640,9 @@ async function use(model) {
   } catch (error) {
     if (state.model !== model) return;
     if (error.status !== 404) return refused(error, () => use(model));
-    // It has no calibration, and so no curve.
+    // No calibration, so no curve.
   }
-  if (state.model !== model) return; // another one was chosen meanwhile
+  if (state.model !== model) return; // another one was selected in the meantime
   state.table = rows.filter(isDefault).sort((a, b) => a.tau - b.tau);
   if (model.input !== null) $("is-pair").checked = model.input === "pair";
   $("is-pair").disabled = model.input !== null;

@@ -1,0 +1,76 @@
+"""The time of texts in the engine, one after another: by it `de3 evaluate` says what a speed-up in layers is worth."""
+
+from collections.abc import Sequence
+from time import thread_time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.server.engine.group import run_group
+from de3.server.engine.job import Item, Job
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.queue import WorkQueue
+from de3.server.engine.request import Request, Text
+from de3.server.engine.run import Result, run
+from de3.server.engine.served import Served
+from de3.server.rules import Choice
+from de3.server.settings import ExitOptions
+from de3.training.data import Example
+from de3.training.evaluate import Times
+
+BLOCK = 25  # texts before another depth takes its turn
+EVERY_EXIT = 5e-324  # the smallest τ that evaluates every exit; no score is below it but 0
+
+
+class Engine:
+    """A queue, and one thread that empties it: the caller's."""
+
+    def __init__(self, served: Served) -> None:
+        self._served, self._queue = served, WorkQueue(1)
+
+    def classify(self, text: Text, choice: Choice) -> Outcome:
+        """The outcome of one text, run as the engine's threads run it; raises the error that it failed with."""
+        self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
+        items, results = self._queue.next(), list[tuple[Item, Result]]()
+        alone = items
+        if items[0].can_share:
+            alone = run_group(items, self._queue, 1, lambda _: None, results.extend)
+        outcomes = [result for _, result in results] + [run(item, self._queue) for item in alone]
+        if isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        assert outcomes[0] is not None  # nothing preempts it
+        return outcomes[0]
+
+
+def text_of(example: Example) -> Text:
+    """The text or pair of an example, as the engine takes it."""
+    return Text(*(example.text if isinstance(example.text, tuple) else (example.text,)))
+
+
+def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:
+    """The CPU times of up to `count` examples at τ = 0 and to each exit, in the engine, on this thread.
+
+    Blocks of texts take turns, so that the weights that a depth uses stay in the caches, as when serving.
+    """
+    manifest, texts = served.model.manifest, [text_of(example) for example in list(examples)[:count]]
+    options = [ExitOptions(tau=EVERY_EXIT, max_layer=layer) for layer in manifest.exit_layers]
+    choices = [served.rules.of(each) for each in (ExitOptions(tau=0.0), *options)]
+    tokens = np.array([len(served.model.tokenize(text.text, text.text_pair)) for text in texts])
+    seconds = np.zeros((len(choices), len(texts)))
+    engine = Engine(served)
+    for begin in range(0, len(texts), BLOCK):
+        for choice, row in zip(choices, seconds, strict=True):
+            engine.classify(texts[begin], choice)  # the layers that it uses come into the caches
+            for i, text in enumerate(texts[begin : begin + BLOCK], begin):
+                started = thread_time()
+                engine.classify(text, choice)
+                row[i] = thread_time() - started
+    full, *exits = (_line(tokens, row) for row in seconds)
+    return Times(full, np.array(exits))
+
+
+def _line(tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intercept and slope of the seconds by number of tokens, (2,), by least squares; the slope is not negative."""
+    from_mean = tokens - tokens.mean()
+    slope = max(0.0, float((from_mean * seconds).sum()) / max(1e-9, float((from_mean**2).sum())))
+    return np.array([seconds.mean() - slope * tokens.mean(), slope])

@@ -1,0 +1,261 @@
+"""Texts and labels, read from .csv, .tsv, .jsonl and .txt files and from Hugging Face data sets. Needs no PyTorch."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Option
+
+Text = str | tuple[str, str]
+SEPARATOR = "|"  # between the labels of a text in a cell of a file
+JOINT = "\x1f"  # between them in a row: unlike a cell, a list in JSON may have labels with | in them
+PANEL = "Data"
+MAX_FIELD = 2**24  # characters of a field of a .csv or .tsv file
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a file's texts and labels: names, or numbers from 0 if it has no header.
+
+    The annotations are the options of the commands that read data (de3.commands.options.with_fields).
+
+    Attributes:
+        label: None: the texts have no labels; then a .txt file with a text on each line can be read too.
+        multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In a row they are
+            separated by JOINT.
+        regression: a text has a number instead of a label.
+    """
+
+    text: Annotated[
+        str,
+        Option(
+            "--text-column",
+            help="Column of the text (with --no-header a number from 0).",
+            rich_help_panel=PANEL,
+        ),
+    ] = "text"
+    text_pair: Annotated[
+        str | None,
+        Option("--pair-column", help="Column of the second text, for pairs.", rich_help_panel=PANEL),
+    ] = None
+    label: Annotated[
+        str | None, Option("--label-column", help="Column of the label.", rich_help_panel=PANEL)
+    ] = "label"
+    header: Annotated[
+        bool, Option(help="Whether the first row names the columns.", rich_help_panel=PANEL)
+    ] = True
+    quotes: Annotated[
+        bool | None,
+        Option(
+            help="Whether quotation marks delimit fields. Default: no in .tsv (as in GLUE's files), else yes.",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    delimiter: Annotated[
+        str | None,
+        Option(
+            help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
+            show_default=False,
+            rich_help_panel=PANEL,
+        ),
+    ] = None
+    multi_label: bool = False
+    regression: bool = False
+
+
+def records(path: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
+    """The rows of a file, each with its place, FILE:LINE: a dict by column; from .jsonl any JSON value.
+
+    Blank lines are skipped. Raises ValueError for a file that cannot be read as a table, or has no rows.
+    """
+    line = 0
+    try:
+        for line, record in _records(path, columns):
+            yield f"{path}:{line}", record
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 ({error}); convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
+        ) from None
+    if not line:
+        raise ValueError(f"{path} has no rows")
+
+
+def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
+    suffix, delimiter = path.suffix, columns.delimiter
+    if delimiter is None and suffix not in (
+        ".tsv",
+        ".csv",
+        ".jsonl",
+        *([".txt"] if columns.label is None else []),
+    ):
+        raise ValueError(
+            f"{path}: expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter (tab, ; or ,) to a command "
+            "that has it"
+        )
+    # "-sig": some files begin with a byte order mark.
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if delimiter is None and suffix in (".txt", ".jsonl"):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield (
+                        number,
+                        {columns.text: line} if suffix == ".txt" else _json(line, f"{path}:{number}"),
+                    )
+            return
+        if delimiter is None:
+            delimiter = "\t" if suffix == ".tsv" else ","
+        delimiter = "\t" if delimiter in ("tab", "\\t") else delimiter
+        if len(delimiter) != 1:
+            raise ValueError(f"--delimiter must be one character or tab, got {delimiter!r}")
+        quoted = suffix != ".tsv" if columns.quotes is None else columns.quotes
+        csv.field_size_limit(MAX_FIELD)
+        reader = csv.reader(
+            file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+        )
+        try:
+            names = next(reader, None) if columns.header else None
+            for row in reader:
+                if names is not None and len(row) > len(names):
+                    raise ValueError(
+                        f"{path}:{reader.line_num}: has {len(row)} fields, the header {len(names)}: are texts with "
+                        f"{delimiter!r} in quotation marks? A file with one text a line is a .txt"
+                    )
+                if row:
+                    columns_of_row = names or list(map(str, range(len(row))))
+                    missing = dict.fromkeys(columns_of_row[len(row) :])  # of a short row
+                    yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
+        except csv.Error as error:
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def _json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+
+
+def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
+    """The (text, label) rows of a file; "" for no label.
+
+    Raises ValueError, naming file, line and column, when a column or a value is missing.
+    """
+    return [row_of(record, columns, where) for where, record in records(path, columns)]
+
+
+def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
+    """The text or pair, and the label, of one record; raises ValueError with `where` and the reason."""
+    label = "" if columns.label is None else _label(record, columns, where)
+    first = text_of(record, columns.text, where)
+    pair = columns.text_pair
+    return (first if pair is None else (first, text_of(record, pair, where, "--pair-column"))), label
+
+
+def text_of(record: Any, column: str, where: str, option: str = "--text-column") -> str:
+    """The text in a column of a record; raises ValueError if it is missing, empty, or no text."""
+    value = _value(record, column, where, option)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
+    return value.strip()
+
+
+def _value(record: Any, column: str, where: str, option: str) -> Any:
+    """The value in a column of a record; raises ValueError if it is missing or empty."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not an object with named columns")
+    if column not in record:
+        names = list(record)
+        hint = "; is it separated by semicolons or tabs? Give --delimiter" if len(names) == 1 else ""
+        raise ValueError(
+            f"{where}: no column {column!r}; it has {', '.join(map(repr, names))}: set {option}{hint}"
+        )
+    value = record[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise ValueError(f"{where}: {column} is empty; remove the row, or fill it in")
+    return value
+
+
+def _label(record: Any, columns: Columns, where: str) -> str:
+    """The label of a record, several separated by JOINT; raises ValueError."""
+    column = str(columns.label)
+    if columns.multi_label and isinstance(record, dict) and column in record:
+        label = record[column]
+        if isinstance(label, list) and all(isinstance(one, str | int) for one in label):
+            return JOINT.join(map(str, label))  # "" is no label
+        if label is None:
+            raise ValueError(f"{where}: {column} is missing; of a text without a label leave it empty")
+        if isinstance(label, str):
+            return label.replace(SEPARATOR, JOINT)
+    else:
+        label = _value(record, column, where, "--label-column")
+    if columns.regression:
+        if not is_number(label):
+            raise ValueError(f"{where}: {column} must be a finite number, got {label!r:.50}")
+    elif isinstance(label, list | dict | float):
+        raise ValueError(
+            f"{where}: {column} must be a label, text or a whole number, got {label!r:.50}"
+            f"{'; only a multi-label model has several labels a text' if isinstance(label, list) else ''}"
+        )
+    return str(label)
+
+
+def is_number(value: Any) -> bool:
+    """True if a cell is a finite number, in JSON or as text."""
+    try:
+        return not isinstance(value, bool) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
+def labels_in(cell: str, multi_label: bool) -> list[str]:
+    """The labels of a row: one, or any number, each once."""
+    if not multi_label:
+        return [cell]
+    return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))
+
+
+def read_column(path: Path, columns: Columns, name: str) -> list[str]:
+    """One more column of a file, a value for each of `read_rows`; raises ValueError if a row lacks it."""
+    return [
+        str(_value(record, name, where, "--group-column")).strip() for where, record in records(path, columns)
+    ]
+
+
+def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
+    """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
+
+    Numbers of labels are replaced by their names where the data set has names.
+    """
+    from datasets import ClassLabel
+
+    data = _open_dataset(name, split)
+    feature = data.features.get(columns.label)
+    named = getattr(feature, "feature", feature) if columns.multi_label else feature  # of a list's items
+    rows = []
+    for i, record in enumerate(data):
+        text, label = row_of(record, columns, f"{name}, row {i}")
+        if isinstance(named, ClassLabel):
+            numbers = labels_in(label, columns.multi_label)
+            label = JOINT.join(named.int2str(int(number)) for number in numbers)
+        rows.append((text, label))
+    return rows
+
+
+def read_dataset_column(name: str, split: str, column: str) -> list[str]:
+    """One more column of a data set, a value for each of `read_dataset`; raises ValueError if a row lacks it."""
+    return [
+        str(_value(record, column, f"{name}, row {i}", "--group-column")).strip()
+        for i, record in enumerate(_open_dataset(name, split))
+    ]
+
+
+def _open_dataset(name: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    return load_dataset(path, config or None, split=split)

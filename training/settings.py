@@ -1,0 +1,79 @@
+"""The settings of a training, from whose fields `de3 train` makes its options. Needs no PyTorch."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated
+
+from typer import Option
+
+PANEL = "Training"
+WEIGHTS = ("depth", "uniform")
+PROTOTYPES = ("refit", "means", "sliding")
+MULTI_LABEL_HEAD_LR = 1e-2  # the default with --multi-label
+_option = partial(Option, rich_help_panel=PANEL)
+_by_recipe = partial(_option, show_default="by --recipe")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Length and learning rate of a training."""
+
+    batch_size: Annotated[int, _by_recipe(help="Samples a step.")] = 64
+    epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3
+    lr: Annotated[float, _by_recipe(help="Highest learning rate of the encoder.")] = 5e-5
+    patience: Annotated[
+        int, _by_recipe(help="Stop after this many epochs without a better tuning score; 0: never.")
+    ] = 0
+
+    def __str__(self) -> str:
+        epochs = "1 epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+        stops = f", stopping after {self.patience} without improvement" if self.patience else ""
+        return f"batches of {self.batch_size}, {epochs}{stops}, learning rate {self.lr:g}"
+
+
+@dataclass(frozen=True)
+class TrainSettings(Recipe):
+    """The settings of a training; they validate themselves."""
+
+    head_lr: Annotated[
+        float,
+        _option(help="Learning rate of the exits' heads.", show_default="1e-3; with --multi-label 1e-2"),
+    ] = 1e-3
+    weight_decay: Annotated[float, _option(help="Weight decay, of all but biases and norms.")] = 0.01
+    warmup: Annotated[float, _option(help="Share of the steps with learning-rate warm-up.")] = 0.06
+    alpha: Annotated[float, _option(help="α, weight of the distance-aware loss (Eq. 6).")] = 0.1
+    weights: Annotated[str, _option(help="Weights of the layers in the loss: depth or uniform.")] = "depth"
+    distill: Annotated[
+        float, _option(help="Share of the loss that uses the teacher's logits instead of the label.")
+    ] = 0.5
+    temperature: Annotated[float, _option(help="Temperature of the distillation.")] = 2.0
+    augment: Annotated[
+        int,
+        _option(
+            help="Altered copies of each sample (words replaced, texts joined), labelled by the teacher."
+        ),
+    ] = 0
+    max_length: Annotated[int, _option(help="Truncate training texts to this many tokens.")] = 128
+    prototypes: Annotated[
+        str,
+        _option(
+            help="Final prototypes: refit (retrain the prototype spaces on the finished encoder), means (only "
+            "recompute the prototypes over the training data) or sliding (keep the moving averages).",
+        ),
+    ] = "refit"
+    bf16: Annotated[bool, _option(help="Use bfloat16 autocast.")] = True
+    seed: Annotated[int, Option(help="Seed of the split, the heads and the order of samples.")] = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1 or self.max_length < 3:
+            raise ValueError("epochs and batch_size must be at least 1, max_length at least 3")
+        if min(self.lr, self.head_lr) <= 0 or self.alpha < 0 or self.temperature <= 0:
+            raise ValueError("learning rates and temperature must be above 0, alpha 0 or more")
+        if not (0 <= self.distill <= 1 and 0 <= self.warmup < 1):
+            raise ValueError("distill must be in [0, 1], warmup in [0, 1)")
+        if self.augment < 0:
+            raise ValueError("augment must be 0 or more")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be {' or '.join(WEIGHTS)}, got {self.weights!r}")
+        if self.prototypes not in PROTOTYPES:
+            raise ValueError(f"prototypes must be one of {', '.join(PROTOTYPES)}, got {self.prototypes!r}")
