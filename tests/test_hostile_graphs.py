@@ -146,5 +146,5 @@ def test_heads_that_do_not_divide_the_width_are_refused(int8: bool) -> None:
         assert read_segment(layer, 1, manifest).part.num_heads == count
     for count in (0, 3, 65, 128, -4):
         heads.i = count
-        with pytest.raises(GraphError, match="another 'num_heads'"):
+        with pytest.raises(GraphError, match="an unexpected 'num_heads'"):
             read_segment(layer, 1, manifest)
