@@ -10,7 +10,7 @@
 
 #include "model.h"
 
-/* How a row is quantized: float32 value ≈ scale · (uint8 value − MIDDLE) + center. */
+/* Quantization of a row: float32 value ≈ scale · (uint8 value − MIDDLE) + center. */
 typedef struct {
     float scale, center;
 } Quantization;

@@ -403,8 +403,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
  * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
  * computed, hidden float32 (T, H), or None if all layers run.
- * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they
- * mean. */
+ * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. See run_passes. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
