@@ -282,7 +282,11 @@ def test_only_the_newest_are_kept(
 @pytest.mark.parametrize(
     "kind",
     [
-        {"labels": ["a", "b", "c"], "thresholds": [0.5, 0.3, 0.8]},
+        {
+            "labels": ["a", "b", "c"],
+            "thresholds": [0.5, 0.3, 0.8],
+            "defaults": {"signal": "risk", "tau": 0.0},
+        },
         {"labels": ["praise"], "tolerance": 0.5, "defaults": {"signal": "risk", "tau": 0.0}},
     ],
 )

@@ -712,7 +712,7 @@ def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.Monk
     """A model on which the server's own measuring fails is refused before the server measures."""
     code = "import os, de3.server.engine.timing as t; t._run = lambda *a: os.abort(); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
-    with pytest.raises(StoreError, match="ends the process that loads it"):
+    with pytest.raises(StoreError, match="crashes the process that loads it"):
         prove.Prover().prove(Store(store).open("tiny"), "auto")
 
 
