@@ -127,7 +127,7 @@ class Reference(_Part):
 
 
 class Calibration(_Part):
-    """How the defaults were chosen, and their accuracy and cost.
+    """Choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
         tune_size: number of samples on which the signal was chosen.

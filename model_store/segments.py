@@ -105,7 +105,7 @@ class OnnxSegment:
 
 @dataclass(slots=True)
 class ForwardPass:
-    """A sample's pass through the layers, the exit rule between them.
+    """Forward pass of one sample, with the exit rule between layers.
 
     Attributes:
         tau, signal: leave at the first exit whose score is below tau.

@@ -86,6 +86,7 @@ def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> N
         parity(opened, model, encode(examples, opened.tokenizer, opened.max_tokens))
 
 
+@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("precision", ["none", "int8"])
 def test_every_family_is_imported_and_served(
@@ -165,6 +166,7 @@ def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tm
     assert again == Store(imported / "store").open("mine").manifest.calibration
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_an_interrupted_import_goes_on(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +190,7 @@ def test_an_interrupted_import_goes_on(
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: Path, tmp_path: Path) -> None:
     output = de3(
         f"import {classifier} --texts {data_file} --text-column sentence --label-column label --name m "
@@ -198,6 +201,7 @@ def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: P
     assert "On the certifying samples: accuracy" in output
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_states_of_another_head_are_not_taken(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +243,7 @@ def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_p
     assert last is not None and last.original_disagreement is None and not last.self_labelled
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_an_import_that_was_stopped_while_saving_goes_on(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +279,7 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         assert message in refusal(command.format(more))
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
     folder = save_encoder(tmp_path / "stock", labels=3)
     model = AutoModelForSequenceClassification.from_pretrained(folder)

@@ -420,6 +420,7 @@ def test_training_on_pairs(trained: Path) -> None:
     assert model.full_depth(tokens)[-1].logits is not None
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", "modernbert", labels=2, classifier_pooling="cls")
     de3(
