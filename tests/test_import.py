@@ -131,7 +131,7 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
         assert not (imported / f"work/{name}/states").exists()
     said = (imported / "mine.log").read_text()
     for words in (
-        "full depth is transformers' own model",
+        "full depth matches transformers' model",
         "agreement with the original model",
         "Next: de3 serve",
     ):
@@ -234,7 +234,7 @@ def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_p
         plain.append(tmp_path / part.name)
         plain[-1].write_text("".join(json.dumps({k: r[k] for k in ("text", "label")}) + "\n" for r in rows))
     output = de3(f"calibrate mine --tune {plain[0]} --certify {plain[1]} --store {store}")
-    assert "do not say how the original answered them" in output
+    assert "do not have the original's answers" in output
     last = Store(store).open("mine:3").manifest.calibration
     assert last is not None and last.original_disagreement is None and not last.self_labelled
 
@@ -323,7 +323,7 @@ def test_what_cannot_be_imported_says_what_can(
         classifier, "--label-column label", rows
     )
     assert "no column 'label'" in refused(classifier, "--label-column label", data_of(tmp_path, "plain.tsv"))
-    assert "has a model of another training or import" in refusal(
+    assert "holds the model of another training or import" in refusal(
         f"import {classifier} --texts {texts} --name m --store {tmp_path}/s --work {checkpoint}"
     )
     assert not (tmp_path / "s").exists()

@@ -489,5 +489,5 @@ def other_window(proto: Any) -> None:
 def test_an_artifact_that_was_tampered_with_is_not_loaded(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "store", tmp_path / "store")
     name = forge(tmp_path / "store", "m-int8", 2, other_window)
-    with pytest.raises(StoreError, match=f"{name}: its attention has another constant"):
+    with pytest.raises(StoreError, match=f"{name}: its attention has an unexpected constant"):
         Model(Store(tmp_path / "store").open("m-int8"))
