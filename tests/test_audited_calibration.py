@@ -259,7 +259,7 @@ def test_texts_that_were_drawn_more_often_are_thinned(
     write(log, [*usual, *make_audits(tiny.manifest, 200, 3, share=0.025, tokens=7)])
     assert kept() == [2000, 0, 200]
     assert said == [
-        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy times are "
+        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy periods are "
         "under-represented"
     ]
 
@@ -292,6 +292,7 @@ def test_only_the_newest_are_kept(
 )
 def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Path) -> None:
     plain = {**tiny.manifest.model_dump(), "calibration": None, "prototype_layers": []}
+    plain["defaults"] = {"tau": 0.1, "signal": "risk"}
     plain["risk"] = [{"layer": layer, "weights": [0.0] * 5} for layer in range(3)]
     manifest = Manifest.model_validate({**plain, **kind})
     log = write(tmp_path / "log", make_audits(manifest, 1000))

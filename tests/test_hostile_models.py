@@ -251,7 +251,7 @@ def template(count: int, **special_token: Any) -> dict:
         ),
         (
             lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": ["a"]}, "content": "a"}),
-            "must be a string",
+            "must be a non-empty string",
         ),
         (
             lambda t: t.update(
@@ -275,7 +275,7 @@ def template(count: int, **special_token: Any) -> dict:
             lambda t: t.update(
                 pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
             ),
-            "must be a string",
+            "must be a non-empty string",
         ),
         (lambda t: t["model"].update(max_input_chars_per_word=10**9), "may be at most 200"),
         (lambda t: t["model"].update(type="Evil"), "'Evil' is not one of"),

@@ -309,7 +309,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     for option, says in (
         ("--finetune", "not for regression"),
         ("--signal edr", "needs classes"),
-        ("--signal entropy", "of a regression model give risk"),
+        ("--signal entropy", "for a regression model give risk"),
         ("--threshold 0.3", "not a multi-label model"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
         ("--label-names a,b", "must name the labels"),
