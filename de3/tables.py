@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -219,11 +219,9 @@ def labels_in(cell: str, multi_label: bool) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))
 
 
-def read_column(path: Path, columns: Columns, name: str) -> list[str]:
-    """One more column of a file, a value for each of `read_rows`; raises ValueError if a row lacks it."""
-    return [
-        str(_value(record, name, where, "--group-column")).strip() for where, record in records(path, columns)
-    ]
+def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
+    """The groups of records, from a column; raises ValueError if a record lacks it."""
+    return [str(_value(record, column, where, "--group-column")).strip() for where, record in records]
 
 
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
@@ -233,25 +231,21 @@ def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, st
     """
     from datasets import ClassLabel
 
-    data = _open_dataset(name, split)
-    feature = data.features.get(columns.label)
+    feature = _open_dataset(name, split).features.get(columns.label)
     named = getattr(feature, "feature", feature) if columns.multi_label else feature  # of a list's items
-    rows = []
-    for i, record in enumerate(data):
-        text, label = row_of(record, columns, f"{name}, row {i}")
-        if isinstance(named, ClassLabel):
-            numbers = labels_in(label, columns.multi_label)
-            label = JOINT.join(named.int2str(int(number)) for number in numbers)
-        rows.append((text, label))
-    return rows
+    rows = [row_of(record, columns, where) for where, record in dataset_records(name, split)]
+    if not isinstance(named, ClassLabel):
+        return rows
+
+    def name_of(cell: str) -> str:
+        return JOINT.join(named.int2str(int(number)) for number in labels_in(cell, columns.multi_label))
+
+    return [(text, name_of(label)) for text, label in rows]
 
 
-def read_dataset_column(name: str, split: str, column: str) -> list[str]:
-    """One more column of a data set, a value for each of `read_dataset`; raises ValueError if a row lacks it."""
-    return [
-        str(_value(record, column, f"{name}, row {i}", "--group-column")).strip()
-        for i, record in enumerate(_open_dataset(name, split))
-    ]
+def dataset_records(name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """The rows of a data set, as `records` gives those of a file."""
+    return ((f"{name}, row {i}", record) for i, record in enumerate(_open_dataset(name, split)))
 
 
 def _open_dataset(name: str, split: str) -> Any:

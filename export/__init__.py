@@ -1,1 +1,1 @@
-"""From a trained checkpoint to an artifact: ONNX segments, prototypes, calibration, proof."""
+"""Export of checkpoints and stock classifiers as artifacts: ONNX segments, prototypes, calibration, proof."""

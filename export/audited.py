@@ -1,4 +1,4 @@
-"""Read the log of audits (`de3 serve --log-audits`) as samples to calibrate on. It has every exit: nothing is run."""
+"""Reader of the audit log (`de3 serve --log-audits`) as calibration samples. It has every exit, so no text is run."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -18,24 +18,24 @@ from de3.model_store.manifest import MAX_LABELS, MAX_LAYERS, NAME, VERSION, Coun
 from de3.model_store.store import Artifact
 from de3.training.progress import console, warn
 
-MAX_AUDITS = 200_000  # that are kept in memory
+MAX_AUDITS = 200_000  # kept in memory
 MAX_LINE = 2**24  # bytes
-MAX_NAMED = 5  # other models in a message
-MIN_TEXTS = 500  # different ones, as for de3 import: fewer certify hardly any τ
-MAX_BELOW = 0.05  # share of the audits that may have been drawn more rarely than usual, without a warning
+MAX_NAMED = 5  # other models named in a message
+MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
+MAX_BELOW = 0.05  # share of the audits drawn more rarely than usual above which a warning is given
 SEED = 0
 
 # Within float32, with room for their squares in float64.
 Logit = Annotated[float, Field(ge=-1e30, le=1e30)]
 # Rounding in float32 can put a cosine distance slightly outside [0, 2].
 Distance = Annotated[float, Field(ge=-0.01, le=2.01)]
-# Otherwise each of a million wrong values would be an error of its own.
+# Fail fast: otherwise each of a million wrong values would be a separate error.
 Logits = Annotated[list[Logit], Field(max_length=MAX_LABELS, fail_fast=True)]
 Distances = Annotated[list[Distance], Field(max_length=MAX_LABELS, fail_fast=True)]
 
 
 class _Row(BaseModel):
-    """A line of the log, which may come from anyone; server.audit.log writes it. Its texts are not needed."""
+    """A line of the log, untrusted; server.audit.log writes it. Its texts are ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
 
@@ -54,8 +54,8 @@ class _Audit:
 
     Attributes:
         time: seconds since 1970.
-        share: the probability with which it was drawn.
-        logits, distances: of every exit, (exits, K), float32; NaN at exits without prototypes.
+        share: probability of being audited.
+        logits, distances: every exit's, (exits, K), float32; NaN at exits without prototypes.
     """
 
     time: float
@@ -67,7 +67,7 @@ class _Audit:
 
 @dataclass
 class _Seen:
-    """How many rows were read: of the model, and of others, some of which are named."""
+    """Count of the rows read for the model and for others, with the names of some others."""
 
     own: int = 0
     others: int = 0
@@ -81,10 +81,9 @@ class _Seen:
 
 
 def parts(artifact: Artifact, files: Sequence[Path]) -> tuple[Part, Part]:
-    """Samples to tune on and others to certify on, from the audits of a model; their labels are full depth's answers.
+    """Tuning and certifying samples from the audits of a model, labelled with full depth's answers.
 
-    Equal texts are in the same part, as one group. Raises ValueError for files that cannot be used, and for too few
-    audits.
+    Equal texts are in the same part, as one group. Raises ValueError for unusable files and for too few audits.
     """
     seen = _Seen()
     audits = _representative(_read(artifact, files, seen))
@@ -166,7 +165,7 @@ def _row(fields: Any) -> _Row:
 
 
 def _audit(row: _Row, manifest: Manifest) -> _Audit:
-    """A row of this model; raises ValueError if it does not have its exits."""
+    """The audit in a row of this model; raises ValueError if the row does not have the model's exits."""
     layers, count = manifest.exit_layers, len(manifest.labels)
     if row.layers != layers:
         raise ValueError(f"layers: must be the model's exits, {layers}, got {row.layers!s:.100}")
@@ -186,9 +185,9 @@ def _audit(row: _Row, manifest: Manifest) -> _Audit:
 
 
 def _representative(audits: list[_Audit]) -> list[_Audit]:
-    """Audits as if all were drawn with the most common probability: of those drawn more often some are left out.
+    """The audits thinned as if all had been drawn with the most common probability.
 
-    Nothing can be added for those that were drawn more rarely; where they are many, a warning says so.
+    Audits drawn with a lower probability cannot be made up for; a warning says if they are many.
     """
     shares = np.array([audit.share for audit in audits])
     values, counts = np.unique(shares, return_counts=True)
@@ -199,7 +198,7 @@ def _representative(audits: list[_Audit]) -> list[_Audit]:
         warn(
             [
                 f"{100 * below:.0f}% of the audits were drawn more rarely than the usual {100 * usual:.3g}%, as a "
-                "server does under load: busy times are under-represented"
+                "server does under load: busy periods are under-represented"
             ]
         )
     return [audit for audit, kept in zip(audits, is_kept, strict=True) if kept]
@@ -221,6 +220,6 @@ def _recorded(audits: Sequence[_Audit], manifest: Manifest) -> Recorded:
 
 
 def _groups(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """A number for each sample, (n,), the same for samples with equal logits: those of equal texts are, bit for bit."""
+    """Group number of each sample, (n,): one for equal logits, since those of equal texts are equal bit for bit."""
     numbers = dict[bytes, int]()
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in logits], np.int64)

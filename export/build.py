@@ -1,22 +1,23 @@
-"""Build the ONNX segments of a DE3-BERT: one for the embeddings and one per layer, each with its exit."""
+"""The ONNX segments of a DE3-BERT: one for the embeddings and one per layer, each with its exit."""
 
 import onnx
 from onnx import TensorProto
 
 from de3.export import modernbert
-from de3.export.graph import Graph, block, embed, exit_heads
+from de3.export.graph import Graph
+from de3.export.segment import block, embed, exit_heads
 from de3.training.encoders import family
 from de3.training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
 from de3.training.model import De3Model
 
 
 def file_name(layer: int) -> str:
-    """The file name of a layer's segment; layer 0 is the embedding output."""
+    """File name of a layer's segment; layer 0 is the embedding output."""
     return "embeddings.onnx" if layer == 0 else f"layer_{layer:02}.onnx"
 
 
 def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.ModelProto]:
-    """The segments of a model by file name, in the order in which they run.
+    """Build the segments of a model: by file name, in execution order.
 
     token_types: whether the model's tokenizer returns token types.
     """

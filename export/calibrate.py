@@ -1,4 +1,4 @@
-"""Choose an artifact's signal and τ, and certify what they give, from samples that were not trained on."""
+"""Choice of an artifact's signal and τ, and certification of both, on samples that were not trained on."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +21,16 @@ from de3.training.split import related
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
-LEAST_WIN = 1.05  # of another signal over risk
+MIN_GAIN = 1.05  # speed-up of another signal relative to risk's, from which it is preferred
 
 
 @dataclass(frozen=True)
 class Part:
-    """Samples that were held out, recorded, and which of them are whole texts.
+    """Recorded held-out samples.
 
     Attributes:
-        is_whole: (n,); a fragment helps to fit the risk, but neither chooses nor certifies: nobody sends fragments.
+        is_whole: (n,), false for fragments. They help to fit the risk, but neither choose nor certify: clients send
+            whole texts.
     """
 
     samples: Samples
@@ -37,7 +38,7 @@ class Part:
 
     @classmethod
     def of(cls, recorded: Recorded, examples: Sequence[Example]) -> "Part":
-        """The part of these examples, recorded in this order."""
+        """The part made of examples and their recording, in the same order."""
         one_of = related(examples)
         groups = np.unique([repr(one_of[e.text]) for e in examples], return_inverse=True)[1].astype(np.int64)
         is_whole = np.array([not e.is_fragment for e in examples])
@@ -51,14 +52,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The parts of a manifest that a calibration sets."""
+    """The fields of a manifest that a calibration sets."""
 
     calibration: Calibration
     risk: list[RiskWeights]
     defaults: Defaults
 
     def fields(self) -> dict[str, Any]:
-        """By their names in the manifest."""
+        """The fields by name."""
         return {"calibration": self.calibration, "risk": self.risk, "defaults": self.defaults}
 
 
@@ -67,11 +68,11 @@ def calibrate(
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
-    The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. Of fewer than
-    MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk that was fitted on the other.
+    The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
+    MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk fitted on the other.
 
-    wanted: the signal of the default, or auto. self_labelled: the samples' labels are the model's own answers, before
-    it was quantized or at full depth.
+    wanted: the signal of the default, or auto. self_labelled: the labels are the model's own answers, those before
+    quantization or those of full depth.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
@@ -132,13 +133,13 @@ def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
 
 
 def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
-    """Risk, whose τ has a meaning, unless another is clearly faster."""
+    """Risk, whose τ is a probability, unless another signal is clearly faster."""
     name = max(signals, key=lambda name: signals[name][1])
-    return name if signals[name][1] > LEAST_WIN * signals["risk"][1] else "risk"
+    return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
 
 
 def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tuple[Samples, Any]:
-    """The samples that certify a signal, and its scores for them."""
+    """The samples that certify a signal, and their scores."""
     if not pooled:
         return certify.whole, signal.scores(certify.whole.recorded)
     scores = []
@@ -149,7 +150,7 @@ def _certifying(tune: Part, certify: Part, signal: Signal, pooled: bool) -> tupl
 
 
 def joined(parts: Sequence[Samples]) -> Samples:
-    """Several parts as one; their groups stay apart."""
+    """The samples of several parts as one; groups of different parts stay distinct."""
     first = parts[0].recorded
     logits, distances, labels = (
         np.concatenate([getattr(p.recorded, name) for p in parts])
@@ -169,8 +170,8 @@ def _report(
     tables: dict[str, list[Outcome]], default: Outcome, samples: Samples, self_labelled: bool
 ) -> None:
     n = len(samples.recorded.labels)
-    whom = "full depth" if samples.recorded.original is None else "the original model"
-    table = Table(title=f"Speed-up in layers at a disagreement with {whom}, {n} certifying samples")
+    reference = "full depth" if samples.recorded.original is None else "the original model"
+    table = Table(title=f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples")
     for column in ("signal", "1%", "2%", "5%", "promised: 1%", "2%", "5%"):
         table.add_column(column, justify="left" if column == "signal" else "right")
     for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
@@ -181,44 +182,45 @@ def _report(
         speeds += ["–" if row.disagreement_bound > most else f"{row.speedup:.2f}×" for most, row in promised]
         table.add_row(label(rows[0]) + mark, *speeds)
     console.print(table)
-    what = f"agreement with {whom}" if self_labelled else "accuracy"
+    measure = f"agreement with {reference}" if self_labelled else "accuracy"
     if samples.recorded.tolerance is not None:
-        what = f"answers within {samples.recorded.tolerance:g} of {whom if self_labelled else 'the labels'}"
+        target = reference if self_labelled else "the labels"
+        measure = f"answers within {samples.recorded.tolerance:g} of {target}"
     console.print(
         f"default: {label(default)}, τ = {default.tau:g}: {meaning(default)}. On the certifying samples: "
-        f"{what} {100 * default.accuracy:.2f}% "
+        f"{measure} {100 * default.accuracy:.2f}% "
         f"({100 * default.accuracy_interval[0]:.2f} … {100 * default.accuracy_interval[1]:.2f}), loss against full "
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
         f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×; "
-        f"{100 * default.disagreement:.2f}% unlike {whom} (at most {100 * default.disagreement_bound:.2f}%)",
+        f"{100 * default.disagreement:.2f}% unlike {reference} (at most {100 * default.disagreement_bound:.2f}%)",
         soft_wrap=True,
     )
     full = tables[default.signal][0]
     if full.disagreement > 0:  # by int8, or by training
         console.print(
-            f"full depth is unlike {whom} in {100 * full.disagreement:.2f}% (at most "
+            f"full depth is unlike {reference} in {100 * full.disagreement:.2f}% (at most "
             f"{100 * full.disagreement_bound:.2f}%, the least max_disagreement that can be promised)",
             soft_wrap=True,
         )
 
 
 def label(row: Outcome | Defaults) -> str:
-    """A signal as messages name it."""
+    """Display name of a signal."""
     return f"EDR λ={row.lam:g}" if row.signal == "edr" else row.signal
 
 
 def meaning(row: Outcome | Defaults) -> str:
-    """What τ means with a signal."""
+    """Explanation of τ for a signal."""
     if row.tau == 0:
-        return "never exit early, as nothing else is certain enough on these samples"
+        return "never exit early, as no larger τ can be certified on these samples"
     if row.signal == "risk":
         return f"exit when the chance that full depth answers otherwise is below {100 * row.tau:.3g}%"
     return "exit when the score is below τ"
 
 
 def references(certified: Recorded) -> list[dict[str, Any]]:
-    """The quantiles of each exit's signals on the certifying samples."""
+    """Quantiles of each exit's signals on the certifying samples."""
     references = []
     for j, layer in enumerate(certified.exit_layers):
         reference: dict[str, Any] = {
@@ -237,7 +239,7 @@ def references(certified: Recorded) -> list[dict[str, Any]]:
 
 
 def rounded(outcome: Outcome) -> dict[str, Any]:
-    """An outcome's fields with six decimals, more than their precision."""
+    """Fields of an outcome, rounded to six decimals, which is more than their precision."""
 
     def rounded(value: Any) -> Any:
         if isinstance(value, list | tuple):

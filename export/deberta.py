@@ -1,17 +1,13 @@
 """Disentangled attention: the scores depend on the distance of two tokens and on the content of either."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from de3.export.graph import Graph
 from de3.training.encoders.weights import Array, Disentangled, Layer
 
-if TYPE_CHECKING:
-    from de3.export.graph import Graph
 
-
-def attention(g: "Graph", hidden: str, layer: Layer, relative: Disentangled) -> str:
-    """What the tokens attend to, (1, T, H)."""
+def attention(g: Graph, hidden: str, layer: Layer, relative: Disentangled) -> str:
+    """Attention of `hidden` (1, T, H), before its output projection, (1, T, H)."""
     qkv = g.linear(hidden, layer.qkv)
     parts = g.node("Split", qkv, axis=-1, outputs=3).removesuffix("_0")
     query, key, value = (f"{parts}_{i}" for i in range(3))
@@ -24,10 +20,10 @@ def attention(g: "Graph", hidden: str, layer: Layer, relative: Disentangled) -> 
     )
 
 
-def _scores(g: "Graph", hidden: str, query: str, key: str, heads: int, relative: Disentangled) -> str:
-    """What is added to the scores, (1, heads, T, T).
+def _scores(g: Graph, hidden: str, query: str, key: str, heads: int, relative: Disentangled) -> str:
+    """The terms added to the attention scores, (1, heads, T, T).
 
-    A short text needs few rows of the tables, those around the middle; only these are multiplied.
+    A short text needs only the rows of the tables around the middle; only these are multiplied.
     """
     zero, one = (g.constant(np.array(x, np.int64)) for x in (0, 1))
     axes = [g.constant(np.array([x], np.int64)) for x in (0, 1)]
@@ -60,5 +56,5 @@ def _by_head(table: Array, heads: int, order: list[int]) -> Array:
     return table.reshape(len(table), heads, -1).transpose(order)
 
 
-def _slice(g: "Graph", table: Array, first: str, end: str, axis: int) -> str:
+def _slice(g: Graph, table: Array, first: str, end: str, axis: int) -> str:
     return g.node("Slice", g.constant(table), first, end, g.constant(np.array([axis], np.int32)))

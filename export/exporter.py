@@ -1,4 +1,4 @@
-"""Checkpoint → artifact: build the segments, verify them, calibrate them, publish them."""
+"""Export of a checkpoint as an artifact: its segments are built, verified, calibrated and published."""
 
 import time
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from de3.training.predict import predict
 from de3.training.progress import console, warn
 
 MAX_FP32_DIFFERENCE = 1e-3
-LEAST_SAME = 0.8  # share of samples that should leave alike in int8 and fp32
+MIN_SAME_EXIT = 0.8  # share of samples; below it a warning is given
 
 
 class ExportError(ValueError):
@@ -38,7 +38,7 @@ class ExportError(ValueError):
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What to export and how much accuracy may be lost; validates itself.
+    """Options of an export; validates itself.
 
     Attributes:
         quantize: "int8" or "none".
@@ -77,15 +77,15 @@ def export(
     The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The default files
     are those that training held out.
 
-    Raises ExportError if the segments differ from the PyTorch model by more than allowed, and ValueError if
-    the checkpoint cannot be exported. In both cases nothing is published.
+    Raises ExportError if the segments differ too much from the PyTorch model, and ValueError if the checkpoint cannot
+    be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
     model, tokenizer = opened.model, opened.tokenizer
     tokenizer_json = plain_tokenizer(checkpoint)
     _check_prototypes(model)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
-    if tune_file or certify_file:  # training keeps its own apart
+    if tune_file or certify_file:  # the defaults are disjoint
         check_apart(
             tune,
             certify,
@@ -108,7 +108,7 @@ def export(
         proof: dict[str, Any] = {"parity": parity(model, tokenizer, exported, certify, int8)}
         tuned = record(exported, tune, "the tuning samples")
         certified = record(exported, certify, "the certifying samples")
-        if int8 or opened.is_finetuned:  # else full depth is the classifier that was imported
+        if int8 or opened.is_finetuned:  # otherwise full depth is the imported classifier itself
             tuned, certified = with_original(tuned, tune), with_original(certified, certify)
             if opened.is_finetuned and (tuned.original is None or certified.original is None):
                 raise ValueError(
@@ -189,7 +189,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
 
 
 def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
-    """Examples of many lengths: spread over the lengths that occur, and some joined up to max_tokens."""
+    """Examples of many lengths: spread over those that occur, and some joined up to max_tokens."""
     by_length = sorted(examples, key=lambda e: len(repr(e.text)))
     chosen = [
         by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)
@@ -205,7 +205,8 @@ def parity(
 ) -> dict[str, Any]:
     """Run the segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError above 1e-3 (of a tolerance above 1) for fp32. (For int8, int8_loss compares accuracies.)
+    Raises ExportError if fp32 differs by more than 1e-3 (with a tolerance above 1, by that part of it). For int8,
+    int8_loss compares accuracies instead.
     """
     exits, spaces = model.config.exit_layers, model.config.prototype_layers
     largest = {"logits": [0.0] * len(exits), "distances": [0.0] * len(spaces)}
@@ -239,35 +240,34 @@ def parity(
         table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)
     console.print(table)
     worst = max(largest["logits"] + largest["distances"])
-    allowed = MAX_FP32_DIFFERENCE * max(1.0, model.config.tolerance or 0.0)  # a value may be of any size
+    allowed = MAX_FP32_DIFFERENCE * max(
+        1.0, model.config.tolerance or 0.0
+    )  # values have the scale of the tolerance
     if not int8 and not worst <= allowed:  # "not <=" catches NaN
         raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above {allowed:g}")
     return {"samples": len(samples), "longest": max(lengths), **largest}
 
 
 def same_exit(int8: Recorded, reference: Recorded, rule: ExitRule) -> float:
-    """The share of samples that leave at the same exit with the same answer in int8 and fp32; warns of a small one."""
+    """Share of samples with the same exit and answer in int8 and fp32; warns if it is small."""
     rows = np.arange(len(int8.labels))
     index, expected = (exit_index(rule.signal.scores(r), rule.tau) for r in (int8, reference))
     ours, theirs = int8.answers[rows, index], reference.answers[rows, expected]
     unlike = ours != theirs if int8.tolerance is None else ~(np.abs(ours - theirs) <= int8.tolerance)
     same = (index == expected) & ~(unlike if unlike.ndim == 1 else unlike.any(-1))
     share = float(same.mean())
-    message = (
-        f"{100 * share:.1f}% of the certifying samples leave at the same exit with the same answer as in fp32"
-    )
-    if share < LEAST_SAME:
-        warn([f"{message}: the reported numbers are of int8; compare them with --quantize none"])
+    message = f"{100 * share:.1f}% of the certifying samples have the same exit and answer as in fp32"
+    if share < MIN_SAME_EXIT:
+        warn([f"{message}: the reported numbers are those of int8; compare them with --quantize none"])
     else:
         console.print(message)
     return share
 
 
 def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, Any]:
-    """The accuracy of each exit in int8 and fp32, on the same samples.
+    """Accuracy of each exit in int8 and fp32, on the same samples.
 
-    Raises ExportError if the loss of an exit is above `allowed` with 95% confidence: of few samples, a few may
-    differ by chance.
+    Raises ExportError if the loss of an exit is above `allowed` with 95% confidence.
     """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
     table = Table(title=f"Accuracy by exit, int8 and fp32 ({len(int8.labels)} certifying samples)")

@@ -1,4 +1,4 @@
-"""A whole model as one plain ONNX graph without exits, for comparison with other servers.
+"""The whole model as one plain ONNX graph without exits, for comparison with other servers.
 
 It has the nodes and weights of all segments in order, and the last layer's classifier.
 """
@@ -16,7 +16,7 @@ from de3.model_store.store import Artifact, read_manifest
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """One model of all segments: inputs input_ids and token_type_ids (1, T); output logits (1, K) of the last exit."""
+    """Join segments to one model with inputs input_ids and token_type_ids (1, T) and the last exit's logits (1, K)."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
@@ -54,7 +54,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
         [helper.make_tensor_value_info(logits, TensorProto.FLOAT, [1, labels.dim_value])],
         weights,
     )
-    _keep_needed(result, nodes)  # not those that only the prototypes use
+    _prune(result, nodes)  # drops the nodes that only the prototypes use
     for node in result.node:
         node.output[:] = ["logits" if x == logits else x for x in node.output]
     result.output[0].name = "logits"
@@ -69,7 +69,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An int8 model with one scale for the activations of a text: what ONNX Runtime has fused operators for."""
+    """An int8 model with one activation scale for the whole text, the form that ONNX Runtime's fused operators take."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = result.graph.node
@@ -79,8 +79,8 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
         for name in node.input:
             taken_by.setdefault(name, []).append(node)
 
-    def value(name: str) -> str:
-        """What is quantized, of the values that have been moved and scaled."""
+    def unscaled(name: str) -> str:
+        """The activations before each token was shifted and scaled."""
         return str(made_by[made_by[name].input[0]].input[0])
 
     fused, replaced = {}, {}
@@ -92,7 +92,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             bias = made_by[last.input[1]].input[1]
             fused[last.output[0]] = x, weight, scale, bias
             made = helper.make_node(
-                node.op_type, [value(x), weight, scale, "", bias], last.output, domain=node.domain
+                node.op_type, [unscaled(x), weight, scale, "", bias], last.output, domain=node.domain
             )
             replaced[last.output[0]] = [made]
         elif node.op_type == "MultiHeadAttention" and (qkv := _qkv(node, made_by)) in fused:
@@ -101,17 +101,17 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             inputs = [parts[0], weight, bias, parts[1], scale, "", parts[2]]
             heads = next(a.i for a in node.attribute if a.name == "num_heads")
             replaced[node.output[0]] = [
-                helper.make_node("DynamicQuantizeLinear", [value(x)], parts),
+                helper.make_node("DynamicQuantizeLinear", [unscaled(x)], parts),
                 helper.make_node("QAttention", inputs, node.output, domain=node.domain, num_heads=heads),
             ]
     whole = [made for node in nodes for made in replaced.get(node.output[0], [node])]
-    _keep_needed(result.graph, whole)
+    _prune(result.graph, whole)
     onnx.checker.check_model(result)
     return result
 
 
 def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
-    """What queries, keys and values are parts of; empty if attention adds or does anything else to them."""
+    """Name of the value that is split into queries, keys and values; empty for any other attention."""
     makers = [made_by.get(name) for name in attention.input]
     first = makers[0]
     if first is None or first.op_type != "Split" or makers != [first] * 3:
@@ -119,8 +119,8 @@ def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
     return str(first.input[0])
 
 
-def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Let a graph have those of its nodes and weights that its outputs depend on."""
+def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    """Give a graph those of the nodes, and keep those of its weights, that its outputs depend on."""
     needed, kept = {x.name for x in graph.output}, []
     for node in reversed(nodes):
         if needed & set(node.output):
@@ -133,7 +133,7 @@ def _keep_needed(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An int8 model as float32: the same weights, dequantized, and float32 operators."""
+    """A fused int8 model as float32: dequantized weights and float32 operators."""
     arrays = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     weights: dict[str, NDArray[Any]] = {}
@@ -161,7 +161,7 @@ def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
         numpy_helper.from_array(np.asarray(weights.get(name, array), order="C"), name)
         for name, array in arrays.items()
     )
-    _keep_needed(result.graph, nodes)
+    _prune(result.graph, nodes)
     onnx.checker.check_model(result)
     return result
 
@@ -176,9 +176,10 @@ def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[s
 
 
 def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
-    """Write the full-depth model of a checkpoint or of an artifact's folder into a new folder.
+    """Write the full-depth model of a checkpoint or an artifact into a new folder.
 
-    An int8 artifact can also be written as float32, with the same quantized weights.
+    source: the checkpoint's or artifact's folder. int8: false also writes an int8 artifact as float32, with the same
+    quantized weights.
 
     Raises ValueError if the folder exists, and StoreError if the artifact is damaged.
     """
@@ -196,7 +197,7 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
             raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
         write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
         return
-    from de3.export.build import build  # slow to import, and an artifact does not need it
+    from de3.export.build import build  # slow to import, and not needed for an artifact
     from de3.export.exporter import plain_tokenizer
     from de3.training.checkpoint import Checkpoint
 

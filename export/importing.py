@@ -1,4 +1,4 @@
-"""A stock classifier → an artifact with early exits: its weights stay, and full depth gives its own answers."""
+"""Import of a stock classifier as an artifact with early exits; its weights and full-depth answers are unchanged."""
 
 import shutil
 from collections.abc import Sequence
@@ -24,22 +24,21 @@ from de3.training.trainer import train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
-MAX_FITTED = 20_000  # their states are in memory
+MAX_FITTED = 20_000  # texts, whose states are in memory
 PARTS = ("fitting", "tuning", "certifying")
 
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """How exits are fitted.
+    """Options of an import.
 
     Attributes:
-        labelled: whether the texts come with the right labels; else the model's own answers stand for them.
-        fragments: whether the texts contain fragments of each other.
-        bf16: compute what exits are fitted on in bfloat16; what they are judged by is in float32.
-        finetune: then train the encoder too, so that its first layers tell more; full depth is held to the original's
-            answers.
+        labelled: the texts have labels; otherwise the model's own answers are the labels.
+        fragments: the texts contain fragments of each other.
+        bf16: compute the states that exits are fitted on in bfloat16; those of tuning and certifying are float32.
+        finetune: also train the encoder, for better early exits, while full depth is held to the original's answers.
         epochs, lr: of finetune.
-        command: what resumes it, for a checkpoint that is opened too early.
+        command: command line that resumes the import, named if its unfinished checkpoint is opened.
     """
 
     labelled: bool = False
@@ -63,10 +62,10 @@ def import_classifier(
 ) -> Path:
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
-    rows: texts with their labels, or with "". groups: of related rows. work: a folder for the checkpoint and, until the
-    end, for what has been computed: an interrupted run goes on from there.
+    rows: texts and labels, "" if unlabelled. groups: of related rows. work: folder for the checkpoint and, until the
+    end, for intermediate results, from which an interrupted import resumes.
 
-    Raises ValueError for texts that cannot be used, and ExportError if the exported model is not the same.
+    Raises ValueError for unusable texts, and ExportError if the exported model differs.
     """
     _check_work(work, settings.finetune)
     if settings.finetune and (opened.thresholds is not None or opened.is_regression):
@@ -88,7 +87,9 @@ def import_classifier(
         for part, what in zip((parts.train, parts.tune, parts.certify), PARTS, strict=True)
     ]
     difference = stock.parity(opened, model, encoded[2])
-    console.print(f"full depth is transformers' own model: largest difference of the logits {difference:.1e}")
+    console.print(
+        f"full depth matches transformers' model: largest difference of the logits {difference:.1e}"
+    )
     computed = [
         frozen.states(
             model,
@@ -113,13 +114,13 @@ def import_classifier(
 
 
 def _check_export(opened: stock.Stock, exporting: ExportSettings) -> None:
-    """Raise ValueError for what would be refused at the end."""
+    """Raise ValueError early for options and tokenizers that export or the store would refuse."""
     if opened.thresholds is not None and exporting.signal == "edr":
         raise ValueError("--signal edr: needs classes that exclude each other; give risk or entropy")
     if opened.is_regression and exporting.signal not in ("auto", "risk"):
-        raise ValueError(f"--signal {exporting.signal}: needs classes; of a regression model give risk")
+        raise ValueError(f"--signal {exporting.signal}: needs classes; for a regression model give risk")
     if opened.tokenizer.truncation_side != "right":
-        raise ValueError("its tokenizer cuts long texts at their beginning; only at their end can be served")
+        raise ValueError("its tokenizer truncates at the beginning; only truncation at the end can be served")
     tokenizer = Tokenizer.from_str(opened.tokenizer.backend_tokenizer.to_str())
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -132,7 +133,7 @@ def _parts(
     opened: stock.Stock,
     settings: ImportSettings,
 ) -> Split:
-    """The texts, split by seed into what exits are fitted, tuned and certified on."""
+    """The texts, split by seed into those to fit, tune and certify on."""
     if opened.is_regression:
         examples = to_examples(rows, opened.names, regression=True)
     else:
@@ -143,16 +144,18 @@ def _parts(
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     if len(examples) < FEW_TEXTS:
         raise ValueError(
-            f"{len(examples)} texts are too few to fit exits and to certify them: give {FEW_TEXTS} or more"
+            f"{len(examples)} texts are too few to fit and certify exits: give {FEW_TEXTS} or more"
         )
     parts = split(examples, settings.seed, min(len(examples) // 5, MAX_HELD_BACK), settings.fragments)
     if len(parts.train) > MAX_FITTED:
-        console.print(f"{len(parts.train)} texts are more than exits need: {MAX_FITTED} of them are used")
+        console.print(
+            f"{len(parts.train)} texts are more than needed to fit exits: {MAX_FITTED} of them are used"
+        )
     return replace(parts, train=parts.train[:MAX_FITTED])
 
 
 def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
-    """The model's labels as the data has them: by name, as numbers, or not at all, as ""."""
+    """The model's labels as the data writes them: names, numbers, or "" if it has none."""
     for known in ([""], names, [str(i) for i in range(len(names))]):
         if found <= set(known):
             if known is not names and known != [""]:
@@ -168,7 +171,7 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
 
 
 def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Raise ValueError if the original answers no text with some label: training could not keep it."""
+    """Raise ValueError if the original gives some label to no text: training would lose it."""
     found = {e.original for e in examples}
     missing = [name for k, name in enumerate(names) if k not in found]
     if missing:
@@ -179,7 +182,7 @@ def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> Non
 
 
 def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split:
-    """The parts with the original's answers, which are the labels too unless there are better ones."""
+    """The parts with the original's answers, which are also the labels unless the texts have their own."""
 
     def with_answers(part: list[Example], states: States) -> list[Example]:
         answers = [label_of(row) for row in states.answers.numpy()]
@@ -191,19 +194,19 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
 
 
 def _check_work(work: Path, finetune: bool) -> None:
-    """Raise ValueError for a folder that holds something else than such an import."""
+    """Raise ValueError for a folder that holds anything but the same kind of import."""
     if work.exists() and not work.is_dir():
-        raise ValueError(f"--work {work}: is a file; give a folder, which need not exist")
+        raise ValueError(f"--work {work}: is a file; give a folder (it is created)")
     record = read_record(work) or {}
     is_other = record.get("imported") is not True or bool(record.get("finetuned")) != finetune
     if (work / "config.json").exists() and is_other:
-        raise ValueError(f"{work} has a model of another training or import: choose another --work")
+        raise ValueError(f"{work} holds the model of another training or import: choose another --work")
 
 
 def _save(
     model: De3Model, opened: stock.Stock, parts: Split, work: Path, labelled: bool, command: str | None
 ) -> None:
-    """Write the checkpoint, as de3 train would."""
+    """Write the checkpoint, in the form of de3 train."""
     work.mkdir(parents=True, exist_ok=True)
     record = {"imported": True, "self_labelled": not labelled}
     write_record(work, finished=False, **record, command=command)
@@ -222,7 +225,7 @@ def _finetune(
     work: Path,
     settings: ImportSettings,
 ) -> None:
-    """Train all of it to the original's probabilities, at every exit, and write the checkpoint."""
+    """Train the whole model to the original's probabilities, at every exit, and write the checkpoint."""
     how = TrainSettings(
         epochs=settings.epochs,
         batch_size=32,

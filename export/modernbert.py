@@ -1,8 +1,7 @@
-"""A block of ModernBERT as ONNX nodes: pre-norm, RoPE, attention to all tokens or to the neighbours, a gated network.
+"""A block of ModernBERT as ONNX nodes: pre-norm, RoPE, global or local attention, a gated feed-forward network.
 
-Nothing in it has the size of the longest text: positions, angles and masks are computed for the text at hand. In a
-long text, attention to neighbours runs block by block, so that its time and memory grow with the tokens, not with their
-square.
+No weight has the size of the longest text: positions, angles and masks are computed for each text. In a long text,
+local attention runs block by block, so that its time and memory are linear in the number of tokens.
 """
 
 import numpy as np
@@ -15,8 +14,8 @@ from de3.training.encoders.weights import PreNormLayer
 
 def block(g: Graph, hidden: str, layer: PreNormLayer) -> str:
     """Hidden states (1, T, H) after one transformer block."""
-    seen = hidden if layer.attention_norm is None else g.norm(hidden, layer.attention_norm)
-    attended = g.linear(_attention(g, seen, layer), layer.attention_out)
+    normed = hidden if layer.attention_norm is None else g.norm(hidden, layer.attention_norm)
+    attended = g.linear(_attention(g, normed, layer), layer.attention_out)
     hidden = g.node("Add", attended, hidden)
     both = g.linear(g.norm(hidden, layer.ffn_norm), layer.ffn_in)
     inner = g.node("Split", both, axis=-1, outputs=2).removesuffix("_0")
@@ -25,7 +24,7 @@ def block(g: Graph, hidden: str, layer: PreNormLayer) -> str:
 
 
 def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
-    """What attention gives of x (1, T, H), before its last linear layer, (1, T, H)."""
+    """Attention of x (1, T, H), before its output projection, (1, T, H)."""
     parts = g.node("Split", g.linear(x, layer.qkv), axis=-1, outputs=3).removesuffix("_0")
     query, key, value = (f"{parts}_{i}" for i in range(3))
     zero, one = (g.constant(np.array(i, np.int64)) for i in (0, 1))
@@ -39,7 +38,7 @@ def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
     if layer.window is None:
         return g.ms("MultiHeadAttention", query, key, value, num_heads=layer.num_heads)
 
-    # The text is one block, or if it is long, blocks of a window's size, each with a window before and after it.
+    # A text is one block; a long one is split into blocks of a window's size, each with a window before and after it.
     window = g.constant(np.array(layer.window, np.int64))
     is_long = g.node("Greater", tokens, g.constant(np.array(DENSE * layer.window, np.int64)))
     size = g.node("Where", is_long, window, tokens)
@@ -47,8 +46,8 @@ def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
     last = g.node("Sub", tokens, one)
     count = g.node("Add", g.node("Div", last, size), one)
 
-    # The positions of queries (blocks, size) and keys (blocks, size + 2·around). Where the text has none, its first or
-    # last token stands in for a key that is not seen, or for a query whose result is cut off.
+    # Positions of queries (blocks, size) and keys (blocks, size + 2·around). Outside the text, its first or last token
+    # stands in; such keys are masked, and the results of such queries are cut off.
     starts = g.node("Unsqueeze", g.node("Mul", g.node("Range", zero, count, one), size), axes[1])
     queries = g.node("Add", starts, g.node("Range", zero, size, one))
     before, after = g.node("Neg", around), g.node("Add", size, around)
@@ -60,8 +59,8 @@ def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
     near = g.node("LessOrEqual", g.node("Abs", g.node("Sub", columns, rows)), window)
     real = g.node("Unsqueeze", g.node("Equal", keys, real_keys), axes[1])
     seen = g.node("Unsqueeze", g.node("And", near, real), axes[1])
-    nothing, masked = (g.constant(np.array(x, np.float32)) for x in (0, MASKED))
-    added = g.node("Where", seen, nothing, masked)  # (blocks, 1, queries, keys)
+    unmasked, masked = (g.constant(np.array(x, np.float32)) for x in (0, MASKED))
+    added = g.node("Where", seen, unmasked, masked)  # (blocks, 1, queries, keys)
 
     query, key, value = (
         g.node("Squeeze", g.node("Gather", part, picked, axis=1), axes[0])

@@ -1,4 +1,4 @@
-"""Recalibrate an artifact on other samples or audits: new signal, τ and guarantees for the same model."""
+"""Recalibration of an artifact on other samples or audits: new signal, τ and guarantees for the same model."""
 
 import time
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ def recalibrate(
     max_loss: float,
     signal: str = "auto",
 ) -> Path:
-    """Write an artifact's next version, the same files with a new calibration; returns its folder.
+    """Publish an artifact's next version, the same files with a new calibration; returns its folder.
 
-    Raises ValueError for samples that cannot be read or used, and StoreError for a damaged artifact.
+    Raises ValueError for unusable samples, and StoreError for a damaged artifact.
     """
     names = list(artifact.manifest.labels)
     tune, certify = (
@@ -52,15 +52,15 @@ def recalibrate(
 def recalibrate_on_audits(
     artifact: Artifact, store: Store, files: Sequence[Path], max_loss: float, signal: str = "auto"
 ) -> Path:
-    """As recalibrate, on the audits of live traffic in a server's logs, where full depth's answers are the labels."""
+    """Recalibrate on the audits of live traffic in a server's logs, labelled with full depth's answers."""
     tune, certify = audited.parts(artifact, files)
     if _counts_against_original(artifact):
-        _warn_of_full_depth(artifact, "audits do not know how the original would have answered")
+        _warn_of_full_depth(artifact, "audits do not have the original's answers")
     return _publish(artifact, store, calibrate(tune, certify, max_loss, signal, self_labelled=True))
 
 
 def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
-    """Write an artifact's next version, with this calibration; returns its folder."""
+    """Publish an artifact's next version with this calibration; returns its folder."""
     with store.new_version(artifact.manifest.name) as draft:
         draft.write({name: artifact.read(name) for name in artifact.manifest.files})
         manifest = artifact.manifest.model_copy(
@@ -74,20 +74,20 @@ def _publish(artifact: Artifact, store: Store, calibrated: Calibrated) -> Path:
 
 
 def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Artifact) -> Recorded:
-    """With the answers of the classifier that was imported, where the samples say them and they are what counts."""
+    """The recording with the imported classifier's answers, if the calibration counts disagreement with those."""
     if not _counts_against_original(artifact):
         return recorded
     known = with_original(recorded, examples)
     if known.original is None:
         _warn_of_full_depth(
             artifact,
-            'the samples do not say how the original answered them ("original", as in the files of the import)',
+            'the samples do not have the original\'s answers ("original", as in the files of the import)',
         )
     return known
 
 
 def _counts_against_original(artifact: Artifact) -> bool:
-    """Whether the calibration so far counts disagreement against the classifier that was imported."""
+    """True if the present calibration counts disagreement with the imported classifier."""
     calibration = artifact.manifest.calibration
     return calibration is not None and calibration.original_disagreement is not None
 
@@ -95,7 +95,7 @@ def _counts_against_original(artifact: Artifact) -> bool:
 def _warn_of_full_depth(artifact: Artifact, reason: str) -> None:
     warn(
         [
-            f"{artifact.full_name} was imported, and {reason}: disagreement is counted against full depth, without the "
-            "share of int8"
+            f"{artifact.full_name} was imported, and {reason}: disagreement is counted against full depth, and "
+            "excludes that caused by int8"
         ]
     )

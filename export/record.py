@@ -1,4 +1,4 @@
-"""Record every exit of an artifact's segments for labelled texts, as they run when serving."""
+"""Recording of every exit of an artifact on labelled texts, run as in serving."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from de3.training.progress import track
 
 
 def record(model: Model, examples: Sequence[Example], what: str = "samples") -> Recorded:
-    """All exits of examples, in their order; each sample runs unbatched to full depth, in parallel on all cores."""
+    """Every exit of the examples, in their order; each runs unbatched to full depth, in parallel on all cores."""
 
     def full_depth(example: Example) -> tuple[int, list[Step]]:
         text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)

@@ -1,8 +1,7 @@
 """The commands of the laboratory: measurements, attacks and studies behind the claims in the documentation."""
 
 import ast
-import runpy
-import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -17,21 +16,18 @@ from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
 
 EXPERIMENTS = (
-    "ablations",
-    "cells",
-    "dimension",
-    "drift",
-    "factorial",
-    "joined",
-    "prototypes",
-    "recipes",
-    "regression",
-    "risk_features",
-    "shift",
-    "signals",
-    "space",
-    "stock",
-    "sweep",
+    *(
+        "ablations",
+        "cells",
+        "dimension",
+        "drift",
+        "factorial",
+        "joined",
+        "prototypes",
+        "recipes",
+        "regression",
+    ),
+    *("risk_features", "shift", "signals", "space", "stock", "sweep"),
 )
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")
@@ -280,20 +276,18 @@ def engines(
 
 
 def _add_script(to: typer.Typer, name: str, module: str) -> None:
-    """Add a command that runs a module of the laboratory, which parses its own arguments."""
+    """Add a command that runs the function main of a module, which is imported only then."""
 
     def script(context: typer.Context) -> None:
-        sys.argv = [str(_source(module)), *context.args]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        command = typer.Typer(add_completion=False)
+        command.command()(import_module(module).main)
+        command(context.args, prog_name=context.command_path)
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    # As imports would take seconds, the help comes from the text of the module.
-    summary = (ast.get_docstring(ast.parse(_source(module).read_text())) or "").partition("\n")[0]
+    # As the import would take seconds, the help comes from the text of the module.
+    source = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
+    summary = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
     to.command(name, help=summary, context_settings=settings)(script)
-
-
-def _source(module: str) -> Path:
-    return Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
 
 
 experiments = typer.Typer(no_args_is_help=True, help="The experiments of lab/docs/experiments.md.")

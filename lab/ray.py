@@ -190,7 +190,3 @@ def main(
         started = time.monotonic()
         print(f"autoscaling: 2 replicas {scale_up_s:.0f} s after 16 clients started: {dict(clients.counts)}")
         print(f"autoscaling: 1 replica {_scaled_to(1, started):.0f} s after they stopped")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -131,6 +131,8 @@ def capacity(
     """Find the highest request rate within a latency objective on this machine; advise on Kubernetes and Ray.
 
     The load generator shares the machine's cores, so the true capacity is somewhat higher.
+
+    Example: de3 loadtest capacity --texts dev.tsv --slo-p99-ms 50 --wanted 1000
     """
     from de3.loadtest import capacity as search
     from de3.loadtest.report import console

@@ -1,7 +1,7 @@
-"""SentencePiece's table of characters (precompiled_charsmap), checked before the tokenizers library walks it.
+"""Check of SentencePiece's table of characters (precompiled_charsmap), before the tokenizers library traverses it.
 
-It is a double-array trie over UTF-8 bytes and a text of replacements, each ended by a zero byte. The library indexes
-both without looking: an index outside ends the thread, and a replacement may be of any length.
+It is a double-array trie over UTF-8 bytes, and a string of replacements, each ended by a zero byte. The library checks
+no index: one out of range ends the thread. It limits no replacement's length either.
 """
 
 import base64
@@ -16,7 +16,7 @@ BYTES = np.arange(1, 256, dtype=np.int64)
 
 
 def check_charsmap(encoded: str) -> None:
-    """Raise ValueError unless every walk through the table stays inside it and gives a short replacement."""
+    """Raise ValueError unless every traversal of the table stays inside it and yields a short replacement."""
     if len(encoded) > 4 * MAX_BYTES // 3 + 4:
         raise ValueError(f"the table has more than {MAX_BYTES} bytes")
     try:
@@ -25,7 +25,7 @@ def check_charsmap(encoded: str) -> None:
         raise ValueError("the table is not base64") from None
     size = int.from_bytes(data[:4], "little")
     if len(data) < 8 or size % 4 or not 4 <= size <= len(data) - 4:
-        raise ValueError("the table's trie is not as long as it says")
+        raise ValueError("the table's trie does not have the stated length")
     units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
     replacements = data[4 + size :]
     try:
@@ -37,7 +37,7 @@ def check_charsmap(encoded: str) -> None:
 
 
 def _values(units: NDArray[np.int64]) -> set[int]:
-    """Every value that a walk from the root can reach; raises ValueError if one leaves the trie."""
+    """Every value reachable from the root; raises ValueError for an index outside the trie."""
     values: set[int] = set()
     seen, pending = set[int](), [int(_offset(units[0]))]
     while pending:
@@ -47,13 +47,13 @@ def _values(units: NDArray[np.int64]) -> set[int]:
         seen.add(node)
         places = node ^ BYTES
         if places.max() >= len(units):
-            raise ValueError("a walk through the table's trie leaves it")
-        found = units[places]
-        matches = (found & (1 << 31 | 0xFF)) == BYTES
-        children = places[matches] ^ _offset(found[matches])
+            raise ValueError("the table's trie has an index outside it")
+        candidates = units[places]
+        matches = (candidates & (1 << 31 | 0xFF)) == BYTES
+        children = places[matches] ^ _offset(candidates[matches])
         if children.size and children.max() >= len(units):
-            raise ValueError("a walk through the table's trie leaves it")
-        leaves = children[(found[matches] >> 8 & 1) == 1]
+            raise ValueError("the table's trie has an index outside it")
+        leaves = children[(candidates[matches] >> 8 & 1) == 1]
         values.update((units[leaves] & (1 << 31) - 1).tolist())
         pending += children.tolist()
     return values

@@ -1,9 +1,8 @@
-"""What a segment's ONNX file may hold: a few short fields and weights. A model may come from anywhere, so this
-is checked before anything runs it.
+"""Check of a segment's ONNX file: only the fields that export writes, of limited number and size.
 
-ONNX Runtime would read weights from any file that a graph names, and takes functions, configurations and
-weights of branches from fields that a segment has no need of. The fields below are those that export/graph.py
-writes. Whether the operators in them make up a segment is for graph_reader.py to say.
+A model is untrusted, and this is checked before anything runs it. ONNX Runtime would read weights from any file that a
+graph names, and accepts functions, configurations and weights of branches, which no segment needs. graph_reader.py
+checks that the operators make up a segment.
 """
 
 from typing import Any
@@ -12,8 +11,8 @@ import onnx
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 17, MICROSOFT: 1}
-MAX_FIELDS = 10_000  # of a file; the largest that export writes has about 400
-MAX_VALUE_BYTES = 1000  # of a field that is neither a message nor a weight
+MAX_FIELDS = 10_000  # in a file; the largest that export writes has about 400
+MAX_VALUE_BYTES = 1000  # of a field other than messages and weights
 MAX_NAME = 200  # characters
 FIELDS = {
     "ModelProto": "ir_version producer_name graph opset_import",
@@ -32,17 +31,17 @@ FIELDS = {
 
 
 class GraphError(ValueError):
-    """A graph that is not run; the message says why."""
+    """The graph is refused; the message says why."""
 
 
 def read_graph(data: bytes) -> Any:
-    """The GraphProto in a file; raises GraphError for what a segment may not hold."""
+    """The GraphProto in a file; raises GraphError for anything that a segment may not hold."""
     try:
         _count_fields(memoryview(data), onnx.ModelProto.DESCRIPTOR, MAX_FIELDS)
         model = onnx.load_model_from_string(data)
     except GraphError:
         raise
-    except Exception as error:  # protobuf raises its own classes
+    except Exception as error:  # protobuf has its own exception classes
         raise GraphError(f"not an ONNX model: {type(error).__name__}") from None
     _check_fields(model, "ModelProto")
     for opset in model.opset_import:
@@ -52,9 +51,9 @@ def read_graph(data: bytes) -> Any:
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:
-    """How many of `left` fields remain after those of a message; raises GraphError if there are more.
+    """The number of fields still allowed after those of a message; raises GraphError if it has more than `left`.
 
-    Parsing would turn two bytes into an object of a hundred.
+    Checked before parsing, which turns a field of two bytes into an object of a hundred.
     """
     at = 0
     while at < len(data):
@@ -71,7 +70,7 @@ def _count_fields(data: memoryview, kind: Any, left: int) -> int:
             size = 8 if wire == 1 else 4
         else:
             raise GraphError("not an ONNX model: it has a field of no known type")
-        if field is None:  # to this release of onnx; ONNX Runtime might know it
+        if field is None:  # unknown to this release of onnx; ONNX Runtime might know it
             raise GraphError(f"it has a field {tag >> 3} that ONNX does not know")
         if at + size > len(data):
             raise GraphError("not an ONNX model: it ends within a field")
@@ -84,7 +83,7 @@ def _count_fields(data: memoryview, kind: Any, left: int) -> int:
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends."""
+    """The varint at `at`, and the position after it."""
     value = 0
     for n, byte in enumerate(data[at : at + 10]):
         value |= (byte & 127) << 7 * n
@@ -94,7 +93,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 
 def _check_fields(message: Any, kind: str) -> None:
-    """Raise GraphError for a field that export does not write, or a name that is not short, plain ASCII."""
+    """Raise GraphError for a field that export does not write, or a name that is not short printable ASCII."""
     allowed = FIELDS.get(kind, "").split()
     for field, value in message.ListFields():
         if field.name not in allowed:

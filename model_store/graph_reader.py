@@ -1,8 +1,8 @@
-"""Reads a segment's graph node by node, and refuses whatever export/graph.py would not have built.
+"""Reader of a segment's graph; it refuses any graph that export/segment.py would not have built.
 
-Operators alone say little: known ones can be connected to a graph that needs any amount of time or memory, or
-that computes something else for one word. So the nodes, their order, attributes and connections, and the
-types and shapes of the weights must be those of an export. What then remains free is the weights' values.
+A list of allowed operators is not enough: they could be connected to a graph that takes any amount of time or memory,
+or that has a back door for one word. So the nodes, their order, attributes and connections, and the types and shapes of
+the weights must be those of an export. Only the values of the weights are free.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,12 @@ from de3.native.network import (
     PreNormLayer,
 )
 
-PRE_NORM = ("modernbert",)  # encoders whose exits have a norm first, and whose embeddings know no positions
+PRE_NORM = ("modernbert",)  # encoders whose exits begin with a norm, and whose embeddings have no positions
 HEAD_ACTIVATIONS = {"tanh": "Tanh", "relu": "Relu", "gelu": "Gelu"}
 
 
 def network_of(segments: Sequence["Read"], manifest: Manifest) -> Network:
-    """The network of what read_segment gave for each segment, index = layer."""
+    """The network of these segments, index = layer."""
     embeddings, *layers = (segment.part for segment in segments)
     exits = {layer: segment.exit for layer, segment in enumerate(segments) if segment.exit is not None}
     head = segments[-1].head
@@ -42,7 +42,7 @@ def network_of(segments: Sequence["Read"], manifest: Manifest) -> Network:
 
 @dataclass(frozen=True)
 class Read:
-    """The weights of a segment: of the embeddings or the layer, of its exit, and of the stock head before that."""
+    """The weights of a segment: embeddings or layer, its exit, and the stock classifier's head before that."""
 
     part: Any
     exit: Exit | None
@@ -50,13 +50,13 @@ class Read:
 
 
 def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
-    """The weights of a segment; raises GraphError for a graph that export does not build."""
+    """Read the weights of a segment; raises GraphError for a graph that export does not build."""
     try:
         has_exit, has_space = layer in manifest.exit_layers, layer in manifest.prototype_layers
-        # An exit is a branch that gives out logits and, with prototypes, distances.
-        wanted = [1 + has_space] if has_exit else []
-        if [len(node.output) for node in graph.node if node.op_type == "If"] != wanted:
-            raise GraphError("it has another exit than the manifest says")
+        # An exit is a branch whose outputs are logits and, with prototypes, distances.
+        expected = [1 + has_space] if has_exit else []
+        if [len(node.output) for node in graph.node if node.op_type == "If"] != expected:
+            raise GraphError("its exits do not match the manifest")
         _check_names(graph)
         r = _Reader(graph, {w.name: w for w in graph.initializer}, manifest.precision == "int8")
         part: Embeddings | Layer | PreNormLayer
@@ -76,7 +76,7 @@ def read_segment(graph: Any, layer: int, manifest: Manifest) -> Read:
         return Read(part, exit_, head)
     except GraphError:
         raise
-    except Exception as error:  # of protobuf or NumPy, over what is no graph of ours
+    except Exception as error:  # of protobuf or NumPy, for malformed values
         raise GraphError(f"{type(error).__name__}: {error}") from None
 
 
@@ -85,7 +85,7 @@ def _is_pre_norm(manifest: Manifest) -> bool:
 
 
 def _check_names(graph: Any) -> None:
-    """No value may have the name of another, inside of branches neither."""
+    """Raise GraphError unless all values have names that differ, inside branches too."""
     nodes = list(graph.node)
     for node in graph.node:
         nodes += [inner for a in node.attribute if a.HasField("g") for inner in a.g.node]
@@ -95,10 +95,10 @@ def _check_names(graph: Any) -> None:
 
 
 class _Reader(Reader):
-    """Reads segments with the layers that most families have."""
+    """Reader of segments with post-norm layers, which most families have."""
 
     def embeddings(self, manifest: Manifest) -> Embeddings:
-        """The embeddings, whose output must be called hidden."""
+        """The embeddings; their output must be named hidden."""
         ids, scale = "input_ids", None
         if self.int8:
             (rows,), (word,) = self.node("Gather", Weight(np.int8, (ANY, ANY)), ids)
@@ -156,9 +156,9 @@ class _Reader(Reader):
             qkv = Linear(weight, bias, None)
         heads = self.attributes["num_heads"]
         if not isinstance(heads, int) or not 1 <= heads <= hidden or hidden % heads:
-            raise GraphError("its attention has another 'num_heads'")
+            raise GraphError("its attention has an unexpected 'num_heads'")
         if isinstance(relative, np.ndarray) and len(relative) != heads:
-            raise GraphError("its attention adds something else than a value for each head and distance")
+            raise GraphError("its attention does not add one value for each head and distance")
         out, attention_out = self.linear(attended, hidden, hidden)
         (x,), _ = self.node("Add", out, "hidden")
         middle, attention_norm = self.norm(x, hidden)
@@ -173,7 +173,7 @@ class _Reader(Reader):
         )
 
     def _attention_with_offsets(self, manifest: Manifest) -> tuple[str, Linear, Array]:
-        """Attention that adds values for the distance between two tokens: its output, its weights and the values."""
+        """Attention with an offset for each head and distance: its output's name, its weights and the offsets."""
         scalar, axis = Weight(np.int64, ()), Weight(np.int64, (1,))
         (shape,), _ = self.node("Shape", "hidden", start=1, end=2)
         (tokens,), first = self.node("Squeeze", shape, axis)
@@ -191,7 +191,7 @@ class _Reader(Reader):
             or width != 2 * int(middle) + 1
             or middle + 1 < manifest.max_tokens
         ):
-            raise GraphError("its attention adds something else than a value for each head and distance")
+            raise GraphError("its attention does not add one value for each head and distance")
         x, qkv = self.linear("hidden", manifest.hidden_size, 3 * manifest.hidden_size)
         parts, _ = self.node("Split", x, outputs=3, axis=-1)
         (attended,), _ = self.node(
@@ -202,45 +202,43 @@ class _Reader(Reader):
     def exit(
         self, hidden: str, has_space: bool, has_head: bool, manifest: Manifest
     ) -> tuple[Head | None, Exit]:
-        """An exit: a branch of its own, and one of zeros."""
+        """An exit: a branch that computes it, and one of zeros."""
         labels = len(manifest.labels)
         names = ["logits", "distances"][: 1 + has_space]
-        outputs, _ = self.node("If", "with_exit", outputs=len(names), then_branch=None, else_branch=None)
-        then, other = self.attributes["then_branch"], self.attributes["else_branch"]
-        if outputs != names:
-            raise GraphError("its exit gives out other values")
-        yes = _Reader(then, self.weights, self.int8)
+        given, _ = self.node("If", "with_exit", outputs=len(names), then_branch=None, else_branch=None)
+        then_branch, else_branch = self.attributes["then_branch"], self.attributes["else_branch"]
+        if given != names:
+            raise GraphError("its exit has other outputs")
+        yes = _Reader(then_branch, self.weights, self.int8)
         is_mean = (manifest.head.pooling if has_head and manifest.head else manifest.pooling) == "mean"
         pooled, norm = yes.pooled(hidden, is_mean, manifest)
-        seen, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
-        (logits,), (weight, bias) = yes.node(
-            "Gemm", seen, floats(manifest.hidden_size, labels), floats(labels)
-        )
-        given, space = [logits], None
+        x, head = yes.head(pooled, is_mean, manifest) if has_head else (pooled, None)
+        (logits,), (weight, bias) = yes.node("Gemm", x, floats(manifest.hidden_size, labels), floats(labels))
+        outputs, space = [logits], None
         if has_space:
             x, space = yes.linear(pooled, manifest.hidden_size, manifest.metric_dim)
             (unit,), _ = yes.node("LpNormalization", x, axis=1, p=2)
             (distances,), (one,) = yes.node("Gemm", unit, "prototypes", floats(1), alpha=-1.0, transB=1)
             if one[0] != 1:
                 raise GraphError("its distances are not 1 - cos")
-            given.append(distances)
+            outputs.append(distances)
         yes.end()
         self.used |= yes.used
-        no = _Reader(other, self.weights, self.int8)
+        no = _Reader(else_branch, self.weights, self.int8)
         zeros = []
         for _ in names:
             (value,), _ = no.node("Constant", value=None)
             array = numpy_helper.to_array(no.attributes["value"])
             if array.dtype != np.float32 or array.shape != (1, labels) or array.any():
-                raise GraphError("its exit gives out other values than zeros when it is not asked")
+                raise GraphError("its exit has outputs other than zeros when it is not asked")
             zeros.append(value)
         no.end()
-        if [o.name for o in then.output] != given or [o.name for o in other.output] != zeros:
-            raise GraphError("its exit gives out other values")
+        if [o.name for o in then_branch.output] != outputs or [o.name for o in else_branch.output] != zeros:
+            raise GraphError("its exit has other outputs")
         return head, Exit(Linear(weight, bias, None), space, norm)
 
     def pooled(self, hidden: str, is_mean: bool, manifest: Manifest) -> tuple[str, Norm | None]:
-        """The mean of the tokens, or the first one, and the norm of the tokens, if the encoder has a final norm."""
+        """Pooling: the name of the tokens' mean or of the first token, and the encoder's final norm, if any."""
         size, norm = manifest.hidden_size, None
         if is_mean:
             if _is_pre_norm(manifest):
@@ -249,7 +247,7 @@ class _Reader(Reader):
             return pooled, norm
         (pooled,), (first,) = self.node("Gather", hidden, Weight(np.int64, ()), axis=1)
         if first != 0:
-            raise GraphError("its exit sees another token than the first")
+            raise GraphError("its exit pools a token other than the first")
         return self.norm(pooled, size) if _is_pre_norm(manifest) else (pooled, None)
 
     def head(self, pooled: str, is_mean: bool, manifest: Manifest) -> tuple[str, Head]:

@@ -15,12 +15,12 @@ SCHEMA_VERSION: Literal[5] = 5
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
-# The names of an artifact's files. Any other is refused, so no path leads out of the folder.
+# Names of an artifact's files. Any other is refused, so no path leads out of the folder.
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
-# A manifest is untrusted until it is checked. Without limits, every surplus entry could be an error of its own.
+# A manifest is untrusted. Without limits, each of a million surplus entries could be a separate error.
 MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
-MAX_INT = 2**31 - 1  # also of a file's bytes: protobuf reads no more
+MAX_INT = 2**31 - 1  # also the largest file in bytes: protobuf reads no more
 MAX_WIDTH = 2**16
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,7 +46,7 @@ class FileEntry(_Part):
 
 
 class _Signal(_Part):
-    """What is compared with τ: a signal, and λ of edr."""
+    """A signal, whose score is compared with τ, and the λ of edr."""
 
     signal: SignalName
     # λ is `lambda` in JSON and `lam` in Python, where lambda is a keyword.
@@ -60,7 +60,7 @@ class _Signal(_Part):
 
 
 class Defaults(_Signal):
-    """The exit rule of a request that does not set one."""
+    """Exit rule of requests that set none."""
 
     tau: Share
 
@@ -74,7 +74,7 @@ class TradeOff(_Signal):
         disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound of
             the true rate with 95% confidence (exits.guarantee).
         speedup: M / mean exit layer, at most 1000.
-        histogram: share of samples that exit at each exit, in the order of `exit_layers`.
+        histogram: share of samples that leave at each exit, in the order of `exit_layers`.
     """
 
     tau: Share
@@ -90,7 +90,7 @@ class TradeOff(_Signal):
 
 
 class Head(_Part):
-    """The last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier."""
+    """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier."""
 
     pooling: Literal["mean", "cls"]
     activation: Literal["tanh", "relu", "gelu"]
@@ -98,14 +98,14 @@ class Head(_Part):
 
 
 class RiskWeights(_Part):
-    """The risk's weights at one exit: exits.signals.Risk."""
+    """Weights of exits.signals.Risk at one exit."""
 
     layer: Layer
     weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(min_length=FEATURES, max_length=FEATURES)
 
 
 class Reference(_Part):
-    """The signals of the certifying samples at one exit, as quantiles at exits.reference.LEVELS.
+    """Distribution of the certifying samples' signals at one exit, as quantiles at exits.reference.LEVELS.
 
     Attributes:
         entropy: None in a regression model.
@@ -127,15 +127,19 @@ class Reference(_Part):
 
 
 class Calibration(_Part):
-    """How the defaults were chosen, and their accuracy and cost.
+    """Choice of the defaults, and the accuracy and cost of every certified signal.
 
-    The signal was chosen on `tune_size` samples. All numbers are from `certify_size` other samples, in `groups` groups
-    of related ones. The table has the rows of every signal that was certified. `tokens` are the quantiles of the
-    certifying samples' lengths, at exits.reference.LEVELS. With `self_labelled`, the labels were the original model's
-    own answers, or full depth's if `original_disagreement` is not set, so that every accuracy is agreement with them.
-    `original_disagreement` is the share of samples that full depth answers otherwise than the original model did before
-    it was quantized; if it is set, every disagreement is one with the original.
-    `references` has one entry per exit.
+    Attributes:
+        tune_size: number of samples on which the signal was chosen.
+        certify_size, groups: number of the other samples, from which all results are, and of their groups of related
+            ones.
+        self_labelled: the labels are the original model's answers, or full depth's if `original_disagreement` is None,
+            so that accuracy is agreement with them.
+        original_disagreement: share of samples that full depth answers otherwise than the original model before
+            quantization; if set, every disagreement is one with the original.
+        table: rows of every certified signal.
+        references: one entry per exit.
+        tokens: quantiles of the certifying samples' lengths, at exits.reference.LEVELS.
     """
 
     tune_size: Count
@@ -166,15 +170,16 @@ class Manifest(_Part):
         max_tokens: longest input, special tokens included.
         token_types: whether embeddings.onnx takes token_type_ids.
         pooling: of the exits; the last has its own if it has a head.
-        head: of the last exit, as the stock classifier has it that was imported; None: it is as the other exits are.
+        head: layers of the imported classifier before the last exit's classifier; None: the last exit is like the
+            others.
         thresholds: of a multi-label model, the probability above which each label is given; None: the classes exclude
             each other.
-        tolerance: of a regression model, in its units: answers that differ by more are unlike. It has one label, the
-            name of its value, and the signal risk only. None: it has classes.
-        risk: the weights of the signal risk, for every exit but the last; None: it has none.
-        input: what the model was trained on: single texts or pairs; None: it does not say, and takes both.
-        export: the checks of the export: parity with PyTorch and, for int8, against fp32 the accuracy by exit
-            and the share of samples that leave at the same exit with the same label.
+        tolerance: of a regression model, the largest difference of equal answers, in its units. It has one label, the
+            name of its value, and only the signal risk. None: it has classes.
+        risk: weights of the signal risk, for every exit but the last; None: it has none.
+        input: the model was trained on single texts or on pairs; None: unknown, it takes both.
+        export: checks of the export: parity with PyTorch; for int8, the accuracy by exit in fp32 and int8 and the share
+            of samples with the same exit and label.
     """
 
     schema_version: Literal[5]
@@ -223,7 +228,7 @@ class Manifest(_Part):
         return self
 
     def _check_kind(self) -> None:
-        """Raise ValueError unless labels, thresholds, tolerance and prototypes are of the same kind of model."""
+        """Raise ValueError unless labels, thresholds, tolerance and prototypes belong to the same kind of model."""
         if (len(self.labels) == 1) != (self.tolerance is not None):
             raise ValueError("labels must be two or more, or exactly one if there is a tolerance")
         if self.tolerance is not None and self.thresholds is not None:
@@ -273,7 +278,7 @@ class Manifest(_Part):
         return self
 
     def trade_offs(self) -> dict[tuple[str, float | None], list[TradeOff]]:
-        """The calibration's rows by signal and λ, each by ascending τ; of those that were certified."""
+        """Rows of the calibration by signal and λ, each by ascending τ; only certified signals have rows."""
         rows_of: dict[tuple[str, float | None], list[TradeOff]] = {}
         for row in sorted(self.calibration.table if self.calibration else [], key=lambda r: r.tau):
             rows_of.setdefault((row.signal, row.lam), []).append(row)
@@ -301,22 +306,21 @@ class Manifest(_Part):
 
     @property
     def default_signal(self) -> Signal:
-        """The signal of the defaults."""
+        """Signal of the defaults."""
         if self.defaults.tau == 0 and self.defaults.signal == "entropy":
-            return (
-                Entropy()
-            )  # of an export without calibration, whatever the model's kind: at τ = 0 it decides nothing
+            # That of an export without calibration, of whatever kind the model is: at τ = 0 it decides nothing.
+            return Entropy()
         return self.signal(self.defaults.signal, self.defaults.lam)
 
     @property
     def label_thresholds(self) -> Thresholds | None:
-        """The thresholds of a multi-label model."""
+        """Thresholds of a multi-label model; None for others."""
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     def segment_files(self) -> list[str]:
-        """The files of the segments in the order in which they run; index = layer."""
+        """Files of the segments in execution order; index = layer."""
         return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]
 
     def required_files(self) -> list[str]:
-        """The files that the artifact must have."""
+        """Files that every artifact has."""
         return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]

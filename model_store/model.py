@@ -1,4 +1,4 @@
-"""An artifact opened for running: its tokenizer and its segments."""
+"""A loaded artifact: its tokenizer and its segments, ready to run."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -28,9 +28,9 @@ from de3.native import NoKernelsError
 from de3.native.network import Network, build
 
 log = logging.getLogger("de3")
-MAX_NATIVE_DIFFERENCE = 0.1  # of the spread of a layer's logits, or distances
-MAX_STATES_DIFFERENCE = 0.2  # of the deviation of a layer's states: of a token's on average
-MIN_SPREAD = 0.2  # of logits and distances, where a layer says much the same of all texts
+MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
+MAX_STATES_DIFFERENCE = 0.2  # mean of a token, relative to the standard deviation of the layer's states
+MIN_SPREAD = 0.2  # of logits and distances, for layers that give nearly equal values for all texts
 PROOF = (
     ("a", None),
     ("It was not what we had hoped for , but 3 of the 12 rooms were fine .", None),
@@ -45,19 +45,19 @@ class Model:
     Attributes:
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
-        runtime: what runs them: native or onnxruntime.
-        instructions: the instruction set that the kernels use, as amx, vnni or dotprod; empty unless native.
-        why_not_native: why the kernels do not run an int8 artifact; else empty.
-        forward: runs several samples forward all layers in one call; None unless native.
+        runtime: native (the kernels) or onnxruntime.
+        instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless native.
+        why_not_native: why the kernels do not run an int8 artifact; empty if they do, or if it is fp32.
+        forward: runs several samples through all layers in one call; None unless native.
     """
 
     def __init__(
         self, artifact: Artifact, runtime: str = "auto", check: Callable[[], None] = lambda: None
     ) -> None:
-        """Read, check and load every file; raises StoreError for the first that is not sound.
+        """Read, check and load every file; raises StoreError for the first unsound one.
 
-        runtime: onnxruntime, native, or auto: native where it can and gives what ONNX Runtime gives.
-        check: called before each step that may take long; what it raises ends the loading.
+        runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
+        check: called before each step that may take long; an exception from it ends the loading.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
@@ -75,9 +75,9 @@ class Model:
             if runtime != "onnxruntime" and manifest.precision == "int8":
                 weights.append(read)
             try:
-                # From bytes: what runs is what was checked.
+                # From the checked bytes, as the file could have changed.
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # onnxruntime raises its own classes, without a common base
+            except Exception as error:  # onnxruntime's exceptions have no common base class
                 raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
             segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer), str(file)))
         self.segments: Sequence[Segment] = segments
@@ -108,9 +108,9 @@ class Model:
     def _native(
         self, artifact: Artifact, network: Network, prototypes: dict[int, Array]
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The segments as the kernels run them; NoKernelsError unless they give what ONNX Runtime gives."""
+        """The kernels' segments; raises NoKernelsError unless they agree with ONNX Runtime."""
         model, manifest = build(network), self.manifest
-        from de3.native import kernels  # there, or build() would have failed
+        from de3.native import kernels  # build() has found it
 
         native = [
             NativeSegment(layer, kernels, model, manifest, prototypes.get(layer))
@@ -122,11 +122,11 @@ class Model:
         return native, forward
 
     def _prove(self, artifact: Artifact, native: Sequence[Segment], forward: NativeForward) -> None:
-        """Compare the kernels with ONNX Runtime on PROOF, the last of it as long as the model takes.
+        """Compare the kernels with ONNX Runtime on PROOF and on a text of the greatest length.
 
-        Each layer runs on what ONNX Runtime gave for the one before, as rounding errors add up over the layers. Raises
-        NoKernelsError if a token's states differ by more than rounding can explain: both quantize activations, so that
-        a rounding error can become a step of one in 255. In a group, texts must be what they are alone, bit for bit.
+        Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
+        Raises NoKernelsError if results differ by more than rounding can explain: both quantize activations, so a
+        rounding error can become a step of 1/255 of the range. In a group, texts must give the same bits as alone.
         """
         longest = " ".join(f"{text} {pair or ''}" for text, pair in PROOF) + " "
         texts = [*PROOF, (longest * (1 + self.manifest.max_tokens // 60), None)]
@@ -137,7 +137,7 @@ class Model:
                 theirs = full_depth(self.segments, tokens, self._check)
             except StoreError:
                 raise
-            except Exception as error:  # onnxruntime raises its own classes, without a common base
+            except Exception as error:  # onnxruntime's exceptions have no common base class
                 raise StoreError(f"{artifact.path}: loads, but does not run: {error}") from None
             for layer, (a, segment) in enumerate(zip(theirs, native, strict=True)):
                 self._check()
@@ -167,7 +167,7 @@ class Model:
     def _prove_group(
         self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
     ) -> None:
-        """Raise NoKernelsError unless texts that run together, in two parts, give what they give alone."""
+        """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
         passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
         for _ in range(2):
             self._check()
@@ -184,23 +184,23 @@ class Model:
         Raises ValueError if the text is longer and `truncate` is false.
         """
         tokens = self.tokenizer.start(text, text_pair, truncate).all()
-        assert isinstance(tokens, Tokens)  # windows were not asked for
+        assert isinstance(tokens, Tokens)  # not Windows, as only one is allowed
         return tokens
 
     def deepest_exit(self, max_layer: int | None) -> int:
-        """The deepest exit that is not deeper than max_layer; None: the last layer."""
+        """The deepest exit up to layer max_layer; None: the last layer."""
         if max_layer is None:
             return self.manifest.num_layers
         return max(m for m in self.manifest.exit_layers if m <= max_layer)
 
     def full_depth(self, tokens: Tokens) -> list[Step]:
-        """Every layer's step for one sample, run without exiting; index = layer."""
+        """Results of every layer for one sample, without early exit; index = layer."""
         return full_depth(self.segments, tokens)
 
 
 def check_segment(artifact: Artifact, layer: int, data: bytes) -> Read:
-    """The weights in a segment's file; raises StoreError for a graph that export does
-    not build, or that is another one than the manifest says."""
+    """The weights in a segment's file; raises StoreError for a graph that export does not build, or that does not match
+    the manifest."""
     try:
         return read_segment(read_graph(data), layer, artifact.manifest)
     except GraphError as error:
@@ -208,14 +208,14 @@ def check_segment(artifact: Artifact, layer: int, data: bytes) -> Read:
 
 
 def unit_prototypes(artifact: Artifact) -> dict[int, Array]:
-    """Prototypes (K, metric_dim) by layer, each row scaled to length 1. Raises StoreError."""
+    """Prototypes (K, metric_dim) by layer, each row normalized; raises StoreError for unusable ones."""
     manifest = artifact.manifest
     file = artifact.path / "prototypes.safetensors"
     try:
         tensors = load_tensors(artifact.read("prototypes.safetensors"))
     except StoreError:
         raise
-    except Exception as error:  # besides SafetensorError a KeyError, for a type that NumPy has not
+    except Exception as error:  # SafetensorError, or KeyError for a type unknown to NumPy
         raise StoreError(f"{file}: not a safetensors file: {type(error).__name__}: {error}") from None
     shape = (len(manifest.labels), manifest.metric_dim)
     unit: dict[int, Array] = {}

@@ -1,4 +1,4 @@
-"""Reads a layer of ModernBERT, and refuses whatever export/modernbert.py would not have built."""
+"""Reader of ModernBERT's layers in the form that export/modernbert.py builds; any other is refused."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from de3.model_store.manifest import Manifest
 from de3.model_store.node_reader import ANY, Array, Reader, Weight, floats
 from de3.native.network import PreNormLayer
 
-DENSE = 4  # windows: texts that are not longer are one block
-MASKED = float(np.finfo(np.float32).min)  # added to the score of a token that is not seen
+DENSE = 4  # windows: texts up to this length are one block
+MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 SCALAR, AXIS = Weight(np.int64, ()), Weight(np.int64, (1,))
 
 
 def layer(r: Reader, number: int, manifest: Manifest) -> PreNormLayer:
-    """A transformer block from hidden to next_hidden; number: 1 is the first."""
+    """A transformer block from hidden to next_hidden; the first is number 1."""
     size = manifest.hidden_size
-    seen, attention_norm = "hidden", None
+    normed, attention_norm = "hidden", None
     if number > 1:  # the embeddings end with a norm
-        seen, attention_norm = r.norm(seen, size)
-    x, qkv = r.linear(seen, size, 3 * size)
-    attended, frequencies, heads, window = _attention(r, x, seen)
+        normed, attention_norm = r.norm(normed, size)
+    x, qkv = r.linear(normed, size, 3 * size)
+    attended, frequencies, heads, window = _attention(r, x, normed)
     if not isinstance(heads, int) or heads * len(frequencies) * 2 != size:
-        raise GraphError("its attention has another 'num_heads'")
+        raise GraphError("its attention has an unexpected 'num_heads'")
     if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")
     x, attention_out = r.linear(attended, size, size)
@@ -46,13 +46,13 @@ def layer(r: Reader, number: int, manifest: Manifest) -> PreNormLayer:
     )
 
 
-def _attention(r: Reader, qkv: str, seen: str) -> tuple[str, Array, int, int | None]:
-    """Attention on qkv: its output, the frequencies of its positions, its heads and its window.
+def _attention(r: Reader, qkv: str, source: str) -> tuple[str, Array, int, int | None]:
+    """Attention on qkv: its output's name, the frequencies of its positions, its heads and its window.
 
-    seen: what the text's length is taken from.
+    source: the value whose shape gives the text's length.
     """
     (query, key, value), _ = r.node("Split", qkv, outputs=3, axis=-1)
-    (shape,), _ = r.node("Shape", seen, start=1, end=2)
+    (shape,), _ = r.node("Shape", source, start=1, end=2)
     c = _Constants(r)
     tokens = c.node("Squeeze", shape, AXIS)
     numbers = c.node("Cast", c.node("Range", SCALAR, tokens, SCALAR), to=TensorProto.FLOAT)
@@ -65,13 +65,13 @@ def _attention(r: Reader, qkv: str, seen: str) -> tuple[str, Array, int, int | N
     if r.next_op() == "MultiHeadAttention":
         (x,), _ = r.node("MultiHeadAttention", query, key, value, domain=MICROSOFT, num_heads=None)
         return x, frequencies, r.attributes["num_heads"], None
-    return _attention_to_neighbours(r, query, key, value, shape, tokens, frequencies)
+    return _local_attention(r, query, key, value, shape, tokens, frequencies)
 
 
-def _attention_to_neighbours(
+def _local_attention(
     r: Reader, query: str, key: str, value: str, shape: str, tokens: str, frequencies: Array
 ) -> tuple[str, Array, int, int]:
-    """The same with a window. shape, tokens: the text's length, (1,) and ()."""
+    """Attention within a window, see _attention. shape, tokens: the text's length, (1,) and ()."""
     c = _Constants(r)
     is_long = c.node("Greater", tokens, SCALAR)
     size = c.node("Where", is_long, SCALAR, tokens)
@@ -108,25 +108,25 @@ def _attention_to_neighbours(
     x = c.node("Slice", x, AXIS, shape, AXIS)
     c.expect(0, 0, 0, 0, 1)
     if whole.tolist() != [1, -1, 0]:
-        raise GraphError("its attention joins blocks in another way")
+        raise GraphError("its attention joins blocks in an unexpected way")
     return x, frequencies, heads, window
 
 
 class _Constants:
-    """Reads nodes that take constants, each a single number."""
+    """Reader of nodes whose weights are single numbers."""
 
     def __init__(self, r: Reader) -> None:
         self._r = r
-        self.values: list[Any] = []  # those not yet compared
+        self.values: list[Any] = []  # not yet compared
 
     def node(self, op: str, *inputs: str | Weight, domain: str = "", **attributes: int) -> str:
-        """The output of the next node, which has one."""
+        """Read the next node, which has one output: its name."""
         (out,), constants = self._r.node(op, *inputs, domain=domain, **attributes)
         self.values += [array.item() for array in constants]
         return out
 
     def expect(self, *wanted: float) -> None:
-        """Raise GraphError unless the constants since the last call are these."""
+        """Raise GraphError unless the constants read since the last call are these."""
         if self.values != list(wanted):
-            raise GraphError("its attention has another constant")
+            raise GraphError("its attention has an unexpected constant")
         self.values = []

@@ -1,4 +1,4 @@
-"""Reads a graph's nodes in their order: what graph_reader.py and the readers of families are made of."""
+"""Sequential reader of a graph's nodes, the base of graph_reader.py and of the families' readers."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,22 +11,22 @@ from de3.model_store.graph_check import MICROSOFT, GraphError
 from de3.native.network import Linear, Norm
 
 Array = NDArray[Any]
-ANY = -1  # a size that the weight itself decides
+ANY = -1  # size taken from the weight
 ACTIVATIONS = ("Gelu", "FastGelu", "Relu")
 
-# A token's activations are moved and scaled to −128 … 127: a step is 1/255 of their range, but at least so much, as
-# they may all be alike; their center is 128 steps above the least.
+# A token's activations are shifted and scaled to −128 … 127: 1/255 of their range is a step, the center is 128 steps
+# above the lowest, and a step has a minimum, as all activations may be equal.
 TOKEN_QUANTIZATION = (float(np.float32(1 / 255)), 128.0, float(np.float32(1e-30)))
 
 
 def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What 1 in every input adds to each output of int8 weights (inputs, outputs), (outputs,)."""
+    """Outputs (outputs,) of int8 weights (inputs, outputs) for inputs that are all 1."""
     return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that a node takes: its element type and shape."""
+    """Element type and shape of a weight that a node takes."""
 
     dtype: type
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ def floats(*shape: int) -> Weight:
 
 
 class Reader:
-    """Reads a graph's nodes in their order, and raises GraphError at the first unexpected one."""
+    """Reader of a graph's nodes in their order; raises GraphError at the first unexpected one."""
 
     def __init__(self, graph: Any, weights: dict[str, Any], int8: bool) -> None:
         """weights: the graph's initializers, or those of the graph around a branch, by name."""
@@ -59,10 +59,10 @@ class Reader:
     def node(
         self, op: str, *inputs: str | Weight, domain: str = "", outputs: int = 1, **attributes: Any
     ) -> tuple[list[str], list[Array]]:
-        """The names of the next node's outputs, and the weights that it takes.
+        """Read the next node: the names of its outputs, and the weights that it takes.
 
-        inputs: names of values, weights, or "" for one that is left out. attributes: those that it must have,
-        and no others; None: any value.
+        inputs: expected names of values, weights, or "" for an omitted one. attributes: exactly those expected; None:
+        any value.
         """
         if self._at >= len(self._nodes):
             raise GraphError(f"it ends before {op}")
@@ -78,15 +78,15 @@ class Reader:
         wrong |= {n for n, v in attributes.items() if v is not None and self.attributes.get(n) != v}
         wrong |= {n for n in names if names.count(n) > 1}
         if wrong:
-            raise GraphError(f"{op} (operator {self._at}) has another {min(wrong)!r}")
+            raise GraphError(f"{op} (operator {self._at}) has an unexpected {min(wrong)!r}")
         if len(node.input) != len(inputs) or len(node.output) != outputs:
-            raise GraphError(f"{op} (operator {self._at}) has other inputs or outputs")
+            raise GraphError(f"{op} (operator {self._at}) has unexpected inputs or outputs")
         weights = []
         for name, wanted in zip(node.input, inputs, strict=True):
             if isinstance(wanted, Weight):
                 weights.append(self._weight(op, name, wanted))
             elif name != wanted:
-                raise GraphError(f"{op} (operator {self._at}) takes another value")
+                raise GraphError(f"{op} (operator {self._at}) takes an unexpected value")
         return list(node.output), weights
 
     def _weight(self, op: str, name: str, wanted: Weight) -> Array:
@@ -100,7 +100,7 @@ class Reader:
             for size, expected in zip(array.shape, wanted.shape, strict=True)
         )
         if array.dtype != wanted.dtype or not same:
-            raise GraphError(f"{op} (operator {self._at}) has a weight of another type or shape")
+            raise GraphError(f"{op} (operator {self._at}) has a weight of unexpected type or shape")
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise GraphError(f"{op} (operator {self._at}) has a weight that is not finite")
         return np.ascontiguousarray(array) if array.ndim else array
@@ -134,9 +134,9 @@ class Reader:
         (shift,), (bias,) = self.node("Add", moved, floats(size))
         (out,), _ = self.node("Add", scaled, shift)
         if tuple(map(float, (steps, below, least))) != TOKEN_QUANTIZATION or len(scale) != size:
-            raise GraphError(f"operator {self._at} belongs to a linear layer of another form")
+            raise GraphError(f"operator {self._at} belongs to a linear layer of unexpected form")
         if not np.array_equal(sums, center_sums(weight, scale)):
-            raise GraphError(f"operator {self._at} has sums of other weights")
+            raise GraphError(f"operator {self._at} has sums that do not match its weights")
         return out, Linear(weight, bias, scale)
 
     def norm(self, x: str, size: int) -> tuple[str, Norm]:
@@ -146,11 +146,11 @@ class Reader:
         )
         epsilon = float(self.attributes["epsilon"])
         if not 0 <= epsilon <= 1:
-            raise GraphError(f"LayerNormalization (operator {self._at}) has another 'epsilon'")
+            raise GraphError(f"LayerNormalization (operator {self._at}) has an unexpected 'epsilon'")
         return out, Norm(scale, shift, epsilon)
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Raise GraphError if there are more nodes."""
         if self._at != len(self._nodes):
             raise GraphError("unexpected operators at the end")
 
@@ -163,6 +163,6 @@ class Reader:
         return out, op
 
     def is_called(self, value: str, name: str) -> None:
-        """What the segment gives out must have this name."""
+        """Raise GraphError unless an output of the segment has this name."""
         if value != name:
-            raise GraphError(f"it gives out another value as {name}")
+            raise GraphError(f"its output {name} is another value")

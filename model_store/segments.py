@@ -1,4 +1,4 @@
-"""The layers of a loaded artifact, each run on one unpadded sample, by ONNX Runtime or by our kernels."""
+"""The layers of a loaded artifact, run on unpadded samples by ONNX Runtime or by the kernels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ ARENA_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """One text as the encoder takes it: ids and type_ids are (1, tokens) int64."""
+    """Token ids of one text, the encoder's input: ids and type_ids are (1, tokens) int64."""
 
     ids: NDArray[np.int64]
     type_ids: NDArray[np.int64]
@@ -33,12 +33,12 @@ class Tokens:
 
 @dataclass(slots=True)
 class Step:
-    """What a segment returns.
+    """Results of a segment.
 
     Attributes:
         hidden: (1, tokens, hidden).
-        logits: (K,); None where the layer has no exit or it was not asked.
-        distances: cosine distances to the prototypes, (K,); None where there are none.
+        logits: (K,); None if the layer has no exit or it was not computed.
+        distances: cosine distances to the prototypes, (K,); None without prototypes.
     """
 
     hidden: Array
@@ -65,26 +65,26 @@ class OnnxSegment:
     def __init__(
         self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None, file: str
     ) -> None:
-        """Raises StoreError unless the session takes and gives what the manifest promises."""
+        """Raises StoreError unless inputs and outputs of the session match the manifest."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
         hidden, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
-        takes = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
+        inputs = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
         if layer == 0 and manifest.token_types:
-            takes["token_type_ids"] = [1, -1]
-        self._inputs = list(takes)
-        gives = {"next_hidden" if layer else "hidden": hidden}
+            inputs["token_type_ids"] = [1, -1]
+        self._inputs = list(inputs)
+        outputs = {"next_hidden" if layer else "hidden": hidden}
         self._with_exit: dict[str, Any] = {}
         self._without_exit: dict[str, Any] = {}
         if self.is_exit:
-            takes["with_exit"], gives["logits"] = [], [1, labels]
+            inputs["with_exit"], outputs["logits"] = [], [1, labels]
             self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
         if prototypes is not None:
-            takes["prototypes"], gives["distances"] = [labels, manifest.metric_dim], [1, labels]
+            inputs["prototypes"], outputs["distances"] = [labels, manifest.metric_dim], [1, labels]
             self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
-        self._outputs = list(gives)
-        _check(session, takes, gives, file)
+        self._outputs = list(outputs)
+        _check(session, inputs, outputs, file)
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
         """Run the embeddings (layer 0) and, if asked, their exit."""
@@ -105,21 +105,21 @@ class OnnxSegment:
 
 @dataclass(slots=True)
 class ForwardPass:
-    """A sample's pass through the layers, the exit rule between them.
+    """Forward pass of one sample, with the exit rule between layers.
 
     Attributes:
         tau, signal: leave at the first exit whose score is below tau.
-        deepest: the layer at which to leave at the latest, one with an exit.
-        ask_all: compute every exit passed, also those at which it cannot leave (tau 0).
-        caution: what τ is multiplied by from the first exit on that is too far from its prototypes.
+        deepest: the last layer to run, one with an exit.
+        ask_all: compute every exit on the way, also those at which it cannot leave (tau 0).
+        caution: factor of tau after an exit that is too far from its prototypes.
         thresholds: of a multi-label model; None: classes exclude each other.
-        layer: the next one to run.
-        hidden: (1, tokens, hidden), what it takes; None: nothing was kept, as all layers run in one call.
-        exit_layer: where it left; -1: not yet.
+        layer: the next layer to run.
+        hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
+        exit_layer: the layer at which it left; -1: not yet.
         seconds: compute time.
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
-        readings: once it left, those of the exits that were computed, scored.
-        is_below_tau: it left because its score was below τ.
+        readings: once it left, the scored readings of the computed exits.
+        is_below_tau: it left because its score was below tau.
         is_far: an exit was too far from its prototypes.
     """
 
@@ -157,7 +157,7 @@ class ForwardPass:
 
 
 class NativeForward:
-    """All native segments in one call, the exit rule between them, without Python and the GIL."""
+    """The kernels' forward pass: all layers and the exit rule between them in one call, without the GIL."""
 
     def __init__(self, kernels: Any, model: Any, manifest: Manifest, prototypes: dict[int, Array]) -> None:
         self._through, self._model = kernels.through, model
@@ -172,11 +172,11 @@ class NativeForward:
         layers: int | None = None,
         at_idle: bool = False,
     ) -> None:
-        """Run 1 to 64 samples, all before the same layer, until each has left, or through so many layers; fills
-        all that is not in the constructor.
+        """Run 1 to 64 samples, all before the same layer, until each has left or `layers` layers have run; updates the
+        passes.
 
-        far: the largest distance to the nearest prototype allowed, (num_layers + 1,); None: any. at_idle: any other
-        thread of the system preempts it.
+        far: the largest allowed distance to the nearest prototype, (num_layers + 1,); None: any. at_idle: run at the
+        lowest priority, preempted by any other thread.
         """
         first, deepest = passes[0].layer, self._shape[0] - 1
         last = deepest if layers is None else min(first + layers - 1, deepest)
@@ -199,22 +199,22 @@ class NativeForward:
                 p.leave(*left)
 
 
-def _check(session: Any, takes: dict[str, list[int]], gives: dict[str, list[int]], file: str) -> None:
-    """Raise StoreError unless a session takes and gives exactly these shapes; −1 is a free dimension."""
-    for what, actual, wanted in (
-        ("takes", {x.name: x.shape for x in session.get_inputs()}, takes),
-        ("gives", {x.name: x.shape for x in session.get_outputs()}, gives),
+def _check(session: Any, inputs: dict[str, list[int]], outputs: dict[str, list[int]], file: str) -> None:
+    """Raise StoreError unless inputs and outputs of a session have exactly these shapes; −1 is a free dimension."""
+    for direction, actual, expected in (
+        ("inputs", {x.name: x.shape for x in session.get_inputs()}, inputs),
+        ("outputs", {x.name: x.shape for x in session.get_outputs()}, outputs),
     ):
-        if set(actual) != set(wanted):
-            raise StoreError(f"{file}: {what} {sorted(actual)}, the manifest asks for {sorted(wanted)}")
+        if set(actual) != set(expected):
+            raise StoreError(f"{file}: {direction} are {sorted(actual)}, expected {sorted(expected)}")
         for name, shape in actual.items():
             # A free dimension (tokens) has a name instead of a size.
-            if [x if isinstance(x, int) else -1 for x in shape] != wanted[name]:
-                raise StoreError(f"{file}: {name} has shape {shape}, expected {wanted[name]}")
+            if [x if isinstance(x, int) else -1 for x in shape] != expected[name]:
+                raise StoreError(f"{file}: {name} has shape {shape}, expected {expected[name]}")
 
 
 class NativeSegment:
-    """An int8 segment that the kernels in `native` run."""
+    """A segment that the kernels run."""
 
     def __init__(
         self, layer: int, kernels: Any, model: Any, manifest: Manifest, prototypes: Array | None
@@ -247,7 +247,7 @@ class NativeSegment:
 def full_depth(
     segments: Sequence[Segment], tokens: Tokens, check: Callable[[], None] = lambda: None
 ) -> list[Step]:
-    """Every segment's step for one sample; index = layer. check: called before each."""
+    """Results of every segment for one sample; index = layer. check: called before each."""
     check()
     steps = [segments[0].embed(tokens, True)]
     for segment in segments[1:]:
@@ -257,20 +257,21 @@ def full_depth(
 
 
 def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
-    """One thread a call: running several samples at once measured 2 to 3 times faster than thread pools.
+    """Options of ONNX Runtime, with one thread per call.
 
-    max_tokens: the most that a text will have.
+    Running several samples at once measured 2 to 3 times faster than thread pools. max_tokens: length of the longest
+    text.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # No tensor is read from another file: the graphs are checked for that, and this folder does not exist.
+    # No tensor is read from another file: the graphs are checked, and this folder does not exist.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
-    # In its arena each layer would keep the memory of the longest text for itself: at 8192 tokens, 22 layers of
-    # ModernBERT's size took more than 1.7 GB. Without it, texts of 400 to 1000 tokens measured 10 to 15% slower.
+    # Each layer's arena would keep the memory of the longest text: at 8192 tokens, 22 layers of ModernBERT's size took
+    # more than 1.7 GB. Without arenas, texts of 400 to 1000 tokens measured 10 to 15% slower.
     options.enable_cpu_mem_arena = max_tokens <= ARENA_TOKENS
-    # The segments are fused as they are written; more would fuse Add and LayerNormalization into
-    # SkipLayerNormalization, which measured 5 times slower than the two (docs/performance.md).
+    # The segments are built fused; a higher level would fuse Add and LayerNormalization into SkipLayerNormalization,
+    # which measured 5 times slower than the two (docs/performance.md).
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     return options

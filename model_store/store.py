@@ -18,8 +18,8 @@ from de3.model_store.printable import printable
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
-MAX_ARTIFACT_BYTES = 2**32  # of all files that are loaded
-MAX_MESSAGE = 500  # characters of an error: most quote something from an artifact
+MAX_ARTIFACT_BYTES = 2**32  # all loaded files together
+MAX_MESSAGE = 500  # characters of an error, which may quote from an artifact
 MAX_FILE_BYTES = {"tokenizer.json": 2**26, "prototypes.safetensors": 2**28, "README.md": 2**20}
 STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 
@@ -27,7 +27,7 @@ STALE_S = 86_400  # age of an abandoned draft: no export takes a day
 class StoreError(ValueError):
     """An artifact is missing, damaged or does not match its manifest; the message names the file.
 
-    What it quotes may come from the artifact, so the message is cut, and has no control characters.
+    As it may quote from the artifact, the message is cut, and control characters are escaped.
     """
 
     def __init__(self, message: str) -> None:
@@ -36,7 +36,7 @@ class StoreError(ValueError):
 
 
 class NoModelsError(StoreError):
-    """There is no store in this place, or no model in it."""
+    """The store does not exist, or has no model."""
 
 
 class UnknownModelError(StoreError):
@@ -45,18 +45,18 @@ class UnknownModelError(StoreError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a model on disk. Its manifest has been checked, its files have not."""
+    """One version of a model on disk, with its manifest checked and its files not yet."""
 
     path: Path
     manifest: Manifest
 
     @property
     def full_name(self) -> str:
-        """name:version."""
+        """The name and version, as name:version."""
         return f"{self.manifest.name}:{self.manifest.version}"
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, checked against the manifest's hash. Raises StoreError.
+        """Read a file and check it against the manifest's hash; raises StoreError.
 
         The file is read once, so it cannot change between the check and its use.
         """
@@ -74,10 +74,10 @@ class Artifact:
         return data
 
     def size(self) -> int:
-        """Bytes of the files that are loaded, as they are on disk; raises StoreError if that is too much."""
+        """Size on disk of the files that are loaded, in bytes; raises StoreError if it is too large."""
         total = 0
         for name in self.manifest.required_files():
-            with suppress(OSError, RuntimeError):  # read() says what is wrong with it
+            with suppress(OSError, RuntimeError):  # read() reports the error
                 total += min(self.manifest.files[name].bytes, (self.path / name).stat().st_size)
         if total > MAX_ARTIFACT_BYTES:
             raise StoreError(f"{self.path}: {total} bytes, at most {MAX_ARTIFACT_BYTES} are allowed")
@@ -90,7 +90,7 @@ class Artifact:
 
 
 class Store:
-    """The artifacts below one folder."""
+    """A folder of artifacts."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,7 +148,7 @@ class Store:
         if not NAME.fullmatch(name):
             raise StoreError(f"model name {name!r} must match {NAME.pattern}")
         (self.path / name).mkdir(parents=True, exist_ok=True)
-        for old in (self.path / name).glob(".draft-*"):  # left by a killed export
+        for old in (self.path / name).glob(".draft-*"):  # left by an export that was killed
             if time.time() - old.stat().st_mtime > STALE_S:
                 shutil.rmtree(old, ignore_errors=True)
         # The leading dot hides the draft from listings; on the same file system the rename is atomic.
@@ -161,7 +161,7 @@ class Store:
 
 @dataclass
 class Draft:
-    """A version being written, in a hidden folder beside the published ones."""
+    """A version being written, in a hidden folder next to the published ones."""
 
     path: Path
     model_path: Path
@@ -175,7 +175,7 @@ class Draft:
                 os.fsync(file.fileno())
 
     def next_version(self) -> int:
-        """The number after the newest version's."""
+        """The number of the next version."""
         return 1 + max(
             (int(v.name) for v in self.model_path.iterdir() if VERSION.fullmatch(v.name)), default=0
         )
@@ -223,7 +223,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in folder, at most `limit`; links that lead outside are refused."""
+    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for links that lead outside."""
     try:
         real = path.resolve(strict=True)
         if real.parent != folder.resolve(strict=True):
@@ -235,7 +235,7 @@ def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
         return real.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: missing") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise StoreError(f"{path}: cannot be read: {error}") from None
 
 

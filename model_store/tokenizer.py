@@ -1,5 +1,4 @@
-"""Tokenize texts, truncated to the model's window or split into several, in short steps between which other work can
-preempt them."""
+"""Tokenization of texts, truncated to the model's window or split into several, in short preemptible steps."""
 
 import os
 import re
@@ -18,13 +17,13 @@ from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
-# Of all windows together. A run of letters without an end is one piece, which nothing can preempt.
+# Of all windows together. An unbroken run of letters is one piece, which cannot be preempted.
 MAX_CHARS_IN_WINDOWS = 10
-# A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100
-# letters that are tokenized letter by letter) takes 3 µs per character on an idle machine.
+# A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters,
+# tokenized letter by letter) takes 3 µs per character on an idle machine.
 PIECE = 512
-# White space at which a text may be split. Python also counts control characters as white space, which BERT
-# deletes.
+# White space at which a text may be split. Control characters, which Python counts as white space, are excluded: BERT
+# deletes them.
 _SPACE = re.compile(r"(?<=\S)[ \t\n\r\u3000]")
 IDEOGRAPHS = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 _PROBE = "a"
@@ -32,20 +31,20 @@ _PROBE = "a"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str | None]
-# The shorter text of a pair is whole in each window, so it may take this much of the room.
+# Largest share of a window for the shorter text of a pair, which is whole in each.
 MAX_SHORTER = 0.5
 
 
 def max_chars(max_tokens: int, windows: int = 1) -> int:
-    """The most characters of a text that are read, for so many windows of max_tokens."""
+    """Number of characters of a text that are read at most, for `windows` windows of max_tokens."""
     return max_tokens * max(MAX_CHARS_PER_TOKEN, MAX_CHARS_IN_WINDOWS * windows)
 
 
 class _Frame:
-    """The special tokens around a text or a pair, taken from the encoding of a short one."""
+    """Special tokens around a text or a pair, taken from the encoding of a short one."""
 
     def __init__(self, tokenizer: Tokenizer, pair: str | None) -> None:
-        """Raises ValueError if there are special tokens inside a text."""
+        """Raises ValueError if the tokenizer puts special tokens inside a text."""
         encoding = tokenizer.encode(_PROBE, pair)
         owners = encoding.sequence_ids
         positions = [[i for i, o in enumerate(owners) if o == n] for n in range(1 if pair is None else 2)]
@@ -62,7 +61,7 @@ class _Frame:
         self.size = sum(len(ids) for ids, _ in self._special)
 
     def around(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
-        """Ids and type ids of texts with these ids, special tokens included."""
+        """Ids and type ids of texts with these ids, including special tokens."""
         ids, types = map(list, self._special[0])
         for part, type_id, (special, special_types) in zip(
             parts, self._types, self._special[1:], strict=True
@@ -74,13 +73,13 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """The windows of a text that is longer than one, or of a pair: the shorter text is whole in each.
+    """Windows of a text or pair that is too long for one; of a pair, the shorter text is whole in each.
 
     Attributes:
-        parts: the ids of each text, int32.
-        longer: the index of the text that is split.
-        spans: its windows.
-        truncated: whether the text is longer than all of them.
+        parts: ids of each text, int32.
+        longer: index of the text that is split.
+        spans: windows of that text.
+        truncated: the text does not fit into all windows.
     """
 
     frame: _Frame
@@ -102,10 +101,7 @@ class Windows:
 
 
 class TextTokenizer:
-    """An artifact's tokenizer.
-
-    A text with more than max_chars() characters counts as too long.
-    """
+    """Tokenizer of an artifact; a text of more than max_chars() characters counts as too long."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int) -> None:
         """Raises ValueError for a tokenizer whose texts cannot be truncated."""
@@ -121,12 +117,12 @@ class TextTokenizer:
 
     @classmethod
     def of(cls, artifact: Artifact) -> "TextTokenizer":
-        """The tokenizer of an artifact; raises StoreError."""
+        """Load the tokenizer of an artifact; raises StoreError."""
         file = artifact.path / "tokenizer.json"
         data = cls.check(artifact)
         try:
             tokenizer = Tokenizer.from_str(data.decode())
-        except Exception as error:  # tokenizers raises plain Exception
+        except Exception as error:  # tokenizers raises Exception itself
             raise StoreError(f"{file}: not a tokenizer: {error}") from None
         if tokenizer.padding is not None or tokenizer.truncation is not None:
             raise StoreError(f"{file}: must not pad or truncate; export strips both")
@@ -137,7 +133,7 @@ class TextTokenizer:
 
     @staticmethod
     def check(artifact: Artifact) -> bytes:
-        """The file's bytes, checked for components that are not allowed; raises StoreError."""
+        """The bytes of the artifact's tokenizer.json, once checked; raises StoreError."""
         data = artifact.read("tokenizer.json")
         try:
             check_tokenizer(data)
@@ -146,7 +142,7 @@ class TextTokenizer:
         return data
 
     def encode(self, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
-        """The encodings of short texts or pairs, with or without special tokens.
+        """Encode short texts or pairs, with or without special tokens.
 
         Batch encoding, even of one text, releases the GIL, unlike Tokenizer.encode.
         """
@@ -154,8 +150,7 @@ class TextTokenizer:
         return list(self._tokenizer.encode_batch_fast(batch, add_special_tokens=special))
 
     def short(self, encoding: Encoding, pair: bool, truncate: bool) -> Tokens:
-        """The tokens of a short text from its encoding; raises ValueError if it is too long, unless
-        `truncate`."""
+        """Tokens of a short text from its encoding; raises ValueError if it is too long, unless `truncate`."""
         if len(encoding) <= self.max_tokens:
             return _tokens(encoding.ids, encoding.type_ids, False)
         if not truncate:
@@ -163,17 +158,17 @@ class TextTokenizer:
         return self._cut(_parts(encoding, pair))
 
     def start(self, text: str, text_pair: str | None, truncate: bool, windows: int = 1) -> "Tokenization":
-        """Start tokenizing a text or pair. windows: the most that it is split into before it is too long."""
+        """Start tokenizing a text or pair. windows: largest number of windows of a text that is not truncated."""
         return Tokenization(self, text, text_pair, truncate, windows)
 
     def _join(self, encoding: Encoding, pair: bool) -> tuple[list[int], list[int]]:
         return self.frames[pair].around(_parts(encoding, pair))
 
     def _cut(self, parts: list[list[int]], is_cut: bool = True, lengths: Sequence[int] = ()) -> Tokens:
-        """The tokens of texts with these ids, truncated at the end of the longer one until both fit; of an odd room
-        the longer text has the odd token, the second one if they are equal.
+        """Tokens of texts with these ids, truncated at the end of the longer one until both fit.
 
-        lengths: of the whole texts, in any unit, where not all of their tokens are there.
+        The longer text gets the odd token, the second one if they are equal. lengths: of the whole texts, in any unit,
+        if not all of their tokens are given.
         """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size
@@ -187,7 +182,7 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _split(self, parts: list[list[int]], most: int, is_cut: bool) -> Windows:
-        """The windows of texts with these ids; raises ValueError if the shorter text leaves them no room."""
+        """Windows of texts with these ids; raises ValueError if the shorter text leaves no room for the longer."""
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
         if len(parts) == 2:
@@ -211,10 +206,7 @@ class TextTokenizer:
 
 
 class Tokenization:
-    """The tokenization of one text or pair, piece by piece.
-
-    Text beyond the model's window, or the most windows, is not tokenized.
-    """
+    """Tokenization of one text or pair, piece by piece, no further than the model's windows reach."""
 
     def __init__(
         self, tokenizer: TextTokenizer, text: str, text_pair: str | None, truncate: bool, windows: int
@@ -231,10 +223,9 @@ class Tokenization:
         self._most = capacity(self._room, windows)  # tokens of each text
 
     def step(self) -> Tokens | Windows | None:
-        """Tokenize the next piece; returns the tokens, or with several windows those, once they are full or the text
-        ends, else None.
+        """Tokenize the next piece; returns the tokens or windows when complete, otherwise None.
 
-        Raises ValueError if the text is too long and is not to be truncated, or is a pair that cannot be split.
+        Raises ValueError for a text that is too long and must not be truncated, and for a pair that cannot be split.
         """
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
@@ -267,19 +258,18 @@ class Tokenization:
         return tokenizer._cut(self._parts, is_cut, self._chars if is_cut else ())
 
     def all(self) -> Tokens | Windows:
-        """Tokenize to the end and return what step() does."""
+        """Tokenize to the end."""
         while (tokens := self.step()) is None:
             pass
         return tokens
 
 
 def _piece_end(text: str, start: int) -> int:
-    """The end of the piece that starts at `start`: a position at which splitting changes no token.
+    """End of the piece that starts at `start`: a position at which splitting changes no token.
 
-    That is before white space. If 512 characters contain none, it is between punctuation and a letter or
-    digit, or next to a CJK ideograph or punctuation, else at the next such position. WordPiece has a token
-    boundary at each of these. Other tokenizers may give other tokens at such a split, but only in runs of
-    that length.
+    Such a position is before white space. If there is none within 512 characters, it is between punctuation and a
+    letter or digit, or next to a CJK ideograph or punctuation; failing that, the next such position. WordPiece has a
+    token boundary at each of these. With other tokenizers, a split within such a run may change tokens.
     """
     first, last = start + PIECE, start + 2 * PIECE
     if len(text) <= last:
@@ -294,14 +284,14 @@ def _piece_end(text: str, start: int) -> int:
 
 
 def _is_mark(char: str) -> bool:
-    """Whether a character is a token by itself: punctuation, an ASCII symbol or a CJK ideograph."""
+    """True for a character that is a token by itself: punctuation, an ASCII symbol or a CJK ideograph."""
     if char.isascii():
         return not char.isalnum() and char.isprintable() and char != " "
     return unicodedata.category(char)[0] == "P" or unicodedata.name(char, "").startswith(IDEOGRAPHS)
 
 
 def _parts(encoding: Encoding, pair: bool) -> list[list[int]]:
-    """The ids of each text of an encoding, without special tokens."""
+    """Ids of each text of an encoding, without special tokens."""
     owners = encoding.sequence_ids
     return [[i for i, owner in zip(encoding.ids, owners, strict=True) if owner == n] for n in range(1 + pair)]
 

@@ -1,9 +1,7 @@
-"""What a tokenizer.json may hold. A model may come from anywhere, so this is checked before anything runs it.
+"""Check of a tokenizer.json, which is untrusted, before the tokenizers library loads it.
 
-The components that the encoders' own tokenizers are made of are allowed, with bounds on what makes a text
-longer
-or slow: a normalizer that replaces a letter by a thousand, three times over, would fill any memory with one
-text.
+The components of the supported encoders' tokenizers are allowed, with limits on those that are slow or lengthen a text:
+normalizers that replace a letter by a thousand, three times in turn, would fill any memory with one text.
 """
 
 import json
@@ -24,25 +22,25 @@ PARTS = {
     "pre_tokenizer": frozenset(_PRE_TOKENIZERS.split()),
     "post_processor": frozenset(_POST_PROCESSORS.split()),
 }
-# A regular expression can take for ever on a text made for it. These cannot, and match one character or more.
+# Regular expressions can take exponential time. These do not, and match at least one character.
 REGEXES = (r"\s{2,}|[\n\r\t]", " {2,}")  # DeBERTa's, and XLM-RoBERTa's
 MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
-MAX_PARTS = 16  # of a Sequence, with all inside it
-MAX_CONTENT = 4  # characters that a Replace or Prepend may put in
-MAX_GROWTH = 4  # times the characters that a text had, by all of them together
-MAX_WORD_CHARS = 200  # of which WordPiece tries each part
-MAX_CHARS = 200  # of any string: an entry of the vocabulary, an added or special token, a name
+MAX_PARTS = 16  # of a Sequence, nested ones included
+MAX_CONTENT = 4  # characters inserted by a Replace or Prepend
+MAX_GROWTH = 4  # length of the normalized text relative to the original
+MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in them
+MAX_CHARS = 200  # of any string: vocabulary entries, added and special tokens, names
 MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
 MAX_ADDED_TOKENS = 10_000
-MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also, that one of them stands for
+MAX_SPECIAL_TOKENS = 16  # around a text or a pair; also ids of one special token
 
 
 class TokenizerError(ValueError):
-    """A tokenizer that is not run; the message says why."""
+    """The tokenizer is refused; the message says why."""
 
 
 def check_tokenizer(data: bytes) -> None:
-    """Raise TokenizerError for a tokenizer.json that may not be run."""
+    """Raise TokenizerError for a tokenizer.json that must not be loaded."""
     try:
         parts = json.loads(data, object_pairs_hook=_object)
     except TokenizerError:
@@ -70,7 +68,9 @@ def check_tokenizer(data: bytes) -> None:
             _check_component(kind, component)
             growth *= _growth(component)
     if checked and growth > 1:
-        raise TokenizerError("normalizer: a Precompiled may not go with what makes a text longer")
+        raise TokenizerError(
+            "normalizer: a Precompiled may not be combined with components that lengthen a text"
+        )
     if growth > MAX_GROWTH:
         raise TokenizerError(f"normalizer: a text may become at most {MAX_GROWTH} times as long")
     _check_model(parts["model"])
@@ -78,7 +78,7 @@ def check_tokenizer(data: bytes) -> None:
 
 
 def _check_table(component: dict[str, Any]) -> None:
-    """Check the table of a Precompiled, and take it out: it is longer than any other string may be."""
+    """Check the table of a Precompiled and remove it, as it is longer than other strings may be."""
     table = component.pop("precompiled_charsmap", None)
     if not isinstance(table, str):
         raise TokenizerError("normalizer: Precompiled has no precompiled_charsmap")
@@ -93,7 +93,7 @@ def _check_component(kind: str, component: dict[str, Any]) -> None:
     if name in ("Prepend", "Replace"):
         content = component.get("prepend" if name == "Prepend" else "content")
         if not isinstance(content, str) or len(content) > MAX_CONTENT:
-            raise TokenizerError(f"{kind}: {name} may put in at most {MAX_CONTENT} characters")
+            raise TokenizerError(f"{kind}: {name} may insert at most {MAX_CONTENT} characters")
     if name in ("Replace", "Split"):
         _check_pattern(kind, component.get("pattern"), name)
     if name == "TemplateProcessing":
@@ -112,7 +112,7 @@ def _check_component(kind: str, component: dict[str, Any]) -> None:
 
 
 def _growth(component: dict[str, Any]) -> float:
-    """How many times as long a Replace or Prepend can make a text; that may be of one character."""
+    """Largest growth of a text by a Replace or Prepend, as a factor; the text may have one character."""
     match component["type"]:
         case "Replace":
             return max(1.0, len(component["content"]) / len(component["pattern"].get("String", "x")))
@@ -131,18 +131,18 @@ def _check_added(added: Any) -> None:
 
 
 def _check_model(model: dict[str, Any]) -> None:
-    # Old files have no type; then the library tries them in turn.
+    # Old files have no type; the library then tries all in turn.
     if (name := model.get("type", "WordPiece")) not in MODELS:
         raise TokenizerError(f"model: {str(name)[:50]!r} is not one of {', '.join(MODELS)}")
     if model.get("dropout"):
-        raise TokenizerError("model: dropout would give a text other tokens each time")
+        raise TokenizerError("model: dropout would give a text different tokens each time")
     most = model.get("max_input_chars_per_word", 0)
     if not isinstance(most, int) or most > MAX_WORD_CHARS:
         raise TokenizerError(f"model: max_input_chars_per_word may be at most {MAX_WORD_CHARS}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no key occurs twice: the library might take another of them than Python."""
+    """A JSON object without duplicate keys, of which the library might take another than Python."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise TokenizerError("an object has a key twice")
@@ -150,7 +150,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_strings(part: Any, most: int) -> None:
-    """No string in it, keys included, may have more than `most` characters."""
+    """Raise TokenizerError for a string, keys included, of more than `most` characters."""
     parts = [part]
     while parts:
         match parts.pop():
@@ -164,19 +164,19 @@ def _check_strings(part: Any, most: int) -> None:
 
 
 def _check_pattern(kind: str, pattern: Any, name: str) -> None:
-    """A literal string, or one of REGEXES in a Replace."""
+    """Raise TokenizerError unless a pattern is a literal string, or one of REGEXES in a Replace."""
     only = isinstance(pattern, dict) and len(pattern) == 1
     text = pattern.get("String") if only else None
     if isinstance(text, str) and text:
         return
     if not only or name != "Replace" or pattern.get("Regex") not in REGEXES:
         raise TokenizerError(
-            f"{kind}: the pattern of {name} must be a string that is not empty, or a regular expression that is known"
+            f"{kind}: the pattern of {name} must be a non-empty string, or a known regular expression"
         )
 
 
 def _components(part: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """A component and, if it is a Sequence, those inside it."""
+    """A component and, if it is a Sequence, its components."""
     if part is None:
         return
     if not isinstance(part, dict) or depth > 4:

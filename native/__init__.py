@@ -1,5 +1,5 @@
-"""Encoder layers in C, fast on x86-64 with AVX2 and on Arm with dotprod; elsewhere ONNX Runtime runs the segments."""
+"""The kernels: encoder layers in C, for x86-64 with AVX2 and Arm with dotprod. ONNX Runtime runs models elsewhere."""
 
 
 class NoKernelsError(Exception):
-    """This model or machine has no kernels; ONNX Runtime runs it."""
+    """The kernels do not support this model or machine; ONNX Runtime runs the model."""

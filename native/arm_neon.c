@@ -1,7 +1,7 @@
 /* The int8 products of Arm, i8mm (SMMLA) and dotprod (SDOT), and NEON, for Linux on aarch64.
  *
- * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. An
- * activation becomes int8, x − MIDDLE, by a flipped bit, so that sums need no correction by Linear.offset.
+ * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. Flipping a bit
+ * turns an activation into int8, x − MIDDLE, so sums need no correction by Linear.offset.
  */
 #include "kernels.h"
 
@@ -40,7 +40,7 @@ static inline float32x4_t exp4(float32x4_t x) {
     p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
     p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
-    /* p · 2ⁿ: n is -126 … 0 and p about 1, so that adding to the exponent's bits is enough. */
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding to the bits of the exponent is enough. */
     int32x4_t exponent = vshlq_n_s32(vcvtnq_s32_f32(n), 23);
     return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(p), exponent));
 }
@@ -66,7 +66,7 @@ static inline float32x4_t gelu4(float32x4_t x) {
     return vfmaq_f32(half, half, erf);
 }
 
-/* Four independent sums, as one number. */
+/* Total of four independent sums. */
 static inline float sum_of(const float32x4_t *v) {
     return vaddvq_f32(vaddq_f32(vaddq_f32(v[0], v[1]), vaddq_f32(v[2], v[3])));
 }
@@ -94,7 +94,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* ---- int8 ------------------------------------------------------------------------------------------- */
 
-/* minnm and maxnm ignore NaN, unless there is nothing else. */
+/* minnm and maxnm ignore NaN unless both operands are NaN. */
 static Range range(const float *x, size_t count) {
     float32x4_t low[4], high[4];
     for (int c = 0; c < 4; c++) low[c] = high[c] = vld1q_f32(x + 4 * c);
@@ -111,7 +111,7 @@ static Range range(const float *x, size_t count) {
     return (Range){vminnmvq_f32(low[0]), vmaxnmvq_f32(high[0])};
 }
 
-/* 4 values as int16, saturated, without MIDDLE; NaN: less than any int8. */
+/* 4 values as saturated int16, before MIDDLE is added; NaN: below any int8. */
 static inline int16x4_t steps4(const float *x, float32x4_t center, float inverse) {
     float32x4_t steps = vmulq_n_f32(vsubq_f32(vld1q_f32(x), center), inverse);
     steps = vminnmq_f32(vmaxnmq_f32(steps, vdupq_n_f32(-1e6f)), vdupq_n_f32(1e6f));
@@ -136,15 +136,15 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
     }
 }
 
-/* Activations as int8, without MIDDLE. */
+/* Activations as int8, x − MIDDLE. */
 static inline int8x16_t activations(const uint8_t *x) {
     return vreinterpretq_s8_u8(veorq_u8(vld1q_u8(x), vdupq_n_u8(MIDDLE)));
 }
 
-/* Outputs that are computed together: those of a tile. */
+/* Outputs computed together: those of a tile. */
 enum { COLUMNS = 16 };
 
-/* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
+/* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
                                                          int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
@@ -183,7 +183,7 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
 #endif
 
 /* A block of rows by 16 outputs, 16 inputs at a time. With 4 rows there are 16 independent sums;
- * each number of rows has a loop of its own, so that no row is wasted. */
+ * each number of rows has its own loop, so that no row is wasted. */
 enum { DOTPROD_ROWS = 4 };
 
 static inline __attribute__((always_inline)) void multiply_dotprod(const uint8_t *x, const Linear *w,
@@ -238,7 +238,7 @@ static double multiply_adds_dotprod(void) {
     for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = vdotq_s32(sum[i], x, x);
-        __asm__ volatile("" : "+w"(x)); /* so that it is not computed once for all */
+        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from hoisting it */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
     return TIMES * 16 * 16.0;
@@ -251,13 +251,13 @@ static double multiply_adds_dotprod(void) {
 #pragma GCC target("+dotprod+i8mm")
 #endif
 
-/* SMMLA multiplies 8 inputs of two rows by 8 inputs of two outputs. Rows are put in pairs once for all outputs; two
- * registers of 4 outputs by 4 inputs become two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16 sums
+/* SMMLA multiplies 8 inputs of two rows by 8 inputs of two outputs. Rows are paired once for all outputs; two registers
+ * of 4 outputs by 4 inputs are rearranged into two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16 sums
  * of 2 by 2. */
-enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the most inputs of a layer: has_kernels() */
+enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the largest number of inputs of a layer: has_kernels() */
 
-/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. An odd number of rows: one more, which
- * there is (Product.x). */
+/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the last is paired
+ * with padding (Product.x). */
 static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
     for (int pair = 0; pair < pairs; pair++, x += 2 * (size_t)in)
         for (int k = 0; k < in; k += 16, to += 32) {
@@ -267,7 +267,7 @@ static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
         }
 }
 
-/* For 8 outputs of a strip of 16, whose weights and sums begin here. */
+/* For 8 outputs of a strip of 16; weights and sums point to them. */
 static inline __attribute__((always_inline)) void multiply_i8mm(const int8_t *x, const Linear *w,
                                                                 const int8_t *weights, int32_t *sums, int pairs) {
     int32x4_t sum[I8MM_PAIRS][4];
@@ -294,7 +294,7 @@ static inline __attribute__((always_inline)) void multiply_i8mm(const int8_t *x,
         }
 }
 
-/* Rows first … of p, whose pairs are in x. */
+/* The product of `tokens` rows of p from `first` on, whose pairs are in x. */
 static void multiply_pairs(const Product *p, const int8_t *x, int first, int tokens) {
     const Linear *w = p->w;
     int32_t sums[2 * I8MM_PAIRS][COLUMNS];
@@ -323,7 +323,7 @@ static void product_i8mm(const Product *p) {
     int8_t x[PAIRED_SIZE];
     int most = PAIRED_SIZE / w->in / 2 * 2; /* rows that x holds */
     if (p->tokens == 1) {
-        product_dotprod(p); /* half of a pair would be for nothing */
+        product_dotprod(p); /* half of a pair would be wasted */
         return;
     }
     for (int first = 0; first < p->tokens; first += most) {
@@ -341,7 +341,7 @@ static double multiply_adds_i8mm(void) {
     for (int i = 0; i < 16; i++) sum[i] = vdupq_n_s32(0);
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = vmmlaq_s32(sum[i], x, x);
-        __asm__ volatile("" : "+w"(x)); /* so that it is not computed once for all */
+        __asm__ volatile("" : "+w"(x)); /* keeps the compiler from hoisting it */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "w"(sum[i]));
     return TIMES * 16 * 32.0;
@@ -355,10 +355,10 @@ static double multiply_adds_i8mm(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows of a block. Its loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. */
+/* Rows of a block. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. */
 enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from keys (width, wide) on. added NULL: nothing. */
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from keys (width, wide) on. added[r] may be NULL. */
 static void score(const float *const *q, const float *keys, int width, int wide, float factor,
                   const float *const *added, int j, float *scores) {
     float32x4_t s[ROWS][4];
@@ -395,7 +395,7 @@ static void mix(const float *scores, int wide, const float *v, int stride, int t
             vst1q_f32(to + (size_t)r * hidden + 4 * c, vmulq_n_f32(s[r][c], inverse[r]));
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the L1 cache; past the end zeros. */
+/* keys[d][t] = k[t][d] for a head, in blocks of 16 tokens that stay in the L1 cache; zeros past the end. */
 static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
     for (int t0 = 0; t0 < wide; t0 += 16)
         for (int d = 0; d < width; d++) {
@@ -406,8 +406,8 @@ static void transpose(const float *k, int stride, int tokens, int width, int wid
         }
 }
 
-/* Scores (wide) of `tokens` keys to weights up to their sum. Returns 1 / the sum. What is past the end becomes less than
- * 1e-37, which a sum that has a 1 in it does not show. */
+/* Turn scores (wide) of `tokens` keys into unnormalized weights; returns 1 / their sum. Weights past the end are below
+ * 1e-37, which does not change a sum that contains a 1. */
 static float soften(float *s, int tokens, int wide, int rounds) {
     float32x4_t max = vdupq_n_f32(-INFINITY), total = vdupq_n_f32(0.0f);
     for (int i = tokens; i < wide; i++) s[i] = -INFINITY;
@@ -433,7 +433,7 @@ static void attention(float *qkv, int tokens, int hidden, int num_heads, const O
         transpose(k, stride, tokens, width, wide, keys);
         for (int t = 0; t < tokens; t += ROWS) {
             int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
+            const float *row[ROWS], *added[ROWS]; /* past the end: the last row again */
             for (int r = 0; r < ROWS; r++) {
                 int token = r < rows ? t + r : tokens - 1;
                 row[r] = q + (size_t)token * stride;

@@ -1,7 +1,7 @@
-/* The operations that a layer is made of, and their implementations.
+/* The operations of a layer, and their implementations.
  *
- * Hidden states are float32 (tokens, hidden), row by row. hidden is a multiple of 64, and so is inner. Every
- * implementation quantizes alike and sums int8 products exactly; in float32 they differ by rounding only.
+ * Hidden states are float32 (tokens, hidden), row by row. hidden and inner are multiples of 64. All implementations
+ * quantize in the same way and sum int8 products exactly; in float32 they differ by rounding only.
  */
 #ifndef NATIVE_KERNELS_H
 #define NATIVE_KERNELS_H
@@ -10,7 +10,7 @@
 
 #include "model.h"
 
-/* How a row is quantized: float32 value ≈ scale · (uint8 value − MIDDLE) + center. */
+/* Quantization of a row: float32 value ≈ scale · (uint8 value − MIDDLE) + center. */
 typedef struct {
     float scale, center;
 } Quantization;
@@ -39,18 +39,18 @@ typedef struct {
     float *to;             /* (tokens, w->out) */
 } Product;
 
-/* What attention adds to a query's scores, for key 0 and those after it; NULL: nothing. */
+/* Offsets of a query's attention scores, from key 0 on; NULL: none. */
 static inline const float *offsets_of(const Offsets *offsets, int head, int query) {
     return offsets->values ? offsets->values + head * offsets_stride(offsets->positions) + offsets->positions - 1 - query : NULL;
 }
 
 enum { ATTENTION_ROWS = 8 };
 
-/* From so many tokens on attention multiplies in bfloat16, which processors have instructions for that are twice as
- * fast: queries, keys, values and the weights of the tokens are rounded, sums are float32. */
+/* Number of tokens from which attention multiplies in bfloat16, for which some processors have instructions that are
+ * twice as fast: queries, keys, values and attention weights are rounded, sums are float32. */
 enum { LONG = 128 };
 
-/* To nearest (ties: even); a NaN stays one. */
+/* Rounded to nearest (ties: even); NaN stays NaN. */
 static inline float bfloat16_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -71,10 +71,10 @@ static inline size_t attention_work(int width, int tokens) {
 typedef struct {
     const char *name;
 
-    /* What this machine lacks for it; NULL: nothing. All other functions need what it asks for. */
+    /* Why this machine cannot run it; NULL if it can. The other functions may be called only then. */
     const char *(*why_not)(void);
 
-    /* Called before and after a thread's products; NULL: nothing to do. */
+    /* Called before and after a thread's products; may be NULL. */
     void (*begin)(void);
     void (*end)(void);
 
@@ -84,29 +84,29 @@ typedef struct {
 
     void (*product)(const Product *p);
 
-    /* softmax(Q·Kᵀ/√width + offsets)·V for every head, width = hidden / num_heads, a multiple of 16; qkv is (tokens,
-     * 3·hidden) and may be changed, to is (tokens, hidden). work: attention_work floats. */
+    /* softmax(Q·Kᵀ/√width + offsets)·V for each head; width = hidden / num_heads is a multiple of 16. qkv is (tokens,
+     * 3·hidden) and may be overwritten, to is (tokens, hidden). work: attention_work floats. */
     void (*attention)(float *qkv, int tokens, int hidden, int num_heads, const Offsets *offsets, float *work,
                       float *to);
 
     /* In place, row by row. */
     void (*layer_norm)(float *rows, int tokens, int hidden, const Norm *norm);
 
-    /* One row: word · scale + position + type; type may be NULL. */
+    /* One row, word · scale + position + type; type may be NULL. */
     void (*embed)(const int8_t *word, float scale, const float *position, const float *type, int hidden, float *to);
 
-    /* The mean of all rows. */
+    /* Mean of all rows. */
     void (*mean)(const float *rows, int tokens, int hidden, float *to);
 
     /* count is a multiple of 16. */
     float (*dot)(const float *a, const float *b, int count);
 
-    /* Run int8 multiply-adds on values in registers, between begin() and end(); how many. Measures the peak. */
+    /* Run int8 multiply-adds on registers, between begin() and end(), to measure the peak; returns their number. */
     double (*multiply_adds)(void);
 } Kernels;
 
-/* All implementations, the best first; the last one runs on every machine. A further one is a file that defines
- * its table, its name here, and the file's name in pyproject.toml. */
+/* All implementations, the best first; the last one runs on every machine. To add one, define its table in a new file,
+ * and add its name here and the file to pyproject.toml. */
 #define IMPLEMENTATIONS(X) X(amx) X(vnni) X(avxvnni) X(avx2) X(i8mm) X(dotprod) X(reference)
 
 #define DECLARE(name) extern const Kernels name##_kernels;
@@ -116,7 +116,7 @@ IMPLEMENTATIONS(DECLARE)
 extern const Kernels *const all_kernels[];
 extern const int num_kernels;
 
-/* Those in use, chosen as the module loads: the first that this machine can run. */
+/* The implementation in use, chosen when the module loads: the first that this machine can run. */
 extern const Kernels *kernels;
 
 void choose_kernels(void);

@@ -14,7 +14,7 @@ static pthread_key_t buffer_key;
 static pthread_once_t buffer_once = PTHREAD_ONCE_INIT;
 static void make_key(void) { pthread_key_create(&buffer_key, free); }
 
-/* A buffer of the calling thread, kept for its next call and freed when the thread ends. */
+/* A buffer of the calling thread, reused by its next call and freed when the thread ends. */
 static void *scratch(size_t bytes) {
     static __thread void *buffer;
     static __thread size_t size;
@@ -29,7 +29,7 @@ static void *scratch(size_t bytes) {
     return buffer;
 }
 
-/* Bytes of quantized rows: how each was quantized, and its values, with room for whole tiles. */
+/* Bytes of quantized rows: the quantization of each, and its values, padded to whole tiles. */
 static size_t rows_size(int tokens) { return ROUND_UP(tokens * sizeof(Quantization), 64); }
 static size_t quantized_size(int tokens, int width) {
     return rows_size(tokens) + (size_t)ROUND_UP(tokens, 16) * width;
@@ -44,11 +44,11 @@ static void multiply(const Linear *w, const float *x, int tokens, Epilogue epilo
     kernels->product(&(Product){w, bytes, rows, tokens, epilogue, residual, to});
 }
 
-/* Rows that pass from one product to the next together: enough for the weights to cost little, few enough for what is
- * between two products to stay in the L2 cache. */
+/* Rows that pass from one product to the next together: enough to amortize reading the weights, few enough for
+ * intermediate results to stay in the L2 cache. */
 enum { BLOCK = 64 };
 
-/* What a block needs, carved out of scratch. */
+/* Buffers of a block, parts of scratch. */
 typedef struct {
     char *quantized;
     float *qkv, *context, *middle, *inner, *work;
@@ -135,7 +135,7 @@ int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int
     return 0;
 }
 
-/* What the last exit's classifier sees: to = activation(dense · pooled + bias), (hidden). */
+/* Input of the last exit's classifier: to = activation(dense · pooled + bias), (hidden). */
 static void run_head(const Head *head, const float *pooled, int hidden, float *to) {
     for (int i = 0; i < hidden; i++) {
         float x = head->bias[i] + kernels->dot(pooled, head->dense + (size_t)i * hidden, hidden);
@@ -157,20 +157,20 @@ int run_exit(const Model *m, int layer, const float *hidden_states, int tokens, 
     char *memory = scratch(2 * states + space + quantized_size(1, hidden));
     if (memory == NULL) return -1;
     float *pooled = (float *)memory, *embedded = (float *)(memory + states);
-    float *seen = (float *)(memory + states + space); /* by the classifier */
+    float *features = (float *)(memory + states + space); /* input of the classifier */
 
     int has_head = layer == m->num_layers && m->head.dense;
     if (has_head ? m->head.has_mean : m->has_mean) k->mean(hidden_states, tokens, hidden, pooled);
     else memcpy(pooled, hidden_states, (size_t)hidden * 4);
-    if (has_head) run_head(&m->head, pooled, hidden, seen);
-    else seen = pooled;
+    if (has_head) run_head(&m->head, pooled, hidden, features);
+    else features = pooled;
     int is_finite = 1;
     for (int i = 0; i < head->num_labels; i++) {
-        logits[i] = head->bias[i] + k->dot(seen, head->classifier + (size_t)i * hidden, hidden);
+        logits[i] = head->bias[i] + k->dot(features, head->classifier + (size_t)i * hidden, hidden);
         is_finite = is_finite && isfinite(logits[i]);
     }
     if (!metric) return 0;
-    if (!is_finite) { /* int8 would make numbers of it */
+    if (!is_finite) { /* quantization would turn NaN into a number */
         for (int i = 0; i < head->num_labels; i++) distances[i] = NAN;
         return 0;
     }
@@ -213,7 +213,7 @@ static double now(void) {
     return t.tv_sec + 1e-9 * t.tv_nsec;
 }
 
-/* The embeddings or a layer, for all texts in `rows`, one after the other. */
+/* Run the embeddings or a layer for the consecutive texts in `rows`. */
 static int run_texts(const Model *m, int layer, Pass *const *texts, const int *tokens, int count, float *rows) {
     if (layer) return run_layer(m, layer, rows, tokens, count, rows);
     for (int i = 0; i < count; rows += (size_t)tokens[i++] * m->hidden)
@@ -226,7 +226,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     size_t hidden = m->hidden, total = 0, row = 0;
     for (int i = 0; i < count; i++) total += passes[i].tokens;
     float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
-    Pass *texts[MAX_PASSES]; /* that have not left, and their rows' number */
+    Pass *texts[MAX_PASSES]; /* those that have not left, and their lengths */
     int tokens[MAX_PASSES], failed = rows == NULL;
     for (int i = 0; i < count && !failed; i++) {
         Pass *p = texts[i] = &passes[i];
@@ -255,7 +255,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
                 p->seconds += asked - end;
                 end = asked;
             }
-            if (p->exit_layer < 0) { /* its rows move up to those of the text before it */
+            if (p->exit_layer < 0) { /* close the gap that texts before it left */
                 if (to != from) memmove(to, from, size * 4);
                 to += size;
                 row += p->tokens;
@@ -272,8 +272,8 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     return failed ? -1 : 0;
 }
 
-/* A thread for run_passes_at_idle. Anyone may lower a thread's priority, and nobody without privileges may raise it
- * again, so the calling thread keeps its own and waits. */
+/* A thread for run_passes_at_idle. Lowering a thread's priority needs no privileges but raising it again does, so the
+ * calling thread keeps its own and waits. */
 typedef struct {
     const Model *m;
     Pass *passes;
@@ -299,7 +299,7 @@ static void *work(void *argument) {
 #ifdef SCHED_IDLE
     sched_setscheduler(0, SCHED_IDLE, &(struct sched_param){0});
 #endif
-    clock_used = CLOCK_THREAD_CPUTIME_ID; /* it may be preempted for long */
+    clock_used = CLOCK_THREAD_CPUTIME_ID; /* does not count the time while it is preempted */
     pthread_mutex_lock(&w->lock);
     for (;;) {
         while (w->call == NULL && !w->ends) pthread_cond_wait(&w->changed, &w->lock);
@@ -315,7 +315,7 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* Called as the thread ends whose worker it is. */
+/* Called when the thread that owns the worker ends. */
 static void end_worker(void *argument) {
     Worker *w = argument;
     pthread_mutex_lock(&w->lock);

@@ -1,7 +1,8 @@
-/* One encoder layer, the embeddings, an exit, and a pass of several texts through all layers.
+/* The embeddings, an encoder layer, an exit, and the forward pass of several texts.
  *
- * The arithmetic of the int8 segments (export/graph.py), operator by operator: activations quantized to uint8
- * with a scale for each row, int8 weights with a scale for each output, everything else in float32. Every function returns 0, or -1: an id outside the tables, or no memory.
+ * The arithmetic of the int8 segments (export/segment.py), operator by operator: activations are quantized to uint8 with
+ * a scale for each row, int8 weights have a scale for each output, and everything else is float32. Every function
+ * returns 0, or -1 for an id outside the tables and if there is no memory.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H
@@ -12,28 +13,28 @@
 /* ids (tokens), types (tokens) or NULL → to (tokens, hidden). */
 int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int tokens, float *to);
 
-/* The rows of `count` texts, one after the other, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
- * What a text gives does not depend on the others. */
+/* Run the rows of `count` consecutive texts, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
+ * The result of a text does not depend on the others. */
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
-/* hidden states (tokens, hidden), prototypes (num_labels, metric) → logits and cosine distances (num_labels).
+/* Hidden states (tokens, hidden), prototypes (num_labels, metric) → logits and cosine distances (num_labels).
  * Without a metric space, prototypes and distances are not used. */
 int run_exit(const Model *m, int layer, const float *hidden, int tokens, const float *prototypes, float *logits,
              float *distances);
 
-/* A text's pass through the layers. */
+/* The forward pass of a text. */
 typedef struct {
     const int64_t *ids, *types; /* (tokens) */
-    int tokens, deepest;        /* deepest: the layer at which it exits at the latest */
-    int ask_all;                /* compute every exit passed, also those at which it cannot leave (tau 0) */
+    int tokens, deepest;        /* deepest: the last layer to run, one with an exit */
+    int ask_all;                /* compute every exit on the way, also those at which it cannot leave (tau 0) */
     double tau;
     Signal signal;
     const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */
-    double caution; /* what tau is multiplied by from the first exit on that is too far from its prototypes */
+    double caution; /* factor of tau after an exit that is too far from its prototypes */
 
-    float *hidden;             /* (tokens, hidden): before the first layer, after the last; or NULL */
+    float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
-    Reading *readings;         /* of the exits computed so far; room for (num_layers + 1) */
+    Reading *readings;         /* of the exits computed so far; space for num_layers + 1 */
     int num_readings;
 
     int exit_layer;   /* -1: it has not left */
@@ -44,14 +45,14 @@ typedef struct {
 
 enum { MAX_PASSES = 64 };
 
-/* Run layers first … last, until each text has left. All texts run a layer together, so that its weights come from
- * memory once for all of them; what each gives does not depend on the others. From first > 0 on a pass goes on: its
- * hidden states, and the logits and distances of the exits that it passed, are those of the call before.
- * prototypes: by layer. far: the largest distance to the nearest prototype by layer, or NULL. */
+/* Run layers first … last, until each text has left. All texts run a layer together, so that its weights are read from
+ * memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden states,
+ * logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance to the
+ * nearest prototype by layer, or NULL. */
 int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                const double *far);
 
-/* The same, at the lowest priority that the system has: other threads preempt it. */
+/* As run_passes, at the system's lowest priority: any other thread preempts it. */
 int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                        const double *far);
 

@@ -29,8 +29,8 @@ static size_t layer_size(const Model *m) { return (size_t)m->hidden * (4 * (size
 
 enum { HUGE_PAGE = 1 << 21 };
 
-/* Where the system has huge pages a text alone takes a fifth less time: next to no address has to be looked up in
- * memory. malloc would give pages that it has used before, small ones. */
+/* With huge pages a single text takes a fifth less time, as there are hardly any TLB misses. malloc might return small
+ * pages used before. */
 static size_t memory_size(const Model *m) { return m->num_layers * layer_size(m) + HUGE_PAGE; }
 
 static int get_tiles(Model *m) {

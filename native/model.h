@@ -1,7 +1,7 @@
 /* A model: the weights of an artifact's int8 segments.
  *
- * It is built once and then only read, so threads share it. Names of shapes: in and out of a linear layer,
- * hidden: the width of the hidden states, inner: that of the feed-forward network's middle.
+ * It is read-only once built, so threads share it. Names of sizes: in and out of a linear layer, hidden for the width of
+ * the hidden states, inner for the width inside the feed-forward network.
  */
 #ifndef NATIVE_MODEL_H
 #define NATIVE_MODEL_H
@@ -17,17 +17,17 @@ enum { MIDDLE = 128 }; /* uint8 value of the center of a row's range */
 typedef struct {
     int in, out;
     int8_t *tiles;   /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */
-    int8_t *end;     /* of the memory from tiles on that runs next, and is worth a prefetch */
+    int8_t *end;     /* end of the tiles that are used after these, up to which prefetching is useful */
     float *scale;    /* (out) */
     float *bias;     /* (out) */
     int32_t *offset; /* (out): MIDDLE · the sum of an output's weights, to subtract from products of uint8 values */
     float *center;   /* (out): scale · that sum, the contribution of a row's center of 1 */
 } Linear;
 
-/* What attention adds to the score of a query and a key, by head and by their distance; values NULL: nothing. */
+/* Offsets of attention scores by head and distance of query and key; values NULL: none. */
 typedef struct {
-    int positions; /* P: the most tokens */
-    float *values; /* (num_heads, offsets_stride(P)): for key − query = 1 − P … P − 1, and 16 zeros */
+    int positions; /* P: largest number of tokens */
+    float *values; /* (num_heads, offsets_stride(P)): for key − query = 1 − P … P − 1, then 16 zeros */
 } Offsets;
 
 static inline size_t offsets_stride(int positions) { return 2 * (size_t)positions - 1 + 16; }
@@ -38,15 +38,15 @@ typedef struct {
 } Norm;
 
 typedef struct {
-    int is_set, num_labels, metric; /* metric: dimensions of the metric space; 0: no prototypes */
+    int is_set, num_labels, metric; /* metric: dimension of the metric space; 0: no prototypes */
     float *classifier, *bias;       /* (num_labels, hidden), (num_labels) */
     Linear projection;              /* to the metric space */
     int8_t *tiles;                  /* of the projection */
 } ExitHead;
 
-/* What the last exit's classifier sees, as a stock classifier has it: activation(dense · pooled + bias). */
+/* The last exit's layer before its classifier, from a stock classifier: activation(dense · pooled + bias). */
 typedef struct {
-    float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: the classifier sees pooled */
+    float *dense, *bias; /* (hidden, hidden), a row for each output; (hidden). NULL: no such layer */
     enum { HEAD_TANH, HEAD_RELU, HEAD_GELU, NUM_HEAD_ACTIVATIONS } activation;
     int has_mean; /* as Model.has_mean, for this exit */
 } Head;
@@ -59,50 +59,50 @@ typedef struct {
 
 typedef struct {
     int hidden, num_heads, inner, num_layers;
-    int has_gelu;  /* else ReLU */
-    int has_mean;  /* exits see the mean of the tokens, else the first token */
+    int has_gelu;  /* activation: GELU, otherwise ReLU */
+    int has_mean;  /* pooling of the exits: the mean of the tokens, otherwise the first token */
     int num_words, num_positions, num_types;
     int8_t *words;                 /* (num_words, hidden) */
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
     Norm norm;                     /* of the embeddings */
-    int8_t *tiles;                 /* of all layers, in the order in which they run */
-    void *memory;                  /* that the tiles are in */
+    int8_t *tiles;                 /* of all layers, in execution order */
+    void *memory;                  /* allocation that holds the tiles */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */
 } Model;
 
-/* Where a weight is in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are next to
- * each other, as the instructions for int8 products of AMX, AVX-512 VNNI and others take them. */
+/* Index of a weight in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are adjacent, as the
+ * int8 instructions of AMX, AVX-512 VNNI and others take them. */
 static inline size_t tile_index(int in, int input, int output) {
     size_t tile = (size_t)(output / 16) * (in / 64) + input / 64;
     return tile * 1024 + input % 64 / 4 * 64 + output % 16 * 4 + input % 4;
 }
 
-/* Whether there are kernels for these sizes. */
+/* True if the kernels support these sizes. */
 int has_kernels(int hidden, int num_heads, int inner, int num_layers);
 
-/* Whether a layer has all its weights; 0: the embeddings. */
+/* True if all weights of a layer are set; layer 0 is the embeddings. */
 int is_complete(const Model *m, int layer);
 
-/* A copy at an address that is a multiple of 64; NULL: no memory. */
+/* A copy aligned to 64 bytes, with 64 bytes after it; NULL: no memory. */
 void *copy_of(const void *from, size_t bytes);
 
 /* A model without weights; NULL: no memory. */
 Model *new_model(int hidden, int num_heads, int inner, int num_layers);
 
-/* Where a layer's linears have their tiles: 0 qkv, 1 out, 2 up, 3 down. */
+/* Address of the tiles of a layer's linear: 0 qkv, 1 out, 2 up, 3 down. */
 int8_t *tiles_of(const Model *m, int layer, int which);
 
-/* Pack weights (in, out) row by row into tiles. -1: no memory; free_linear frees what there is. */
+/* Pack weights (in, out), row by row, into tiles. -1: no memory; call free_linear in any case. */
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
                 int8_t *tiles, int8_t *end);
 
-/* The tiles of all layers end here. */
+/* End of the tiles of all layers. */
 int8_t *end_of_tiles(const Model *m);
 
-/* All but the tiles. */
+/* Free everything but the tiles. */
 void free_linear(Linear *w);
 void free_norm(Norm *n);
 void free_model(Model *m);

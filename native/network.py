@@ -1,6 +1,6 @@
-"""The weights of an encoder with exits, and the kernels' model that is built from them.
+"""Weights of an encoder with exits, and the kernels' model built from them.
 
-Linear weights are (inputs, outputs). In int8 each has a scale for each output: weight · scale ≈ float32.
+Linear weights are (inputs, outputs). In int8 they have a scale for each output: weight · scale ≈ float32.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ NONE = np.zeros(0, np.float32)
 
 @dataclass(frozen=True)
 class Linear:
-    """x·W + b; scale: None for float32."""
+    """Linear layer, x·W + b; scale: None in float32."""
 
     weight: Array
     bias: Array
@@ -37,7 +37,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Tables by word (V, E), position (P, E) or None, and token type (T, E) or None; word_scale (V, 1) in int8."""
+    """Tables for words (V, E), positions (P, E) or None, and token types (T, E) or None; word_scale (V, 1) in int8."""
 
     word: Array
     word_scale: Array | None
@@ -49,12 +49,12 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Disentangled:
-    """What attention adds for the distance and the content of two tokens.
+    """Disentangled attention: terms of the scores that depend on the distance and the content of two tokens.
 
     Attributes:
-        rows: the row of the tables for query − key = 1 − P … P − 1, (2P − 1,).
-        key_table: what a query is multiplied by, (heads, head size, rows); None: nothing.
-        query_table: what a key is multiplied by, (heads, rows, head size); None: nothing.
+        rows: row of the tables for query − key = 1 − P … P − 1, (2P − 1,).
+        key_table: multiplied with a query, (heads, head size, rows); None: no such term.
+        query_table: multiplied with a key, (heads, rows, head size); None: no such term.
     """
 
     rows: Array
@@ -64,11 +64,12 @@ class Disentangled:
 
 @dataclass(frozen=True)
 class Layer:
-    """A transformer block; activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them.
+    """A post-norm transformer block.
 
     Attributes:
-        relative: what attention adds for the distance of two tokens, (heads, 2P − 1), or for their content too; None:
-            nothing.
+        activation: Gelu, FastGelu or Relu, as ONNX Runtime calls them.
+        relative: offsets of the attention scores by head and distance, (heads, 2P − 1), or disentangled attention;
+            None: neither.
     """
 
     qkv: Linear
@@ -87,10 +88,10 @@ class PreNormLayer:
     """A block of ModernBERT: pre-norm, rotary positions, a gated feed-forward network.
 
     Attributes:
-        attention_norm: None: attention sees the hidden states as they are.
-        ffn_in: what is activated and its gate concatenated, (H, 2·inner).
+        attention_norm: None: attention takes the hidden states as they are.
+        ffn_in: the activated half and its gate, concatenated, (H, 2·inner).
         frequencies: of the rotary positions, (H / num_heads / 2,).
-        window: a token attends to those at most so far from it; None: to all.
+        window: largest distance between tokens that attend to each other; None: any.
     """
 
     attention_norm: Norm | None
@@ -107,7 +108,7 @@ class PreNormLayer:
 
 @dataclass(frozen=True)
 class Exit:
-    """An exit: its classifier, always float32, its metric space, if it has one, and a norm of the states before it."""
+    """An exit: its classifier (always float32), its metric space, if any, and a norm before pooling, if any."""
 
     classifier: Linear
     space: Linear | None
@@ -116,11 +117,12 @@ class Exit:
 
 @dataclass(frozen=True)
 class Head:
-    """The dense layer between pooling and classifier of a stock classifier, float32; activation: one of ACTIVATIONS.
+    """Dense layer between pooling and classifier of a stock classifier, float32.
 
     Attributes:
-        mean: whether it sees the mean of the tokens, else the first one.
-        norm: after the activation; None: none.
+        activation: one of ACTIVATIONS.
+        mean: its input is the mean of the tokens, otherwise the first token.
+        norm: after the activation, if any.
     """
 
     dense: Linear
@@ -129,7 +131,7 @@ class Head:
     norm: Norm | None = None
 
 
-ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, in the kernels' order
+ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, numbered as in model.h
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ class Network:
     """A whole model.
 
     Attributes:
-        hidden_size: the width of the hidden states.
-        exits: by layer, 0 being the embeddings.
-        mean: whether exits see the mean of the tokens, else the first one.
-        head: of the last exit; None: its classifier sees what the other exits' see.
+        hidden_size: width of the hidden states.
+        exits: by layer; 0 is the embeddings.
+        mean: the exits' input is the mean of the tokens, otherwise the first token.
+        head: layers before the last exit's classifier; None: the last exit is like the others.
     """
 
     hidden_size: int
@@ -152,7 +154,7 @@ class Network:
 
 
 def build(network: Network) -> Any:
-    """The kernels' model of a network; raises NoKernelsError for one that they cannot run."""
+    """Build the kernels' model of a network; raises NoKernelsError if they do not support it."""
     if find_spec("de3.native.kernels") is None:
         raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
     try:
@@ -194,13 +196,13 @@ def build(network: Network) -> Any:
         if (top := network.head) is not None:
             dense = np.ascontiguousarray(top.dense.weight.T)
             kernels.set_head(model, dense, top.dense.bias, ACTIVATIONS.index(top.activation), top.mean)
-    except ValueError as error:  # sizes that have no kernels
+    except ValueError as error:  # unsupported sizes
         raise NoKernelsError(str(error)) from None
     return model
 
 
 def _post_norm(layers: Sequence[Layer | PreNormLayer]) -> list[Layer]:
-    """The layers; raises NoKernelsError if one is of another kind."""
+    """The layers; raises NoKernelsError if one is not a post-norm block."""
     post_norm = [layer for layer in layers if isinstance(layer, Layer)]
     if len(post_norm) != len(layers):
         raise NoKernelsError("there is no kernel for layers of ModernBERT (pre-norm, rotary positions)")
@@ -208,7 +210,7 @@ def _post_norm(layers: Sequence[Layer | PreNormLayer]) -> list[Layer]:
 
 
 def _check(network: Network, layers: list[Layer]) -> None:
-    """Raise NoKernelsError for what no kernel computes."""
+    """Raise NoKernelsError for parts that the kernels do not support."""
     if any(isinstance(layer.relative, Disentangled) for layer in layers):
         raise NoKernelsError("there is no kernel for disentangled attention")
     if network.embeddings.projection is not None:
@@ -223,7 +225,7 @@ def _check(network: Network, layers: list[Layer]) -> None:
         if layer.activation not in ("Gelu", "Relu"):
             raise NoKernelsError(f"layer {number}: there is no kernel for {layer.activation}")
         if _sizes(layer) != _sizes(layers[0]):
-            raise NoKernelsError(f"layer {number}: its sizes are not those of the layer before")
+            raise NoKernelsError(f"layer {number}: its sizes differ from the first layer's")
 
 
 def _sizes(layer: Layer) -> tuple[int, int, str]:

@@ -1,5 +1,5 @@
 /* The extension module de3.native.kernels: arguments checked, buffers held, and the GIL released while layers run.
- * native/kernels.pyi has the functions' types. */
+ * native/kernels.pyi has the types of its functions. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000 /* one build for Python 3.11 and all later versions */
 #include <Python.h>
@@ -15,14 +15,14 @@
 #define CAPSULE "native.Model"
 #define MAX_TOKENS (1 << 16)
 
-/* Whether the kernels in use are meant for a server: the reference is not, unless a test chose it. */
+/* True unless the kernels in use are the reference, and no test chose it. */
 static int is_fast;
 
 static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
 
 static Model *model_of(PyObject *capsule) { return PyCapsule_GetPointer(capsule, CAPSULE); }
 
-/* Whether a condition holds; else an error is set, unless there is one. */
+/* Returns the condition; if it is false, sets an error unless one is set. */
 static int require(int condition, const char *message) {
     if (!condition && !PyErr_Occurred()) PyErr_SetString(PyExc_ValueError, message);
     return condition;
@@ -33,7 +33,7 @@ static int require_memory(int condition) {
     return condition;
 }
 
-/* Whether a buffer holds exactly so many elements of so many bytes; else an error is set. */
+/* True if a buffer holds exactly `count` elements of `size` bytes; otherwise sets an error. */
 static int holds(const Py_buffer *buffer, size_t count, size_t size, const char *name) {
     if ((size_t)buffer->len == count * size) return 1;
     PyErr_Format(PyExc_ValueError, "%s: has %zd bytes, expected %zu", name, buffer->len, count * size);
@@ -46,7 +46,7 @@ static int in_range(const Model *m, int layer, int first) {
     return 0;
 }
 
-/* None, or NULL with the error that was set; releases buffers. */
+/* Release buffers; returns None, or NULL if an error is set. */
 static PyObject *done(int ok, Py_buffer *buffers, int count) {
     for (int i = 0; i < count; i++) PyBuffer_Release(&buffers[i]);
     if (!ok) return NULL;
@@ -148,7 +148,7 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
         Linear *linear = (Linear *[]){&l->qkv, &l->out, &l->up, &l->down}[which];
         int in = which == 3 ? m->inner : m->hidden;
         int out = which == 0 ? 3 * m->hidden : which == 2 ? m->inner : m->hidden;
-        Linear packed = {0}; /* weights that are refused leave those before */
+        Linear packed = {0}; /* refused weights leave the previous ones */
         ok = holds(&b[0], (size_t)in * out, 1, "weight") && holds(&b[1], out, 4, "scale") &&
              holds(&b[2], out, 4, "bias") &&
              require_memory(
@@ -180,7 +180,7 @@ static PyObject *py_set_norm(PyObject *self, PyObject *args) {
     return done(ok, b, 2);
 }
 
-/* set_offsets(model, layer, values (heads, 2·P − 1)): what attention adds for key − query = 1 − P … P − 1 */
+/* set_offsets(model, layer, values (heads, 2·P − 1)): offsets of attention scores for key − query = 1 − P … P − 1 */
 static PyObject *py_set_offsets(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number;
@@ -267,7 +267,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
     return done(ok, b, 5);
 }
 
-/* set_head(model, dense (H, H), bias (H), activation, mean): the last exit's; the exit has no prototypes */
+/* set_head(model, dense (H, H), bias (H), activation, mean): of the last exit, which has no prototypes */
 static PyObject *py_set_head(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int activation, mean;
@@ -289,9 +289,9 @@ static PyObject *py_set_head(PyObject *self, PyObject *args) {
 
 /* ---- running ---------------------------------------------------------------------------------------- */
 
-/* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its
- * exit. from: ids int64 (T) for layer 0, else hidden states (T, H). types: int64 (T) for layer 0 of a model that
- * has them. to: hidden states (T, H). All but from and to may be None. */
+/* run(model, layer, from, types, to, prototypes, logits, distances): one layer and, if logits is given, its exit.
+ * from: ids int64 (T) for layer 0, otherwise hidden states (T, H). types: int64 (T) for layer 0 of a model with token
+ * types. to: hidden states (T, H). All but from and to may be None. */
 static PyObject *py_run(PyObject *self, PyObject *args) {
     PyObject *capsule;
     int number, failed = 0;
@@ -330,7 +330,7 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
     return done(ok, b, 6);
 }
 
-/* Whether a signal is known and its weights, if it has any, are those of so many layers; takes the weights. */
+/* Set the weights of a signal; true if it is known and its weights, if any, are for `layers` layers. */
 static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
     signal->weights = weights->buf;
     return require(signal->code >= 0 && signal->code < NUM_SIGNALS, "there is no such signal") &&
@@ -339,8 +339,8 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
 
 enum { PASS_BUFFERS = 7 };
 
-/* Fill a pass from a tuple (see py_through) and the buffers that it holds; 0, with an error set, if it is wrong.
- * is_part: it does not run all layers. */
+/* Fill a pass and its buffers from a tuple (see py_through); returns 0, with an error set, if it is invalid.
+ * is_part: the call does not run all layers. */
 static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
     if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
                           &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3], &b[6]))
@@ -403,8 +403,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
  * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
  * computed, hidden float32 (T, H), or None if all layers run.
- * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. run_passes says what they
- * mean. */
+ * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. See run_passes. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;
     Py_buffer far = {0}, spaces[MAX_LAYERS + 1], buffers[MAX_PASSES][PASS_BUFFERS];
@@ -495,11 +494,11 @@ static PyObject *py_exits(PyObject *self, PyObject *args) {
 }
 
 static PyMethodDef methods[] = {
-    {"implementations", py_implementations, METH_NOARGS, "Those that this machine can run, the best first."},
-    {"supported", py_supported, METH_NOARGS, "The implementation in use; empty if it is only the reference."},
-    {"why_not", py_why_not, METH_NOARGS, "What this machine lacks, if supported() is empty."},
-    {"use", py_use, METH_VARARGS, "use(name): another implementation, for a test; empty: the best again."},
-    {"peak", py_peak, METH_NOARGS, "int8 multiply-adds per second of one core at its best."},
+    {"implementations", py_implementations, METH_NOARGS, "Implementations that this machine can run, the best first."},
+    {"supported", py_supported, METH_NOARGS, "The implementation in use; empty for the reference."},
+    {"why_not", py_why_not, METH_NOARGS, "Why this machine runs only the reference, if supported() is empty."},
+    {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
+    {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
     {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},

@@ -1,4 +1,4 @@
-/* Every operation in plain C, for any processor. Slow: the definition that the others are compared with. */
+/* Every operation in plain C, for any processor; slow. It defines the results that the others are tested against. */
 #include "kernels.h"
 
 #include <math.h>
@@ -37,7 +37,7 @@ static void product(const Product *p) {
             for (int k = 0; k < w->in; k++) sum += x[k] * w->tiles[tile_index(w->in, k, column)];
             sum -= w->offset[column];
             Quantization q = p->rows[row];
-            /* fmaf: one rounding, as in the vector units, so that products agree to the last bit */
+            /* fmaf rounds once, as vector units do, so that products agree to the last bit */
             float shift = fmaf(q.center, w->center[column], w->bias[column]);
             float value = fmaf((float)sum, w->scale[column] * q.scale, shift);
             if (p->epilogue == GELU) value = gelu(value);
@@ -53,7 +53,7 @@ static float dot(const float *a, const float *b, int count) {
     return sum;
 }
 
-/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: of the tokens. */
+/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: one per token. */
 static void attend(const float *q, const float *k, const float *v, int tokens, int width, int stride,
                    const float *offsets, float *weights, float *to) {
     float largest = -INFINITY, total = 0.0f;

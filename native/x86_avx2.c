@@ -36,8 +36,8 @@ static const char *avxvnni_why_not(void) {
     return a & (1u << 4) ? NULL : "needs AVX-VNNI";
 }
 
-/* The functions up to the matching pop use these instructions: call them only if why_not() says NULL. Those of
- * AVX-VNNI have a part of their own, so that no compiler uses them in the functions of AVX2. */
+/* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. That of
+ * AVX-VNNI is in a section of its own, so that no compiler uses it in the functions of AVX2. */
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
@@ -63,7 +63,7 @@ static inline float largest_of(__m256 v) {
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
 }
 
-/* For x ≤ 0. min and max give their second operand if one is NaN: here NaN stays. */
+/* For x ≤ 0. min and max return their second operand if one is NaN, so NaN stays. */
 static inline __m256 exp8(__m256 x) {
     x = _mm256_max_ps(_mm256_set1_ps(-87.0f), x);
     __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
@@ -76,7 +76,7 @@ static inline __m256 exp8(__m256 x) {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    /* p · 2ⁿ: n is -126 … 0 and p about 1, so that adding to the exponent's bits is enough. */
+    /* p · 2ⁿ: n is -126 … 0 and p about 1, so adding to the bits of the exponent is enough. */
     __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), exponent));
 }
@@ -127,7 +127,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* ---- int8 ------------------------------------------------------------------------------------------- */
 
-/* NaN counts only if there is nothing else. */
+/* NaN is ignored unless all values are NaN. */
 static Range range(const float *x, size_t count) {
     __m256 low[2], high[2];
     for (int c = 0; c < 2; c++) {
@@ -144,7 +144,7 @@ static Range range(const float *x, size_t count) {
     return found.low > found.high ? (Range){NAN, NAN} : found;
 }
 
-/* 8 values as int32, without MIDDLE; NaN: less than any int8. */
+/* 8 values as int32, before MIDDLE is added; NaN: below any int8. */
 static inline __m256i steps8(const float *x, __m256 center, __m256 inverse) {
     __m256 steps = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(x), center), inverse);
     steps = _mm256_min_ps(_mm256_max_ps(steps, _mm256_set1_ps(-1e6f)), _mm256_set1_ps(1e6f));
@@ -166,10 +166,10 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
     }
 }
 
-/* Outputs that are computed together: those of a tile. */
+/* Outputs computed together: those of a tile. */
 enum { COLUMNS = 16 };
 
-/* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows of 16 outputs. */
+/* Dequantize sums and apply the epilogue, for `rows` rows of 16 outputs. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t (*sums)[COLUMNS], int row,
                                                          int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
@@ -201,19 +201,18 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
     }
 }
 
-/* Few rows take less time than their weights take from memory, so what comes AHEAD bytes later is prefetched: each
- * block of rows fetches its share of a strip of 16 outputs, 64 / blocks bytes for 4 inputs. */
+/* With few rows, reading the weights from memory takes longer than multiplying, so the weights AHEAD bytes later are
+ * prefetched: each block of rows prefetches its share of a strip of 16 outputs, 64 / blocks bytes for 4 inputs. */
 enum { AHEAD = 1 << 17 };
 
 static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
     return w->end - strip > AHEAD ? strip + AHEAD : strip;
 }
 
-/* AVX2 multiplies 16-bit pairs exactly, where its product of bytes saturates. A weight's register of 8 outputs by 4
- * inputs becomes two of 16-bit values, inputs 0 and 2 and inputs 1 and 3, which makes sums of whole outputs; the
- * inputs are split in the same way once for all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a
- * product fill the registers. */
-enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* the most inputs of a layer: has_kernels() */
+/* AVX2's product of 16-bit pairs is exact; that of bytes saturates. So a register of weights, 8 outputs by 4 inputs, is
+ * split into two of 16-bit values, inputs 0 and 2, and inputs 1 and 3. Activations are split in the same way, once for
+ * all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a product fill the registers. */
+enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* largest number of inputs of a layer: has_kernels() */
 
 /* Four inputs 0 1 2 3 to 16 bits as 0 2 1 3. */
 static void split(const uint8_t *x, size_t count, int16_t *to) {
@@ -291,7 +290,7 @@ static double multiply_adds_avx2(void) {
     for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
     for (int n = 0; n < TIMES; n++)
         for (int i = 0; i < SUMS; i++) {
-            __asm__ volatile("" : "+x"(x)); /* so that it is not computed once for all */
+            __asm__ volatile("" : "+x"(x)); /* keeps the compiler from hoisting it */
             sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(x, x));
         }
     for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
@@ -300,11 +299,11 @@ static double multiply_adds_avx2(void) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* Rows of a block. Its loops have constant bounds, so that the sums stay in registers; with two vectors of 8
- * columns there are 8 independent sums, as many as the units' latency asks for. */
+/* Rows of a block. The loops have constant bounds, so that the sums stay in registers; with two vectors of 8 columns
+ * there are 8 independent sums, enough to hide the latency of FMA. */
 enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8·vectors keys from keys (width, wide) on. added NULL: nothing. */
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8·vectors keys from keys (width, wide) on. added[r] may be NULL. */
 static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
                                                         __m256 factor, int vectors, const float *const *added, int j,
                                                         float *scores) {
@@ -348,7 +347,7 @@ static void mix(const float *scores, int wide, const float *v, int stride, int t
         }
 }
 
-/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the L1 cache; past the end zeros. */
+/* keys[d][t] = k[t][d] for a head, in blocks of 8 tokens that stay in the L1 cache; zeros past the end. */
 static void transpose(const float *k, int stride, int tokens, int width, int wide, float *keys) {
     for (int t0 = 0; t0 < wide; t0 += 8)
         for (int d = 0; d < width; d++) {
@@ -359,7 +358,7 @@ static void transpose(const float *k, int stride, int tokens, int width, int wid
         }
 }
 
-/* Scores (wide) to weights up to their sum; last: which of the last 8 there are. Returns 1 / the sum. */
+/* Turn scores (wide) into unnormalized weights; returns 1 / their sum. last: mask of the last 8 scores. */
 static float soften(float *s, int wide, __m256 last, int rounds) {
     __m256 tail = _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), _mm256_loadu_ps(s + wide - 8), last);
     __m256 max = tail, total = _mm256_setzero_ps();
@@ -388,7 +387,7 @@ static void attention(float *qkv, int tokens, int hidden, int num_heads, const O
         transpose(k, stride, tokens, width, wide, keys);
         for (int t = 0; t < tokens; t += ROWS) {
             int rows = tokens - t < ROWS ? tokens - t : ROWS;
-            const float *row[ROWS], *added[ROWS]; /* past the end: the last row once more */
+            const float *row[ROWS], *added[ROWS]; /* past the end: the last row again */
             for (int r = 0; r < ROWS; r++) {
                 int token = r < rows ? t + r : tokens - 1;
                 row[r] = q + (size_t)token * stride;
@@ -442,7 +441,7 @@ static float dot(const float *a, const float *b, int count) {
 /* ---- AVX-VNNI ------------------------------------------------------------------------------------------- */
 
 /* A block of rows by 16 outputs, 4 inputs at a time. With 6 rows, 12 sums, two weights and an input fill the
- * registers; each number of rows has a loop of its own, so that no row is wasted. */
+ * registers; each number of rows has its own loop, so that no row is wasted. */
 enum { VNNI_ROWS = 6 };
 
 static inline __attribute__((always_inline)) void multiply_vnni(const uint8_t *x, const Linear *w,
@@ -488,14 +487,14 @@ static void product_avxvnni(const Product *p) {
     }
 }
 
-/* 4·8 multiply-adds by 12 sums that do not wait for each other. */
+/* 4·8 multiply-adds by 12 independent sums. */
 static double multiply_adds_avxvnni(void) {
     enum { TIMES = 4000, SUMS = 12 };
     __m256i sum[SUMS], x = _mm256_set1_epi8(1);
     for (int i = 0; i < SUMS; i++) sum[i] = _mm256_setzero_si256();
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < SUMS; i++) sum[i] = _mm256_dpbusd_avx_epi32(sum[i], x, x);
-        __asm__ volatile("" : "+x"(x)); /* so that it is not computed once for all */
+        __asm__ volatile("" : "+x"(x)); /* keeps the compiler from hoisting it */
     }
     for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "x"(sum[i]));
     return TIMES * SUMS * 32.0;

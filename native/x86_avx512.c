@@ -48,7 +48,7 @@ static const char *amx_why_not(void) {
     return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system gives no AMX registers";
 }
 
-/* The functions up to the matching pop use these instructions: call them only if why_not() says NULL. */
+/* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. */
 #ifdef __clang__
 #pragma clang attribute push( \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8"))), \
@@ -58,7 +58,7 @@ static const char *amx_why_not(void) {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,amx-tile,amx-int8")
 #endif
 
-/* min and max give their second operand if one is NaN: here NaN stays. */
+/* min and max return their second operand if one is NaN, so NaN stays. */
 static inline __m512 exp16(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-87.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
@@ -120,7 +120,7 @@ static void layer_norm(float *rows, int tokens, int hidden, const Norm *norm) {
 
 /* ---- int8 ------------------------------------------------------------------------------------------- */
 
-/* NaN counts only if there is nothing else. */
+/* NaN is ignored unless all values are NaN. */
 static Range range(const float *x, size_t count) {
     __m512 low[4], high[4]; /* independent chains */
     for (int c = 0; c < 4; c++) {
@@ -142,7 +142,7 @@ static Range range(const float *x, size_t count) {
 static void quantize(const float *x, int tokens, int width, Quantization *rows, uint8_t *to) {
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     const __m512i middle = _mm512_set1_epi8((char)MIDDLE); /* int8 to uint8 */
-    __m512 least = _mm512_set1_ps(-1e6f), most = _mm512_set1_ps(1e6f); /* that int32 holds; packing saturates */
+    __m512 least = _mm512_set1_ps(-1e6f), most = _mm512_set1_ps(1e6f); /* within int32; packing saturates */
     for (int t = 0; t < tokens; t++, x += width, to += width) {
         rows[t] = quantization_of(range(x, width));
         __m512 inverse = _mm512_set1_ps(1.0f / rows[t].scale), center = _mm512_set1_ps(rows[t].center);
@@ -150,7 +150,7 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
             __m512i v[4];
             for (int c = 0; c < 4; c++) {
                 __m512 steps = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i + 16 * c), center), inverse);
-                steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: the least */
+                steps = _mm512_min_ps(_mm512_max_ps(steps, least), most); /* NaN: least */
                 v[c] = _mm512_cvtps_epi32(steps);
             }
             __m512i bytes = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
@@ -160,7 +160,7 @@ static void quantize(const float *x, int tokens, int width, Quantization *rows, 
     }
 }
 
-/* What follows a product: scale, bias, and GELU, ReLU or the residual; for `rows` rows and 16 outputs of a tile. */
+/* Dequantize sums and apply the epilogue, for `rows` rows and 16 outputs of a tile. */
 static inline __attribute__((always_inline)) void finish(const Product *p, const int32_t *tile, int row,
                                                          int column, int rows, Epilogue epilogue) {
     const Linear *w = p->w;
@@ -189,11 +189,12 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
     }
 }
 
-/* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the same tiles. With 12 rows, 24 sums, two
- * weights and an input fill the registers; each number of rows has a loop of its own, so that no row is wasted.
+/* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the tiles of AMX. With 12 rows, 24 sums, two
+ * weights and an input fill the registers; each number of rows has its own loop, so that no row is wasted.
  *
- * Few rows take less time than their weights take from memory, so what comes AHEAD bytes later is prefetched, from
- * `ahead` on, `step` bytes for each input: each block of rows fetches its share of a strip of 32 outputs. */
+ * With few rows, reading the weights from memory takes longer than multiplying, so the weights AHEAD bytes later are
+ * prefetched, from `ahead` on, `step` bytes for each input: each block of rows prefetches its share of a strip of 32
+ * outputs. */
 enum { VNNI_ROWS = 12, AHEAD = 1 << 17 };
 
 static inline __attribute__((always_inline)) void multiply(const uint8_t *x, const Linear *w, int column,
@@ -315,8 +316,8 @@ static void product_amx(const Product *p) {
 
 /* ---- attention -------------------------------------------------------------------------------------- */
 
-/* 16 · `vectors` columns of a·b, for `rows` rows of a; b has `stride` columns. Its loops have constant bounds, so that
- * the sums stay in registers. With pairs a value is two numbers in bfloat16, and their products are added. */
+/* 16 · `vectors` columns of a·b, for `rows` rows of a; b has `stride` columns. The loops have constant bounds, so that
+ * the sums stay in registers. With pairs, a value is two bfloat16 numbers, whose products are added. */
 static inline __attribute__((always_inline)) void accumulate(const float *const *a, const float *b, size_t stride,
                                                              int count, int pairs, int rows, int vectors,
                                                              __m512 (*sum)[2]) {
@@ -334,10 +335,10 @@ static inline __attribute__((always_inline)) void accumulate(const float *const 
     }
 }
 
-/* What a block of rows of a head needs. Keys: k transposed, (width, wide), v: (tokens, stride); with pairs both have
- * half as many rows. */
+/* Arguments of attention for a block of rows of a head. keys: transposed, (width, wide); v: (tokens, stride); with pairs
+ * both have half as many rows. */
 typedef struct {
-    const float *q[ATTENTION_ROWS], *added[ATTENTION_ROWS]; /* added: to the scores, or NULL */
+    const float *q[ATTENTION_ROWS], *added[ATTENTION_ROWS]; /* added: offsets of the scores, or NULL */
     const float *keys, *v;
     int tokens, wide, width, pairs;
     size_t stride;
@@ -357,7 +358,7 @@ static inline __attribute__((always_inline)) void score(const Block *b, int j, i
         }
 }
 
-/* 16 · `vectors` columns of the mean of the values, from column d on. */
+/* 16 · `vectors` columns of the weighted mean of the values, from column d on. */
 static inline __attribute__((always_inline)) void mix(const Block *b, const float *inverse, int d, int rows,
                                                       int vectors) {
     __m512 sum[ATTENTION_ROWS][2];
@@ -369,23 +370,23 @@ static inline __attribute__((always_inline)) void mix(const Block *b, const floa
             _mm512_storeu_ps(b->to[r] + d + 16 * c, _mm512_mul_ps(sum[r][c], _mm512_set1_ps(inverse[r])));
 }
 
-static inline __m512 to_bfloat16(__m512 x) { /* and back */
+static inline __m512 round16(__m512 x) { /* to bfloat16 and back */
     return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16);
 }
 
-/* Two vectors as one of pairs, in their order. */
+/* Two vectors as one of bfloat16 pairs, in order. */
 static inline __m512 to_pairs(__m512 first, __m512 second) { return (__m512)_mm512_cvtne2ps_pbh(second, first); }
 
 static inline __m512 weights_of(const float *scores, __m512 max) {
     return exp16(_mm512_sub_ps(_mm512_loadu_ps(scores), max));
 }
 
-/* A row's scores to the weights of the tokens; how often these are to be taken: 1 / their sum. */
+/* Turn a row's scores into unnormalized weights; returns 1 / their sum. */
 static float softmax(float *s, int tokens, int wide, int rounds, int pairs) {
     __m512 max = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
     __mmask16 last = (__mmask16)(0xFFFFu >> (wide - tokens));
     __m512 tail = _mm512_mask_mov_ps(max, last, _mm512_loadu_ps(s + wide - 16));
-    _mm512_storeu_ps(s + wide - 16, tail); /* past the end: next to no weight, for values of 0 */
+    _mm512_storeu_ps(s + wide - 16, tail); /* past the end: a negligible weight, for values of 0 */
     for (int i = 0; i < wide; i += 16) max = _mm512_max_ps(max, _mm512_loadu_ps(s + i));
     max = _mm512_set1_ps(_mm512_reduce_max_ps(max));
     if (pairs) {
@@ -399,7 +400,7 @@ static float softmax(float *s, int tokens, int wide, int rounds, int pairs) {
     } else
         for (int i = 0; i < wide; i += 16) {
             __m512 e = weights_of(s + i, max);
-            if (rounds) e = to_bfloat16(e);
+            if (rounds) e = round16(e);
             total = _mm512_add_ps(total, e);
             _mm512_storeu_ps(s + i, e);
         }
@@ -417,7 +418,7 @@ static inline __attribute__((always_inline)) void attend(const Block *b, int rou
     if (d < b->width) mix(b, inverse, d, rows, 1);
 }
 
-/* 16 by 16. */
+/* Transpose 16 by 16 in place. */
 static inline void transpose16(__m512 *x) {
     __m512 y[16];
     for (int i = 0; i < 16; i += 2) {
@@ -441,7 +442,7 @@ static inline void transpose16(__m512 *x) {
     }
 }
 
-/* keys[d][t] = k[t][d] for a head, (width, wide), past the end zeros; with pairs of d, (width / 2, wide). */
+/* keys[d][t] = k[t][d] for a head, (width, wide), zeros past the end; with pairs of d, (width / 2, wide). */
 static void transpose(const float *k, size_t stride, int tokens, int width, int wide, int pairs, float *keys) {
     for (int t = 0; t < wide; t += 16)
         for (int d = 0; d < width; d += 16 << pairs) {
@@ -456,12 +457,12 @@ static void transpose(const float *k, size_t stride, int tokens, int width, int 
         }
 }
 
-/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; past the end zeros. */
+/* to[t / 2][d] = the pair of v[t][d] and v[t + 1][d]; zeros past the end. */
 static void pair_values(const float *v, size_t stride, int tokens, int width, float *to) {
     for (int t = 0; t < tokens; t += 2)
         for (int d = 0; d < width; d += 16) {
-            __m512 first = to_bfloat16(_mm512_loadu_ps(v + t * stride + d)), second = _mm512_setzero_ps();
-            if (t + 1 < tokens) second = to_bfloat16(_mm512_loadu_ps(v + (t + 1) * stride + d));
+            __m512 first = round16(_mm512_loadu_ps(v + t * stride + d)), second = _mm512_setzero_ps();
+            if (t + 1 < tokens) second = round16(_mm512_loadu_ps(v + (t + 1) * stride + d));
             __m512i pair = _mm512_or_si512(_mm512_srli_epi32((__m512i)first, 16), (__m512i)second);
             _mm512_storeu_si512(to + t / 2 * (size_t)width + d, pair);
         }
@@ -536,7 +537,7 @@ static double multiply_adds_vnni(void) {
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
     for (int n = 0; n < TIMES; n++) {
         for (int i = 0; i < 16; i++) sum[i] = _mm512_dpbusd_epi32(sum[i], x, x);
-        __asm__ volatile("" : "+v"(x)); /* so that it is not computed once for all */
+        __asm__ volatile("" : "+v"(x)); /* keeps the compiler from hoisting it */
     }
     for (int i = 0; i < 16; i++) __asm__ volatile("" : : "v"(sum[i]));
     return TIMES * 16 * 64.0;

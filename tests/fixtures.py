@@ -235,6 +235,14 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     return folder
 
 
+@pytest.fixture
+def few_taus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calibrations of few τ, which take a third of the time, for tests of something else."""
+    from de3.exits.calibration import FINE_TAUS
+
+    monkeypatch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "encoder", save_encoder)

@@ -84,6 +84,8 @@ class Server:
         self.frontend: Any = self.listener.gate
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run)
+        # A connection for each request, as httpx.post has it, without the certificates that it reads each time.
+        self._client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
     def start(self) -> None:
         self._thread.start()
@@ -92,6 +94,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
+        self._client.close()
         self._uvicorn.should_exit = True
         self._thread.join(60)
         assert not self._thread.is_alive()
@@ -101,7 +104,7 @@ class Server:
         return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:
-        return httpx.post(self.url + "/classify", json=body, timeout=30)
+        return self._client.post(self.url + "/classify", json=body)
 
     def described(self, **body: Any) -> dict[str, Any]:
         """The answer to a request, checked against the schema, which must name every field of it."""
@@ -131,7 +134,8 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
     server = Server(Service(Settings(store=store, port=0, **settings)))
     server.start()
     try:
-        until(lambda: server.service.state == "ready", "readiness")
+        until(lambda: server.service.state != "loading", "readiness")
+        assert server.service.state == "ready", "see the log"
         yield server
     finally:
         server.stop()

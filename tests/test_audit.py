@@ -590,17 +590,16 @@ def test_audits_go_on_slowly_where_something_is_always_pending(
 def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) -> None:
     """Not under --audit-share: each disagreement stands for 1/q texts."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
-        auditor, waiting = auditor_of(server), list[Job]()
-        submit, auditor._submit = auditor._submit, waiting.append
+        auditor, waiting = auditor_of(server), list[Audit]()
+        submit, auditor._submit = auditor._submit, waiting.extend
         auditor._random.seed(1)
         server.classify(input=TEXTS[: ROOM // 8])  # all are drawn, and none runs to full depth by itself
         assert (auditor.pending, auditor.share) == (ROOM // 8, 0.5)
         server.classify(input=TEXTS[ROOM // 8 : ROOM // 8 + 20])
         drawn = auditor.pending - ROOM // 8
         assert 0 < drawn < 20
-        until(lambda: sum(len(job.items) for job in waiting) == auditor.pending, "the audits' jobs")
-        for job in waiting:
-            job.future.get_loop().call_soon_threadsafe(submit, job)
+        until(lambda: len(waiting) == auditor.pending, "the audits")
+        submit(waiting)
         until(lambda: auditor.evidence.texts == ROOM // 8 + 20, "all to be counted")
         counted = {share: (tally.texts, tally.audits) for share, tally in auditor.evidence.tallies.items()}
         assert counted == {1.0: (ROOM // 8, ROOM // 8), 0.5: (20, drawn)}

@@ -84,10 +84,11 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
     with serving(
         mine, audit_share=1.0, log_audits=log, log_audit_texts=True, max_disagreement=0.05
     ) as server:
-        audits = f"{server.url}/v1/models/tiny/audit"
+        (served,) = server.service.models.all
+        evidence = server.service.audits.of(served).evidence
         for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
             assert server.classify(input=texts[i : i + 8]).status_code == 200
-            until(lambda sent=i + 8: httpx.get(audits).json()["audits"] == sent, "the audits")
+            until(lambda sent=i + 8: evidence.audits == sent, "the audits")
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(row["text"] for row in rows) == sorted(texts)
 
@@ -258,7 +259,7 @@ def test_texts_that_were_drawn_more_often_are_thinned(
     write(log, [*usual, *make_audits(tiny.manifest, 200, 3, share=0.025, tokens=7)])
     assert kept() == [2000, 0, 200]
     assert said == [
-        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy times are "
+        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy periods are "
         "under-represented"
     ]
 
@@ -281,12 +282,17 @@ def test_only_the_newest_are_kept(
 @pytest.mark.parametrize(
     "kind",
     [
-        {"labels": ["a", "b", "c"], "thresholds": [0.5, 0.3, 0.8]},
+        {
+            "labels": ["a", "b", "c"],
+            "thresholds": [0.5, 0.3, 0.8],
+            "defaults": {"signal": "risk", "tau": 0.0},
+        },
         {"labels": ["praise"], "tolerance": 0.5, "defaults": {"signal": "risk", "tau": 0.0}},
     ],
 )
 def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Path) -> None:
     plain = {**tiny.manifest.model_dump(), "calibration": None, "prototype_layers": []}
+    plain["defaults"] = {"tau": 0.1, "signal": "risk"}
     plain["risk"] = [{"layer": layer, "weights": [0.0] * 5} for layer in range(3)]
     manifest = Manifest.model_validate({**plain, **kind})
     log = write(tmp_path / "log", make_audits(manifest, 1000))
@@ -308,7 +314,7 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
     assert file.read_text() != text
     log = write(tmp_path / "log", make_audits(tiny.manifest, 1000))
     output = de3(f"calibrate tiny --from-audits {log} --store {mine} --max-loss 5")
-    assert "tiny:1 was imported, and audits do not know how the original would have answered" in output
+    assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
     assert calibration.certify_size == 1000 and calibration.groups == 1000  # of so few both parts certify

@@ -264,7 +264,7 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
 
 
 def test_a_signal_that_is_wanted_is_the_default() -> None:
-    parts = [Part.of(recorded(900, seed), examples(900)) for seed in (1, 2)]
+    parts = [Part.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
     for wanted in ("risk", "edr", "entropy"):
         found = calibrate(*parts, 0.02, wanted)
         assert found.defaults.signal == found.calibration.default.signal == wanted

@@ -181,16 +181,16 @@ def test_the_parts_say_what_is_a_fragment_and_of_what() -> None:
 
 def test_one_more_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,user\ngood,1, ann \nbad,0,7\n")
-    assert tables.read_column(file, Columns(), "user") == ["ann", "7"]
+    assert tables.read_groups(tables.records(file, Columns()), "user") == ["ann", "7"]
     rows = write(
         tmp_path / "b.jsonl", '{"text": "a", "label": 1, "user": 3}\n{"text": "a", "label": 1, "user": " "}\n'
     )
     with pytest.raises(ValueError, match=r"b.jsonl:2: user is empty"):
-        tables.read_column(rows, Columns(), "user")
+        tables.read_groups(tables.records(rows, Columns()), "user")
     with pytest.raises(
         ValueError, match=r"a.csv:2: no column 'who'; it has 'text', 'label', 'user': set --group-column"
     ):
-        tables.read_column(file, Columns(), "who")
+        tables.read_groups(tables.records(file, Columns()), "who")
 
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))

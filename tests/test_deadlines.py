@@ -156,3 +156,54 @@ def test_what_was_given_up_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None
     deadlines.drop(given_up)
     assert deadlines.promise(job(clock, [0.01] * 10, 0.055)) == 0
     assert deadlines.begin(given_up.items[0], 0) == clock.now
+
+
+def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer took longer than was measured: the new job is not the reason."""
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(1)
+    assert deadlines.promise(job(clock, [0.05] * 5, 0.3)) == 0
+    deadlines.occupy(0, clock.now + 0.2)
+    assert deadlines.promise(job(clock, [0.01], 0.25)) == 0
+
+
+def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until when that thread was to be occupied by what it ran before no longer matters."""
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(1)
+    alone = job(clock, [0.01], 0.1)
+    assert deadlines.promise(alone) == 0
+    deadlines.occupy(0, clock.now + 0.05)
+    assert deadlines.begin(alone.items[0], 0) == pytest.approx(alone.deadline)
+
+
+def test_a_late_text_occupies_its_thread_to_its_first_exit(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(1)
+    late = job(clock, [0.05], 0.001, best_effort=True)
+    assert deadlines.promise(late) == 0
+    assert deadlines.begin(late.items[0], 0) == clock.now
+    assert deadlines.promise(job(clock, [0.01], 0.04)) == pytest.approx(0.06)
+
+
+def test_a_job_whose_texts_have_all_begun_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(1)
+    begun = job(clock, [0.01], 5.0)
+    assert deadlines.promise(begun) == 0
+    deadlines.begin(begun.items[0], 0)
+    deadlines.occupy(0, 0.0)
+    late = job(clock, [0.01], 0.001, best_effort=True)
+    assert deadlines.promise(late) == 0 and late.deadline == pytest.approx(clock.now + 0.01)
+
+
+def test_a_refusal_for_the_sake_of_an_earlier_promise_says_what_would_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    deadlines = Deadlines(THREADS)
+    earlier = job(clock, [0.01] * 10, 0.055)
+    assert deadlines.promise(earlier) == 0
+    needed = deadlines.promise(job(clock, [0.01], 0.03))
+    assert needed == pytest.approx((earlier.deadline or 0.0) - clock.now + 0.01)
+    assert deadlines.promise(job(clock, [0.01], needed + REPLY_S + 0.001)) == 0

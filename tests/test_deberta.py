@@ -171,6 +171,7 @@ def pairs(path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
     encoder, file = save_encoder(tmp_path / "encoder", FAMILY), pairs(tmp_path / "pairs.tsv")
     de3(
@@ -201,6 +202,7 @@ def save_own_tokenizer(folder: Path) -> None:
     DebertaV2Tokenizer(vocab=vocabulary, unk_id=3).save_pretrained(folder)
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", FAMILY, labels=3, vocab_size=100, type_vocab_size=0)
     save_own_tokenizer(folder)
@@ -347,7 +349,11 @@ def other_encoder(name: str) -> Callable[[Path], None]:
     return change
 
 
-BUCKETS, ROW, SHAPE = "otherwise than by buckets", "does not take a row for each distance", "of another shape"
+BUCKETS, ROW, SHAPE = (
+    "not number distances by buckets",
+    "does not have a row for each distance",
+    "of unexpected shape",
+)
 LAST = 2 * 63  # the index of the row for the farthest distance
 FORGED: list[tuple[Callable[[Any], None], str]] = [
     (rows(at(LAST, 16)), BUCKETS),  # after the last row
@@ -359,9 +365,9 @@ FORGED: list[tuple[Callable[[Any], None], str]] = [
     (rows(lambda x: x[::-1].copy()), BUCKETS),
     (rows(lambda x: x[2:-2].copy()), ROW),
     (rows(lambda x: x[:-2].copy()), ROW),
-    (rows(lambda x: x.astype(np.int64)), "Gather .* a weight of another type"),
-    (lambda p: weight(p, "Gather", 1, 0, one_more), "Gather .* takes another value"),
-    (lambda p: weight(p, "Gather", 2, 0, one_more), "Gather .* takes another value"),
+    (rows(lambda x: x.astype(np.int64)), "Gather .* a weight of unexpected type"),
+    (lambda p: weight(p, "Gather", 1, 0, one_more), "Gather .* takes an unexpected value"),
+    (lambda p: weight(p, "Gather", 2, 0, one_more), "Gather .* takes an unexpected value"),
     (lambda p: weight(p, "Squeeze", 0, 1, one_more), ROW),
     (lambda p: weight(p, "Range", 0, 0, one_more), ROW),
     (lambda p: weight(p, "Range", 0, 2, one_more), ROW),
@@ -369,44 +375,44 @@ FORGED: list[tuple[Callable[[Any], None], str]] = [
     (lambda p: weight(p, "Unsqueeze", 1, 1, one_more), ROW),
     (lambda p: weight(p, "Sub", 1, 1, one_more), ROW),
     (lambda p: weight(p, "Sub", 2, 0, one_more), ROW),
-    (lambda p: weight(p, "Expand", 0, 1, lambda x: x * 2), "another number of heads"),
-    (lambda p: weight(p, "Expand", 0, 1, at(2, 2**40)), "another number of heads"),
+    (lambda p: weight(p, "Expand", 0, 1, lambda x: x * 2), "unexpected number of heads"),
+    (lambda p: weight(p, "Expand", 0, 1, at(2, 2**40)), "unexpected number of heads"),
     (lambda p: weight(p, "Expand", 0, 1, at(1, 2)), "not give each head a part"),
-    (lambda p: weight(p, "Expand", 0, 1, lambda x: np.append(x, 1)), "Expand .* a weight of another type"),
-    (swapped("Sub", 0), "Sub .* takes another value"),
-    (other_input("Sub", 3, 1, "hidden"), "Sub .* takes another value"),
-    (other_input("Range", 0, 1, "hidden"), "Range .* takes another value"),
-    (lambda p: attribute(p, "Shape", start=0), "Shape .* has another 'start'"),
-    (lambda p: attribute(p, "Split", axis=1), "Split .* has another 'axis'"),
-    (lambda p: attribute(p, "MultiHeadAttention", scale=1.0), "another 'scale'"),
-    (lambda p: attribute(p, "MultiHeadAttention", num_heads=2), "another 'num_heads'"),
-    (lambda p: attribute(p, "MultiHeadAttention", unidirectional=1), "another 'unidirectional'"),
-    (swapped("MultiHeadAttention", 0), "takes another value"),
-    (other_input("MultiHeadAttention", 0, 5, "hidden"), "takes another value"),
+    (lambda p: weight(p, "Expand", 0, 1, lambda x: np.append(x, 1)), "Expand .* a weight of unexpected type"),
+    (swapped("Sub", 0), "Sub .* takes an unexpected value"),
+    (other_input("Sub", 3, 1, "hidden"), "Sub .* takes an unexpected value"),
+    (other_input("Range", 0, 1, "hidden"), "Range .* takes an unexpected value"),
+    (lambda p: attribute(p, "Shape", start=0), "Shape .* has an unexpected 'start'"),
+    (lambda p: attribute(p, "Split", axis=1), "Split .* has an unexpected 'axis'"),
+    (lambda p: attribute(p, "MultiHeadAttention", scale=1.0), "an unexpected 'scale'"),
+    (lambda p: attribute(p, "MultiHeadAttention", num_heads=2), "an unexpected 'num_heads'"),
+    (lambda p: attribute(p, "MultiHeadAttention", unidirectional=1), "an unexpected 'unidirectional'"),
+    (swapped("MultiHeadAttention", 0), "takes an unexpected value"),
+    (other_input("MultiHeadAttention", 0, 5, "hidden"), "takes an unexpected value"),
 ]
 BOTH_TERMS: list[tuple[Callable[[Any], None], str]] = [
     (
         swapped("Add", -5),
-        "Add .* takes another value",
+        "Add .* takes an unexpected value",
     ),  # of the two terms, followed by four with biases or residuals
-    (swapped("MatMul", 2), "MatMul .* takes another value"),
+    (swapped("MatMul", 2), "MatMul .* takes an unexpected value"),
     (lambda p: weight(p, "Reshape", 0, 1, at(2, 2)), "not give each head a part"),
     (lambda p: weight(p, "Reshape", 1, 1, at(0, 1)), "not give each head a part"),
-    (lambda p: weight(p, "Slice", 0, 3, one_more), "no range of rows"),
-    (lambda p: weight(p, "Slice", 1, 3, lambda x: x - 1), "no range of rows"),
+    (lambda p: weight(p, "Slice", 0, 3, one_more), "another axis than its rows"),
+    (lambda p: weight(p, "Slice", 1, 3, lambda x: x - 1), "another axis than its rows"),
     (swapped("Slice", 0), "Slice .* takes a value where a weight should be"),
-    (other_input("Slice", 0, 2, "hidden"), "Slice .* takes another value"),
+    (other_input("Slice", 0, 2, "hidden"), "Slice .* takes an unexpected value"),
     (lambda p: weight(p, "Slice", 0, 0, lambda x: x[:, :, :-1].copy()), SHAPE),
     (lambda p: weight(p, "Slice", 0, 0, lambda x: x[:, :8].copy()), SHAPE),
     (lambda p: weight(p, "Slice", 1, 0, lambda x: x[:, :-2].copy()), SHAPE),
     (
         lambda p: weight(p, "Slice", 1, 0, lambda x: x[:1].copy()),
-        "Slice .* a weight of another type or shape",
+        "Slice .* a weight of unexpected type or shape",
     ),
     (lambda p: weight(p, "Slice", 1, 0, lambda x: x * np.inf), "Slice .* a weight that is not finite"),
-    (lambda p: attribute(p, "Transpose", perm=[0, 1, 2, 3]), "Transpose .* has another 'perm'"),
-    (lambda p: attribute(p, "GatherElements", axis=1), "GatherElements .* has another 'axis'"),
-    (other_input("GatherElements", 1, 1, "hidden"), "GatherElements .* takes another value"),
+    (lambda p: attribute(p, "Transpose", perm=[0, 1, 2, 3]), "Transpose .* has an unexpected 'perm'"),
+    (lambda p: attribute(p, "GatherElements", axis=1), "GatherElements .* has an unexpected 'axis'"),
+    (other_input("GatherElements", 1, 1, "hidden"), "GatherElements .* takes an unexpected value"),
     (without("GatherElements"), "operator .* is Reshape, not GatherElements"),
     (other_input("Reshape", 0, 0, "hidden"), "no table for distances"),
 ]
@@ -439,7 +445,7 @@ def test_one_term_is_not_taken_for_the_other(copies: Path, model: str) -> None:
         reshape.input[0] = split.output[1 if reshape.input[0] == split.output[0] else 0]
 
     forge(copies, model, 1, other)
-    with pytest.raises(StoreError, match=r"Transpose .* has another 'perm'"):
+    with pytest.raises(StoreError, match=r"Transpose .* has an unexpected 'perm'"):
         Model(Store(copies).open(model))
 
 
@@ -448,7 +454,7 @@ def test_embeddings_are_those_of_the_encoder(copies: Path) -> None:
         other_encoder("bert")(copies / "plain" / "1")
         Model(Store(copies).open("plain"))
     forge(copies, "plain-int8", 0, lambda p: attribute(p, "LayerNormalization", axis=1))
-    with pytest.raises(StoreError, match=r"LayerNormalization .* has another 'axis'"):
+    with pytest.raises(StoreError, match=r"LayerNormalization .* has an unexpected 'axis'"):
         Model(Store(copies).open("plain-int8"))
 
 

@@ -52,6 +52,7 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("family", encoders.FAMILIES)
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> None:
@@ -67,6 +68,7 @@ def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> N
     assert (path / "layer_03.onnx").exists()
 
 
+@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -83,6 +85,7 @@ def test_parity_of_every_shape_of_model(tmp_path: Path, encoder: Path, settings:
     assert len(manifest.export["parity"]["distances"]) == len(manifest.prototype_layers)
 
 
+@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("activation", ["gelu_new", "relu"])
 def test_parity_of_other_activations(tmp_path: Path, activation: str) -> None:
     encoder = save_encoder(tmp_path / "encoder", activation=activation)

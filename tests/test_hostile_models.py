@@ -247,11 +247,11 @@ def template(count: int, **special_token: Any) -> dict:
             lambda t: t.update(
                 normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "a"}
             ),
-            "must be a string .* or a regular expression that is known",
+            "must be a non-empty string, or a known regular expression",
         ),
         (
             lambda t: t.update(normalizer={"type": "Replace", "pattern": {"Regex": ["a"]}, "content": "a"}),
-            "must be a string",
+            "must be a non-empty string",
         ),
         (
             lambda t: t.update(
@@ -275,7 +275,7 @@ def template(count: int, **special_token: Any) -> dict:
             lambda t: t.update(
                 pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
             ),
-            "must be a string",
+            "must be a non-empty string",
         ),
         (lambda t: t["model"].update(max_input_chars_per_word=10**9), "may be at most 200"),
         (lambda t: t["model"].update(type="Evil"), "'Evil' is not one of"),
@@ -331,7 +331,7 @@ def second_exit(proto: Any) -> None:
 @pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
 def test_exits_are_those_of_the_manifest(copies: Path, model: str) -> None:
     name = forge(copies, model, 1, second_exit)
-    with pytest.raises(StoreError, match=rf"{name}: it has another exit than the manifest says"):
+    with pytest.raises(StoreError, match=rf"{name}: its exits do not match the manifest"):
         Model(Store(copies).open(model))
 
 
@@ -475,27 +475,27 @@ FOREIGN = [
         INT8,
         1,
         lambda p: attribute(p, "MultiHeadAttention", unidirectional=1),
-        "MultiHeadAttention .* has another 'unidirectional'",
+        "MultiHeadAttention .* has an unexpected 'unidirectional'",
     ),
-    (INT8, 1, lambda p: attribute(p, "MultiHeadAttention", num_heads=2**40), "another 'num_heads'"),
-    (INT8, 1, zero_point, "DynamicQuantizeMatMul .* takes another value"),
+    (INT8, 1, lambda p: attribute(p, "MultiHeadAttention", num_heads=2**40), "an unexpected 'num_heads'"),
+    (INT8, 1, zero_point, "DynamicQuantizeMatMul .* takes an unexpected value"),
     (
         BOTH,
         1,
         lambda p: attribute(p, "LayerNormalization", axis=1),
-        "LayerNormalization .* has another 'axis'",
+        "LayerNormalization .* has an unexpected 'axis'",
     ),
-    (BOTH, 1, lambda p: attribute(p, "LayerNormalization", epsilon=float("nan")), "another 'epsilon'"),
-    (BOTH, 1, lambda p: attribute(p, "Gemm", alpha=0.5), "Gemm .* has another 'alpha'"),
-    (BOTH, 1, other_residual, "Add .* takes another value"),
+    (BOTH, 1, lambda p: attribute(p, "LayerNormalization", epsilon=float("nan")), "an unexpected 'epsilon'"),
+    (BOTH, 1, lambda p: attribute(p, "Gemm", alpha=0.5), "Gemm .* has an unexpected 'alpha'"),
+    (BOTH, 1, other_residual, "Add .* takes an unexpected value"),
     (BOTH, 1, infinite_weight, "a weight that is not finite"),
     (BOTH, 1, shadowed_weight("weight"), "branch has the field initializer"),
     (BOTH, 1, shadowed_weight("next_hidden"), "branch has the field initializer"),
-    (BOTH, 1, wide_logits, "Gemm .* has a weight of another type or shape"),
-    (BOTH, 1, other_zeros, "other values than zeros"),
+    (BOTH, 1, wide_logits, "Gemm .* has a weight of unexpected type or shape"),
+    (BOTH, 1, other_zeros, "outputs other than zeros"),
     (BOTH, 1, slow, "operator 1 is Mul, not"),
     (BOTH, 1, outer_product, "operator 1 is Add, not"),
-    (BOTH, 0, more_for_one_word, "gives out another value as hidden"),
+    (BOTH, 0, more_for_one_word, "output hidden is another value"),
     (BOTH, 0, few_positions, "1 positions, too few for 64 tokens"),
     (BOTH, 1, unused_weight, "nothing uses the weight 'more'"),
     (BOTH, 1, weight_twice, "a value has no name, or that of another"),
@@ -712,7 +712,7 @@ def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.Monk
     """A model on which the server's own measuring fails is refused before the server measures."""
     code = "import os, de3.server.engine.timing as t; t._run = lambda *a: os.abort(); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
-    with pytest.raises(StoreError, match="ends the process that loads it"):
+    with pytest.raises(StoreError, match="crashes the process that loads it"):
         prove.Prover().prove(Store(store).open("tiny"), "auto")
 
 

@@ -1,14 +1,20 @@
 """The controller under load, as a simulation with a clock of its own, and over HTTP."""
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from de3.server.overload import TICK_S, Controller
+from de3.server.admission import Admission
+from de3.server.models import Models
+from de3.server.overload import CALM_S, CALM_STEP_S, TICK_S, Controller
+from de3.server.settings import Settings
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, serving, until
 
@@ -186,3 +192,72 @@ def _ask_in_threads(server: Server, bodies: list[dict[str, object]]) -> list[Thr
     for thread in threads:
         thread.start()
     return threads
+
+
+class Ticking:
+    """A controller whose clock moves by TICK_S with each tick."""
+
+    def __init__(self) -> None:
+        self.now, self.finished = 0.0, 0.0
+        self.controller = Controller(OBJECTIVE_S, lambda: LEVELS, CAPACITY, threads=2, clock=lambda: self.now)
+
+    def tick(self, in_flight: int, rate: float) -> None:
+        self.now += TICK_S
+        self.finished += rate * TICK_S
+        self.controller.tick(in_flight, 0, round(self.finished))
+
+    @property
+    def capacity(self) -> float:
+        return 1 / self.controller.predicted_s(3)  # one more than threads
+
+
+def test_only_a_server_that_was_never_idle_shows_that_its_capacity_is_low() -> None:
+    ticking = Ticking()
+    for _ in range(5):
+        ticking.controller.sheds(0, lambda: 0)  # a request came while nothing was in flight
+        ticking.tick(10, 20)
+    assert ticking.capacity == pytest.approx(CAPACITY)
+    for _ in range(5):
+        ticking.tick(10, 20)
+    assert ticking.capacity < CAPACITY / 2
+    ticking.tick(0, 3 * CAPACITY)  # but that it is high shows even so
+    assert ticking.capacity == pytest.approx(3 * CAPACITY)
+
+
+@pytest.mark.parametrize(("rate", "step_s"), [(0.8 * CAPACITY, CALM_STEP_S), (0.5 * CAPACITY, TICK_S)])
+def test_tau_falls_slowly_where_the_load_is_near_the_capacity(rate: float, step_s: float) -> None:
+    ticking = Ticking()
+    ticking.controller.level = LEVELS
+    while ticking.controller.level:
+        ticking.tick(0, rate)
+    assert ticking.now == pytest.approx(CALM_S + (LEVELS - 1) * step_s, abs=LEVELS * TICK_S)
+
+
+def test_a_burst_raises_tau_to_its_last_step_before_anything_is_shed() -> None:
+    controller = Ticking().controller
+    assert not controller.sheds(5, lambda: pytest.fail("so few texts need not be counted"))
+    assert not controller.sheds(10**6, lambda: 10**6)
+    assert controller.level == LEVELS
+    assert controller.sheds(10**6, lambda: 10**6)
+
+
+def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts in flight, without the finished ones of a batch and those that it overtakes."""
+    admission, told = Admission(Settings(), Models(), lambda: 1), list[tuple[int, int]]()
+    queue = SimpleNamespace(later_than=lambda due: 3)
+    monkeypatch.setattr(admission, "_engine", SimpleNamespace(queue=queue))
+
+    def sheds(in_flight: int, queued: Callable[[], int]) -> bool:
+        told.append((in_flight, queued()))
+        return True
+
+    monkeypatch.setattr(admission, "_controller", SimpleNamespace(sheds=sheds))
+
+    class Batch:
+        client, items, finished = "busy", range(10), 4
+
+    batch: Any = Batch()
+    with admission.admit(batch):
+        assert admission.sheds(lambda: "busy") and told == [(10, 10 - 4 - 3)]
+        assert not admission.sheds(lambda: "new")  # it has nothing in flight, and is served before the other
+        assert admission.sheds(lambda: None)  # unauthorized

@@ -1,12 +1,9 @@
 """Models that come, go and come back while the server runs."""
 
 import json
-import os
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +19,7 @@ from de3.server.metrics import KEPT_MODELS
 from de3.server.models import MAX_LOADED, find
 from de3.server.service import Service
 from de3.server.settings import Settings
+from tests.commands import de3, refusal
 from tests.fixtures import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
@@ -327,7 +325,7 @@ def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -
     assert (found[0].status_code, answering(server)) == (200, "tiny:2")
 
 
-def test_fifty_reloads_under_load_fail_no_request(versions: Path) -> None:
+def test_reloads_under_load_fail_no_request(versions: Path) -> None:
     """And no answer comes from a half-loaded model: a version is known by its labels."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
     stop, wrong, count = threading.Event(), [], Counter[str]()
@@ -350,7 +348,7 @@ def test_fifty_reloads_under_load_fail_no_request(versions: Path) -> None:
         for thread in threads:
             thread.start()
         try:
-            for i in range(50):
+            for i in range(20):
                 version = 1 + i % 2 if i % 5 else 1
                 answered = count[f"tiny:{version}"]
                 done = change(server, "load", version=version)
@@ -361,7 +359,7 @@ def test_fifty_reloads_under_load_fail_no_request(versions: Path) -> None:
             for thread in threads:
                 thread.join()
         assert wrong == []
-        assert min(count["tiny:1"], count["tiny:2"]) > 10  # at least one after each load
+        assert min(count["tiny:1"], count["tiny:2"]) >= 8  # at least one after each load
         assert len(served(server)) == 1
 
 
@@ -383,33 +381,27 @@ def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -
                 done = httpx.post(url + "/v1/models/sst2/load", json={}, headers=HEADERS, timeout=60)
                 assert done.status_code == 200, done.text
 
-        reload(3)
+        reload(2)
         before = memory_mb()
-        reload(8)  # each time with texts run by the model before, which the engine must forget
+        reload(4)  # each time with texts run by the model before, which the engine must forget
         # A load takes 60 MB for a while, and the model keeps half of that.
         until(lambda: memory_mb() < before + 40, "the memory to come back")
 
 
-def test_the_command_line(server: Server) -> None:
-    def de3(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "de3.cli", "models", *arguments, "--url", server.url]
-        env = os.environ | {"DE3_ADMIN_KEY": KEY}
-        return subprocess.run(command, env=env, check=False, capture_output=True, text=True)
+def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DE3_ADMIN_KEY", raising=False)
+    assert "DE3_ADMIN_KEY" in refusal(f"models load tiny --url {server.url}")
+    monkeypatch.setenv("DE3_ADMIN_KEY", KEY)
 
-    assert de3("load", "tiny:2").stdout.strip() == "tiny:2 is current, by onnxruntime"
+    def models(arguments: str) -> str:
+        return de3(f"models {arguments} --url {server.url}").strip()
+
+    assert models("load tiny:2") == "tiny:2 is current, by onnxruntime"
     assert answering(server) == "tiny:2"
-    assert de3("load", "tiny:1", "--canary", "0.5").stdout.strip() == "tiny:1 is canary, by onnxruntime"
-    assert de3("unload", "tiny:1").stdout.strip() == "tiny:1 is unloaded"
-    assert de3("rollback", "tiny").stdout.strip() == "tiny:1 is current again, by onnxruntime"
-    bad = de3("load", "tiny:3")
-    assert bad.returncode == 1 and "layer_02.onnx: damaged" in bad.stderr
-    nobody = subprocess.run(
-        [sys.executable, "-m", "de3.cli", "models", "load", "tiny", "--url", server.url],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert nobody.returncode == 1 and "DE3_ADMIN_KEY" in nobody.stderr
+    assert models("load tiny:1 --canary 0.5") == "tiny:1 is canary, by onnxruntime"
+    assert models("unload tiny:1") == "tiny:1 is unloaded"
+    assert models("rollback tiny") == "tiny:1 is current again, by onnxruntime"
+    assert "layer_02.onnx: damaged" in refusal(f"models load tiny:3 --url {server.url}")
 
 
 @pytest.mark.parametrize("names", [["tiny:2", "tiny:1"], ["tiny:1", "tiny:2"]])

@@ -420,6 +420,7 @@ def test_training_on_pairs(trained: Path) -> None:
     assert model.full_depth(tokens)[-1].logits is not None
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", "modernbert", labels=2, classifier_pooling="cls")
     de3(
@@ -489,5 +490,5 @@ def other_window(proto: Any) -> None:
 def test_an_artifact_that_was_tampered_with_is_not_loaded(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "store", tmp_path / "store")
     name = forge(tmp_path / "store", "m-int8", 2, other_window)
-    with pytest.raises(StoreError, match=f"{name}: its attention has another constant"):
+    with pytest.raises(StoreError, match=f"{name}: its attention has an unexpected constant"):
         Model(Store(tmp_path / "store").open("m-int8"))

@@ -36,8 +36,8 @@ def labels_of(text: str) -> tuple[int, ...]:
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock multi-label classifier."""
-    examples = [Example(text, labels_of(text)) for text, _ in make_rows(2400, 1)]
-    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=10)
+    examples = [Example(text, labels_of(text)) for text, _ in make_rows(1200, 1)]
+    return fine_tuned(tmp_path_factory, "multi", encoder, NAMES, examples, epochs=6)
 
 
 @pytest.fixture(scope="session")
@@ -225,6 +225,7 @@ def test_moderation_by_the_client_of_openai(server: Server, store: Path) -> None
             client.moderations.create(input="a")
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     rows = [(text, labels_of(text)) for text, _ in make_rows(900, 5)]

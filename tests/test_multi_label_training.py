@@ -246,6 +246,6 @@ def test_the_default_is_told_in_f1() -> None:
         [0, 3], logits, np.full_like(logits, np.nan), labels, np.array([9, 9]), thresholds=np.zeros(2)
     )
     said = default_line(two, 0.5, Entropy(), Times(np.array([8.0, 0.0]), np.array([[2.0, 0.0], [9.0, 0.0]])))
-    assert "all labels right 50.00%" in said and "50.00% of answers unlike full depth" in said
+    assert "all labels right 50.00%" in said and "50.00% of answers differ from full depth" in said
     assert "4.00× in time" in said
     assert "micro F1 50.00 (full depth 100.00), macro F1 33.33 (full depth 100.00)" in said

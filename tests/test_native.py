@@ -22,7 +22,8 @@ from de3.exits.reading import read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
-from de3.export import graph
+from de3.export import segment
+from de3.export.graph import Graph, quantize
 from de3.model_store.graph_reader import network_of, read_segment
 from de3.model_store.manifest import Head as StockHead
 from de3.model_store.manifest import Manifest
@@ -152,24 +153,24 @@ def random_segments(
 
     built = []
     for layer in range(2):
-        g = graph.Graph(int8=True)
+        g = Graph(int8=True)
         if layer:
             block = weights.Layer(
                 linear(hidden, 3 * hidden), linear(hidden, hidden), norm(), linear(hidden, inner),
                 linear(inner, hidden), norm(), heads, "gelu" if gelu else "relu",
             )  # fmt: skip
-            g.output(graph.block(g, g.input("hidden", [1, "tokens", hidden]), block), "next_hidden", [])
+            g.output(segment.block(g, g.input("hidden", [1, "tokens", hidden]), block), "next_hidden", [])
         else:
             ids, types = (
                 g.input(x, [1, "tokens"], TensorProto.INT64) for x in ("input_ids", "token_type_ids")
             )
             tables = weights.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
-            g.output(graph.embed(g, tables, ids, types), "hidden", [])
+            g.output(segment.embed(g, tables, ids, types), "hidden", [])
         space = linear(hidden, metric) if metric else None
         pooling, top = "mean" if mean else "cls", None
         if head is not None and layer:
             pooling, top = head.pooling, weights.Head(linear(hidden, hidden), head.activation)
-        graph.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space, top)
+        segment.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space, top)
         built.append(g.model(f"layer_{layer}"))
     return built
 
@@ -661,12 +662,12 @@ def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
     x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier
     weight, bias = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
-    g = graph.Graph(int8=True)
+    g = Graph(int8=True)
     g.output(g.linear(g.input("x", [1, "T", 64]), weights.Linear(weight, bias)), "y", [1, "T", 32])
     session = ort.InferenceSession(g.model("linear").SerializeToString(), session_options())
     (found,) = session.run(None, {"x": x[None]})
     alone = np.concatenate([session.run(None, {"x": row[None, None]})[0] for row in x], 1)
-    values, scale = graph.quantize(weight)
+    values, scale = quantize(weight)
     step = (np.ptp(x, axis=1, keepdims=True) / 255).astype(np.float64)
     # Half a step of every input, and float32's rounding.
     allowed = 0.5 * step * np.abs(values * scale).sum(0) + 1e-5 * (np.abs(x) @ np.abs(values * scale) + 1)

@@ -85,7 +85,7 @@ def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None
     expect(page.locator("#layers .saved")).to_have_count(6)
 
     page.fill("#text", HARD)
-    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "4")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "5")
     slide(page, 1)  # τ = 1: every text leaves at the first exit
     expect(page.locator("#value")).to_have_text("1.000")
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
@@ -249,7 +249,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
     page.route("**/classify", change_the_text)
     page.fill("#text", HARD)
-    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "4")
+    expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "5")
     assert sent == [HARD, HARD]
 
 

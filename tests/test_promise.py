@@ -120,9 +120,9 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
 
 
 def test_few_streams_ever_break_the_promise() -> None:
-    """Where the next τ is just above the promise: in at most 5% of 200 streams of 3,000 audits."""
+    """Where the next τ is just above the promise: in at most 5% of 60 streams of 3,000 audits."""
     rng, broken = np.random.default_rng(4), 0
-    for _ in range(200):
+    for _ in range(60):
         promise = Promise(0.1, GRID)
         for differs in rng.random(3000) < 0.105:
             promise.add(1.0, unlike_from(2 if differs else 4))
@@ -130,7 +130,7 @@ def test_few_streams_ever_break_the_promise() -> None:
             if promise.proved > 1:
                 broken += 1
                 break
-    assert 0 < broken <= 10
+    assert 0 < broken <= 3
 
 
 def test_a_promise_goes_on_where_another_left_off() -> None:

@@ -461,3 +461,63 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
     full = [*group, *job(1, group_s=MAX_STEP_S / 4).items]
     queue.join(full)
     assert len(full) == 4 and queue.next() == [fifth]
+
+
+def test_only_another_client_that_was_active_lately_limits_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("de3.server.engine.queue.perf_counter", lambda: now)
+    queue, asking = WorkQueue(100), job(1, client="asking")
+    queue.charge(asking, 5.0)
+    assert queue.lead(asking) < 0  # its own activity does not count
+    queue.put(promised(200.0, "asking"))  # 1 s
+    queue.put(job(1, client="other"))
+    assert queue.lead(asking) == 1.0 + 5.0
+    queue.drop(queue.next()[0].job)
+    assert queue.lead(asking) == 5.0
+    now += 1.001
+    queue.charge(asking, 1.0)
+    assert queue.lead(asking) < 0
+
+
+def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
+    queue = WorkQueue(100)
+    queue.put(running := job(1, client="running"))
+    (item,) = queue.next()
+    queue.put(job(1, client="waiting"))
+    assert not queue.has_more_urgent_than(item, 0.75 * PREEMPTION_LEAD_S)
+    assert queue.has_more_urgent_than(item, 0.5 * PREEMPTION_LEAD_S)
+    assert queue._clients[running.client].spent == 1.25 * PREEMPTION_LEAD_S
+
+
+def test_half_of_the_idle_clients_are_forgotten_and_none_that_is_pending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
+    queue = WorkQueue(100)
+    queue.put(pending := job(1, client="pending"))
+    for number in range(1, 10):
+        queue.charge(job(1, client=str(number)), float(number))
+    queue.put(job(1, client="new"))
+    assert set(queue._clients) == {"pending", "6", "7", "8", "9", "new"}
+    assert queue._clients["new"].spent == 5.0
+    queue.charge(pending, 9.0)  # its account is the one that the schedule uses
+    assert [queue.next()[0].job.client for _ in range(2)] == ["new", "pending"]
+
+
+def test_shadows_are_charged_to_no_client() -> None:
+    queue = WorkQueue(100)
+    queue.charge(job(1, client="a", is_shadow=True), 5.0)
+    queue.put(job(1, submitted=1.0, client="b"))
+    queue.put(job(1, submitted=2.0, client="a"))
+    queue.charge(job(1, client="b"), 1.0)
+    assert queue.next()[0].job.client == "a"
+
+
+def test_what_is_due_later_is_counted_without_what_was_dropped() -> None:
+    queue = WorkQueue(100)
+    queue.put(job(2, submitted=0.0, seconds=1.0))  # due at 1 and 2
+    queue.put(promised(3.0))
+    queue.put(dropped := job(3, submitted=5.0))
+    assert [queue.later_than(due) for due in (0.5, 1.0, 2.0, 3.0, 9.0)] == [6, 5, 4, 3, 0]
+    queue.drop(dropped)
+    assert [queue.later_than(due) for due in (0.5, 1.0, 2.0, 3.0)] == [3, 2, 1, 0]

@@ -309,7 +309,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
     for option, says in (
         ("--finetune", "not for regression"),
         ("--signal edr", "needs classes"),
-        ("--signal entropy", "of a regression model give risk"),
+        ("--signal entropy", "for a regression model give risk"),
         ("--threshold 0.3", "not a multi-label model"),
         ("--multi-label", "a multi-label model needs 2 labels or more"),
         ("--label-names a,b", "must name the labels"),
@@ -328,6 +328,7 @@ def test_a_tolerance_is_of_regression_models_only(tmp_path: Path) -> None:
     assert "is a regression of 2 numbers" in refusal(command)
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"
     rows = [(text, value_of(text)) for text, _ in make_rows(900, 5)]

@@ -114,5 +114,13 @@ def test_clients_are_told_apart_by_address(peer: str | None, forwarded: list[str
 
 
 def test_a_network_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'.*say for example 10.0.0.0/8"):
+    with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'.*give for example 10.0.0.0/8"):
         Clients(["10.0.0.1/99"])
+
+
+def test_a_small_limit_has_room_for_one_more_client() -> None:
+    shares = Shares(4, "texts")
+    shares.take("a", 3)
+    shares.take("b", 1)
+    with pytest.raises(RequestError):
+        shares.take("a", 1)

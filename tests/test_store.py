@@ -217,7 +217,7 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
 def test_segments_in_the_wrong_place_are_noticed(copy: Path) -> None:
     (copy / "layer_01.onnx").write_bytes((copy / "layer_03.onnx").read_bytes())  # the last gives no hidden
     rehash(copy, "layer_01.onnx")
-    with pytest.raises(StoreError, match=r"layer_01.onnx: it has another exit than the manifest says"):
+    with pytest.raises(StoreError, match=r"layer_01.onnx: its exits do not match the manifest"):
         open_model(copy)
 
 

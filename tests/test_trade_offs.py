@@ -55,18 +55,19 @@ def test_bounds_of_a_table_never_fall(seed: int) -> None:
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations() -> None:
     population = recorded(20_000, 1)
     samples = Samples.independent(population)
-    truth = {row.tau: row.disagreement for row in calibration.trade_off(samples, Edr(1.0))}
+    taus = calibration.TAUS[::3]
+    truth = {row.tau: row.disagreement for row in calibration.trade_off(samples, Edr(1.0), taus)}
     rng, trials = np.random.default_rng(0), 400
     chosen: dict[float, list[float]] = {0.03: [], 0.08: []}
     for _ in range(trials):
         few = population.rows(rng.choice(len(population.labels), 500, replace=False))
-        trade_offs = TradeOffs(calibration.trade_off(Samples.independent(few), Edr(1.0)))
-        for most, taus in chosen.items():
-            taus.append(trade_offs.within_disagreement(most).tau)
-    for most, taus in chosen.items():
-        broken = sum(truth[tau] > most for tau in taus)
+        trade_offs = TradeOffs(calibration.trade_off(Samples.independent(few), Edr(1.0), taus))
+        for most, found in chosen.items():
+            found.append(trade_offs.within_disagreement(most).tau)
+    for most, found in chosen.items():
+        broken = sum(truth[tau] > most for tau in found)
         assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
-        assert np.median(taus) > 0  # it does promise something
+        assert np.median(found) > 0  # it does promise something
 
 
 @given(st.integers(0, 8), st.lists(st.floats(1, 50), min_size=2, max_size=5))

@@ -39,6 +39,14 @@ def test_every_setting_is_an_option_with_its_default() -> None:
         assert option.help, setting.name  # type: ignore[attr-defined]
 
 
+@pytest.fixture(scope="module")
+def few(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first 900 rows of the data, where nothing has to be learned."""
+    file = tmp_path_factory.mktemp("few") / "train.tsv"
+    file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:901]))
+    return file
+
+
 def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
     record = json.loads((checkpoint / "training.json").read_text())
     accuracy = record["history"][record["best_epoch"] - 1]["tune_accuracy"]
@@ -59,11 +67,9 @@ def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path)
     assert datas.load_examples(checkpoint / "certify.jsonl", names) == parts.certify
 
 
-def test_a_resumed_run_ends_where_the_unbroken_one_does(
-    tmp_path: Path, data_file: Path, encoder: Path
-) -> None:
-    de3(common(data_file, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
-    model_parts = _parts(data_file, encoder)
+def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, few: Path, encoder: Path) -> None:
+    de3(common(few, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
+    model_parts = _parts(few, encoder)
     settings = TrainSettings(lr=1e-3, batch_size=64, epochs=3, bf16=False, patience=1)
     out = tmp_path / "broken"
 
@@ -82,7 +88,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(
     model.save_pretrained = save_then_die
     with pytest.raises(Killed):
         train(model, tokenizer, parts, settings, out)
-    output = de3(common(data_file, encoder, out) + " --epochs 3 --patience 1 --resume")
+    output = de3(common(few, encoder, out) + " --epochs 3 --patience 1 --resume")
     assert "resuming after epoch 1" in output
     whole, broken = (De3Model.from_pretrained(tmp_path / x).state_dict() for x in ("whole", "broken"))
     for name, tensor in whole.items():
@@ -101,14 +107,14 @@ def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Spl
     return model, tokenizer, splits.split(datas.to_examples(rows, names), 0, 300)
 
 
-def test_resuming_with_other_settings_is_refused(tmp_path: Path, data_file: Path, encoder: Path) -> None:
-    de3(common(data_file, encoder, tmp_path) + " --epochs 1")
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, encoder: Path) -> None:
+    de3(common(few, encoder, tmp_path) + " --epochs 1")
     with pytest.raises(ValueError, match="other settings or data"):
-        de3(common(data_file, encoder, tmp_path) + " --epochs 2 --resume")
+        de3(common(few, encoder, tmp_path) + " --epochs 2 --resume")
     kept_back = (tmp_path / "certify.jsonl").read_bytes()
     for other in ("--held-back 200", "--gamma 0.5", "--exits last", "--seed 1"):
         with pytest.raises(ValueError, match="other settings or data"):
-            de3(common(data_file, encoder, tmp_path) + f" --epochs 1 --resume {other}")
+            de3(common(few, encoder, tmp_path) + f" --epochs 1 --resume {other}")
     assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
 
 
@@ -254,14 +260,13 @@ def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) 
     assert "published" in output
 
 
-def test_altered_copies_are_labelled_by_the_teacher(
-    tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
-) -> None:
-    teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
-    de3(common(data_file, encoder, tmp_path / "out") + f" --epochs 1 --teacher {teacher} --augment 2")
+def test_altered_copies_are_labelled_by_the_teacher(tmp_path: Path, few: Path, encoder: Path) -> None:
+    teacher = tmp_path / "teacher"
+    de3(common(few, encoder, teacher) + " --epochs 1")
+    de3(common(few, encoder, tmp_path / "out") + f" --epochs 1 --teacher {teacher} --augment 2")
     from safetensors.torch import load_file
 
-    _, _, parts = _parts(data_file, encoder)
+    _, _, parts = _parts(few, encoder)
     (cache,) = teacher.glob("logits-*.safetensors")
     assert len(load_file(cache)["logits"]) == 3 * len(parts.train)
 

@@ -163,6 +163,19 @@ def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> 
             )
 
 
+def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
+    """Raise ValueError for a slow tokenizer, or one with more tokens than an encoder of this configuration."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name}: its tokenizer is a slow one; a tokenizer.json (a fast tokenizer) is needed"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not belong "
+            "together"
+        )
+
+
 def quiet() -> None:
     """Silence the progress bars and the warnings of transformers; errors are still raised."""
     logging.set_verbosity_error()

@@ -49,15 +49,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         raise ValueError(
             f"--encoder {name}: no such folder, and it cannot be read from the Hugging Face hub ({reason})"
         ) from None
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"--encoder {name}: its tokenizer is a slow one; export needs a tokenizer.json (a fast tokenizer)"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"--encoder {name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: "
-            "they do not belong together"
-        )
+    checkpoint.check_tokenizer(f"--encoder {name}", tokenizer, config)
     return config, tokenizer
 
 

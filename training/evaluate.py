@@ -234,7 +234,7 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
         f"Default {signal_label(signal)}, τ = {tau:g}: {measure} {100 * o.accuracy:.2f}% ({low:.2f} … {high:.2f}), "
         f"full depth {100 * (o.accuracy + o.loss):.2f}%, loss {100 * o.loss:+.2f} points "
         f"({100 * o.loss_interval[0]:+.2f} … {100 * o.loss_interval[1]:+.2f}), "
-        f"{more}{100 * o.disagreement:.2f}% of {answer} unlike full depth, "
+        f"{more}{100 * o.disagreement:.2f}% of {answer} differ from full depth, "
         f"mean exit layer {o.mean_exit_layer:.2f}, speed-up {o.speedup:.2f}×, "
         f"{in_time(recorded, scores, tau, times):.2f}× in time (tokenizer, embeddings and exits included)\n"
         f"Exits at layer {', '.join(str(m) for m in recorded.exit_layers)}: "
@@ -245,11 +245,11 @@ def default_line(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 def target_table(recorded: Recorded, signals: Sequence[tuple[Signal, TradeOffs]], times: Times) -> Table:
     """The outcome of an artifact's targets on these samples, for each signal, at the τ of its calibration."""
     samples = calibration.Samples.independent(recorded)
-    title = "Targets: a speed-up, or a largest share of answers unlike full depth"
+    title = "Targets: a speed-up, or a limit on the answers that differ from full depth"
     table = Table(title=f"{title} ({len(recorded.labels)} samples)")
     is_regression = recorded.tolerance is not None
     correlated = ("Pearson", "Spearman") if is_regression else ()
-    for column in ("signal", "target", "τ", "in layers", "in time", "unlike", "loss ± 95%", *correlated):
+    for column in ("signal", "target", "τ", "in layers", "in time", "differ", "loss ± 95%", *correlated):
         table.add_column(column, justify="left" if column == "signal" else "right", no_wrap=True)
     speedups = (2, *TARGET_SPEEDUPS) if is_regression else TARGET_SPEEDUPS
     for signal, trade_offs in signals:
@@ -295,7 +295,7 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -
     """The outcome of the default on short and long texts: four equal parts of the samples by number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
-    for column in ("tokens", "samples", "in layers", "in time", "unlike", "loss ± 95%"):
+    for column in ("tokens", "samples", "in layers", "in time", "differ", "loss ± 95%"):
         table.add_column(column, justify="right", no_wrap=True)
     order = np.argsort(recorded.tokens, kind="stable")
     for part in np.array_split(order, min(4, len(order))):

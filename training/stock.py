@@ -111,15 +111,7 @@ def open_stock(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{name}: cannot be read: {str(error).partition(chr(10))[0]}") from None
     check_loaded(loaded, name)
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{name}: its tokenizer is a slow one; serving needs a tokenizer.json (a fast tokenizer)"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not "
-            "belong together"
-        )
+    checkpoint.check_tokenizer(name, tokenizer, config)
     for key, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise ValueError(f"{name}: {key} is not finite")

@@ -23,7 +23,7 @@ from de3.commands.options import (
     next_serve,
     with_fields,
 )
-from de3.tables import Columns, read_column, read_rows
+from de3.tables import Columns, read_groups, read_rows, records
 
 
 @with_fields(Columns, without=["label"])
@@ -138,7 +138,7 @@ def import_model(
         regression=opened.is_regression,
     )
     rows = read_rows(texts, columns)
-    groups = read_column(texts, columns, group_column) if group_column is not None else None
+    groups = None if group_column is None else read_groups(records(texts, columns), group_column)
     warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
     folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
     command = shlex.join(["de3", *sys.argv[1:]])

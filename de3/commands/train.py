@@ -27,7 +27,7 @@ from de3.commands.options import (
     say,
     with_fields,
 )
-from de3.tables import Columns, Text, labels_in, read_column, read_dataset_column
+from de3.tables import Columns, Text, dataset_records, labels_in, read_groups, records
 from de3.training.settings import MULTI_LABEL_HEAD_LR, Recipe, TrainSettings
 
 # Options that do not apply to a multi-label model.
@@ -148,11 +148,8 @@ def train(
     read = read_rows(file, dataset, split, columns)
     examples, names, warnings = _labelled(read, label_names, multi_label)
     if group_column is not None:
-        groups = (
-            read_column(file, columns, group_column)
-            if file
-            else read_dataset_column(str(dataset), split, group_column)
-        )
+        found = records(file, columns) if file else dataset_records(str(dataset), split)
+        groups = read_groups(found, group_column)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     encoder_config, tokenizer = checks.open_encoder(encoder)
     warnings += checks.unknown_tokens(tokenizer, examples)

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from de3.exits import formulas
 from de3.exits.recorded import Recorded
 from lab.experiments.cells import Cell, States, Trained
 from lab.experiments.command import command
-from lab.experiments.measures import SPEEDUPS, Floats, auroc, markdown, merit, number, right_at
+from lab.experiments.measures import SPEEDUPS, Floats, auroc_by_exit, markdown, merit, number, right_at
 from lab.experiments.scores import LAMS, by_exit
 from lab.experiments.spaces import Spaces, class_means, nearest_is_right
 
@@ -79,7 +78,7 @@ def geometry(held: Recorded, unseen: Recorded) -> dict[str, Any]:
     areas = []
     for features in (slice(0, 4), slice(0, 5)):
         scores = by_exit(states[0], partial(_some, which=features))(states[1])
-        areas.append([auroc(scores[:, j], unseen.differs[:, j]) for j in range(scores.shape[1] - 1)])
+        areas.append(auroc_by_exit(scores, unseen))
     return {
         "nearest": nearest_is_right(unseen),
         "gain": np.array(areas[1]) - np.array(areas[0]),
@@ -182,6 +181,3 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 main = command(NAME, measure, tables)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -186,15 +186,17 @@ class Trained:
                 _run(self.model, encoded, tokenizer.pad_token_id, what), new := file.with_suffix(".new")
             )
             new.replace(file)
-        kept = load_file(file)
-        recorded = Recorded(
-            self.config.exit_layers,
-            kept["logits"].numpy(),
-            kept["distances"].numpy(),
-            kept["labels"].numpy(),
-            kept["tokens"].numpy(),
-        )
-        return States(kept["pooled"].numpy(), recorded)
+        return _states(self.config, load_file(file))
+
+
+def record(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> States:
+    """Run a model on texts; in bfloat16 if `what` is "train"."""
+    return _states(model.config, _run(model, encoded, pad_id, what))
+
+
+def _states(config: De3Config, tensors: dict[str, Tensor]) -> States:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    return States(arrays.pop("pooled"), Recorded(config.exit_layers, **arrays))
 
 
 @torch.no_grad()
@@ -375,7 +377,3 @@ def main(
         for part in ("held-out", "unseen", *(["train"] if keep_train else [])):
             correct = trained.states(part).recorded.correct.mean(0)
             print(f"{name} {part}: {' '.join(f'{100 * c:.1f}' for c in correct)}", flush=True)
-
-
-if __name__ == "__main__":
-    typer.run(main)

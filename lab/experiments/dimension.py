@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from de3.training.model import De3Config
 from lab.experiments.ablations import geometry
@@ -95,6 +94,3 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 main = command(NAME, measure, tables)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-import typer
 from numpy.typing import NDArray
 
 from de3.exits.betting import Floats
@@ -322,6 +321,3 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 main = command(NAME, results_of, table, plot)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from de3.exits import risk
 from lab.experiments import measures
@@ -110,6 +109,3 @@ def _with_interval(name: str, found: dict[str, Any]) -> str:
 
 
 main = command(NAME, measure, tables)
-
-if __name__ == "__main__":
-    typer.run(main)

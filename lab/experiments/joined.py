@@ -62,7 +62,3 @@ def join(questions: Sequence[Question], rng: random.Random) -> list[Row]:
         other, second = shuffled.pop(partner)
         rows.append((f"{text} {other}", sorted([intent, second])))
     return rows + [(text, [intent]) for text, intent in shuffled]
-
-
-if __name__ == "__main__":
-    typer.run(main)

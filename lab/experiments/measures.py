@@ -134,9 +134,14 @@ def number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
+def auroc_by_exit(scores: Floats, recorded: Recorded) -> list[float]:
+    """AUROC for "this exit disagrees with the last", of each exit but the last."""
+    return [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
+
+
 def mean_auroc(scores: Floats, recorded: Recorded) -> float:
-    """AUROC for "this exit disagrees with the last", the mean of the exits."""
-    areas = [auroc(scores[:, j], recorded.differs[:, j]) for j in range(scores.shape[1] - 1)]
+    """The mean of auroc_by_exit."""
+    areas = auroc_by_exit(scores, recorded)
     return float(np.nanmean(areas)) if np.isfinite(areas).any() else float("nan")
 
 

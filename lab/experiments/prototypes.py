@@ -12,6 +12,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,9 +30,12 @@ from de3.training.recipe import by_size
 from de3.training.settings import PROTOTYPES, TrainSettings
 from de3.training.split import split
 from de3.training.trainer import train
-from lab.experiments.measures import auroc
+from lab.experiments.cells import States, record
+from lab.experiments.measures import auroc_by_exit, merit
 from lab.experiments.recipes import read
-from lab.experiments.risk_features import Floats, Samples, class_means, features, fitted, speeds
+from lab.experiments.risk_features import features
+from lab.experiments.scores import by_exit
+from lab.experiments.spaces import class_means
 from lab.experiments.tasks import TASKS, minilm
 
 RESULTS = Path("lab/docs/experiments/prototypes.jsonl")
@@ -92,35 +96,27 @@ def measure(root: Path, task: str, cell: str, seed: int) -> Iterator[dict[str, A
             ("unseen", data.to_examples(unseen, names)),
         )
     }
-    trained = Samples(model, pad_id, encoded["train"])
+    trained = record(model, encoded["train"], pad_id, "train")
     for how in PROTOTYPES[::-1]:  # the refit replaces the networks: last
         prototypes.finish(model, encoded["train"], pad_id, how, settings.head_lr, seed, settings.bf16)
         model.eval()
-        held, test = (Samples(model, pad_id, encoded[what]) for what in ("held-out", "unseen"))
-        yield {"prototypes": how, **gain(held, test, None, None)}
+        states = [record(model, encoded[what], pad_id, what) for what in ("held-out", "unseen")]
+        yield {"prototypes": how, **gain(*states)}
     for name, centred in (("class means of h", False), ("centred class means of h", True)):
-        of = class_means(trained, centred)
-        yield {"prototypes": name, **gain(held, test, of(held), of(test))}
+        means = [replace(part, recorded=class_means(trained, part, centred)) for part in states]
+        yield {"prototypes": name, **gain(*means)}
 
 
-def gain(held: Samples, test: Samples, near: Floats | None, far: Floats | None) -> dict[str, Any]:
-    """Gain of risk by DR of distances `near` (held-out samples) and `far` (unseen ones); None: to the prototypes."""
-    distances = {id(held): near, id(test): far}
-    without = fitted(held, test, lambda s: features(s)[..., :4])
-    with_it = fitted(held, test, lambda s: features(s, distances[id(s)]))
-
-    def areas(scores: Floats) -> Floats:
-        exits = scores.shape[1] - 1
-        return np.array([auroc(scores[:, j], test.differs[:, j]) for j in range(exits)])
-
-    def merit(scores: Floats) -> float:
-        return float(np.exp(np.mean(np.log(speeds(scores, test)))))
-
+def gain(held: States, test: States) -> dict[str, Any]:
+    """The gain of risk by the distance ratio, fitted on held-out samples: in AUROC by exit, and in merit."""
+    without = by_exit(held, lambda s: features(s)[..., :4])(test)
+    with_it = by_exit(held, features)(test)
+    areas = [np.array(auroc_by_exit(scores, test.recorded)) for scores in (with_it, without)]
     return {
-        "auroc": np.nanmean(areas(with_it)),
-        "gain": (areas(with_it) - areas(without)).tolist(),
-        "merit": merit(with_it),
-        "merit_without": merit(without),
+        "auroc": np.nanmean(areas[0]),
+        "gain": (areas[0] - areas[1]).tolist(),
+        "merit": merit(with_it, test.recorded),
+        "merit_without": merit(without, test.recorded),
     }
 
 
@@ -158,7 +154,3 @@ def report(results: Path) -> Table:
         cells = (row["task"], row["training"], row["prototypes"], mean, f"{by_exit} ‰")
         table.add_row(*cells, f"{row['merit']:.2f}", f"{row['merit_without']:.2f}")
     return table
-
-
-if __name__ == "__main__":
-    typer.run(main)

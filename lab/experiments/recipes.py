@@ -159,7 +159,3 @@ def report(results: Path) -> Table:
             task, model, str(batch_size), f"{lr:g}", str(epochs), str(len(rows)), accuracy, f1, minutes
         )
     return table
-
-
-if __name__ == "__main__":
-    typer.run(main)

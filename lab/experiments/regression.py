@@ -295,7 +295,3 @@ def main(
     results = measures.load(NAME)
     print(tables(results))
     draw(results, measures.RESULTS / f"{NAME}.png")
-
-
-if __name__ == "__main__":
-    typer.run(main)

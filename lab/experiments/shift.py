@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
 from de3.exits import formulas, reference
@@ -297,6 +296,3 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 main = command(NAME, results_of, tables, plot)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from lab.experiments import measures
 from lab.experiments.cells import Cell, States, Trained, grouped
@@ -141,6 +140,3 @@ def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
 
 
 main = command(NAME, measure, tables)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 from numpy.typing import NDArray
 
 from lab.experiments.ablations import geometry
@@ -134,6 +133,3 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 main = command(NAME, measure, tables, plot)
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -61,7 +61,3 @@ def main(
     model, tokenizer = fine_tune(encoder or minilm(), names, parts.train[:rows], settings)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-
-
-if __name__ == "__main__":
-    typer.run(main)

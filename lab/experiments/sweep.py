@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import typer
 
 from de3.exits.calibration import speedup
 from de3.exits.recorded import Recorded
@@ -174,6 +173,3 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 main = command(NAME, measure, tables, plot)
-
-if __name__ == "__main__":
-    typer.run(main)

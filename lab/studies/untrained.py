@@ -123,7 +123,3 @@ def main(
 
     path = untrained(out, layers, hidden, heads, inner, minilm(), seed, precision, labels)
     print(f"published {path}; the stock model is {out / 'model'}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -24,6 +24,8 @@ from lab.experiments import (
     factorial,
     joined,
     measures,
+    prototypes,
+    risk_features,
     scores,
     shift,
     signals,
@@ -295,6 +297,25 @@ def test_all_studies_run_on_tiny_models(root: Path, tiny: Path, monkeypatch: pyt
     assert row["effects"]["S"]["2×"]["mean"] == pytest.approx(np.mean(four) - np.mean(others), abs=2e-5)
     for study in (signals, sweep, ablations, dimension, space, factorial):
         study.main(redraw=True)
+
+
+def test_prototypes_and_features_of_risk_run_on_a_tiny_model(
+    root: Path, tiny: Path, encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(prototypes, "minilm", lambda: str(encoder))
+    monkeypatch.setattr(prototypes, "CELLS", {"α 0.1, warm": (0.1, True)})
+    for _ in range(2):  # the second time there is nothing left to train
+        prototypes.main(root, ["mrpc"], results=tiny / "prototypes.jsonl")
+    rows = [json.loads(line) for line in (tiny / "prototypes.jsonl").read_text().splitlines()]
+    assert [row["prototypes"] for row in rows] == [
+        *("sliding", "means", "refit"),
+        *("class means of h", "centred class means of h"),
+    ]
+    assert all(len(row["gain"]) == 3 and row["merit"] >= 1 for row in rows)
+    cells.main(root, tiny / "runs", ["mrpc-minilm-D-0"])
+    risk_features.main(root, tiny / "runs/mrpc-minilm-D-0", "mrpc")
+    printed = capsys.readouterr().out
+    assert "risk, isotonic" in printed and "120 unseen samples" in printed
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=60), st.integers())

@@ -145,12 +145,12 @@ class Auditor:
 
     @property
     def evidence(self) -> Evidence:
-        """What is known since the start, or the last change or reset."""
+        """The audits since the start, or the last change or reset."""
         return self.promise.evidence if self.promise is not None else self._evidence
 
     @property
     def signal(self) -> Signal:
-        """What is compared with τ."""
+        """The signal whose score is compared with τ."""
         return self.served.rules.default.rule.signal
 
     @property

@@ -1,4 +1,4 @@
-"""What audits showed, as GET /v1/models/{name}/audit answers."""
+"""The results of audits, as GET /v1/models/{name}/audit returns them."""
 
 from datetime import UTC, datetime
 from typing import Any

@@ -1,4 +1,4 @@
-"""What audits showed, in a small file for each model, so that a restart does not lose it."""
+"""Saves the results of audits in a small file for each model, across restarts."""
 
 import fcntl
 import hashlib
@@ -92,7 +92,7 @@ class State(_Part):
 
 
 def state_of(auditor: Auditor) -> State:
-    """What to write of an auditor."""
+    """The state of an auditor, to be saved."""
     manifest, promise = auditor.served.model.manifest, auditor.promise
     signal = auditor.signal
     return State(

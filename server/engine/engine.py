@@ -76,7 +76,7 @@ class Engine:
             thread.start()
 
     def problem(self) -> str:
-        """What is wrong with the threads, empty if nothing is; to be asked once a second.
+        """The problem of the threads, empty if there is none; to be called once a second.
 
         A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not
         recover. Checks are counted, not seconds: a process that was suspended has not been stuck.

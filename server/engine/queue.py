@@ -42,7 +42,7 @@ class _Client:
 
     @property
     def is_pending(self) -> bool:
-        """Whether it has, or may have, anything in the queue."""
+        """True if it has, or may have, anything in the queue."""
         return self.is_listed or self.num_promised > 0
 
 
@@ -170,7 +170,7 @@ class WorkQueue:
             return client.promised + (max(0.0, client.spent - min(others)) if others else 0.0)
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
-        """Whether a pending item preempts this one, which has run for another `seconds`.
+        """True if a pending item preempts this one, which has run for another `seconds`.
 
         Any item preempts a shadow; an earlier promise preempts everything else. Where nothing is promised, an
         item of the same client preempts if it is due earlier, and one of another client if that client has
