@@ -83,7 +83,7 @@ class AsgiRequest:
     def _write_head(self, start: Message, body: bytes, more: bool) -> None:
         headers = list(start.get("headers", ()))
         status = start["status"]
-        if not any(name == b"content-length" for name, _ in headers) and status not in (204, 304):
+        if b"content-length" not in dict(headers) and status not in (204, 304):
             self._chunked = True
             headers.append((b"transfer-encoding", b"chunked"))
         if not self._connection.keeps_alive:
