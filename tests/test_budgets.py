@@ -10,13 +10,17 @@ from typing import Any
 import httpx
 import pytest
 
+from de3.exits.rule import ExitRule
+from de3.exits.signals import Entropy
 from de3.model_store.manifest import TradeOff
 from de3.model_store.segments import OnnxSegment
 from de3.model_store.store import Store
 from de3.server.engine import timing
+from de3.server.errors import RequestError
 from de3.server.models import load
 from de3.server.ood import WINDOW
-from de3.server.settings import Settings
+from de3.server.rules import MAX_LOAD_LOSS, Choice, Rules
+from de3.server.settings import ExitOptions, Settings
 from tests.fixtures import make_rows
 from tests.serving import Server, serving, until
 
@@ -327,3 +331,38 @@ def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pyt
         for _ in range(2):
             server.classify(input=[FAR] * 250)
         assert (drift("psi") or 0) > 1 and (drift("ks") or 0) > ks
+
+
+def test_under_load_tau_is_raised_in_the_steps_of_the_calibration(store: Path, rows: list[TradeOff]) -> None:
+    manifest = Store(store).open("tiny").manifest
+    manifest = manifest.model_copy(update={"defaults": manifest.defaults.model_copy(update={"tau": 0.0})})
+    rules = Rules(manifest, Settings(latency_budget_ms=50))
+    assert len(rules.steps) > 1
+    assert rules.in_force(0) is rules.default
+    for level in range(1, len(rules.steps) + 3):
+        assert rules.in_force(level) is rules.steps[min(level, len(rules.steps)) - 1]
+    for step in rules.steps:
+        assert (step.by, step.is_degraded, step.budget_s) == ("overload", True, 0.05)  # the budget stays
+        assert step.expected is not None and step.expected.accuracy >= rows[0].accuracy - MAX_LOAD_LOSS
+    free = Rules(manifest, Settings(min_accuracy=0, max_load_disagreement=1))
+    assert len(free.steps) > len(rules.steps)
+
+
+def test_the_time_of_a_text_is_expected_by_its_layers_and_one_for_the_tokenizer(rows: list[TradeOff]) -> None:
+    rule = ExitRule(0.5, Entropy())
+    assert Choice(rule, "default").share(6) == 1
+    row = rows[0].model_copy(update={"mean_exit_layer": 2.5})
+    assert Choice(rule, "default", expected=row).share(6) == 0.5
+
+
+def test_a_limited_layer_is_from_the_first_exit_on_and_the_calibration_does_not_cover_it(store: Path) -> None:
+    manifest = Store(store).open("tiny").manifest
+    rules = Rules(manifest.model_copy(update={"exit_layers": [1, 2, 3]}), Settings())
+    tau = rules.default.rule.tau
+    assert rules.of(ExitOptions(tau=tau)).expected is not None
+    for layer in (1, 3):
+        choice = rules.of(ExitOptions(tau=tau, max_layer=layer))
+        assert choice.rule.max_layer == layer and choice.expected is None
+    for layer in (0, 4):
+        with pytest.raises(RequestError, match=f"must be from 1 to 3, got {layer}"):
+            rules.of(ExitOptions(max_layer=layer))

@@ -97,3 +97,10 @@ def test_mutated_tables_are_refused_or_harmless() -> None:
         for text in ("\ufb01ne", "a\ufb01", "\u00ef\u00ac\u0081", "plain"):
             assert len(normalizer.normalize_str(text)) <= MAX_REPLACEMENT * len(text)
     assert 0 < accepted < 300
+
+
+def test_a_table_may_not_go_with_what_makes_a_text_longer() -> None:
+    plain = json.loads(tokenizer(table()))
+    plain["normalizer"]["normalizers"].append({"type": "Prepend", "prepend": "x"})
+    with pytest.raises(TokenizerError, match="may not be combined with components that lengthen a text"):
+        check_tokenizer(json.dumps(plain).encode())

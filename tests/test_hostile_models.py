@@ -977,3 +977,49 @@ def test_a_table_of_thousands_of_signals_is_read_and_served_quickly(copies: Path
             rules.of(ExitOptions(lam=77.0))
         assert len(str(refused.value)) < 1000
     assert thread_time() - started < 0.5
+
+
+def sequence(kind: str, *parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: list(parts)}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    part: dict[str, Any] = {"type": "Lowercase"}
+    for _ in range(depth):
+        part = sequence("normalizers", part)
+    return part
+
+
+SPACES = {"pattern": {"Regex": " {2,}"}}
+ONE = {"String": "a"}
+
+
+@pytest.mark.parametrize(
+    ("part", "why"),
+    [
+        ({"normalizer": nested(4)}, None),
+        ({"normalizer": nested(5)}, "nested too deeply"),
+        ({"normalizer": sequence("normalizers", *[nested(1)] * 7)}, None),
+        ({"normalizer": sequence("normalizers", *[nested(1)] * 8)}, "more than 16 parts"),
+        ({"normalizer": sequence("normalizers", *[nested(0)] * 17)}, "more than 16 parts"),
+        (
+            {"normalizer": sequence("normalizers", *[replace("aaaa") | {"pattern": {"String": "aa"}}] * 2)},
+            None,
+        ),
+        ({"normalizer": sequence("normalizers", *[replace("aaa")] * 2)}, "at most 4 times as long"),
+        ({"normalizer": {"type": "Replace", "content": "a", **SPACES}}, None),
+        ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "pattern": ONE}}, None),
+        ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", **SPACES}}, "pattern of Split"),
+        ({"pre_tokenizer": sequence("pretokenizers", {"type": "Evil"})}, "'Evil' is not one of"),
+        ({"post_processor": sequence("processors", {"type": "Evil"})}, "'Evil' is not one of"),
+        ({"post_processor": template(1)}, None),
+        ({"post_processor": template(1) | {"pair": [{}] * 17}}, "more than 16 parts around a text"),
+    ],
+)
+def test_parts_of_a_tokenizer_at_their_limits(part: dict[str, Any], why: str | None) -> None:
+    data = json.dumps({"model": {"type": "WordPiece"}, **part}).encode()
+    if why is None:
+        check_tokenizer(data)
+    else:
+        with pytest.raises(TokenizerError, match=why):
+            check_tokenizer(data)

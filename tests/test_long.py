@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -431,3 +432,26 @@ def test_windows_are_predicted(server: Server) -> None:
     longest = timing.predict(10**6, MAX_WINDOWS)
     assert longest == timing.predict(10**7, MAX_WINDOWS) > timing.predict(10**6)
     assert timing.predict_first_exit(10**6, MAX_WINDOWS) > timing.predict_first_exit(10**6)
+
+
+def test_a_value_that_a_deadline_cut_short_is_the_mean_of_the_windows_that_ran() -> None:
+    combination = Combination([10, 30, 60])
+    combination.add(read_value(3, [4.0]))
+    assert combination.reading(read_value(3, [4.0])).value == 4
+    combination.add(read_value(3, [8.0]))
+    assert combination.reading(read_value(3, [8.0])).value == 7
+
+
+def test_classes_that_no_window_gives_any_probability_have_finite_logits() -> None:
+    combination = Combination([1])
+    combination.add(reading([1000.0, 0.0]))
+    combined = combination.reading(reading([1000.0, 0.0]))
+    assert combined.probs == [1, 0] and np.isfinite(combined.logits).all()
+
+
+def test_a_label_that_only_rounding_settles_is_not_settled() -> None:
+    combination = Combination([1, 3, 1])
+    for p in (0.55, 0.65):  # ahead by 0.1 + 3·0.3 = 1, as much as the last window can change
+        combination.add(replace(reading([1.0, 0.0]), probs=[p, 1 - p]))
+    best, second = (0.55 + 3 * 0.65), (1 - 0.55) + 3 * (1 - 0.65)
+    assert best - second > 1 and not combination.is_settled()

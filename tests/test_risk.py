@@ -191,3 +191,26 @@ def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
     for j, layer in enumerate((1, 4)):
         expected = risk.regress(r.risk_features[:, j], differs[:, j])
         assert fitted.weights[layer] == tuple(expected.tolist())
+
+
+@pytest.mark.parametrize("margin", [1.0, 25.0, 60.0])
+@pytest.mark.parametrize("distance", [0.5, 1e-11, 0.0])
+def test_exits_that_are_sure_of_everything_have_the_same_risk_alone_and_in_arrays(
+    margin: float, distance: float
+) -> None:
+    """Logarithms are taken of 1e-12 at least, in both."""
+    signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
+    logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
+    reading = read(0, logits.tolist(), distances.tolist())
+    h, ratio = max(reading.entropy, 1e-12), max(float(distances[0]) / 2, 1e-12)
+    z = 1 + 0.1 * margin + 0.5 * reading.entropy + 0.2 * math.log(h) + 0.1 * math.log(ratio)
+    assert signal.score([reading]) == pytest.approx(1 / (1 + math.exp(-z)), rel=1e-4)
+    exits = np.stack([[logits] * 2]), np.stack([[distances] * 2])
+    scores = signal.scores(Recorded([0, 1], *exits, np.zeros(1, np.int64)))
+    assert signal.score([reading]) == pytest.approx(scores[0, 0], rel=1e-4)
+
+
+def test_a_feature_that_hardly_varies_for_its_size_gets_no_weight() -> None:
+    x = features(500, 1)
+    x[:, 4] = -27.6 + 1e-3 * np.random.default_rng(0).normal(size=500)
+    assert risk.regress(x, (x[:, 1] > 3).astype(float))[4] == 0

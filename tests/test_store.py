@@ -324,3 +324,38 @@ def test_onnx_runtime_keeps_no_telemetry(store: Path, tmp_path: Path) -> None:
     env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code, str(store)], env=env, check=True)
     assert list(tmp_path.rglob("*")) == []
+
+
+def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
+    old, new = (tmp_path / "m" / f".draft-{name}" for name in ("old", "new"))
+    for draft in (old, new):
+        draft.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    with Store(tmp_path).new_version("m"):
+        assert new.exists() and not old.exists()
+
+
+def test_a_published_version_may_be_read_by_other_users(store: Path, tmp_path: Path) -> None:
+    """The server runs as another user than the export; a draft is for its own only."""
+    source = Store(store).open("tiny")
+    with Store(tmp_path).new_version("tiny") as draft:
+        assert draft.path.stat().st_mode & 0o777 == 0o700
+        published = draft.publish(source.manifest)
+    assert published.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_artifact_has_a_limit_for_all_of_its_files(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Store(store).open("tiny")
+    loaded = sum((artifact.path / name).stat().st_size for name in artifact.manifest.required_files())
+    monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", loaded)
+    assert artifact.size() == loaded
+    monkeypatch.setattr("de3.model_store.store.MAX_ARTIFACT_BYTES", loaded - 1)
+    with pytest.raises(StoreError, match=f"{loaded} bytes, at most {loaded - 1} are allowed"):
+        artifact.size()
+
+
+def test_a_file_is_no_version(tmp_path: Path) -> None:
+    (tmp_path / "m" / "2").mkdir(parents=True)
+    (tmp_path / "m" / "7").write_text("")
+    (tmp_path / "other").write_text("")
+    assert Store(tmp_path).versions() == {"m": [2]}
