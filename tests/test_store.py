@@ -359,3 +359,13 @@ def test_a_file_is_no_version(tmp_path: Path) -> None:
     (tmp_path / "m" / "7").write_text("")
     (tmp_path / "other").write_text("")
     assert Store(tmp_path).versions() == {"m": [2]}
+
+
+def test_a_folder_of_the_users_own_shadows_no_room(store: Path, tmp_path: Path) -> None:
+    for room in ("server", "exits", "model_store", "training"):
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text("raise RuntimeError('not mine')")
+    command = [sys.executable, "-m", "de3.cli", "models", "verify", "--store", str(store)]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "tiny:1  sound" in done.stdout

@@ -88,13 +88,13 @@ def test_the_wheel_holds_every_module_the_kernels_the_demo_model_and_no_more(
                 copy = archive.read(name.replace("models/", "de3/demo/", 1))
                 assert sha256(copy).digest() == sha256((ROOT / name).read_bytes()).digest(), name
     code = {
-        name
+        name if name.startswith("de3/") else f"de3/{name}"
         for name in tracked
         if name.endswith((".py", ".pyi", "py.typed", ".html", ".css", ".js"))
-        and not name.startswith(("tests/", "deploy/grafana/"))
+        and not name.startswith(("conftest.py", "tests/", "lab/", "deploy/grafana/"))
     }
     demo = {n.replace("models/", "de3/demo/", 1) for n in tracked if n.startswith("models/")}
-    assert names == code | demo | {"native/kernels.abi3.so"}
+    assert names == code | demo | {"de3/native/kernels.abi3.so"}
 
 
 def test_the_checksums_are_those_of_the_files(dist: Path) -> None:
