@@ -5,23 +5,31 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from weakref import ref
 
 import httpx
+import numpy as np
 import pytest
 
-from de3.exits.promise import Profile
+from de3.exits.promise import MAX_SHARES, Profile
+from de3.exits.reading import read
 from de3.model_store.segments import Tokens
-from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor, Draw
-from de3.server.audit.state import StateDir
+from de3.model_store.store import Store
+from de3.server.audit.auditor import MAX_PENDING, MAX_RESETS, ROOM, Auditor, Draw
+from de3.server.audit.audits import Audits
+from de3.server.audit.log import AuditLog
+from de3.server.audit.report import report
+from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import Audit, run_audits
 from de3.server.engine.job import Job
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.request import Text
+from de3.server.rules import Rules
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests import jobs
@@ -593,13 +601,171 @@ def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) 
         auditor, waiting = auditor_of(server), list[Audit]()
         submit, auditor._submit = auditor._submit, waiting.extend
         auditor._random.seed(1)
-        server.classify(input=TEXTS[: ROOM // 8])  # all are drawn, and none runs to full depth by itself
-        assert (auditor.pending, auditor.share) == (ROOM // 8, 0.5)
-        server.classify(input=TEXTS[ROOM // 8 : ROOM // 8 + 20])
-        drawn = auditor.pending - ROOM // 8
-        assert 0 < drawn < 20
+        counted, start = {}, 0
+        for share, texts in ((1.0, ROOM // 8), (0.5, 100), (0.25, 20)):
+            before = auditor.pending
+            assert auditor.share == share
+            server.classify(input=TEXTS[start : start + texts])  # none runs to full depth by itself
+            counted[share] = texts, auditor.pending - before
+            start += texts
+        assert counted[1.0] == (ROOM // 8, ROOM // 8)
         until(lambda: len(waiting) == auditor.pending, "the audits")
         submit(waiting)
-        until(lambda: auditor.evidence.texts == ROOM // 8 + 20, "all to be counted")
-        counted = {share: (tally.texts, tally.audits) for share, tally in auditor.evidence.tallies.items()}
-        assert counted == {1.0: (ROOM // 8, ROOM // 8), 0.5: (20, drawn)}
+        until(lambda: auditor.evidence.texts == start, "all to be counted")
+        tallies = auditor.evidence.tallies.items()
+        assert {share: (tally.texts, tally.audits) for share, tally in tallies} == counted
+
+
+def made(store: Path, version: int = 1, **changes: Any) -> Any:
+    """A served model of which only the manifest exists, and what an auditor asks of it."""
+    manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
+    model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime")
+    rules = Rules(manifest, Settings(tau=TAU))
+    return SimpleNamespace(model=model, rules=rules, monitor=SimpleNamespace(caution=1.0))
+
+
+def audits_of(**settings: Any) -> Audits:
+    """Audits that are never run."""
+    return Audits(Settings(audit_share=1.0, **settings), lambda _: None, lambda served: served.rules.default)
+
+
+def agree(auditor: Auditor, share: float = 1.0, served_differs: bool = False) -> None:
+    """Count a text that every τ answers as full depth does."""
+    count = len(auditor.taus)
+    audit = Profile(np.zeros(count, np.bool_), np.zeros(count, np.int64))
+    auditor.evidence.add(share, audit, served_differs)
+    auditor.is_changed = True
+
+
+def test_what_is_known_of_an_unloaded_model_is_of_no_other_that_has_its_name(store: Path) -> None:
+    audits, first = audits_of(), made(store)
+    audits.serve(first)
+    agree(audits.of(first))
+    audits.forget(first)
+    audits.serve(changed := made(store, max_tokens=63))
+    assert audits.of(changed).evidence.audits == 0
+    agree(audits.of(changed))
+    audits.forget(changed)
+    audits.serve(changed)
+    assert audits.of(changed).evidence.audits == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda s: setattr(s.model, "runtime", "native"), "another runtime, or another --ood-policy"),
+        (lambda s: setattr(s.monitor, "caution", 0.5), "another runtime, or another --ood-policy"),
+    ],
+)
+def test_audits_of_another_runtime_or_policy_are_not_taken(
+    store: Path, change: Callable[[Any], None], why: str
+) -> None:
+    audits, first, other = audits_of(), made(store), made(store)
+    audits.serve(first)
+    state = state_of(audits.of(first))
+    change(other)
+    audits.serve(other)  # the same manifest: the same auditor
+    with pytest.raises(ValueError, match=why):
+        restore(audits.of(other), state)
+
+
+def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> None:
+    audits, served = audits_of(), made(store)
+    audits.serve(served)
+    auditor = audits.of(served)
+    for number in range(1 + MAX_SHARES - NEW_SHARES):
+        restore(auditor, state_of(auditor))
+        agree(auditor, (1 + number) / MAX_SHARES)
+    with pytest.raises(ValueError, match="too many shares"):
+        restore(auditor, state_of(auditor))
+
+
+def test_every_version_has_a_file_of_its_own_and_what_was_not_written_is_tried_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audits, versions = audits_of(state_dir=tmp_path), (made(store, 1), made(store, 2))
+    for served in versions:
+        audits.serve(served)
+        agree(audits.of(served))
+
+    def broken(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StateDir, "write", broken)
+        audits._save(audits.of(versions[0]))
+    assert not list(tmp_path.glob("*.json"))
+    audits.stop()
+    for served in versions:
+        state = json.loads((tmp_path / f"tiny-{served.model.manifest.version}.json").read_text())
+        assert (state["model"], state["counts"][0]["audits"]) == (served.model.full_name, 1)
+
+
+def test_the_report_tells_the_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
+    audits, served = audits_of(), made(store)
+    audits.serve(served)
+    for differs in (True, True, False, False):
+        agree(audits.of(served), 1.0, differs)
+    measured = report(audits.of(served))["measured"]
+    assert (measured["disagreement"], measured["as_served"]) == (0, 0.5)
+
+
+def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) -> None:
+    audits, served = audits_of(), made(store)
+    audits.serve(served)
+    auditor = audits.of(served)
+    for number in range(MAX_RESETS + 3):
+        for _ in range(number):
+            agree(auditor)
+        auditor.reset()
+    assert [r.audits for r in auditor.resets] == list(range(3, MAX_RESETS + 3))
+    assert auditor.num_resets["reset"] == MAX_RESETS + 3
+    restore(auditor, state_of(auditor))
+
+
+def test_a_change_says_how_many_audits_it_took(store: Path) -> None:
+    audits, served = audits_of(guarantee=0.1, guarantee_start="calibrated"), made(store)
+    served.rules = Rules(served.model.manifest, Settings(guarantee=0.3, guarantee_start="calibrated"))
+    audits.serve(served)
+    auditor = audits.of(served)
+    assert auditor.promise is not None and auditor.promise.index > 0
+    count = len(auditor.taus)
+    unlike, added = Profile(auditor.taus > 0, np.zeros(count, np.int64)), 0
+    while not auditor.resets:
+        auditor._add(1.0, unlike, True)
+        added += 1
+    (reset,) = auditor.resets
+    assert (reset.reason, reset.audits) == ("change", added)
+
+
+def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("de3.server.audit.auditor.MAX_ENTRIES", 3)
+    audits, served = audits_of(), made(store)
+    audits.serve(served)
+    auditor = audits.of(served)
+    shares = []
+    for _ in range(4):
+        shares.append(auditor.share)
+        auditor._open(1.0).is_open = False
+    assert shares == [1, 1, 1, 0]
+
+
+def test_audits_that_are_no_numbers_are_not_logged(store: Path, tmp_path: Path) -> None:
+    written = AuditLog(tmp_path / "audits.jsonl", False)
+    for logit in (1.0, float("nan"), float("inf")):
+        written.write(made(store), 1.0, [read(0, [1.0, 0.0], None), read(3, [logit, 0.0], None)], 5, None)
+    written.close()
+    (line,) = (tmp_path / "audits.jsonl").read_text().splitlines()
+    assert json.loads(line)["logits"] == [[1, 0], [1, 0]]
+
+
+def test_texts_that_were_not_drawn_count_under_the_share_of_their_time(store: Path) -> None:
+    audits, served = audits_of(), made(store)
+    audits.serve(served)
+    auditor = audits.of(served)
+    for share, texts in ((1.0, 5), (0.5, 3), (0.25, 2)):
+        auditor._open(share).skipped += texts
+    auditor._settle()
+    assert {q: tally.texts for q, tally in auditor.evidence.tallies.items()} == {1.0: 5, 0.5: 3, 0.25: 2}

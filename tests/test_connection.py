@@ -5,10 +5,13 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from http.client import HTTPResponse
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import pytest
@@ -16,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from de3.server.http import connection, listener
+from de3.server.http.listener import BaseConnection, Listener
 from de3.server.http.parser import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from de3.server.shares import Shares
 from tests.serving import Server, serving, until
 
 BODY = b'{"input": "good film"}'
@@ -453,3 +458,173 @@ def test_a_chunk_extension_that_comes_byte_by_byte_has_an_end(server: Server) ->
         assert len(packets) == pytest.approx(1000, rel=0.05)
         assert is_closed(s)
     works(server)
+
+
+def test_a_request_is_parsed_however_it_is_cut_and_nothing_of_the_next_one() -> None:
+    head, chunks = (
+        b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"2\r\nhi\r\n0\r\n\r\n",
+    )
+    for cut in range(len(chunks)):
+        parser = RequestParser()
+        for at in range(len(head)):
+            assert parser.data == head[:at]
+            parser.data += head[at : at + 1]
+            assert parser.parse_head() == (at == len(head) - 1)
+        parser.data = chunks[:cut]
+        parser.parse_body()
+        parser.data += chunks[cut:] + b"GET /next"
+        parser.parse_body()
+        assert parser.is_complete and (parser.take_body(), parser.data) == (b"hi", b"GET /next")
+
+
+def test_a_trailer_is_no_header() -> None:
+    parser = RequestParser()
+    parser.data = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nAuthorization: Bearer x\r\n\r\n"
+    assert parser.parse_head() and parser.parse_body() == 0
+    assert parser.is_complete and parser.headers == [(b"transfer-encoding", b"chunked")]
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_http_1_0_is_neither_kept_alive_nor_invited_to_continue(version: bytes) -> None:
+    parser = RequestParser()
+    parser.data = (
+        b"POST / HTTP/%s\r\nConnection: keep-alive\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
+        % version
+    )
+    assert parser.parse_head()
+    assert parser.keep_alive == parser.expects_continue == (version == b"1.1")
+
+
+def on_loop(one: BaseConnection, act: Callable[[], Any]) -> Any:
+    """Run something in the server's event loop, between two of its steps."""
+    done: Future[Any] = Future()
+    one.loop.call_soon_threadsafe(lambda: done.set_result(act()))
+    return done.result(20)
+
+
+def test_a_body_that_came_with_its_head_is_read_whether_it_is_needed_or_not(server: Server) -> None:
+    expecting = REQUEST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+    with connect(server) as s:
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nGET ")
+        assert answer(s)[0] == 200  # and the connection goes on
+        s.sendall(expecting)
+        assert answer(s)[0] == 200  # without an invitation before
+
+
+def test_a_body_that_comes_after_a_shutdown_began_is_read(server: Server) -> None:
+    with connect(server) as s:
+        s.sendall(REQUEST[:-3])
+        until(lambda: server.bodies_awaited() == 1, "the head to come")
+        (waiting,) = [c for c in server.listener.connections if c.state == connection.BODY]
+        on_loop(waiting, lambda: (waiting.shutdown(), waiting.data_received(REQUEST[-3:])))  # type: ignore[attr-defined]
+        assert answer(s)[0] == 200 and is_closed(s)
+
+
+def test_a_client_that_goes_on_sending_after_a_refusal_is_cut_off(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", 60.0)
+    monkeypatch.setattr(connection, "MAX_DISCARDED_BYTES", 100)
+    with connect(server) as s:
+        s.sendall(b"?")
+        assert answer(s)[0] == 400
+
+        def lingering() -> list[BaseConnection]:
+            return [c for c in list(server.listener.connections) if c.state == connection.LINGER]
+
+        until(lingering, "the end of the response")
+        (refused,) = lingering()
+        for size, is_open in ((100, True), (1, False)):
+            on_loop(refused, lambda n=size: refused.data_received(b"x" * n))  # type: ignore[attr-defined]
+            assert (refused in server.listener.connections) == is_open
+
+
+def test_what_comes_while_a_pipelined_request_awaits_its_turn_changes_nothing(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 3600.0)
+    with serving(store, models=["tiny"]) as server, connect(server) as s:
+        server.listener.wait_for_pipelined()
+        server.listener.wait_for_pipelined()
+        s.sendall(REQUEST * 2)
+        assert answer(s)[0] == 200
+        (one,) = server.listener.connections
+        until(lambda: one._awaits_turn, "its turn")  # type: ignore[attr-defined]
+        on_loop(one, lambda: one.data_received(b"GET "))  # type: ignore[attr-defined]
+        assert one._parser.data == REQUEST + b"GET " and one.state == connection.HEAD  # type: ignore[attr-defined]
+
+
+class Made(BaseConnection):
+    """A connection of which only the listener's view exists."""
+
+    def __init__(
+        self,
+        shared: Listener,
+        address: str = "",
+        at: float = 0.0,
+        responses: int = 0,
+        state: int = connection.HEAD,
+    ) -> None:
+        super().__init__(SimpleNamespace(call_later=lambda *_: None))  # type: ignore[arg-type]
+        self.shared, self.address, self.opened_at, self.responses = shared, address, at, responses
+        self.state, self.is_aborted, self.is_refused, self.left = state, False, False, 0
+
+    def expire(self, now: float) -> None: ...
+
+    def abort(self) -> None:
+        self.is_aborted = True
+        self.shared.closed(self)
+
+    def unread(self) -> int:
+        return self.left
+
+    def refuse_body(self) -> None:
+        self.is_refused = True
+
+
+def made_listener(limit: int = 5) -> Listener:
+    gate: Any = SimpleNamespace(bytes_in_flight=Shares(1000, "bytes"), dropped=lambda _: None)
+    return Listener(gate, limit, 1000, 5.0)
+
+
+def test_the_oldest_unanswered_connection_of_the_busiest_address_is_evicted() -> None:
+    shared = made_listener()
+    connections = [
+        Made(shared, "b", 0.0),
+        Made(shared, "a", 1.0, state=connection.RESPONSE),
+        Made(shared, "a", 2.0, responses=1),
+        Made(shared, "a", 3.0),
+        Made(shared, "a", 4.0),
+    ]
+    for one in connections:
+        shared.opened(one)
+    assert [one.is_aborted for one in connections] == [False, False, False, True, False]
+
+
+def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None:
+    shared, connections = made_listener(100), []
+    for client, size in (("x", 10), ("x", 20), ("y", 25)):
+        connections.append(one := Made(shared, state=connection.BODY))
+        one.client, one.body_bytes = client, size
+        shared.gate.bytes_in_flight.take(client, size)
+        shared.opened(one)
+    assert shared.make_room("new")
+    assert [one.is_refused for one in connections] == [False, True, False]
+
+
+def test_the_client_that_has_read_least_is_cut_off_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 35)
+    shared = made_listener(100)
+    connections = [Made(shared) for _ in range(3)]
+    for one, left in zip(connections, (10, 20, 30), strict=True):
+        one.left = left
+        shared.opened(one)
+        shared.paused(one)
+    assert [one.is_aborted for one in connections] == [False, False, True]
+
+
+def test_all_connections_share_the_rate_at_which_bodies_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "monotonic", lambda: 100.0)
+    shared = made_listener()
+    assert [shared.wait_to_read(int(listener.MAX_BODY_BYTES_PER_S)) for _ in range(3)] == [1, 2, 3]
