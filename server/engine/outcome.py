@@ -19,7 +19,7 @@ class Window:
 
 @dataclass(slots=True)
 class Outcome:
-    """Where and why a text exited, and its costs in seconds.
+    """Exit of a text, its answer, and its costs in seconds.
 
     Attributes:
         layer: the exit's layer; of several windows, that of the last one.

@@ -1,4 +1,4 @@
-"""How far a text got on its way through the layers."""
+"""Progress of a text through the layers."""
 
 from dataclasses import dataclass, field, replace
 

@@ -198,7 +198,7 @@ class WorkQueue:
             self._emptied.wait_for(lambda: not self._pending, seconds)
 
     def later_than(self, due: float) -> int:
-        """How many pending items are due after then."""
+        """Number of pending items that are due after then."""
         with self._changed:
             heaps = [self._promised, *(client.items for _, _, client in self._listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)

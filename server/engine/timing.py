@@ -1,4 +1,4 @@
-"""How long a model takes on this machine, measured once while it warms up.
+"""Speed of a model on this machine, measured once while it warms up.
 
 Measured in CPU time of the thread: a model that is loaded under load waits for processors in between.
 """
