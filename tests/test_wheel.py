@@ -54,7 +54,7 @@ def dist(tracked: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"no package index: {reached.stderr[-200:]}")
     for name in tracked:
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, checkout / name)
+        shutil.copy(ROOT / name, checkout / name, follow_symlinks=False)
     run("deploy/release/build.sh", sys.executable, cwd=checkout)
     return checkout / "dist"
 
