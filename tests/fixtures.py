@@ -198,16 +198,30 @@ def save_encoder(
 
 # Longest first, so that no worker of pytest-xdist begins a long one when the others are done.
 SLOW_FILES = (
-    "docker",
-    "ray",
-    "models",
-    "attacks",
-    "trouble",
-    "studies",
-    "training",
-    "fuzz",
-    "dashboards",
-    "trade_offs",
+    *(
+        "docker",
+        "ray",
+        "training_studies",
+        "wheel",
+        "attacks",
+        "trouble",
+        "fuzz",
+        "kernels",
+        "studies",
+        "dashboards",
+    ),
+    *(
+        "import",
+        "modernbert",
+        "multi_label",
+        "models",
+        "page",
+        "regression",
+        "budgets",
+        "server_life",
+        "audit",
+    ),
+    *("deberta", "training", "hostile_models", "export", "calibration", "signal_choice", "native"),
 )
 
 
@@ -260,7 +274,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
     """A small DE3-BERT, trained by the command a user types."""
-    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 8  # what it answers does not matter there
+    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # what it answers does not matter there
     command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"

@@ -192,6 +192,7 @@ def broken_rows(r: Recorded, which: slice) -> Recorded:
     return Recorded(r.exit_layers, logits, r.distances, r.labels)
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_fragments_neither_choose_nor_certify() -> None:
     """Nobody sends them: how they turn out changes the fit of the risk, and no number."""
     tune, certify = recorded(1200, 1), recorded(1200, 2)
@@ -214,6 +215,7 @@ def test_fragments_neither_choose_nor_certify() -> None:
     assert found[0].risk != found[1].risk
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_of_many_samples_only_the_certifying_part_certifies() -> None:
     tune, certify = recorded(900, 1), recorded(900, 2)
     parts = [Part.of(r, examples(900)) for r in (tune, certify)]
@@ -228,6 +230,7 @@ def test_of_many_samples_only_the_certifying_part_certifies() -> None:
     assert_certified(found, Samples.independent(certify), fitted.scores(certify))
 
 
+@pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("group_of", [1, 3])
 def test_of_few_samples_both_parts_certify_each_by_a_fit_on_the_other(group_of: int) -> None:
     n = 600 * group_of
@@ -263,6 +266,7 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
             assert row.disagreement_bound >= least - 1e-6
 
 
+@pytest.mark.usefixtures("few_taus")
 def test_a_signal_that_is_wanted_is_the_default() -> None:
     parts = [Part.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
     for wanted in ("risk", "edr", "entropy"):

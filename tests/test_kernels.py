@@ -3,8 +3,10 @@
 import platform
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,7 @@ def build(compiler: str, to: Path, *flags: str) -> Path:
 
 
 def run(*command: str | Path) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -61,6 +63,13 @@ def test_what_this_machine_runs_gives_what_the_reference_gives(native: Path) -> 
     for name in (*lacking, "quantum"):
         done = subprocess.run([native, name], check=False, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and done.stdout.startswith(f"{name}: ")
+
+
+def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
+    names = [
+        line.partition(":")[0] for line in run(sys.executable, "tests/native/layer.py", ROOT).splitlines()
+    ]
+    assert names == kernels.implementations()
 
 
 def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -> None:

@@ -17,7 +17,7 @@ from de3.loadtest.texts import Sample, read, with_long, with_taus
 from de3.model_store.store import Store
 from tests.commands import de3
 from tests.fixtures import make_rows, write_rows
-from tests.serving import serving
+from tests.serving import free_port, serving
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
@@ -187,7 +187,10 @@ def test_the_ramp_reports_both_runs(store: Path, tmp_path: Path, monkeypatch: py
     )
     monkeypatch.setattr(ramp, "SECONDS", 3)
     texts = write_rows(tmp_path / "texts.jsonl", make_rows(60, 33))
-    de3(f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path}")
+    de3(
+        f"loadtest ramp --store {store} --model tiny --texts {texts} --text-column text --out {tmp_path} "
+        f"--port {free_port()}"
+    )
     found = json.loads((tmp_path / "ramp.json").read_text())
     assert set(found["runs"]) == {"off", "on"}
     for one in found["runs"].values():

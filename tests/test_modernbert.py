@@ -245,7 +245,8 @@ def graphs(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
 
 def is_refused(proto: onnx.ModelProto, layer: int, manifest: Any) -> bool:
     try:
-        read_segment(read_graph(proto.SerializeToString()), layer, manifest)
+        read_segment(proto.graph, layer, manifest)
+        read_segment(read_graph(proto.SerializeToString()), layer, manifest)  # as a file, which takes longer
     except GraphError:
         return True
     return False
@@ -395,7 +396,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(900, 3)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         de3(
-            f"train {folder}/data.jsonl --text-column a --pair-column b --encoder {encoder} --epochs 5 --lr 2e-3 "
+            f"train {folder}/data.jsonl --text-column a --pair-column b --encoder {encoder} --epochs 3 --lr 2e-3 "
             f"--batch-size 32 --held-back 120 --no-bf16 --label-names good,bad --out {folder}/checkpoint"
         )
         for name, precision in (("m", "none"), ("m-int8", "int8")):

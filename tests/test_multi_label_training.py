@@ -51,7 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: 
     def make(folder: Path) -> None:
         output = de3(
             f"train {data_file} --multi-label --threshold 0.4 --encoder {encoder} --out {folder}/checkpoint "
-            "--held-back 300 --epochs 6 --lr 2e-3 --batch-size 32 --no-bf16"
+            "--held-back 300 --epochs 4 --lr 2e-3 --batch-size 32 --no-bf16"
         )
         none = sum(not names_of(text) for text, _ in make_rows(1800, 41))
         assert f"{none} of 1800 texts have no label" in output and none > 10

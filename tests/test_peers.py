@@ -1,7 +1,6 @@
 """The lean peers that de3 loadtest compare runs."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from de3.loadtest.texts import Sample
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from tests.fixtures import make_rows
-from tests.serving import serving
+from tests.serving import free_port, serving
 
 SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 TEXTS = [text for text, _ in make_rows(20, 5)]
@@ -83,9 +82,7 @@ def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_pat
         "--port",
         "{port}",
     ]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with servers.running(servers.Server("fused", command), port, tmp_path / "log") as peer:
+    with servers.running(servers.Server("fused", command), free_port(), tmp_path / "log") as peer:
         theirs = ask_alone(peer.target, SAMPLES)
         assert peer.memory_mb() > 20
     with serving(store, models=["tiny-int8"]) as server:

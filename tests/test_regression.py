@@ -56,7 +56,7 @@ def value_of(text: str) -> float:
 def stock(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Path:
     """A stock regression model."""
     examples = [Example(text, value_of(text)) for text, _ in make_rows(1600, 1)]
-    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=6)
+    return fine_tuned(tmp_path_factory, "regression", encoder, ["praise"], examples, epochs=4)
 
 
 @pytest.fixture(scope="session")

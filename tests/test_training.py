@@ -131,7 +131,7 @@ def test_distillation_follows_the_teacher(
         common(data_file, encoder, tmp_path / "student").replace(
             "1e-3 --batch-size 64", "2e-3 --batch-size 32"
         )
-        + f" --epochs 6 --teacher {teacher} --distill 1 --temperature 1"
+        + f" --epochs 4 --teacher {teacher} --distill 1 --temperature 1"
     )
     assert list(teacher.glob("logits-*.safetensors"))  # kept for the next student
     student = De3Model.from_pretrained(tmp_path / "student")

@@ -36,7 +36,8 @@ def test_every_answer_is_as_the_schema_says(server: Server, tmp_path: Path) -> N
     command += ["--max-examples", "50", "--seed", "1", "-H", f"Authorization: Bearer {KEY}"]
     # What cannot go together (tau and target_speedup) a schema would say in a way that no reader understands.
     command += ["--exclude-checks", "positive_data_acceptance"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    command += ["--request-timeout", "60", "--suppress-health-check", "too_slow"]  # on a busy machine
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-5000:]
     assert "19 selected / 19 total" in done.stdout
 

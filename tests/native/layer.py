@@ -2,7 +2,7 @@
 
     python layer.py FOLDER
 
-FOLDER holds the package native with its extension. For Pythons that have no other packages, as one in an emulator.
+FOLDER holds the package de3 with its extension. For Pythons that have no other packages, as one in an emulator.
 """
 
 import random
