@@ -1,5 +1,5 @@
 # make serve   set up what serving needs and serve ./models (PORT=9000 make serve moves the port)
-# make test    set up everything and run the tests of what a change to the product can break
+# make test    set up everything and run the product's fast tests
 # make test-all  run the other tests: containers, Ray, emulators, wheels, load, and the laboratory's
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter

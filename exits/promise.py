@@ -109,7 +109,7 @@ class Evidence:
     tallies: dict[float, Tally] = field(default_factory=dict)
 
     def copy(self) -> "Evidence":
-        """A snapshot, while another thread may go on counting."""
+        """A snapshot; safe while another thread counts."""
         tallies = {
             share: replace(tally, differing=tally.differing.copy(), layers=tally.layers.copy())
             for share, tally in list(self.tallies.items())

@@ -45,7 +45,7 @@ class ExitRule:
     Attributes:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
-        max_layer: samples exit at the last exit up to this layer, if not before; None: at the last layer.
+        max_layer: the deepest allowed layer: samples exit at the last exit up to it at the latest; None: no limit.
         thresholds: of a multi-label model; None if classes exclude each other.
     """
 

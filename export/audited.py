@@ -55,7 +55,7 @@ class _Audit:
     Attributes:
         time: seconds since 1970.
         share: probability of being audited.
-        logits, distances: every exit's, (exits, K), float32; NaN at exits without prototypes.
+        logits, distances: of every exit, (exits, K), float32; distances are NaN at exits without prototypes.
     """
 
     time: float
@@ -154,7 +154,7 @@ def _audits(file: Path, artifact: Artifact, seen: _Seen) -> Iterator[_Audit]:
 
 
 def _row(fields: Any) -> _Row:
-    """A line of the log; raises ValueError with its first problem."""
+    """Validate a line of the log; raises ValueError for its first problem."""
     if not isinstance(fields, dict):
         raise ValueError("not a JSON object")
     try:
@@ -165,7 +165,7 @@ def _row(fields: Any) -> _Row:
 
 
 def _audit(row: _Row, manifest: Manifest) -> _Audit:
-    """The audit in a row of this model; raises ValueError if the row does not have the model's exits."""
+    """Convert a row of this model to an audit; raises ValueError if the row does not match the model's exits."""
     layers, count = manifest.exit_layers, len(manifest.labels)
     if row.layers != layers:
         raise ValueError(f"layers: must be the model's exits, {layers}, got {row.layers!s:.100}")
@@ -220,6 +220,6 @@ def _recorded(audits: Sequence[_Audit], manifest: Manifest) -> Recorded:
 
 
 def _groups(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Group number of each sample, (n,): one for equal logits, since those of equal texts are equal bit for bit."""
+    """Group number of each sample, (n,): equal texts give the same logits, bit for bit, and form a group."""
     numbers = dict[bytes, int]()
     return np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in logits], np.int64)

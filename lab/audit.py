@@ -63,13 +63,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Window:
-    """Some seconds of the story.
+    """A time window of the story.
 
     Attributes:
         phase: the texts that were sent, home or away.
         texts: number of texts sent so far.
-        seen: rate of answers in this window that differed from full depth's, counted by the client.
-        true: the same rate over all texts of the phase, at the τ in force at the end of the window.
+        seen: disagreement of the answers in this window with full depth, counted by the client.
+        true: disagreement over all texts of the phase, at the τ in force at the end of the window.
         p99_ms: of requests in this window.
     """
 
@@ -190,7 +190,7 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
 
 @dataclass(frozen=True)
 class Round:
-    """One alternation: latencies without and with audits, ms, and the share of the texts that was audited."""
+    """One round: latencies without and with audits, ms, and the share of audited texts."""
 
     p50: float
     p99: float

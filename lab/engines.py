@@ -1,4 +1,4 @@
-"""Full depth on one core, in process: our kernels and the engines of lean peers, in turn, on the same texts."""
+"""Throughput at full depth on one core, in process: our kernels and the engines of lean peers, on the same texts."""
 
 import json
 import os

@@ -110,7 +110,7 @@ class ForwardPass:
     Attributes:
         tau, signal: leave at the first exit whose score is below tau.
         deepest: the last layer to run, one with an exit.
-        ask_all: compute every exit on the way, also those at which it cannot leave (tau 0).
+        ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
         caution: factor of tau after an exit that is too far from its prototypes.
         thresholds: of a multi-label model; None: classes exclude each other.
         layer: the next layer to run.

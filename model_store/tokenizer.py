@@ -133,7 +133,7 @@ class TextTokenizer:
 
     @staticmethod
     def check(artifact: Artifact) -> bytes:
-        """The bytes of the artifact's tokenizer.json, once checked; raises StoreError."""
+        """Check the artifact's tokenizer.json and return its bytes; raises StoreError."""
         data = artifact.read("tokenizer.json")
         try:
             check_tokenizer(data)

@@ -174,7 +174,7 @@ static void finish_block(const Product *p, const int32_t (*sums)[COLUMNS], int r
     }
 }
 
-/* The functions up to the matching pop use dotprod: call them only if why_not() says NULL. */
+/* Code up to the matching pop uses dotprod; call it only if why_not() returns NULL. */
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("dotprod"))), apply_to = function)
 #else

@@ -189,7 +189,7 @@ static int is_asked(const Model *m, int layer, const Pass *p) {
     return m->exits[layer].is_set && (p->ask_all || p->tau > 0.0 || layer == p->deepest);
 }
 
-/* Read an exit that was computed, and decide whether the text leaves there. */
+/* Read a computed exit, and decide if the text exits there. */
 static void decide_exit(const Model *m, int layer, Pass *p, double far) {
     const ExitHead *head = &m->exits[layer];
     size_t row = (size_t)layer * head->num_labels;

@@ -26,7 +26,7 @@ int run_exit(const Model *m, int layer, const float *hidden, int tokens, const f
 typedef struct {
     const int64_t *ids, *types; /* (tokens) */
     int tokens, deepest;        /* deepest: the last layer to run, one with an exit */
-    int ask_all;                /* compute every exit on the way, also those at which it cannot leave (tau 0) */
+    int ask_all;                /* compute every exit, even those at which the text cannot exit (tau 0) */
     double tau;
     Signal signal;
     const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */

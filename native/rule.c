@@ -3,7 +3,7 @@
 #include <math.h>
 #include <stddef.h>
 
-#define SMALLEST 1e-12 /* of what a logarithm is taken */
+#define SMALLEST 1e-12 /* lower bound of the argument of a logarithm */
 
 static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* NaN stays */
 
@@ -41,8 +41,8 @@ static Reading read_labels(int layer, const float *logits, const double *thresho
     double total = 0.0;
     reading.margin = INFINITY;
     for (int k = 0; k < num_labels; k++) {
-        double x = logits[k], far = fabs(x), e = exp(-far);
-        total += log1p(e) + far * e / (1.0 + e);
+        double x = logits[k], magnitude = fabs(x), e = exp(-magnitude);
+        total += log1p(e) + magnitude * e / (1.0 + e);
         double gap = fabs(x - thresholds[k]);
         if (gap < reading.margin) reading.margin = gap;
     }
@@ -89,8 +89,8 @@ double score(Signal signal, const Reading *readings, int count) {
         return last->entropy;
     case EDR: {
         if (signal.lam == 0.0) return last->entropy;
-        double below = signal.lam * last->entropy + last->distance_ratio;
-        return below != 0.0 ? (signal.lam + 1.0) * last->entropy * last->distance_ratio / below : 0.0;
+        double denominator = signal.lam * last->entropy + last->distance_ratio;
+        return denominator != 0.0 ? (signal.lam + 1.0) * last->entropy * last->distance_ratio / denominator : 0.0;
     }
     case RISK: {
         const double *w = signal.weights + RISK_FEATURES * last->layer;

@@ -35,10 +35,10 @@ Reading read_exit(int layer, const float *logits, const float *distances, const 
 /* The probabilities of an exit's labels, num_labels; of each label by itself if there are thresholds. */
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);
 
-/* The signal at the last of `count` exits that a text was asked at, in [0, 1]; NaN: undefined at this exit. */
+/* The signal at the last of `count` computed exits of a text, in [0, 1]; NaN: undefined at this exit. */
 double score(Signal signal, const Reading *readings, int count);
 
-/* Whether the score is below tau; false for NaN. */
+/* True if the score is below tau; false for NaN. */
 int exits(double score, double tau);
 
 #endif

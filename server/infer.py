@@ -18,7 +18,7 @@ from de3.server.service import Service
 
 @dataclass(slots=True, eq=False)
 class Inference:
-    """One request while it is answered, for those who cancel it or report how far it got.
+    """A request in flight, which can be cancelled and whose progress can be reported.
 
     Attributes:
         served, job: the model and its work, once they are known.
@@ -109,11 +109,11 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
     """Let a shadow model run the texts of a job that is done, and count where its answers differ.
 
     It runs while nothing else is pending and is preempted after each layer, so that a server without idle
-    time runs none. Its answers go to nobody.
+    time runs none. Its answers are not returned.
     """
     if len(job.items) > service.engine.queue.shadow_room:
         return
-    # A text that a deadline cut short says nothing of the model: the shadow has none.
+    # Texts that exited at a deadline are not compared, because the shadow runs without one.
     answers = [
         None if outcome.reason == "deadline" else answer
         for outcome, answer in zip(job.outcomes(), job.answers(), strict=True)

@@ -114,8 +114,8 @@ class _AuditMetrics(Collector):
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         resets = counter(
             "de3_audit_resets",
-            "Times that the evidence of audits became void, by reason: change (the rate at the proved τ had risen "
-            "above the promise), or reset (by an admin)",
+            "Resets of the audits' evidence, by reason: change (the rate at the proved τ rose above the promise), "
+            "or reset (by an admin)",
             labels=["model", "reason"],
         )
         excluded = counter(
@@ -202,7 +202,7 @@ class Metrics:
             ["model", "status"],
         )
         self.rejected = counter("de3_rejected", "Rejected requests on all routes, by cause", ["cause"])
-        self.engine_failures = counter("de3_engine_failures", "Engine threads that died or hang")
+        self.engine_failures = counter("de3_engine_failures", "Engine threads that died or are stuck")
         self.dropped_connections = counter(
             "de3_dropped_connections",
             "Connections closed at a limit: connection_limit, or unread (the client does not read its responses)",

@@ -29,7 +29,7 @@ TRIM_CHECKS = 10  # number of checks between two returns of free memory to the s
 
 
 class EngineError(Exception):
-    """An engine thread died or hangs."""
+    """An engine thread died or is stuck."""
 
 
 def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]:

@@ -1,4 +1,4 @@
-"""The time of texts in the engine, one after another: by it `de3 evaluate` says what a speed-up in layers is worth."""
+"""Times of texts in the engine, one after another, from which `de3 evaluate` predicts the speed-up in time."""
 
 from collections.abc import Sequence
 from time import thread_time

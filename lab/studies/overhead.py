@@ -111,12 +111,12 @@ def layers(model: Model, tokens: Tokens) -> Run:
 
 
 def _pass(model: Model, tokens: Tokens, with_exits: bool) -> ForwardPass:
-    """At τ = 0 no exit is left at, and none is computed that is not asked for."""
+    """A pass at τ = 0: no early exit, and exits are computed only if `with_exits`."""
     return ForwardPass(tokens, 0.0, Entropy(), model.manifest.num_layers, with_exits)
 
 
 def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
-    """Seconds without and with exits, (copies, pairs, 2): copies and pairs take turns, for about so many seconds."""
+    """Seconds without and with exits, (copies, pairs, 2), alternating between copies for about `seconds`."""
     pairs: list[list[list[float]]] = [[] for _ in runs]
     start = perf_counter()
     while len(pairs[0]) < PAIRS or (perf_counter() - start < seconds and len(pairs[0]) < MOST_PAIRS):

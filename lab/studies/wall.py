@@ -1,7 +1,7 @@
 """Accuracy against speed-up by the clock: texts one after another through the engine, at a grid of τ.
 
-A text runs as a request with one text does: queue, tokenizer, layers and exit rule, in the calling thread. HTTP is left
-out, and so is the change of threads between event loop and engine.
+Each text runs like a request with one text: queue, tokenizer, layers and exit rule, in the calling thread. HTTP and the
+thread switches between event loop and engine are not included.
 """
 
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Audits: some texts of live traffic also run to full depth, which tells how often early answers differ from it."""
+"""Audits: a sample of live texts also runs to full depth, to measure how often early answers differ from it."""

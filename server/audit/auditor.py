@@ -1,9 +1,9 @@
-"""Draws texts for audits, runs them to full depth while nothing else is pending, and counts what they tell.
+"""Samples texts for audits, runs them to full depth while nothing else is pending, and counts the results.
 
-A text is drawn with a probability that is fixed before anything of it is known, and answered like any other. Texts are
-counted in the order of their answers: what came after one whose audit has not run yet is not counted before it, so that
-what is counted never depends on which audits were quick. (It depends on which of the texts in flight were answered
-first; they are few, compared with the texts that a decision takes.)
+A text is drawn with a probability that is fixed before anything about the text is known, and answered like any other.
+Texts are counted in the order of their answers: a text is not counted before the audits of earlier ones have run, so
+the counts do not depend on how long audits take. (They depend on the order in which texts in flight were answered, but
+those are few compared with the texts that a decision needs.)
 """
 
 import asyncio
@@ -32,13 +32,13 @@ from de3.server.settings import ExitOptions, Settings
 
 log = logging.getLogger("de3")
 
-# Audits that are pending or will be; the share falls as they become more, by half at each eighth of it.
+# Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
 ROOM = 256
-MAX_PENDING = 2 * ROOM  # beyond, nothing is drawn; by large batches only, as the share is near 0 before
-MAX_ENTRIES = 8192  # texts and audits that wait to be counted, as one before them has not run yet
-TICK_S = 0.05  # for which drawn texts are gathered
-MAX_RESETS = 20  # that are remembered
-EXCLUDED = ("deadline", "max_layer", "windows")  # answers that no τ explains
+MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
+MAX_ENTRIES = 8192  # entries not yet counted, because the audit of an earlier one is pending
+TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
+MAX_RESETS = 20  # resets kept for the report
+EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
 NO_WISH = ExitOptions()
 
 
@@ -49,7 +49,7 @@ class _Entry:
     Attributes:
         is_open: whether the next text belongs here; then there is no audit.
         is_pending: whether its audit has not run yet.
-        audit: what it told; None: nothing, as it never ran.
+        audit: its result; None: it has not run, or was dropped.
     """
 
     share: float
@@ -62,11 +62,11 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The texts of a job that are audited, drawn before anything of them was known.
+    """The audited texts of a job, drawn before anything about them was known.
 
     Attributes:
         share: the probability of each.
-        epoch: of the evidence for which they were drawn, as a reset begins a new one.
+        epoch: number of the evidence that they count towards; each reset starts a new epoch.
         is_drawn: one for each text.
     """
 
@@ -77,12 +77,12 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """When what was known became void, and why.
+    """A reset of the evidence.
 
     Attributes:
         at: seconds since 1970.
-        tau: that was in force.
-        audits: that were counted until then.
+        tau: τ in force before the reset.
+        audits: number of audits counted before the reset.
     """
 
     at: float
@@ -92,7 +92,7 @@ class Reset:
 
 
 class Auditor:
-    """The audits of one model's requests that choose nothing themselves. Only the event loop calls it.
+    """The audits of one model, for requests without exit options. Only the event loop calls it.
 
     Attributes:
         served: the model as it is loaded now.
@@ -226,7 +226,7 @@ class Auditor:
         return self._entries[-1]
 
     def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
-        """Let a text run to full depth soon: some together, and not before their answers are sent."""
+        """Schedule the audit of a text. Audits are submitted together, after the answers have been sent."""
         entry.is_pending = True
         # Its tokens are enough: texts may be large.
         logged = text if self._log is not None and self._log.has_texts else None
@@ -261,7 +261,7 @@ class Auditor:
     def _conclude(
         self, entry: _Entry, answer: Reading, passed: list[Reading], tokens: int, text: Text | None
     ) -> None:
-        """Count a text that passed every exit, and that was answered with `answer`."""
+        """Record the audit of a text that passed every exit and was answered with `answer`."""
         tolerance = self.served.model.manifest.tolerance
         last = passed[-1]
         unlike = [differs(reading.answer, last.answer, tolerance) for reading in passed]
@@ -272,7 +272,10 @@ class Auditor:
             self._log.write(self.served, entry.share, passed, tokens, text)
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
-        """The scores of a text at its exits; from where it is out of distribution as if τ had been lowered for it."""
+        """The scores of a text at its exits, raised from the first exit at which it is out of distribution.
+
+        A raised score has the same effect as the lowered τ of the OOD policy.
+        """
         monitor, scores, caution = self.served.monitor, list[float | None](), 1.0
         for reading in passed:
             if monitor.is_far(reading):
@@ -320,7 +323,7 @@ class Auditor:
         self._begin_anew(Reset(time.time(), "change", tau, audits + 1))
 
     def reset(self) -> None:
-        """Forget what is known, as an admin wants it; with a guarantee τ is 0 again."""
+        """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
         tau, audits = self.served.rules.default.rule.tau, self.evidence.audits
         if self.promise is not None:
             self.promise.reset("reset")
@@ -342,7 +345,7 @@ class Auditor:
         resets: list[Reset],
         kept: Kept | None,
     ) -> None:
-        """Go on where a server before this one left off; raises ValueError. kept: None: nothing was promised."""
+        """Continue from the saved state of an earlier server; raises ValueError. kept: None: it had no guarantee."""
         if self.promise is None:
             self._evidence = evidence
         elif kept is not None:
@@ -362,6 +365,6 @@ class Auditor:
         return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
 
     def in_force(self) -> dict[str, Any]:
-        """τ in force for texts that choose nothing, and why."""
+        """τ in force for requests without exit options, and the reason for it."""
         choice = self._in_force(self.served)
         return {"tau": choice.rule.tau, "reason": self.promise.reason if self.promise else choice.by}

@@ -1,4 +1,4 @@
-"""The auditors of a server's models, and the task that saves what they know."""
+"""The auditors of a server's models, and the task that saves their state."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from de3.server.rules import Choice
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-SAVE_S = 2.0  # between two times that what changed is saved: a crash loses as much
+SAVE_S = 2.0  # interval between saves; a crash loses the audits since the last one
 MAX_KEPT = 32  # states of unloaded models, which may come back
 
 
@@ -42,7 +42,7 @@ class Audits:
         self._writing, self._has_failed = Lock(), False
 
     def serve(self, served: Served) -> None:
-        """Audit a model from now on; one that was served before goes on where it was."""
+        """Start to audit a model. If it was served before, its earlier evidence is kept."""
         if not self.is_on:
             return
         name = served.model.full_name
@@ -60,7 +60,7 @@ class Audits:
             self._state.read(auditor)
 
     def forget(self, served: Served) -> None:
-        """A model is served no longer: what is known of it is kept, but not the model."""
+        """Stop auditing an unloaded model. Its evidence is kept; the model is released."""
         name = served.model.full_name
         auditor = self._by_model.get(name)
         if auditor is None or auditor.served is not served:
@@ -87,7 +87,7 @@ class Audits:
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """While a job is submitted and answered: draws some of its texts before, and counts them after."""
+        """Context in which a job is submitted and answered: draws texts for audits before, and counts texts after."""
         auditor = self.get(job.served)
         if auditor is None:
             yield
@@ -130,7 +130,7 @@ class Audits:
                 self._has_failed = True
 
     def stop(self) -> None:
-        """Save what is known, and close the files; called once nothing is answered any more."""
+        """Save all evidence and close the files; called when no more requests are answered."""
         for auditor in list(self._by_model.values()):
             self._save(auditor)
         with self._writing:

@@ -1,4 +1,4 @@
-"""The log of audits: what each audited text showed at every exit, a line of JSON each."""
+"""The log of audits: one line of JSON for each audited text, with the outputs of every exit."""
 
 import logging
 import math
@@ -67,7 +67,7 @@ class AuditLog:
 
 
 class _Handler(RotatingFileHandler):
-    """Says once that the file cannot be written; only this user may read it, as texts are user data."""
+    """A log file that only its owner may read, as texts are user data; reports the first failed write only."""
 
     def _open(self) -> Any:
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_private)

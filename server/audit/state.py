@@ -63,9 +63,9 @@ class ResetRow(_Part):
 
 
 class State(_Part):
-    """A model's audits. They hold for these files of the model, run in this way, this signal and these τ only.
+    """Saved audits of a model; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
 
-    caution: what τ is multiplied by for texts out of distribution.
+    caution: factor of τ for out-of-distribution texts.
     """
 
     schema_version: Literal[1] = 1
@@ -121,7 +121,7 @@ def state_of(auditor: Auditor) -> State:
 
 
 def restore(auditor: Auditor, state: State) -> None:
-    """Let an auditor go on from a state; raises ValueError if it is of something else."""
+    """Restore an auditor from a state; raises ValueError if the state does not match the auditor's model."""
     manifest, signal = auditor.served.model.manifest, auditor.signal
     if state.fingerprint != fingerprint(manifest):
         raise ValueError("it is of another model")
@@ -190,7 +190,7 @@ class StateDir:
         except (OSError, ValueError) as error:
             what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
             aside = path.with_suffix(".json.old")
-            log.warning("%s does not fit, and audits begin anew: %s; kept as %s", path, what, aside.name)
+            log.warning("%s cannot be used (%s); audits start from zero; kept as %s", path, what, aside.name)
             with suppress(OSError):
                 path.replace(aside)
         else:

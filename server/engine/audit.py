@@ -19,7 +19,7 @@ from de3.server.engine.served import MAX_STEP_S, Served
 
 log = logging.getLogger("de3.engine")
 STEP_S = 0.001  # between two looks at the queue, unless one layer takes longer
-# A server that is overloaded for long audits slowly, but does not go blind.
+# Longest wait for an empty queue before each step: under lasting overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
 STOP_S = 5.0
 
@@ -66,7 +66,7 @@ class AuditThreads:
         ]
 
     def put(self, audits: Sequence[Audit]) -> None:
-        """Enqueue audits. There is always room: the auditor draws fewer texts as they become more."""
+        """Enqueue audits. The queue needs no limit, because the auditor draws fewer texts as it grows."""
         with self._changed:
             if self._closed:
                 self._drop(audits)
@@ -118,7 +118,7 @@ class AuditThreads:
         return True
 
     def _next(self) -> list[Audit]:
-        """Wait for an audit; it comes with others of its model that fit into a step. Empty once closed."""
+        """Wait for an audit; returns it with others of its model that fit into a step, or nothing once closed."""
         with self._changed:
             while not self._pending and not self._closed:
                 self._changed.wait()

@@ -42,10 +42,10 @@ class Deadlines:
         self._free_at[thread] = until
 
     def promise(self, job: Job) -> float:
-        """Promise a job's deadline if it and all earlier promises can be kept; returns 0, or else the seconds
-        that it would take, and promises nothing.
+        """Promise a job's deadline if it and all earlier promises can be kept.
 
-        A job with best_effort gets the earliest deadline that can be kept, and leaves at its first exits.
+        Returns 0 if it was promised, else the seconds that the job would need. A job with best_effort gets the
+        earliest deadline that can be kept, and exits at its first exits.
         """
         assert job.deadline is not None
         now = perf_counter()

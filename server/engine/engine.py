@@ -35,7 +35,7 @@ Dispatch = Callable[[Callable[[], None]], object]
 
 
 def call_here(callback: Callable[[], None]) -> None:
-    """Dispatch a callback on the thread that has news."""
+    """Call back directly, on the reporting thread."""
     callback()
 
 
@@ -63,7 +63,7 @@ class Engine:
         self._busy = [False] * threads
         self._failures = [0] * threads  # steps that failed in a row
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
-        self.errors = 0  # of what the engine calls, which did not end a thread
+        self.errors = 0  # failed steps, and failed calls of `observe`
 
     def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
         """Start the threads; each calls warm_up first.
@@ -171,14 +171,14 @@ class Engine:
 
     @property
     def finished(self) -> int:
-        """Texts that left, so far, shadows' not counted."""
+        """Number of texts that exited so far, without those of shadows."""
         return sum(self._finished)
 
     def _work(self, number: int) -> None:
         try:
             self._warm_ups.pop()()
         except BaseException:
-            log.exception("an engine thread could not warm up; it goes on")
+            log.exception("an engine thread failed to warm up, and continues without")
         self._failures[number] = 0
         while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
             if self._failures[number] > MAX_FAILURES:
@@ -195,7 +195,7 @@ class Engine:
             self.deadlines.occupy(number, 0.0)
         except BaseException as error:
             self.errors += 1
-            log.exception("the engine failed; it goes on")
+            log.exception("a step of the engine failed; the engine continues")
             for item in items:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])

@@ -131,7 +131,7 @@ def _step(
         if item.job.is_dropped:
             item.progress.forward = None
     group[:] = [item for item in staying if item.progress.forward is not None]
-    # All have been charged: else the first of a client's texts would stay, and the others go.
+    # Only after all are charged; otherwise the first of a client's texts would stay and the others be preempted.
     preempted = [item for item in group if queue.has_more_urgent_than(item)]
     group[:] = [item for item in group if item not in preempted]
     queue.requeue(*preempted)

@@ -58,7 +58,7 @@ class Item:
 
     @property
     def can_share(self) -> bool:
-        """It may run in a group; a text that began in one goes on in one."""
+        """True if it may run in a group; a text that started in a group stays in one."""
         fits = self.group_s <= MAX_STEP_S or self.progress.forward is not None
         return self.is_short and self.job.in_groups and fits
 
@@ -83,7 +83,7 @@ class Job:
         is_shadow: background job; it runs while nothing else is pending.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items may not exit.
-        is_dropped: nobody waits for it any more.
+        is_dropped: its result is no longer needed.
         deadline: when the last text must exit (perf_counter seconds); None: none.
         is_promised: its deadline was accepted: it is scheduled before jobs without one.
         is_late: best effort: the deadline that it asked for cannot be met.

@@ -25,7 +25,7 @@ class Outcome:
         layer: the exit's layer; of several windows, that of the last one.
         rule: the rule in force there: its τ is lower than the job's if the text is far.
         reading: the answer; of several windows the combined one, with the signals of the last one.
-        passed: the reading of every exit passed, the answer's last; of several windows, of all that ran.
+        passed: readings of the exits passed, ending with the exit; for several windows, those of all that ran.
         tokens: of the windows that ran.
         windows: those that ran, of a text that has several.
         num_windows: number of its windows.

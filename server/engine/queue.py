@@ -16,8 +16,8 @@ MAX_STRETCH = 3  # of the first text's time: how long another of its group may t
 MAX_SHADOWS = 64
 # A text is preempted by another client's if its own client has had this much more engine time.
 PREEMPTION_LEAD_S = 0.002
-RECENT_S = 1.0  # for which a client counts as active after it came or ran
-MAX_CLIENTS = 4096  # that are remembered while they have nothing pending
+RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
+MAX_CLIENTS = 4096  # limit of the clients kept that have nothing pending
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
 
@@ -49,12 +49,12 @@ class _Client:
 class WorkQueue:
     """Items that are pending until an engine thread takes them, at most `limit` of them.
 
-    Promised deadlines come first, the earliest of them before all. Next is the client that has had the least
-    engine time, and of its items the one that is due first. So a client gets its share of the engine whatever
-    others send, and a client that is alone gets all of it.
+    Promised deadlines are scheduled first, by deadline; then the client with the least engine time, and of its
+    items the one that is due first. So each client gets its share of the engine whatever others send, and a
+    single client gets all of it.
 
-    Dropped jobs take no room and no time. Shadows' items are scheduled only when nothing else is pending;
-    they do not count towards the limit or the length, and are discarded when the queue is closed.
+    Items of dropped jobs are skipped, and do not count. Shadows' items are scheduled only when nothing else is
+    pending; they do not count towards the limit or the length, and are discarded when the queue is closed.
     """
 
     def __init__(self, limit: int) -> None:
@@ -159,8 +159,8 @@ class WorkQueue:
                 self._note(job.client)
 
     def lead(self, job: Job) -> float:
-        """Seconds of engine time that a job's client has been promised, and has had more than others that are
-        pending; less than 0 if no other client was active for RECENT_S."""
+        """Lead of a job's client in engine time, seconds: its promised time, plus its excess over the pending client
+        with the least; negative if no other client was active within RECENT_S."""
         with self._changed:
             (name, last), (_, before) = self._recent
             if perf_counter() - (before if name == job.client else last) > RECENT_S:

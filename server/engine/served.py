@@ -7,9 +7,9 @@ from de3.server.engine.timing import Timing
 from de3.server.ood import OodMonitor
 from de3.server.rules import Rules
 
-# The engine looks at the queue at least so often, unless one layer of one text takes longer.
+# Longest time between two checks of the queue, unless one layer of one text takes longer.
 MAX_STEP_S = 0.004
-# A model is fast if it runs so many texts of so many tokens through all layers in a step.
+# A model is fast if it runs FAST texts of FAST_TOKENS tokens through all layers in one step.
 FAST, FAST_TOKENS = 4, 32
 
 
@@ -25,8 +25,8 @@ class Served:
     def group_s(self, tokens: int) -> float:
         """Seconds of MAX_STEP_S that a text this long takes in a group.
 
-        The first text of a group waits for the last, so all layers of a fast model's group have to fit into a step.
-        Of other models, whose texts would never share a pass then, one layer has to.
+        The first text of a group waits for the last. For a fast model, all layers of a group must therefore fit into a
+        step; for other models, where no two texts would then share a pass, one layer must.
         """
         is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
         return self.timing.full_depth_s(tokens) if is_fast else self.timing.layer_s(tokens)

@@ -16,8 +16,8 @@ LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # tokens around a text
 CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
-# What the tokenizer is timed on: plain words; what falls into many pieces; the longest words that WordPiece
-# looks at, which fall into single letters, and of which it tries each part.
+# Texts to time the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of its
+# maximum length that split into single letters.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
 
 
@@ -25,9 +25,9 @@ class Timing:
     """Seconds to the first exit and through every layer, by number of tokens."""
 
     def __init__(self, model: Model, check: Callable[[], None] = lambda: None, runs: int = RUNS) -> None:
-        """Measure; also serves as warm-up: every layer runs on short texts and on the longest.
+        """Measure the model, which also warms it up: every layer runs on short texts and on the longest.
 
-        check: called before each run; what it raises ends the measuring. runs: of each text.
+        check: called before each run; an exception from it ends the measurement. runs: number of runs of each text.
         """
         self._most = model.manifest.max_tokens
         self._plain_s = _tokenizing(model, PLAIN, check, runs)  # a character
@@ -63,10 +63,10 @@ class Timing:
         return self.full_depth_s(tokens) / (self.first_exit_s(tokens) + deeper)
 
     def predict(self, chars: int, windows: int = 1) -> float:
-        """Seconds for a text of so many characters through every layer, in at most so many windows, each of which runs.
+        """Predicted seconds at full depth of a text with this many characters, in up to `windows` windows, all run.
 
-        A long text is assumed to be tokenized at the slowest rate. For short ones that would be far too much,
-        and they run in groups.
+        Long texts are assumed to tokenize at the slowest measured rate. For short texts, which run in groups, that
+        would overestimate by far.
         """
         tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:
@@ -105,7 +105,7 @@ def tokens_of(chars: int) -> int:
 
 
 def run_longest(models: Sequence[Model]) -> None:
-    """Run texts as long as models take through every layer: a thread then has the memory for any other."""
+    """Run the longest text of each model through every layer, so that a thread's buffers fit any later text."""
     for model in models:
         model.full_depth(model.tokenize("a " * model.manifest.max_tokens))
 

@@ -1,1 +1,1 @@
-"""The HTTP side: connections, protocols, keys and what reports on requests."""
+"""The HTTP layer: connections, protocols, keys, and reports on requests."""

@@ -57,7 +57,7 @@ def _text(value: Any, where: str) -> Text:
 
 
 class Parameters(OptionFields):
-    """`parameters`; the exit options are an extension."""
+    """The `parameters` of a request, extended by the exit options."""
 
     top_k: int | None = Field(None, ge=1, description="maximum number of labels of a text")
     function_to_apply: Function | None = Field(

@@ -25,7 +25,7 @@ const state = { models: [], model: null, table: [], choice: "tau", fullDepth: nu
 const CHOICES = {
   tau: {
     name: "Threshold τ",
-    label: () => `τ: exit at the first layer whose ${SIGNALS[state.model.defaults.signal].below}`,
+    label: () => `τ: exit at the first layer whose ${signal(state.model.defaults.signal).below}`,
     values: () => (state.table.length ? state.table.map((row) => row.tau) : squares(60)),
     start: (values) => nearest(values, state.model.defaults.tau),
     text: (value) => value.toFixed(3),
@@ -56,12 +56,13 @@ const CHOICES = {
     hint: "The text goes as deep as the time allows. A budget too small for the first exit is refused.",
   },
 };
-// The signals: name beside the bar, and the end of "exit at the first layer whose …".
+// The signals: name beside the bar, and the end of "exit at the first layer whose …". Others go by their plain name.
 const SIGNALS = {
   risk: { name: "risk that the answer differs from full depth", below: "risk is below it" },
   edr: { name: "EDR: the two combined", below: "EDR is below it" },
   entropy: { name: "score: the entropy", below: "entropy is below it" },
 };
+const signal = (name) => SIGNALS[name] ?? { name, below: `${name} is below it` };
 const REASONS = {
   threshold: "exits here",
   last_layer: "full depth",
@@ -304,7 +305,7 @@ function drawAnswer(row, fullDepth, animate) {
     lines.push(element("p", { class: "muted" }, "This text is far from those that the model was calibrated on."));
   $("summary").replaceChildren(...lines);
   $("tau-name").textContent = `τ = ${+exit.tau.toFixed(4)}`;
-  $("score-name").textContent = SIGNALS[exit.signal].name;
+  $("score-name").textContent = signal(exit.signal).name;
 
   const layers = state.model.exit_layers.map((layer, i) => {
     const ran = row.layers.find((asked) => asked.layer === layer);
