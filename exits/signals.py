@@ -3,7 +3,8 @@
 To add a signal, write a class here with the members of `Signal` and list it in `SIGNALS`. Requests and manifests may
 then name it, and it is served layer by layer. To run it in the kernels, which pass short texts through several layers
 in one call, give it a `code` in `native/rule.h` and a case in `native/rule.c: score`. To calibrate it, add it to
-`candidates` in `exits/calibration.py`. The page needs its name: `SIGNALS` in `server/http/page/page.js`.
+`candidates` in `exits/calibration.py`. The page has a readable name for each: `SIGNALS` in
+`server/http/page/page.js`.
 """
 
 from collections.abc import Sequence
