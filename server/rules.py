@@ -153,8 +153,8 @@ class Rules:
         rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
         if choice.by in ("target_speedup", "max_disagreement"):
             raise RequestError(
-                f"thresholds: cannot go with this server's {choice.by}, which was calibrated with the model's own; "
-                "give tau",
+                f"thresholds: cannot be combined with this server's {choice.by}, which was calibrated with the model's "
+                "own thresholds; give tau",
                 "thresholds",
             )
         return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds

@@ -52,10 +52,12 @@ class ExitOptions:
             return
         asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
         if len(asked) > 1:
-            raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
+            raise ValueError(
+                f"{asked[1]}: cannot be combined with {asked[0]}; give one of {', '.join(EXCLUSIVE)}"
+            )
         if self.thresholds is not None and asked[0] in ("target_speedup", "max_disagreement"):
             raise ValueError(
-                f"thresholds: cannot go with {asked[0]}, which was calibrated with the model's own"
+                f"thresholds: cannot be combined with {asked[0]}, which was calibrated with the model's own thresholds"
             )
         if asked != ["tau"] and self.max_layer is not None:
             raise ValueError(f"max_layer: goes with tau only, not with {asked[0]}")
@@ -261,7 +263,7 @@ class Settings(BaseModel):
         if self.guarantee is not None:
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
             if other is not None:
-                raise ValueError(f"guarantee: cannot go with {other}; give one of them")
+                raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
             if self.audit_share == 0:
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
         elif self.guarantee_start != "strict":

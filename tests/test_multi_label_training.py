@@ -123,12 +123,18 @@ def test_an_interrupted_training_goes_on(data_file: Path, encoder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--alpha 0.1", "--alpha cannot go with --multi-label: a multi-label model has no prototypes"),
+        (
+            "--alpha 0.1",
+            "--alpha cannot be combined with --multi-label: a multi-label model has no prototypes",
+        ),
         ("--gamma 0.01", "--gamma cannot"),
         ("--metric-dim 8", "--metric-dim cannot"),
         ("--last-prototypes", "--last-prototypes cannot"),
         ("--prototypes means", "--prototypes cannot"),
-        ("--teacher x", "--teacher cannot go with --multi-label: distillation is for labels that exclude"),
+        (
+            "--teacher x",
+            "--teacher cannot be combined with --multi-label: distillation is for labels that exclude",
+        ),
         ("--distill 0.5", "--distill cannot"),
         ("--temperature 2", "--temperature cannot"),
         ("--augment 1", "--augment cannot"),

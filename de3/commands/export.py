@@ -118,7 +118,9 @@ def calibrate(
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
     if from_audits and (tune is not None or certify is not None):
-        raise ValueError("--from-audits cannot go with --tune or --certify: audits are split into both parts")
+        raise ValueError(
+            "--from-audits cannot be combined with --tune or --certify: audits are split into both parts"
+        )
     need_train_extra()
     from de3.export.recalibrate import recalibrate, recalibrate_on_audits
     from de3.model_store.store import Store

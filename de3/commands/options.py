@@ -131,7 +131,7 @@ def check_groups(fragments: bool, group_column: str | None) -> None:
     """Raise ValueError if related rows are given in two ways at once."""
     if fragments and group_column is not None:
         raise ValueError(
-            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
+            "--group-column cannot be combined with --fragments, which makes groups of texts and their fragments"
         )
 
 

@@ -25,7 +25,7 @@ def serve(context: typer.Context, demo: bool, **values: Any) -> None:
     if demo:
         source = context.get_parameter_source("store")
         if source is not None and source.name == "COMMANDLINE":
-            raise ValueError("--demo: cannot go with --store; give one of them")
+            raise ValueError("--demo: cannot be combined with --store; give one of them")
         given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
     for name in Settings.model_fields:
         # An empty secret is passed on: Settings refuses it.
