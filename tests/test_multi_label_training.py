@@ -153,7 +153,7 @@ def test_without_the_option_the_right_one_is_named(
     data_file: Path, encoder: Path, trained: Path, tmp_path: Path
 ) -> None:
     command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
-    assert "only a multi-label model has several labels a text" in refusal(command)
+    assert "only a multi-label model has several labels per text" in refusal(command)
     assert "add --multi-label" in refusal(f"{command} --threshold 0.5")
     single = tmp_path / "single.csv"
     single.write_text(

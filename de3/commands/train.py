@@ -192,7 +192,7 @@ def train(
         say(f"saved to {out}. Next: de3 evaluate {out}{teacher_too}")
     else:
         say(
-            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on a file that you name), then "
+            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on your own file), then "
             f"de3 export {out} --name NAME"
         )
 

@@ -143,7 +143,7 @@ class Listener:
         return self._pipelined_at - now
 
     def paused(self, connection: BaseConnection) -> None:
-        """Record a client that does not read; abort those with the most unread bytes while the total exceeds the limit."""
+        """Record a client that does not read; abort those with the most unread bytes while the total is too high."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:
