@@ -4,14 +4,13 @@ from typing import Any
 
 import torch
 
-from de3.training.encoders import bert
 from de3.training.encoders.bert import ROBERTA
 from de3.training.encoders.weights import Family, Layer, array, linear, norm, side_by_side
 
 
 def check(config: Any) -> None:
     """Raise ValueError for an option that cannot be exported."""
-    bert.check(config)
+    ROBERTA.check(config)
     # transformers numbers the positions from 2 and computes 32 buckets, whatever the configuration says.
     if (config.pad_token_id, config.relative_attention_num_buckets) != (1, 32):
         raise ValueError("an mpnet encoder must have pad_token_id 1 and relative_attention_num_buckets 32")
