@@ -6,7 +6,7 @@
         answer = client.classify(["a fine film", "a dull one"], tau=0.1)
         print([(row.label, row.exit.layer) for row in answer.rows])
 
-A request that is shed or rate-limited is sent again, after the time that the server names.
+A request that is shed or rate-limited is retried, after the server's Retry-After.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Exit:
 
     @classmethod
     def parse(cls, json: dict[str, Any]) -> "Exit":
-        """An exit from its JSON, in which λ is `lambda`; fields of a newer server are ignored."""
+        """An exit from its JSON, in which λ is `lambda`; unknown fields, as from a newer server, are ignored."""
         known: dict[str, Any] = {field.name: json.get(field.name) for field in fields(cls)}
         return cls(**{**known, "lam": json.get("lambda")})
 
@@ -51,7 +51,7 @@ class Row:
     """The answer to one text.
 
     Attributes:
-        probs: of each label, in the model's order; empty for a regression model.
+        probs: probability of each label, in the model's order; empty for a regression model.
         raw: the JSON of the answer, with the fields that `explain` and `ood` add.
         value: the answer of a regression model; None for a model with classes.
     """
@@ -76,7 +76,7 @@ class Answer:
 
     Attributes:
         model: name:version.
-        tokens: of all texts.
+        tokens: number of tokens, over all texts.
         raw: the JSON of the response.
     """
 
@@ -97,8 +97,8 @@ class ServerError(Exception):
 
     Attributes:
         status: the HTTP status.
-        field: the field at fault, if one is.
-        retry_after_s: seconds after which the same request may succeed; None: it will not by itself.
+        field: the invalid field, if any.
+        retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
 
     def __init__(self, status: int, message: str, field: str | None, retry_after_s: float | None) -> None:
@@ -128,24 +128,24 @@ def _checked(response: httpx.Response) -> Any:
     try:
         error = response.json()["error"]
         message, field = error["message"], error["param"]
-    except (ValueError, KeyError, TypeError):  # a proxy's answer
+    except (ValueError, KeyError, TypeError):  # the response of a proxy
         message, field = f"HTTP {response.status_code}: {response.text[:200]}", None
     after = response.headers.get("retry-after", "")
     raise ServerError(response.status_code, message, field, float(after) if after.isdigit() else None)
 
 
 class _Attempts:
-    """The attempts at one request: after some errors it is sent again."""
+    """The attempts at one request, which is retried after some errors."""
 
     def __init__(self, retries: int) -> None:
         self._left, self._pause_s = retries, 0.1
         self.pause_s = 0.0  # before the next attempt
 
     def answer(self, response: httpx.Response) -> Answer | None:
-        """The answer; None: send the request again after `pause_s`. Raises ServerError.
+        """The answer; None: retry after `pause_s`. Raises ServerError.
 
-        The pause is the server's Retry-After or twice the last one, whichever is longer, plus a random part, so that
-        clients that were refused together do not retry together. Without Retry-After the request would fail again.
+        The pause is the server's Retry-After or twice the last pause, whichever is longer, plus random jitter, so that
+        clients that were refused together do not retry together. Without Retry-After a retry would fail again.
         """
         try:
             return Answer.parse(_checked(response))

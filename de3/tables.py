@@ -12,7 +12,7 @@ from typer import Option
 
 Text = str | tuple[str, str]
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
-JOINT = "\x1f"  # between them in a row: unlike a cell, a list in JSON may have labels with | in them
+JOINT = "\x1f"  # between them in a row, because labels in a JSON list may contain |
 PANEL = "Data"
 MAX_FIELD = 2**24  # characters of a field of a .csv or .tsv file
 
@@ -24,7 +24,7 @@ class Columns:
     The annotations are the options of the commands that read data (de3.commands.options.with_fields).
 
     Attributes:
-        label: None: the texts have no labels; then a .txt file with a text on each line can be read too.
+        label: None: the texts have no labels; a .txt file with one text per line can then be read, too.
         multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In a row they are
             separated by JOINT.
         regression: a text has a number instead of a label.
@@ -46,12 +46,12 @@ class Columns:
         str | None, Option("--label-column", help="Column of the label.", rich_help_panel=PANEL)
     ] = "label"
     header: Annotated[
-        bool, Option(help="Whether the first row names the columns.", rich_help_panel=PANEL)
+        bool, Option(help="The first row has the names of the columns.", rich_help_panel=PANEL)
     ] = True
     quotes: Annotated[
         bool | None,
         Option(
-            help="Whether quotation marks delimit fields. Default: no in .tsv (as in GLUE's files), else yes.",
+            help="Quotation marks delimit fields. Default: no in .tsv (as in GLUE's files), else yes.",
             show_default=False,
             rich_help_panel=PANEL,
         ),
@@ -122,8 +122,8 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             for row in reader:
                 if names is not None and len(row) > len(names):
                     raise ValueError(
-                        f"{path}:{reader.line_num}: has {len(row)} fields, the header {len(names)}: are texts with "
-                        f"{delimiter!r} in quotation marks? A file with one text a line is a .txt"
+                        f"{path}:{reader.line_num}: has {len(row)} fields, the header {len(names)}: put texts with "
+                        f"{delimiter!r} in quotation marks; for one text per line, use a .txt file"
                     )
                 if row:
                     columns_of_row = names or list(map(str, range(len(row))))
@@ -143,7 +143,7 @@ def _json(line: str, where: str) -> Any:
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a file; "" for no label.
 
-    Raises ValueError, naming file, line and column, when a column or a value is missing.
+    Raises ValueError, naming file, line and column, if a column or a value is missing.
     """
     return [row_of(record, columns, where) for where, record in records(path, columns)]
 
@@ -157,7 +157,7 @@ def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
 
 
 def text_of(record: Any, column: str, where: str, option: str = "--text-column") -> str:
-    """The text in a column of a record; raises ValueError if it is missing, empty, or no text."""
+    """The text in a column of a record; raises ValueError if it is missing, empty, or not a text."""
     value = _value(record, column, where, option)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
@@ -188,7 +188,7 @@ def _label(record: Any, columns: Columns, where: str) -> str:
         if isinstance(label, list) and all(isinstance(one, str | int) for one in label):
             return JOINT.join(map(str, label))  # "" is no label
         if label is None:
-            raise ValueError(f"{where}: {column} is missing; of a text without a label leave it empty")
+            raise ValueError(f"{where}: {column} is missing; leave it empty for a text without a label")
         if isinstance(label, str):
             return label.replace(SEPARATOR, JOINT)
     else:
@@ -199,7 +199,7 @@ def _label(record: Any, columns: Columns, where: str) -> str:
     elif isinstance(label, list | dict | float):
         raise ValueError(
             f"{where}: {column} must be a label, text or a whole number, got {label!r:.50}"
-            f"{'; only a multi-label model has several labels a text' if isinstance(label, list) else ''}"
+            f"{'; only a multi-label model has several labels per text' if isinstance(label, list) else ''}"
         )
     return str(label)
 
@@ -227,7 +227,7 @@ def read_groups(records: Iterable[tuple[str, Any]], column: str) -> list[str]:
 def read_dataset(name: str, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a Hugging Face data set, "path" or "path:config".
 
-    Numbers of labels are replaced by their names where the data set has names.
+    Label numbers are replaced by label names if the data set has them.
     """
     from datasets import ClassLabel
 

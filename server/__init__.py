@@ -1,1 +1,1 @@
-"""The HTTP server: requests in, one engine thread for each core, answers out."""
+"""The HTTP server and its engine, which has one thread for each core."""

@@ -30,7 +30,7 @@ class Admission:
         self._ticks: asyncio.Task[None] | None = None
 
     def start(self, engine: Engine) -> None:
-        """Start to control the load if there is a latency objective; called once the models are loaded."""
+        """Start the load controller if there is a latency objective; called once the models are loaded."""
         self._engine = engine
         if self._settings.slo_p99_ms is None:
             return
@@ -52,7 +52,7 @@ class Admission:
             controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
-        """Texts that a new short text waits for: in flight, less the finished ones and those that it overtakes."""
+        """Texts that a new short text waits for: those in flight, minus finished ones and those that it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)
@@ -76,7 +76,7 @@ class Admission:
 
     @contextmanager
     def admit(self, job: Job) -> Iterator[None]:
-        """Count a job's texts as in flight; raises RequestError if they would be too many."""
+        """Count a job's texts as in flight; raises RequestError if they exceed the client's share or the limit."""
         count = len(job.items)
         self.texts.take(job.client, count)
         if count > 1:

@@ -1,4 +1,4 @@
-"""Background work that does not delay the end of the process."""
+"""Background work that does not delay the exit of the process."""
 
 import asyncio
 from collections.abc import Callable

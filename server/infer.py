@@ -21,7 +21,7 @@ class Inference:
     """A request in flight, which can be cancelled and whose progress can be reported.
 
     Attributes:
-        served, job: the model and its work, once they are known.
+        served, job: the model, and the job that it runs; None until they are known.
     """
 
     request: Request
@@ -30,7 +30,7 @@ class Inference:
     _done: "asyncio.Future[None] | None" = None
 
     async def run(self, service: Service) -> Job:
-        """Classify the texts; the job that is done has the outcomes. Raises RequestError when it cannot."""
+        """Classify the texts; returns the finished job, which has the outcomes. Raises RequestError."""
         service.check_open()
         request = self.request
         self.served = served = service.models.get(request.model)
@@ -50,11 +50,11 @@ class Inference:
         return job
 
     def cancel(self, error: Exception) -> None:
-        """End it with an error, which run() raises; without effect unless it waits for the engine."""
+        """Make run() raise an error; has no effect unless run() is waiting for the engine."""
         self._settle(error)
 
     def _settle(self, error: Exception | None) -> None:
-        if self._done is None or self._done.done():  # the client went away, or another text failed first
+        if self._done is None or self._done.done():  # the client disconnected, or another text failed first
             return
         if error is None:
             self._done.set_result(None)
@@ -62,7 +62,7 @@ class Inference:
             self._done.set_exception(error)
 
     async def _wait(self, job: Job, done: "asyncio.Future[None]", service: Service) -> None:
-        """Submit a job and wait until it is done, its time is up or it is cancelled."""
+        """Submit a job and wait until it finishes, times out or is cancelled."""
         service.engine.submit(job)
         timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
         left_s = timeout_s if expires_at is None else expires_at - perf_counter()
@@ -70,7 +70,7 @@ class Inference:
         try:
             await done
         except BaseException:
-            # What is pending leaves the queue at once, and what runs stops at its next layer.
+            # Pending texts leave the queue at once; running ones stop at their next layer.
             service.engine.drop(job)
             raise
         finally:
@@ -84,7 +84,7 @@ class Inference:
 
 
 def _check_texts(request: Request, served: Served) -> None:
-    """Raise RequestError for a single text where the model takes pairs, or the reverse."""
+    """Raise RequestError for a single text if the model takes pairs, or vice versa."""
     takes = served.model.manifest.input
     if takes is None:
         return
@@ -101,15 +101,15 @@ def _check_texts(request: Request, served: Served) -> None:
 
 
 def timed_out(timeout_s: float) -> RequestError:
-    """The error of a request whose time is up."""
+    """The error for a request that timed out."""
     return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
 
 
 def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
-    """Let a shadow model run the texts of a job that is done, and count where its answers differ.
+    """Run the texts of a finished job on a shadow model, and count the answers that differ.
 
-    It runs while nothing else is pending and is preempted after each layer, so that a server without idle
-    time runs none. Its answers are not returned.
+    A shadow job runs while nothing else is pending and can be preempted after each layer, so a server without
+    idle time runs none. Its answers are not returned.
     """
     if len(job.items) > service.engine.queue.shadow_room:
         return
@@ -135,5 +135,5 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
         service.engine.submit(second)
-    except RequestError:  # texts that this version does not take, options that it cannot fulfil, or no room
+    except RequestError:  # texts or options that this version does not support, or a full queue
         return

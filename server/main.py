@@ -22,7 +22,7 @@ from de3.server.service import EngineError, Service
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-BACKLOG = 512  # connections that the system holds until they are accepted
+BACKLOG = 512  # connections that the kernel queues until they are accepted
 # File descriptors besides connections: models, logs, the event loop; and connections that are accepted in one batch,
 # before others are evicted for them.
 OTHER_FILES = 192
@@ -30,7 +30,7 @@ MAX_CONNECTIONS = 10_000
 
 
 class _Server(uvicorn.Server):
-    """uvicorn with a service that drains as soon as the server is told to stop."""
+    """A uvicorn server whose service starts to drain at the signal to stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -58,15 +58,15 @@ def uvicorn_config(
         log_config=None,
         server_header=False,
         proxy_headers=False,  # http/clients.py reads them
-        # An accepted request ends by its own time-out at the latest.
+        # By then every accepted request has finished or timed out.
         timeout_graceful_shutdown=int(settings.timeout_s) + 5,
-        http=partial(Connection, listener, handler(app)),  # type: ignore[arg-type]  # makes a connection
-        ws="none",  # an upgrade is not offered: such a request is answered like any other
+        http=partial(Connection, listener, handler(app)),  # type: ignore[arg-type]  # a factory
+        ws="none",  # upgrades are not supported: such a request is answered like any other
     )
 
 
 def max_connections() -> int:
-    """The most connections: the process's limit of open files, less OTHER_FILES."""
+    """The maximum number of connections: the process's limit of open files, minus OTHER_FILES."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):  # the system may have a lower limit
@@ -80,10 +80,10 @@ def max_connections() -> int:
 def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
 
-    Raises StoreError when a model is missing or damaged.
+    Raises StoreError if a model is missing or damaged.
     """
-    # An engine thread takes the GIL a dozen times per text, and waits this long each time while the event loop is busy.
-    # With Python's default of 5 ms that would be up to 60 ms.
+    # An engine thread takes the GIL a dozen times per text, and waits up to this long each time while the event loop is
+    # busy. With Python's default of 5 ms the waits would add up to 60 ms.
     sys.setswitchinterval(0.0005)
     logs.configure(settings.log_format)
     for warning in warnings:
@@ -94,7 +94,7 @@ def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
         server.should_exit = True
 
     server = _Server(uvicorn_config(service, stop), service)
-    # uvicorn handles these signals while it runs and raises them again at its end: a drained stop is a success.
+    # uvicorn raises these signals again after it has shut down. With a handler, a drained server exits with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
     server.run()

@@ -20,7 +20,7 @@ from de3.server.prove import Prover
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-WAIT_S, MAX_WAIT_S = 0.2, 60.0  # wait for the last requests of an unloaded model
+WAIT_S, MAX_WAIT_S = 0.2, 60.0  # interval and limit of the wait for the last requests of an unloaded model
 
 
 class Manager:
@@ -49,15 +49,15 @@ class Manager:
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
         """Load the models at start; the first version of each name is current.
 
-        An invalid artifact is skipped unless it was named. Raises StoreError or ValueError if a named one is invalid,
-        or none is left.
+        An invalid artifact is skipped unless the settings name it. Raises StoreError or ValueError if a named one is
+        invalid, or none is left.
         """
         async with self._changing:
             for artifact in artifacts:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
                     await self._serve(artifact, "current" if is_first else "beside")
-                except Exception as error:  # a forged artifact may cause any
+                except Exception as error:  # a forged artifact may raise anything
                     if self._settings.models or (artifact is artifacts[-1] and not self._models.routes):
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)

@@ -62,7 +62,7 @@ class _ModelGauges(Collector):
         )
         drift = GaugeMetricFamily(
             "de3_drift",
-            "Distance of recent texts from the calibration's, by signal of the first exit; 0: none",
+            "Distance of recent texts from the calibration's distribution, by signal of the first exit",
             labels=["model", "signal", "statistic"],
         )
         for name, served in list(self._served.items()):
@@ -76,13 +76,13 @@ class _ModelGauges(Collector):
 
 
 class _AuditMetrics(Collector):
-    """The results of audits by model."""
+    """Audit results by model."""
 
     def __init__(self, served: dict[str, Served], auditor_of: Callable[[Served], Auditor | None]) -> None:
         self._served, self._auditor_of = served, auditor_of
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; a rate only with audits, a promised rate only if the server has one."""
+        """The metrics; measured rates only if there are audits, a promised rate only if the server promises one."""
         gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
         share = gauge("de3_audit_share", "Probability that the next text is audited")
         pending = gauge("de3_audit_pending_texts", "Audits waiting for idle time")
@@ -114,7 +114,7 @@ class _AuditMetrics(Collector):
         seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
         resets = counter(
             "de3_audit_resets",
-            "Resets of the audits' evidence, by reason: change (the rate at the proved τ rose above the promise), "
+            "Resets of the audit evidence, by reason: change (the rate at the proved τ rose above the promise), "
             "or reset (by an admin)",
             labels=["model", "reason"],
         )
@@ -162,7 +162,7 @@ class Metrics:
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
             "de3_exit_layer",
-            "Exit layer of each text (0: embeddings), by reason; for several windows, of the last that ran",
+            "Exit layer of each text (0: embeddings), by reason; of several windows, that of the last one that ran",
             ["model", "reason"],
             buckets=[float(m) for m in range(deepest + 1)],
         )
@@ -272,7 +272,7 @@ class Metrics:
         in_flight: Callable[[], int],
         level: Callable[[], int],
     ) -> None:
-        """Export values that are read at each scrape."""
+        """Export gauges whose values are read at each scrape."""
         for name, help_, value in (
             ("de3_in_flight_requests", "Requests in flight", in_flight),
             (
@@ -286,7 +286,7 @@ class Metrics:
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
-        """Export the results of audits, which are read at each scrape."""
+        """Export the audit results, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
 
     def add(self, served: Served) -> None:
@@ -306,7 +306,7 @@ class Metrics:
             self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Remove an unloaded model; its counters are kept for a while."""
+        """Remove an unloaded model; the counters of the last KEPT_MODELS are kept."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
@@ -359,7 +359,7 @@ class Metrics:
             observer(outcome)
 
     def _observer(self, served: Served) -> Callable[[Outcome], None]:
-        """The observer of one model, which looks its series up once."""
+        """The observer of one model, which looks up its series once."""
         name, depth = served.model.full_name, served.model.manifest.num_layers
         exit_layer = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
         stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]

@@ -23,10 +23,10 @@ MAX_LOADED = 16
 
 
 def find(store: Store, wanted: list[str]) -> list[Artifact]:
-    """The artifacts to serve, with their manifests checked: those named, or the newest of every model in the store.
+    """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
 
-    An invalid artifact is skipped unless it was named. Raises StoreError if a named one is invalid or none is left, and
-    NoModelsError if the store is empty.
+    An invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or none is
+    left, and NoModelsError if the store is empty.
     """
     names = wanted or list(store.versions())
     if not names:
@@ -41,7 +41,7 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
     for name in names:
         try:
             artifacts.append(store.open(name))
-        except Exception as error:  # a forged manifest may cause any
+        except Exception as error:  # a forged manifest may raise anything
             errors.append(error)
             log.error("%s is not served: %s", name, error)
     if not artifacts:
@@ -50,7 +50,7 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
 
 
 def newest(store: Store) -> list[Artifact]:
-    """The newest version of every model in the store with a valid manifest, which may be loaded later."""
+    """The newest version of every model in the store whose manifest is valid; the models may be loaded later."""
     artifacts = []
     for name in store.versions():
         with suppress(Exception):  # an invalid one is reported when it is loaded
@@ -67,7 +67,7 @@ def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lam
     manifest = artifact.manifest
     try:
         rules = Rules(manifest, settings)
-    except RequestError as error:  # as for a request with these options
+    except RequestError as error:  # the same error as for a request with these options
         raise ValueError(f"a setting cannot be met: {error.message}") from None
     model = Model(artifact, settings.runtime, check)
     try:
@@ -99,7 +99,7 @@ class Route:
     before: list[int] = field(default_factory=list)
 
     def give(self, role: Role, version: int, share: float = 0.0) -> None:
-        """Give a role to a version, which loses its former role unless that is current."""
+        """Assign a role to a version, which loses its former role unless that is current."""
         if role == "current" and version != self.current:
             self.before = [*self.before, self.current][-MAX_HISTORY:]
             self.current = version
@@ -113,7 +113,7 @@ class Route:
             self.shadow = version
 
     def version_in(self, role: Role) -> int | None:
-        """The version that has a role; None if none has, and for beside, which several may have."""
+        """The version in a role; None if there is none, and for beside, which several versions may have."""
         return (
             None
             if role == "beside"
@@ -136,7 +136,7 @@ class Models:
 
     @property
     def all(self) -> list[Served]:
-        """Every loaded model."""
+        """All loaded models."""
         return [served for versions in list(self._versions.values()) for served in list(versions.values())]
 
     def get(self, name: str | None) -> Served:

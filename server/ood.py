@@ -11,7 +11,7 @@ from de3.exits import reference
 from de3.exits.reading import Reading
 from de3.model_store.manifest import Manifest, Reference
 
-WINDOW = 500  # texts; with fewer, a change is hard to tell from chance
+WINDOW = 500  # texts; with fewer, a change is hard to tell from noise
 MAX_PER_S = 200  # texts sampled for drift: enough, and cheap under any load
 # Factor of τ from the first exit at which a text is far from every prototype. Full depth for such texts would cost half
 # of the speed-up in their domain, and was measured to be no more accurate (docs/budgets.md).
@@ -19,9 +19,9 @@ CAUTION = 0.5
 
 
 class Drift:
-    """A sliding window of readings at the first exit, against the calibration.
+    """A sliding window of readings at the first exit, compared with the calibration.
 
-    Every text reaches the first exit; deeper exits see a selection of the texts.
+    Every text reaches the first exit; deeper exits see a biased sample.
     """
 
     def __init__(self, expected: Reference) -> None:
@@ -62,12 +62,12 @@ class Drift:
 
 
 class OodMonitor:
-    """Flags a model's out-of-distribution texts, scores them and samples them for drift.
+    """Flags a model's out-of-distribution texts, scores texts, and samples them for drift.
 
     Attributes:
         limits: by layer, the distance to the nearest prototype above which a text is flagged, (layers + 1,) float64;
             inf at layers without prototypes. None: nothing is flagged.
-        caution: factor of τ for flagged texts; 1: they are flagged only.
+        caution: factor of τ for flagged texts; 1: texts are only flagged.
         drift: None for a model without calibration, or without prototypes at its first exit.
     """
 

@@ -1,4 +1,4 @@
-"""Overload control: raises the default τ step by step, then sheds; lowers τ again after the load."""
+"""Overload control: raises the default τ step by step, then sheds requests; lowers τ when the load falls."""
 
 from collections.abc import Callable
 from time import perf_counter
@@ -9,7 +9,7 @@ TICK_S = 0.05
 RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.3
 CALM_S = 1.0  # time below LOWER_BELOW before the first step down
 CALM_STEP_S = 0.25  # time before each further step down; one step per tick if far below capacity
-FAR_BELOW = 0.7  # share of the capacity
+FAR_BELOW = 0.7  # share of the capacity, below which the load is far below it
 MEMORY = 0.3  # weight of the newest tick in the estimated capacity
 
 
@@ -36,7 +36,7 @@ class Controller:
         self._threads = threads
         self._clock = clock
         self._last, self._finished = clock(), 0
-        self._least = 0  # in flight, since the last tick
+        self._least = 0  # fewest texts in flight since the last tick
         self._calm_at = self._last + CALM_S
         self.level = 0
 
@@ -45,7 +45,7 @@ class Controller:
         return max(0, queued - self._threads) / self._capacity
 
     def sheds(self, in_flight: int, queued: Callable[[], int]) -> bool:
-        """True if a new request must be shed: it would be late although τ is at its highest step.
+        """True if a new request must be shed: it would be late even with τ at its highest step.
 
         Called for every request, so the queue is counted only if all texts in flight would be too many. In a burst, τ
         jumps to its last step at once.

@@ -1,7 +1,7 @@
-"""Proves an artifact: loads and runs it in a separate process, with limits of time and memory.
+"""Proves an artifact: loads and runs it in a separate process, with limits on time and memory.
 
 `model_store` checks the contents of the files before it opens them (graph_check.py, graph_reader.py,
-tokenizer_check.py). This covers what only shows at run time: time, memory, and crashes.
+tokenizer_check.py). This covers problems that only appear at run time: slowness, memory use, and crashes.
 """
 
 import resource
@@ -19,8 +19,8 @@ from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, StoreError
 
 TIMEOUT_S = 120.0
-MEMORY_BYTES = 2**30  # besides the files
-COPIES = 6  # of the files that are in memory for a moment
+MEMORY_BYTES = 2**30  # in addition to the files
+COPIES = 6  # of the files, in memory at the same time
 MAX_OUTPUT = 2**16  # characters of the process's output
 REFUSED = 3  # exit code of the process for an unsound artifact
 PROGRAM = "from de3.server.prove import child; child()"
@@ -109,7 +109,7 @@ def _too_late(artifact: Artifact) -> StoreError:
 
 
 def _talk(process: "subprocess.Popen[str]", manifest: Manifest) -> str:
-    """Send the process its manifest and wait for its end; returns its output, truncated to MAX_OUTPUT."""
+    """Send the process its manifest and wait for it to exit; returns its output, truncated to MAX_OUTPUT."""
     with process:
         assert process.stdin is not None and process.stdout is not None
         with suppress(BrokenPipeError):
@@ -124,12 +124,12 @@ def _talk(process: "subprocess.Popen[str]", manifest: Manifest) -> str:
 
 
 def child() -> None:
-    """Entry point of the process: prints as its last line why the artifact is unsound, or why it has no kernels."""
+    """Entry point of the process: prints, as its last line, why the artifact is unsound or cannot use the kernels."""
     path, runtime, memory = sys.argv[1:]
     # RLIMIT_DATA limits the heap and private mappings; RLIMIT_AS would count reserved address space.
     resource.setrlimit(resource.RLIMIT_DATA, (int(memory), int(memory)))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError):  # out of memory, the kernel is to kill this process instead of the server
+    with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
         Path("/proc/self/oom_score_adj").write_text("1000")
     artifact = Artifact(Path(path), Manifest.model_validate_json(sys.stdin.read()))
     try:
@@ -145,8 +145,8 @@ def child() -> None:
 
 
 def _load(artifact: Artifact, runtime: str) -> str:
-    """Load an artifact and warm it up as the server does; returns why it has no kernels."""
-    import numpy as np  # within the limits
+    """Load an artifact and warm it up as the server does; returns why it cannot use the kernels."""
+    import numpy as np  # imported after the limits are set
 
     from de3.model_store.model import Model
     from de3.model_store.segments import Tokens
@@ -155,9 +155,7 @@ def _load(artifact: Artifact, runtime: str) -> str:
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:
         Timing(model, runs=1)
-        tokens = model.tokenize(
-            "a"
-        )  # repeated to the longest input, whatever the tokenizer does with long texts
+        tokens = model.tokenize("a")  # the longest input, however the tokenizer handles long texts
         ids, types = (np.resize(x, (1, most)) for x in (tokens.ids, tokens.type_ids))
         model.full_depth(Tokens(ids, types, False))
     except Exception as error:  # onnxruntime raises its own classes, without a common base

@@ -1,4 +1,4 @@
-"""Chooses τ: from a request's options to its exit rule."""
+"""Chooses τ: maps a request's options to its exit rule."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
 from de3.server.settings import ExitOptions, Settings
 
-MAX_NAMED = 20  # signals in a message
+MAX_NAMED = 20  # signals or labels in a message
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
 
 
@@ -39,7 +39,7 @@ class Choice:
     Attributes:
         by: the option that decided, or default, or overload.
         wanted: value of that option; None if it has none.
-        expected: row of the calibration's table for this signal and τ; None if the table has no such row.
+        expected: row of the calibration table for this signal and τ; None if the table has no such row.
         budget_s: latency budget; None if there is none.
         is_degraded: τ was raised under load.
         certificate: with max_disagreement, the certified bound; else None.
@@ -123,7 +123,7 @@ class Rules:
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply_guarantee(self, promise: Promise) -> None:
-        """Give requests without options the τ that keeps a promise."""
+        """Use the τ that keeps a promise for requests without options."""
         choice = self._choice(promise.tau, self._signal, "guarantee", promise.rate)
         row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
         self.default = replace(choice, promise=row)
@@ -139,7 +139,7 @@ class Rules:
         return Choice(ExitRule(tau, signal, max_layer, self._thresholds), by, wanted, expected)
 
     def at(self, row: TradeOff, by: str, wanted: float | None = None) -> Choice:
-        """The choice of a row of the calibration's table."""
+        """The choice for a row of the calibration table."""
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
@@ -153,8 +153,8 @@ class Rules:
         rule = replace(choice.rule, thresholds=self._thresholds_of(options.thresholds))
         if choice.by in ("target_speedup", "max_disagreement"):
             raise RequestError(
-                f"thresholds: cannot go with this server's {choice.by}, which was calibrated with the model's own; "
-                "give tau",
+                f"thresholds: cannot be combined with this server's {choice.by}, which was calibrated with the model's "
+                "own thresholds; give tau",
                 "thresholds",
             )
         return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
@@ -227,7 +227,7 @@ class Rules:
         """The choice for options without τ; `otherwise` if they set no target."""
         signal = otherwise.rule.signal
         if options.latency_budget_ms is not None:
-            # Running until the deadline is more accurate than an earlier exit by prediction (docs/budgets.md).
+            # Running until the deadline is more accurate than a predicted earlier exit (docs/budgets.md).
             budget = options.latency_budget_ms
             field, seconds = "latency_budget_ms", budget / 1000
             return replace(otherwise, by=field, wanted=budget, budget_s=seconds, certificate=None)
@@ -250,7 +250,7 @@ class Rules:
         return otherwise
 
     def _certified_at(self, row: TradeOff, max_disagreement: float) -> Choice:
-        """The choice of a row within a disagreement, with its certificate."""
+        """The choice for a row that meets a maximum disagreement, with its certificate."""
         certificate = {
             "max_disagreement": max_disagreement,
             "bound": row.disagreement_bound,

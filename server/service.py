@@ -1,4 +1,4 @@
-"""The parts of a running server, and its states: loading, ready, draining. Independent of protocols."""
+"""The parts of a running server, and its state: loading, ready or draining. Independent of protocols."""
 
 import asyncio
 import gc
@@ -25,7 +25,7 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # interval between checks of the engine threads
-TRIM_CHECKS = 10  # number of checks between two returns of free memory to the system
+TRIM_CHECKS = 10  # checks between two returns of free memory to the system
 
 
 class EngineError(Exception):
@@ -36,7 +36,7 @@ def _on(loop: asyncio.AbstractEventLoop) -> Callable[[Callable[[], None]], None]
     """Dispatch callbacks on an event loop."""
 
     def dispatch(callback: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody is waiting
+        with suppress(RuntimeError):  # the loop is closed: no request is waiting
             loop.call_soon_threadsafe(callback)
 
     return dispatch
@@ -63,7 +63,7 @@ class Service:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
         self.state = "loading"
-        self.is_open = False  # True from when all models are loaded
+        self.is_open = False  # True once all models are loaded
         self.in_flight = 0  # requests, of all protocols
         self.metrics.read_from(
             self.engine.queue.__len__,
@@ -81,8 +81,8 @@ class Service:
         return self.engine.retry_after_s()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
-        """Load and warm up every model, then be ready; on failure store the reason and call on_failure."""
-        if self.is_open:  # loaded before it was served, as on Ray
+        """Load and warm up every model, then become ready; on failure, store the reason and call on_failure."""
+        if self.is_open:  # already loaded, as on Ray
             return
         try:
             started = perf_counter()
@@ -92,7 +92,7 @@ class Service:
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
             self.audits.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
-            # Most objects that exist now stay: exclude them from garbage collection while requests wait.
+            # Most objects that exist now are permanent: later garbage collections, which delay requests, skip them.
             gc.collect()
             gc.freeze()
             self.is_open = True

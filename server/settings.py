@@ -1,5 +1,5 @@
-"""The settings of a server. Each is declared once, here: its flag, variable, help and default in `de3 serve` come from
-the field."""
+"""The settings of a server. Each is declared once, as a field here, which defines its flag, variable, help and default
+in `de3 serve`."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 PREFIX = "DE3_"
-# Variables with the prefix that clients read.
+# Variables with the same prefix that clients read.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_URL")
 MAX_BUDGET_MS = 60_000
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
@@ -52,10 +52,12 @@ class ExitOptions:
             return
         asked = [name for name, value in zip(EXCLUSIVE, values, strict=True) if value is not None]
         if len(asked) > 1:
-            raise ValueError(f"{asked[1]}: cannot go with {asked[0]}; give one of {', '.join(EXCLUSIVE)}")
+            raise ValueError(
+                f"{asked[1]}: cannot be combined with {asked[0]}; give one of {', '.join(EXCLUSIVE)}"
+            )
         if self.thresholds is not None and asked[0] in ("target_speedup", "max_disagreement"):
             raise ValueError(
-                f"thresholds: cannot go with {asked[0]}, which was calibrated with the model's own"
+                f"thresholds: cannot be combined with {asked[0]}, which was calibrated with the model's own thresholds"
             )
         if asked != ["tau"] and self.max_layer is not None:
             raise ValueError(f"max_layer: goes with tau only, not with {asked[0]}")
@@ -119,22 +121,24 @@ class Settings(BaseModel):
     max_queue: Annotated[int, LIMITS] = Field(
         1024,
         ge=1,
-        description="Most texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
+        description="Limit of texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
         "share.",
     )
-    max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Most texts in one request.")
-    max_body_bytes: Annotated[int, LIMITS] = Field(2**20, ge=1024, description="Largest request body.")
+    max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Limit of texts in one request.")
+    max_body_bytes: Annotated[int, LIMITS] = Field(
+        2**20, ge=1024, description="Limit of a request body, bytes."
+    )
     body_timeout_s: Annotated[float, LIMITS] = Field(
-        10.0, gt=0, description="Longest time to receive a body."
+        10.0, gt=0, description="Limit of the time to receive a body, seconds."
     )
     timeout_s: Annotated[float, LIMITS] = Field(
-        30.0, gt=0, description="Longest time from a request's arrival to its response."
+        30.0, gt=0, description="Limit of the time from a request's arrival to its response, seconds."
     )
     max_connections: Annotated[int, LIMITS] = Field(
-        0, ge=0, description="Most open connections; 0: as many as the limit of open files allows."
+        0, ge=0, description="Limit of open connections; 0: as many as the limit of open files allows."
     )
     max_inflight_bytes: Annotated[int, LIMITS] = Field(
-        2**26, ge=1024, description="Most bytes of request bodies in memory, over all requests."
+        2**26, ge=1024, description="Limit of the request bodies in memory, over all requests, bytes."
     )
     trusted_proxies: Annotated[list[str], Option("Limits", "--trusted-proxy")] = Field(
         [],
@@ -210,7 +214,7 @@ class Settings(BaseModel):
     )
     state_dir: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="Folder that keeps the results of audits across restarts; each replica needs its own. Default: "
+        description="Folder in which audit results are kept across restarts; each replica needs its own. Default: "
         "in memory only.",
     )
     log_audits: Annotated[Path | None, AUDITS] = Field(
@@ -223,7 +227,7 @@ class Settings(BaseModel):
     )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="File of API keys, for /classify and /v1/models: lines of a name and a key, or a name and "
+        description="File of API keys, for /classify and /v1/models: each line has a name and a key, or a name and "
         "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. Default: no key is needed.",
     )
     api_keys: SecretStr | None = None
@@ -242,7 +246,7 @@ class Settings(BaseModel):
     log_format: Annotated[Literal["text", "json"], LOGS] = Field(
         "text", description="text, or json: an object per line."
     )
-    log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line per request.")
+    log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line for each request.")
     log_texts: Annotated[bool, LOGS] = Field(False, description="Also log the texts. They are user data.")
     traces: Annotated[bool, LOGS] = Field(
         False,
@@ -259,7 +263,7 @@ class Settings(BaseModel):
         if self.guarantee is not None:
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)
             if other is not None:
-                raise ValueError(f"guarantee: cannot go with {other}; give one of them")
+                raise ValueError(f"guarantee: cannot be combined with {other}; give one of them")
             if self.audit_share == 0:
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
         elif self.guarantee_start != "strict":

@@ -1,4 +1,4 @@
-"""Fair shares of a limited amount: texts in flight, bytes of bodies in flight."""
+"""Fair shares of a limited amount: texts in flight, body bytes in flight."""
 
 from collections.abc import Callable
 

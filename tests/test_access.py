@@ -124,8 +124,8 @@ def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        ("", "has no key"),
-        ("# only a comment", "has no key"),
+        ("", "contains no key"),
+        ("# only a comment", "contains no key"),
         ("alice", "line 1: must be a name and a key"),
         ("alice a b", "line 1: must be a name and a key"),
         ("alice short", "at least 16 characters"),
@@ -158,7 +158,7 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
         ({"rate_limit": "fast", "api_keys": f"alice {ALICE}"}, "rate_limit: 'fast' is not a rate"),
         ({"rate_limit": "0/second", "api_keys": f"alice {ALICE}"}, "rate_limit: '0/second' is not a rate"),
         ({"rate_limit": "9/second;5/hour", "api_keys": f"alice {ALICE}"}, "is not a rate"),
-        ({"api_keys": ""}, "DE3_API_KEYS: has no key"),
+        ({"api_keys": ""}, "DE3_API_KEYS: contains no key"),
         ({"api_keys_file": Path("no-such-file")}, "DE3_API_KEYS_FILE: cannot be read: [Errno 2]"),
         ({"api_keys": f"a {ALICE}", "admin_keys": f"b {ALICE}"}, "cannot be both"),
         ({"api_keys": "alice short"}, "DE3_API_KEYS, line 1"),

@@ -446,10 +446,10 @@ def test_a_server_without_audits_says_how_to_have_them(store: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"guarantee": 0.02, "tau": 0.1}, "guarantee: cannot go with tau"),
-        ({"guarantee": 0.02, "target_speedup": 2}, "guarantee: cannot go with target_speedup"),
-        ({"guarantee": 0.02, "max_disagreement": 0.1}, "guarantee: cannot go with max_disagreement"),
-        ({"guarantee": 0.02, "latency_budget_ms": 9}, "guarantee: cannot go with latency_budget_ms"),
+        ({"guarantee": 0.02, "tau": 0.1}, "guarantee: cannot be combined with tau"),
+        ({"guarantee": 0.02, "target_speedup": 2}, "guarantee: cannot be combined with target_speedup"),
+        ({"guarantee": 0.02, "max_disagreement": 0.1}, "guarantee: cannot be combined with max_disagreement"),
+        ({"guarantee": 0.02, "latency_budget_ms": 9}, "guarantee: cannot be combined with latency_budget_ms"),
         ({"guarantee": 0.02, "audit_share": 0}, "guarantee: needs audits"),
         ({"guarantee": 0}, "greater than 0"),
         ({"guarantee": 1}, "less than 1"),

@@ -322,7 +322,7 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
 
 def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:
     log = write(tmp_path / "log", [])
-    message = "--from-audits cannot go with --tune or --certify"
+    message = "--from-audits cannot be combined with --tune or --certify"
     for more in ("--tune", "--certify"):
         assert message in refusal(f"calibrate tiny --from-audits {log} {more} {log} --store {mine}")
     assert "--tune is required, or --from-audits" in refusal(f"calibrate tiny --store {mine}")

@@ -157,7 +157,7 @@ def test_a_setting_that_no_model_can_fulfil_stops_the_start(store: Path) -> None
 
 
 def test_settings_ask_for_one_thing_only(store: Path) -> None:
-    with pytest.raises(ValueError, match="target_speedup: cannot go with tau"):
+    with pytest.raises(ValueError, match="target_speedup: cannot be combined with tau"):
         Settings(store=store, tau=0.1, target_speedup=2)
 
 

@@ -251,7 +251,7 @@ def test_the_most_probable_labels(server: Server, raw: bool) -> None:
         ({"request_id": 7}, "request_id: input should be a valid string"),
         (
             {"messages": [{"role": "user", "content": CAFE}]},
-            "messages: unknown field; known are ",
+            "messages: unknown field; known fields: ",
         ),
         ({"chat_template": "{{ x }}"}, "chat_template: unknown field"),
         ({"softmax": True}, "softmax: unknown field"),
@@ -292,7 +292,7 @@ def test_sglangs_own_classify(server: Server) -> None:
         ({"text": ["good", 1]}, "text[1]: must be a text"),
         ({"text": ["good", "good film " * 100]}, "text[1]: has 202 tokens"),
         ({"text": ["good"] * 9}, "text: 9 texts, at most 8"),
-        ({"text": "good", "sampling_params": {}}, "sampling_params: unknown field; known are"),
+        ({"text": "good", "sampling_params": {}}, "sampling_params: unknown field; known fields:"),
     ):
         refused = server.classify(**wrong)
         assert refused.status_code == 422, wrong

@@ -120,8 +120,8 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
         ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
         ({"thresholds": {"blame": 0}}, "a number above 0 and below 1"),
-        ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot go with max_disagreement"),
-        ({"thresholds": 0.4, "target_speedup": 2}, "cannot go with target_speedup"),
+        ({"thresholds": 0.4, "max_disagreement": 0.1}, "cannot be combined with max_disagreement"),
+        ({"thresholds": 0.4, "target_speedup": 2}, "cannot be combined with target_speedup"),
     ):
         answer = server.classify(input="a", **options)
         assert answer.status_code == 422 and says in answer.json()["error"]["message"], answer.text
@@ -134,7 +134,7 @@ def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
         assert "certificate" in server.classify(input="a good film").json()
         refused = server.classify(input="a good film", thresholds=0.01)
         assert refused.status_code == 422
-        assert "cannot go with this server's max_disagreement" in refused.json()["error"]["message"]
+        assert "cannot be combined with this server's max_disagreement" in refused.json()["error"]["message"]
         assert "certificate" not in server.classify(input="a good film", thresholds=0.01, tau=0).json()
     with serving(imported / "store", models=["topics"]) as server:
         choice = server.classify(input="a", thresholds=0.3, explain=True).json()["tau_choice"]
@@ -221,7 +221,7 @@ def test_moderation_by_the_client_of_openai(server: Server, store: Path) -> None
         assert (answer.status_code, answer.json()["error"]["param"]) == (422, "input"), answer.text
     with serving(store, models=["tiny"]) as other:
         client = OpenAI(base_url=f"{other.url}/v1", api_key="none", max_retries=0)
-        with pytest.raises(UnprocessableEntityError, match="is no multi-label model"):
+        with pytest.raises(UnprocessableEntityError, match="is not a multi-label model"):
             client.moderations.create(input="a")
 
 

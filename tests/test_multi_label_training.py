@@ -123,12 +123,18 @@ def test_an_interrupted_training_goes_on(data_file: Path, encoder: Path, tmp_pat
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--alpha 0.1", "--alpha cannot go with --multi-label: a multi-label model has no prototypes"),
+        (
+            "--alpha 0.1",
+            "--alpha cannot be combined with --multi-label: a multi-label model has no prototypes",
+        ),
         ("--gamma 0.01", "--gamma cannot"),
         ("--metric-dim 8", "--metric-dim cannot"),
         ("--last-prototypes", "--last-prototypes cannot"),
         ("--prototypes means", "--prototypes cannot"),
-        ("--teacher x", "--teacher cannot go with --multi-label: distillation is for labels that exclude"),
+        (
+            "--teacher x",
+            "--teacher cannot be combined with --multi-label: distillation is for labels that exclude",
+        ),
         ("--distill 0.5", "--distill cannot"),
         ("--temperature 2", "--temperature cannot"),
         ("--augment 1", "--augment cannot"),
@@ -147,7 +153,7 @@ def test_without_the_option_the_right_one_is_named(
     data_file: Path, encoder: Path, trained: Path, tmp_path: Path
 ) -> None:
     command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
-    assert "only a multi-label model has several labels a text" in refusal(command)
+    assert "only a multi-label model has several labels per text" in refusal(command)
     assert "add --multi-label" in refusal(f"{command} --threshold 0.5")
     single = tmp_path / "single.csv"
     single.write_text(

@@ -369,7 +369,7 @@ def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Ser
         page.locator("#model").select_option(odd["id"])
         caught(page, held).fulfill(status=404, json={"error": {"message": "none"}})
         expect(page.locator("#layers li")).to_have_count(25)
-        expect(page.locator("#layers .exit small")).to_have_text("time is up")
+        expect(page.locator("#layers .exit small")).to_have_text("deadline reached")
         expect(page.locator("#curve-help")).to_have_text("This model has no calibration to show.")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         assert page.title().startswith("DE3")

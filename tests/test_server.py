@@ -240,7 +240,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
     (b'{"input": "a", "latency_budget_ms": 60001}', 422, "latency_budget_ms", "at most 60000"),
     (b'{"input": "a", "latency_budget_ms": "8"}', 422, "latency_budget_ms", "number"),
     (b'{"input": "a", "max_disagreement": 1.5}', 422, "max_disagreement", "allowed: 0 to 1"),
-    (b'{"input": "a", "tau": 0, "target_speedup": 2}', 422, "target_speedup", "cannot go with tau"),
+    (b'{"input": "a", "tau": 0, "target_speedup": 2}', 422, "target_speedup", "cannot be combined with tau"),
     (
         b'{"input": "a", "max_disagreement": 0.1, "latency_budget_ms": 9}',
         422,

@@ -315,7 +315,7 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
             "--store /nowhere",
             "error: /nowhere: no such store; create one with de3 export, name another store",
         ),
-        ("--demo", "error: --demo: cannot go with --store"),
+        ("--demo", "error: --demo: cannot be combined with --store"),
         ("--model [/x]", "error: no model '[/x]' in"),
     ],
 )

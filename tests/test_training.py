@@ -218,7 +218,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--group-column label --fragments", "--group-column cannot go with --fragments"),
+        ("--group-column label --fragments", "--group-column cannot be combined with --fragments"),
         (
             "--group-column user",
             r"train.tsv:2: no column 'user'; it has 'sentence', 'label': set --group-column",

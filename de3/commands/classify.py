@@ -24,14 +24,14 @@ def classify(
     file: Annotated[
         Path | None,
         typer.Option(
-            help='Texts to classify: .jsonl, on each line a text or an object with "text" (and "text_pair"); .csv or '
-            ".tsv with such columns; or .txt, a text on each line."
+            help='Texts to classify: .jsonl, each line a text or an object with "text" (and "text_pair"); .csv or '
+            ".tsv with such columns; or .txt, one text per line."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File for the answers to --file, one line each. A file that an interrupted run left is continued."
+            help="File for the answers to --file, one per line. The file of an interrupted run is continued."
         ),
     ] = None,
     url: Url = "http://127.0.0.1:8000",
@@ -53,13 +53,15 @@ def classify(
         typer.Option(help="Instead of --tau: the rate of answers that may differ from full depth."),
     ] = None,
     latency_budget_ms: Annotated[
-        float | None, typer.Option(help="Instead of --tau: the time within which to answer, ms.")
+        float | None, typer.Option(help="Instead of --tau: the latency budget, ms.")
     ] = None,
     long: Annotated[
         str | None,
-        typer.Option(help="Texts longer than the model takes: truncate (the default), windows, or error."),
+        typer.Option(
+            help="How to handle texts longer than the model's limit: truncate (default), windows, or error."
+        ),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests of --file in flight.")] = 8,
+    parallel: Annotated[int, typer.Option(min=1, help="Number of requests in flight with --file.")] = 8,
     **reading: Any,
 ) -> None:
     """Classify texts with a running server.
@@ -105,7 +107,7 @@ def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[s
 
 
 def _inputs(file: Path, columns: Columns) -> Iterator[Any]:
-    """The texts and pairs of a file, as a request has them; raises ValueError that names the line."""
+    """The texts and pairs of a file, in the form of a request; raises ValueError, naming the line."""
     second = columns.text_pair or "text_pair"
     for where, record in records(file, columns):
         row = {columns.text: record} if isinstance(record, str) else record
@@ -119,13 +121,13 @@ def _inputs(file: Path, columns: Columns) -> Iterator[Any]:
 def _classify_file(
     client: Any, file: Path, columns: Columns, out: Path, options: dict[str, Any], parallel: int
 ) -> None:
-    """Answers in the order of the rows; those that an earlier run wrote are kept."""
+    """Write the answers in the order of the rows; answers of an earlier run are kept."""
     from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     done, total = (
         _complete_lines(out),
         sum(1 for _ in _inputs(file, columns)),
-    )  # names a wrong row before any is sent
+    )  # reports an invalid row before any is sent
     bars = (TextColumn("classifying"), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         out.open("a", encoding="utf-8") as answers,
@@ -146,7 +148,7 @@ def _classify_file(
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an answer that the file keeps."""
+    """The fields of an answer that are written to the file."""
     names = ("label", "labels", "value", "probs", "exit", "windows")
     return {name: row[name] for name in names if name in row}
 

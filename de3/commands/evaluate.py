@@ -36,8 +36,8 @@ def evaluate(
     original: Annotated[
         str | None,
         typer.Option(
-            help="The classifier that was imported: disagreement is counted against its answers, which are also the "
-            'labels with --label-column "" or a .txt file.',
+            help="The original classifier of an imported model: disagreement is counted against its answers, which are "
+            'also the labels with --label-column "" or a .txt file.',
             show_default=False,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def evaluate(
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
     Without data it uses certify.jsonl, which training held out. An artifact runs through its ONNX segments, as
-    it does when serving, and its default τ is evaluated too.
+    it does when serving, and its default τ is also evaluated.
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
@@ -82,9 +82,7 @@ def evaluate(
         if original is not None:
             examples = _answered(original, examples, subject, has_labels)
     elif original is not None:
-        raise ValueError(
-            "--original: give the texts for it to answer; held-out samples have its answers already"
-        )
+        raise ValueError("--original: needs a file or --dataset; held-out samples already have its answers")
     elif subject.checkpoint is None:
         raise ValueError(f"give the data: {model} has no held-out samples, unlike a checkpoint of de3 train")
     else:
@@ -160,7 +158,7 @@ def _answered(original: str, examples: list[Any], subject: _Subject, has_labels:
     names = list(subject.names)
     config = subject.config
     opened = replace(stock.open_stock(original), thresholds=config.thresholds, tolerance=config.tolerance)
-    same = sorted(opened.names) == sorted(names)  # else they were renamed, in order
+    same = sorted(opened.names) == sorted(names)  # otherwise the labels were renamed, in order
     if len(opened.names) != len(names) or (same and opened.names != names):
         raise ValueError(f"--original {original}: has the labels {opened.names[:20]}, the model {names[:20]}")
     encoded = data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
@@ -193,7 +191,7 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
 
 
 def _report_artifact(served: Any, recorded: Any, examples: list[Any], output: Console) -> None:
-    """Print the outcome of an artifact's default and targets on recorded samples, and of the default by length."""
+    """Print the results of an artifact's default and targets on recorded samples, and of the default by length."""
     from de3.commands.timing import measure_times
     from de3.exits.trade_offs import TradeOffs
     from de3.training import evaluate as evaluation

@@ -25,7 +25,7 @@ def export(
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label". '
+            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label". '
             "Default: the checkpoint's tune.jsonl.",
             show_default=False,
         ),
@@ -53,8 +53,8 @@ def export(
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
     The export is compared with the PyTorch model, and nothing is published if it differs too much.
-    With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 with ONNX Runtime's fused
-    operators, which use one scale for all activations of a text.
+    With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 it uses ONNX Runtime's fused
+    operators, with one scale for all activations of a text.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
@@ -84,7 +84,7 @@ def calibrate(
     tune: Annotated[
         Path | None,
         typer.Option(
-            help='Samples to fit and choose the signal on, as jsonl with "text" (and "text_pair") and "label".',
+            help='Samples for fitting and choosing the signal, as jsonl with "text" (and "text_pair") and "label".',
             show_default=False,
         ),
     ] = None,
@@ -112,13 +112,15 @@ def calibrate(
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    A model that was exported without the signal risk gets it. With --from-audits no labels are needed and no text runs:
-    the answers of full depth count as correct.
+    A model that was exported without the signal risk gets it. --from-audits needs no labels and runs no texts: the
+    answers of full depth count as correct.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl
     """
     if from_audits and (tune is not None or certify is not None):
-        raise ValueError("--from-audits cannot go with --tune or --certify: audits are split into both parts")
+        raise ValueError(
+            "--from-audits cannot be combined with --tune or --certify: audits are split into both sets"
+        )
     need_train_extra()
     from de3.export.recalibrate import recalibrate, recalibrate_on_audits
     from de3.model_store.store import Store

@@ -29,12 +29,12 @@ from de3.tables import Columns, read_groups, read_rows, records
 @with_fields(Columns, without=["label"])
 def import_model(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of a …ForSequenceClassification of transformers.")
+        str, typer.Argument(help="Folder or hub id of a transformers …ForSequenceClassification model.")
     ],
     texts: Annotated[
         Path,
         typer.Option(
-            help="Texts like those to be served: a .txt file with a text on each line, or .csv, .tsv or .jsonl."
+            help="Texts like those to be served: a .txt file with one text per line, or .csv, .tsv or .jsonl."
         ),
     ],
     name: Annotated[str, typer.Option(help="Name of the model in the store.")],
@@ -97,22 +97,24 @@ def import_model(
     finetune: Annotated[
         bool,
         typer.Option(
-            help="Then train the encoder too, so that its first layers learn more. Full depth is trained on the "
+            help="Also train the encoder afterwards, so that its first layers learn more. Full depth is trained on the "
             "original's answers; where it differs from them, that counts as disagreement.",
             rich_help_panel=TRAINING,
         ),
     ] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
-    bf16: Annotated[bool, typer.Option(help="Use bfloat16 for the states that exits are fitted on.")] = True,
+    bf16: Annotated[
+        bool, typer.Option(help="Use bfloat16 for the hidden states that exits are fitted to.")
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
     **options: Any,
 ) -> None:
-    """Add early exits to a stock classifier. Its weights stay, so full depth gives the same answers as before.
+    """Add early exits to a stock classifier. Its weights do not change, so full depth gives the same answers as before.
 
-    Exits are fitted on texts without labels, to the model's own answers; the rate of different answers is certified on
-    held-out texts. Use texts that the model was not trained on: it is surer of its training texts, and a certificate
-    from them would not hold for others.
+    Exits are fitted to the model's own answers on unlabelled texts; the rate of disagreement is certified on held-out
+    texts. Use texts that the model was not trained on: it is more confident on its training texts, so a certificate
+    from them would not hold for other texts.
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
@@ -125,7 +127,7 @@ def import_model(
     from de3.training.progress import console, warn
 
     check_groups(fragments, group_column)
-    if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # NaN neither
+    if tolerance is not None and not MIN_TOLERANCE <= tolerance <= MAX_TOLERANCE:  # also rejects NaN
         raise ValueError(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
         )

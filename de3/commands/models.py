@@ -36,7 +36,7 @@ def models_list(store: StoreOption = Path("models")) -> None:
     for name in models.names():
         try:
             m = models.open(name).manifest
-        except Exception as error:  # a forged manifest may cause any
+        except Exception as error:  # a forged manifest may raise anything
             table.add_row(name, f"[red]{escape(_reason(error))}")
             continue
         labels = ", ".join(m.labels[:4]) + (f" … ({len(m.labels)})" if len(m.labels) > 4 else "")
@@ -82,12 +82,12 @@ def models_verify(
         try:
             artifact = models.open(name)
             no_kernels = Prover().prove(artifact, "auto")
-            if README in artifact.manifest.files:  # no server reads it
+            if README in artifact.manifest.files:  # the server does not read it
                 artifact.read(README)
             print(
                 f"{artifact.full_name}  sound{no_kernels and f', without kernels: {printable(no_kernels)}'}"
             )
-        except Exception as error:  # a forged artifact may cause any; the next may be sound
+        except Exception as error:  # a forged artifact may raise anything; the next may be sound
             failed = True
             print(f"{printable(name)}  NOT SOUND  {_reason(error)}")
     if failed:
@@ -131,14 +131,14 @@ def models_load(
         bool,
         typer.Option(
             "--shadow",
-            help="Load it as a shadow: it runs the same texts, and labels that differ are counted.",
+            help="Load it as a shadow: it runs the same texts, and different answers are counted.",
         ),
     ] = False,
     beside: Annotated[
         bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")
     ] = False,
 ) -> None:
-    """Load or reload a version on a running server. Once it has warmed up, it is the current version.
+    """Load or reload a version on a running server. Once it has warmed up, it becomes the current version.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
     """

@@ -29,8 +29,8 @@ DatasetSplit = Annotated[str, typer.Option("--split", help="Split of --dataset."
 Fragments = Annotated[
     bool,
     typer.Option(
-        help="The data contains fragments of its own texts (as SST-2's phrases): keep a text and its fragments in the "
-        "same part.",
+        help="The data contains fragments of its own texts (such as SST-2's phrases): keep a text and its "
+        "fragments in the same part.",
         rich_help_panel=DATA,
     ),
 ]
@@ -48,7 +48,7 @@ Threshold = Annotated[
     typer.Option(
         min=0.01,
         max=0.99,
-        help="For a multi-label model: the probability above which a label is given. Requests may set others.",
+        help="For a multi-label model: the probability above which a label is assigned. Requests may set others.",
         show_default="0.5",
         rich_help_panel=DATA,
     ),
@@ -56,12 +56,12 @@ Threshold = Annotated[
 
 Quantize = Annotated[str, typer.Option(help="int8, or none for fp32.")]
 MaxInt8Loss = Annotated[
-    float, typer.Option(help="Accuracy that any exit may lose by int8, in percentage points.")
+    float, typer.Option(help="Accuracy that any exit may lose to int8, in percentage points.")
 ]
 SignalOption = Annotated[
     str,
     typer.Option(
-        help=f"Signal that is compared with τ by default: {', '.join(SIGNALS)}; or auto: the fastest of them on the "
+        help=f"Default signal, which is compared with τ: {', '.join(SIGNALS)}; or auto: the fastest of them on the "
         "tuning samples. Requests may name another.",
     ),
 ]
@@ -79,8 +79,8 @@ LabelNames = Annotated[
 def with_fields(*classes: type, without: Collection[str] = ()) -> Callable[[Command], Command]:
     """A decorator that replaces **options of a command by the fields of dataclasses.
 
-    A field becomes an option if it is annotated with a typer.Option and not named in `without`. One whose
-    `show_default` is a text has the default None: its value depends on other options.
+    A field becomes an option if it is annotated with a typer.Option and not named in `without`. A field whose
+    `show_default` is a text has the default None, because its value depends on other options.
     """
 
     def decorate(command: Command) -> Command:
@@ -131,7 +131,7 @@ def check_groups(fragments: bool, group_column: str | None) -> None:
     """Raise ValueError if related rows are given in two ways at once."""
     if fragments and group_column is not None:
         raise ValueError(
-            "--group-column cannot go with --fragments, which makes groups of texts and their fragments"
+            "--group-column cannot be combined with --fragments, which makes groups of texts and their fragments"
         )
 
 

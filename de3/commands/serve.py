@@ -25,10 +25,10 @@ def serve(context: typer.Context, demo: bool, **values: Any) -> None:
     if demo:
         source = context.get_parameter_source("store")
         if source is not None and source.name == "COMMANDLINE":
-            raise ValueError("--demo: cannot go with --store; give one of them")
+            raise ValueError("--demo: cannot be combined with --store; give one of them")
         given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
     for name in Settings.model_fields:
-        # An empty secret is passed on: Settings refuses it.
+        # An empty secret is not skipped, because Settings rejects it.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
             given[name] = secret
     try:
@@ -45,7 +45,7 @@ def demo_store() -> Path:
 
 
 def _warnings() -> list[str]:
-    """Warnings about variables of the environment that look like settings and are not."""
+    """Warnings about environment variables that look like settings but are not."""
     hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} are for clients"
     return [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
 

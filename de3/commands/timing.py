@@ -1,4 +1,4 @@
-"""Times of texts in the engine, one after another, from which `de3 evaluate` predicts the speed-up in time."""
+"""Measures texts in the engine, one after another; `de3 evaluate` predicts the speed-up in time from these times."""
 
 from collections.abc import Sequence
 from time import thread_time
@@ -18,12 +18,12 @@ from de3.server.settings import ExitOptions
 from de3.training.data import Example
 from de3.training.evaluate import Times
 
-BLOCK = 25  # texts before another depth takes its turn
-EVERY_EXIT = 5e-324  # the smallest τ that evaluates every exit; no score is below it but 0
+BLOCK = 25  # texts that run to one depth before the next depth
+EVERY_EXIT = 5e-324  # the smallest τ that evaluates every exit; only a score of 0 is below it
 
 
 class Engine:
-    """A queue, and one thread that empties it: the caller's."""
+    """A queue, processed by the calling thread."""
 
     def __init__(self, served: Served) -> None:
         self._served, self._queue = served, WorkQueue(1)
@@ -50,7 +50,7 @@ def text_of(example: Example) -> Text:
 def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:
     """The CPU times of up to `count` examples at τ = 0 and to each exit, in the engine, on this thread.
 
-    Blocks of texts take turns, so that the weights that a depth uses stay in the caches, as when serving.
+    Each depth runs a block of texts at a time, so that its weights stay in the caches, as when serving.
     """
     manifest, texts = served.model.manifest, [text_of(example) for example in list(examples)[:count]]
     options = [ExitOptions(tau=EVERY_EXIT, max_layer=layer) for layer in manifest.exit_layers]
@@ -60,7 +60,7 @@ def measure_times(served: Served, examples: Sequence[Example], count: int = 100)
     engine = Engine(served)
     for begin in range(0, len(texts), BLOCK):
         for choice, row in zip(choices, seconds, strict=True):
-            engine.classify(texts[begin], choice)  # the layers that it uses come into the caches
+            engine.classify(texts[begin], choice)  # loads the weights of its layers into the caches
             for i, text in enumerate(texts[begin : begin + BLOCK], begin):
                 started = thread_time()
                 engine.classify(text, choice)

@@ -192,7 +192,7 @@ def train(
         say(f"saved to {out}. Next: de3 evaluate {out}{teacher_too}")
     else:
         say(
-            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on a file that you name), then "
+            f"saved to {out}. Next: de3 evaluate {out} (on the certifying samples, or on your own file), then "
             f"de3 export {out} --name NAME"
         )
 
@@ -227,7 +227,9 @@ def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
     ):
         for name in names if multi_label else ():
             if given(name):
-                raise ValueError(f"--{name.replace('_', '-')} cannot go with --multi-label: {reason}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')} cannot be combined with --multi-label: {reason}"
+                )
 
 
 def _exit_layers(exits: str, embedding_exit: bool, num_layers: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Every panel of the dashboards, with its PromQL. Dashboards, pictures and tests are made from this."""
+"""Every panel of the dashboards, with its PromQL. Dashboards, pictures and tests are generated from it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 M = '{model=~"$model"}'
 R = "[$__rate_interval]"
 ALL_MODELS = ".+:.+"  # name:version; not `none`, where requests without a model are counted
-DRIFTED = 0.25  # population stability index: by convention, above it the texts have changed
+DRIFTED = 0.25  # population stability index: by convention, a higher value means that the texts have changed
 
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and the name of its result; {{label}} stands for a label's value."""
+    """PromQL, and the name of its result; {{label}} is replaced by a label's value."""
 
     expr: str
     legend: str = ""
@@ -23,11 +23,11 @@ class Panel:
 
     Attributes:
         kind: stat (one number for the time range), lines, stack, or heatmap (of a histogram's buckets).
-        unit: Grafana's name of it.
-        width: in columns, of 24.
+        unit: Grafana's name of the unit.
+        width: number of grid columns, of 24.
         least, most: range of the axis; None: from the data.
         limit: a threshold, drawn as a line.
-        row: title of the row that begins with this panel; None: it belongs to the row before.
+        row: title of the row that begins with this panel; None: it continues the previous row.
     """
 
     title: str
@@ -91,7 +91,7 @@ def _accuracy(window: str = R) -> str:
 
 
 def _share(metric: str, window: str = R) -> str:
-    """The share of the texts that left."""
+    """A counter's rate, as a share of the texts that exited."""
     return f"{_sum(metric, window=window)} / {_sum('de3_exit_layer_count', window=window)}"
 
 
@@ -137,7 +137,7 @@ _PROMISE = (
         "lines",
         "none",
         "τ for requests without exit options, by reason. With a guarantee: start, calibrated, evidence (raised by "
-        "audits), recent (lowered by recent audits), change (the rate had risen) or reset (by an admin). Without one: "
+        "audits), recent (lowered by recent audits), change (the rate rose) or reset (by an admin). Without one: "
         "the option that set it.",
         (Query(f"max by (model, reason) (de3_audit_tau{M})", "{{reason}} {{model}}"),),
     ),
@@ -172,7 +172,7 @@ _PROMISE = (
         "Resets",
         "lines",
         "none",
-        "Times that the evidence of audits became void. change: the rate at the proved τ had risen above the promise; "
+        "Resets of the audit evidence. change: the rate at the proved τ rose above the promise; "
         "reset: by an admin.",
         (Query(f"sum by (model, reason) (increase(de3_audit_resets_total{M}{R}))", "{{reason}} {{model}}"),),
         width=8,

@@ -91,7 +91,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     settings: dict[str, Any] = {"threads": options.cores, **(options.model_extra or {})}
     if isinstance(settings.get("models"), str):
         settings["models"] = settings["models"].split()
-    Settings.model_validate(settings)  # validated here, so that the error appears where the option was typed
+    Settings.model_validate(settings)  # so that an error appears in the terminal of `serve run`
     settings.setdefault("store", "models")
     # Replicas have another working directory.
     for name in ("store", "api_keys_file", "admin_keys_file", "state_dir", "log_audits"):

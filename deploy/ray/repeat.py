@@ -18,7 +18,7 @@ from de3.server.http.frontend import route_path
 log = logging.getLogger("ray.serve")
 TRIES = 2
 MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not retried
-MAX_WAIT_S = 5.0  # nor are those whose body takes longer
+MAX_WAIT_S = 5.0  # nor are requests whose body takes longer
 
 
 class Repeat:
@@ -78,7 +78,7 @@ class SafeIds:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on."""
+        """Handle one request."""
         if scope["type"] == "http":
             scope["headers"] = [
                 (name, value)

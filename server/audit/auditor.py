@@ -1,9 +1,9 @@
 """Samples texts for audits, runs them to full depth while nothing else is pending, and counts the results.
 
 A text is drawn with a probability that is fixed before anything about the text is known, and answered like any other.
-Texts are counted in the order of their answers: a text is not counted before the audits of earlier ones have run, so
-the counts do not depend on how long audits take. (They depend on the order in which texts in flight were answered, but
-those are few compared with the texts that a decision needs.)
+Texts are counted in the order of their answers: a text is counted only after the audits of all earlier ones have run,
+so the counts do not depend on the duration of audits. (They depend on the order in which texts in flight were answered,
+but few texts are in flight compared with the number that a decision needs.)
 """
 
 import asyncio
@@ -44,12 +44,12 @@ NO_WISH = ExitOptions()
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """Texts in the order of their answers: some that were not drawn, then perhaps one that was.
+    """Consecutive answered texts: some that were not drawn, then possibly one that was.
 
     Attributes:
-        is_open: whether the next text belongs here; then there is no audit.
-        is_pending: whether its audit has not run yet.
-        audit: its result; None: it has not run, or was dropped.
+        is_open: the next text may be added; then no text was drawn.
+        is_pending: the audit of the drawn text has not run yet.
+        audit: result of the audit; None if it has not run or was dropped.
     """
 
     share: float
@@ -62,12 +62,12 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The audited texts of a job, drawn before anything about them was known.
+    """The audited texts of a job, drawn before anything about them is known.
 
     Attributes:
-        share: the probability of each.
+        share: probability with which each text was drawn.
         epoch: number of the evidence that they count towards; each reset starts a new epoch.
-        is_drawn: one for each text.
+        is_drawn: a flag for each text.
     """
 
     share: float
@@ -95,14 +95,14 @@ class Auditor:
     """The audits of one model, for requests without exit options. Only the event loop calls it.
 
     Attributes:
-        served: the model as it is loaded now.
+        served: the loaded model.
         promise: keeps the rate that the server promises; None without a guarantee.
-        since: when the evidence begins, in seconds since 1970.
-        audits, disagreements, seconds: totals since the server began to audit: texts audited, those whose answer, as it
-            was sent, differs from full depth, and the audits' model time.
+        since: start of the evidence, in seconds since 1970.
+        audits, disagreements, seconds: totals since the server started: audited texts; those whose answer, as sent,
+            differs from full depth; and the model time of audits.
         excluded: number of texts that are not audited, by reason.
-        resets, num_resets: the last ones, and the number of all, by reason.
-        is_changed: whether there is something to save.
+        resets, num_resets: the latest resets, and the total number by reason.
+        is_changed: there are changes to save.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Auditor:
         in_force: Callable[[Served], Choice],
         audit_log: AuditLog | None = None,
     ) -> None:
-        """submit: enqueues audits. in_force: the choice for requests without options, which load may have changed."""
+        """submit: enqueues audits. in_force: the choice for requests without options, which may change under load."""
         self._submit, self._in_force = submit, in_force
         self._log, self._random = audit_log, random.Random()
         self._epoch = 0  # of the evidence
@@ -128,7 +128,7 @@ class Auditor:
             self.promise = Promise(settings.guarantee, self.taus, start)
         self._entries: deque[_Entry] = deque()
         self._fresh: list[Audit] = []
-        self._outstanding = 0  # texts that were drawn and need an audit of their own, which has not run yet
+        self._outstanding = 0  # drawn texts whose separate audit has not run yet
         self.since = time.time()
         self.audits, self.disagreements, self.seconds = 0, 0, 0.0
         self.excluded = dict.fromkeys(EXCLUDED, 0)
@@ -138,7 +138,7 @@ class Auditor:
         self.serve(served)
 
     def serve(self, served: Served) -> None:
-        """Audit this model, the same one as before if there was one, loaded again."""
+        """Audit a loaded model; after the first call, only the same model, reloaded."""
         self.served = served
         if self.promise is not None:
             served.rules.apply_guarantee(self.promise)
@@ -155,20 +155,20 @@ class Auditor:
 
     @property
     def promised(self) -> float | None:
-        """The rate of disagreement that is promised: the guarantee, or what the calibration certified on request."""
+        """The promised rate of disagreement: the guarantee, or the default max_disagreement; None without either."""
         default = self.served.rules.default
         return default.wanted if default.by in ("guarantee", "max_disagreement") else None
 
     @property
     def pending(self) -> int:
-        """Audits that have not run yet."""
+        """Number of audits that have not run yet."""
         return self._outstanding
 
     @property
     def share(self) -> float:
-        """The probability with which the next text is drawn.
+        """Probability that the next text is drawn.
 
-        With a guarantee whose τ is 0 it is 1: an answer at full depth is its own audit.
+        It is 1 with a guarantee whose τ is 0: an answer at full depth is its own audit.
         """
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES:
             return 0.0
@@ -194,7 +194,7 @@ class Auditor:
             self._outstanding -= sum(draw.is_drawn)
 
     def answered(self, job: Job, draw: Draw | None) -> None:
-        """Count the texts of a job that is done, and enqueue the audits of those that were drawn."""
+        """Count the texts of a finished job, and enqueue the audits of the drawn ones."""
         is_void = draw is None or draw.epoch != self._epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
         for item, outcome, is_drawn in zip(job.items, job.outcomes(), drawn, strict=True):
@@ -228,7 +228,7 @@ class Auditor:
     def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
         """Schedule the audit of a text. Audits are submitted together, after the answers have been sent."""
         entry.is_pending = True
-        # Its tokens are enough: texts may be large.
+        # The audit needs only the tokens, so large texts are not kept.
         logged = text if self._log is not None and self._log.has_texts else None
         rule = self.served.rules.default.rule
 
@@ -245,8 +245,8 @@ class Auditor:
 
     def _done(self, audit: Audit, entry: _Entry, answer: Reading, text: Text | None) -> None:
         self._outstanding -= 1
-        entry.is_pending = False  # whatever follows, no entry must hold up those behind it
-        if audit.is_dropped:  # it tells nothing
+        entry.is_pending = False  # first, so that no error below blocks the later entries
+        if audit.is_dropped:  # a dropped audit is no evidence
             pass
         elif audit.error is not None:
             log.error("an audit failed, and counts as a disagreement: %s", audit.error)
@@ -332,7 +332,7 @@ class Auditor:
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
-        self._entries.clear()  # what is pending belongs to what is void
+        self._entries.clear()  # pending audits belong to the discarded evidence
         self._epoch += 1
         self.since, self.is_changed = reset.at, True
         self.resets = [*self.resets, reset][-MAX_RESETS:]
@@ -345,7 +345,7 @@ class Auditor:
         resets: list[Reset],
         kept: Kept | None,
     ) -> None:
-        """Continue from the saved state of an earlier server; raises ValueError. kept: None: it had no guarantee."""
+        """Continue from the saved state of an earlier server; raises ValueError. kept: None if it had no guarantee."""
         if self.promise is None:
             self._evidence = evidence
         elif kept is not None:

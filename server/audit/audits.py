@@ -18,11 +18,11 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 SAVE_S = 2.0  # interval between saves; a crash loses the audits since the last one
-MAX_KEPT = 32  # states of unloaded models, which may come back
+MAX_KEPT = 32  # states of unloaded models, which may be loaded again
 
 
 class Audits:
-    """One auditor for each served model; none where nothing is audited."""
+    """One auditor for each served model; none if audits are off."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Audits:
         submit: Callable[[Sequence[Audit]], None],
         in_force: Callable[[Served], Choice],
     ) -> None:
-        """submit, in_force: see Auditor. Raises ValueError for a folder or a file that cannot be written."""
+        """submit, in_force: see Auditor. Raises ValueError if state_dir or log_audits cannot be written."""
         self._settings, self._submit, self._in_force = settings, submit, in_force
         self.is_on = settings.share_of_audits > 0
         self._by_model: dict[str, Auditor] = {}
@@ -47,7 +47,7 @@ class Audits:
             return
         name = served.model.full_name
         known = self._by_model.get(name)
-        if known is not None and known.served.model.manifest == served.model.manifest:  # loaded again
+        if known is not None and known.served.model.manifest == served.model.manifest:  # reloaded
             known.serve(served)
             return
         auditor = self._by_model[name] = Auditor(
@@ -72,22 +72,22 @@ class Audits:
             del self._unloaded[next(iter(self._unloaded))]
 
     def get(self, served: Served) -> Auditor | None:
-        """The auditor of a model; None where nothing is audited."""
+        """The auditor of a model; None if audits are off."""
         return self._by_model.get(served.model.full_name)
 
     def of(self, served: Served) -> Auditor:
-        """The auditor of a model; raises RequestError where nothing is audited."""
+        """The auditor of a model; raises RequestError if audits are off."""
         auditor = self.get(served)
         if auditor is None:
             raise RequestError(
-                "this server audits nothing; its operator starts audits with --audit-share or --guarantee",
+                "audits are off; the server's operator can enable them with --audit-share or --guarantee",
                 cause="conflict",
             )
         return auditor
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:
-        """Context in which a job is submitted and answered: draws texts for audits before, and counts texts after."""
+        """Context in which a job is submitted and answered: draws texts to audit before, and counts texts after."""
         auditor = self.get(job.served)
         if auditor is None:
             yield
@@ -101,11 +101,11 @@ class Audits:
             raise
         try:
             auditor.answered(job, draw)
-        except Exception:  # it was answered
+        except Exception:  # the request was answered
             log.exception("the texts of a request were answered, but not counted for audits")
 
     def start(self) -> None:
-        """Begin to save what changes; once the models are loaded."""
+        """Start the task that saves changes; called once the models are loaded."""
         if self._state is not None:
             self._saving = asyncio.create_task(self._save_often())
 
@@ -123,10 +123,10 @@ class Audits:
             try:
                 self._state.write(auditor)
                 self._has_failed = False
-            except Exception as error:  # whatever it is, requests are answered
+            except Exception as error:  # no error must prevent the server from answering requests
                 auditor.is_changed = True
                 if not self._has_failed:
-                    log.error("state_dir: cannot be written; it is tried again every %g s: %s", SAVE_S, error)
+                    log.error("state_dir: cannot be written; retrying every %g s: %s", SAVE_S, error)
                 self._has_failed = True
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""The log of audits: one line of JSON for each audited text, with the outputs of every exit."""
+"""The audit log: one line of JSON for each audited text, with the outputs of every exit."""
 
 import logging
 import math
@@ -15,19 +15,19 @@ from de3.exits.reading import Reading
 from de3.server.engine.request import Text
 from de3.server.engine.served import Served
 
-MAX_BYTES = 100 * 2**20  # of a file, of which there are two
+MAX_BYTES = 100 * 2**20  # per file; there are at most two
 MAX_LINE = 2**24
 
 
 class AuditLog:
-    """A file, and its predecessor.
+    """The log file, rotated with one predecessor.
 
     Attributes:
-        has_texts: whether texts are logged too.
+        has_texts: texts are logged, too.
     """
 
     def __init__(self, path: Path, log_texts: bool) -> None:
-        """Raises ValueError for a file that cannot be written."""
+        """Raises ValueError if the file cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _cut_torn_line(path)
@@ -41,10 +41,10 @@ class AuditLog:
     ) -> None:
         """Write an audit: the readings of a text that passed every exit, and its number of tokens.
 
-        share: the probability with which it was drawn.
+        share: probability with which the text was drawn.
         """
         if not all(math.isfinite(value) for reading in passed for value in reading.logits):
-            return  # which no calibration takes
+            return  # calibration rejects such rows
         row: dict[str, Any] = {
             "time": round(time.time(), 3),
             "model": served.model.full_name,
@@ -73,7 +73,7 @@ class _Handler(RotatingFileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_private)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called for an error in emit."""
+        """Report the first error in emit."""
         if self.handles_errors:
             self.handles_errors = False
             logging.getLogger("de3").exception(
@@ -84,7 +84,7 @@ class _Handler(RotatingFileHandler):
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off a last line that a killed server left torn."""
+    """Cut off an incomplete last line, as a killed server leaves it."""
     with open(path, "ab+", opener=_private) as file:
         end = file.seek(0, os.SEEK_END)
         start = max(0, end - MAX_LINE)
@@ -99,5 +99,5 @@ def _private(path: str, flags: int) -> int:
 
 
 def _short(values: Sequence[float]) -> list[float]:
-    """Values of float32, with as many digits as tell one from the next."""
+    """float32 values, rounded to the 9 significant digits that identify them."""
     return [float(f"{value:.9g}") for value in values]

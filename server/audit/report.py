@@ -11,7 +11,7 @@ from de3.server.audit.auditor import Auditor
 
 
 def report(auditor: Auditor) -> dict[str, Any]:
-    """The audit results of one model: evidence by τ, the promise and its present state, and the resets."""
+    """The audit results of one model: evidence by τ, the promise and its current state, and the resets."""
     evidence, signal, promise = auditor.evidence.copy(), auditor.signal, auditor.promise
     manifest = auditor.served.model.manifest
     lower, upper = evidence.bounds()

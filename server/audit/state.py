@@ -1,4 +1,4 @@
-"""Saves the results of audits in a small file for each model, across restarts."""
+"""Keeps audit results across restarts, in a small file for each model."""
 
 import fcntl
 import hashlib
@@ -18,7 +18,7 @@ from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 log = logging.getLogger("de3")
 MAX_BYTES = 2**20
 MAX_TAUS = 1024
-NEW_SHARES = 17  # that a server may add
+NEW_SHARES = 17  # shares that a server may add
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +31,7 @@ class _Part(BaseModel):
 
 
 class Counts(_Part):
-    """de3.exits.promise.Tally, and the share that it is of."""
+    """A de3.exits.promise.Tally, and its share."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -42,7 +42,7 @@ class Counts(_Part):
 
 
 class Promised(_Part):
-    """de3.exits.promise.Kept."""
+    """A de3.exits.promise.Kept."""
 
     rate: Rate
     tau: Rate
@@ -54,7 +54,7 @@ class Promised(_Part):
 
 
 class ResetRow(_Part):
-    """de3.server.audit.auditor.Reset."""
+    """A de3.server.audit.auditor.Reset."""
 
     at: float
     reason: Reason
@@ -124,16 +124,16 @@ def restore(auditor: Auditor, state: State) -> None:
     """Restore an auditor from a state; raises ValueError if the state does not match the auditor's model."""
     manifest, signal = auditor.served.model.manifest, auditor.signal
     if state.fingerprint != fingerprint(manifest):
-        raise ValueError("it is of another model")
+        raise ValueError("it belongs to another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
-        raise ValueError("it is of another signal")
+        raise ValueError("it belongs to another signal")
     served = auditor.served
     if (state.runtime, state.caution) != (served.model.runtime, served.monitor.caution):
-        raise ValueError("it is of another runtime, or another --ood-policy")
+        raise ValueError("it belongs to another runtime, or another --ood-policy")
     if len(state.counts) + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if state.taus != auditor.taus.tolist():
-        raise ValueError("it is of other τ")
+        raise ValueError("it has other values of τ")
     evidence = Evidence(auditor.taus)
     for row in state.counts:
         differing, layers = np.array(row.differing, np.int64), np.array(row.layers, np.int64)
@@ -148,15 +148,15 @@ def restore(auditor: Auditor, state: State) -> None:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """Tells the files of a model from those of any other: its manifest has the hash of each."""
+    """A hash that identifies the files of a model, as its manifest has the hash of each file."""
     return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
 
 
 class StateDir:
-    """The folder with the files. Only one server may have it."""
+    """The folder with the files. Only one server can use it at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError for a folder that cannot be written, or that another server has."""
+        """Raises ValueError if the folder cannot be written, or another server uses it."""
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -170,14 +170,14 @@ class StateDir:
             raise ValueError(f"state_dir: another server uses {path}; each needs its own") from None
 
     def close(self) -> None:
-        """Let another server have the folder."""
+        """Release the folder."""
         os.close(self._lock)
 
     def _file(self, auditor: Auditor) -> Path:
         return self.path / f"{auditor.served.model.full_name.replace(':', '-')}.json"
 
     def read(self, auditor: Auditor) -> None:
-        """Restore an auditor from its file, if there is one; one that does not fit is set aside, with a warning."""
+        """Restore an auditor from its file, if there is one; an unusable file is renamed, with a warning."""
         path = self._file(auditor)
         try:
             with path.open("rb") as file:
@@ -197,7 +197,7 @@ class StateDir:
             log.info("%s: %d audits from %s", auditor.served.model.full_name, auditor.evidence.audits, path)
 
     def write(self, auditor: Auditor) -> None:
-        """Write what an auditor has now, by one rename; raises OSError. Called in any thread, one at a time."""
+        """Write an auditor's state atomically; raises OSError. Any thread may call it, one at a time."""
         path = self._file(auditor)
         new = path.with_suffix(".json.new")
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:

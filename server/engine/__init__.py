@@ -1,1 +1,1 @@
-"""The engine: runs requests. It knows no protocol."""
+"""The engine: runs requests, independent of protocols."""

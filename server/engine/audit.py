@@ -1,7 +1,7 @@
 """Audits: answered texts run once more, to full depth, in threads of their own, while nothing else is pending.
 
-The kernels run the layers of several texts together, at the lowest priority of the system: on the engine's threads, a
-text at a time, they made others wait (docs/design.md).
+The kernels run the layers of several texts together, at the lowest thread priority. Run on the engine's threads, one
+text at a time, audits delayed other texts (docs/design.md).
 """
 
 import logging
@@ -18,23 +18,23 @@ from de3.server.engine.queue import MAX_GROUP, WorkQueue
 from de3.server.engine.served import MAX_STEP_S, Served
 
 log = logging.getLogger("de3.engine")
-STEP_S = 0.001  # between two looks at the queue, unless one layer takes longer
-# Longest wait for an empty queue before each step: under lasting overload, audits are slow but do not stop.
+STEP_S = 0.001  # between two checks of the queue, unless one layer takes longer
+# Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
 STOP_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
 class Audit:
-    """A text that was answered, to be run through every layer with every exit evaluated.
+    """An answered text, to be run through every layer with every exit evaluated.
 
     Attributes:
         rule: reads and scores the exits; its τ is not used.
-        on_done: called by the engine's `dispatch` when it has run, failed or was dropped.
+        on_done: called by the engine's `dispatch` once it has run, failed or been dropped.
         passed: the reading of every exit, once it has run.
         model_s: compute time, seconds.
-        error: why it failed.
-        is_dropped: its model was unloaded before it ran, or the server stops.
+        error: the error if it failed.
+        is_dropped: its model was unloaded before it ran, or the server is stopping.
     """
 
     served: Served
@@ -48,7 +48,7 @@ class Audit:
 
     @property
     def in_group(self) -> bool:
-        """The kernels can run it, several together."""
+        """True if the kernels can run it in a group."""
         return self.served.model.forward is not None and self.rule.signal.code is not None
 
 
@@ -56,7 +56,7 @@ class AuditThreads:
     """Threads that run audits; they start with the first one."""
 
     def __init__(self, count: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
-        """queue: audits run while it is empty. finish: called with audits that are done."""
+        """queue: audits run while it is empty. finish: called with finished audits."""
         self._queue, self._finish = queue, finish
         self._pending: deque[Audit] = deque()
         self._changed = Condition()
@@ -91,7 +91,7 @@ class AuditThreads:
             self._finish(audits)
 
     def close(self) -> None:
-        """Accept nothing more, forget what is pending, and end the threads."""
+        """Reject new audits, drop pending ones, and end the threads."""
         with self._changed:
             self._closed = True
             self._pending.clear()
@@ -101,7 +101,7 @@ class AuditThreads:
                 thread.join(STOP_S)
 
     def _work(self) -> None:
-        while self._step():  # which forgets what it ran: a thread that waits keeps no model alive
+        while self._step():  # a call of its own, so that a waiting thread keeps no model alive
             pass
 
     def _step(self) -> bool:
@@ -110,7 +110,7 @@ class AuditThreads:
             return False
         try:
             run_audits(audits, self._queue, lambda: self._closed)
-        except BaseException as error:  # a panic in a library's Rust is no Exception; the thread must live on
+        except BaseException as error:  # a panic in a Rust library is no Exception; the thread must survive
             log.exception("audits failed")
             for audit in audits:
                 audit.error = RuntimeError(str(error))
@@ -118,7 +118,7 @@ class AuditThreads:
         return True
 
     def _next(self) -> list[Audit]:
-        """Wait for an audit; returns it with others of its model that fit into a step, or nothing once closed."""
+        """Wait for an audit; returns it with others of its model that fit into a step, or an empty list once closed."""
         with self._changed:
             while not self._pending and not self._closed:
                 self._changed.wait()
@@ -133,9 +133,10 @@ class AuditThreads:
 
 
 def run_audits(audits: Sequence[Audit], queue: WorkQueue, stops: Callable[[], bool] = lambda: False) -> None:
-    """Run audits of one model, several only where the kernels can, and fill in their results.
+    """Run audits of one model, in a group if the kernels can, and fill in their results.
 
-    Waits between two steps while anything is pending in the queue. stops: the server stops, and they are dropped.
+    Waits between two steps while anything is pending in the queue. stops: True once the server is stopping; the audits
+    are then dropped.
     """
 
     def may_go_on() -> bool:
@@ -164,7 +165,7 @@ def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool]) -> None:
     while passes[0].layer <= num_layers:
         if not may_go_on():
             return
-        # The embeddings take next to no time.
+        # The time of the embeddings is negligible.
         forward(passes, None, layers + (passes[0].layer == 0), at_idle=True)
     for audit, one in zip(audits, passes, strict=True):
         audit.passed, audit.model_s = one.readings, one.seconds

@@ -1,8 +1,8 @@
-"""Deadlines: decides which can be promised, and how long each text may take so that every promise is met.
+"""Deadlines: decides which ones can be promised, and how long each text may take so that every promise is kept.
 
 Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only
-if, by the times measured at start-up, every promised text reaches its first exit in time; the time that is
-left beyond that is divided among the texts as they begin.
+if, by the times measured at start-up, every promised text reaches its first exit in time; the remaining
+time is divided among the texts as they start.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from de3.server.engine.job import Item, Job
 
 @dataclass(slots=True)
 class _Promise:
-    """The texts of a job that have not begun.
+    """The texts of a promised job that have not started.
 
     Attributes:
-        firsts: seconds to the first exit of each text that has not begun, by its index.
+        firsts: seconds to the first exit of each of these texts, by its index.
         first_s: their sum.
         predicted_s: seconds of these texts through every layer.
     """
@@ -30,7 +30,7 @@ class _Promise:
 
 
 class Deadlines:
-    """The promises in force, and until when each engine thread is occupied by what it runs."""
+    """The promises in force, and the time until which each engine thread is occupied."""
 
     def __init__(self, threads: int) -> None:
         self._promises: dict[Job, _Promise] = {}
@@ -38,7 +38,7 @@ class Deadlines:
         self._lock = Lock()
 
     def occupy(self, thread: int, until: float) -> None:
-        """A thread cannot be preempted before then (perf_counter seconds)."""
+        """Record that a thread cannot be preempted before `until` (perf_counter seconds)."""
         self._free_at[thread] = until
 
     def promise(self, job: Job) -> float:
@@ -65,7 +65,7 @@ class Deadlines:
         return 0.0
 
     def _needed(self, new: _Promise, now: float) -> float:
-        """0 if all promises can be kept, else about the seconds that the new one needs.
+        """0 if all promises can be kept, else the approximate seconds that the new one needs.
 
         Simulates the schedule: the most urgent text goes to the thread that is free first.
         """
@@ -81,11 +81,11 @@ class Deadlines:
                 if promise is new:
                     return end - now
                 if promise.deadline >= new.deadline and end - new.first_s <= promise.deadline:
-                    return promise.deadline - now + new.first_s  # it would be late because of the new one
+                    return promise.deadline - now + new.first_s  # the new one would make it late
         return 0.0
 
     def begin(self, item: Item, thread: int) -> float:
-        """When a text that begins now must leave at the latest; occupies its thread until then.
+        """Latest time at which a text that starts now must exit; occupies its thread until then.
 
         Beyond its first exit it gets a share of the time that no promise needs, in proportion to its part of
         the promised work.
@@ -93,7 +93,7 @@ class Deadlines:
         now, job = perf_counter(), item.job
         with self._lock:
             own = self._promises.get(job)
-            if own is None:  # dropped meanwhile
+            if own is None:  # dropped in the meantime
                 return now
             own.firsts.pop(item.index)
             own.first_s -= item.first_exit_s
@@ -118,6 +118,6 @@ class Deadlines:
             return ends
 
     def drop(self, job: Job) -> None:
-        """Forget a job that was dropped."""
+        """Remove the promise of a dropped job."""
         with self._lock:
             self._promises.pop(job, None)

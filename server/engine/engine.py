@@ -1,6 +1,6 @@
 """The engine: threads that each run a text, or a group of short ones, until it exits.
 
-On a CPU, padded batches of short texts buy nothing: unpadded texts, computed one by one on each core, have both the
+On a CPU, padded batches of short texts gain nothing: unpadded texts, computed one by one on each core, have both the
 highest throughput and the lowest latency (docs/design.md). ONNX Runtime and the kernels release the GIL while a layer
 runs, so the threads share the model and scale with the cores. At a layer boundary a text can be preempted by
 a more urgent one, so a long text does not delay short ones.
@@ -25,22 +25,22 @@ from de3.server.errors import RequestError
 
 log = logging.getLogger("de3.engine")
 
-# Lead in engine time over others up to which a client's deadlines are still promised.
+# A client's deadlines are promised only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1
-STUCK_CHECKS = 30  # without progress, after which a thread counts as stuck
-MAX_FAILURES = 100  # steps in a row, after which a thread ends
+STUCK_CHECKS = 30  # checks without progress, after which a thread counts as stuck
+MAX_FAILURES = 100  # consecutive failed steps, after which a thread ends
 
 
 Dispatch = Callable[[Callable[[], None]], object]
 
 
 def call_here(callback: Callable[[], None]) -> None:
-    """Call back directly, on the reporting thread."""
+    """Run a callback directly, on the reporting thread."""
     callback()
 
 
 class Engine:
-    """A queue and the threads that empty it.
+    """A queue and the threads that process it.
 
     `observe` is called with every text that exited, by the thread that ran it.
     """
@@ -59,16 +59,16 @@ class Engine:
         self._dispatch: Dispatch = call_here
         self._finished = [0] * threads
         self._seconds = [0.0] * threads
-        self._progress = [0] * threads  # steps and layers begun
+        self._progress = [0] * threads  # steps and layers started
         self._busy = [False] * threads
-        self._failures = [0] * threads  # steps that failed in a row
+        self._failures = [0] * threads  # consecutive failed steps
         self._checked: list[tuple[int, int]] = [(0, 0)] * threads
         self.errors = 0  # failed steps, and failed calls of `observe`
 
     def start(self, warm_up: Callable[[], object] = lambda: None, dispatch: Dispatch = call_here) -> None:
         """Start the threads; each calls warm_up first.
 
-        dispatch: runs the callbacks of jobs and audits, such as on an event loop.
+        dispatch: runs the callbacks of jobs and audits, for example on an event loop.
         """
         self._dispatch = dispatch
         self._warm_ups = [warm_up] * self.threads  # released after use, with the models that they refer to
@@ -76,10 +76,10 @@ class Engine:
             thread.start()
 
     def problem(self) -> str:
-        """The problem of the threads, empty if there is none; to be called once a second.
+        """The problem of the first failed thread, empty if there is none; to be called once a second.
 
         A thread that ended, or that made no progress in STUCK_CHECKS checks while it had work, will not
-        recover. Checks are counted, not seconds: a process that was suspended has not been stuck.
+        recover. Checks are counted, not seconds, so that a suspended process does not count as stuck.
         """
         for number, thread in enumerate(self._threads):
             if not thread.is_alive():
@@ -95,12 +95,12 @@ class Engine:
         return checks >= STUCK_CHECKS
 
     def retry_after_s(self) -> int:
-        """Seconds until what is pending now will be done, at least 1, by the mean time of a text so far."""
+        """Estimated seconds until the pending texts are finished, at least 1, by the mean time of a text so far."""
         mean = sum(self._seconds) / max(1, self.finished)
         return max(1, math.ceil(len(self.queue) * mean / self.threads))
 
     def stop(self) -> None:
-        """Finish what was accepted, then end the threads; those that are stuck end with the process."""
+        """Finish the accepted jobs, then end the threads; stuck ones end with the process."""
         self.queue.close()
         for number, thread in enumerate(self._threads):
             while thread.is_alive() and not self._is_stuck(number):  # not alive if the models never loaded
@@ -125,7 +125,7 @@ class Engine:
         """Promise a job's deadline; raises RequestError."""
         predicted_s = sum(item.predicted_s for item in job.items)
         lead_s = self.queue.lead(job)
-        # One text may be promised however long it is; a batch counts as what is promised already.
+        # A single text may be promised whatever its length; a batch counts like time already promised.
         if lead_s > MAX_LEAD_S or (lead_s >= 0 and len(job.items) > 1 and lead_s + predicted_s > MAX_LEAD_S):
             message = (
                 "latency_budget_ms: over your share of the engine's time while other clients wait; "
@@ -135,7 +135,7 @@ class Engine:
         needed_s = self.deadlines.promise(job)
         if needed_s:
             assert job.choice.budget_s is not None and job.deadline is not None
-            needed_s += job.submitted + job.choice.budget_s - job.deadline  # and for the response
+            needed_s += job.submitted + job.choice.budget_s - job.deadline  # plus the time for the response
             message = (
                 f"latency_budget_ms: {1000 * job.choice.budget_s:g} ms cannot be met, the first exit would "
                 f"take about {1000 * needed_s:.1f} ms now; allow more, or set best_effort"
@@ -144,12 +144,12 @@ class Engine:
         job.promise()
 
     def drop(self, job: Job) -> None:
-        """Drop a job; an item that runs stops at its next layer."""
+        """Drop a job; a running item stops at its next layer."""
         self.queue.drop(job)
         self.deadlines.drop(job)
 
     def drop_shadows(self, gone: Sequence[Served]) -> None:
-        """Drop the pending shadows, and the audits of models that are unloaded."""
+        """Drop all pending shadow jobs, and the pending audits of unloaded models."""
         self.queue.drop_shadows()
         self._audits.drop(gone)
 
@@ -161,7 +161,7 @@ class Engine:
         self._dispatch(report)
 
     def _report(self, ended: Sequence[tuple[Job, Exception | None]]) -> None:
-        """Report jobs that are done or failed, all at once: waking an event loop costs a thread switch."""
+        """Report finished and failed jobs, all at once: waking an event loop costs a thread switch."""
 
         def report() -> None:
             for job, error in ended:
@@ -171,7 +171,7 @@ class Engine:
 
     @property
     def finished(self) -> int:
-        """Number of texts that exited so far, without those of shadows."""
+        """Number of texts that exited so far, except those of shadow jobs."""
         return sum(self._finished)
 
     def _work(self, number: int) -> None:
@@ -180,9 +180,9 @@ class Engine:
         except BaseException:
             log.exception("an engine thread failed to warm up, and continues without")
         self._failures[number] = 0
-        while self._step(number):  # which forgets what it ran: a thread that waits keeps no model alive
+        while self._step(number):  # a call of its own, so that a waiting thread keeps no model alive
             if self._failures[number] > MAX_FAILURES:
-                return  # and the server with it
+                return  # the server then stops, too
 
     def _step(self, number: int) -> bool:
         """Schedule, run, finish; False once the queue is closed and empty. No error ends the thread."""
@@ -200,7 +200,7 @@ class Engine:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])
             self._failures[number] += 1
-            sleep(0.01)  # it may fail at once again
+            sleep(0.01)  # the next step may also fail at once
             return True
         finally:
             self._busy[number] = False
@@ -234,12 +234,12 @@ class Engine:
             return run(item, self.queue, occupy)
         except RequestError as error:
             return error
-        except BaseException:  # a panic in a library's Rust is no Exception; the thread must live on
+        except BaseException:  # a panic in a Rust library is no Exception; the thread must survive
             log.exception("an item failed")
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
-        """Record the results of items, and report the jobs that they end."""
+        """Record the results of items, and report the jobs that are thereby finished."""
         ended: list[tuple[Job, Exception | None]] = []
         for item, result in results:
             job = item.job
@@ -257,12 +257,12 @@ class Engine:
             self._report(ended)
 
     def _count(self, job: Job, outcome: Outcome) -> None:
-        """Call the observer, whose errors are no request's."""
+        """Call the observer; its errors do not fail the request."""
         if self._observe is None:
             return
         try:
             self._observe(job.model, outcome)
         except BaseException:
             self.errors += 1
-            if self.errors == 1:  # each text would have one
+            if self.errors == 1:  # every text may have the same error
                 log.exception("a text was answered, but not counted; further such errors are not logged")

@@ -1,7 +1,7 @@
-"""A group: short texts that run through the kernels together, a few layers a step; each is computed by itself.
+"""A group: short texts that run through the kernels together, a few layers per step; each is computed by itself.
 
-A large model's weights then come from memory once for all of them. Between two steps the group shrinks as texts
-leave, are dropped or preempted, and takes in pending ones that are before the same layer.
+A large model's weights are then read from memory once for the whole group. Between two steps, texts that have exited or
+were dropped or preempted leave the group, and pending texts that are before the same layer join it.
 """
 
 import logging
@@ -28,12 +28,12 @@ def run_group(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> list[Item]:
-    """Run items of one model, before the same layer, until each has left, was dropped, or was preempted and requeued.
+    """Run items of one model, before the same layer, until each has exited, was dropped, or was preempted and requeued.
 
     Calls `occupy(seconds)` before each stretch that cannot be preempted, and `finish` with the results as they come.
-    Those that join are added to `items`. Returns those that have to run alone, from the start, as their group failed.
+    Items that join are added to `items`. Returns the items that must run alone, from the start, if their group failed.
     """
-    group = list(items)  # those that are neither finished nor requeued
+    group = list(items)  # neither finished nor requeued
     try:
         if group[0].progress.layer == 0:
             occupy(MAX_STEP_S)
@@ -44,7 +44,7 @@ def run_group(
                 before = len(group)
                 queue.join(group, threads)
                 items += group[before:]
-    except BaseException:  # one of them; which one shows when each runs alone
+    except BaseException:  # caused by one of them, which fails again when each runs alone
         log.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
@@ -54,7 +54,7 @@ def run_group(
 def _begin(
     group: list[Item], queue: WorkQueue, finish: Callable[[Sequence[tuple[Item, Result]]], None]
 ) -> None:
-    """Tokenize a group. Items that turn out to be too long for it leave it and are requeued, to run alone."""
+    """Tokenize a group. Items that turn out to be too long for the group leave it and are requeued, to run alone."""
     started = perf_counter()
     items, served = list(group), group[0].job.served
     model, monitor = served.model, items[0].job.monitor
@@ -88,7 +88,7 @@ def _begin(
         )
         ready.append(item)
     spent = (perf_counter() - started) / len(items)
-    for item in items:  # those that fail or do not run have cost it, too
+    for item in items:  # failed and requeued items took this time, too
         item.progress.tokenize_s = spent
         queue.charge(item.job, spent)
     for item in too_long:
@@ -104,7 +104,7 @@ def _step(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> None:
-    """Run as many layers as fit into a step. Items that have left, were dropped or preempted leave the group."""
+    """Run as many layers as fit into a step. Items that have exited, were dropped or preempted leave the group."""
     items, served, monitor = list(group), group[0].job.served, group[0].job.monitor
     forward, first = served.model.forward, group[0].progress.layer
     assert forward is not None
@@ -112,7 +112,7 @@ def _step(
     layer_s = sum(served.timing.layer_s(len(p.tokens)) for p in passes)
     layers = max(1, int(MAX_STEP_S / layer_s)) if layer_s > 0 else served.model.manifest.num_layers
     occupy(layer_s * layers)
-    # The embeddings take next to no time.
+    # The time of the embeddings is negligible.
     forward(passes, monitor.limits if monitor else None, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
     staying: list[Item] = []
@@ -122,7 +122,7 @@ def _step(
         queue.charge(item.job, spent)
         if one.exit_layer >= 0:
             left.append((item, _outcome_of_pass(item, one)))
-            progress.forward = None  # its hidden states
+            progress.forward = None  # releases its hidden states
         else:
             staying.append(item)
     group[:] = staying
@@ -138,7 +138,7 @@ def _step(
 
 
 def _outcome_of_pass(item: Item, one: ForwardPass) -> Outcome:
-    """The outcome of a pass through the kernels, which decided where it exits."""
+    """The outcome of a forward pass of the kernels, which chose the exit."""
     progress, monitor = item.progress, item.job.monitor
     progress.passed = one.readings
     if one.is_far and monitor is not None:

@@ -15,13 +15,13 @@ from de3.server.engine.timing import tokens_of
 from de3.server.ood import OodMonitor
 from de3.server.rules import Choice
 
-# From the last layer to the response's first byte: of a request, and more for each of its texts.
+# Time from the last layer to the response's first byte: for a request, plus for each of its texts.
 REPLY_S, REPLY_TEXT_S = 0.0005, 10e-6
 
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """One text of a job: when it is due, how far it got, and its outcome.
+    """One text of a job: its due time, progress and outcome.
 
     Attributes:
         predicted_s: predicted seconds through every layer.
@@ -63,7 +63,7 @@ class Item:
         return self.is_short and self.job.in_groups and fits
 
     def restart(self) -> None:
-        """Begin again, alone, after a group that failed."""
+        """Start again, alone, after its group failed."""
         self.is_short, self.progress = False, Progress(self.job.choice.rule)
 
 
@@ -71,8 +71,8 @@ class Item:
 class Job:
     """The items of one request, and the rule that they share.
 
-    Every item is finished by exactly one engine thread. A job is dropped when its client is gone, its time is up or
-    one of its items failed: its pending items then never run.
+    Every item is finished by exactly one engine thread. A job is dropped when its client disconnects, it times out or
+    one of its items fails: its pending items then never run.
 
     An item is due after its own predicted time and that of the items before it in the batch, so short texts
     overtake long ones and single texts large batches, but nothing waits forever.
@@ -84,10 +84,10 @@ class Job:
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items may not exit.
         is_dropped: its result is no longer needed.
-        deadline: when the last text must exit (perf_counter seconds); None: none.
+        deadline: when the last text must exit (perf_counter seconds); None: no deadline.
         is_promised: its deadline was accepted: it is scheduled before jobs without one.
-        is_late: best effort: the deadline that it asked for cannot be met.
-        pending, promised_s: its items in the queue, and their predicted time if promised; kept by the queue.
+        is_late: best effort: its requested deadline cannot be met.
+        pending, promised_s: its items in the queue, and their predicted time if promised; maintained by the queue.
     """
 
     served: Served
@@ -110,11 +110,11 @@ class Job:
 
     def __post_init__(self) -> None:
         request, timing, budget_s = self.request, self.served.timing, self.choice.budget_s
-        # A text with a deadline runs alone, so that it can exit after any layer, and so does one whose signal the
-        # kernels lack, as it is scored between the layers.
+        # A text with a deadline runs alone, so that it can exit after any layer. So does a text whose signal the
+        # kernels lack, because it is scored between the layers.
         has_kernels = self.model.forward is not None and self.choice.rule.signal.code is not None
         self.in_groups = has_kernels and budget_s is None and not self.is_shadow
-        # A deadline needs an answer at any time; a score and a flag need the readings of all exits.
+        # A deadline needs an answer at any time; the OOD score and the flag need the readings of all exits.
         is_flagged = self.monitor is not None and self.monitor.limits is not None
         self.asks_all_exits = request.explain or request.ood or is_flagged or budget_s is not None
         if budget_s is not None:
@@ -148,7 +148,7 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens of its texts that began to run."""
+        """Number of tokens that have started to run, over all its texts."""
         return sum(item.progress.num_tokens for item in self.items)
 
     @property
@@ -175,13 +175,13 @@ class Job:
         return [item.outcome for item in self.items if item.outcome is not None]
 
     def answers(self) -> list[str | float]:
-        """The label, labels or value of each text; of a job that is done."""
+        """The label, labels or value of each text; for a finished job."""
         values = [outcome.reading.value for outcome in self.outcomes()]
         both = zip(self.labels(), values, strict=True)
         return [label if value is None else value for label, value in both]
 
     def labels(self) -> list[str]:
-        """The label of each text, or those of a multi-label model with commas between; of a job that is done."""
+        """The label of each text, or the labels joined by commas for a multi-label model; for a finished job."""
         names = self.model.manifest.labels
         readings = [outcome.reading for outcome in self.outcomes()]
         return [

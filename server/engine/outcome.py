@@ -19,7 +19,7 @@ class Window:
 
 @dataclass(slots=True)
 class Outcome:
-    """Exit of a text, its answer, and its costs in seconds.
+    """The exit of a text, its answer, and its times in seconds.
 
     Attributes:
         layer: the exit's layer; of several windows, that of the last one.

@@ -27,12 +27,12 @@ class Progress:
 
     Attributes:
         rule: the job's, or a more cautious one once the text is_far from every prototype.
-        tokenization: None before it began, and once it is done.
+        tokenization: None before it starts, and once it is done.
         tokens: of the window that is running; None until they are known.
-        num_tokens: number of tokens that began to run: of the text, or of some of its windows.
+        num_tokens: number of tokens that have started to run: of the text, or of some of its windows.
         layer: the next layer to run.
         hidden: (1, tokens, hidden), the input of that layer; None before layer 0 ran.
-        forward: its pass in a group.
+        forward: its forward pass in a group.
         passed: the reading of every exit passed, in this window.
         windows: None unless the text has several.
     """
@@ -52,19 +52,19 @@ class Progress:
 
     @property
     def has_answer(self) -> bool:
-        """It passed an exit, in this window or one before."""
+        """True if it passed an exit, in this window or an earlier one."""
         return bool(self.passed or (self.windows is not None and self.windows.ran))
 
     def split(self, windows: Windows) -> None:
-        """Run in several windows, the first of them next."""
+        """Split the text into several windows; the first one runs next."""
         self.windows = WindowProgress(windows, self.rule)
         self.tokens = windows[0]
 
     def end_window(self) -> None:
-        """Record the window that ran; the next one, if there is one, runs next."""
+        """Record the window that ran, and continue with the next one, if any."""
         windows = self.windows
         assert windows is not None and self.tokens is not None
-        if self.passed:  # else its deadline came before its first exit
+        if self.passed:  # else its deadline passed before its first exit
             seconds = self.model_s - sum(window.model_s for window in windows.ran)
             windows.ran.append(Window(self.passed[-1].layer, self.passed, len(self.tokens), seconds))
             windows.combination.add(self.passed[-1])
@@ -73,7 +73,7 @@ class Progress:
             self.tokens = windows.all[len(windows.ran)]
 
     def record(self, reading: Reading, monitor: OodMonitor | None) -> None:
-        """Score and keep an exit's reading; once a text is out of distribution, lower its τ."""
+        """Score and store an exit's reading; once a text is out of distribution, lower its τ."""
         self.passed.append(reading)
         reading.score = self.rule.signal.score(self.passed)
         if monitor is not None and not self.is_far and monitor.is_far(reading):

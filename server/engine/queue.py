@@ -12,7 +12,7 @@ from de3.server.engine.served import MAX_STEP_S
 from de3.server.errors import RequestError
 
 MAX_GROUP = 16
-MAX_STRETCH = 3  # of the first text's time: how long another of its group may take
+MAX_STRETCH = 3  # longest time of another text of a group, relative to the first one's
 MAX_SHADOWS = 64
 # A text is preempted by another client's if its own client has had this much more engine time.
 PREEMPTION_LEAD_S = 0.002
@@ -24,14 +24,14 @@ Entry = tuple[float, int, Item]  # due, order of arrival, item
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    """A client's pending items by urgency, and the engine time that it has had.
+    """A client's pending items by urgency, and the engine time that it has received.
 
     Attributes:
         spent: virtual time: engine seconds received. A new or idle client starts at the virtual time of the
             clients that are being served, so it cannot save up time.
         promised, num_promised: predicted seconds and number of its pending items whose deadline is promised.
         items: a heap.
-        is_listed: whether it is among those that may be served next.
+        is_listed: it is among the clients that may be served next.
     """
 
     spent: float = 0.0
@@ -47,7 +47,7 @@ class _Client:
 
 
 class WorkQueue:
-    """Items that are pending until an engine thread takes them, at most `limit` of them.
+    """Pending items, at most `limit`, which engine threads take.
 
     Promised deadlines are scheduled first, by deadline; then the client with the least engine time, and of its
     items the one that is due first. So each client gets its share of the engine whatever others send, and a
@@ -61,13 +61,13 @@ class WorkQueue:
         self.limit = limit
         self._promised: list[Entry] = []  # a heap
         self._clients: dict[str, _Client] = {}
-        # A heap, by what they had spent when it was last updated.
+        # A heap, by `spent` at the client's last update.
         self._listed: list[tuple[float, int, _Client]] = []
-        # The client that was active last and when, and the last other one.
+        # The most recently active client and when, and the most recent other one.
         self._recent = (("", -RECENT_S), ("", -RECENT_S))
-        self._floor = 0.0  # what the client that was served last had spent
+        self._floor = 0.0  # virtual time of the clients that are being served
         self._shadows: deque[Item] = deque()
-        self._order = count()  # items that are due at the same time go first come, first served
+        self._order = count()  # items that are due at the same time are served in order of arrival
         self._pending = 0  # items of jobs that are not dropped
         self._pending_promised = 0  # those whose deadline is promised
         self._stored = 0  # the pending ones, and those of dropped jobs that are still in a heap
@@ -104,9 +104,9 @@ class WorkQueue:
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; an empty list once the queue is closed and empty.
 
-        When many are pending, it comes with others that share its steps: the next most urgent ones of the same
-        model before the same layer, as long as they fit into a step, are not much longer than the first, and enough
-        is left for the other threads.
+        When many are pending, returns a group: also the next most urgent items of the same model before the same
+        layer, as long as they fit into a step, are not much longer than the first, and leave enough for the other
+        threads.
         """
         with self._changed:
             while (heap := self._first()) is None:
@@ -132,7 +132,7 @@ class WorkQueue:
         while first.can_share and len(items) < min(room, MAX_GROUP) and (heap := self._first()) is not None:
             item = heap[0][2]
             left -= item.group_s
-            # In a group each waits for all: a short text does not wait for long ones.
+            # In a group each text waits for all others, so short texts do not join long ones.
             fits = left >= 0 and item.group_s <= MAX_STRETCH * first.group_s
             is_alike = item.progress.layer == first.progress.layer and item.job.model is first.job.model
             if not (fits and is_alike and item.can_share):
@@ -145,14 +145,14 @@ class WorkQueue:
         return MAX_SHADOWS - len(self._shadows)
 
     def drop_shadows(self) -> None:
-        """Drop the pending shadows."""
+        """Drop the pending shadow items."""
         with self._changed:
             for item in self._shadows:
                 item.job.is_dropped = True
             self._shadows.clear()
 
     def charge(self, job: Job, seconds: float) -> None:
-        """Count engine time that a job's client has had."""
+        """Charge engine time to a job's client."""
         if not job.is_shadow:
             with self._changed:
                 self._client(job.client).spent += seconds
@@ -174,7 +174,7 @@ class WorkQueue:
 
         Any item preempts a shadow; an earlier promise preempts everything else. Where nothing is promised, an
         item of the same client preempts if it is due earlier, and one of another client if that client has
-        had less engine time by PREEMPTION_LEAD_S.
+        received less engine time by PREEMPTION_LEAD_S.
         """
         with self._changed:
             own = None
@@ -193,12 +193,12 @@ class WorkQueue:
             return due < item.due if other is own else other.spent + PREEMPTION_LEAD_S < own.spent
 
     def wait_until_empty(self, seconds: float) -> None:
-        """Wait while anything is pending, shadows excepted, but not for longer."""
+        """Wait for up to this many seconds while anything but shadow items is pending."""
         with self._changed:
             self._emptied.wait_for(lambda: not self._pending, seconds)
 
     def later_than(self, due: float) -> int:
-        """Number of pending items that are due after then."""
+        """Number of pending items that are due after this time."""
         with self._changed:
             heaps = [self._promised, *(client.items for _, _, client in self._listed)]
             return sum(when > due and not item.job.is_dropped for heap in heaps for when, _, item in heap)
@@ -215,7 +215,7 @@ class WorkQueue:
                 self._stored = self._pending
 
     def close(self) -> None:
-        """Accept nothing more; what is pending is still scheduled, shadows excepted."""
+        """Reject new jobs; pending items are still scheduled, except shadow items."""
         with self._changed:
             self._closed = True
             self._shadows.clear()
@@ -245,8 +245,8 @@ class WorkQueue:
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
-        # A client that is served before its turn, for a promised deadline, sets the clock only if nothing else
-        # is pending.
+        # A client that is served out of turn, for a promised deadline, advances the virtual time only if nothing
+        # else is pending.
         if self._pending == self._pending_promised or not item.job.is_promised:
             self._floor = max(self._floor, self._client(item.job.client).spent)
         if item.job.is_promised:
@@ -297,7 +297,7 @@ class WorkQueue:
         return client
 
     def _forget_clients(self) -> None:
-        """Set the clock forward, past half of the clients that have nothing pending: they count as new then."""
+        """Forget half of the clients without pending items, and advance the virtual time past them."""
         idle = sorted(c.spent for c in self._clients.values() if not c.is_pending)
         if idle:
             self._floor = max(self._floor, idle[len(idle) // 2])
@@ -316,5 +316,5 @@ class WorkQueue:
     def _unpromise(self, name: str, items: int, seconds: float) -> None:
         client = self._client(name)
         client.num_promised -= items
-        # A sum of floats may not come back to 0 by itself.
+        # Rounding may keep the sum from returning to 0.
         client.promised = client.promised - seconds if client.num_promised else 0.0

@@ -17,20 +17,20 @@ class Text:
 
     @property
     def chars(self) -> int:
-        """Characters of both."""
+        """Number of characters, of both texts."""
         return len(self.text) + (len(self.text_pair) if self.text_pair else 0)
 
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """Texts to classify, and how; every protocol parses its bodies into one.
+    """Texts to classify, and their options; every protocol parses its bodies into a Request.
 
     Attributes:
         input_name: the protocol's name of the texts, for messages.
         model: name or name:version; None: the server's default.
         explain: report every exit passed.
-        ood: report how unlike the calibration's texts a text is.
-        windows: the most windows that a text is split into if it is longer than one.
+        ood: report the OOD score of each text.
+        windows: maximum number of windows into which a long text is split.
         client: fair-share key; the engine's time is shared between clients.
         expires_at: when it times out (perf_counter seconds); None: after the server's `timeout_s` from now.
     """

@@ -44,7 +44,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
 
 
 def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> ExitReason | None:
-    """Run a text's window through the layers until it exits, and say why; None as in run()."""
+    """Run a text's window through the layers until it exits; returns the reason, or None as in run()."""
     job, model, rule, progress = item.job, item.job.model, item.job.choice.rule, item.progress
     assert progress.tokens is not None
     started = last = perf_counter()
@@ -90,7 +90,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
 
 
 def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
-    """Why a text exits at the exit that it passed last; None if it does not."""
+    """The reason why a text exits at the last exit that it passed; None if it continues."""
     reading = item.progress.passed[-1]
     if reading.layer == item.job.model.manifest.num_layers:
         return "last_layer"
@@ -155,7 +155,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
                 progress.tokens = tokens
             else:
                 progress.split(tokens)
-                item.is_short = False  # no group takes it
+                item.is_short = False  # too long for a group
             progress.tokenization = None
             queue.charge(job, spent)
             return True
@@ -168,6 +168,6 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
 
 
 def too_long_error(item: Item, error: ValueError) -> RequestError:
-    """The error for a text that is longer than the model takes."""
+    """The error for a text that is longer than the model's limit."""
     field = item.job.request.name_of(item.index)
     return RequestError(f"{field}: {error}", field, "too_long")

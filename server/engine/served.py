@@ -1,4 +1,4 @@
-"""A loaded model with all that serving it takes."""
+"""A loaded model, with everything that is needed to serve it."""
 
 from dataclasses import dataclass
 

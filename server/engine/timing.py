@@ -1,6 +1,6 @@
 """Speed of a model on this machine, measured once while it warms up.
 
-Measured in CPU time of the thread: a model that is loaded under load waits for processors in between.
+Times are CPU times of the thread: under load, wall-clock time would include waits for a processor.
 """
 
 from bisect import bisect_left
@@ -15,7 +15,7 @@ from de3.model_store.tokenizer import PIECE, max_chars
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
 SPECIAL = 2  # tokens around a text
-CHARS_PER_TOKEN = 4  # of English; the schedule and the groups depend on it
+CHARS_PER_TOKEN = 4  # in English; schedule and groups depend on it
 # Texts to time the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of its
 # maximum length that split into single letters.
 PLAIN, ODD, LONG = "a plain word and another ", "x1-\u00e9\u4e2d?Zq;", "qxzj" * 25 + " "
@@ -30,10 +30,10 @@ class Timing:
         check: called before each run; an exception from it ends the measurement. runs: number of runs of each text.
         """
         self._most = model.manifest.max_tokens
-        self._plain_s = _tokenizing(model, PLAIN, check, runs)  # a character
+        self._plain_s = _tokenizing(model, PLAIN, check, runs)  # per character
         self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
-        self._layers = model.manifest.num_layers - self._first_exit  # those after it
+        self._layers = model.manifest.num_layers - self._first_exit  # number of layers after it
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
         self._first: list[float] = []
         self._full: list[float] = []
@@ -43,7 +43,7 @@ class Timing:
             self._full.append(median(full for _, full in times))
 
     def full_depth_s(self, tokens: int) -> float:
-        """Seconds through every layer for this many tokens: linear between what was measured."""
+        """Seconds through every layer for this many tokens, interpolated between the measured lengths."""
         return self._at(self._full, tokens)
 
     def first_exit_s(self, tokens: int) -> float:
@@ -53,7 +53,7 @@ class Timing:
     def layer_s(self, tokens: int) -> float:
         """Seconds of one layer."""
         full = self.full_depth_s(tokens)
-        if not self._layers:  # the last exit is the first one, too
+        if not self._layers:  # the first exit is also the last
             return full / self._first_exit
         return (full - self.first_exit_s(tokens)) / self._layers
 
@@ -66,7 +66,7 @@ class Timing:
         """Predicted seconds at full depth of a text with this many characters, in up to `windows` windows, all run.
 
         Long texts are assumed to tokenize at the slowest measured rate. For short texts, which run in groups, that
-        would overestimate by far.
+        would be a large overestimate.
         """
         tokens = tokens_of(chars)
         if windows > 1 and tokens > self._most:
@@ -79,16 +79,16 @@ class Timing:
 
     @property
     def piece_s(self) -> float:
-        """Seconds that tokenizing a piece of a long text takes at most."""
+        """Maximum seconds to tokenize a piece of a long text."""
         return 2 * PIECE * self._char_s
 
     def predict_first_exit(self, chars: int, windows: int = 1) -> float:
-        """Seconds for a text of so many characters to the first exit, in its first window if it has several, tokenized
-        at the slowest rate."""
+        """Predicted seconds to the first exit of a text with this many characters, in its first window if it has
+        several, tokenized at the slowest rate."""
         return self.first_exit_s(tokens_of(chars)) + self._tokenizer_s(chars, windows)
 
     def _tokenizer_s(self, chars: int, windows: int) -> float:
-        return self._char_s * min(chars, max_chars(self._most, windows))  # what is cut off costs nothing
+        return self._char_s * min(chars, max_chars(self._most, windows))  # truncated characters cost nothing
 
     def _at(self, y: list[float], tokens: int) -> float:
         n, x = min(tokens, self._most), self._lengths
@@ -100,7 +100,7 @@ class Timing:
 
 
 def tokens_of(chars: int) -> int:
-    """The tokens that a text of so many characters is likely to have."""
+    """Estimated number of tokens of a text with this many characters."""
     return SPECIAL + chars // CHARS_PER_TOKEN
 
 
@@ -111,7 +111,7 @@ def run_longest(models: Sequence[Model]) -> None:
 
 
 def _tokenizing(model: Model, text: str, check: Callable[[], None], runs: int) -> float:
-    """Seconds of the tokenizer for a character of a piece of such text."""
+    """Seconds to tokenize such a text, per character."""
     piece, times = (text * (1 + 2 * PIECE // len(text)))[: 2 * PIECE], []
     for _ in range(runs):
         check()
@@ -140,5 +140,5 @@ def _now() -> tuple[float, float]:
 
 
 def _since(then: tuple[float, float]) -> float:
-    """Seconds of the thread's own time; of the clock where that is too coarse to tell."""
+    """Elapsed CPU seconds of the thread; wall-clock seconds if the CPU time is too coarse."""
     return thread_time() - then[0] or perf_counter() - then[1]

@@ -65,14 +65,14 @@ class Keys:
                 )
             digests[name] = bytes.fromhex(hashed[1]) if hashed else _digest(key.encode())
         if not digests:
-            raise ValueError(f"{where}: has no key")
+            raise ValueError(f"{where}: contains no key")
         if len(digests) > MAX_KEYS:
             raise ValueError(f"{where}: {len(digests)} keys, at most {MAX_KEYS} are allowed")
         return cls(digests)
 
     @classmethod
     def from_file(cls, path: Path) -> "Keys":
-        """Keys from a file of such lines; raises ValueError or OSError."""
+        """Keys from a file of lines as in read(); raises ValueError or OSError."""
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return cls.read(path.read_text(), str(path))
@@ -168,7 +168,7 @@ def _digest(key: bytes) -> bytes:
 
 
 class Charge:
-    """The charge of a request against its key's rate limit, in texts; it grows as more becomes known."""
+    """The charge of a request against its key's rate limit, in texts; it grows as the cost becomes known."""
 
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
         self._limit, self._owner, self._texts = limit, owner, 0
@@ -181,7 +181,7 @@ class Charge:
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """The same for work already done: beyond the limit, it takes what is left."""
+        """The same for work already done; if that exceeds the limit, charge the rest of the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts

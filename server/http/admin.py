@@ -14,9 +14,9 @@ from de3.server.http.openapi import error
 from de3.server.models import Role
 from de3.server.service import Service
 
-Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="of a model, without version")]
+Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="name of a model, without a version")]
 NameOrVersion = Annotated[
-    str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="of a model, or name:version")
+    str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="name of a model, or name:version")
 ]
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
@@ -37,7 +37,7 @@ class Load(BaseModel):
     @model_validator(mode="after")
     def _fits(self) -> "Load":
         if (self.share is None) == (self.role == "canary"):
-            raise ValueError("share: required for a canary, and for nothing else")
+            raise ValueError("share: required for a canary, and not allowed for other roles")
         return self
 
 
@@ -79,7 +79,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
-        """Discard the results of audits; with a guarantee, every text runs to full depth again at first."""
+        """Discard the audit results; with a guarantee, every text at first runs to full depth again."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
         auditor.reset()
@@ -87,7 +87,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
 
 def explain(wrong: RequestValidationError) -> RequestError:
-    """The first problem of a request to these routes, as the error to respond with."""
+    """The first validation error of a request to these routes, as a RequestError."""
     first = wrong.errors()[0]
     place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":

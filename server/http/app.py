@@ -54,7 +54,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
     service = frontend.service
     settings, api = service.settings, create_api(frontend, on_failure)
     origins = settings.cors_origins
-    # With API keys there is no need: a page has none, unless its user entered one.
+    # Not needed with API keys: a page has no key, unless its user entered one.
     checks_origin = frontend.access.users is None and "*" not in origins
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +75,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                     receive = _replay(body, receive)
             except RequestError as error:
                 await frontend.refuse(error, scope)(scope, receive, send)
-            except ClientDisconnect:  # no one is left to read a response
+            except ClientDisconnect:  # no client is left to read a response
                 service.metrics.rejected.labels("client_gone").inc()
             else:
                 await api(scope, receive, send)
@@ -167,7 +167,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.post("/v1/classify", include_in_schema=False)
     async def classify() -> Response:
         """Classify a text, a pair of texts or a batch; each exits at the first layer that is sure enough."""
-        raise HTTPException(404)  # of a path that only resembles it: create_app answers the real one
+        raise HTTPException(404)  # for similar paths only: create_app answers /classify itself
 
     models.add_routes(app, service, dependencies=users)
     open_inference.add_routes(app, service, dependencies=users)
@@ -183,7 +183,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["operation"])
     async def health() -> dict[str, str]:
-        """200 as long as the process lives."""
+        """200 while the process is running."""
         return {"status": "ok"}
 
     @app.head("/ready", include_in_schema=False)

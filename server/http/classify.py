@@ -35,7 +35,7 @@ class Classification(Request):
     """A request, with the options of its response.
 
     Attributes:
-        id: the client's, for the response's id.
+        id: id of the response, set by the client.
         raw: respond with logits instead of probabilities.
         top_k: number of the most probable labels to list; 0: none.
     """
@@ -96,15 +96,15 @@ class ClassifyFields(OptionFields):
     input: Annotated[list[Text], BeforeValidator(_texts, json_schema_input_type=OneOrMore)] = Field(
         description="a text, a pair, or a list of them"
     )
-    truncate: bool = Field(True, description="false: long is error")
+    truncate: bool = Field(True, description="false: the same as long: error")
     long: Long | None = Field(
         None,
-        description="what to do with texts that are longer than the model takes: truncate (the default), windows (run "
+        description="how to handle texts longer than the model's limit: truncate (the default), windows (run "
         "overlapping windows until their combined answer is settled), or error",
     )
     explain: bool = Field(False, description="report every exit passed")
     ood: bool = Field(
-        False, description="report how far a text is from the calibration's texts, as ood_score"
+        False, description="report how far a text is from the calibration's distribution, as ood_score"
     )
 
     @model_validator(mode="after")
@@ -126,11 +126,11 @@ class ClassifyRequest(ClassifyFields):
 
     raw: bool = Field(False, description="logits in probs instead of probabilities")
     top_k: int | None = Field(None, ge=1, description="report this many of the most probable labels, as top")
-    request_id: str | None = Field(None, max_length=128, description="for the response's id")
+    request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
     activation: bool | None = Field(None, description="the former name of use_activation")
     truncate_prompt_tokens: Literal[-1] | None = Field(
-        None, description="accepted; texts are truncated to what the model takes"
+        None, description="accepted; texts are truncated to the model's limit"
     )
     truncation_side: Literal["right"] | None = Field(
         None, description="accepted; texts are truncated at their end"
@@ -151,7 +151,7 @@ IGNORED = frozenset({"user", "rid", "priority", "padding", "cache_salt", "mm_pro
 
 
 def parse(call: Call) -> Request:
-    """The request in a call; raises RequestError if it is not JSON or has a wrong value."""
+    """The request in a call; raises RequestError if it is not JSON or has an invalid value."""
     value = load_json(call.body)
     if isinstance(value, dict):
         if "input" not in value:
@@ -233,7 +233,7 @@ def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
             "signal": signal.name,
             "lambda": signal.lam,
             "score": reading.score,
-            "entropy": reading.entropy,  # NaN, a regression model's, is null in JSON
+            "entropy": reading.entropy,  # NaN for a regression model, which is null in JSON
             "distance_ratio": reading.distance_ratio,
             "edr": edr(reading, lam),
         },

@@ -9,7 +9,7 @@ from starlette.types import Scope
 class Clients:
     """Identifies clients without an API key by their address.
 
-    An IPv6 client is its /64 network, because a single host has that many addresses. All clients behind a
+    An IPv6 client is its /64 network, because a single host can have that many addresses. All clients behind a
     proxy have the proxy's address, unless the proxy is trusted: then the client is the last address in
     X-Forwarded-For that is not a trusted proxy's.
     """

@@ -65,7 +65,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._reading_paused = False
         self._awaits_turn = False  # to parse a pipelined request
         self._scope: Scope = {}
-        self._resumed: asyncio.Event | None = None  # set once the client reads again
+        self._resumed: asyncio.Event | None = None  # set when the client reads again
         self._closing = False  # after the current response
         self._gone = False
         self._discarded = 0
@@ -116,7 +116,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._listener.paused(self)
 
     def resume_writing(self) -> None:
-        """Go on: the client reads again."""
+        """Continue: the client reads again."""
         if self._resumed is not None:
             self._resumed.set()
             self._resumed = None
@@ -149,7 +149,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self.state, self.deadline = state, monotonic() + seconds
 
     def expire(self, now: float) -> None:
-        """Close the connection or refuse its request, as a deadline has passed."""
+        """Close the connection or refuse its request, because a deadline has passed."""
         if self.write_deadline < now or self.state == LINGER:
             self.abort()
         elif self.state == BODY:
@@ -273,7 +273,7 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     def _too_large(self) -> RequestError:
         limit = self._listener.max_body_bytes
-        return RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
+        return RequestError(f"the body is larger than {limit} bytes, the limit", cause="too_large")
 
     def _count_body(self, size: int) -> None:
         """Count bytes of a body as in flight; raises RequestError."""
@@ -337,12 +337,12 @@ class Connection(BaseConnection, asyncio.Protocol):
 
     @property
     def is_gone(self) -> bool:
-        """The client closed the connection."""
+        """True if the client has closed the connection."""
         return self._gone
 
     @property
     def keeps_alive(self) -> bool:
-        """Another request may follow."""
+        """True if another request may follow."""
         return self._parser.keep_alive and self._parser.is_complete and not self._closing
 
     async def response_ended(self) -> None:
@@ -355,7 +355,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._response_end.set_result(None)
 
     def responded(self) -> None:
-        """Go on to the next request, or close; called when the response is written."""
+        """Continue with the next request, or close; called when the response is written."""
         self._server_state.total_requests += 1
         self.responses += 1
         self._end_response()
@@ -374,7 +374,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._linger()
 
     def _take_turn(self) -> None:
-        """Parse a pipelined request: its turn has come."""
+        """Parse a pipelined request when its turn comes."""
         self._awaits_turn = False
         if self.state == HEAD:
             self._wait(HEAD, HEAD_TIMEOUT_S)

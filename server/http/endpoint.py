@@ -28,7 +28,7 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
     exchange = Exchange(request_id(scope), scope, route.template, scope.get("de3.started") or perf_counter())
     try:
         body, timing = await _answer(exchange, receive, send, frontend, route)
-        # The request is no longer in flight, so a client that reads slowly uses up no share.
+        # The request is no longer in flight, so a slow reader does not hold a share.
         if body:
             await _send(send, exchange.id, body, timing)
     finally:
@@ -51,9 +51,9 @@ async def _answer(
         exchange.status = 200
     except RequestError as error:
         failure = error
-    except ClientDisconnect:  # no one is left to read a response
+    except ClientDisconnect:  # no client is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
-    except asyncio.CancelledError:  # the server stops before the response
+    except asyncio.CancelledError:  # the server stopped before the response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
         raise
     except Exception:
@@ -102,7 +102,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
         connection.on_gone = lambda: inference.cancel(ClientDisconnect())
     try:
         return await inference.run(service)
-    finally:  # a failed request, too, is charged for what ran
+    finally:  # a failed request is also charged for the texts that ran
         if connection is not None:
             connection.on_gone = None
         if inference.job is not None:
@@ -113,7 +113,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
 async def _parse_in_turn(
     call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
-    """Parse a large body when its turn comes; raises RequestError, or ClientDisconnect if the client leaves."""
+    """Parse a large body when its turn comes; raises RequestError, or ClientDisconnect if the client disconnects."""
     settings, connection = frontend.service.settings, exchange.scope.get("de3.connection")
     task = asyncio.current_task()
     assert task is not None
@@ -137,12 +137,12 @@ async def _parse_in_turn(
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
     """The body; raises RequestError if it is too large or late, and ClientDisconnect."""
-    if "de3.connection" in scope:  # our connections give a complete body, within these limits
+    if "de3.connection" in scope:  # Connection delivers a complete body, within these limits
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         return bytes(message["body"])
-    too_large = RequestError(f"the body is larger than {limit} bytes, the most allowed", cause="too_large")
+    too_large = RequestError(f"the body is larger than {limit} bytes, the limit", cause="too_large")
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and (len(value) > 18 or int(value) > limit):
             raise too_large

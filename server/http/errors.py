@@ -36,7 +36,7 @@ STATUSES: dict[Cause, int] = {
     "shed": 503,
     "budget": 503,
     "timeout": 504,
-    "client_gone": 499,  # never sent: for the metrics and the log
+    "client_gone": 499,  # never sent; used in metrics and logs
     "no_key": 401,
     "forbidden": 403,
     "rate_limited": 429,

@@ -21,7 +21,7 @@ ALLOWED = {
     "target_speedup": " (allowed: 1 or more)",
     "latency_budget_ms": f" (allowed: more than 0, at most {MAX_BUDGET_MS})",
     "max_disagreement": " (allowed: 0 to 1)",
-    "truncate_prompt_tokens": " or null: texts are truncated to what the model takes",
+    "truncate_prompt_tokens": " or null: texts are truncated to the model's limit",
     "truncation_side": " or null: texts are truncated at their end",
     "add_special_tokens": " or null: the model needs them",
 }
@@ -77,7 +77,7 @@ class OptionFields(BaseModel):
         alias="lambda",
         description="of the signal edr: weight of the distance ratio against entropy; 0: entropy alone",
     )
-    max_layer: int | None = Field(None, ge=0, description="go no deeper than this layer")
+    max_layer: int | None = Field(None, ge=0, description="deepest layer to run")
     target_speedup: float | None = Field(
         None, ge=1, description="instead of tau: the mean speed-up over full depth, by the calibration"
     )
@@ -102,7 +102,7 @@ class OptionFields(BaseModel):
         BeforeValidator(_thresholds, json_schema_input_type=Threshold | dict[str, Threshold] | None),
     ] = Field(
         None,
-        description="for a multi-label model: the probability above which a label is given, for all labels or by name",
+        description="for a multi-label model: probability above which a label is assigned, for all labels or by name",
     )
 
     @model_validator(mode="after")
@@ -132,10 +132,10 @@ Fields = TypeVar("Fields", bound=BaseModel)
 def load_json(body: bytes) -> Any:
     """The JSON of a body; raises RequestError."""
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the most allowed")
+        raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the limit")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
-        gc.disable()  # it would traverse 300,000 new lists again and again
+        gc.disable()  # it would traverse 300,000 new lists repeatedly
     try:
         return from_json(body, cache_strings="none")
     except ValueError as error:
@@ -155,7 +155,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
         for field in value:
             if field not in known:
                 name = field[:100]
-                message = f"{name}: unknown field; known are {', '.join(known)}"
+                message = f"{name}: unknown field; known fields: {', '.join(known)}"
                 raise RequestError(message, name, "unknown_field")
     try:
         return kind.model_validate(value)
@@ -165,7 +165,7 @@ def check_fields(kind: type[Fields], value: Any, example: str) -> Fields:
 
 @cache
 def known_fields(kind: type[BaseModel]) -> list[str]:
-    """The field names that a JSON object of this kind may have."""
+    """The field names of a JSON object of this kind."""
     return [field.alias or name for name, field in kind.model_fields.items()]
 
 
@@ -178,7 +178,7 @@ def check_count(texts: Any, field: str, most: int) -> None:
 def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
     """The texts of a field that is one text or a list of them; raises ValueError.
 
-    text_of: (value, place in the field, for messages) to a text.
+    text_of: converts a value, given its place in the field for messages, to a text.
     """
     if not isinstance(value, list):
         return [text_of(value, "")]
@@ -198,7 +198,7 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
 
 
 def _explain(error: ValidationError, example: str) -> RequestError:
-    """The first problem that pydantic found, with the field's name and the allowed values."""
+    """The first of pydantic's errors, with the field's name and the allowed values."""
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:
@@ -209,7 +209,7 @@ def _explain(error: ValidationError, example: str) -> RequestError:
     field = str(loc[0])[:100]
     if kind == "missing":
         return RequestError(f"{field}: is required", field)
-    if kind == "value_error":  # from a validator of ours; it may begin with the place inside the field
+    if kind == "value_error":  # from our validators; the message may begin with a place inside the field
         inner = str(first["ctx"]["error"])
         return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
     allowed = ALLOWED.get(field, "")

@@ -54,7 +54,7 @@ class Frontend:
             self._reporters.append(self._traces)
         objective = f"overloaded: the latency objective of {settings.slo_p99_ms or 0:g} ms cannot be met"
         self._shed_error = RequestError(objective, cause="shed", retry_after_s=1)
-        # Made once for each protocol: an overloaded server sends little else.
+        # Built once for each protocol, as an overloaded server sends little else.
         self._shed_responses: dict[Protocol, Response] = {
             protocol: errors.response(self._shed_error, None, protocol.error(self._shed_error))
             for protocol in protocols.values()
@@ -132,7 +132,7 @@ class Frontend:
         self.service.metrics.rejected.labels("malformed").inc()
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed because of a limit."""
+        """Count a connection that was closed at a limit."""
         self.service.metrics.dropped_connections.labels(reason).inc()
 
     def report(self, exchange: Exchange) -> None:

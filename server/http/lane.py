@@ -8,7 +8,7 @@ from time import perf_counter
 
 
 class Lane:
-    """Grants one turn at a time, to clients in rotation; a pause as long as the turn follows each."""
+    """Grants one turn at a time, to clients in rotation; each is followed by a pause of the same length."""
 
     def __init__(self) -> None:
         self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns
@@ -45,4 +45,4 @@ class Lane:
                     self._is_free = False
                     future.set_result(None)
             if futures:
-                self._pending[client] = futures  # at the end
+                self._pending[client] = futures  # moves the client to the end

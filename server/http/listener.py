@@ -16,11 +16,11 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_ADDRESS_RATIO = 8  # connections of one address to those that are still free
+MAX_ADDRESS_RATIO = 8  # limit of the connections of one address, relative to the free ones
 EVICTION_SAMPLE = 256  # connections from which the one to evict is chosen
 
 
-# A connection awaits a head, a body, the application's response, or that the client closes.
+# A connection awaits a head, a body, the application's response, or the client's close.
 HEAD, BODY, RESPONSE, LINGER = range(4)
 
 
@@ -40,7 +40,7 @@ class Gate(Protocol):
         """Count a request that is not HTTP."""
 
     def dropped(self, reason: str) -> None:
-        """Count a connection that was closed because of a limit."""
+        """Count a connection that was closed at a limit."""
 
 
 class BaseConnection(ABC):
@@ -48,8 +48,8 @@ class BaseConnection(ABC):
 
     Attributes:
         state: HEAD, BODY, RESPONSE or LINGER.
-        deadline: when the client must have sent what is awaited (monotonic seconds).
-        write_deadline: when the client must have read what was written (monotonic seconds).
+        deadline: time by which the client must have sent the awaited data (monotonic seconds).
+        write_deadline: time by which the client must have read the written data (monotonic seconds).
         address: address of the client.
         opened_at: monotonic seconds.
         responses: number of answered requests.
@@ -66,7 +66,7 @@ class BaseConnection(ABC):
 
     @abstractmethod
     def expire(self, now: float) -> None:
-        """Close the connection or refuse its request, as a deadline has passed."""
+        """Close the connection or refuse its request, because a deadline has passed."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -121,7 +121,7 @@ class Listener:
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
     def closed(self, connection: BaseConnection) -> None:
-        """Forget a connection."""
+        """Stop counting a closed connection."""
         if connection not in self.connections:
             return
         self.connections.discard(connection)
@@ -143,7 +143,7 @@ class Listener:
         return self._pipelined_at - now
 
     def paused(self, connection: BaseConnection) -> None:
-        """Record a client that does not read; abort the largest ones while too much is unread in total."""
+        """Record a client that does not read; abort those with the most unread bytes while the total is too high."""
         self._paused.add(connection)
         unread = {c: c.unread() for c in self._paused}
         while sum(unread.values()) > MAX_UNREAD_BYTES:

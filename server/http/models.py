@@ -1,4 +1,4 @@
-"""Routes that report the served models, their calibrations, and the results of audits."""
+"""Routes that report the served models, their calibrations, and their audit results."""
 
 import asyncio
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from de3.server.service import Service
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application."""
     reporting = asyncio.Lock()  # one at a time: each takes milliseconds
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # the last one requested: each has 170 KB
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each has 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
     async def models() -> dict[str, Any]:

@@ -30,8 +30,8 @@ class ModerationRequest(Request):
         if manifest.thresholds is None:
             why = "its classes exclude each other" if manifest.tolerance is None else "its answer is a number"
             raise RequestError(
-                f"model: {manifest.name}:{manifest.version} is no multi-label model, which moderation needs: {why}; "
-                "use /classify",
+                f"model: {manifest.name}:{manifest.version} is not a multi-label model, which moderation requires: "
+                f"{why}; use /classify",
                 "model",
             )
 

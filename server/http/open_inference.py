@@ -163,7 +163,9 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
     if len(data) == count and all(isinstance(row, list) and len(row) == 1 for row in data):
         data = [row[0] for row in data]
     if len(data) != count:
-        raise RequestError(f"inputs: {tensor.name}: has {len(data)} texts, its shape says {count}", "inputs")
+        raise RequestError(
+            f"inputs: {tensor.name}: has {len(data)} texts, but its shape says {count}", "inputs"
+        )
     return [_checked(text, tensor.name, i) for i, text in enumerate(data)]
 
 
@@ -235,7 +237,7 @@ def add_routes(app: FastAPI, service: Service, **common: Any) -> None:
 
     @app.get("/v2/health/live", tags=["Open Inference Protocol"])
     async def server_live() -> dict[str, bool]:
-        """200 as long as the process lives."""
+        """200 while the process is running."""
         return {"live": True}
 
     @app.get(

@@ -25,11 +25,11 @@ class RequestParser:
     httptools.HttpParserError.
 
     Attributes:
-        data: received and not yet parsed.
+        data: received bytes that are not yet parsed.
         method, url, version, headers: of the current request; names of headers are lower case.
         keep_alive: the client accepts another request on this connection.
-        length: of the body by Content-Length; -1 without that header.
-        expects_continue: the client waits for an invitation to send the body.
+        length: length of the body by Content-Length; -1 without that header.
+        expects_continue: the client waits for 100 Continue before it sends the body.
         size: bytes of the body so far.
         is_complete: the whole request was parsed.
     """
@@ -51,7 +51,7 @@ class RequestParser:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing of the next request was received."""
+        """True if nothing of the next request was received."""
         return not self.data and not self._blank
 
     def parse_head(self) -> bool:
@@ -94,7 +94,7 @@ class RequestParser:
     def _parse_chunks(self) -> None:
         while not self.is_complete:
             end = self.data.find(_END)
-            # If the end is not in sight, feed all but what may be the beginning of it.
+            # If the end has not arrived, feed all bytes but those that may be its beginning.
             to = len(self.data) - len(_END) + 1 if end < 0 else end + len(_END)
             if to <= 0:
                 break
@@ -133,7 +133,7 @@ class RequestParser:
             self.expects_continue = self._llhttp.get_http_version() == "1.1"
 
     def on_headers_complete(self) -> None:
-        """llhttp forgets what the head said once the message is complete."""
+        """Store the head's properties, which llhttp forgets once the message is complete."""
         self.method, self.version = self._llhttp.get_method().decode("ascii"), self._llhttp.get_http_version()
         self.keep_alive = self.version != "1.0" and bool(self._llhttp.should_keep_alive())
 

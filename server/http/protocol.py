@@ -14,7 +14,7 @@ LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One classification request, as it came over HTTP.
+    """One classification request, as received over HTTP.
 
     Attributes:
         path: values of the path parameters.
@@ -33,7 +33,7 @@ class Protocol:
     """Converts calls to requests, and finished jobs to responses.
 
     To add a protocol, write a module with these functions and add its path to `app.py: PROTOCOLS`. Keys,
-    limits, metrics and logs come with it. A complete protocol:
+    limits, metrics and logs then apply to it. A complete protocol:
 
         class LabelFields(BaseModel):
             text: Annotated[str, Field(min_length=1, pattern=r"\\S")]
@@ -54,7 +54,7 @@ class Protocol:
         parse: raises RequestError.
         serialize: (request id, finished job) to the JSON of the response.
         error: the JSON of an error; its status is the same in every protocol (`errors.STATUSES`).
-        others: first parts of further paths whose errors have this protocol's format.
+        others: first segments of other paths whose errors have this protocol's format.
     """
 
     parse: Callable[[Call], Request]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
-from typing_extensions import TypedDict  # pydantic does not take typing's before Python 3.12
+from typing_extensions import TypedDict  # before Python 3.12 pydantic does not accept typing.TypedDict
 
 from de3.exits.rule import ExitReason
 from de3.server.http.fields import SignalName
@@ -56,8 +56,8 @@ class PassedExit(Signals, Answer):
 class Windows(TypedDict):
     """The windows of a text that is longer than the model takes."""
 
-    run: Annotated[int, Field(description="number that ran until the answer was settled")]
-    of: Annotated[int, Field(description="number that the text has")]
+    run: Annotated[int, Field(description="number of windows that ran until the answer was settled")]
+    of: Annotated[int, Field(description="number of windows of the text")]
     layers: Annotated[list[int], Field(description="exit layer of each one that ran")]
 
 
@@ -75,7 +75,7 @@ class ClassifiedText(Answer):
     num_classes: int
     exit: Exit
     labels: NotRequired[
-        Annotated[list[str], Field(description="for a multi-label model: those above their threshold")]
+        Annotated[list[str], Field(description="for a multi-label model: labels above their thresholds")]
     ]
     top: NotRequired[
         Annotated[list[TopLabel], Field(description="with top_k: the most probable labels, in order")]
@@ -85,7 +85,10 @@ class ClassifiedText(Answer):
         Annotated[Windows, Field(description="with long: windows, for a text that has several")]
     ]
     ood_score: NotRequired[
-        Annotated[float | None, Field(description="with ood: near 1 for texts far from the calibration's")]
+        Annotated[
+            float | None,
+            Field(description="with ood: near 1 for texts far from the calibration's distribution"),
+        ]
     ]
     out_of_distribution: NotRequired[
         Annotated[bool, Field(description="the text was far from every prototype at an exit")]

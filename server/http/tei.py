@@ -71,7 +71,7 @@ def parse(call: Call) -> PredictRequest:
     value = load_json(call.body)
     if isinstance(value, dict):
         inputs = value.get("inputs")
-        if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else it is one text or pair
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], list):  # else one text or one pair
             check_count(inputs, "inputs", call.max_texts)
     fields = check_fields(PredictFields, value, '{"inputs": "a text"}')
     texts, is_batch = fields.inputs

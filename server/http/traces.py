@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.sdk.trace import TracerProvider
 
-STOP_S = 3.0  # to send the last spans; a collector that hangs must not delay shutdown
+STOP_S = 3.0  # time to send the last spans; a hanging collector must not delay shutdown
 MAX_TEXTS = 16  # of one request; a list of hundreds would fill the exporter's queue
 
 
@@ -100,7 +100,7 @@ class Traces:
         self._tracer.start_span(name, inside, attributes=attributes, start_time=start).end(end)
 
     def _text(self, item: Item, inside: "Context", submitted: int) -> None:
-        """Make the span of a text. A preempted text was queued more than once; the total time comes first."""
+        """Make the span of a text. A preempted text was queued more than once; its total queue time is shown first."""
         o = item.outcome
         if o is None:
             return

@@ -21,7 +21,7 @@ const EXAMPLES = {
 const $ = (id) => document.getElementById(id);
 const state = { models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false };
 
-// The settings of the slider, by field of the request: values, start, text and hint.
+// The exit options of the slider, by request field: values, initial value, text and hint.
 const CHOICES = {
   tau: {
     name: "Threshold τ",
@@ -56,7 +56,7 @@ const CHOICES = {
     hint: "The text goes as deep as the time allows. A budget too small for the first exit is refused.",
   },
 };
-// The signals: name beside the bar, and the end of "exit at the first layer whose …". Others go by their plain name.
+// The signals: name beside the bar, and the end of "exit at the first layer whose …". Others keep their name.
 const SIGNALS = {
   risk: { name: "risk that the answer differs from full depth", below: "risk is below it" },
   edr: { name: "EDR: the two combined", below: "EDR is below it" },
@@ -67,7 +67,7 @@ const REASONS = {
   threshold: "exits here",
   last_layer: "full depth",
   max_layer: "deepest allowed layer",
-  deadline: "time is up",
+  deadline: "deadline reached",
 };
 
 // --- helpers
@@ -173,7 +173,7 @@ async function classify(model, input, fields, signal) {
   return { ...JSON.parse(body).data[0], ms: timing ? Number(timing[1]) : null };
 }
 
-// --- asking
+// --- requests
 
 let asking = null,
   timer = null,
@@ -254,7 +254,7 @@ function refused(error, again) {
   }
   const pause = retries < MAX_RETRIES ? error.retryAfter : null;
   const message = /[.?!]$/.test(error.message) ? error.message : `${error.message}.`;
-  const problem = pause ? `${message} Trying again in ${pause} s.` : message;
+  const problem = pause ? `${message} Retrying in ${pause} s.` : message;
   $($("main").hidden ? "key-error" : "problem").textContent = problem;
   $("expected").textContent = "";
   if (!pause) return;
@@ -377,7 +377,7 @@ function drawCurve(exit) {
     $("expected").textContent = "";
     return;
   }
-  // The source of the labels, if the data had none: accuracy is then agreement with it.
+  // The source of the labels if the data had none; accuracy is then the agreement with it.
   const source = state.model.self_labelled && (state.model.has_original ? "the original model" : "full depth");
   const [left, right, above, below] = [52, 408, 10, 190];
   const accuracies = rows.map((row) => row.accuracy);
@@ -598,7 +598,7 @@ function drawLive(before, now) {
   );
 }
 
-// --- starting
+// --- start-up
 
 async function start() {
   cancel();
