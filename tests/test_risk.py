@@ -55,7 +55,11 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
     }[kind].astype(float)
     found = risk.regress(x, targets)
     assert np.isfinite(found).all() and np.abs(found).max() < 1e4
-    assert np.abs(gradient(x, targets, found)).max() < 1e-5
+    # Of a few rows a feature may hardly vary, and has no weight then.
+    varies = x.std(0) > risk.LEAST_SPREAD * (1 + np.abs(x.mean(0)))
+    varies[0] = True
+    assert (found[~varies] == 0).all()
+    assert np.abs(gradient(x, targets, found)[varies]).max() < 1e-5
     p = 1 / (1 + np.exp(-x @ found))
     if kind in ("none", "all"):
         assert np.abs(p - targets).max() < 0.1
