@@ -16,7 +16,7 @@ from de3.model_store.store import Artifact, read_manifest
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join segments into one model: from input_ids and token_type_ids (1, T) to the last exit's logits (1, K)."""
+    """Join segments into one model, from input_ids and token_type_ids (1, T) to the last exit's logits (1, K)."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""

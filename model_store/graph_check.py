@@ -35,7 +35,7 @@ class GraphError(ValueError):
 
 
 def read_graph(data: bytes) -> Any:
-    """The GraphProto in a file; raises GraphError for anything that a segment may not hold."""
+    """The GraphProto in a file; raises GraphError for anything that a segment may not contain."""
     try:
         _count_fields(memoryview(data), onnx.ModelProto.DESCRIPTOR, MAX_FIELDS)
         model = onnx.load_model_from_string(data)
