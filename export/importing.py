@@ -35,7 +35,7 @@ class ImportSettings:
     Attributes:
         labelled: the texts have labels; otherwise the model's own answers are the labels.
         fragments: the texts contain fragments of each other.
-        bf16: compute the states that exits are fitted on in bfloat16; those of tuning and certifying are float32.
+        bf16: compute the states for fitting exits in bfloat16; the states for tuning and certifying are float32.
         finetune: also train the encoder, for better early exits, while full depth keeps the original's answers.
         epochs, lr: of finetune.
         command: command line that resumes the import, shown if its unfinished checkpoint is opened.

@@ -51,7 +51,7 @@ def read_graph(data: bytes) -> Any:
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:
-    """The number of fields still allowed after those of a message; raises GraphError if it has more than `left`.
+    """The number of fields still allowed after a message; raises GraphError if it has more than `left`.
 
     Checked before parsing, which turns a field of two bytes into an object of a hundred.
     """

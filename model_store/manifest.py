@@ -232,7 +232,7 @@ class Manifest(_Part):
         if (len(self.labels) == 1) != (self.tolerance is not None):
             raise ValueError("labels must be two or more, or exactly one if there is a tolerance")
         if self.tolerance is not None and self.thresholds is not None:
-            raise ValueError("thresholds may not be set beside a tolerance")
+            raise ValueError("thresholds may not be set together with a tolerance")
         if self.thresholds is not None and len(self.thresholds) != len(self.labels):
             raise ValueError("thresholds must have one entry for each label")
         if self.tolerance is None and self.thresholds is None:

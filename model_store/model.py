@@ -153,7 +153,7 @@ class Model:
                     x, y = getattr(a, name), getattr(b, name)
                     if (x is None) != (y is None):
                         raise NoKernelsError(
-                            f"layer {layer}: the kernels give other values than ONNX Runtime"
+                            f"layer {layer}: the kernels' set of outputs differs from ONNX Runtime's"
                         )
                     if x is not None:
                         pairs.setdefault((layer, name), []).append((x, y))
@@ -176,7 +176,9 @@ class Model:
             for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
                 if not same or one.exit_layer != self.manifest.num_layers:
-                    raise NoKernelsError(f"layer {layer}: the kernels give other values for texts in a group")
+                    raise NoKernelsError(
+                        f"layer {layer}: the kernels give different values for texts in a group"
+                    )
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.

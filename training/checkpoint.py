@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def self_labelled(self) -> bool:
-        """True if the labels of the held-out samples are the model's own answers."""
+        """True if the held-out samples are labelled with the model's own answers."""
         return bool((read_record(self.folder) or {}).get("self_labelled"))
 
     @property

@@ -195,9 +195,9 @@ class Times:
 
         It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and exits at eᵢ, T is the time at τ = 0, t_e the time to
         exit e. Unlike M / mean exit layer it counts tokenizer, embeddings and every exit passed, (s + M·l + e) /
-        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: those of an
-        exit with 150 classes are 1% of a layer's on 11 tokens, but take a third of its time, as every weight is read
-        from memory for a single row (lab/docs/experiments/time.md).
+        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: an exit
+        with 150 classes has 1% of a layer's multiply-adds on 11 tokens, but takes a third of its time, as every weight
+        is read from memory for a single row (lab/docs/experiments/time.md).
         """
         full = self.full[0] + self.full[1] * tokens
         early = self.exits[index, 0] + self.exits[index, 1] * tokens

@@ -333,7 +333,7 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     for part in ("tune", "certify"):
         if opened.held_out(part) != getattr(split, part):
             raise ValueError(
-                f"{teacher} held out other samples than this run, so it may have been trained on them: "
+                f"{teacher} held out different samples from this run, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"
             )
     return opened
