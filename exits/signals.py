@@ -232,7 +232,7 @@ def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFI
     if lam == 0 and name in ("edr", "entropy"):
         name, lam = "entropy", None
     if lam is not None and name != "edr":
-        raise ValueError("lambda is for the signal edr only")
+        raise ValueError("lambda goes with the signal edr only")
     return SIGNALS[check_name(name)].of(model, lam)
 
 

@@ -36,7 +36,7 @@ MAX_SHORTER = 0.5
 
 
 def max_chars(max_tokens: int, windows: int = 1) -> int:
-    """Maximum number of characters read of a text, for `windows` windows of max_tokens."""
+    """Maximum number of characters of a text that are read, for `windows` windows of max_tokens."""
     return max_tokens * max(MAX_CHARS_PER_TOKEN, MAX_CHARS_IN_WINDOWS * windows)
 
 

@@ -71,7 +71,7 @@ static inline size_t attention_work(int width, int tokens) {
 typedef struct {
     const char *name;
 
-    /* Reason why this machine cannot run it; NULL if it can. Call the other functions only if NULL. */
+    /* Reason why this machine cannot run it; NULL if it can. Call the other functions only if it returns NULL. */
     const char *(*why_not)(void);
 
     /* Called before and after a thread's products; may be NULL. */
