@@ -1,19 +1,19 @@
-"""Anytime-valid tests and bounds of a rate, by betting: they hold at every moment, however often one looks.
+"""Anytime-valid tests and bounds for a rate, by betting: they hold at all times, however often they are checked.
 
-Texts arrive one after the other. Text t is drawn with probability q_t, which is fixed before anything about the text is
-known. A_t is 1 if it was drawn; d_t is 1 if its early answer differs from full depth, which is observed only if it was
-drawn. X_t = A_t·d_t/q_t has the rate ρ as its mean, whatever q_t was.
+Texts arrive one after another. Text t is audited with probability q_t, which is fixed before anything about the text is
+known. A_t is 1 if it is audited; d_t is 1 if its early answer differs from full depth, which only an audit observes.
+The mean of X_t = A_t·d_t/q_t is the rate ρ, whatever q_t is.
 
 A gambler who bets that ρ is below r has the wealth W = Π (1 + λ_t·(r − X_t)), 1 at the start, where λ_t = c·q_t with a
 constant c in (0, 1). If ρ is r or more, W is a nonnegative supermartingale, so the probability that it ever reaches 1/δ
-is at most δ (Ville's inequality). The same holds for the mean of several such W with other c, which is an e-value of
-"the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting", 2024; Xu,
-Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
+is at most δ (Ville's inequality). The same holds for the mean of several such W with different c, which is an e-value
+against "the rate is r or more". (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting",
+2024; Xu, Karampatziakis & Mineiro, "Active, anytime-valid risk controlling prediction sets", 2024.)
 
-As λ_t is proportional to q_t, an audit wins or loses the same share of W whatever q_t was. Otherwise a few audits that
-were drawn when q was small would dominate.
+As λ_t is proportional to q_t, an audit gains or loses the same share of W whatever q_t is. Otherwise a few audits made
+when q was small would dominate.
 
-W depends only on the number of texts at each q and of the drawn ones that differ, so only these counts are stored.
+W depends only on two counts for each q, all texts and the audited texts that differ, so only these are stored.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
 
-# c of the bets that the rate is lower, and κ of the bets that it is higher, where λ_t = κ·q_t: optimal if the rate is
-# 1 + κ times r.
+# LOWER: c, for bets that the rate is lower. HIGHER: κ, for bets that it is higher, with λ_t = κ·q_t; optimal if the
+# rate is (1 + κ)·r.
 LOWER = np.array([0.25, 0.5, 0.75])
 HIGHER = np.array([0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 32.0])
-# Largest share of the wealth that a bet on a higher rate loses with a text that does not differ.
+# Largest share of its wealth that a bet on a higher rate loses when a text does not differ.
 MOST_LOSS = 0.9
-STEPS = 30  # of a bisection
+STEPS = 30  # of the bisection
 
 
 def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values of "the rate is `rates` or more", (G,): evidence that it is lower.
+    """E-values against "the rate is at least `rates`", (G,): evidence that it is lower.
 
-    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, drawn or not, (L,). differing: number of drawn
-    texts that differ, (L, G). rates: r, (G,), each in (0, 1).
+    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, audited or not, (L,). differing: number of
+    audited texts that differ, (L, G). rates: r, (G,), each in (0, 1).
     """
     c, q, r = LOWER[:, None, None], shares[:, None], rates
     lost = np.log1p(c * (q * r - 1.0))
@@ -46,7 +46,7 @@ def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) ->
 
 
 def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values of "the rate is `rates` or less", (G,): evidence that it is higher. Arguments as for `e_values`."""
+    """E-values against "the rate is at most `rates`", (G,): evidence that it is higher. Arguments as for `e_values`."""
     q, r = shares[:, None], rates
     bets = np.minimum(HIGHER[:, None, None] * q, MOST_LOSS / r)  # λ
     won = np.log1p(bets * (1.0 / q - r))
@@ -55,17 +55,17 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 
 
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
-    """Lower and upper bounds of G rates, each (G,): a confidence sequence for each of them.
+    """Lower and upper bounds of G rates, each (G,): a confidence sequence for each.
 
-    With probability `confidence`, a rate is within its bounds at every moment. Arguments as for `e_values`.
+    With probability `confidence`, a rate is within its bounds at all times. Arguments as for `e_values`.
     """
     count = differing.shape[1]
     if not texts.any():
         return np.zeros(count), np.ones(count)
-    enough = 2.0 / (1.0 - confidence)  # each side has half of the error probability
+    enough = 2.0 / (1.0 - confidence)  # each side gets half of the error probability
 
     def bisect(holds: Callable[[Floats], NDArray[np.bool_]]) -> Floats:
-        """The greatest rates, (G,), for which a condition holds that holds for all lower rates."""
+        """The largest rates, (G,), that satisfy a condition; all lower rates satisfy it too."""
         low, high = np.zeros(count), np.ones(count)
         for _ in range(STEPS):
             middle = (low + high) / 2
@@ -79,16 +79,16 @@ def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) 
 
 
 def _mean_exp(logs: Floats) -> Floats:
-    """Mean wealth over the bets, (G,), from its logarithms, (bets, G)."""
+    """Mean wealth over the bets, (G,), from the log wealth of each, (bets, G)."""
     return np.asarray(np.exp(np.minimum(logs, 700.0)).mean(0))
 
 
 class ChangeDetector:
     """Fires when a rate has risen above r: a Shiryaev–Roberts e-detector (Shin, Ramdas & Rinaldo, 2023).
 
-    At every text a new gambler begins to bet, with the stake q_t, that the rate is above r; the statistic is the total
-    wealth of all of them. While the rate is at most r, its expectation is the sum of the stakes, so the mean number of
-    drawn texts to a false alarm is at least `patience`.
+    At every text a new gambler enters with stake q_t and bets that the rate is above r; the statistic is the gamblers'
+    total wealth. While the rate is at most r, its expectation is at most the sum of the stakes, so the mean number of
+    audits before a false alarm is at least `patience`.
     """
 
     BETS = np.array([0.5, 1.5, 4.0])  # κ, as in HIGHER
@@ -104,15 +104,15 @@ class ChangeDetector:
         return bool(self.wealth.mean() >= self.patience)
 
     def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not drawn, at q = `share`."""
+        """Count texts that were not audited, at q = `share`."""
         if texts:
             stays = 1.0 - self._bets(share) * self.rate
             power = stays**texts
-            # A geometric series: the stake of each text, and what remains of it.
+            # A geometric series: each text adds its stake, and every stake shrinks with each text.
             self.wealth = self.wealth * power + share * stays * (1.0 - power) / (1.0 - stays)
 
     def add(self, share: float, differs: bool) -> None:
-        """Count a text that was drawn, at q = `share`."""
+        """Count an audited text, at q = `share`."""
         self.wealth = (self.wealth + share) * (1.0 + self._bets(share) * (differs / share - self.rate))
 
     def _bets(self, share: float) -> Floats:

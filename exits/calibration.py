@@ -18,7 +18,7 @@ from de3.exits.signals import Edr, Entropy, Signal
 LAMS = (0.5, 1.0, 2.0, 4.0, 8.0)
 # Quadratic spacing: most scores are near 0, so the grid is finest there.
 TAUS = tuple(round((i / 60) ** 2, 6) for i in range(61))
-# Grid of the guarantees; includes all of TAUS.
+# Grid for the guarantees; includes all of TAUS.
 FINE_TAUS = tuple(round((i / 240) ** 2, 6) for i in range(241))
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 Z95_ONE_SIDED = 1.644854
@@ -30,7 +30,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff explains the fields."""
+    """Accuracy and cost of one signal and τ on a set of samples; model_store.manifest.TradeOff documents the fields."""
 
     signal: str
     lam: float | None
@@ -59,7 +59,7 @@ class Samples:
 
     @classmethod
     def independent(cls, recorded: Recorded) -> "Samples":
-        """Samples that each form a group of their own."""
+        """Samples, each in a group of its own."""
         return cls(recorded, np.arange(len(recorded.labels)))
 
     @property
@@ -68,7 +68,7 @@ class Samples:
         return len(np.unique(self.groups))
 
     def rows(self, which: NDArray[np.bool_]) -> "Samples":
-        """Some of the samples."""
+        """A subset of the samples."""
         return Samples(self.recorded.rows(which), self.groups[which])
 
 
@@ -122,7 +122,7 @@ def outcome(samples: Samples, scores: Floats, tau: float, signal: Signal) -> Out
 
 
 def mean_and_error(values: Floats, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
-    """The mean of values (n,) and its standard error, by groups instead of samples.
+    """The mean of values (n,) and its standard error, clustered by group if groups are given.
 
     The error is at least that of a single differing group.
     """
@@ -142,7 +142,7 @@ def _standard_error(values: Floats, groups: NDArray[np.int64] | None) -> float:
 
 
 def effective_size(hits: NDArray[np.bool_], groups: NDArray[np.int64]) -> float:
-    """Number of independent samples that would estimate a proportion as precisely as these related ones."""
+    """Effective sample size: number of independent samples that estimate a proportion as precisely as these."""
     n, count, mean = len(hits), len(np.unique(groups)), float(hits.mean())
     if count in (1, n) or not 0 < mean < 1:  # the correlation within groups cannot be estimated
         return float(count)

@@ -1,15 +1,16 @@
 """Online risk control: chooses τ from the disagreement that audits of live traffic find.
 
-An audit runs a text to full depth and shows, without a label, how every τ would have answered (`profile`). `Evidence`
-counts the disagreements by τ. `Promise` raises τ as long as the evidence shows that the rate of answers that differ
+An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profile`). `Evidence`
+counts disagreements by τ. `Promise` raises τ as long as the evidence shows that the rate of answers that differ
 from full depth stays within the promised rate, and resets it when the rate has risen.
 
-The fixed order of the τ, ascending from 0, makes this a single test: τ moves to the next value only once the e-value of
-"the rate at this τ is above the promise" has reached 1/δ. From the start or a reset until the traffic changes, the
-probability that τ ever passes the first value whose rate is above the promise is at most δ.
+The values of τ are tested in a fixed order, ascending from 0, which makes this a single test: τ moves to the next value
+only once the e-value against "the rate at this τ is above the promise" has reached 1/δ. From the start or a reset
+until the traffic changes, the probability that τ ever passes the first value whose rate is above the promise is at
+most δ.
 
-A small change of the traffic cannot be told from chance for a long time. Therefore τ is also lowered as soon as the
-recent audits exceed the promise (`Recent`), without a test; and all evidence is void when the change detector fires.
+It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
+soon as recent audits exceed the promise (`Recent`), and all evidence is discarded when the change detector fires.
 """
 
 import math
@@ -23,10 +24,10 @@ from numpy.typing import NDArray
 from de3.exits import betting
 from de3.exits.guarantee import CONFIDENCE
 
-# Mean number of audits to a false alarm at exactly the promised rate. At a lower rate it takes far longer.
+# Mean number of audits before a false alarm at exactly the promised rate; far more at a lower rate.
 PATIENCE = 1e5
 MAX_SHARES = 64  # tallies in an Evidence; a server has about ten
-# Number of recent audits; larger if fewer than LEAST_EXPECTED of them may differ.
+# Number of recent audits; larger if the promise lets fewer than LEAST_EXPECTED of them differ.
 RECENT, LEAST_EXPECTED = 300, 6
 
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
@@ -37,7 +38,7 @@ class Kept(NamedTuple):
 
     Attributes:
         tau: the last proved τ.
-        start: the τ to begin with, which was not tested.
+        start: the initial τ, not tested.
         reason: see Promise.
         detector: wealth of the change detector.
         weight, recent: `weight` and `differing` of Recent.
@@ -79,11 +80,11 @@ def profile(
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of the texts that were drawn with one probability.
+    """Counts of the texts with one audit probability.
 
     Attributes:
-        texts: number of texts, drawn or not.
-        audits: number of drawn texts.
+        texts: number of texts, audited or not.
+        audits: number of audited texts.
         served: audits whose answer, as served, differs from full depth.
         differing: audits that would differ at each τ, (G,).
         layers: sum of the audits' exit layers at each τ, (G,).
@@ -102,14 +103,14 @@ class Evidence:
 
     Attributes:
         taus: the grid, (G,), ascending from 0.
-        tallies: by the probability q with which texts were drawn.
+        tallies: by q, the probability of an audit.
     """
 
     taus: NDArray[np.float64]
     tallies: dict[float, Tally] = field(default_factory=dict)
 
     def copy(self) -> "Evidence":
-        """A snapshot; safe while another thread counts."""
+        """A snapshot; safe while another thread adds to it."""
         tallies = {
             share: replace(tally, differing=tally.differing.copy(), layers=tally.layers.copy())
             for share, tally in list(self.tallies.items())
@@ -117,7 +118,7 @@ class Evidence:
         return Evidence(self.taus, tallies)
 
     def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not drawn."""
+        """Count texts that were not audited."""
         if texts:
             self._tally(share).texts += texts
 
@@ -142,12 +143,12 @@ class Evidence:
 
     @property
     def texts(self) -> int:
-        """Number of texts, drawn or not."""
+        """Number of texts, audited or not."""
         return sum(tally.texts for tally in self.tallies.values())
 
     @property
     def audits(self) -> int:
-        """Number of drawn texts."""
+        """Number of audited texts."""
         return sum(tally.audits for tally in self.tallies.values())
 
     def served(self) -> float | None:
@@ -173,9 +174,9 @@ class Evidence:
         return np.asarray(sum(s / share for share, s in zip(self.tallies, sums, strict=True)) / weight)
 
     def bounds(self, index: slice = slice(None)) -> tuple[betting.Floats, betting.Floats]:
-        """Bounds of the rates at a slice of the τ, which hold at every moment with 95% confidence for each τ.
+        """Bounds of the rates at a slice of the τ grid, anytime-valid with 95% confidence for each τ.
 
-        The bets do not weight audits as rates() does, so a rate may be outside; the bounds then include it.
+        The bets weight audits differently from rates(), so a rate may fall outside its bounds; they are then widened.
         """
         if not self.audits:
             count = len(self.taus[index])
@@ -186,7 +187,7 @@ class Evidence:
         return np.minimum(lower, rates), np.maximum(upper, rates)
 
     def e_values(self, rate: float, index: slice = slice(None)) -> betting.Floats:
-        """E-values of "the rate at this τ is above `rate`", for a slice of the τ."""
+        """E-values against "the rate at this τ is above `rate`", for a slice of the τ grid."""
         count = len(self.taus[index])
         if not self.tallies:
             return np.ones(count)
@@ -219,8 +220,8 @@ class Recent:
         self.differing = self.differing * stays + differs
 
     def allows(self, index: int) -> int:
-        """Index of the last τ, up to this index, before the first whose recent rate is not at least a standard error
-        below the promise; this index while there are few audits."""
+        """Index of the last τ, at most `index`, up to which every recent rate is at least a standard error below the
+        promise; `index` itself while there are few audits."""
         if self.weight < self._window / 3:
             return index
         above = self.differing[: index + 1] > (self._rate - self._error) * self.weight
@@ -232,14 +233,14 @@ class Promise:
 
     Attributes:
         evidence: audits since the start, or the last change or reset.
-        proved: index of the last τ that was proved, or of the τ to begin with.
-        index: index of τ in force, at most `proved`.
+        proved: index of the last proved τ, or of the initial τ.
+        index: index of the current τ, at most `proved`.
         reason: start (τ = 0, without evidence), calibrated (τ of the offline certificate), evidence (raised by audits),
-            recent (lowered by recent audits), change (the rate had risen: the evidence is void) or reset (by an admin).
+            recent (lowered by recent audits), change (the rate had risen; evidence discarded) or reset (by an admin).
     """
 
     def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
-        """start: index of the τ to begin with, which is not tested."""
+        """start: index of the initial τ, which is not tested."""
         if not 0 < rate < 1:
             raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
         self.rate = rate
@@ -251,7 +252,7 @@ class Promise:
 
     @property
     def tau(self) -> float:
-        """τ in force; 0: every text runs to full depth."""
+        """Current τ; 0: every text runs to full depth."""
         return float(self.evidence.taus[self.index])
 
     @property
@@ -260,7 +261,7 @@ class Promise:
         return "recent" if self.index < self.proved else self._why
 
     def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not drawn."""
+        """Count texts that were not audited."""
         self.evidence.skip(share, texts)
         if self.proved:
             self._detector.skip(share, texts)
@@ -297,7 +298,7 @@ class Promise:
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)
 
     def adopt(self, evidence: Evidence) -> None:
-        """Begin with evidence that was gathered without this promise: τ rises as far as it allows."""
+        """Start from evidence gathered without this promise; τ rises as far as the evidence allows."""
         self.evidence = evidence
         self._raise()
 
@@ -324,7 +325,7 @@ class Promise:
         fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape
         fits &= differing.shape == evidence.taus.shape and bool((differing <= kept.weight).all())
         if not fits or not (wealth >= 0).all() or not (differing >= 0).all():
-            raise ValueError("the saved promise does not fit the τ")
+            raise ValueError("the saved promise does not match the τ grid")
         self.evidence, self.proved, self._why = evidence, int(match[0]), kept.reason
         self._detector.wealth = wealth
         self.recent.weight, self.recent.differing = kept.weight, differing

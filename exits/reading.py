@@ -55,8 +55,8 @@ def read(layer: int, logits: list[float], distances: list[float] | None) -> Read
     """The reading of one exit of one sample, from its logits and its distances to the prototypes, K each.
 
     The formulas of `exits.formulas` in plain Python: a server calls this after every layer, and NumPy takes 20 times
-    as long for a handful of classes. `native/rule.c` performs the same operations in the same order, so both decide
-    alike.
+    as long for a handful of classes. `native/rule.c` performs the same operations in the same order, so both make the
+    same decision.
     """
     top = max(logits)
     label = logits.index(top)

@@ -21,8 +21,8 @@ class Recorded:
         distances: cosine distances to the prototypes, (n, exits, K); NaN at exits without prototypes.
         labels: true classes, (n,); in a multi-label model the true labels, (n, K) bool; in a regression model the
             true values, (n,) float64.
-        tokens: tokens of each sample, (n,); None if not recorded.
-        original: answers of the model before it was changed (to int8), shaped as labels; None: those of full depth.
+        tokens: number of tokens of each sample, (n,); None if not recorded.
+        original: answers of the model before it was changed (to int8), shaped as labels; None: use full depth's.
         thresholds: of a multi-label model, as logits, (K,); None if classes exclude each other.
         tolerance: of a regression model: the largest difference of two values that counts as agreement. Its logits are
             the values, K = 1.
@@ -38,7 +38,7 @@ class Recorded:
     tolerance: float | None = None
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Recorded":
-        """Some of the samples."""
+        """A subset of the samples."""
         tokens, original = (x[which] if x is not None else None for x in (self.tokens, self.original))
         arrays = (self.logits[which], self.distances[which], self.labels[which])
         return Recorded(self.exit_layers, *arrays, tokens, original, self.thresholds, self.tolerance)
@@ -59,7 +59,7 @@ class Recorded:
 
     @property
     def differs(self) -> NDArray[np.bool_]:
-        """Disagreement of each exit with full depth, or with the original where that is known, (n, exits)."""
+        """Disagreement of each exit with full depth, or with the original if it is known, (n, exits)."""
         return self._differs_from(self.answers[:, -1] if self.original is None else self.original)
 
     def _differs_from(self, expected: NDArray[Any]) -> NDArray[np.bool_]:

@@ -54,8 +54,8 @@ def ood_score(nearest: Sequence[float], references: Sequence[Sequence[float]]) -
     """The OOD score of a text, in [0, 1): 1 − the geometric mean of `tail` over the exits it passed.
 
     nearest: distance to the nearest prototype at each passed exit that has prototypes; references: their
-    quantiles. None if there is no such exit. Of the scores that were tested, this one separates texts of another
-    domain best (docs/budgets.md).
+    quantiles. None if there is no such exit. Of the scores tested, this one separates texts of another domain
+    best (docs/budgets.md).
     """
     if not nearest:
         return None

@@ -53,7 +53,7 @@ def cross_fit(
 def regress(features: Floats, targets: Floats) -> Floats:
     """Weights (F,) of a logistic regression of targets (n,), 0 or 1, on features (n, F), the first of which is 1.
 
-    A ridge penalty on the standardized weights keeps them finite where the targets are separable or all alike. A
+    A ridge penalty on the standardized weights keeps them finite if the targets are separable or all equal. A
     feature that does not vary gets the weight 0.
     """
     x = features[:, 1:]

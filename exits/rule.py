@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from de3.exits.reading import Reading, read, read_labels, read_value
 from de3.exits.signals import Signal
 
-# Why a text exited at its layer.
+# Reason for a text's exit.
 ExitReason = Literal["threshold", "last_layer", "max_layer", "deadline"]
 
 
@@ -40,12 +40,12 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class ExitRule:
-    """The condition on which a sample exits; raises ValueError for a τ outside [0, 1].
+    """The exit condition; raises ValueError for a τ outside [0, 1].
 
     Attributes:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
-        max_layer: the deepest allowed layer: samples exit at the last exit up to it at the latest; None: no limit.
+        max_layer: the deepest allowed layer: a sample exits no later than the last exit up to it; None: no limit.
         thresholds: of a multi-label model; None if classes exclude each other.
     """
 

@@ -3,7 +3,7 @@
 To add a signal, write a class here with the members of `Signal` and list it in `SIGNALS`. Requests and manifests may
 then name it, and it is served layer by layer. To run it in the kernels, which pass short texts through several layers
 in one call, give it a `code` in `native/rule.h` and a case in `native/rule.c: score`. To calibrate it, add it to
-`candidates` in `exits/calibration.py`. The page has a readable name for each: `SIGNALS` in
+`candidates` in `exits/calibration.py`. The web page has a display name for each: `SIGNALS` in
 `server/http/page/page.js`.
 """
 
@@ -29,7 +29,7 @@ Weights = tuple[float, ...]
 
 @dataclass(frozen=True, slots=True)
 class ModelTraits:
-    """The properties of a model that decide which signals it has.
+    """The properties of a model that determine its signals.
 
     Attributes:
         name: for messages.
@@ -61,7 +61,7 @@ class Signal(Protocol):
 
     Attributes:
         name: the name in requests and artifacts.
-        code: its number in `native/rule.h`; None: the kernels do not have it.
+        code: its number in `native/rule.h`; None: not in the kernels.
         lam: EDR's λ; None for any other signal.
         table: parameters for the kernels, float64; None: it has none.
     """
@@ -224,8 +224,8 @@ def check_name(name: str) -> str:
 def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFIER) -> Signal:
     """The signal of this name; λ for edr, where 0 is entropy alone.
 
-    Raises ValueError for an unknown name, a signal that the model cannot have, and a λ that is outside [0, 100] or goes
-    with another signal.
+    Raises ValueError for an unknown name, a signal that the model cannot have, and a λ that is outside
+    [0, 100] or given with another signal.
     """
     if lam is not None and not 0 <= lam <= MAX_LAM:
         raise ValueError(f"lambda must be in [0, {MAX_LAM:g}], got {lam}")

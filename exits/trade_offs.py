@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_GAIN = 1.1  # speed-up of each step under load over the previous one
+LEAST_GAIN = 1.1  # least speed-up of a step under load relative to the previous one
 
 
 class TradeOffs:
@@ -40,7 +40,7 @@ class TradeOffs:
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
-        """The rows to which a server under load may raise τ, each faster than the one before, within both limits."""
+        """The steps by which a server under load may raise τ, each faster than the one before, within both limits."""
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)
         for row in self.rows:

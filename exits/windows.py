@@ -14,12 +14,12 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # in all windows; a model with long windows gets fewer of them, but at least two
+MAX_TOKENS = 16 * 512  # of all windows; a model with long windows gets fewer, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
-# At τ > 0: the most that the remaining windows are expected to change, as a share of what they could change. Measured
-# on product reviews (lab/docs/experiments.md).
+# At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
+# reviews (lab/docs/experiments.md).
 EXPECTED_CHANGE = 0.75
-ROUNDING = 1e-9  # of the weight of all windows: exceeds the rounding error of summed probabilities
+ROUNDING = 1e-9  # share of the total weight; exceeds the rounding error of summed probabilities
 SMALLEST = 1e-300  # lower bound of the argument of a logarithm
 
 
@@ -32,12 +32,12 @@ class Span(NamedTuple):
 
 
 def most_windows(max_tokens: int) -> int:
-    """The most windows that a model with this maximal number of tokens splits a text into."""
+    """Maximum number of windows of a text, for a model with windows of `max_tokens` tokens."""
     return min(MAX_WINDOWS, max(2, MAX_TOKENS // max_tokens))
 
 
 def capacity(room: int, windows: int) -> int:
-    """The most tokens that fit into this many windows of `room` tokens."""
+    """Maximum number of tokens in this many windows of `room` tokens."""
     return room + (windows - 1) * _step(room)
 
 
@@ -59,7 +59,7 @@ class Combination:
     """The combined answer of the windows of one text that have run."""
 
     def __init__(self, weights: Sequence[int], thresholds: Sequence[float] | None = None) -> None:
-        """weights: new tokens of each window, in the order in which they run. thresholds: of a multi-label model, as
+        """weights: new tokens of each window, in execution order. thresholds: of a multi-label model, as
         logits; None if classes exclude each other."""
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
@@ -82,8 +82,9 @@ class Combination:
     def is_settled(self, change: float = 1.0) -> bool:
         """True if the remaining windows cannot change the label, or any label of a multi-label model.
 
-        change: assume that they change at most this share of what they could; for classes that exclude each other only,
-        as one part of a text says nothing about the labels of another. A value is settled by the last window.
+        change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only if
+        classes exclude each other, as one part of a text says nothing about the labels of another. A value is settled
+        only after the last window.
         """
         if self._left == 0:
             return True

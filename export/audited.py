@@ -1,4 +1,4 @@
-"""Reader of the audit log (`de3 serve --log-audits`) as calibration samples. It has every exit, so no text is run."""
+"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. It has every exit, so no text is run."""
 
 import heapq
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ MAX_AUDITS = 200_000  # kept in memory
 MAX_LINE = 2**24  # bytes
 MAX_NAMED = 5  # other models named in a message
 MIN_TEXTS = 500  # distinct, as for de3 import: fewer certify hardly any τ
-MAX_BELOW = 0.05  # share of the audits drawn more rarely than usual above which a warning is given
+MAX_BELOW = 0.05  # share of audits below the usual sampling rate; a warning above it
 SEED = 0
 
 # Within float32, with room for their squares in float64.
@@ -125,7 +125,7 @@ def _read(artifact: Artifact, files: Sequence[Path], seen: _Seen) -> list[_Audit
     if seen.others:
         warn([f"{where}: skipped {others}"])
     if seen.own > MAX_AUDITS:
-        warn([f"{where}: {seen.own} audits are more than are read: the newest {MAX_AUDITS} are used"])
+        warn([f"{where}: {seen.own} audits: only the newest {MAX_AUDITS} are used"])
     return newest
 
 
@@ -145,7 +145,7 @@ def _audits(file: Path, artifact: Artifact, seen: _Seen) -> Iterator[_Audit]:
             except orjson.JSONDecodeError:
                 if line.endswith(b"\n"):
                     raise ValueError(f"{where}: not JSON") from None
-                warn([f"{where}: skipped the last line, which was not written to its end"])
+                warn([f"{where}: skipped the last line, which is incomplete"])
                 return
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
@@ -185,9 +185,9 @@ def _audit(row: _Row, manifest: Manifest) -> _Audit:
 
 
 def _representative(audits: list[_Audit]) -> list[_Audit]:
-    """The audits thinned as if all had been drawn with the most common probability.
+    """The audits thinned as if all had been sampled at the most common rate.
 
-    Audits drawn with a lower probability cannot be made up for; a warning says if they are many.
+    Audits sampled at a lower rate cannot be corrected for; if there are many, a warning is given.
     """
     shares = np.array([audit.share for audit in audits])
     values, counts = np.unique(shares, return_counts=True)
@@ -197,8 +197,8 @@ def _representative(audits: list[_Audit]) -> list[_Audit]:
     if below > MAX_BELOW:
         warn(
             [
-                f"{100 * below:.0f}% of the audits were drawn more rarely than the usual {100 * usual:.3g}%, as a "
-                "server does under load: busy periods are under-represented"
+                f"{100 * below:.0f}% of the audits were sampled below the usual rate of {100 * usual:.3g}%, as a "
+                "server under load does: busy periods are under-represented"
             ]
         )
     return [audit for audit, kept in zip(audits, is_kept, strict=True) if kept]

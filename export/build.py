@@ -19,7 +19,7 @@ def file_name(layer: int) -> str:
 def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.ModelProto]:
     """Build the segments of a model: by file name, in execution order.
 
-    token_types: whether the model's tokenizer returns token types.
+    token_types: True if the model's tokenizer returns token types.
     """
     shape = [1, "tokens", model.config.hidden_size]
     known = family(model.encoder.config)

@@ -1,4 +1,4 @@
-"""Choice of an artifact's signal and τ, and certification of both, on samples that were not trained on."""
+"""Choice of an artifact's signal and τ, and certification of both, on held-out samples."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from de3.training.split import related
 
 CHOICES = ("auto", *SIGNALS)
 MIN_CERTIFY = 850  # groups
-MIN_GAIN = 1.05  # speed-up of another signal relative to risk's, from which it is preferred
+MIN_GAIN = 1.05  # least speed-up, relative to risk's, at which another signal is preferred
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Part:
     """Recorded held-out samples.
 
     Attributes:
-        is_whole: (n,), false for fragments. They help to fit the risk, but neither choose nor certify: clients send
-            whole texts.
+        is_whole: (n,), false for fragments. Fragments are used to fit the risk, but not to choose or to certify:
+            clients send whole texts.
     """
 
     samples: Samples
@@ -172,7 +172,7 @@ def _report(
     n = len(samples.recorded.labels)
     reference = "full depth" if samples.recorded.original is None else "the original model"
     table = Table(title=f"Speed-up in layers at a disagreement with {reference}, {n} certifying samples")
-    for column in ("signal", "1%", "2%", "5%", "promised: 1%", "2%", "5%"):
+    for column in ("signal", "1%", "2%", "5%", "certified: 1%", "2%", "5%"):
         table.add_column(column, justify="left" if column == "signal" else "right")
     for rows in sorted(tables.values(), key=calibration.merit, reverse=True):
         mark = "  (default)" if rows[0].signal == default.signal else ""
@@ -193,14 +193,14 @@ def _report(
         f"depth {100 * default.loss:+.2f} points "
         f"(at most {100 * calibration.upper_loss(default):+.2f} with 95% confidence), mean exit layer "
         f"{default.mean_exit_layer:.2f}, speed-up {default.speedup:.2f}×; "
-        f"{100 * default.disagreement:.2f}% unlike {reference} (at most {100 * default.disagreement_bound:.2f}%)",
+        f"{100 * default.disagreement:.2f}% differ from {reference} (at most {100 * default.disagreement_bound:.2f}%)",
         soft_wrap=True,
     )
     full = tables[default.signal][0]
-    if full.disagreement > 0:  # by int8, or by training
+    if full.disagreement > 0:  # because of int8 or training
         console.print(
-            f"full depth is unlike {reference} in {100 * full.disagreement:.2f}% (at most "
-            f"{100 * full.disagreement_bound:.2f}%, the least max_disagreement that can be promised)",
+            f"full depth differs from {reference} in {100 * full.disagreement:.2f}% (at most "
+            f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed)",
             soft_wrap=True,
         )
 
@@ -215,7 +215,7 @@ def meaning(row: Outcome | Defaults) -> str:
     if row.tau == 0:
         return "never exit early, as no larger τ can be certified on these samples"
     if row.signal == "risk":
-        return f"exit when the chance that full depth answers otherwise is below {100 * row.tau:.3g}%"
+        return f"exit when the probability that full depth differs is below {100 * row.tau:.3g}%"
     return "exit when the score is below τ"
 
 

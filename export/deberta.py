@@ -1,4 +1,4 @@
-"""Disentangled attention: the scores depend on the distance of two tokens and on the content of either."""
+"""Disentangled attention: the scores depend on the distance between two tokens and the content of each."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def attention(g: Graph, hidden: str, layer: Layer, relative: Disentangled) -> st
 def _scores(g: Graph, hidden: str, query: str, key: str, heads: int, relative: Disentangled) -> str:
     """The terms added to the attention scores, (1, heads, T, T).
 
-    A short text needs only the rows of the tables around the middle; only these are multiplied.
+    A short text needs only the middle rows of the tables; only these are multiplied.
     """
     zero, one = (g.constant(np.array(x, np.int64)) for x in (0, 1))
     axes = [g.constant(np.array([x], np.int64)) for x in (0, 1)]
@@ -52,7 +52,7 @@ def _scores(g: Graph, hidden: str, query: str, key: str, heads: int, relative: D
 
 
 def _by_head(table: Array, heads: int, order: list[int]) -> Array:
-    """A table (rows, hidden) as (rows, heads, head size), transposed to an order of these axes."""
+    """A table (rows, hidden) as (rows, heads, head size), with the axes in this order."""
     return table.reshape(len(table), heads, -1).transpose(order)
 
 

@@ -1,4 +1,4 @@
-"""Export of a checkpoint as an artifact: its segments are built, verified, calibrated and published."""
+"""Export of a checkpoint as an artifact: build its segments, verify, calibrate and publish them."""
 
 import time
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class ExportSettings:
     Attributes:
         quantize: "int8" or "none".
         max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
-        max_int8_loss: largest accuracy loss of any exit by int8, a fraction.
+        max_int8_loss: largest accuracy loss of any exit in int8, a fraction.
         signal: the default signal, or auto.
     """
 
@@ -74,8 +74,8 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The default files
-    are those that training held out.
+    The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The defaults are
+    the parts that training held out.
 
     Raises ExportError if the segments differ too much from the PyTorch model, and ValueError if the checkpoint cannot
     be exported. In both cases nothing is published.
@@ -112,8 +112,8 @@ def export(
             tuned, certified = with_original(tuned, tune), with_original(certified, certify)
             if opened.is_finetuned and (tuned.original is None or certified.original is None):
                 raise ValueError(
-                    f"{checkpoint} was fine-tuned from another classifier, and the given samples do not say how that "
-                    'answered them ("original", as in tune.jsonl and certify.jsonl there)'
+                    f"{checkpoint} was fine-tuned from another classifier, and the given samples lack its "
+                    'answers ("original", as in tune.jsonl and certify.jsonl there)'
                 )
         if int8:
             encoded = encode(certify, tokenizer, manifest.max_tokens, num_labels=len(manifest.labels))
@@ -137,7 +137,7 @@ def _check_prototypes(model: De3Model) -> None:
         missing = [name for name, s in zip(model.config.label_names, seen.tolist(), strict=True) if not s]
         if missing:
             raise ValueError(
-                f"layer {layer} has no prototype for {', '.join(missing[:5])}: training had no such sample"
+                f"layer {layer} has no prototype for {', '.join(missing[:5])}: the training data has no sample of it"
             )
 
 
@@ -189,7 +189,7 @@ def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_typ
 
 
 def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
-    """Examples of many lengths: spread over those that occur, and some joined up to max_tokens."""
+    """Examples of many lengths up to max_tokens: a spread of the given ones, and longer ones joined from them."""
     by_length = sorted(examples, key=lambda e: len(repr(e.text)))
     chosen = [
         by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)
@@ -205,7 +205,7 @@ def parity(
 ) -> dict[str, Any]:
     """Run the segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError if fp32 differs by more than 1e-3 (with a tolerance above 1, by that part of it). For int8,
+    Raises ExportError if fp32 differs by more than 1e-3 (times the tolerance, if it is above 1). For int8,
     int8_loss compares accuracies instead.
     """
     exits, spaces = model.config.exit_layers, model.config.prototype_layers

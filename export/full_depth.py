@@ -16,7 +16,7 @@ from de3.model_store.store import Artifact, read_manifest
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join segments to one model with inputs input_ids and token_type_ids (1, T) and the last exit's logits (1, K)."""
+    """Join segments into one model, from input_ids and token_type_ids (1, T) to the last exit's logits (1, K)."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
@@ -80,7 +80,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             taken_by.setdefault(name, []).append(node)
 
     def unscaled(name: str) -> str:
-        """The activations before each token was shifted and scaled."""
+        """The activations before each token is shifted and scaled."""
         return str(made_by[made_by[name].input[0]].input[0])
 
     fused, replaced = {}, {}
@@ -120,7 +120,7 @@ def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
 
 
 def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Give a graph those of the nodes, and keep those of its weights, that its outputs depend on."""
+    """Set a graph's nodes, and drop those and the weights that its outputs do not depend on."""
     needed, kept = {x.name for x in graph.output}, []
     for node in reversed(nodes):
         if needed & set(node.output):

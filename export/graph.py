@@ -60,7 +60,7 @@ class Graph:
         return self.node(op, *inputs, domain=MICROSOFT, outputs=outputs, **attributes)
 
     def linear(self, x: str, linear: Linear) -> str:
-        """x·W + b; in int8 each token's activations are quantized with a scale and a center of their own."""
+        """x·W + b; in int8 each token's activations are quantized with their own scale and center."""
         bias = self.constant(linear.bias)
         if not self.int8:
             return self.node("Add", self.node("MatMul", x, self.constant(linear.weight)), bias)
@@ -85,7 +85,7 @@ class Graph:
         return self.node("LayerNormalization", x, scale, shift, epsilon=norm.epsilon, axis=-1)
 
     def activation(self, x: str, name: str) -> str:
-        """An activation of a layer; `name` as in transformers."""
+        """A layer's activation function; `name` as in transformers."""
         op = ACTIVATIONS[name]
         return self.node(op, x) if op == "Relu" else self.ms(op, x)
 

@@ -24,7 +24,7 @@ from de3.training.trainer import train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
-MAX_FITTED = 20_000  # texts, whose states are in memory
+MAX_FITTED = 20_000  # texts; their states are held in memory
 PARTS = ("fitting", "tuning", "certifying")
 
 
@@ -35,10 +35,10 @@ class ImportSettings:
     Attributes:
         labelled: the texts have labels; otherwise the model's own answers are the labels.
         fragments: the texts contain fragments of each other.
-        bf16: compute the states that exits are fitted on in bfloat16; those of tuning and certifying are float32.
-        finetune: also train the encoder, for better early exits, while full depth is held to the original's answers.
+        bf16: compute the states for fitting exits in bfloat16; the states for tuning and certifying are float32.
+        finetune: also train the encoder, for better early exits, while full depth keeps the original's answers.
         epochs, lr: of finetune.
-        command: command line that resumes the import, named if its unfinished checkpoint is opened.
+        command: command line that resumes the import, shown if its unfinished checkpoint is opened.
     """
 
     labelled: bool = False
@@ -155,13 +155,13 @@ def _parts(
 
 
 def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
-    """The model's labels as the data writes them: names, numbers, or "" if it has none."""
+    """The model's labels as they appear in the data: names, numbers, or "" if it has none."""
     for known in ([""], names, [str(i) for i in range(len(names))]):
         if found <= set(known):
             if known is not names and known != [""]:
                 pairs = ", ".join(f"{k} is {name}" for k, name in list(enumerate(names))[:5])
                 console.print(
-                    f"the labels of the data are numbers, taken as the model's: {pairs}", markup=False
+                    f"the data's labels are numbers, taken as the model's indices: {pairs}", markup=False
                 )
             return known
     raise ValueError(
@@ -171,13 +171,13 @@ def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
 
 
 def _check_every_label(examples: Sequence[Example], names: Sequence[str]) -> None:
-    """Raise ValueError if the original gives some label to no text: training would lose it."""
+    """Raise ValueError if the original never answers with some label: training would lose it."""
     found = {e.original for e in examples}
     missing = [name for k, name in enumerate(names) if k not in found]
     if missing:
         raise ValueError(
-            f"--finetune: no text is answered with {', '.join(missing[:5])}: add texts of it, or import without "
-            "--finetune"
+            f"--finetune: the model gives no text the label {', '.join(missing[:5])}: add such texts, or import "
+            "without --finetune"
         )
 
 

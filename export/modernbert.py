@@ -1,6 +1,6 @@
 """A block of ModernBERT as ONNX nodes: pre-norm, RoPE, global or local attention, a gated feed-forward network.
 
-No weight has the size of the longest text: positions, angles and masks are computed for each text. In a long text,
+No weight depends on the maximum length: positions, angles and masks are computed for each text. In a long text,
 local attention runs block by block, so that its time and memory are linear in the number of tokens.
 """
 
@@ -38,7 +38,7 @@ def _attention(g: Graph, x: str, layer: PreNormLayer) -> str:
     if layer.window is None:
         return g.ms("MultiHeadAttention", query, key, value, num_heads=layer.num_heads)
 
-    # A text is one block; a long one is split into blocks of a window's size, each with a window before and after it.
+    # A short text is one block; a long one is split into blocks of a window's size, each with a window on either side.
     window = g.constant(np.array(layer.window, np.int64))
     is_long = g.node("Greater", tokens, g.constant(np.array(DENSE * layer.window, np.int64)))
     size = g.node("Where", is_long, window, tokens)

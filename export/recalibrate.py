@@ -87,7 +87,7 @@ def _with_original(recorded: Recorded, examples: Sequence[Example], artifact: Ar
 
 
 def _counts_against_original(artifact: Artifact) -> bool:
-    """True if the present calibration counts disagreement with the imported classifier."""
+    """True if the current calibration counts disagreement with the imported classifier."""
     calibration = artifact.manifest.calibration
     return calibration is not None and calibration.original_disagreement is not None
 

@@ -41,7 +41,7 @@ def run(
     long_words: Annotated[int, typer.Option(help="Number of words of a long text.", min=1)] = 450,
     json_file: options.Json = None,
     png: Annotated[
-        Path | None, typer.Option(help="Plot the latency distribution into this file.", show_default=False)
+        Path | None, typer.Option(help="Plot the latency distribution to this file.", show_default=False)
     ] = None,
 ) -> None:
     """Load a running server and report latency, throughput, errors and accuracy.
@@ -194,7 +194,7 @@ def compare(
     tau: Annotated[
         list[float] | None,
         typer.Option(
-            min=0, max=1, help="A τ of ours, besides the default and 0; repeat for more.", show_default=False
+            min=0, max=1, help="A τ of our server besides the default and 0; repeatable.", show_default=False
         ),
     ] = None,
     text_column: options.TextColumn = "sentence",

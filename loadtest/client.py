@@ -1,8 +1,8 @@
 """The load generator: one thread, blocking on select, so that it uses little CPU.
 
-Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. A latency counts from
-the time its request was due, so a stall of the server counts for every request that arrives during it. Closed loop:
-each connection sends its next request once it has its answer.
+Open loop: requests arrive as a Poisson process, whether or not earlier ones have been answered. Latency is
+measured from the time a request was due, so a server stall counts for every request due during it. Closed loop: each
+connection sends its next request once it has an answer.
 """
 
 import json

@@ -79,7 +79,7 @@ class Comparison:
         return self.results
 
     def _prepare(self) -> None:
-        """Create environments and convert models; peers for which that fails are left out."""
+        """Create environments and convert models; peers for which that fails are omitted."""
         for server in [s for s in self.servers if s.script]:
             console.print(f"preparing {server.name}")
             try:

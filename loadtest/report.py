@@ -17,7 +17,7 @@ console = Console(
 
 
 def show(table: Table, width: int = 120) -> None:
-    """Print a table on stdout, this wide unless stdout is a terminal."""
+    """Print a table on stdout, `width` columns wide unless stdout is a terminal."""
     Console(width=None if sys.stdout.isatty() else width).print(table)
 
 

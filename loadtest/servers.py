@@ -28,7 +28,7 @@ START_S = 180.0
 CONVERT_S = 1800.0
 CALIBRATION_TEXTS = 300
 STOCK_NOTE = (
-    "the stock model of --stock: the same amount of work, and other weights unless ours was made from it"
+    "the stock model of --stock: the same amount of work, but other weights unless ours was made from it"
 )
 
 
@@ -41,7 +41,7 @@ class Server:
         ready: path that answers 200 once the server is ready.
         note: how it differs from ours, for the report.
         script: of a peer: its script in `peers`; `prepare` creates the environment.
-        conversion: of a peer: arguments with which its script converts its model.
+        conversion: of a peer: arguments that make its script convert its model.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Server:
         return Target(f"http://127.0.0.1:{port}", self.path, self.body, self.label)
 
     def prepare(self) -> None:
-        """Create a peer's environment and convert its model, unless that was done before.
+        """Create a peer's environment and convert its model, unless done before.
 
         Raises ValueError with the end of the output if either fails.
         """
@@ -78,7 +78,7 @@ class Server:
             raise ValueError(f"{self.name} cannot be prepared: {error}") from None
 
     def measuring(self, texts: Path, seconds: float) -> list[str]:
-        """The command with which a lean peer measures itself without HTTP; texts: a JSON list."""
+        """The command that measures a lean peer without HTTP; texts: a JSON list."""
         command = [part.replace("{port}", "0") for part in self.command]
         return [*command, "--measure", str(texts), "--seconds", f"{seconds:g}"]
 
@@ -107,7 +107,7 @@ def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
 
 
 def fingerprint(file: Path) -> str:
-    """The beginning of a file's hash, part of the name of whatever is converted from it."""
+    """A prefix of a file's hash, for the names of models converted from it."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:8]
 
@@ -130,7 +130,7 @@ def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, 
 
 
 def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list[Server]:
-    """Peers with an engine in our minimal app, in int8 and bf16; they can also be measured without HTTP.
+    """Peers that run an engine in our minimal app, in int8 and bf16; they can also be measured without HTTP.
 
     Args:
         int8, fp32: folders of the full-depth graph.
@@ -221,12 +221,12 @@ def dependencies(script: Path) -> list[str]:
 
 
 def python_of(name: str) -> Path:
-    """Path of the Python of the virtual environment of this name, which need not exist yet."""
+    """Path of the Python in the virtual environment of this name, which need not exist yet."""
     return CACHE / name / "bin" / "python"
 
 
 def environment(name: str, packages: list[str]) -> Path:
-    """The Python of the virtual environment of this name, with these packages."""
+    """The Python in the virtual environment of this name; creates it with these packages if needed."""
     folder, python = CACHE / name, python_of(name)
     installed = folder / "installed"
     if not installed.exists() or installed.read_text() != "\n".join(packages):
@@ -277,7 +277,7 @@ def running(server: Server, port: int, log: Path) -> Iterator[Running]:
     """
     target = server.target(port)
     if _answers(target.url + server.ready):
-        raise ValueError(f"a server answers on port {port} already; stop it, or choose another with --port")
+        raise ValueError(f"a server already answers on port {port}; stop it, or choose another with --port")
     command = [part.replace("{port}", str(port)) for part in server.command]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)

@@ -36,7 +36,7 @@ def read(
     """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
     Labels that are numbers index label_names, which are comma-separated; without label_column in the file samples have
-    no labels. Fragments, as `de3 train` marks them in its held-out parts, are left out unless group_column names the
+    no labels. Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column names the
     text that they are part of. Raises ValueError naming the file and the line.
     """
     names = [name.strip() for name in label_names.split(",") if name.strip()]
@@ -52,7 +52,7 @@ def read(
         group = record.get(group_column) if group_column is not None else None
         samples.append(Sample(text, label, group=str(group) if group else None))
     if not samples:
-        raise ValueError(f"{path} has fragments only")
+        raise ValueError(f"{path} has only fragments")
     return samples
 
 
@@ -72,5 +72,5 @@ def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) ->
 
 
 def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
-    """Each sample once with every τ."""
+    """Each sample once per τ."""
     return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples

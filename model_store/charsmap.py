@@ -1,7 +1,7 @@
 """Check of SentencePiece's table of characters (precompiled_charsmap), before the tokenizers library traverses it.
 
-It is a double-array trie over UTF-8 bytes, and a string of replacements, each ended by a zero byte. The library checks
-no index: one out of range ends the thread. It limits no replacement's length either.
+It is a double-array trie over UTF-8 bytes, and a string of replacements, each ended by a zero byte. The library does
+not check indices: one out of range kills the thread. Nor does it limit the length of a replacement.
 """
 
 import base64

@@ -56,7 +56,7 @@ def _term(
     (by_head,), _ = r.node("Transpose", parts, perm=perm)
     (rows,), (table, sliced) = r.node("Slice", floats(heads, ANY, ANY), first, end, _ROW)
     if sliced != axis:
-        raise GraphError("its attention slices a table along another axis than its rows")
+        raise GraphError("its attention slices a table along an axis other than its rows")
     return by_head, rows, table
 
 
@@ -88,7 +88,7 @@ def _index(r: Reader, manifest: Manifest) -> tuple[str, str, str, Array, int]:
         or len(rows) != 2 * longest + 1
         or longest + 1 < manifest.max_tokens
     ):
-        raise GraphError("its attention does not have a row for each distance of two tokens")
+        raise GraphError("its attention does not have a row for each distance between two tokens")
     heads = int(shape[1])
     if (
         shape.tolist() != [1, heads, 1, 1]

@@ -35,7 +35,7 @@ class GraphError(ValueError):
 
 
 def read_graph(data: bytes) -> Any:
-    """The GraphProto in a file; raises GraphError for anything that a segment may not hold."""
+    """The GraphProto in a file; raises GraphError for anything that a segment may not contain."""
     try:
         _count_fields(memoryview(data), onnx.ModelProto.DESCRIPTOR, MAX_FIELDS)
         model = onnx.load_model_from_string(data)
@@ -51,7 +51,7 @@ def read_graph(data: bytes) -> Any:
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:
-    """The number of fields still allowed after those of a message; raises GraphError if it has more than `left`.
+    """The number of fields still allowed after a message; raises GraphError if it has more than `left`.
 
     Checked before parsing, which turns a field of two bytes into an object of a hundred.
     """

@@ -1,8 +1,8 @@
 """Reader of a segment's graph; it refuses any graph that export/segment.py would not have built.
 
 A list of allowed operators is not enough: they could be connected to a graph that takes any amount of time or memory,
-or that has a back door for one word. So the nodes, their order, attributes and connections, and the types and shapes of
-the weights must be those of an export. Only the values of the weights are free.
+or that has a backdoor triggered by one word. So the nodes, their order, attributes and connections, and the
+types and shapes of the weights must be those of an export. Only the values of the weights are free.
 """
 
 from collections.abc import Sequence
@@ -85,13 +85,13 @@ def _is_pre_norm(manifest: Manifest) -> bool:
 
 
 def _check_names(graph: Any) -> None:
-    """Raise GraphError unless all values have names that differ, inside branches too."""
+    """Raise GraphError unless all values have unique names, inside branches too."""
     nodes = list(graph.node)
     for node in graph.node:
         nodes += [inner for a in node.attribute if a.HasField("g") for inner in a.g.node]
     names = [x.name for x in (*graph.input, *graph.initializer)] + [x for n in nodes for x in n.output]
     if "" in names or len(set(names)) != len(names):
-        raise GraphError("a value has no name, or that of another")
+        raise GraphError("a value has no name, or a duplicate one")
 
 
 class _Reader(Reader):
@@ -230,7 +230,7 @@ class _Reader(Reader):
             (value,), _ = no.node("Constant", value=None)
             array = numpy_helper.to_array(no.attributes["value"])
             if array.dtype != np.float32 or array.shape != (1, labels) or array.any():
-                raise GraphError("its exit has outputs other than zeros when it is not asked")
+                raise GraphError("its exit has outputs other than zeros when it is skipped")
             zeros.append(value)
         no.end()
         if [o.name for o in then_branch.output] != outputs or [o.name for o in else_branch.output] != zeros:

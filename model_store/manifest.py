@@ -74,7 +74,7 @@ class TradeOff(_Signal):
         disagreement: share of answers that differ from full depth; `disagreement_bound` is an upper bound of
             the true rate with 95% confidence (exits.guarantee).
         speedup: M / mean exit layer, at most 1000.
-        histogram: share of samples that leave at each exit, in the order of `exit_layers`.
+        histogram: share of samples at each exit, in the order of `exit_layers`.
     """
 
     tau: Share
@@ -131,12 +131,12 @@ class Calibration(_Part):
 
     Attributes:
         tune_size: number of samples on which the signal was chosen.
-        certify_size, groups: number of the other samples, from which all results are, and of their groups of related
-            ones.
+        certify_size, groups: number of certifying samples, the source of all results, and of groups of related
+            samples among them.
         self_labelled: the labels are the original model's answers, or full depth's if `original_disagreement` is None,
             so that accuracy is agreement with them.
-        original_disagreement: share of samples that full depth answers otherwise than the original model before
-            quantization; if set, every disagreement is one with the original.
+        original_disagreement: share of samples on which full depth differs from the original model before
+            quantization; if set, every disagreement is with the original.
         table: rows of every certified signal.
         references: one entry per exit.
         tokens: quantiles of the certifying samples' lengths, at exits.reference.LEVELS.
@@ -168,12 +168,12 @@ class Manifest(_Part):
         exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
         prototype_layers: exits with prototypes.
         max_tokens: longest input, special tokens included.
-        token_types: whether embeddings.onnx takes token_type_ids.
+        token_types: True if embeddings.onnx takes token_type_ids.
         pooling: of the exits; the last has its own if it has a head.
         head: layers of the imported classifier before the last exit's classifier; None: the last exit is like the
             others.
-        thresholds: of a multi-label model, the probability above which each label is given; None: the classes exclude
-            each other.
+        thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
+            exclude each other.
         tolerance: of a regression model, the largest difference of equal answers, in its units. It has one label, the
             name of its value, and only the signal risk. None: it has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.
@@ -232,7 +232,7 @@ class Manifest(_Part):
         if (len(self.labels) == 1) != (self.tolerance is not None):
             raise ValueError("labels must be two or more, or exactly one if there is a tolerance")
         if self.tolerance is not None and self.thresholds is not None:
-            raise ValueError("thresholds may not be set beside a tolerance")
+            raise ValueError("thresholds may not be set together with a tolerance")
         if self.thresholds is not None and len(self.thresholds) != len(self.labels):
             raise ValueError("thresholds must have one entry for each label")
         if self.tolerance is None and self.thresholds is None:
@@ -301,14 +301,14 @@ class Manifest(_Part):
         )
 
     def signal(self, name: str, lam: float | None = None) -> Signal:
-        """A signal of this model; raises ValueError if it has none of that name, or for a wrong λ."""
+        """A signal of this model; raises ValueError if the model has no such signal, or for a wrong λ."""
         return signal_of(name, lam, self.traits)
 
     @property
     def default_signal(self) -> Signal:
         """Signal of the defaults."""
         if self.defaults.tau == 0 and self.defaults.signal == "entropy":
-            # That of an export without calibration, of whatever kind the model is: at τ = 0 it decides nothing.
+            # The default of an export without calibration, for any kind of model: at τ = 0 it has no effect.
             return Entropy()
         return self.signal(self.defaults.signal, self.defaults.lam)
 

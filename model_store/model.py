@@ -47,17 +47,17 @@ class Model:
         segments: index = layer; 0 is the embeddings.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless native.
-        why_not_native: why the kernels do not run an int8 artifact; empty if they do, or if it is fp32.
+        why_not_native: reason why the kernels do not run an int8 artifact; empty if they do, or if it is fp32.
         forward: runs several samples through all layers in one call; None unless native.
     """
 
     def __init__(
         self, artifact: Artifact, runtime: str = "auto", check: Callable[[], None] = lambda: None
     ) -> None:
-        """Read, check and load every file; raises StoreError for the first unsound one.
+        """Read, check and load every file; raises StoreError for the first invalid one.
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
-        check: called before each step that may take long; an exception from it ends the loading.
+        check: called before each slow step; an exception from it aborts loading.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
@@ -92,11 +92,11 @@ class Model:
             self.why_not_native = str(error) if weights else ""
             if weights:
                 log.warning(
-                    "%s: ONNX Runtime runs it: %s; texts take up to twice as long as with the kernels",
+                    "%s: runs on ONNX Runtime: %s; texts take up to twice as long as with the kernels",
                     *(self.full_name, error),
                 )
             else:
-                log.info("%s: ONNX Runtime runs it: %s", self.full_name, error)
+                log.info("%s: runs on ONNX Runtime: %s", self.full_name, error)
             if runtime == "native":
                 raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
 
@@ -122,7 +122,7 @@ class Model:
         return native, forward
 
     def _prove(self, artifact: Artifact, native: Sequence[Segment], forward: NativeForward) -> None:
-        """Compare the kernels with ONNX Runtime on PROOF and on a text of the greatest length.
+        """Compare the kernels with ONNX Runtime on PROOF and on a text of the maximum length.
 
         Each layer's input is ONNX Runtime's output of the layer before, as rounding errors add up over the layers.
         Raises NoKernelsError if results differ by more than rounding can explain: both quantize activations, so a
@@ -153,7 +153,7 @@ class Model:
                     x, y = getattr(a, name), getattr(b, name)
                     if (x is None) != (y is None):
                         raise NoKernelsError(
-                            f"layer {layer}: the kernels give other values than ONNX Runtime"
+                            f"layer {layer}: the kernels' set of outputs differs from ONNX Runtime's"
                         )
                     if x is not None:
                         pairs.setdefault((layer, name), []).append((x, y))
@@ -176,7 +176,9 @@ class Model:
             for layer, step in enumerate(full_depth(native, one.tokens, self._check)):
                 same = step.logits is None or one.logits[layer].tobytes() == step.logits.tobytes()
                 if not same or one.exit_layer != self.manifest.num_layers:
-                    raise NoKernelsError(f"layer {layer}: the kernels give other values for texts in a group")
+                    raise NoKernelsError(
+                        f"layer {layer}: the kernels give different values for texts in a group"
+                    )
 
     def tokenize(self, text: str, text_pair: str | None = None, truncate: bool = True) -> Tokens:
         """Tokens of a text or pair, at most `max_tokens`, cut at the longer text's end.

@@ -53,10 +53,10 @@ class Segment(Protocol):
     is_exit: bool
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if asked, their exit."""
+        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
 
     def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
 
 
 class OnnxSegment:
@@ -87,12 +87,12 @@ class OnnxSegment:
         _check(session, inputs, outputs, file)
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if asked, their exit."""
+        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
         feed = dict(zip(self._inputs, (tokens.ids, tokens.type_ids), strict=False))
         return self._run(feed, with_exit)
 
     def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
         return self._run({"hidden": hidden}, with_exit)
 
     def _run(self, feed: dict[str, Any], with_exit: bool) -> Step:
@@ -108,18 +108,18 @@ class ForwardPass:
     """Forward pass of one sample, with the exit rule between layers.
 
     Attributes:
-        tau, signal: leave at the first exit whose score is below tau.
+        tau, signal: exit at the first layer whose score is below tau.
         deepest: the last layer to run, one with an exit.
         ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
         caution: factor of tau after an exit that is too far from its prototypes.
         thresholds: of a multi-label model; None: classes exclude each other.
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
-        exit_layer: the layer at which it left; -1: not yet.
+        exit_layer: the layer at which it exited; -1: not yet.
         seconds: compute time.
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
-        readings: once it left, the scored readings of the computed exits.
-        is_below_tau: it left because its score was below tau.
+        readings: once it has exited, the scored readings of the computed exits.
+        is_below_tau: it exited because its score was below tau.
         is_far: an exit was too far from its prototypes.
     """
 
@@ -172,8 +172,8 @@ class NativeForward:
         layers: int | None = None,
         at_idle: bool = False,
     ) -> None:
-        """Run 1 to 64 samples, all before the same layer, until each has left or `layers` layers have run; updates the
-        passes.
+        """Run 1 to 64 samples, all with the same next layer, until each has exited or `layers` layers have run; updates
+        the passes.
 
         far: the largest allowed distance to the nearest prototype, (num_layers + 1,); None: any. at_idle: run at the
         lowest priority, preempted by any other thread.
@@ -226,12 +226,12 @@ class NativeSegment:
         self._hidden, self._labels = manifest.hidden_size, len(manifest.labels)
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
-        """Run the embeddings (layer 0) and, if asked, their exit."""
+        """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
         hidden = np.empty((1, len(tokens), self._hidden), np.float32)
         return self._step(tokens.ids, tokens.type_ids, hidden, with_exit)
 
     def run(self, hidden: Array, with_exit: bool) -> Step:
-        """Run an encoder layer on the hidden states of the layer before and, if asked, its exit."""
+        """Run an encoder layer on the previous layer's hidden states and, if `with_exit`, its exit."""
         return self._step(hidden, None, np.empty_like(hidden), with_exit)
 
     def _step(self, x: NDArray[Any], types: NDArray[np.int64] | None, hidden: Array, with_exit: bool) -> Step:

@@ -45,7 +45,7 @@ class UnknownModelError(StoreError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a model on disk, with its manifest checked and its files not yet."""
+    """One version of a model on disk, with its manifest checked, but not yet its files."""
 
     path: Path
     manifest: Manifest

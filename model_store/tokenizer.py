@@ -17,7 +17,7 @@ from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 
 MAX_CHARS_PER_TOKEN = 100
-# Of all windows together. An unbroken run of letters is one piece, which cannot be preempted.
+# Per token of all windows together. An unbroken run of letters is one piece, which cannot be preempted.
 MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters,
 # tokenized letter by letter) takes 3 µs per character on an idle machine.
@@ -31,12 +31,12 @@ _PROBE = "a"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str | None]
-# Largest share of a window for the shorter text of a pair, which is whole in each.
+# Largest share of a window for the shorter text of a pair, which is repeated whole in each window.
 MAX_SHORTER = 0.5
 
 
 def max_chars(max_tokens: int, windows: int = 1) -> int:
-    """Number of characters of a text that are read at most, for `windows` windows of max_tokens."""
+    """Maximum number of characters of a text that are read, for `windows` windows of max_tokens."""
     return max_tokens * max(MAX_CHARS_PER_TOKEN, MAX_CHARS_IN_WINDOWS * windows)
 
 
@@ -167,8 +167,8 @@ class TextTokenizer:
     def _cut(self, parts: list[list[int]], is_cut: bool = True, lengths: Sequence[int] = ()) -> Tokens:
         """Tokens of texts with these ids, truncated at the end of the longer one until both fit.
 
-        The longer text gets the odd token, the second one if they are equal. lengths: of the whole texts, in any unit,
-        if not all of their tokens are given.
+        The longer text gets the odd token, or the second text if they are equal. lengths: of the whole texts, in any
+        unit, if not all of their tokens are given.
         """
         frame = self.frames[len(parts) == 2]
         room = self.max_tokens - frame.size

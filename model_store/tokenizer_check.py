@@ -1,7 +1,7 @@
 """Check of a tokenizer.json, which is untrusted, before the tokenizers library loads it.
 
-The components of the supported encoders' tokenizers are allowed, with limits on those that are slow or lengthen a text:
-normalizers that replace a letter by a thousand, three times in turn, would fill any memory with one text.
+Only components of the supported encoders' tokenizers are allowed, with limits on those that are slow or lengthen a
+text: three normalizers in a row that each replace a letter with a thousand would exhaust the memory with one text.
 """
 
 import json
@@ -28,7 +28,7 @@ MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")
 MAX_PARTS = 16  # of a Sequence, nested ones included
 MAX_CONTENT = 4  # characters inserted by a Replace or Prepend
 MAX_GROWTH = 4  # length of the normalized text relative to the original
-MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in them
+MAX_WORD_CHARS = 200  # WordPiece's time is quadratic in this
 MAX_CHARS = 200  # of any string: vocabulary entries, added and special tokens, names
 MAX_MERGE_CHARS = 2 * MAX_CHARS + 1  # two entries and a space
 MAX_ADDED_TOKENS = 10_000
@@ -142,7 +142,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without duplicate keys, of which the library might take another than Python."""
+    """A JSON object without duplicate keys, of which the library might keep another value than Python."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise TokenizerError("an object has a key twice")

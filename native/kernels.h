@@ -46,7 +46,7 @@ static inline const float *offsets_of(const Offsets *offsets, int head, int quer
 
 enum { ATTENTION_ROWS = 8 };
 
-/* Number of tokens from which attention multiplies in bfloat16, for which some processors have instructions that are
+/* Number of tokens from which attention multiplies in bfloat16, as some processors have instructions for it that are
  * twice as fast: queries, keys, values and attention weights are rounded, sums are float32. */
 enum { LONG = 128 };
 
@@ -71,7 +71,7 @@ static inline size_t attention_work(int width, int tokens) {
 typedef struct {
     const char *name;
 
-    /* Why this machine cannot run it; NULL if it can. The other functions may be called only then. */
+    /* Reason why this machine cannot run it; NULL if it can. Call the other functions only if it returns NULL. */
     const char *(*why_not)(void);
 
     /* Called before and after a thread's products; may be NULL. */

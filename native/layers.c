@@ -226,7 +226,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     size_t hidden = m->hidden, total = 0, row = 0;
     for (int i = 0; i < count; i++) total += passes[i].tokens;
     float *rows = aligned_alloc(64, ROUND_UP(total * hidden * 4, 64));
-    Pass *texts[MAX_PASSES]; /* those that have not left, and their lengths */
+    Pass *texts[MAX_PASSES]; /* those that have not exited, and their lengths */
     int tokens[MAX_PASSES], failed = rows == NULL;
     for (int i = 0; i < count && !failed; i++) {
         Pass *p = texts[i] = &passes[i];
@@ -255,7 +255,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
                 p->seconds += asked - end;
                 end = asked;
             }
-            if (p->exit_layer < 0) { /* close the gap that texts before it left */
+            if (p->exit_layer < 0) { /* close the gap of exited texts */
                 if (to != from) memmove(to, from, size * 4);
                 to += size;
                 row += p->tokens;
@@ -299,7 +299,7 @@ static void *work(void *argument) {
 #ifdef SCHED_IDLE
     sched_setscheduler(0, SCHED_IDLE, &(struct sched_param){0});
 #endif
-    clock_used = CLOCK_THREAD_CPUTIME_ID; /* does not count the time while it is preempted */
+    clock_used = CLOCK_THREAD_CPUTIME_ID; /* excludes time while preempted */
     pthread_mutex_lock(&w->lock);
     for (;;) {
         while (w->call == NULL && !w->ends) pthread_cond_wait(&w->changed, &w->lock);

@@ -2,7 +2,7 @@
  *
  * The arithmetic of the int8 segments (export/segment.py), operator by operator: activations are quantized to uint8 with
  * a scale for each row, int8 weights have a scale for each output, and everything else is float32. Every function
- * returns 0, or -1 for an id outside the tables and if there is no memory.
+ * returns 0, or -1 for an id outside the tables or if memory runs out.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H
@@ -37,7 +37,7 @@ typedef struct {
     Reading *readings;         /* of the exits computed so far; space for num_layers + 1 */
     int num_readings;
 
-    int exit_layer;   /* -1: it has not left */
+    int exit_layer;   /* -1: not yet */
     int is_below_tau; /* its score at exit_layer is below tau */
     int is_far;       /* an exit was too far from its prototypes */
     double seconds;
@@ -45,7 +45,7 @@ typedef struct {
 
 enum { MAX_PASSES = 64 };
 
-/* Run layers first … last, until each text has left. All texts run a layer together, so that its weights are read from
+/* Run layers first … last, until each text has exited. All texts run a layer together, so that its weights are read from
  * memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden states,
  * logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance to the
  * nearest prototype by layer, or NULL. */

@@ -29,8 +29,8 @@ static size_t layer_size(const Model *m) { return (size_t)m->hidden * (4 * (size
 
 enum { HUGE_PAGE = 1 << 21 };
 
-/* With huge pages a single text takes a fifth less time, as there are hardly any TLB misses. malloc might return small
- * pages used before. */
+/* With huge pages a single text takes a fifth less time, with hardly any TLB misses. malloc might reuse small
+ * pages. */
 static size_t memory_size(const Model *m) { return m->num_layers * layer_size(m) + HUGE_PAGE; }
 
 static int get_tiles(Model *m) {

@@ -24,7 +24,7 @@ typedef struct {
     float *center;   /* (out): scale · that sum, the contribution of a row's center of 1 */
 } Linear;
 
-/* Offsets of attention scores by head and distance of query and key; values NULL: none. */
+/* Offsets of attention scores by head and distance between query and key; values NULL: none. */
 typedef struct {
     int positions; /* P: largest number of tokens */
     float *values; /* (num_heads, offsets_stride(P)): for key − query = 1 − P … P − 1, then 16 zeros */
@@ -86,16 +86,16 @@ int has_kernels(int hidden, int num_heads, int inner, int num_layers);
 /* True if all weights of a layer are set; layer 0 is the embeddings. */
 int is_complete(const Model *m, int layer);
 
-/* A copy aligned to 64 bytes, with 64 bytes after it; NULL: no memory. */
+/* A copy aligned to 64 bytes, with 64 bytes after it; NULL: out of memory. */
 void *copy_of(const void *from, size_t bytes);
 
-/* A model without weights; NULL: no memory. */
+/* A model without weights; NULL: out of memory. */
 Model *new_model(int hidden, int num_heads, int inner, int num_layers);
 
 /* Address of the tiles of a layer's linear: 0 qkv, 1 out, 2 up, 3 down. */
 int8_t *tiles_of(const Model *m, int layer, int which);
 
-/* Pack weights (in, out), row by row, into tiles. -1: no memory; call free_linear in any case. */
+/* Pack weights (in, out), row by row, into tiles. -1: out of memory; call free_linear in any case. */
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
                 int8_t *tiles, int8_t *end);
 

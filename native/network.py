@@ -131,7 +131,7 @@ class Head:
     norm: Norm | None = None
 
 
-ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, numbered as in model.h
+ACTIVATIONS = ("tanh", "relu", "gelu")  # of a head, in the order of model.h
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,7 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
         Linear *linear = (Linear *[]){&l->qkv, &l->out, &l->up, &l->down}[which];
         int in = which == 3 ? m->inner : m->hidden;
         int out = which == 0 ? 3 * m->hidden : which == 2 ? m->inner : m->hidden;
-        Linear packed = {0}; /* refused weights leave the previous ones */
+        Linear packed = {0}; /* rejected weights leave the previous ones in place */
         ok = holds(&b[0], (size_t)in * out, 1, "weight") && holds(&b[1], out, 4, "scale") &&
              holds(&b[2], out, 4, "bias") &&
              require_memory(
@@ -325,7 +325,7 @@ static PyObject *py_run(PyObject *self, PyObject *args) {
         if (!failed && logits->buf)
             failed = run_exit(m, number, to->buf, (int)tokens, prototypes->buf, logits->buf, distances->buf);
         Py_END_ALLOW_THREADS;
-        ok = require(!failed, "an id outside the tables, or no memory");
+        ok = require(!failed, "an id outside the tables, or out of memory");
     }
     return done(ok, b, 6);
 }
@@ -398,7 +398,7 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
 }
 
 /* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]
- * exit: None, or for a text that left (layer, is_below_tau, is_far, readings); see reading_list.
+ * exit: None, or for a text that exited (layer, is_below_tau, is_far, readings); see reading_list.
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
  * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
@@ -436,7 +436,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
         Py_BEGIN_ALLOW_THREADS;
         failed = (at_idle ? run_passes_at_idle : run_passes)(m, passes, count, first, last, prototypes, far.buf);
         Py_END_ALLOW_THREADS;
-        ok = require(!failed, "an id outside the tables, or no memory");
+        ok = require(!failed, "an id outside the tables, or out of memory");
     }
     if (ok) result = PyList_New(count);
     for (int i = 0; result != NULL && i < count; i++) {
@@ -460,7 +460,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
 
 /* ---- the rule, for the tests ------------------------------------------------------------------------ */
 
-/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], those asked so far;
+/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], those computed so far;
  * thresholds float64 (K) of a multi-label model, or None. */
 static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
@@ -496,7 +496,7 @@ static PyObject *py_exits(PyObject *self, PyObject *args) {
 static PyMethodDef methods[] = {
     {"implementations", py_implementations, METH_NOARGS, "Implementations that this machine can run, the best first."},
     {"supported", py_supported, METH_NOARGS, "The implementation in use; empty for the reference."},
-    {"why_not", py_why_not, METH_NOARGS, "Why this machine runs only the reference, if supported() is empty."},
+    {"why_not", py_why_not, METH_NOARGS, "Reason why this machine runs only the reference, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
     {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},

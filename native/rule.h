@@ -1,7 +1,7 @@
 /* The exit decision, operation by operation as in exits/reading.py, exits/signals.py and exits/rule.py.
  *
  * Everything is float64, in Python's order and without fused multiply-adds (-ffp-contract=off), so that both
- * come to the same decision for every text (tests/test_native.py).
+ * make the same decision for every text (tests/test_native.py).
  */
 #ifndef NATIVE_RULE_H
 #define NATIVE_RULE_H
@@ -18,7 +18,7 @@ typedef struct {
     double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */
 } Reading;
 
-/* Which score is compared with tau: the `code` of a signal in exits/signals.py. */
+/* The signal whose score is compared with tau: the `code` of a signal in exits/signals.py. */
 enum { ENTROPY, EDR, RISK, NUM_SIGNALS };
 #define RISK_FEATURES 5
 

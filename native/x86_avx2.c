@@ -36,8 +36,8 @@ static const char *avxvnni_why_not(void) {
     return a & (1u << 4) ? NULL : "needs AVX-VNNI";
 }
 
-/* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. That of
- * AVX-VNNI is in a section of its own, so that no compiler uses it in the functions of AVX2. */
+/* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. The
+ * AVX-VNNI code is in its own section, so that the compiler cannot use AVX-VNNI in the AVX2 functions. */
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else

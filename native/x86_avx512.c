@@ -9,7 +9,7 @@ static const char *why_not(void) { return "needs Linux on x86-64"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
 #elif (defined(__clang__) && __clang_major__ < 12) || (!defined(__clang__) && __GNUC__ < 11)
-#warning "This compiler does not know AMX: no AVX-512 kernels; others, or ONNX Runtime, run slower."
+#warning "This compiler does not support AMX: no AVX-512 kernels; the others and ONNX Runtime are slower."
 static const char *why_not(void) { return "needs a build with gcc 11, clang 12 or newer"; }
 const Kernels amx_kernels = {.name = "amx", .why_not = why_not};
 const Kernels vnni_kernels = {.name = "vnni", .why_not = why_not};
@@ -44,8 +44,8 @@ static const char *amx_why_not(void) {
     if (missing != NULL) return missing;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
     if (!(d & (1u << 24)) || !(d & (1u << 25))) return "needs AMX";
-    /* Linux gives tile registers to a process that asks: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system gives no AMX registers";
+    /* Linux grants tile registers to a process on request: ARCH_REQ_XCOMP_PERM, XTILEDATA. */
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? NULL : "the system grants no AMX registers";
 }
 
 /* Code up to the matching pop uses these instructions; call it only if why_not() returns NULL. */

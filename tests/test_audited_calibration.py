@@ -197,7 +197,7 @@ def test_a_torn_last_line_is_skipped(tiny: Artifact, tmp_path: Path, said: list[
         (tmp_path / "torn").write_bytes((whole + torn).encode()[: -1 if torn.endswith("\u00e9") else None])
         part = audited.parts(tiny, [tmp_path / "torn"])
         assert sum(len(p.samples.groups) for p in part) == 600
-    assert said == [f"{tmp_path}/torn:601: skipped the last line, which was not written to its end"] * 2
+    assert said == [f"{tmp_path}/torn:601: skipped the last line, which is incomplete"] * 2
     (tmp_path / "torn").write_text(whole.rstrip("\n"))  # it lacks no more than its end
     assert sum(len(p.samples.groups) for p in audited.parts(tiny, [tmp_path / "torn"])) == 600
     (tmp_path / "torn").write_text(whole + "{}")
@@ -259,7 +259,7 @@ def test_texts_that_were_drawn_more_often_are_thinned(
     write(log, [*usual, *make_audits(tiny.manifest, 200, 3, share=0.025, tokens=7)])
     assert kept() == [2000, 0, 200]
     assert said == [
-        "9% of the audits were drawn more rarely than the usual 5%, as a server does under load: busy periods are "
+        "9% of the audits were sampled below the usual rate of 5%, as a server under load does: busy periods are "
         "under-represented"
     ]
 
@@ -274,7 +274,7 @@ def test_only_the_newest_are_kept(
         tokens = [p.samples.recorded.tokens for p in audited.parts(tiny, files)]
         found = np.concatenate([t for t in tokens if t is not None])
         assert sorted(found) == sorted(row["tokens"] for row in rows[300:])
-    assert said[0].endswith("1000 audits are more than are read: the newest 700 are used")
+    assert said[0].endswith("1000 audits: only the newest 700 are used")
     with pytest.raises(ValueError, match="--from-audits: the same file is given twice"):
         audited.parts(tiny, [new, tmp_path / "." / "log"])
 

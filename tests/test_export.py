@@ -228,7 +228,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
     long.write_text("sentence\tlabel\n" + "".join(rows))
     arguments = ["evaluate", str(store / "tiny-int8/1"), str(long), "--text-column", "sentence"]
     output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
-    assert "what the calibration promises may not hold for these texts" in output
+    assert "the calibration's guarantees may not hold for these texts" in output
     default = Store(store).open("tiny-int8").manifest.defaults
     assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's is judged too
 

@@ -148,8 +148,8 @@ def huge() -> Any:
         (lambda p: p.graph.node.append(huge()), "unexpected operators at the end"),
         (lambda p: branch(p).node.append(huge()), "unexpected operators at the end"),
         (lambda p: p.graph.node.insert(3, huge()), "operator 4 is ConstantOfShape, not"),
-        (lambda p: p.graph.node.extend([node(p, "Add")] * 70), "a value has no name, or that of another"),
-        (lambda p: branch(p).node.append(node(p, "If")), "a value has no name, or that of another"),
+        (lambda p: p.graph.node.extend([node(p, "Add")] * 70), "a value has no name, or a duplicate one"),
+        (lambda p: branch(p).node.append(node(p, "If")), "a value has no name, or a duplicate one"),
         (lambda p: p.graph.node.extend([onnx.NodeProto()] * 20_000), "more than 10000 fields"),
         (lambda p: p.opset_import.add(domain="evil", version=1), "version 1 of the operators 'evil'"),
         (lambda p: p.functions.add(name="f", domain="x"), "ModelProto has the field functions"),
@@ -498,7 +498,7 @@ FOREIGN = [
     (BOTH, 0, more_for_one_word, "output hidden is another value"),
     (BOTH, 0, few_positions, "1 positions, too few for 64 tokens"),
     (BOTH, 1, unused_weight, "nothing uses the weight 'more'"),
-    (BOTH, 1, weight_twice, "a value has no name, or that of another"),
+    (BOTH, 1, weight_twice, "a value has no name, or a duplicate one"),
 ]
 
 
@@ -525,7 +525,7 @@ def test_what_has_no_kernels_runs_all_the_same(
         model = Model(artifact)
     assert model.runtime == "onnxruntime" and model.full_depth(model.tokenize("good"))
     assert model.why_not_native == "layer 1: there is no kernel for FastGelu"
-    assert "ONNX Runtime runs it: layer 1: there is no kernel for FastGelu" in caplog.text
+    assert "runs on ONNX Runtime: layer 1: there is no kernel for FastGelu" in caplog.text
     with pytest.raises(StoreError, match="layer 1: there is no kernel for FastGelu"):
         Model(artifact, "native")
 

@@ -188,7 +188,7 @@ def test_an_interrupted_import_goes_on(
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
     output = de3(command)
-    assert "fitting: 3 of 8 parts are reused from an earlier run" in output
+    assert "fitting: 3 of 8 chunks are reused from an earlier run" in output
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
 
 

@@ -154,7 +154,7 @@ def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> 
     with serving(store) as server:
         other = servers.Server("other", [sys.executable, "-c", "pass"])
         with (
-            pytest.raises(ValueError, match=f"answers on port {server.port} already"),
+            pytest.raises(ValueError, match=f"already answers on port {server.port}"),
             servers.running(other, server.port, tmp_path / "log"),
         ):
             pass

@@ -241,7 +241,7 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
     assert weaknesses(some, NAMES) == []
     silent = recorded([[-1, 1, -1], [-1, 1, -1]], [[True, True, False], [False, True, False]])
     (warning,) = weaknesses(silent, NAMES)
-    assert "gives 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
+    assert "assigns 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
 
 
 def test_the_default_is_told_in_f1() -> None:

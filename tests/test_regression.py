@@ -408,7 +408,7 @@ def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> Non
         ({"labels": []}, "at least 1 item"),
         ({"tolerance": 0}, "greater than or equal to 0.001"),
         ({"tolerance": 1e10}, "less than or equal to 1000000000"),
-        ({"thresholds": [0.5]}, "thresholds may not be set beside a tolerance"),
+        ({"thresholds": [0.5]}, "thresholds may not be set together with a tolerance"),
         ({"prototype_layers": [0, 1, 2]}, "prototype_layers must be empty in a regression model"),
         (
             {"defaults": {"tau": 0.1, "signal": "entropy", "lambda": None}},

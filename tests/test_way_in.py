@@ -257,7 +257,7 @@ def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> N
 def test_a_wrong_teacher_leaves_nothing_behind(data_file: Path, encoder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     message = refusal(training(data_file, encoder, out) + f" --teacher {tmp_path}/nowhere")
-    assert "nowhere: no such folder; a checkpoint is what de3 train writes" in message
+    assert "nowhere: no such folder; de3 train writes a checkpoint" in message
     assert not out.exists()
 
 

@@ -31,7 +31,7 @@ class Checkpoint:
     def __init__(self, folder: Path, unfinished: bool = False) -> None:
         """Raises ValueError for a folder that is not a checkpoint, is incomplete, or is not finished.
 
-        unfinished: accept a training that is not finished.
+        unfinished: accept a checkpoint whose training is not finished.
         """
         check(folder)
         if not unfinished:
@@ -54,7 +54,7 @@ class Checkpoint:
 
     @property
     def self_labelled(self) -> bool:
-        """True if the labels of the held-out samples are the model's own answers."""
+        """True if the held-out samples are labelled with the model's own answers."""
         return bool((read_record(self.folder) or {}).get("self_labelled"))
 
     @property
@@ -84,7 +84,7 @@ class Checkpoint:
 def check(folder: Path) -> None:
     """Raise ValueError, naming the next step, unless the folder is a checkpoint of de3 train."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; a checkpoint is what de3 train writes to --out")
+        raise ValueError(f"{folder}: no such folder; de3 train writes a checkpoint to --out")
     if (folder / "manifest.json").exists():
         raise ValueError(f"{folder} is an exported model, not a checkpoint of de3 train")
     kind = model_type(folder)
@@ -111,7 +111,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name can only be a folder: it is not looked up on the Hugging Face hub, which may take minutes."""
+    """True if a name can only be a folder, so it is not looked up on the Hugging Face hub, which may take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1

@@ -1,4 +1,4 @@
-"""Checks before a training starts, so that hours of it do not end with a useless model."""
+"""Checks before training, so that hours are not spent on a useless model."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
     if rare:
         shown = ", ".join(f"{name!r} ({counts[name]})" for name in rare[:5])
         have = "label has" if len(rare) == 1 else "labels have"
-        warnings.append(f"{len(rare)} {have} fewer than {FEW} rows, too few to learn much: {shown}")
+        warnings.append(f"{len(rare)} {have} fewer than {FEW} rows, too few to learn from: {shown}")
     return warnings
 
 
@@ -133,13 +133,13 @@ def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
     ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in one]
     if not ids:
         raise ValueError(
-            "the tokenizer makes no tokens of the texts: are its files (tokenizer.json) in the folder?"
+            "the tokenizer produces no tokens for the texts: are its files (tokenizer.json) in the folder?"
         )
     share = ids.count(unknown) / len(ids) if unknown is not None else 0.0
     message = f"{100 * share:.0f}% of the texts' tokens are unknown to the encoder's tokenizer"
     if share > MAX_UNKNOWN:
         raise ValueError(
-            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, is it for their language?"
+            f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it for their language?"
         )
     return [message] if share > WARN_UNKNOWN else []
 

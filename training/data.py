@@ -194,7 +194,7 @@ def check_apart(
 
 
 def input_of(examples: Sequence[Example]) -> str:
-    """Input of a model for these samples: "text" or "pair"."""
+    """Kind of model input in these samples: "text" or "pair"."""
     return "pair" if isinstance(examples[0].text, tuple) else "text"
 
 

@@ -88,9 +88,9 @@ def f1(recorded: Recorded) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def _f1(answers: NDArray[Any], labels: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Micro and macro F1, each (answerers,), of answers (n, answerers, K) to texts with labels (n, K), both bool."""
+    """Micro and macro F1, each (exits,), of answers (n, exits, K) against labels (n, K), both bool."""
     labels = labels[:, None]
-    hits = (answers & labels).sum(0).astype(np.float64)  # (answerers, K)
+    hits = (answers & labels).sum(0).astype(np.float64)  # (exits, K)
     given = answers.sum(0) + labels.sum(0)
     micro = 2 * hits.sum(-1) / np.maximum(given.sum(-1), 1)
     return micro, (2 * hits / np.maximum(given, 1)).mean(-1)
@@ -125,14 +125,14 @@ def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple
 
 
 def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
-    """The score that a training maximizes: its name, accuracy or micro_f1, and its value at every exit, (exits,)."""
+    """The score that training maximizes: its name, accuracy or micro_f1, and its value at every exit, (exits,)."""
     if recorded.thresholds is None:
         return "accuracy", np.asarray(recorded.correct.mean(0))
     return "micro_f1", f1(recorded)[0]
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """Warnings about a model's numbers: few samples, or no better than the most frequent label."""
+    """Warnings about an evaluation: few samples, or a model no better than the most frequent label."""
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
         return _labels_never_given(recorded, names)
@@ -155,13 +155,13 @@ def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
 
 
 def _labels_never_given(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """A warning about labels that a multi-label model never gives at full depth, though they are correct for some."""
+    """A warning about labels that a multi-label model never assigns at full depth, though some samples have them."""
     missing = np.flatnonzero(recorded.labels.any(0) & ~recorded.answers[:, -1].any(0))
     if not len(missing):
         return []
     shown = ", ".join(names[k] for k in missing[:5]) + (" …" if len(missing) > 5 else "")
     return [
-        f"full depth gives {len(missing)} of {len(names)} labels to none of {len(recorded.labels)} samples, though "
+        f"full depth assigns {len(missing)} of {len(names)} labels to none of {len(recorded.labels)} samples, though "
         f"they are correct for some: {shown}; they need more rows, longer training, or lower thresholds"
     ]
 
@@ -180,7 +180,7 @@ def curve_table(curves: Sequence[Curve]) -> Table:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a text takes by itself, as intercept and slope by its number of tokens.
+    """Time of a text run alone, seconds: intercept and slope by its number of tokens.
 
     Attributes:
         full: at τ = 0: tokenizer, embeddings, all layers and the last exit, (2,).
@@ -193,11 +193,11 @@ class Times:
     def speedup(self, index: NDArray[np.int64], tokens: NDArray[np.int64]) -> float:
         """The speed-up in time of texts (n,) with these exit indices and numbers of tokens.
 
-        It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and leaves at exit eᵢ, T is the time at τ = 0, t_e the time to
+        It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and exits at eᵢ, T is the time at τ = 0, t_e the time to
         exit e. Unlike M / mean exit layer it counts tokenizer, embeddings and every exit passed, (s + M·l + e) /
-        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: those of an
-        exit with 150 classes are 1% of a layer's on 11 tokens, but take a third of its time, as every weight is read
-        from memory for a single row (lab/docs/experiments/time.md).
+        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: an exit
+        with 150 classes has 1% of a layer's multiply-adds on 11 tokens, but takes a third of its time, as every weight
+        is read from memory for a single row (lab/docs/experiments/time.md).
         """
         full = self.full[0] + self.full[1] * tokens
         early = self.exits[index, 0] + self.exits[index, 1] * tokens
@@ -205,7 +205,7 @@ class Times:
 
 
 def in_time(recorded: Recorded, scores: NDArray[np.float64], tau: float, times: Times) -> float:
-    """The speed-up in time of exiting at score < τ; recorded: of an artifact, which knows the texts' tokens."""
+    """The speed-up in time of exiting at score < τ; recorded: from an artifact, with token counts."""
     assert recorded.tokens is not None
     return times.speedup(exit_index(scores, tau), recorded.tokens)
 
@@ -292,7 +292,7 @@ def hindsight_table(recorded: Recorded, signals: Sequence[Signal]) -> Table:
 
 
 def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -> Table:
-    """The outcome of the default on short and long texts: four equal parts of the samples by number of tokens."""
+    """The outcome of the default by text length, for each quartile of the number of tokens."""
     assert recorded.tokens is not None
     table = Table(title="The default by length")
     for column in ("tokens", "samples", "in layers", "in time", "differ", "loss ± 95%"):
@@ -324,13 +324,13 @@ def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None
     if low <= median <= high:
         return []
     return [
-        f"the median text has {median:.0f} tokens, and {middle:.0f} in the calibration: what the calibration promises "
+        f"the median text has {median:.0f} tokens, and {middle:.0f} in the calibration: the calibration's guarantees "
         "may not hold for these texts; see de3 calibrate"
     ]
 
 
 def signal_label(signal: Signal) -> str:
-    """A signal as tables name it."""
+    """Display name of a signal."""
     return signal.name if signal.lam is None else f"EDR λ={signal.lam:g}"
 
 

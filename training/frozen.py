@@ -1,4 +1,4 @@
-"""Exits for a frozen encoder, fitted on its pooled states to the model's own answers, so without labels.
+"""Exits for a frozen encoder, fitted on its pooled states to the model's own answers, without labels.
 
 The states are computed once, in chunks on disk: an interrupted run continues with the next chunk.
 """
@@ -56,7 +56,7 @@ class States:
 
     @property
     def answers(self) -> Tensor:
-        """Answers of full depth: classes or values, (n,), or the labels given, (n, K) bool."""
+        """Answers of full depth: classes or values, (n,), or the assigned labels, (n, K) bool."""
         if self.tolerance is not None:
             return self.logits[:, 0].double()
         if self.thresholds is None:
@@ -81,7 +81,7 @@ class States:
 
 @torch.no_grad()
 def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str, bf16: bool) -> States:
-    """Run the model over texts; chunks that an earlier run with the same model and texts left in folder are reused.
+    """Run the model over texts; chunks in `folder` from an earlier run with the same model and texts are reused.
 
     bf16: compute in bfloat16, several times faster on CPUs that support it; logits are accurate to about 2 digits.
     """
@@ -101,7 +101,7 @@ def states(model: De3Model, data: Encoded, pad_id: int, folder: Path, what: str,
     files = [cache / f"{i:05}.safetensors" for i in range(len(pieces))]
     missing = [(file, piece) for file, piece in zip(files, pieces, strict=True) if not _is_whole(file)]
     if done := len(files) - len(missing):
-        console.print(f"{what}: {done} of {len(files)} parts are reused from an earlier run")
+        console.print(f"{what}: {done} of {len(files)} chunks are reused from an earlier run")
     for file, piece in track(missing, f"Running the model on {len(order)} {what} texts"):
         tensors = _run(model, data, pad_id, piece, bf16)
         save_file(tensors, new := file.with_suffix(".new"))
@@ -228,7 +228,7 @@ def _regress(
     weight = torch.zeros(wanted.shape[1], x.shape[1], requires_grad=True)
     bias = wanted.mean(0).clamp_min(1e-6).log().requires_grad_()
     best, least = (weight.detach().clone(), bias.detach().clone()), float("inf")
-    for ridge in RIDGES:  # from the strongest: each starts from the last solution
+    for ridge in RIDGES:  # from the strongest: each starts at the previous solution
         optimizer = torch.optim.LBFGS(
             [weight, bias], max_iter=100, history_size=10, line_search_fn="strong_wolfe"
         )
@@ -248,7 +248,7 @@ def _regress(
 
 
 def _fit_prototypes(model: De3Model, train: States, seed: int) -> None:
-    """Fit prototypical networks and prototypes by the answers of full depth, as after a training."""
+    """Fit prototypical networks and prototypes to full depth's answers, as at the end of training."""
     pooled = torch.stack([train.pooled(model.config.pooling, m) for m in model.config.prototype_layers], 1)
     states, answers = _with_every_class(model, pooled, train.answers)
     order = np.random.default_rng(seed).permutation(len(states))
@@ -262,7 +262,7 @@ def _fit_prototypes(model: De3Model, train: States, seed: int) -> None:
 
 
 def _with_every_class(model: De3Model, states: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Add a state for each class that is never answered: the mean, moved in the direction of its classifier's weights.
+    """Add a state for each class that is never the answer: the mean, moved along its classifier's weights.
 
     states: (n, spaces, hidden), answers: (n,).
     """

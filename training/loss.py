@@ -38,7 +38,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
     """The cross-entropy of labels that do not exclude each other: summed over labels, averaged over the batch.
 
-    logits and wanted, which are probabilities: (batch, …, num_labels); the result has the dimensions between.
+    logits and wanted, which are probabilities: (batch, …, num_labels); the result has the dimensions in between.
     """
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
 

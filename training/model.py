@@ -32,11 +32,11 @@ class De3Config(PretrainedConfig):
             "gelu"}, with a dense layer between the two; "norm": the epsilon of a layer norm after them, if there is
             one. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
-        thresholds: of a multi-label model: the probability above which each label is given. Such a model has no
+        thresholds: of a multi-label model: the probability above which each label is assigned. Such a model has no
             prototypes. None: the classes exclude each other.
         tolerance: of a regression model, in its units: answers that differ by more count as different. Such a model has
             one label and no prototypes. None: the model has classes.
-        max_tokens: the most tokens that the encoder takes.
+        max_tokens: maximum input length of the encoder.
         input: kind of input in training, "text" or "pair"; None: unknown.
     """
 
@@ -171,9 +171,9 @@ class De3Model(PreTrainedModel):
 
     @torch.no_grad()
     def start_at(self, labels: Tensor) -> None:
-        """Start every exit of a multi-label model at the frequencies of its labels, (n, num_labels) bool.
+        """Start every exit of a multi-label model at the frequencies of the labels, (n, num_labels) bool.
 
-        From probabilities of 0.5, hundreds of steps would only teach it that most labels are rare.
+        From probabilities of 0.5, it would spend hundreds of steps learning that most labels are rare.
         """
         frequencies = (labels.sum(0) + 0.5) / (len(labels) + 1)
         for classifier in self.classifiers:
@@ -220,7 +220,7 @@ class De3Model(PreTrainedModel):
             inputs["token_type_ids"] = token_type_ids
         output = self.encoder(**inputs, output_hidden_states=True)
         *states, last = [output.hidden_states[m].float() for m in self.config.exit_layers]
-        # Between layers a pre-norm encoder's states are not normalized. Its last ones are.
+        # A pre-norm encoder normalizes only its last states, not those between layers.
         if (final_norm := getattr(self.encoder, "final_norm", None)) is not None:
             states, last = [final_norm(x) for x in states], output.last_hidden_state.float()
         return [*states, last]

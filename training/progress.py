@@ -35,20 +35,20 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 def warn(warnings: Iterable[str]) -> None:
-    """Print warnings, each on a line."""
+    """Print warnings, one per line."""
     for warning in warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
 
 
 class Meter:
-    """Progress of a training, and the time left at the speed of the steps so far."""
+    """Training progress, and the time left at the average speed so far."""
 
     def __init__(self) -> None:
         self._spent_s, self._steps = 0.0, 0  # of all epochs of this process
 
     @contextmanager
     def epoch(self, epoch: int, epochs: int, steps: int) -> Iterator["Meter"]:
-        """Follow one epoch of this many steps."""
+        """Track one epoch of this many steps."""
         self._epoch, self._epochs, self._total = epoch, epochs, steps
         self._last = self._printed = time.monotonic()
         self._bar = Progress(

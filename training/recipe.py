@@ -20,7 +20,7 @@ def choose(name: str, samples: int, **given: Any) -> Recipe:
 
 
 def by_size(samples: int) -> Recipe:
-    """Recipe by the size of the data: small sets need more steps a sample, and a higher rate."""
+    """Recipe by the size of the data: small sets need more steps per sample, and a higher rate."""
     if samples < 20_000:
         return Recipe(batch_size=32, epochs=5, lr=1e-4, patience=2)
     return FIXED

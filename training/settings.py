@@ -1,4 +1,4 @@
-"""The settings of a training, from whose fields `de3 train` makes its options. Needs no PyTorch."""
+"""Training settings, whose fields become the options of `de3 train`. Does not import PyTorch."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +16,9 @@ _by_recipe = partial(_option, show_default="by --recipe")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Length and learning rate of a training."""
+    """Length and learning rate of the training."""
 
-    batch_size: Annotated[int, _by_recipe(help="Samples a step.")] = 64
+    batch_size: Annotated[int, _by_recipe(help="Samples per step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3
     lr: Annotated[float, _by_recipe(help="Highest learning rate of the encoder.")] = 5e-5
     patience: Annotated[
@@ -33,13 +33,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class TrainSettings(Recipe):
-    """The settings of a training; they validate themselves."""
+    """Training settings; they validate themselves."""
 
     head_lr: Annotated[
         float,
         _option(help="Learning rate of the exits' heads.", show_default="1e-3; with --multi-label 1e-2"),
     ] = 1e-3
-    weight_decay: Annotated[float, _option(help="Weight decay, of all but biases and norms.")] = 0.01
+    weight_decay: Annotated[float, _option(help="Weight decay, for all weights but biases and norms.")] = 0.01
     warmup: Annotated[float, _option(help="Share of the steps with learning-rate warm-up.")] = 0.06
     alpha: Annotated[float, _option(help="α, weight of the distance-aware loss (Eq. 6).")] = 0.1
     weights: Annotated[str, _option(help="Weights of the layers in the loss: depth or uniform.")] = "depth"

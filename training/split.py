@@ -27,9 +27,9 @@ def split(
     """Hold out two parts of examples, chosen by seed, of about `held_back` samples each.
 
     By default each is a tenth of the examples, at most 4,000. Equal texts and examples of a group are in the same part.
-    With `fragments` (the data contains fragments of its own texts, as SST-2's phrases) so are a text and its fragments,
-    as the evaluation must not use sentences that the model saw in training. A fragment of texts in several parts is
-    left out, or kept in train if it has fewer than 3 words. In the held-out parts fragments are marked.
+    With `fragments` (the data contains fragments of its own texts, such as SST-2's phrases) so are a text and its
+    fragments, as the evaluation must not use sentences seen in training. A fragment of texts in several parts is
+    dropped, or kept in train if it has fewer than 3 words. Fragments in the held-out parts are marked.
 
     Raises ValueError if there are too few samples or distinct texts.
     """

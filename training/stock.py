@@ -31,8 +31,8 @@ class Stock:
         model: the model of transformers, in float32, in evaluation mode.
         tokenizer: its Hugging Face tokenizer.
         names: its labels, in the order of its logits.
-        thresholds: of a multi-label model: the probability above which each label is given; None: its classes exclude
-            each other.
+        thresholds: of a multi-label model: the probability above which each label is assigned; None: its classes
+            exclude each other.
         tolerance: of a regression model: values that differ by more count as different; None: it has classes, or the
             tolerance is not known.
     """
@@ -55,7 +55,7 @@ class Stock:
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of a text."""
+        """Maximum number of tokens of a text."""
         return int(
             min(
                 self.tokenizer.model_max_length,
@@ -74,10 +74,10 @@ def open_stock(
     """A classifier from a folder or the hub; no code of its repository is run, and nothing but weights is unpickled.
 
     label_names: new names of its labels, comma-separated, in the order of its logits. threshold: of every label of a
-    multi-label model, a probability; None: 0.5. multi_label: treat it as one, though its config.json does not say so.
+    multi-label model, a probability; None: 0.5. multi_label: treat it as one even if its config.json does not say so.
     tolerance: of a regression model, which has one output.
 
-    Raises ValueError, naming a remedy, for one that cannot be imported.
+    Raises ValueError, naming a remedy, for a classifier that cannot be imported.
     """
     checkpoint.quiet()
     folder = Path(name).expanduser()
@@ -138,7 +138,7 @@ def _check(name: str, config: Any, multi_label: bool) -> None:
         encoders.family(config).head(config)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    architectures = config.architectures or ["ForSequenceClassification"]  # not stated: its weights will tell
+    architectures = config.architectures or ["ForSequenceClassification"]  # not stated: the weights decide
     if not any(a.endswith("ForSequenceClassification") for a in architectures):
         raise ValueError(
             f"{name} is a {architectures[0]}, not a …ForSequenceClassification: it has no classifier to keep; "
@@ -182,7 +182,7 @@ def _names(config: Any, label_names: str | None) -> list[str]:
 def answers(stock: Stock, encoded: Encoded) -> list[Label]:
     """The classifier's answers to texts, in their order, computed in float32."""
     logits = torch.zeros(len(encoded), len(stock.names))
-    for rows in track(evaluation_batches([len(ids) for ids in encoded.ids], 64), "Asking the original"):
+    for rows in track(evaluation_batches([len(ids) for ids in encoded.ids], 64), "Running the original"):
         inputs, _ = encoded.batch(rows, stock.tokenizer.pad_token_id)
         taken = {k: v for k, v in inputs.items() if k in stock.tokenizer.model_input_names}
         logits[rows] = stock.model(**taken).logits
@@ -211,8 +211,8 @@ def check_tolerance(stock: Stock, some: Sequence[Example]) -> None:
 def parity(stock: Stock, model: De3Model, encoded: Encoded, count: int = 64) -> float:
     """The largest difference of full depth's logits from those of transformers' model, on texts of many lengths.
 
-    Raises ValueError above 1e-4 (times a tolerance above 1): this version of transformers then computes another head
-    than this module knows.
+    Raises ValueError above 1e-4 (times a tolerance above 1): this version of transformers then computes a
+    head that this module does not know.
     """
     by_length = sorted(range(len(encoded)), key=lambda i: len(encoded.ids[i]))
     rows = [by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)]

@@ -169,7 +169,7 @@ class _Run:
     def _groups(self) -> list[dict[str, Any]]:
         """Parameter groups by learning rate and weight decay; biases and norms do not decay."""
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
-        # An imported head is trained already, as its encoder is.
+        # An imported head is already trained, as is its encoder.
         learned = ["encoder."]
         if self.model.config.head is not None:
             learned += ["head.", f"classifiers.{len(self.model.config.exit_layers) - 1}."]
@@ -279,7 +279,7 @@ class _Run:
 
 
 def _identity(settings: TrainSettings, model: De3Model, split: Split, teacher: Path | None) -> str:
-    """A digest of everything that defines a run: its state must not be used to resume another one."""
+    """A digest of everything that defines a run: its state must not resume another run."""
     parts = (settings, model.config.to_json_string(), split, teacher and teacher.resolve())
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -333,7 +333,7 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     for part in ("tune", "certify"):
         if opened.held_out(part) != getattr(split, part):
             raise ValueError(
-                f"{teacher} held out other samples than this run, so it may have been trained on them: "
+                f"{teacher} held out different samples from this run, so it may have been trained on them: "
                 "train it on the same data with the same --seed and --held-back"
             )
     return opened

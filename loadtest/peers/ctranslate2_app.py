@@ -6,7 +6,7 @@
 # ///
 """Peer: the encoder of a stock BERT classifier in CTranslate2, in int8, behind the same minimal FastAPI app.
 
-FOLDER holds the stock model; --converted is where --convert writes the encoder and the others read it.
+FOLDER holds the stock model; --convert writes the encoder to the folder --converted; serving reads it there.
 Run by: ctranslate2_app.py FOLDER --converted FOLDER --port PORT [--threads N] [--streams N]
 """
 
@@ -24,9 +24,9 @@ from safetensors import safe_open
 
 
 class Encoder(Classifier):
-    """One worker a core, each with one thread; the classifier, which CTranslate2 does not convert, in NumPy.
+    """One worker per core, each with one thread; the classifier, which CTranslate2 does not convert, in NumPy.
 
-    Tried on an AMD core: MKL was 12 times slower than oneDNN, its choice for the processor; it refuses bfloat16, alone
+    Tried on an AMD core: MKL was 12 times slower than oneDNN, its choice for the processor; it rejects bfloat16, alone
     and with int8. Over HTTP, on two cores, 2 workers and 4 threads were the fastest of 1, 2, 4 workers and 2, 3, 4
     threads.
     """
@@ -54,10 +54,10 @@ class Encoder(Classifier):
 
 
 def convert(folder: Path, converted: Path) -> None:
-    """Convert the encoder, unless that is there and newer than the stock model."""
+    """Convert the encoder, unless the converted one exists and is newer than the stock model."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     if kind != "bert":
-        sys.exit(f"CTranslate2 runs classifiers of BERT only here, not {kind}")
+        sys.exit(f"this peer runs only BERT classifiers, not {kind}")
     done = converted / "model.bin"
     if done.exists() and done.stat().st_mtime > (folder / "model.safetensors").stat().st_mtime:
         return

@@ -1,4 +1,4 @@
-"""A minimal FastAPI app around a classifier, one text a call and thread, and its measurement without HTTP."""
+"""A minimal FastAPI app around a classifier, one text per call and thread, and its measurement without HTTP."""
 
 import argparse
 import asyncio
@@ -20,19 +20,19 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     result.add_argument("folder", type=Path)
     result.add_argument("--port", type=int, default=8100)
     # Twice the cores, the best of the tested values: while one thread waits for the GIL, another computes.
-    result.add_argument("--threads", type=int, default=2 * CORES, help="calls at the same time")
+    result.add_argument("--threads", type=int, default=2 * CORES, help="concurrent calls")
     result.add_argument(
         "--measure",
         type=Path,
         metavar="TEXTS",
         help="instead of serving, run the texts (a JSON list) one by one, and print one line of JSON",
     )
-    result.add_argument("--seconds", type=float, default=2.0, help="least duration of --measure")
+    result.add_argument("--seconds", type=float, default=2.0, help="minimum duration of --measure")
     return result
 
 
 def run(args: argparse.Namespace, classifier: Classifier) -> None:
-    """Serve, or measure, as the command line asks."""
+    """Serve, or measure if --measure is given."""
     if args.measure is not None:
         texts = json.loads(args.measure.read_text())
         print(json.dumps(measure(classifier, texts, args.seconds)))
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, classifier: Classifier) -> None:
 
 
 def measure(classifier: Classifier, texts: list[str], seconds: float) -> dict[str, object]:
-    """Texts per second without HTTP, one text a call, tokenized beforehand: whole passes over the texts.
+    """Texts per second without HTTP, one text per call, tokenized beforehand: whole passes over the texts.
 
     The first pass is not timed; it gives the logits, with which the caller checks that the engine runs the same model.
     """

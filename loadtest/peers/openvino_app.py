@@ -20,9 +20,9 @@ INT8 = "openvino-int8.xml"
 
 
 class OpenVino(GraphClassifier):
-    """One stream a core, each with one thread and the infer request of the calling thread.
+    """One stream per core, each with one thread and the infer request of the calling thread.
 
-    Tried on one core without a difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
+    Tried on one core, with no difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
     operators that are not quantized, and the stock model converted from PyTorch instead of this graph. Over HTTP, on
     two cores, 2 streams and 4 threads were the fastest of 1, 2, 4 streams and 2, 3, 4 threads.
     """
@@ -31,7 +31,7 @@ class OpenVino(GraphClassifier):
         super().__init__(folder)
         core, local = ov.Core(), threading.local()
         settings = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
-        if precision != "int8":  # else OpenVINO's choice for what is not quantized
+        if precision != "int8":  # else OpenVINO's choice for the operators that are not quantized
             settings["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]
         file = folder / INT8 if precision == "int8" else self.file
         self.compiled, self.local = core.compile_model(core.read_model(file), "CPU", settings), local
@@ -45,7 +45,7 @@ class OpenVino(GraphClassifier):
 
 
 def quantize(folder: Path, texts: list[str]) -> None:
-    """Write the int8 model, calibrated on the texts, unless it is there."""
+    """Write the int8 model, calibrated on the texts, unless it exists."""
     if (folder / INT8).exists():
         return
     import nncf

@@ -1,4 +1,4 @@
-"""The families of encoders, a file for each, with one interface (weights.Family). No other code knows a family.
+"""The families of encoders, one file each, with one interface (weights.Family). No other code depends on a family.
 
 Import and export need them. Training does not, because every encoder of transformers returns its hidden states
 (training/model.py applies an encoder's final norm to those before the last layer).

@@ -68,7 +68,7 @@ def first_after_padding(config: Any) -> int:
 
 
 def max_after_padding(config: Any) -> int:
-    """The most tokens of an encoder that does not use the first positions."""
+    """Maximum number of tokens of an encoder that skips the first positions."""
     return int(config.max_position_embeddings) - first_after_padding(config)
 
 

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention adds terms for the distance of two tokens that depend on the content of either."""
+"""DeBERTa-v2 and v3: attention adds terms for the distance between two tokens and the content of each."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def check(config: Any) -> None:
     if getattr(config, "attention_head_size", hidden // heads) * heads != hidden:
         raise ValueError(f"attention_head_size must be hidden_size / num_attention_heads, {hidden}/{heads}")
     buckets, farthest = getattr(config, "position_buckets", -1), _farthest(config)
-    # Otherwise the logarithm that transformers divides by is not above 0.
+    # Otherwise transformers would divide by a logarithm that is not above 0.
     if buckets > 0 and (buckets < 2 or farthest - 1 <= buckets // 2):
         raise ValueError(
             f"{buckets} position_buckets cannot be exported with {farthest} max_relative_positions: there must be 2 or "
@@ -68,7 +68,7 @@ def _table_norms(config: Any) -> list[str]:
 
 
 def _farthest(config: Any) -> int:
-    """The distance from which on all distances are treated alike."""
+    """The distance from which all distances are treated alike."""
     most = int(getattr(config, "max_relative_positions", -1))
     return most if most > 0 else int(config.max_position_embeddings)
 

@@ -1,4 +1,4 @@
-"""MPNet: like RoBERTa, with a bias for the distance of two tokens in attention, the same in every layer."""
+"""MPNet: like RoBERTa, with an attention bias by the distance between two tokens, the same in every layer."""
 
 from typing import Any
 

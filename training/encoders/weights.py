@@ -1,4 +1,4 @@
-"""The weights of encoders under common names, as export takes them, and the interface of a family of encoders."""
+"""The weights of encoders under common names, as export reads them, and the interface of a family of encoders."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Disentangled:
-    """Attention's terms for the distance of two tokens, by their content: q·key_table[row] + k·query_table[row].
+    """Attention's terms for the distance between two tokens, by their content: q·key_table[row] + k·query_table[row].
 
     Attributes:
-        rows: the row for query − key = 1 − P … P − 1, (2P − 1,) int32, with P the most tokens.
+        rows: the row for query − key = 1 − P … P − 1, (2P − 1,) int32, with P the maximum number of tokens.
         key_table, query_table: factors of a query and of a key, (rows, hidden), scaled as the scores are; None: no such
             term.
         scale: factor of q·k.
@@ -64,8 +64,8 @@ class Layer:
     """One post-norm transformer block; `qkv` is query, key and value concatenated, (hidden, 3·hidden).
 
     Attributes:
-        relative: bias of a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P the most
-            tokens, or terms for distance and content; None: none.
+        relative: bias of a head's attention scores for key − query = 1 − P … P − 1, (heads, 2P − 1), with P the
+            maximum number of tokens, or terms for distance and content; None: none.
     """
 
     qkv: Linear
@@ -145,7 +145,7 @@ class Family:
 
     Attributes:
         check: raises ValueError for a configuration with an option that cannot be exported.
-        max_tokens: configuration → the most tokens of a text, special tokens included.
+        max_tokens: configuration → maximum number of tokens of a text, special tokens included.
         embeddings: encoder, and True if its tokenizer returns token types → its tables. If the tokenizer returns none,
             or the encoder has only one, the embedding of type 0 is added to `position` or `word`.
         layers: encoder → its blocks in order.
