@@ -163,7 +163,7 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
 def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
     kept = Kept(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match the τ grid"):
         promise.restore(Evidence(GRID), kept._replace(**change))
     assert promise.tau == 0
     promise.restore(Evidence(GRID), kept)
