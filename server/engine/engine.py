@@ -250,9 +250,9 @@ class Engine:
                 if not job.is_shadow:
                     self._finished[number] += 1
                     self._seconds[number] += result.tokenize_s + result.model_s
+                self._count(job, result)  # first: a client that has its answer finds it in the metrics
                 if job.finish(item, result):
                     ended.append((job, None))
-                self._count(job, result)
         if ended:
             self._report(ended)
 
