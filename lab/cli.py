@@ -15,20 +15,7 @@ from lab.audit_cli import app as audit_app
 from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
 
-EXPERIMENTS = (
-    *(
-        "ablations",
-        "cells",
-        "dimension",
-        "drift",
-        "factorial",
-        "joined",
-        "prototypes",
-        "recipes",
-        "regression",
-    ),
-    *("risk_features", "shift", "signals", "space", "stock", "sweep"),
-)
+EXPERIMENTS = ("cells", "drift", "joined", "shift", "signals", "stock", "sweep")
 app = typer.Typer(no_args_is_help=True, help="Measurements, attacks and studies behind the documentation.")
 app.add_typer(studies_app, name="study")
 app.add_typer(audit_app, name="audit")

@@ -70,7 +70,9 @@ def test_after_a_turn_others_have_as_long() -> None:
             started = loop.time()
             while loop.time() < started + 0.05:
                 pass
-            ended = loop.time()  # inside: the pause is counted from a later moment, however late the turn ends
+            ended = (
+                loop.time()
+            )  # inside: the pause is counted from a later moment, however late the turn ends
         async with lane.turn("a"):
             assert loop.time() >= ended + 0.049
 

@@ -5,7 +5,6 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,6 @@ def train(
     resume: bool = False,
     command: str | None = None,
     logits: torch.Tensor | None = None,
-    objective: Callable[..., torch.Tensor] = losses.total,
     **more: Any,
 ) -> De3Model:
     """Train, write the best epoch to `out` as a checkpoint, and return it.
@@ -49,7 +47,7 @@ def train(
     read, and until the training is finished the state from which `resume` continues.
 
     command: the command that resumes this run, recorded in the checkpoint. logits: of a teacher for split.train,
-    (n, num_labels), instead of a teacher's folder. objective: the loss, with the signature of training.loss.total.
+    (n, num_labels), instead of a teacher's folder.
     more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
@@ -77,7 +75,7 @@ def train(
     tune_data = encode(split.tune, tokenizer, max_length, "tune", len(names))
     pad_id = tokenizer.pad_token_id
 
-    run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity, objective)
+    run = _Run(model, settings, train_data, pad_id, teacher_logits, out, identity)
     weights = losses.layer_weights(model.config.exit_layers, settings.weights).numpy()
     if resume:
         run.load()
@@ -151,9 +149,7 @@ class _Run:
         teacher_logits: torch.Tensor | None,
         out: Path,
         identity: str,
-        objective: Callable[..., torch.Tensor] = losses.total,
     ) -> None:
-        self.objective = objective
         self.model, self.settings, self.data, self.pad_id = model, settings, data, pad_id
         self.teacher_logits, self.out, self.identity = teacher_logits, out, identity
         self.lengths = [len(ids) for ids in data.ids]
@@ -219,7 +215,7 @@ class _Run:
             model.update_prototypes(out.embedded.detach(), labels)
         distances = model.distances(out.embedded)  # to the prototypes after this batch's update
         teacher = self.teacher_logits[rows].to(model.device) if self.teacher_logits is not None else None
-        loss = self.objective(
+        loss = losses.total(
             out.logits, distances, labels, self.weights, s.alpha, teacher, s.distill, s.temperature
         )
         loss.backward()

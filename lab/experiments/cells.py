@@ -6,7 +6,6 @@ runs/mrpc-minilm-D-0/states-unseen.safetensors
 
 import hashlib
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,12 +18,10 @@ import typer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoTokenizer
 
 from de3.exits.recorded import Recorded
 from de3.training import data
-from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint, is_finished, quiet
 from de3.training.data import Encoded, Example, evaluation_batches
 from de3.training.model import De3Config, De3Model
@@ -39,7 +36,7 @@ FOLDS = 5
 SST2_ROWS = 24_000
 MPNET = {"sst2": (3e-5, 2)}  # learning rate and epochs
 SETTINGS = {"alpha", "gamma", "pooling", "prototypes", "weights"}
-NAME = re.compile(r"([a-z0-9]+)-(minilm|mpnet)-([TWSD]+|none)((?:-[a-z]+=[a-z0-9.]+)*)-(\d+)(?:-fold(\d))?")
+NAME = re.compile(r"([a-z0-9]+)-(minilm|mpnet)-([TD]+|none)((?:-[a-z]+=[a-z0-9.]+)*)-(\d+)(?:-fold(\d))?")
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,9 @@ class Cell:
     """The data and the training of one model.
 
     Attributes:
-        recipe: a letter for each component: T, distillation from a teacher, with altered copies; W, exit-likely
-            weights; S, self-distillation from the last exit; D, the paper's DAR; "none" without any. Other training
-            settings (alpha, gamma, pooling, prototypes, weights) follow after commas: "D,pooling=cls".
+        recipe: a letter for each component: T, distillation from a teacher, with altered copies; D, the paper's DAR;
+            "none" without any. Other training settings (alpha, gamma, pooling, prototypes, weights) follow after
+            commas: "D,pooling=cls".
         fold: which of 5 folds is held out and measured; None: the split of de3 train, measured on dev or test.
     """
 
@@ -135,8 +132,6 @@ class Trained:
         quiet()
         self.cell, self.root, self.folder = cell, root, runs / cell.name
         if not is_finished(self.folder):
-            if "W" in cell.letters:  # its weights depend on the steps so far, which no checkpoint has
-                shutil.rmtree(self.folder, ignore_errors=True)
             console.print(f"training {cell.name}", highlight=False)
             _train(cell, root, runs, self.folder, _encoder(cell, encoders))
 
@@ -187,11 +182,6 @@ class Trained:
             )
             new.replace(file)
         return _states(self.config, load_file(file))
-
-
-def record(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> States:
-    """Run a model on texts; in bfloat16 if `what` is "train"."""
-    return _states(model.config, _run(model, encoded, pad_id, what))
 
 
 def _states(config: De3Config, tensors: dict[str, Tensor]) -> States:
@@ -286,80 +276,8 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
         gamma=gamma,
         pooling=pooling,
     )
-    samples = len(parts.train) * (1 + settings.augment)
-    steps = settings.epochs * -(-samples // settings.batch_size)
-    objective = Objective("W" in letters, "S" in letters, steps, settings.seed)
     teacher = runs / Cell(cell.task, "mpnet", "D").name if "T" in letters else None
-    train(model, tokenizer, parts, settings, out, teacher, resume=out.exists(), objective=objective)
-
-
-class Objective:
-    """The training loss with COSEE's weights (arXiv 2412.13236) or the last exit as a teacher.
-
-    exit_likely: instead of weights by depth, a sample's weight at exit m is softmax(−β·|m − e|), where e is its exit by
-    entropy at a random τ; the mean over 5 such τ. β grows from 0 to 10, as in the paper.
-    self_distill: half of each exit's loss but the last one's is T²·KL to the last one's probabilities, T = 2.
-    """
-
-    BETA, THRESHOLDS, SHARE, TEMPERATURE = 10.0, 5, 0.5, 2.0
-
-    def __init__(self, exit_likely: bool, self_distill: bool, steps: int, seed: int) -> None:
-        self.exit_likely, self.self_distill = exit_likely, self_distill
-        self.step, self.steps = 0, steps
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(
-        self,
-        logits: Tensor,
-        distances: Tensor,
-        labels: Tensor,
-        weights: Tensor,
-        alpha: float,
-        teacher: Tensor | None,
-        distill: float,
-        temperature: float,
-    ) -> Tensor:
-        """The loss, with the arguments of training.loss.total."""
-        self.step += 1
-        if not (self.exit_likely or self.self_distill):
-            return losses.total(logits, distances, labels, weights, alpha, teacher, distill, temperature)
-        flat = F.cross_entropy(
-            logits.flatten(0, 1), labels.repeat_interleave(logits.shape[1]), reduction="none"
-        )
-        per = flat.view(logits.shape[:2])  # (batch, exits)
-        if teacher is not None:
-            per = (1 - distill) * per + distill * _kl(logits, teacher, temperature)
-        if self.self_distill:
-            taught = _kl(logits[:, :-1], logits[:, -1].detach(), self.TEMPERATURE)
-            per = torch.cat([(1 - self.SHARE) * per[:, :-1] + self.SHARE * taught, per[:, -1:]], 1)
-        of_samples = self._weights(logits.detach()) if self.exit_likely else weights
-        loss = (of_samples * per).sum(1).mean()
-        if alpha:
-            loss = loss + alpha * (weights[: distances.shape[1]] * losses.dar(distances, labels)).sum()
-        return loss
-
-    def _weights(self, logits: Tensor) -> Tensor:
-        """(batch, exits), each row's sum 1."""
-        p = logits.softmax(-1)
-        entropy = -(p * p.clamp_min(1e-12).log()).sum(-1) / np.log(logits.shape[-1])
-        exits = logits.shape[1]
-        beta = self.BETA * self.step / self.steps
-        low, high = float(entropy.min()), float(entropy.max())
-        total = torch.zeros_like(entropy)
-        for tau in (low + (high - low) * torch.rand(self.THRESHOLDS, generator=self.generator)).tolist():
-            below = entropy < tau
-            below[:, -1] = True
-            leaves = below.int().argmax(1)
-            gaps = (torch.arange(exits) - leaves[:, None]).abs().float()
-            total += (-beta * gaps).softmax(-1)
-        return total / self.THRESHOLDS
-
-
-def _kl(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ exit) by sample, (batch, exits), of logits (batch, exits, K) and a teacher's (batch, K)."""
-    log_p = F.log_softmax(logits / temperature, dim=-1)
-    q = F.log_softmax(teacher / temperature, dim=-1).unsqueeze(1).expand_as(log_p)
-    return temperature**2 * F.kl_div(log_p, q, reduction="none", log_target=True).sum(-1)
+    train(model, tokenizer, parts, settings, out, teacher, resume=out.exists())
 
 
 def main(

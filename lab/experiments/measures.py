@@ -27,14 +27,14 @@ def thresholds(scores: Floats) -> Floats:
     return np.concatenate([[-np.inf], early, [np.inf]])
 
 
-def right_at(scores: Floats, recorded: Recorded, speedup: float, values: Floats | None = None) -> Floats:
+def right_at(scores: Floats, recorded: Recorded, speedup: float) -> Floats:
     """Correctness of each text at a speed-up in layers, (n,), interpolated between two τ.
 
     τ needs no labels, so it is set on the measured texts, and all signals are compared at the same speed-up. NaN if
-    even the loosest τ is slower. values: (n, exits), to average instead of the correctness of each exit.
+    even the loosest τ is slower.
     """
     layers, rows = np.asarray(recorded.exit_layers), np.arange(len(scores))
-    values = recorded.correct.astype(float) if values is None else values
+    correct = recorded.correct.astype(float)
     wanted = layers[-1] / speedup
     taus = thresholds(scores)
     low, high = 0, len(taus) - 1  # the mean layer falls as τ rises
@@ -49,7 +49,7 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float, values: Floats 
     slow, fast = (exit_index(scores, float(taus[i])) for i in (low, high))
     depths = [layers[index].mean() for index in (slow, fast)]
     share = (depths[0] - wanted) / (depths[0] - depths[1]) if depths[0] > depths[1] else 1.0
-    return np.asarray((1 - share) * values[rows, slow] + share * values[rows, fast])
+    return np.asarray((1 - share) * correct[rows, slow] + share * correct[rows, fast])
 
 
 def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
