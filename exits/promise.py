@@ -33,7 +33,7 @@ RECENT, LEAST_EXPECTED = 300, 6
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
-class Kept(NamedTuple):
+class SavedPromise(NamedTuple):
     """The saved state of a promise, besides its evidence.
 
     Attributes:
@@ -302,15 +302,15 @@ class Promise:
         self.evidence = evidence
         self._raise()
 
-    def kept(self) -> "Kept":
+    def kept(self) -> SavedPromise:
         """The state to save besides the evidence, for `restore`."""
         taus, recent = self.evidence.taus, self.recent
-        return Kept(
+        return SavedPromise(
             *(self.rate, float(taus[self.proved]), float(taus[self._start]), self._why),
             *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist()),
         )
 
-    def restore(self, evidence: Evidence, kept: "Kept") -> None:
+    def restore(self, evidence: Evidence, kept: SavedPromise) -> None:
         """Continue from a saved state. If it was saved with another rate, or with a higher start, only its evidence is
         used.
 

@@ -155,7 +155,7 @@ class Testbed:
         for thread in threads:
             thread.start()
         try:
-            time.sleep(1)
+            self.wait(lambda: len(answered) > 20)
             fault()
         finally:
             stop.set()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import MAX_SHARES, PATIENCE, Evidence, Kept, Profile, Promise, Recent, profile
+from de3.exits.promise import MAX_SHARES, PATIENCE, Evidence, Profile, Promise, Recent, SavedPromise, profile
 from de3.exits.rule import ExitRule, exit_index
 from de3.exits.signals import Entropy
 
@@ -162,7 +162,7 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
 )
 def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
-    kept = Kept(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
+    kept = SavedPromise(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not match the τ grid"):
         promise.restore(Evidence(GRID), kept._replace(**change))
     assert promise.tau == 0

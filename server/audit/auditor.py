@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Evidence, Kept, Profile, Promise, Reason, profile
+from de3.exits.promise import Evidence, Profile, Promise, Reason, SavedPromise, profile
 from de3.exits.reading import Reading, differs
 from de3.exits.signals import Signal
 from de3.model_store.segments import Tokens
@@ -343,7 +343,7 @@ class Auditor:
         evidence: Evidence,
         since: float,
         resets: list[Reset],
-        kept: Kept | None,
+        kept: SavedPromise | None,
     ) -> None:
         """Continue from the saved state of an earlier server; raises ValueError. kept: None if it had no guarantee."""
         if self.promise is None:

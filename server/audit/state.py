@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.promise import MAX_SHARES, Evidence, Kept, Reason, Tally
+from de3.exits.promise import MAX_SHARES, Evidence, Reason, SavedPromise, Tally
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
@@ -42,7 +42,7 @@ class Counts(_Part):
 
 
 class Promised(_Part):
-    """A de3.exits.promise.Kept."""
+    """A saved state of a promise: de3.exits.promise.SavedPromise."""
 
     rate: Rate
     tau: Rate
@@ -143,7 +143,7 @@ def restore(auditor: Auditor, state: State) -> None:
         evidence,
         state.since,
         [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets],
-        None if kept is None else Kept(**kept.model_dump()),
+        None if kept is None else SavedPromise(**kept.model_dump()),
     )
 
 
