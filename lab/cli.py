@@ -276,7 +276,7 @@ def engines(
 
 
 def _add_script(to: typer.Typer, name: str, module: str) -> None:
-    """Add a command that runs the function main of a module, which is imported only then."""
+    """Add a command that runs a module's function main; the module is imported only when the command runs."""
 
     def script(context: typer.Context) -> None:
         command = typer.Typer(add_completion=False)
@@ -284,7 +284,7 @@ def _add_script(to: typer.Typer, name: str, module: str) -> None:
         command(context.args, prog_name=context.command_path)
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    # As the import would take seconds, the help comes from the text of the module.
+    # Importing would take seconds, so the help is read from the module's source.
     source = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
     summary = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
     to.command(name, help=summary, context_settings=settings)(script)

@@ -135,7 +135,7 @@ class Trained:
         quiet()
         self.cell, self.root, self.folder = cell, root, runs / cell.name
         if not is_finished(self.folder):
-            if "W" in cell.letters:  # its weights depend on the steps so far, which no checkpoint has
+            if "W" in cell.letters:  # its weights depend on the step number, which checkpoints do not record
                 shutil.rmtree(self.folder, ignore_errors=True)
             console.print(f"training {cell.name}", highlight=False)
             _train(cell, root, runs, self.folder, _encoder(cell, encoders))

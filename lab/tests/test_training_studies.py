@@ -1,4 +1,4 @@
-"""The studies of lab/docs/experiments.md: their measures on made-up exits, and most of them on tiny models."""
+"""The studies of lab/docs/experiments.md: their measures on synthetic exits, and most of them on tiny models."""
 
 import json
 import random
@@ -48,7 +48,7 @@ def made_up(n: int, seed: int, exits: int = 4, labels: int = 3) -> Recorded:
 def test_a_speedup_is_met_exactly_by_mixing_two_neighbouring_taus(seed: int, speedup: float) -> None:
     recorded = made_up(60, seed)
     depth = np.broadcast_to(np.array(recorded.exit_layers, float), (60, 4))
-    # Ties must not matter.
+    # Ties must make no difference.
     values = np.round(recorded.entropy, 1)
     mean = measures.right_at(values, recorded, speedup, depth).mean()
     assert mean == pytest.approx(3 / speedup)
@@ -192,7 +192,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SST-2, reviews, and CLINC150 with questions out of scope."""
+    """SST-2, reviews, and CLINC150 with out-of-scope questions."""
     folder: Path = tmp_path_factory.mktemp("shifted")
     for name, count, seed in (("sst2/train", 500, 1), ("sst2/dev", 100, 2), ("ood/books", 90, 3)):
         rows = make_rows(count, seed)
@@ -224,7 +224,7 @@ def test_folds_hold_out_every_sample_once(root: Path) -> None:
 
 @pytest.fixture
 def tiny(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder; cells are of a tiny encoder, and results go to its folder results."""
+    """An empty folder; cells use a tiny encoder, and results go to its subfolder results."""
     monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
     monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(measures, "BOOTSTRAPS", 50)
@@ -304,7 +304,7 @@ def test_prototypes_and_features_of_risk_run_on_a_tiny_model(
 ) -> None:
     monkeypatch.setattr(prototypes, "minilm", lambda: str(encoder))
     monkeypatch.setattr(prototypes, "CELLS", {"α 0.1, warm": (0.1, True)})
-    for _ in range(2):  # the second time there is nothing left to train
+    for _ in range(2):  # the second time everything is already trained
         prototypes.main(root, ["mrpc"], results=tiny / "prototypes.jsonl")
     rows = [json.loads(line) for line in (tiny / "prototypes.jsonl").read_text().splitlines()]
     assert [row["prototypes"] for row in rows] == [

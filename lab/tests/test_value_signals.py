@@ -1,4 +1,4 @@
-"""The parts of the regression study that are calculated, and the whole of it on a tiny model."""
+"""The calculations of the regression study, and the whole study on a tiny model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_a_value_lies_between_its_two_anchors() -> None:
     shares = hats(torch.tensor([-1.0, 0.0, 0.25, 1.0, 2.5, 9.0]), anchors)
     expected = [[1, 0, 0], [1, 0, 0], [0.75, 0.25, 0], [0, 1, 0], [0, 0.25, 0.75], [0, 0, 1]]
     assert torch.allclose(shares, torch.tensor(expected))
-    # Of the anchors x and y, the point of 0.5 lies at 45° between them.
+    # Between the anchors x and y, the point of 0.5 is at 45°.
     points = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]])
     diagonal = hats(torch.tensor([[0.5]]), anchors)
     units = torch.tensor([[[2**-0.5, 2**-0.5, 0]]])
@@ -40,7 +40,7 @@ def test_anchors_read_the_values_that_states_encode() -> None:
         temperatures = anchors.temperatures(states, labels)
         off = anchors.read(states, temperatures)[:, 0] - labels
         assert off.square().mean().sqrt() < 0.3, kind  # their spread is 1.4
-        # Heads that are right agree with the geometry; heads that are off by 2 do not.
+        # Correct heads agree with the geometry; heads that are off by 2 do not.
         right, wrong = (
             anchors.geometry(states, values[:, None], temperatures)[:, 0, :2].mean(0)
             for values in (labels, (labels + 2.5) % 5)
@@ -64,7 +64,7 @@ def test_one_layer_for_all_has_the_asked_speedup() -> None:
     layers = Pairs(torch.zeros(3, 6, 1), values, torch.zeros(3), first=1)
     for speedup in (1.0, 1.5, 2.0, 6.0):
         assert np.allclose(of_one_layer(layers, speedup), 6 / speedup)
-    # And so has a signal: the mean layer of what it answers.
+    # A signal has it, too: the mean layer of its answers.
     scores = np.random.default_rng(0).random((3, 6))
     recorded: Recorded = layers.recorded
     for speedup in (1.0, 2.0, 3.0):
