@@ -282,7 +282,7 @@ def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
             assert deepen["exit"]["tau"] in (
                 0.25,
                 0.5,
-            )  # at the exit where it left it may first have been far
+            )  # it may have been OOD only at its exit
         elif not deepen.get("out_of_distribution"):
             assert deepen == off
 

@@ -45,7 +45,7 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
         distances = None if step.distances is None else step.distances.tolist()
         reading = read(
             layer, step.logits.tolist(), distances
-        )  # tests/test_rule.py: it is what the paper says
+        )  # tests/test_rule.py compares it with the paper
         score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):

@@ -1,4 +1,4 @@
-"""A short run of every attack: the server survives, and an innocent client is answered, even if late."""
+"""A short run of every attack: the server survives, and a well-behaved client is answered, even if late."""
 
 import json
 import socket
@@ -58,10 +58,10 @@ def test_a_row_fails_for_what_the_innocent_client_sees() -> None:
 
     assert why() == "" == why(p99_ms=50.0)
     assert why(p99_ms=51.0) == "p99 of 51 ms during the attack, at most 50 allowed"
-    assert why(p99_ms=float("nan")) == "no innocent request was answered 200"
-    assert why(refused=1) == "1 of 100 innocent requests were refused"
+    assert why(p99_ms=float("nan")) == "no well-behaved request was answered 200"
+    assert why(refused=1) == "1 of 100 well-behaved requests were refused"
     assert why(refused=10, may_refuse=0.1) == "" != why(refused=11, may_refuse=0.1)
-    assert why(unanswered=1, errors=2) == "during: 1 innocent requests unanswered, 2 errors"
+    assert why(unanswered=1, errors=2) == "during: 1 well-behaved requests unanswered, 2 errors"
 
 
 def test_a_row_fails_for_what_the_server_does() -> None:
@@ -117,7 +117,7 @@ def test_every_attack_says_what_it_does_and_bodies_are_within_the_limit() -> Non
 
 
 def test_a_server_that_hangs_up_is_not_flooded() -> None:
-    """A connection is reopened after a pause, and from another address than the innocent client's."""
+    """A connection is reopened after a pause, and from another address than the well-behaved client's."""
     sources = set()
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

@@ -118,7 +118,7 @@ def test_a_refitted_risk_is_that_of_the_first_audits(monkeypatch: pytest.MonkeyP
     begin = start(of)
     begin = replace(
         begin, risk=replace(begin.risk, weights=((-9.0, 0, 0, 0, 0),) * 2 + (None,))
-    )  # always certain
+    )  # certain of everything
     audits = order.order[order.audited][:30]
     fitted = fit(of.rows(audits, begin.prototypes))
     r = of.rows(order.order[order.measured :], begin.prototypes)

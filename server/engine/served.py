@@ -23,7 +23,7 @@ class Served:
     monitor: OodMonitor
 
     def group_s(self, tokens: int) -> float:
-        """Seconds of MAX_STEP_S that a text this long takes in a group.
+        """Step time of a text this long in a group, seconds.
 
         The first text of a group waits for the last. For a fast model, all layers of a group must therefore fit into a
         step; for other models, where no two texts would then share a pass, one layer must.
