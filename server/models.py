@@ -113,7 +113,7 @@ class Route:
             self.shadow = version
 
     def version_in(self, role: Role) -> int | None:
-        """The version in a role; None if there is none, and for beside, which several versions may have."""
+        """The version in a role; None if there is none, and for `beside`, which several versions can have."""
         return (
             None
             if role == "beside"

@@ -223,7 +223,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for r in rows:
         lines.setdefault(f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}", []).append(r)
     for number, (name, line) in enumerate(lines.items()):
-        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals stand side by side
+        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals do not overlap
         shares, halves = (
             [100 * r[f"prototypical_{key}"] / r["layer_us"] for r in line] for key in ("us", "interval")
         )
