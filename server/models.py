@@ -233,7 +233,7 @@ def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
     """The name that answers requests that name no model; raises StoreError if it is not served."""
     name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
-    if name is None:  # the only model at start remains the default when others are loaded
+    if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if settings.models or len(served) == 1 else None
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
