@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# For CI: installs the tools that some tests need besides Python: Prometheus, faketime, Chromium, a cross compiler and an
-# emulator for Arm, and Docker with the tools that make stand-ins for base images; then starts Docker's engine. Tests
+# For CI: installs the tools that some tests need besides Python: Prometheus, faketime, Chromium, a cross compiler and
+# an emulator for Arm, and Docker with the tools that make stand-ins for base images; then starts Docker's engine. Tests
 # whose tools are missing are skipped and say so; this script reports them, too, and succeeds.
 set -uo pipefail
 

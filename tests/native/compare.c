@@ -223,7 +223,7 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, i
     reference_kernels.attention(copy, tokens, hidden, heads, &offsets, work, expected);
     for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
     ours->attention(qkv, tokens, hidden, heads, &offsets, work, found);
-    /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as spreads of 5 make them. In
+    /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as with a spread of 5. In
      * long texts it may round a weight to the next number in bfloat16. */
     float floor = spread > 2.0f ? 10.0f * spread : 0.0f;
     int ok = are_near(found, expected, count, tokens < LONG ? floor : 100.0f * spread);
