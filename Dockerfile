@@ -8,7 +8,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/de3
 WORKDIR /src
-# Dependencies change less often than the code, so they have a layer of their own.
+# Dependencies change less often than the code, so they have their own layer.
 COPY pyproject.toml ./
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
         print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" > needs.txt \

@@ -45,7 +45,7 @@ format: $(DEV)/ready
 
 setup: $(DEV)/ready
 
-# The environment is made anew only when pyproject.toml or the kernels changed. Serving has one of its own, so that it
+# The environment is made anew only when pyproject.toml or the kernels changed. Serving has its own, so that it
 # installs neither torch nor transformers.
 $(SERVE)/ready: pyproject.toml $(NATIVE)
 	@echo "Installing what serving needs into $(SERVE): once, about a minute (75 MB to download)."

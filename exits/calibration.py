@@ -59,7 +59,7 @@ class Samples:
 
     @classmethod
     def independent(cls, recorded: Recorded) -> "Samples":
-        """Samples, each in a group of its own."""
+        """Samples, each its own group."""
         return cls(recorded, np.arange(len(recorded.labels)))
 
     @property

@@ -37,7 +37,7 @@ def cross_fit(
 
     NaN where there is no other group.
 
-    groups: the group of each sample, (n,); None: every sample is a group of its own.
+    groups: the group of each sample, (n,); None: every sample is its own group.
     """
     n = len(recorded.labels)
     group = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]

@@ -1,4 +1,4 @@
-"""python -m lab: as with de3, an error that the user can fix is reported in a line."""
+"""python -m lab: as in `de3`, errors that the user can fix are reported in one line."""
 
 from de3.cli import main
 from lab.cli import app

@@ -19,7 +19,7 @@ from time import monotonic
 
 from lab.attacks import ATTACKS, Answer, Attack, Step
 
-SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the innocent client uses 127.0.0.1
+SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the well-behaved client uses 127.0.0.1
 BACK_OFF_S = 0.2  # before a closed connection is reopened
 MAX_OPENED_PER_S = 500.0  # the attacks target the server's limits and are not a SYN flood
 BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is assigned at connect()
@@ -208,7 +208,7 @@ def _take_answer(connection: _Connection) -> str | None:
 
 
 def _be_nice() -> None:
-    """Give the server and the innocent client priority."""
+    """Give the server and the well-behaved client priority."""
     os.nice(19)
     with suppress(OSError):  # with autogroups, nice only applies within one group
         Path("/proc/self/autogroup").write_text("19")

@@ -34,8 +34,8 @@ class Attack:
         script: the steps of one connection.
         connections: default number of connections.
         reads: the attacker reads the server's answers.
-        may_refuse: share of the innocent client's requests that the server may refuse with 429 or 503.
-        with_budgets: the innocent client also sends requests with a latency budget.
+        may_refuse: share of the well-behaved client's requests that the server may refuse with 429 or 503.
+        with_budgets: the well-behaved client also sends requests with a latency budget.
     """
 
     name: str

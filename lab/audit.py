@@ -46,7 +46,7 @@ class Truth:
 
     @classmethod
     def ask(cls, url: str, samples: Sequence[Sample]) -> "Truth":
-        """Ask a server."""
+        """Send every sample to the server at this URL."""
         target = Target(url, body=lambda text: {"input": text, "tau": 0, "explain": True}, label=json.dumps)
         rows = [json.loads(answer or "{}")["data"][0] for answer in ask_alone(target, list(samples))]
         exits = [row["layers"] for row in rows]

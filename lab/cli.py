@@ -155,12 +155,12 @@ def attack(
     port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for attacks.json.")] = Path("loadtest-results"),
 ) -> None:
-    """Attack our own server and check that an innocent client is still served.
+    """Attack our own server and check that a well-behaved client is still served.
 
     Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
-    nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The innocent client, at 127.0.0.1, sends 20 requests per second.
-    The server fails an attack if it dies or keeps the memory, or if the innocent client is refused, gets no answer or
-    gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
+    nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The well-behaved client, at 127.0.0.1, sends 20 requests per
+    second. The server fails an attack if it dies or keeps the memory, or if the well-behaved client is refused, gets no
+    answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
 
     There is no URL to give, so that only your own servers can be attacked.
 
@@ -263,7 +263,7 @@ def engines(
 
 
 def _add_script(to: typer.Typer, name: str, module: str) -> None:
-    """Add a command that runs the function main of a module, which is imported only then."""
+    """Add a command that runs a module's function main; the module is imported only when the command runs."""
 
     def script(context: typer.Context) -> None:
         command = typer.Typer(add_completion=False)
@@ -271,7 +271,7 @@ def _add_script(to: typer.Typer, name: str, module: str) -> None:
         command(context.args, prog_name=context.command_path)
 
     settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    # As the import would take seconds, the help comes from the text of the module.
+    # Importing would take seconds, so the help is read from the module's source.
     source = Path(__file__).parents[1] / f"{module.replace('.', '/')}.py"
     summary = (ast.get_docstring(ast.parse(source.read_text())) or "").partition("\n")[0]
     to.command(name, help=summary, context_settings=settings)(script)

@@ -206,7 +206,7 @@ def sigterm(testbed: Testbed) -> Row:
     lost += len(batches) - statuses.count(200)
     return Row(
         "SIGTERM under load, a batch of 256 texts in flight",
-        "refuses new connections, answers what it accepted, "
+        "refuses new connections, answers accepted requests, "
         f"exits with {process.returncode} after {took[0]:.1f} s ({len(answered)} answered, then {unanswered} "
         "refused)",
         lost,

@@ -1,4 +1,4 @@
-"""An innocent client during an attack: sends short sentences at a constant rate and records the answers.
+"""A well-behaved client during an attack: sends short sentences at a constant rate and records the answers.
 
 Half of the requests use one kept-alive connection, the other half a new connection each. A latency counts from the
 time its request was due, so a stall of the server counts for every request that is due during it.

@@ -1,4 +1,4 @@
-"""Attack our own server within limits, and measure an innocent client during the attack."""
+"""Attack our own server within limits, and measure a well-behaved client during the attack."""
 
 import json
 import math
@@ -62,7 +62,7 @@ class Row:
 
     Attributes:
         sent: the attack's traffic; see lab.attacker.Sent.
-        phases: the innocent client's phases "before", "during" and "after".
+        phases: the well-behaved client's phases "before", "during" and "after".
         budgets: number of requests with a latency budget during the attack, and of those answered within it.
         survived: the process still runs and answers a valid request as before.
         problems: reasons why the server failed; empty if it passed.
@@ -196,7 +196,7 @@ class Arena:
 
 
 def problems(row: Row, may_refuse: float) -> list[str]:
-    """Reasons why the server failed an attack; may_refuse: share of the innocent requests that may be refused."""
+    """Reasons why the server failed an attack; may_refuse: share of the well-behaved requests that may be refused."""
     before, during, memory = row.phases["before"], row.phases["during"], row.memory
     assert memory is not None
     messages = []
@@ -204,14 +204,16 @@ def problems(row: Row, may_refuse: float) -> list[str]:
         messages.append("did not survive: a valid request is no longer answered as before")
     allowed_ms = max(P99_MS, P99_RATIO * before.p99_ms)
     if math.isnan(during.p99_ms):
-        messages.append("no innocent request was answered 200")
+        messages.append("no well-behaved request was answered 200")
     elif during.p99_ms > allowed_ms:
         messages.append(f"p99 of {during.p99_ms:g} ms during the attack, at most {allowed_ms:g} allowed")
     if during.refused > may_refuse * during.requests:
-        messages.append(f"{during.refused} of {during.requests} innocent requests were refused")
+        messages.append(f"{during.refused} of {during.requests} well-behaved requests were refused")
     for name, phase in row.phases.items():
         if phase.errors or phase.unanswered:
-            messages.append(f"{name}: {phase.unanswered} innocent requests unanswered, {phase.errors} errors")
+            messages.append(
+                f"{name}: {phase.unanswered} well-behaved requests unanswered, {phase.errors} errors"
+            )
     if row.survived and memory.back_s is None:
         messages.append(f"memory {memory.after_mb:g} MB after, {memory.before_mb:g} before")
     if not memory.limited and memory.peak_mb > MEMORY_BYTES / 1e6:
@@ -243,7 +245,7 @@ def table(rows: Sequence[Row]) -> "Table":
     """The rows as a table; a cell with three numbers holds those before, during and after the attack."""
     from rich.table import Table
 
-    table = Table(*COLUMNS, title="the innocent client before / during / after the attack, or during it")
+    table = Table(*COLUMNS, title="the well-behaved client before / during / after the attack, or during it")
     for row in rows:
         phases, memory = list(row.phases.values()), row.memory
         if not phases or memory is None:

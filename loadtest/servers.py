@@ -1,4 +1,4 @@
-"""The compared servers: ours and its peers, each started by a command in an environment of its own."""
+"""The compared servers: ours and its peers, each started by a command in its own environment."""
 
 import hashlib
 import json

@@ -202,7 +202,7 @@ class _Reader(Reader):
     def exit(
         self, hidden: str, has_space: bool, has_head: bool, manifest: Manifest
     ) -> tuple[Head | None, Exit]:
-        """An exit: a branch that computes it, and one of zeros."""
+        """An exit: a branch that computes it, and a branch that returns zeros."""
         labels = len(manifest.labels)
         names = ["logits", "distances"][: 1 + has_space]
         given, _ = self.node("If", "with_exit", outputs=len(names), then_branch=None, else_branch=None)

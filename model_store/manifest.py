@@ -174,8 +174,8 @@ class Manifest(_Part):
             others.
         thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
             exclude each other.
-        tolerance: of a regression model, the largest difference of equal answers, in its units. It has one label, the
-            name of its value, and only the signal risk. None: it has classes.
+        tolerance: of a regression model, the largest difference between answers that count as equal, in its units. It
+            has one label, the name of its value, and only the signal risk. None: it has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.
         input: the model was trained on single texts or on pairs; None: unknown, it takes both.
         export: checks of the export: parity with PyTorch; for int8, the accuracy by exit in fp32 and int8 and the share

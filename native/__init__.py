@@ -2,4 +2,4 @@
 
 
 class NoKernelsError(Exception):
-    """The kernels do not support this model or machine; ONNX Runtime runs the model."""
+    """The kernels do not support this model or machine; ONNX Runtime runs the model instead."""

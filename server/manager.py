@@ -47,7 +47,7 @@ class Manager:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact]) -> None:
-        """Load the models at start; the first version of each name is current.
+        """Load the models at startup; the first version of each name is current.
 
         An invalid artifact is skipped unless the settings name it. Raises StoreError or ValueError if a named one is
         invalid, or none is left.

@@ -153,7 +153,7 @@ def _info(served: Served) -> tuple[str, ...]:
 
 
 class Metrics:
-    """All metrics of a server, in a registry of their own."""
+    """All metrics of a server, in a separate registry."""
 
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
         """deepest: largest number of layers of a model. in_force: the choice for requests without options."""

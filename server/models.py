@@ -113,7 +113,7 @@ class Route:
             self.shadow = version
 
     def version_in(self, role: Role) -> int | None:
-        """The version in a role; None if there is none, and for beside, which several versions may have."""
+        """The version in a role; None if there is none, and for `beside`, which several versions can have."""
         return (
             None
             if role == "beside"
@@ -233,7 +233,7 @@ def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
     """The name that answers requests that name no model; raises StoreError if it is not served."""
     name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
-    if name is None:  # the only model at start remains the default when others are loaded
+    if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if settings.models or len(served) == 1 else None
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")

@@ -283,7 +283,7 @@ class Settings(BaseModel):
 
     @property
     def options(self) -> ExitOptions:
-        """The exit options of requests without any."""
+        """The exit options of requests that set none."""
         return ExitOptions(**{name: getattr(self, name) for name in EXCLUSIVE})
 
     def engine_threads(self) -> int:

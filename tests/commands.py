@@ -5,7 +5,7 @@ from typer.testing import CliRunner, Result
 
 
 def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
-    """Run a command, of `de3` unless another app is given; wide enough that no line of output is broken."""
+    """Run a command of `de3`, or of another app, on a terminal wide enough that no output line wraps."""
     from de3.cli import app as de3_app
 
     words = arguments.split() if isinstance(arguments, str) else arguments
@@ -13,7 +13,7 @@ def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
 
 
 def output_of(result: Result) -> str:
-    """What a command printed that succeeded; raises its error otherwise."""
+    """The output of a command; raises its error if it fails."""
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -21,12 +21,12 @@ def output_of(result: Result) -> str:
 
 
 def de3(arguments: str | list[str]) -> str:
-    """What a command prints that succeeds; raises its error otherwise."""
+    """The output of a `de3` command; raises its error if it fails."""
     return output_of(invoke(arguments))
 
 
 def refusal(arguments: str | list[str]) -> str:
-    """The message of the ValueError with which a command refuses its arguments."""
+    """The message of the ValueError with which a command rejects its arguments."""
     result = invoke(arguments)
     assert isinstance(result.exception, ValueError), result.output
     return str(result.exception)

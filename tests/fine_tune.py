@@ -15,7 +15,7 @@ def fine_tune(
 ) -> tuple[Any, Any]:
     """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it.
 
-    Of one name: a regression. Multi-label if the examples are.
+    With one name, it is a regression; it is multi-label if the examples are.
     """
     from transformers import (
         AutoModelForSequenceClassification,
@@ -35,7 +35,7 @@ def fine_tune(
     )
     encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
     if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
-        # From a half each, hundreds of steps would only teach it that most labels are rare.
+        # With initial probabilities of ½, hundreds of steps would only teach it that most labels are rare.
         model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))
     steps = settings.epochs * -(-len(encoded) // settings.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)

@@ -28,7 +28,7 @@ if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh 
     native.kernels = module
     os.environ.pop("LD_PRELOAD", None)  # other processes run without the sanitizers
 
-# One thread: on models this small several only wait for each other.
+# One thread: on models this small, more threads only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,7 +59,7 @@ def kernels() -> Iterator[Any]:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Kernels of this name instead of the best."""
+    """Use the kernels of this name instead of the best ones."""
     from de3.native import kernels
 
     before = kernels.supported()
@@ -71,7 +71,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def make_rows(count: int, seed: int) -> list[tuple[str, str]]:
-    """Labelled sentences: words that carry the label, some of them negated, between fillers."""
+    """Labelled sentences: words that carry the label, some of them negated, among filler words."""
     rng = random.Random(seed)
     rows = []
     for _ in range(count):
@@ -171,7 +171,7 @@ def save_encoder(
             "relative_attention": True,
             "position_biased_input": False,
             "pos_att_type": ["c2p", "p2c"],
-            "position_buckets": 8,  # fewer than a text may have tokens
+            "position_buckets": 8,  # fewer than the maximum number of tokens
             "max_relative_positions": 24,
             "norm_rel_ebd": "layer_norm",
             "share_att_key": True,
@@ -189,7 +189,7 @@ def save_encoder(
     config = AutoConfig.for_model(family, **settings | options)
     kind = AutoModelForSequenceClassification if labels else AutoModel
     model = kind.from_config(config)
-    with torch.no_grad():  # biases and norms that do something, so that parity would miss none of them
+    with torch.no_grad():  # nonzero biases and norms, so that parity tests cover them
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
     model.save_pretrained(folder)
@@ -236,7 +236,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that `make` fills once for all workers of pytest-xdist; after an error the next one tries again."""
+    """A folder that `make` fills once for all workers of pytest-xdist; after an error the next worker tries again."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with FileLock(folder.with_suffix(".lock")):
@@ -251,7 +251,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture
 def few_taus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calibrations of few τ, which take a third of the time, for tests of something else."""
+    """Calibrations with few τ, which take a third of the time, for tests that are not about calibration."""
     from de3.exits.calibration import FINE_TAUS
 
     monkeypatch.setattr("de3.export.calibrate.FINE_TAUS", FINE_TAUS[::24])
@@ -274,7 +274,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_file: Path) -> Path:
     """A small DE3-BERT, trained by the command a user types."""
-    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # what it answers does not matter there
+    epochs = 1 if "SANITIZED_KERNELS" in os.environ else 4  # its answers do not matter in these tests
     command = (
         f"train {data_file} --text-column sentence --label-names negative,positive --encoder {encoder} "
         f"--epochs {epochs} --lr 2e-3 --batch-size 32 --held-back 300 --no-bf16 --out"
@@ -286,7 +286,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_fil
 def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
 
-    Their manifests do not say what they take, as those of earlier exports: single texts and pairs.
+    Like those of earlier exports, their manifests do not say whether they take single texts or pairs; both work.
     """
 
     def make(folder: Path) -> None:

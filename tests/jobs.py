@@ -1,4 +1,4 @@
-"""Jobs of a model that exists in name only, for the tests of the queue and of the deadlines."""
+"""Jobs of a model that exists only by name, for the tests of the queue and the deadlines."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def job(
 ) -> Job:
     """A job whose texts are predicted to take `full_s` seconds each through every layer.
 
-    group_s: what each takes of MAX_STEP_S in a group; None: they do not share steps.
+    group_s: step time of each text in a group, seconds; None: they do not share steps.
     """
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(

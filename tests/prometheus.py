@@ -1,4 +1,4 @@
-"""A real Prometheus, with the project's own configuration, that scrapes a server of the test."""
+"""A real Prometheus with the project's own configuration, which scrapes the server of a test."""
 
 import shutil
 import subprocess
@@ -27,7 +27,7 @@ class Prometheus:
         self.url = url
 
     def query(self, expr: str) -> list[dict[str, Any]]:
-        """What an expression gives now; fails the test if Prometheus refuses it."""
+        """The current value of an expression; fails the test if Prometheus rejects it."""
         answer = httpx.get(self.url + "/api/v1/query", params={"query": expr}).json()
         assert answer["status"] == "success", (expr, answer)
         found: list[dict[str, Any]] = answer["data"]["result"]
@@ -36,7 +36,7 @@ class Prometheus:
 
 @contextmanager
 def scraping(port: int, folder: Path) -> Iterator[Prometheus]:
-    """Prometheus with deploy/prometheus' configuration, but scraping that port, and every second."""
+    """Prometheus with the configuration of deploy/prometheus, but scraping this port, every second."""
     config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str((CONFIG / name).resolve()) for name in config["rule_files"]]

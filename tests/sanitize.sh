@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The kernels' tests against kernels that AddressSanitizer and UndefinedBehaviorSanitizer watch: `make sanitize`.
+# Run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-.venv/bin/python}
@@ -11,7 +11,7 @@ if ! asan=$(gcc -print-file-name=libasan.so) || [ ! -e "$asan" ]; then
 fi
 CFLAGS="$checks" LDFLAGS="$checks" "$python" -c "from setuptools import setup; setup()" -q \
     build_ext --build-lib "$build" --build-temp "$build/objects" --force
-# Python frees nothing at its end, which is no leak of the kernels. Capturing "sys" leaves the reports visible.
+# Python does not free its memory at exit; these leaks are not the kernels'. Capturing "sys" leaves the reports visible.
 LD_PRELOAD="$(realpath "$asan") $(realpath "$(gcc -print-file-name=libubsan.so)")" \
     ASAN_OPTIONS=detect_leaks=0 SANITIZED_KERNELS="$(find "$build" -name 'kernels*.so')" \
     "$python" -m pytest --capture=sys tests/test_native.py tests/test_hostile_models.py \

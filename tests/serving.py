@@ -1,4 +1,4 @@
-"""A real server in a thread, on a real socket, whose engine the test can hold still."""
+"""A real server in a thread, on a real socket; the test can pause its engine."""
 
 import hashlib
 import os
@@ -35,7 +35,7 @@ CERTIFICATES = ssl.create_default_context()  # httpx would read them for each re
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
-    """Wait for a condition, polling; fails the test when it does not come."""
+    """Poll until a condition holds; fails the test if it does not."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s for {what}"
@@ -43,10 +43,10 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
 
 
 def free_port() -> int:
-    """A port on which nothing listens, and which no other test is given, in whatever process.
+    """A port on which nothing listens, and which no other test gets, in any process.
 
-    It is below those that the kernel gives out for port 0. A socket that does not listen stays bound to it until this
-    process ends: servers bind with SO_REUSEADDR and may listen there all the same, this function may not.
+    It is below those that the kernel assigns for port 0. A socket that does not listen stays bound to it until this
+    process ends: servers bind with SO_REUSEADDR and can still listen there; this function cannot reuse it.
     """
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
@@ -60,7 +60,7 @@ def free_port() -> int:
 
 
 class ProvesOnce(Prover):
-    """Proves the same files once for all servers of a test run: the process that does so takes a second of a core."""
+    """Proves the same files only once for all servers of a test run: the proving process takes a second of CPU time."""
 
     _proved: ClassVar[dict[tuple[str, ...], str]] = {}
 
@@ -99,7 +99,7 @@ class Server:
         assert not self._thread.is_alive()
 
     def bodies_awaited(self) -> int:
-        """Connections whose request's head has come, and whose body has not."""
+        """Connections whose request head has arrived and whose body has not."""
         return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:
@@ -127,7 +127,7 @@ class Server:
 
 @contextmanager
 def serving(store: Path, **settings: Any) -> Iterator[Server]:
-    """A server over a store, ready. Of the tests' store, tiny answers requests that name no model."""
+    """A server over a store, once it is ready. With the tests' store, tiny answers requests that name no model."""
     if "models" not in settings and (store / "tiny").exists():
         settings.setdefault("default_model", "tiny")
     server = Server(Service(Settings(store=store, port=0, **settings)))
@@ -141,7 +141,7 @@ def serving(store: Path, **settings: Any) -> Iterator[Server]:
 
 
 class Gate:
-    """Holds every engine thread before its next item, until opened."""
+    """Blocks every engine thread before its next item, until opened."""
 
     def __init__(self, monkeypatch: Any) -> None:
         self._open = threading.Event()
@@ -159,8 +159,7 @@ class Gate:
 
 @contextmanager
 def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess.Popen[str]]:
-    """`de3 serve` as a user runs it, on a port that the system chooses; or code that does so in another
-    way."""
+    """`de3 serve` as a user runs it, on a port chosen by the system; or other code that starts a server."""
     if (store / "tiny").exists() and "--model" not in arguments:
         arguments = (*arguments, "--default-model", "tiny")
     program = ["-c", code] if code else ["-m", "de3.cli"]
@@ -176,7 +175,7 @@ def process(store: Path, *arguments: str, code: str = "") -> Iterator[subprocess
 
 
 def url_when_ready(running: subprocess.Popen[str]) -> str:
-    """The server's address, once its log says that it is ready; the log is read on in the background."""
+    """The server's address, once the log reports that it is ready; the log is then read in the background."""
     url, ready = "", False
     assert running.stderr is not None
     for line in running.stderr:

@@ -1,4 +1,4 @@
-"""Strangers: API keys, rate limits, origins, and what a browser is told."""
+"""Access: API keys, rate limits, origins, and the headers sent to browsers."""
 
 import hashlib
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def post(server: Server, headers: dict[str, str], **body: Any) -> httpx.Response
         bearer("wrong-key-wrong-key"),
         bearer(ALICE + "x"),
         bearer(ALICE[:-1]),
-        bearer(DIGEST),  # knowing the file is not knowing a key
+        bearer(DIGEST),  # the digest in the file is not accepted as a key
         bearer(f"sha256:{DIGEST}"),
         {"Authorization": ALICE},
         {"Authorization": f"Basic {ALICE}"},
@@ -101,7 +101,7 @@ def test_each_key_has_its_own_limit(store: Path) -> None:
         assert "20 per 1 hour" in over.json()["error"]["message"]
         assert 1 <= int(over.headers["retry-after"]) <= 3600
         assert post(server, bearer(BOB), input=["good"] * 6).status_code == 200
-        assert post(server, bearer(ALICE), input=["good"] * 5).status_code == 200  # what was left
+        assert post(server, bearer(ALICE), input=["good"] * 5).status_code == 200  # the rest of the limit
         never = post(server, bearer(BOB), input=["good"] * 21)
         assert never.status_code == 429 and "send fewer at a time" in never.json()["error"]["message"]
         assert "retry-after" not in never.headers
@@ -231,8 +231,7 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
-    """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but makes the
-    work."""
+    """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but causes work."""
     with serving(store, models=["tiny"], cors_origins=["https://page.example"]) as server:
 
         def ask(origin: str) -> httpx.Response:
@@ -281,7 +280,7 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
             ("GET", "/v2/models/none", ALICE, b"", 404, "unknown_model"),
             ("GET", "/nothing", ALICE, b"", 404, "unknown_path"),
             ("DELETE", "/health", "", b"", 405, "wrong_method"),
-            ("POST", "/classify", "", b"{}", 401, "no_key"),  # once, also where another place counts it
+            ("POST", "/classify", "", b"{}", 401, "no_key"),  # counted once, not again elsewhere
         ]
         for method, path, key, body, status, cause in calls:
             headers = {"Content-Type": "application/json"} | (bearer(key) if key else {})
@@ -290,12 +289,11 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
             expected[cause] = expected.get(cause, 0) + 1
             assert causes() == expected, (method, path)
         assert httpx.get(server.url + "/health").status_code == 200 and causes() == expected
-        assert server.metric("de3_requests_total", status="401") == 1  # of classification requests only
+        assert server.metric("de3_requests_total", status="401") == 1  # classification requests only
 
 
 def test_a_request_costs_what_it_takes(store: Path) -> None:
-    """One text for each text, each started 4 KiB of the body, and each started 128 tokens: the most of
-    these."""
+    """The largest of: its texts, its body in units of 4 KiB, and its texts in units of 128 tokens."""
 
     def left(server: Server) -> int:
         limit = server.frontend.access._limit
@@ -320,7 +318,7 @@ def test_a_request_costs_what_it_takes(store: Path) -> None:
     charge = Charge(limit, "alice")
     charge.raise_to(4)
     charge.raise_to(2)
-    charge.settle(30)  # 500 tokens' worth: what is left of the limit
+    charge.settle(30)  # 500 tokens' worth; charges the rest of the limit
     assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
     with pytest.raises(RequestError, match="over your limit"):
         Charge(limit, "alice").raise_to(1)

@@ -1,4 +1,4 @@
-"""Audits over HTTP: what they count against full depth's answers, the guarantee, its state, its log, a reset."""
+"""Audits over HTTP: their counts against full depth's answers, the guarantee, its state, its log, a reset."""
 
 import gc
 import json
@@ -37,7 +37,7 @@ from tests.fixtures import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 TEXTS = [text for text, _ in make_rows(200, 41)]
-TAU = 0.6  # at which some answers of the tiny models differ from full depth
+TAU = 0.6  # some answers of the tiny models differ from full depth at this τ
 
 
 def auditor_of(server: Server) -> Auditor:
@@ -52,7 +52,7 @@ def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
 
 
 def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
-    """The audit once so many texts have been counted."""
+    """The audit report once this many texts have been counted."""
     until(lambda: auditor_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
     return audit(server, model)
 
@@ -64,7 +64,7 @@ def labels(server: Server, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
 def test_audits_count_what_full_depth_answers(store: Path, model: str) -> None:
-    """For the τ in force, and for others that requests then ask for."""
+    """For the τ in force, and for other τ, which requests then set explicitly."""
     with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
         early, full = labels(server), labels(server, tau=0)
         said = settled(server, len(TEXTS), model)
@@ -82,12 +82,12 @@ def test_audits_count_what_full_depth_answers(store: Path, model: str) -> None:
             assert row["disagreement"] == pytest.approx(unlike / 200)
             layers = sum(a["exit"]["layer"] for a in answers)
             assert row["mean_exit_layer"] == pytest.approx(layers / 200)
-        assert audit(server, model)["texts"] == 200  # those with a wish of their own do not count
+        assert audit(server, model)["texts"] == 200  # requests with their own exit options do not count
         name = f"{model}:1"
         assert server.metric("de3_audit_texts_total", model=name) == 200
         assert server.metric("de3_audit_disagreements_total", model=name) == differing
         assert server.metric("de3_audit_seconds_total", model=name) > 0
-        # Audits are no traffic.
+        # Audits do not count as traffic.
         assert server.metric("de3_exit_layer_count", model=name) == 200 * (2 + len(said["taus"][::30]))
 
 
@@ -109,7 +109,7 @@ def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
 
 
 def test_far_texts_count_at_the_lower_tau_that_they_get(store: Path) -> None:
-    """With --ood-policy deepen; the audit of every τ must tell what a request with that τ gets."""
+    """With --ood-policy deepen, the audit at each τ must match the answer to a request with that τ."""
     options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
     with serving(store, audit_share=1.0, **options) as server:
         rows = server.classify(input=TEXTS).json()["data"]
@@ -152,7 +152,7 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         assert any(row["exit"]["reason"] == "threshold" for row in after["data"])
         assert server.metric("de3_tau", model="tiny-int8:1") == said["tau"]["tau"]
         assert server.metric("de3_audit_promise", model="tiny-int8:1") == 0.2
-        # A wish of its own comes first, as without a guarantee.
+        # A request's own option takes precedence, as without a guarantee.
         assert server.classify(input="good", tau=0.5).json()["data"][0]["exit"]["tau"] == 0.5
 
 
@@ -294,7 +294,7 @@ def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
         assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
     with serving(
         store, **options | {"guarantee": 0.05}
-    ) as server:  # what is known stays, the promise is another
+    ) as server:  # the evidence is kept; the promise is another
         after = audit(server)
         assert after["audits"] == before["audits"]
         assert after["tau"]["tau"] <= before["tau"]["tau"]
@@ -596,7 +596,7 @@ def test_audits_go_on_slowly_where_something_is_always_pending(
 
 
 def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) -> None:
-    """Not under --audit-share: each disagreement stands for 1/q texts."""
+    """Not under --audit-share: each disagreement counts for 1/q texts."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         submit, auditor._submit = auditor._submit, waiting.extend
@@ -605,7 +605,7 @@ def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) 
         for share, texts in ((1.0, ROOM // 8), (0.5, 100), (0.25, 20)):
             before = auditor.pending
             assert auditor.share == share
-            server.classify(input=TEXTS[start : start + texts])  # none runs to full depth by itself
+            server.classify(input=TEXTS[start : start + texts])  # no text reaches full depth on its own
             counted[share] = texts, auditor.pending - before
             start += texts
         assert counted[1.0] == (ROOM // 8, ROOM // 8)
@@ -617,7 +617,7 @@ def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) 
 
 
 def made(store: Path, version: int = 1, **changes: Any) -> Any:
-    """A served model of which only the manifest exists, and what an auditor asks of it."""
+    """A served model that has only a manifest, and the attributes that an auditor reads."""
     manifest = Store(store).open("tiny").manifest.model_copy(update={"version": version, **changes})
     model = SimpleNamespace(manifest=manifest, full_name=f"tiny:{version}", runtime="onnxruntime")
     rules = Rules(manifest, Settings(tau=TAU))
@@ -625,12 +625,12 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
 
 
 def audits_of(**settings: Any) -> Audits:
-    """Audits that are never run."""
+    """Audits that never run."""
     return Audits(Settings(audit_share=1.0, **settings), lambda _: None, lambda served: served.rules.default)
 
 
 def agree(auditor: Auditor, share: float = 1.0, served_differs: bool = False) -> None:
-    """Count a text that every τ answers as full depth does."""
+    """Count a text whose answer agrees with full depth at every τ."""
     count = len(auditor.taus)
     audit = Profile(np.zeros(count, np.bool_), np.zeros(count, np.int64))
     auditor.evidence.add(share, audit, served_differs)
@@ -664,7 +664,7 @@ def test_audits_of_another_runtime_or_policy_are_not_taken(
     audits.serve(first)
     state = state_of(audits.of(first))
     change(other)
-    audits.serve(other)  # the same manifest: the same auditor
+    audits.serve(other)  # the same manifest, so the same auditor
     with pytest.raises(ValueError, match=why):
         restore(audits.of(other), state)
 

@@ -1,4 +1,4 @@
-"""A new calibration from the log of audits: what is read, what is refused, and what is published."""
+"""A new calibration from the log of audits: the rows that are read, the refusals, and the published version."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
-    """Rows of the log, of texts whose early exits are noisier the earlier they are."""
+    """Rows of the log; the earlier an exit, the noisier it is."""
     rng = np.random.default_rng(seed)
     exits, classes = manifest.exit_layers, len(manifest.labels)
     rows = []
@@ -69,7 +69,7 @@ def mine(store: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The warnings."""
+    """The printed warnings."""
     warnings: list[str] = []
     monkeypatch.setattr(audited, "warn", warnings.extend)
     return warnings
@@ -107,7 +107,7 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
     assert new.calibration is not None and new.calibration.self_labelled
     assert new.files == tiny.manifest.files and new.risk != tiny.manifest.risk
     assert new.calibration.exit_accuracy[-1] == 1 and new.calibration.original_disagreement is None
-    for row in new.calibration.table:  # what is right is what full depth answers
+    for row in new.calibration.table:  # full depth's answer is the correct one
         assert row.accuracy == pytest.approx(1 - row.disagreement, abs=2e-6)
     with serving(mine) as server:
         listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]
@@ -198,7 +198,7 @@ def test_a_torn_last_line_is_skipped(tiny: Artifact, tmp_path: Path, said: list[
         part = audited.parts(tiny, [tmp_path / "torn"])
         assert sum(len(p.samples.groups) for p in part) == 600
     assert said == [f"{tmp_path}/torn:601: skipped the last line, which is incomplete"] * 2
-    (tmp_path / "torn").write_text(whole.rstrip("\n"))  # it lacks no more than its end
+    (tmp_path / "torn").write_text(whole.rstrip("\n"))  # only its end is missing
     assert sum(len(p.samples.groups) for p in audited.parts(tiny, [tmp_path / "torn"])) == 600
     (tmp_path / "torn").write_text(whole + "{}")
     with pytest.raises(ValueError, match="torn:601: time: Field required"):
@@ -317,7 +317,7 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
     assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
-    assert calibration.certify_size == 1000 and calibration.groups == 1000  # of so few both parts certify
+    assert calibration.certify_size == 1000 and calibration.groups == 1000  # so few that both certify
 
 
 def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:

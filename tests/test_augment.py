@@ -1,4 +1,4 @@
-"""Altered copies: as many as asked for, never empty, made of the neighbours given."""
+"""Altered copies: the requested number, never empty, made from the given neighbours."""
 
 from pathlib import Path
 

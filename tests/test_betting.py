@@ -1,4 +1,4 @@
-"""E-values, bounds and the change detector against the definition, text by text, and against what they promise."""
+"""E-values, bounds and the change detector against their definition, text by text, and against their guarantees."""
 
 from itertools import product
 
@@ -11,7 +11,7 @@ from de3.exits import betting
 from de3.exits.betting import ChangeDetector, bounds, e_values, e_values_above
 
 SHARES = (1.0, 0.5, 0.05)
-# Of each text: with which of SHARES it came, whether it was drawn, whether it differs.
+# For each text: the probability with which it was drawn, whether it was drawn, whether it differs.
 streams = st.lists(st.tuples(st.sampled_from(SHARES), st.booleans(), st.booleans()), max_size=40)
 
 
@@ -42,7 +42,7 @@ def test_e_values_are_the_wealth_of_gamblers(stream: list[tuple[float, bool, boo
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_the_mean_wealth_is_1_where_the_rate_is_as_bet_against(share: float, rate: float) -> None:
-    """Over all outcomes of three texts; less where the rate is on the other side."""
+    """Over all outcomes of three texts; less than 1 where the rate is on the other side."""
 
     def mean(function: object, truth: float) -> float:
         total = 0.0
@@ -85,7 +85,7 @@ def test_nothing_is_known_of_no_texts() -> None:
 
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
-    """At any of 40 looks, in less than 5% of 300 streams; a bound for one look would be left by far more."""
+    """At any of 40 looks, in less than 5% of 300 streams; a bound for a single look would fail far more often."""
     hits = np.cumsum(np.random.default_rng(1).random((300, 4000)) < 0.1 * rate, axis=1)  # drawn and differing
     outside = np.zeros(300, np.bool_)
     for n in range(100, 4001, 100):
@@ -141,7 +141,7 @@ def test_the_detector_fires_after_a_rise_and_not_before() -> None:
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(confidence: float) -> None:
-    """Each of the two sides may err half as often."""
+    """Each of the two sides has half of the error probability."""
     counted = np.array([1.0, 0.25]), np.array([600, 400]), np.array([[12, 60, 300], [2, 15, 40]])
     lower, upper = bounds(*counted, confidence)
     enough = [2 / (1 - confidence)] * 3
@@ -150,7 +150,7 @@ def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(conf
 
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
-    """Not once one of them does: that would be sooner than the mean time to a false alarm allows."""
+    """Not when one of them does: that would violate the mean time to a false alarm."""
     detector, before = ChangeDetector(0.1, 1000.0), 0.0
     while not detector.has_fired:
         before = detector.wealth.mean()

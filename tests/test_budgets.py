@@ -1,4 +1,4 @@
-"""TradeOffs over HTTP: speed-up, certified disagreement, latency budgets on slow layers, far texts, drift."""
+"""Trade-offs over HTTP: speed-up, certified disagreement, latency budgets on slow layers, OOD texts, drift."""
 
 import threading
 import time
@@ -27,7 +27,7 @@ from tests.serving import Server, serving, until
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
 NOISE_S = 0.05  # of the client
-ATTEMPTS = 30  # a busy machine takes time for itself, now and then: what must be in time once is tried again
+ATTEMPTS = 30  # on a busy machine, a check of timing is retried
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def rows(store: Path) -> list[TradeOff]:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer takes LAYER_S longer, as those of a large model do."""
+    """Every layer takes LAYER_S longer, as in a large model."""
     run = OnnxSegment.run
 
     def later(self: OnnxSegment, *arguments: Any) -> Any:
@@ -53,11 +53,11 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         return run(self, *arguments)
 
     monkeypatch.setattr(OnnxSegment, "run", later)
-    monkeypatch.setattr(timing, "thread_time", time.perf_counter)  # sleep takes none of it
+    monkeypatch.setattr(timing, "thread_time", time.perf_counter)  # thread_time does not count sleep
 
 
 def eventually(attempt: Callable[[], bool]) -> None:
-    """Try until an attempt is as it should be; what must always hold is asserted in it."""
+    """Try until an attempt returns True; invariants are asserted inside the attempt."""
     assert any(attempt() for _ in range(ATTEMPTS)), f"not once in {ATTEMPTS} attempts"
 
 
@@ -90,7 +90,7 @@ def test_a_certificate_comes_with_the_answer(server: Server, rows: list[TradeOff
         "max_disagreement": 0.1,
         "bound": row.disagreement_bound,
         "confidence": 0.95,
-        "samples": 600,  # of so few, both held-out parts certify
+        "samples": 600,  # with so few, both held-out parts certify
     }
     exact = server.classify(input=TEXTS[0], max_disagreement=0).json()
     assert exact["data"][0]["exit"]["tau"] == 0 and exact["certificate"]["bound"] == 0
@@ -139,8 +139,8 @@ def test_the_settings_tau_holds_where_a_request_only_limits_the_layer(store: Pat
         other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
         tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
         row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
-        assert row.disagreement == 0  # as rare as at 0, which was meant for another scale
-        refused = server.classify(input="a film", **{"lambda": 50})  # of which nothing is known
+        assert row.disagreement == 0  # as rare as at τ = 0, which was set for another signal
+        refused = server.classify(input="a film", **{"lambda": 50})  # the calibration does not know this λ
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")
 
 
@@ -178,9 +178,9 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
                 row = server.classify(input=TEXTS[0], explain=True, **wish).json()["data"][0]
                 took = time.perf_counter() - started
                 layer = row["exit"]["layer"]
-                assert layer <= deepest  # a busy machine may reach less, never more
+                assert layer <= deepest  # a busy machine may stop earlier, never later
                 assert row["exit"]["reason"] == ("last_layer" if layer == 3 else "deadline")
-                assert row["layers"] == full["layers"][: layer + 1]  # the same bits, fewer of them
+                assert row["layers"] == full["layers"][: layer + 1]  # the same layers bit for bit, but fewer
                 if deepest == 3:
                     return bool(layer == 3)
                 return took < wish["latency_budget_ms"] / 1000 + LAYER_S + NOISE_S
@@ -191,7 +191,7 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
 
 def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
     with serving(store, models=["tiny"], threads=2, tau=0) as server:
-        budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15
+        budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15 layer times
         wish = {"latency_budget_ms": 1000 * budget_s, "best_effort": True}
 
         def in_time() -> bool:
@@ -201,14 +201,14 @@ def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
             layers = [row["exit"]["layer"] for row in data]
             assert len(layers) == 10 and sum(layers) <= 16
             assert {row["exit"]["reason"] for row in data} <= {"deadline", "last_layer"}
-            # The first texts did not take it all.
+            # The first texts did not use up the budget.
             return took < budget_s + LAYER_S + NOISE_S and sum(layers[5:]) >= 4
 
         eventually(in_time)
 
 
 def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
-    """Each list alone could take its whole budget; together they share the threads."""
+    """Each batch alone could use its whole budget; together they share the threads."""
     with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(12) as pool:
         budget_s = 8 * LAYER_S
 
@@ -227,7 +227,7 @@ def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
             assert {status for status, _, _ in found} <= {200, 503}
             assert all(one.result(60).status_code == 200 for one in long)
             in_time = all(took < budget_s + LAYER_S + NOISE_S for took, _ in kept)
-            depth = sum(sum(layers) for _, layers in kept)  # what time there was went into depth
+            depth = sum(sum(layers) for _, layers in kept)  # the available time was used for depth
             return in_time and len(kept) >= 3 and depth >= 5
 
         eventually(all_in_time)
@@ -236,7 +236,7 @@ def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
 def test_the_tokenizer_is_predicted_too(server: Server) -> None:
     measured = server.service.models.all[0].timing
     short, long = (measured.predict_first_exit(len("a film " * n)) for n in (50, 500))
-    assert measured.first_exit_s(900) == measured.first_exit_s(64)  # cut to what the model takes
+    assert measured.first_exit_s(900) == measured.first_exit_s(64)  # limited to the model's maximum
     assert long > 2 * short
 
 
@@ -256,12 +256,12 @@ def test_a_deadline_overtakes_a_loaded_queue(store: Path, slow: None) -> None:
         until(lambda: len(server.service.engine.queue) > 60, "a full queue")
         for _ in range(5):
             assert server.classify(input=TEXTS[1], latency_budget_ms=10_000).status_code == 200
-            assert len(server.service.engine.queue) > 0  # the others still wait
+            assert len(server.service.engine.queue) > 0  # the others are still pending
         threading.Thread(target=server.service.engine.stop).start()
         assert all(found.result(60).status_code == 200 for found in lists)
 
 
-FAR = "zzz qqq xxx"  # no word of it is in the vocabulary
+FAR = "zzz qqq xxx"  # none of these words is in the vocabulary
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
@@ -282,7 +282,7 @@ def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
             assert deepen["exit"]["tau"] in (
                 0.25,
                 0.5,
-            )  # at the exit where it left it may first have been far
+            )  # it may have been OOD only at its exit
         elif not deepen.get("out_of_distribution"):
             assert deepen == off
 
@@ -303,14 +303,14 @@ def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -
     row = server.classify(input=TEXTS[0], tau=0, ood=True).json()["data"][0]
     assert 0 <= row["ood_score"] < 1
     assert "ood_score" not in server.classify(input=TEXTS[0]).json()["data"][0]
-    # Each text by itself, whoever shares its batch.
+    # Each text has its own score, whatever is in its batch.
     many = server.classify(input=TEXTS, tau=0.3, ood=True, model="tiny-int8").json()["data"]
     alone = [server.classify(input=t, tau=0.3, ood=True, model="tiny-int8").json()["data"][0] for t in TEXTS]
     assert [r["ood_score"] for r in many] == [r["ood_score"] for r in alone]
 
 
 def test_drift_is_a_metric_once_the_window_is_full(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("de3.server.ood.MAX_PER_S", 1e9)  # look at every text
+    monkeypatch.setattr("de3.server.ood.MAX_PER_S", 1e9)  # sample every text
     with serving(store, models=["tiny-int8"], tau=0.3) as server:
 
         def drift(statistic: str) -> float | None:
@@ -338,7 +338,7 @@ def test_under_load_tau_is_raised_in_the_steps_of_the_calibration(store: Path, r
     for level in range(1, len(rules.steps) + 3):
         assert rules.in_force(level) is rules.steps[min(level, len(rules.steps)) - 1]
     for step in rules.steps:
-        assert (step.by, step.is_degraded, step.budget_s) == ("overload", True, 0.05)  # the budget stays
+        assert (step.by, step.is_degraded, step.budget_s) == ("overload", True, 0.05)  # the budget is kept
         assert step.expected is not None and step.expected.accuracy >= rows[0].accuracy - MAX_LOAD_LOSS
     free = Rules(manifest, Settings(min_accuracy=0, max_load_disagreement=1))
     assert len(free.steps) > len(rules.steps)

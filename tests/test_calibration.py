@@ -19,9 +19,9 @@ from de3.training.data import Example
 
 
 def recorded(n: int = 400, seed: int = 0, of_a_group: int = 1) -> Recorded:
-    """Made exits that get better with depth; the last has no prototypes.
+    """Synthetic exits that improve with depth; the last has no prototypes.
 
-    of_a_group: so many samples in a row have the same label and, by half, the same noise.
+    of_a_group: number of consecutive samples that share their label and half of their noise.
     """
     rng = np.random.default_rng(seed)
     labels = np.repeat(rng.integers(0, 3, n // of_a_group), of_a_group)
@@ -128,7 +128,7 @@ def test_copies_of_a_sample_as_a_group_tell_no_more_than_it_does(k: int, signal:
     once, often = (calibration.trade_off(s, signal) for s in (Samples.independent(r), times(r, k)))
     for a, b in zip(once, often, strict=True):
         assert (b.accuracy, b.disagreement, b.loss) == pytest.approx((a.accuracy, a.disagreement, a.loss))
-        # But for n/(n − 1), by which few groups count less.
+        # Except for the factor n/(n − 1), by which fewer groups count less.
         assert b.disagreement_bound == pytest.approx(a.disagreement_bound, rel=0.01)
         assert b.disagreement_bound >= a.disagreement_bound - 1e-9
         for one, other in ((a.accuracy_interval, b.accuracy_interval), (a.loss_interval, b.loss_interval)):
@@ -145,7 +145,7 @@ def test_groups_that_are_not_alike_cost_nothing() -> None:
     assert 2700 < size <= 3000
     assert calibration.effective_size(hits, np.arange(3000)) == 3000
     none = np.zeros(3000, bool)
-    assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # nothing tells how alike they are
+    assert calibration.effective_size(none, np.arange(3000) // 3) == 1000  # correlation unknown
 
 
 def test_one_group_is_one_sample() -> None:
@@ -177,16 +177,16 @@ def test_the_promise_holds_for_samples_that_come_in_groups() -> None:
                 naive += truth[tau] > most
     assert broken / trials <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / trials)
     assert naive >= broken
-    assert np.median(chosen) > 0  # it does promise something
+    assert np.median(chosen) > 0  # a certificate with τ > 0 exists
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
-    """So many, of which the last are fragments."""
+    """This many examples, the last of which are fragments."""
     return [Example(f"t{i}", 0, f"g{i // group_of}", i >= n - fragments) for i in range(n)]
 
 
 def broken_rows(r: Recorded, which: slice) -> Recorded:
-    """Samples whose first exits are sure of the wrong label, the others as they were."""
+    """Samples whose first exits are confident in the wrong label; the others are unchanged."""
     logits = r.logits.copy()
     logits[which, :-1] = 30 * np.eye(3)[(r.logits[which, -1].argmax(-1) + 1) % 3][:, None, :]
     return Recorded(r.exit_layers, logits, r.distances, r.labels)
@@ -194,7 +194,7 @@ def broken_rows(r: Recorded, which: slice) -> Recorded:
 
 @pytest.mark.usefixtures("few_taus")
 def test_fragments_neither_choose_nor_certify() -> None:
-    """Nobody sends them: how they turn out changes the fit of the risk, and no number."""
+    """They are not real traffic: their results change the fit of the risk, and no reported number."""
     tune, certify = recorded(1200, 1), recorded(1200, 2)
     found = []
     for change in (False, True):
@@ -245,12 +245,12 @@ def test_of_few_samples_both_parts_certify_each_by_a_fit_on_the_other(group_of: 
     assert found.calibration.certify_size == 2 * whole
     assert found.calibration.groups == 2 * whole // group_of
     assert_certified(found, samples, np.concatenate(scores))
-    together = risk.fit(joined([p.samples for p in parts]).recorded)  # what ships has seen all
+    together = risk.fit(joined([p.samples for p in parts]).recorded)  # the exported risk has seen all
     assert [tuple(row.weights) for row in found.risk] == [w for w in together.weights if w is not None]
 
 
 def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) -> None:
-    """The rows of risk, written anew from the scores."""
+    """Check the rows of risk, recomputed from the scores."""
     for row in found.calibration.table:
         if row.signal != "risk":
             continue
@@ -290,9 +290,9 @@ def test_groups_that_share_a_text_are_one() -> None:
 
 
 def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:
-    """Later exits may be the worse ones; each step of the sequence needs those before it."""
+    """Later exits may be the worse ones; each step of the sequence needs the earlier ones."""
     logits = np.zeros((100, 3, 2), np.float32)
-    logits[:, :, 0] = [1, -1, 1]  # only the second exit answers otherwise
+    logits[:, :, 0] = [1, -1, 1]  # only the second exit answers differently
     r = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64))
     scores = np.tile([0.5, 0.1, np.nan], (100, 1))
     rows = calibration.trade_off(Samples.independent(r), Entropy(), (0.0, 0.2, 0.6), scores)
@@ -304,7 +304,7 @@ def test_full_depth_of_a_changed_model_disagrees_with_the_original_and_has_a_bou
     r = recorded(400)
     rows = calibration.trade_off(Samples.independent(replace(r, original=r.labels)), Entropy())
     assert 0 < rows[0].disagreement < rows[0].disagreement_bound < 1
-    assert calibration.speed_within(rows, rows[0].disagreement / 2) == 1  # nothing is within, so full depth
+    assert calibration.speed_within(rows, rows[0].disagreement / 2) == 1  # full depth
 
 
 def test_the_error_of_groups_of_one_size_is_that_of_their_means() -> None:

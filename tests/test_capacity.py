@@ -14,7 +14,7 @@ from tests.serving import free_port
 
 def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     class Warm:
-        answers, seconds = [0] * 1600, 2.0  # 800 a second
+        answers, seconds = [0] * 1600, 2.0  # 800 requests/s
 
     def tried(_: Any, __: Any, rate: float, ___: float) -> capacity.Step:
         return capacity.Step(rate, 10 if rate < 500 else 80, 0.0)

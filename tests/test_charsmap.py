@@ -1,4 +1,4 @@
-"""SentencePiece's table of characters: a sound one normalizes, and one that would end a thread is refused."""
+"""SentencePiece's character table: a valid one normalizes, and one that would crash a thread is refused."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 def table(
     key: bytes = "\ufb01".encode(), text: bytes = b"fi\0", value: int = 0, end: int = 0, size: int = 0
 ) -> str:
-    """A table that replaces one key; end: where the walk goes after it, size: of the trie, if not as they must be."""
+    """A table that replaces one key; end: offset after the lookup, size: of the trie; 0: the valid value."""
     units = np.zeros(256 * (len(key) + 2), np.uint32)
     units[0] = 256 << 10
     node = 256
@@ -30,7 +30,7 @@ def table(
 
 
 def tokenizer(charsmap: Any, count: int = 1) -> bytes:
-    """A tokenizer.json with a Precompiled."""
+    """A tokenizer.json with a Precompiled normalizer."""
     plain = json.loads(Tokenizer(models.WordLevel({"[UNK]": 0, "fine": 1}, unk_token="[UNK]")).to_str())
     part = {"type": "Precompiled", "precompiled_charsmap": charsmap}
     plain["normalizer"] = {"type": "Sequence", "normalizers": [part] * count}
@@ -84,7 +84,7 @@ def test_mutated_tables_are_refused_or_harmless() -> None:
     accepted = 0
     for _ in range(300):
         changed = bytearray(sound)
-        # The few places of the trie that are used, or the text.
+        # The few entries of the trie that are in use, or the text.
         used = np.flatnonzero(np.frombuffer(bytes(sound), np.uint8))
         changed[int(rng.choice(used[4:]))] = int(rng.integers(256))
         encoded = base64.b64encode(bytes(changed)).decode()

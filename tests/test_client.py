@@ -121,7 +121,7 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
     ]
     assert labels == expected
     lines = whole.splitlines(keepends=True)
-    out.write_text("".join(lines[:41]) + lines[41][:10])  # as an interrupted run leaves it
+    out.write_text("".join(lines[:41]) + lines[41][:10])  # as left by an interrupted run
     before = server.metric("de3_tokens_total")
     de3(command)
     assert out.read_text() == whole

@@ -1,4 +1,4 @@
-"""The clients that people have, against one running server, with nothing changed but the address."""
+"""Existing clients against one running server, with only the address changed."""
 
 import asyncio
 import importlib
@@ -48,7 +48,7 @@ def ours(server: Server, **body: Any) -> list[dict[str, Any]]:
 
 
 def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
-    """A row's labels and probabilities, the most probable first."""
+    """The labels and probabilities of a row, the most probable first."""
     return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
 
 
@@ -123,7 +123,7 @@ def test_every_client_gets_the_same_answer(
 
 @pytest.fixture(scope="module")
 def generated(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """The package that openapi-python-client makes of /openapi.json, without a warning."""
+    """The package that openapi-python-client generates from /openapi.json, without a warning."""
     folder = tmp_path_factory.mktemp("generated")
     (folder / "config.yaml").write_text("post_hooks: []\n")  # it would format the code
     command = [sys.executable, "-m", "openapi_python_client", "generate"]
@@ -210,7 +210,7 @@ def test_the_documented_request_of_vllm_and_sglang(server: Server, path: str, te
 def test_every_documented_field_of_vllm_works(server: Server) -> None:
     plain = ours(server, input=CAFE)
     for fields in (
-        # What a client sends that spells out vLLM's defaults.
+        # A client that sends vLLM's defaults explicitly.
         {
             **dict.fromkeys(("model", "user", "truncate_prompt_tokens", "padding", "truncation_side")),
             **dict.fromkeys(("mm_processor_kwargs", "cache_salt", "use_activation")),
@@ -300,7 +300,7 @@ def test_sglangs_own_classify(server: Server) -> None:
 
 
 def test_vllms_semantic_router(server: Server) -> None:
-    """It wants every label once, by name, and scores that add up to 1."""
+    """It requires every label once, by name, and scores that add up to 1."""
     answer = httpx.post(server.url + "/classify", json={"inputs": CAFE}).json()
     assert {one["label"] for one in answer} == {"negative", "positive"} and len(answer) == 2
     assert sum(one["score"] for one in answer) == pytest.approx(1)
@@ -525,7 +525,7 @@ TEI_INFO = {
 
 
 def shape(value: Any) -> Any:
-    """The types of a JSON value; a list's is that of its entries, which must be alike."""
+    """The types of a JSON value; for a list, the type of its entries, which must all be the same."""
     if isinstance(value, dict):
         return {key: shape(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -22,7 +22,7 @@ SET_BY_USERS = (
 
 
 def config(**variables: str) -> dict[str, Any]:
-    """The project with these variables, and .env's."""
+    """The project's configuration with these variables and those of .env."""
     inherited = {name: value for name, value in os.environ.items() if name not in SET_BY_USERS}
     done = subprocess.run(
         ["docker-compose", "--profile", "*", "config", "--format", "json"],
@@ -43,7 +43,7 @@ def test_every_service_has_limits() -> None:
     assert set(services) == {"server", "prometheus", "grafana", "loadtest"}
     for name, service in services.items():
         assert int(service["mem_limit"]) <= 2**30, name
-        assert service["memswap_limit"] == service["mem_limit"], name  # no swap on top
+        assert service["memswap_limit"] == service["mem_limit"], name  # no additional swap
         assert 0 < service["pids_limit"] <= 512, name
         # A tmpfs is memory: by default half of the machine's.
         assert all("size=" in tmpfs for tmpfs in service.get("tmpfs", [])), name
@@ -62,7 +62,7 @@ def test_limits_can_be_set() -> None:
 
 @pytest.mark.parametrize("unset", [{}, {"GRAFANA_PASSWORD": ""}])
 def test_grafana_creates_no_admin_without_a_password(unset: dict[str, str]) -> None:
-    """Its default, which an empty variable leaves in place, is admin with the password admin."""
+    """Its default, which an empty variable leaves unchanged, is the user admin with the password admin."""
     environment = config(**unset)["services"]["grafana"]["environment"]
     assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
@@ -98,9 +98,9 @@ def test_a_key_file_is_mounted(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["alice 0123456789abcdef", ""])
 @pytest.mark.parametrize("file", ["", "/etc/hostname"])
 def test_keys_in_a_variable_stop_the_start(variable: str, value: str, file: str) -> None:
-    """docker inspect would show them, and without them the server would be open."""
+    """docker inspect would show them, and without keys the server would be open."""
     project = config(**{variable: value, f"{variable}_FILE": file})
     assert "0123456789abcdef" not in json.dumps(project)
     secret = project["secrets"][variable.removeprefix("DE3_").lower().replace("_", "-")]
     assert f"use {variable}_FILE" in secret["file"]
-    assert not Path(secret["file"]).exists()  # of which `up` complains: tests/test_docker.py
+    assert not Path(secret["file"]).exists()  # `up` rejects this: tests/test_docker.py

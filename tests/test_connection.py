@@ -40,7 +40,7 @@ def connect(server: Server, source: str = "127.0.0.1") -> socket.socket:
 
 
 def answer(s: socket.socket) -> tuple[int, dict]:
-    """The next answer, and not a byte more: http.client would read ahead, into the answer after it."""
+    """The next answer, without reading further: http.client would read ahead into the one after it."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += (byte := s.recv(1))
@@ -53,7 +53,7 @@ def answer(s: socket.socket) -> tuple[int, dict]:
 
 
 def is_closed(s: socket.socket) -> bool:
-    """Whether the server ends the connection, within the socket's time-out."""
+    """True if the server closes the connection within the socket's time-out."""
     try:
         while s.recv(65536):
             pass
@@ -63,7 +63,7 @@ def is_closed(s: socket.socket) -> bool:
 
 
 def send(s: socket.socket, data: bytes) -> None:
-    """Send as much as the server takes."""
+    """Send as much as the server accepts."""
     with suppress(BrokenPipeError, ConnectionResetError):
         s.sendall(data)
 
@@ -240,7 +240,7 @@ def test_at_the_limit_the_busiest_address_loses_a_connection(store: Path) -> Non
         )
         assert len(server.listener.connections) < 20
         mine.sendall(REQUEST)
-        assert answer(mine)[0] == 200  # idle, and not closed for them
+        assert answer(mine)[0] == 200  # idle, but not closed
         assert server.classify(input="good").status_code == 200  # there is room for a new one
 
 
@@ -265,8 +265,8 @@ def test_bodies_are_shared_out_by_address(store: Path) -> None:
         until(lambda: server.frontend.bytes_in_flight.total == 15_998, "the bodies to come")
         greedy = stack.enter_context(connect(server, "127.0.0.2"))
         greedy.sendall(head + b"x" * 7000)
-        assert answer(greedy)[0] == 503  # alone it had everything
-        assert server.classify(input="good").status_code == 200  # from the spare room
+        assert answer(greedy)[0] == 503  # alone, it could use everything
+        assert server.classify(input="good").status_code == 200  # from the reserve
         other = stack.enter_context(connect(server))
         other.sendall(head + b"x" * 1000)
         until(lambda: server.frontend.bytes_in_flight.total == 16_998, "the other's body")
@@ -285,7 +285,7 @@ def test_a_body_that_was_awaited_with_100_continue(server: Server) -> None:
         s.sendall(BODY)
         assert answer(s)[0] == 200
         s.sendall(head.replace(b"22\r\n", b"2000000000\r\n"))
-        assert answer(s)[0] == 413  # and no invitation
+        assert answer(s)[0] == 413  # and no 100 Continue
 
 
 def test_http_1_0_is_answered_and_closed(server: Server) -> None:
@@ -303,7 +303,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
 def test_however_requests_are_cut_and_framed_each_is_answered(
     server: Server, cuts: list[int], chunks: list[int], kinds: list[str]
 ) -> None:
-    """With a length, chunked (with a body that holds what ends a message), and without a body."""
+    """With a length, chunked (with a body that contains a terminator), and without a body."""
     inner = b'{"input":\r\n\r\n "good film"}'
     data, expected = b"", []
     for kind in kinds:
@@ -358,7 +358,7 @@ def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> No
         assert answer(s)[0] == 413
         send(s, REQUEST)
         status = s.recv(12)
-        assert status in (b"", b"HTTP/1.1 200")  # closed, or in step
+        assert status in (b"", b"HTTP/1.1 200")  # closed, or in sync
     with serving(store, models=["tiny"]) as server, connect(server) as s:
         s.sendall(CHUNKED + b"0\r\n\r\n")
         assert answer(s)[0] == 400  # empty is not JSON
@@ -393,7 +393,7 @@ def test_pipelined_requests_are_paced_however_they_come(
 def test_a_refusal_does_not_depend_on_when_the_body_comes(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server may be full as the head comes, and have room again as the application starts."""
+    """The server may be full when the head arrives, and have room again when the application starts."""
     answers = iter([True])
     monkeypatch.setattr(server.frontend, "sheds", lambda _: next(answers, False))
     with connect(server) as s:
@@ -424,7 +424,7 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
             until(lambda n=before + size: server.frontend.bytes_in_flight.total == n, "the body")
             holders.append(s)
         mine = stack.enter_context(connect(server))
-        mine.sendall(head + b"x" * 200)  # more than is left
+        mine.sendall(head + b"x" * 200)  # more than what is left
         (given_up, *_), _, _ = select.select(holders[:2], [], [], 20)
         status, body = answer(given_up)
         assert status == 429 and "unfinished body" in body["error"]["message"]
@@ -440,7 +440,7 @@ def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store
 
 
 def test_a_chunk_extension_that_comes_byte_by_byte_has_an_end(server: Server) -> None:
-    """Each packet costs the parser a call, so it counts as more than the byte that it brings."""
+    """Each packet costs a call of the parser, so it counts as more than the byte that it carries."""
     with connect(server) as s:
         s.sendall(CHUNKED + b"1;")
         until(lambda: server.bodies_awaited() == 1, "the head to come")
@@ -497,7 +497,7 @@ def test_http_1_0_is_neither_kept_alive_nor_invited_to_continue(version: bytes) 
 
 
 def on_loop(one: BaseConnection, act: Callable[[], Any]) -> Any:
-    """Run something in the server's event loop, between two of its steps."""
+    """Run a function in the server's event loop."""
     done: Future[Any] = Future()
     one.loop.call_soon_threadsafe(lambda: done.set_result(act()))
     return done.result(20)
@@ -507,9 +507,9 @@ def test_a_body_that_came_with_its_head_is_read_whether_it_is_needed_or_not(serv
     expecting = REQUEST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
     with connect(server) as s:
         s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nGET ")
-        assert answer(s)[0] == 200  # and the connection goes on
+        assert answer(s)[0] == 200  # and the connection stays open
         s.sendall(expecting)
-        assert answer(s)[0] == 200  # without an invitation before
+        assert answer(s)[0] == 200  # without a 100 Continue before
 
 
 def test_a_body_that_comes_after_a_shutdown_began_is_read(server: Server) -> None:
@@ -556,7 +556,7 @@ def test_what_comes_while_a_pipelined_request_awaits_its_turn_changes_nothing(
 
 
 class Made(BaseConnection):
-    """A connection of which only the listener's view exists."""
+    """A connection that exists only for the listener."""
 
     def __init__(
         self,

@@ -78,7 +78,7 @@ def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
 
 
 def check_types(folder: Path, boards: dict[str, Any]) -> str:
-    """What tsc has to say of dashboards; folder has the packages."""
+    """The output of tsc for dashboards; folder has the packages."""
     source = [Path("tests/grafana_types.ts").read_text()]
 
     def literal(kind: str, value: Any) -> None:
@@ -86,7 +86,7 @@ def check_types(folder: Path, boards: dict[str, Any]) -> str:
 
     for board in boards.values():
         literal("Json<Dashboard>", board)
-        for panel in board["panels"]:  # these parts are free in the type of a dashboard
+        for panel in board["panels"]:  # the type of a dashboard leaves these parts open
             if panel["type"] == "row":
                 continue
             literal(f'Json<Options["{panel["type"]}"]>', panel["options"])
@@ -121,7 +121,7 @@ def test_every_alert_is_tested_to_fire_and_not_to() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes a server, while that answers and audits texts, refuses some and gives some up."""
+    """A Prometheus that scrapes a server while it answers, audits, refuses and drops texts."""
     texts = [text for text, _ in make_rows(400, 5)]
     stop = threading.Event()
     with (
@@ -135,7 +135,7 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                     return
                 server.classify(input=texts[i % 350 : i % 350 + 50])
                 server.classify(input=texts[i % 400], tau=7 if i % 5 == 0 else 0.1)
-                server.classify(input="good", model=f"unknown-{i}")  # each of these is no label of its own
+                server.classify(input="good", model=f"unknown-{i}")  # none of these becomes a label value
                 httpx.request(f"M{i}", f"{server.url}/path-{i}")
 
         thread = threading.Thread(target=load)
@@ -148,7 +148,7 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 def numbers(rows: list[dict[str, Any]]) -> bool:
-    """Whether there are values, all of them numbers."""
+    """True if there are values and all of them are numbers."""
     return bool(rows) and all(row["value"][1] != "NaN" for row in rows)
 
 
@@ -174,7 +174,7 @@ def test_every_panel_has_data(prometheus: Prometheus) -> None:
 @pytest.mark.slow
 @needs_prometheus
 def test_panels_of_a_server_that_audits_nothing_are_empty(prometheus: Prometheus) -> None:
-    """No model of this name is served: the series are absent, as without audits."""
+    """No model of this name is served, so the series are absent, as without audits."""
     audits = [expr for expr in EXPRESSIONS if "de3_audit" in expr]
     assert len(audits) > 5
     for expr in audits:

@@ -131,7 +131,7 @@ def test_a_group_falls_into_one_part_and_so_do_groups_that_share_a_text(
     except ValueError:
         return
     held = (parts.train, parts.tune, parts.certify)
-    assert sorted(repr(e) for part in held for e in part) == sorted(map(repr, examples))  # the groups, too
+    assert sorted(repr(e) for part in held for e in part) == sorted(map(repr, examples))  # groups, too
     for of in (lambda e: e.text, lambda e: e.group):
         values = [{of(e) for e in part} - {None} for part in held]
         assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
@@ -198,7 +198,7 @@ def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -
     batches = data.training_batches(lengths, size, seed)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
-    for batch in batches:  # of like length: a batch spans no more than its neighbours in sorted order
+    for batch in batches:  # of similar length: a batch spans only neighbours in sorted order
         assert len(batch) == len(set(batch))
 
 

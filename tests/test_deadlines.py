@@ -1,4 +1,4 @@
-"""Promised deadlines, by a simulation with a clock of its own: every promise is kept, whoever else comes."""
+"""Accepted deadlines, simulated with a fake clock: every one is met, whatever else arrives."""
 
 import heapq
 
@@ -14,7 +14,7 @@ THREADS, LAYERS = 2, 6
 
 
 class Clock:
-    """perf_counter for server.deadlines."""
+    """Fakes perf_counter in server.deadlines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -50,7 +50,7 @@ asked = st.tuples(
 def test_every_promise_is_kept(
     asked_jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
 ) -> None:
-    """Texts take from their first exit to all the time they may; work without a deadline fills the gaps."""
+    """Texts take from only their first exit to all of their time; work without a deadline fills the gaps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch)
         deadlines = Deadlines(THREADS)
@@ -84,7 +84,7 @@ def test_every_promise_is_kept(
                 spent += 1
                 free[thread] = clock.now + item.first_exit_s + use * (may - item.first_exit_s)
                 if free[thread] < max(ends, clock.now + item.first_exit_s):
-                    # It left earlier than it might: told at once in the engine, as the thread is free then.
+                    # It exited early: in the engine this is reported at once, as the thread is then free.
                     deadlines.occupy(thread, free[thread])
                 kept.append((free[thread], item.job.deadline))
             else:
@@ -130,7 +130,7 @@ def test_the_refusal_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None
     needed = deadlines.promise(job(clock, [0.01] * 10, 0.04))
     assert needed == pytest.approx(0.05)
     assert deadlines.promise(job(clock, [0.01] * 10, needed + REPLY_S + 0.001)) == 0
-    # Now every thread is spoken for until then: who asks for less would take it from them.
+    # Now every thread is reserved until then: a smaller budget would take time from an accepted one.
     second = deadlines.promise(job(clock, [0.01] * 10, 0.055))
     assert second > 0.055
     assert deadlines.promise(job(clock, [0.01] * 10, second + REPLY_S + 0.001)) == 0
@@ -145,7 +145,7 @@ def test_a_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPa
     assert late.is_late and not promised.is_late
     assert late.deadline is not None and promised.deadline is not None
     assert late.deadline >= promised.deadline
-    assert deadlines.begin(late.items[0], 0) == clock.now  # it leaves at its first exit
+    assert deadlines.begin(late.items[0], 0) == clock.now  # it stops at its first exit
 
 
 def test_what_was_given_up_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_what_was_given_up_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer took longer than was measured: the new job is not the reason."""
+    """A layer took longer than measured: the new job is not the cause."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     assert deadlines.promise(job(clock, [0.05] * 5, 0.3)) == 0
@@ -168,7 +168,7 @@ def test_a_promise_that_is_broken_anyway_refuses_nobody(monkeypatch: pytest.Monk
 
 
 def test_a_text_that_begins_has_its_own_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until when that thread was to be occupied by what it ran before no longer matters."""
+    """The time until which its thread was reserved for earlier work no longer matters."""
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     alone = job(clock, [0.01], 0.1)

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: their options, lengths and tokenizer, and graphs of disentangled attention that are forged."""
+"""DeBERTa-v2 and v3: options, lengths and tokenizer, and forged graphs of disentangled attention."""
 
 import json
 import random
@@ -46,7 +46,7 @@ LENGTHS = (
     40,
     63,
     64,
-)  # buckets are of one offset until 4, alike from 24
+)  # up to 4 each bucket is one offset; from 24 all are the same
 
 
 def stock_classifier(folder: Path, **options: Any) -> Stock:
@@ -60,7 +60,7 @@ def stitched(stock: Stock, int8: bool, token_types: bool = True) -> Any:
 
 
 def difference(stock: Stock, graph: Any, lengths: tuple[int, ...]) -> float:
-    """The largest of the logits from transformers' own model, one random text of each length at a time."""
+    """The largest difference from transformers' own logits; one random text of each length at a time."""
     session = ort.InferenceSession(graph.SerializeToString(), session_options())
     names = [x.name for x in session.get_inputs()]
     rng = np.random.default_rng(1)
@@ -192,7 +192,7 @@ def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
 
 
 def save_own_tokenizer(folder: Path) -> None:
-    """A tokenizer of the family's own kind."""
+    """A tokenizer of the family's own type."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     words = dict.fromkeys([*GOOD, *BAD, *FILLER, *OTHER])
     pieces = [*(f"▁{word}" for word in words), *"▁abcdefghijklmnopqrstuvwxyz.,"]
@@ -282,13 +282,13 @@ def copies(store_of_both: Path, tmp_path: Path) -> Path:
 
 
 def nodes(proto: Any, op: str) -> list[Any]:
-    """The nodes of an operator, but for differences that int8 quantizes by."""
+    """The nodes of an operator, except for differences used in int8 quantization."""
     quantizes = {x for n in proto.graph.node if n.op_type in ("Mul", "Div") for x in n.input}
     return [n for n in proto.graph.node if n.op_type == op and not (op == "Sub" and n.output[0] in quantizes)]
 
 
 def weight(proto: Any, op: str, which: int, at: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change a weight that the `which`-th node of an operator takes as input `at`, and only there."""
+    """Change the weight that the `which`-th node of an operator takes as input `at`, only there."""
     node = nodes(proto, op)[which]
     old = next(w for w in proto.graph.initializer if w.name == node.input[at])
     array = np.array(numpy_helper.to_array(old))
@@ -300,7 +300,7 @@ def weight(proto: Any, op: str, which: int, at: int, change: Callable[[np.ndarra
 
 
 def rows(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], None]:
-    """Change the row of each distance, wherever it is taken from."""
+    """Change the row of each distance, wherever it is read."""
 
     def on(proto: Any) -> None:
         name = nodes(proto, "Gather")[0].input[0]
@@ -356,7 +356,7 @@ BUCKETS, ROW, SHAPE = (
 )
 LAST = 2 * 63  # the index of the row for the farthest distance
 FORGED: list[tuple[Callable[[Any], None], str]] = [
-    (rows(at(LAST, 16)), BUCKETS),  # after the last row
+    (rows(at(LAST, 16)), BUCKETS),  # beyond the last row
     (rows(at(LAST, 2**31 - 1)), BUCKETS),
     (rows(at(0, -1)), BUCKETS),
     (rows(at(63, 9)), BUCKETS),  # a token's distance from itself
@@ -468,7 +468,7 @@ def test_a_bert_graph_is_no_deberta(store: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
-    """What is left free is the values of weights: whatever loads runs, at every length."""
+    """Only the values of weights are free: any graph that loads runs, at every length."""
     rng = random.Random(seed)
 
     def mutate(proto: Any) -> None:
@@ -501,7 +501,7 @@ def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
 
 
 def test_every_table_matters(copies: Path) -> None:
-    """Tables of other values make another model: parity with transformers would not hold by chance."""
+    """Different table values change the model, so parity with transformers is not a coincidence."""
     before = Model(Store(copies).open("plain"))
     tokens = before.tokenize("a dull plot and a bad film")
     wanted = before.full_depth(tokens)[1].hidden

@@ -1,4 +1,4 @@
-"""The model in models/ is sound, small enough to live in a repository, and knows its trade."""
+"""The model in models/ is valid, small enough for the repository, and accurate."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The image and docker compose on a real engine; base images that cannot be pulled are stood in for."""
+"""The image and docker compose on a real engine; stand-ins replace base images that cannot be pulled."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def docker(*arguments: str) -> str:
 
 
 class Compose:
-    """The project's docker-compose.yml, as a project of its own on free ports."""
+    """The project's docker-compose.yml, as a separate project on free ports."""
 
     def __init__(self, images: dict[str, str]) -> None:
         self.images = images
@@ -79,12 +79,12 @@ class Compose:
         until(lambda: self.health() == "healthy", "the server to be healthy", 60)
 
     def address(self) -> str:
-        """The server itself, without the engine's proxy, which accepts connections that nobody serves."""
+        """The server's own address, without the engine's proxy, which accepts connections even if nothing listens."""
         form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
         return docker("inspect", "--format", form, self.container("server"))
 
     def requests_logged(self) -> list[dict[str, Any]]:
-        """What the server's container logged of requests, before and after a restart."""
+        """The request log of the server's container, before and after a restart."""
         command = ["docker", "logs", self.container("server")]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
         found = [json.loads(line) for line in lines if line.startswith("{")]
@@ -101,7 +101,7 @@ def compose() -> Iterator[Compose]:
     images = dict(line.split("=", 1) for line in made.stdout.splitlines())
     running = Compose(images | {"IMAGE": IMAGE})
     try:
-        # Grafana's image cannot be stood in for: Debian has no package of it.
+        # There is no stand-in for Grafana's image: Debian has no package of it.
         running("up", "--detach", "--build", "server", "prometheus")
         running.wait_until_healthy()
         yield running
@@ -135,7 +135,7 @@ def test_the_container_is_locked_down(compose: Compose) -> None:
 
 
 def limit(container: str, controller: str, v1: str, v2: str) -> int:
-    """A limit of the container's cgroup, of version 1 or 2, as a process in it reads it."""
+    """A limit of the container's cgroup, version 1 or 2, as read by a process in it."""
     places = f"/sys/fs/cgroup/{v2} /sys/fs/cgroup/{controller}/{v1}"
     return int(docker("exec", container, "sh", "-c", f"cat {places} 2>/dev/null || true"))
 
@@ -155,9 +155,7 @@ def test_its_limits_are_in_force(compose: Compose) -> None:
     found = json.loads(docker("inspect", "--format", "{{json .HostConfig}}", compose.container("prometheus")))
     assert found["Memory"] == found["MemorySwap"] == 2**30 and found["PidsLimit"] == 256
 
-    greedy = python(
-        server, "b'x' * 2**31"
-    )  # the largest process of the container: it is killed, not the server
+    greedy = python(server, "b'x' * 2**31")  # the largest process of the container is killed, not the server
     assert greedy.returncode == 137, greedy
     forks = python(
         server,
@@ -202,7 +200,7 @@ def test_the_loadtest_profile_sends_traffic(compose: Compose) -> None:
 
     before = answered()
     compose("--profile", "loadtest", "up", "--detach", "loadtest")
-    # Each text is sent alone first: a hundred. Then comes the first wave.
+    # Each of a hundred texts is first sent alone. Then the first wave starts.
     until(lambda: answered() > before + 200, "a wave of requests", 60)
     compose("--profile", "loadtest", "stop", "--timeout", "5", "loadtest")
 
@@ -213,13 +211,13 @@ def waiting(compose: Compose) -> float:
 
 
 def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
-    """Long requests are under way, short ones come all the time, on connections of their own."""
+    """Long requests are in flight, and short ones arrive all the time, each on a new connection."""
     address = compose.address()
     stop = threading.Event()
     before = len(compose.requests_logged())
 
     def stream(number: int) -> set[str]:
-        """Ids that were answered."""
+        """The ids that were answered."""
         answered = set()
         for i in range(100_000):
             if stop.is_set():
@@ -230,7 +228,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
                 connection.request("POST", "/classify", json.dumps({"input": "good"}), headers)
                 answer = connection.getresponse()
                 said = answer.read()
-            except (OSError, HTTPException):  # nobody listened, or took the connection up
+            except (OSError, HTTPException):  # nothing listened, or the connection was not accepted
                 time.sleep(0.01)
             else:
                 if answer.status == 200:
@@ -282,7 +280,7 @@ def test_docker_stop_drains(compose: Compose) -> None:
 
 
 def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own are for their owner alone
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are readable by their owner only
         mounted = shutil.copytree(store, Path(folder) / "store")
         for path in (Path(folder), mounted):
             path.chmod(0o755)
@@ -293,7 +291,7 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
 
 
 def test_what_audits_showed_survives_a_restart(compose: Compose) -> None:
-    """In a volume that the container's user may write to."""
+    """The state is in a volume that the container's user can write to."""
     compose("up", "--detach", "server", DE3_GUARANTEE="0.1")
     compose.wait_until_healthy()
     path = compose.url + "/v1/models/sst2/audit"
@@ -314,7 +312,7 @@ def test_what_audits_showed_survives_a_restart(compose: Compose) -> None:
 
 
 def test_keys_come_in_files(compose: Compose) -> None:
-    """As .env advises: readable for user 10001, in a folder that others on this machine cannot enter."""
+    """As .env recommends: readable by user 10001, in a folder that other users of this machine cannot enter."""
     key, admin_key = "alice-0123456789", "root-0123456789abc"
     with tempfile.TemporaryDirectory() as folder:
         assert Path(folder).stat().st_mode & 0o777 == 0o700
@@ -341,7 +339,7 @@ def test_keys_come_in_files(compose: Compose) -> None:
         with pytest.raises(AssertionError, match="use DE3_API_KEYS_FILE"):
             compose("up", "--detach", "server", DE3_API_KEYS=f"alice {key}")
 
-        keys.chmod(0o600)  # for its owner, who is not user 10001
+        keys.chmod(0o600)  # readable by its owner only, who is not user 10001
         server = compose.container("server")
         docker("restart", "--time", "5", server)
 
@@ -352,11 +350,11 @@ def test_keys_come_in_files(compose: Compose) -> None:
 
         until(lambda: "'DE3_API_KEYS_FILE'" in logged(), "the server to refuse to start", 30)
         assert "is not readable" in logged()
-        docker("rm", "--force", server)  # before Compose, which cannot stop what is just being restarted
+        docker("rm", "--force", server)  # before compose, which cannot stop a container that is restarting
     compose("up", "--detach", "server")
     compose.wait_until_healthy()
     answer = httpx.post(compose.url + "/classify", json={"input": "a lovely film"})
-    assert answer.status_code == 200  # no keys again
+    assert answer.status_code == 200  # without keys again
 
 
 def test_the_image_alone_serves_its_own_model(compose: Compose) -> None:

@@ -1,5 +1,5 @@
-"""An engine thread survives what it calls; one that is lost ends the server, so that its supervisor restarts
-it."""
+"""Engine threads survive errors of the code that they call; a lost thread ends the server, so that its supervisor
+restarts it."""
 
 import threading
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Worse(BaseException):
-        """As the Rust libraries raise it: not an Exception."""
+        """An error as the Rust libraries raise it: not an Exception."""
 
     def broken(*_: object) -> None:
         raise Worse
@@ -95,7 +95,7 @@ def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
 
     with serving(store, models=["tiny"], threads=1) as server:
         monkeypatch.setattr(OnnxSegment, "run", slow)
-        for _ in range(30):  # busy all the time, and not stuck
+        for _ in range(30):  # always busy, but not stuck
             assert server.classify(input="good " * 60, tau=0).status_code == 200
         assert server.service.state == "ready"
         stuck.set()

@@ -34,7 +34,7 @@ LABELS = ["a", "b", "c"]
 
 
 def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
-    """A checkpoint with random heads and prototypes, and kept-back parts."""
+    """A checkpoint with random heads and prototypes, and held-out parts."""
     from transformers import AutoTokenizer
 
     torch.manual_seed(3)
@@ -183,7 +183,7 @@ def test_quantization_is_within_half_a_step() -> None:
 
 
 def test_calibration_is_honest(store: Path, checkpoint: Path) -> None:
-    """The manifest's numbers are those of the certifying samples through the segments that ship."""
+    """The manifest's numbers are those of the certifying samples, run through the exported segments."""
     for name in ("tiny", "tiny-int8"):
         artifact = Store(store).open(name)
         manifest = artifact.manifest
@@ -221,7 +221,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
         assert "EDR λ=2" in output and "distance ratio" in output
         assert png.read_bytes().startswith(b"\x89PNG")
         png.unlink()
-        assert ("risk" in output) == (model != checkpoint)  # which has none yet
+        assert ("risk" in output) == (model != checkpoint)  # a checkpoint has none yet
     assert "The default by length" in output and "≤ 2%" in output
     long = tmp_path / "long.tsv"
     rows = [f"{text} {'and it was so ' * 9}\t{label}\n" for text, label in make_rows(40, 1)]
@@ -230,11 +230,11 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
     output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
     assert "the calibration's guarantees may not hold for these texts" in output
     default = Store(store).open("tiny-int8").manifest.defaults
-    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's is judged too
+    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's, too
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:
-    """Swapping two prototypes swaps the distances: they are read from the file, not baked in."""
+    """Swapping two prototypes swaps the distances: they are read from the file."""
     copy = shutil.copytree(store, tmp_path / "s") / "tiny" / "1"
     before = Model(Store(tmp_path / "s").open("tiny"))
     tensors = load_file(copy / "prototypes.safetensors")

@@ -1,4 +1,4 @@
-"""Groups: texts that share steps leave, join and are preempted between layers, and answer as they do alone."""
+"""Groups: texts that share steps exit, join and are preempted between layers, and get the same answers as alone."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ def model(kernels: Any, store: Path) -> Model:
 def job(
     model: Model, texts: list[str] = TEXTS, due: float = 0.0, layer_s: float = 0.0, **options: Any
 ) -> Job:
-    """A job whose texts are due at once; layer_s: of one of them. By default a step of all of them has one layer."""
+    """A job of texts due at once; layer_s: time of a text for a layer. By default a step is one layer of all texts."""
     layer_s = layer_s or MAX_STEP_S / len(texts)
     return jobs.job(
         texts, [0.0] * len(texts), model=model, group_s=SHARE, layer_s=layer_s, submitted=due, **options
@@ -40,7 +40,7 @@ def job(
 
 
 class Steps:
-    """Runs a group, and something before each of its steps."""
+    """Runs a group, and calls a function before each of its steps."""
 
     def __init__(self, queue: WorkQueue, before: dict[int, Any] | None = None) -> None:
         self.queue, self.before = queue, before or {}
@@ -59,7 +59,7 @@ class Steps:
 
 
 def answers(results: dict[Item, Result]) -> dict[str, Any]:
-    """Where and why each text exits, and the readings of its exits, bit for bit, by text."""
+    """The exit layer, reason and readings of each text, bit for bit, by text."""
     found = {}
     for item, outcome in results.items():
         assert isinstance(outcome, Outcome)
@@ -98,7 +98,7 @@ def test_a_group_runs_in_steps_and_each_text_answers_as_alone(model: Model) -> N
 def test_the_kernels_read_the_exits_as_python_does(
     model: Model, signal: str, tau: float, max_layer: int | None, far: float | None
 ) -> None:
-    """With a rule of each kind, for texts that are far from their prototypes and others."""
+    """With each kind of rule, for texts in and out of distribution."""
     chosen = model.manifest.signal(signal, 1.5 if signal == "edr" else None)
     limits = None if far is None else np.full(model.manifest.num_layers + 1, far)
 
@@ -119,7 +119,7 @@ def test_what_fits_runs_in_one_step(model: Model) -> None:
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
     steps = Steps(queue)
     steps.run()
-    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one to tokenize
+    assert len(steps.seconds) == 2 and answers(steps.results) == alone(model, TEXTS)  # one tokenizes
 
 
 def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> None:
@@ -128,7 +128,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     urgent = job(model, ["an urgent one"], due=1.0)
     steps = Steps(queue, {1: lambda: queue.put(urgent)})
     items = steps.run()
-    assert len(steps.seconds) == 2 and not steps.results  # tokenized, a layer run, then it was preempted
+    assert len(steps.seconds) == 2 and not steps.results  # tokenized and one layer run, then preempted
     assert [item.progress.layer for item in items] == [2] * len(TEXTS) and len(queue) == len(TEXTS) + 1
     later = Steps(queue)
     assert later.run() == [*urgent.items, *items]  # they joined it before layer 2
@@ -138,7 +138,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
 def test_a_text_that_turned_out_longer_than_a_step_goes_on_as_it_began(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(long := job(model, ["good"], due=5.0))
-    long.served.group_s = lambda _: 2 * MAX_STEP_S  # once it is tokenized
+    long.served.group_s = lambda _: 2 * MAX_STEP_S  # known once it is tokenized
     steps = Steps(queue, {1: lambda: queue.put(job(model, ["an urgent one"], due=1.0))})
     (item,) = steps.run()
     assert item.progress.layer == 2 and len(queue) == 2
@@ -187,7 +187,7 @@ def test_a_group_that_fails_runs_alone_from_the_start(model: Model, monkeypatch:
 
 
 def test_a_preempted_group_is_charged_what_its_texts_took(model: Model) -> None:
-    """All of a text's steps once each: those before it was preempted, and those after."""
+    """Each step of a text is charged once, whether it ran before or after the preemption."""
     queue = WorkQueue(100)
     queue.put(first := job(model, due=5.0))
     urgent = job(model, ["an urgent one"], due=1.0)

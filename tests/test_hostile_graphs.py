@@ -1,4 +1,4 @@
-"""Graphs that export builds are read back, and none with another connection, attribute or constant."""
+"""Graphs built by export are accepted; any other connection, attribute or constant is refused."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -19,7 +19,7 @@ from de3.training.encoders import FAMILIES
 from de3.training.stock import open_stock, with_exits
 from tests.fixtures import save_encoder
 
-FREE = ("epsilon", "num_heads")  # of the weights' kind: any value within limits
+FREE = ("epsilon", "num_heads")  # free like weights: any value within limits
 
 
 @cache
@@ -57,7 +57,7 @@ def parts(graph: Any) -> Iterator[Any]:
 
 
 def changes(graph: Any) -> Iterator[tuple[str, Any]]:
-    """The graph with one thing changed, each time another, and what that is."""
+    """The graph with a single change, a different one each time, and the name of that change."""
     for p, part in enumerate(parts(graph)):
         values = [x.name for x in graph.input] + [x for n in part.node for x in n.output]
         for n, node in enumerate(part.node):
@@ -126,7 +126,7 @@ def test_a_manifest_of_another_model_is_refused(change: dict[str, Any]) -> None:
             read_segment(graph, layer, other)
         except GraphError:
             refused.append(layer)
-    # BERT's layout is also RoBERTa's: there the graphs are as sound.
+    # RoBERTa has BERT's layout, so its graphs stay valid.
     assert bool(refused) == ("encoder" not in change)
 
 

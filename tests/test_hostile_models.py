@@ -1,5 +1,4 @@
-"""Model files that mean harm, forged here: refused by name before anything runs them, or run by ONNX Runtime
-only."""
+"""Malicious model files, forged here: refused by name before anything runs them, or run by ONNX Runtime only."""
 
 import asyncio
 import hashlib
@@ -11,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from time import thread_time  # of a busy machine, too, the time that this thread took
+from time import thread_time  # CPU time of this thread, so that a busy machine does not matter
 from typing import Any
 
 import numpy as np
@@ -57,14 +56,14 @@ def edit(folder: Path, change: Callable[[dict], Any]) -> None:
 
 
 def rehash(folder: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed."""
+    """Update the manifest for a changed file."""
     data = (folder / name).read_bytes()
     entry = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     edit(folder, lambda m: m["files"].update({name: entry}))
 
 
 def forge(store: Path, model: str, layer: int, change: Callable[[Any], None]) -> str:
-    """Change a segment's ModelProto; the file's name."""
+    """Change a segment's ModelProto; returns the file's name."""
     folder = store / model / "1"
     name = f"layer_{layer:02}.onnx" if layer else "embeddings.onnx"
     proto = onnx.load_model_from_string((folder / name).read_bytes())
@@ -113,7 +112,7 @@ def test_no_tensor_is_read_from_another_file(
 def test_onnx_runtime_itself_reads_no_other_file(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Were the check to miss one: the session looks for it in a folder that does not exist."""
+    """If the check missed one, the session would look for the file in a folder that does not exist."""
     proto = onnx.load_model_from_string((store / "tiny" / "1" / "layer_01.onnx").read_bytes())
     weight = proto.graph.initializer[0]
     (tmp_path / "weights").write_bytes(weight.raw_data)
@@ -310,7 +309,7 @@ def test_a_tokenizer_has_only_parts_that_are_known(copies: Path, change: Callabl
         Model(Store(copies).open("tiny"))
 
 
-TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # which of them is read may differ
+TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in which of the two they use
 
 
 def test_a_tokenizer_check_survives_any_json() -> None:
@@ -320,7 +319,7 @@ def test_a_tokenizer_check_survives_any_json() -> None:
 
 
 def second_exit(proto: Any) -> None:
-    """One more branch behind the first, as if the exit had no metric space."""
+    """A second branch after the first, as if the exit had no metric space."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node(proto, "If"))
     for i, name in enumerate(copy.output):
@@ -354,7 +353,7 @@ def zero_point(proto: Any) -> None:
 
 def other_residual(proto: Any) -> None:
     adds = [n for n in proto.graph.node if n.op_type == "Add"]
-    adds[-1].input[1] = "hidden"  # instead of what the first norm gave
+    adds[-1].input[1] = "hidden"  # instead of the output of the first norm
 
 
 def other_activation(proto: Any) -> None:
@@ -371,7 +370,7 @@ def infinite_weight(proto: Any) -> None:
 
 
 def shadowed_weight(name: str) -> Callable[[Any], None]:
-    """A branch with a weight of its own, by the name of a value outside."""
+    """A branch with its own weight, named like a value outside."""
 
     def change(proto: Any) -> None:
         inner = branch(proto, "then_branch")
@@ -396,7 +395,7 @@ def other_zeros(proto: Any) -> None:
 
 
 def prepend(proto: Any, *nodes: Any, **weights: np.ndarray) -> None:
-    """Put nodes before a layer's, which make `shifted` of `hidden`."""
+    """Insert nodes at the start of a layer, which compute `shifted` from `hidden`."""
     for n in proto.graph.node:
         n.input[:] = ["shifted" if x == "hidden" else x for x in n.input]
     for n in reversed(nodes):
@@ -418,7 +417,7 @@ def slow(proto: Any) -> None:
 
 
 def outer_product(proto: Any) -> None:
-    """3.6 GB of the sum of 240 kB of weights."""
+    """3.6 GB of sums computed from 240 kB of weights."""
     prepend(
         proto,
         helper.make_node("Add", ["column", "row"], ["large"]),
@@ -430,7 +429,7 @@ def outer_product(proto: Any) -> None:
 
 
 def more_for_one_word(proto: Any) -> None:
-    """Memory that depends on the words of a text, so that no trial need show it."""
+    """Memory that depends on the words of a text, so a trial need not reveal it."""
     graph = proto.graph
     for name, array in (
         ("sizes", np.ones(64, np.float32)),
@@ -531,7 +530,7 @@ def test_what_has_no_kernels_runs_all_the_same(
 
 
 def test_a_file_of_many_parts_is_refused_before_it_is_parsed() -> None:
-    inner = b"\x0a\x00" * 12_000_000  # operators without anything, of a hundred bytes each in memory
+    inner = b"\x0a\x00" * 12_000_000  # empty operators, which take a hundred bytes each in memory
     size = b"".join(bytes([len(inner) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes(
         [len(inner) >> 21]
     )
@@ -540,7 +539,7 @@ def test_a_file_of_many_parts_is_refused_before_it_is_parsed() -> None:
         read_graph(b"\x08\x08\x3a" + size + inner)
     assert thread_time() - started < 1
     nested = b""
-    for _ in range(3000):  # graphs in attributes of operators of graphs
+    for _ in range(3000):  # operators with graphs as attributes, nested
         nested = b"\x32" + onnx.AttributeProto(s=nested).SerializeToString()[1:]
     with pytest.raises(GraphError):
         read_graph(nested)
@@ -629,7 +628,7 @@ def test_a_text_without_tokens_is_an_error(store: Path) -> None:
 
 
 def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
-    forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))  # the first of them
+    forge(copies, "tiny", 1, lambda p: p.graph.node.append(looping()))  # the first in the store
     (copies / "worse" / "1").mkdir(parents=True)
     (copies / "worse" / "1" / "manifest.json").write_text("{}")
     with serving(copies) as server:
@@ -659,7 +658,7 @@ def test_what_ends_the_process_that_proves_a_model_ends_no_other(
 
 
 def test_a_graph_as_export_builds_it_cannot_take_all_memory(copies: Path) -> None:
-    tokens = 32_768  # the attention of which needs 16 GiB
+    tokens = 32_768  # whose attention needs 16 GiB
 
     def more_positions(proto: Any) -> None:
         name = node(proto, "Slice").input[0]
@@ -709,7 +708,7 @@ def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Pat
 
 
 def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model on which the server's own measuring fails is refused before the server measures."""
+    """A model on which the server's own measurements fail is refused before the server makes them."""
     code = "import os, de3.server.engine.timing as t; t._run = lambda *a: os.abort(); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
     with pytest.raises(StoreError, match="crashes the process that loads it"):
@@ -729,7 +728,7 @@ def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
     model = Model(artifact, check=count)
     loaded = calls
     Timing(model, count)
-    assert loaded > 4 and calls > loaded + 3 * 5  # before each layer of each text, and each text timed
+    assert loaded > 4 and calls > loaded + 3 * 5  # before each layer of each text, and before each timed text
     monkeypatch.setattr(prove, "TIMEOUT_S", 0.0)
     late = prover.limit(artifact)
     with pytest.raises(StoreError, match="takes more than 0 s"):
@@ -751,7 +750,7 @@ def test_the_end_of_the_server_waits_for_no_model_that_loads() -> None:
         await asyncio.sleep(0.01)
 
     done = threading.Event()
-    asyncio.run(main())  # ends, though the event is not set
+    asyncio.run(main())  # ends although the event is not set
     assert all(t.daemon for t in threading.enumerate() if t.name == "de3-load")
     done.set()
 
@@ -964,7 +963,7 @@ def test_a_table_of_thousands_of_signals_is_read_and_served_quickly(copies: Path
         m["defaults"] = {"tau": 0, "signal": "edr", "lambda": 1.0}
 
     edit(copies / "tiny" / "1", many)
-    file = copies / "tiny/1/manifest.json"  # compact, or it would be too large
+    file = copies / "tiny/1/manifest.json"  # compact, since it would be too large otherwise
     file.write_text(json.dumps(json.loads(file.read_text()), separators=(",", ":")))
     started = thread_time()
     manifest = Store(copies).open("tiny").manifest

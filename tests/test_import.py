@@ -28,7 +28,7 @@ from tests.stock import fine_tuned
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,200 texts, one a line."""
+    """1,200 texts, one per line."""
 
     def make(folder: Path) -> None:
         (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(1200, 11)))
@@ -38,7 +38,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
-    """A stock classifier that has learned something."""
+    """A stock classifier with some accuracy."""
     examples = data.to_examples(read_rows(data_file, Columns("sentence")), ["0", "1"])
     return fine_tuned(tmp_path_factory, "classifier", encoder, ["bad", "good"], examples, epochs=4)
 
@@ -59,7 +59,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: 
 
 
 def logits_of(folder: Path, texts: list[str]) -> Any:
-    """What transformers' own model says, one text at a time."""
+    """The logits of transformers' own model, one text at a time."""
     opened = open_stock(str(folder))
     with torch.no_grad():
         rows = [
@@ -121,7 +121,7 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
         assert calibration.default.speedup > 1.5
         full = next(row for row in calibration.table if row.tau == 0)
         if name == "mine":
-            # Disagreement is counted against the original's answers, so int8 alone has some, or could have.
+            # Disagreement is counted against the original's answers, so int8 alone causes some, or may.
             assert full.disagreement == calibration.original_disagreement and full.disagreement_bound > 0
         else:
             assert calibration.original_disagreement is None and full.disagreement_bound == 0
@@ -207,7 +207,7 @@ def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: P
 def test_states_of_another_head_are_not_taken(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An import that stopped leaves its states; those of a model with the same encoder and another head are new."""
+    """The states of an interrupted import are kept, but not used for a model with the same encoder and another head."""
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -375,7 +375,7 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
     calibration = Store(tmp_path / "store").open("m").manifest.calibration
     frozen = Store(imported / "store").open("mine-fp32").manifest.calibration
     assert calibration is not None and frozen is not None
-    # In fp32, too: the encoder is another one.
+    # Also in fp32, because the encoder has changed.
     assert calibration.original_disagreement is not None
     ours, theirs = (next(row for row in c.table if row.tau == 0) for c in (calibration, frozen))
     assert ours.disagreement == calibration.original_disagreement < 0.2 and theirs.disagreement == 0
@@ -385,7 +385,7 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
 def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else what is certified would hold for texts that the exits have seen."""
+    """Otherwise the certificate would rely on texts that the exits were fitted on."""
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     given: list[Any] = []

@@ -26,12 +26,12 @@ def test_times_of_passes_count_what_comes_before_the_layers_and_every_exit(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = load(Store(store).open("tiny-int8"), Settings(runtime="onnxruntime"))
-    start, exit_cost, token = 30.0, 7.0, 2.0  # of a text, of an exit, of a token in a layer
+    start, exit_cost, token = 30.0, 7.0, 2.0  # costs of a text, of an exit, and of a token in a layer
     clock, outcomes = [0.0], []
 
     def classify(engine: Engine, text: Any, choice: Any) -> None:
         outcome = original(engine, text, choice)
-        exits = outcome.layer + 1 if choice.rule.tau else 1  # at τ = 0 only the last
+        exits = outcome.layer + 1 if choice.rule.tau else 1  # only the last at τ = 0
         length = len(served.model.tokenize(text.text))
         clock[0] += start + token * length * outcome.layer + exit_cost * exits
         outcomes.append((choice.rule.max_layer, outcome.layer))

@@ -18,7 +18,7 @@ def builds_and_runs_arm() -> bool:
     if shutil.which(CROSS) is None or shutil.which(QEMU) is None:
         return False
     library = subprocess.run([CROSS, "-print-file-name=libc.a"], check=True, capture_output=True, text=True)
-    return Path(library.stdout.strip()).is_absolute()  # else the compiler has no C library
+    return Path(library.stdout.strip()).is_absolute()  # otherwise the compiler has no C library
 
 
 arm = pytest.mark.skipif(
@@ -73,7 +73,7 @@ def test_the_program_for_emulators_runs_on_this_machine(kernels: Any) -> None:
 
 
 def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -> None:
-    """An emulated processor finds these kernels and the reference, and the best give what the reference gives."""
+    """Check that an emulated processor finds these kernels and the reference, and that the best agree with it."""
     emulated = (emulator, "-cpu", processor, program)
     assert run(*emulated).split() == [*names, "reference"]
     for name in names[:1]:

@@ -46,7 +46,7 @@ def test_they_fit_together_and_the_image() -> None:
     assert settings["port"] == str(port["containerPort"])
     assert pod["spec"]["enableServiceLinks"] is False  # DE3_PORT would be tcp://...
     assert f"USER {pod['spec']['securityContext']['runAsUser']}" in Path("Dockerfile").read_text()
-    # It must have time to answer what it accepted, after the pause before its stop.
+    # It must have time to answer accepted requests, after the pause before its stop.
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
     Settings(**settings)
@@ -60,10 +60,10 @@ def test_the_network_policy_lets_in_who_is_named_and_nobody_out() -> None:
     (rule,) = policy["ingress"]
     (container,) = DOCUMENTS["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert rule["ports"] == [{"protocol": "TCP", "port": container["ports"][0]["containerPort"]}]
-    # An empty peer, or an empty selector in it, would let in everybody.
+    # An empty peer, or an empty selector in it, would admit everyone.
     for peer in rule["from"]:
         assert peer and all(selector["matchLabels"] for selector in peer.values()), peer
-    # Prometheus is where the adapter looks for it.
+    # Prometheus is at the address that the adapter uses.
     adapter = yaml.safe_load((FILE.parent / "adapter.yaml").read_text())
     namespace = re.match(r"http://[\w-]+\.([\w-]+)\.svc", adapter["prometheus"]["url"])
     assert namespace is not None
@@ -84,7 +84,7 @@ def test_keys_come_as_files_that_the_server_can_read() -> None:
     # A Secret's files belong to root and to the group fsGroup.
     assert secret["defaultMode"] == 0o440
     assert pod["securityContext"]["fsGroup"] == pod["securityContext"]["runAsGroup"]
-    # The command at the top of the file makes what is mounted here.
+    # The command at the top of the file creates what is mounted here.
     (command,) = re.findall(r"kubectl create secret generic .*", FILE.read_text())
     assert f"generic {secret['secretName']} " in command
     made = set(re.findall(r"--from-file=([\w-]+)=", command))
@@ -96,7 +96,7 @@ def test_keys_come_as_files_that_the_server_can_read() -> None:
 
 
 def test_the_memory_limit_covers_what_the_server_admits() -> None:
-    """An upper bound by arithmetic, without the kernel's socket buffers."""
+    """An upper bound by calculation, without the kernel's socket buffers."""
 
     def size(text: str) -> int:
         return int(text[:-2]) * UNITS[text[-2:]]
@@ -106,10 +106,10 @@ def test_the_memory_limit_covers_what_the_server_admits() -> None:
     memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
     env = {e["name"]: e["value"] for e in container["env"]}
     (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v.get("emptyDir", {}).get("medium"))
-    reload = 410_000_000  # measured, with the demo model: the server and the process that tries it
+    reload = 410_000_000  # measured with the demo model: the server and the process that loads a model first
     assert memory["requests"] > reload + tmp
     bodies = Settings().max_inflight_bytes * 9 // 8 * 5  # as bytes, and as strings of 4 bytes a character
-    connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and what is read ahead
+    connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and the bytes read ahead
     unread = 2**26  # answers
     assert memory["limits"] > reload + tmp + bodies + connections + unread
 
@@ -133,4 +133,4 @@ def test_prometheus_can_scrape_the_pods() -> None:
     (job,) = yaml.safe_load((FILE.parent / "scrape.yaml").read_text())["scrape_configs"]
     assert f'job="{job["job_name"]}"' in Path("deploy/prometheus/alerts.yml").read_text()
     targets = {relabeling.get("target_label") for relabeling in job["relabel_configs"]}
-    assert {"namespace", "pod"} <= targets  # by which the adapter finds them
+    assert {"namespace", "pod"} <= targets  # the labels that the adapter queries

@@ -1,5 +1,4 @@
-"""Large bodies are parsed in turns: one at a time, with pauses, the clients in rotation, and none
-forgotten."""
+"""Large bodies are parsed one at a time, with pauses, clients in rotation, and none is forgotten."""
 
 import asyncio
 import socket
@@ -60,7 +59,7 @@ def test_a_turn_is_not_lost_with_who_leaves(victim: int) -> None:
         await asyncio.wait_for(one(), 10)
         return done
 
-    assert asyncio.run(go()) in (4, 5)  # the one that left, and the last
+    assert asyncio.run(go()) in (4, 5)  # the cancelled one, and the last
 
 
 def test_after_a_turn_others_have_as_long() -> None:
@@ -107,7 +106,7 @@ def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> 
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
     with serving(store, models=["tiny"]) as server:
         lane = server.frontend.lane
-        lane._is_free = False  # somebody has the turn, and does not give it back
+        lane._is_free = False  # the lane is taken and not released
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
                 b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)

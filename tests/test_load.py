@@ -1,4 +1,4 @@
-"""The controller under load, as a simulation with a clock of its own, and over HTTP."""
+"""The load controller, in a simulation with a fake clock and over HTTP."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -22,7 +22,7 @@ OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
 
 
 class Simulation:
-    """A server that answers CAPACITY texts a second at level 0, and GAIN more with each level."""
+    """A server that answers CAPACITY texts/s at level 0, and a share GAIN more at each level."""
 
     def __init__(self) -> None:
         self.now = self.in_flight = self.answered = 0.0
@@ -31,7 +31,7 @@ class Simulation:
         self.worst_s = 0.0
 
     def run(self, seconds: float, rate: float) -> list[int]:
-        """Levels at the end of each tick."""
+        """Run for some seconds; returns the level at the end of each tick."""
         levels, step = [], 0.005
         for _ in range(round(seconds / TICK_S)):
             for _ in range(round(TICK_S / step)):
@@ -60,7 +60,7 @@ def test_nothing_happens_at_a_load_that_fits() -> None:
 def test_tau_is_raised_as_far_as_the_load_asks_and_no_text_is_shed() -> None:
     simulation = Simulation()
     levels = simulation.run(20, 1.15 * CAPACITY)
-    assert max(levels) >= 3  # 3 levels carry 1.18 times the load
+    assert max(levels) >= 3  # 3 levels allow 1.18 times the load
     assert simulation.shed == 0
     assert simulation.worst_s < OBJECTIVE_S
 
@@ -88,7 +88,7 @@ def test_it_does_not_swing() -> None:
     simulation.run(5, 1.1 * CAPACITY)
     levels = simulation.run(30, 1.1 * CAPACITY)
     changes = sum(a != b for a, b in pairwise(levels))
-    assert changes < 40  # of 600 ticks
+    assert changes < 40  # in 600 ticks
     assert simulation.shed == 0
 
 
@@ -111,7 +111,7 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
 
 
 def test_texts_that_run_are_no_load_however_slow_the_model_is() -> None:
-    controller = Controller(OBJECTIVE_S, lambda: LEVELS, capacity=20.0, threads=2)  # 100 ms a text
+    controller = Controller(OBJECTIVE_S, lambda: LEVELS, capacity=20.0, threads=2)  # 100 ms per text
     assert not controller.sheds(2, lambda: 2)
     controller.tick(2, 2, 0)
     assert controller.level == 0
@@ -119,7 +119,7 @@ def test_texts_that_run_are_no_load_however_slow_the_model_is() -> None:
 
 def test_what_a_new_text_overtakes_is_no_load() -> None:
     controller = Controller(OBJECTIVE_S, lambda: 0, CAPACITY, threads=2)
-    assert not controller.sheds(500, lambda: 2)  # a long list: a short text goes before nearly all of it
+    assert not controller.sheds(500, lambda: 2)  # a large batch: a short text overtakes nearly all of it
     assert controller.sheds(500, lambda: 500)
 
 
@@ -155,7 +155,7 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         until(lambda: controller.level == len(server.service.models.all[0].rules.steps) > 0, "the last level")
         client = {"client": ("127.0.0.1", 1), "headers": []}
         until(lambda: server.frontend.sheds(client), "shedding")
-        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # who has nothing in flight
+        assert not server.frontend.sheds(client | {"client": ("192.0.2.1", 1)})  # nothing in flight
 
         def shed() -> float:
             return server.metric("de3_rejected_total", cause="shed")
@@ -170,7 +170,7 @@ def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
         assert shed() == before + 1
         assert server.metric("de3_tau", model="tiny:1") > 0
         tick = controller.tick
-        monkeypatch.setattr(controller, "tick", lambda *_: None)  # stay at this level for now
+        monkeypatch.setattr(controller, "tick", lambda *_: None)  # keep this level for now
         gate.open()
         until(lambda: server.service.admission.texts.total < 5, "the queue to empty")
         degraded = server.metric("de3_degraded_texts_total", model="tiny:1")
@@ -208,19 +208,19 @@ class Ticking:
 
     @property
     def capacity(self) -> float:
-        return 1 / self.controller.predicted_s(3)  # one more than threads
+        return 1 / self.controller.predicted_s(3)  # one more text than threads
 
 
 def test_only_a_server_that_was_never_idle_shows_that_its_capacity_is_low() -> None:
     ticking = Ticking()
     for _ in range(5):
-        ticking.controller.sheds(0, lambda: 0)  # a request came while nothing was in flight
+        ticking.controller.sheds(0, lambda: 0)  # a request arrived while nothing was in flight
         ticking.tick(10, 20)
     assert ticking.capacity == pytest.approx(CAPACITY)
     for _ in range(5):
         ticking.tick(10, 20)
     assert ticking.capacity < CAPACITY / 2
-    ticking.tick(0, 3 * CAPACITY)  # but that it is high shows even so
+    ticking.tick(0, 3 * CAPACITY)  # a high capacity is still noticed
     assert ticking.capacity == pytest.approx(3 * CAPACITY)
 
 

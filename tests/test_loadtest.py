@@ -1,4 +1,4 @@
-"""The load generator: what it sends, what it counts, and against whom a latency counts."""
+"""The load generator: the requests that it sends, the answers that it counts, and the start of each latency."""
 
 import json
 import socket
@@ -24,7 +24,7 @@ SAMPLES = [Sample(text, label) for text, label in make_rows(30, 4)]
 
 @contextmanager
 def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
-    """A server that sends what `answer` gives for the n-th request; nothing: it closes the connection."""
+    """A server that answers the n-th request with `answer(n)`; if that is empty, it closes the connection."""
     listening = socket.create_server(("127.0.0.1", 0))
     count, lock = [0], threading.Lock()
 
@@ -40,7 +40,7 @@ def plain_server(answer: Callable[[int], bytes]) -> Iterator[Target]:
                 with lock:
                     number = count[0]
                     count[0] += 1
-                    reply = answer(number)  # one at a time, as a server that stalls would
+                    reply = answer(number)  # one at a time, so that one stall delays all
                 if not reply:
                     return
                 s.sendall(reply)
@@ -72,7 +72,7 @@ def test_quantiles_need_no_order() -> None:
 def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     def answer(number: int) -> bytes:
         if number == 20:
-            time.sleep(0.4)  # one stall: everyone who comes in it waits
+            time.sleep(0.4)  # one stall: all requests that arrive during it wait
         return reply("a")
 
     with plain_server(answer) as target:
@@ -80,8 +80,8 @@ def test_an_open_loop_counts_from_when_a_request_was_due() -> None:
     assert run.statuses() == {200: len(run.answers)}
     assert 150 < len(run.answers) < 260  # Poisson: 200 ± 14
     waited = [x for x in run.latencies_ms() if x > 100]
-    assert len(waited) > 30  # not the 2 that a generator would see that waits for its connections
-    assert run.latencies_ms()[0] < 100  # but not everyone
+    assert len(waited) > 30  # not the 2 of a generator that waits for its connections
+    assert run.latencies_ms()[0] < 100  # but not all of them
 
 
 def test_a_closed_loop_sends_the_samples_in_turn() -> None:
@@ -104,7 +104,7 @@ def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.Mon
     with plain_server(slow) as target:
         run = send_traffic(target, SAMPLES, seconds=0.5, rate=200, connections=2)
     assert len(run.answers) > 70 and run.statuses()[0] > 40
-    assert run.rate() < 25  # 20 a second is what it can; answers after the end do not count
+    assert run.rate() < 25  # the server manages 20/s; answers after the end do not count
 
 
 def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
@@ -118,7 +118,7 @@ def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
         run = send_traffic(target, SAMPLES[:10], seconds=0.2, rate=200, connections=1)
     statuses = run.statuses()
     assert statuses[503] == 1 and statuses[0] == 1
-    assert wrong_labels(run, ["a"] * 10) == 2  # "b", and what is no answer
+    assert wrong_labels(run, ["a"] * 10) == 2  # "b", and the invalid answer
     assert report.summary(run, 2)["statuses"]["503"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Texts longer than a window: the windows, their combined answer, when it is settled; in the engine and over HTTP."""
+"""Texts longer than a window: the windows, their combined answer, and its early end; in the engine and over HTTP."""
 
 import random
 from collections.abc import Iterator
@@ -33,14 +33,14 @@ ROOM = 62  # of the tests' models, for one text
 
 
 def words(number: int, seed: int = 0) -> str:
-    """A text of so many words of one token each, good ones and then bad ones."""
+    """A text of this many one-token words, good ones first and then bad ones."""
     rng = random.Random(seed)
     return " ".join(
         rng.choice(FILLER if rng.random() < 0.7 else GOOD if n < number / 3 else BAD) for n in range(number)
     )
 
 
-# The windows, and what they say together.
+# Windows and their combined answer
 
 
 @given(tokens=st.integers(1, 3000), room=st.integers(1, 200))
@@ -74,7 +74,7 @@ rows = st.lists(st.tuples(st.integers(1, 500), logits), min_size=1, max_size=8)
 def test_a_settled_label_is_final_whatever_follows(
     rows: list[tuple[int, list[float]]], classes: int, ran: int, against: int
 ) -> None:
-    """Also if all that follows is sure of the same other class."""
+    """Even if all remaining windows are confident in the same other class."""
     combination = Combination([weight for weight, _ in rows])
     for _, values in rows[:ran]:
         combination.add(reading(values[:classes]))
@@ -117,7 +117,7 @@ def test_settled_labels_are_final_too(
     after = combination.reading(readings[0])
     assert settled == (ran >= len(rows) or before.labels == [0, 1, 2, 3])
     assert after.labels == before.labels or not settled
-    # A label is given if any window gives it; its probability is the highest.
+    # A label is assigned if any window assigns it; its probability is the highest.
     assert set(after.labels or []) == {k for one in readings for k in one.labels or []}
     assert after.probs == [max(column) for column in zip(*(one.probs for one in readings), strict=True)]
     assert after.label == max(range(4), key=after.logits.__getitem__)
@@ -125,7 +125,7 @@ def test_settled_labels_are_final_too(
 
 def test_the_mean_is_weighted_by_new_tokens_and_may_be_settled_early() -> None:
     combination = Combination([60, 30, 10])
-    combination.add(reading([0.0, 2.0]))  # 0.119, 0.881: leads by 60 · 0.762, which 40 others cannot reach
+    combination.add(reading([0.0, 2.0]))  # 0.119, 0.881: leads by 60 · 0.762; 40 are left
     assert combination.is_settled()
     combination.add(reading([0.0, 0.0]))
     row = combination.reading(reading([0.0, 0.0]))
@@ -136,7 +136,7 @@ def test_the_mean_is_weighted_by_new_tokens_and_may_be_settled_early() -> None:
     combination.add(reading([0.0, 2.0]))
     assert not combination.is_settled() and combination.is_settled(0.75)
     combination = Combination([50, 50])
-    combination.add(reading([0.0, 800.0]))  # a tie would be possible, and goes to the first class
+    combination.add(reading([0.0, 800.0]))  # a tie would be possible, and would go to the first class
     assert not combination.is_settled()
 
 
@@ -214,7 +214,7 @@ def test_the_shorter_text_of_a_pair_is_whole_in_every_window() -> None:
             tokenizer.start(text, "film " * (most + 1), True, 16).all()
 
 
-# In the engine.
+# In the engine
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def model(store: Path) -> Model:
 
 
 class Busy:
-    """A queue in which something more urgent is pending as often as it is asked, or never."""
+    """A queue that always reports a more urgent text, or never."""
 
     def __init__(self, is_busy: bool) -> None:
         self.is_busy, self.requeued, self.charged = is_busy, 0, 0.0
@@ -261,7 +261,7 @@ def run(item: Item, queue: Any) -> Outcome:
 
 
 def by_hand(model: Model, text: str, tau: float) -> list[Reading]:
-    """Where each window leaves, by the plain model and the rule."""
+    """The exit of each window, by the plain model and the rule."""
     ids = model.tokenizer.encode([(text, None)], special=False)[0].ids
     rule, left = ExitRule(tau, Edr(1.0)), []
     for span in spans(len(ids), ROOM):
@@ -364,7 +364,7 @@ def test_a_long_text_is_answered_by_its_windows(server: Server) -> None:
     assert (
         answer["usage"]["prompt_tokens"] == sum(s.end - s.start + 2 for s in spans(150, ROOM)[:ran]) + 5 + 3
     )
-    # Each text counts once, and every window's layers do.
+    # Each text counts once, but all layers of its windows count.
     assert server.metric("de3_exit_layer_count", model=name) - runs["de3_exit_layer_count"] == 3
     assert server.metric("de3_layers_run_total", model=name) - runs["de3_layers_run_total"] == 3 * (2 + ran)
 
@@ -451,7 +451,7 @@ def test_classes_that_no_window_gives_any_probability_have_finite_logits() -> No
 
 def test_a_label_that_only_rounding_settles_is_not_settled() -> None:
     combination = Combination([1, 3, 1])
-    for p in (0.55, 0.65):  # ahead by 0.1 + 3·0.3 = 1, as much as the last window can change
+    for p in (0.55, 0.65):  # ahead by 0.1 + 3·0.3 = 1, exactly what the last window can change
         combination.add(replace(reading([1.0, 0.0]), probs=[p, 1 - p]))
     best, second = (0.55 + 3 * 0.65), (1 - 0.55) + 3 * (1 - 0.65)
     assert best - second > 1 and not combination.is_settled()

@@ -1,4 +1,4 @@
-"""Models that come, go and come back while the server runs."""
+"""Models that are loaded, unloaded and rolled back while the server runs."""
 
 import json
 import random
@@ -30,7 +30,7 @@ TEXTS = [text for text, _ in make_rows(60, 21)]
 
 @pytest.fixture
 def versions(store: Path, tmp_path: Path) -> Path:
-    """A store with tiny:1, tiny:2 (its labels renamed, to tell it by its answers) and tiny:3 (damaged)."""
+    """A store with tiny:1, tiny:2 (renamed labels identify its answers) and tiny:3 (damaged)."""
     path = tmp_path / "store"
     shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
     copy(path, 2, labels=["no", "yes"])
@@ -141,7 +141,7 @@ def test_a_canary_gets_its_share(server: Server, monkeypatch: pytest.MonkeyPatch
     counts = Counter(answering(server) for _ in range(200))
     assert 30 <= counts["tiny:2"] <= 70 and counts.total() == 200
     assert answering(server, "tiny:1") == "tiny:1"
-    change(server, "load", version=2)  # it proved itself
+    change(server, "load", version=2)  # make the canary current
     assert {answering(server) for _ in range(20)} == {"tiny:2"}
     assert served(server) == ["tiny:2"]
 
@@ -165,7 +165,7 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
-    """Nor counts as waiting: an autoscaler and the load controller must not see it."""
+    """Nor count as pending: the autoscaler and the load controller must not see it."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
     with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")
@@ -280,7 +280,7 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
             refused = change(server, "load", headers=headers, version=2)
             assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
         user = {"Authorization": "Bearer a-key-for-classifying"}
-        for path in ("/v1/models/tiny/load", "/classify/"):  # the second is a path that only resembles one
+        for path in ("/v1/models/tiny/load", "/classify/"):  # the second only resembles an admin route
             forbidden = httpx.post(server.url + path, json={}, headers=user)
             assert forbidden.status_code == 403 and "www-authenticate" not in forbidden.headers
             assert forbidden.json()["error"]["message"] == "this needs an admin's key"
@@ -288,7 +288,7 @@ def test_a_change_needs_an_admin_key(versions: Path) -> None:
             strange = httpx.post(f"{server.url}/v1/models/tiny/{path}", json={})
             assert strange.status_code == 401, path
         assert change(server, "load", version=2).status_code == 200
-        assert httpx.get(server.url + "/v1/models", headers=HEADERS).status_code == 200  # an admin may look
+        assert httpx.get(server.url + "/v1/models", headers=HEADERS).status_code == 200  # an admin may read
         assert httpx.get(server.url + "/v1/models/tiny/load", headers=HEADERS).status_code == 405
 
 
@@ -326,7 +326,7 @@ def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reloads_under_load_fail_no_request(versions: Path) -> None:
-    """And no answer comes from a half-loaded model: a version is known by its labels."""
+    """And no answer comes from a half-loaded model: labels identify the version."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
     stop, wrong, count = threading.Event(), [], Counter[str]()
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
@@ -365,7 +365,7 @@ def test_reloads_under_load_fail_no_request(versions: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a process of its own, and with the demo model, of a size that shows."""
+    """In a separate process, with the demo model, which is large enough to measure."""
     monkeypatch.setenv("DE3_ADMIN_KEYS", f"root {KEY}")
     with process(Path("models")) as running:
         url = url_when_ready(running)
@@ -383,8 +383,8 @@ def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -
 
         reload(2)
         before = memory_mb()
-        reload(4)  # each time with texts run by the model before, which the engine must forget
-        # A load takes 60 MB for a while, and the model keeps half of that.
+        reload(4)  # each time with texts run by the previous model, which the engine must forget
+        # A load takes 60 MB temporarily, and the model keeps half of that.
         until(lambda: memory_mb() < before + 40, "the memory to come back")
 
 
@@ -411,7 +411,7 @@ def test_the_first_of_several_versions_answers(versions: Path, names: list[str])
 
 
 def test_others_in_the_store_stop_no_start(versions: Path) -> None:
-    shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # a name that is not its manifest's
+    shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # a name other than its manifest's
     (versions / "tiny" / "99").mkdir()
     with serving(versions, models=["tiny:1"]) as server:
         assert answering(server) == "tiny:1"
@@ -423,7 +423,7 @@ def test_too_many_models_at_start_are_refused(versions: Path) -> None:
 
 
 def test_a_request_without_a_model_where_several_are_served(store: Path) -> None:
-    """Nobody named a first, so no model is taken by its name's place in the alphabet."""
+    """The server has no default, so no model is chosen by alphabetical order."""
     with serving(store, default_model=None) as server:
         for path, body in (
             ("/classify", {"input": "good"}),

@@ -1,4 +1,4 @@
-"""ModernBERT: parity at every length and with every option, what is refused, and graphs that were tampered with."""
+"""ModernBERT: parity at every length and with every option, refusals, and graphs that were tampered with."""
 
 import json
 import random
@@ -33,7 +33,7 @@ from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
 from tests.test_hostile_models import edit, forge
 
-LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # the tests' encoders see 5 tokens to each side
+LENGTHS = [*range(1, 28), 31, 32, 33, 40, 47, 63, 64]  # local attention spans 5 tokens on each side here
 SMALL = {"layers": 5, "labels": 3}
 
 
@@ -42,7 +42,7 @@ def logits_at(session: Any, ids: torch.Tensor) -> Any:
 
 
 def manifest_of(model: De3Model, int8: bool) -> Any:
-    """What a reader needs to know of a manifest."""
+    """The fields of a manifest that a reader uses."""
     config = model.config
     return SimpleNamespace(
         **{k: getattr(config, k) for k in ("exit_layers", "prototype_layers", "num_layers", "hidden_size")},
@@ -56,7 +56,7 @@ def manifest_of(model: De3Model, int8: bool) -> Any:
 
 
 def read(model: De3Model, int8: bool) -> list[Read]:
-    """The segments of a model as a server reads them."""
+    """The segments of a model, as read by a server."""
     manifest, segments = manifest_of(model, int8), build(model, int8, False).values()
     return [read_segment(read_graph(s.SerializeToString()), m, manifest) for m, s in enumerate(segments)]
 
@@ -71,7 +71,7 @@ def opened(model: onnx.ModelProto) -> Any:
 
 @torch.no_grad()
 def largest_difference(stock: Any, session: Any, lengths: list[int]) -> float:
-    """Between transformers' own classifier and a session, one text at a time."""
+    """The largest difference between transformers' own classifier and a session, one text at a time."""
     torch.manual_seed(1)
     differences = []
     for length in lengths:
@@ -159,7 +159,7 @@ def test_every_exit_sees_the_final_norm_once(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_padding_changes_nothing(tmp_path: Path) -> None:
-    """Though most padding sees no token of the text, as it is too far away."""
+    """Although most padding attends to no token of the text, as it is too far away."""
     stock = open_stock(str(save_encoder(tmp_path, "modernbert", **SMALL)))
     model = with_exits(stock, "mean", "text")
     ids = torch.randint(4, 40, (2, 64))
@@ -259,7 +259,7 @@ def copied(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def graphs_in(proto: onnx.ModelProto) -> list[Any]:
-    """The graph and its branches."""
+    """A graph and its branches."""
     return [proto.graph, *(a.g for n in proto.graph.node for a in n.attribute if a.HasField("g"))]
 
 
@@ -269,7 +269,7 @@ def every_node(proto: onnx.ModelProto) -> Iterator[tuple[int, int]]:
 
 
 def test_no_edge_can_be_changed(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
-    """Every input of every node takes, in turn, several other values and weights of the graph."""
+    """Every input of every node is replaced in turn by several other values and weights of the graph."""
     manifest, segments = graphs
     rng = random.Random(4)
     for layer, segment in enumerate(segments):
@@ -317,14 +317,14 @@ def test_no_node_or_attribute_can_be_changed(graphs: tuple[Any, list[onnx.ModelP
 
 
 def test_no_constant_can_be_changed(graphs: tuple[Any, list[onnx.ModelProto]]) -> None:
-    """Only weights are free; what the arithmetic of positions and masks takes is not."""
+    """Only weights are free; the constants for positions and masks are not."""
     manifest, segments = graphs
     for layer, original in enumerate(segments):
         assert not is_refused(original, layer, manifest)
         constants = 0
         for w, weight in enumerate(original.graph.initializer):
             array = numpy_helper.to_array(weight)
-            others = [array[..., None], array.astype(np.float64)]  # of another shape, of another type
+            others = [array[..., None], array.astype(np.float64)]  # of another shape; of another type
             if array.dtype == np.int64 or array.ndim == 0:
                 numbers = (array + 1, array - 1, array // 2 + 7, np.full_like(array, 2**30))
                 others += [other for other in numbers if (other != array).any()]
@@ -387,12 +387,12 @@ def test_there_are_no_kernels_and_this_is_said(graphs: tuple[Any, list[onnx.Mode
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Made by the commands a user types: a checkpoint for pairs of texts, and m:1 and m-int8:1 in store."""
+    """A checkpoint for pairs of texts, and m:1 and m-int8:1 in store, made by the commands a user types."""
 
     def make(folder: Path) -> None:
         encoder = save_encoder(
             folder / "encoder", "modernbert", classifier_activation="silu"
-        )  # no head is used
+        )  # the head is not used
         rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(900, 3)]
         (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         de3(

@@ -1,4 +1,4 @@
-"""Multi-label models: imported, calibrated and served; a text leaves when no label's decision is likely to change."""
+"""Multi-label models: imported, calibrated and served; a text exits when no label's decision is likely to change."""
 
 import json
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ STORY = FILLER[5:9]
 
 
 def labels_of(text: str) -> tuple[int, ...]:
-    """Any number of labels: of words of praise, of blame, and of a story."""
+    """Any number of labels: by words of praise, of blame, and of story."""
     words = set(text.split())
     return tuple(k for k, known in enumerate((GOOD, BAD, STORY)) if words & set(known))
 
@@ -61,9 +61,9 @@ def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: 
     certify = checkpoint.held_out("certify")
     assert all(isinstance(e.label, tuple) and e.label == e.original for e in certify)
     recorded = record(Model(artifact, "onnxruntime"), certify)
-    assert recorded.correct[:, -1].mean() > 0.97  # as the original, but for int8
+    assert recorded.correct[:, -1].mean() > 0.97  # as the original, except for int8
     share = np.mean([labels_of(str(e.text)) == e.label for e in certify])
-    assert share > 0.6  # the original has learned some of it
+    assert share > 0.6  # the original has some accuracy
     micro, macro = f1(recorded)
     assert micro[-1] > 0.98 and macro[-1] > 0.95 and micro[0] <= micro[-1]
 
@@ -98,7 +98,7 @@ def test_a_label_of_any_window_is_given(server: Server) -> None:
     assert long["probs"] == [max(column) for column in zip(*(x["probs"] for x in last), strict=True)]
     assert long["labels"] == [name for name, p in zip(NAMES, long["probs"], strict=True) if p > 0.5]
     assert {"praise", "blame"} <= {label for row in (long, *each) for label in row["labels"]}
-    # Once each label is given, what is left cannot change that.
+    # Once every label is assigned, the remaining windows cannot change the answer.
     row = server.classify(input=" ".join(parts), tau=0, long="windows", thresholds=1e-9).json()["data"][0]
     assert row["labels"] == NAMES and row["windows"]["run"] == 1
 
@@ -115,7 +115,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
 
     assert set(labels(thresholds=1e-6)) == set(NAMES) and labels(thresholds=1 - 1e-6) == []
     assert "blame" not in labels(thresholds={"blame": 1 - 1e-6})
-    # With a wish of the calibration, or a name that is none, it is an error that says so.
+    # Together with a calibrated target, or with an unknown label, it is an error with a clear message.
     for options, says in (
         ({"thresholds": {"anger": 0.5}}, "topics:1 has no label 'anger'; there are: praise, blame, story"),
         ({"thresholds": 1.0}, "a number above 0 and below 1"),
@@ -129,7 +129,7 @@ def test_a_request_may_set_thresholds(server: Server) -> None:
 
 
 def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
-    """Nothing was calibrated with the thresholds of a request."""
+    """The calibration does not cover a request's own thresholds."""
     with serving(imported / "store", models=["topics"], max_disagreement=0.5) as server:
         assert "certificate" in server.classify(input="a good film").json()
         refused = server.classify(input="a good film", thresholds=0.01)
@@ -178,7 +178,7 @@ def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> Non
                 assert (row["labels"], row["exit"]) == (other["labels"], other["exit"])
             answers.append([(row["labels"], row["exit"]["layer"]) for row in rows])
     same = np.mean([a == b for a, b in zip(*answers, strict=True)])
-    assert same > 0.9  # int8 rounds otherwise now and then
+    assert same > 0.9  # int8 occasionally rounds differently
 
 
 def test_other_protocols_give_a_label_a_probability_of_its_own(server: Server) -> None:
@@ -245,7 +245,7 @@ def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_p
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
     output = de3(f"evaluate {tmp_path}/s/low/1 {texts} --original {classifier} --png {tmp_path}/plot.png")
-    assert "100.00" in output  # with the thresholds of the import, the original's answers are full depth's
+    assert "100.00" in output  # with the import's thresholds, full depth gives the original's answers
 
 
 def test_labels_as_arrays_and_back(tmp_path: Path) -> None:

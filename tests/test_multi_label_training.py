@@ -46,7 +46,7 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory, data_file: Path, encoder: Path) -> Path:
-    """A folder with the checkpoint and, in store, topics:1 (int8): by the commands a user types."""
+    """A folder with the checkpoint and, in store, topics:1 (int8), made by the commands a user types."""
 
     def make(folder: Path) -> None:
         output = de3(
@@ -69,7 +69,7 @@ def test_it_learns_every_label(trained: Path) -> None:
     record = json.loads((folder / "training.json").read_text())
     best = record["history"][record["best_epoch"] - 1]["tune_micro_f1"]
     assert best[-1] > 0.97 and len(best) == 4
-    assert record["settings"]["head_lr"] == 1e-2  # of multi-label models
+    assert record["settings"]["head_lr"] == 1e-2  # the default of multi-label models
     opened = Checkpoint(folder)
     assert (opened.names, opened.config.thresholds) == (NAMES, [0.4] * 3)
     assert not opened.model.prototypical and opened.model.prototypes.numel() == 0
@@ -96,7 +96,7 @@ def test_what_was_trained_is_served(trained: Path, data_file: Path, tmp_path: Pa
 
 
 def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Path) -> None:
-    """The same rows as a .csv, with the labels renamed; then it is exported as one plain graph."""
+    """The same rows as a .csv, with the labels renamed; then exported as one plain graph."""
     rows = [(text, "|".join(reversed(names_of(text)))) for text, _ in make_rows(200, 43)]
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"{text},{cell}\n" for text, cell in rows))
     output = de3(
@@ -211,7 +211,7 @@ def test_the_loss_is_that_of_plain_pytorch() -> None:
     assert total == pytest.approx(float(expected), rel=1e-6)
     by_hand = losses.binary_cross_entropy(torch.tensor([[0.0, math.log(3)]]), torch.tensor([[1.0, 0.0]]))
     assert by_hand == pytest.approx(math.log(2) + math.log(4))
-    # one class of two is the same as one label of one
+    # one of two classes is equivalent to a single label
     pair = torch.stack([torch.zeros(5), logits[:, 0, 0]], -1)
     alone = losses.binary_cross_entropy(logits[:, 0, :1], labels[:, :1].float())
     assert alone == pytest.approx(float(F.cross_entropy(pair, labels[:, 0].long())), rel=1e-6)
@@ -245,7 +245,7 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
 
 
 def test_the_default_is_told_in_f1() -> None:
-    """Two texts leave at the first exit; full depth would have given the second one its own label."""
+    """Two texts exit at the first exit; full depth would have given the second one its correct label."""
     logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
     labels = np.array([[True, False], [False, True]])
     two = Recorded(

@@ -1,6 +1,6 @@
 """The kernels against ONNX Runtime, against each other and against the exit rule.
 
-Where this machine has no fast kernels, the tests use the reference.
+If this machine has no fast kernels, the tests use the reference.
 """
 
 import math
@@ -60,7 +60,7 @@ def onnx(store: Path) -> Model:
 
 
 def assert_equal_but_for_rounding(differences: Any) -> None:
-    """But for the few rounding errors that end in another step of a quantization."""
+    """Except for the few rounding errors that cross a quantization step."""
     assert np.median(differences) < 1e-5 and np.max(differences) < 0.1
 
 
@@ -82,7 +82,7 @@ def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implement
 
 
 def by_each(native: Model, hidden: np.ndarray) -> list[np.ndarray]:
-    """What layer 1 gives on each implementation, the reference last."""
+    """The output of layer 1 with each implementation, the reference last."""
     found = []
     for name in ALL:
         with using(name):
@@ -115,7 +115,7 @@ def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) 
 
 
 def test_the_demo_model_gives_what_onnx_runtime_gives(kernels: Any) -> None:
-    """Over six layers some rounding errors end in another step of a quantization, in nearly every text."""
+    """Over six layers, rounding errors cross a quantization step in nearly every text."""
     artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
     native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
     differences = []
@@ -138,8 +138,8 @@ def random_segments(
     mean: bool,
     head: StockHead | None = None,
 ) -> list[Any]:
-    """Embeddings and one layer of random weights, each with an exit, as export builds them; metric 0: without
-    prototypes. head: of the last exit."""
+    """Embeddings and one layer with random weights, each with an exit, as export builds them; metric 0: no prototypes.
+    head: of the last exit."""
 
     def linear(inputs: int, outputs: int) -> weights.Linear:
         weight, bias = rng.normal(0, 0.08, (inputs, outputs)), rng.normal(0, 0.1, outputs)
@@ -187,15 +187,15 @@ def run(
 
 
 def is_near(ours: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether values are equal, but for rounding errors and for the few that end in another step."""
+    """True if values are equal, except for rounding errors and the few that cross a quantization step."""
     return bool(np.median(np.abs(ours - theirs)) < 2e-6 * np.ptp(theirs))
 
 
 def shaken(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Values with errors of the size of rounding.
 
-    An activation may be at the very edge of two steps. Then a rounding error changes every output of its token by up to
-    a step, in ONNX Runtime, too.
+    If an activation is at the boundary of two steps, a rounding error changes every output of its token by up to a
+    step, also in ONNX Runtime.
     """
     size = rng.choice([3e-7, 1e-6, 3e-6])  # of a float32, and of a sum of hundreds
     return (values * (1 + rng.normal(0, size, values.shape))).astype(np.float32)
@@ -279,7 +279,8 @@ def test_the_head_of_a_stock_classifier(
 ) -> None:
     head = StockHead(activation=activation, pooling=pooling)
     rng, tokens = np.random.default_rng(5), 17
-    built = random_segments(rng, 128, 4, 64, 3, 0, True, pooling == "cls", head)  # other exits pool otherwise
+    # other exits pool differently
+    built = random_segments(rng, 128, 4, 64, 3, 0, True, pooling == "cls", head)
     manifest = Manifest.model_construct(
         **{
             "num_layers": 1,
@@ -378,7 +379,7 @@ def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
 
 
 def in_c(signal: Signal, passed: list[tuple[list[float], list[float] | None]]) -> float:
-    """The kernels' score at the last of the exits of layers 0, 1, …"""
+    """The kernels' score at the last of these exits, on layers 0, 1, …"""
     buffers = [(np.float32(x), None if y is None else np.float32(y)) for x, y in passed]
     return kernels.score(buffers, signal.code, signal.lam or 0.0, signal.table, None)
 
@@ -414,7 +415,7 @@ def test_the_decision_on_labels_is_that_of_the_exit_rule(data: st.DataObject, cl
 
 
 def risks(has_distances: bool) -> st.SearchStrategy[Signal]:
-    """Risks of three exits; without distances their last weight is 0."""
+    """Risks of three exits; without distances, their last weight is 0."""
     weight = st.floats(-1e6, 1e6) | st.floats(-5, 5)
     last = weight if has_distances else st.just(0.0)
     return st.tuples(*[st.tuples(*[weight] * 4, last)] * 3).map(Risk)
@@ -439,7 +440,7 @@ def test_the_decision_is_that_of_the_exit_rule(
     score = in_c(signal, passed)
     assert math.isnan(score) if expected is None else score == expected  # bit for bit
     taus = [0.0, 1.0, data.draw(st.floats(0, 1))]
-    if expected is not None:  # and at the very edge
+    if expected is not None:  # and exactly at the threshold
         taus += [expected, min(math.nextafter(expected, 2.0), 1.0)]
     for tau in taus:
         assert kernels.exits(score, tau) == ExitRule(tau, signal).exits(expected)
@@ -574,7 +575,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.through(model, texts, prototypes, None, 0, 3)
     with pytest.raises(ValueError, match="prototypes"):
         kernels.through(model, [text()], prototypes[:3], None, 0, 3)
-    for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two without hidden states
+    for first, last in ((-1, 3), (0, 4), (2, 1), (0, 2), (1, 3)):  # the last two lack hidden states
         with pytest.raises(ValueError):
             kernels.through(model, [text()], prototypes, None, first, last)
     for part in (np.zeros((1, 2, 63), np.float32), np.zeros((1, 3, 64), np.float32), bytes(2 * 64 * 4)):
@@ -629,13 +630,13 @@ def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None
         instructions = kernels.supported() if runtime == "native" else None
         assert (model["runtime"], model["instructions"]) == (runtime, instructions)
     same = sum(a == b for a, b in zip(*found, strict=True))
-    assert same >= len(found[0]) - 1  # a text at the very edge may leave elsewhere by a rounding error
+    assert same >= len(found[0]) - 1  # a rounding error may change one exit
     assert {reason for _, _, reason, _ in found[0]} == {"threshold", "last_layer", "max_layer"}
 
 
 def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     texts, results = ["good", "bad", "dull"], []
-    # Far more for a layer, once the tokens are known, than predicted for the text.
+    # Once tokenized, a layer takes far longer than was predicted for the text.
     job = jobs.job(texts, [0.001] * 3, model=native, group_s=0.001, layer_s=1.0)
     queue = WorkQueue(10)
     queue.put(job)
@@ -643,7 +644,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
     assert items == job.items
     assert run_group(items, queue, 1, lambda _: None, results.extend) == []
     assert [item for item, _ in results] == items[:1]
-    assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone: it can be preempted
+    assert [len(queue.next()) for _ in range(2)] == [1, 1]  # each alone, so it can be preempted
 
 
 @settings(max_examples=50)
@@ -669,8 +670,8 @@ def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     alone = np.concatenate([session.run(None, {"x": row[None, None]})[0] for row in x], 1)
     values, scale = quantize(weight)
     step = (np.ptp(x, axis=1, keepdims=True) / 255).astype(np.float64)
-    # Half a step of every input, and float32's rounding.
+    # Half a step for every input, and float32's rounding.
     allowed = 0.5 * step * np.abs(values * scale).sum(0) + 1e-5 * (np.abs(x) @ np.abs(values * scale) + 1)
     assert (np.abs(found[0] - (x.astype(np.float64) @ (values * scale) + bias)) <= 1.01 * allowed).all()
-    # Rounding errors of what is computed for all tokens at once may end in another step.
+    # Rounding errors of operations on all tokens at once may cross a quantization step.
     assert (np.abs(found - alone)[0] <= 0.1 * allowed + step * np.abs(values * scale).max(0)).all()

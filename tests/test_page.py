@@ -1,4 +1,4 @@
-"""The page at GET /, used in a real browser: by pointer, by keyboard alone, on a phone, with a key, with errors."""
+"""The page at GET /, used in a real browser: by pointer, by keyboard only, on a phone, with a key, with errors."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from tests.serving import Server, serving, until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
-# The browser itself asks nobody for anything.
+# The browser makes no requests of its own.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -51,7 +51,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page, which must load nothing from elsewhere and break no rule of its policy."""
+    """The page; it must load nothing from elsewhere and not violate its policy."""
     with browser.new_context(**context) as contexts:
         page = contexts.new_page()
         wrong: list[str] = []
@@ -74,7 +74,7 @@ def slide(page: Page, end: float) -> None:
     at = int(slider.input_value()) / last
     page.mouse.move(box["x"] + 8 + (box["width"] - 16) * at, box["y"] + box["height"] / 2)
     page.mouse.down()
-    # The thumb's centre stays its radius away from both ends of the track.
+    # The thumb's centre stays one radius away from both ends of the track.
     page.mouse.move(box["x"] + 8 + (box["width"] - 16) * end, box["y"] + box["height"] / 2, steps=8)
     page.mouse.up()
 
@@ -87,7 +87,7 @@ def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None
 
     page.fill("#text", HARD)
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "5")
-    slide(page, 1)  # τ = 1: every text leaves at the first exit
+    slide(page, 1)  # τ = 1: every text exits at the first exit
     expect(page.locator("#value")).to_have_text("1.000")
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
     slide(page, 0)
@@ -95,7 +95,7 @@ def test_the_exit_follows_text_and_threshold(page: Page, server: Server) -> None
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
     expect(page.locator("#expected")).to_contain_text("0.0% of labels differ from full depth")
 
-    # What the page shows is what the server says.
+    # The page shows the server's values.
     row = server.classify(input=HARD, tau=0).json()["data"][0]
     expect(page.locator("#summary strong")).to_have_text(f"{row['label']} {max(row['probs']) * 100:.1f}%")
 
@@ -143,11 +143,11 @@ def test_everything_by_keyboard_alone(page: Page) -> None:
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "0")
     page.keyboard.press("Home")
     expect(page.locator("#layers .exit")).to_have_attribute("data-layer", "6")
-    page.keyboard.press("Shift+Tab")  # to the choices, of which the arrow keys pick one
+    page.keyboard.press("Shift+Tab")  # to the options, which the arrow keys select
     page.keyboard.press("ArrowDown")
     expect(page.locator("#slider-label")).to_contain_text("speed-up")
     focused = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
-    assert focused == "solid"  # one sees where one is
+    assert focused == "solid"  # the focus is visible
 
 
 def test_refusals_are_the_servers_own_words(page: Page) -> None:
@@ -170,7 +170,7 @@ def test_a_server_that_is_gone_is_said_kindly(page: Page) -> None:
     page.fill("#text", "anything")
     expect(page.locator("#problem")).to_contain_text("The server cannot be reached. Is it still running?")
     page.unroute("**/classify")
-    expect(page.locator("#layers .exit")).to_have_count(1)  # it tries again by itself
+    expect(page.locator("#layers .exit")).to_have_count(1)  # it retries by itself
 
 
 def test_live_figures_come_from_the_metrics(page: Page, server: Server) -> None:
@@ -197,9 +197,7 @@ def test_wcag(browser: Browser, server: Server, context: dict[str, Any]) -> None
         tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]
         found = Axe().run(page, options={"runOnly": {"type": "tag", "values": tags}})
         assert found.violations_count == 0, found.generate_report()
-        assert page.evaluate(
-            "document.documentElement.scrollWidth <= innerWidth"
-        )  # nothing to scroll sideways
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # no horizontal scrolling
 
 
 def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser) -> None:
@@ -244,7 +242,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
     def change_the_text(route: Route) -> None:
         sent.append(json.loads(route.request.post_data or "")["input"])
-        if len(sent) == 1:  # as if typed while the answer is on its way
+        if len(sent) == 1:  # as if typed while the request is in flight
             page.evaluate("document.getElementById('text').value = 'Another text.'")
         route.continue_()
 
@@ -255,7 +253,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
 
 def caught(page: Page, held: list[Route]) -> Route:
-    """The next request that a handler holds: it may run after the request is reported."""
+    """The next request that a handler holds; it may run after the request is reported."""
     for _ in range(6000):
         if held:
             break
@@ -264,7 +262,7 @@ def caught(page: Page, held: list[Route]) -> Route:
 
 
 def drawn(page: Page) -> None:
-    """What came has been handled, and drawn if it ever is."""
+    """Wait until received answers are handled, and drawn if they are drawn at all."""
     page.evaluate("new Promise((done) => requestAnimationFrame(() => setTimeout(done)))")
 
 
@@ -280,7 +278,7 @@ def test_an_older_answer_is_never_drawn(page: Page) -> None:
     page.fill("#text", "A wonderful film.")
     expect(page.locator("#summary strong")).to_contain_text("positive")
     older.continue_()
-    page.wait_for_timeout(200)  # for what must not come
+    page.wait_for_timeout(200)  # for something that must not arrive
     expect(page.locator("#summary strong")).to_contain_text("positive")
 
 
@@ -306,7 +304,7 @@ def test_typing_while_the_models_load(browser: Browser, server: Server) -> None:
 
 
 def odd_model() -> dict[str, Any]:
-    """A row of /v1/models: many exits and labels with long names, of which one is markup, and no calibration."""
+    """A row of /v1/models: many exits, long label names, one with markup, and no calibration."""
     labels = [f"{i}-ein_sehr_langer_Name_ohne_Leerzeichen_und_ohne_Ende" for i in range(149)]
     return {
         "id": "odd-model-with-a-name-that-is-rather-long:12",
@@ -321,7 +319,7 @@ def odd_model() -> dict[str, Any]:
 
 
 def odd_answer(model: dict[str, Any]) -> dict[str, Any]:
-    """A row of /classify without distance ratio, cut short by a deadline."""
+    """A row of /classify without a distance ratio, cut short by a deadline."""
     reading = {"score": 0.9, "entropy": 0.9, "distance_ratio": None, "edr": None, "probs": [1 / 150] * 150}
     layers = [{"layer": i, "label": model["labels"][-1], **reading} for i in range(8)]
     left = {"layer": 7, "num_layers": 24, "reason": "deadline", "tau": 0.1}
@@ -350,7 +348,7 @@ def test_models_of_every_shape_one_after_the_other(browser: Browser, server: Ser
         expect(page.locator("#layers li")).to_have_count(7)
         page.locator("#model").select_option(odd["id"])
         late = caught(page, held)
-        # Another choice, while the calibration of the first is on its way.
+        # Another choice, while the calibration of the first is in flight.
         page.locator("#model").select_option(real["id"])
         expect(page.locator("#layers li")).to_have_count(7)
         point = {
@@ -381,7 +379,7 @@ def test_a_model_that_was_replaced(browser: Browser, server: Server) -> None:
     for page in opened(browser, server):
         page.route("**/v1/models", lambda route: route.fulfill(json={"data": [old]}), times=1)
         page.reload()
-        # Version 0 is answered by 404; the page then asks again what is served.
+        # Version 0 is answered with 404; the page then asks again for the served models.
         expect(page.locator("#model")).to_have_value("sst2:1")
         expect(page.locator("#layers .exit")).to_have_count(1)
 
@@ -406,7 +404,7 @@ def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: P
 
 
 def poll(page: Page, times: int) -> None:
-    """Let the page's clock, which is installed, run to its next polls."""
+    """Advance the page's clock, which is fake, to its next polls."""
     for _ in range(times):
         with page.expect_response("**/metrics"):
             page.clock.run_for(2000)
@@ -418,7 +416,7 @@ def audit_of(server: Server) -> dict[str, Any]:
 
 
 def send_texts(server: Server, count: int) -> None:
-    """Texts that choose nothing, and their audits; of one in eight early exits differ from full depth."""
+    """Send texts without exit options, and wait for their audits; one in eight has early exits that differ."""
     answer = server.classify(input=["Not bad.", *["A wonderful film."] * 7] * (count // 8))
     assert answer.status_code == 200
     until(lambda: audit_of(server)["pending"] == 0, "audits")
@@ -495,7 +493,7 @@ def test_what_audits_measured_in_words(page: Page, changed: dict[str, Any], word
 
 
 def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) -> None:
-    page.goto("about:blank")  # so that what the first page asks is over
+    page.goto("about:blank")  # so that the requests of the first page have ended
     page.clock.install()
     with page.expect_response("**/audit") as answer:
         page.goto(server.url + "/")
@@ -508,7 +506,7 @@ def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) 
 
 
 def test_what_audits_measured_stays_while_the_server_is_busy(page: Page) -> None:
-    """A refusal is no answer that nothing is audited."""
+    """A refusal does not mean that audits are off."""
     audit = {
         "audits": 0,
         "tau": {"tau": 0.25, "reason": "default"},

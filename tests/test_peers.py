@@ -1,4 +1,4 @@
-"""The lean peers that de3 loadtest compare runs."""
+"""The lean peers that `de3 loadtest compare` runs."""
 
 import json
 import subprocess
@@ -39,7 +39,7 @@ def test_a_lean_peer_measures_itself_in_one_line(store: Path, tmp_path: Path) ->
     assert measured["texts_per_s"] > 0 and measured["passes"] >= 1
     model = Model(artifact, "onnxruntime")
     logits = [model.full_depth(model.tokenize(text))[-1].logits for text in TEXTS]
-    # The graph has one scale for the activations of a text, the segments one for each token.
+    # The graph has one scale per text for activations; the segments have one per token.
     assert np.abs(np.array(measured["logits"]) - np.array(logits)).max() < 0.1 * np.ptp(logits)
 
 
@@ -48,7 +48,7 @@ def test_ctranslate2_needs_a_stock_model(tmp_path: Path) -> None:
     assert {server.script for server in lean_peers(*paths, None)} == {"fused_app", "openvino_app"}
     (tmp_path / "bert").mkdir()
     folders = []
-    for weights in (b"one model", b"another one"):  # of the same name: it does not run in the other's place
+    for weights in (b"one model", b"another one"):  # equal names do not share a conversion
         (tmp_path / "bert" / "model.safetensors").write_bytes(weights)
         (converted,) = (s for s in lean_peers(*paths, tmp_path / "bert") if s.script == "ctranslate2_app")
         folders += [part for part in converted.command if "ctranslate2-bert-" in part]

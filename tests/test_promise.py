@@ -1,4 +1,4 @@
-"""Which τ a promise allows: profiles against the rule, the fixed order, the fall after a change, restarts."""
+"""The τ that a promise allows: profiles against the rule, the fixed order, the fall after a change, restarts."""
 
 from typing import Any
 
@@ -20,11 +20,11 @@ CLEAN = Profile(np.zeros(4, np.bool_), np.array([3, 2, 1, 0]))
 
 
 def unlike_from(index: int) -> Profile:
-    """A text that is answered otherwise at every τ from this one on."""
+    """A text whose answer differs at every τ from this index on."""
     return Profile(np.arange(4) >= index, np.array([3, 2, 1, 0]))
 
 
-# Every other score is one of the grid's τ, at which a text must not exit.
+# Some scores equal a τ of the grid, at which a text must not exit.
 scores = st.lists(
     st.one_of(st.none(), st.just(float("nan")), st.floats(0, 1), st.sampled_from(FINE_TAUS)),
     min_size=1,
@@ -48,7 +48,7 @@ def test_a_profile_is_what_the_rule_does(values: list[float | None], data: st.Da
 def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> None:
     promise = Promise(0.1, GRID)
     assert (promise.tau, promise.reason) == (0.0, "start")
-    # At the second τ every fifth text differs, at the third none: it must not be reached all the same.
+    # At the second τ every fifth text differs, at the third none; the third must still not be reached.
     odd = Profile(np.array([False, False, True, False]), CLEAN.layers)
     for n in range(1000):
         promise.add(1.0, odd if n % 5 == 0 else CLEAN)
@@ -63,7 +63,7 @@ def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
         n for n in range(200) if np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) >= 20
     )
     assert changes == [first]
-    assert promise.tau == 0.4  # all at once, as all agreed
+    assert promise.tau == 0.4  # in one step, because all agreed
 
 
 def test_texts_that_were_not_drawn_count_as_the_share_says() -> None:
@@ -76,7 +76,7 @@ def test_texts_that_were_not_drawn_count_as_the_share_says() -> None:
     many = Evidence(GRID)
     for _ in range(40):
         many.add(1.0, CLEAN)
-    # 40 audits tell about as much, whether they are all texts or one in 20.
+    # 40 audits carry about the same evidence, whether they are all texts or one in 20.
     np.testing.assert_allclose(np.log(evidence.e_values(0.1)), np.log(many.e_values(0.1)), rtol=0.05)
 
 
@@ -102,13 +102,13 @@ def test_a_rise_above_the_promise_voids_what_was_known() -> None:
         promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
         reasons.append(promise.reason)
         assert len(reasons) < 200
-    assert set(reasons) == {"evidence", "recent", "change"}  # lowered before the change is sure
+    assert set(reasons) == {"evidence", "recent", "change"}  # lowered before the change is certain
     assert promise.tau == 0.0
     assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
     assert not any(promise.kept().detector)
     for _ in range(400):
         promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
-    assert promise.tau == 0.2  # the ones below are as good as ever
+    assert promise.tau == 0.2  # the lower ones still hold
 
 
 def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
@@ -120,7 +120,7 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
 
 
 def test_few_streams_ever_break_the_promise() -> None:
-    """Where the next τ is just above the promise: in at most 5% of 60 streams of 3,000 audits."""
+    """The next τ is just above the promise: at most 5% of 60 streams of 3,000 audits may break it."""
     rng, broken = np.random.default_rng(4), 0
     for _ in range(60):
         promise = Promise(0.1, GRID)
@@ -143,7 +143,7 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
         promise.add(0.1, unlike_from(2))
     assert first.kept() == second.kept()
     other = Promise(0.01, GRID)
-    other.restore(first.evidence, first.kept())  # what was proved is another rate
+    other.restore(first.evidence, first.kept())  # the proof was for another rate
     assert other.tau == 0
 
 
@@ -180,7 +180,7 @@ def test_evidence_from_before_the_promise_is_taken_up() -> None:
 
 
 def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
-    """A rise that is too small for the detector to be sure of; what was proved stays proved."""
+    """A rise that is too small for the detector; the proof stays valid."""
     promise = Promise(0.1, GRID)
     while promise.tau < 0.4:
         promise.add(1.0, CLEAN)
@@ -295,6 +295,6 @@ def test_the_shares_that_are_counted_have_an_end() -> None:
     evidence = Evidence(GRID)
     for number in range(MAX_SHARES):
         evidence.skip((1 + number) / 100, 1)
-    evidence.skip(0.01, 1)  # one of them
+    evidence.skip(0.01, 1)  # one of the existing shares
     with pytest.raises(ValueError, match=f"at most {MAX_SHARES} shares"):
         evidence.skip(0.99, 1)

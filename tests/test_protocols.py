@@ -1,4 +1,4 @@
-"""A further protocol is one module and one path: here, Text Embeddings Inference's /predict, in short."""
+"""A new protocol is one module and one path; here, a short version of Text Embeddings Inference's /predict."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_keys_limits_and_metrics_come_with_it(server: Server) -> None:
     too_many = predict(server, {"inputs": ["good"] * 5})
     assert (too_many.status_code, too_many.json()["error_type"]) == (422, "bad_request")
     predict(server, {"inputs": "good"})
-    over = predict(server, {"inputs": "good"})  # the sixth text in this hour, one of which was refused
+    over = predict(server, {"inputs": "good"})  # the sixth text in this hour; one was refused
     assert (over.status_code, over.json()["error_type"]) == (429, "rate_limited")
     assert int(over.headers["retry-after"]) > 0
     assert server.metric("de3_rejected_total", cause="rate_limited") == 1

@@ -43,12 +43,12 @@ def job(
 
 
 class QueueMachine(RuleBasedStateMachine):
-    """The queue against the plainest model of it: a list, searched for what is due first."""
+    """The queue against its simplest model: a list, searched for the item that is due first."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue = WorkQueue(LIMIT)
-        self.waiting: list[Any] = []  # items in the order in which they came
+        self.waiting: list[Any] = []  # items in the order of arrival
         self.running: list[Any] = []
         self.shadows: list[Any] = []
 
@@ -69,14 +69,14 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.next(2) == [item]
         assert not self.queue.has_more_urgent_than(item)
         self.queue.put(other := job(1, submitted=99))
-        assert self.queue.has_more_urgent_than(item)  # anything is
+        assert self.queue.has_more_urgent_than(item)  # any request is
         self.queue.requeue(item)
         assert self.queue.next(2) == other.items and self.queue.next(2) == [item]
 
     @rule(
         texts=st.integers(1, LIMIT + 1),
         submitted=st.integers(0, 5),
-        seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would decide at the limit
+        seconds=st.sampled_from([0.125, 1, 9]),  # exact sums: rounding would matter at the limit
         model=st.sampled_from(MODELS),
         share=st.sampled_from([0.125, 0.25, 0.5, 2]),
     )
@@ -92,7 +92,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(threads=st.integers(1, 3))
     def take(self, threads: int) -> None:
-        first, *others = sorted(self.waiting, key=lambda item: item.due)  # of equals the first that came
+        first, *others = sorted(self.waiting, key=lambda item: item.due)  # ties: the first to arrive
         expected = [first]
         for item in others if first.can_share else []:
             total = sum(x.group_s for x in [*expected, item])
@@ -123,13 +123,13 @@ class QueueMachine(RuleBasedStateMachine):
     def drop(self, data: st.DataObject) -> None:
         gone = data.draw(st.sampled_from(self.waiting)).job
         self.queue.drop(gone)
-        self.queue.drop(gone)  # a second time changes nothing
+        self.queue.drop(gone)  # dropping it again changes nothing
         self.waiting = [item for item in self.waiting if item.job is not gone]
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        """An item of a job that runs fails: its others stay in the queue, but are never scheduled."""
+        """An item of a running job fails: the job's others stay in the queue, but are never scheduled."""
         gone = data.draw(st.sampled_from(self.waiting)).job
         gone.is_dropped = True
         self.queue.drop(gone)
@@ -150,7 +150,7 @@ def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
     for k in range(20):  # one short text every 0.1 s
         queue.put(job(1, submitted=k / 10, seconds=0.05))
     order = [queue.next()[0] for _ in range(21)]
-    assert order.index(long.items[0]) == 10  # those that came within its own time went first
+    assert order.index(long.items[0]) == 10  # those that arrived within its own time went first
 
 
 def promised(deadline: float, client: str = "") -> Job:
@@ -161,8 +161,7 @@ def promised(deadline: float, client: str = "") -> Job:
 
 
 class FairMachine(RuleBasedStateMachine):
-    """Clients of the queue against the plainest model of fairness: who has had the least engine time is
-    next."""
+    """Clients of the queue against the simplest model of fairness: the one with the least engine time is next."""
 
     CLIENTS = ("a", "b", "c")
 
@@ -194,7 +193,7 @@ class FairMachine(RuleBasedStateMachine):
     def put_promised(self, client: str, deadline: int) -> None:
         new = promised(deadline, client)
         self.queue.put(new)
-        if client not in self.known:  # one that is known keeps its account: it overtakes in any case
+        if client not in self.known:  # a known client keeps its account, because it overtakes in any case
             self.spent[client] = max(self.spent[client], self.floor)
         self.known.add(client)
         self.waiting += new.items
@@ -260,7 +259,7 @@ TestFairQueue = FairMachine.TestCase
 def test_whatever_others_send_a_client_waits_for_its_share_only(
     backlogs: list[int], costs: list[float]
 ) -> None:
-    """A newcomer's text is served after at most one text of each other client."""
+    """The text of a new client is served after at most one text of each other client."""
     queue = WorkQueue(10_000)
     for number, texts in enumerate(backlogs):
         queue.put(job(texts, client=f"other {number}"))
@@ -281,7 +280,7 @@ def test_a_client_cannot_save_up_nor_shed_its_debts_by_a_pause() -> None:
         queue.put(job(1, client="busy"))
     for _ in range(5):
         queue.charge(queue.next()[0].job, 1.0)
-    queue.put(job(3, client="late"))  # it has had nothing, and is not given 5 s in one go
+    queue.put(job(3, client="late"))  # it has had no time yet, but does not get 5 s at once
     order = []
     for _ in range(6):
         (item,) = queue.next()
@@ -305,7 +304,7 @@ def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
     with pytest.raises(RequestError, match="over your share"):
         engine.submit(asking)
     engine.queue.next()
-    engine.submit(asking)  # nobody waits any more
+    engine.submit(asking)  # no other client is waiting
     assert asking.is_promised
 
 
@@ -325,7 +324,7 @@ def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> N
 
 
 def test_a_client_whose_promises_are_done_has_none_left() -> None:
-    """Sums of floats do not come back to 0, and such a client could never be forgotten."""
+    """Sums of floats do not return to 0, and such a client could never be forgotten."""
     queue = WorkQueue(100)
     for seconds in (0.1, 0.2, 0.3):
         new = job(2, seconds=seconds, client="hurried")
@@ -382,7 +381,7 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
 
 
 def test_shadows_can_be_dropped() -> None:
-    """As their models go; and one that runs does not come back."""
+    """When their models are unloaded; a running one does not come back."""
     queue = WorkQueue(10)
     queue.put(shadow := job(3, is_shadow=True))
     item = queue.next()[0]
@@ -396,7 +395,7 @@ def test_shadows_can_be_dropped() -> None:
 
 
 def test_audits_wait_until_nothing_is_pending() -> None:
-    """Until all has been scheduled, or dropped."""
+    """That is, until everything has been scheduled or dropped."""
     queue = WorkQueue(10)
     for end in (queue.next, lambda: queue.drop(request)):
         queue.put(request := job(1))
@@ -408,9 +407,9 @@ def test_audits_wait_until_nothing_is_pending() -> None:
         waiting.join(20)
         assert not waiting.is_alive()
     queue.put(job(1, is_shadow=True))
-    queue.wait_until_empty(60)  # shadows are no requests
+    queue.wait_until_empty(60)  # shadow jobs are not requests
     queue.put(job(1))
-    queue.wait_until_empty(0.01)  # not for longer
+    queue.wait_until_empty(0.01)  # not longer than the time-out
 
 
 def test_shadows_go_when_the_queue_is_closed() -> None:
@@ -428,8 +427,8 @@ def test_short_texts_come_together_within_their_limits() -> None:
     queue = WorkQueue(100)
     for n, seconds, share in ((3, 1.0, 4), (4, 1.0, 4), (1, 9.0, 0.5)):
         queue.put(job(n, seconds=seconds, group_s=MAX_STEP_S / share))
-    assert len(queue.next(threads=4)) == 2  # its share of the 8 that wait
-    assert len(queue.next(threads=1)) == 4  # a step of them
+    assert len(queue.next(threads=4)) == 2  # its share of the 8 pending ones
+    assert len(queue.next(threads=1)) == 4  # as many as fit in a step
     assert [len(queue.next(threads=1)) for _ in range(2)] == [1, 1]  # the last is too long to share
 
 
@@ -447,7 +446,7 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
     for item, layer in ((first, 2), (second, 3), (third, 2)):
         item.progress.layer = layer
         queue.requeue(item)
-    assert queue.next() == [first]  # and not the third, as the second is more urgent
+    assert queue.next() == [first]  # not with the third, because the second is more urgent
     fourth.progress.layer = fifth.progress.layer = 3
     group = [fourth]
     queue.join(group)

@@ -9,7 +9,7 @@ from de3.deploy.ray import repeat
 
 
 def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
-    """What an application behind the middleware sends for a request of these messages."""
+    """The messages that an application behind the middleware sends for a request of these messages."""
     sent, left = [], list(came)
 
     async def receive() -> Any:

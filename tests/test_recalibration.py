@@ -20,7 +20,7 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
-    # Of so few samples both files certify.
+    # With so few samples both files certify.
     assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
     assert new.calibration != old.calibration
     assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)

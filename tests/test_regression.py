@@ -1,4 +1,4 @@
-"""Regression models: one output, imported, calibrated and served; early values count as the same within a tolerance."""
+"""Regression models: one output, imported, calibrated and served; early values within a tolerance count as the same."""
 
 import json
 import math
@@ -44,7 +44,7 @@ TOLERANCE = 0.5
 
 
 def value_of(text: str) -> float:
-    """How many words of praise a text has more than of blame; after "not" it is the other way round."""
+    """Number of words of praise minus words of blame; "not" reverses the next word."""
     words = text.split()
     signs = [(word in GOOD) - (word in BAD) for word in words]
     return float(
@@ -81,10 +81,10 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
     certify = checkpoint.held_out("certify")
     assert all(isinstance(e.label, float) and e.label == e.original for e in certify)
     recorded = data.with_original(record(Model(artifact, "onnxruntime"), certify), certify)
-    assert recorded.correct[:, -1].mean() > 0.97  # as the original, but for int8
+    assert recorded.correct[:, -1].mean() > 0.97  # as the original, except for int8
     assert (recorded.differs == ~recorded.correct).all()
     right = [value_of(str(e.text)) for e in certify]
-    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8  # it has learned
+    assert correlation(np.array([e.label for e in certify]), np.array(right))[0] > 0.8  # it has some accuracy
     pearson, spearman = correlations(recorded)
     assert pearson[-1] > 0.99 and spearman[-1] > 0.97 and pearson[0] < pearson[-1]
 
@@ -172,7 +172,7 @@ def test_other_protocols_answer_as_their_peers(server: Server) -> None:
         assert server.classify(inputs=text, parameters=parameters).json() == [
             {"label": "praise", "score": score}
         ]
-    for raw, score in ((True, value), (False, sigmoid(value))):  # as Text Embeddings Inference
+    for raw, score in ((True, value), (False, sigmoid(value))):  # as Text Embeddings Inference does
         tei = httpx.post(f"{server.url}/predict", json={"inputs": text, "raw_scores": raw}).json()
         assert tei == [{"label": "praise", "score": score}]
     assert server.classify(text=text).json()["embedding"] == [value]  # as SGLang
@@ -347,7 +347,7 @@ def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(300, 6)))
     output = de3(f"evaluate {tmp_path}/s/m/1 {texts} --original {stock} --png {tmp_path}/plot.png")
-    assert "100.00" in output, output  # in fp32 the original's answers are full depth's
+    assert "100.00" in output, output  # in fp32, full depth gives the original's answers
     file.write_text("text,label\na good film,much\n")
     for arguments in (
         f"evaluate {imported}/work {file}",

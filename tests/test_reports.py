@@ -1,4 +1,4 @@
-"""What a request leaves behind: its id, a line in the log, a trace."""
+"""The records of a request: its id, a line in the log, a trace."""
 
 import json
 import re
@@ -60,7 +60,7 @@ def test_a_shed_request_has_its_id(server: Server, monkeypatch: pytest.MonkeyPat
 
 
 def log_of(store: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The whole log of a server that was asked four things, as JSON."""
+    """The whole log, as JSON, of a server that received four requests."""
     with process(store, "--model", "tiny", "--log-format", "json", *arguments) as running:
         assert running.stderr is not None
         head: list[str] = []
@@ -103,7 +103,7 @@ def test_texts_are_logged_only_if_asked_for(store: Path) -> None:
 
 @pytest.fixture
 def spans(server: Server) -> Iterator[InMemorySpanExporter]:
-    """What the SDK's own exporter received from the server."""
+    """The spans that the SDK's own exporter received from the server."""
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -213,7 +213,7 @@ def test_a_dead_collector_harms_no_request(store: Path, monkeypatch: pytest.Monk
 
 
 def test_a_collector_that_hangs_does_not_hold_up_a_stop(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections, and never answers
         port = silent.getsockname()[1]
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "600")

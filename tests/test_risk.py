@@ -1,4 +1,4 @@
-"""Risk: its regression at the optimum and in the degenerate cases, and that nobody scores what they have seen."""
+"""Risk: its regression at the optimum and in degenerate cases, and that no text is scored by a risk fitted on it."""
 
 import math
 from dataclasses import replace
@@ -17,13 +17,13 @@ from tests.test_calibration import recorded
 
 
 def features(n: int, seed: int) -> np.ndarray:
-    """A constant, and four features of other means and spreads."""
+    """A constant, and four features with different means and spreads."""
     rng = np.random.default_rng(seed)
     return np.hstack([np.ones((n, 1)), rng.normal([3, -1, 0, 20], [0.5, 2, 1, 8], (n, 4))])
 
 
 def gradient(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Of the ridge regression that `regress` solves, by the weights of standardized features; written anew."""
+    """The gradient of the ridge regression that `regress` solves, by standardized features' weights; reimplemented."""
     mean, spread = x[:, 1:].mean(0), x[:, 1:].std(0)
     inside = np.array([weights[0] + weights[1:] @ mean, *(weights[1:] * spread)])
     error = 1 / (1 + np.exp(-x @ weights)) - targets
@@ -37,7 +37,7 @@ def test_a_regression_ends_where_the_gradient_is_zero(seed: int) -> None:
     targets = (np.random.default_rng(seed + 50).random(3000) < 1 / (1 + np.exp(-x @ truth))).astype(float)
     found = risk.regress(x, targets)
     assert np.abs(gradient(x, targets, found)).max() < 1e-6
-    assert np.abs(x @ (found - truth)).std() < 0.2  # and near the truth
+    assert np.abs(x @ (found - truth)).std() < 0.2  # and near the true weights
 
 
 @settings(max_examples=60)
@@ -55,7 +55,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
     }[kind].astype(float)
     found = risk.regress(x, targets)
     assert np.isfinite(found).all() and np.abs(found).max() < 1e4
-    # Of a few rows a feature may hardly vary, and has no weight then.
+    # In a few rows a feature may hardly vary, and then has no weight.
     varies = x.std(0) > risk.LEAST_SPREAD * (1 + np.abs(x.mean(0)))
     varies[0] = True
     assert (found[~varies] == 0).all()
@@ -68,7 +68,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
 def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     x = features(500, 1)
     x[:, 2] = 0.7
-    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # but for rounding
+    x[:, 4] = -27.6 + 1e-12 * np.arange(500)  # except for rounding
     targets = (x[:, 1] > 3).astype(float)
     found = risk.regress(x, targets)
     assert found[2] == found[4] == 0 != found[1]
@@ -79,7 +79,7 @@ def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
 def test_the_weights_of_exits_that_are_sure_of_everything_fit_a_manifest() -> None:
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, 500)
-    margin = 17 + rng.random(500)  # entropies of about 1e-6, all alike
+    margin = 17 + rng.random(500)  # entropies of about 1e-6, all similar
     logits = np.zeros((500, 2, 2), np.float32)
     logits[np.arange(500), :, labels] = margin[:, None]
     logits[:40, 0] = logits[:40, 0, ::-1]
@@ -134,7 +134,7 @@ def test_no_group_is_scored_by_a_fit_that_saw_it(
 
     monkeypatch.setattr(risk, "fit", Spy)
     scores = risk.cross_fit(r, group)
-    if len(set(group.tolist())) == 1:  # nobody else to fit it on
+    if len(set(group.tolist())) == 1:  # nothing else to fit it on
         assert scored == [] and np.isnan(scores).all()
     else:
         assert sorted(scored) == list(range(n)) and not scores.any()
@@ -187,7 +187,7 @@ def test_the_features_are_what_they_say() -> None:
 
 
 def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
-    """Where exits are not on every layer."""
+    """For exits that are not on every layer."""
     r = replace(recorded(500), exit_layers=[1, 4, 6])
     fitted = risk.fit(r)
     differs = r.differs.astype(float)
@@ -202,7 +202,7 @@ def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
 def test_exits_that_are_sure_of_everything_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
-    """Logarithms are taken of 1e-12 at least, in both."""
+    """Both take logarithms of 1e-12 at least."""
     signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
     logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
     reading = read(0, logits.tolist(), distances.tolist())

@@ -91,7 +91,7 @@ def test_a_larger_tau_never_exits_later(edr: np.ndarray, a: float, b: float) -> 
 def test_exit_index_ignores_missing_prototypes() -> None:
     edr = np.array([[0.5, np.nan], [np.nan, np.nan]])
     assert exit_index(edr, 1.0).tolist() == [0, 1]
-    assert np.isnan(edr[0, 1])  # and leaves its input alone
+    assert np.isnan(edr[0, 1])  # and does not change its input
 
 
 @pytest.mark.parametrize(

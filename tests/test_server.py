@@ -45,7 +45,7 @@ def expected(model: Model, text: str, tau: float, signal: Signal) -> dict[str, A
         distances = None if step.distances is None else step.distances.tolist()
         reading = read(
             layer, step.logits.tolist(), distances
-        )  # tests/test_rule.py: it is what the paper says
+        )  # tests/test_rule.py compares it with the paper
         score = signal.score([reading])
         last = layer == model.manifest.num_layers
         if last or (score is not None and score < tau):
@@ -152,7 +152,7 @@ def test_a_long_text_is_cut_or_refused(server: Server, model: Model) -> None:
     ids = model.tokenize(words).ids[0]
     assert ids[0] == 2 and ids[-1] == 3 and len(ids) == 64  # [CLS] … [SEP]
     pair = model.tokenize(words, "a good film")
-    assert len(pair) == 64 and pair.type_ids.sum() == 4  # the longer text is cut, the shorter stays whole
+    assert len(pair) == 64 and pair.type_ids.sum() == 4  # the longer text is cut, the shorter one stays whole
     both = model.tokenize(words, words)
     assert len(both) == 64 and 30 <= both.type_ids.sum() <= 32
     refused = server.classify(input=["fine", words], truncate=False)
@@ -347,7 +347,7 @@ def test_the_schema_describes_answers(store: Path) -> None:
                 seen["ClassifiedText"] |= row.keys()
                 seen["PassedExit"].update(*row.get("layers", []))
         schemas = httpx.get(server.url + "/openapi.json").json()["components"]["schemas"]
-    # Each field occurs, but those of other models: test_multi_label.py and test_regression.py.
+    # Each field occurs, except those of other models: test_multi_label.py and test_regression.py.
     unseen = {name: schemas[name]["properties"].keys() - fields for name, fields in seen.items()}
     assert unseen == {
         "ClassifyResponse": set(),
@@ -441,7 +441,7 @@ def test_expected_accuracy_is_that_of_the_calibration(server: Server) -> None:
 
     known, right = counts()
     server.classify(input=["good", "bad"], tau=0)
-    server.classify(input="good", tau=0.123456)  # of which the calibration knows nothing
+    server.classify(input="good", tau=0.123456)  # not in the calibration
     assert counts() == pytest.approx((known + 2, right + 2 * full.accuracy))
     assert server.metric("de3_full_depth_accuracy", model="tiny:1") == full.accuracy
     assert server.metric("de3_tau", model="tiny:1") == served.rules.default.rule.tau

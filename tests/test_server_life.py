@@ -1,4 +1,4 @@
-"""The server under trouble: loading, overload, time-outs, clients that leave, and the end."""
+"""The server in adverse conditions: loading, overload, time-outs, clients that disconnect, and shutdown."""
 
 import json
 import shutil
@@ -47,10 +47,10 @@ def test_a_request_without_an_answer_in_time_is_504(store: Path, monkeypatch: py
         late = server.classify(input=["good", "bad"])
         assert late.status_code == 504
         assert "no answer within 1 s" in late.json()["error"]["message"]
-        assert len(server.service.engine.queue) == 0  # its texts take no room any more
+        assert len(server.service.engine.queue) == 0  # its texts have left the queue
         gate.open()
         assert server.classify(input="good", model="tiny").status_code == 200
-        assert server.metric("de3_exit_layer_count", model="tiny:1") == 1  # and never ran
+        assert server.metric("de3_exit_layer_count", model="tiny:1") == 1  # and they never ran
 
 
 def test_a_client_that_leaves_costs_nothing_more(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_a_panic_in_a_library_does_not_end_an_engine_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Panic(BaseException):
-        """As the Rust libraries raise it: not an Exception."""
+        """An error as the Rust libraries raise it: not an Exception."""
 
     def panic(*_: object) -> None:
         raise Panic
@@ -166,7 +166,7 @@ def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: py
         other = pool.submit(server.classify, input="wait")
         assert entered.wait(20)
         entered.clear()
-        # one thread is held by the other request; the second fails at the first of these texts
+        # the other request holds one thread; the second thread fails at the first of these texts
         failed = server.classify(input=["good " * 80] + ["wait"] * 50, truncate=False)
         assert failed.status_code == 422 and failed.json()["error"]["param"] == "input[0]"
         until(lambda: len(server.service.engine.queue) == 0, "the room to be free")
@@ -272,7 +272,7 @@ def test_sigterm_answers_everything_that_was_accepted(store: Path) -> None:
         body = json.dumps({"input": ["good film and a dull plot " * 12] * 1024, "tau": 0})
         clients = [httpx.Client(base_url=url, timeout=60) for _ in range(5)]
         for client in clients:
-            assert client.get("/ready").status_code == 200  # connected: what follows is sent at once
+            assert client.get("/ready").status_code == 200  # connected: further bytes are sent at once
         answers = [pool.submit(client.post, "/classify", content=body) for client in clients[:4]]
 
         def in_flight() -> bool:
@@ -369,14 +369,14 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("protocol", "header"), [("websocket", "upGRADE"), ("h2c", "Upgrade")])
 def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str, header: str) -> None:
-    """Java's client asks for one with each first request; by itself the parser would lose the body."""
+    """Java's client asks for one in each first request; without our handling, the parser would lose the body."""
     body = b'{"input": "good film"}'
     head = "POST /classify HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
     head += f"{header}: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     request = head.encode() + body
     with serving(store) as server:
-        for cut in range(0, len(request), 5):  # it may come in any two parts
+        for cut in range(0, len(request), 5):  # it may arrive in any two parts
             with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
                 s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 s.sendall(request[:cut])

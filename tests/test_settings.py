@@ -50,7 +50,7 @@ def test_they_are_warned_about_at_start(store: Path, monkeypatch: pytest.MonkeyP
 def test_compose_offers_every_setting_and_no_other() -> None:
     project = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     offered = {entry.partition("=")[0] for entry in project["services"]["server"]["environment"]}
-    # The image sets where to listen and where the store is; keys come in files.
+    # The image sets the address, the port and the store; keys come in files.
     fixed = {"DE3_HOST", "DE3_PORT", "DE3_STORE", "DE3_API_KEYS", "DE3_ADMIN_KEYS"}
     assert {name for name in offered if name.startswith("DE3_")} == VARIABLES - fixed
 

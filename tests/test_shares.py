@@ -1,5 +1,5 @@
-"""Shares of what is limited: a lone client may use everything, nobody shuts others out, nothing is lost count
-of."""
+"""Shares of a limit: a client that is alone may use everything, no client shuts others out, and the counts stay
+right."""
 
 from contextlib import suppress
 from typing import Any
@@ -16,7 +16,7 @@ LIMIT = 40
 
 
 class SharesMachine(RuleBasedStateMachine):
-    """Clients take and give back; a refusal is right and says why."""
+    """Clients take and return shares; a refusal is correct and gives the right reason."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def scope(peer: str | None, *forwarded: str) -> dict[str, Any]:
     ("peer", "forwarded", "name"),
     [
         ("192.0.2.7", [], "192.0.2.7"),
-        ("192.0.2.7", ["203.0.113.9"], "192.0.2.7"),  # who is not trusted may say what they want
+        ("192.0.2.7", ["203.0.113.9"], "192.0.2.7"),  # an untrusted client can claim any address
         ("10.0.0.1", ["203.0.113.9"], "203.0.113.9"),
         ("10.0.0.1", ["1.1.1.1, 203.0.113.9, 10.2.3.4"], "203.0.113.9"),  # 1.1.1.1 may be made up
         ("10.0.0.1", ["1.1.1.1", "203.0.113.9"], "203.0.113.9"),

@@ -41,7 +41,7 @@ def manifest(store: Path) -> Manifest:
 
 
 def by_the_rule(model: Model, text: str, tau: float, signal: Signal) -> tuple[int, float | None]:
-    """The layer at which a text leaves, and its score there."""
+    """The layer at which a text exits, and its score there."""
     rule, passed = ExitRule(tau, signal), list[Reading]()
     for layer, step in enumerate(model.full_depth(model.tokenize(text))):
         if step.logits is None:
@@ -143,7 +143,7 @@ def test_a_wish_is_fulfilled_by_the_signal_that_is_named(
     assert (budget["by"], budget["signal"]) == ("latency_budget_ms", "entropy")
 
 
-UNKNOWN = {"lambda": 77}  # no calibration knows it
+UNKNOWN = {"lambda": 77}  # the calibration has no such signal
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_a_new_signal_is_served_once_it_is_listed(
     with serving(store, models=[name], threads=2) as server:
         (served,) = server.service.models.all
         if name == "tiny-int8":
-            assert served.model.forward is not None  # it has the kernels for the others
+            assert served.model.forward is not None  # the kernels run the other signals
         left = set()
         for tau in (0.05, 0.3, 0.6):
             fields = {"input": TEXTS, "tau": tau, "signal": "mean"}
@@ -276,7 +276,7 @@ def test_an_artifact_may_name_a_new_signal(
 
 
 def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
-    """The defaults of one signal, by a row in the middle of its table."""
+    """The defaults for one signal, from a row in the middle of its table."""
     rows = [r for r in manifest["calibration"]["table"] if r["signal"] == signal]
     return {key: rows[len(rows) // 2][key] for key in ("tau", "signal", "lambda")}
 

@@ -1,4 +1,4 @@
-"""The store: versions, lookup, atomic writes, and every damage refused by name."""
+"""The store: versions, lookup, atomic writes, and every kind of damage refused by name."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from tests.commands import invoke
 
 @pytest.fixture
 def copy(store: Path, tmp_path: Path) -> Path:
-    """A store of one's own to damage; returns the folder of tiny:1 in it."""
+    """A separate store to damage; returns the folder of tiny:1 in it."""
     shutil.copytree(store, tmp_path / "store")
     return tmp_path / "store" / "tiny" / "1"
 
@@ -35,7 +35,7 @@ def edit(folder: Path, change: Callable[[dict], None]) -> None:
 
 
 def rehash(folder: Path, name: str) -> None:
-    """Make the manifest agree with a file that was changed: the damage is then inside."""
+    """Update the manifest for a changed file, so that only its content is wrong."""
     import hashlib
 
     data = (folder / name).read_bytes()
@@ -197,7 +197,7 @@ def test_a_manifest_that_is_no_manifest(copy: Path, text: str) -> None:
 
 
 def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
-    """A file may match its hash and still not be what it should."""
+    """A file may match its hash and still have invalid content."""
     for name, data, message in (
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("layer_01.onnx", b"not onnx", "not an ONNX model"),
@@ -215,7 +215,8 @@ def test_damage_that_the_hash_does_not_show(copy: Path) -> None:
 
 
 def test_segments_in_the_wrong_place_are_noticed(copy: Path) -> None:
-    (copy / "layer_01.onnx").write_bytes((copy / "layer_03.onnx").read_bytes())  # the last gives no hidden
+    # the last segment has no hidden states
+    (copy / "layer_01.onnx").write_bytes((copy / "layer_03.onnx").read_bytes())
     rehash(copy, "layer_01.onnx")
     with pytest.raises(StoreError, match=r"layer_01.onnx: its exits do not match the manifest"):
         open_model(copy)
@@ -247,7 +248,7 @@ def test_unsound_prototypes_are_refused(copy: Path, change: Callable, message: s
 def test_any_changed_byte_of_a_manifest_is_refused_or_harmless(
     store: Path, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Reading never fails otherwise than by StoreError."""
+    """Reading raises no error other than StoreError."""
     text = (store / "tiny" / "1" / "manifest.json").read_bytes()
     at = data.draw(st.integers(0, len(text) - 1))
     changed = text[:at] + data.draw(st.binary(max_size=4)) + text[at + data.draw(st.integers(0, 4)) :]
@@ -317,7 +318,7 @@ def test_only_listed_files_are_read(store: Path) -> None:
 
 
 def test_onnx_runtime_keeps_no_telemetry(store: Path, tmp_path: Path) -> None:
-    """Where it sends telemetry, its builds keep a device id and a database of events at home."""
+    """Builds that send telemetry keep a device id and a database of events in the home folder."""
     code = "from de3.model_store import model, store; from pathlib import Path; import sys;"
     code += "model.Model(store.Store(Path(sys.argv[1])).open('tiny'))"
     env = {k: v for k, v in os.environ.items() if k != "ORT_DISABLE_TELEMETRY"}
@@ -336,7 +337,7 @@ def test_only_abandoned_drafts_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_published_version_may_be_read_by_other_users(store: Path, tmp_path: Path) -> None:
-    """The server runs as another user than the export; a draft is for its own only."""
+    """The server runs as a different user from the export; only a draft is private."""
     source = Store(store).open("tiny")
     with Store(tmp_path).new_version("tiny") as draft:
         assert draft.path.stat().st_mode & 0o777 == 0o700

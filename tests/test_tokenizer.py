@@ -1,4 +1,4 @@
-"""Tokenizing in pieces: the same tokens as in one go, of every kind of tokenizer, and never a long piece."""
+"""Tokenizing in pieces: the same tokens as in one go, for every kind of tokenizer, and never a long piece."""
 
 import random
 from collections.abc import Callable
@@ -54,7 +54,7 @@ MADE = {kind.__name__: kind() for kind in KINDS}
 
 
 def whole(tokenizer: Tokenizer, text: str, pair: str | None, limit: int) -> tuple[list[int], list[int]]:
-    """Encoded in one go and cut by the tokenizer's own truncation, longest first."""
+    """The text encoded in one go and cut by the tokenizer's own truncation, longest first."""
     tokenizer.enable_truncation(limit, strategy="longest_first")
     try:
         encoding = tokenizer.encode(text) if pair is None else tokenizer.encode(text, pair)
@@ -90,8 +90,8 @@ texts = st.lists(
 @settings(max_examples=40)
 @given(text=texts, pair=st.none() | texts, room=st.sampled_from([12, 60, 510]))
 def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
-    """In a window with an even number of places: of an odd number the tokenizer gives one more to the longer
-    text, which cannot be known unless all of both is tokenized; ours gives it to the first."""
+    """In a window with an even number of tokens. With an odd number, the tokenizer gives the extra one to the longer
+    text, which is unknown until both are tokenized completely; ours gives it to the first."""
     tokenizer = MADE[kind]
     limit = room + tokenizer.num_special_tokens_to_add(pair is not None)
     most = MAX_CHARS_PER_TOKEN * limit
@@ -135,10 +135,10 @@ def test_no_piece_is_long_and_what_is_beyond_the_window_is_left(
         assert max(pieces) <= 2 * PIECE
     pieces.clear()
     tokenizer.start("x" * 6400, None, True).all()
-    assert pieces == [6400]  # nowhere to cut: of such a run no tokenizer tries each part
+    assert pieces == [6400]  # no place to cut: a tokenizer does not try each part of such a run
     pieces.clear()
     tokenizer.start("good film " * 640, None, True).all()
-    assert len(pieces) == 1  # it has more tokens than the model takes
+    assert len(pieces) == 1  # it has more tokens than the model's maximum
 
 
 MARKS = ".€。中\u0301\x0cカ'\uf900\u3000\xa0\x85\u200b👍"

@@ -41,7 +41,7 @@ def test_every_setting_is_an_option_with_its_default() -> None:
 
 @pytest.fixture(scope="module")
 def few(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first 900 rows of the data, where nothing has to be learned."""
+    """The first 900 rows of the data, for tests that need no accuracy."""
     file = tmp_path_factory.mktemp("few") / "train.tsv"
     file.write_text("".join(data_file.read_text().splitlines(keepends=True)[:901]))
     return file
@@ -50,7 +50,7 @@ def few(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
     record = json.loads((checkpoint / "training.json").read_text())
     accuracy = record["history"][record["best_epoch"] - 1]["tune_accuracy"]
-    assert accuracy[-1] > 0.9  # the data has negations that only attention can see
+    assert accuracy[-1] > 0.9  # the data has negations that only attention can resolve
     assert accuracy[0] < accuracy[-1]
     model = De3Model.from_pretrained(checkpoint)
     assert model.prototype_seen.all()
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, few: Pat
 
 
 def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Split]:
-    """What the command builds from its arguments."""
+    """The parts that the command builds from its arguments."""
     from transformers import AutoTokenizer
 
     rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
@@ -121,7 +121,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, enco
 def test_distillation_follows_the_teacher(
     tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
 ) -> None:
-    """A student taught only by a teacher that says the opposite of the labels says it too."""
+    """A student that learns only from a teacher with inverted labels also inverts them."""
     teacher = shutil.copytree(checkpoint, tmp_path / "teacher")
     opposite = De3Model.from_pretrained(teacher)
     for p in opposite.classifiers.parameters():
@@ -279,5 +279,5 @@ def test_long_work_says_in_a_log_how_far_it_is(
     assert list(progress.track(iter(range(4)), "Counting", 4)) == [0, 1, 2, 3]
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["Counting: 25%, about 2 min left", "Counting: 75%, about 20 s left"]
-    assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # nobody knows how many there are
+    assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # the total is unknown
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""What a user may get wrong on the way to a model: refused or warned about before it costs hours or trust."""
+"""Mistakes of users on the way to a model: refused or warned about before they cost hours or trust."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def stock(tmp_path: Path, encoder: Path) -> Path:
     return folder
 
 
-# 1: weights that are not there
+# 1: missing weights
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_weights_that_do_not_fit_are_named(checkpoint: Path, tmp_path: Path) -> 
     assert "the weights cannot be loaded" in refusal(f"evaluate {copy}")
 
 
-# 2: a training that is not finished
+# 2: unfinished training
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_unknown_words_are_counted(encoder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[str], Path]:
-    """Made once: a data file of pairs, a checkpoint trained on it, and its artifact."""
+    """A data file of pairs, a checkpoint trained on it, and its artifact; made once."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -234,7 +234,7 @@ def test_a_model_of_single_texts_takes_no_pairs(checkpoint: Path, pairs: Callabl
     assert "drop --pair-column" in message
 
 
-# 6: what would be lost, or is worth little
+# 6: data that would be lost, or is of little use
 
 
 def test_a_checkpoint_is_not_overwritten(checkpoint: Path, data_file: Path, encoder: Path) -> None:

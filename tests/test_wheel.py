@@ -1,4 +1,4 @@
-"""A release as a new user gets it: built from the tracked files, installed where there is no checkout."""
+"""A release as a new user gets it: built from the tracked files, installed without a checkout."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from tests.serving import free_port, until
 from tests.test_kernels import arm
 
 ROOT = Path(__file__).parents[1]
-# What the tests' own environment must not lend to the new user.
+# The environment without the variables that a new user would not have.
 ENVIRONMENT = {name: v for name, v in os.environ.items() if not name.startswith(("DE3_", "PYTHONPATH"))}
 
 pytestmark = [
@@ -67,7 +67,7 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an environment, env, that the wheel was installed into; says what try.sh said in output."""
+    """A folder with an environment, env, into which the wheel was installed; output has the output of try.sh."""
     folder = tmp_path_factory.mktemp("user") / "home"
     ported = ENVIRONMENT | {"PORT": str(free_port())}
     output = run(ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=ported)
@@ -108,7 +108,7 @@ def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     assert '"label":"positive"' in output
     assert re.search(
         r"^runtime: (native, \w+|onnxruntime)$", output, re.M
-    )  # that which this processor should have
+    )  # the one expected on this processor
     assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
         str(user)
     )
@@ -151,7 +151,7 @@ def test_the_sdist_installs_without_a_compiler_and_the_log_says_what_that_costs(
     user: Path, dist: Path
 ) -> None:
     (sdist,) = dist.glob("*.tar.gz")
-    # The environment of the wheel, whose dependencies are the same.
+    # The environment of the wheel, which has the same dependencies.
     again = ("install", "--quiet", "--no-deps", "--force-reinstall")
     run(user / "env/bin/pip", *again, sdist, cwd=user, env=ENVIRONMENT | {"CC": "/bin/false"})
     with demo_server(user) as (url, log):

@@ -199,7 +199,7 @@ def input_of(examples: Sequence[Example]) -> str:
 
 
 def check_input(examples: Sequence[Example], expected: str | None, where: str) -> None:
-    """Raise ValueError for single texts if the model takes pairs, or the reverse; expected None: not known."""
+    """Raise ValueError for single texts if the model takes pairs, or vice versa; expected: None if unknown."""
     if expected is not None and input_of(examples) != expected:
         hint = (
             "give --pair-column, the column of the second text"

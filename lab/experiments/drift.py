@@ -302,7 +302,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Speed-up and answers unlike full depth of every order and arm."""
+    """Speed-up and disagreement with full depth, for every order and arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.8))

@@ -113,7 +113,7 @@ def at(scores: Floats, recorded: Recorded, tau: float) -> tuple[float, float]:
 
 
 def auroc(scores: Floats, positive: NDArray[Any]) -> float:
-    """The area under the ROC curve, ties at half; NaN if all samples are alike."""
+    """The area under the ROC curve, where ties count half; NaN if all samples have the same outcome."""
     positive = np.asarray(positive, bool)
     if positive.all() or not positive.any():
         return float("nan")

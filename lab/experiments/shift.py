@@ -272,7 +272,7 @@ def _cells(row: dict[str, Any]) -> str:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Texts unlike full depth by signal and domain, at the τ that was chosen for 2% in domain."""
+    """Disagreement with full depth by signal and domain, at the τ chosen for 2% in domain."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4))

@@ -3,8 +3,8 @@
     python -m lab experiment stock DATA OUT --task sst2 --rows 24000 --fragments
     python -m lab experiment stock DATA OUT --multi-label joined/train.jsonl --rows 5500
 
-OUT/model is the classifier, OUT/texts.jsonl what it was not trained on, for de3 import: of data with fragments those
-whole texts of which it has seen no part, and their parts.
+OUT/model is the classifier, OUT/texts.jsonl the texts that it was not trained on, for de3 import. If the data has
+fragments, these are the whole texts of which it has seen no part, and their parts.
 """
 
 from pathlib import Path

@@ -349,7 +349,7 @@ def overhead(
     png: Png = None,
     json_file: Json = None,
 ) -> None:
-    """Time of an exit's classifier and prototypical network beside a layer's, in kernels and ONNX Runtime, on one core.
+    """Time of an exit's classifier and prototypical network relative to a layer, in kernels and ONNX Runtime.
 
     Example: python -m lab study overhead --model sst2 --json overhead.json
     """

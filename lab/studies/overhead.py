@@ -1,4 +1,4 @@
-"""The cost of an exit beside its encoder layer: the classifier, and in addition the prototypical network.
+"""The cost of an exit relative to its encoder layer: the classifier, and in addition the prototypical network.
 
 Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and likewise in a copy of
 the model that has no prototypical networks. Differences are within one copy: two copies of the same weights may differ
@@ -160,8 +160,8 @@ def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
 def overhead(
     artifact: Artifact, lengths: Sequence[int] = LENGTHS, seconds: float = 3.0
 ) -> list[dict[str, Any]]:
-    """A row for each runtime of the model and each number of tokens: the time of a layer, and what its classifier (with
-    pooling) and its prototypical network (with distances) cost.
+    """A row for each runtime of the model and each number of tokens: the time of a layer, of its classifier (with
+    pooling) and of its prototypical network (with distances).
 
     `alone_us` is the prototypical network of the embeddings' exit, whose weights stay in the caches, for about a tenth
     of `seconds`, which are those of a row. `_interval` is half of a 95% interval.
@@ -223,7 +223,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for r in rows:
         lines.setdefault(f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}", []).append(r)
     for number, (name, line) in enumerate(lines.items()):
-        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals stand side by side
+        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals do not overlap
         shares, halves = (
             [100 * r[f"prototypical_{key}"] / r["layer_us"] for r in line] for key in ("us", "interval")
         )

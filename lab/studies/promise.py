@@ -21,7 +21,7 @@ def promise(
     taus: Sequence[float] = calibration.FINE_TAUS,
     seed: int = 0,
 ) -> list[dict[str, float]]:
-    """For each wish (a max_disagreement): how often it is violated, and the speed-up relative to an oracle's.
+    """For each wish (a target max_disagreement): how often it is violated, and the speed-up relative to an oracle's.
 
     The rates of the population are the true rates. Each trial draws `size` groups of related samples with replacement,
     certifies on them as export does, takes the largest τ whose bound is within the wish, and looks up its true rate.

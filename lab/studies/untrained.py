@@ -1,4 +1,4 @@
-"""A BERT classifier of any size with random weights, to measure speed without a training.
+"""A BERT classifier of any size with random weights, to measure speed without training.
 
     python -m lab untrained OUT --layers 12 --hidden 768 --heads 12 --inner 3072
     de3 loadtest compare --store OUT/store --model untrained --stock OUT/model --texts dev.tsv

@@ -5,5 +5,5 @@ from tests.commands import invoke, output_of
 
 
 def lab(arguments: str) -> str:
-    """What a command prints that succeeds; raises its error otherwise."""
+    """The output of a laboratory command; raises its error if it fails."""
     return output_of(invoke(arguments, app))

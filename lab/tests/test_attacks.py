@@ -1,4 +1,4 @@
-"""Every attack in short: the server lives, and an innocent client is answered, if late."""
+"""A short run of every attack: the server survives, and a well-behaved client is answered, even if late."""
 
 import json
 import socket
@@ -58,14 +58,14 @@ def test_a_row_fails_for_what_the_innocent_client_sees() -> None:
 
     assert why() == "" == why(p99_ms=50.0)
     assert why(p99_ms=51.0) == "p99 of 51 ms during the attack, at most 50 allowed"
-    assert why(p99_ms=float("nan")) == "no innocent request was answered 200"
-    assert why(refused=1) == "1 of 100 innocent requests were refused"
+    assert why(p99_ms=float("nan")) == "no well-behaved request was answered 200"
+    assert why(refused=1) == "1 of 100 well-behaved requests were refused"
     assert why(refused=10, may_refuse=0.1) == "" != why(refused=11, may_refuse=0.1)
-    assert why(unanswered=1, errors=2) == "during: 1 innocent requests unanswered, 2 errors"
+    assert why(unanswered=1, errors=2) == "during: 1 well-behaved requests unanswered, 2 errors"
 
 
 def test_a_row_fails_for_what_the_server_does() -> None:
-    slow = row()  # five times its own p99 is allowed to a slow machine
+    slow = row()  # a slow machine is allowed five times its own p99
     slow.phases = {"before": replace(PHASE, p99_ms=20.0), "during": replace(PHASE, p99_ms=99.0)}
     assert resilience.problems(slow, 0) == []
     dead, fat, unlimited = row(), row(), row()
@@ -93,7 +93,7 @@ def test_a_phase_counts_each_request_once() -> None:
 
 def test_an_attack_that_cannot_be_tried_is_a_row_that_says_so(tmp_path: Path) -> None:
     arena = resilience.Arena(tmp_path, "tiny", free_port(), tmp_path)
-    (found,) = resilience.attack_all(arena, ["pipelined"])  # there is no model: the server does not start
+    (found,) = resilience.attack_all(arena, ["pipelined"])  # no such model, so the server does not start
     assert "did not start" in found.problems[0] and not found.survived
     assert json.loads(resilience.as_json([found]))[0]["phases"] == {}
     assert resilience.table([found]).row_count == 1
@@ -117,7 +117,7 @@ def test_every_attack_says_what_it_does_and_bodies_are_within_the_limit() -> Non
 
 
 def test_a_server_that_hangs_up_is_not_flooded() -> None:
-    """A connection is opened again after a while, and comes from another address than the innocent client."""
+    """A connection is reopened after a pause, and from another address than the well-behaved client's."""
     sources = set()
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -138,7 +138,7 @@ def test_a_server_that_hangs_up_is_not_flooded() -> None:
 
 
 def test_an_attack_answers_to_what_the_server_sends() -> None:
-    """It waits for an answer before it goes on, and counts it."""
+    """It waits for an answer before it continues, and counts it."""
     received = []
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

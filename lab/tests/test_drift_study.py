@@ -1,4 +1,4 @@
-"""The parts of the studies of drift and of shift that decide something, on small arrays."""
+"""The decisions in the studies of drift and shift, on small arrays."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ TAU = 0.4
 
 
 def recorded(n: int = 400, seed: int = 0) -> Recorded:
-    """Three exits, on layers 0 to 2, two classes; the first exit is wrong most often, and then unsure."""
+    """Three exits, on layers 0 to 2, two classes; the first exit is wrong most often, and is then uncertain."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(2, size=n)
     sign = np.where(labels, 1.0, -1.0)
@@ -38,7 +38,7 @@ def recorded(n: int = 400, seed: int = 0) -> Recorded:
 
 
 def texts(n: int = 400, turned: float = 0.0) -> Texts:
-    """Embeddings on the circle, one class at 0° and one at 90°, all turned by an angle."""
+    """Embeddings on the circle, one class at 0° and one at 90°, all rotated by an angle."""
     r = recorded(n)
     rng = np.random.default_rng(1)
     angles = np.where(r.answers[:, -1], np.pi / 2, 0.0)[:, None] + rng.normal(0, 0.2, (n, 2)) + turned
@@ -63,7 +63,7 @@ def test_a_step_moves_each_prototype_by_the_texts_of_its_class_that_passed_its_e
     np.testing.assert_allclose(moved[0, 0], [0.9, 0.3])  # of the mean of 2 and 4
     np.testing.assert_allclose(moved[1, 0], [0.9, 0.4])  # of the first text alone
     np.testing.assert_array_equal(moved[:, 1], prototypes[:, 1])
-    assert prototypes[0, 0, 0] == 1  # the start's are not touched
+    assert prototypes[0, 0, 0] == 1  # those at the start are unchanged
 
 
 def test_pseudo_labels_are_full_depths_where_known_and_else_those_of_sure_exits() -> None:
@@ -118,7 +118,7 @@ def test_a_refitted_risk_is_that_of_the_first_audits(monkeypatch: pytest.MonkeyP
     begin = start(of)
     begin = replace(
         begin, risk=replace(begin.risk, weights=((-9.0, 0, 0, 0, 0),) * 2 + (None,))
-    )  # always sure
+    )  # certain of everything
     audits = order.order[order.audited][:30]
     fitted = fit(of.rows(audits, begin.prototypes))
     r = of.rows(order.order[order.measured :], begin.prototypes)
@@ -152,7 +152,7 @@ def test_tau_is_the_first_that_is_fast_enough_and_the_last_that_agrees() -> None
     r = recorded()
     scores = r.entropy
     tau = tau_for_speedup(scores, r, 3.0)
-    slower = scores[:, :-1][scores[:, :-1] < tau].max()  # the next smaller τ that makes a difference
+    slower = scores[:, :-1][scores[:, :-1] < tau].max()  # the next smaller τ with a different result
     assert at(scores, r, tau)["speedup"] >= 3 > at(scores, r, slower)["speedup"]
     tau = tau_within(scores, r, 0.05)
     assert at(scores, r, tau)["unlike"] <= 0.05 < at(scores, r, tau + 0.05)["unlike"]

@@ -33,7 +33,7 @@ TEXTS = [text for text, _ in make_rows(20, 5)]
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier with random weights."""
+    """A small classifier with random weights."""
     folder = tmp_path_factory.mktemp("untrained")
     save_tokenizer(folder / "tokenizer")
     untrained(folder, 2, 64, 4, 128, str(folder / "tokenizer"))
@@ -55,9 +55,11 @@ def test_random_weights_are_those_of_the_stock_model(small: Path) -> None:
         with torch.no_grad():
             theirs.append(stock(**tokenizer(text, return_tensors="pt")).logits[0].numpy())
     a, b = np.array(ours), np.array(theirs)
-    assert np.abs(a - b).max() < 0.05 * np.abs(b).max()  # int8 error; other weights would give other logits
+    # int8 error; different weights would give different logits
+    assert np.abs(a - b).max() < 0.05 * np.abs(b).max()
     for k in range(2):
-        assert np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9  # also from text to text, where they differ little
+        # also from text to text, where differences are small
+        assert np.corrcoef(a[:, k], b[:, k])[0, 1] > 0.9
 
 
 def test_random_weights_overwrite_nothing(small: Path) -> None:
@@ -104,7 +106,7 @@ def test_shares_and_ratios_are_of_the_same_round() -> None:
         "calls": {name_of(1): 10},
         "multiply_adds": 1e6,
         "weights": 1e6,
-        "peak_multiply_adds_per_s": [2e8, 1e8],  # a slower round is slower in all
+        "peak_multiply_adds_per_s": [2e8, 1e8],  # in a slower round, all are slower
         "read_bytes_per_s": [1e9, 5e8],
     }
     ours = compared(results)["engines"][name_of(1)]

@@ -1,4 +1,4 @@
-"""What nobody should send: by the OpenAPI schema, by mutation of good requests, and in artifacts."""
+"""Invalid input: by the OpenAPI schema, by mutation of valid requests, and in artifacts."""
 
 import json
 import shutil
@@ -27,14 +27,14 @@ def server(store: Path) -> Iterator[Server]:
 
 @pytest.mark.slow
 def test_every_answer_is_as_the_schema_says(server: Server, tmp_path: Path) -> None:
-    """Schemathesis asks every route, with what its schema allows and with what it does not."""
+    """Schemathesis sends requests to every route, valid and invalid by its schema."""
     config = tmp_path / "schemathesis.toml"
-    # A budget of next to nothing is answered 503, as documented.
+    # A budget that is too small is answered with 503, as documented.
     config.write_text('[checks.not_a_server_error]\nexpected-statuses = ["2xx", "4xx", 503]\n')
     command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(config), "run", "--no-color"]
     command += [server.url + "/openapi.json"]
     command += ["--max-examples", "50", "--seed", "1", "-H", f"Authorization: Bearer {KEY}"]
-    # What cannot go together (tau and target_speedup) a schema would say in a way that no reader understands.
+    # A schema for exclusive fields (tau and target_speedup) would be unreadable.
     command += ["--exclude-checks", "positive_data_acceptance"]
     command += ["--request-timeout", "60", "--suppress-health-check", "too_slow"]  # on a busy machine
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=800)
@@ -68,7 +68,7 @@ def test_the_check_finds_what_is_wrong() -> None:
 
 @pytest.fixture(scope="module")
 def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    """A store of one's own with tiny:1, and the files that belong there."""
+    """A separate store with tiny:1, and its original files."""
     path = tmp_path_factory.mktemp("fuzzed")
     folder = shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
     return path, {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -79,7 +79,7 @@ def artifact(store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_a_damaged_artifact_is_refused_by_name(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
 ) -> None:
-    """Any bytes of any file changed, cut or added: refused with the file's name, by no other exception."""
+    """Changed, removed or added bytes in any file: refused with the file's name, and without any other exception."""
     path, files = artifact
     name = data.draw(st.sampled_from(sorted(files)), "file")
     good = files[name]
@@ -92,7 +92,7 @@ def test_a_damaged_artifact_is_refused_by_name(
         model = Model(Store(path).open("tiny"), "onnxruntime")
     except StoreError as error:
         assert name in str(error)
-    else:  # spaces in the manifest's JSON, or nothing changed at all
+    else:  # spaces in the manifest's JSON, or no change at all
         assert name == "manifest.json" or bad == good
         assert model.manifest.name == "tiny"
     finally:
@@ -104,7 +104,7 @@ def test_a_damaged_artifact_is_refused_by_name(
 def test_a_forged_manifest_is_refused_or_works(
     artifact: tuple[Path, dict[str, bytes]], data: st.DataObject
 ) -> None:
-    """Whoever writes the manifest writes the hashes, too: values of every kind in every place."""
+    """A forger of the manifest also controls the hashes: values of every kind in every place."""
     path, files = artifact
     manifest = json.loads(files["manifest.json"])
     place, inside = manifest, data.draw(st.sampled_from(sorted(manifest)), "field")

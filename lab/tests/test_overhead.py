@@ -1,4 +1,4 @@
-"""What an exit costs beside its layer, and what early exit gains by the clock: the studies, on a tiny model."""
+"""The cost of an exit relative to its layer, and the speed-up by the clock: the studies, on a tiny model."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> N
 
 
 def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
-    """Whatever a copy takes by itself, and whatever disturbs some of its runs."""
+    """Regardless of the copy's own time, and of disturbances in some of its runs."""
 
     def copy(base: float, exits: float) -> study.Run:
         count = iter(range(10**9))

@@ -1,4 +1,4 @@
-"""On real Ray: two nodes on this machine that share a store, a replica killed, a model changed."""
+"""Real Ray: two nodes on this machine that share a store, a killed replica, and a model change."""
 
 import shutil
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ TEXTS = [text for text, _ in make_rows(50, 31) if text.strip()]
 
 @pytest.fixture(scope="module")
 def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with tiny:1, and tiny:2 with other labels."""
+    """A store with tiny:1, and tiny:2 with different labels."""
     path = tmp_path_factory.mktemp("shared") / "store"
     shutil.copytree(store / "tiny" / "1", path / "tiny" / "1")
     copy(path, 2, labels=["no", "yes"])
@@ -30,7 +30,7 @@ def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(versions: Path) -> Iterator[int]:
-    """Of Ray's proxy, before two replicas; a node has one core, so each has one of them."""
+    """The port of Ray's proxy, before two replicas; a node has one core, so each has one replica."""
     found = free_port()
     with measure.cluster(2, 1, found):
         measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)
@@ -39,7 +39,7 @@ def port(versions: Path) -> Iterator[int]:
 
 
 def answers(port: int) -> bool:
-    """Whether the proxy is up and knows the application."""
+    """True if the proxy is up and routes to the application."""
     with suppress(httpx.TransportError):
         return classify(port, input="good").status_code == 200
     return False
@@ -61,7 +61,7 @@ def test_it_answers_what_de3_serve_answers(port: int, versions: Path) -> None:
     ("sent", "is_kept"), [([], False), (["my-own"], True), (["a b"], False), (["{}", "my-own"], True)]
 )
 def test_a_response_has_one_request_id(port: int, sent: list[str], is_kept: bool) -> None:
-    """The answer's `id` is made of the id that the replica logs."""
+    """The answer's `id` contains the id that the replica logs."""
     headers = [("X-Request-ID", one) for one in sent]
     url = f"http://127.0.0.1:{port}"
     answer = httpx.post(url + "/classify", json={"input": "good"}, headers=headers)

@@ -46,7 +46,7 @@ def test_auroc_counts_pairs() -> None:
 
 
 def known(n: int) -> Recorded:
-    """n samples, two exits, no prototypes: the surer the first, the more often it agrees with the last."""
+    """n samples, two exits, no prototypes: the more certain the first exit, the more often it agrees with the last."""
     generator = np.random.default_rng(5)
     margin = generator.exponential(2.0, n)
     labels = generator.integers(2, size=n)
@@ -60,7 +60,7 @@ def known(n: int) -> Recorded:
 
 @pytest.mark.parametrize("copies", [1, 8])
 def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(copies: int) -> None:
-    """Also for samples that come in groups, here of equal ones: then only the number of groups counts."""
+    """Also for samples in groups, here of equal samples: then only the number of groups counts."""
     rows = np.repeat(np.arange(1500), copies)
     population = Samples(known(1500).rows(rows), rows)
     taus = [(i / 60) ** 2 for i in range(45)]
@@ -96,7 +96,7 @@ def test_the_speed_up_that_is_shown_against_the_true_one(store: Path, tmp_path: 
 
 def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(_: Path, __: str, options: list[str], *___: object) -> list[tuple[float, float]]:
-        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # measured, reported at full depth
+        return [(0.003, 0.003)] if options else [(0.001, 0.0025)]  # measured, and reported, at full depth
 
     monkeypatch.setattr(speedup, "_run", run)
     (row,) = speedup.speedup(Path(), "m", [], [40.0], 1, 1.0, 0)
@@ -105,7 +105,7 @@ def test_the_speed_up_is_full_depth_to_default(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 def test_long_texts_are_compared_with_their_beginnings(store: Path, tmp_path: Path) -> None:
-    """Of texts that begin with fillers, windows tell more than truncation does."""
+    """For texts that begin with filler words, windows are more accurate than truncation."""
     rows = [(f"{'the a film movie ' * 16} {text} {text}", label) for text, label in make_rows(60, 3)]
     texts = write_rows(tmp_path / "texts.jsonl", [*rows, *make_rows(20, 4)])
     numbers = tmp_path / "numbers.json"

@@ -1,4 +1,4 @@
-"""The studies of lab/docs/experiments.md: their measures on made-up exits, and most of them on tiny models."""
+"""The studies of lab/docs/experiments.md: their measures on synthetic exits, and most of them on tiny models."""
 
 import json
 import random
@@ -151,7 +151,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SST-2, reviews, and CLINC150 with questions out of scope."""
+    """SST-2, reviews, and CLINC150 with out-of-scope questions."""
     folder: Path = tmp_path_factory.mktemp("shifted")
     for name, count, seed in (("sst2/train", 500, 1), ("sst2/dev", 100, 2), ("ood/books", 90, 3)):
         rows = make_rows(count, seed)
@@ -183,7 +183,7 @@ def test_folds_hold_out_every_sample_once(root: Path) -> None:
 
 @pytest.fixture
 def tiny(encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder; cells are of a tiny encoder, and results go to its folder results."""
+    """An empty folder; cells use a tiny encoder, and results go to its subfolder results."""
     monkeypatch.setattr(cells, "_encoder", lambda *_: str(encoder))
     monkeypatch.setattr(measures, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(measures, "BOOTSTRAPS", 50)

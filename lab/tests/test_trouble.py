@@ -1,4 +1,4 @@
-"""The commands that make trouble, in short: each finds nothing lost, and would say so if it did."""
+"""Short runs of the soak test and of each fault: nothing is lost, and a loss would be reported."""
 
 import json
 import os
@@ -32,13 +32,13 @@ def test_a_short_soak(store: Path, texts: Path, tmp_path: Path) -> None:
     )
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["problems"] == [], result.output
-    assert found["requests"]["one text 200"] > 0 and found["reloads"] >= 1  # a busy machine does little
+    assert found["requests"]["one text 200"] > 0 and found["reloads"] >= 1  # a busy machine sends little
     assert (tmp_path / "soak.png").exists()
 
 
 def test_growth_is_from_the_second_quarter_to_the_last() -> None:
     found = Soak(memory=[(i, 100.0 if i < 10 else 200 + i) for i in range(40)])
-    assert found.growth_mb() == pytest.approx(20, abs=1)  # what came at the start does not count
+    assert found.growth_mb() == pytest.approx(20, abs=1)  # the start does not count
     assert Soak().growth_mb() == 0
 
 

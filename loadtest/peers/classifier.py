@@ -1,4 +1,4 @@
-"""The classifier of peers with an engine of their own: tokenizer, labels, one unpadded text per call."""
+"""The classifier of peers with their own engine: tokenizer, labels, one unpadded text per call."""
 
 import json
 import os

@@ -246,7 +246,7 @@ class Auditor:
     def _done(self, audit: Audit, entry: _Entry, answer: Reading, text: Text | None) -> None:
         self._outstanding -= 1
         entry.is_pending = False  # first, so that no error below blocks the later entries
-        if audit.is_dropped:  # a dropped audit is no evidence
+        if audit.is_dropped:  # a dropped audit is not evidence
             pass
         elif audit.error is not None:
             log.error("an audit failed, and counts as a disagreement: %s", audit.error)
@@ -358,7 +358,7 @@ class Auditor:
     def measured(self) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its bounds; None without audits."""
         index = int(np.searchsorted(self.taus, self._in_force(self.served).rule.tau))
-        evidence = self.evidence.copy()  # a scrape calls this in a thread of its own
+        evidence = self.evidence.copy()  # a scrape calls this in another thread
         if not evidence.audits:
             return None
         lower, upper = evidence.bounds(slice(index, index + 1))

@@ -1,4 +1,4 @@
-"""Audits: answered texts run once more, to full depth, in threads of their own, while nothing else is pending.
+"""Audits: answered texts run once more, to full depth, in separate threads, while nothing else is pending.
 
 The kernels run the layers of several texts together, at the lowest thread priority. Run on the engine's threads, one
 text at a time, audits delayed other texts (docs/design.md).
@@ -101,7 +101,7 @@ class AuditThreads:
                 thread.join(STOP_S)
 
     def _work(self) -> None:
-        while self._step():  # a call of its own, so that a waiting thread keeps no model alive
+        while self._step():  # a separate call, so that a waiting thread keeps no model alive
             pass
 
     def _step(self) -> bool:
@@ -110,7 +110,7 @@ class AuditThreads:
             return False
         try:
             run_audits(audits, self._queue, lambda: self._closed)
-        except BaseException as error:  # a panic in a Rust library is no Exception; the thread must survive
+        except BaseException as error:  # Rust panics are not Exceptions; the thread must survive
             log.exception("audits failed")
             for audit in audits:
                 audit.error = RuntimeError(str(error))

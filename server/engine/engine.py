@@ -180,7 +180,7 @@ class Engine:
         except BaseException:
             log.exception("an engine thread failed to warm up, and continues without")
         self._failures[number] = 0
-        while self._step(number):  # a call of its own, so that a waiting thread keeps no model alive
+        while self._step(number):  # a separate call, so that a waiting thread keeps no model alive
             if self._failures[number] > MAX_FAILURES:
                 return  # the server then stops, too
 
@@ -234,7 +234,7 @@ class Engine:
             return run(item, self.queue, occupy)
         except RequestError as error:
             return error
-        except BaseException:  # a panic in a Rust library is no Exception; the thread must survive
+        except BaseException:  # Rust panics are not Exceptions; the thread must survive
             log.exception("an item failed")
             return RuntimeError("an item failed")
 

@@ -27,7 +27,7 @@ class Item:
         predicted_s: predicted seconds through every layer.
         due: when it should be answered (perf_counter seconds); the queue schedules the earliest first.
         first_exit_s: predicted seconds to the first exit; set with a deadline only.
-        group_s: seconds of MAX_STEP_S that it takes in a group.
+        group_s: its step time in a group, seconds.
         ends: when it must exit (perf_counter seconds), set as it starts; None: no deadline.
         is_short: tokenized in one step.
         is_sampled: counts for drift.

@@ -23,10 +23,10 @@ class Served:
     monitor: OodMonitor
 
     def group_s(self, tokens: int) -> float:
-        """Seconds of MAX_STEP_S that a text this long takes in a group.
+        """Step time of a text this long in a group, seconds.
 
         The first text of a group waits for the last. For a fast model, all layers of a group must therefore fit into a
-        step; for other models, where no two texts would then share a pass, one layer must.
+        step. For other models, where this would leave no room for a second text, only one layer must fit.
         """
         is_fast = FAST * self.timing.full_depth_s(FAST_TOKENS) <= MAX_STEP_S
         return self.timing.full_depth_s(tokens) if is_fast else self.timing.layer_s(tokens)

@@ -126,7 +126,7 @@ def _with_headers(send: Send, scope: Scope) -> Send:
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = list(message.get("headers", []))
-            own = {name for name, _ in headers}  # the page has a content security policy of its own
+            own = {name for name, _ in headers}  # the page has its own content security policy
             message["headers"] = headers + [header for header in extra if header[0] not in own]
         await send(message)
 

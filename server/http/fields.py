@@ -188,7 +188,7 @@ def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
 
 
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:
-    """A text that is not empty; raises ValueError, whose message begins with its place in the field."""
+    """A non-empty text; raises ValueError, whose message begins with the text's position in the field."""
     if not isinstance(value, str):
         kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
         raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")

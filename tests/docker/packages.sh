@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# For CI: what some tests need beyond Python: Prometheus, faketime, Chromium, a cross compiler and an emulator for Arm, and
-# a running Docker engine with what makes stand-ins for base images. Tests for which something is missing are skipped and
-# say so; this script says it, too, and succeeds.
+# For CI: installs the tools that some tests need besides Python: Prometheus, faketime, Chromium, a cross compiler and
+# an emulator for Arm, and Docker with the tools that make stand-ins for base images; then starts Docker's engine. Tests
+# whose tools are missing are skipped and say so; this script reports them, too, and succeeds.
 set -uo pipefail
 
-# command:package,package, where Debian has them; each by itself, so that one that is missing costs nothing else.
+# command:package,package, as Debian names them; installed one by one, so that a missing one does not affect the others.
 for pair in prometheus:prometheus promtool:prometheus dockerd:docker.io docker:docker-cli \
     docker-compose:docker-compose debootstrap:debootstrap iptables:iptables faketime:faketime \
     chromium:chromium aarch64-linux-gnu-gcc:gcc-aarch64-linux-gnu,libc6-dev-arm64-cross \
     qemu-aarch64:qemu-user; do
     command -v "${pair%%:*}" > /dev/null && continue
     if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-        echo "not installed, and this is no Debian with root rights: ${pair%%:*}"
+        echo "not installed, because this is not Debian as root: ${pair%%:*}"
         continue
     fi
     [ -n "${updated:-}" ] || { apt-get update -qq -o DPkg::Lock::Timeout=60 || true; updated=1; }
     packages=${pair##*:}
-    # --no-remove: never at the cost of another Docker that is there.
+    # --no-remove: never replace another Docker that is installed.
     DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends --no-remove \
         -o DPkg::Lock::Timeout=60 ${packages//,/ } > /dev/null || echo "could not be installed: $packages"
 done

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Base images for the tests of the Dockerfile and docker-compose.yml: those of .env where they are or can be pulled,
-# else stand-ins made of Debian's packages, under names of their own. Needs a Docker engine; for stand-ins root and
+# Base images for the tests of the Dockerfile and docker-compose.yml: those of .env if they exist or can be pulled, else
+# stand-ins made from Debian's packages, under separate names. Needs a Docker engine; stand-ins need root and
 # debootstrap.
 #
 #   tests/docker/stand-ins.sh     prints PYTHON_IMAGE=… and PROMETHEUS_IMAGE=…; the rest goes to standard error
 #
-# Python: a minimal Debian with python3. Prometheus: Debian's package on top. Grafana: Debian has none.
+# Python: a minimal Debian with python3. Prometheus: the same with Debian's package. Grafana: Debian has no package.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 . ./.env
@@ -22,11 +22,11 @@ if ! have_or_pull "$PYTHON_IMAGE"; then
         trap 'rm -rf "$root"' EXIT
         debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,ca-certificates \
             "$suite" "$root" "$mirror" > /dev/null
-        # Python's own image has the headers, with which extension modules are built.
+        # Python's own image includes the headers, which building extension modules needs.
         headers=$(basename "$(readlink -f "$root/usr/bin/python3")")
         chroot "$root" sh -c "cd /tmp && apt-get download -qq -o APT::Sandbox::User=root lib$headers-dev \
             && dpkg-deb -x lib*-dev*.deb x && cp -r x/usr/include/* /usr/include/ && rm -rf x lib*-dev*.deb"
-        # A machine behind an inspecting proxy has a bundle of its own, which pip must trust.
+        # A machine behind an inspecting proxy has its own certificate bundle, which pip must trust.
         bundle=${PIP_CERT:-/etc/ssl/certs/ca-certificates.crt}
         if [ -r "$bundle" ]; then
             cp "$bundle" "$root/etc/ssl/certs/ca-certificates.crt"

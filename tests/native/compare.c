@@ -1,7 +1,7 @@
-/* Compare kernels with the reference, operation by operation: what one processor runs, or an emulated one.
+/* Compare kernels with the reference, operation by operation, on this processor or an emulated one.
  *
  *     compare          the names of the kernels that this machine can run
- *     compare NAME     exit code 0: they give what the reference gives; 1: they do not; 2: this machine cannot run them
+ *     compare NAME     exit code 0: they agree with the reference; 1: they do not; 2: this machine cannot run them
  *
  * tests/test_kernels.py builds and runs it. All values come from one seed.
  */
@@ -37,7 +37,7 @@ static float normal(void) {
     return sum * 1.7320508f;
 }
 
-/* Exactly so much memory, so that tools see a read or write past its end. */
+/* Exactly this much memory, so that tools detect reads and writes past its end. */
 static void *memory(size_t bytes) {
     void *at;
     if (posix_memalign(&at, 64, bytes)) exit(3);
@@ -99,7 +99,7 @@ static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *en
     return w;
 }
 
-/* Products are sums of int8 products and one rounding, so all but GELU are the same to the last bit. */
+/* Products are sums of int8 products with one rounding, so all but GELU agree to the last bit. */
 static void compare_product(const Linear *w, int tokens, int level) {
     size_t padded = ROUND_UP(tokens, 16), count = (size_t)tokens * w->out;
     uint8_t *x = memory(padded * w->in);
@@ -223,7 +223,7 @@ static void compare_attention(int tokens, int hidden, int heads, float spread, i
     reference_kernels.attention(copy, tokens, hidden, heads, &offsets, work, expected);
     for (size_t i = 0; i < count + 16; i++) found[i] = -1e30f;
     ours->attention(qkv, tokens, hidden, heads, &offsets, work, found);
-    /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as spreads of 5 make them. In
+    /* A rounding error of a score is one of its weight: 1e-5 for scores of up to 100, as with a spread of 5. In
      * long texts it may round a weight to the next number in bfloat16. */
     float floor = spread > 2.0f ? 10.0f * spread : 0.0f;
     int ok = are_near(found, expected, count, tokens < LONG ? floor : 100.0f * spread);
@@ -305,8 +305,8 @@ static Model *model_of(int hidden, int heads, int inner, int positions) {
     return m;
 }
 
-/* Texts in a group are what they are alone, to the last bit; and they are near what the reference gives, but for the
- * few rounding errors that end in another step of a quantization. */
+/* Texts in a group give the same results as alone, to the last bit; and they are near the reference's results, except for
+ * the few rounding errors that cross a quantization step. */
 static void compare_layer(const Model *m) {
     int hidden = m->hidden, tokens[6], rows = 0, far = 0;
     for (int i = 0; i < 6; i++) rows += tokens[i] = i == 3 ? whole(65, 150) : whole(1, 40);
