@@ -194,7 +194,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
 
 
 def _check_work(work: Path, finetune: bool) -> None:
-    """Raise ValueError for a folder that holds anything but the same kind of import."""
+    """Raise ValueError for a file, and for a folder that holds the model of a training or of another kind of import."""
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work}: is a file; give a folder (it is created)")
     record = read_record(work) or {}

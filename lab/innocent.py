@@ -161,7 +161,7 @@ class Innocent:
 
 
 def _use_realtime_priority() -> None:
-    """Give this thread real-time priority where permitted (as root), as a remote client would not compete for cores."""
+    """Give this thread real-time priority where permitted (as root): a remote client would not compete for cores."""
     with suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
 

@@ -213,7 +213,7 @@ class Rules:
             raise RequestError(f"{field}: {error}{instead}", field) from None
 
     def _default_of(self, signal: Signal, field: str = "tau") -> Choice:
-        """The choice for a request that names another signal than the model's default and no τ: about as cautious as
+        """The choice for a request that names a signal other than the model's default and no τ: about as cautious as
         the default.
 
         field: the request's field that a RequestError names if the signal is not calibrated.

@@ -22,7 +22,7 @@ OBJECTIVE_S, LEVELS, CAPACITY, GAIN = 0.05, 5, 1000.0, 0.06
 
 
 class Simulation:
-    """A server that answers CAPACITY texts/s at level 0, and a share GAIN more at each level."""
+    """A server that answers CAPACITY texts/s at level 0, and GAIN · CAPACITY more for each level above it."""
 
     def __init__(self) -> None:
         self.now = self.in_flight = self.answered = 0.0

@@ -324,7 +324,7 @@ def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> N
 
 
 def test_a_client_whose_promises_are_done_has_none_left() -> None:
-    """Sums of floats do not return to 0, and such a client could never be forgotten."""
+    """A sum of floats need not return to exactly 0; a client with a remainder would never be forgotten."""
     queue = WorkQueue(100)
     for seconds in (0.1, 0.2, 0.3):
         new = job(2, seconds=seconds, client="hurried")

@@ -1,4 +1,4 @@
-"""From a target to τ: the bounds of the guarantee, the choosers, and OOD scores."""
+"""From a target to τ: the bounds of the guarantee, the choice of a row of the table, and drift and OOD scores."""
 
 import math
 from dataclasses import replace

@@ -79,7 +79,7 @@ class Setting:
         return 0.0
 
     def truth(self, kind: Kind, text: int, which: Callable[[Population], Floats]) -> Floats:
-        """A quantity of the populations, mixed as at that place."""
+        """The mean of a quantity over home and away, weighted by their shares at a text's place in the stream."""
         share = self.away_share(kind, text)
         return (1 - share) * which(self.home) + share * which(self.away)
 

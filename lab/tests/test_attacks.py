@@ -117,7 +117,7 @@ def test_every_attack_says_what_it_does_and_bodies_are_within_the_limit() -> Non
 
 
 def test_a_server_that_hangs_up_is_not_flooded() -> None:
-    """A connection is reopened after a pause, and from another address than the well-behaved client's."""
+    """A connection is reopened after a pause, and from an address other than the well-behaved client's."""
     sources = set()
     with socket.create_server(("127.0.0.1", 0)) as listening:
 

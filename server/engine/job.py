@@ -79,7 +79,7 @@ class Job:
 
     Attributes:
         on_done: called with None when the last item has an outcome, or with the error of an item, perhaps more than
-            once; by the engine's `dispatch`. Never called for a job that was dropped otherwise.
+            once; by the engine's `dispatch`. Never called for a job that was dropped for another reason.
         is_shadow: background job; it runs while nothing else is pending.
         in_groups: its texts may run in groups.
         asks_all_exits: every exit is evaluated, even those at which its items may not exit.
