@@ -258,7 +258,9 @@ class Settings(BaseModel):
         if self.max_texts > self.max_queue:
             raise ValueError("max_texts must not exceed max_queue: such a request could never be accepted")
         if self.max_body_bytes > self.max_inflight_bytes:
-            raise ValueError("max_body_bytes must not exceed max_inflight_bytes: such a body could never be accepted")
+            raise ValueError(
+                "max_body_bytes must not exceed max_inflight_bytes: such a body could never be accepted"
+            )
         _ = self.options
         if self.guarantee is not None:
             other = next((name for name in EXCLUSIVE if getattr(self, name) is not None), None)

@@ -75,6 +75,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return warnings
 
 
+@pytest.mark.slow
 def test_a_server_s_audits_make_a_calibration_that_it_serves(
     tiny: Artifact, mine: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,7 @@ def test_one_group_is_one_sample() -> None:
     assert (mean, error) == (pytest.approx(0.1), 1.0)
 
 
+@pytest.mark.slow
 def test_the_promise_holds_for_samples_that_come_in_groups() -> None:
     population, size, groups, trials, most = recorded(40_000, 1, of_a_group=5), 5, 100, 200, 0.08
     signal = Entropy()

@@ -171,6 +171,7 @@ def pairs(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
     encoder, file = save_encoder(tmp_path / "encoder", FAMILY), pairs(tmp_path / "pairs.tsv")
@@ -202,6 +203,7 @@ def save_own_tokenizer(folder: Path) -> None:
     DebertaV2Tokenizer(vocab=vocabulary, unk_id=3).save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", FAMILY, labels=3, vocab_size=100, type_vocab_size=0)

@@ -88,7 +88,7 @@ def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> N
 
 @pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("precision", ["none", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("none", marks=pytest.mark.slow), "int8"])
 def test_every_family_is_imported_and_served(
     family: str, precision: str, tmp_path: Path, texts: Path
 ) -> None:
@@ -192,6 +192,7 @@ def test_an_interrupted_import_goes_on(
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: Path, tmp_path: Path) -> None:
     output = de3(
@@ -228,6 +229,7 @@ def test_states_of_another_head_are_not_taken(
     assert calibration is not None and calibration.exit_accuracy[-1] > 0.9
 
 
+@pytest.mark.slow
 def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_path: Path) -> None:
     store = Path(shutil.copytree(imported / "store", tmp_path / "store"))
     tune, certify = (imported / f"work/mine/{part}.jsonl" for part in ("tune", "certify"))
@@ -281,6 +283,7 @@ def test_what_would_fail_at_the_end_fails_at_the_beginning(
         assert message in refusal(command.format(more))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
     folder = save_encoder(tmp_path / "stock", labels=3)
@@ -359,6 +362,7 @@ def test_other_pooling_wins_where_it_serves_better(imported: Path, classifier: P
     assert stock.open_stock(str(classifier)).names == ["bad", "good"]
 
 
+@pytest.mark.slow
 def test_finetuning_counts_what_full_depth_answers_otherwise(
     classifier: Path, texts: Path, tmp_path: Path, imported: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_full_depth_is_the_stock_classifier_with_every_option(
         assert len(read(model, int8)) == model.config.num_layers + 1
 
 
+@pytest.mark.slow
 def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
     """With ModernBERT's own window, in texts of one block and of many, and after the last block."""
     more = {"local_attention": 128, "max_position_embeddings": 8192}
@@ -408,6 +409,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "modernbert", make)
 
 
+@pytest.mark.slow
 def test_training_on_pairs(trained: Path) -> None:
     for name in ("m", "m-int8"):
         model = Model(Store(trained / "store").open(name))
@@ -421,6 +423,7 @@ def test_training_on_pairs(trained: Path) -> None:
     assert model.full_depth(tokens)[-1].logits is not None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "stock", "modernbert", labels=2, classifier_pooling="cls")

@@ -225,6 +225,7 @@ def test_moderation_by_the_client_of_openai(server: Server, store: Path) -> None
             client.moderations.create(input="a")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_labels_of_the_data_are_reported(classifier: Path, imported: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"

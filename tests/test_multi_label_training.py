@@ -23,6 +23,7 @@ from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, made_once, make_rows
 from tests.serving import serving
 
+pytestmark = pytest.mark.slow  # test_multi_label.py imports, serves and evaluates such a model
 NAMES = ["blame", "praise", "story"]
 WORDS = (BAD, GOOD, FILLER[5:9])
 

@@ -119,6 +119,7 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
     assert (promise.tau, promise.reason) == (0.0, "change")
 
 
+@pytest.mark.slow
 def test_few_streams_ever_break_the_promise() -> None:
     """The next τ is just above the promise: at most 5% of 60 streams of 3,000 audits may break it."""
     rng, broken = np.random.default_rng(4), 0

@@ -328,6 +328,7 @@ def test_a_tolerance_is_of_regression_models_only(tmp_path: Path) -> None:
     assert "is a regression of 2 numbers" in refusal(command)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_taus")
 def test_labels_are_numbers(stock: Path, imported: Path, tmp_path: Path) -> None:
     file = tmp_path / "texts.csv"

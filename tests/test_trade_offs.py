@@ -52,6 +52,7 @@ def test_bounds_of_a_table_never_fall(seed: int) -> None:
     assert all(bound >= own for bound, own in zip(bounds, least, strict=True))
 
 
+@pytest.mark.slow
 def test_the_promise_is_broken_in_at_most_5_percent_of_calibrations() -> None:
     population = recorded(20_000, 1)
     samples = Samples.independent(population)

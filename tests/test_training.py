@@ -118,6 +118,7 @@ def test_resuming_with_other_settings_is_refused(tmp_path: Path, few: Path, enco
     assert (tmp_path / "certify.jsonl").read_bytes() == kept_back
 
 
+@pytest.mark.slow
 def test_distillation_follows_the_teacher(
     tmp_path: Path, data_file: Path, encoder: Path, checkpoint: Path
 ) -> None:
@@ -232,6 +233,7 @@ def test_a_group_column_that_cannot_be(
         de3(common(data_file, encoder, tmp_path) + " --epochs 1 " + arguments)
 
 
+@pytest.mark.slow
 def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) -> None:
     """jsonl pairs with three classes, through `datasets`, cls pooling, no embedding exit."""
     words = ["good", "bad", "film"]
@@ -260,6 +262,7 @@ def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) 
     assert "published" in output
 
 
+@pytest.mark.slow
 def test_altered_copies_are_labelled_by_the_teacher(tmp_path: Path, few: Path, encoder: Path) -> None:
     teacher = tmp_path / "teacher"
     de3(common(few, encoder, teacher) + " --epochs 1")
