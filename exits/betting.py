@@ -16,7 +16,8 @@ when q was small would dominate.
 W depends only on two counts for each q, all texts and the audited texts that differ, so only these are stored.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,16 +34,28 @@ MOST_LOSS = 0.9
 STEPS = 30  # of the bisection
 
 
+def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:
+    """`e_values` for one rate, several times faster: by q, the numbers of texts and of audited texts that differ."""
+    wealth = 0.0
+    for c in LOWER.tolist():
+        logs = sum(
+            differing * math.log1p(c * (q * rate - 1.0)) + (texts - differing) * math.log1p(c * q * rate)
+            for q, texts, differing in counts
+        )
+        wealth += math.exp(min(logs, 700.0))
+    return wealth / len(LOWER)
+
+
 def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
     """E-values against "the rate is at least `rates`", (G,): evidence that it is lower.
 
-    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, audited or not, (L,). differing: number of
-    audited texts that differ, (L, G). rates: r, (G,), each in (0, 1).
+    shares: q, (L,), each in (0, 1]. texts: number of texts at each q, audited or not, (L,) or (L, G). differing: number
+    of audited texts that differ, (L, G). rates: r, (G,), each in (0, 1).
     """
     c, q, r = LOWER[:, None, None], shares[:, None], rates
     lost = np.log1p(c * (q * r - 1.0))
     kept = np.log1p(c * q * r)
-    return _mean_exp((differing * lost + (texts[:, None] - differing) * kept).sum(1))
+    return _mean_exp((differing * lost + (texts.reshape(len(shares), -1) - differing) * kept).sum(1))
 
 
 def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:

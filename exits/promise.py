@@ -2,7 +2,8 @@
 
 An audit runs a text to full depth and shows, without a label, what every τ would have answered (`profile`). `Evidence`
 counts disagreements by τ. `Promise` raises τ as long as the evidence shows that the rate of answers that differ
-from full depth stays within the promised rate, and resets it when the rate has risen.
+from full depth stays within the promised rate, and resets it when the rate has risen. `exits.promises` keeps one
+promise for each client that is left out of the evidence.
 
 The values of τ are tested in a fixed order, ascending from 0, which makes this a single test: τ moves to the next value
 only once the e-value against "the rate at this τ is above the promise" has reached 1/δ. From the start or a reset
@@ -88,6 +89,7 @@ class Tally:
         served: audits whose answer, as served, differs from full depth.
         differing: audits that would differ at each τ, (G,).
         layers: sum of the audits' exit layers at each τ, (G,).
+        repeats: audits of repeated texts that would differ at each τ, (G,); they are in `differing`, not in `texts`.
     """
 
     texts: int
@@ -95,6 +97,7 @@ class Tally:
     served: int
     differing: NDArray[np.int64]
     layers: NDArray[np.int64]
+    repeats: NDArray[np.int64]
 
 
 @dataclass
@@ -112,7 +115,12 @@ class Evidence:
     def copy(self) -> "Evidence":
         """A snapshot; safe while another thread adds to it."""
         tallies = {
-            share: replace(tally, differing=tally.differing.copy(), layers=tally.layers.copy())
+            share: replace(
+                tally,
+                differing=tally.differing.copy(),
+                layers=tally.layers.copy(),
+                repeats=tally.repeats.copy(),
+            )
             for share, tally in list(self.tallies.items())
         }
         return Evidence(self.taus, tallies)
@@ -131,6 +139,12 @@ class Evidence:
         tally.differing += audit.differs
         tally.layers += audit.layers
 
+    def add_repeat(self, share: float, differs: NDArray[np.bool_]) -> None:
+        """Count the audit of a text that was counted before: only against each τ at which it differs."""
+        tally = self._tally(share)
+        tally.differing += differs
+        tally.repeats += differs
+
     def _tally(self, share: float) -> Tally:
         if not 0 < share <= 1:
             raise ValueError(f"a share must be above 0 and at most 1, got {share}")
@@ -138,7 +152,7 @@ class Evidence:
             if len(self.tallies) == MAX_SHARES:
                 raise ValueError(f"at most {MAX_SHARES} shares are counted")
             zeros = np.zeros(len(self.taus), np.int64)
-            self.tallies[share] = Tally(0, 0, 0, zeros, zeros.copy())
+            self.tallies[share] = Tally(0, 0, 0, zeros, zeros.copy(), zeros.copy())
         return self.tallies[share]
 
     @property
@@ -186,12 +200,22 @@ class Evidence:
         rates = self.rates()[index]
         return np.minimum(lower, rates), np.maximum(upper, rates)
 
-    def e_values(self, rate: float, index: slice = slice(None)) -> betting.Floats:
-        """E-values against "the rate at this τ is above `rate`", for a slice of the τ grid."""
-        count = len(self.taus[index])
+    def e_values(self, rate: float) -> betting.Floats:
+        """E-values against "the rate at this τ is above `rate`", at each τ of the grid."""
+        count = len(self.taus)
         if not self.tallies:
             return np.ones(count)
-        return betting.e_values(*self._counts(index), np.full(count, rate))
+        shares, texts, differing = self._counts(slice(None))
+        repeats = np.stack([tally.repeats for tally in self.tallies.values()])
+        return betting.e_values(shares, texts[:, None] + repeats, differing, np.full(count, rate))
+
+    def e_value(self, rate: float, index: int) -> float:
+        """E-value against "the rate at this τ is above `rate`", for one τ of the grid."""
+        counts = [
+            (share, t.texts + int(t.repeats[index]), int(t.differing[index]))
+            for share, t in self.tallies.items()
+        ]
+        return betting.e_value(counts, rate)
 
     def _counts(self, index: slice) -> tuple[betting.Floats, betting.Counts, betting.Counts]:
         tallies = list(self.tallies.values())
@@ -266,28 +290,34 @@ class Promise:
         if self.proved:
             self._detector.skip(share, texts)
 
-    def add(self, share: float, audit: Profile, served_differs: bool = False) -> bool:
-        """Count an audit; True if τ changed."""
-        before = self.index
-        self.evidence.add(share, audit, served_differs)
+    def add(self, share: float, audit: Profile, is_repeat: bool = False) -> None:
+        """Count an audit. It may lower τ; only `advance` raises it.
+
+        is_repeat: the text was counted before, so that it counts only against each τ at which it differs.
+        """
+        if is_repeat:
+            self.evidence.add_repeat(share, audit.differs)
+            if not audit.differs.any():
+                return
+        else:
+            self.evidence.add(share, audit)
         self.recent.add(audit.differs)
-        if self.proved:
+        if self.proved and (audit.differs[self.proved] or not is_repeat):
             self._detector.add(share, bool(audit.differs[self.proved]))
             if self._detector.has_fired:
                 self.reset("change")
-                return True
-        self._raise()
-        return self.index != before
+                return
+        self.index = min(self.index, self.recent.allows(self.proved))
 
-    def _raise(self) -> None:
+    def advance(self) -> None:
+        """Raise τ as far as the evidence allows."""
         while self.proved + 1 < len(self.evidence.taus) and self._may_pass(self.proved + 1):
             self.proved += 1
             self._why = "evidence"
         self.index = self.recent.allows(self.proved)
 
     def _may_pass(self, index: int) -> bool:
-        e_value = self.evidence.e_values(self.rate, slice(index, index + 1))[0]
-        return bool(e_value >= 1 / (1 - CONFIDENCE))
+        return self.evidence.e_value(self.rate, index) >= 1 / (1 - CONFIDENCE)
 
     def reset(self, reason: Reason) -> None:
         """Discard the evidence, and return to τ = 0."""
@@ -297,12 +327,14 @@ class Promise:
         self._why = reason
         self._detector = betting.ChangeDetector(self.rate, PATIENCE)
 
-    def adopt(self, evidence: Evidence) -> None:
-        """Start from evidence gathered without this promise; τ rises as far as the evidence allows."""
-        self.evidence = evidence
-        self._raise()
+    def copy(self) -> "Promise":
+        """An independent copy."""
+        other = Promise(self.rate, self.evidence.taus, self._start)
+        other.restore(self.evidence.copy(), self.saved())
+        other.index = self.index
+        return other
 
-    def kept(self) -> SavedPromise:
+    def saved(self) -> SavedPromise:
         """The state to save besides the evidence, for `restore`."""
         taus, recent = self.evidence.taus, self.recent
         return SavedPromise(
@@ -310,23 +342,24 @@ class Promise:
             *(self._detector.wealth.tolist(), recent.weight, recent.differing.tolist()),
         )
 
-    def restore(self, evidence: Evidence, kept: SavedPromise) -> None:
+    def restore(self, evidence: Evidence, saved: SavedPromise) -> None:
         """Continue from a saved state. If it was saved with another rate, or with a higher start, only its evidence is
         used.
 
         Raises ValueError for a τ outside the grid, and for impossible values.
         """
-        if kept.rate != self.rate or kept.start > evidence.taus[self._start]:
-            self.adopt(evidence)
+        if saved.rate != self.rate or saved.start > evidence.taus[self._start]:
+            self.evidence = evidence
+            self.advance()
             return
-        self._start = int(np.searchsorted(evidence.taus, kept.start))
-        match = np.flatnonzero(evidence.taus == kept.tau)
-        wealth, differing = np.array(kept.detector, np.float64), np.array(kept.recent, np.float64)
+        self._start = int(np.searchsorted(evidence.taus, saved.start))
+        match = np.flatnonzero(evidence.taus == saved.tau)
+        wealth, differing = np.array(saved.detector, np.float64), np.array(saved.recent, np.float64)
         fits = len(match) == 1 and wealth.shape == self._detector.wealth.shape
-        fits &= differing.shape == evidence.taus.shape and bool((differing <= kept.weight).all())
+        fits &= differing.shape == evidence.taus.shape and bool((differing <= saved.weight).all())
         if not fits or not (wealth >= 0).all() or not (differing >= 0).all():
             raise ValueError("the saved promise does not match the τ grid")
-        self.evidence, self.proved, self._why = evidence, int(match[0]), kept.reason
+        self.evidence, self.proved, self._why = evidence, int(match[0]), saved.reason
         self._detector.wealth = wealth
-        self.recent.weight, self.recent.differing = kept.weight, differing
+        self.recent.weight, self.recent.differing = saved.weight, differing
         self.index = self.recent.allows(self.proved)

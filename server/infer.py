@@ -38,7 +38,7 @@ class Inference:
         request.windows = min(request.windows, most_windows(served.model.manifest.max_tokens))
         _check_texts(request, served)
         level = service.admission.level
-        choice = served.rules.of(request.options, level)
+        choice = served.rules.of(request.options, level, request.client)
         self._done = asyncio.get_running_loop().create_future()
         self.job = job = Job(served, choice, request, self._settle)
         with service.audits.watch(job), service.admission.admit(job):

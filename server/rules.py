@@ -6,12 +6,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promise import Promise
+from de3.exits.promises import NEWCOMER, Promises
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
+from de3.server.networks import party
 from de3.server.settings import ExitOptions, Settings
 
 MAX_NAMED = 20  # signals or labels in a message
@@ -108,6 +109,8 @@ class Rules:
             if settings.guarantee_start == "calibrated":
                 tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
             self.default = self._choice(tau, self._signal, "guarantee", settings.guarantee)
+        self._by_client: dict[str, Choice] = {}  # with a guarantee
+        self._of_newcomers: Choice | None = None
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
@@ -122,15 +125,27 @@ class Rules:
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
-    def apply_guarantee(self, promise: Promise) -> None:
-        """Use the τ that keeps a promise for requests without options."""
-        choice = self._choice(promise.tau, self._signal, "guarantee", promise.rate)
-        row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
-        self.default = replace(choice, promise=row)
+    def apply_guarantee(self, promises: Promises) -> None:
+        """Use the τ that keep a promise, for requests without options; `default` is that of the main client."""
+
+        def choice(client: str) -> Choice:
+            promise = promises.deciding(client)
+            row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
+            return replace(self._choice(promise.tau, self._signal, "guarantee", promise.rate), promise=row)
+
+        clients = promises.tracked()
+        self._by_client = {client: choice(client) for client in clients}
+        self._of_newcomers = choice(NEWCOMER)
+        self.default = self._by_client[clients[0]] if clients else self._of_newcomers
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options at a load level."""
         return self.steps[min(level, len(self.steps)) - 1] if level and self.steps else self.default
+
+    def _without_options(self, level: int, client: str) -> Choice:
+        if self._of_newcomers is None:
+            return self.in_force(level)
+        return self._by_client.get(party(client), self._of_newcomers)
 
     def _choice(
         self, tau: float, signal: Signal, by: str, wanted: float | None = None, max_layer: int | None = None
@@ -143,9 +158,12 @@ class Rules:
         rule = ExitRule(row.tau, self._signals[Key(row.signal, row.lam)], thresholds=self._thresholds)
         return Choice(rule, by, wanted, row)
 
-    def of(self, options: ExitOptions, level: int = 0) -> Choice:
-        """The choice for a request's options; raises RequestError if they cannot be met."""
-        choice = self._chosen(options, level)
+    def of(self, options: ExitOptions, level: int = 0, client: str = "") -> Choice:
+        """The choice for a request's options; raises RequestError if they cannot be met.
+
+        client: of the request; with a guarantee, each has a τ of its own.
+        """
+        choice = self._chosen(options, level, client)
         if choice.promise is not None and options != ExitOptions():  # such requests are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
@@ -183,12 +201,12 @@ class Rules:
         pairs = zip(self._labels, self._own_thresholds, strict=True)
         return Thresholds.of([wanted.get(name, own) for name, own in pairs])
 
-    def _chosen(self, options: ExitOptions, level: int) -> Choice:
+    def _chosen(self, options: ExitOptions, level: int, client: str) -> Choice:
         signal = self._signal_of(options)
         if options.tau is not None or options.max_layer is not None:
             return self._explicit(options.tau, signal, options.max_layer)
         if signal is self._signal:
-            return self._of(options, self.in_force(level))
+            return self._of(options, self._without_options(level, client))
         wishes = [w for w in ("target_speedup", "max_disagreement") if getattr(options, w) is not None]
         return self._of(options, self._default_of(signal, *wishes))
 

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,13 @@ from tests.fixtures import make_rows
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
 
 TEXTS = [text for text, _ in make_rows(200, 41)]
+SEEDS = count(1000)
 TAU = 0.6  # some answers of the tiny models differ from full depth at this τ
+
+
+def new_texts() -> list[str]:
+    """200 texts, most of which were not sent before: a repeat is no evidence for a guarantee."""
+    return [text for text, _ in make_rows(200, next(SEEDS))]
 
 
 def auditor_of(server: Server) -> Auditor:
@@ -140,11 +147,14 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         assert first["tau_choice"]["by"] == "guarantee"
         assert first["tau_choice"]["promise"] == promise
         for _ in range(3):
-            server.classify(input=TEXTS)
+            server.classify(input=new_texts())
         until(lambda: audit(server)["tau"]["tau"] > 0, "τ to rise")
         said = audit(server)
         assert said["share"] == 0.05
+        (client,) = said["promise"].pop("clients")
         assert said["promise"] == promise | {"reason": "evidence"}
+        assert (client["tau"], client["reason"]) == (said["tau"]["tau"], "evidence")
+        assert 150 < client["texts"] <= 601  # not repeats, and no text behind a pending audit
         passed = [row for row in said["taus"] if 0 < row["tau"] <= said["tau"]["tau"]]
         assert passed
         after = server.classify(input=TEXTS, explain=True).json()
@@ -154,6 +164,22 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         assert server.metric("de3_audit_promise", model="tiny-int8:1") == 0.2
         # A request's own option takes precedence, as without a guarantee.
         assert server.classify(input="good", tau=0.5).json()["data"][0]["exit"]["tau"] == 0.5
+
+
+def test_one_request_of_copies_sets_no_tau(store: Path) -> None:
+    def tau(address: str) -> float:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address)) as client:
+            answer = client.post(server.url + "/classify", json={"input": "good", "explain": True})
+            return float(answer.json()["tau_choice"]["tau"])
+
+    with serving(store, models=["tiny-int8"], guarantee=0.2) as server:
+        server.classify(input=["not bad"] * 256)
+        assert audit(server)["texts"] == 256
+        assert tau("127.0.0.1") == 0 == tau("127.5.0.1")
+        while audit(server)["tau"]["tau"] == 0:  # texts of its own raise a client's τ, between two requests
+            answer = server.classify(input=new_texts(), explain=True).json()
+            assert answer["tau_choice"]["tau"] == 0
+        assert tau("127.0.0.1") > 0 == tau("127.5.0.1")  # but not another network's
 
 
 def test_a_calibrated_start_has_the_certified_tau(store: Path) -> None:
@@ -191,11 +217,12 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
 ) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2, audit_share=1.0) as server:
         while audit(server)["tau"]["tau"] == 0:
-            server.classify(input=TEXTS)
+            server.classify(input=new_texts())
         change(server)
         with caplog.at_level(logging.WARNING, "de3"):
             until(
-                lambda: server.classify(input=TEXTS) and auditor_of(server).num_resets["change"], "the change"
+                lambda: server.classify(input=new_texts()) and auditor_of(server).num_resets["change"],
+                "the change",
             )
         assert "differ from full depth more often than the promised 20%" in caplog.text
         said = audit(server)
@@ -287,7 +314,7 @@ def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"models": ["tiny-int8"], "guarantee": 0.2, "state_dir": tmp_path / "state"}
     with serving(store, **options) as server:
         while audit(server)["tau"]["tau"] == 0:
-            server.classify(input=TEXTS)
+            server.classify(input=new_texts())
         before = audit(server)
     with serving(store, **options) as server:
         assert audit(server) == before
@@ -306,7 +333,8 @@ def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
         ({"fingerprint": "0"}, "another model"),
         ({"signal": "entropy"}, "another signal"),
         ({"taus": [0.0, 0.5]}, "number for each τ"),
-        ({"schema_version": 2}, "Input should be 1"),
+        ({"schema_version": 1}, "Input should be 2"),
+        ({"since": 1e300}, "less than or equal to 274877906944"),
         ({"unknown": 1}, "Extra inputs"),
         ({"since": float("nan")}, "finite number"),
         ("{", "EOF"),
@@ -728,11 +756,11 @@ def test_a_change_says_how_many_audits_it_took(store: Path) -> None:
     served.rules = Rules(served.model.manifest, Settings(guarantee=0.3, guarantee_start="calibrated"))
     audits.serve(served)
     auditor = audits.of(served)
-    assert auditor.promise is not None and auditor.promise.index > 0
-    count = len(auditor.taus)
-    unlike, added = Profile(auditor.taus > 0, np.zeros(count, np.int64)), 0
+    assert auditor.promises is not None and auditor.promises.of_all.index > 0
+    unlike, added = Profile(auditor.taus > 0, np.zeros(len(auditor.taus), np.int64)), 0
+    entry = auditor._open("one", 1.0)
     while not auditor.resets:
-        auditor._add(1.0, unlike, True)
+        auditor._add(entry, unlike)
         added += 1
     (reset,) = auditor.resets
     assert (reset.reason, reset.audits) == ("change", added)
@@ -748,7 +776,7 @@ def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
     shares = []
     for _ in range(4):
         shares.append(auditor.share)
-        auditor._open(1.0).is_open = False
+        auditor._open("one", 1.0).is_open = False
     assert shares == [1, 1, 1, 0]
 
 
@@ -766,6 +794,6 @@ def test_texts_that_were_not_drawn_count_under_the_share_of_their_time(store: Pa
     audits.serve(served)
     auditor = audits.of(served)
     for share, texts in ((1.0, 5), (0.5, 3), (0.25, 2)):
-        auditor._open(share).skipped += texts
+        auditor._open("one", share).skipped += texts
     auditor._settle()
     assert {q: tally.texts for q, tally in auditor.evidence.tallies.items()} == {1.0: 5, 0.5: 3, 0.25: 2}

@@ -415,9 +415,11 @@ def audit_of(server: Server) -> dict[str, Any]:
     return report
 
 
-def send_texts(server: Server, count: int) -> None:
+def send_texts(server: Server, numbers: range) -> None:
     """Send texts without exit options, and wait for their audits; one in eight has early exits that differ."""
-    answer = server.classify(input=["Not bad.", *["A wonderful film."] * 7] * (count // 8))
+    answer = server.classify(
+        input=[f"A wonderful film, all {n} of it." if n % 8 else f"Not bad, the {n}." for n in numbers]
+    )
     assert answer.status_code == 200
     until(lambda: audit_of(server)["pending"] == 0, "audits")
 
@@ -434,8 +436,8 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
             page.clock.install()
             page.reload()
             expect(page.locator("#layers .exit")).to_have_count(1)
-            send_texts(server, 64)
-            send_texts(server, 64)
+            send_texts(server, range(64))
+            send_texts(server, range(64, 128))
             poll(page, 6)
             report = audit_of(server)
             tau, found = report["tau"]["tau"], report["measured"]

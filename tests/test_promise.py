@@ -24,6 +24,14 @@ def unlike_from(index: int) -> Profile:
     return Profile(np.arange(4) >= index, np.array([3, 2, 1, 0]))
 
 
+def step(promise: Promise, share: float, audit: Profile, is_repeat: bool = False) -> bool:
+    """Count an audit, and let τ rise; true if τ changed."""
+    before = promise.index
+    promise.add(share, audit, is_repeat)
+    promise.advance()
+    return promise.index != before
+
+
 # Some scores equal a τ of the grid, at which a text must not exit.
 scores = st.lists(
     st.one_of(st.none(), st.just(float("nan")), st.floats(0, 1), st.sampled_from(FINE_TAUS)),
@@ -51,14 +59,14 @@ def test_tau_rises_in_the_fixed_order_up_to_the_first_that_is_not_proved() -> No
     # At the second τ every fifth text differs, at the third none; the third must still not be reached.
     odd = Profile(np.array([False, False, True, False]), CLEAN.layers)
     for n in range(1000):
-        promise.add(1.0, odd if n % 5 == 0 else CLEAN)
+        step(promise, 1.0, odd if n % 5 == 0 else CLEAN)
     assert (promise.tau, promise.reason) == (0.1, "evidence")
     assert promise.evidence.e_values(0.1)[3] > 20
 
 
 def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
     promise = Promise(0.1, GRID)
-    changes = [n for n in range(200) if promise.add(1.0, CLEAN)]
+    changes = [n for n in range(200) if step(promise, 1.0, CLEAN)]
     first = next(
         n for n in range(200) if np.mean([(1 + 0.1 * c) ** (n + 1) for c in (0.25, 0.5, 0.75)]) >= 20
     )
@@ -70,7 +78,7 @@ def test_texts_that_were_not_drawn_count_as_the_share_says() -> None:
     promise = Promise(0.1, GRID)
     for _ in range(40):
         promise.skip(0.05, 19)
-        promise.add(0.05, CLEAN)
+        step(promise, 0.05, CLEAN)
     evidence = promise.evidence
     assert (evidence.texts, evidence.audits) == (800, 40)
     many = Evidence(GRID)
@@ -93,21 +101,21 @@ def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
 def test_a_rise_above_the_promise_voids_what_was_known() -> None:
     promise, rng = Promise(0.1, GRID), np.random.default_rng(3)
     while promise.tau < 0.4:
-        promise.add(1.0, CLEAN)
+        step(promise, 1.0, CLEAN)
     for _ in range(500):
-        promise.add(1.0, unlike_from(3 if rng.random() < 0.05 else 4))
+        step(promise, 1.0, unlike_from(3 if rng.random() < 0.05 else 4))
     assert (promise.tau, promise.reason) == (0.4, "evidence")
     reasons = []
     while promise.reason != "change":
-        promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
+        step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
         reasons.append(promise.reason)
         assert len(reasons) < 200
     assert set(reasons) == {"evidence", "recent", "change"}  # lowered before the change is certain
     assert promise.tau == 0.0
     assert (promise.evidence.audits, promise.evidence.texts, promise.recent.weight) == (0, 0, 0)
-    assert not any(promise.kept().detector)
+    assert not any(promise.saved().detector)
     for _ in range(400):
-        promise.add(1.0, unlike_from(3 if rng.random() < 0.4 else 4))
+        step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
     assert promise.tau == 0.2  # the lower ones still hold
 
 
@@ -115,7 +123,7 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
     promise = Promise(0.1, GRID, start=2)
     assert (promise.tau, promise.reason) == (0.2, "calibrated")
     while promise.tau == 0.2:
-        promise.add(0.1, unlike_from(2))
+        step(promise, 0.1, unlike_from(2))
     assert (promise.tau, promise.reason) == (0.0, "change")
 
 
@@ -126,7 +134,7 @@ def test_few_streams_ever_break_the_promise() -> None:
     for _ in range(60):
         promise = Promise(0.1, GRID)
         for differs in rng.random(3000) < 0.105:
-            promise.add(1.0, unlike_from(2 if differs else 4))
+            step(promise, 1.0, unlike_from(2 if differs else 4))
             assert promise.index <= promise.proved
             if promise.proved > 1:
                 broken += 1
@@ -137,14 +145,14 @@ def test_few_streams_ever_break_the_promise() -> None:
 def test_a_promise_goes_on_where_another_left_off() -> None:
     first, second = Promise(0.1, GRID), Promise(0.1, GRID)
     for n in range(150):
-        first.add(1.0, unlike_from(3 if n % 3 == 0 else 4))
-    second.restore(first.evidence, first.kept())
+        step(first, 1.0, unlike_from(3 if n % 3 == 0 else 4))
+    second.restore(first.evidence, first.saved())
     assert (second.tau, second.reason) == (first.tau, first.reason) == (0.2, "evidence")
     for promise in (first, second):
-        promise.add(0.1, unlike_from(2))
-    assert first.kept() == second.kept()
+        step(promise, 0.1, unlike_from(2))
+    assert first.saved() == second.saved()
     other = Promise(0.01, GRID)
-    other.restore(first.evidence, first.kept())  # the proof was for another rate
+    other.restore(first.evidence, first.saved())  # the proof was for another rate
     assert other.tau == 0
 
 
@@ -171,25 +179,49 @@ def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     assert promise.tau == 0.1
 
 
-def test_evidence_from_before_the_promise_is_taken_up() -> None:
-    evidence = Evidence(GRID)
-    for n in range(150):
-        evidence.add(1.0, unlike_from(3 if n % 3 == 0 else 4))
+def test_tau_rises_only_when_told_to() -> None:
     promise = Promise(0.1, GRID)
-    promise.adopt(evidence)
-    assert (promise.tau, promise.reason) == (0.2, "evidence")
+    for _ in range(200):
+        promise.add(1.0, CLEAN)
+        assert promise.tau == 0
+    promise.advance()
+    assert promise.tau == 0.4
+    for _ in range(200):
+        promise.add(1.0, unlike_from(2))
+    assert promise.tau < 0.4  # it falls at once
+
+
+def test_a_repeat_counts_only_against() -> None:
+    promise, without = Promise(0.1, GRID), Promise(0.1, GRID)
+    for n in range(30):
+        step(promise, 1.0, unlike_from(3 if n % 10 == 0 else 4))
+        step(without, 1.0, unlike_from(3 if n % 10 == 0 else 4))
+    before = promise.evidence.e_values(0.1)
+    for _ in range(500):
+        step(promise, 1.0, CLEAN, is_repeat=True)
+    assert promise.evidence.e_values(0.1).tolist() == before.tolist()
+    assert promise.saved() == without.saved() and promise.index == without.index
+    step(promise, 1.0, unlike_from(2), is_repeat=True)
+    after = promise.evidence.e_values(0.1)
+    assert after[:2].tolist() == before[:2].tolist() and (after[2:] < before[2:]).all()
+    many = Evidence(GRID)
+    for n in range(30):
+        many.add(1.0, unlike_from(3 if n % 10 == 0 else 4))
+    many.add(1.0, unlike_from(2))
+    assert after[2:].tolist() == many.e_values(0.1)[2:].tolist()
+    assert [promise.evidence.e_value(0.1, k) for k in range(4)] == pytest.approx(after.tolist())
 
 
 def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
     """A rise that is too small for the detector; the proof stays valid."""
     promise = Promise(0.1, GRID)
     while promise.tau < 0.4:
-        promise.add(1.0, CLEAN)
+        step(promise, 1.0, CLEAN)
     for n in range(600):
-        promise.add(1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
+        step(promise, 1.0, unlike_from((3, 4)[n % 9 > 0]))  # 11%
     assert (promise.tau, promise.reason, promise.proved) == (0.2, "recent", 3)
     for n in range(900):
-        promise.add(1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
+        step(promise, 1.0, unlike_from((3, 4)[n % 20 > 0]))  # 5%
     assert (promise.tau, promise.reason) == (0.4, "evidence")
 
 
@@ -231,8 +263,8 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
 
 def test_a_calibrated_start_is_no_proof_for_a_strict_one() -> None:
     calibrated, strict, again = Promise(0.1, GRID, start=2), Promise(0.1, GRID), Promise(0.1, GRID, start=2)
-    calibrated.add(1.0, CLEAN)
-    kept = calibrated.kept()
+    step(calibrated, 1.0, CLEAN)
+    kept = calibrated.saved()
     strict.restore(calibrated.evidence, kept)
     assert (strict.tau, strict.reason) == (0.0, "start")
     again.restore(calibrated.evidence, kept)
@@ -251,24 +283,24 @@ def test_the_change_detector_sees_texts_that_were_not_drawn() -> None:
     promise, detector = Promise(0.1, GRID, start=2), betting.ChangeDetector(0.1, PATIENCE)
     for differs in (True, False, True):
         promise.skip(0.05, 19)
-        promise.add(0.05, unlike_from(2 if differs else 4))
+        step(promise, 0.05, unlike_from(2 if differs else 4))
         detector.skip(0.05, 19)
         detector.add(0.05, differs)
-    assert promise.kept().detector == detector.wealth.tolist()
+    assert promise.saved().detector == detector.wealth.tolist()
 
 
 def test_after_a_reset_nothing_is_left_of_a_calibrated_start() -> None:
     promise, strict = Promise(0.1, GRID, start=2), Promise(0.1, GRID)
     promise.reset("reset")
-    strict.restore(promise.evidence, promise.kept())
+    strict.restore(promise.evidence, promise.saved())
     assert (strict.tau, strict.reason) == (0.0, "reset")
 
 
 def test_a_promise_that_goes_on_keeps_the_start_of_the_one_before() -> None:
     first, second = Promise(0.1, GRID, start=2), Promise(0.1, GRID, start=3)
-    first.add(1.0, CLEAN)
-    second.restore(first.evidence, first.kept())
-    assert second.kept() == first.kept()
+    step(first, 1.0, CLEAN)
+    second.restore(first.evidence, first.saved())
+    assert second.saved() == first.saved()
 
 
 def test_the_upper_bound_is_never_below_the_rate() -> None:

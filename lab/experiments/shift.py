@@ -174,6 +174,7 @@ def guaranteed(
         k = int(rng.integers(len(scores)))
         promise.skip(share, skipped)
         promise.add(share, Profile(differs[k], layers[k]))
+        promise.advance()
         text += skipped + 1
     return unlike / texts, depth / texts, promise.tau
 

@@ -118,6 +118,7 @@ def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
         k = int(rng.integers(len(texts.differs)))
         promise.skip(share, skipped)
         promise.add(share, Profile(texts.differs[k], texts.layers[k]))
+        promise.advance()
         resets += promise.reason == "change" and promise.evidence.audits == 0
         text, audits = text + count, audits + 1
         if audits == EARLY:

@@ -134,6 +134,39 @@ def audit(
 
 
 @app.command()
+def clients(
+    home: Annotated[Path, typer.Argument(help="Texts of the other clients.")],
+    store: Store = Path("models"),
+    model: Model = "sst2",
+    text_column: TextColumn = "sentence",
+    rate: Annotated[float, typer.Option(help="The promised disagreement (--guarantee).")] = 0.02,
+    share: AuditShare = 0.05,
+    others: Annotated[
+        list[int] | None,
+        typer.Option(help="Number of other clients; repeat for more.", show_default="1, 2, 19"),
+    ] = None,
+    streams: Annotated[int, typer.Option(help="Streams for each row.", min=1)] = 200,
+    alone: Annotated[
+        bool, typer.Option("--one-promise", help="One promise for all, as until version 0.2.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """Whether one client can break --guarantee for the others, on simulated clients.
+
+    Example: python -m lab study clients sst2/dev.tsv
+    """
+    from lab.studies import audit as streams_of
+    from lab.studies import clients as study
+    from lab.studies.samples import recorded
+
+    loaded = open_model(store, model)
+    texts = recorded(loaded, [home], (text_column, "label")).recorded
+    population = streams_of.Population.of(texts, loaded.manifest.default_signal)
+    rows = study.study(population, others or [1, 2, 19], rate, share, streams, alone)
+    show(*study.table(rows), json_file, rows)
+
+
+@app.command()
 def far(
     like: Annotated[
         Path, typer.Argument(help="In-distribution samples to fit scores on, such as certify.jsonl.")

@@ -4,6 +4,8 @@ A text is drawn with a probability that is fixed before anything about the text 
 Texts are counted in the order of their answers: a text is counted only after the audits of all earlier ones have run,
 so the counts do not depend on the duration of audits. (They depend on the order in which texts in flight were answered,
 but few texts are in flight compared with the number that a decision needs.)
+
+With a guarantee, τ rises only between requests. A text that was counted before counts only against τ.
 """
 
 import asyncio
@@ -18,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Evidence, Profile, Promise, Reason, SavedPromise, profile
+from de3.exits.promise import Evidence, Profile, Reason, profile
+from de3.exits.promises import ALL, Promises
 from de3.exits.reading import Reading, differs
 from de3.exits.signals import Signal
 from de3.model_store.segments import Tokens
@@ -27,6 +30,7 @@ from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.request import Text
 from de3.server.engine.served import Served
+from de3.server.networks import party
 from de3.server.rules import Choice
 from de3.server.settings import ExitOptions, Settings
 
@@ -35,7 +39,8 @@ log = logging.getLogger("de3")
 # Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
 ROOM = 256
 MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
-MAX_ENTRIES = 8192  # entries not yet counted, because the audit of an earlier one is pending
+MAX_ENTRIES = 2**15  # entries not yet counted, because the audit of an earlier one is pending
+MAX_SEEN = 2**16  # hashes of counted texts; the older half is forgotten
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 MAX_RESETS = 20  # resets kept for the report
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
@@ -44,18 +49,25 @@ NO_WISH = ExitOptions()
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    """Consecutive answered texts: some that were not drawn, then possibly one that was.
+    """Consecutive answered texts of one client: some that were not drawn, then possibly one that was.
 
     Attributes:
+        skipped, new: texts that were not drawn, and those of them that were not counted before.
         is_open: the next text may be added; then no text was drawn.
+        is_repeat: the drawn text was counted before.
+        is_last: it ends its request.
         is_pending: the audit of the drawn text has not run yet.
         audit: result of the audit; None if it has not run or was dropped.
     """
 
+    client: str
     share: float
     skipped: int = 0
+    new: int = 0
     is_open: bool = True
     is_pending: bool = False
+    is_repeat: bool = False
+    is_last: bool = False
     audit: Profile | None = None
     served_differs: bool = False
 
@@ -96,7 +108,8 @@ class Auditor:
 
     Attributes:
         served: the loaded model.
-        promise: keeps the rate that the server promises; None without a guarantee.
+        evidence: the audits since the start, or the last change or reset.
+        promises: keep the rate that the server promises; None without a guarantee.
         since: start of the evidence, in seconds since 1970.
         audits, disagreements, seconds: totals since the server started: audited texts; those whose answer, as sent,
             differs from full depth; and the model time of audits.
@@ -121,11 +134,12 @@ class Auditor:
         rules = served.rules
         steps = [rules.default, *rules.steps]
         self.taus = np.unique([*FINE_TAUS, *(choice.rule.tau for choice in steps)])
-        self._evidence = Evidence(self.taus)
-        self.promise: Promise | None = None
+        self.evidence = Evidence(self.taus)
+        self.promises: Promises | None = None
         if settings.guarantee is not None:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
-            self.promise = Promise(settings.guarantee, self.taus, start)
+            self.promises = Promises(settings.guarantee, self.taus, start)
+        self._seen: list[set[int]] = [set(), set()]  # hashes of counted texts: the older, and the newer half
         self._entries: deque[_Entry] = deque()
         self._fresh: list[Audit] = []
         self._outstanding = 0  # drawn texts whose separate audit has not run yet
@@ -140,13 +154,11 @@ class Auditor:
     def serve(self, served: Served) -> None:
         """Audit a loaded model; after the first call, only the same model, reloaded."""
         self.served = served
-        if self.promise is not None:
-            served.rules.apply_guarantee(self.promise)
+        self._apply_guarantee()
 
-    @property
-    def evidence(self) -> Evidence:
-        """The audits since the start, or the last change or reset."""
-        return self.promise.evidence if self.promise is not None else self._evidence
+    def _apply_guarantee(self) -> None:
+        if self.promises is not None:
+            self.served.rules.apply_guarantee(self.promises)
 
     @property
     def signal(self) -> Signal:
@@ -166,13 +178,14 @@ class Auditor:
 
     @property
     def share(self) -> float:
-        """Probability that the next text is drawn.
+        """Probability that the next text is drawn, of requests without options."""
+        return self._share_at(self.served.rules.default.rule.tau)
 
-        It is 1 with a guarantee whose τ is 0: an answer at full depth is its own audit.
-        """
+    def _share_at(self, tau: float) -> float:
+        """It is 1 with a guarantee whose τ is 0: an answer at full depth is its own audit."""
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES:
             return 0.0
-        if self.promise is not None and self.promise.index == 0:
+        if self.promises is not None and tau == 0:
             return 1.0
         return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
 
@@ -180,7 +193,7 @@ class Auditor:
         """Draw texts of a job that is about to be submitted; None if its request chooses τ itself."""
         if job.request.options != NO_WISH:
             return None
-        share = self.share
+        share = self._share_at(job.choice.rule.tau)
         draw = Draw(share, self._epoch, [self._random.random() < share for _ in job.items])
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
             item.asks_all_exits |= is_drawn
@@ -197,6 +210,7 @@ class Auditor:
         """Count the texts of a finished job, and enqueue the audits of the drawn ones."""
         is_void = draw is None or draw.epoch != self._epoch or not draw.share
         share, drawn = (0.0, [False] * len(job.items)) if draw is None else (draw.share, draw.is_drawn)
+        client, entry = party(job.client), None
         for item, outcome, is_drawn in zip(job.items, job.outcomes(), drawn, strict=True):
             needs_audit = is_drawn and job.choice.rule.tau > 0
             reason = "windows" if outcome.windows else outcome.reason
@@ -205,25 +219,45 @@ class Auditor:
             if reason in EXCLUDED or is_void:
                 self._outstanding -= needs_audit
                 continue
-            entry = self._open(share)
+            entry = self._open(client, share)
+            entry.is_last = False
+            is_repeat = self._was_counted(item.progress.tokens)
             if not is_drawn:
                 entry.skipped += 1
+                entry.new += not is_repeat
                 continue
-            entry.is_open = False
+            entry.is_open, entry.is_repeat = False, is_repeat
             if len(outcome.passed) == len(self.served.model.manifest.exit_layers):
                 self._outstanding -= needs_audit
                 self._conclude(entry, outcome.reading, outcome.passed, outcome.tokens, item.text)
             else:
                 assert item.progress.tokens is not None
                 self._enqueue(entry, item.progress.tokens, outcome.reading, item.text)
+        if entry is not None:
+            entry.is_last = True
         self._settle()
 
-    def _open(self, share: float) -> _Entry:
-        if not self._entries or not self._entries[-1].is_open or self._entries[-1].share != share:
-            if self._entries:
-                self._entries[-1].is_open = False
-            self._entries.append(_Entry(share))
+    def _open(self, client: str, share: float) -> _Entry:
+        last = self._entries[-1] if self._entries else None
+        if last is not None and last.is_open and (last.client, last.share) == (client, share):
+            return last
+        if last is not None:
+            last.is_open = False
+        self._entries.append(_Entry(client, share))
         return self._entries[-1]
+
+    def _was_counted(self, tokens: Tokens | None) -> bool:
+        """True if a text was counted before, as far as is remembered; it is remembered now."""
+        if self.promises is None or tokens is None:
+            return False
+        older, newer = self._seen
+        key = hash((tokens.ids.tobytes(), tokens.type_ids.tobytes()))
+        if key in newer or key in older:
+            return True
+        newer.add(key)
+        if len(newer) >= MAX_SEEN // 2:
+            self._seen = [newer, set()]
+        return False
 
     def _enqueue(self, entry: _Entry, tokens: Tokens, answer: Reading, text: Text) -> None:
         """Schedule the audit of a text. Audits are submitted together, after the answers have been sent."""
@@ -289,49 +323,53 @@ class Auditor:
         self.disagreements += served_differs
 
     def _settle(self) -> None:
-        """Count the texts up to the first audit that has not run yet."""
+        """Count the texts up to the first audit that has not run yet; then, between two requests, τ may rise."""
+        audits, may_rise = self.evidence.audits, False
         while self._entries and not self._entries[0].is_pending:
             entry = self._entries[0]
-            counts = self.promise or self._evidence
-            counts.skip(entry.share, entry.skipped)
-            entry.skipped, self.is_changed = 0, True
+            self.evidence.skip(entry.share, entry.skipped)
+            if self.promises is not None:
+                self.promises.skip(entry.client, entry.share, entry.new)
+            entry.skipped, entry.new, self.is_changed = 0, 0, True
             if entry.is_open:
-                return
+                break
             self._entries.popleft()
+            may_rise = entry.is_last
             if entry.audit is not None:
-                self._add(entry.share, entry.audit, entry.served_differs)
+                self._add(entry, entry.audit)
+        if self.promises is not None and self.evidence.audits != audits:
+            if may_rise or not self._entries or self._entries[0].is_open:
+                self.promises.advance()
+            self._apply_guarantee()
 
-    def _add(self, share: float, audit: Profile, served_differs: bool) -> None:
-        if self.promise is None:
-            self._evidence.add(share, audit, served_differs)
+    def _add(self, entry: _Entry, audit: Profile) -> None:
+        """Count an audit; a promise may find that the rate has risen."""
+        before, tau = self.evidence.audits, self.served.rules.default.rule.tau
+        self.evidence.add(entry.share, audit, entry.served_differs)
+        if self.promises is None:
             return
-        promise = self.promise
-        tau, proved, audits = promise.tau, promise.proved, promise.evidence.audits
-        if not promise.add(share, audit, served_differs):
-            return
-        self.served.rules.apply_guarantee(promise)
-        if promise.reason != "change":
-            if promise.proved > proved:
-                log.info("%s: audits allow τ = %g", self.served.model.full_name, self.taus[promise.proved])
+        changed = self.promises.add(entry.client, entry.share, audit, entry.is_repeat)
+        if not changed:
             return
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
-            "%g%%: every text runs to full depth until audits of new texts allow more",
+            "%g%%: texts run to full depth until audits of new texts allow more",
             self.served.model.full_name,
-            100 * promise.rate,
+            100 * self.promises.rate,
         )
-        self._begin_anew(Reset(time.time(), "change", tau, audits + 1))
+        if ALL in changed:
+            self._begin_anew(Reset(time.time(), "change", tau, before + 1))
 
     def reset(self) -> None:
         """Discard the evidence at an admin's request; with a guarantee, τ returns to 0."""
         tau, audits = self.served.rules.default.rule.tau, self.evidence.audits
-        if self.promise is not None:
-            self.promise.reset("reset")
-            self.served.rules.apply_guarantee(self.promise)
-        self._evidence = Evidence(self.taus)
+        if self.promises is not None:
+            self.promises.reset("reset")
+            self._apply_guarantee()
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
+        self.evidence = Evidence(self.taus)
         self._entries.clear()  # pending audits belong to the discarded evidence
         self._epoch += 1
         self.since, self.is_changed = reset.at, True
@@ -339,20 +377,12 @@ class Auditor:
         self.num_resets[reset.reason] += 1
 
     def restore(
-        self,
-        evidence: Evidence,
-        since: float,
-        resets: list[Reset],
-        kept: SavedPromise | None,
+        self, evidence: Evidence, since: float, resets: list[Reset], promises: Promises | None
     ) -> None:
-        """Continue from the saved state of an earlier server; raises ValueError. kept: None if it had no guarantee."""
-        if self.promise is None:
-            self._evidence = evidence
-        elif kept is not None:
-            self.promise.restore(evidence, kept)
-        else:
-            self.promise.adopt(evidence)
-        self.since, self.resets = since, resets
+        """Continue from the saved state of an earlier server. promises: None if it had no guarantee."""
+        self.evidence, self.since, self.resets = evidence, since, resets
+        if promises is not None and self.promises is not None:
+            self.promises = promises
         self.serve(self.served)
 
     def measured(self) -> tuple[float, float, float] | None:
@@ -365,6 +395,7 @@ class Auditor:
         return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
 
     def in_force(self) -> dict[str, Any]:
-        """τ in force for requests without exit options, and the reason for it."""
+        """τ in force for requests without exit options, and the reason for it; with a guarantee, those of the main
+        client."""
         choice = self._in_force(self.served)
-        return {"tau": choice.rule.tau, "reason": self.promise.reason if self.promise else choice.by}
+        return {"tau": choice.rule.tau, "reason": choice.promise["reason"] if choice.promise else choice.by}

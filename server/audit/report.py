@@ -7,18 +7,22 @@ import numpy as np
 
 from de3.exits.calibration import speedup
 from de3.exits.guarantee import CONFIDENCE
+from de3.exits.promises import NEWCOMER, Promises
 from de3.server.audit.auditor import Auditor
 
 
 def report(auditor: Auditor) -> dict[str, Any]:
     """The audit results of one model: evidence by τ, the promise and its current state, and the resets."""
-    evidence, signal, promise = auditor.evidence.copy(), auditor.signal, auditor.promise
+    evidence, signal, promises = auditor.evidence.copy(), auditor.signal, auditor.promises
     manifest = auditor.served.model.manifest
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()
     in_force = auditor.in_force()
     here = int(np.searchsorted(auditor.taus, in_force["tau"]))
-    e_values = None if promise is None else evidence.e_values(promise.rate)
+    e_values = None
+    if promises is not None:
+        main = promises.deciding(next(iter(promises.tracked()), NEWCOMER)).evidence.copy()
+        e_values = main.e_values(promises.rate)
 
     def row(k: int) -> dict[str, Any]:
         known: dict[str, Any] = {
@@ -47,7 +51,12 @@ def report(auditor: Auditor) -> dict[str, Any]:
         "tau": in_force,
         "promise": None
         if auditor.promised is None
-        else {"max_disagreement": auditor.promised, "confidence": CONFIDENCE, "reason": in_force["reason"]},
+        else {
+            "max_disagreement": auditor.promised,
+            "confidence": CONFIDENCE,
+            "reason": in_force["reason"],
+            "clients": None if promises is None else [_client(promises, name) for name in promises.tracked()],
+        },
         "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
         "calibrated": None
         if expected is None
@@ -61,6 +70,11 @@ def report(auditor: Auditor) -> dict[str, Any]:
             {"at": _time(r.at), "reason": r.reason, "tau": r.tau, "audits": r.audits} for r in auditor.resets
         ],
     }
+
+
+def _client(promises: Promises, name: str) -> dict[str, Any]:
+    tau, reason = promises.choose(name)
+    return {"texts": promises.texts[name], "tau": tau, "reason": reason}
 
 
 def _number(value: float) -> float | None:

@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.promise import MAX_SHARES, Evidence, Reason, SavedPromise, Tally
+from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, SavedPromise, Tally
+from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
 log = logging.getLogger("de3")
-MAX_BYTES = 2**20
+MAX_BYTES = 2**22
 MAX_TAUS = 1024
+MAX_TIME = 2**38  # seconds since 1970: the year 10680
 NEW_SHARES = 17  # shares that a server may add
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -41,9 +43,24 @@ class Counts(_Part):
     layers: list[Count] = Field(max_length=MAX_TAUS)
 
 
-class Promised(_Part):
-    """A saved state of a promise: de3.exits.promise.SavedPromise."""
+class PromiseCounts(_Part):
+    """What a de3.exits.promise.Promise needs of a Tally."""
 
+    share: Annotated[float, Field(gt=0, le=1)]
+    texts: Count
+    differing: list[Count] = Field(max_length=MAX_TAUS)
+    repeats: list[Count] = Field(max_length=MAX_TAUS)
+
+
+class Promised(_Part):
+    """A saved de3.exits.promise.Promise: SavedPromise and its evidence; left_out: the client that it leaves out.
+
+    texts: number of texts of that client.
+    """
+
+    left_out: Annotated[str, Field(max_length=16)]
+    texts: Count
+    counts: list[PromiseCounts] = Field(max_length=MAX_SHARES)
     rate: Rate
     tau: Rate
     start: Rate
@@ -56,7 +73,7 @@ class Promised(_Part):
 class ResetRow(_Part):
     """A de3.server.audit.auditor.Reset."""
 
-    at: float
+    at: Annotated[float, Field(ge=0, le=MAX_TIME)]
     reason: Reason
     tau: Rate
     audits: Count
@@ -68,7 +85,7 @@ class State(_Part):
     caution: factor of τ for out-of-distribution texts.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     fingerprint: str
     runtime: str
@@ -76,9 +93,9 @@ class State(_Part):
     signal: str
     lam: float | None
     taus: list[Rate] = Field(max_length=MAX_TAUS)
-    since: float
+    since: Annotated[float, Field(ge=0, le=MAX_TIME)]
     counts: list[Counts] = Field(max_length=MAX_SHARES)
-    promise: Promised | None
+    promises: list[Promised] = Field(max_length=MAX_CLIENTS + 2)  # empty without a guarantee
     resets: list[ResetRow] = Field(max_length=MAX_RESETS)
 
     @model_validator(mode="after")
@@ -88,12 +105,22 @@ class State(_Part):
                 raise ValueError("differing and layers need a number for each τ")
             if max(row.served, row.audits, *row.differing) > row.texts or max(row.differing) > row.audits:
                 raise ValueError("more audits than texts, or more disagreements than audits")
+        for promise in self.promises:
+            for part in promise.counts:
+                if not len(part.differing) == len(part.repeats) == len(self.taus):
+                    raise ValueError("differing and repeats need a number for each τ")
+                first = [d - r for d, r in zip(part.differing, part.repeats, strict=True)]
+                if min(first, default=0) < 0 or max(first, default=0) > part.texts:
+                    raise ValueError("more disagreements than texts, or more of repeats than of all")
+        names = [promise.left_out for promise in self.promises]
+        if names and (ALL not in names or len(set(names)) < len(names)):
+            raise ValueError("the promises must leave out different clients, and one of them none")
         return self
 
 
 def state_of(auditor: Auditor) -> State:
     """The state of an auditor, to be saved."""
-    manifest, promise = auditor.served.model.manifest, auditor.promise
+    manifest, promises = auditor.served.model.manifest, auditor.promises
     signal = auditor.signal
     return State(
         model=auditor.served.model.full_name,
@@ -115,9 +142,46 @@ def state_of(auditor: Auditor) -> State:
             )
             for share, tally in auditor.evidence.copy().tallies.items()
         ],
-        promise=None if promise is None else Promised(**promise.kept()._asdict()),
+        promises=[] if promises is None else _promised(promises),
         resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in auditor.resets],
     )
+
+
+def _promised(promises: Promises) -> list[Promised]:
+    return [
+        Promised(
+            left_out=left_out,
+            texts=promises.texts[left_out],
+            counts=[
+                PromiseCounts(
+                    share=share,
+                    texts=tally.texts,
+                    differing=tally.differing.tolist(),
+                    repeats=tally.repeats.tolist(),
+                )
+                for share, tally in promise.evidence.copy().tallies.items()
+            ],
+            **promise.saved()._asdict(),
+        )
+        for left_out, promise in list(promises.by_left_out.items())
+    ]
+
+
+def _restored(saved: list[Promised], like: Promises) -> Promises:
+    """The promises of a state, with the rate and the start of `like`."""
+    promises = Promises(like.rate, like.taus, like.start)
+    for row in saved:
+        evidence = Evidence(like.taus)
+        for part in row.counts:
+            differing, repeats = np.array(part.differing, np.int64), np.array(part.repeats, np.int64)
+            evidence.tallies[part.share] = Tally(
+                part.texts, 0, 0, differing, np.zeros_like(differing), repeats
+            )
+        promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start)
+        state = row.model_dump(exclude={"left_out", "texts", "counts"})
+        promise.restore(evidence, SavedPromise(**state))
+        promises.texts[row.left_out] = row.texts
+    return promises
 
 
 def restore(auditor: Auditor, state: State) -> None:
@@ -130,21 +194,22 @@ def restore(auditor: Auditor, state: State) -> None:
     served = auditor.served
     if (state.runtime, state.caution) != (served.model.runtime, served.monitor.caution):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
-    if len(state.counts) + NEW_SHARES > MAX_SHARES:
+    most = max(len(state.counts), *(len(promise.counts) for promise in state.promises), 0)
+    if most + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if state.taus != auditor.taus.tolist():
         raise ValueError("it has other values of τ")
     evidence = Evidence(auditor.taus)
     for row in state.counts:
         differing, layers = np.array(row.differing, np.int64), np.array(row.layers, np.int64)
-        evidence.tallies[row.share] = Tally(row.texts, row.audits, row.served, differing, layers)
-    kept = state.promise
-    auditor.restore(
-        evidence,
-        state.since,
-        [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets],
-        None if kept is None else SavedPromise(**kept.model_dump()),
-    )
+        evidence.tallies[row.share] = Tally(
+            row.texts, row.audits, row.served, differing, layers, np.zeros_like(differing)
+        )
+    promises = None
+    if auditor.promises is not None and state.promises:
+        promises = _restored(state.promises, auditor.promises)
+    resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
+    auditor.restore(evidence, state.since, resets, promises)
 
 
 def fingerprint(manifest: Manifest) -> str:

@@ -1,0 +1,119 @@
+"""One promise for all clients, which no single one of them can break for the others.
+
+A client whose texts are easy can make the rate of disagreement look low, and τ rise for texts that it did not send. So
+there is a `Promise` for each client that leaves its evidence out. A client gets the lowest τ of all of these but its
+own: one that the evidence still allows with any single other client left out. A client that sends most of the texts
+keeps its own τ, and another one gets what the evidence without it allows. Several clients together could still raise
+τ for the others, so each one's τ is also lowered as soon as its own recent audits exceed the promise.
+
+Only the MAX_CLIENTS clients with the most texts are left out one by one. All further clients count as one, `OTHERS`.
+"""
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits.promise import Profile, Promise, Reason, Recent
+
+MAX_CLIENTS = 8
+MAX_COUNTED = 1024  # further clients whose texts are counted
+ALL, OTHERS, NEWCOMER = "", "others", "newcomer"  # no client has one of these names
+
+
+class Promises:
+    """The promise on all evidence, and those that leave out a client.
+
+    Attributes:
+        by_left_out: the promise without the evidence of a client; `ALL` leaves out none.
+        own: the recent audits of each client that is left out.
+        texts: number of texts by client: of those that are left out, and of some others.
+    """
+
+    def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
+        """rate, taus, start: see Promise."""
+        self.rate, self.taus, self.start = rate, taus, start
+        self.by_left_out: dict[str, Promise] = {ALL: Promise(rate, taus, start)}
+        self.own: dict[str, Recent] = {}
+        self.texts = Counter[str]()
+
+    @property
+    def of_all(self) -> Promise:
+        """The promise on the evidence of all clients."""
+        return self.by_left_out[ALL]
+
+    def deciding(self, client: str) -> Promise:
+        """The promise with the lowest τ of those that leave out another client; that of all if there is none."""
+        key = self._key(client)
+        others = [promise for left_out, promise in self.by_left_out.items() if left_out not in (key, ALL)]
+        return min(others, key=lambda promise: promise.index, default=self.of_all)
+
+    def choose(self, client: str) -> tuple[float, Reason]:
+        """A client's τ, and the reason for it."""
+        promise = self.deciding(client)
+        own = self.own.get(self._key(client))
+        index = promise.index if own is None else own.allows(promise.index)
+        return float(self.taus[index]), promise.reason if index == promise.index else "recent"
+
+    def tracked(self) -> list[str]:
+        """The clients that are left out one by one, the one with the most texts first."""
+        names = [name for name in self.by_left_out if name not in (ALL, OTHERS)]
+        return sorted(names, key=lambda name: -self.texts[name])
+
+    def skip(self, client: str, share: float, texts: int) -> None:
+        """Count texts of a client that were not audited, and are no repeats."""
+        key = self._count(client, texts)
+        for left_out, promise in self.by_left_out.items():
+            if left_out != key:
+                promise.skip(share, texts)
+
+    def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
+        """Count an audit; returns what the promises leave out that reset, because the rate has risen."""
+        key, changed = self._count(client, 1), list[str]()
+        if audit.differs.any() or not is_repeat:
+            self.own[key].add(audit.differs)
+        for left_out, promise in self.by_left_out.items():
+            if left_out != key:
+                promise.add(share, audit, is_repeat)
+                if promise.reason == "change" and not promise.evidence.tallies:
+                    changed.append(left_out)
+        return changed
+
+    def advance(self) -> None:
+        """Raise each τ as far as its evidence allows."""
+        for promise in self.by_left_out.values():
+            promise.advance()
+
+    def reset(self, reason: Reason) -> None:
+        """Discard all evidence, and return to τ = 0."""
+        self.of_all.reset(reason)
+        self.by_left_out, self.own = {ALL: self.of_all}, {}
+        self.texts.clear()
+
+    def _key(self, client: str) -> str:
+        """The promise that leaves out a client; the client's own name if it is new and there is room for it."""
+        is_full = len(self.by_left_out) > MAX_CLIENTS + (OTHERS in self.by_left_out)
+        return client if client in self.by_left_out or not is_full else OTHERS
+
+    def _count(self, client: str, texts: int) -> str:
+        """Count texts, and return the key of their client."""
+        self.texts[client] += texts
+        key = self._key(client)
+        if key == OTHERS:
+            lightest = self.tracked()[-1]
+            if self.texts[client] > self.texts[lightest]:
+                del self.by_left_out[lightest], self.own[lightest]
+                key = client
+            elif len(self.texts) > MAX_CLIENTS + MAX_COUNTED:
+                self._forget()
+        if key not in self.by_left_out:
+            # Until now it had no evidence of its own, or little: less than each of those that are left out.
+            self.by_left_out[key] = self.of_all.copy()
+            self.own[key] = Recent(self.rate, len(self.taus))
+        return key
+
+    def _forget(self) -> None:
+        """Stop counting the lighter half of the clients that are not left out."""
+        tracked = self.tracked()
+        kept = [item for item in self.texts.most_common() if item[0] not in self.by_left_out]
+        self.texts = Counter({name: self.texts[name] for name in tracked} | dict(kept[: MAX_COUNTED // 2]))

@@ -1,0 +1,24 @@
+"""Groups clients by network: an attacker can have many addresses, but seldom in many networks."""
+
+import hashlib
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
+
+
+@lru_cache(4096)
+def network_of(client: str) -> str:
+    """The network of a client's address, /24 or for IPv6 /48; any other name, such as that of a key, as it is.
+
+    client: as `Frontend.client` names it: an address, an IPv6 network, or the owner of a key.
+    """
+    try:
+        address = IPv6Network(client).network_address if "/" in client else ip_address(client)
+    except ValueError:
+        return client
+    return str(ip_network((address, 24 if isinstance(address, IPv4Address) else 48), strict=False))
+
+
+@lru_cache(4096)
+def party(client: str) -> str:
+    """Who must not set τ for others: the owner of a key or a network, as a hash, because it is saved."""
+    return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()
