@@ -17,6 +17,7 @@ Cause = Literal[
     "loading",
     "queue_full",
     "shed",
+    "busy",
     "budget",
     "timeout",
     "client_gone",

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from de3.server.http import connection, listener
 from de3.server.http.listener import BaseConnection, Listener
 from de3.server.http.parser import MAX_FRAMING_BYTES, MAX_HEAD_BYTES, MAX_HEADERS, RequestParser
+from de3.server.http.shared_run import MAX_WAITING
 from de3.server.shares import Shares
-from tests.serving import Server, serving, until
+from tests.serving import Gate, Server, serving, until
 
 BODY = b'{"input": "good film"}'
 REQUEST = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
@@ -563,13 +564,14 @@ class Made(BaseConnection):
     def __init__(
         self,
         shared: Listener,
-        address: str = "",
-        at: float = 0.0,
-        responses: int = 0,
+        network: str = "",
+        idle_s: float = 0.0,
+        answered: bool = False,
         state: int = connection.HEAD,
     ) -> None:
         super().__init__(SimpleNamespace(call_later=lambda *_: None))  # type: ignore[arg-type]
-        self.shared, self.address, self.opened_at, self.responses = shared, address, at, responses
+        self.shared, self.network, self.opened_at = shared, network, time.monotonic() - idle_s
+        self.answered_at = self.opened_at if answered else None
         self.state, self.is_aborted, self.is_refused, self.left = state, False, False, 0
 
     def expire(self, now: float) -> None: ...
@@ -590,18 +592,164 @@ def made_listener(limit: int = 5) -> Listener:
     return Listener(gate, limit, 1000, 5.0)
 
 
-def test_the_oldest_unanswered_connection_of_the_busiest_address_is_evicted() -> None:
-    shared = made_listener()
-    connections = [
-        Made(shared, "b", 0.0),
-        Made(shared, "a", 1.0, state=connection.RESPONSE),
-        Made(shared, "a", 2.0, responses=1),
-        Made(shared, "a", 3.0),
-        Made(shared, "a", 4.0),
-    ]
-    for one in connections:
+# Network, seconds idle, answered: in the order in which they are evicted; the last one is new.
+LOSSES = [
+    ("large", 1.0, False),  # silent
+    ("other", 3.0, False),
+    ("other", 2.0, False),
+    ("large", 0.1, False),  # of the network with most of the connections
+    ("large", 5.0, True),
+    ("large", 0.2, True),
+    ("other", 0.2, False),
+    ("other", 9.0, True),
+    ("other", 0.1, True),
+]
+
+
+@pytest.mark.parametrize("first", range(len(LOSSES)))
+def test_the_smallest_loss_is_evicted(first: int) -> None:
+    shared = made_listener(1000)
+    left = [Made(shared, *loss) for loss in LOSSES[first:]]
+    large = [Made(shared, "large", state=connection.RESPONSE) for _ in range(10)]
+    for one in (*large, *reversed(left)):
         shared.opened(one)
-    assert [one.is_aborted for one in connections] == [False, False, False, True, False]
+    shared.max_connections = len(shared.connections) + 1
+    shared.opened(new := Made(shared, "new"))
+    assert [one.is_aborted for one in left] == [True] + [False] * (len(left) - 1)
+    assert not new.is_aborted and not any(one.is_aborted for one in large)
+
+
+def test_with_nothing_else_to_lose_the_new_one_is_evicted() -> None:
+    shared = made_listener(4)
+    busy = [Made(shared, "a", state=connection.RESPONSE) for _ in range(3)]
+    for one in (*busy, new := Made(shared, "b")):
+        shared.opened(one)
+    assert new.is_aborted and not any(one.is_aborted for one in busy)
+
+
+def test_a_network_has_no_more_than_its_share_of_the_connections() -> None:
+    shared = made_listener(90)
+    many = [Made(shared, "a", idle_s=n) for n in range(89)]
+    for one in many:
+        shared.opened(one)
+    assert len(shared.connections) == 80 == sum(not one.is_aborted for one in many)
+
+
+@pytest.mark.parametrize("is_answered", [False, True])
+def test_many_addresses_with_an_idle_connection_each_push_out_nobody(store: Path, is_answered: bool) -> None:
+    with serving(store, models=["tiny"], max_connections=40) as server, ExitStack() as stack:
+        pool = [stack.enter_context(connect(server, "127.9.9.9")) for _ in range(8)]
+        for mine in pool:
+            mine.sendall(REQUEST)
+            assert answer(mine)[0] == 200
+        for number in range(120):
+            other = stack.enter_context(connect(server, f"127.{1 + number % 8}.{number}.1"))
+            if is_answered:
+                send(other, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                answer(other)
+            if number % 4 == 0:
+                for mine in pool:
+                    mine.sendall(REQUEST)
+                    assert answer(mine)[0] == 200
+        assert server.metric("de3_dropped_connections_total", reason="connection_limit") >= 80
+        assert len(server.listener.connections) <= 40
+
+
+def waiting(server: Server) -> int:
+    return sum(c.state == connection.RESPONSE for c in list(server.listener.connections))
+
+
+@pytest.mark.parametrize("path", ["/v1/models/tiny/audit", "/metrics"])
+def test_a_get_ends_with_its_client(store: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    going_on = threading.Event()
+    monkeypatch.setattr("de3.server.http.models.report", lambda _: (going_on.wait(60), {"x": 1})[1])
+    monkeypatch.setattr("de3.server.http.app.generate_latest", lambda _: (going_on.wait(60), b'{"x": 1}')[1])
+    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    with serving(store, models=["tiny"], audit_share=1.0) as server, ExitStack() as stack:
+        stack.callback(going_on.set)
+        for _ in range(60):
+            with connect(server) as leaving:
+                leaving.sendall(request)
+        ended = {"client_gone", "busy"}
+        until(
+            lambda: sum(server.metric("de3_rejected_total", cause=cause) for cause in ended) == 60,
+            "the requests to end",
+        )
+        until(lambda: not server.listener.connections, "the connections to end")
+        staying = [stack.enter_context(connect(server)) for _ in range(MAX_WAITING)]
+        for one in staying:
+            one.sendall(request)
+        until(lambda: waiting(server) == MAX_WAITING, "the requests to wait")
+        with connect(server) as another:
+            another.sendall(request)
+            status, body = answer(another)
+            assert status == 503 and "16 requests wait for it already" in body["error"]["message"]
+        going_on.set()
+        for one in staying:  # all of them get the one report
+            assert answer(one) == (200, {"x": 1} | ({"object": "audit"} if "audit" in path else {}))
+
+
+def test_a_client_that_ends_only_its_own_half_gets_its_answers(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(store, models=["tiny"]) as server:
+        with connect(server) as s:
+            s.sendall(2 * REQUEST)
+            s.shutdown(socket.SHUT_WR)
+            assert answer(s)[0] == 200 == answer(s)[0] and is_closed(s)
+        with connect(server) as s:
+            s.sendall(REQUEST[:-1])
+            s.shutdown(socket.SHUT_WR)
+            assert s.recv(1) == b""  # half a request
+        turns, starts = server.listener.turns, list[Callable[[], None]]()
+        monkeypatch.setattr(turns, "take", lambda _, start: starts.append(start))  # a slow server
+        with connect(server) as s:
+            s.sendall(REQUEST)
+            s.shutdown(socket.SHUT_WR)
+            assert s.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+            on_loop(next(iter(server.listener.connections)), starts.pop())
+            assert answer(s)[0] == 200 and is_closed(s)
+        with connect(server) as s:
+            s.sendall(REQUEST.replace(b"1.1", b"1.0"))
+            s.shutdown(socket.SHUT_WR)
+            until(lambda: starts, "the request")
+            on_loop(next(iter(server.listener.connections)), starts.pop())
+            assert answer(s)[0] == 200 and is_closed(s)
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_client_that_has_closed_is_found_out(
+    store: Path, monkeypatch: pytest.MonkeyPatch, version: bytes
+) -> None:
+    gate = Gate(monkeypatch)
+    monkeypatch.setattr(connection, "HALF_CLOSED_S", 0.2)
+    with serving(store, models=["tiny"], timeout_s=60) as server:
+        with connect(server) as s:
+            s.sendall(REQUEST.replace(b"1.1", version))
+            until(lambda: server.service.admission.texts.total == 1, "the text")
+        until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the departure")
+        until(lambda: server.service.admission.texts.total == 0, "the text to be dropped")
+        gate.open()
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"GET / HTTP/1.1\r\n", "has 0 Host headers"),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n", "has 2 Host headers"),
+        (b"GET / HTTP/1.0\r\nHost: a\r\nHost: a\r\n", "has 2 Host headers"),
+        (b"GET / HTTP/2.0\r\nHost: a\r\n", "HTTP/2.0 is not supported"),
+        (b"GET / HTTP/0.9\r\nHost: a\r\n", "HTTP/0.9 is not supported"),
+    ],
+)
+def test_a_request_has_one_host_and_a_known_version(server: Server, head: bytes, says: str) -> None:
+    with connect(server) as s:
+        s.sendall(head + b"\r\n")
+        status, body = answer(s)
+        assert status == 400 and says in body["error"]["message"] and is_closed(s)
+    with connect(server) as s:
+        s.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert answer(s)[0] == 200
 
 
 def test_the_largest_body_of_the_client_with_the_most_bytes_makes_room() -> None:

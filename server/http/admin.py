@@ -1,7 +1,8 @@
 """Routes that change the served models; they exist only on a server with admin keys (access.py)."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Body, FastAPI, Path
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +19,7 @@ Name = Annotated[str, Path(pattern=f"^{NAME.pattern}$", description="name of a m
 NameOrVersion = Annotated[
     str, Path(pattern=f"^{NAME.pattern}(:[0-9]{{1,9}})?$", description="name of a model, or name:version")
 ]
+T = TypeVar("T")
 Version = Annotated[int, Field(ge=1, le=10**9)]
 
 
@@ -65,17 +67,20 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     @app.post("/v1/models/{name}/load", **common)
     async def load_model(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
         """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
-        return _said(await manager.load(name, what.version, what.role, what.share or 0.0), what.role)
+        loading = manager.load(name, what.version, what.role, what.share or 0.0)
+        return _said(await _to_its_end(loading), what.role)
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def roll_back_model(name: Name) -> dict[str, Any]:
         """Make the previous current version current again."""
-        return _said(await manager.roll_back(name), "current")
+        return _said(await _to_its_end(manager.roll_back(name)), "current")
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
         """Stop serving a version, or all versions of a name."""
-        return {"unloaded": [s.model.full_name for s in await manager.unload(name, what.version)]}
+        return {
+            "unloaded": [s.model.full_name for s in await _to_its_end(manager.unload(name, what.version))]
+        }
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
@@ -98,6 +103,17 @@ def explain(wrong: RequestValidationError) -> RequestError:
     if len(place) < 2:
         return RequestError(f"the body must be a JSON object, sent as application/json: {message}")
     return RequestError(f"{place[1]}: {message[0].lower()}{message[1:]}", place[1])
+
+
+async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
+    """Run a change of the models, which goes on if its client disconnects."""
+    task = asyncio.create_task(change)
+    _changes.add(task)
+    task.add_done_callback(_changes.discard)
+    return await asyncio.shield(task)
+
+
+_changes: set[asyncio.Task[Any]] = set()
 
 
 def _said(served: Served, role: Role) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from de3.server.http.frontend import Frontend, route_path
 from de3.server.http.moderations import MODERATIONS
 from de3.server.http.page import page
 from de3.server.http.protocol import Protocol
+from de3.server.http.shared_run import SharedRun
 
 PROTOCOLS: dict[str, Protocol] = {
     "/classify": CLASSIFY,
@@ -73,12 +74,14 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                 if frontend.access.check(route_path(scope), scope):
                     body = await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s)
                     receive = _replay(body, receive)
+                await api(scope, receive, send)
             except RequestError as error:
                 await frontend.refuse(error, scope)(scope, receive, send)
             except ClientDisconnect:  # no client is left to read a response
                 service.metrics.rejected.labels("client_gone").inc()
-            else:
-                await api(scope, receive, send)
+            except asyncio.CancelledError:  # its client disconnected
+                service.metrics.rejected.labels("client_gone").inc()
+                raise
 
     if not origins:
         return app
@@ -158,7 +161,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         generate_unique_id_function=lambda route: route.name,  # function names in generated clients
     )
     app.state.service = service
-    scraping = asyncio.Lock()  # several at a time would hold the GIL for too long
+    scraping = SharedRun[bytes]("the metrics")  # several at a time would hold the GIL for too long
     # For the documentation and its Authorize button; access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
     users = bearer if frontend.access.users is not None else []
@@ -195,8 +198,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
         """Metrics in the text format of Prometheus."""
-        async with scraping:
-            body = await asyncio.to_thread(generate_latest, service.metrics.registry)
+        body = await scraping.result(lambda: generate_latest(service.metrics.registry))
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     _add_error_handlers(app, frontend)

@@ -9,6 +9,7 @@ connection is closed after the response.
 import asyncio
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from http import HTTPStatus
 from math import inf
 from time import monotonic, perf_counter
@@ -22,6 +23,7 @@ from de3.server.errors import RequestError
 from de3.server.http import errors
 from de3.server.http.listener import BODY, HEAD, LINGER, RESPONSE, BaseConnection, Listener
 from de3.server.http.parser import RequestParser
+from de3.server.networks import network_of
 
 MAX_PIPELINED_BYTES = 16 * 1024  # buffered during a response; more stays in the kernel's buffers
 MAX_DISCARDED_BYTES = 2**24  # read after a refusal, so that a client that is still sending gets the response
@@ -32,6 +34,9 @@ HEAD_TIMEOUT_S = 10.0
 KEEP_ALIVE_S = 5.0
 WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
+PROBE_S = 0.05
+HALF_CLOSED_S = 1.0
+TCP_CLOSE = 7  # a state of Linux
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -39,12 +44,8 @@ _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode()
 class Connection(BaseConnection, asyncio.Protocol):
     """One client's connection, which the scope of its requests holds as `de3.connection`.
 
-    Attributes:
-        on_gone: called when the client disconnects. The endpoint sets it, because waiting for ASGI's disconnect
-            message would cost a task for each request.
+    A request ends with its client: its task is cancelled when the connection is lost.
     """
-
-    on_gone: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -66,6 +67,10 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._awaits_turn = False  # to parse a pipelined request
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set when the client reads again
+        self._task: asyncio.Task[None] | None = None  # of the current request
+        self._ended_at: float | None = None  # when the client ended its half of the connection
+        self._is_responding = False  # a part of the response is written
+        self._is_probed = False
         self._closing = False  # after the current response
         self._gone = False
         self._discarded = 0
@@ -80,6 +85,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
         self._local = (str(local[0]), int(local[1])) if isinstance(local, tuple) else None
         self.address = self._listener.gate.address(self._peer)
+        self.network = network_of(self.address)
         self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         # By default the kernel buffers up to megabytes for each connection.
         sock = transport.get_extra_info("socket")
@@ -96,11 +102,48 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._release()
         self.deadline = self.write_deadline = inf
         self._scope = {}  # it refers back to this connection
-        if self.on_gone is not None:
-            self.on_gone()
+        if self._task is not None:
+            self._task.cancel()
         if self._resumed is not None:
             self._resumed.set()
         self._end_response()
+
+    def eof_received(self) -> bool:
+        """True, which keeps the connection, if a response is due: the client may have ended only its own half."""
+        self._ended_at = monotonic()
+        if self.state == RESPONSE and not self._closing:
+            self.loop.call_later(PROBE_S, self._probe)
+            return True
+        return False
+
+    def _probe(self) -> None:
+        """Find out whether a client that ended its half still reads, and abort if it does not.
+
+        To a client that has closed the connection, an interim response is data for nobody: its system answers with a
+        reset. HTTP/1.0 has no interim responses, so such a client is only given some time.
+        """
+        if self._gone:
+            return
+        if self.state != RESPONSE:
+            self._close()  # nothing more can arrive
+        elif self._is_closed() or (self._parser.version == "1.0" and self._waits_too_long()):
+            self.abort()
+        else:
+            if not self._is_probed and not self._is_responding and self._parser.version == "1.1":
+                self._is_probed = True
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.loop.call_later(PROBE_S, self._probe)
+
+    def _waits_too_long(self) -> bool:
+        return self._ended_at is not None and monotonic() > self._ended_at + HALF_CLOSED_S
+
+    def _is_closed(self) -> bool:
+        """True if a reset has arrived; the transport does not read any more, so it does not notice."""
+        sock = self._transport.get_extra_info("socket")
+        try:
+            return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
+        except OSError:  # not TCP
+            return False
 
     def shutdown(self) -> None:
         """Close now, or after the response to the current request."""
@@ -217,6 +260,11 @@ class Connection(BaseConnection, asyncio.Protocol):
     def _begin(self) -> None:
         """Wait for the body, or start now if none is needed. Raises ValueError or HttpParserError."""
         parser = self._parser
+        if parser.version not in ("1.0", "1.1"):
+            raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
+        hosts = sum(name == b"host" for name, _ in parser.headers)
+        if hosts > 1 or (not hosts and parser.version == "1.1"):  # RFC 9112, 3.2
+            raise ValueError(f"it has {hosts} Host headers, and must have one")
         url = parse_url(parser.url)
         raw_path = url.path or b"/"  # an absolute URL may have none
         path = raw_path.decode("ascii")
@@ -305,11 +353,16 @@ class Connection(BaseConnection, asyncio.Protocol):
     # Responding
 
     def _start(self, body: bytes | RequestError) -> None:
-        """Start the handler, given the body or the error that prevented reading it."""
+        """Start the handler in its turn, given the body or the error that prevented reading it."""
         self.state, self.deadline = RESPONSE, inf
-        task = self.loop.create_task(self._handle(self, self._scope, body))
-        self._server_state.tasks.add(task)
-        task.add_done_callback(self._server_state.tasks.discard)
+        self._listener.turns.take(self.network, partial(self._run, body))
+
+    def _run(self, body: bytes | RequestError) -> None:
+        if self._gone:
+            return
+        self._task = self.loop.create_task(self._handle(self, self._scope, body))
+        self._server_state.tasks.add(self._task)
+        self._task.add_done_callback(self._server_state.tasks.discard)
 
     def _refuse(self, status: int, message: str) -> None:
         """Refuse input that is not HTTP, and close."""
@@ -324,6 +377,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         for name, value in (*self._server_state.default_headers, *headers):
             lines += (name, b": ", value, b"\r\n")
         lines += (b"\r\n", body)
+        self._is_responding = True
         self._transport.write(b"".join(lines))
 
     def write_more(self, data: bytes) -> None:
@@ -357,7 +411,8 @@ class Connection(BaseConnection, asyncio.Protocol):
     def responded(self) -> None:
         """Continue with the next request, or close; called when the response is written."""
         self._server_state.total_requests += 1
-        self.responses += 1
+        self.answered_at = monotonic()
+        self._task, self._is_responding = None, False
         self._end_response()
         if self._gone or self._transport.is_closing():  # aborted, because the client did not read
             return

@@ -53,7 +53,7 @@ async def _answer(
         failure = error
     except ClientDisconnect:  # no client is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
-    except asyncio.CancelledError:  # the server stopped before the response
+    except asyncio.CancelledError:  # its client disconnected (connection.py)
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
         raise
     except Exception:
@@ -95,16 +95,9 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     charge.raise_to(len(request.texts))
     exchange.inference = inference = Inference(request)
     request.client, request.expires_at = client, exchange.started + settings.timeout_s
-    connection = scope.get("de3.connection")
-    if connection is not None:
-        if connection.is_gone:
-            raise ClientDisconnect
-        connection.on_gone = lambda: inference.cancel(ClientDisconnect())
     try:
         return await inference.run(service)
     finally:  # a failed request is also charged for the texts that ran
-        if connection is not None:
-            connection.on_gone = None
         if inference.job is not None:
             tokens = (item.progress.num_tokens for item in inference.job.items)
             charge.settle(sum(-(-count // TOKENS_PER_TEXT) for count in tokens))
@@ -113,26 +106,14 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
 async def _parse_in_turn(
     call: Call, client: str, exchange: Exchange, frontend: Frontend, protocol: Protocol
 ) -> Request:
-    """Parse a large body when its turn comes; raises RequestError, or ClientDisconnect if the client disconnects."""
-    settings, connection = frontend.service.settings, exchange.scope.get("de3.connection")
-    task = asyncio.current_task()
-    assert task is not None
-    if connection is not None:
-        connection.on_gone = task.cancel  # so that its body does not stay in memory
-    left_s = exchange.started + settings.timeout_s - perf_counter()
+    """Parse a large body when its turn comes; raises RequestError."""
+    timeout_s = frontend.service.settings.timeout_s
+    left_s = exchange.started + timeout_s - perf_counter()
     try:
         async with asyncio.timeout(left_s), frontend.lane.turn(client):
             return protocol.parse(call)
     except TimeoutError:
-        raise timed_out(settings.timeout_s) from None
-    except asyncio.CancelledError:
-        if connection is None or not connection.is_gone:
-            raise
-        task.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        if connection is not None:
-            connection.on_gone = None
+        raise timed_out(timeout_s) from None
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:

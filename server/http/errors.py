@@ -34,6 +34,7 @@ STATUSES: dict[Cause, int] = {
     "loading": 503,
     "queue_full": 503,
     "shed": 503,
+    "busy": 503,
     "budget": 503,
     "timeout": 504,
     "client_gone": 499,  # never sent; used in metrics and logs

@@ -3,12 +3,14 @@
 import asyncio
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from math import inf
 from time import monotonic
 from typing import Protocol
 
 from starlette.types import Scope
 
+from de3.server.http.turns import Turns
 from de3.server.shares import Shares
 
 MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
@@ -16,8 +18,9 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_ADDRESS_RATIO = 8  # limit of the connections of one address, relative to the free ones
+MAX_NETWORK_RATIO = 8  # limit of the connections of one network, relative to the free ones
 EVICTION_SAMPLE = 256  # connections from which the one to evict is chosen
+FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
 
 
 # A connection awaits a head, a body, the application's response, or the client's close.
@@ -50,17 +53,18 @@ class BaseConnection(ABC):
         state: HEAD, BODY, RESPONSE or LINGER.
         deadline: time by which the client must have sent the awaited data (monotonic seconds).
         write_deadline: time by which the client must have read the written data (monotonic seconds).
-        address: address of the client.
+        address, network: of the client.
         opened_at: monotonic seconds.
-        responses: number of answered requests.
+        answered_at: when its last response was written (monotonic seconds); None before the first one.
         client: client of the current request, as `Gate.admit` names it.
         body_bytes: bytes of the request's body that count as in flight.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.state, self.address = HEAD, ""
-        self.opened_at, self.responses = monotonic(), 0
+        self.state, self.address, self.network = HEAD, "", ""
+        self.opened_at = monotonic()
+        self.answered_at: float | None = None
         self.deadline = self.write_deadline = inf
         self.client, self.body_bytes = "", 0
 
@@ -86,6 +90,7 @@ class Listener:
 
     Attributes:
         connections: the open ones.
+        turns: the order in which requests start.
     """
 
     def __init__(self, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float) -> None:
@@ -93,32 +98,42 @@ class Listener:
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[BaseConnection] = set()
-        self._by_address: dict[str, set[BaseConnection]] = {}
+        self.turns = Turns()
+        self._per_network = Counter[str]()
         self._paused: set[BaseConnection] = set()
         self._sweeping = False
         self._read_at = 0.0  # when the next part of a body may be read (monotonic seconds)
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def opened(self, connection: BaseConnection) -> None:
-        """Count a connection; evict one if its address has over MAX_ADDRESS_RATIO times as many as are free.
-
-        The victim, possibly the new connection, has no request in progress. It belongs to the address with the
-        most connections; connections without an answered request go first, then the oldest.
-        """
+        """Count a connection; evict one if its network has over MAX_NETWORK_RATIO times as many as are free."""
         self.connections.add(connection)
-        mine = self._by_address.setdefault(connection.address, set())
-        mine.add(connection)
-        if len(mine) > MAX_ADDRESS_RATIO * (self.max_connections - len(self.connections)):
-            sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
-            spare = [c for c in (*sample, connection) if c.state != RESPONSE]
-            victim = max(
-                spare, key=lambda c: (len(self._by_address[c.address]), not c.responses, -c.opened_at)
-            )
-            self.gate.dropped("connection_limit")
-            victim.abort()
+        self._per_network[connection.network] += 1
+        free = self.max_connections - len(self.connections)
+        if self._per_network[connection.network] > MAX_NETWORK_RATIO * free:
+            self._evict(connection)
         if not self._sweeping:
             self._sweeping = True
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
+
+    def _evict(self, new: BaseConnection) -> None:
+        """Abort the connection that is the smallest loss, of those without a request in progress.
+
+        These are, in this order: the silent ones, which have not sent a request in FRESH_S; those of a network that has
+        most of all connections; those that have not sent a request yet; and the ones that have been idle longest. Of
+        equals the new one goes last.
+        """
+        now, most = monotonic(), len(self.connections) / 2
+
+        def loss(c: BaseConnection) -> tuple[bool, bool, bool, float]:
+            idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
+            is_new = c.answered_at is None and c is not new
+            return is_new and idle_s > FRESH_S, self._per_network[c.network] > most, is_new, idle_s
+
+        sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
+        spare = [new, *(c for c in sample if c.state != RESPONSE and c is not new)]
+        self.gate.dropped("connection_limit")
+        max(spare, key=loss).abort()
 
     def closed(self, connection: BaseConnection) -> None:
         """Stop counting a closed connection."""
@@ -126,9 +141,9 @@ class Listener:
             return
         self.connections.discard(connection)
         self._paused.discard(connection)
-        self._by_address[connection.address].discard(connection)
-        if not self._by_address[connection.address]:
-            del self._by_address[connection.address]
+        self._per_network[connection.network] -= 1
+        if not self._per_network[connection.network]:
+            del self._per_network[connection.network]
 
     def wait_to_read(self, size: int) -> float:
         """Seconds to wait before reading on, after `size` bytes of a body."""

@@ -1,8 +1,8 @@
 """Routes that report the served models, their calibrations, and their audit results."""
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import orjson
 from fastapi import FastAPI
@@ -11,15 +11,17 @@ from starlette.responses import Response
 from de3.exits.guarantee import CONFIDENCE
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
+from de3.server.audit.auditor import Auditor
 from de3.server.audit.report import report
 from de3.server.errors import RequestError
 from de3.server.http import openapi
+from de3.server.http.shared_run import SharedRun
 from de3.server.service import Service
 
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application."""
-    reporting = asyncio.Lock()  # one at a time: each takes milliseconds
+    reporting: WeakKeyDictionary[Auditor, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
     calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each has 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
@@ -59,8 +61,8 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         """Disagreement of early answers with full depth at each τ, measured on live traffic."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
-        async with reporting:
-            return {"object": "audit"} | await asyncio.to_thread(report, auditor)
+        running = reporting.setdefault(auditor, SharedRun("the report"))
+        return {"object": "audit"} | await running.result(lambda: report(auditor))
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:

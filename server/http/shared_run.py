@@ -1,0 +1,39 @@
+"""Reports that take a while, and that many clients may want at the same time."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from de3.server.errors import RequestError
+
+MAX_WAITING = 16
+T = TypeVar("T")
+
+
+class SharedRun(Generic[T]):
+    """Runs a function in a thread, once for all who wait for it at the same time. It goes on if they leave."""
+
+    def __init__(self, what: str) -> None:
+        """what: for the error that the next one gets while MAX_WAITING wait."""
+        self._what, self._waiting = what, 0
+        self._running: asyncio.Task[T] | None = None
+
+    async def result(self, function: Callable[[], T]) -> T:
+        """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
+        if self._waiting >= MAX_WAITING:
+            message = f"{self._what}: {MAX_WAITING} requests wait for it already; try again"
+            raise RequestError(message, cause="busy", retry_after_s=1)
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(asyncio.to_thread(function))
+            self._running.add_done_callback(_retrieve)
+        self._waiting += 1
+        try:
+            return await asyncio.shield(self._running)
+        finally:
+            self._waiting -= 1
+
+
+def _retrieve(task: asyncio.Task[T]) -> None:
+    """Mark an error as seen, even if nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()

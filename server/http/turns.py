@@ -1,0 +1,47 @@
+"""Starts requests: while more have come than the event loop can start at once, in rotation over the networks."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+AT_ONCE = 16  # requests started in one iteration of the event loop
+
+
+class Turns:
+    """Starts up to AT_ONCE requests in each iteration of the event loop.
+
+    Further ones wait for the next iterations, and then each network has its turn. So a thousand connections that all
+    send without pause make another client wait for a few iterations, not until they are all answered. Nothing waits
+    while there is nothing else to start, so a client that is alone is not slowed down.
+    """
+
+    def __init__(self) -> None:
+        self._pending: dict[
+            str, deque[Callable[[], None]]
+        ] = {}  # by network, in the order of their next turns
+        self._left = AT_ONCE
+        self._is_scheduled = False
+
+    def take(self, network: str, start: Callable[[], None]) -> None:
+        """Start a request now, or when its network has its turn."""
+        if self._left and not self._pending:
+            self._left -= 1
+            start()
+        else:
+            self._pending.setdefault(network, deque()).append(start)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._begin_round)
+
+    def _begin_round(self) -> None:
+        """Begin the next iteration of the event loop."""
+        self._left, self._is_scheduled = AT_ONCE, bool(self._pending)
+        while self._left and self._pending:
+            self._left -= 1
+            network = next(iter(self._pending))
+            starts = self._pending.pop(network)
+            starts.popleft()()
+            if starts:
+                self._pending[network] = starts  # moves the network to the end
+        if self._is_scheduled:
+            asyncio.get_running_loop().call_soon(self._begin_round)

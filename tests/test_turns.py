@@ -1,0 +1,51 @@
+"""More requests than the event loop can start at once start in rotation over the networks."""
+
+import asyncio
+from collections.abc import Callable
+
+from de3.server.http.turns import AT_ONCE, Turns
+
+
+def order_of(requests: list[str]) -> list[list[str]]:
+    """The networks whose requests start in each iteration of the event loop, for requests that come in one."""
+
+    async def go() -> list[list[str]]:
+        turns, rounds = Turns(), [list[str]()]
+
+        def start(network: str) -> Callable[[], None]:
+            return lambda: rounds[-1].append(network)
+
+        for network in requests:
+            turns.take(network, start(network))
+        while sum(map(len, rounds)) < len(requests):
+            rounds.append([])
+            await asyncio.sleep(0)
+        return rounds
+
+    return asyncio.run(go())
+
+
+def test_a_client_alone_starts_as_much_as_it_sends_in_its_order() -> None:
+    assert order_of(["a"] * AT_ONCE) == [["a"] * AT_ONCE]
+    assert order_of(["a"] * 3 * AT_ONCE) == [["a"] * AT_ONCE] * 3
+
+
+def test_beside_a_crowd_another_network_starts_in_the_next_iteration() -> None:
+    rounds = order_of(["crowd"] * 1000 + ["other", "other"])
+    assert rounds[0] == ["crowd"] * AT_ONCE
+    assert rounds[1].count("other") == 2
+    assert len(rounds) == -(-1002 // AT_ONCE)
+
+
+def test_what_comes_later_waits_behind_nobody_but_its_own_network() -> None:
+    async def go() -> int:
+        turns, started = Turns(), list[str]()
+        for _ in range(500):
+            turns.take("crowd", lambda: started.append("crowd"))
+        await asyncio.sleep(0)
+        turns.take("other", lambda: started.append("other"))
+        while "other" not in started:
+            await asyncio.sleep(0)
+        return started.index("other")
+
+    assert asyncio.run(go()) <= 2 * AT_ONCE + 2
