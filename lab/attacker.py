@@ -11,15 +11,13 @@ import resource
 import select
 import socket
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import monotonic
 
-from lab.attacks import ATTACKS, Answer, Attack, Step
+from lab.attacks import ATTACKS, Answer, Attack
 
-SOURCES = tuple(f"127.0.0.{i}" for i in range(2, 10))  # the well-behaved client uses 127.0.0.1
 BACK_OFF_S = 0.2  # before a closed connection is reopened
 MAX_OPENED_PER_S = 500.0  # the attacks target the server's limits and are not a SYN flood
 BIND_ADDRESS_NO_PORT = 24  # IP_BIND_ADDRESS_NO_PORT: the port is assigned at connect()
@@ -47,13 +45,13 @@ class Sent:
 class _Connection:
     """One connection and the state of its script."""
 
-    def __init__(self, number: int, script: Iterator[Step]) -> None:
-        self.script = script
+    def __init__(self, number: int, attack: Attack) -> None:
+        self.script = attack.script(number)
         self.socket = socket.socket()
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setsockopt(socket.IPPROTO_IP, BIND_ADDRESS_NO_PORT, 1)
-        self.socket.bind((SOURCES[number % len(SOURCES)], 0))
+        self.socket.bind((attack.address(number), 0))
         self.number = number
         self.unsent = memoryview(b"")
         self.received = b""
@@ -112,7 +110,7 @@ class Attacker:
 
     def _connect(self, number: int) -> None:
         try:
-            connection = _Connection(number, self._attack.script(number))
+            connection = _Connection(number, self._attack)
             connection.socket.connect_ex(self._address)
         except OSError:  # no free port or file descriptor
             self._open_later(number, BACK_OFF_S)

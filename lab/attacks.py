@@ -36,6 +36,8 @@ class Attack:
         reads: the attacker reads the server's answers.
         may_refuse: share of the well-behaved client's requests that the server may refuse with 429 or 503.
         with_budgets: the well-behaved client also sends requests with a latency budget.
+        networks: number of networks from which it comes, each with one address.
+        options: of de3 serve.
     """
 
     name: str
@@ -45,17 +47,31 @@ class Attack:
     reads: bool
     may_refuse: float
     with_budgets: bool
+    networks: int
+    options: tuple[str, ...]
+
+    def address(self, number: int) -> str:
+        """The attacker's address for a connection; the well-behaved client is in another network."""
+        network = number % self.networks
+        return f"127.{1 + network // 250}.{1 + network % 250}.1"
 
 
 ATTACKS: dict[str, Attack] = {}
 
 
 def _attack(
-    connections: int = 64, reads: bool = True, may_refuse: float = 0.0, with_budgets: bool = False
+    connections: int = 64,
+    reads: bool = True,
+    may_refuse: float = 0.0,
+    with_budgets: bool = False,
+    networks: int = 8,
+    options: tuple[str, ...] = (),
 ) -> Callable[[Script], Script]:
     def register(script: Script) -> Script:
         name, what = script.__name__, (script.__doc__ or "").strip().rstrip(".")
-        ATTACKS[name] = Attack(name, what, script, connections, reads, may_refuse, with_budgets)
+        ATTACKS[name] = Attack(
+            name, what, script, connections, reads, may_refuse, with_budgets, networks, options
+        )
         return script
 
     return register
@@ -139,6 +155,31 @@ def pipelined(_: int) -> Iterator[Step]:
     """14,000 pipelined requests on each connection, whose answers are never read."""
     yield b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n" * 14_000
     yield FOREVER_S
+
+
+_GET_HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@_attack(connections=200, options=("--audit-share", "1"))
+def reports_for_nobody(number: int) -> Iterator[Step]:
+    """GET of the metrics or an audit report on a connection that is closed at once."""
+    path = "/metrics" if number % 2 else "/v1/models/sst2/audit"
+    yield f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+
+
+@_attack(connections=1200, networks=1200)
+def idle_addresses(number: int) -> Iterator[Step]:
+    """1,200 networks with one idle connection each; half of them have been answered once."""
+    if number % 2:
+        yield _GET_HEALTH
+        yield ANSWER
+    yield FOREVER_S
+
+
+@_attack(connections=800)
+def crowd(_: int) -> Iterator[Step]:
+    """GET of /health without a pause."""
+    return _repeat(_GET_HEALTH)
 
 
 @_attack()

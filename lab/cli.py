@@ -158,9 +158,9 @@ def attack(
     """Attack our own server and check that a well-behaved client is still served.
 
     Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
-    nice 19, uses the addresses 127.0.0.2 to 127.0.0.9. The well-behaved client, at 127.0.0.1, sends 20 requests per
-    second. The server fails an attack if it dies or keeps the memory, or if the well-behaved client is refused, gets no
-    answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
+    nice 19, comes from other networks of 127/8 than the well-behaved client. This one is at 127.0.0.1 and sends 20
+    requests per second. The server fails an attack if it dies or keeps the memory, or if the well-behaved client is
+    refused, gets no answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
 
     There is no URL to give, so that only your own servers can be attacked.
 

@@ -109,7 +109,9 @@ class Arena:
         with (
             limits(f"de3-attack-{self.port}", MEMORY_BYTES, FILES) as limit,
             running(
-                limit.apply(ours(self.store, self.model)), self.port, self.folder / "server.log"
+                limit.apply(ours(self.store, self.model, options=attack.options)),
+                self.port,
+                self.folder / "server.log",
             ) as server,
             self._attacker(row) as attacker,
         ):

@@ -243,6 +243,14 @@ class Settings(BaseModel):
     cors_origins: Annotated[
         list[Annotated[str, Field(pattern=r"^(\*|https?://[^/\s]+)$")]], Option("Access", "--cors-origin")
     ] = Field([], description="Origin whose pages may send requests; repeat for more, * for all.")
+    allowed_hosts: Annotated[
+        list[Annotated[str, Field(pattern=r"^(\*|[^/\s:]+)$")]], Option("Access", "--allowed-host")
+    ] = Field(
+        [],
+        description="Name in the Host header of requests, besides localhost and addresses; repeat for more, * for all. "
+        "It is checked only if the server listens to this machine alone and has no API keys, against pages that have "
+        "their name resolve to it.",
+    )
     log_format: Annotated[Literal["text", "json"], LOGS] = Field(
         "text", description="text, or json: an object per line."
     )

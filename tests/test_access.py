@@ -230,6 +230,47 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
     assert headers["referrer-policy"] == "no-referrer"
 
 
+@pytest.mark.parametrize(
+    ("host", "is_own"),
+    [
+        ("localhost:8000", True),
+        ("LOCALHOST.", True),
+        ("app.localhost", True),
+        ("127.0.0.1:8000", True),
+        ("[::1]:8000", True),
+        ("proxy.example", True),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+def test_a_name_that_was_made_to_resolve_to_this_machine_is_refused(
+    store: Path, host: str, is_own: bool
+) -> None:
+    """DNS rebinding: a page at evil.example has the origin of the requests that it sends to evil.example."""
+    headers = {"Host": host, "Origin": f"http://{host}"}
+    with serving(store, models=["tiny"], allowed_hosts=["proxy.example"]) as server:
+        for send in (
+            lambda: httpx.post(server.url + "/classify", json={"input": "good"}, headers=headers),
+            lambda: httpx.get(server.url + "/v1/models", headers=headers),
+        ):
+            answer = send()
+            assert answer.status_code == (200 if is_own else 403), answer.text
+            assert is_own or "--allowed-host" in answer.text
+
+
+def test_any_name_will_do_where_a_page_could_do_no_harm(store: Path) -> None:
+    headers = {"Host": "shop.example"}
+    for settings in (
+        {"allowed_hosts": ["*"]},
+        {"host": "0.0.0.0"},
+        {"api_keys": "me a-key-of-some-length"},
+    ):
+        with serving(store, models=["tiny"], **settings) as server:
+            assert httpx.get(server.url + "/health", headers=headers).status_code == 200
+
+
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
     """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but causes work."""
     with serving(store, models=["tiny"], cors_origins=["https://page.example"]) as server:

@@ -26,8 +26,8 @@ from de3.server.shares import Shares
 from tests.serving import Gate, Server, serving, until
 
 BODY = b'{"input": "good film"}'
-REQUEST = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
-CHUNKED = b"POST /classify HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+REQUEST = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(BODY), BODY)
+CHUNKED = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def works(server: Server) -> None:
         (CHUNKED + b"zz\r\n", "chunk size"),
         (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", "Transfer-Encoding"),
         (b"POST / HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", "Content-Length"),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", "whitespace"),
-        (b"GET / HTTP/1.1\nHost: x\n\n\r\n\r\n", "CRLF"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n folded\r\n\r\n", "whitespace"),
+        (b"GET / HTTP/1.1\nHost: localhost\n\n\r\n\r\n", "CRLF"),
     ],
     ids=range(14),
 )
@@ -124,16 +124,16 @@ def test_a_chunk_extension_of_a_byte_a_packet_is_refused_after_a_thousand() -> N
 
 def test_connect_is_405_in_json(server: Server) -> None:
     with connect(server) as s:
-        s.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        s.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer(s)[0] == 405 and is_closed(s)
 
 
 @pytest.mark.parametrize(
     ("head", "status"),
     [
-        (b"POST /nope HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 404),
-        (b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n", 413),
-        (b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n", 200),
+        (b"POST /nope HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n", 404),
+        (b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\n", 413),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n", 200),
         (CHUNKED.replace(b"/classify", b"/nope"), 404),
     ],
 )
@@ -201,7 +201,7 @@ def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Se
 
         def server_stops_writing() -> bool:
             with suppress(BlockingIOError):
-                s.send(b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n" * 1000)
+                s.send(b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000)
             return bool(server.listener.paused_connections)
 
         until(server_stops_writing, "the server to stop writing")
@@ -218,7 +218,10 @@ def test_clients_that_do_not_read_are_cut_before_they_fill_the_memory(
     monkeypatch.setattr(listener, "MAX_UNREAD_BYTES", 300_000)
     with serving(store, models=["tiny"], max_texts=1024, max_queue=8192) as server, ExitStack() as stack:
         body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
-        request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        request = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (
+            len(body),
+            body,
+        )
         for _ in range(4):
             s = stack.enter_context(socket.socket())
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -260,7 +263,7 @@ def test_unfinished_bodies_take_no_one_s_place(store: Path) -> None:
 
 def test_bodies_are_shared_out_by_address(store: Path) -> None:
     sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
-    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 8000\r\n\r\n"
+    head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
     with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
         for _ in range(2):
             s = stack.enter_context(connect(server, "127.0.0.2"))
@@ -281,7 +284,7 @@ def test_bodies_are_shared_out_by_address(store: Path) -> None:
 
 
 def test_a_body_that_was_awaited_with_100_continue(server: Server) -> None:
-    head = REQUEST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue").removesuffix(BODY)
+    head = REQUEST.replace(b"Host: localhost", b"Host: localhost\r\nExpect: 100-continue").removesuffix(BODY)
     with connect(server) as s:
         s.sendall(head)
         assert s.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -313,7 +316,7 @@ def test_however_requests_are_cut_and_framed_each_is_answered(
         if kind == "l":
             data, expected = data + REQUEST, [*expected, 200]
         elif kind == "g":
-            data, expected = data + b"\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n", [*expected, 200]
+            data, expected = data + b"\r\nGET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", [*expected, 200]
         else:
             body, rest = b"", inner
             for size in [*chunks, len(inner)]:
@@ -342,15 +345,17 @@ def test_one_pair_of_long_texts_is_answered_soon(server: Server) -> None:
 
 def test_connection_close_is_heeded_without_a_body_too(server: Server) -> None:
     with connect(server) as s:
-        s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n")
+        s.sendall(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\nGET /health HTTP/1.1\r\n\r\n"
+        )
         assert answer(s)[0] == 200 and s.recv(1) == b""
 
 
 def test_urls_in_absolute_form(server: Server) -> None:
     with connect(server) as s:
-        s.sendall(b"GET http://example.com/health HTTP/1.1\r\nHost: x\r\n\r\n")
+        s.sendall(b"GET http://example.com/health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer(s)[0] == 200
-        s.sendall(b"PUT http://example.com HTTP/1.1\r\nHost: x\r\n\r\n")
+        s.sendall(b"PUT http://example.com HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer(s)[0] == 405
 
 
@@ -382,7 +387,7 @@ def test_pipelined_requests_are_paced_however_they_come(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 0.02)
-    request = b"GET /nope HTTP/1.1\r\nHost: x\r\n\r\n"
+    request = b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with connect(server) as s:
         s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         started = time.monotonic()
@@ -408,7 +413,7 @@ def test_a_refusal_does_not_depend_on_when_the_body_comes(
 
 def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path) -> None:
     sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
-    head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 8000\r\n\r\n"
+    head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
     with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
         holders = []
         for address, size in (
@@ -437,7 +442,9 @@ def test_unfinished_bodies_make_room_for_clients_within_their_share(store: Path)
 def test_a_body_that_is_too_large_is_refused_even_if_it_came_with_its_head(store: Path) -> None:
     with serving(store, models=["tiny"], max_body_bytes=2000) as server, connect(server) as s:
         body = b'{"input": "good", "user": "' + b"x" * 2000 + b'"}'
-        s.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        s.sendall(
+            b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
         status, error = answer(s)
         assert status == 413 and "2000 bytes" in error["error"]["message"]
 
@@ -465,7 +472,7 @@ def test_a_chunk_extension_that_comes_byte_by_byte_has_an_end(server: Server) ->
 
 def test_a_request_is_parsed_however_it_is_cut_and_nothing_of_the_next_one() -> None:
     head, chunks = (
-        b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"2\r\nhi\r\n0\r\n\r\n",
     )
     for cut in range(len(chunks)):
@@ -507,9 +514,9 @@ def on_loop(one: BaseConnection, act: Callable[[], Any]) -> Any:
 
 
 def test_a_body_that_came_with_its_head_is_read_whether_it_is_needed_or_not(server: Server) -> None:
-    expecting = REQUEST.replace(b"Host: x", b"Host: x\r\nExpect: 100-continue")
+    expecting = REQUEST.replace(b"Host: localhost", b"Host: localhost\r\nExpect: 100-continue")
     with connect(server) as s:
-        s.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\nGET ")
+        s.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\nGET ")
         assert answer(s)[0] == 200  # and the connection stays open
         s.sendall(expecting)
         assert answer(s)[0] == 200  # without a 100 Continue before
@@ -645,7 +652,7 @@ def test_many_addresses_with_an_idle_connection_each_push_out_nobody(store: Path
         for number in range(120):
             other = stack.enter_context(connect(server, f"127.{1 + number % 8}.{number}.1"))
             if is_answered:
-                send(other, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                send(other, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 answer(other)
             if number % 4 == 0:
                 for mine in pool:
@@ -664,7 +671,7 @@ def test_a_get_ends_with_its_client(store: Path, monkeypatch: pytest.MonkeyPatch
     going_on = threading.Event()
     monkeypatch.setattr("de3.server.http.models.report", lambda _: (going_on.wait(60), {"x": 1})[1])
     monkeypatch.setattr("de3.server.http.app.generate_latest", lambda _: (going_on.wait(60), b'{"x": 1}')[1])
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with serving(store, models=["tiny"], audit_share=1.0) as server, ExitStack() as stack:
         stack.callback(going_on.set)
         for _ in range(60):

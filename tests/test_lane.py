@@ -109,7 +109,8 @@ def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> 
         lane._is_free = False  # the lane is taken and not released
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
             )
             until(lambda: lane._pending, "the body to wait")
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the request to end")

@@ -298,7 +298,7 @@ def test_bodies_of_changes_have_limits(versions: Path) -> None:
         large = change(server, "load", version=2, note="x" * 2000)
         assert large.status_code == 413 and "2000 bytes" in large.text
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
-            head = f"POST /v1/models/tiny/load HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+            head = f"POST /v1/models/tiny/load HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n"
             s.sendall((head + "Content-Length: 10\r\n\r\n{").encode())
             assert b"408" in s.recv(4096)
 

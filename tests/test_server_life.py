@@ -59,7 +59,8 @@ def test_a_client_that_leaves_costs_nothing_more(store: Path, monkeypatch: pytes
         body = json.dumps({"input": ["good", "bad", "fine"], "model": "tiny"}).encode()
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
             )
             until(lambda: len(server.service.engine.queue) == 3, "the texts to wait")
         until(lambda: len(server.service.engine.queue) == 0, "the texts to be dropped")
@@ -90,7 +91,8 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
         body = b'{"input": "good", "tau": 0}'
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.sendall(
-                b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+                b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
             )
             assert entered.wait(20)
         until(lambda: server.metric("de3_rejected_total", cause="client_gone") == 1, "the departure")
@@ -103,7 +105,10 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
 def test_a_client_that_does_not_read_takes_no_ones_place(store: Path) -> None:
     with serving(store, max_queue=300, max_texts=300) as server:
         body = json.dumps({"input": ["good film"] * 300, "explain": True}).encode()
-        request = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        request = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (
+            len(body),
+            body,
+        )
         with socket.create_connection(("127.0.0.1", server.port)) as s:
             s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             s.sendall(request * 30)  # pipelined, and nothing is read
@@ -118,7 +123,7 @@ def test_a_body_that_does_not_come_is_408(store: Path) -> None:
         socket.create_connection(("127.0.0.1", server.port)) as s,
     ):
         s.settimeout(20)
-        s.sendall(b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        s.sendall(b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert b"408" in s.recv(4096)
 
 
@@ -339,7 +344,7 @@ def test_a_client_that_does_not_read_is_cut_off(store: Path, monkeypatch: pytest
     monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 0.5)
     with serving(store, models=["tiny"], max_texts=1024) as server:
         body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         with socket.socket() as client:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect(("127.0.0.1", server.port))
@@ -355,8 +360,9 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 20.0)
     with serving(store, models=["tiny"], max_texts=1024) as server:
         body = json.dumps({"input": ["good"] * 1024, "explain": True}).encode()
-        head = b"POST /classify HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(
-            body
+        head = (
+            b"POST /classify HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            % len(body)
         )
         with socket.create_connection(("127.0.0.1", server.port)) as client:
             client.sendall(head + body)
@@ -371,7 +377,7 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
 def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str, header: str) -> None:
     """Java's client asks for one in each first request; without our handling, the parser would lose the body."""
     body = b'{"input": "good film"}'
-    head = "POST /classify HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+    head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
     head += f"{header}: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"
     head += f"Content-Length: {len(body)}\r\n\r\n"
     request = head.encode() + body
@@ -391,5 +397,5 @@ def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: s
 
 def test_connect_is_answered(store: Path) -> None:
     with serving(store) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
-        s.sendall(b"CONNECT /classify HTTP/1.1\r\nHost: x\r\n\r\n")
+        s.sendall(b"CONNECT /classify HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert s.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 400")

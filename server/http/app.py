@@ -1,9 +1,11 @@
 """The HTTP routes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from functools import lru_cache, partial
 from importlib.metadata import version
+from ipaddress import ip_address
 
 from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -56,11 +58,16 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
     settings, api = service.settings, create_api(frontend, on_failure)
     origins = settings.cors_origins
     # Not needed with API keys: a page has no key, unless its user entered one.
-    checks_origin = frontend.access.users is None and "*" not in origins
+    has_keys = frontend.access.users is not None
+    checks_origin = not has_keys and "*" not in origins
+    checks_host = not has_keys and "*" not in settings.allowed_hosts and _is_loopback(settings.host)
+    is_own_name = lru_cache(256)(partial(_is_own_name, frozenset(settings.allowed_hosts)))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await api(scope, receive, send)
+        elif checks_host and not is_own_name(_host_of(scope)):
+            await frontend.refuse(OTHER_HOST, scope)(scope, receive, _with_headers(send, scope))
         elif checks_origin and scope["method"] not in READ_METHODS and not _same_origin(scope, origins):
             await frontend.refuse(OTHER_ORIGIN, scope)(scope, receive, _with_headers(send, scope))
         elif (route := frontend.route(scope)) is not None:
@@ -99,6 +106,36 @@ OTHER_ORIGIN = RequestError(
     "Origin",
     "other_origin",
 )
+
+OTHER_HOST = RequestError(
+    "Host: this server answers requests to localhost or an address; for another name, such as that of a proxy, its "
+    "operator can allow it with --allowed-host",
+    "Host",
+    "other_origin",
+)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_of(scope: Scope) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "localhost")
+
+
+def _is_own_name(allowed: Collection[str], host: str) -> bool:
+    """False for names other than localhost: a page may have had its own name resolve to this machine."""
+    name = host.partition("]")[0][1:] if host[:1] == "[" else host.partition(":")[0]
+    name = name.lower().removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost") or name in allowed:
+        return True
+    try:
+        return bool(ip_address(name))
+    except ValueError:
+        return False
 
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
