@@ -1,9 +1,10 @@
 """Access: API keys, rate limits, origins, and the headers sent to browsers."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,23 @@ def test_any_name_will_do_where_a_page_could_do_no_harm(store: Path) -> None:
     ):
         with serving(store, models=["tiny"], **settings) as server:
             assert httpx.get(server.url + "/health", headers=headers).status_code == 200
+
+
+def test_a_clock_that_is_set_back_and_forth_blocks_nobody_for_longer_than_a_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, limit = 1e9, RateLimit("10/second")
+    monkeypatch.setattr(time, "time", lambda: now)
+    for step in (0.0, -3600.0, 7200.0, -1e6, 1e6):
+        now += step
+        with suppress(RequestError):  # the window may hold what was counted when the clock was here before
+            limit.take("me", 10)
+        with pytest.raises(RequestError) as refused:
+            for _ in range(2):
+                limit.take("me", 10)
+        assert refused.value.retry_after_s == 1
+        now += 2
+        limit.take("me", 10)
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
