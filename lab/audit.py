@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -186,6 +187,44 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
         axis.axvline(switch, linestyle="--", color="gray")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+def copies(
+    store: Path, model: str, samples: Sequence[Sample], rate: float, port: int
+) -> dict[str, float | int]:
+    """One client sends copies of an easy text, another one each sample once; compares its answers with full depth's.
+
+    The attacker begins with 256 copies in one request; then each sample comes after a copy.
+    """
+    with (
+        TemporaryDirectory() as folder,
+        running(ours(store, model, options=["--guarantee", str(rate)]), port, Path(folder) / "log") as server,
+    ):
+        truth = Truth.ask(server.target.url, samples)
+        easy = samples[int(truth.differs.any(1).argmin())].text
+        attacker, other = (HTTPConnection("127.0.0.1", port, 60, (a, 0)) for a in ("127.9.0.1", "127.0.0.1"))
+
+        def ask(client: HTTPConnection, texts: Any) -> dict[str, Any]:
+            client.request("POST", "/classify", json.dumps({"input": texts, "explain": True}))
+            answer: dict[str, Any] = json.load(client.getresponse())
+            return answer
+
+        ask(attacker, [easy] * 256)
+        after_burst = float(ask(other, samples[0].text)["tau_choice"]["tau"])
+        wrong, layers = 0, 0
+        for sample, label in zip(samples, truth.labels, strict=True):
+            attackers = float(ask(attacker, easy)["tau_choice"]["tau"])
+            answer = ask(other, sample.text)
+            wrong += answer["data"][0]["label"] != label
+            layers += answer["data"][0]["exit"]["layer"]
+        return {
+            "texts": len(samples),
+            "tau_after_the_burst": after_burst,
+            "tau": float(answer["tau_choice"]["tau"]),
+            "attackers_tau": attackers,
+            "disagreement": wrong / len(samples),
+            "mean_layer": layers / len(samples),
+        }
 
 
 @dataclass(frozen=True)
