@@ -226,8 +226,8 @@ def read_manifest(path: Path) -> Manifest:
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
     """The bytes of a regular file in a folder, at most `limit`; raises StoreError for links that lead outside.
 
-    The store may be mounted or linked to from anywhere, and a file may be a link to another file of its folder. So links
-    are resolved here, and the result is opened without following links, which may have been added since.
+    The store may be mounted or linked to from anywhere, and a file may be a link to another file of its folder. So
+    links are resolved here, and the result is opened without following links, which may have been added since.
     """
     try:
         real = path.resolve(strict=True)

@@ -402,9 +402,7 @@ def test_a_link_that_is_swapped_in_after_the_check_is_not_followed(
         open_model(copy)
 
 
-def test_only_a_regular_file_of_the_expected_size_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_regular_file_of_the_expected_size_is_read(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"four")
     assert read_regular_file(file, 4) == b"four"
@@ -414,7 +412,7 @@ def test_only_a_regular_file_of_the_expected_size_is_read(
         read_regular_file(Path("/dev/zero"), 3)
     with pytest.raises(ValueError, match="grows while it is read"):  # files of /proc have size 0
         read_regular_file(Path("/proc/self/maps"), 2**20)
-    before = len(os.listdir("/proc/self/fd"))
+    opened = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(ValueError, match="not a file"):
         read_regular_file(tmp_path, 3)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
