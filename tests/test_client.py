@@ -229,6 +229,13 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
     assert 0 < server.metric("de3_tokens_total") - before < before
 
 
+def test_the_command_sends_long_texts_in_small_batches(server: Server, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    file.write_text(("good " * 20_000 + "\n") * 32)  # 3.2 MB; the server takes 1 MiB
+    de3(f"classify --file {file} --out {out} --url {server.url}")
+    assert out.read_text().count("\n") == 32
+
+
 @pytest.mark.parametrize(
     ("name", "content", "options"),
     [
