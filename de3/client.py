@@ -10,17 +10,23 @@ A request that is shed or rate-limited is retried, after the server's Retry-Afte
 """
 
 import asyncio
+import json
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
+
+from de3.response_limits import Body, time_limit, trace
 
 URL = "http://127.0.0.1:8000"
 RETRIED = (429, 503)
 MAX_PAUSE_S = 30.0
+MAX_ANSWER_BYTES = 2**26  # a batch of 64 texts with 10,000 labels has 14 MB
+SECONDS = re.compile("[0-9]{1,9}")
 Input = str | dict[str, str] | tuple[str, str]
 
 
@@ -93,10 +99,10 @@ class Answer:
 
 
 class ServerError(Exception):
-    """A request that the server refused or failed to answer.
+    """A request that the server refused or failed to answer, or answered with something other than an answer.
 
     Attributes:
-        status: the HTTP status.
+        status: the HTTP status; 200 if the answer is malformed, too large or incomplete.
         field: the invalid field, if any.
         retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
@@ -107,7 +113,7 @@ class ServerError(Exception):
 
 
 def _headers(key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return {"Accept-Encoding": "gzip", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
 def _body(inputs: Input | Sequence[Input], options: dict[str, Any]) -> dict[str, Any]:
@@ -121,34 +127,71 @@ def _body(inputs: Input | Sequence[Input], options: dict[str, Any]) -> dict[str,
     return {"input": [one(text) for text in inputs] if is_batch else one(inputs), **given}  # type: ignore[arg-type]
 
 
-def _checked(response: httpx.Response) -> Any:
-    """The JSON of a response; raises ServerError."""
-    if response.status_code == 200:
-        return response.json()
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """A response: its status, Retry-After and decompressed body."""
+
+    status: int
+    retry_after: str
+    body: bytes
+
+    @classmethod
+    def whole(cls, response: httpx.Response, body: Body) -> "_Received":
+        """A response whose body has arrived; raises ValueError if that is incomplete."""
+        return cls(response.status_code, response.headers.get("retry-after", ""), body.whole())
+
+
+def _unusable(response: httpx.Response, reason: object) -> ServerError:
+    return ServerError(response.status_code, f"the answer cannot be used: {reason}", None, None)
+
+
+def _too_late(response: httpx.Response | None, timeout_s: float) -> Exception:
+    """The error for a response that did not arrive in time; None: its head did not."""
+    message = f"no complete answer within {timeout_s:g} s"
+    return httpx.ReadTimeout(message) if response is None else _unusable(response, message)
+
+
+T = TypeVar("T")
+
+
+def _parsed(received: _Received, parse: Callable[[Any], T]) -> T:
+    """The parsed JSON of a response; raises ServerError."""
+    status, body = received.status, received.body
+    if status == 200:
+        try:
+            return parse(json.loads(body))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            reason = f"malformed answer ({type(error).__name__}: {error!s:.100}): {_start_of(body)}"
+            raise ServerError(status, reason, None, None) from None
     try:
-        error = response.json()["error"]
-        message, field = error["message"], error["param"]
-    except (ValueError, KeyError, TypeError):  # the response of a proxy
-        message, field = f"HTTP {response.status_code}: {response.text[:200]}", None
-    after = response.headers.get("retry-after", "")
-    raise ServerError(response.status_code, message, field, float(after) if after.isdigit() else None)
+        refusal = json.loads(body)["error"]
+        message, field = str(refusal["message"]), refusal["param"]
+    except (ValueError, KeyError, TypeError, RecursionError):  # the response of a proxy
+        message, field = f"HTTP {status}: {_start_of(body)}", None
+    after = received.retry_after
+    raise ServerError(status, message, field, float(after) if SECONDS.fullmatch(after) else None)
+
+
+def _start_of(body: bytes) -> str:
+    return body[:200].decode(errors="replace")
 
 
 class _Attempts:
     """The attempts at one request, which is retried after some errors."""
 
-    def __init__(self, retries: int) -> None:
-        self._left, self._pause_s = retries, 0.1
+    def __init__(self, retries: int, texts: int) -> None:
+        """texts: the number of texts in the request."""
+        self._left, self._pause_s, self._texts = retries, 0.1, texts
         self.pause_s = 0.0  # before the next attempt
 
-    def answer(self, response: httpx.Response) -> Answer | None:
+    def answer(self, received: _Received) -> Answer | None:
         """The answer; None: retry after `pause_s`. Raises ServerError.
 
         The pause is the server's Retry-After or twice the last pause, whichever is longer, plus random jitter, so that
         clients that were refused together do not retry together. Without Retry-After a retry would fail again.
         """
         try:
-            return Answer.parse(_checked(response))
+            return _parsed(received, self._parse)
         except ServerError as error:
             if self._left <= 0 or error.status not in RETRIED or error.retry_after_s is None:
                 raise
@@ -156,6 +199,20 @@ class _Attempts:
             self.pause_s = min(MAX_PAUSE_S, pause_s)
             self._left, self._pause_s = self._left - 1, 2 * self._pause_s
             return None
+
+    def _parse(self, json: Any) -> Answer:
+        answer = Answer.parse(json)
+        if len(answer.rows) != self._texts:
+            raise ValueError(f"{len(answer.rows)} rows for {self._texts} texts")
+        return answer
+
+
+def _texts_in(body: dict[str, Any]) -> int:
+    return len(body["input"]) if isinstance(body["input"], list) else 1
+
+
+def _models_in(json: Any) -> list[dict[str, Any]]:
+    return list(json["data"])
 
 
 class Client:
@@ -167,21 +224,47 @@ class Client:
     """
 
     def __init__(
-        self, url: str = URL, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4
+        self,
+        url: str = URL,
+        key: str | None = None,
+        *,
+        timeout_s: float = 60.0,
+        retries: int = 4,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        self._retries = retries
+        """timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed."""
+        self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
-        body, attempts = _body(inputs, options), _Attempts(self._retries)
-        while (answer := attempts.answer(self._http.post("/classify", json=body))) is None:
+        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError if there is no answer."""
+        body = _body(inputs, options)
+        attempts = _Attempts(self._retries, _texts_in(body))
+        while (answer := attempts.answer(self._send("POST", "/classify", body))) is None:
             time.sleep(attempts.pause_s)
         return answer
 
     def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError."""
-        return list(_checked(self._http.get("/v1/models"))["data"])
+        """The served models; raises ServerError, or httpx.TransportError."""
+        return _parsed(self._send("GET", "/v1/models"), _models_in)
+
+    def _send(self, method: str, path: str, json: Any = None) -> _Received:
+        response: httpx.Response | None = None
+        try:
+            with (
+                time_limit(self._timeout_s),
+                self._http.stream(method, path, json=json, extensions={"trace": trace}) as response,
+            ):
+                body = Body(response, self._max_bytes)
+                for chunk in response.iter_raw():
+                    body.add(chunk)
+                return _Received.whole(response, body)
+        except httpx.ReadTimeout:
+            raise _too_late(response, self._timeout_s) from None
+        except ValueError as error:
+            if response is None:
+                raise
+            raise _unusable(response, error) from None
 
     def close(self) -> None:
         """Close its connections."""
@@ -198,21 +281,47 @@ class AsyncClient:
     """The same client for asyncio."""
 
     def __init__(
-        self, url: str = URL, key: str | None = None, *, timeout_s: float = 60.0, retries: int = 4
+        self,
+        url: str = URL,
+        key: str | None = None,
+        *,
+        timeout_s: float = 60.0,
+        retries: int = 4,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> None:
-        self._retries = retries
+        """timeout_s: limit on each attempt. max_answer_bytes: limit on an answer, decompressed."""
+        self._retries, self._timeout_s, self._max_bytes = retries, timeout_s, max_answer_bytes
         self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError."""
-        body, attempts = _body(inputs, options), _Attempts(self._retries)
-        while (answer := attempts.answer(await self._http.post("/classify", json=body))) is None:
+        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError if there is no answer."""
+        body = _body(inputs, options)
+        attempts = _Attempts(self._retries, _texts_in(body))
+        while (answer := attempts.answer(await self._send("POST", "/classify", body))) is None:
             await asyncio.sleep(attempts.pause_s)
         return answer
 
     async def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError."""
-        return list(_checked(await self._http.get("/v1/models"))["data"])
+        """The served models; raises ServerError, or httpx.TransportError."""
+        return _parsed(await self._send("GET", "/v1/models"), _models_in)
+
+    async def _send(self, method: str, path: str, json: Any = None) -> _Received:
+        response: httpx.Response | None = None
+        try:
+            async with (
+                asyncio.timeout(self._timeout_s),
+                self._http.stream(method, path, json=json) as response,
+            ):
+                body = Body(response, self._max_bytes)
+                async for chunk in response.aiter_raw():
+                    body.add(chunk)
+                return _Received.whole(response, body)
+        except (TimeoutError, httpx.ReadTimeout):
+            raise _too_late(response, self._timeout_s) from None
+        except ValueError as error:
+            if response is None:
+                raise
+            raise _unusable(response, error) from None
 
     async def close(self) -> None:
         """Close its connections."""

@@ -3,10 +3,11 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from typer import Option
 
@@ -14,7 +15,8 @@ Text = str | tuple[str, str]
 SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between them in a row, because labels in a JSON list may contain |
 PANEL = "Data"
-MAX_FIELD = 2**24  # characters of a field of a .csv or .tsv file
+MAX_LINE = 2**24  # characters of a line, and of a field of a .csv or .tsv file
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,8 @@ def records(path: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
     Blank lines are skipped. Raises ValueError for a file that cannot be read as a table, or has no rows.
     """
     line = 0
-    try:
-        for line, record in _records(path, columns):
-            yield f"{path}:{line}", record
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 ({error}); convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
-        ) from None
+    for line, record in _records(path, columns):
+        yield f"{path}:{line}", record
     if not line:
         raise ValueError(f"{path} has no rows")
 
@@ -98,9 +95,10 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             "that has it"
         )
     # "-sig": some files begin with a byte order mark.
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        lines = _lines(file, path)
         if delimiter is None and suffix in (".txt", ".jsonl"):
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield (
                         number,
@@ -113,9 +111,9 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
         if len(delimiter) != 1:
             raise ValueError(f"--delimiter must be one character or tab, got {delimiter!r}")
         quoted = suffix != ".tsv" if columns.quotes is None else columns.quotes
-        csv.field_size_limit(MAX_FIELD)
+        csv.field_size_limit(MAX_LINE)
         reader = csv.reader(
-            file, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
+            lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
         )
         try:
             names = next(reader, None) if columns.header else None
@@ -133,10 +131,31 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}:{reader.line_num}: {error}") from None
 
 
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a file opened with surrogateescape; raises ValueError, naming the line, for one that is no text.
+
+    A line is read only up to MAX_LINE, however long it is.
+    """
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(line) > MAX_LINE:
+            raise ValueError(f"{path}:{number}: a line of more than {MAX_LINE} characters")
+        # UTF-16 without a mark has a zero beside each ASCII letter, and is valid UTF-8.
+        is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))
+        if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
+            reason = "has a zero byte" if "\0" in line else "not UTF-8"
+            encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
+            raise ValueError(
+                f"{path}:{number}: {reason}; convert the file, for example with iconv -f {encoding} -t UTF-8"
+            )
+        yield line
+
+
 def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
 
 
@@ -151,6 +170,7 @@ def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
 def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
     """The text or pair, and the label, of one record; raises ValueError with `where` and the reason."""
     label = "" if columns.label is None else _label(record, columns, where)
+    _check_characters(label, str(columns.label), where)
     first = text_of(record, columns.text, where)
     pair = columns.text_pair
     return (first if pair is None else (first, text_of(record, pair, where, "--pair-column"))), label
@@ -161,7 +181,16 @@ def text_of(record: Any, column: str, where: str, option: str = "--text-column")
     value = _value(record, column, where, option)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
+    _check_characters(value, column, where)
     return value.strip()
+
+
+def _check_characters(value: str, column: str, where: str) -> None:
+    """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape: it has no encoding."""
+    if not value.isascii() and (half := _SURROGATE.search(value)):
+        raise ValueError(
+            f"{where}: {column} has {half[0]!a}, half of a surrogate pair, which is no character"
+        )
 
 
 def _value(record: Any, column: str, where: str, option: str) -> Any:

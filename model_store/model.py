@@ -25,7 +25,7 @@ from de3.model_store.segments import (
 from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.native import NoKernelsError
-from de3.native.network import Network, build
+from de3.native.network import Embeddings, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
@@ -72,6 +72,8 @@ class Model:
             check()
             file, data = artifact.path / name, artifact.read(name)
             read = check_segment(artifact, layer, data)
+            if layer == 0:
+                check_ids(artifact, self.tokenizer, read.part)
             if runtime != "onnxruntime" and manifest.precision == "int8":
                 weights.append(read)
             try:
@@ -207,6 +209,15 @@ def check_segment(artifact: Artifact, layer: int, data: bytes) -> Read:
         return read_segment(read_graph(data), layer, artifact.manifest)
     except GraphError as error:
         raise StoreError(f"{artifact.path / artifact.manifest.segment_files()[layer]}: {error}") from None
+
+
+def check_ids(artifact: Artifact, tokenizer: TextTokenizer, tables: Embeddings) -> None:
+    """Raise StoreError if the tokenizer has ids beyond the embeddings' tables: each text with one would fail."""
+    types = None if tables.token_type is None else len(tables.token_type)
+    try:
+        tokenizer.check_ids(len(tables.word), types, pairs=artifact.manifest.input != "text")
+    except ValueError as error:
+        raise StoreError(f"{artifact.path / 'tokenizer.json'}: {error}") from None
 
 
 def unit_prototypes(artifact: Artifact) -> dict[int, Array]:

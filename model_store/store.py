@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from de3.model_store.manifest import MAX_INT, NAME, SCHEMA_VERSION, VERSION, Manifest
 from de3.model_store.printable import printable
+from de3.model_store.regular_file import read_regular_file
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 2**20
@@ -223,18 +224,22 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _read_inside(folder: Path, path: Path, limit: int) -> bytes:
-    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for links that lead outside."""
+    """The bytes of a regular file in a folder, at most `limit`; raises StoreError for links that lead outside.
+
+    The store may be mounted or linked to from anywhere, and a file may be a link to another file of its folder. So
+    links are resolved here, and the result is opened without following links, which may have been added since.
+    """
     try:
         real = path.resolve(strict=True)
         if real.parent != folder.resolve(strict=True):
             raise StoreError(f"{path}: leads outside the artifact, to {real}")
-        if not real.is_file():
-            raise StoreError(f"{path}: not a file")
-        if real.stat().st_size > limit:
-            raise StoreError(f"{path}: damaged: {real.stat().st_size} bytes, at most {limit} are expected")
-        return real.read_bytes()
+        return read_regular_file(real, limit)
+    except StoreError:
+        raise
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(f"{path}: missing") from None
+    except ValueError as error:
+        raise StoreError(f"{path}: {error}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise StoreError(f"{path}: cannot be read: {error}") from None
 

@@ -59,6 +59,8 @@ class _Frame:
             end = own[-1] + 1
         self._special.append((encoding.ids[end:], encoding.type_ids[end:]))
         self.size = sum(len(ids) for ids, _ in self._special)
+        self.largest_id = max((i for ids, _ in self._special for i in ids), default=0)
+        self.largest_type = max(encoding.type_ids)
 
     def around(self, parts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
         """Ids and type ids of texts with these ids, including special tokens."""
@@ -140,6 +142,22 @@ class TextTokenizer:
         except TokenizerError as error:
             raise StoreError(f"{artifact.path / 'tokenizer.json'}: {error}") from None
         return data
+
+    def check_ids(self, words: int, types: int | None, pairs: bool) -> None:
+        """Raise ValueError if a text could have an id beyond the embeddings' tables.
+
+        words, types: rows of the tables of words and of token types; None: there are no token types. pairs: the model
+        takes pairs.
+        """
+        frames = [self.frames[pair] for pair in (False, True)[: 1 + pairs]]
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        # The post-processor has ids of its own for special tokens, which need not be in the vocabulary.
+        largest = max(*vocabulary, *(frame.largest_id for frame in frames))
+        if largest >= words:
+            raise ValueError(f"has the id {largest}, but the model's word table only {words} rows")
+        largest = max(frame.largest_type for frame in frames)
+        if types is not None and largest >= types:
+            raise ValueError(f"has the token type {largest}, but the model's table only {types} rows")
 
     def encode(self, texts: Sequence[Pair], special: bool = True) -> list[Encoding]:
         """Encode short texts or pairs, with or without special tokens.

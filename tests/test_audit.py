@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -354,6 +355,18 @@ def test_a_state_that_does_not_fit_is_set_aside(
         assert audit(server)["audits"] == 0
     assert why in caplog.text
     assert (tmp_path / "tiny-int8-1.json.old").exists()
+
+
+def test_a_fifo_in_place_of_a_state_stops_nothing(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / "tiny-int8-1.json")
+    os.mkfifo(tmp_path / "tiny-int8-1.json.new")
+    with serving(store, models=["tiny-int8"], audit_share=1.0, state_dir=tmp_path) as server:
+        server.classify(input=TEXTS[:5])
+        settled(server, 5)
+    assert "cannot be used (not a file)" in caplog.text
+    assert json.loads((tmp_path / "tiny-int8-1.json").read_text())["model"] == "tiny-int8:1"
 
 
 def test_counts_that_cannot_be_are_refused(

@@ -1,9 +1,14 @@
 """Our own client and `de3 classify`, against a running server."""
 
 import asyncio
+import gzip
 import json
+import re
+import socketserver
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -85,12 +90,108 @@ def test_what_cannot_succeed_is_not_sent_again(store: Path) -> None:
     assert server.metric("de3_rejected_total", cause="rate_limited") == 1
 
 
-def test_an_answer_of_a_proxy_is_an_error_too() -> None:
-    transport = httpx.MockTransport(lambda _: httpx.Response(502, text="<html>bad gateway"))
-    client = Client()
-    client._http = httpx.Client(base_url="http://x", transport=transport)
-    with pytest.raises(ServerError, match="HTTP 502: <html>"):
-        client.classify("good")
+def response(body: bytes, status: int = 200, **headers: str) -> bytes:
+    fields = {"content-length": str(len(body))} | {name.replace("_", "-"): v for name, v in headers.items()}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    return f"HTTP/1.1 {status} x\r\n{head}\r\n".encode("latin-1") + body
+
+
+@contextmanager
+def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
+    """The URL of a server that answers each request with these parts, one after each pause."""
+
+    class Answer(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(65536)
+            with suppress(OSError):
+                for part in parts:
+                    self.request.sendall(part)
+                    stopped.wait(pause_s)
+
+    stopped = threading.Event()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Answer) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}"
+        finally:
+            stopped.set()
+            server.shutdown()
+
+
+def both(url: str, **options: Any) -> list[Exception]:
+    """The errors of a request by either client."""
+
+    async def go() -> None:
+        async with AsyncClient(url, **options) as client:
+            await client.classify("good")
+
+    errors = []
+    for call in (lambda: Client(url, **options).classify("good"), lambda: asyncio.run(go())):
+        with pytest.raises((ServerError, httpx.TransportError)) as caught:
+            call()
+        errors.append(caught.value)
+    return errors
+
+
+GOOD_EXIT = {"layer": 1, "num_layers": 3, "reason": "threshold"}
+ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "says"),
+    [
+        (response(b"<html>bad gateway", 502), 502, "HTTP 502: <html>"),
+        (response(b"[" * 100_000, 503), 503, r"HTTP 503: \[\["),
+        (response(b'{"error": 3}', 500), 500, "HTTP 500"),
+        (response(b"{", retry_after="1"), 200, "malformed answer .*JSONDecodeError"),
+        (response(b"[" * 100_000), 200, "malformed answer .*RecursionError"),
+        (response(b"\xff"), 200, "malformed answer"),
+        (response(b"{}"), 200, "malformed answer .*KeyError: 'data'"),
+        (response(b'{"data": [[]], "model": "m"}'), 200, "malformed answer"),
+        (response(b'{"data": [], "model": "m", "usage": {"total_tokens": 1}}'), 200, "0 rows for 1 texts"),
+        (response(b"x", content_encoding="br"), 200, "the Content-Encoding is br"),
+        (response(b"xx", content_encoding="gzip"), 200, "not gzip"),
+        (response(gzip.compress(b"x" * 99)[:20], content_encoding="gzip"), 200, "incomplete gzip"),
+        (response(gzip.compress(bytes(2**26 + 1)), content_encoding="gzip"), 200, "more than 67108864 bytes"),
+        (response(gzip.compress(bytes(2**26 + 1)), 500, content_encoding="gzip"), 500, "more than 67108864"),
+    ],
+    ids=lambda value: "sent" if isinstance(value, bytes) else None,
+)
+def test_what_is_no_answer_is_a_server_error(sent: bytes, status: int, says: str) -> None:
+    with answering(sent) as url:
+        for error in both(url):
+            assert isinstance(error, ServerError) and re.search(says, str(error)), error
+            assert (error.status, error.retry_after_s) == (status, None)
+
+
+def test_an_answer_may_be_compressed() -> None:
+    whole = {"data": [ROW], "model": "m:1", "usage": {"total_tokens": 3}}
+    sent = response(gzip.compress(json.dumps(whole).encode()), content_encoding="gzip")
+    with answering(sent) as url:
+        assert Client(url).classify("good").raw == whole
+        with pytest.raises(ServerError, match="more than 20 bytes"):
+            Client(url, max_answer_bytes=20).classify("good")
+
+
+@pytest.mark.parametrize("after", ["\xb2", "9" * 400, "-1", "1e3", "Wed, 21 Oct 2026 07:28:00 GMT"])
+def test_a_retry_after_that_is_no_number_of_seconds_is_ignored(after: str) -> None:
+    with answering(response(b"busy", 503, retry_after=after)) as url:
+        for error in both(url):
+            assert isinstance(error, ServerError) and error.retry_after_s is None
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_the_time_of_an_answer_is_limited_in_total(head: bool) -> None:
+    """Each byte arrives within the time-out."""
+    sent = response(b"x" * 1000)
+    parts = [sent[:-1000], *[b"x"] * 1000] if head else [bytes([byte]) for byte in sent]
+    with answering(*parts, pause_s=0.05) as url:
+        started = time.monotonic()
+        for error in both(url, timeout_s=1.0):
+            assert "no complete answer within 1 s" in str(error)
+            assert isinstance(error, ServerError if head else httpx.ReadTimeout)
+        assert time.monotonic() - started < 20
 
 
 def test_the_command_classifies_texts(server: Server) -> None:
@@ -126,6 +227,13 @@ def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Pa
     de3(command)
     assert out.read_text() == whole
     assert 0 < server.metric("de3_tokens_total") - before < before
+
+
+def test_the_command_sends_long_texts_in_small_batches(server: Server, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    file.write_text(("good " * 20_000 + "\n") * 32)  # 3.2 MB; the server takes 1 MiB
+    de3(f"classify --file {file} --out {out} --url {server.url}")
+    assert out.read_text().count("\n") == 32
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Reading labelled text, splitting it, batching it."""
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def test_byte_order_marks_and_other_encodings(tmp_path: Path) -> None:
     marked = write(tmp_path / "a.tsv", "\ufefftext\tlabel\ngood\t1\n")
     assert tables.read_rows(marked, Columns()) == [("good", "1")]
     (tmp_path / "b.tsv").write_bytes("text\tlabel\ncafé\t1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"b.tsv: not UTF-8 .* iconv"):
+    with pytest.raises(ValueError, match=r"b.tsv:[0-9]+: not UTF-8; .* iconv"):
         tables.read_rows(tmp_path / "b.tsv", Columns())
 
 
@@ -59,7 +60,8 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ["x"], "label": 1}', "a.jsonl:1: text must be text, got \\['x'\\]"),
         ("a.jsonl", '{"text": "x", "label": null}', "a.jsonl:1: label is empty"),
         ("a.csv", "text;label\nx;1\n", "separated by semicolons or tabs. Give --delimiter"),
-        ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: field larger"),
+        ("a.csv", "text,label\n" + "x" * 2**24 + "x,1\n", "a.csv:2: a line of more than 16777216"),
+        ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:[34]: field larger"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -239,3 +241,45 @@ def test_whole_texts_are_found_through_any_depth() -> None:
     assert whole["b c"] == {"a b c d", "b c e"}
     assert whole["a b c"] == {"a b c d"}
     assert whole["f"] == {"f"} and whole[("a", "b")] == {("a", "b")}
+
+
+UTF16 = "has a zero byte; convert the file, for example with iconv -f UTF-16"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("in.txt", "good\ncafé".encode("latin-1"), "in.txt:2: not UTF-8; .* -f WINDOWS-1252"),
+        ("in.csv", "text\ncafé".encode("latin-1"), "in.csv:2: not UTF-8; .* -f WINDOWS-1252"),
+        ("in.txt", "good".encode("utf-16"), f"in.txt:1: {UTF16}"),
+        ("in.jsonl", '"good"'.encode("utf-16-be"), f"in.jsonl:1: {UTF16}"),
+        ("in.txt", "好".encode("utf-16"), "in.txt:1: not UTF-8; .* -f UTF-16"),
+        ("in.txt", b"good\nba\0d", f"in.txt:2: {UTF16}"),
+        ("in.jsonl", b'"good"\n"a \\ud800"', r"in.jsonl:2: text has '.ud800', half of a surrogate pair"),
+        ("in.jsonl", b"[" * 100_000, "in.jsonl:1: not JSON: maximum recursion"),
+    ],
+)
+def test_a_line_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        for where, record in tables.records(file, tables.Columns(label=None)):
+            tables.text_of(record if isinstance(record, dict) else {"text": record}, "text", where)
+
+
+@pytest.mark.parametrize("name", ["in.txt", "in.jsonl", "in.csv", "in.tsv"])
+def test_a_line_is_not_read_beyond_its_limit(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "MAX_LINE", 2**16)
+    file = tmp_path / name
+    with file.open("wb") as opened:
+        opened.write(b'"text"\n')
+        opened.truncate(2**30)  # zero bytes, which take no space on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{name}:2: a line of more than 65536 characters"):
+            list(tables.records(file, tables.Columns(label=None)))
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()

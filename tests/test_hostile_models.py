@@ -309,6 +309,39 @@ def test_a_tokenizer_has_only_parts_that_are_known(copies: Path, change: Callabl
         Model(Store(copies).open("tiny"))
 
 
+def special(t: dict[str, Any], **fields: Any) -> None:
+    """Change the entry of [SEP] in the post-processor."""
+    t["post_processor"]["special_tokens"]["[SEP]"].update(fields)
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["model"]["vocab"].update(beyond=60), "has the id 60, but the model's word table only"),
+        (
+            lambda t: t["added_tokens"].append({**t["added_tokens"][0], "id": 60, "content": "beyond"}),
+            "has the id [0-9]+, but the model's word table only",
+        ),
+        (lambda t: special(t, ids=[60]), "has the id 60, but the model's word table only"),
+        (
+            lambda t: t["post_processor"]["pair"][3]["Sequence"].update(type_id=2),
+            "has the token type 2, but the model's table only 2 rows",
+        ),
+    ],
+)
+def test_a_tokenizer_has_no_ids_beyond_the_models_tables(
+    copies: Path, model: str, change: Callable, message: str
+) -> None:
+    folder = copies / model / "1"
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    change(tokenizer)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(folder, "tokenizer.json")
+    with pytest.raises(StoreError, match=rf"tokenizer.json: {message}"):
+        Model(Store(copies).open(model))
+
+
 TWICE = b'{"model": {"unk_token": "a", "unk_token": "b"}}'  # parsers differ in which of the two they use
 
 

@@ -1,6 +1,7 @@
 """de3 import: stock classifiers of every family keep their answers and get exits."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from de3.model_store import manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.tables import Columns, read_rows
 from de3.training import data, stock
 from de3.training.checkpoint import Checkpoint
+from de3.training.config_check import MAX_LABELS, MAX_LAYERS
 from de3.training.data import Example, encode
 from de3.training.encoders import FAMILIES
 from de3.training.model import De3Model
@@ -344,6 +347,70 @@ def data_of(folder: Path, name: str) -> Path:
     file = folder / name
     file.write_text("text\n" + "".join(f"{text}\n" for text, _ in make_rows(600, 3)))
     return file
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"num_labels": 10**9}, "config.json says num_labels 1000000000; .* whole number from 1 to 10000"),
+        ({"num_labels": 3.0}, "num_labels 3.0"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers 1000000; .* whole number from 1 to 99"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1"),
+        ({"num_attention_heads": 0}, "num_attention_heads 0"),
+        ({"vocab_size": 10**12}, "vocab_size 1000000000000"),
+        ({"id2label": {str(i): str(i) for i in range(10_001)}}, "at most 10000 labels"),
+        ({"id2label": ["a", "b"]}, "id2label in its config.json must be an object"),
+        ({"id2label": {"a": "b"}}, "must have whole numbers as keys"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_config_of_impossible_size_is_refused_before_a_model_is_built(
+    tmp_path: Path, fields: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
+    with pytest.raises(ValueError, match=says):
+        open_stock(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "de3-bert", "encoder": fields}))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=says):
+        Checkpoint(tmp_path, unfinished=True)
+
+
+def test_the_limits_of_a_config_are_those_of_an_artifact() -> None:
+    assert (MAX_LABELS, MAX_LAYERS + 1) == (manifest.MAX_LABELS, manifest.MAX_LAYERS)
+
+
+def test_the_size_of_a_config_is_limited(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b" " * 2**24 + b"{}")
+    with pytest.raises(ValueError, match="more than 16777216 bytes"):
+        open_stock(str(tmp_path))
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("this code must not run",)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (pickle.dumps(Evil()), "pytorch_model.bin is damaged, or holds more than weights"),
+        (b"", "its weights are damaged .EOFError"),
+        (b"junk" * 100, "its weights are damaged .KeyError"),
+    ],
+    ids=["evil", "empty", "junk"],
+)
+def test_weights_that_are_not_only_weights_are_refused_in_a_line(
+    tmp_path: Path, content: bytes, says: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_encoder(tmp_path, labels=2)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=says) as caught:
+        open_stock(str(folder))
+    assert "\n" not in str(caught.value)
+    assert "must not run" not in capfd.readouterr().out
 
 
 def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> None:

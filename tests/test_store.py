@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from de3.model_store.model import Model
+from de3.model_store.regular_file import read_regular_file
 from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError, read_manifest
 from tests.commands import invoke
 
@@ -370,3 +371,48 @@ def test_a_folder_of_the_users_own_shadows_no_room(store: Path, tmp_path: Path) 
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "tiny:1  sound" in done.stdout
+
+
+def test_a_file_that_never_ends_is_refused(copy: Path) -> None:
+    file = copy / "tokenizer.json"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(StoreError, match=r"tokenizer.json: leads outside the artifact"):
+        open_model(copy)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(StoreError, match=r"tokenizer.json: not a file"):
+        open_model(copy)
+
+
+def test_a_link_that_is_swapped_in_after_the_check_is_not_followed(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copy / "tokenizer.json"
+    opened = os.open
+
+    def swapped(path: Any, flags: int, *mode: int) -> int:
+        if Path(path).name == file.name:
+            file.unlink()
+            file.symlink_to("/dev/zero")
+        return opened(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", swapped)
+    with pytest.raises(StoreError, match=r"tokenizer.json: cannot be read"):
+        open_model(copy)
+
+
+def test_only_a_regular_file_of_the_expected_size_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"four")
+    assert read_regular_file(file, 4) == b"four"
+    with pytest.raises(ValueError, match="4 bytes, at most 3 are expected"):
+        read_regular_file(file, 3)
+    with pytest.raises(ValueError, match="not a file"):
+        read_regular_file(Path("/dev/zero"), 3)
+    with pytest.raises(ValueError, match="grows while it is read"):  # files of /proc have size 0
+        read_regular_file(Path("/proc/self/maps"), 2**20)
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(ValueError, match="not a file"):
+        read_regular_file(tmp_path, 3)
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from de3.training.config_check import check_config, read_config
 from de3.training.data import Example, check_input, load_examples
 from de3.training.model import De3Config, De3Model, check_loaded
 
@@ -41,6 +42,7 @@ class Checkpoint:
         self.folder = folder
         quiet()
         try:
+            check_config(str(folder), str(folder))
             self.model, loaded = De3Model.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
@@ -102,10 +104,10 @@ def check(folder: Path) -> None:
 def model_type(folder: Path) -> str | None:
     """The type of a folder's model by its config.json; None if there is none."""
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_config(folder / "config.json")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise ValueError(f"{folder / 'config.json'}: cannot be read: {error}") from None
     return str(config.get("model_type")) if isinstance(config, dict) else None
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from de3.tables import SEPARATOR, Text
 from de3.training import checkpoint, encoders
+from de3.training.config_check import check_config
 from de3.training.data import Example
 from de3.training.split import Split
 
@@ -39,6 +40,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
     elif checkpoint.looks_like_path(name):
         raise ValueError(f"--encoder {name}: no such folder")
     try:
+        check_config(f"--encoder {name}", name)
         config = AutoConfig.from_pretrained(name)
         encoders.family(config)
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.exits.rule import Thresholds
 from de3.training import checkpoint, encoders
+from de3.training.config_check import check_config
 from de3.training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
 from de3.training.model import De3Config, De3Model, check_loaded
 from de3.training.progress import track
@@ -95,17 +97,11 @@ def open_stock(
         raise ValueError(f"{name}: no such folder")
     source = str(folder) if folder.is_dir() else name
     try:
+        check_config(name, source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         _check(name, config, multi_label)
         tokenizer = _tokenizer(name, source)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            source,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            weights_only=True,
-        )
+        model, loaded = _model(name, source)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -120,6 +116,29 @@ def open_stock(
         raise ValueError(f"--tolerance: {name} has {len(names)} labels; it is for models of one number")
     thresholds = _thresholds(name, config, threshold, multi_label)
     return Stock(model.eval(), tokenizer, names, thresholds, tolerance)
+
+
+def _model(name: str, source: str) -> tuple[Any, Any]:
+    """The model of transformers, and the report on its loading; raises ValueError for damaged or malicious weights."""
+    try:
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            weights_only=True,
+        )
+    except UnpicklingError:  # its message suggests to load the file without this protection
+        raise ValueError(
+            f"{name}: its pytorch_model.bin is damaged, or holds more than weights, which could run code; save the "
+            "model as model.safetensors"
+        ) from None
+    except (EOFError, LookupError) as error:  # of the unpickler
+        raise ValueError(
+            f"{name}: its weights are damaged ({type(error).__name__}: {error!s:.200})"
+        ) from None
+    return model, loaded
 
 
 def _tokenizer(name: str, source: str) -> Any:

@@ -16,6 +16,9 @@ from de3.exits.signals import SIGNALS
 from de3.tables import Columns, records, text_of
 
 MAX_BATCH = 32
+# Characters of a batch, unless its only text is longer: with 4 bytes each, 1 MiB is what a server takes by default.
+MAX_BATCH_CHARS = 2**18
+CHUNK = 2**20
 
 
 @with_fields(Columns, without=["label"])
@@ -135,9 +138,10 @@ def _classify_file(
         Progress(*bars) as progress,
     ):
         task = progress.add_task("", total=total, completed=done)
-        inputs, pending = islice(_inputs(file, columns), done, None), deque[Future[list[dict[str, Any]]]]()
+        batches = _batches(islice(_inputs(file, columns), done, None))
+        pending = deque[Future[list[dict[str, Any]]]]()
         while True:
-            while len(pending) < 2 * parallel and (batch := list(islice(inputs, MAX_BATCH))):
+            while len(pending) < 2 * parallel and (batch := next(batches, None)):
                 pending.append(pool.submit(_ask, client, batch, options))
             if not pending:
                 return
@@ -145,6 +149,20 @@ def _classify_file(
             answers.writelines(json.dumps(_line(row)) + "\n" for row in rows)
             answers.flush()
             progress.advance(task, len(rows))
+
+
+def _batches(inputs: Iterator[Any]) -> Iterator[list[Any]]:
+    """Texts and pairs in batches for one request each."""
+    batch, chars = list[Any](), 0
+    for one in inputs:
+        size = len(one) if isinstance(one, str) else len(one["text"]) + len(one["text_pair"])
+        if batch and (len(batch) == MAX_BATCH or chars + size > MAX_BATCH_CHARS):
+            yield batch
+            batch, chars = [], 0
+        batch.append(one)
+        chars += size
+    if batch:
+        yield batch
 
 
 def _line(row: dict[str, Any]) -> dict[str, Any]:
@@ -157,8 +175,13 @@ def _complete_lines(out: Path) -> int:
     """The number of answers in a file; an incomplete last line is cut off."""
     if not out.exists():
         return 0
-    data = out.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        out.write_bytes(whole)
-    return whole.count(b"\n")
+    lines, end, at = 0, 0, 0
+    with out.open("rb+") as file:
+        while chunk := file.read(CHUNK):  # the file may be larger than the memory
+            lines += chunk.count(b"\n")
+            if b"\n" in chunk:
+                end = at + chunk.rfind(b"\n") + 1
+            at += len(chunk)
+        if end < at:
+            file.truncate(end)
+    return lines

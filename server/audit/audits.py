@@ -13,10 +13,12 @@ from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
 from de3.server.rules import Choice
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
+failures = FailureLog(log)
 SAVE_S = 2.0  # interval between saves; a crash loses the audits since the last one
 MAX_KEPT = 32  # states of unloaded models, which may be loaded again
 
@@ -102,7 +104,7 @@ class Audits:
         try:
             auditor.answered(job, draw)
         except Exception:  # the request was answered
-            log.exception("the texts of a request were answered, but not counted for audits")
+            failures.exception("the texts of a request were answered, but not counted for audits")
 
     def start(self) -> None:
         """Start the task that saves changes; called once the models are loaded."""

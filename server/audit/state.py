@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, SavedPromise, Tally
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import Manifest
+from de3.model_store.regular_file import read_regular_file
 from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
 
 log = logging.getLogger("de3")
@@ -245,11 +246,7 @@ class StateDir:
         """Restore an auditor from its file, if there is one; an unusable file is renamed, with a warning."""
         path = self._file(auditor)
         try:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-            if len(data) > MAX_BYTES:
-                raise ValueError(f"it is larger than {MAX_BYTES} bytes")
-            restore(auditor, State.model_validate_json(data))
+            restore(auditor, State.model_validate_json(read_regular_file(path, MAX_BYTES)))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -265,7 +262,8 @@ class StateDir:
         """Write an auditor's state atomically; raises OSError. Any thread may call it, one at a time."""
         path = self._file(auditor)
         new = path.with_suffix(".json.new")
-        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        new.unlink(missing_ok=True)  # left by a killed server, or a FIFO, which would wait for a reader
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(state_of(auditor).model_dump_json().encode())
             file.flush()
             os.fsync(file.fileno())

@@ -16,8 +16,9 @@ from de3.exits.rule import ExitRule
 from de3.model_store.segments import Array, ForwardPass, Tokens
 from de3.server.engine.queue import MAX_GROUP, WorkQueue
 from de3.server.engine.served import MAX_STEP_S, Served
+from de3.server.failures import FailureLog
 
-log = logging.getLogger("de3.engine")
+failures = FailureLog(logging.getLogger("de3.engine"))
 STEP_S = 0.001  # between two checks of the queue, unless one layer takes longer
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
@@ -111,7 +112,7 @@ class AuditThreads:
         try:
             run_audits(audits, self._queue, lambda: self._closed)
         except BaseException as error:  # Rust panics are not Exceptions; the thread must survive
-            log.exception("audits failed")
+            failures.exception("audits failed")
             for audit in audits:
                 audit.error = RuntimeError(str(error))
         self._finish(audits)

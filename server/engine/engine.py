@@ -22,8 +22,10 @@ from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, run
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
 
 log = logging.getLogger("de3.engine")
+failures = FailureLog(log)
 
 # A client's deadlines are promised only up to this lead in engine time over other clients.
 MAX_LEAD_S = 0.1
@@ -195,7 +197,7 @@ class Engine:
             self.deadlines.occupy(number, 0.0)
         except BaseException as error:
             self.errors += 1
-            log.exception("a step of the engine failed; the engine continues")
+            failures.exception("a step of the engine failed; the engine continues")
             for item in items:
                 item.job.is_dropped = True
             self._report([(item.job, RuntimeError(str(error))) for item in items])
@@ -235,7 +237,7 @@ class Engine:
         except RequestError as error:
             return error
         except BaseException:  # Rust panics are not Exceptions; the thread must survive
-            log.exception("an item failed")
+            failures.exception("an item failed")
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:

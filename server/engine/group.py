@@ -15,8 +15,9 @@ from de3.server.engine.outcome import Outcome
 from de3.server.engine.queue import WorkQueue
 from de3.server.engine.run import Result, outcome_of, too_long_error
 from de3.server.engine.served import MAX_STEP_S
+from de3.server.failures import FailureLog
 
-log = logging.getLogger("de3.engine")
+failures = FailureLog(logging.getLogger("de3.engine"))
 
 OVERRUN = 1.5  # of MAX_STEP_S, once the tokens of a group are known
 
@@ -45,7 +46,7 @@ def run_group(
                 queue.join(group, threads)
                 items += group[before:]
     except BaseException:  # caused by one of them, which fails again when each runs alone
-        log.exception("a group of texts failed; each runs alone")
+        failures.exception("a group of texts failed; each runs alone")
         for item in group:
             item.restart()
     return group

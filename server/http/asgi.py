@@ -7,9 +7,10 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Scope
 
 from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
 from de3.server.http.connection import Connection, Handler
 
-log = logging.getLogger("de3")
+failures = FailureLog(logging.getLogger("de3"))
 
 
 def handler(app: ASGIApp) -> Handler:
@@ -39,7 +40,7 @@ class AsgiRequest:
         try:
             await app(self._scope, self.receive, self.send)
         except Exception:  # the framework re-raises it after responding with 500
-            log.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
+            failures.exception("%s %s failed", self._scope["method"], self._scope["path"][:100])
         finally:
             if not self._over:
                 self._over = True

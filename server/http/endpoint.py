@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from de3.server.engine.job import Job
 from de3.server.engine.request import Request
 from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
 from de3.server.http.exchange import HEADER, Exchange, request_id
@@ -20,7 +21,7 @@ from de3.server.http.frontend import Frontend
 from de3.server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
 from de3.server.infer import Inference, timed_out
 
-log = logging.getLogger("de3")
+failures = FailureLog(logging.getLogger("de3"))
 
 
 async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend, route: Route) -> None:
@@ -57,7 +58,7 @@ async def _answer(
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
         raise
     except Exception:
-        log.exception("request %s failed", exchange.id)
+        failures.exception("request %s failed", exchange.id)
         failure = RequestError("internal error; the server's log has the details", cause="internal")
     finally:
         service.in_flight -= 1

@@ -1,0 +1,29 @@
+"""Bounded reads of files that may come from elsewhere."""
+
+import os
+import stat
+from pathlib import Path
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Type and size are those of the opened file, because the path may lead to another one a moment later: reading
+    /dev/zero would exhaust the memory. O_NONBLOCK: opening a FIFO would wait for a writer.
+
+    Raises ValueError for a larger file and for a path that is not a regular file, and OSError, also for a link.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a file")
+        if status.st_size > limit:
+            raise ValueError(f"{status.st_size} bytes, at most {limit} are expected")
+        with open(descriptor, "rb", closefd=False) as file:
+            data = file.read(status.st_size + 1)  # not limit + 1: the buffer is allocated at once
+    finally:
+        os.close(descriptor)
+    if len(data) > status.st_size:
+        raise ValueError("grows while it is read")
+    return data

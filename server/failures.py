@@ -1,0 +1,70 @@
+"""Log of errors that a client could repeat: one traceback a minute for each kind."""
+
+import logging
+import sys
+from dataclasses import dataclass
+from threading import Lock
+from time import monotonic
+
+PERIOD_S = 60.0
+MAX_KINDS = 100  # the oldest is then forgotten
+
+Kind = tuple[str, type[BaseException], str, int]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One kind of error: when it was last logged, and the number of errors since."""
+
+    logged: float
+    since: int = 0
+
+
+class FailureLog:
+    """Logs errors with their traceback. Errors of one kind have the same message, type, and line that raised them.
+
+    Any thread may call it.
+    """
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._seen: dict[Kind, _Seen] = {}
+        self._lock = Lock()
+
+    def exception(self, message: str, *values: object) -> None:
+        """Log the error that is being handled, unless one of its kind was logged within PERIOD_S; it is then counted.
+
+        The count is logged with the next error of the kind after that.
+        """
+        error = sys.exception()
+        if error is None:
+            return
+        skipped = self._count(_kind(message, error))
+        if skipped is None:
+            return
+        if skipped:
+            message += f" (and {skipped} times since such an error was last logged)"
+        self._log.error(message, *values, exc_info=error)
+
+    def _count(self, kind: Kind) -> int | None:
+        """The number of errors of a kind since one was logged; None: another is not due yet."""
+        now = monotonic()
+        with self._lock:
+            seen = self._seen.get(kind)
+            if seen is not None and now - seen.logged < PERIOD_S:
+                seen.since += 1
+                return None
+            self._seen.pop(kind, None)
+            if len(self._seen) >= MAX_KINDS:
+                del self._seen[next(iter(self._seen))]
+            self._seen[kind] = _Seen(now)
+            return 0 if seen is None else seen.since
+
+
+def _kind(message: str, error: BaseException) -> Kind:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return message, type(error), "", 0
+    return message, type(error), traceback.tb_frame.f_code.co_filename, traceback.tb_lineno
