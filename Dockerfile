@@ -9,14 +9,13 @@ RUN apt-get update \
 RUN python3 -m venv /opt/de3
 WORKDIR /src
 # Dependencies change less often than the code, so they have their own layer.
-COPY pyproject.toml ./
-RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*p['dependencies'], *p['optional-dependencies']['otel'], sep='\n')" > needs.txt \
-    && /opt/de3/bin/pip install --no-cache-dir --requirement needs.txt
+COPY requirements.lock ./
+RUN /opt/de3/bin/pip install --no-cache-dir --require-hashes --only-binary :all: --requirement requirements.lock
 COPY . .
-RUN /opt/de3/bin/pip install --no-cache-dir --no-deps . \
+# The lock has setuptools, so nothing is installed without a hash.
+RUN /opt/de3/bin/pip install --no-cache-dir --no-deps --no-build-isolation . \
     # Nothing is installed at run time, and the tests of libraries are not needed.
-    && /opt/de3/bin/pip uninstall --yes pip \
+    && /opt/de3/bin/pip uninstall --yes setuptools pip \
     # The image holds the demo model once, in /models.
     && cd /opt/de3/lib/python3*/site-packages/de3 && rm -r demo && ln -s /models demo \
     && find /opt/de3 -type d -name tests -prune -exec rm -rf {} +

@@ -3,6 +3,8 @@
 # make test-all  run the other tests: containers, Ray, emulators, wheels, load, and the laboratory's
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter
+# make lock    write requirements.lock, from which the image installs, with the newest releases
+# make check-lock  fail if requirements.lock does not fit pyproject.toml
 # make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 PORT ?= 8000
@@ -13,9 +15,12 @@ WORKERS := 4
 PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # pip's progress bars are for a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)
+# uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
+COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --group build --universal --generate-hashes \
+	--python-version 3.11 --custom-compile-command "make lock" --quiet --output-file
 NATIVE := $(wildcard native/*.c native/*.h)
 
-.PHONY: serve test test-all wheel lint sanitize format setup clean
+.PHONY: serve test test-all wheel lint lock check-lock sanitize format setup clean
 
 serve: $(SERVE)/ready
 	DE3_PORT=$(PORT) $(SERVE)/bin/de3 serve
@@ -35,6 +40,16 @@ lint: $(DEV)/ready
 	$(DEV)/bin/ruff format --check .
 	$(DEV)/bin/mypy
 	$(DEV)/bin/lint-imports
+
+lock: $(DEV)/ready
+	$(COMPILE) requirements.lock --upgrade
+
+check-lock: $(DEV)/ready
+	mkdir -p build
+	cp requirements.lock build/requirements.lock
+	$(COMPILE) build/requirements.lock --constraint requirements.lock --no-annotate --no-header
+	@grep -v '^ *#' requirements.lock | diff - build/requirements.lock > build/lock.diff \
+		|| { head -20 build/lock.diff; echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1; }
 
 sanitize: $(DEV)/ready
 	tests/sanitize.sh $(DEV)/bin/python

@@ -130,7 +130,9 @@ class TextTokenizer:
             raise StoreError(f"{file}: must not pad or truncate; export strips both")
         try:
             return cls(tokenizer, artifact.manifest.max_tokens)
-        except ValueError as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # Exception of tokenizers itself; Rust panics are not Exceptions
             raise StoreError(f"{file}: {error}") from None
 
     @staticmethod

@@ -764,6 +764,18 @@ def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) ->
     restore(auditor, state_of(auditor))
 
 
+def test_a_known_client_is_audited_after_a_restart_too(store: Path) -> None:
+    audits, served = audits_of(guarantee=0.1), made(store)
+    audits.serve(served)
+    auditor = audits.of(served)
+    assert auditor.promises is not None
+    agreeing = Profile(auditor.taus < 0, np.zeros(len(auditor.taus), np.int64))
+    auditor.promises.add("one", 1.0, agreeing)
+    restore(auditor, state_of(auditor))
+    auditor.promises.add("one", 1.0, agreeing)
+    assert auditor.promises.tracked() == ["one"] and auditor.promises.texts["one"] == 2
+
+
 def test_a_change_says_how_many_audits_it_took(store: Path) -> None:
     audits, served = audits_of(guarantee=0.1, guarantee_start="calibrated"), made(store)
     served.rules = Rules(served.model.manifest, Settings(guarantee=0.3, guarantee_start="calibrated"))

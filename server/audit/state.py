@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, SavedPromise, Tally
+from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, Recent, SavedPromise, Tally
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import read_regular_file
@@ -181,7 +181,9 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
         promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start)
         state = row.model_dump(exclude={"left_out", "texts", "counts"})
         promise.restore(evidence, SavedPromise(**state))
-        promises.texts[row.left_out] = row.texts
+        if row.left_out != ALL:
+            promises.own[row.left_out] = Recent(like.rate, len(like.taus))
+            promises.texts[row.left_out] = row.texts
     return promises
 
 

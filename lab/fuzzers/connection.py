@@ -1,0 +1,429 @@
+"""Fuzzer of the HTTP connection: streams of requests, in any pieces, at any pace.
+
+A stream is given to two connections: to one at once, to the other in pieces while responses are late, reading is paused
+and the client does not read. Both must hand the same requests to the application. Each request must be the one
+that h11, an independent parser, reads, unless h11 refuses it. In the end nothing may be held of either.
+"""
+
+import re
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import h11
+from hypothesis import strategies as st
+
+from de3.server.errors import RequestError
+from de3.server.http.connection import MAX_PIPELINED_BYTES, Connection
+from de3.server.http.listener import BODY, Listener
+from de3.server.http.parser import MAX_HEAD_BYTES
+from de3.server.shares import Shares
+from lab.fuzzers.edits import spliced
+from lab.fuzzers.run import Finding, Fuzzer
+
+MAX_BODY_BYTES = 4000
+MAX_STREAM = 40_000  # below the limits that depend on the number of pieces
+NEEDS_NO_BODY, REFUSED = "/no-body", "/refused"  # paths that the gate answers before the body
+
+METHODS = ("GET", "POST", "POST", "POST", "HEAD", "PUT", "OPTIONS", "CONNECT", "PRI", "get", "P OST")
+PATHS = (
+    *("/classify", "/", "*", "/a?b=c", "/a#b", "/%41%zz", "http://x/y?z", "http://x", "//x", "/\x80", "x:1"),
+    *(NEEDS_NO_BODY, REFUSED, ""),
+)
+VERSIONS = (
+    "HTTP/1.1",
+    "HTTP/1.1",
+    "HTTP/1.1",
+    "HTTP/1.0",
+    "HTTP/2.0",
+    "HTTP/1.2",
+    "HTTP/0.9",
+    "http/1.1",
+    "",
+)
+HEADERS = (
+    *("Host: x", "Connection: close", "Connection: keep-alive", "Connection: upgrade", "Upgrade: h2c"),
+    *(
+        "Upgrade: websocket",
+        "upgrade:",
+        "X-Upgrade: a",
+        "Expect: 100-continue",
+        "Expect: x",
+        "A: b",
+        "A:",
+        "A : b",
+    ),
+    *(" folded: x", "A: b\r\n c", "Content-Length: 0", "Content-Length: 5", "Content-Length: +5"),
+    *(
+        "Content-Length: 5, 5",
+        "Content-Length: 0x5",
+        "Content-Length: 99999999999999999999",
+        "Content-Length:",
+    ),
+    *("Transfer-Encoding: chunked", "Transfer-Encoding: identity", "Transfer-Encoding: chunked, identity"),
+    *("Transfer-Encoding: gzip, chunked", "Transfer-Encoding:\x0bchunked", "Transfer_Encoding: chunked"),
+    *("Trailer: A", "A: \x00", "A: \x7f", "A: é", ": a", "A", "A: b\n", "A: b\r", "Proxy-Connection: close"),
+)
+FRAGMENTS = (
+    *(
+        b"\r\n",
+        b"\n",
+        b"\r",
+        b"\r\n\r\n",
+        b" ",
+        b"\t",
+        b"\x00",
+        b":",
+        b"0\r\n\r\n",
+        b"5\r\nhello\r\n",
+        b";a=b",
+    ),
+    *(b"GET / HTTP/1.1\r\n\r\n", b"\xff", b"ffffffffffffffff\r\n", b"-1\r\n", b"0", b"Content-Length: 5\r\n"),
+    *(b"Transfer-Encoding: chunked\r\n", b"upgrade: x\r\n", b"A: b\r\n", b"\x16\x03\x01"),
+)
+
+
+@st.composite
+def _chunks(draw: st.DrawFn, body: bytes) -> bytes:
+    """A chunked body, possibly with extensions, trailers or an error."""
+    size = draw(st.sampled_from([1, 3, 100, 5000]))
+    extension = draw(
+        st.sampled_from([b"", b"", b";a", b";a=b", b";" + b"x" * 300, b" ", b"\t;", b';a="\r\n"'])
+    )
+    pieces = [body[at : at + size] for at in range(0, len(body), size)]
+    trailers = draw(
+        st.sampled_from([b"", b"", b"A: b\r\n", b"Content-Length: 5\r\n", b"A\r\n", b" x: y\r\n"])
+    )
+    form = draw(st.sampled_from([b"%x", b"%x", b"%X", b"0%x", b"%d"]))
+    data = b"".join(form % len(piece) + extension + b"\r\n" + piece + b"\r\n" for piece in pieces)
+    return (
+        data + draw(st.sampled_from([b"0\r\n", b"0\r\n", b"000\r\n", b"0;a\r\n", b""])) + trailers + b"\r\n"
+    )
+
+
+@st.composite
+def _request(draw: st.DrawFn) -> bytes:
+    lines = [
+        " ".join(
+            (draw(st.sampled_from(METHODS)), draw(st.sampled_from(PATHS)), draw(st.sampled_from(VERSIONS)))
+        )
+    ]
+    if draw(st.booleans()):
+        lines = [f"POST {draw(st.sampled_from(PATHS))} HTTP/1.1"]
+    headers = draw(st.lists(st.sampled_from(HEADERS), max_size=3))
+    if draw(st.integers(0, 30)) == 0:
+        headers *= draw(st.sampled_from([30, 60]))
+    unit = draw(
+        st.sampled_from([b"", b"x", b"hello", b"\r\n\r\n", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x00"])
+    )
+    body = unit * draw(st.sampled_from([1, 1, 2, 50, 1100]))
+    match draw(st.sampled_from("nlc")):
+        case "l":
+            wrong = draw(st.sampled_from([0, 0, 0, 0, 1, -1, 100]))
+            headers.insert(draw(st.integers(0, len(headers))), f"Content-Length: {max(0, len(body) + wrong)}")
+        case "c":
+            headers.insert(draw(st.integers(0, len(headers))), "Transfer-Encoding: chunked")
+            body = draw(_chunks(body))
+        case _:
+            body = b""
+    head = "\r\n".join([*lines, "Host: x", *headers, "", ""]).encode("latin-1")
+    return head + body
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What a client sends.
+
+    Attributes:
+        cuts: lengths of the pieces.
+        acts: what happens after each piece, as bits: 1: the response is written, 2: timers run, 4: the client stops or
+            starts to read.
+        ends: how the connection ends: the client closes it, a deadline passes first, or the server shuts down.
+    """
+
+    data: bytes
+    cuts: list[int]
+    acts: list[int]
+    ends: str
+
+
+@st.composite
+def streams(draw: st.DrawFn) -> Stream:
+    """Up to five requests, some with errors, and the way in which they arrive."""
+    large = st.sampled_from([b"\r\n" * 100, b"A: " + b"a" * (MAX_HEAD_BYTES + 10), b"a" * 20_000])
+    part = _request() | _request() | _request() | st.sampled_from(FRAGMENTS) | large
+    data = b"".join(draw(st.lists(part, min_size=1, max_size=5)))
+    data = draw(spliced(data, FRAGMENTS, draw(st.sampled_from([0, 0, 2]))))[:MAX_STREAM]
+    cuts = draw(st.lists(st.integers(1, 300) | st.integers(1, MAX_STREAM), max_size=20))
+    acts = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8))
+    return Stream(data, cuts, acts, draw(st.sampled_from(["close", "expire", "shutdown"])))
+
+
+class _Task:
+    """A finished task."""
+
+    def add_done_callback(self, _: Any) -> None: ...
+
+
+class _Loop:
+    """An event loop whose timers run only when asked to."""
+
+    def __init__(self) -> None:
+        self.timers: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def call_later(self, _: float, callback: Any, *args: Any) -> None:
+        if getattr(callback, "__func__", None) is not Listener._sweep:
+            self.timers.append((callback, args))
+
+    def create_task(self, coroutine: Coroutine[Any, Any, None]) -> _Task:
+        try:
+            coroutine.send(None)
+        except StopIteration:
+            return _Task()
+        raise Finding("the handler waits")
+
+    def run(self) -> None:
+        timers, self.timers = self.timers, []
+        for callback, args in timers:
+            callback(*args)
+
+
+class _Transport:
+    """A transport whose client reads everything."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+        self.is_reading, self._is_closing = True, False
+
+    def get_extra_info(self, name: str) -> Any:
+        return SimpleNamespace(setsockopt=lambda *_: None) if name == "socket" else ("127.0.0.1", 1)
+
+    def set_write_buffer_limits(self, high: int) -> None: ...
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self._is_closing = True
+
+    abort = close
+
+    def is_closing(self) -> bool:
+        return self._is_closing
+
+    def can_write_eof(self) -> bool:
+        return True
+
+    def write_eof(self) -> None: ...
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        self.is_reading = False
+
+    def resume_reading(self) -> None:
+        self.is_reading = True
+
+
+class _Gate:
+    """Admits every request but those of two paths."""
+
+    def __init__(self) -> None:
+        self.bytes_in_flight = Shares(10 * MAX_BODY_BYTES, "bytes")
+        self.malformed_requests = 0
+
+    def admit(self, scope: Any) -> str | None:
+        if scope["path"] == REFUSED:
+            raise RequestError("no", cause="unauthorized")
+        return None if scope["path"] == NEEDS_NO_BODY else "client"
+
+    def address(self, _: Any) -> str:
+        return "127.0.0.1"
+
+    def malformed(self) -> None:
+        self.malformed_requests += 1
+
+    def dropped(self, _: str) -> None: ...
+
+
+class Client:
+    """A connection without sockets or time, and the requests that it handed to the application.
+
+    Attributes:
+        handled: scope and body of each request; the body may be the error that prevented reading it.
+    """
+
+    def __init__(self, answers_at_once: bool) -> None:
+        self._answers_at_once, self.handled = answers_at_once, list[tuple[dict[str, Any], Any]]()
+        self._pending, self._is_paused = 0, False
+        self.gate, self.loop, self.transport = _Gate(), _Loop(), _Transport()
+        self.listener = Listener(self.gate, 10, MAX_BODY_BYTES, 5.0)
+        state = SimpleNamespace(connections=set(), tasks=set(), default_headers=[], total_requests=0)
+        self.connection = Connection(
+            self.listener,
+            self._handle,
+            SimpleNamespace(root_path=""),
+            state,
+            {},
+            self.loop,  # type: ignore[arg-type]
+        )
+        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
+
+    async def _handle(self, connection: Connection, scope: Any, body: bytes | RequestError) -> None:
+        if self._pending:
+            raise Finding("two requests at a time")
+        self.handled.append((scope, body))
+        self._pending = 1
+        if self._answers_at_once:
+            self.respond()
+
+    def respond(self) -> None:
+        """Respond to the current request, if there is one."""
+        if self._pending:
+            self._pending = 0
+            keeps = b"keep-alive" if self.connection.keeps_alive else b"close"
+            self.connection.write(200, [(b"content-length", b"2"), (b"connection", keeps)], b"ok")
+            self.connection.responded()
+
+    def toggle_reading(self) -> None:
+        """The client stops reading responses, or starts again."""
+        if self._is_paused:
+            self.connection.resume_writing()
+        elif not self.transport.is_closing():
+            self.connection.pause_writing()
+        else:
+            return
+        self._is_paused = not self._is_paused
+
+    def receive(self, data: bytes) -> None:
+        """Receive data, once reading is not paused."""
+        for _ in range(10):
+            if self.transport.is_reading or self.transport.is_closing():
+                break
+            self._go_on()
+        if not self.transport.is_closing():
+            if not self.transport.is_reading:
+                raise Finding("reading stays paused")
+            self.connection.data_received(data)
+            held = len(self.connection._parser.data)
+            if held > MAX_PIPELINED_BYTES + MAX_HEAD_BYTES + len(data):
+                raise Finding(f"{held} bytes are held unparsed")
+
+    def _go_on(self) -> None:
+        if self._is_paused:
+            self.toggle_reading()
+        self.respond()
+        self.loop.run()
+
+    def settle(self) -> None:
+        """Respond and run timers until nothing changes."""
+        for _ in range(1000):
+            self._go_on()
+            if not self._pending and not self.loop.timers:
+                return
+        raise Finding("it does not come to rest")
+
+    def end(self, how: str) -> None:
+        """End the connection; then nothing may be held."""
+        if how == "expire" and self.connection.state == BODY and not self.transport.is_closing():
+            self.connection.expire(0.0)
+            self.settle()
+        if how == "shutdown":
+            self.connection.shutdown()
+            self.settle()
+        self.transport.close()
+        self.connection.connection_lost(None)
+        self.respond()  # too late
+        self.loop.run()
+        if self.gate.bytes_in_flight.total or self.gate.bytes_in_flight._held:
+            raise Finding(f"{self.gate.bytes_in_flight.total} bytes of a body are still counted")
+        if self.listener.connections or self.listener.paused_connections:
+            raise Finding("the connection is still counted")
+
+
+def _seen(client: Client) -> list[Any]:
+    """The requests up to the first whose end depends on when its body came."""
+    rows = list[Any]()
+    for scope, body in client.handled:
+        row = [scope[key] for key in ("method", "raw_path", "query_string", "http_version", "headers")]
+        if scope["path"] in (REFUSED, NEEDS_NO_BODY):
+            rows.append([*row, None])
+            break
+        rows.append([*row, body.cause if isinstance(body, RequestError) else body])
+        if isinstance(body, RequestError):
+            break
+    return rows
+
+
+def _compare_with_h11(stream: bytes, rows: list[Any]) -> int:
+    """Raise Finding if h11 reads other requests; returns the number of requests that were compared."""
+    rest = stream
+    for count, (method, path, query, version, headers, body) in enumerate(rows):
+        if not isinstance(body, bytes):
+            return count
+        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD_BYTES)
+        parser.receive_data(rest)
+        read, request = b"", None
+        try:
+            while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+                if isinstance(event, h11.Request):
+                    request = event
+                elif isinstance(event, h11.Data):
+                    read += bytes(event.data)
+                else:
+                    return count  # it waits for more
+        except h11.RemoteProtocolError:  # it is stricter here
+            return count
+        assert request is not None
+        theirs = [(bytes(k), bytes(v).strip()) for k, v in request.headers if k != b"upgrade"]
+        ours = [(k, v.strip()) for k, v in headers]
+        url = request.target.partition(b"#")[0].rstrip(b"?")
+        same_url = not url.startswith(b"/") or url == (path + b"?" + query if query else path)
+        seen = (method.encode(), version.encode(), ours, body)
+        if seen != (request.method, request.http_version, theirs, read) or not same_url:
+            raise Finding(f"h11 reads another request: {request}, {read!r}")
+        rest = parser.trailing_data[0]
+    return len(rows)
+
+
+def check(stream: Stream) -> tuple[dict[str, float], str]:
+    """Give a stream to two connections."""
+    whole, cut = Client(answers_at_once=True), Client(answers_at_once=False)
+    whole.receive(stream.data)
+    whole.settle()
+    at = 0
+    for number, size in enumerate([*stream.cuts, len(stream.data)]):
+        if at < len(stream.data):
+            cut.receive(stream.data[at : at + size])
+            at += size
+        act = stream.acts[number % len(stream.acts)]
+        if act & 1:
+            cut.respond()
+        if act & 2:
+            cut.loop.run()
+        if act & 4:
+            cut.toggle_reading()
+    if stream.ends == "expire" or number % 2:
+        cut.settle()
+    is_settled = stream.ends == "expire" or bool(number % 2)
+    rows, others = _seen(whole), _seen(cut)
+    if rows[: len(others)] != others or (is_settled and rows != others):
+        raise Finding(f"the requests depend on how they arrive: {rows} and {others}")
+    is_clear = is_settled and all(isinstance(row[-1], bytes) for row in rows)
+    counts = whole.gate.malformed_requests, cut.gate.malformed_requests
+    if is_clear and len(rows) == len(whole.handled) and counts[0] != counts[1]:
+        raise Finding(f"the refusals depend on how the requests arrive: {counts}")
+    for status in re.findall(rb"HTTP/1\.1 (\d+)", bytes(whole.transport.written)):
+        if status not in (b"100", b"200", b"400", b"405"):
+            raise Finding(f"status {status.decode()}")
+    compared = _compare_with_h11(stream.data, rows)
+    for client in (whole, cut):
+        client.end(stream.ends)
+    bodies = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))
+    scores = {"requests": float(len(rows)), "compared with h11": float(compared), "body bytes": float(bodies)}
+    return scores, "requests" if rows else "refused" if counts[0] else "incomplete"
+
+
+FUZZER = Fuzzer(streams(), check)

@@ -1,0 +1,220 @@
+"""Fuzzer of a segment's ONNX file: edits of the segments of two small artifacts, in fp32 and int8.
+
+A file is refused by a GraphError, or it is a segment that ONNX Runtime can load.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import onnx
+import onnxruntime
+from hypothesis import strategies as st
+
+from de3.model_store.graph_check import MAX_FIELDS, GraphError, read_graph
+from de3.model_store.graph_reader import read_segment
+from lab.fuzzers.edits import spliced
+from lab.fuzzers.run import Finding, Fuzzer
+from lab.fuzzers.seeds import tiny
+
+MAX_MESSAGE = 2000
+PRECISIONS: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+NAMES = (
+    "",
+    "hidden",
+    "logits",
+    "distances",
+    "next_hidden",
+    "with_exit",
+    "input_ids",
+    "a" * 300,
+    "\x00",
+    "é",
+    "axis",
+)
+OPERATORS = (
+    "Add",
+    "Gather",
+    "If",
+    "Loop",
+    "Gemm",
+    "MatMul",
+    "Constant",
+    "Cast",
+    "Identity",
+    "Attention",
+    "Evil",
+)
+NUMBERS = (0, 1, -1, 2, 3, 7, 8, 16, 64, 2**31, 2**62, -(2**63))
+FRAGMENTS = (
+    *(
+        b"\x0a\x00",
+        b"\x08\x01",
+        b"\x80" * 11,
+        b"\xff" * 9 + b"\x01",
+        b"\x0b\x0c",
+        b"\x3a\x02\x0a\x00",
+        b"\x12\x00",
+    ),
+    *(
+        b"\x0a\xff\xff\xff\xff\x0f",
+        b"\x3a\x00" * 20,
+        b"\x0a\x02" * 50,
+        b"\xa2\x06\x00",
+        b"\x0d\x00\x00\x00\x00",
+    ),
+)
+
+
+def _messages(message: Any) -> Iterator[Any]:
+    """A message and all messages inside it."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for one in value if _is_repeated(field) else [value]:
+                yield from _messages(one)
+
+
+def _is_repeated(field: Any) -> bool:
+    return bool(field.is_repeated)
+
+
+def _value(draw: st.DrawFn, field: Any, old: Any) -> Any:
+    """A value for a field that is not a message."""
+    match old:
+        case str():
+            return draw(st.sampled_from([*NAMES, *OPERATORS]))
+        case bytes() if field.name == "raw_data":
+            return draw(st.sampled_from([old[:-1], old + b"\0", b"", bytes(len(old)), b"\xff" * len(old)]))
+        case bytes():
+            return draw(st.binary(max_size=5))
+        case float():
+            return draw(st.sampled_from([0.0, 1.0, -1.0, 1e30, float("nan"), float("inf")]))
+    if field.enum_type is not None:
+        return draw(st.sampled_from(sorted(field.enum_type.values_by_number)))
+    limit = 2**31 if field.type == field.TYPE_INT32 else 2**63
+    return draw(st.sampled_from([n for n in (*NUMBERS, old + 1, old - 1) if -limit <= n < limit]))
+
+
+def _edit(draw: st.DrawFn, model: Any) -> None:
+    """Change one field of one message."""
+    messages = list(_messages(model))
+    message = draw(st.sampled_from(messages))
+    fields = message.ListFields()
+    kind = draw(st.sampled_from(["value", "value", "clear", "more", "swap", "new", "copy"]))
+    if kind == "copy":  # another message of the same type
+        others = [m for m in messages if m.DESCRIPTOR is message.DESCRIPTOR]
+        copy = type(message)()
+        copy.CopyFrom(draw(st.sampled_from(others)))
+        message.CopyFrom(copy)
+        return
+    if kind == "new" or not fields:
+        field = draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
+        zero = {field.CPPTYPE_STRING: "a" if field.type == field.TYPE_STRING else b"a"}.get(field.cpp_type, 1)
+        if field.message_type is not None:
+            one = getattr(message, field.name)
+            _ = one.add() if _is_repeated(field) else one.SetInParent()
+        elif _is_repeated(field):
+            getattr(message, field.name).append(zero)
+        else:
+            setattr(message, field.name, zero)
+        return
+    field, value = draw(st.sampled_from(fields))
+    if kind == "clear":
+        message.ClearField(field.name)
+    elif not _is_repeated(field):
+        if field.message_type is None:
+            setattr(message, field.name, _value(draw, field, value))
+    elif len(value):
+        at, other = (draw(st.integers(0, len(value) - 1)) for _ in range(2))
+        if kind == "more" and field.message_type is not None:
+            value.add().CopyFrom(value[at])
+        elif kind == "more":
+            value.extend([value[at]] * draw(st.sampled_from([1, 20])))
+        elif kind == "swap" and field.message_type is not None:
+            items = [type(value[at])() for _ in range(2)]
+            items[0].CopyFrom(value[at])
+            items[1].CopyFrom(value[other])
+            value[at].CopyFrom(items[1])
+            value[other].CopyFrom(items[0])
+        elif kind == "swap":
+            value[at], value[other] = value[other], value[at]
+        elif field.message_type is None:
+            value[at] = _value(draw, field, value[at])
+        else:
+            del value[at]
+
+
+@cache
+def _valid() -> list["Segment"]:
+    """Every segment of both artifacts."""
+    return [
+        Segment(precision, layer, tiny(precision).read(name))
+        for precision in PRECISIONS
+        for layer, name in enumerate(tiny(precision).manifest.segment_files())
+    ]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A segment's file, and its place in one of the artifacts."""
+
+    precision: Literal["fp32", "int8"]
+    layer: int
+    data: bytes
+
+
+@st.composite
+def _segments(draw: st.DrawFn) -> Segment:
+    segment = draw(st.sampled_from(_valid()))
+    data = segment.data
+    kind = draw(st.sampled_from("mmmmbbn"))
+    if kind == "m":
+        model = onnx.load_model_from_string(data)
+        for _ in range(draw(st.sampled_from([1, 1, 2, 4]))):
+            _edit(draw, model)
+        data = model.SerializeToString()
+    elif kind == "b":
+        data = draw(spliced(data, FRAGMENTS))
+    else:  # messages inside messages, or very many fields
+        depth = draw(st.sampled_from([10, 200, 3000]))
+        inner = draw(st.binary(max_size=3))
+        for _ in range(depth):
+            inner = b"\x3a" + _varint(len(inner)) + inner if depth < 1000 else b"\x3a\x00" + inner
+        data = draw(st.sampled_from([b"", data])) + inner * draw(
+            st.sampled_from([1, 2, MAX_FIELDS // depth + 1])
+        )
+    return replace(segment, data=data)
+
+
+def _varint(number: int) -> bytes:
+    data = b""
+    while number > 127:
+        data, number = data + bytes([number & 127 | 128]), number >> 7
+    return data + bytes([number])
+
+
+def check(segment: Segment) -> tuple[dict[str, float], str]:
+    """Read a segment as a server does."""
+    steps, outcome = 0.0, "not a graph"
+    try:
+        graph = read_graph(segment.data)
+        steps, outcome = 1.0, "not a segment"
+        read_segment(graph, segment.layer, tiny(segment.precision).manifest)
+    except GraphError as error:
+        if len(str(error)) > MAX_MESSAGE:
+            raise Finding(f"a message of {len(str(error))} characters") from None
+        return {"steps": steps}, outcome
+    if segment in _valid():
+        return {"steps": 2.0}, "original"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(segment.data, options, providers=["CPUExecutionProvider"])
+    except Exception:  # reported as a StoreError, in the process that loads a model first
+        return {"steps": 3.0}, "accepted, but does not load"
+    return {"steps": 3.0}, "accepted"
+
+
+FUZZER = Fuzzer(_segments(), check, _valid)

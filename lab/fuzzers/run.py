@@ -1,0 +1,117 @@
+"""Runs a fuzzer for a given time: hypothesis generates inputs, and searches for those with higher scores."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import monotonic, thread_time
+from traceback import format_exception
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings, target
+from hypothesis.database import InMemoryExampleDatabase
+from hypothesis.strategies import SearchStrategy
+
+BATCH = 200  # examples with one seed; the next batch begins with those of the highest scores
+MAX_CPU_S = 2.0  # of one example; the slowest valid ones take a tenth of it
+PHASES = (Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+
+
+class Finding(AssertionError):
+    """An input that is handled wrongly; the message says how."""
+
+
+@dataclass(frozen=True)
+class Fuzzer:
+    """One reader of untrusted input.
+
+    Attributes:
+        inputs: the inputs.
+        check: handles an input as the product does. It raises an exception for a finding, and returns scores by name,
+            which hypothesis tries to raise, and the outcome, which is counted.
+        prepare: makes what the inputs are derived from.
+    """
+
+    inputs: SearchStrategy[Any]
+    check: Callable[[Any], tuple[dict[str, float], str]]
+    prepare: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Report:
+    """Result of one fuzzer.
+
+    Attributes:
+        seconds: duration.
+        inputs: number of inputs.
+        outcomes: number of inputs by outcome, such as "accepted" and "refused".
+        best: highest scores.
+        findings: the traceback of each finding.
+        input: the smallest input with a finding.
+    """
+
+    name: str
+    seconds: float = 0.0
+    inputs: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    best: dict[str, float] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    input: Any = None
+
+
+def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1) -> Report:
+    """Run a fuzzer until the time is over or it finds something; it has then reduced the input."""
+    fuzzer.prepare()
+    report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
+
+    def example(value: Any) -> None:
+        if monotonic() - started > seconds and not failed:
+            return
+        report.inputs += 1
+        cpu_s = thread_time()
+        try:
+            scores, outcome = fuzzer.check(value)
+            cpu_s = thread_time() - cpu_s
+            if cpu_s > MAX_CPU_S:
+                raise Finding(f"it took {cpu_s:.1f} s of CPU time")
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            failed.append(True)
+            report.input = value  # hypothesis ends with the smallest
+            if isinstance(error, Exception):
+                raise
+            raise Finding(f"{type(error).__name__}, which is no Exception: {error}") from error
+        report.outcomes[outcome] += 1
+        for label, score in scores.items():
+            target(score, label=label)
+            report.best[label] = max(score, report.best.get(label, score))
+
+    failed: list[bool] = []
+    number = first_seed
+    while monotonic() - started < seconds and not report.findings:
+        run = given(fuzzer.inputs)(example)
+        run = seed(number)(settings(_settings(database))(run))
+        try:
+            run()
+        except Exception as error:
+            report.findings += _findings(error)
+        number += 1
+    report.seconds = monotonic() - started
+    return report
+
+
+def _settings(database: InMemoryExampleDatabase) -> settings:
+    return settings(
+        max_examples=BATCH,
+        database=database,
+        deadline=None,
+        phases=PHASES,
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
+
+
+def _findings(error: Exception) -> list[str]:
+    """A text for each distinct failure of a run."""
+    errors = error.exceptions if isinstance(error, ExceptionGroup) else [error]
+    return ["".join(format_exception(each)).strip() for each in errors]

@@ -1,0 +1,49 @@
+"""A release: its version is the same everywhere, and its workflows run only what they name exactly."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.commands import de3
+
+VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"]
+WORKFLOWS = sorted(Path(".github/workflows").glob("*.yml"))
+
+
+def test_de3_says_its_version() -> None:
+    assert de3("--version") == f"de3 {VERSION}\n"
+
+
+def test_the_changelog_and_the_readme_have_the_version() -> None:
+    headings = re.findall(r"^## (.+)$", Path("CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(VERSION)}\] - \d{{4}}-\d\d-\d\d", headings[1])
+    assert set(re.findall(r"de3-(\d+\.\d+\.\d+)", Path("README.md").read_text())) == {VERSION}
+
+
+def steps(workflow: Any) -> list[dict[str, Any]]:
+    return [step for job in workflow["jobs"].values() for step in job["steps"]]
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.stem)
+def test_workflows_pin_their_actions_and_may_only_read(file: Path) -> None:
+    workflow = yaml.safe_load(file.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    used = [step for step in steps(workflow) if "uses" in step]
+    assert used
+    for step in used:
+        assert re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", step["uses"]), step
+        if step["uses"].startswith("actions/checkout@"):
+            assert step["with"]["persist-credentials"] is False
+    assert all("timeout-minutes" in job for job in workflow["jobs"].values())
+
+
+@pytest.mark.parametrize("form", ["bug", "feature"])
+def test_the_forms_for_issues_ask_for_what_reproduces(form: str) -> None:
+    fields = yaml.safe_load(Path(f".github/ISSUE_TEMPLATE/{form}.yml").read_text())["body"]
+    asked = " ".join(str(field["attributes"]) for field in fields)
+    assert "de3 --version" in asked and "/v1/models" in asked and "command" in asked
