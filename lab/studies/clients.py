@@ -81,6 +81,8 @@ def run(
         if rng.random() >= q:
             skipped[known] += is_new
             return index
+        if not is_new and not audit.differs.any():
+            return index  # a repeat that agrees counts for nothing
         for name, texts in skipped.items():
             promises.skip(name, share, texts)
         skipped.clear()
