@@ -22,6 +22,7 @@ from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
 from lab.fuzzers.seeds import demo, tiny
 
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"guarantee": 0.02}, {"ood_policy": "deepen", "tau": 0.5})
 FRAGMENTS = (
     b"{",
     b"}",
@@ -74,7 +75,8 @@ def check(data: bytes) -> tuple[dict[str, float], str]:
 
 
 def _use(manifest: Manifest) -> None:
-    for settings in (Settings(), Settings(guarantee=0.02), Settings(ood_policy="deepen", tau=0.5)):
+    for given in SETTINGS:
+        settings = Settings(**given)
         try:
             rules = Rules(manifest, settings)
         except RequestError:  # a setting that the model cannot meet

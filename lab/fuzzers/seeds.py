@@ -8,9 +8,10 @@ from typing import Literal
 from de3.model_store.store import Artifact, Store
 
 DEMO = Path(__file__).parents[2] / "models"
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] a good bad film ##s ##ly . ,".split()
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "good", "bad", "film", "##s", "##ly", ".", ","]
 
 
+@cache
 def demo() -> Artifact:
     """The demo model, whose manifest has a calibration."""
     return Store(DEMO).open("sst2")

@@ -26,6 +26,7 @@ from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
 from lab.fuzzers.seeds import demo
 
+SETTINGS: dict[str, Any] = {"guarantee": 0.02, "guarantee_start": "calibrated"}
 FRAGMENTS = (
     b"{",
     b"}",
@@ -48,7 +49,7 @@ CLIENTS = ("a", "b", "c", "new")
 def _auditor() -> Auditor:
     """An auditor of the demo model with a guarantee, of which only the manifest is loaded."""
     artifact = demo()
-    settings = Settings(guarantee=0.02, guarantee_start="calibrated")
+    settings = Settings(**SETTINGS)
     model = SimpleNamespace(manifest=artifact.manifest, full_name=artifact.full_name, runtime="kernels")
     served: Any = SimpleNamespace(
         model=model, rules=Rules(artifact.manifest, settings), monitor=SimpleNamespace(caution=1.0)
