@@ -381,34 +381,41 @@ def _seen(client: Client) -> list[Any]:
     return rows
 
 
-def _compare_with_h11(stream: bytes, rows: list[Any]) -> int:
+def _first_by_h11(stream: bytes) -> tuple[h11.Request, bytes, bytes] | None:
+    """The first request of a stream, its body, and the rest; None if h11 refuses it or waits for more."""
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD_BYTES)
+    parser.receive_data(stream)
+    body, request = b"", None
+    try:
+        while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Request):
+                request = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            else:
+                return None
+    except h11.RemoteProtocolError:
+        return None
+    assert request is not None
+    return request, body, parser.trailing_data[0]
+
+
+def _compare_with_h11(stream: bytes, rows: list[Any], refused: int) -> int:
     """Raise Finding if h11 reads other requests; returns the number of requests that were compared."""
-    rest = stream
+    if not rows and not refused and _first_by_h11(stream):
+        raise Finding("h11 reads a request that is neither handled nor refused")
     for count, (method, path, query, version, headers, body) in enumerate(rows):
-        if not isinstance(body, bytes):
+        read = _first_by_h11(stream)
+        if read is None or not isinstance(body, bytes):
             return count
-        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD_BYTES)
-        parser.receive_data(rest)
-        read, request = b"", None
-        try:
-            while not isinstance(event := parser.next_event(), h11.EndOfMessage):
-                if isinstance(event, h11.Request):
-                    request = event
-                elif isinstance(event, h11.Data):
-                    read += bytes(event.data)
-                else:
-                    return count  # it waits for more
-        except h11.RemoteProtocolError:  # it is stricter here
-            return count
-        assert request is not None
+        request, their_body, stream = read
         theirs = [(bytes(k), bytes(v).strip()) for k, v in request.headers if k != b"upgrade"]
         ours = [(k, v.strip()) for k, v in headers]
         url = request.target.partition(b"#")[0].rstrip(b"?")
         same_url = not url.startswith(b"/") or url == (path + b"?" + query if query else path)
         seen = (method.encode(), version.encode(), ours, body)
-        if seen != (request.method, request.http_version, theirs, read) or not same_url:
-            raise Finding(f"h11 reads another request: {request}, {read!r}")
-        rest = parser.trailing_data[0]
+        if seen != (request.method, request.http_version, theirs, their_body) or not same_url:
+            raise Finding(f"h11 reads another request: {request}, {their_body!r}")
     return len(rows)
 
 
@@ -455,7 +462,7 @@ def check(stream: Stream) -> tuple[dict[str, float], str]:
     for status in re.findall(rb"HTTP/1\.1 (\d+)", bytes(whole.transport.written)):
         if status not in (b"100", b"200", b"400", b"405"):
             raise Finding(f"status {status.decode()}")
-    compared = _compare_with_h11(stream.data, rows)
+    compared = _compare_with_h11(stream.data, rows, refused)
     bodies = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))
     scores = {"requests": float(len(rows)), "compared with h11": float(compared), "body bytes": float(bodies)}
     return scores, "requests" if rows else "refused" if refused else "incomplete"

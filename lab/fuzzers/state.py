@@ -7,8 +7,6 @@ counts audits of old and new clients, reports, and saves a state that reads the 
 import json
 import logging
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +22,7 @@ from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
-from lab.fuzzers.seeds import demo
+from lab.fuzzers.seeds import demo, new_folder
 
 SETTINGS: dict[str, Any] = {"guarantee": 0.02, "guarantee_start": "calibrated"}
 FRAGMENTS = (
@@ -90,7 +88,7 @@ def _valid() -> Any:
 @cache
 def _state_dir() -> StateDir:
     logging.getLogger("de3").setLevel(logging.ERROR)
-    return StateDir(Path(mkdtemp(prefix="de3-fuzz-")))
+    return StateDir(new_folder())
 
 
 @st.composite
