@@ -26,6 +26,10 @@ class Finding(AssertionError):
     """An input that is handled wrongly; the message says how."""
 
 
+class _TimeIsUp(BaseException):
+    """Ends a run between two inputs."""
+
+
 @dataclass(frozen=True)
 class Fuzzer:
     """One reader of untrusted input.
@@ -81,7 +85,7 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
 
     def example(value: Any) -> None:
         if monotonic() - started > seconds and not failed:
-            return
+            raise _TimeIsUp
         report.inputs += 1
         cpu_s = thread_time()
         try:
@@ -111,6 +115,8 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", HypothesisWarning)  # of large inputs
                 run()
+        except _TimeIsUp:
+            break
         except Exception as error:
             report.findings += _findings(error)
         number += 1
