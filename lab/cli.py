@@ -12,6 +12,7 @@ from de3.loadtest.report import console, write_json
 from de3.loadtest.report import show as show_table
 from de3.loadtest.texts import read
 from lab.audit_cli import app as audit_app
+from lab.fuzzers import NAMES as FUZZERS
 from lab.options import Core, Int8Model, show
 from lab.studies.cli import app as studies_app
 
@@ -45,6 +46,39 @@ def fuzz(
     for problem, request in result.problems:
         print(f"{problem}\n    {request[:500]!r}")
     if result.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def fuzz_inputs(
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"One of {', '.join(FUZZERS)}; repeat for more.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Duration of each fuzzer.", min=1)] = 600.0,
+    seed: Annotated[int, typer.Option(help="Seed of the first inputs.", min=0)] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for the inputs with findings.")] = Path(
+        "loadtest-results"
+    ),
+) -> None:
+    """Fuzz what reads untrusted bytes, in process; fails if an input is handled wrongly.
+
+    connection: streams of HTTP requests, in any pieces. graph: ONNX files. tokenizer: tokenizer.json. manifest:
+    manifest.json. state: files of --state-dir. Hypothesis generates the inputs, and reduces those with findings.
+
+    Example: python -m lab fuzz-inputs --only state --seconds 60
+    """
+    from lab.fuzzers.run import fuzz_all
+
+    failed = False
+    for report in fuzz_all(only or FUZZERS, seconds, seed):
+        outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in report.outcomes.most_common())
+        print(f"{report.name}: {report.inputs:,} inputs in {report.seconds:.0f} s: {outcomes}", flush=True)
+        for finding in report.findings:
+            out.mkdir(parents=True, exist_ok=True)
+            (file := out / f"fuzz-{report.name}.txt").write_text(f"{report.input!r}\n\n{finding}\n")
+            print(f"{finding[:3000]}\n    all of it: {file}")
+            failed = True
+    if failed:
         raise typer.Exit(1)
 
 

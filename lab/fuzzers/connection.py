@@ -5,8 +5,10 @@ and the client does not read. Both must hand the same requests to the applicatio
 that h11, an independent parser, reads, unless h11 refuses it. In the end nothing may be held of either.
 """
 
+import asyncio
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -139,7 +141,7 @@ class Stream:
         cuts: lengths of the pieces.
         acts: what happens after each piece, as bits: 1: the response is written, 2: timers run, 4: the client stops or
             starts to read.
-        ends: how the connection ends: the client closes it, a deadline passes first, or the server shuts down.
+        ends: how the connection ends: the client closes it or its half, a deadline passes, or the server shuts down.
     """
 
     data: bytes
@@ -157,13 +159,15 @@ def streams(draw: st.DrawFn) -> Stream:
     data = draw(spliced(data, FRAGMENTS, draw(st.sampled_from([0, 0, 2]))))[:MAX_STREAM]
     cuts = draw(st.lists(st.integers(1, 300) | st.integers(1, MAX_STREAM), max_size=20))
     acts = draw(st.lists(st.integers(0, 7), min_size=1, max_size=8))
-    return Stream(data, cuts, acts, draw(st.sampled_from(["close", "expire", "shutdown"])))
+    return Stream(data, cuts, acts, draw(st.sampled_from(["close", "expire", "half-close", "shutdown"])))
 
 
 class _Task:
     """A finished task."""
 
     def add_done_callback(self, _: Any) -> None: ...
+
+    def cancel(self) -> None: ...
 
 
 class _Loop:
@@ -175,6 +179,18 @@ class _Loop:
     def call_later(self, _: float, callback: Any, *args: Any) -> None:
         if getattr(callback, "__func__", None) is not Listener._sweep:
             self.timers.append((callback, args))
+
+    def call_soon(self, callback: Any, *args: Any) -> None:
+        self.timers.append((callback, args))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Context in which asyncio takes this loop for the running one."""
+        asyncio._set_running_loop(self)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            asyncio._set_running_loop(None)
 
     def create_task(self, coroutine: Coroutine[Any, Any, None]) -> _Task:
         try:
@@ -197,7 +213,9 @@ class _Transport:
         self.is_reading, self._is_closing = True, False
 
     def get_extra_info(self, name: str) -> Any:
-        return SimpleNamespace(setsockopt=lambda *_: None) if name == "socket" else ("127.0.0.1", 1)
+        if name != "socket":
+            return ("127.0.0.1", 1)
+        return SimpleNamespace(setsockopt=lambda *_: None, getsockopt=lambda *_: b"\x01")
 
     def set_write_buffer_limits(self, high: int) -> None: ...
 
@@ -236,7 +254,7 @@ class _Gate:
 
     def admit(self, scope: Any) -> str | None:
         if scope["path"] == REFUSED:
-            raise RequestError("no", cause="unauthorized")
+            raise RequestError("no", cause="no_key")
         return None if scope["path"] == NEEDS_NO_BODY else "client"
 
     def address(self, _: Any) -> str:
@@ -269,6 +287,9 @@ class Client:
             {},
             self.loop,  # type: ignore[arg-type]
         )
+
+    def open(self) -> None:
+        """The client connects."""
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
 
     async def _handle(self, connection: Connection, scope: Any, body: bytes | RequestError) -> None:
@@ -330,13 +351,16 @@ class Client:
         if how == "expire" and self.connection.state == BODY and not self.transport.is_closing():
             self.connection.expire(0.0)
             self.settle()
+        if how == "half-close" and not self.transport.is_closing() and self.connection.eof_received():
+            self.settle()
+            if not self.transport.is_closing():
+                raise Finding("a connection whose client ended its half stays open")
         if how == "shutdown":
             self.connection.shutdown()
             self.settle()
         self.transport.close()
         self.connection.connection_lost(None)
-        self.respond()  # too late
-        self.loop.run()
+        self.loop.run()  # too late
         if self.gate.bytes_in_flight.total or self.gate.bytes_in_flight._held:
             raise Finding(f"{self.gate.bytes_in_flight.total} bytes of a body are still counted")
         if self.listener.connections or self.listener.paused_connections:
@@ -357,73 +381,91 @@ def _seen(client: Client) -> list[Any]:
     return rows
 
 
-def _compare_with_h11(stream: bytes, rows: list[Any]) -> int:
+def _first_by_h11(stream: bytes) -> tuple[h11.Request, bytes, bytes] | None:
+    """The first request of a stream, its body, and the rest; None if h11 refuses it or waits for more."""
+    parser = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD_BYTES)
+    parser.receive_data(stream)
+    body, request = b"", None
+    try:
+        while not isinstance(event := parser.next_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Request):
+                request = event
+            elif isinstance(event, h11.Data):
+                body += bytes(event.data)
+            else:
+                return None
+    except h11.RemoteProtocolError:
+        return None
+    assert request is not None
+    return request, body, parser.trailing_data[0]
+
+
+def _compare_with_h11(stream: bytes, rows: list[Any], refused: int) -> int:
     """Raise Finding if h11 reads other requests; returns the number of requests that were compared."""
-    rest = stream
+    if not rows and not refused and _first_by_h11(stream):
+        raise Finding("h11 reads a request that is neither handled nor refused")
     for count, (method, path, query, version, headers, body) in enumerate(rows):
-        if not isinstance(body, bytes):
+        read = _first_by_h11(stream)
+        if read is None or not isinstance(body, bytes):
             return count
-        parser = h11.Connection(h11.SERVER, max_incomplete_event_size=2 * MAX_HEAD_BYTES)
-        parser.receive_data(rest)
-        read, request = b"", None
-        try:
-            while not isinstance(event := parser.next_event(), h11.EndOfMessage):
-                if isinstance(event, h11.Request):
-                    request = event
-                elif isinstance(event, h11.Data):
-                    read += bytes(event.data)
-                else:
-                    return count  # it waits for more
-        except h11.RemoteProtocolError:  # it is stricter here
-            return count
-        assert request is not None
+        request, their_body, stream = read
         theirs = [(bytes(k), bytes(v).strip()) for k, v in request.headers if k != b"upgrade"]
         ours = [(k, v.strip()) for k, v in headers]
         url = request.target.partition(b"#")[0].rstrip(b"?")
         same_url = not url.startswith(b"/") or url == (path + b"?" + query if query else path)
         seen = (method.encode(), version.encode(), ours, body)
-        if seen != (request.method, request.http_version, theirs, read) or not same_url:
-            raise Finding(f"h11 reads another request: {request}, {read!r}")
-        rest = parser.trailing_data[0]
+        if seen != (request.method, request.http_version, theirs, their_body) or not same_url:
+            raise Finding(f"h11 reads another request: {request}, {their_body!r}")
     return len(rows)
+
+
+def _in_pieces(client: Client, stream: Stream) -> bool:
+    """Give a stream to a connection in pieces; returns False if requests may be unanswered at the end."""
+    at = number = 0
+    for number, size in enumerate([*stream.cuts, len(stream.data)]):
+        if at < len(stream.data):
+            client.receive(stream.data[at : at + size])
+            at += size
+        act = stream.acts[number % len(stream.acts)]
+        if act & 1:
+            client.respond()
+        if act & 2:
+            client.loop.run()
+        if act & 4:
+            client.toggle_reading()
+    settles = stream.ends == "expire" or bool(number % 2)
+    if settles:
+        client.settle()
+    return settles
 
 
 def check(stream: Stream) -> tuple[dict[str, float], str]:
     """Give a stream to two connections."""
     whole, cut = Client(answers_at_once=True), Client(answers_at_once=False)
-    whole.receive(stream.data)
-    whole.settle()
-    at = 0
-    for number, size in enumerate([*stream.cuts, len(stream.data)]):
-        if at < len(stream.data):
-            cut.receive(stream.data[at : at + size])
-            at += size
-        act = stream.acts[number % len(stream.acts)]
-        if act & 1:
-            cut.respond()
-        if act & 2:
-            cut.loop.run()
-        if act & 4:
-            cut.toggle_reading()
-    if stream.ends == "expire" or number % 2:
-        cut.settle()
-    is_settled = stream.ends == "expire" or bool(number % 2)
-    rows, others = _seen(whole), _seen(cut)
+    with whole.loop.running():
+        whole.open()
+        whole.receive(stream.data)
+        whole.settle()
+        rows = _seen(whole)
+        refused = whole.gate.malformed_requests
+        whole.end(stream.ends)
+    with cut.loop.running():
+        cut.open()
+        is_settled = _in_pieces(cut, stream)
+        others = _seen(cut)
+        refused_too = cut.gate.malformed_requests
+        cut.end(stream.ends)
     if rows[: len(others)] != others or (is_settled and rows != others):
         raise Finding(f"the requests depend on how they arrive: {rows} and {others}")
-    is_clear = is_settled and all(isinstance(row[-1], bytes) for row in rows)
-    counts = whole.gate.malformed_requests, cut.gate.malformed_requests
-    if is_clear and len(rows) == len(whole.handled) and counts[0] != counts[1]:
-        raise Finding(f"the refusals depend on how the requests arrive: {counts}")
+    if is_settled and all(isinstance(row[-1], bytes) for row in rows) and refused != refused_too:
+        raise Finding(f"the refusals depend on how the requests arrive: {refused} and {refused_too}")
     for status in re.findall(rb"HTTP/1\.1 (\d+)", bytes(whole.transport.written)):
         if status not in (b"100", b"200", b"400", b"405"):
             raise Finding(f"status {status.decode()}")
-    compared = _compare_with_h11(stream.data, rows)
-    for client in (whole, cut):
-        client.end(stream.ends)
+    compared = _compare_with_h11(stream.data, rows, refused)
     bodies = sum(len(row[-1]) for row in rows if isinstance(row[-1], bytes))
     scores = {"requests": float(len(rows)), "compared with h11": float(compared), "body bytes": float(bodies)}
-    return scores, "requests" if rows else "refused" if counts[0] else "incomplete"
+    return scores, "requests" if rows else "refused" if refused else "incomplete"
 
 
 FUZZER = Fuzzer(streams(), check)

@@ -4,6 +4,7 @@ A file is refused by a GraphError, or it is a segment that ONNX Runtime can load
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -72,12 +73,8 @@ def _messages(message: Any) -> Iterator[Any]:
     yield message
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for one in value if _is_repeated(field) else [value]:
+            for one in value if field.is_repeated else [value]:
                 yield from _messages(one)
-
-
-def _is_repeated(field: Any) -> bool:
-    return bool(field.is_repeated)
 
 
 def _value(draw: st.DrawFn, field: Any, old: Any) -> Any:
@@ -104,46 +101,50 @@ def _edit(draw: st.DrawFn, model: Any) -> None:
     fields = message.ListFields()
     kind = draw(st.sampled_from(["value", "value", "clear", "more", "swap", "new", "copy"]))
     if kind == "copy":  # another message of the same type
-        others = [m for m in messages if m.DESCRIPTOR is message.DESCRIPTOR]
         copy = type(message)()
-        copy.CopyFrom(draw(st.sampled_from(others)))
+        copy.CopyFrom(draw(st.sampled_from([m for m in messages if m.DESCRIPTOR is message.DESCRIPTOR])))
         message.CopyFrom(copy)
-        return
-    if kind == "new" or not fields:
-        field = draw(st.sampled_from(list(message.DESCRIPTOR.fields)))
-        zero = {field.CPPTYPE_STRING: "a" if field.type == field.TYPE_STRING else b"a"}.get(field.cpp_type, 1)
-        if field.message_type is not None:
-            one = getattr(message, field.name)
-            _ = one.add() if _is_repeated(field) else one.SetInParent()
-        elif _is_repeated(field):
-            getattr(message, field.name).append(zero)
-        else:
-            setattr(message, field.name, zero)
-        return
-    field, value = draw(st.sampled_from(fields))
-    if kind == "clear":
-        message.ClearField(field.name)
-    elif not _is_repeated(field):
-        if field.message_type is None:
-            setattr(message, field.name, _value(draw, field, value))
-    elif len(value):
-        at, other = (draw(st.integers(0, len(value) - 1)) for _ in range(2))
-        if kind == "more" and field.message_type is not None:
-            value.add().CopyFrom(value[at])
-        elif kind == "more":
-            value.extend([value[at]] * draw(st.sampled_from([1, 20])))
-        elif kind == "swap" and field.message_type is not None:
-            items = [type(value[at])() for _ in range(2)]
-            items[0].CopyFrom(value[at])
-            items[1].CopyFrom(value[other])
-            value[at].CopyFrom(items[1])
-            value[other].CopyFrom(items[0])
-        elif kind == "swap":
-            value[at], value[other] = value[other], value[at]
+    elif kind == "new" or not fields:
+        _add(message, draw(st.sampled_from(list(message.DESCRIPTOR.fields))))
+    else:
+        field, value = draw(st.sampled_from(fields))
+        if kind == "clear":
+            message.ClearField(field.name)
+        elif field.is_repeated:
+            _edit_list(draw, kind, field, value)
         elif field.message_type is None:
-            value[at] = _value(draw, field, value[at])
-        else:
-            del value[at]
+            setattr(message, field.name, _value(draw, field, value))
+
+
+def _add(message: Any, field: Any) -> None:
+    """Set a field, or add an entry to a list."""
+    place = getattr(message, field.name)
+    if field.message_type is not None:
+        _ = place.add() if field.is_repeated else place.SetInParent()
+        return
+    is_text = field.cpp_type == field.CPPTYPE_STRING
+    value: Any = 1 if not is_text else "a" if field.type == field.TYPE_STRING else b"a"
+    if field.is_repeated:
+        place.append(value)
+    else:
+        setattr(message, field.name, value)
+
+
+def _edit_list(draw: st.DrawFn, kind: str, field: Any, value: Any) -> None:
+    """Lengthen a list, swap two entries, or change or remove one."""
+    at, other = (draw(st.integers(0, len(value) - 1)) for _ in range(2))
+    if kind == "more":
+        value.extend([value[at]] * draw(st.sampled_from([1, 20])))
+    elif kind == "swap":
+        entries = list(value)
+        entries[at], entries[other] = entries[other], entries[at]
+        copies = [deepcopy(entry) for entry in entries]
+        del value[:]
+        value.extend(copies)
+    elif field.message_type is None:
+        value[at] = _value(draw, field, value[at])
+    else:
+        del value[at]
 
 
 @cache

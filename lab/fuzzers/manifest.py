@@ -7,7 +7,6 @@ monitor from it.
 import json
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 from hypothesis import strategies as st
@@ -20,8 +19,9 @@ from de3.server.rules import Rules
 from de3.server.settings import ExitOptions, Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
-from lab.fuzzers.seeds import demo, tiny
+from lab.fuzzers.seeds import demo, new_folder, tiny
 
+SETTINGS: tuple[dict[str, Any], ...] = ({}, {"guarantee": 0.02}, {"ood_policy": "deepen", "tau": 0.5})
 FRAGMENTS = (
     b"{",
     b"}",
@@ -48,7 +48,7 @@ def _valid() -> list[Any]:
 
 @cache
 def _folder() -> Path:
-    return Path(mkdtemp(prefix="de3-fuzz-"))
+    return new_folder()
 
 
 @st.composite
@@ -74,7 +74,8 @@ def check(data: bytes) -> tuple[dict[str, float], str]:
 
 
 def _use(manifest: Manifest) -> None:
-    for settings in (Settings(), Settings(guarantee=0.02), Settings(ood_policy="deepen", tau=0.5)):
+    for given in SETTINGS:
+        settings = Settings(**given)
         try:
             rules = Rules(manifest, settings)
         except RequestError:  # a setting that the model cannot meet

@@ -1,23 +1,33 @@
 """Runs a fuzzer for a given time: hypothesis generates inputs, and searches for those with higher scores."""
 
+import os
+import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from time import monotonic, thread_time
 from traceback import format_exception
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings, target
 from hypothesis.database import InMemoryExampleDatabase
+from hypothesis.errors import HypothesisWarning
 from hypothesis.strategies import SearchStrategy
+
+from lab.fuzzers import NAMES
 
 BATCH = 200  # examples with one seed; the next batch begins with those of the highest scores
 MAX_CPU_S = 2.0  # of one example; the slowest valid ones take a tenth of it
-PHASES = (Phase.reuse, Phase.generate, Phase.target, Phase.shrink)
+PHASES = (Phase.reuse, Phase.generate, Phase.target)
 
 
 class Finding(AssertionError):
     """An input that is handled wrongly; the message says how."""
+
+
+class _TimeIsUp(BaseException):
+    """Ends a run between two inputs."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +68,24 @@ class Report:
     input: Any = None
 
 
-def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1) -> Report:
-    """Run a fuzzer until the time is over or it finds something; it has then reduced the input."""
+def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[Report]:
+    """Run fuzzers one after the other; raises ValueError for an unknown name."""
+    os.environ.setdefault("RUST_BACKTRACE", "0")  # of panics of tokenizers, which are expected
+    names = list(names)
+    if unknown := set(names) - set(NAMES):
+        raise ValueError(f"no fuzzer {min(unknown)!r}; there are: {', '.join(NAMES)}")
+    for name in names:
+        yield fuzz(name, import_module(f"lab.fuzzers.{name}").FUZZER, seconds, first_seed)
+
+
+def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True) -> Report:
+    """Run a fuzzer until the time is over, or it finds something; reduces: an input with a finding is then reduced."""
     fuzzer.prepare()
     report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
 
     def example(value: Any) -> None:
         if monotonic() - started > seconds and not failed:
-            return
+            raise _TimeIsUp
         report.inputs += 1
         cpu_s = thread_time()
         try:
@@ -90,9 +110,13 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1) -> Repo
     number = first_seed
     while monotonic() - started < seconds and not report.findings:
         run = given(fuzzer.inputs)(example)
-        run = seed(number)(settings(_settings(database))(run))
+        run = seed(number)(_settings(database, reduces)(run))
         try:
-            run()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HypothesisWarning)  # of large inputs
+                run()
+        except _TimeIsUp:
+            break
         except Exception as error:
             report.findings += _findings(error)
         number += 1
@@ -100,12 +124,12 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1) -> Repo
     return report
 
 
-def _settings(database: InMemoryExampleDatabase) -> settings:
+def _settings(database: InMemoryExampleDatabase, reduces: bool) -> settings:
     return settings(
         max_examples=BATCH,
         database=database,
         deadline=None,
-        phases=PHASES,
+        phases=(*PHASES, Phase.shrink) if reduces else PHASES,
         suppress_health_check=list(HealthCheck),
         print_blob=False,
     )

@@ -7,8 +7,6 @@ counts audits of old and new clients, reports, and saves a state that reads the 
 import json
 import logging
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +22,9 @@ from de3.server.rules import Rules
 from de3.server.settings import Settings
 from lab.fuzzers.edits import edited, spliced
 from lab.fuzzers.run import Finding, Fuzzer
-from lab.fuzzers.seeds import demo
+from lab.fuzzers.seeds import demo, new_folder
 
+SETTINGS: dict[str, Any] = {"guarantee": 0.02, "guarantee_start": "calibrated"}
 FRAGMENTS = (
     b"{",
     b"}",
@@ -48,7 +47,7 @@ CLIENTS = ("a", "b", "c", "new")
 def _auditor() -> Auditor:
     """An auditor of the demo model with a guarantee, of which only the manifest is loaded."""
     artifact = demo()
-    settings = Settings(guarantee=0.02, guarantee_start="calibrated")
+    settings = Settings(**SETTINGS)
     model = SimpleNamespace(manifest=artifact.manifest, full_name=artifact.full_name, runtime="kernels")
     served: Any = SimpleNamespace(
         model=model, rules=Rules(artifact.manifest, settings), monitor=SimpleNamespace(caution=1.0)
@@ -89,7 +88,7 @@ def _valid() -> Any:
 @cache
 def _state_dir() -> StateDir:
     logging.getLogger("de3").setLevel(logging.ERROR)
-    return StateDir(Path(mkdtemp(prefix="de3-fuzz-")))
+    return StateDir(new_folder())
 
 
 @st.composite

@@ -122,7 +122,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         To a client that has closed the connection, an interim response is data for nobody: its system answers with a
         reset. HTTP/1.0 has no interim responses, so such a client is only given some time.
         """
-        if self._gone:
+        if self._gone or self._transport.is_closing():
             return
         if self.state != RESPONSE:
             self._close()  # nothing more can arrive
