@@ -4,9 +4,12 @@ import gc
 import json
 import logging
 import os
+import re
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from errno import ENOSPC
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -613,6 +616,65 @@ def test_a_torn_line_of_the_log_is_cut_off(store: Path, tmp_path: Path) -> None:
             settled(server, 1)
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         assert [bool(row) for row in rows] == ([False] if "\n" in torn else []) + [True]
+
+
+def test_a_full_disk_costs_no_answer_and_is_reported_once(store: Path, tmp_path: Path) -> None:
+    """A limit on the size of files has the same effect as a full disk: a part of a line is written."""
+    file, state, lines = tmp_path / "audits.jsonl", tmp_path / "tiny-int8-1.json", list[str]()
+    arguments = (
+        f"--audit-share 1 --log-audits {file} --log-audit-texts --state-dir {tmp_path} --model tiny-int8"
+    )
+    long = "good " * 5000  # a line longer than the buffer
+
+    def classify(texts: int) -> None:
+        for _ in range(texts):
+            assert httpx.post(url + "/classify", json={"input": long}, timeout=60).status_code == 200
+
+    def limit(size: int) -> None:
+        resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+    def logged(what: str) -> int:
+        return sum(what in line for line in lines)
+
+    with process(store, *arguments.split()) as running:
+        threading.Thread(target=lambda: lines.extend(iter(running.stderr.readline, "")), daemon=True).start()
+        until(lambda: logged("ready in") > 0, "the server")
+        url = next(found[1] for line in lines if (found := re.search(r"running on (http://[0-9.:]+)", line)))
+        classify(1)
+        until(lambda: file.stat().st_size > len(long), "the first audit")
+        for episode in (1, 2):
+            written = file.read_text().count("\n")
+            limit(file.stat().st_size + 100)
+            state.unlink(missing_ok=True)
+            classify(3)
+            until(lambda: logged("audits are logged until it can") == episode, "the report")  # noqa: B023
+            time.sleep(0.5)
+            assert file.read_text().count("\n") == written and file.read_text().endswith("\n")
+            limit(resource.RLIM_INFINITY)
+            until(lambda: (classify(1), logged("written again"))[1] == episode, "the recovery")  # noqa: B023
+        assert logged("--log-audits: cannot be written") == 2
+        until(state.exists, "the state")
+    assert all(json.loads(line)["text"] == long for line in file.read_text().splitlines())
+
+
+def test_a_full_disk_keeps_no_state_from_being_saved_later(
+    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    audits, served = audits_of(state_dir=tmp_path), made(store)
+    audits.serve(served)
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            for _ in range(3):
+                agree(audits.of(served))
+                audits._save(audits.of(served))
+        audits._save(audits.of(served))
+    assert caplog.text.count("No space left on device") == 2
+    audits.stop()
+    assert json.loads((tmp_path / "tiny-1.json").read_text())["counts"][0]["audits"] == 6
 
 
 def test_only_its_user_can_read_what_a_server_keeps(store: Path, tmp_path: Path) -> None:

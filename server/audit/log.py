@@ -3,8 +3,10 @@
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from de3.exits.reading import Reading
 from de3.server.engine.request import Text
 from de3.server.engine.served import Served
 
+log = logging.getLogger("de3")
 MAX_BYTES = 100 * 2**20  # per file; there are at most two
 MAX_LINE = 2**24
 
@@ -67,20 +70,45 @@ class AuditLog:
 
 
 class _Handler(RotatingFileHandler):
-    """A log file that only its owner may read, as texts are user data; reports the first failed write only."""
+    """A log file that only its owner may read, as texts are user data.
+
+    The first failed write is reported, as is the first that succeeds again. A line is written whole or not at all.
+    """
+
+    _lost = 0  # lines since the last that was written
+    _size = 0  # of the whole lines
 
     def _open(self) -> Any:
-        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=_private)
+        stream = open(  # noqa: SIM115
+            self.baseFilename, self.mode, encoding=self.encoding, opener=_private
+        )
+        self._size = os.fstat(stream.fileno()).st_size
+        return stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line."""
+        lost = self._lost
+        super().emit(record)  # calls handleError
+        if self._lost > lost or self.stream is None:
+            return
+        self._size = os.fstat(self.stream.fileno()).st_size
+        if lost:
+            log.warning("--log-audits: written again; %d audits were not logged", lost)
+            self._lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Report the first error in emit."""
-        if self.handles_errors:
-            self.handles_errors = False
-            logging.getLogger("de3").exception(
-                "--log-audits: cannot be written; further errors are not logged"
+        """Report the first error in emit, and remove the part of a line that was written."""
+        self._lost += 1
+        if self._lost == 1:
+            log.error(
+                "--log-audits: cannot be written; no audits are logged until it can: %s", sys.exception()
             )
-
-    handles_errors = True
+        with suppress(OSError):
+            if self.stream is not None:
+                self.stream.close()  # fails, too, if the rest of the line is in its buffer
+        self.stream = None  # the next write opens it
+        with suppress(OSError):
+            os.truncate(self.baseFilename, self._size)
 
 
 def _cut_torn_line(path: Path) -> None:
