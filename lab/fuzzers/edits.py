@@ -45,9 +45,9 @@ def _edit(draw: st.DrawFn, root: list[Any]) -> None:
         case "more" if isinstance(place, list) and place is not root:
             place += deepcopy(place[key : key + 1] * draw(st.sampled_from([1, 2, 20])))
         case "more" if isinstance(place, dict):
-            place[draw(st.text(max_size=5))] = draw(strange)
+            place[draw(st.text(max_size=5))] = deepcopy(draw(strange))
         case _:
-            place[key] = draw(strange)
+            place[key] = deepcopy(draw(strange))
 
 
 @st.composite

@@ -68,6 +68,14 @@ def test_a_saved_state_is_continued() -> None:
     assert state.check(json.dumps(state._valid()).encode())[1] == "accepted"
 
 
+@pytest.mark.parametrize("field", ["texts", "layers"])
+def test_a_state_whose_counts_leave_no_room_is_refused(field: str) -> None:
+    value = json.loads(json.dumps(state._valid()))
+    row = value["counts"][0]
+    row[field] = 2**53 if field == "texts" else [2**53] * len(row[field])
+    assert state.check(json.dumps(value).encode())[1] == "refused"
+
+
 @pytest.mark.parametrize("special", ["", "[CLS]"])
 def test_a_template_with_an_unknown_token_is_refused(special: str) -> None:
     template: dict[str, Any] = {

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +23,9 @@ MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
 NEW_SHARES = 17  # shares that a server may add
+MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and how much a server may add to it
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Rate = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -187,6 +189,16 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
     return promises
 
 
+def _counts(state: State) -> Iterator[int]:
+    """Every number that grows with further texts."""
+    for row in state.counts:
+        yield from (row.texts, row.audits, row.served, *row.differing, *row.layers)
+    for promise in state.promises:
+        yield promise.texts
+        for part in promise.counts:
+            yield from (part.texts, *part.differing, *part.repeats)
+
+
 def restore(auditor: Auditor, state: State) -> None:
     """Restore an auditor from a state; raises ValueError if the state does not match the auditor's model."""
     manifest, signal = auditor.served.model.manifest, auditor.signal
@@ -200,6 +212,8 @@ def restore(auditor: Auditor, state: State) -> None:
     most = max(len(state.counts), *(len(promise.counts) for promise in state.promises), 0)
     if most + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
+    if max(_counts(state), default=0) > MAX_COUNT - NEW_COUNT:
+        raise ValueError("it has too large counts")
     if state.taus != auditor.taus.tolist():
         raise ValueError("it has other values of τ")
     evidence = Evidence(auditor.taus)
