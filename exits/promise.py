@@ -284,25 +284,24 @@ class Promise:
         """The reason for τ; see the class."""
         return "recent" if self.index < self.proved else self._why
 
-    def skip(self, share: float, texts: int) -> None:
-        """Count texts that were not audited."""
-        self.evidence.skip(share, texts)
+    def skip(self, share: float, texts: int, repeats: int = 0) -> None:
+        """Count texts that were not audited. repeats: how many of them were counted before."""
+        self.evidence.skip(share, texts - repeats)
         if self.proved:
             self._detector.skip(share, texts)
 
     def add(self, share: float, audit: Profile, is_repeat: bool = False) -> None:
         """Count an audit. It may lower τ; only `advance` raises it.
 
-        is_repeat: the text was counted before, so that it counts only against each τ at which it differs.
+        is_repeat: the text was counted before, so that it counts only against each τ at which it differs. What lowers τ
+            counts it like any other text: else the repeats that agree would be missing from its rate.
         """
         if is_repeat:
             self.evidence.add_repeat(share, audit.differs)
-            if not audit.differs.any():
-                return
         else:
             self.evidence.add(share, audit)
         self.recent.add(audit.differs)
-        if self.proved and (audit.differs[self.proved] or not is_repeat):
+        if self.proved:
             self._detector.add(share, bool(audit.differs[self.proved]))
             if self._detector.has_fired:
                 self.reset("change")

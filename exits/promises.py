@@ -60,18 +60,17 @@ class Promises:
         names = [name for name in self.by_left_out if name not in (ALL, OTHERS)]
         return sorted(names, key=lambda name: -self.texts[name])
 
-    def skip(self, client: str, share: float, texts: int) -> None:
-        """Count texts of a client that were not audited, and are no repeats."""
+    def skip(self, client: str, share: float, texts: int, repeats: int = 0) -> None:
+        """Count texts of a client that were not audited. repeats: how many of them were counted before."""
         key = self._count(client, texts)
         for left_out, promise in self.by_left_out.items():
             if left_out != key:
-                promise.skip(share, texts)
+                promise.skip(share, texts, repeats)
 
     def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
         """Count an audit; returns what the promises leave out that reset, because the rate has risen."""
         key, changed = self._count(client, 1), list[str]()
-        if audit.differs.any() or not is_repeat:
-            self.own[key].add(audit.differs)
+        self.own[key].add(audit.differs)
         for left_out, promise in self.by_left_out.items():
             if left_out != key:
                 promise.add(share, audit, is_repeat)

@@ -200,7 +200,7 @@ def test_a_repeat_counts_only_against() -> None:
     for _ in range(500):
         step(promise, 1.0, CLEAN, is_repeat=True)
     assert promise.evidence.e_values(0.1).tolist() == before.tolist()
-    assert promise.saved() == without.saved() and promise.index == without.index
+    assert promise.index == without.index == promise.proved
     step(promise, 1.0, unlike_from(2), is_repeat=True)
     after = promise.evidence.e_values(0.1)
     assert after[:2].tolist() == before[:2].tolist() and (after[2:] < before[2:]).all()
@@ -210,6 +210,18 @@ def test_a_repeat_counts_only_against() -> None:
     many.add(1.0, unlike_from(2))
     assert after[2:].tolist() == many.e_values(0.1)[2:].tolist()
     assert [promise.evidence.e_value(0.1, k) for k in range(4)] == pytest.approx(after.tolist())
+
+
+def test_the_same_texts_again_and_again_are_no_change() -> None:
+    promise, rng = Promise(0.1, GRID), np.random.default_rng(5)
+    texts = [unlike_from(3) if n % 30 == 0 else CLEAN for n in range(300)]
+    for audit in texts:
+        step(promise, 1.0, audit)
+    assert promise.tau == 0.4
+    for _ in range(5000):
+        promise.skip(0.2, 4, repeats=4)
+        step(promise, 0.2, texts[rng.integers(300)], is_repeat=True)
+    assert (promise.tau, promise.reason) == (0.4, "evidence")
 
 
 def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:

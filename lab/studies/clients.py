@@ -69,7 +69,7 @@ def run(
     sent, wrong, depth, copies = 0, 0, 0, 0
 
     indices: dict[str, int] = {}  # of τ, until they may have changed
-    skipped = Counter[str]()
+    skipped = Counter[tuple[str, bool]]()
 
     def serve(client: str, audit: Profile, is_repeat: bool) -> int:
         """Answer one text; returns the index of its τ."""
@@ -79,12 +79,10 @@ def run(
         index = indices[known]
         q = 1.0 if index == 0 else share
         if rng.random() >= q:
-            skipped[known] += is_new
+            skipped[known, is_new] += 1
             return index
-        if not is_new and not audit.differs.any():
-            return index  # a repeat that agrees counts for nothing
-        for name, texts in skipped.items():
-            promises.skip(name, share, texts)
+        for (name, were_new), texts in skipped.items():
+            promises.skip(name, share, texts, 0 if were_new else texts)
         skipped.clear()
         promises.add(known, q, audit, not is_new)
         indices.clear()

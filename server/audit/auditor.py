@@ -52,7 +52,7 @@ class _Entry:
     """Consecutive answered texts of one client: some that were not drawn, then possibly one that was.
 
     Attributes:
-        skipped, new: texts that were not drawn, and those of them that were not counted before.
+        skipped, repeats: texts that were not drawn, and those of them that were counted before.
         is_open: the next text may be added; then no text was drawn.
         is_repeat: the drawn text was counted before.
         is_last: it ends its request.
@@ -63,7 +63,7 @@ class _Entry:
     client: str
     share: float
     skipped: int = 0
-    new: int = 0
+    repeats: int = 0
     is_open: bool = True
     is_pending: bool = False
     is_repeat: bool = False
@@ -224,7 +224,7 @@ class Auditor:
             is_repeat = self._was_counted(item.progress.tokens)
             if not is_drawn:
                 entry.skipped += 1
-                entry.new += not is_repeat
+                entry.repeats += is_repeat
                 continue
             entry.is_open, entry.is_repeat = False, is_repeat
             if len(outcome.passed) == len(self.served.model.manifest.exit_layers):
@@ -329,8 +329,8 @@ class Auditor:
             entry = self._entries[0]
             self.evidence.skip(entry.share, entry.skipped)
             if self.promises is not None:
-                self.promises.skip(entry.client, entry.share, entry.new)
-            entry.skipped, entry.new, self.is_changed = 0, 0, True
+                self.promises.skip(entry.client, entry.share, entry.skipped, entry.repeats)
+            entry.skipped, entry.repeats, self.is_changed = 0, 0, True
             if entry.is_open:
                 break
             self._entries.popleft()
@@ -351,6 +351,7 @@ class Auditor:
         changed = self.promises.add(entry.client, entry.share, audit, entry.is_repeat)
         if not changed:
             return
+        self._seen = [set(), set()]  # what was known of them is discarded
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
             "%g%%: texts run to full depth until audits of new texts allow more",
@@ -369,7 +370,7 @@ class Auditor:
         self._begin_anew(Reset(time.time(), "reset", tau, audits))
 
     def _begin_anew(self, reset: Reset) -> None:
-        self.evidence = Evidence(self.taus)
+        self.evidence, self._seen = Evidence(self.taus), [set(), set()]
         self._entries.clear()  # pending audits belong to the discarded evidence
         self._epoch += 1
         self.since, self.is_changed = reset.at, True
