@@ -385,7 +385,7 @@ def test_memory_of_unloaded_models_comes_back(monkeypatch: pytest.MonkeyPatch) -
         before = memory_mb()
         reload(4)  # each time with texts run by the previous model, which the engine must forget
         # A load takes 60 MB temporarily, and the model keeps half of that.
-        until(lambda: memory_mb() < before + 40, "the memory to come back")
+        until(lambda: memory_mb() < before + 40, "the memory to come back", 180)
 
 
 def test_the_command_line(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
