@@ -243,7 +243,6 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
         ("evil.example:8000", False),
         ("localhost.evil.example", False),
         ("127.0.0.1.evil.example", False),
-        ("", False),
     ],
 )
 def test_a_name_that_was_made_to_resolve_to_this_machine_is_refused(

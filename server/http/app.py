@@ -122,12 +122,18 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _host_of(scope: Scope) -> str:
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "localhost")
+def _host_of(scope: Scope) -> bytes:
+    """The Host header; that of a Connection's request is known."""
+    host = scope.get("de3.host")
+    return host if host is not None else next((v for name, v in scope["headers"] if name == b"host"), b"")
 
 
-def _is_own_name(allowed: Collection[str], host: str) -> bool:
-    """False for names other than localhost: a page may have had its own name resolve to this machine."""
+def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
+    """False for names other than localhost: a page may have had its own name resolve to this machine.
+
+    header: the Host header; empty: HTTP/1.0 without one.
+    """
+    host = header.decode("latin-1") or "localhost"
     name = host.partition("]")[0][1:] if host[:1] == "[" else host.partition(":")[0]
     name = name.lower().removesuffix(".")
     if name == "localhost" or name.endswith(".localhost") or name in allowed:

@@ -262,9 +262,8 @@ class Connection(BaseConnection, asyncio.Protocol):
         parser = self._parser
         if parser.version not in ("1.0", "1.1"):
             raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
-        hosts = sum(name == b"host" for name, _ in parser.headers)
-        if hosts > 1 or (not hosts and parser.version == "1.1"):  # RFC 9112, 3.2
-            raise ValueError(f"it has {hosts} Host headers, and must have one")
+        if parser.hosts != 1 and (parser.hosts or parser.version == "1.1"):  # RFC 9112, 3.2
+            raise ValueError(f"it has {parser.hosts} Host headers, and must have one")
         url = parse_url(parser.url)
         raw_path = url.path or b"/"  # an absolute URL may have none
         path = raw_path.decode("ascii")
@@ -283,6 +282,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             "headers": parser.headers,
             "state": self._app_state.copy(),
             "de3.connection": self,
+            "de3.host": parser.host,
             "de3.started": perf_counter(),
         }
         self._scope = scope

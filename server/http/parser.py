@@ -28,6 +28,7 @@ class RequestParser:
         data: received bytes that are not yet parsed.
         method, url, version, headers: of the current request; names of headers are lower case.
         keep_alive: the client accepts another request on this connection.
+        host, hosts: the last Host header, and the number of them.
         length: length of the body by Content-Length; -1 without that header.
         expects_continue: the client waits for 100 Continue before it sends the body.
         size: bytes of the body so far.
@@ -44,6 +45,7 @@ class RequestParser:
     def _reset(self) -> None:
         self.method, self.url, self.version = "", b"", ""
         self.headers: list[tuple[bytes, bytes]] = []
+        self.host, self.hosts = b"", 0
         self.keep_alive = self.expects_continue = self.is_complete = False
         self.length, self.size, self._framing = -1, 0, 0
         self._body: list[bytes] = []
@@ -127,7 +129,9 @@ class RequestParser:
             return
         name = name.lower()
         self.headers.append((name, value))
-        if name == b"content-length":
+        if name == b"host":
+            self.host, self.hosts = value, self.hosts + 1
+        elif name == b"content-length":
             self.length = int(value)  # llhttp accepts digits only
         elif name == b"expect" and value.lower() == b"100-continue":
             self.expects_continue = self._llhttp.get_http_version() == "1.1"

@@ -21,6 +21,7 @@ class Turns:
         ] = {}  # by network, in the order of their next turns
         self._left = AT_ONCE
         self._is_scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def take(self, network: str, start: Callable[[], None]) -> None:
         """Start a request now, or when its network has its turn."""
@@ -31,7 +32,9 @@ class Turns:
             self._pending.setdefault(network, deque()).append(start)
         if not self._is_scheduled:
             self._is_scheduled = True
-            asyncio.get_running_loop().call_soon(self._begin_round)
+            if self._loop is None:
+                self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._begin_round)
 
     def _begin_round(self) -> None:
         """Begin the next iteration of the event loop."""
@@ -43,5 +46,5 @@ class Turns:
             starts.popleft()()
             if starts:
                 self._pending[network] = starts  # moves the network to the end
-        if self._is_scheduled:
-            asyncio.get_running_loop().call_soon(self._begin_round)
+        if self._is_scheduled and self._loop is not None:
+            self._loop.call_soon(self._begin_round)
