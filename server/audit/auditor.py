@@ -5,7 +5,7 @@ Texts are counted in the order of their answers: a text is counted only after th
 so the counts do not depend on the duration of audits. (They depend on the order in which texts in flight were answered,
 but few texts are in flight compared with the number that a decision needs.)
 
-With a guarantee, τ rises only between requests. A text that was counted before counts only against τ.
+With a guarantee, τ rises only between requests, and no text that was counted before counts for a rise.
 """
 
 import asyncio
@@ -340,7 +340,11 @@ class Auditor:
         if self.promises is not None and self.evidence.audits != audits:
             if may_rise or not self._entries or self._entries[0].is_open:
                 self.promises.advance()
+            before = self.served.rules.default.rule.tau
             self._apply_guarantee()
+            tau = self.served.rules.default.rule.tau
+            if tau > before:
+                log.info("%s: audits allow τ = %g", self.served.model.full_name, tau)
 
     def _add(self, entry: _Entry, audit: Profile) -> None:
         """Count an audit; a promise may find that the rate has risen."""
