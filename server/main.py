@@ -1,8 +1,11 @@
 """Runs the server in one process, and drains it on SIGTERM."""
 
+import asyncio
 import logging
+import os
 import resource
 import signal
+import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -23,20 +26,39 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the kernel queues until they are accepted
+ACCEPTS = 16  # connections accepted in one iteration of the event loop
 # File descriptors besides connections: models, logs, the event loop; and connections that are accepted in one batch,
 # before others are evicted for them.
-OTHER_FILES = 192
+OTHER_FILES = 224
 MAX_CONNECTIONS = 10_000
 
 
-class _Server(uvicorn.Server):
-    """A uvicorn server whose service starts to drain at the signal to stop."""
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that accepts many connections at once, and starts to drain at the signal to stop."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
         self._service = service
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen.
+
+        libuv accepts one connection in an iteration of the event loop, too few while each iteration is long. So every
+        socket is watched ACCEPTS times.
+        """
+        await super().startup(sockets)
+        loop, config = asyncio.get_running_loop(), self.config
+        create: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        protocol = partial(
+            create, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        for listening in [s for server in self.servers for s in server.sockets]:
+            for _ in range(ACCEPTS - 1):
+                again = socket.socket(fileno=os.dup(listening.fileno()))
+                self.servers.append(await loop.create_server(protocol, sock=again, backlog=BACKLOG))
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, then stop."""
         self._service.drain()
         super().handle_exit(sig, frame)
 
@@ -93,7 +115,7 @@ def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
     def stop() -> None:
         server.should_exit = True
 
-    server = _Server(uvicorn_config(service, stop), service)
+    server = HttpServer(uvicorn_config(service, stop), service)
     # uvicorn raises these signals again after it has shut down. With a handler, a drained server exits with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import httpx
 import jsonschema
-import uvicorn
 
 from de3.model_store.store import Artifact
 from de3.server import manager
@@ -25,7 +24,7 @@ from de3.server.engine.queue import WorkQueue
 from de3.server.http.app import PROTOCOLS
 from de3.server.http.listener import BODY, Listener
 from de3.server.http.protocol import Protocol
-from de3.server.main import uvicorn_config
+from de3.server.main import HttpServer, uvicorn_config
 from de3.server.prove import Prover
 from de3.server.service import Service
 from de3.server.settings import Settings
@@ -84,7 +83,7 @@ class Server:
         config = uvicorn_config(service, lambda: None, protocols)
         self.listener: Listener = config.http.args[0]  # type: ignore[union-attr]
         self.frontend: Any = self.listener.gate
-        self._uvicorn = uvicorn.Server(config)
+        self._uvicorn = HttpServer(config, service)
         self._thread = threading.Thread(target=self._uvicorn.run)
 
     def start(self) -> None:

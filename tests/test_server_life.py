@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from http.client import HTTPResponse
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 from de3.model_store.store import Store, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.server.http import connection
+from de3.server.main import ACCEPTS
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import Gate, Server, process, serving, until, url_when_ready
@@ -399,3 +401,30 @@ def test_connect_is_answered(store: Path) -> None:
     with serving(store) as server, socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
         s.sendall(b"CONNECT /classify HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert s.recv(12) in (b"HTTP/1.1 405", b"HTTP/1.1 400")
+
+
+def test_many_connections_are_accepted_in_one_iteration_of_the_event_loop(store: Path) -> None:
+    count = 64
+    with serving(store) as server, ExitStack() as clients:
+
+        def connect() -> None:
+            clients.enter_context(socket.create_connection(("127.0.0.1", server.port)))
+
+        connections = server.listener.connections
+        connect()
+        until(lambda: len(connections) == 1, "a connection")
+        loop = next(iter(connections)).loop
+        all_wait, iterations = threading.Event(), 0
+
+        def iterate() -> None:
+            nonlocal iterations
+            if len(connections) <= count:
+                iterations += 1
+                loop.call_soon(iterate)
+
+        loop.call_soon_threadsafe(lambda: (all_wait.wait(60), iterate()))
+        for _ in range(count):
+            connect()
+        all_wait.set()
+        until(lambda: len(connections) > count, "all connections")
+        assert iterations <= 2 * count / ACCEPTS

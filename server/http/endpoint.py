@@ -51,7 +51,8 @@ async def _answer(
         timing = _timing(job, exchange.started, perf_counter())
         exchange.status = 200
     except RequestError as error:
-        failure = error
+        # Its traceback refers to this frame, and to the parsed body, which would then stay until garbage is collected.
+        failure = error.with_traceback(None)
     except ClientDisconnect:  # no client is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
     except asyncio.CancelledError:  # its client disconnected (connection.py)

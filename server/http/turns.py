@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-AT_ONCE = 16  # requests started in one iteration of the event loop
+AT_ONCE = 4  # requests started in one iteration of the event loop
 
 
 class Turns:
