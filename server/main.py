@@ -29,7 +29,7 @@ BACKLOG = 512  # connections that the kernel queues until they are accepted
 ACCEPTS = 16  # connections accepted in one iteration of the event loop
 # File descriptors besides connections: models, logs, the event loop; and connections that are accepted in one batch,
 # before others are evicted for them.
-OTHER_FILES = 224
+OTHER_FILES = 192
 MAX_CONNECTIONS = 10_000
 
 
