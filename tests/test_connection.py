@@ -212,6 +212,26 @@ def test_pipelined_requests_are_answered_in_turn_and_unread_ones_wait(server: Se
     assert server.metric("de3_rejected_total", cause="client_gone") == before
 
 
+def test_pipelined_requests_are_read_no_faster_than_they_are_answered(server: Server) -> None:
+    requests = b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n" * 10_000
+    unsent = memoryview(requests)
+    before = set(server.listener.connections)
+    with connect(server) as s:
+        until(lambda: len(server.listener.connections) > len(before), "the connection")
+        (connection,) = set(server.listener.connections) - before
+        s.setblocking(False)
+        received, most = 0, 0
+        while received < 100_000:  # some hundreds of responses
+            select.select([s], [s], [], 60)
+            with suppress(BlockingIOError):
+                received += len(s.recv(2**16))
+            with suppress(BlockingIOError):
+                unsent = unsent[s.send(unsent) :] or memoryview(requests)
+            most = max(most, len(connection._parser.data))
+        assert 0 < most < 2**19
+        works(server)
+
+
 def test_clients_that_do_not_read_are_cut_before_they_fill_the_memory(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,6 +303,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             return
         self.client = client or ""
         self._wait(BODY, self._listener.body_timeout_s)
+        self._resume_reading()
         if parser.expects_continue and not parser.data:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -439,8 +440,11 @@ class Connection(BaseConnection, asyncio.Protocol):
         """Parse the data received in the meantime, unless the client must read first."""
         if self.state not in (HEAD, BODY) or self._resumed is not None or self._transport.is_closing():
             return
-        self._resume_reading()
+        if len(self._parser.data) <= MAX_PIPELINED_BYTES:
+            self._resume_reading()
         self._advance()
+        if self.state == HEAD:  # of which the rest is needed
+            self._resume_reading()
 
 
 # Answers a request, given its scope, and its body or the error that prevented reading it (asgi.py).
