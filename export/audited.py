@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from de3.exits.calibration import Samples
 from de3.exits.recorded import Recorded
 from de3.export.calibrate import Part
-from de3.model_store.manifest import MAX_LABELS, MAX_LAYERS, NAME, VERSION, Count, Layer, Manifest, Share
+from de3.model_store.manifest import NAME, VERSION, Count, Manifest
+from de3.model_store.part import MAX_LABELS, MAX_LAYERS, Layer, Share
 from de3.model_store.store import Artifact
 from de3.training.progress import console, warn
 

@@ -1,64 +1,73 @@
 """The ONNX segments of a DE3-BERT: one for the embeddings and one per layer, each with its exit."""
 
-import onnx
-from onnx import TensorProto
+from typing import Any
 
-from de3.export import modernbert
-from de3.export.graph import Graph
-from de3.export.segment import block, embed, exit_heads
-from de3.training.encoders import family
-from de3.training.encoders.weights import Head, Norm, PreNormLayer, linear, norm
+import onnx
+
+from de3.model_store.architecture import Architecture
+from de3.model_store.families import family
+from de3.model_store.families.encoder import State, Weights, named
+from de3.model_store.graph import given
+from de3.model_store.segment_graph import build_segment, graph_name
 from de3.training.model import De3Model
 
 
-def file_name(layer: int) -> str:
-    """File name of a layer's segment; layer 0 is the embedding output."""
-    return "embeddings.onnx" if layer == 0 else f"layer_{layer:02}.onnx"
+def architecture_of(model: De3Model, int8: bool, token_types: bool) -> Architecture:
+    """The architecture of a model; token_types: its tokenizer returns token types.
 
-
-def build(model: De3Model, int8: bool, token_types: bool) -> dict[str, onnx.ModelProto]:
-    """Build the segments of a model: by file name, in execution order.
-
-    token_types: True if the model's tokenizer returns token types.
+    Raises ValueError for an encoder that cannot be exported.
     """
-    shape = [1, "tokens", model.config.hidden_size]
-    known = family(model.encoder.config)
-    tables = known.embeddings(model.encoder, token_types)
-    final_norm = known.final_norm(model.encoder)
-    segments: dict[str, onnx.ModelProto] = {}
+    config, encoder = model.config, model.encoder.config.to_dict()
+    return Architecture.model_validate(
+        {
+            "encoder": family(encoder).of(encoder, token_types),
+            "labels": config.label_names,
+            "exit_layers": config.exit_layers,
+            "prototype_layers": config.prototype_layers,
+            "metric_dim": config.metric_dim,
+            "max_tokens": config.max_tokens,
+            "pooling": config.pooling,
+            "head": config.head,
+            "precision": "int8" if int8 else "fp32",
+        }
+    )
 
-    g = Graph(int8)
-    ids = g.input("input_ids", [1, "tokens"], TensorProto.INT64)
-    has_types = tables.token_type is not None
-    types = g.input("token_type_ids", [1, "tokens"], TensorProto.INT64) if has_types else None
-    g.output(embed(g, tables, ids, types), "hidden", shape)
-    _add_exit(g, "hidden", 0, model, final_norm)
-    segments[file_name(0)] = g.model("embeddings")
 
-    for m, layer in enumerate(known.layers(model.encoder), 1):
-        g = Graph(int8)
-        hidden = g.input("hidden", shape)
-        next_hidden = (
-            modernbert.block(g, hidden, layer) if isinstance(layer, PreNormLayer) else block(g, hidden, layer)
-        )
-        g.output(next_hidden, "next_hidden", shape)
-        _add_exit(g, "next_hidden", m, model, final_norm)
-        segments[file_name(m)] = g.model(f"layer_{m}")
+def build(model: De3Model, architecture: Architecture) -> dict[str, onnx.ModelProto]:
+    """The segments of a model: by file name, in execution order."""
+    state, encoder, config = _arrays(model.encoder), architecture.encoder, model.encoder.config.to_dict()
+    exits = _exit_weights(model, architecture, state)
+    segments = {}
+    for layer, file in enumerate(architecture.segment_files()):
+        weights = encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(state)
+        built = build_segment(architecture, layer, given(weights | exits.get(layer, {})))
+        segments[file] = built.model(graph_name(layer))
+        onnx.checker.check_model(segments[file])
     return segments
 
 
-def _add_exit(g: Graph, hidden: str, layer: int, model: De3Model, final_norm: Norm | None) -> None:
-    """Add the exit of a layer, if it has one."""
-    config = model.config
-    if layer in config.exit_layers:
-        classifier = linear(model.classifiers[config.exit_layers.index(layer)])
-        space = (
-            linear(model.prototypical[config.prototype_layers.index(layer)])
-            if layer in config.prototype_layers
-            else None
-        )
-        head, pooling = None, config.pooling
-        if layer == config.num_layers and model.head is not None:
-            after = norm(model.head_norm) if model.head_norm is not None else None
-            head, pooling = Head(linear(model.head), config.head["activation"], after), config.head["pooling"]
-        exit_heads(g, hidden, pooling, classifier, space, head, final_norm)
+def _exit_weights(model: De3Model, architecture: Architecture, encoder: State) -> dict[int, Weights]:
+    """The weights of the exits by layer."""
+    final_norm = architecture.encoder.FINAL_NORM
+    shared = named(encoder, "", {"final_norm": final_norm}) if final_norm else {}
+    modules: dict[int, dict[str, str]] = {
+        layer: {"classifier": f"classifiers.{i}"} for i, layer in enumerate(architecture.exit_layers)
+    }
+    for i, layer in enumerate(architecture.prototype_layers):
+        modules[layer]["space"] = f"prototypical.{i}"
+    if architecture.head is not None:
+        modules[architecture.num_layers]["dense"] = "head"
+        if architecture.head.norm is not None:
+            modules[architecture.num_layers]["norm"] = "head_norm"
+    heads = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
+    state = {name: _array(tensor) for name, tensor in heads.items()}
+    return {layer: shared | named(state, "", names) for layer, names in modules.items()}
+
+
+def _arrays(module: Any) -> State:
+    return {name: _array(tensor) for name, tensor in module.state_dict().items()}
+
+
+def _array(tensor: Any) -> Any:
+    """A tensor in float32."""
+    return tensor.detach().float().cpu().numpy()

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from de3.exits.calibration import paired_interval
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, exit_index
-from de3.export.build import build
+from de3.export.build import architecture_of, build
 from de3.export.calibrate import CHOICES, Part, calibrate
 from de3.export.record import record
-from de3.model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
+from de3.model_store.architecture import Architecture
+from de3.model_store.manifest import NAME, SCHEMA_VERSION, Defaults, FileEntry, Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Draft, Store
 from de3.training.checkpoint import Checkpoint
@@ -93,7 +94,8 @@ def export(
             certify_file or checkpoint / "certify.jsonl",
         )
     int8 = settings.quantize == "int8"
-    segments = build(model, int8, "token_type_ids" in tokenizer.model_input_names)
+    architecture = architecture_of(model, int8, "token_type_ids" in tokenizer.model_input_names)
+    segments = build(model, architecture)
     with store.new_version(settings.name) as draft:
         draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
         draft.write(
@@ -102,8 +104,7 @@ def export(
                 "tokenizer.json": tokenizer_json.encode(),
             }
         )
-        has_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
-        manifest = _manifest(model, draft, settings, has_types)
+        manifest = _manifest(model, architecture, draft, settings)
         exported = Model(Artifact(draft.path, manifest), "onnxruntime")
         proof: dict[str, Any] = {"parity": parity(model, tokenizer, exported, certify, int8)}
         tuned = record(exported, tune, "the tuning samples")
@@ -157,30 +158,19 @@ def plain_tokenizer(checkpoint: Path) -> str:
     return str(tokenizer.to_str())
 
 
-def _manifest(model: De3Model, draft: Draft, settings: ExportSettings, token_types: bool) -> Manifest:
+def _manifest(
+    model: De3Model, architecture: Architecture, draft: Draft, settings: ExportSettings
+) -> Manifest:
     config = model.config
     return Manifest(
+        **dict(architecture),
         schema_version=SCHEMA_VERSION,
         name=settings.name,
         version=draft.next_version(),
         created=int(time.time()),
-        encoder=config.encoder["model_type"],
-        labels=config.label_names,
-        num_layers=config.num_layers,
-        exit_layers=config.exit_layers,
-        prototype_layers=config.prototype_layers,
-        hidden_size=config.hidden_size,
-        metric_dim=config.metric_dim,
-        max_tokens=config.max_tokens,
-        token_types=token_types,
-        pooling=config.pooling,
         thresholds=config.thresholds,
         tolerance=config.tolerance,
-        head=None
-        if config.head is None
-        else Head.model_validate({**config.head, "norm": "norm" in config.head}),
         input=config.input,
-        precision="int8" if settings.quantize == "int8" else "fp32",
         defaults=Defaults(tau=0, signal="entropy"),
         calibration=None,
         export={},

@@ -197,12 +197,12 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
             raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
         write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
         return
-    from de3.export.build import build  # slow to import, and not needed for an artifact
+    from de3.export.build import architecture_of, build  # slow to import, and not needed for an artifact
     from de3.export.exporter import plain_tokenizer
     from de3.training.checkpoint import Checkpoint
 
     opened = Checkpoint(source)
     tokenizer = plain_tokenizer(source).encode()
     types = "token_type_ids" in opened.tokenizer.model_input_names
-    segments = list(build(opened.model, int8, types).values())
+    segments = list(build(opened.model, architecture_of(opened.model, int8, types)).values())
     write(folder, fuse(stitch(segments)), tokenizer, opened.names, opened.config.max_tokens)

@@ -1,16 +1,16 @@
 """Check of a segment's ONNX file: only the fields that export writes, of limited number and size.
 
 A model is untrusted, and this is checked before anything runs it. ONNX Runtime would read weights from any file that a
-graph names, and accepts functions, configurations and weights of branches, which no segment needs. graph_reader.py
-checks that the operators make up a segment.
+graph names, and accepts functions, configurations and weights of branches, which no segment needs. segment_graph.py
+checks that the rest is what export builds.
 """
 
 from typing import Any
 
 import onnx
 
-MICROSOFT = "com.microsoft"
-OPSETS = {"": 17, MICROSOFT: 1}
+from de3.model_store.graph import OPSETS, GraphError
+
 MAX_FIELDS = 10_000  # in a file; the largest that export writes has about 400
 MAX_VALUE_BYTES = 1000  # of a field other than messages and weights
 MAX_NAME = 200  # characters
@@ -30,12 +30,8 @@ FIELDS = {
 }
 
 
-class GraphError(ValueError):
-    """The graph is refused; the message says why."""
-
-
-def read_graph(data: bytes) -> Any:
-    """The GraphProto in a file; raises GraphError for anything that a segment may not contain."""
+def read_model(data: bytes) -> Any:
+    """The ModelProto in a file; raises GraphError for anything that a segment may not contain."""
     try:
         _count_fields(memoryview(data), onnx.ModelProto.DESCRIPTOR, MAX_FIELDS)
         model = onnx.load_model_from_string(data)
@@ -47,7 +43,7 @@ def read_graph(data: bytes) -> Any:
     for opset in model.opset_import:
         if OPSETS.get(opset.domain) != opset.version:
             raise GraphError(f"it needs version {opset.version} of the operators {opset.domain!r}")
-    return model.graph
+    return model
 
 
 def _count_fields(data: memoryview, kind: Any, left: int) -> int:

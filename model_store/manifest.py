@@ -4,48 +4,38 @@ import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
 from de3.exits.reference import LEVELS, is_ascending
 from de3.exits.rule import Thresholds
 from de3.exits.signals import FEATURES, Entropy, ModelTraits, Signal, Weights, check_name, signal_of
+from de3.model_store.architecture import Architecture
+from de3.model_store.part import MAX_INT, MAX_LABELS, MAX_LAYERS, Layer, Part, Share
 
-SCHEMA_VERSION: Literal[5] = 5
+SCHEMA_VERSION: Literal[6] = 6
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 VERSION = re.compile(r"[1-9][0-9]{0,8}")
 # Names of an artifact's files. Any other is refused, so no path leads out of the folder.
 FILE = re.compile(r"embeddings\.onnx|layer_[0-9]{2}\.onnx|prototypes\.safetensors|tokenizer\.json|README\.md")
 
-# A manifest is untrusted. Without limits, each of a million surplus entries could be a separate error.
-MAX_LAYERS, MAX_ROWS, MAX_LABELS = 100, 5000, 10_000
-MAX_INT = 2**31 - 1  # also the largest file in bytes: protobuf reads no more
-MAX_WIDTH = 2**16
+MAX_ROWS = 5000
 
-Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
-Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
-Label = Annotated[str, Field(max_length=1000)]
 Threshold = Annotated[float, Field(gt=0, lt=1)]
 SignalName = Annotated[str, AfterValidator(check_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True
-    )
-
-
-class FileEntry(_Part):
+class FileEntry(Part):
     """Hash and size of one file."""
 
     sha256: Sha256
     bytes: int = Field(ge=0, le=MAX_INT)
 
 
-class _Signal(_Part):
+class _Signal(Part):
     """A signal, whose score is compared with τ, and the λ of edr."""
 
     signal: SignalName
@@ -89,22 +79,14 @@ class TradeOff(_Signal):
     histogram: list[Share] = Field(max_length=MAX_LAYERS)
 
 
-class Head(_Part):
-    """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier."""
-
-    pooling: Literal["mean", "cls"]
-    activation: Literal["tanh", "relu", "gelu"]
-    norm: bool = False
-
-
-class RiskWeights(_Part):
+class RiskWeights(Part):
     """Weights of exits.signals.Risk at one exit."""
 
     layer: Layer
     weights: list[Annotated[float, Field(ge=-1e6, le=1e6)]] = Field(min_length=FEATURES, max_length=FEATURES)
 
 
-class Reference(_Part):
+class Reference(Part):
     """Distribution of the certifying samples' signals at one exit, as quantiles at exits.reference.LEVELS.
 
     Attributes:
@@ -126,7 +108,7 @@ class Reference(_Part):
         return self
 
 
-class Calibration(_Part):
+class Calibration(Part):
     """Choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
@@ -161,17 +143,10 @@ class Calibration(_Part):
         return self
 
 
-class Manifest(_Part):
+class Manifest(Architecture):
     """manifest.json of an artifact.
 
     Attributes:
-        exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
-        prototype_layers: exits with prototypes.
-        max_tokens: longest input, special tokens included.
-        token_types: True if embeddings.onnx takes token_type_ids.
-        pooling: of the exits; the last has its own if it has a head.
-        head: layers of the imported classifier before the last exit's classifier; None: the last exit is like the
-            others.
         thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
             exclude each other.
         tolerance: of a regression model, the largest difference between answers that count as equal, in its units. It
@@ -182,25 +157,13 @@ class Manifest(_Part):
             of samples with the same exit and label.
     """
 
-    schema_version: Literal[5]
+    schema_version: Literal[6]
     name: str = Field(pattern=f"^{NAME.pattern}$")
     version: int = Field(ge=1, le=999_999_999)
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
-    encoder: str = Field(max_length=200)
-    labels: list[Label] = Field(min_length=1, max_length=MAX_LABELS)
-    num_layers: int = Field(ge=1, le=99)
-    exit_layers: list[Layer] = Field(min_length=1, max_length=MAX_LAYERS)
-    prototype_layers: list[Layer] = Field(max_length=MAX_LAYERS)
-    hidden_size: int = Field(ge=1, le=MAX_WIDTH)
-    metric_dim: int = Field(ge=1, le=MAX_WIDTH)
-    max_tokens: int = Field(ge=3, le=32768)
-    token_types: bool
-    pooling: Literal["mean", "cls"]
-    head: Head | None = None
     thresholds: Annotated[list[Threshold], Field(max_length=MAX_LABELS)] | None = None
     tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
     input: Literal["text", "pair"] | None = None
-    precision: Literal["fp32", "int8"]
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None
@@ -209,12 +172,7 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        exits = self.exit_layers
-        if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
-            raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         self._check_kind()
-        if self.head is not None and self.prototype_layers == exits:
-            raise ValueError("prototype_layers may not have the last layer, as it has a head")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("labels must differ from each other")
         invalid = [name for name in self.files if not FILE.fullmatch(name)]
@@ -316,10 +274,6 @@ class Manifest(_Part):
     def label_thresholds(self) -> Thresholds | None:
         """Thresholds of a multi-label model; None for others."""
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
-
-    def segment_files(self) -> list[str]:
-        """Files of the segments in execution order; index = layer."""
-        return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]
 
     def required_files(self) -> list[str]:
         """Files that every artifact has."""

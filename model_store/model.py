@@ -1,15 +1,17 @@
 """A loaded artifact: its tokenizer and its segments, ready to run."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
 from safetensors.numpy import load as load_tensors
 
 from de3.exits.signals import Entropy
-from de3.model_store.graph_check import GraphError, read_graph
-from de3.model_store.graph_reader import Read, network_of, read_segment
+from de3.model_store.architecture import Architecture
+from de3.model_store.graph import GraphError
+from de3.model_store.graph_check import read_model
+from de3.model_store.segment_graph import read_segment
 from de3.model_store.segments import (
     Array,
     ForwardPass,
@@ -25,7 +27,7 @@ from de3.model_store.segments import (
 from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.native import NoKernelsError
-from de3.native.network import Embeddings, Network, build
+from de3.native.network import Head, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
@@ -63,6 +65,7 @@ class Model:
         self.full_name = artifact.full_name
         self._check = check
         self.tokenizer = TextTokenizer.of(artifact)
+        check_ids(artifact, self.tokenizer)
         prototypes = unit_prototypes(artifact)
         options = session_options(manifest.max_tokens)
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
@@ -72,8 +75,6 @@ class Model:
             check()
             file, data = artifact.path / name, artifact.read(name)
             read = check_segment(artifact, layer, data)
-            if layer == 0:
-                check_ids(artifact, self.tokenizer, read.part)
             if runtime != "onnxruntime" and manifest.precision == "int8":
                 weights.append(read)
             try:
@@ -88,7 +89,7 @@ class Model:
         try:
             if not weights:
                 raise NoKernelsError("only int8 artifacts have kernels")
-            self.segments, self.forward = self._native(artifact, network_of(weights, manifest), prototypes)
+            self.segments, self.forward = self._native(artifact, network_of(manifest, weights), prototypes)
             self.runtime = "native"
         except NoKernelsError as error:
             self.why_not_native = str(error) if weights else ""
@@ -202,20 +203,35 @@ class Model:
         return full_depth(self.segments, tokens)
 
 
-def check_segment(artifact: Artifact, layer: int, data: bytes) -> Read:
-    """The weights in a segment's file; raises StoreError for a graph that export does not build, or that does not match
-    the manifest."""
+def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array]]) -> Network:
+    """The network of these weights, index = layer; raises NoKernelsError for a family that the kernels do not run."""
+    encoder, head = architecture.encoder, architecture.head
+    if encoder.NO_KERNELS:
+        raise NoKernelsError(encoder.NO_KERNELS)
+    return Network(
+        *(encoder.hidden_size, encoder.num_heads, encoder.inner, encoder.activation),
+        mean=architecture.pooling == "mean",
+        epsilon=encoder.epsilon,
+        head=None if head is None else Head(head.activation, head.pooling == "mean"),
+        segments=segments,
+    )
+
+
+def check_segment(artifact: Artifact, layer: int, data: bytes) -> dict[str, Array]:
+    """The weights in a segment's file by name; raises StoreError for a graph that export would not build from them."""
     try:
-        return read_segment(read_graph(data), layer, artifact.manifest)
+        return read_segment(read_model(data), artifact.manifest, layer)
     except GraphError as error:
         raise StoreError(f"{artifact.path / artifact.manifest.segment_files()[layer]}: {error}") from None
 
 
-def check_ids(artifact: Artifact, tokenizer: TextTokenizer, tables: Embeddings) -> None:
+def check_ids(artifact: Artifact, tokenizer: TextTokenizer) -> None:
     """Raise StoreError if the tokenizer has ids beyond the embeddings' tables: each text with one would fail."""
-    types = None if tables.token_type is None else len(tables.token_type)
+    encoder = artifact.manifest.encoder
     try:
-        tokenizer.check_ids(len(tables.word), types, pairs=artifact.manifest.input != "text")
+        tokenizer.check_ids(
+            encoder.vocabulary, encoder.token_types or None, pairs=artifact.manifest.input != "text"
+        )
     except ValueError as error:
         raise StoreError(f"{artifact.path / 'tokenizer.json'}: {error}") from None
 

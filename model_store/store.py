@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from de3.model_store.manifest import MAX_INT, NAME, SCHEMA_VERSION, VERSION, Manifest
+from de3.model_store.manifest import NAME, SCHEMA_VERSION, VERSION, Manifest
+from de3.model_store.part import MAX_INT
 from de3.model_store.printable import printable
 from de3.model_store.regular_file import read_regular_file
 

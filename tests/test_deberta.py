@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,18 @@ from onnx import numpy_helper
 from transformers import AutoConfig, DebertaV2Tokenizer
 
 from de3.export import exporter
-from de3.export.build import build
+from de3.export.build import architecture_of, build
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth, stitch
+from de3.model_store.families import family
 from de3.model_store.model import Model
 from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
-from de3.training import encoders
 from de3.training.stock import Stock, open_stock, with_exits
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
 from tests.test_export import untrained
-from tests.test_hostile_models import attribute, forge
+from tests.test_hostile_models import forge
 
 FAMILY = "deberta-v2"
 LENGTHS = (
@@ -53,10 +52,15 @@ def stock_classifier(folder: Path, **options: Any) -> Stock:
     return open_stock(str(save_encoder(folder, FAMILY, labels=3, **options)))
 
 
+def segments_of(stock: Stock, int8: bool, token_types: bool = True) -> list[onnx.ModelProto]:
+    """The segments of a stock classifier."""
+    model = with_exits(stock, "mean", "text")
+    return list(build(model, architecture_of(model, int8, token_types)).values())
+
+
 def stitched(stock: Stock, int8: bool, token_types: bool = True) -> Any:
     """A stock classifier as one graph."""
-    segments = build(with_exits(stock, "mean", "text"), int8, token_types)
-    return stitch(list(segments.values()))
+    return stitch(segments_of(stock, int8, token_types))
 
 
 def difference(stock: Stock, graph: Any, lengths: tuple[int, ...]) -> float:
@@ -123,7 +127,7 @@ def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
 
 def test_the_word_table_stays_int8(tmp_path: Path) -> None:
     stock = stock_classifier(tmp_path)
-    embeddings = build(with_exits(stock, "mean", "text"), True, True)["embeddings.onnx"]
+    embeddings = segments_of(stock, int8=True)[0]
     rows = len(stock.tokenizer)
     tables = [w for w in embeddings.graph.initializer if w.dims[:1] == [rows]]
     assert {(w.data_type, *w.dims) for w in tables} == {
@@ -155,7 +159,7 @@ def test_options_that_are_refused_before_any_work(tmp_path: Path, options: dict,
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=why):
-        encoders.family(AutoConfig.from_pretrained(tmp_path))
+        family(AutoConfig.from_pretrained(tmp_path).to_dict())
     with pytest.raises(ValueError, match=why):
         open_stock(str(tmp_path))
     command = f"train {tmp_path / 'none.tsv'} --encoder {tmp_path} --out {tmp_path / 'out'}"
@@ -283,191 +287,6 @@ def copies(store_of_both: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store_of_both, tmp_path / "store"))
 
 
-def nodes(proto: Any, op: str) -> list[Any]:
-    """The nodes of an operator, except for differences used in int8 quantization."""
-    quantizes = {x for n in proto.graph.node if n.op_type in ("Mul", "Div") for x in n.input}
-    return [n for n in proto.graph.node if n.op_type == op and not (op == "Sub" and n.output[0] in quantizes)]
-
-
-def weight(proto: Any, op: str, which: int, at: int, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    """Change the weight that the `which`-th node of an operator takes as input `at`, only there."""
-    node = nodes(proto, op)[which]
-    old = next(w for w in proto.graph.initializer if w.name == node.input[at])
-    array = np.array(numpy_helper.to_array(old))
-    if sum(list(n.input).count(old.name) for n in proto.graph.node) > 1:
-        node.input[at] = "changed"
-        proto.graph.initializer.append(numpy_helper.from_array(change(array), "changed"))
-    else:
-        old.CopyFrom(numpy_helper.from_array(change(array), old.name))
-
-
-def rows(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[Any], None]:
-    """Change the row of each distance, wherever it is read."""
-
-    def on(proto: Any) -> None:
-        name = nodes(proto, "Gather")[0].input[0]
-        old = next(w for w in proto.graph.initializer if w.name == name)
-        old.CopyFrom(numpy_helper.from_array(change(np.array(numpy_helper.to_array(old))), name))
-
-    return on
-
-
-def at(index: int, value: int) -> Callable[[np.ndarray], np.ndarray]:
-    def change(array: np.ndarray) -> np.ndarray:
-        array[index] = value
-        return array
-
-    return change
-
-
-def other_input(op: str, which: int, position: int, value: str) -> Callable[[Any], None]:
-    def change(proto: Any) -> None:
-        nodes(proto, op)[which].input[position] = value
-
-    return change
-
-
-def swapped(op: str, which: int) -> Callable[[Any], None]:
-    def change(proto: Any) -> None:
-        inputs = nodes(proto, op)[which].input
-        inputs[0], inputs[1] = inputs[1], inputs[0]
-
-    return change
-
-
-def without(op: str, which: int = 0) -> Callable[[Any], None]:
-    return lambda proto: proto.graph.node.remove(nodes(proto, op)[which])
-
-
-def one_more(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array + 1, array.dtype)
-
-
-def other_encoder(name: str) -> Callable[[Path], None]:
-    def change(folder: Path) -> None:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        (folder / "manifest.json").write_text(json.dumps(manifest | {"encoder": name}))
-
-    return change
-
-
-BUCKETS, ROW, SHAPE = (
-    "not number distances by buckets",
-    "does not have a row for each distance",
-    "of unexpected shape",
-)
-LAST = 2 * 63  # the index of the row for the farthest distance
-FORGED: list[tuple[Callable[[Any], None], str]] = [
-    (rows(at(LAST, 16)), BUCKETS),  # beyond the last row
-    (rows(at(LAST, 2**31 - 1)), BUCKETS),
-    (rows(at(0, -1)), BUCKETS),
-    (rows(at(63, 9)), BUCKETS),  # a token's distance from itself
-    (rows(at(64, 8)), BUCKETS),  # from its neighbour
-    (rows(at(LAST, 9)), BUCKETS),  # back to a smaller one
-    (rows(lambda x: x[::-1].copy()), BUCKETS),
-    (rows(lambda x: x[2:-2].copy()), ROW),
-    (rows(lambda x: x[:-2].copy()), ROW),
-    (rows(lambda x: x.astype(np.int64)), "Gather .* a weight of unexpected type"),
-    (lambda p: weight(p, "Gather", 1, 0, one_more), "Gather .* takes an unexpected value"),
-    (lambda p: weight(p, "Gather", 2, 0, one_more), "Gather .* takes an unexpected value"),
-    (lambda p: weight(p, "Squeeze", 0, 1, one_more), ROW),
-    (lambda p: weight(p, "Range", 0, 0, one_more), ROW),
-    (lambda p: weight(p, "Range", 0, 2, one_more), ROW),
-    (lambda p: weight(p, "Unsqueeze", 0, 1, one_more), ROW),
-    (lambda p: weight(p, "Unsqueeze", 1, 1, one_more), ROW),
-    (lambda p: weight(p, "Sub", 1, 1, one_more), ROW),
-    (lambda p: weight(p, "Sub", 2, 0, one_more), ROW),
-    (lambda p: weight(p, "Expand", 0, 1, lambda x: x * 2), "unexpected number of heads"),
-    (lambda p: weight(p, "Expand", 0, 1, at(2, 2**40)), "unexpected number of heads"),
-    (lambda p: weight(p, "Expand", 0, 1, at(1, 2)), "not give each head a part"),
-    (lambda p: weight(p, "Expand", 0, 1, lambda x: np.append(x, 1)), "Expand .* a weight of unexpected type"),
-    (swapped("Sub", 0), "Sub .* takes an unexpected value"),
-    (other_input("Sub", 3, 1, "hidden"), "Sub .* takes an unexpected value"),
-    (other_input("Range", 0, 1, "hidden"), "Range .* takes an unexpected value"),
-    (lambda p: attribute(p, "Shape", start=0), "Shape .* has an unexpected 'start'"),
-    (lambda p: attribute(p, "Split", axis=1), "Split .* has an unexpected 'axis'"),
-    (lambda p: attribute(p, "MultiHeadAttention", scale=1.0), "an unexpected 'scale'"),
-    (lambda p: attribute(p, "MultiHeadAttention", num_heads=2), "an unexpected 'num_heads'"),
-    (lambda p: attribute(p, "MultiHeadAttention", unidirectional=1), "an unexpected 'unidirectional'"),
-    (swapped("MultiHeadAttention", 0), "takes an unexpected value"),
-    (other_input("MultiHeadAttention", 0, 5, "hidden"), "takes an unexpected value"),
-]
-BOTH_TERMS: list[tuple[Callable[[Any], None], str]] = [
-    (
-        swapped("Add", -5),
-        "Add .* takes an unexpected value",
-    ),  # of the two terms, followed by four with biases or residuals
-    (swapped("MatMul", 2), "MatMul .* takes an unexpected value"),
-    (lambda p: weight(p, "Reshape", 0, 1, at(2, 2)), "not give each head a part"),
-    (lambda p: weight(p, "Reshape", 1, 1, at(0, 1)), "not give each head a part"),
-    (lambda p: weight(p, "Slice", 0, 3, one_more), "an axis other than its rows"),
-    (lambda p: weight(p, "Slice", 1, 3, lambda x: x - 1), "an axis other than its rows"),
-    (swapped("Slice", 0), "Slice .* takes a value where a weight should be"),
-    (other_input("Slice", 0, 2, "hidden"), "Slice .* takes an unexpected value"),
-    (lambda p: weight(p, "Slice", 0, 0, lambda x: x[:, :, :-1].copy()), SHAPE),
-    (lambda p: weight(p, "Slice", 0, 0, lambda x: x[:, :8].copy()), SHAPE),
-    (lambda p: weight(p, "Slice", 1, 0, lambda x: x[:, :-2].copy()), SHAPE),
-    (
-        lambda p: weight(p, "Slice", 1, 0, lambda x: x[:1].copy()),
-        "Slice .* a weight of unexpected type or shape",
-    ),
-    (lambda p: weight(p, "Slice", 1, 0, lambda x: x * np.inf), "Slice .* a weight that is not finite"),
-    (lambda p: attribute(p, "Transpose", perm=[0, 1, 2, 3]), "Transpose .* has an unexpected 'perm'"),
-    (lambda p: attribute(p, "GatherElements", axis=1), "GatherElements .* has an unexpected 'axis'"),
-    (other_input("GatherElements", 1, 1, "hidden"), "GatherElements .* takes an unexpected value"),
-    (without("GatherElements"), "operator .* is Reshape, not GatherElements"),
-    (other_input("Reshape", 0, 0, "hidden"), "no table for distances"),
-]
-
-
-@pytest.mark.parametrize("model", ["plain", "plain-int8"])
-@pytest.mark.parametrize("case", range(len(FORGED)))
-def test_a_forged_index_is_refused(copies: Path, model: str, case: int) -> None:
-    change, why = FORGED[case]
-    name = forge(copies, model, 1, change)
-    for runtime in ("onnxruntime", "auto"):
-        with pytest.raises(StoreError, match=rf"{name}: .*{why}"):
-            Model(Store(copies).open(model), runtime)
-
-
-@pytest.mark.parametrize("case", range(len(BOTH_TERMS)))
-def test_forged_terms_are_refused(copies: Path, case: int) -> None:
-    change, why = BOTH_TERMS[case]
-    name = forge(copies, "plain", 1, change)
-    with pytest.raises(StoreError, match=rf"{name}: .*{why}"):
-        Model(Store(copies).open("plain"))
-
-
-@pytest.mark.parametrize("model", ["keys-only", "queries-only"])
-def test_one_term_is_not_taken_for_the_other(copies: Path, model: str) -> None:
-    assert Model(Store(copies).open(model)).runtime == "onnxruntime"
-
-    def other(proto: Any) -> None:
-        split, reshape = nodes(proto, "Split")[0], nodes(proto, "Reshape")[0]
-        reshape.input[0] = split.output[1 if reshape.input[0] == split.output[0] else 0]
-
-    forge(copies, model, 1, other)
-    with pytest.raises(StoreError, match=r"Transpose .* has an unexpected 'perm'"):
-        Model(Store(copies).open(model))
-
-
-def test_embeddings_are_those_of_the_encoder(copies: Path) -> None:
-    with pytest.raises(StoreError, match=r"embeddings.onnx: operator .* is .*, not Shape"):
-        other_encoder("bert")(copies / "plain" / "1")
-        Model(Store(copies).open("plain"))
-    forge(copies, "plain-int8", 0, lambda p: attribute(p, "LayerNormalization", axis=1))
-    with pytest.raises(StoreError, match=r"LayerNormalization .* has an unexpected 'axis'"):
-        Model(Store(copies).open("plain-int8"))
-
-
-def test_a_bert_graph_is_no_deberta(store: Path, tmp_path: Path) -> None:
-    for name in ("tiny", "tiny-int8"):
-        copy = Path(shutil.copytree(store / name, tmp_path / "store" / name))
-        other_encoder(FAMILY)(copy / "1")
-        with pytest.raises(StoreError, match=r"(embeddings|layer_01).onnx: operator"):
-            Model(Store(tmp_path / "store").open(name))
-
-
 @pytest.mark.parametrize("seed", range(30))
 def test_a_mutated_graph_is_refused_or_runs(copies: Path, seed: int) -> None:
     """Only the values of weights are free: any graph that loads runs, at every length."""
@@ -508,7 +327,12 @@ def test_every_table_matters(copies: Path) -> None:
     tokens = before.tokenize("a dull plot and a bad film")
     wanted = before.full_depth(tokens)[1].hidden
     for which in (0, 1):
-        forge(copies, "plain", 1, lambda p, which=which: weight(p, "Slice", which, 0, lambda x: x * 0))
+
+        def without_table(proto: Any, which: int = which) -> None:
+            table = [w for w in proto.graph.initializer if len(w.dims) == 3][which]
+            table.raw_data = bytes(len(table.raw_data))
+
+        forge(copies, "plain", 1, without_table)
         changed = Model(Store(copies).open("plain")).full_depth(tokens)[1].hidden
         assert np.abs(changed - wanted).max() > 0.01
         wanted = changed

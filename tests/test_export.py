@@ -16,13 +16,13 @@ from de3.export import exporter
 from de3.export.calibrate import Part
 from de3.export.exporter import ExportError, ExportSettings
 from de3.export.full_depth import export_full_depth
-from de3.export.graph import quantize
 from de3.export.record import record
+from de3.model_store.families import FAMILIES
+from de3.model_store.graph import quantize
 from de3.model_store.model import Model
 from de3.model_store.segments import session_options
 from de3.model_store.store import Store
 from de3.training import data as datas
-from de3.training import encoders
 from de3.training.checkpoint import Checkpoint, write_record
 from de3.training.data import Example
 from de3.training.model import De3Model
@@ -53,7 +53,7 @@ def untrained(folder: Path, encoder: Path, **settings: object) -> Path:
 
 
 @pytest.mark.usefixtures("few_taus")
-@pytest.mark.parametrize("family", encoders.FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_parity_of_every_family(tmp_path: Path, family: str, quantize: str) -> None:
     encoder = save_encoder(tmp_path / "encoder", family)
@@ -113,7 +113,7 @@ def test_an_export_that_differs_from_pytorch_publishes_nothing(
     checkpoint = untrained(tmp_path / "checkpoint", encoder)
     build = exporter.build
 
-    def wrong(model: De3Model, *arguments: bool) -> object:
+    def wrong(model: De3Model, *arguments: object) -> object:
         model.encoder.encoder.layer[1].output.dense.bias.data[0] += 0.1
         segments = build(model, *arguments)
         model.encoder.encoder.layer[1].output.dense.bias.data[0] -= 0.1

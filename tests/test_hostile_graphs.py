@@ -1,6 +1,7 @@
-"""Graphs built by export are accepted; any other connection, attribute or constant is refused."""
+"""Graphs built by export are accepted; with any other edge, attribute, constant, type or shape they are refused."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -8,100 +9,180 @@ from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from de3.export.build import build
-from de3.model_store.graph_check import GraphError
-from de3.model_store.graph_reader import read_segment
-from de3.model_store.manifest import Head, Manifest
-from de3.training.encoders import FAMILIES
+from de3.export.build import architecture_of, build
+from de3.model_store.architecture import Architecture, Head
+from de3.model_store.families import FAMILIES
+from de3.model_store.graph import GraphError
+from de3.model_store.segment_graph import read_segment
 from de3.training.stock import open_stock, with_exits
 from tests.fixtures import save_encoder
 
-FREE = ("epsilon", "num_heads")  # free like weights: any value within limits
+OTHER = "evil"
+Place = tuple[tuple[str, int | None], ...]  # of a message: fields, and the index in a list
 
 
 @cache
-def built(family: str, int8: bool) -> tuple[list[Any], Manifest]:
-    """The graphs of a small random classifier with exits, and its manifest."""
-    opened = open_stock(str(save_encoder(Path(mkdtemp()), family, labels=3)))
+def built(family: str, int8: bool) -> tuple[Architecture, list[onnx.ModelProto]]:
+    """The architecture and segments of a small random classifier with exits."""
+    opened = open_stock(str(save_encoder(Path(mkdtemp()), family, layers=2, labels=3)))
     model = with_exits(opened, "mean", "text")
-    config = model.config
-    graphs = [
-        m.graph for m in build(model, int8, "token_type_ids" in opened.tokenizer.model_input_names).values()
-    ]
-    assert config.head is not None
-    manifest = Manifest.model_construct(
-        **{
-            name: getattr(config, name)
-            for name in ("num_layers", "exit_layers", "prototype_layers", "hidden_size")
-        },
-        metric_dim=config.metric_dim,
-        labels=config.label_names,
-        max_tokens=config.max_tokens,
-        token_types=any(x.name == "token_type_ids" for x in graphs[0].input),
-        encoder=family,
-        pooling="mean",
-        precision="int8" if int8 else "fp32",
-        head=Head.model_validate({**config.head, "norm": "norm" in config.head}),
-    )
-    return graphs, manifest
+    architecture = architecture_of(model, int8, "token_type_ids" in opened.tokenizer.model_input_names)
+    return architecture, list(build(model, architecture).values())
 
 
-def parts(graph: Any) -> Iterator[Any]:
-    """A graph and its branches."""
-    yield graph
-    for node in graph.node:
-        yield from (a.g for a in node.attribute if a.HasField("g"))
+@contextmanager
+def changed(model: onnx.ModelProto, path: Place, field: str, value: Any) -> Iterator[None]:
+    """A model with another value of a field of the message at a path."""
+    message: Any = model
+    for name, i in path:
+        message = getattr(message, name) if i is None else getattr(message, name)[i]
+    before = type(message)()
+    before.CopyFrom(message)
+    if isinstance(value, list):
+        message.ClearField(field)
+        getattr(message, field).extend(value)
+    else:
+        setattr(message, field, value)
+    try:
+        yield
+    finally:
+        message.CopyFrom(before)
 
 
-def changes(graph: Any) -> Iterator[tuple[str, Any]]:
-    """The graph with a single change, a different one each time, and the name of that change."""
-    for p, part in enumerate(parts(graph)):
-        values = [x.name for x in graph.input] + [x for n in part.node for x in n.output]
-        for n, node in enumerate(part.node):
-            for i, name in enumerate(node.input):
-                other = next((v for v in values if v not in (name, *node.output)), None)
-                if name and other is not None:
-                    copy = deepcopy(graph)
-                    list(parts(copy))[p].node[n].input[i] = other
-                    yield f"{node.op_type} takes {other} as input {i}", copy
-            for a, attribute in enumerate(node.attribute):
-                if attribute.name in FREE or attribute.HasField("g") or attribute.HasField("t"):
+def others(attribute: AttributeProto) -> Iterator[tuple[str, Any]]:
+    """Fields of an attribute with other values, and with other types."""
+    if attribute.ints:
+        yield "ints", [attribute.ints[0] + 1, *attribute.ints[1:]]
+        yield "ints", [*attribute.ints, 0]
+    if attribute.type == AttributeProto.FLOAT:
+        yield from (("f", attribute.f + 0.5), ("f", attribute.f * 2), ("f", float("nan")))
+    if attribute.type == AttributeProto.INT:
+        yield from (("i", attribute.i + 1), ("i", attribute.i - 1), ("i", 2**40))
+    yield from (("name", OTHER), ("type", AttributeProto.STRING), ("floats", [1.0]))
+
+
+def graphs_in(model: onnx.ModelProto) -> Iterator[tuple[Any, Place]]:
+    """The graph and its branches, with their paths."""
+    yield model.graph, (("graph", None),)
+    for n, node in enumerate(model.graph.node):
+        for a, attribute in enumerate(node.attribute):
+            if attribute.HasField("g"):
+                yield attribute.g, (("graph", None), ("node", n), ("attribute", a), ("g", None))
+
+
+def changes(model: onnx.ModelProto, constants: set[str]) -> Iterator[tuple[Place, str, Any]]:
+    """Every change of a model: the path of a message, one of its fields, and another value for it."""
+    for graph, path in graphs_in(model):
+        values = [x.name for x in graph.input] + [x for n in graph.node for x in (*n.input, *n.output) if x]
+        values = list(dict.fromkeys([*values, *(w.name for w in graph.initializer)]))
+        nodes = list(graph.node)
+        yield path, "name", OTHER
+        yield from ((path, "node", other) for other in (nodes[:-1], [*nodes, nodes[-1]], nodes[::-1]))
+        yield from (
+            (path, "output", other) for other in ([*graph.output, graph.output[0]], list(graph.output)[1:])
+        )
+        for n, node in enumerate(nodes):
+            yield from changes_of_node(node, (*path, ("node", n)), values)
+        for kind in ("input", "output"):
+            for i, value in enumerate(getattr(graph, kind)):
+                at = (*path, (kind, i))
+                tensor = (*at, ("type", None), ("tensor_type", None))
+                yield at, "name", OTHER
+                yield tensor, "elem_type", TensorProto.DOUBLE
+                for d, dim in enumerate(value.type.tensor_type.shape.dim):
+                    yield (*tensor, ("shape", None), ("dim", d)), "dim_value", dim.dim_value + 1
+    tensors = list(model.graph.initializer)
+    for w, tensor in enumerate(tensors):
+        at = (("graph", None), ("initializer", w))
+        yield at, "name", OTHER
+        yield at, "dims", [*tensor.dims, 1]
+        yield at, "dims", [*tensor.dims[:-1], tensor.dims[-1] + 1] if tensor.dims else [2]
+        yield at, "data_type", TensorProto.UINT8
+        yield from ((at, "raw_data", data) for data in (tensor.raw_data[:-1], tensor.raw_data + b"\0"))
+        array = numpy_helper.to_array(tensor)
+        if array.dtype == np.float32:
+            yield at, "raw_data", np.full_like(array, np.nan).tobytes()
+        if tensor.name in constants:
+            for other in (array + 1, array - 1, array / 2 + 7):
+                if np.asarray(other, array.dtype).tobytes() != tensor.raw_data:
+                    yield at, "raw_data", np.asarray(other, array.dtype).tobytes()
+    for other in (tensors[1:], [*tensors[1:], tensors[0]], [*tensors, tensors[0]]):
+        yield (("graph", None),), "initializer", other
+    yield (), "ir_version", 9
+    yield (), "producer_name", OTHER
+    yield (), "opset_import", [helper.make_opsetid("", 17)]
+
+
+def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple[Place, str, Any]]:
+    """See changes; values: names of the graph's values."""
+    yield path, "op_type", "Identity"
+    yield path, "domain", OTHER
+    for kind in ("input", "output"):
+        names = list(getattr(node, kind))
+        yield path, kind, [*names, values[0]]
+        for i, name in enumerate(names):
+            at = values.index(name) if name in values else 0
+            for other in {values[at - 1], values[(at + 1) % len(values)], "", OTHER} - {name}:
+                yield path, kind, [*names[:i], other, *names[i + 1 :]]
+    attributes = list(node.attribute)
+    yield path, "attribute", [*attributes, helper.make_attribute("causal", 1)]
+    for i, attribute in enumerate(attributes):
+        yield path, "attribute", attributes[:i] + attributes[i + 1 :]
+        yield path, "attribute", [*attributes, attribute]
+        at = (*path, ("attribute", i))
+        if attribute.HasField("t"):
+            yield (*at, ("t", None)), "raw_data", attribute.t.raw_data[:-4] + b"\0\0\x80\x3f"
+            yield (*at, ("t", None)), "dims", [*attribute.t.dims, 1]
+        elif not attribute.HasField("g"):
+            yield from ((at, field, value) for field, value in others(attribute))
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        *("bert", "deberta-v2", "modernbert"),
+        *(pytest.param(family, marks=pytest.mark.slow) for family in ("electra", "mpnet")),
+    ],
+)
+@pytest.mark.parametrize("int8", [False, True])
+def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
+    architecture, segments = built(family, int8)
+    for layer, model in enumerate(segments):
+        weights = read_segment(model, architecture, layer)
+        # A constant is an initializer that is not a weight; the weights of each segment have different values.
+        free = {array.tobytes() for array in weights.values()}
+        constants = {w.name for w in model.graph.initializer if w.raw_data not in free}
+        original, accepted, count = deepcopy(model), [], 0
+        for path, field, value in changes(original, constants):
+            with changed(model, path, field, value):
+                if model == original:  # the reverse of a single node
                     continue
-                copy = deepcopy(graph)
-                changed = list(parts(copy))[p].node[n].attribute[a]
-                if attribute.ints:
-                    changed.ints[0] += 1
-                elif attribute.HasField("f"):
-                    changed.f += 0.5
-                else:
-                    changed.i += 1
-                yield f"{node.op_type} has another {attribute.name}", copy
-    for w, weight in enumerate(graph.initializer):
-        array = numpy_helper.to_array(weight)
-        if array.dtype == np.int64 or array.ndim == 0:
-            copy = deepcopy(graph)
-            other = np.asarray(array / 2 if array.dtype == np.float32 and array else array + 1, array.dtype)
-            copy.initializer[w].CopyFrom(numpy_helper.from_array(other, weight.name))
-            yield f"the constant {weight.name} is another", copy
+                count += 1
+                try:
+                    read_segment(model, architecture, layer)
+                except GraphError:
+                    continue
+                accepted.append(f"{path}.{field} = {value!r:.100}")
+        assert not accepted, f"{family}, layer {layer}"
+        assert count > 400 and model == original
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
-    graphs, manifest = built(family, int8)
-    for layer, graph in enumerate(graphs):
-        read_segment(graph, layer, manifest)
-        accepted = []
-        for what, changed in changes(graph):
-            try:
-                read_segment(changed, layer, manifest)
-            except GraphError:
-                continue
-            accepted.append(what)
-        assert not accepted, f"{family}, layer {layer}"
+def test_segments_of_every_family_are_read_as_built(family: str, int8: bool) -> None:
+    architecture, segments = built(family, int8)
+    assert Architecture.model_validate_json(architecture.model_dump_json()) == architecture
+    for layer, model in enumerate(segments):
+        weights = read_segment(model, architecture, layer)
+        assert weights["classifier.weight"].shape == (architecture.hidden_size, 3)
+        for other in range(len(segments)):
+            if (layer > 0) != (other > 0):
+                with pytest.raises(GraphError):
+                    read_segment(model, architecture, other)
 
 
 @pytest.mark.parametrize(
@@ -110,41 +191,95 @@ def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
         {"head": None},
         {"head": Head(pooling="cls", activation="relu")},
         {"head": Head(pooling="mean", activation="tanh")},
+        {"head": Head(pooling="cls", activation="tanh", norm=1e-5)},
         {"pooling": "cls"},
-        {"max_tokens": 65},
-        {"hidden_size": 32},
         {"labels": ["a", "b"]},
-        {"encoder": "roberta"},
+        {"metric_dim": 32},
+        {"exit_layers": [1, 2]},
+        {"prototype_layers": [0]},
+        {"precision": "int8"},
+        *({"encoder": {field: 2}} for field in ("num_heads", "positions", "inner", "vocabulary")),
+        {"encoder": {"hidden_size": 32, "width": 32}},
+        {"encoder": {"token_types": 0}},
+        {"encoder": {"token_types": 3}},
+        {"encoder": {"activation": "relu"}},
+        {"encoder": {"epsilon": 1e-5}},
     ],
+    ids=str,
 )
 def test_a_manifest_of_another_model_is_refused(change: dict[str, Any]) -> None:
-    graphs, manifest = built("bert", False)
-    other = manifest.model_copy(update=change)
-    refused = []
-    for layer, graph in enumerate(graphs):
+    architecture, segments = built("bert", False)
+    if "encoder" in change:
+        change = {"encoder": architecture.encoder.model_copy(update=change["encoder"])}
+    other = architecture.model_copy(update=change)
+
+    def is_refused(layer: int) -> bool:
         try:
-            read_segment(graph, layer, other)
+            read_segment(segments[layer], other, layer)
         except GraphError:
-            refused.append(layer)
-    # RoBERTa has BERT's layout, so its graphs stay valid.
-    assert bool(refused) == ("encoder" not in change)
+            return True
+        return False
+
+    assert any(is_refused(layer) for layer in range(len(segments)))
 
 
-def test_the_distances_of_mpnet_reach_as_far_as_its_texts() -> None:
-    graphs, manifest = built("mpnet", True)
-    with pytest.raises(GraphError, match="does not add one value"):
-        read_segment(graphs[1], 1, manifest.model_copy(update={"max_tokens": 65}))
+def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:
+    """A model with another value of the tensor that a weight's name in the graph stands for."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    tensor = next(w for w in copy.graph.initializer if w.name == name)
+    array = numpy_helper.to_array(tensor).copy()
+    tensor.raw_data = np.asarray(change(array), array.dtype).tobytes()
+    return copy
 
 
-@pytest.mark.parametrize("int8", [False, True])
-def test_heads_that_do_not_divide_the_width_are_refused(int8: bool) -> None:
-    graphs, manifest = built("bert", int8)
-    layer = deepcopy(graphs[1])
-    (heads,) = (a for node in layer.node for a in node.attribute if a.name == "num_heads")
-    for count in (2, 64):
-        heads.i = count
-        assert read_segment(layer, 1, manifest).part.num_heads == count
-    for count in (0, 3, 65, 128, -4):
-        heads.i = count
-        with pytest.raises(GraphError, match="an unexpected 'num_heads'"):
-            read_segment(layer, 1, manifest)
+def with_value(index: int, value: int) -> Callable[[Any], Any]:
+    def change(array: Any) -> Any:
+        array[index] = value
+        return array
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(with_value(*at) for at in ((126, 16), (126, 2**31 - 1), (0, -1), (63, 9), (64, 8), (126, 9))),
+        lambda rows: rows[::-1].copy(),
+    ],
+)
+def test_distances_are_numbered_by_buckets(change: Callable[[Any], Any]) -> None:
+    architecture, segments = built("deberta-v2", False)
+    rows = next(w.name for w in segments[1].graph.initializer if w.data_type == TensorProto.INT32)
+    with pytest.raises(GraphError, match="does not number distances by buckets"):
+        read_segment(replaced(segments[1], rows, change), architecture, 1)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda f: f * 2, lambda f: f[::-1], lambda f: f - 0.5, lambda f: np.r_[f[:-1], -1e-9]]
+)
+def test_frequencies_descend(change: Callable[[Any], Any]) -> None:
+    architecture, segments = built("modernbert", True)
+    frequencies = read_segment(segments[1], architecture, 1)["frequencies"].tobytes()
+    name = next(w.name for w in segments[1].graph.initializer if w.raw_data == frequencies)
+    with pytest.raises(GraphError, match="do not descend from 1 to 0"):
+        read_segment(replaced(segments[1], name, change), architecture, 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "field"), [("bert", "positions"), ("mpnet", "distances"), ("deberta-v2", "distances")]
+)
+def test_tables_reach_as_far_as_texts(family: str, field: str) -> None:
+    architecture, _ = built(family, True)
+    raw = architecture.model_dump()
+    raw["encoder"][field] = architecture.max_tokens - 1
+    with pytest.raises(ValueError, match=f"max_tokens must be at most {architecture.max_tokens - 1}"):
+        Architecture.model_validate(raw)
+
+
+@pytest.mark.parametrize("heads", [0, 3, 65, 128, -4])
+def test_heads_that_do_not_divide_the_width_are_refused(heads: int) -> None:
+    raw = built("bert", True)[0].model_dump()
+    raw["encoder"]["num_heads"] = heads
+    with pytest.raises(ValueError, match="num_heads"):
+        Architecture.model_validate(raw)

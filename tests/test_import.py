@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.model_store import manifest
+from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.tables import Columns, read_rows
@@ -20,7 +21,6 @@ from de3.training import data, stock
 from de3.training.checkpoint import Checkpoint
 from de3.training.config_check import MAX_LABELS, MAX_LAYERS
 from de3.training.data import Example, encode
-from de3.training.encoders import FAMILIES
 from de3.training.model import De3Model
 from de3.training.stock import open_stock, parity, with_exits
 from tests.commands import de3, invoke, refusal
@@ -102,9 +102,9 @@ def test_every_family_is_imported_and_served(
         f"--quantize {precision} --label-names a,b,c"
     )
     artifact = Store(tmp_path / "store").open("m")
-    assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder == family
+    assert artifact.manifest.labels == ["a", "b", "c"] and artifact.manifest.encoder.type == family
     head = artifact.manifest.head
-    stock_head = FAMILIES[family].head(AutoConfig.from_pretrained(folder))
+    stock_head = FAMILIES[family].head(AutoConfig.from_pretrained(folder).to_dict())
     assert head is not None and head.activation == stock_head.activation
     model = Model(artifact)
     assert (model.runtime == "native") == (

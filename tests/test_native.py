@@ -16,18 +16,17 @@ import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto
 
 from de3.exits.reading import read
 from de3.exits.recorded import Recorded
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
-from de3.export import segment
-from de3.export.graph import Graph, quantize
-from de3.model_store.graph_reader import network_of, read_segment
-from de3.model_store.manifest import Head as StockHead
-from de3.model_store.manifest import Manifest
-from de3.model_store.model import Model
+from de3.model_store.architecture import Architecture, Head
+from de3.model_store.families.bert import Bert
+from de3.model_store.graph import Graph, quantize
+from de3.model_store.graph import given as source_of
+from de3.model_store.model import Model, network_of
+from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.segments import ForwardPass, NativeSegment, session_options
 from de3.model_store.store import Store, StoreError
 from de3.model_store.tokenizer import TextTokenizer
@@ -35,7 +34,6 @@ from de3.native import NoKernelsError
 from de3.native.network import Network, build
 from de3.server.engine.group import run_group
 from de3.server.engine.queue import WorkQueue
-from de3.training.encoders import weights
 from tests import jobs
 from tests.fixtures import make_rows, using
 from tests.serving import Gate, serving, until
@@ -127,8 +125,35 @@ def test_the_demo_model_gives_what_onnx_runtime_gives(kernels: Any) -> None:
     assert np.median(differences) < 5e-3 and np.max(differences) < 0.2
 
 
-def random_segments(
-    rng: np.random.Generator,
+def random_network(rng: np.random.Generator, architecture: Architecture) -> tuple[Network, list[Any]]:
+    """An encoder of one layer with random weights: the kernels' network, and the segments as export builds them."""
+    encoder, labels = architecture.encoder, len(architecture.labels)
+    size, inner, metric = encoder.hidden_size, encoder.inner, architecture.metric_dim
+    linears = {
+        "attention_out": (size, size),
+        "ffn_in": (size, inner),
+        "ffn_out": (inner, size),
+        "qkv": (size, 3 * size),
+    }
+    linears |= {"classifier": (size, labels), "space": (size, metric), "dense": (size, size)}
+    weights: dict[str, np.ndarray] = {}
+    for name, (inputs, outputs) in linears.items():
+        weights[f"{name}.weight"] = rng.normal(0, 0.08, (inputs, outputs))
+        weights[f"{name}.bias"] = rng.normal(0, 0.1, outputs)
+    for name in ("norm", "attention_norm", "ffn_norm"):
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = (
+            1 + rng.normal(0, 0.1, size),
+            rng.normal(0, 0.1, size),
+        )
+    for name, rows in (("word", encoder.vocabulary), ("position", encoder.positions), ("token_type", 2)):
+        weights[f"{name}.weight"] = rng.normal(size=(rows, size))
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    graphs = [build_segment(architecture, layer, source_of(weights)) for layer in range(2)]
+    segments = [g.model(graph_name(layer)) for layer, g in enumerate(graphs)]
+    return network_of(architecture, [g.weights for g in graphs]), segments
+
+
+def random_architecture(
     hidden: int,
     heads: int,
     inner: int,
@@ -136,43 +161,33 @@ def random_segments(
     metric: int,
     gelu: bool,
     mean: bool,
-    head: StockHead | None = None,
-) -> list[Any]:
-    """Embeddings and one layer with random weights, each with an exit, as export builds them; metric 0: no prototypes.
-    head: of the last exit."""
-
-    def linear(inputs: int, outputs: int) -> weights.Linear:
-        weight, bias = rng.normal(0, 0.08, (inputs, outputs)), rng.normal(0, 0.1, outputs)
-        return weights.Linear(weight.astype(np.float32), bias.astype(np.float32))
-
-    def table(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
-
-    def norm() -> weights.Norm:
-        return weights.Norm(1 + 0.1 * table(hidden), 0.1 * table(hidden), 1e-12)
-
-    built = []
-    for layer in range(2):
-        g = Graph(int8=True)
-        if layer:
-            block = weights.Layer(
-                linear(hidden, 3 * hidden), linear(hidden, hidden), norm(), linear(hidden, inner),
-                linear(inner, hidden), norm(), heads, "gelu" if gelu else "relu",
-            )  # fmt: skip
-            g.output(segment.block(g, g.input("hidden", [1, "tokens", hidden]), block), "next_hidden", [])
-        else:
-            ids, types = (
-                g.input(x, [1, "tokens"], TensorProto.INT64) for x in ("input_ids", "token_type_ids")
-            )
-            tables = weights.Embeddings(table(20, hidden), table(96, hidden), table(2, hidden), norm(), None)
-            g.output(segment.embed(g, tables, ids, types), "hidden", [])
-        space = linear(hidden, metric) if metric else None
-        pooling, top = "mean" if mean else "cls", None
-        if head is not None and layer:
-            pooling, top = head.pooling, weights.Head(linear(hidden, hidden), head.activation)
-        segment.exit_heads(g, g.outputs[0].name, pooling, linear(hidden, labels), space, top)
-        built.append(g.model(f"layer_{layer}"))
-    return built
+    head: Head | None = None,
+) -> Architecture:
+    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: of the last exit."""
+    encoder = Bert(
+        type="bert",
+        num_layers=1,
+        hidden_size=hidden,
+        width=hidden,
+        vocabulary=20,
+        positions=96,
+        token_types=2,
+        num_heads=heads,
+        inner=inner,
+        activation="gelu" if gelu else "relu",
+        epsilon=1e-12,
+    )
+    return Architecture(
+        encoder=encoder,
+        labels=["label"] * labels,
+        exit_layers=[0, 1],
+        prototype_layers=[0, 1] if metric else [],
+        metric_dim=metric or 1,
+        max_tokens=96,
+        pooling="mean" if mean else "cls",
+        head=head,
+        precision="int8",
+    )
 
 
 def run(
@@ -220,28 +235,15 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
     rng, (hidden, heads) = np.random.default_rng(seed), width
     if hidden % heads:
         return
-    built = random_segments(rng, hidden, heads, inner, labels, metric, gelu, mean)
+    network, built = random_network(
+        rng, random_architecture(hidden, heads, inner, labels, metric, gelu, mean)
+    )
     ids, types = rng.integers(0, 20, (1, tokens)), rng.integers(0, 2, (1, tokens))
     prototypes = rng.normal(size=(labels, metric)).astype(np.float32)
     prototypes /= np.linalg.norm(prototypes, axis=1, keepdims=True)
     has_kernels = not (hidden % 64 or inner % 64 or hidden // heads % 16 or metric % 32)
-    manifest = Manifest.model_construct(
-        **{
-            "encoder": "bert",
-            "num_layers": 1,
-            "exit_layers": [0, 1],
-            "prototype_layers": [0, 1] if metric else [],
-        },
-        **{"hidden_size": hidden, "metric_dim": metric, "labels": [""] * labels, "max_tokens": 96},
-        **{
-            "token_types": True,
-            "pooling": "mean" if mean else "cls",
-            "precision": "int8",
-        },
-    )
-    segments = [read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)]
     try:
-        model = build(network_of(segments, manifest))
+        model = build(network)
     except NoKernelsError:
         assert not has_kernels
         return
@@ -277,23 +279,11 @@ def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
 def test_the_head_of_a_stock_classifier(
     activation: Literal["tanh", "relu", "gelu"], pooling: Literal["mean", "cls"]
 ) -> None:
-    head = StockHead(activation=activation, pooling=pooling)
+    head = Head(activation=activation, pooling=pooling)
     rng, tokens = np.random.default_rng(5), 17
     # other exits pool differently
-    built = random_segments(rng, 128, 4, 64, 3, 0, True, pooling == "cls", head)
-    manifest = Manifest.model_construct(
-        **{
-            "num_layers": 1,
-            "exit_layers": [0, 1],
-            "prototype_layers": [],
-            "hidden_size": 128,
-            "metric_dim": 32,
-        },
-        **{"labels": ["", "", ""], "max_tokens": 96, "token_types": True, "precision": "int8", "head": head},
-        encoder="bert",
-        pooling="mean" if pooling == "cls" else "cls",
-    )
-    network = network_of([read_segment(m.graph, layer, manifest) for layer, m in enumerate(built)], manifest)
+    architecture = random_architecture(128, 4, 64, 3, 0, True, pooling == "cls", head)
+    network, built = random_network(rng, architecture)
     model = build(network)
     before = rng.normal(size=(1, tokens, 128)).astype(np.float32)
     session = ort.InferenceSession(built[1].SerializeToString(), session_options())
@@ -485,7 +475,7 @@ def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.Monke
     artifact = Store(store).open("tiny-int8")
 
     def mixed_up(network: Network) -> Any:
-        return build(replace(network, layers=network.layers[::-1]))
+        return build(replace(network, segments=[network.segments[i] for i in (0, 2, 1, 3)]))
 
     monkeypatch.setattr("de3.model_store.model.build", mixed_up)
     assert Model(artifact).runtime == "onnxruntime"
@@ -663,8 +653,8 @@ def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
     x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier
     weight, bias = rng.normal(size=(64, 32)).astype(np.float32), rng.normal(size=32).astype(np.float32)
-    g = Graph(int8=True)
-    g.output(g.linear(g.input("x", [1, "T", 64]), weights.Linear(weight, bias)), "y", [1, "T", 32])
+    g = Graph(True, source_of({"a.weight": weight, "a.bias": bias}))
+    g.output(g.linear(g.input("x", [1, "T", 64]), "a", 64, 32), "y", [1, "T", 32])
     session = ort.InferenceSession(g.model("linear").SerializeToString(), session_options())
     (found,) = session.run(None, {"x": x[None]})
     alone = np.concatenate([session.run(None, {"x": row[None, None]})[0] for row in x], 1)

@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer
 
+from de3.model_store.families import family
 from de3.tables import SEPARATOR, Text
-from de3.training import checkpoint, encoders
+from de3.training import checkpoint
 from de3.training.config_check import check_config
 from de3.training.data import Example
 from de3.training.split import Split
@@ -42,7 +43,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
     try:
         check_config(f"--encoder {name}", name)
         config = AutoConfig.from_pretrained(name)
-        encoders.family(config)
+        family(config.to_dict())
         tokenizer = AutoTokenizer.from_pretrained(name)
     except StrictDataclassError as error:
         raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.exits.rule import Thresholds
-from de3.training import checkpoint, encoders
+from de3.model_store.families import family
+from de3.training import checkpoint
 from de3.training.config_check import check_config
 from de3.training.data import Encoded, Example, Label, encode, evaluation_batches, label_of
 from de3.training.model import De3Config, De3Model, check_loaded
@@ -58,12 +59,8 @@ class Stock:
     @property
     def max_tokens(self) -> int:
         """Maximum number of tokens of a text."""
-        return int(
-            min(
-                self.tokenizer.model_max_length,
-                encoders.family(self.model.config).max_tokens(self.model.config),
-            )
-        )
+        config = self.model.config.to_dict()
+        return int(min(self.tokenizer.model_max_length, family(config).max_tokens(config)))
 
 
 def open_stock(
@@ -154,7 +151,7 @@ def _tokenizer(name: str, source: str) -> Any:
 def _check(name: str, config: Any, multi_label: bool) -> None:
     """Raise ValueError for a model that cannot be imported, before its weights are read."""
     try:
-        encoders.family(config).head(config)
+        family(config.to_dict()).head(config.to_dict())
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     architectures = config.architectures or ["ForSequenceClassification"]  # not stated: the weights decide
@@ -254,9 +251,10 @@ def with_exits(stock: Stock, pooling: str, input_: str) -> De3Model:
 
     pooling: of the other exits. input_: kind of the texts that it is imported with, "text" or "pair".
     """
-    head = encoders.family(stock.model.config).head(stock.model.config)
+    encoder = stock.model.base_model.config.to_dict()
+    head = family(encoder).head(encoder)
     config = De3Config(
-        encoder=stock.model.base_model.config.to_dict(),
+        encoder=encoder,
         exit_layers=list(range(stock.model.config.num_hidden_layers + 1)),
         pooling=pooling,
         thresholds=stock.thresholds,

@@ -134,9 +134,9 @@ def train(
     need_train_extra()
     import torch
 
+    from de3.model_store.families import family
     from de3.training import checks, data
     from de3.training import recipe as recipes
-    from de3.training.encoders import family
     from de3.training.model import De3Model
     from de3.training.progress import warn
     from de3.training.split import split as split_examples
@@ -169,6 +169,7 @@ def train(
     say(f"recipe ({recipe}): {chosen}")
     warn(warnings)
     torch.manual_seed(settings.seed)
+    described = encoder_config.to_dict()
     model = De3Model.from_encoder(
         encoder,
         names,
@@ -178,7 +179,7 @@ def train(
         last_prototypes=last_prototypes,
         gamma=gamma,
         thresholds=[0.5 if threshold is None else threshold] * len(names) if multi_label else None,
-        max_tokens=min(tokenizer.model_max_length, family(encoder_config).max_tokens(encoder_config)),
+        max_tokens=min(tokenizer.model_max_length, family(described).max_tokens(described)),
         input=data.input_of(examples),
     )
     command = shlex.join(["de3", *(word for word in sys.argv[1:] if word != "--resume"), "--resume"])

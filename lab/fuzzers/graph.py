@@ -13,8 +13,9 @@ import onnx
 import onnxruntime
 from hypothesis import strategies as st
 
-from de3.model_store.graph_check import MAX_FIELDS, GraphError, read_graph
-from de3.model_store.graph_reader import read_segment
+from de3.model_store.graph import GraphError
+from de3.model_store.graph_check import MAX_FIELDS, read_model
+from de3.model_store.segment_graph import read_segment
 from lab.fuzzers.edits import spliced
 from lab.fuzzers.run import Finding, Fuzzer
 from lab.fuzzers.seeds import tiny
@@ -200,9 +201,9 @@ def check(segment: Segment) -> tuple[dict[str, float], str]:
     """Read a segment as a server does."""
     steps, outcome = 0.0, "not a graph"
     try:
-        graph = read_graph(segment.data)
+        model = read_model(segment.data)
         steps, outcome = 1.0, "not a segment"
-        read_segment(graph, segment.layer, tiny(segment.precision).manifest)
+        read_segment(model, tiny(segment.precision).manifest, segment.layer)
     except GraphError as error:
         if len(str(error)) > MAX_MESSAGE:
             raise Finding(f"a message of {len(str(error))} characters") from None

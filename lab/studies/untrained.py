@@ -16,10 +16,10 @@ import torch
 import typer
 from safetensors.numpy import save as save_tensors
 
-from de3.export.build import build
+from de3.export.build import architecture_of, build
 from de3.export.exporter import plain_tokenizer
-from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Head, Manifest
-from de3.model_store.store import Draft, Store
+from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
+from de3.model_store.store import Store
 from de3.training.checkpoint import quiet
 from de3.training.model import De3Model
 from de3.training.stock import open_stock, with_exits
@@ -63,46 +63,31 @@ def untrained(
     model = with_exits(stock, "mean", "text")
     model.prototypes.normal_()
     with Store(out / "store").new_version(NAME) as draft:
-        segments = build(model, precision == "int8", "token_type_ids" in stock.tokenizer.model_input_names)
+        has_types = "token_type_ids" in stock.tokenizer.model_input_names
+        architecture = architecture_of(model, precision == "int8", has_types)
+        segments = build(model, architecture)
         draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
         draft.write({"prototypes.safetensors": save_tensors(_prototypes(model))})
         draft.write({"tokenizer.json": plain_tokenizer(out / "model").encode()})
-        has_types = any(x.name == "token_type_ids" for x in segments["embeddings.onnx"].graph.input)
-        return draft.publish(_manifest(model, draft, has_types, precision))
+        entries = {name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()}
+        manifest = Manifest(
+            **dict(architecture),
+            schema_version=SCHEMA_VERSION,
+            name=NAME,
+            version=draft.next_version(),
+            created=int(time.time()),
+            input=model.config.input,
+            defaults=Defaults(tau=0, signal="entropy"),
+            calibration=None,
+            export={},
+            files=entries,
+        )
+        return draft.publish(manifest)
 
 
 def _prototypes(model: De3Model) -> dict[str, Any]:
     rows = zip(model.config.prototype_layers, model.prototypes.numpy(), strict=True)
     return {f"layer_{layer:02}": np.ascontiguousarray(row) for layer, row in rows}
-
-
-def _manifest(
-    model: De3Model, draft: Draft, token_types: bool, precision: Literal["int8", "fp32"]
-) -> Manifest:
-    config = model.config
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=NAME,
-        version=draft.next_version(),
-        created=int(time.time()),
-        encoder=config.encoder["model_type"],
-        labels=config.label_names,
-        num_layers=config.num_layers,
-        exit_layers=config.exit_layers,
-        prototype_layers=config.prototype_layers,
-        hidden_size=config.hidden_size,
-        metric_dim=config.metric_dim,
-        max_tokens=config.max_tokens,
-        token_types=token_types,
-        pooling=config.pooling,
-        head=Head.model_validate({**config.head, "norm": False}),
-        input=config.input,
-        precision=precision,
-        defaults=Defaults(tau=0, signal="entropy"),
-        calibration=None,
-        export={},
-        files={name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()},
-    )
 
 
 def main(

@@ -111,7 +111,9 @@ def test_the_interval_is_that_of_a_median() -> None:
 
 
 def test_by_flops_a_prototypical_network_is_what_the_paper_says(store: Path) -> None:
-    bert = Store(store).open("tiny").manifest.model_copy(update={"hidden_size": 768, "metric_dim": 768})
+    tiny = Store(store).open("tiny").manifest
+    encoder = tiny.encoder.model_copy(update={"hidden_size": 768})
+    bert = tiny.model_copy(update={"metric_dim": 768, "encoder": encoder})
     found = study.flops(bert, 12 * 768 * 768, 128)
     assert found["prototypical_mflops"] == pytest.approx(1.2, rel=0.02)
     assert found["layer_mflops"] == pytest.approx(1813.5 + 50.3, rel=0.001)  # with attention's products

@@ -1,0 +1,78 @@
+"""The architecture of a model: all that determines its segments' graphs, except the weights."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from de3.model_store.families import AnyEncoder
+from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_TOKENS, Layer, Part, Width
+
+Label = Annotated[str, Field(max_length=1000)]
+
+
+class Head(Part):
+    """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier.
+
+    Attributes:
+        norm: its epsilon; None: there is no norm.
+    """
+
+    pooling: Literal["mean", "cls"]
+    activation: Literal["tanh", "relu", "gelu"]
+    norm: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
+class Architecture(Part):
+    """Encoder and exits.
+
+    Attributes:
+        exit_layers: layers with an exit, ascending; 0 is the embedding output, the last is num_layers.
+        prototype_layers: exits with prototypes.
+        metric_dim: width of the prototype space.
+        max_tokens: longest input, special tokens included.
+        pooling: of the exits; the last has its own if it has a head.
+        head: layers of the imported classifier before the last exit's classifier; None: the last exit is like the
+            others.
+    """
+
+    encoder: AnyEncoder
+    labels: list[Label] = Field(min_length=1, max_length=MAX_LABELS)
+    exit_layers: list[Layer] = Field(min_length=1, max_length=MAX_LAYERS)
+    prototype_layers: list[Layer] = Field(max_length=MAX_LAYERS)
+    metric_dim: Width
+    max_tokens: int = Field(ge=3, le=MAX_TOKENS)
+    pooling: Literal["mean", "cls"]
+    head: Head | None = None
+    precision: Literal["fp32", "int8"]
+
+    @property
+    def num_layers(self) -> int:
+        """Number of encoder layers."""
+        return self.encoder.num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.encoder.hidden_size
+
+    @property
+    def token_types(self) -> bool:
+        """True if embeddings.onnx takes token_type_ids."""
+        return self.encoder.token_types > 0
+
+    @model_validator(mode="after")
+    def _has_exits(self) -> Self:
+        exits = self.exit_layers
+        if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
+            raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
+        if self.head is not None and self.prototype_layers == exits:
+            raise ValueError("prototype_layers may not have the last layer, as it has a head")
+        if self.max_tokens > self.encoder.longest:
+            raise ValueError(
+                f"max_tokens must be at most {self.encoder.longest}, the encoder's positions, got {self.max_tokens}"
+            )
+        return self
+
+    def segment_files(self) -> list[str]:
+        """Files of the segments in execution order; index = layer."""
+        return ["embeddings.onnx", *(f"layer_{m:02}.onnx" for m in range(1, self.num_layers + 1))]

@@ -1,0 +1,32 @@
+"""The families of encoders, one file each, with one interface (encoder.py). No other code depends on a family."""
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from de3.model_store.families.bert import Bert, Electra, Roberta
+from de3.model_store.families.deberta import Deberta
+from de3.model_store.families.distilbert import DistilBert
+from de3.model_store.families.encoder import Config, Encoder
+from de3.model_store.families.modernbert import ModernBert
+from de3.model_store.families.mpnet import MPNet
+
+AnyEncoder = Annotated[
+    Bert | Roberta | DistilBert | Electra | MPNet | Deberta | ModernBert, Field(discriminator="type")
+]
+FAMILIES: dict[str, type[Encoder]] = {
+    name: kind
+    for kind in get_args(get_args(AnyEncoder)[0])
+    for name in get_args(kind.model_fields["type"].annotation)
+}
+
+
+def family(config: Config) -> type[Encoder]:
+    """The family of an encoder by its configuration; raises ValueError for one that cannot be exported."""
+    known = FAMILIES.get(config["model_type"])
+    if known is None:
+        raise ValueError(
+            f"encoders of type {config['model_type']!r} cannot be exported; supported: {', '.join(FAMILIES)}"
+        )
+    known.check(config)
+    return known

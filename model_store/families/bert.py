@@ -1,0 +1,98 @@
+"""BERT and encoders with its layout: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from de3.model_store.families.encoder import Config, Encoder, StockHead, activation
+
+
+class Bert(Encoder):
+    """BERT."""
+
+    TABLES: ClassVar = {
+        "word": "embeddings.word_embeddings",
+        "position": "embeddings.position_embeddings",
+        "token_type": "embeddings.token_type_embeddings",
+        "norm": "embeddings.LayerNorm",
+        "projection": "embeddings_project",  # of ELECTRA's small models
+    }
+    LAYER = "encoder.layer.{}."
+    NAMES: ClassVar = {
+        "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention_out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "ffn_in": "intermediate.dense",
+        "ffn_out": "output.dense",
+        "ffn_norm": "output.LayerNorm",
+    }
+
+    type: Literal["bert"]
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ValueError for an option that cannot be exported."""
+        position_type = config.get("position_embedding_type", "absolute")
+        if position_type != "absolute":
+            raise ValueError(f"only absolute position embeddings can be exported, not {position_type!r}")
+        activation(config["hidden_act"])
+        if config.get("is_decoder"):
+            raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
+
+    @classmethod
+    def of(cls, config: Config, token_types: bool) -> Self:
+        """The encoder of a configuration."""
+        return cls.model_validate(cls.fields(config, token_types))
+
+    @classmethod
+    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
+        """The fields of an encoder with BERT's configuration."""
+        types = int(config["type_vocab_size"])
+        return {
+            "type": config["model_type"],
+            "num_layers": config["num_hidden_layers"],
+            "hidden_size": config["hidden_size"],
+            "width": config.get("embedding_size", config["hidden_size"]),
+            "vocabulary": config["vocab_size"],
+            "positions": cls.max_tokens(config),
+            "token_types": types if token_types and types > 1 else 0,
+            "num_heads": config["num_attention_heads"],
+            "inner": config["intermediate_size"],
+            "activation": activation(config["hidden_act"]),
+            "epsilon": config["layer_norm_eps"],
+        }
+
+    @classmethod
+    def max_tokens(cls, config: Config) -> int:
+        """Maximum number of tokens."""
+        return int(config["max_position_embeddings"])
+
+    @classmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of the stock classifier."""
+        return StockHead("bert.pooler.dense", "tanh", "classifier")
+
+
+class Electra(Bert):
+    """ELECTRA."""
+
+    type: Literal["electra"]  # type: ignore[assignment]
+
+    @classmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of the stock classifier."""
+        return StockHead("classifier.dense", "gelu", "classifier.out_proj")
+
+
+class Roberta(Bert):
+    """RoBERTa and encoders like it, which number positions from the padding id + 1."""
+
+    type: Literal["roberta", "xlm-roberta", "camembert"]  # type: ignore[assignment]
+
+    @classmethod
+    def max_tokens(cls, config: Config) -> int:
+        """Maximum number of tokens: the first positions are skipped."""
+        return int(config["max_position_embeddings"]) - int(config["pad_token_id"]) - 1
+
+    @classmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of the stock classifier."""
+        return StockHead("classifier.dense", "tanh", "classifier.out_proj")

@@ -1,0 +1,232 @@
+"""DeBERTa-v2 and v3: attention adds terms for the distance between two tokens and the content of each."""
+
+from math import sqrt
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from de3.model_store.families.bert import Bert
+from de3.model_store.families.encoder import Config, State, StockHead, Weights, activation
+from de3.model_store.graph import Array, Graph, GraphError
+from de3.model_store.part import MAX_TOKENS, MAX_WIDTH
+
+POSITION_TERMS = ("c2p", "p2c")
+TABLE_NORMS = ("layer_norm", "none")
+HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")
+
+
+class Deberta(Bert):
+    """DeBERTa-v2 and v3, whose checkpoints have the type deberta-v2.
+
+    Attributes:
+        terms: c2p multiplies queries with the table of relative keys, p2c keys with the table of relative queries.
+        rows: rows of these tables.
+        distances: number of tokens whose distances have a row.
+    """
+
+    NO_KERNELS: ClassVar[str] = "there is no kernel for disentangled attention"
+    NORM_LAST = True
+    TABLES: ClassVar = Bert.TABLES | {"projection": "embeddings.embed_proj"}
+    NAMES: ClassVar = Bert.NAMES | {
+        "qkv": tuple(f"attention.self.{name}_proj" for name in ("query", "key", "value"))
+    }
+
+    type: Literal["deberta-v2"]  # type: ignore[assignment]
+    terms: list[Literal["c2p", "p2c"]] = Field(min_length=1, max_length=2)
+    rows: int = Field(ge=2, le=MAX_WIDTH)
+    distances: int = Field(ge=1, le=MAX_TOKENS)
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ValueError for an option that cannot be exported."""
+        activation(config["hidden_act"])
+        if not config.get("relative_attention"):
+            raise ValueError("a deberta-v2 encoder without relative_attention cannot be exported")
+        terms = config["pos_att_type"] or []
+        if not terms or not set(terms) <= set(POSITION_TERMS):
+            raise ValueError(f"pos_att_type must have c2p, p2c or both, and nothing else, got {terms}")
+        if wrong := set(_table_norms(config)) - set(TABLE_NORMS):
+            raise ValueError(
+                f"norm_rel_ebd {min(wrong)!r} cannot be exported; supported: {', '.join(TABLE_NORMS)}"
+            )
+        if config.get("conv_kernel_size", 0) > 0:
+            raise ValueError(
+                f"a deberta-v2 encoder with a convolution (conv_kernel_size {config['conv_kernel_size']}) cannot be "
+                "exported"
+            )
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        if config.get("attention_head_size", hidden // heads) * heads != hidden:
+            raise ValueError(
+                f"attention_head_size must be hidden_size / num_attention_heads, {hidden}/{heads}"
+            )
+        buckets, farthest = config.get("position_buckets", -1), _farthest(config)
+        # Otherwise transformers would divide by a logarithm that is not above 0.
+        if buckets > 0 and (buckets < 2 or farthest - 1 <= buckets // 2):
+            raise ValueError(
+                f"{buckets} position_buckets cannot be exported with {farthest} max_relative_positions: there must be "
+                "2 or more, and the positions must reach beyond half of them"
+            )
+        if config["pooler_hidden_act"] not in HEAD_ACTIVATIONS:
+            raise ValueError(
+                f"pooler_hidden_act {config['pooler_hidden_act']!r} cannot be exported; supported: "
+                f"{', '.join(HEAD_ACTIVATIONS)}"
+            )
+        if config["pooler_hidden_size"] != hidden:
+            raise ValueError(
+                f"pooler_hidden_size must be hidden_size, {hidden}, got {config['pooler_hidden_size']}"
+            )
+
+    @classmethod
+    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
+        """The fields of the encoder."""
+        fields = super().fields(config, token_types)
+        if not config.get("position_biased_input", True):
+            fields["positions"] = 0
+        return fields | {
+            "terms": [term for term in POSITION_TERMS if term in config["pos_att_type"]],
+            "rows": 2 * _span(config),
+            "distances": cls.max_tokens(config),
+        }
+
+    @classmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of the stock classifier."""
+        return StockHead("pooler.dense", config["pooler_hidden_act"], "classifier")
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text."""
+        return min(self.positions or MAX_TOKENS, self.distances)
+
+    @property
+    def _scale(self) -> float:
+        """Factor of the attention scores."""
+        return 1 / sqrt(self.hidden_size // self.num_heads * (1 + len(self.terms)))
+
+    def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
+        """The weights of `block`.
+
+        Also row_numbers: the tables' row for query − key = 1 − distances … distances − 1; and the tables, scaled as the
+        scores are, by head: key_table (heads, head size, rows) and query_table (heads, rows, head size).
+        """
+        weights = super().layer_weights(config, state, layer)
+        weights["row_numbers"] = _row_numbers(config, self.distances)
+        table, prefix = _table(config, state), self.LAYER.format(layer - 1) + "attention.self."
+        kind = "" if config.get("share_att_key") else "pos_"
+        for term, name, axes in (("c2p", "key", (1, 2, 0)), ("p2c", "query", (1, 0, 2))):
+            if term in self.terms:
+                projection = f"{prefix}{kind}{name}_proj"
+                projected = table @ state[f"{projection}.weight"].T
+                if (bias := state.get(f"{projection}.bias")) is not None:
+                    projected = projected + bias
+                by_head = (projected * np.float32(self._scale)).reshape(self.rows, self.num_heads, -1)
+                weights[f"{name}_table"] = np.ascontiguousarray(by_head.transpose(axes))
+        return weights
+
+    def attention(self, g: Graph, hidden: str) -> str:
+        """Disentangled attention: the terms are added to the scores."""
+        query, key, value = g.split(g.linear(hidden, "qkv", self.hidden_size, 3 * self.hidden_size), 3)
+        added = self._scores(g, hidden, query, key)
+        return g.ms(
+            *("MultiHeadAttention", query, key, value, "", "", added),
+            num_heads=self.num_heads,
+            scale=self._scale,
+        )
+
+    def _scores(self, g: Graph, hidden: str, query: str, key: str) -> str:
+        """The terms added to the attention scores, (1, heads, T, T).
+
+        A short text needs only the middle rows of the tables; only these are multiplied.
+        """
+        heads, size = self.num_heads, self.hidden_size // self.num_heads
+        zero, one = g.constant(0), g.constant(1)
+        axes = g.constant([0]), g.constant([1])
+        rows = g.weight("row_numbers", 2 * self.distances - 1, dtype=np.int32)
+        _check_row_numbers(g.weights["row_numbers"], self.rows)
+        middle = g.constant([self.distances - 1])
+        tokens = g.node("Shape", hidden, start=1, end=2)
+        numbers = g.node("Range", zero, g.node("Squeeze", tokens, axes[0]), one)
+        offsets = g.node("Sub", g.node("Unsqueeze", numbers, axes[1]), g.node("Unsqueeze", numbers, axes[0]))
+        needed = g.node("Gather", rows, g.node("Add", offsets, middle))  # (T, T)
+        farthest = g.node("Sub", tokens, axes[1])
+        first = g.node("Gather", rows, g.node("Sub", middle, farthest))
+        last = g.node("Gather", rows, g.node("Add", middle, farthest))
+        end = g.node("Add", last, g.constant([1], np.int32))
+        every_head = g.constant([1, heads, 1, 1])
+        index = g.node("Expand", g.node("Sub", needed, first), every_head)
+        by_head = g.constant([0, 0, heads, -1])
+        added = []
+        if "c2p" in self.terms:
+            queries = g.node("Transpose", g.node("Reshape", query, by_head), perm=[0, 2, 1, 3])
+            table = g.weight("key_table", heads, size, self.rows)
+            table = g.node("Slice", table, first, end, g.constant([2], np.int32))
+            added.append(g.node("GatherElements", g.node("MatMul", queries, table), index, axis=3))
+        if "p2c" in self.terms:
+            keys = g.node("Transpose", g.node("Reshape", key, by_head), perm=[0, 2, 3, 1])
+            table = g.weight("query_table", heads, self.rows, size)
+            table = g.node("Slice", table, first, end, g.constant([1], np.int32))
+            added.append(g.node("GatherElements", g.node("MatMul", table, keys), index, axis=2))
+        return added[0] if len(added) == 1 else g.node("Add", *added)
+
+
+def _table_norms(config: Config) -> list[str]:
+    return [name.strip() for name in config.get("norm_rel_ebd", "none").lower().split("|")]
+
+
+def _farthest(config: Config) -> int:
+    """The distance from which all distances are treated alike."""
+    most = int(config.get("max_relative_positions", -1))
+    return most if most > 0 else int(config["max_position_embeddings"])
+
+
+def _span(config: Config) -> int:
+    """Half of the number of rows of the table of relative embeddings."""
+    buckets = int(config.get("position_buckets", -1))
+    return buckets if buckets > 0 else _farthest(config)
+
+
+def _table(config: Config, state: State) -> NDArray[np.float32]:
+    """The table of relative embeddings, (rows, hidden), normalized if the configuration says so."""
+    table = state["encoder.rel_embeddings.weight"]
+    if "layer_norm" not in _table_norms(config):
+        return table
+    centered = table - table.mean(1, keepdims=True)
+    unit = centered / np.sqrt((centered**2).mean(1, keepdims=True) + np.float32(config["layer_norm_eps"]))
+    return np.asarray(unit * state["encoder.LayerNorm.weight"] + state["encoder.LayerNorm.bias"])
+
+
+def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
+    """The row for query − key = 1 − distances … distances − 1, in logarithmic buckets, as transformers computes it."""
+    offsets, span, buckets = (
+        np.arange(1 - distances, distances),
+        _span(config),
+        config.get("position_buckets", -1),
+    )
+    if buckets > 0:
+        half, most = buckets // 2, _farthest(config)
+        far = np.abs(offsets)
+        ratio = np.maximum(far, half).astype(np.float32) / np.float32(half)
+        steps = np.ceil(np.log(ratio) / np.log(np.float32((most - 1) / half)) * np.float32(half - 1))
+        offsets = np.where(far <= half, offsets, np.sign(offsets) * (steps.astype(np.int64) + half))
+    return np.clip(offsets + span, 0, 2 * span - 1).astype(np.int32)
+
+
+def _check_row_numbers(numbers: Array, rows: int) -> None:
+    """Raise GraphError unless they number the buckets of distances: symmetric around the middle, one row for each small
+    distance, and ascending with the distance. (Computed anew, they could differ by the processor's logarithms.)
+    """
+    longest, half = len(numbers) // 2, rows // 2
+    low, high = numbers[:longest][::-1].astype(np.int64), numbers[longest + 1 :].astype(np.int64)
+    near = min(half // 2, longest)
+    sound = (
+        rows == 2 * half
+        and numbers.min() >= 0
+        and numbers[longest] == half
+        and (high == np.minimum(2 * half - low, 2 * half - 1)).all()
+        and (high[:near] == half + 1 + np.arange(near)).all()
+        and (np.diff(high) >= 0).all()
+    )
+    if not sound:
+        raise GraphError("its attention does not number distances by buckets")

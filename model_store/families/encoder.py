@@ -1,0 +1,208 @@
+"""An encoder's description: its sizes, its part of the graphs, and the names of its weights in a state dict.
+
+The base class has the embeddings and the post-norm block that most families share; a family overrides what differs.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+from pydantic import Field, model_validator
+
+from de3.model_store.graph import Array, Graph
+from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, Part, Width
+
+Config = Mapping[str, Any]  # config.json of transformers
+State = Mapping[str, NDArray[np.float32]]  # weights in float32 by their names in transformers' model
+Weights = dict[str, Array]
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+@dataclass(frozen=True)
+class StockHead:
+    """Layout of a stock classifier's head: pooling → dense → activation → norm → classifier.
+
+    Attributes:
+        pooling: "cls", the first token, or "mean".
+        dense, classifier, norm: names of the modules in transformers' model; norm None: there is none.
+        activation: tanh, relu or gelu.
+        epsilon: of the norm.
+    """
+
+    dense: str
+    activation: str
+    classifier: str
+    pooling: str = "cls"
+    norm: str | None = None
+    epsilon: float = 0.0
+
+
+class Encoder(Part, ABC):
+    """An encoder.
+
+    Attributes:
+        type: transformers' model_type.
+        width: of the embeddings; if it is not hidden_size, a projection follows.
+        vocabulary, positions, token_types: rows of the embeddings' tables; 0: there is no such table.
+        inner: width inside the feed-forward network.
+        epsilon: of every norm.
+    """
+
+    FINAL_NORM: ClassVar[str] = (
+        ""  # name of the norm between a layer's hidden states and its exit, if there is one
+    )
+    NO_KERNELS: ClassVar[str] = ""  # why the kernels do not run it, if they do not
+    NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
+    TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
+    LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
+    NAMES: ClassVar[
+        Mapping[str, str | tuple[str, ...]]
+    ] = {}  # of its linear layers and norms, after that prefix
+
+    type: str
+    num_layers: int = Field(ge=1, le=99)
+    hidden_size: Width
+    width: Width
+    vocabulary: int = Field(ge=1, le=MAX_INT)
+    positions: int = Field(ge=0, le=MAX_INT)
+    token_types: int = Field(ge=0, le=MAX_WIDTH)
+    num_heads: Width
+    inner: Width
+    activation: Literal["gelu", "gelu_tanh", "relu"]
+    epsilon: Annotated[float, Field(ge=0, le=1)]
+
+    @model_validator(mode="after")
+    def _has_equal_heads(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads must divide hidden_size, {self.hidden_size}, got {self.num_heads}")
+        return self
+
+    # From a configuration and a state dict of transformers
+
+    @classmethod
+    @abstractmethod
+    def of(cls, config: Config, token_types: bool) -> Self:
+        """The encoder of a configuration that `check` accepts; token_types: its tokenizer returns token types."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: Config) -> None:
+        """Raise ValueError for an option that cannot be exported."""
+
+    @classmethod
+    @abstractmethod
+    def max_tokens(cls, config: Config) -> int:
+        """Maximum number of tokens of a text, special tokens included."""
+
+    @classmethod
+    @abstractmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
+
+    def embedding_weights(self, state: State) -> Weights:
+        """The weights of `embed`.
+
+        Without token types, the embedding of type 0 is added to every position or word.
+        """
+        weights = named(state, "", {k: v for k, v in self.TABLES.items() if f"{v}.weight" in state})
+        position, types = weights.get("position.weight"), weights.get("token_type.weight")
+        if position is not None:  # RoBERTa and encoders like it skip the first rows
+            weights["position.weight"] = position = position[len(position) - self.positions :]
+        if types is not None and not self.token_types:
+            table = "word.weight" if position is None else "position.weight"
+            weights[table] = weights[table] + types[0]
+        return weights
+
+    def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
+        """The weights of `block`; the first layer is number 1."""
+        return named(state, self.LAYER.format(layer - 1), self.NAMES)
+
+    # The graph
+
+    @property
+    def longest(self) -> int:
+        """The largest number of tokens of a text."""
+        return self.positions or MAX_TOKENS
+
+    def embed(self, g: Graph, ids: str, types: str) -> str:
+        """Hidden states (1, T, H) of the embedding output; types: empty without token types.
+
+        Weights: word (vocabulary, width), position, token_type, norm, projection.
+        """
+        if g.int8:
+            # One scale per row. The cast follows the Gather: ONNX Runtime would fold a DequantizeLinear of the table
+            # into a float32 table when it loads the model.
+            words = g.weight("word.weight", self.vocabulary, self.width, dtype=np.int8)
+            picked = g.node("Cast", g.node("Gather", words, ids), to=TensorProto.FLOAT)
+            x = g.node("Mul", picked, g.node("Gather", g.weight("word.scale", self.vocabulary, 1), ids))
+        else:
+            x = g.node("Gather", g.weight("word.weight", self.vocabulary, self.width), ids)
+        if self.positions:
+            tokens, zero = g.node("Shape", ids, start=1, end=2), g.constant([0])
+            table = g.weight("position.weight", self.positions, self.width)
+            x = g.node("Add", x, g.node("Slice", table, zero, tokens, zero))
+        if self.token_types:
+            x = g.node(
+                "Add", x, g.node("Gather", g.weight("token_type.weight", self.token_types, self.width), types)
+            )
+        if not self.NORM_LAST:
+            x = g.norm(x, "norm", self.width, self.epsilon)
+        if self.width != self.hidden_size:
+            x = g.linear(x, "projection", self.width, self.hidden_size)
+        return g.norm(x, "norm", self.hidden_size, self.epsilon) if self.NORM_LAST else x
+
+    def block(self, g: Graph, hidden: str, layer: int) -> str:
+        """Hidden states (1, T, H) after a transformer block, here a post-norm one; the first layer is number 1.
+
+        Weights: qkv (hidden, 3·hidden), query, key and value concatenated; attention_out, attention_norm, ffn_in,
+        ffn_out, ffn_norm.
+        """
+        size = self.hidden_size
+        out = g.linear(self.attention(g, hidden), "attention_out", size, size)
+        # Not SkipLayerNormalization: it measured 5 times slower than Add and LayerNormalization.
+        hidden = g.norm(g.node("Add", out, hidden), "attention_norm", size, self.epsilon)
+        inner = g.activation(g.linear(hidden, "ffn_in", size, self.inner), self.activation)
+        out = g.linear(inner, "ffn_out", self.inner, size)
+        return g.norm(g.node("Add", out, hidden), "ffn_norm", size, self.epsilon)
+
+    def attention(self, g: Graph, hidden: str) -> str:
+        """Attention of hidden (1, T, H), before its output projection, (1, T, H)."""
+        size = self.hidden_size
+        if g.int8:
+            parts = g.split(g.linear(hidden, "qkv", size, 3 * size), 3)
+            return g.ms("MultiHeadAttention", *parts, num_heads=self.num_heads)
+        weight, bias = g.weight("qkv.weight", size, 3 * size), g.weight("qkv.bias", 3 * size)
+        return g.ms("Attention", hidden, weight, bias, num_heads=self.num_heads)
+
+
+def named(state: State, prefix: str, names: Mapping[str, str | tuple[str, ...]]) -> Weights:
+    """Tables, norms and linear layers by our names, from those of modules in transformers' model.
+
+    The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. A missing bias becomes
+    zeros. Tables are those of TABLES but projection.
+    """
+    weights: Weights = {}
+    for ours, theirs in names.items():
+        modules = [prefix + name for name in ([theirs] if isinstance(theirs, str) else theirs)]
+        arrays = [state[f"{name}.weight"] for name in modules]
+        biases = [state.get(f"{name}.bias") for name in modules]
+        if ours in ("word", "position", "token_type"):
+            weights[f"{ours}.weight"] = arrays[0]
+            continue
+        weights[f"{ours}.weight"] = np.concatenate([a.T for a in arrays], axis=-1)
+        weights[f"{ours}.bias"] = np.concatenate(
+            [np.zeros(len(a), np.float32) if b is None else b for a, b in zip(arrays, biases, strict=True)]
+        )
+    return weights
+
+
+def activation(name: str) -> Any:
+    """An activation as an Encoder names it; raises ValueError for one that cannot be exported."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]

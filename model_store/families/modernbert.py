@@ -1,0 +1,198 @@
+"""ModernBERT: norms before attention and the gated feed-forward network, RoPE, and layers with local attention.
+
+No weight depends on the maximum length: positions, angles and masks are computed for each text. In a long text,
+local attention runs block by block, so that its time and memory are linear in the number of tokens.
+"""
+
+from typing import ClassVar, Literal, Self
+
+import numpy as np
+from onnx import TensorProto
+from pydantic import Field, model_validator
+
+from de3.model_store.families.encoder import Config, Encoder, State, StockHead, Weights, activation, named
+from de3.model_store.graph import Array, Graph, GraphError
+from de3.model_store.part import MAX_LAYERS, MAX_TOKENS, Layer
+
+KINDS = ("full_attention", "sliding_attention")
+HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
+POOLINGS = ("cls", "mean")
+DENSE = 4  # windows: texts up to this length are one block
+MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
+
+
+class ModernBert(Encoder):
+    """ModernBERT.
+
+    Attributes:
+        window: largest distance to which a token attends in local layers.
+        local_layers: layers with local attention, from 1.
+    """
+
+    FINAL_NORM = "final_norm"
+    NO_KERNELS: ClassVar[str] = "there is no kernel for layers of ModernBERT (pre-norm, rotary positions)"
+    TABLES: ClassVar = {"word": "embeddings.tok_embeddings", "norm": "embeddings.norm"}
+    LAYER = "layers.{}."
+    NAMES: ClassVar = {
+        "attention_norm": "attn_norm",
+        "qkv": "attn.Wqkv",
+        "attention_out": "attn.Wo",
+        "ffn_norm": "mlp_norm",
+        "ffn_in": "mlp.Wi",
+        "ffn_out": "mlp.Wo",
+    }
+
+    type: Literal["modernbert"]
+    window: int = Field(ge=1, le=MAX_TOKENS)
+    local_layers: list[Layer] = Field(max_length=MAX_LAYERS)
+
+    @model_validator(mode="after")
+    def _has_even_heads(self) -> Self:
+        if self.hidden_size // self.num_heads % 2:
+            raise ValueError(f"num_heads must leave an even size of a head, got {self.num_heads}")
+        return self
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ValueError for an option that cannot be exported."""
+        activation(config["hidden_activation"])
+        rope = config.get("rope_parameters")
+        if rope is None or not config.get("layer_types"):
+            raise ValueError("modernbert encoders need transformers 5 or newer")
+        for kind in config["layer_types"]:
+            if kind not in KINDS:
+                raise ValueError(f"layer_types {kind!r} cannot be exported; supported: {', '.join(KINDS)}")
+            if rope[kind].get("rope_type", "default") != "default":
+                raise ValueError(
+                    f"rope_type {rope[kind]['rope_type']!r} cannot be exported, only RoPE without scaling (default)"
+                )
+            if not rope[kind]["rope_theta"] > 1:
+                raise ValueError(f"rope_theta must be above 1, got {rope[kind]['rope_theta']}")
+        size, odd = divmod(config["hidden_size"], config["num_attention_heads"])
+        if odd or size % 2 or config.get("head_dim") not in (None, size):
+            raise ValueError(
+                f"an encoder of hidden_size {config['hidden_size']} must have heads of the same, even size: not "
+                f"num_attention_heads {config['num_attention_heads']}, head_dim {config.get('head_dim')}"
+            )
+        if config["local_attention"] < 2:
+            raise ValueError(f"local_attention must be 2 or more, got {config['local_attention']}")
+        if config.get("is_decoder"):
+            raise ValueError("only encoders can be exported, not decoders (is_decoder is true)")
+
+    @classmethod
+    def of(cls, config: Config, token_types: bool) -> Self:
+        """The encoder of a configuration."""
+        kinds = config["layer_types"]
+        return cls(
+            type="modernbert",
+            num_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            width=config["hidden_size"],
+            vocabulary=config["vocab_size"],
+            positions=0,
+            token_types=0,
+            num_heads=config["num_attention_heads"],
+            inner=config["intermediate_size"],
+            activation=activation(config["hidden_activation"]),
+            epsilon=config["norm_eps"],
+            window=config["local_attention"] // 2,
+            local_layers=[m for m, kind in enumerate(kinds, 1) if kind == "sliding_attention"],
+        )
+
+    @classmethod
+    def max_tokens(cls, config: Config) -> int:
+        """Maximum number of tokens."""
+        return int(config["max_position_embeddings"])
+
+    @classmethod
+    def head(cls, config: Config) -> StockHead:
+        """The head of the stock classifier; raises ValueError for one that cannot be exported."""
+        for name, known in (("classifier_activation", HEAD_ACTIVATIONS), ("classifier_pooling", POOLINGS)):
+            if config[name] not in known:
+                raise ValueError(f"{name} {config[name]!r} cannot be exported; supported: {', '.join(known)}")
+        return StockHead(
+            *("head.dense", config["classifier_activation"], "classifier", config["classifier_pooling"]),
+            norm="head.norm",
+            epsilon=float(config["norm_eps"]),
+        )
+
+    def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
+        """The weights of `block`."""
+        names = {k: v for k, v in self.NAMES.items() if layer > 1 or k != "attention_norm"}
+        weights = named(state, self.LAYER.format(layer - 1), names)
+        theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
+        size = self.hidden_size // self.num_heads
+        weights["frequencies"] = (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
+        return weights
+
+    def block(self, g: Graph, hidden: str, layer: int) -> str:
+        """Hidden states (1, T, H) after a pre-norm block with rotary positions and a gated feed-forward network.
+
+        Weights: attention_norm, except in the first layer, as the embeddings end with a norm; qkv, attention_out,
+        ffn_norm, ffn_in (hidden, 2·inner), the activated part and its gate, and ffn_out; frequencies (hidden / heads /
+        2,): position p turns pair i by p · frequencies[i].
+        """
+        size, inner = self.hidden_size, self.inner
+        normed = hidden if layer == 1 else g.norm(hidden, "attention_norm", size, self.epsilon)
+        attended = self._attention(g, normed, layer in self.local_layers)
+        hidden = g.node("Add", g.linear(attended, "attention_out", size, size), hidden)
+        both = g.linear(g.norm(hidden, "ffn_norm", size, self.epsilon), "ffn_in", size, 2 * inner)
+        activated, gate = g.split(both, 2)
+        gated = g.node("Mul", g.activation(activated, self.activation), gate)
+        return g.node("Add", g.linear(gated, "ffn_out", inner, size), hidden)
+
+    def _attention(self, g: Graph, x: str, is_local: bool) -> str:
+        """Attention of x (1, T, H), before its output projection, (1, T, H)."""
+        size, heads = self.hidden_size, self.num_heads
+        query, key, value = g.split(g.linear(x, "qkv", size, 3 * size), 3)
+        zero, one = g.constant(0), g.constant(1)
+        axes = g.constant([0]), g.constant([1])
+        length = g.node("Shape", x, start=1, end=2)
+        tokens = g.node("Squeeze", length, axes[0])
+        numbers = g.node("Cast", g.node("Range", zero, tokens, one), to=TensorProto.FLOAT)
+        numbers = g.node("Unsqueeze", numbers, axes[1])
+        angles = g.node("Mul", numbers, g.weight("frequencies", size // heads // 2))
+        _check_frequencies(g.weights["frequencies"])
+        cos, sin = g.node("Cos", angles), g.node("Sin", angles)  # (T, size of a head / 2)
+        query, key = (g.ms("RotaryEmbedding", part, axes[0], cos, sin) for part in (query, key))
+        if not is_local:
+            return g.ms("MultiHeadAttention", query, key, value, num_heads=heads)
+
+        # A short text is one block; a long one is split into blocks of a window's size, each with a window on either
+        # side.
+        window = g.constant(self.window)
+        is_long = g.node("Greater", tokens, g.constant(DENSE * self.window))
+        block = g.node("Where", is_long, window, tokens)
+        around = g.node("Where", is_long, window, zero)
+        last = g.node("Sub", tokens, one)
+        count = g.node("Add", g.node("Div", last, block), one)
+
+        # Positions of queries (blocks, size) and keys (blocks, size + 2·around). Outside the text, its first or last
+        # token stands in; such keys are masked, and the results of such queries are cut off.
+        starts = g.node("Unsqueeze", g.node("Mul", g.node("Range", zero, count, one), block), axes[1])
+        queries = g.node("Add", starts, g.node("Range", zero, block, one))
+        before, after = g.node("Neg", around), g.node("Add", block, around)
+        keys = g.node("Add", starts, g.node("Range", before, after, one))
+        real_queries, real_keys = g.node("Min", queries, last), g.node("Clip", keys, zero, last)
+
+        columns = g.node("Unsqueeze", queries, g.constant([2]))
+        rows = g.node("Unsqueeze", keys, axes[1])
+        near = g.node("LessOrEqual", g.node("Abs", g.node("Sub", columns, rows)), window)
+        real = g.node("Unsqueeze", g.node("Equal", keys, real_keys), axes[1])
+        seen = g.node("Unsqueeze", g.node("And", near, real), axes[1])
+        unmasked, masked = g.constant(0, np.float32), g.constant(MASKED, np.float32)
+        added = g.node("Where", seen, unmasked, masked)  # (blocks, 1, queries, keys)
+
+        query, key, value = (
+            g.node("Squeeze", g.node("Gather", part, picked, axis=1), axes[0])
+            for part, picked in ((query, real_queries), (key, real_keys), (value, real_keys))
+        )
+        attended = g.ms("MultiHeadAttention", query, key, value, "", "", added, num_heads=heads)
+        attended = g.node("Reshape", attended, g.constant([1, -1, 0]))
+        return g.node("Slice", attended, axes[0], length, axes[1])
+
+
+def _check_frequencies(frequencies: Array) -> None:
+    """Raise GraphError for other frequencies than export writes; computed anew, they could differ by the processor."""
+    if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
+        raise GraphError("its positions have frequencies that do not descend from 1 to 0")

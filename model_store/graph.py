@@ -1,0 +1,189 @@
+"""A builder of ONNX graphs, node by node, with ONNX Runtime's fused operators.
+
+Unlike tracing a PyTorch module, this yields the fused operators for fp32 and int8 with every version of PyTorch and
+transformers. The same code builds a graph for export and to compare it with a file; the two differ in where the
+weights come from.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+Array = NDArray[Any]
+MICROSOFT = "com.microsoft"
+OPSETS = {"": 17, MICROSOFT: 1}
+IR_VERSION = 8
+
+# A token's activations are shifted and scaled to −128 … 127: 1/255 of their range is a step, the center is 128 steps
+# above the lowest, and a step has a minimum, as all activations may be equal.
+TOKEN_QUANTIZATION = (1 / 255, 128.0, 1e-30)
+
+# gelu_tanh is the tanh approximation, gelu the exact one.
+ACTIVATIONS = {"gelu": "Gelu", "gelu_tanh": "FastGelu", "relu": "Relu", "tanh": "Tanh"}
+
+# The tensor of a weight and its values, given the tensor's name, the weight's name, and its type and shape. Raises
+# GraphError or KeyError if there is none.
+Source = Callable[[str, str, type, tuple[int, ...]], tuple[TensorProto, Array]]
+
+
+class GraphError(ValueError):
+    """The graph is refused; the message says why."""
+
+
+class Graph:
+    """A builder of ONNX graphs: methods append nodes and return the name of the output.
+
+    Attributes:
+        weights: the weights that the graph takes from its source, by name.
+        tensors: weights and constants, in the order of their names in the graph.
+        declared: names of the tensors that are weights.
+    """
+
+    def __init__(self, int8: bool, source: Source, prefix: str = "") -> None:
+        """All names start with `prefix`: a branch may not reuse names of the enclosing graph."""
+        self.int8, self._source, self._prefix = int8, source, prefix
+        self.nodes: list[onnx.NodeProto] = []
+        self.inputs: list[onnx.ValueInfoProto] = []
+        self.outputs: list[onnx.ValueInfoProto] = []
+        self.tensors: list[TensorProto] = []
+        self.declared: set[str] = set()
+        self.weights: dict[str, Array] = {}
+
+    def input(self, name: str, shape: list[int | str], dtype: int = TensorProto.FLOAT) -> str:
+        """Declare an input; a string in shape is a free dimension."""
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
+        return name
+
+    def output(self, value: str, name: str, shape: list[int | str]) -> None:
+        """Declare `value` as the output `name`."""
+        for node in self.nodes:  # rename: an Identity node would copy
+            node.input[:] = [name if x == value else x for x in node.input]
+            node.output[:] = [name if x == value else x for x in node.output]
+        self.outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+
+    def constant(self, value: Any, dtype: type = np.int64) -> str:
+        """Store a constant; returns its name."""
+        name = f"{self._prefix}w{len(self.tensors)}"
+        self.tensors.append(numpy_helper.from_array(np.asarray(value, dtype, order="C"), name))
+        return name
+
+    def weight(self, name: str, *shape: int, dtype: type = np.float32) -> str:
+        """Store a weight; returns its name in the graph, `weights[name]` are its values."""
+        tensor = f"{self._prefix}w{len(self.tensors)}"
+        proto, self.weights[name] = self._source(tensor, name, dtype, shape)
+        self.tensors.append(proto)
+        self.declared.add(tensor)
+        return tensor
+
+    def node(self, op: str, *inputs: str, domain: str = "", outputs: int = 1, **attributes: Any) -> str:
+        """Append an operator; "" omits an optional input. Returns the first output's name."""
+        names = [f"{self._prefix}v{len(self.nodes)}_{i}" for i in range(outputs)]
+        self.nodes.append(helper.make_node(op, list(inputs), names, domain=domain, **attributes))
+        return names[0]
+
+    def ms(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Append one of ONNX Runtime's own operators."""
+        return self.node(op, *inputs, domain=MICROSOFT, **attributes)
+
+    def split(self, x: str, parts: int) -> list[str]:
+        """Equal parts of the last dimension."""
+        first = self.node("Split", x, axis=-1, outputs=parts).removesuffix("_0")
+        return [f"{first}_{i}" for i in range(parts)]
+
+    def linear(self, x: str, name: str, inputs: int, outputs: int) -> str:
+        """x·W + b; in int8 each token's activations are quantized with their own scale and center."""
+        bias = self.weight(f"{name}.bias", outputs)
+        if not self.int8:
+            return self.node(
+                "Add", self.node("MatMul", x, self.weight(f"{name}.weight", inputs, outputs)), bias
+            )
+        # Each token's values are shifted and scaled to −128 … 127, so that the operator rounds them to integers.
+        high = self.node("ReduceMax", x, axes=[-1], keepdims=1)
+        low = self.node("ReduceMin", x, axes=[-1], keepdims=1)
+        inverse_steps, steps_below, min_step = (self.constant(v, np.float32) for v in TOKEN_QUANTIZATION)
+        step = self.node("Max", self.node("Mul", self.node("Sub", high, low), inverse_steps), min_step)
+        center = self.node("Add", low, self.node("Mul", step, steps_below))
+        scaled = self.node("Div", self.node("Sub", x, center), step)
+        weight = self.weight(f"{name}.weight", inputs, outputs, dtype=np.int8)
+        product = self.ms("DynamicQuantizeMatMul", scaled, weight, self.weight(f"{name}.scale", outputs), "")
+        rescaled = self.node("Mul", product, step)
+        sums = center_sums(self.weights[f"{name}.weight"], self.weights[f"{name}.scale"])
+        shift = self.node("Add", self.node("Mul", center, self.constant(sums, np.float32)), bias)
+        return self.node("Add", rescaled, shift)
+
+    def row(self, x: str, name: str, inputs: int, outputs: int) -> str:
+        """x·W + b of one row x (1, inputs), in float32."""
+        weight = self.weight(f"{name}.weight", inputs, outputs)
+        return self.node("Gemm", x, weight, self.weight(f"{name}.bias", outputs))
+
+    def norm(self, x: str, name: str, size: int, epsilon: float) -> str:
+        """Layer norm of x."""
+        scale, shift = self.weight(f"{name}.weight", size), self.weight(f"{name}.bias", size)
+        return self.node("LayerNormalization", x, scale, shift, epsilon=epsilon, axis=-1)
+
+    def activation(self, x: str, name: str) -> str:
+        """An activation function, one of ACTIVATIONS."""
+        op = ACTIVATIONS[name]
+        return self.ms(op, x) if op.endswith("Gelu") else self.node(op, x)
+
+    def branch(self, flag: str, yes: "Graph", no: "Graph", names: list[str], shape: list[int | str]) -> None:
+        """Declare the outputs `names`: those of `yes` if the boolean `flag` is true, else those of `no`.
+
+        Both branches may use this graph's values; their weights are added to it.
+        """
+        then_branch, else_branch = (helper.make_graph(g.nodes, g._prefix, [], g.outputs) for g in (yes, no))
+        self.nodes.append(
+            helper.make_node("If", [flag], names, then_branch=then_branch, else_branch=else_branch)
+        )
+        for g in (yes, no):
+            self.tensors += g.tensors
+            self.declared |= g.declared
+            self.weights |= g.weights
+        self.outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
+
+    def model(self, name: str, tensors: list[TensorProto] | None = None) -> onnx.ModelProto:
+        """The finished model. tensors: instead of the weights and constants."""
+        graph = helper.make_graph(
+            self.nodes, name, self.inputs, self.outputs, self.tensors if tensors is None else tensors
+        )
+        opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
+        return helper.make_model(graph, opset_imports=opsets, producer_name="de3", ir_version=IR_VERSION)
+
+
+def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Outputs (outputs,) of int8 weights (inputs, outputs) for inputs that are all 1."""
+    return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
+
+
+def quantize(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric int8 of weight (inputs, outputs) with one scale per output: weight ≈ int8 · scale."""
+    scale = np.maximum(np.abs(weight).max(axis=0), 1e-12) / 127.0
+    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
+
+
+def given(weights: dict[str, NDArray[np.float32]]) -> Source:
+    """The source of an export: weights in float32 by name, quantized where the graph takes int8.
+
+    A linear layer has a scale for each output, the table of words for each row.
+    """
+    scales: dict[str, Array] = {}
+
+    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[TensorProto, Array]:
+        array = scales.get(name)
+        if array is None:
+            array = weights[name]
+        if dtype is np.int8:
+            is_table = name == "word.weight"
+            array, scale = quantize(np.ascontiguousarray(array.T) if is_table else array)
+            scales[name.replace(".weight", ".scale")] = scale[:, None] if is_table else scale
+            array = array.T if is_table else array
+        if array.shape != shape or array.dtype != dtype:
+            raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, expected {shape}")
+        array = np.asarray(array, order="C")
+        return numpy_helper.from_array(array, tensor), array
+
+    return take

@@ -1,0 +1,23 @@
+"""Base of the parts of a manifest, and limits of their values."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# A manifest is untrusted. Without limits, each of a million surplus entries could be a separate error.
+MAX_LAYERS, MAX_LABELS = 100, 10_000
+MAX_INT = 2**31 - 1  # also the largest file in bytes: protobuf reads no more
+MAX_TOKENS = 2**15
+MAX_WIDTH = 2**16
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
+Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
+
+
+class Part(BaseModel):
+    """A part of a manifest: immutable, without unknown fields, infinities and NaN."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True
+    )
