@@ -273,7 +273,9 @@ def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) 
         ours = model.full_depth(model.tokenize(*pair))[-1].logits
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
     edit(tmp_path / "store/m/1", lambda m: m["head"].update(norm=None))
-    with pytest.raises(StoreError, match=r"layer_03.onnx: the weight yesw5 .classifier.weight. must be float32"):
+    with pytest.raises(
+        StoreError, match=r"layer_03.onnx: the weight yesw5 .classifier.weight. must be float32"
+    ):
         Model(Store(tmp_path / "store").open("m"))
 
 

@@ -19,6 +19,9 @@ from de3.model_store.part import MAX_INT, MAX_TOKENS, MAX_WIDTH, Part, Width
 Config = Mapping[str, Any]  # config.json of transformers
 State = Mapping[str, NDArray[np.float32]]  # weights in float32 by their names in transformers' model
 Weights = dict[str, Array]
+Names = Mapping[
+    str, str | tuple[str, ...]
+]  # our name of a weight: the module's, or those of several to concatenate
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -60,9 +63,7 @@ class Encoder(Part, ABC):
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
-    NAMES: ClassVar[
-        Mapping[str, str | tuple[str, ...]]
-    ] = {}  # of its linear layers and norms, after that prefix
+    NAMES: ClassVar[Names] = {}  # of its linear layers and norms, after that prefix
 
     type: str
     num_layers: int = Field(ge=1, le=99)
@@ -147,9 +148,8 @@ class Encoder(Part, ABC):
             table = g.weight("position.weight", self.positions, self.width)
             x = g.node("Add", x, g.node("Slice", table, zero, tokens, zero))
         if self.token_types:
-            x = g.node(
-                "Add", x, g.node("Gather", g.weight("token_type.weight", self.token_types, self.width), types)
-            )
+            table = g.weight("token_type.weight", self.token_types, self.width)
+            x = g.node("Add", x, g.node("Gather", table, types))
         if not self.NORM_LAST:
             x = g.norm(x, "norm", self.width, self.epsilon)
         if self.width != self.hidden_size:
@@ -180,7 +180,7 @@ class Encoder(Part, ABC):
         return g.ms("Attention", hidden, weight, bias, num_heads=self.num_heads)
 
 
-def named(state: State, prefix: str, names: Mapping[str, str | tuple[str, ...]]) -> Weights:
+def named(state: State, prefix: str, names: Names) -> Weights:
     """Tables, norms and linear layers by our names, from those of modules in transformers' model.
 
     The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. A missing bias becomes
