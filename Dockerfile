@@ -27,8 +27,10 @@ LABEL org.opencontainers.image.title="de3" \
 COPY --from=build /opt/de3 /opt/de3
 COPY models /models
 # Results of audits, if DE3_STATE_DIR=/state. A new volume takes the owner of the folder.
-RUN install --directory --owner 10001 --group 10001 /state
-ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models
+# Classifiers served by name, and what is downloaded for them, are in /cache.
+RUN install --directory --owner 10001 --group 10001 /state /cache
+ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models \
+    DE3_CACHE=/cache HF_HOME=/cache/huggingface
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000

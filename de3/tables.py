@@ -242,7 +242,7 @@ def is_number(value: Any) -> bool:
 
 
 def labels_in(cell: str, multi_label: bool) -> list[str]:
-    """The labels of a row: one, or any number, each once."""
+    """The labels in a cell: exactly one, or with `multi_label` any number, without duplicates."""
     if not multi_label:
         return [cell]
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))

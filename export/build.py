@@ -7,7 +7,7 @@ import onnx
 from de3.model_store.architecture import Architecture
 from de3.model_store.families import family
 from de3.model_store.families.encoder import State, Weights, named
-from de3.model_store.graph import given
+from de3.model_store.graph import source_of
 from de3.model_store.segment_graph import build_segment, graph_name
 from de3.training.model import De3Model
 
@@ -40,7 +40,7 @@ def build(model: De3Model, architecture: Architecture) -> dict[str, onnx.ModelPr
     segments = {}
     for layer, file in enumerate(architecture.segment_files()):
         weights = encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(state)
-        built = build_segment(architecture, layer, given(weights | exits.get(layer, {})))
+        built = build_segment(architecture, layer, source_of(weights | exits.get(layer, {})))
         segments[file] = built.model(graph_name(layer))
         onnx.checker.check_model(segments[file])
     return segments

@@ -61,9 +61,9 @@ class Architecture(Part):
         return self.encoder.token_types > 0
 
     @model_validator(mode="after")
-    def _has_exits(self) -> Self:
+    def _fits_encoder(self) -> Self:
         exits = self.exit_layers
-        if exits != sorted(set(exits)) or exits[0] < 0 or exits[-1] != self.num_layers:
+        if exits != sorted(set(exits)) or exits[-1] != self.num_layers:
             raise ValueError(f"exit_layers must ascend from 0 or more to {self.num_layers}, got {exits}")
         if self.head is not None and self.prototype_layers == exits:
             raise ValueError("prototype_layers may not have the last layer, as it has a head")

@@ -23,7 +23,7 @@ IR_VERSION = 8
 TOKEN_QUANTIZATION = (1 / 255, 128.0, 1e-30)
 
 # gelu_tanh is the tanh approximation, gelu the exact one.
-ACTIVATIONS = {"gelu": "Gelu", "gelu_tanh": "FastGelu", "relu": "Relu", "tanh": "Tanh"}
+OPERATORS = {"gelu": "Gelu", "gelu_tanh": "FastGelu", "relu": "Relu", "tanh": "Tanh"}
 
 # The tensor of a weight and its values, given the tensor's name, the weight's name, and its type and shape. Raises
 # GraphError or KeyError if there is none.
@@ -112,6 +112,8 @@ class Graph:
         product = self.ms("DynamicQuantizeMatMul", scaled, weight, self.weight(f"{name}.scale", outputs), "")
         rescaled = self.node("Mul", product, step)
         sums = center_sums(self.weights[f"{name}.weight"], self.weights[f"{name}.scale"])
+        if not np.isfinite(sums).all():
+            raise GraphError(f"{name}: its weights are too large")
         shift = self.node("Add", self.node("Mul", center, self.constant(sums, np.float32)), bias)
         return self.node("Add", rescaled, shift)
 
@@ -126,8 +128,8 @@ class Graph:
         return self.node("LayerNormalization", x, scale, shift, epsilon=epsilon, axis=-1)
 
     def activation(self, x: str, name: str) -> str:
-        """An activation function, one of ACTIVATIONS."""
-        op = ACTIVATIONS[name]
+        """An activation function, one of OPERATORS."""
+        op = OPERATORS[name]
         return self.ms(op, x) if op.endswith("Gelu") else self.node(op, x)
 
     def branch(self, flag: str, yes: "Graph", no: "Graph", names: list[str], shape: list[int | str]) -> None:
@@ -156,7 +158,8 @@ class Graph:
 
 def center_sums(weight: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """Outputs (outputs,) of int8 weights (inputs, outputs) for inputs that are all 1."""
-    return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
+    with np.errstate(over="ignore"):
+        return np.asarray(scale * weight.sum(0, dtype=np.int32).astype(np.float32))
 
 
 def quantize(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -165,7 +168,7 @@ def quantize(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
     return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
 
 
-def given(weights: dict[str, NDArray[np.float32]]) -> Source:
+def source_of(weights: dict[str, Array]) -> Source:
     """The source of an export: weights in float32 by name, quantized where the graph takes int8.
 
     A linear layer has a scale for each output, the table of words for each row.

@@ -152,6 +152,7 @@ class Manifest(Architecture):
         tolerance: of a regression model, the largest difference between answers that count as equal, in its units. It
             has one label, the name of its value, and only the signal risk. None: it has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.
+        source: hub id or folder of a stock classifier that runs at full depth; None: it was exported with exits.
         input: the model was trained on single texts or on pairs; None: unknown, it takes both.
         export: checks of the export: parity with PyTorch; for int8, the accuracy by exit in fp32 and int8 and the share
             of samples with the same exit and label.
@@ -163,6 +164,7 @@ class Manifest(Architecture):
     created: int = Field(ge=0, lt=2**40, description="Unix time, seconds")
     thresholds: Annotated[list[Threshold], Field(max_length=MAX_LABELS)] | None = None
     tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
+    source: Annotated[str, Field(max_length=200)] | None = None
     input: Literal["text", "pair"] | None = None
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None

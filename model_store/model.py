@@ -70,12 +70,14 @@ class Model:
         options = session_options(manifest.max_tokens)
         self.runtime, self.instructions, self.why_not_native = "onnxruntime", "", ""
         self.forward: NativeForward | None = None
+        is_int8 = manifest.precision == "int8"
+        no_kernels = manifest.encoder.NO_KERNELS if is_int8 else "only int8 artifacts have kernels"
         weights, segments = [], []
         for layer, name in enumerate(manifest.segment_files()):
             check()
             file, data = artifact.path / name, artifact.read(name)
             read = check_segment(artifact, layer, data)
-            if runtime != "onnxruntime" and manifest.precision == "int8":
+            if runtime != "onnxruntime" and not no_kernels:
                 weights.append(read)
             try:
                 # From the checked bytes, as the file could have changed.
@@ -87,13 +89,13 @@ class Model:
         if runtime == "onnxruntime":
             return
         try:
-            if not weights:
-                raise NoKernelsError("only int8 artifacts have kernels")
+            if no_kernels:
+                raise NoKernelsError(no_kernels)
             self.segments, self.forward = self._native(artifact, network_of(manifest, weights), prototypes)
             self.runtime = "native"
         except NoKernelsError as error:
-            self.why_not_native = str(error) if weights else ""
-            if weights:
+            self.why_not_native = str(error) if is_int8 else ""
+            if is_int8:
                 log.warning(
                     "%s: runs on ONNX Runtime: %s; texts take up to twice as long as with the kernels",
                     *(self.full_name, error),
@@ -204,10 +206,8 @@ class Model:
 
 
 def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array]]) -> Network:
-    """The network of these weights, index = layer; raises NoKernelsError for a family that the kernels do not run."""
+    """The network of these weights, index = layer."""
     encoder, head = architecture.encoder, architecture.head
-    if encoder.NO_KERNELS:
-        raise NoKernelsError(encoder.NO_KERNELS)
     return Network(
         *(encoder.hidden_size, encoder.num_heads, encoder.inner, encoder.activation),
         mean=architecture.pooling == "mean",

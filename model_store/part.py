@@ -16,7 +16,7 @@ Width = Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
 
 class Part(BaseModel):
-    """A part of a manifest: immutable, without unknown fields, infinities and NaN."""
+    """A part of a manifest: immutable, without unknown fields, infinities or NaN."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, serialize_by_alias=True

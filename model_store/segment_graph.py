@@ -106,11 +106,15 @@ def read_segment(model: ModelProto, architecture: Architecture, layer: int) -> d
 def _values(tensor: TensorProto, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     """The values of a tensor in a file; raises GraphError unless they are of this type and shape, and finite."""
     where, size = f"the weight {tensor.name} ({name})", dtype.itemsize * int(np.prod(shape))
-    if tensor.data_type != helper.np_dtype_to_tensor_dtype(dtype) or tuple(tensor.dims) != shape:
+    wanted = helper.np_dtype_to_tensor_dtype(dtype)
+    if tensor.data_type != wanted:
+        raise GraphError(f"{where} must be {dtype} (type {wanted}), got type {tensor.data_type}")
+    if tuple(tensor.dims) != shape:
         raise GraphError(f"{where} must be {dtype} of shape {list(shape)}, got {list(tensor.dims)[:10]}")
-    if len(tensor.raw_data) != size:
-        raise GraphError(f"{where} has {len(tensor.raw_data)} bytes, expected {size}")
-    array: Array = np.frombuffer(tensor.raw_data, dtype.newbyteorder("<")).reshape(shape)
+    data = tensor.raw_data  # a copy each time
+    if len(data) != size:
+        raise GraphError(f"{where} has {len(data)} bytes, expected {size}")
+    array: Array = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
     if dtype.kind == "f" and not np.isfinite(array).all():
         raise GraphError(f"{where} is not finite")
     return array
@@ -124,9 +128,7 @@ def _compare(model: ModelProto, g: Graph, name: str) -> None:
             operator = f"{node.domain}.{node.op_type}".lstrip(".")
             raise GraphError(f"operator {number} is {operator}, not {wanted.op_type}")
         if node != wanted:
-            raise GraphError(
-                f"operator {number}, {node.op_type}, has unexpected {_differences(node, wanted)}"
-            )
+            raise GraphError(f"operator {number}, {node.op_type}, has unexpected {_difference(node, wanted)}")
     if len(graph.node) != len(expected.graph.node):
         raise GraphError(f"it has {len(graph.node)} operators, not {len(expected.graph.node)}")
     for tensor, made in zip(graph.initializer, g.tensors, strict=False):
@@ -134,22 +136,26 @@ def _compare(model: ModelProto, g: Graph, name: str) -> None:
             raise GraphError(f"the constant {made.name} differs from the one that export writes")
     if len(graph.initializer) != len(g.tensors):
         raise GraphError(f"it has {len(graph.initializer)} weights and constants, not {len(g.tensors)}")
-    for part, ours, theirs in (
+    for part, found, made in (
         ("inputs", graph.input, expected.graph.input),
         ("outputs", graph.output, expected.graph.output),
     ):
-        if ours != theirs:
+        if found != made:
             raise GraphError(f"its {part} differ from those that export writes")
-    file, ours = (
+    file, wanted_file = (
         (m.graph.name, m.ir_version, m.producer_name, list(m.opset_import)) for m in (model, expected)
     )
-    if file != ours:
+    if file != wanted_file:
         raise GraphError("its name, producer or versions differ from those that export writes")
 
 
-def _differences(node: Any, wanted: Any) -> str:
-    """The fields in which two nodes of one operator differ."""
+def _difference(node: Any, wanted: Any) -> str:
+    """The first field or attribute in which two nodes of one operator differ."""
     attributes = {a.name: a for a in wanted.attribute}
     wrong = [a.name for a in node.attribute if attributes.pop(a.name, None) != a]
     fields = [f for f in ("domain", "input", "output") if getattr(node, f) != getattr(wanted, f)]
-    return ", ".join(map(repr, fields + wrong + list(attributes))) or "order of attributes"
+    return (
+        repr(first[:100])
+        if (first := next(iter(fields + wrong + list(attributes)), ""))
+        else "order of attributes"
+    )

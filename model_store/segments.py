@@ -111,8 +111,8 @@ class ForwardPass:
         tau, signal: exit at the first layer whose score is below tau.
         deepest: the last layer to run, one with an exit.
         ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
-        caution: factor of tau after an exit that is too far from its prototypes.
-        thresholds: of a multi-label model; None: classes exclude each other.
+        caution: factor applied to tau once the sample is too far from every prototype of an exit.
+        thresholds: of a multi-label model; otherwise None.
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
         exit_layer: the layer at which it exited; -1: not yet.
@@ -120,7 +120,7 @@ class ForwardPass:
         logits, distances: (num_layers + 1, K), index = layer; zeros at exits not computed.
         readings: once it has exited, the scored readings of the computed exits.
         is_below_tau: it exited because its score was below tau.
-        is_far: an exit was too far from its prototypes.
+        is_far: it was too far from every prototype at some exit.
     """
 
     tokens: Tokens

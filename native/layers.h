@@ -1,6 +1,6 @@
 /* The embeddings, an encoder layer, an exit, and the forward pass of several texts.
  *
- * The arithmetic of the int8 segments (export/segment.py), operator by operator: activations are quantized to uint8 with
+ * The arithmetic of the int8 segments (model_store/segment_graph.py), operator by operator: activations are quantized to uint8 with
  * a scale for each row, int8 weights have a scale for each output, and everything else is float32. Every function
  * returns 0, or -1 for an id outside the tables or if memory runs out.
  */

@@ -13,6 +13,7 @@ from de3.native import NoKernelsError
 Array = NDArray[Any]
 NONE = np.zeros(0, np.float32)
 LINEARS = ("qkv", "attention_out", "ffn_in", "ffn_out")  # of a layer, in the order of python.c
+TABLES = ("word", "position", "token_type", "norm")
 NORMS = ("attention_norm", "ffn_norm")
 HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
 
@@ -79,10 +80,8 @@ def build(network: Network) -> Any:
                 kernels.set_exit(model, number, classifier, weights["classifier.bias"], *space)
         if (head := network.head) is not None:
             top = layers[-1]
-            dense, activation = (
-                np.ascontiguousarray(top["dense.weight"].T),
-                HEAD_ACTIVATIONS.index(head.activation),
-            )
+            dense = np.ascontiguousarray(top["dense.weight"].T)
+            activation = HEAD_ACTIVATIONS.index(head.activation)
             kernels.set_head(model, dense, top["dense.bias"], activation, head.mean)
     except ValueError as error:  # unsupported sizes
         raise NoKernelsError(str(error)) from None
@@ -92,14 +91,15 @@ def build(network: Network) -> Any:
 def _check(network: Network) -> None:
     """Raise NoKernelsError for parts that the kernels do not support."""
     tables, last = network.segments[0], network.segments[-1]
-    if "word.scale" not in tables:
-        raise NoKernelsError("only int8 artifacts have kernels")
     if "projection.weight" in tables:
         raise NoKernelsError("its embeddings have a projection")
     if "position.weight" not in tables:
         raise NoKernelsError("its embeddings have no positions")
     if "norm.weight" in last:
         raise NoKernelsError("there is no kernel for a head with a norm")
+    names = {name.partition(".")[0] for weights in network.segments for name in weights}
+    if unknown := names - {*TABLES, *LINEARS, *NORMS, "offsets", "classifier", "space", "dense"}:
+        raise NoKernelsError(f"there is no kernel for {min(unknown)}")
     if network.activation not in ("gelu", "relu"):
         raise NoKernelsError(f"there is no kernel for the activation {network.activation}")
 

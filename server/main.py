@@ -14,6 +14,7 @@ from types import FrameType
 
 import uvicorn
 
+from de3.model_store.store import Artifact
 from de3.server import logs
 from de3.server.http.app import PROTOCOLS, create_app
 from de3.server.http.asgi import handler
@@ -99,8 +100,10 @@ def max_connections() -> int:
     return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
-def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
+def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[Artifact] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
+
+    artifacts: to serve besides those of the store that the settings name.
 
     Raises StoreError if a model is missing or damaged.
     """
@@ -110,7 +113,7 @@ def serve(settings: Settings, warnings: Sequence[str] = ()) -> None:
     logs.configure(settings.log_format)
     for warning in warnings:
         log.warning(warning)
-    service = Service(settings)
+    service = Service(settings, artifacts)
 
     def stop() -> None:
         server.should_exit = True

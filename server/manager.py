@@ -46,11 +46,11 @@ class Manager:
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def begin(self, artifacts: Sequence[Artifact]) -> None:
+    async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; the first version of each name is current.
 
-        An invalid artifact is skipped unless the settings name it. Raises StoreError or ValueError if a named one is
-        invalid, or none is left.
+        An invalid artifact is skipped unless the operator has named it. Raises StoreError or ValueError if a named one
+        is invalid, or none is left.
         """
         async with self._changing:
             for artifact in artifacts:
@@ -58,7 +58,7 @@ class Manager:
                 try:
                     await self._serve(artifact, "current" if is_first else "beside")
                 except Exception as error:  # a forged artifact may raise anything
-                    if self._settings.models or (artifact is artifacts[-1] and not self._models.routes):
+                    if are_named or (artifact is artifacts[-1] and not self._models.routes):
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)
 

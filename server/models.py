@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,12 +22,21 @@ MAX_HISTORY = 16  # versions to roll back to
 MAX_LOADED = 16
 
 
-def find(store: Store, wanted: list[str]) -> list[Artifact]:
+def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> list[Artifact]:
     """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
 
-    An invalid artifact is skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or none is
-    left, and NoModelsError if the store is empty.
+    others: artifacts from elsewhere; with them, only wanted ones of the store are served. An invalid artifact is
+    skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or none is left, and NoModelsError if
+    the store is empty.
     """
+    if others:
+        found = list({a.path: a for a in [*(store.open(name) for name in wanted), *others]}.values())
+        names = [a.full_name for a in found]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise StoreError(
+                f"two models would be served as {twice}; rename a folder, or serve them separately"
+            )
+        return found
     names = wanted or list(store.versions())
     if not names:
         raise NoModelsError(f"{store.path} holds no model; add one with de3 export")
@@ -52,9 +61,10 @@ def find(store: Store, wanted: list[str]) -> list[Artifact]:
 def newest(store: Store) -> list[Artifact]:
     """The newest version of every model in the store whose manifest is valid; the models may be loaded later."""
     artifacts = []
-    for name in store.versions():
-        with suppress(Exception):  # an invalid one is reported when it is loaded
-            artifacts.append(store.open(name))
+    with suppress(NoModelsError):
+        for name in store.versions():
+            with suppress(Exception):  # an invalid one is reported when it is loaded
+                artifacts.append(store.open(name))
     return artifacts
 
 
@@ -166,7 +176,8 @@ class Models:
             return self._versions[name][self.routes[name].current]
         served = self.all
         for one in served:
-            if one.model.full_name == name:
+            source = one.model.manifest.source
+            if name in (one.model.full_name, source, source and source.partition("@")[0]):
                 return one
         raise unknown_model(name, [s.model.full_name for s in served])
 
@@ -229,12 +240,15 @@ def _gone(before: list[Served], after: list[Served]) -> list[Served]:
     return [s for s in before if not any(s is other for other in after)]
 
 
-def default_of(settings: Settings, artifacts: list[Artifact]) -> str | None:
-    """The name that answers requests that name no model; raises StoreError if it is not served."""
+def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -> str | None:
+    """The name that answers requests that name no model; raises StoreError if it is not served.
+
+    are_named: the operator has named the artifacts, so the first is the default.
+    """
     name = settings.default_model
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
     if name is None:  # the only model at startup remains the default when others are loaded
-        return served[0] if settings.models or len(served) == 1 else None
+        return served[0] if are_named or len(served) == 1 else None
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
     return name

@@ -1,6 +1,6 @@
 """Proves an artifact: loads and runs it in a separate process, with limits on time and memory.
 
-`model_store` checks the contents of the files before it opens them (graph_check.py, graph_reader.py,
+`model_store` checks the contents of the files before it opens them (graph_check.py, segment_graph.py,
 tokenizer_check.py). This covers problems that only appear at run time: slowness, memory use, and crashes.
 """
 

@@ -13,7 +13,7 @@ from de3.exits.trade_offs import TradeOffs
 from de3.model_store.manifest import Manifest, TradeOff
 from de3.server.errors import RequestError
 from de3.server.networks import party
-from de3.server.settings import ExitOptions, Settings
+from de3.server.settings import EXCLUSIVE, ExitOptions, Settings
 
 MAX_NAMED = 20  # signals or labels in a message
 MAX_LOAD_LOSS = 0.02  # accuracy that raising τ under load may cost, without --min-accuracy
@@ -82,11 +82,20 @@ class Choice:
         return row
 
 
+def _asks_for_an_exit(options: ExitOptions) -> str | None:
+    """The field of a request that asks for an exit before the last layer; None: there is none."""
+    if options.tau:
+        return "tau"
+    fields = {"lam": "lambda"} | {name: name for name in ("signal", *EXCLUSIVE[1:], "max_layer")}
+    return next((name for field, name in fields.items() if getattr(options, field) is not None), None)
+
+
 class Rules:
     """Chooses the exit rule of each request to one model."""
 
     def __init__(self, manifest: Manifest, settings: Settings) -> None:
         self._exits = manifest.exit_layers
+        self._is_full_depth = len(manifest.exit_layers) == 1
         self._labels, self._label_set = manifest.labels, frozenset(manifest.labels)
         self._own_thresholds = manifest.thresholds
         self._traits = manifest.traits
@@ -126,7 +135,7 @@ class Rules:
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply_guarantee(self, promises: Promises) -> None:
-        """Use the τ that keep a promise, for requests without options; `default` is that of the main client."""
+        """Take τ for requests without options from the promises; `default` is for the client with the most texts."""
 
         def choice(client: str) -> Choice:
             promise = promises.deciding(client)
@@ -163,6 +172,12 @@ class Rules:
 
         client: of the request; with a guarantee, each has a τ of its own.
         """
+        if self._is_full_depth and (field := _asks_for_an_exit(options)) is not None:
+            raise RequestError(
+                f"{field}: {self.name} has no exits before its last layer, so it always runs at full depth; the "
+                "server's operator can add exits with de3 import",
+                field,
+            )
         choice = self._chosen(options, level, client)
         if choice.promise is not None and options != ExitOptions():  # such requests are not audited
             choice = replace(choice, promise=None)

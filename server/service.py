@@ -3,7 +3,7 @@
 import asyncio
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
@@ -49,12 +49,14 @@ class Service:
     afterwards, while /health already responds.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
+        """artifacts: to serve besides those of the store that the settings name."""
         self.settings = settings
         store = Store(settings.store)
-        self.artifacts: list[Artifact] = find(store, settings.models)
+        self.artifacts: list[Artifact] = find(store, settings.models, artifacts)
+        self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
-        self.models = Models(default_of(settings, self.artifacts))
+        self.models = Models(default_of(settings, self.artifacts, self._are_named))
         self.metrics = Metrics(settings, deepest, self._in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
@@ -86,7 +88,7 @@ class Service:
             return
         try:
             started = perf_counter()
-            await self.manager.begin(self.artifacts)
+            await self.manager.begin(self.artifacts, self._are_named)
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))

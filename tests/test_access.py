@@ -67,7 +67,7 @@ def test_without_a_key_nobody_classifies(server: Server, headers: dict[str, str]
         assert error["type"] == "AuthenticationError" and "Authorization: Bearer KEY" in error["message"]
 
 
-def test_who_has_a_key_may(server: Server) -> None:
+def test_a_valid_key_is_accepted(server: Server) -> None:
     for key in (ALICE, BOB):
         assert post(server, bearer(key), input="good").status_code == 200
         assert httpx.get(server.url + "/v1/models", headers=bearer(key)).status_code == 200
@@ -75,7 +75,7 @@ def test_who_has_a_key_may(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/docs", "/openapi.json"])
-def test_what_tells_nothing_of_users_is_open(server: Server, path: str) -> None:
+def test_health_metrics_and_docs_need_no_key(server: Server, path: str) -> None:
     answer = httpx.get(server.url + path)
     assert answer.status_code == 200
     assert ALICE not in answer.text and DIGEST not in answer.text
@@ -245,9 +245,7 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
         ("127.0.0.1.evil.example", False),
     ],
 )
-def test_a_name_that_was_made_to_resolve_to_this_machine_is_refused(
-    store: Path, host: str, is_own: bool
-) -> None:
+def test_dns_rebinding_is_refused(store: Path, host: str, is_own: bool) -> None:
     """DNS rebinding: a page at evil.example has the origin of the requests that it sends to evil.example."""
     headers = {"Host": host, "Origin": f"http://{host}"}
     with serving(store, models=["tiny"], allowed_hosts=["proxy.example"]) as server:

@@ -300,7 +300,7 @@ def test_a_request_that_is_not_answered_leaves_nothing_behind(
         assert auditor_of(server).evidence.texts == 1
 
 
-def test_the_list_of_audits_has_an_end(store: Path) -> None:
+def test_pending_audits_are_limited(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         auditor = auditor_of(server)
         shares = []

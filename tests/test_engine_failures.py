@@ -1,5 +1,5 @@
-"""Engine threads survive errors of the code that they call; a lost thread ends the server, so that its supervisor
-restarts it."""
+"""Engine threads survive errors in the code that they call; if a thread is lost, the server exits, so that its
+supervisor restarts it."""
 
 import threading
 from pathlib import Path

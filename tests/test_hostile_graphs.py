@@ -179,10 +179,9 @@ def test_segments_of_every_family_are_read_as_built(family: str, int8: bool) -> 
     for layer, model in enumerate(segments):
         weights = read_segment(model, architecture, layer)
         assert weights["classifier.weight"].shape == (architecture.hidden_size, 3)
-        for other in range(len(segments)):
-            if (layer > 0) != (other > 0):
-                with pytest.raises(GraphError):
-                    read_segment(model, architecture, other)
+        for other in {*range(len(segments))} - {layer}:
+            with pytest.raises(GraphError):
+                read_segment(model, architecture, other)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +203,16 @@ def test_segments_of_every_family_are_read_as_built(family: str, int8: bool) -> 
         {"encoder": {"token_types": 3}},
         {"encoder": {"activation": "relu"}},
         {"encoder": {"epsilon": 1e-5}},
+        *(("modernbert", {"encoder": change}) for change in ({"window": 4}, {"local_layers": [1]})),
+        *(("deberta-v2", {"encoder": {field: 2}}) for field in ("rows", "distances")),
+        *(("deberta-v2", {"encoder": {"terms": [term]}}) for term in ("c2p", "p2c")),
+        ("mpnet", {"encoder": {"distances": 2}}),
     ],
     ids=str,
 )
-def test_a_manifest_of_another_model_is_refused(change: dict[str, Any]) -> None:
-    architecture, segments = built("bert", False)
+def test_a_manifest_of_another_model_is_refused(change: Any) -> None:
+    family, change = change if isinstance(change, tuple) else ("bert", change)
+    architecture, segments = built(family, False)
     if "encoder" in change:
         change = {"encoder": architecture.encoder.model_copy(update=change["encoder"])}
     other = architecture.model_copy(update=change)
@@ -275,6 +279,46 @@ def test_tables_reach_as_far_as_texts(family: str, field: str) -> None:
     raw["encoder"][field] = architecture.max_tokens - 1
     with pytest.raises(ValueError, match=f"max_tokens must be at most {architecture.max_tokens - 1}"):
         Architecture.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("bert", {"positions": 0}, "positions must be 1 or more"),
+        ("bert", {"token_types": 1}, "token_types must not be 1"),
+        ("roberta", {"width": 32}, "width must be hidden_size"),
+        ("distilbert", {"token_types": 2}, "token_types must not be 2"),
+        ("modernbert", {"token_types": 2}, "token_types must not be 2"),
+        ("modernbert", {"positions": 64}, "positions must be 0"),
+        ("modernbert", {"local_layers": [2, 2]}, "local_layers must ascend"),
+        ("modernbert", {"local_layers": [3]}, "local_layers must ascend"),
+        ("modernbert", {"num_heads": 64}, "num_heads must leave an even size"),
+        ("deberta-v2", {"terms": ["c2p", "c2p"]}, "terms must be c2p, p2c or both"),
+        ("deberta-v2", {"terms": ["p2c", "c2p"]}, "terms must be c2p, p2c or both"),
+    ],
+)
+def test_an_encoder_that_no_export_describes_is_refused(family: str, change: Any, message: str) -> None:
+    raw = built(family, False)[0].model_dump()
+    raw["encoder"] |= change
+    with pytest.raises(ValueError, match=message):
+        Architecture.model_validate(raw)
+
+
+def test_sums_that_overflow_are_refused() -> None:
+    architecture, segments = built("bert", True)
+    scale = read_segment(segments[1], architecture, 1)["qkv.scale"].tobytes()
+    name = next(w.name for w in segments[1].graph.initializer if w.raw_data == scale)
+    with pytest.raises(GraphError, match="qkv: its weights are too large"):
+        read_segment(replaced(segments[1], name, lambda x: np.full_like(x, 3e38)), architecture, 1)
+
+
+def test_a_message_is_short_whatever_the_graph_contains() -> None:
+    architecture, segments = built("bert", False)
+    copy = deepcopy(segments[1])
+    copy.graph.node[0].attribute.extend(helper.make_attribute("x" * 190 + str(i), 1) for i in range(2000))
+    with pytest.raises(GraphError) as caught:
+        read_segment(copy, architecture, 1)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("heads", [0, 3, 65, 128, -4])

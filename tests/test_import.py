@@ -12,14 +12,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from de3.model_store import manifest
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.tables import Columns, read_rows
 from de3.training import data, stock
 from de3.training.checkpoint import Checkpoint
-from de3.training.config_check import MAX_LABELS, MAX_LAYERS
 from de3.training.data import Example, encode
 from de3.training.model import De3Model
 from de3.training.stock import open_stock, parity, with_exits
@@ -375,10 +373,6 @@ def test_a_config_of_impossible_size_is_refused_before_a_model_is_built(
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=says):
         Checkpoint(tmp_path, unfinished=True)
-
-
-def test_the_limits_of_a_config_are_those_of_an_artifact() -> None:
-    assert (MAX_LABELS, MAX_LAYERS + 1) == (manifest.MAX_LABELS, manifest.MAX_LAYERS)
 
 
 def test_the_size_of_a_config_is_limited(tmp_path: Path) -> None:

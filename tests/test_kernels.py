@@ -54,7 +54,7 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build("gcc", tmp_path_factory.mktemp("native") / "compare")
 
 
-def test_what_this_machine_runs_gives_what_the_reference_gives(native: Path) -> None:
+def test_native_kernels_match_the_reference(native: Path) -> None:
     names = run(native).split()
     assert names[-1] == "reference"
     for name in names:
@@ -86,9 +86,7 @@ def assert_emulated(program: Path, emulator: str, processor: str, *names: str) -
     ("processor", "names"),
     [("cortex-a72", ""), ("neoverse-n1", "dotprod"), ("max", "i8mm dotprod")],
 )
-def test_what_arm_processors_run_gives_what_the_reference_gives(
-    for_arm: Path, processor: str, names: str
-) -> None:
+def test_arm_kernels_match_the_reference(for_arm: Path, processor: str, names: str) -> None:
     assert_emulated(for_arm, QEMU, processor, *names.split())
 
 

@@ -30,7 +30,7 @@ def test_the_check_can_fail() -> None:
         kubernetes_validate.validate(wrong, "1.31", strict=True)
 
 
-def test_they_fit_together_and_the_image() -> None:
+def test_manifests_match_each_other_and_the_image() -> None:
     pod = DOCUMENTS["Deployment"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     labels = pod["metadata"]["labels"]

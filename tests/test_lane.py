@@ -41,7 +41,7 @@ def test_one_at_a_time_and_clients_in_rotation() -> None:
 
 
 @pytest.mark.parametrize("victim", range(4))
-def test_a_turn_is_not_lost_with_who_leaves(victim: int) -> None:
+def test_cancelling_a_task_does_not_lose_the_turn(victim: int) -> None:
     async def go() -> int:
         lane, done = Lane(), 0
 

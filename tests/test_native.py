@@ -23,10 +23,9 @@ from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Edr, Entropy, Risk, Signal
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families.bert import Bert
-from de3.model_store.graph import Graph, quantize
-from de3.model_store.graph import given as source_of
+from de3.model_store.graph import Graph, quantize, source_of
 from de3.model_store.model import Model, network_of
-from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.segment_graph import build_segment, graph_name, read_segment
 from de3.model_store.segments import ForwardPass, NativeSegment, session_options
 from de3.model_store.store import Store, StoreError
 from de3.model_store.tokenizer import TextTokenizer
@@ -150,7 +149,9 @@ def random_network(rng: np.random.Generator, architecture: Architecture) -> tupl
     weights = {name: array.astype(np.float32) for name, array in weights.items()}
     graphs = [build_segment(architecture, layer, source_of(weights)) for layer in range(2)]
     segments = [g.model(graph_name(layer)) for layer, g in enumerate(graphs)]
-    return network_of(architecture, [g.weights for g in graphs]), segments
+    return network_of(
+        architecture, [read_segment(s, architecture, m) for m, s in enumerate(segments)]
+    ), segments
 
 
 def random_architecture(

@@ -164,7 +164,7 @@ def test_refusals_are_the_servers_own_words(page: Page) -> None:
     expect(page.locator("#summary")).to_contain_text("Type a text")
 
 
-def test_a_server_that_is_gone_is_said_kindly(page: Page) -> None:
+def test_an_unreachable_server_is_reported_and_retried(page: Page) -> None:
     expect(page.locator("#layers .exit")).to_have_count(1)
     page.route("**/classify", lambda route: route.abort())
     page.fill("#text", "anything")

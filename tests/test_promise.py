@@ -336,7 +336,7 @@ def test_a_copy_of_the_evidence_stays_as_it_was() -> None:
     assert (copy.texts, copy.audits) == (1, 1)
 
 
-def test_the_shares_that_are_counted_have_an_end() -> None:
+def test_counted_shares_are_limited() -> None:
     evidence = Evidence(GRID)
     for number in range(MAX_SHARES):
         evidence.skip((1 + number) / 100, 1)

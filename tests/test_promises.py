@@ -108,7 +108,7 @@ def test_further_clients_count_as_one_until_they_send_more() -> None:
     assert set(promises.own) == set(promises.by_left_out) - {ALL}
 
 
-def test_the_clients_that_are_counted_have_an_end() -> None:
+def test_counted_clients_are_limited() -> None:
     promises = Promises(0.1, GRID)
     send(promises, "large", 100)
     for number in range(MAX_CLIENTS + 3 * MAX_COUNTED):

@@ -278,7 +278,7 @@ def test_a_body_that_does_not_say_its_length_is_cut_off(server: Server) -> None:
     assert server.classify(input="fine").status_code == 200
 
 
-def test_what_is_no_http_is_survived(server: Server) -> None:
+def test_malformed_http_is_survived(server: Server) -> None:
     for raw in (
         b"\x00\xff\x16\x03\x01",
         b"GET / HTTP/9.9\r\n\r\n",

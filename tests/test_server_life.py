@@ -104,7 +104,7 @@ def test_a_client_that_leaves_stops_its_text_at_the_next_layer(
         assert ran == [1]
 
 
-def test_a_client_that_does_not_read_takes_no_ones_place(store: Path) -> None:
+def test_a_client_that_does_not_read_occupies_no_slot(store: Path) -> None:
     with serving(store, max_queue=300, max_texts=300) as server:
         body = json.dumps({"input": ["good film"] * 300, "explain": True}).encode()
         request = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (
@@ -258,7 +258,7 @@ def test_demo_serves_the_demo_model_whatever_the_variable_says(
     from de3.cli import main
 
     served: list[Settings] = []
-    monkeypatch.setattr("de3.server.main.serve", lambda settings, warnings: served.append(settings))
+    monkeypatch.setattr("de3.server.main.serve", lambda settings, *_: served.append(settings))
     monkeypatch.setenv("DE3_STORE", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["de3", "serve", "--demo", "--port", "8001"])
     with pytest.raises(SystemExit) as stopped:

@@ -113,7 +113,7 @@ def test_clients_are_told_apart_by_address(peer: str | None, forwarded: list[str
     assert Clients(["10.0.0.0/8", "fd00::/8"]).name(scope(peer, *forwarded)) == name
 
 
-def test_a_network_that_is_none_is_refused() -> None:
+def test_an_invalid_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"trusted_proxies: .*'10.0.0.1/99'.*give for example 10.0.0.0/8"):
         Clients(["10.0.0.1/99"])
 

@@ -143,10 +143,12 @@ def test_an_unfinished_training_is_not_used(
 def test_what_cannot_be_exported_is_not_trained(kind: str, data_file: Path, tmp_path: Path) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "encoder")
     message = refusal(training(data_file, tmp_path / "encoder", tmp_path / "out"))
-    assert f"{kind!r} cannot be exported; supported: bert, roberta, distilbert, electra" in message
+    assert f"{kind!r} cannot be exported; supported: bert, roberta, xlm-roberta, camembert" in message
 
 
-def test_an_encoder_that_is_none(checkpoint: Path, data_file: Path, tmp_path: Path, stock: Path) -> None:
+def test_a_path_that_is_not_an_encoder_is_refused(
+    checkpoint: Path, data_file: Path, tmp_path: Path, stock: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     for encoder, message in (
         (checkpoint, "is a checkpoint of de3 train; give the encoder that it was trained from"),
@@ -290,7 +292,7 @@ def test_weak_numbers_are_called_weak() -> None:
     assert weaknesses(recorded([0, 1] * 500, [0, 1] * 450 + [1, 0] * 50), ["no", "yes"]) == []
 
 
-def test_labels_that_are_none_are_refused() -> None:
+def test_implausible_labels_are_refused_or_warned_about() -> None:
     with pytest.raises(ValueError, match="scores, not classes"):
         checks.labels(Counter({"3.8": 4, "2.25": 9, "1": 7}))
     with pytest.raises(ValueError, match="is --label-column the right one"):

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from de3.training.config_check import check_config, read_config
+from de3.model_store.sizes import read_config
+from de3.training.config_check import check_config
 from de3.training.data import Example, check_input, load_examples
 from de3.training.model import De3Config, De3Model, check_loaded
 

@@ -1,25 +1,10 @@
-"""Check of a config.json, which may come from elsewhere, before transformers builds a model of that size."""
+"""Check of a config.json before transformers builds a model of that size."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import cached_file
 
-MAX_BYTES = 2**24
-
-MAX_LABELS, MAX_LAYERS = 10_000, 99  # of an artifact (de3.model_store.manifest)
-MAX_WIDTH = 2**16
-# The names of each number in the families' configurations.
-MAXIMA = {
-    **dict.fromkeys(("num_labels",), MAX_LABELS),
-    **dict.fromkeys(("num_hidden_layers", "n_layers"), MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "dim", "embedding_size", "metric_dim"), MAX_WIDTH),
-    **dict.fromkeys(("intermediate_size", "hidden_dim"), MAX_WIDTH),
-    **dict.fromkeys(("num_attention_heads", "n_heads"), MAX_WIDTH),
-    "max_position_embeddings": 2**20,
-    "vocab_size": 2**22,
-}
+from de3.model_store.sizes import check_sizes, read_config
 
 
 def check_config(name: str, source: str) -> None:
@@ -31,36 +16,6 @@ def check_config(name: str, source: str) -> None:
     config = read_config(Path(cached_file(source, "config.json")))
     if not isinstance(config, dict):
         raise ValueError(f"{name}: its config.json is not a JSON object")
-    _check_sizes(name, config)
+    check_sizes(name, config)
     if isinstance(config.get("encoder"), dict):  # a checkpoint of de3 train
-        _check_sizes(name, config["encoder"])
-
-
-def read_config(file: Path) -> Any:
-    """The JSON of a config.json; raises ValueError if it is none, and OSError if it cannot be read."""
-    with file.open("rb") as opened:
-        data = opened.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{file}: cannot be read: more than {MAX_BYTES} bytes")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read: {error}") from None
-
-
-def _check_sizes(name: str, config: dict[str, Any]) -> None:
-    for field, most in MAXIMA.items():
-        value = config.get(field)
-        if value is not None and (type(value) is not int or not 1 <= value <= most):
-            raise ValueError(
-                f"{name}: its config.json says {field} {value!r:.50}; it must be a whole number from 1 to {most}"
-            )
-    labels = config.get("id2label")
-    if labels is None:
-        return
-    if not isinstance(labels, dict) or len(labels) > MAX_LABELS:
-        raise ValueError(
-            f"{name}: id2label in its config.json must be an object with at most {MAX_LABELS} labels"
-        )
-    if not all(key.isdecimal() and key.isascii() and len(key) < 10 for key in map(str, labels)):
-        raise ValueError(f"{name}: id2label in its config.json must have whole numbers as keys")
+        check_sizes(name, config["encoder"])

@@ -121,7 +121,7 @@ def need_train_extra() -> None:
 
 
 def read_rows(file: Path | None, dataset: str | None, split: str, columns: Columns) -> list[tuple[Text, str]]:
-    """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless one of them is given."""
+    """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless exactly one is given."""
     if (file is None) == (dataset is None):
         raise ValueError("give the data either as a file or with --dataset")
     return tables.read_rows(file, columns) if file else tables.read_dataset(str(dataset), split, columns)

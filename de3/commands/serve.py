@@ -3,20 +3,28 @@
 import os
 from inspect import Parameter
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
 from de3.commands.options import declare
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
+if TYPE_CHECKING:
+    from de3.model_store.store import Artifact
+
 DEMO_MODEL = "sst2"
 
 
-def serve(context: typer.Context, demo: bool, **values: Any) -> None:
+def serve(
+    context: typer.Context, names: list[str], demo: bool, quantize: str, cache_gb: float, **values: Any
+) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
-    Example: de3 serve --store models --port 8000
+    NAMES are looked up in the store, then as folders, then on the Hugging Face hub. A classifier of transformers is
+    served at full depth; de3 import gives it exits, which make it faster.
+
+    Example: de3 serve my-org/my-classifier
     """
     from de3.model_store.store import NoModelsError
     from de3.server.main import serve as run
@@ -27,16 +35,39 @@ def serve(context: typer.Context, demo: bool, **values: Any) -> None:
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError("--demo: cannot be combined with --store; give one of them")
         given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
+    artifacts = _artifacts(names or [], given["store"], quantize, cache_gb)
     for name in Settings.model_fields:
         # An empty secret is not skipped, because Settings rejects it.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
             given[name] = secret
     try:
-        run(Settings(**given), _warnings())
+        run(Settings(**given), _warnings(), artifacts)
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
         ) from None
+
+
+def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
+    """The models of these names: of the store, or classifiers in folders or on the hub."""
+    if not names:
+        return []
+    if quantize not in ("int8", "none"):
+        raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
+    from de3.export.cache import artifact_of, cache_folder
+    from de3.model_store.store import NoModelsError, Store
+
+    try:
+        stored = set(Store(store).versions())
+    except NoModelsError:
+        stored = set()
+    precision: Literal["int8", "fp32"] = "int8" if quantize == "int8" else "fp32"
+    return [
+        Store(store).open(name)
+        if name.partition(":")[0] in stored
+        else artifact_of(name, precision, cache_folder(), cache_gb)
+        for name in names
+    ]
 
 
 def demo_store() -> Path:
@@ -72,8 +103,23 @@ def _parameter(name: str) -> Parameter | None:
 
 
 _demo = typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
+_names = typer.Argument(
+    metavar="[NAME]...",
+    help="Models to serve: names in the store, folders of classifiers of transformers, or ids of the Hugging Face hub "
+    "(id@revision). The first answers requests that name none.",
+    show_default=False,
+)
+_quantize = typer.Option(help="Precision of classifiers of transformers: int8, or none for fp32.")
+_cache_gb = typer.Option(
+    envvar="DE3_CACHE_GB",
+    help="Size limit of the cache of converted classifiers, which is in DE3_CACHE or ~/.cache/de3.",
+    min=0,
+)
 _parameters = [
     Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
+    Parameter("names", Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[list[str] | None, _names]),
+    Parameter("quantize", Parameter.KEYWORD_ONLY, default="int8", annotation=Annotated[str, _quantize]),
+    Parameter("cache_gb", Parameter.KEYWORD_ONLY, default=20.0, annotation=Annotated[float, _cache_gb]),
     Parameter("demo", Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, _demo]),
     *(parameter for name in Settings.model_fields if (parameter := _parameter(name)) is not None),
 ]

@@ -172,7 +172,7 @@ class Trained:
         return self.of(self.examples(part), part)
 
     def of(self, examples: list[Example], what: str) -> States:
-        """The states of any samples, cached in the checkpoint's folder under a name."""
+        """The states of these samples, cached in the checkpoint's folder; `what` names the file and identifies them."""
         file = self.folder / f"states-{what}.safetensors"
         if not file.exists():
             tokenizer = self.checkpoint.tokenizer

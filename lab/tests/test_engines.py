@@ -131,7 +131,7 @@ def test_texts_that_share_a_call_read_the_weights_once() -> None:
     assert compared(results)["best_int8"] is None
 
 
-def test_a_core_is_left_again() -> None:
+def test_pinning_to_a_core_is_undone() -> None:
     before = os.sched_getaffinity(0)
     with pinned(min(before)):
         assert os.sched_getaffinity(0) == {min(before)}

@@ -1,6 +1,6 @@
 """The families of encoders, one file each, with one interface (encoder.py). No other code depends on a family."""
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
@@ -23,10 +23,16 @@ FAMILIES: dict[str, type[Encoder]] = {
 
 def family(config: Config) -> type[Encoder]:
     """The family of an encoder by its configuration; raises ValueError for one that cannot be exported."""
-    known = FAMILIES.get(config["model_type"])
+    known = family_named(config.get("model_type"))
+    known.check(config)
+    return known
+
+
+def family_named(name: Any) -> type[Encoder]:
+    """The family of a model type of transformers; raises ValueError for one that cannot be exported."""
+    known = FAMILIES.get(name) if isinstance(name, str) else None
     if known is None:
         raise ValueError(
-            f"encoders of type {config['model_type']!r} cannot be exported; supported: {', '.join(FAMILIES)}"
+            f"encoders of type {name!r:.100} cannot be exported; supported: {', '.join(FAMILIES)}"
         )
-    known.check(config)
     return known

@@ -8,6 +8,20 @@ from de3.model_store.families.encoder import Config, Encoder, StockHead, activat
 class Bert(Encoder):
     """BERT."""
 
+    DEFAULTS: ClassVar = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+    }
+    PREFIX = "bert."
+    RETURNS_TYPES = True
     TABLES: ClassVar = {
         "word": "embeddings.word_embeddings",
         "position": "embeddings.position_embeddings",
@@ -50,7 +64,7 @@ class Bert(Encoder):
             "type": config["model_type"],
             "num_layers": config["num_hidden_layers"],
             "hidden_size": config["hidden_size"],
-            "width": config.get("embedding_size", config["hidden_size"]),
+            "width": config["hidden_size"],
             "vocabulary": config["vocab_size"],
             "positions": cls.max_tokens(config),
             "token_types": types if token_types and types > 1 else 0,
@@ -74,7 +88,20 @@ class Bert(Encoder):
 class Electra(Bert):
     """ELECTRA."""
 
+    DEFAULTS: ClassVar = Bert.DEFAULTS | {
+        "embedding_size": 128,
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "intermediate_size": 1024,
+    }
+    PREFIX = "electra."
+    HAS_PROJECTION = True
     type: Literal["electra"]  # type: ignore[assignment]
+
+    @classmethod
+    def fields(cls, config: Config, token_types: bool) -> dict[str, Any]:
+        """The fields of the encoder."""
+        return super().fields(config, token_types) | {"width": config["embedding_size"]}
 
     @classmethod
     def head(cls, config: Config) -> StockHead:
@@ -85,6 +112,9 @@ class Electra(Bert):
 class Roberta(Bert):
     """RoBERTa and encoders like it, which number positions from the padding id + 1."""
 
+    DEFAULTS: ClassVar = Bert.DEFAULTS | {"pad_token_id": 1}
+    PREFIX = "roberta."
+    RETURNS_TYPES = False
     type: Literal["roberta", "xlm-roberta", "camembert"]  # type: ignore[assignment]
 
     @classmethod

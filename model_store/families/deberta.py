@@ -1,11 +1,11 @@
 """DeBERTa-v2 and v3: attention adds terms for the distance between two tokens and the content of each."""
 
 from math import sqrt
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from de3.model_store.families.bert import Bert
 from de3.model_store.families.encoder import Config, State, StockHead, Weights, activation
@@ -26,7 +26,21 @@ class Deberta(Bert):
         distances: number of tokens whose distances have a row.
     """
 
+    DEFAULTS: ClassVar = Bert.DEFAULTS | {
+        "hidden_size": 1536,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 24,
+        "intermediate_size": 6144,
+        "vocab_size": 128_100,
+        "type_vocab_size": 0,
+        "layer_norm_eps": 1e-7,
+        "pos_att_type": None,
+        "pooler_hidden_act": "gelu",
+    }
+    PREFIX = "deberta."
     NO_KERNELS: ClassVar[str] = "there is no kernel for disentangled attention"
+    HAS_POSITIONS = False
+    HAS_PROJECTION = True
     NORM_LAST = True
     TABLES: ClassVar = Bert.TABLES | {"projection": "embeddings.embed_proj"}
     NAMES: ClassVar = Bert.NAMES | {
@@ -37,6 +51,21 @@ class Deberta(Bert):
     terms: list[Literal["c2p", "p2c"]] = Field(min_length=1, max_length=2)
     rows: int = Field(ge=2, le=MAX_WIDTH)
     distances: int = Field(ge=1, le=MAX_TOKENS)
+
+    @model_validator(mode="after")
+    def _has_each_term_once(self) -> Self:
+        if self.terms != sorted(set(self.terms)):
+            raise ValueError(f"terms must be c2p, p2c or both in this order, got {self.terms}")
+        return self
+
+    @classmethod
+    def complete(cls, config: Config) -> Config:
+        """A config.json with what it omits."""
+        full = {**super().complete(config)}
+        full.setdefault("pooler_hidden_size", full["hidden_size"])
+        if isinstance(terms := full["pos_att_type"], str):
+            full["pos_att_type"] = [term.strip() for term in terms.lower().split("|")]
+        return full
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -85,6 +114,7 @@ class Deberta(Bert):
         if not config.get("position_biased_input", True):
             fields["positions"] = 0
         return fields | {
+            "width": config.get("embedding_size", config["hidden_size"]),
             "terms": [term for term in POSITION_TERMS if term in config["pos_att_type"]],
             "rows": 2 * _span(config),
             "distances": cls.max_tokens(config),
@@ -223,6 +253,7 @@ def _check_row_numbers(numbers: Array, rows: int) -> None:
     sound = (
         rows == 2 * half
         and numbers.min() >= 0
+        and numbers.max() < rows
         and numbers[longest] == half
         and (high == np.minimum(2 * half - low, 2 * half - 1)).all()
         and (high[:near] == half + 1 + np.arange(near)).all()

@@ -11,6 +11,18 @@ EPSILON = 1e-12  # whatever the configuration says
 class DistilBert(Bert):
     """DistilBERT, which has no token types."""
 
+    DEFAULTS: ClassVar = {
+        "dim": 768,
+        "n_layers": 6,
+        "n_heads": 12,
+        "hidden_dim": 3072,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "activation": "gelu",
+    }
+    PREFIX = "distilbert."
+    RETURNS_TYPES = False
+    HAS_TOKEN_TYPES = False
     LAYER = "transformer.layer.{}."
     NAMES: ClassVar = {
         "qkv": ("attention.q_lin", "attention.k_lin", "attention.v_lin"),

@@ -56,10 +56,14 @@ class Encoder(Part, ABC):
         epsilon: of every norm.
     """
 
-    FINAL_NORM: ClassVar[str] = (
-        ""  # name of the norm between a layer's hidden states and its exit, if there is one
-    )
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # of a config.json that omits them
+    PREFIX: ClassVar[str] = ""  # of the encoder's weights in transformers' …ForSequenceClassification
+    RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types unless they say otherwise
+    FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
     NO_KERNELS: ClassVar[str] = ""  # why the kernels do not run it, if they do not
+    HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; else it may have one
+    HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
+    HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
@@ -83,7 +87,22 @@ class Encoder(Part, ABC):
             raise ValueError(f"num_heads must divide hidden_size, {self.hidden_size}, got {self.num_heads}")
         return self
 
+    @model_validator(mode="after")
+    def _has_its_tables(self) -> Self:
+        if self.HAS_POSITIONS and not self.positions:
+            raise ValueError(f"positions must be 1 or more in an encoder of type {self.type}")
+        if self.token_types == 1 or (self.token_types and not self.HAS_TOKEN_TYPES):
+            raise ValueError(f"token_types must not be {self.token_types} in an encoder of type {self.type}")
+        if self.width != self.hidden_size and not self.HAS_PROJECTION:
+            raise ValueError(f"width must be hidden_size, {self.hidden_size}, got {self.width}")
+        return self
+
     # From a configuration and a state dict of transformers
+
+    @classmethod
+    def complete(cls, config: Config) -> Config:
+        """A config.json with what it omits, in the form that transformers 5 gives it."""
+        return {**cls.DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
 
     @classmethod
     @abstractmethod
@@ -133,7 +152,8 @@ class Encoder(Part, ABC):
     def embed(self, g: Graph, ids: str, types: str) -> str:
         """Hidden states (1, T, H) of the embedding output; types: empty without token types.
 
-        Weights: word (vocabulary, width), position, token_type, norm, projection.
+        Weights: word (vocabulary, width), in int8 with word.scale (vocabulary, 1); position (positions, width) and
+        token_type (token_types, width), if there are such rows; norm; projection to hidden_size from another width.
         """
         if g.int8:
             # One scale per row. The cast follows the Gather: ONNX Runtime would fold a DequantizeLinear of the table
@@ -184,7 +204,7 @@ def named(state: State, prefix: str, names: Names) -> Weights:
     """Tables, norms and linear layers by our names, from those of modules in transformers' model.
 
     The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. A missing bias becomes
-    zeros. Tables are those of TABLES but projection.
+    zeros. word, position and token_type are tables, and are not transposed.
     """
     weights: Weights = {}
     for ours, theirs in names.items():

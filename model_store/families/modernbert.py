@@ -17,6 +17,7 @@ from de3.model_store.part import MAX_LAYERS, MAX_TOKENS, Layer
 KINDS = ("full_attention", "sliding_attention")
 HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
+THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
 DENSE = 4  # windows: texts up to this length are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
@@ -29,6 +30,23 @@ class ModernBert(Encoder):
         local_layers: layers with local attention, from 1.
     """
 
+    DEFAULTS: ClassVar = {
+        "hidden_size": 768,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 12,
+        "intermediate_size": 1152,
+        "vocab_size": 50_368,
+        "max_position_embeddings": 8192,
+        "hidden_activation": "gelu",
+        "norm_eps": 1e-5,
+        "local_attention": 128,
+        "global_attn_every_n_layers": 3,
+        "classifier_activation": "gelu",
+        "classifier_pooling": "cls",
+    }
+    PREFIX = "model."
+    HAS_POSITIONS = False
+    HAS_TOKEN_TYPES = False
     FINAL_NORM = "final_norm"
     NO_KERNELS: ClassVar[str] = "there is no kernel for layers of ModernBERT (pre-norm, rotary positions)"
     TABLES: ClassVar = {"word": "embeddings.tok_embeddings", "norm": "embeddings.norm"}
@@ -51,6 +69,34 @@ class ModernBert(Encoder):
         if self.hidden_size // self.num_heads % 2:
             raise ValueError(f"num_heads must leave an even size of a head, got {self.num_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _has_its_own_layers(self) -> Self:
+        layers = self.local_layers
+        if (
+            self.positions
+            or layers != sorted(set(layers))
+            or not {0, *layers} <= {*range(self.num_layers + 1)}
+            or 0 in layers
+        ):
+            raise ValueError(
+                f"local_layers must ascend from 1 or more to {self.num_layers}, and positions must be 0"
+            )
+        return self
+
+    @classmethod
+    def complete(cls, config: Config) -> Config:
+        """A config.json with what it omits; transformers 4 had other names for kinds of layers and bases of RoPE."""
+        full = {**super().complete(config)}
+        every, count = full["global_attn_every_n_layers"], full["num_hidden_layers"]
+        full.setdefault("layer_types", [KINDS[i % every > 0] for i in range(count)])
+        scaling, given = full.get("rope_scaling") or {}, full.get("rope_parameters") or {}
+        thetas = full.get("global_rope_theta", THETAS[0]), full.get("local_rope_theta", THETAS[1])
+        full["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": theta, **scaling, **(given.get(kind) or {})}
+            for kind, theta in zip(KINDS, thetas, strict=True)
+        }
+        return full
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -122,6 +168,7 @@ class ModernBert(Encoder):
         weights = named(state, self.LAYER.format(layer - 1), names)
         theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
         size = self.hidden_size // self.num_heads
+        # In float64, unlike transformers: angles differ by less than their rounding in float32.
         weights["frequencies"] = (1 / theta ** (np.arange(0, size, 2) / size)).astype(np.float32)
         return weights
 

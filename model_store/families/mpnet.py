@@ -21,6 +21,9 @@ class MPNet(Roberta):
         distances: number of tokens whose distances have an offset.
     """
 
+    DEFAULTS: ClassVar = Roberta.DEFAULTS | {"vocab_size": 30527, "relative_attention_num_buckets": BUCKETS}
+    PREFIX = "mpnet."
+    HAS_TOKEN_TYPES = False
     NAMES: ClassVar = {
         "qkv": ("attention.attn.q", "attention.attn.k", "attention.attn.v"),
         "attention_out": "attention.attn.o",
@@ -60,7 +63,7 @@ class MPNet(Roberta):
         return super().layer_weights(config, state, layer) | {"offsets": np.ascontiguousarray(offsets)}
 
     def attention(self, g: Graph, hidden: str) -> str:
-        """Attention whose scores are offset by head and distance."""
+        """Attention with a relative position bias for each head."""
         size, middle = self.hidden_size, g.constant(self.distances - 1)
         zero, one = g.constant(0), g.constant(1)
         axes = g.constant([0]), g.constant([1])

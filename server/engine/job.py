@@ -25,12 +25,12 @@ class Item:
 
     Attributes:
         predicted_s: predicted seconds through every layer.
-        due: when it should be answered (perf_counter seconds); the queue schedules the earliest first.
+        due: when it should be answered (perf_counter seconds); of a client's items, the earliest is scheduled first.
         first_exit_s: predicted seconds to the first exit; set with a deadline only.
-        group_s: its step time in a group, seconds.
+        group_s: predicted seconds of one of its steps in a group.
         ends: when it must exit (perf_counter seconds), set as it starts; None: no deadline.
         is_short: tokenized in one step.
-        is_sampled: counts for drift.
+        is_sampled: its readings are used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it may not exit.
         outcome: None until it exits.
     """

@@ -90,7 +90,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
 
 
 def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
-    """The reason why a text exits at the last exit that it passed; None if it continues."""
+    """Why a text exits at the exit that was just evaluated; None if it continues."""
     reading = item.progress.passed[-1]
     if reading.layer == item.job.model.manifest.num_layers:
         return "last_layer"

@@ -1,0 +1,457 @@
+"""Stock classifiers served by name, at full depth, read without PyTorch."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from de3.export import cache
+from de3.export.cache import artifact_of, model_name
+from de3.model_store.families import FAMILIES
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact
+from de3.server.settings import Settings
+from tests.fixtures import made_once, save_encoder
+from tests.serving import Server, process, until, url_when_ready
+
+TEXTS: tuple[tuple[str, str | None], ...] = (
+    ("good", None),
+    ("a good film", "bad"),
+    ("the film is not bad but cold dull " * 20, None),
+)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock classifier with random weights."""
+    return made_once(tmp_path_factory, "bert-by-name", lambda folder: save_encoder(folder, labels=3))
+
+
+@pytest.fixture
+def copy(bert: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bert, tmp_path / "copy"))
+
+
+def edit(folder: Path, **values: Any) -> None:
+    """Change fields of config.json; None removes one."""
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the weights."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+@torch.no_grad()
+def difference(folder: Path, model: Model) -> float:
+    """The largest difference of full depth's logits from transformers' model."""
+    stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    worst = 0.0
+    for text, pair in TEXTS:
+        inputs = tokenizer(
+            *((text,) if pair is None else (text, pair)),
+            return_tensors="pt",
+            truncation=True,
+            max_length=model.manifest.max_tokens,
+            padding=False,
+        )
+        tokens = model.tokenize(text, pair)
+        assert tokens.ids[0].tolist() == inputs["input_ids"][0].tolist()
+        theirs = (
+            stock(**{k: v for k, v in inputs.items() if k in tokenizer.model_input_names}).logits[0].numpy()
+        )
+        ours = model.full_depth(tokens)[-1].logits
+        assert ours is not None
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+    return worst
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 1e-5), ("int8", 0.1)])
+def test_full_depth_is_transformers_own_model(
+    family: str, precision: Any, limit: float, tmp_path: Path
+) -> None:
+    folder = save_encoder(tmp_path / "stock", family, labels=3)
+    artifact = artifact_of(str(folder), precision, tmp_path / "cache")
+    assert (artifact.full_name, artifact.manifest.source) == ("stock:1", "stock")
+    assert difference(folder, Model(artifact)) < limit
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_omitted_options_have_the_defaults_of_transformers(family: str) -> None:
+    given: dict[str, Any] = {"vocab_size": 100}
+    if family == "deberta-v2":
+        given |= {"relative_attention": True, "pos_att_type": "c2p|p2c"}
+    theirs, known = AutoConfig.for_model(family, **given).to_dict(), FAMILIES[family]
+    ours = known.complete({"model_type": family, **given})
+    known.check(ours)
+    assert known.of(ours, True) == known.of(theirs, True)
+    assert known.head(ours) == known.head(theirs)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet"])
+def test_an_embedding_size_that_transformers_ignores_is_ignored(family: str) -> None:
+    known = FAMILIES[family]
+    assert known.of(known.complete({"model_type": family, "embedding_size": 16}), True).width == 768
+
+
+def test_a_modernbert_of_transformers_4(tmp_path: Path) -> None:
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+    layers = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    more = {"layer_types": layers, "rope_parameters": rope}
+    folder = save_encoder(tmp_path / "new", "modernbert", layers=4, labels=2, **more)
+    old = Path(shutil.copytree(folder, tmp_path / "old"))
+    without = dict.fromkeys(("layer_types", "rope_parameters"))
+    edit(old, global_attn_every_n_layers=3, global_rope_theta=500.0, local_rope_theta=30.0, **without)
+    artifact = artifact_of(str(old), "fp32", tmp_path / "cache")
+    assert difference(folder, Model(artifact)) < 1e-5
+
+
+def in_half(kind: Any) -> Callable[[Path], None]:
+    return lambda folder: weights(folder, lambda w: {k: v.to(kind) for k, v in w.items()})
+
+
+def in_shards(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    names, files = sorted(state), {}
+    for i, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file({name: state[name] for name in part}, folder / file)
+        files |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    (folder / "model.safetensors").unlink()
+
+
+def as_from_tensorflow(folder: Path) -> None:
+    def renamed(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    weights(folder, lambda w: {renamed(k): v for k, v in w.items()})
+
+
+def with_buffers(folder: Path) -> None:
+    buffers = {
+        "bert.embeddings.position_ids": torch.arange(64),
+        "bert.embeddings.token_type_ids": torch.zeros(64),
+    }
+    weights(folder, lambda w: w | buffers)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [in_half(torch.float16), in_half(torch.bfloat16), in_shards, as_from_tensorflow, with_buffers],
+    ids=["fp16", "bf16", "shards", "gamma", "buffers"],
+)
+def test_weights_in_other_forms(copy: Path, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    change(copy)
+    assert difference(copy, Model(artifact_of(str(copy), "fp32", tmp_path / "cache"))) < 1e-5
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    return lambda folder: [(folder / name).unlink() for name in names][:0] and None
+
+
+def cut(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def with_weight(name: str, value: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda folder: weights(folder, lambda w: w | {name: value(w.get(name))})
+
+
+def adapter(folder: Path) -> None:
+    without("config.json", "model.safetensors")(folder)
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+CLASSIFIER, DENSE = "classifier.weight", "bert.encoder.layer.1.output.dense.weight"
+BAD: list[tuple[Callable[[Path], None], str]] = [
+    (cut, "its model.safetensors cannot be read"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"x" * 100), "its model.safetensors cannot be read"),
+    (with_weight(DENSE, lambda w: w[:, :-1].contiguous()), r"ffn_out.weight is int8 of shape \(127, 64\)"),
+    (with_weight(DENSE, lambda w: w * torch.nan), f"its weight {DENSE} is not finite"),
+    (with_weight(CLASSIFIER, lambda w: w[:2].contiguous()), "classifier.weight is float32 of shape"),
+    (
+        lambda f: weights(f, lambda w: {k: v for k, v in w.items() if k != CLASSIFIER}),
+        "it has no weight classifier",
+    ),
+    (
+        lambda f: weights(f, lambda w: {k: v for k, v in w.items() if "layer.2" not in k}),
+        "it has no weight bert",
+    ),
+    (with_weight("second.weight", lambda _: torch.zeros(3, 64)), "does not use, such as 'second.weight'"),
+    (in_half(torch.float8_e4m3fn), "its weights are F8_E4M3; de3 reads F32, F16, BF16"),
+    (lambda f: edit(f, model_type="t5"), "encoders of type 't5' cannot be exported; supported: bert"),
+    (lambda f: edit(f, model_type="gpt2"), "encoders of type 'gpt2' cannot be exported"),
+    (lambda f: edit(f, model_type=None), "encoders of type None cannot be exported"),
+    (
+        lambda f: edit(f, architectures=["BertForMaskedLM"]),
+        "it is a BertForMaskedLM, not a …ForSequenceClassif",
+    ),
+    (lambda f: edit(f, hidden_act="silu"), "activation 'silu' cannot be exported"),
+    (lambda f: edit(f, hidden_size="wide"), "hidden_size 'wide'; it must be a whole number"),
+    (lambda f: edit(f, layer_norm_eps="small"), "a wrong value: epsilon: Input should be a valid number"),
+    (lambda f: edit(f, id2label={"0": "a", "2": "b"}), "must have the keys 0 to 1"),
+    (lambda f: edit(f, id2label={"0": "a", "1": "a"}), "its labels must differ"),
+    (lambda f: edit(f, id2label={str(k): str(k) for k in range(5)}), "classifier.weight is float32 of shape"),
+    (lambda f: edit(f, problem_type="regression"), "is a regression of 3 numbers"),
+    (without("tokenizer.json"), "has no tokenizer.json: save one"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), "its tokenizer.json cannot be read"),
+    (without("config.json"), "has no config.json, so it is not a Hugging Face model"),
+    (lambda f: (f / "config.json").write_text("["), "cannot be read"),
+    (without("model.safetensors"), "has no model.safetensors: it has no weights"),
+    (pickled, "its weights are in pytorch_model.bin, which could run code: import it with de3 import"),
+    (adapter, r"is an adapter \(LoRA\) without its model: merge it"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_a_bad_folder_is_one_line_and_leaves_nothing(copy: Path, tmp_path: Path, case: int) -> None:
+    change, message = BAD[case]
+    change(copy)
+    with pytest.raises(ValueError, match=message) as caught:
+        artifact_of(str(copy), "int8", tmp_path / "cache")
+    assert str(caught.value).startswith(str(copy)) and "\n" not in str(caught.value)
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != cache.LOCK]
+    assert not left
+
+
+def test_an_artifact_is_made_once_and_the_oldest_is_removed(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    first = artifact_of(str(bert), "int8", folder)
+    made: list[str] = []
+    convert = cache.convert
+    monkeypatch.setattr(cache, "convert", lambda name, *rest: (made.append(name), convert(name, *rest))[1])
+    assert artifact_of(str(bert), "int8", folder).path == first.path and not made
+    second = artifact_of(str(bert), "fp32", folder)
+    assert made == [str(bert)] and second.path != first.path and first.path.exists()
+    artifact_of(str(bert), "fp32", folder, limit_gb=1e-9)  # what was asked for stays
+    assert second.path.exists() and not first.path.exists()
+    (second.path / "manifest.json").unlink()  # as an interrupted start leaves it
+    assert artifact_of(str(bert), "fp32", folder).manifest == second.manifest.model_copy(
+        update={"created": artifact_of(str(bert), "fp32", folder).manifest.created}
+    )
+
+
+def test_two_starts_at_once_make_one_artifact(bert: Path, tmp_path: Path) -> None:
+    found: list[Artifact] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(artifact_of(str(bert), "int8", tmp_path / "cache")))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len({artifact.path for artifact in found}) == 1
+    assert not list((tmp_path / "cache").rglob(".draft-*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("my-org/My_Model@v1.0", "my_model"),
+        ("/models/Toxic BERT/", "toxic-bert"),
+        ("x", "x"),
+        ("a/" + "b" * 90, "b" * 64),
+    ],
+)
+def test_the_name_under_which_a_classifier_is_served(name: str, served: str) -> None:
+    assert model_name(name) == served
+
+
+# On the hub
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The routes of the hub that a download needs, for one repository in a folder."""
+
+    folder: ClassVar[Path]
+    asked: ClassVar[list[str]]
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(f"{self.command} {path}")
+        files = sorted(self.folder.iterdir())
+        if path.startswith("/api/models/org/model/revision/"):
+            names = [{"rfilename": p.name} for p in files]
+            self._answer(json.dumps({"id": "org/model", "sha": self.COMMIT, "siblings": names}).encode())
+        elif path.startswith("/api/models/org/model/tree/"):
+            rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
+            self._answer(json.dumps(rows).encode())
+        elif path.startswith("/org/model/resolve/") and path.split("/")[4] in ("main", "v1", self.COMMIT):
+            file = self.folder / path.split("/")[-1]
+            if file.is_file():
+                self._answer(file.read_bytes(), file.name)
+            else:
+                self._answer(b"", code=404, error="EntryNotFound")
+        else:
+            self._answer(b"", code=404, error="RepoNotFound")
+
+    def _answer(self, data: bytes, name: str = "", code: int = 200, error: str = "") -> None:
+        self.send_response(code)
+        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": f'"{name}-1"'}
+        for key, value in (headers | ({"X-Error-Code": error} if error else {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A hub with org/model, which new processes use."""
+    handler = type("OfFolder", (Hub,), {"folder": copy, "asked": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "DE3_CACHE": str(tmp_path / "cache"),
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, transformers=None)
+from de3.cli import main
+main()
+"""
+
+
+def refused(name: str) -> str:
+    """The error of `de3 serve NAME` without PyTorch."""
+    command = [sys.executable, "-c", WITHOUT_TORCH, "serve", name]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode != 0
+    return " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) -> None:
+    edit(hub.folder, id2label={"0": "a", "1": "b", "2": "c"})
+    with process(tmp_path / "none", "org/model@v1", code=WITHOUT_TORCH) as started:
+        url = url_when_ready(started)
+        rows = [
+            httpx.post(f"{url}/classify", json={"input": "good", **more}, timeout=60).json()["data"][0]
+            for more in (
+                {},
+                {"model": "model"},
+                {"model": "org/model"},
+                {"model": "org/model@v1"},
+                {"tau": 0},
+            )
+        ]
+        assert {row["label"] for row in rows} < {"a", "b", "c"} and len(
+            {str(row["probs"]) for row in rows}
+        ) == 1
+        assert rows[0]["exit"]["layer"] == rows[0]["exit"]["num_layers"] == 3
+        (listed,) = httpx.get(f"{url}/v1/models").json()["data"]
+        assert (listed["id"], listed["source"], listed["exit_layers"]) == ("model:1", "org/model@v1", [3])
+    downloads = [line for line in hub.asked if line.startswith("GET /org")]
+    assert sum("model.safetensors" in line for line in downloads) == 1
+
+
+def test_what_a_config_tells_is_refused_before_the_weights_are_downloaded(
+    hub: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edit(hub.folder, model_type="t5")
+    result = refused("org/model")
+    assert "encoders of type 't5' cannot be exported" in result
+    assert not any("safetensors" in line for line in hub.asked)
+    assert "no such repository on the hub; for a private one, set HF_TOKEN" in refused("org/other")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert "the hub cannot be reached" in refused("org/third")
+
+
+# Requests
+
+
+@pytest.fixture(scope="module")
+def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    from de3.server.service import Service
+
+    folder = tmp_path_factory.mktemp("by-name")
+    artifact = artifact_of(str(bert), "int8", folder / "cache")
+    settings = Settings(store=folder / "none", port=0, threads=1)
+    one = Server(Service(settings, [artifact]))
+    one.start()
+    until(lambda: one.service.state == "ready", "the model")
+    yield one
+    one.stop()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tau", 0.1),
+        ("signal", "entropy"),
+        ("lambda", 1.0),
+        ("target_speedup", 2),
+        ("latency_budget_ms", 1000),
+        ("max_disagreement", 0.02),
+        ("max_layer", 1),
+    ],
+)
+def test_a_request_for_an_exit_is_refused(server: Server, field: str, value: Any) -> None:
+    answer = server.classify(input="good", **{field: value})
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["param"] == field and "add exits with de3 import" in error["message"]
+
+
+def test_two_classifiers_of_one_name_are_refused(bert: Path, tmp_path: Path) -> None:
+    from de3.server.service import Service
+
+    artifacts = [artifact_of(str(bert), precision, tmp_path / "cache") for precision in ("int8", "fp32")]
+    with pytest.raises(ValueError, match="two models would be served as"):
+        Service(Settings(store=tmp_path / "none"), artifacts)
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [({"problem_type": "multi_label_classification"}, 3), ({}, 1)],
+    ids=["labels", "value"],
+)
+def test_other_kinds_of_answers(options: dict[str, Any], labels: int, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "stock", labels=labels, **options)
+    manifest = artifact_of(str(folder), "int8", tmp_path / "cache").manifest
+    assert (manifest.thresholds is None) == (labels == 1) and (manifest.tolerance is None) == (labels == 3)
