@@ -39,7 +39,9 @@ def build(model: De3Model, architecture: Architecture) -> dict[str, onnx.ModelPr
     exits = _exit_weights(model, architecture, state)
     segments = {}
     for layer, file in enumerate(architecture.segment_files()):
-        weights = encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(state)
+        weights = (
+            encoder.layer_weights(config, state, layer) if layer else encoder.embedding_weights(config, state)
+        )
         built = build_segment(architecture, layer, source_of(weights | exits.get(layer, {})))
         segments[file] = built.model(graph_name(layer))
         onnx.checker.check_model(segments[file])
@@ -49,7 +51,7 @@ def build(model: De3Model, architecture: Architecture) -> dict[str, onnx.ModelPr
 def _exit_weights(model: De3Model, architecture: Architecture, encoder: State) -> dict[int, Weights]:
     """The weights of the exits by layer."""
     final_norm = architecture.encoder.FINAL_NORM
-    shared = named(encoder, "", {"final_norm": final_norm}) if final_norm else {}
+    shared = named(encoder, "", {"final_norm": final_norm}, True) if final_norm else {}
     modules: dict[int, dict[str, str]] = {
         layer: {"classifier": f"classifiers.{i}"} for i, layer in enumerate(architecture.exit_layers)
     }
@@ -61,7 +63,7 @@ def _exit_weights(model: De3Model, architecture: Architecture, encoder: State) -
             modules[architecture.num_layers]["norm"] = "head_norm"
     heads = {k: v for k, v in model.state_dict().items() if not k.startswith("encoder.")}
     state = {name: _array(tensor) for name, tensor in heads.items()}
-    return {layer: shared | named(state, "", names) for layer, names in modules.items()}
+    return {layer: shared | named(state, "", names, True) for layer, names in modules.items()}
 
 
 def _arrays(module: Any) -> State:

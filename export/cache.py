@@ -4,19 +4,24 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from de3.export.classifier import Precision, check_folder, convert
-from de3.export.hub import fetch
+from de3.export.classifier import FILES, Precision, convert
+from de3.export.hub import fetch, is_folder
 from de3.model_store.manifest import SCHEMA_VERSION
+from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError
 
 FORMAT = 1  # of what classifier.py writes; a change makes every artifact anew
 DEFAULT_GB = 20.0
-LOCK = ".lock"
+MAX_MESSAGE = 500
+PROOF = ".proof"
 
 
 def cache_folder() -> Path:
@@ -25,72 +30,102 @@ def cache_folder() -> Path:
     return Path(base).expanduser() / "classifiers"  # nothing else is removed from the cache
 
 
-def artifact_of(name: str, precision: Precision, folder: Path, limit_gb: float = DEFAULT_GB) -> Artifact:
+def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     """The artifact of a stock classifier, by folder or hub id, made if the cache in `folder` has none.
 
-    Raises ValueError, which says what to do, for a classifier that cannot be served.
+    Raises ValueError, a line that says what to do, for a classifier that cannot be served.
     """
-    source = fetch(name)
-    check_folder(name, source)
-    model = model_name(name)
-    place = folder / _key(source, model, precision)
     try:
-        place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
-        ) from None
-    store = Store(place)
-    with FileLock(place / LOCK):  # a second server waits for the first, and makes nothing
-        artifact = _existing(store, model)
-        if artifact is None:
-            shutil.rmtree(place / model, ignore_errors=True)  # of a start that was interrupted
-            convert(name, source, store, model, precision, _shown(name))
-            artifact = store.open(model)
+        return _artifact_of(name, precision, folder)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        said = str(error) or type(error).__name__
+        message = said if said.startswith(name) else f"{name}: {said}"
+        raise ValueError(printable(" ".join(message.split())[:MAX_MESSAGE])) from None
+
+
+def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
+    source = fetch(name)
+    model, shown = model_name(name), Path(name).expanduser().resolve().name if is_folder(name) else name
+    place = folder / _key(source, shown, model, precision)
+    artifact = _existing(place, model)
+    if artifact is None:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(_lock(place))
+            lock.acquire()
+        except OSError as error:
+            raise ValueError(
+                f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
+            ) from None
+        with lock:  # a second server waits for the first, and makes nothing
+            artifact = _existing(place, model)
+            if artifact is None:
+                shutil.rmtree(place / model, ignore_errors=True)  # of a start that was interrupted
+                try:
+                    convert(name, source, Store(place), model, precision, shown)
+                except ValueError:
+                    shutil.rmtree(place, ignore_errors=True)
+                    raise
+                artifact = Store(place).open(model)
+        lock.release()
+    with suppress(OSError):  # a cache that is read-only
         os.utime(place)
-    _evict(folder, place, int(limit_gb * 1e9))
-    return artifact
+    return replace(artifact, proof=place / PROOF)
 
 
 def model_name(name: str) -> str:
     """The name under which a classifier is served: the last part of its id or path, in lower case."""
-    last = Path(name.partition("@")[0]).expanduser().resolve().name.lower()
+    last = Path(name if is_folder(name) else name.partition("@")[0]).expanduser().resolve().name.lower()
     return re.sub(r"[^a-z0-9._-]", "-", last).lstrip("._-")[:64] or "model"
 
 
-def _shown(name: str) -> str:
-    """The source that is stored: a hub id, or the last part of a path."""
-    return Path(name).expanduser().resolve().name if Path(name).expanduser().is_dir() else name
+def evict(folder: Path, used: Collection[Artifact], limit_gb: float) -> None:
+    """Remove the least recently used artifacts until the others fit into the limit beside those that are used."""
+    keep, sizes = {artifact.path.parents[1] for artifact in used}, {}
+    with suppress(OSError):
+        for place in folder.iterdir():
+            if place.is_dir():
+                with suppress(OSError):  # another process may remove it
+                    files = [path.stat() for path in place.rglob("*") if path.is_file()]
+                    sizes[place] = (place.stat().st_mtime, sum(file.st_size for file in files))
+    total = sum(size for _, size in sizes.values())
+    for place in sorted(sizes, key=lambda p: sizes[p]):
+        if total <= limit_gb * 1e9:
+            break
+        if place not in keep and _remove(place):
+            total -= sizes[place][1]
 
 
-def _existing(store: Store, model: str) -> Artifact | None:
+def _remove(place: Path) -> bool:
+    """Remove an artifact at once, unless a server is making it; true if it is gone."""
     try:
-        return store.open(model)
-    except StoreError:
+        with FileLock(_lock(place), timeout=0):
+            removed = Path(mkdtemp(prefix=".removed-", dir=place.parent))
+            place.rename(removed / place.name)
+    except (OSError, Timeout):
+        return False
+    shutil.rmtree(removed, ignore_errors=True)
+    return True
+
+
+def _lock(place: Path) -> Path:
+    return place.with_suffix(".lock")
+
+
+def _existing(place: Path, model: str) -> Artifact | None:
+    """A whole artifact in the cache."""
+    try:
+        artifact = Store(place).open(model)
+        sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}
+    except (StoreError, OSError):
         return None
+    return artifact if all(sizes[k] == entry.bytes for k, entry in artifact.manifest.files.items()) else None
 
 
-def _key(source: Path, model: str, precision: Precision) -> str:
+def _key(source: Path, shown: str, model: str, precision: Precision) -> str:
     """A hash of all that the artifact is made from."""
-    digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {model} {precision}".encode())
-    for path in sorted([*source.glob("*.json"), *source.glob("*.safetensors")]):
+    digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {shown} {model} {precision}".encode())
+    for path in sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()}):
         with path.open("rb") as file:
             digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
-
-
-def _evict(folder: Path, used: Path, limit: int) -> None:
-    """Remove the least recently used artifacts until the others fit into `limit` bytes beside `used`."""
-    sizes = {}
-    for place in folder.iterdir():
-        if place.is_dir():
-            with suppress(OSError):  # another process may remove it
-                files = [path.stat() for path in place.rglob("*") if path.is_file()]
-                sizes[place] = (place.stat().st_mtime, sum(file.st_size for file in files))
-    total = sum(size for _, size in sizes.values())
-    for place in sorted(sizes, key=lambda p: sizes[p]):
-        if total <= limit:
-            break
-        if place != used:
-            total -= sizes[place][1]
-            shutil.rmtree(place, ignore_errors=True)

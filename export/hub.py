@@ -1,64 +1,88 @@
 """Stock classifiers by name: a folder, or files of the Hugging Face hub."""
 
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from de3.export.classifier import CONFIG, INDEX, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, describe
+from de3.export.classifier import CONFIG, FILES, check_files, describe
 from de3.model_store.sizes import read_config
 
-FILES = (CONFIG, TOKENIZER, TOKENIZER_CONFIG, WEIGHTS, INDEX, "model-*-of-*.safetensors")
-
-
-def looks_like_path(name: str) -> bool:
-    """True for a name that can only be a path."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+MAX_DOWNLOAD_BYTES = 2**34
 
 
 def fetch(name: str) -> Path:
     """The folder of a classifier: a path, or a snapshot of a hub repository, as id or id@revision.
 
-    Its config.json is checked before its weights are downloaded. Raises ValueError, which says what to do, if there is
-    no such folder or repository, or it cannot be served.
+    Files and config.json are checked before the weights are downloaded. Raises ValueError, which says what to do, if
+    there is no such folder or repository, or it cannot be served.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if looks_like_path(name):
-        raise ValueError(f"{name}: no such folder")
     repository, _, revision = name.partition("@")
-    where: dict[str, Any] = {"repo_id": repository, "revision": revision or None}
+    looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
+    if is_folder(name):
+        folder = Path(name).expanduser()
+        check_files(name, [path.name for path in folder.iterdir() if path.is_file()])
+        describe(name, read_config(folder / CONFIG))
+        return folder
+    if looks_like_path:
+        raise ValueError(f"{name}: no such folder")
     try:
-        describe(name, read_config(Path(hf_hub_download(filename=CONFIG, **where))))
-        return Path(snapshot_download(allow_patterns=list(FILES), **where))
-    except HFValidationError:
-        raise ValueError(f"{name}: no such folder, and not an id of the Hugging Face hub") from None
-    except GatedRepoError:
-        raise ValueError(
-            f"{name}: access to it is restricted: accept its terms on the hub, and set HF_TOKEN"
-        ) from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{name}: no such folder, and no such repository on the hub; for a private one, set HF_TOKEN"
-        ) from None
-    except RevisionNotFoundError:
-        raise ValueError(f"{name}: {repository} has no revision {revision!r}") from None
+        return _snapshot(name, repository, revision or None)
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{name}: {_reason(error, repository, revision)}") from None
     except LocalEntryNotFoundError:
         raise ValueError(
             f"{name}: no such folder, and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
-    except EntryNotFoundError:
-        raise ValueError(f"{name} has no config.json, so it is not a model of transformers") from None
-    except (HfHubHTTPError, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of the HTTP client and its transports
         reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{name}: cannot be read from the hub: {reason}") from None
+        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {reason})") from None
+
+
+def is_folder(name: str) -> bool:
+    """True if a name is a path of a folder."""
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # such as a home folder of nobody
+        return False
+
+
+def _snapshot(name: str, repository: str, revision: str | None) -> Path:
+    commit = revision
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True)
+    except OfflineModeIsEnabled:
+        pass  # what was downloaded before is used
+    else:
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        check_files(name, list(sizes))
+        total = sum(size for file, size in sizes.items() if any(fnmatch(file, pattern) for pattern in FILES))
+        if total > MAX_DOWNLOAD_BYTES:
+            raise ValueError(
+                f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed"
+            )
+        commit = info.sha
+    describe(name, read_config(Path(hf_hub_download(repository, CONFIG, revision=commit))))
+    folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES)))
+    check_files(name, [path.name for path in folder.iterdir()])
+    return folder
+
+
+def _reason(error: Exception, repository: str, revision: str) -> str:
+    if isinstance(error, GatedRepoError):
+        return "access to it is restricted: accept its terms on the hub, and set HF_TOKEN"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repository} has no revision {revision!r}"
+    if isinstance(error, HFValidationError):
+        return "no such folder, and not an id of the Hugging Face hub"
+    return "no such folder, and no such repository on the hub; for a private one, set HF_TOKEN"

@@ -54,12 +54,17 @@ class Model:
     """
 
     def __init__(
-        self, artifact: Artifact, runtime: str = "auto", check: Callable[[], None] = lambda: None
+        self,
+        artifact: Artifact,
+        runtime: str = "auto",
+        check: Callable[[], None] = lambda: None,
+        is_proved: bool = False,
     ) -> None:
         """Read, check and load every file; raises StoreError for the first invalid one.
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
-        check: called before each slow step; an exception from it aborts loading.
+        check: called before each slow step; an exception from it aborts loading. is_proved: another process of this
+        machine has found that they agree, so ONNX Runtime is not needed.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
@@ -79,6 +84,8 @@ class Model:
             read = check_segment(artifact, layer, data)
             if runtime != "onnxruntime" and not no_kernels:
                 weights.append(read)
+            if is_proved:
+                continue
             try:
                 # From the checked bytes, as the file could have changed.
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -91,7 +98,8 @@ class Model:
         try:
             if no_kernels:
                 raise NoKernelsError(no_kernels)
-            self.segments, self.forward = self._native(artifact, network_of(manifest, weights), prototypes)
+            network = network_of(manifest, weights)
+            self.segments, self.forward = self._native(artifact, network, prototypes, is_proved)
             self.runtime = "native"
         except NoKernelsError as error:
             self.why_not_native = str(error) if is_int8 else ""
@@ -102,7 +110,7 @@ class Model:
                 )
             else:
                 log.info("%s: runs on ONNX Runtime: %s", self.full_name, error)
-            if runtime == "native":
+            if runtime == "native" or is_proved:
                 raise StoreError(f"{artifact.path}: has no kernels here: {error}") from None
 
     @property
@@ -111,9 +119,9 @@ class Model:
         return f"{self.runtime}, {self.instructions}" if self.instructions else self.runtime
 
     def _native(
-        self, artifact: Artifact, network: Network, prototypes: dict[int, Array]
+        self, artifact: Artifact, network: Network, prototypes: dict[int, Array], is_proved: bool
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The kernels' segments; raises NoKernelsError unless they agree with ONNX Runtime."""
+        """The kernels' segments; raises NoKernelsError unless they are proved or agree with ONNX Runtime."""
         model, manifest = build(network), self.manifest
         from de3.native import kernels  # build() has found it
 
@@ -122,7 +130,8 @@ class Model:
             for layer in range(manifest.num_layers + 1)
         ]
         forward = NativeForward(kernels, model, manifest, prototypes)
-        self._prove(artifact, native, forward)
+        if not is_proved:
+            self._prove(artifact, native, forward)
         self.instructions = kernels.supported()
         return native, forward
 

@@ -47,10 +47,15 @@ class UnknownModelError(StoreError):
 
 @dataclass(frozen=True)
 class Artifact:
-    """One version of a model on disk, with its manifest checked, but not yet its files."""
+    """One version of a model on disk, with its manifest checked, but not yet its files.
+
+    Attributes:
+        proof: file that records that it loads and runs on this machine; None: this is found out at each start.
+    """
 
     path: Path
     manifest: Manifest
+    proof: Path | None = None
 
     @property
     def full_name(self) -> str:

@@ -127,9 +127,11 @@ class Manager:
 
     async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
         started = perf_counter()
-        await in_background(lambda: self._prover.prove(artifact, self._settings.runtime))
+        runtime = self._settings.runtime
+        no_kernels = await in_background(lambda: self._prover.prove(artifact, runtime))
+        is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not no_kernels
         check = self._prover.limit(artifact)
-        served = await in_background(lambda: load(artifact, self._settings, check))
+        served = await in_background(lambda: load(artifact, self._settings, check, is_proved))
         self._audits.serve(served)
         self._metrics.add(served)
         self._forget(self._models.add(served, role, share, back))

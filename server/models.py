@@ -31,19 +31,17 @@ def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> li
     """
     if others:
         found = list({a.path: a for a in [*(store.open(name) for name in wanted), *others]}.values())
-        names = [a.full_name for a in found]
-        if twice := next((name for name in names if names.count(name) > 1), None):
+        homes = {a.manifest.name: a.path.parent for a in found}
+        if twice := next((a for a in found if a.path.parent != homes[a.manifest.name]), None):
             raise StoreError(
-                f"two models would be served as {twice}; rename a folder, or serve them separately"
+                f"two models would be served as {twice.manifest.name}; rename a folder, or serve them separately"
             )
+        _check_count(len(found))
         return found
     names = wanted or list(store.versions())
     if not names:
         raise NoModelsError(f"{store.path} holds no model; add one with de3 export")
-    if len(names) > MAX_LOADED:
-        raise StoreError(
-            f"{len(names)} models to serve, at most {MAX_LOADED} are allowed: choose with --model"
-        )
+    _check_count(len(names))
     if wanted:
         return [store.open(name) for name in names]
     artifacts, errors = [], []
@@ -58,6 +56,11 @@ def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> li
     return artifacts
 
 
+def _check_count(count: int) -> None:
+    if count > MAX_LOADED:
+        raise StoreError(f"{count} models to serve, at most {MAX_LOADED} are allowed: choose with --model")
+
+
 def newest(store: Store) -> list[Artifact]:
     """The newest version of every model in the store whose manifest is valid; the models may be loaded later."""
     artifacts = []
@@ -68,10 +71,15 @@ def newest(store: Store) -> list[Artifact]:
     return artifacts
 
 
-def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lambda: None) -> Served:
+def load(
+    artifact: Artifact,
+    settings: Settings,
+    check: Callable[[], None] = lambda: None,
+    is_proved: bool = False,
+) -> Served:
     """Load a model and warm it up.
 
-    check: called before each run; an exception from it aborts the loading.
+    check: called before each run; an exception from it aborts the loading. is_proved: see Model.
     Raises StoreError, or ValueError for exit options in the settings that the model cannot meet.
     """
     manifest = artifact.manifest
@@ -79,7 +87,7 @@ def load(artifact: Artifact, settings: Settings, check: Callable[[], None] = lam
         rules = Rules(manifest, settings)
     except RequestError as error:  # the same error as for a request with these options
         raise ValueError(f"a setting cannot be met: {error.message}") from None
-    model = Model(artifact, settings.runtime, check)
+    model = Model(artifact, settings.runtime, check, is_proved)
     try:
         return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
     except StoreError:
@@ -176,8 +184,7 @@ class Models:
             return self._versions[name][self.routes[name].current]
         served = self.all
         for one in served:
-            source = one.model.manifest.source
-            if name in (one.model.full_name, source, source and source.partition("@")[0]):
+            if name in aliases(one.model.manifest):
                 return one
         raise unknown_model(name, [s.model.full_name for s in served])
 
@@ -249,9 +256,16 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
     served = list(dict.fromkeys(a.manifest.name for a in artifacts))
     if name is None:  # the only model at startup remains the default when others are loaded
         return served[0] if are_named or len(served) == 1 else None
+    name = next((a.manifest.name for a in artifacts if name in aliases(a.manifest)), name)
     if name not in served:
         raise StoreError(f"--default-model {name}: is not served; there are: {', '.join(served)}")
     return name
+
+
+def aliases(manifest: Manifest) -> list[str]:
+    """Other names of a model than its own: with the version, and the hub id that it was made from."""
+    source = manifest.source or ""
+    return [f"{manifest.name}:{manifest.version}", *([source, source.partition("@")[0]] if source else [])]
 
 
 def no_default(names: list[str]) -> RequestError:

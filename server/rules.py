@@ -82,11 +82,11 @@ class Choice:
         return row
 
 
-def _asks_for_an_exit(options: ExitOptions) -> str | None:
-    """The field of a request that asks for an exit before the last layer; None: there is none."""
-    if options.tau:
-        return "tau"
-    fields = {"lam": "lambda"} | {name: name for name in ("signal", *EXCLUSIVE[1:], "max_layer")}
+def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
+    """The field of a request that needs an exit before the last layer; None: full depth is what it asks for."""
+    if options.tau == 0 or options.max_layer == last or options.target_speedup == 1:
+        return None
+    fields = {name: name for name in (*EXCLUSIVE, "signal", "max_layer")} | {"lam": "lambda"}
     return next((name for field, name in fields.items() if getattr(options, field) is not None), None)
 
 
@@ -111,11 +111,13 @@ class Rules:
         self._signals |= {key: signal_of(*key, self._traits) for key in self._certified}
         self.trade_offs = self._certified.get(_key(self._signal))
         tau = manifest.defaults.tau if settings.tau is None else settings.tau
+        if self._is_full_depth:
+            self._at_full_depth(settings.options)
         default = self._choice(tau, self._signal, "default")
         self.default = self._of(replace(settings.options, tau=None), default)
         if settings.guarantee is not None:
             tau = 0.0
-            if settings.guarantee_start == "calibrated":
+            if settings.guarantee_start == "calibrated" and not self._is_full_depth:
                 tau = self._of(ExitOptions(max_disagreement=settings.guarantee), default).rule.tau
             self.default = self._choice(tau, self._signal, "guarantee", settings.guarantee)
         self._by_client: dict[str, Choice] = {}  # with a guarantee
@@ -172,13 +174,8 @@ class Rules:
 
         client: of the request; with a guarantee, each has a τ of its own.
         """
-        if self._is_full_depth and (field := _asks_for_an_exit(options)) is not None:
-            raise RequestError(
-                f"{field}: {self.name} has no exits before its last layer, so it always runs at full depth; the "
-                "server's operator can add exits with de3 import",
-                field,
-            )
-        choice = self._chosen(options, level, client)
+        full_depth = self._is_full_depth
+        choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, client)
         if choice.promise is not None and options != ExitOptions():  # such requests are not audited
             choice = replace(choice, promise=None)
         if options.thresholds is None:
@@ -191,6 +188,17 @@ class Rules:
                 "thresholds",
             )
         return replace(choice, rule=rule, expected=None)  # the calibration does not cover other thresholds
+
+    def _at_full_depth(self, options: ExitOptions) -> Choice:
+        """The choice for a model without exits before its last layer; raises RequestError for options that need one."""
+        field = _needs_an_exit(options, self._exits[-1])
+        if field is not None:
+            raise RequestError(
+                f"{field}: {self.name} has no exits before its last layer, so it always runs at full depth; the "
+                "server's operator can add exits with de3 import",
+                field,
+            )
+        return self._choice(0.0, self._signal, "default" if options.tau is None else "tau")
 
     def _thresholds_of(self, wanted: float | Mapping[str, float]) -> Thresholds:
         """A request's thresholds, for all labels or by name; raises RequestError."""

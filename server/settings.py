@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 PREFIX = "DE3_"
-# Variables with the same prefix that clients read.
+# Variables with the same prefix that clients, and `de3 serve NAME` before it starts the server, read.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_CACHE", "DE3_CACHE_GB", "DE3_URL")
 MAX_BUDGET_MS = 60_000
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
@@ -103,8 +103,8 @@ class Settings(BaseModel):
     )
     default_model: Annotated[str | None, Option()] = Field(
         None,
-        description="Model that answers requests that name none. Default: the first --model, or the only model in the "
-        "store.",
+        description="Model that answers requests that name none. Default: the first that is named, or the only model in "
+        "the store.",
     )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")

@@ -177,7 +177,7 @@ def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
         ),
         (
             {"rope_parameters": scaled("full_attention", rope_theta=0.5)},
-            "rope_theta must be above 1, got 0.5",
+            r"rope_theta must be above 1, and below 1e\+12, got 0.5",
         ),
         ({"rope_parameters": None}, "need transformers 5 or newer"),
         ({"layer_types": ["full_attention", "chunked_attention"]}, "layer_types 'chunked_attention' cannot"),

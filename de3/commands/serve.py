@@ -2,12 +2,13 @@
 
 import os
 from inspect import Parameter
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_origin
 
 import typer
 
-from de3.commands.options import declare
+from de3.commands.options import console, declare
 from de3.server.settings import OTHER_VARIABLES, Settings, option, unknown_variables, variable
 
 if TYPE_CHECKING:
@@ -35,13 +36,14 @@ def serve(
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError("--demo: cannot be combined with --store; give one of them")
         given["store"], given["models"] = demo_store(), given.get("models") or [DEMO_MODEL]
-    artifacts = _artifacts(names or [], given["store"], quantize, cache_gb)
     for name in Settings.model_fields:
         # An empty secret is not skipped, because Settings rejects it.
         if option(name) is None and (secret := os.environ.get(variable(name))) is not None:
             given[name] = secret
+    settings = Settings(**given)
+    artifacts = _artifacts(names or [], settings.store, quantize, cache_gb)
     try:
-        run(Settings(**given), _warnings(), artifacts)
+        run(settings, _warnings(), artifacts)
     except NoModelsError as error:
         raise ValueError(
             f"{error}, name another store with --store DIR, or serve the demo model with de3 serve --demo"
@@ -50,11 +52,13 @@ def serve(
 
 def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
     """The models of these names: of the store, or classifiers in folders or on the hub."""
-    if not names:
-        return []
     if quantize not in ("int8", "none"):
         raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
-    from de3.export.cache import artifact_of, cache_folder
+    if not isfinite(cache_gb):
+        raise ValueError(f"--cache-gb must be a number, got {cache_gb}")
+    if not names:
+        return []
+    from de3.export.cache import artifact_of, cache_folder, evict
     from de3.model_store.store import NoModelsError, Store
 
     try:
@@ -62,12 +66,15 @@ def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) ->
     except NoModelsError:
         stored = set()
     precision: Literal["int8", "fp32"] = "int8" if quantize == "int8" else "fp32"
-    return [
-        Store(store).open(name)
-        if name.partition(":")[0] in stored
-        else artifact_of(name, precision, cache_folder(), cache_gb)
-        for name in names
-    ]
+    artifacts = []
+    for name in names:
+        if name.partition(":")[0] in stored:
+            artifacts.append(Store(store).open(name))
+        else:
+            console.print(f"reading {name}; it is converted once, into {cache_folder()}", highlight=False)
+            artifacts.append(artifact_of(name, precision, cache_folder()))
+    evict(cache_folder(), artifacts, cache_gb)
+    return artifacts
 
 
 def demo_store() -> Path:
@@ -77,7 +84,7 @@ def demo_store() -> Path:
 
 def _warnings() -> list[str]:
     """Warnings about environment variables that look like settings but are not."""
-    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} are for clients"
+    hint = f"see de3 serve --help; {', '.join(OTHER_VARIABLES)} have other uses"
     return [f"{name}: unknown setting, ignored: {hint}" for name in unknown_variables(os.environ)]
 
 

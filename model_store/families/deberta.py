@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from de3.model_store.families.bert import Bert
-from de3.model_store.families.encoder import Config, State, StockHead, Weights, activation
+from de3.model_store.families.encoder import Config, State, StockHead, Weights, activation, check_shape
 from de3.model_store.graph import Array, Graph, GraphError
 from de3.model_store.part import MAX_TOKENS, MAX_WIDTH
 
@@ -91,6 +91,8 @@ class Deberta(Bert):
                 f"attention_head_size must be hidden_size / num_attention_heads, {hidden}/{heads}"
             )
         buckets, farthest = config.get("position_buckets", -1), _farthest(config)
+        if max(buckets, farthest) > MAX_WIDTH // 2:
+            raise ValueError(f"position_buckets and max_relative_positions must be at most {MAX_WIDTH // 2}")
         # Otherwise transformers would divide by a logarithm that is not above 0.
         if buckets > 0 and (buckets < 2 or farthest - 1 <= buckets // 2):
             raise ValueError(
@@ -219,9 +221,11 @@ def _span(config: Config) -> int:
 
 def _table(config: Config, state: State) -> NDArray[np.float32]:
     """The table of relative embeddings, (rows, hidden), normalized if the configuration says so."""
-    table = state["encoder.rel_embeddings.weight"]
+    table, size = state["encoder.rel_embeddings.weight"], config["hidden_size"]
+    check_shape("encoder.rel_embeddings", table, 2 * _span(config), size)
     if "layer_norm" not in _table_norms(config):
         return table
+    check_shape("encoder.LayerNorm", state["encoder.LayerNorm.weight"], size)
     centered = table - table.mean(1, keepdims=True)
     unit = centered / np.sqrt((centered**2).mean(1, keepdims=True) + np.float32(config["layer_norm_eps"]))
     return np.asarray(unit * state["encoder.LayerNorm.weight"] + state["encoder.LayerNorm.bias"])

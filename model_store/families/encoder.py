@@ -64,6 +64,7 @@ class Encoder(Part, ABC):
     HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; else it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
     HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width
+    HAS_BIASES: ClassVar[bool] = True  # its linear layers and norms have biases; else a missing one is zero
     NORM_LAST: ClassVar[bool] = False  # the embeddings' norm follows the projection
     TABLES: ClassVar[Mapping[str, str]] = {}  # names of the embeddings' weights and norm
     LAYER: ClassVar[str] = ""  # prefix of the names of layer {}, from 0
@@ -124,13 +125,20 @@ class Encoder(Part, ABC):
     def head(cls, config: Config) -> StockHead:
         """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
 
-    def embedding_weights(self, state: State) -> Weights:
-        """The weights of `embed`.
+    def embedding_weights(self, config: Config, state: State) -> Weights:
+        """The weights of `embed`; raises ValueError for tables of other sizes than the configuration's.
 
         Without token types, the embedding of type 0 is added to every position or word.
         """
-        weights = named(state, "", {k: v for k, v in self.TABLES.items() if f"{v}.weight" in state})
+        weights = named(state, "", {k: v for k, v in self.TABLES.items() if f"{v}.weight" in state}, True)
         position, types = weights.get("position.weight"), weights.get("token_type.weight")
+        for table, array, rows in (
+            ("word", weights.get("word.weight"), "vocab_size"),
+            ("position", position, "max_position_embeddings"),
+            ("token_type", types, "type_vocab_size"),
+        ):
+            if array is not None:
+                check_shape(self.TABLES[table], array, int(config[rows]), self.width)
         if position is not None:  # RoBERTa and encoders like it skip the first rows
             weights["position.weight"] = position = position[len(position) - self.positions :]
         if types is not None and not self.token_types:
@@ -140,7 +148,7 @@ class Encoder(Part, ABC):
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`; the first layer is number 1."""
-        return named(state, self.LAYER.format(layer - 1), self.NAMES)
+        return named(state, self.LAYER.format(layer - 1), self.NAMES, not self.HAS_BIASES)
 
     # The graph
 
@@ -200,23 +208,34 @@ class Encoder(Part, ABC):
         return g.ms("Attention", hidden, weight, bias, num_heads=self.num_heads)
 
 
-def named(state: State, prefix: str, names: Names) -> Weights:
+def check_shape(name: str, array: Array, *shape: int) -> None:
+    """Raise ValueError for the weight of a module of transformers that has another shape than its configuration."""
+    if array.shape != shape:
+        raise ValueError(f"{name}.weight has the shape {array.shape}; by its config.json it must be {shape}")
+
+
+def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Weights:
     """Tables, norms and linear layers by our names, from those of modules in transformers' model.
 
-    The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. A missing bias becomes
-    zeros. word, position and token_type are tables, and are not transposed.
+    The weights of a linear layer are transposed to (inputs, outputs); several are concatenated. word, position and
+    token_type are tables, and are not transposed. may_lack_biases: a missing bias becomes zeros. Raises KeyError for a
+    missing weight.
     """
     weights: Weights = {}
     for ours, theirs in names.items():
         modules = [prefix + name for name in ([theirs] if isinstance(theirs, str) else theirs)]
         arrays = [state[f"{name}.weight"] for name in modules]
-        biases = [state.get(f"{name}.bias") for name in modules]
         if ours in ("word", "position", "token_type"):
             weights[f"{ours}.weight"] = arrays[0]
             continue
         weights[f"{ours}.weight"] = np.concatenate([a.T for a in arrays], axis=-1)
         weights[f"{ours}.bias"] = np.concatenate(
-            [np.zeros(len(a), np.float32) if b is None else b for a, b in zip(arrays, biases, strict=True)]
+            [
+                np.zeros(len(array), np.float32)
+                if may_lack_biases and f"{name}.bias" not in state
+                else state[f"{name}.bias"]
+                for name, array in zip(modules, arrays, strict=True)
+            ]
         )
     return weights
 

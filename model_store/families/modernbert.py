@@ -18,6 +18,7 @@ KINDS = ("full_attention", "sliding_attention")
 HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
 THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
+MAX_THETA = 1e12
 DENSE = 4  # windows: texts up to this length are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
@@ -46,6 +47,7 @@ class ModernBert(Encoder):
     }
     PREFIX = "model."
     HAS_POSITIONS = False
+    HAS_BIASES = False
     HAS_TOKEN_TYPES = False
     FINAL_NORM = "final_norm"
     NO_KERNELS: ClassVar[str] = "there is no kernel for layers of ModernBERT (pre-norm, rotary positions)"
@@ -112,8 +114,12 @@ class ModernBert(Encoder):
                 raise ValueError(
                     f"rope_type {rope[kind]['rope_type']!r} cannot be exported, only RoPE without scaling (default)"
                 )
-            if not rope[kind]["rope_theta"] > 1:
-                raise ValueError(f"rope_theta must be above 1, got {rope[kind]['rope_theta']}")
+            if not 1 < rope[kind]["rope_theta"] < MAX_THETA:
+                raise ValueError(
+                    f"rope_theta must be above 1, and below {MAX_THETA:g}, got {rope[kind]['rope_theta']!s:.50}"
+                )
+        if len(config["layer_types"]) != config["num_hidden_layers"]:
+            raise ValueError("layer_types must have an entry for each of num_hidden_layers")
         size, odd = divmod(config["hidden_size"], config["num_attention_heads"])
         if odd or size % 2 or config.get("head_dim") not in (None, size):
             raise ValueError(
@@ -165,7 +171,7 @@ class ModernBert(Encoder):
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`."""
         names = {k: v for k, v in self.NAMES.items() if layer > 1 or k != "attention_norm"}
-        weights = named(state, self.LAYER.format(layer - 1), names)
+        weights = named(state, self.LAYER.format(layer - 1), names, True)
         theta = config["rope_parameters"][KINDS[layer in self.local_layers]]["rope_theta"]
         size = self.hidden_size // self.num_heads
         # In float64, unlike transformers: angles differ by less than their rounding in float32.

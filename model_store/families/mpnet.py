@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from de3.model_store.families.bert import Roberta
-from de3.model_store.families.encoder import Config, State, Weights
+from de3.model_store.families.encoder import Config, State, Weights, check_shape
 from de3.model_store.graph import Graph
 from de3.model_store.part import MAX_TOKENS
 
@@ -59,7 +59,9 @@ class MPNet(Roberta):
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
         """The weights of `block`; offsets is (heads, 2·distances − 1), for key − query = 1 − distances …."""
-        offsets = state["encoder.relative_attention_bias.weight"][_buckets(self.distances)].T
+        table = state["encoder.relative_attention_bias.weight"]
+        check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)
+        offsets = table[_buckets(self.distances)].T
         return super().layer_weights(config, state, layer) | {"offsets": np.ascontiguousarray(offsets)}
 
     def attention(self, g: Graph, hidden: str) -> str:

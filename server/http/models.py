@@ -85,7 +85,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "tolerance": manifest.tolerance,
         "precision": manifest.precision,
         "defaults": manifest.defaults.model_dump(by_alias=True),
-        "signals": [signal.name for signal in signals_of(manifest.traits)],
+        "signals": [s.name for s in signals_of(manifest.traits)] if len(manifest.exit_layers) > 1 else [],
         "self_labelled": c is not None and c.self_labelled,
         "has_original": c is not None and c.original_disagreement is not None,
         "calibration": c.default.model_dump(by_alias=True) if c else None,
