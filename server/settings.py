@@ -103,7 +103,7 @@ class Settings(BaseModel):
     )
     default_model: Annotated[str | None, Option()] = Field(
         None,
-        description="Model that answers requests that name none. Default: the first that is named, or the only model in "
+        description="Model that answers requests that name none. Default: the first that is named, or the only one in "
         "the store.",
     )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")

@@ -49,6 +49,7 @@ def test_manifests_match_each_other_and_the_image() -> None:
     # It must have time to answer accepted requests, after the pause before its stop.
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
+    settings.pop("cache_gb")  # of the command
     Settings(**settings)
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
 
