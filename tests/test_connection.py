@@ -3,11 +3,13 @@
 import json
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, suppress
+from functools import partial
 from http.client import HTTPResponse
 from pathlib import Path
 from types import SimpleNamespace
@@ -747,6 +749,25 @@ def test_a_client_that_ends_only_its_own_half_gets_its_answers(
             until(lambda: starts, "the request")
             on_loop(next(iter(server.listener.connections)), starts.pop())
             assert answer(s)[0] == 200 and is_closed(s)
+
+
+def test_a_request_whose_client_leaves_before_its_turn_is_counted(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(store, models=["tiny"]) as server:
+        turns, starts = server.listener.turns, list[Callable[[], None]]()
+        monkeypatch.setattr(turns, "take", lambda _, start: starts.append(start))
+        for number, request in enumerate((REQUEST, b"GET /nope HTTP/1.1\r\nHost: localhost\r\n\r\n"), 1):
+            with connect(server) as s:
+                s.sendall(request)
+                until(lambda: starts, "the request")
+                loop = next(iter(server.listener.connections)).loop
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close by a reset
+            until(lambda: not server.listener.connections, "the connection to be forgotten")
+            loop.call_soon_threadsafe(starts.pop())
+            wanted = partial(server.metric, "de3_rejected_total", cause="client_gone")
+            until(lambda number=number, wanted=wanted: wanted() == number, "the count")
+        assert server.metric("de3_requests_total", status="499") == 1
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])

@@ -263,6 +263,8 @@ class _Gate:
     def malformed(self) -> None:
         self.malformed_requests += 1
 
+    def abandoned(self, _: object) -> None: ...
+
     def dropped(self, _: str) -> None: ...
 
 

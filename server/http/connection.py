@@ -356,12 +356,13 @@ class Connection(BaseConnection, asyncio.Protocol):
     def _start(self, body: bytes | RequestError) -> None:
         """Start the handler in its turn, given the body or the error that prevented reading it."""
         self.state, self.deadline = RESPONSE, inf
-        self._listener.turns.take(self.network, partial(self._run, body))
+        self._listener.turns.take(self.network, partial(self._run, self._scope, body))
 
-    def _run(self, body: bytes | RequestError) -> None:
+    def _run(self, scope: Scope, body: bytes | RequestError) -> None:
         if self._gone:
+            self._listener.gate.abandoned(scope)
             return
-        self._task = self.loop.create_task(self._handle(self, self._scope, body))
+        self._task = self.loop.create_task(self._handle(self, scope, body))
         self._server_state.tasks.add(self._task)
         self._task.add_done_callback(self._server_state.tasks.discard)
 

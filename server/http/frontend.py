@@ -1,6 +1,7 @@
 """Access, limits and reporting, shared by all HTTP requests."""
 
 from collections.abc import Mapping
+from time import perf_counter
 
 from starlette.responses import Response
 from starlette.routing import compile_path
@@ -130,6 +131,18 @@ class Frontend:
     def malformed(self) -> None:
         """Count a request that is not HTTP."""
         self.service.metrics.rejected.labels("malformed").inc()
+
+    def abandoned(self, scope: Scope) -> None:
+        """Count and log a complete request whose client left before its turn."""
+        route, ended = self.route(scope), perf_counter()
+        if route is None:
+            self.service.metrics.rejected.labels("client_gone").inc()
+            return
+        exchange = Exchange(request_id(scope), scope, route.template, scope["de3.started"], ended)
+        exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
+        latency_s = ended - exchange.started
+        self.service.metrics.responded(exchange.model, exchange.status, exchange.cause, latency_s)
+        self.report(exchange)
 
     def dropped(self, reason: str) -> None:
         """Count a connection that was closed at a limit."""

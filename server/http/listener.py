@@ -42,6 +42,9 @@ class Gate(Protocol):
     def malformed(self) -> None:
         """Count a request that is not HTTP."""
 
+    def abandoned(self, scope: Scope) -> None:
+        """Count and log a complete request whose client left before its turn."""
+
     def dropped(self, reason: str) -> None:
         """Count a connection that was closed at a limit."""
 
