@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -98,8 +99,9 @@ class Model:
         try:
             if no_kernels:
                 raise NoKernelsError(no_kernels)
-            network = network_of(manifest, weights)
-            self.segments, self.forward = self._native(artifact, network, prototypes, is_proved)
+            built = build(network_of(manifest, weights))
+            weights.clear()  # the kernels have their own
+            self.segments, self.forward = self._native(artifact, built, prototypes, is_proved)
             self.runtime = "native"
         except NoKernelsError as error:
             self.why_not_native = str(error) if is_int8 else ""
@@ -119,10 +121,10 @@ class Model:
         return f"{self.runtime}, {self.instructions}" if self.instructions else self.runtime
 
     def _native(
-        self, artifact: Artifact, network: Network, prototypes: dict[int, Array], is_proved: bool
+        self, artifact: Artifact, model: Any, prototypes: dict[int, Array], is_proved: bool
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The kernels' segments; raises NoKernelsError unless they are proved or agree with ONNX Runtime."""
-        model, manifest = build(network), self.manifest
+        """The segments of the kernels; raises NoKernelsError unless they are proved, or agree with ONNX Runtime."""
+        manifest = self.manifest
         from de3.native import kernels  # build() has found it
 
         native = [
