@@ -768,6 +768,12 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
             wanted = partial(server.metric, "de3_rejected_total", cause="client_gone")
             until(lambda number=number, wanted=wanted: wanted() == number, "the count")
         assert server.metric("de3_requests_total", status="499") == 1
+        with connect(server) as s:  # in its turn, but before it has begun
+            s.sendall(REQUEST)
+            until(lambda: starts, "the request")
+            lost = next(iter(server.listener.connections))
+            loop.call_soon_threadsafe(lambda: (starts.pop()(), lost.connection_lost(None)))
+            until(lambda: server.metric("de3_requests_total", status="499") == 2, "the count")
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])

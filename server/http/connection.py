@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from functools import partial
 from http import HTTPStatus
+from inspect import CORO_CREATED, getcoroutinestate
 from math import inf
 from time import monotonic, perf_counter
 from typing import Any
@@ -101,9 +102,12 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._listener.closed(self)
         self._release()
         self.deadline = self.write_deadline = inf
-        self._scope = {}  # it refers back to this connection
         if self._task is not None:
+            coroutine: Any = self._task.get_coro()
+            if getcoroutinestate(coroutine) == CORO_CREATED:  # a cancelled task then never begins
+                self._listener.gate.abandoned(self._scope)
             self._task.cancel()
+        self._scope = {}  # it refers back to this connection
         if self._resumed is not None:
             self._resumed.set()
         self._end_response()
