@@ -165,6 +165,12 @@ def streams(draw: st.DrawFn) -> Stream:
 class _Task:
     """A finished task."""
 
+    def __init__(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self._coroutine = coroutine
+
+    def get_coro(self) -> Coroutine[Any, Any, None]:
+        return self._coroutine
+
     def add_done_callback(self, _: Any) -> None: ...
 
     def cancel(self) -> None: ...
@@ -196,7 +202,7 @@ class _Loop:
         try:
             coroutine.send(None)
         except StopIteration:
-            return _Task()
+            return _Task(coroutine)
         raise Finding("the handler waits")
 
     def run(self) -> None:
