@@ -19,7 +19,6 @@ from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError
 
 FORMAT = 1  # of what classifier.py writes; a change makes every artifact anew
-DEFAULT_GB = 20.0
 MAX_MESSAGE = 500
 PROOF = ".proof"
 
@@ -51,8 +50,7 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     if artifact is None:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(_lock(place))
-            lock.acquire()
+            lock = FileLock(_lock(place)).acquire()
         except OSError as error:
             raise ValueError(
                 f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
@@ -63,11 +61,10 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
                 shutil.rmtree(place / model, ignore_errors=True)  # of a start that was interrupted
                 try:
                     convert(name, source, Store(place), model, precision, shown)
-                except ValueError:
+                except (ValueError, OSError):  # a full disk, too
                     shutil.rmtree(place, ignore_errors=True)
                     raise
                 artifact = Store(place).open(model)
-        lock.release()
     with suppress(OSError):  # a cache that is read-only
         os.utime(place)
     return replace(artifact, proof=place / PROOF)

@@ -53,7 +53,7 @@ def is_folder(name: str) -> bool:
     """True if a name is a path of a folder."""
     try:
         return Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # such as a home folder of nobody
+    except (OSError, RuntimeError, ValueError):  # such as ~name for an unknown user
         return False
 
 
