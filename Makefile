@@ -16,7 +16,7 @@ PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # pip's progress bars are for a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)
 # uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
-COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --group build --universal --generate-hashes \
+COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --extra fit --group build --universal --generate-hashes \
 	--python-version 3.11 --custom-compile-command "make lock" --quiet --output-file
 NATIVE := $(wildcard native/*.c native/*.h)
 

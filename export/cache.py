@@ -12,7 +12,7 @@ from tempfile import mkdtemp
 
 from filelock import FileLock, Timeout
 
-from de3.export.classifier import FILES, Precision, convert
+from de3.export.classifier import FILES, Precision, Stock, convert
 from de3.export.hub import fetch, is_folder
 from de3.model_store.manifest import SCHEMA_VERSION
 from de3.model_store.printable import printable
@@ -60,7 +60,7 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
             if artifact is None:
                 shutil.rmtree(place / model, ignore_errors=True)  # of a start that was interrupted
                 try:
-                    convert(name, source, Store(place), model, precision, shown)
+                    convert(Stock.open(name, source), Store(place), model, precision, shown)
                 except (ValueError, OSError):  # a full disk, too
                     shutil.rmtree(place, ignore_errors=True)
                     raise

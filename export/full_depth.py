@@ -12,7 +12,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from de3.export.trained import Trained
 from de3.model_store.store import Artifact, read_manifest
+from de3.training.checkpoint import Checkpoint
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
@@ -197,12 +199,8 @@ def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
             raise ValueError(f"{source} is an fp32 artifact; --quantize int8 needs the checkpoint")
         write(folder, model, artifact.read("tokenizer.json"), manifest.labels, manifest.max_tokens)
         return
-    from de3.export.build import architecture_of, build  # slow to import, and not needed for an artifact
-    from de3.export.exporter import plain_tokenizer
-    from de3.training.checkpoint import Checkpoint
-
     opened = Checkpoint(source)
-    tokenizer = plain_tokenizer(source).encode()
-    types = "token_type_ids" in opened.tokenizer.model_input_names
-    segments = list(build(opened.model, architecture_of(opened.model, int8, types)).values())
-    write(folder, fuse(stitch(segments)), tokenizer, opened.names, opened.config.max_tokens)
+    trained = Trained(opened)
+    files = dict(trained.files(trained.architecture("int8" if int8 else "fp32")))
+    segments = [onnx.load_model_from_string(data) for name, data in files.items() if name.endswith(".onnx")]
+    write(folder, fuse(stitch(segments)), trained.tokenizer, opened.names, opened.config.max_tokens)

@@ -1,31 +1,37 @@
-"""Import of a stock classifier as an artifact with early exits; its weights and full-depth answers are unchanged."""
+"""Import of a stock classifier as an artifact with early exits; its weights and full-depth answers are unchanged.
+
+Needs no PyTorch, except to train the encoder.
+"""
 
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import torch
-from tokenizers import Tokenizer
+import numpy as np
 
+from de3.exits.recorded import MIN_TOLERANCE
+from de3.export import fit, states
+from de3.export.build import final_norm
+from de3.export.classifier import OldFormError, Precision, Stock, convert
 from de3.export.exporter import ExportSettings, export
-from de3.model_store.store import Store
-from de3.model_store.tokenizer_check import check_tokenizer
+from de3.export.fit import Exits
+from de3.export.hub import fetch
+from de3.export.states import States
+from de3.export.write_checkpoint import write_checkpoint
+from de3.model_store.model import Model
+from de3.model_store.store import MANIFEST, Store
 from de3.tables import Text, labels_in
-from de3.training import frozen, stock
 from de3.training.checkpoint import read_record, write_record
-from de3.training.data import Example, encode, input_of, label_of, save_examples, to_examples
-from de3.training.frozen import States
-from de3.training.model import De3Model
+from de3.training.data import Example, Label, input_of, label_of, save_examples, to_examples
 from de3.training.progress import console
-from de3.training.settings import TrainSettings
 from de3.training.split import Split, split
-from de3.training.trainer import train
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
-MAX_FITTED = 20_000  # texts; their states are held in memory
-PARTS = ("fitting", "tuning", "certifying")
+MAX_FITTED = 20_000  # texts
+BASE, STATES, ORIGINAL = "base", "states", "original"  # folders of intermediate results
 
 
 @dataclass(frozen=True)
@@ -33,26 +39,29 @@ class ImportSettings:
     """Options of an import.
 
     Attributes:
+        threshold: of every label of a multi-label model, a probability; None: 0.5.
+        tolerance: of a regression model: values that differ by more count as different.
         labelled: the texts have labels; otherwise the model's own answers are the labels.
         fragments: the texts contain fragments of each other.
-        bf16: compute the states for fitting exits in bfloat16; the states for tuning and certifying are float32.
         finetune: also train the encoder, for better early exits, while full depth keeps the original's answers.
-        epochs, lr: of finetune.
+        epochs, lr, bf16: of finetune.
         command: command line that resumes the import, shown if its unfinished checkpoint is opened.
     """
 
+    threshold: float | None = None
+    tolerance: float | None = None
     labelled: bool = False
     fragments: bool = False
     seed: int = 0
-    bf16: bool = True
     finetune: bool = False
     epochs: int = 3
     lr: float = 3e-5
+    bf16: bool = True
     command: str | None = None
 
 
 def import_classifier(
-    opened: stock.Stock,
+    stock: Stock,
     rows: Sequence[tuple[Text, str]],
     groups: Sequence[str] | None,
     work: Path,
@@ -65,81 +74,148 @@ def import_classifier(
     rows: texts and labels, "" if unlabelled. groups: of related rows. work: folder for the checkpoint and, until the
     end, for intermediate results, from which an interrupted import resumes.
 
-    Raises ValueError for unusable texts, and ExportError if the exported model differs.
+    Raises ValueError for unusable texts and options.
     """
+    _check(stock, settings, exporting)
     _check_work(work, settings.finetune)
-    if settings.finetune and (opened.thresholds is not None or opened.is_regression):
-        kind = "regression" if opened.is_regression else "multi-label ones"
-        raise ValueError(f"--finetune is for models whose classes exclude each other, not for {kind}")
-    _check_export(opened, exporting)
-    parts = _parts(rows, groups, opened, settings)
-    stock.check_tolerance(opened, parts.certify[:FEW_TEXTS])
-    layers = opened.model.config.num_hidden_layers
+    parts = _parts(rows, groups, stock, settings)
+    with stock.weights() as state:
+        norm = final_norm(stock.architecture("fp32"), state)
     console.print(
-        f"{opened.family}, {layers} layers; {len(parts.train)} texts to fit the exits, {len(parts.tune)} to tune, "
-        f"{len(parts.certify)} to certify",
+        f"{stock.architecture('fp32').encoder.type}, {stock.num_layers} layers; {len(parts.train)} texts to fit the "
+        f"exits, {len(parts.tune)} to tune, {len(parts.certify)} to certify",
         highlight=False,
     )
-    torch.manual_seed(settings.seed)
-    model = stock.with_exits(opened, "mean", input_of(parts.train))
-    encoded = [
-        encode(part, opened.tokenizer, opened.max_tokens, what, len(opened.names))
-        for part, what in zip((parts.train, parts.tune, parts.certify), PARTS, strict=True)
-    ]
-    difference = stock.parity(opened, model, encoded[2])
-    console.print(
-        f"full depth matches transformers' model: largest difference of the logits {difference:.1e}"
-    )
+    shutil.rmtree(work / BASE, ignore_errors=True)
+    reference = _base(stock, work / BASE, "fp32")
+    _check_tolerance(stock, settings.tolerance, reference, parts.certify[:FEW_TEXTS])
+    # The exits are fitted to int8 states, which take a fraction of the time, also in an fp32 export.
     computed = [
-        frozen.states(
+        states.states(
             model,
-            part,
-            opened.tokenizer.pad_token_id,
-            work / "states",
+            norm,
+            [e.text for e in part],
+            work / STATES,
             what,
-            settings.bf16 and what == "fitting",
+            _thresholds(stock, settings.threshold),
+            settings.tolerance,
         )
-        for part, what in zip(encoded, PARTS, strict=True)
+        for model, part, what in (
+            (_base(stock, work / BASE, "int8"), parts.train, "fitting"),
+            (reference, parts.tune, "tuning"),
+            (reference, parts.certify, "certifying"),
+        )
     ]
-    frozen.fit(model, computed[0], computed[1], settings.seed)
+    exits = fit.fit(stock.num_layers, computed[0], computed[1], settings.seed)
     answered = _answered(parts, computed, settings.labelled)
     if settings.finetune:
-        _check_every_label(answered.train, opened.names)
-        _finetune(model, opened, answered, computed[0], work, settings)
+        _check_every_label(answered.train, stock.description.labels)
+        _finetune(stock, exits, answered, computed[0], work, settings)
     else:
-        _save(model, opened, answered, work, settings.labelled, settings.command)
+        _save(stock, exits, answered, work, settings)
     path = export(work, store, exporting)
-    shutil.rmtree(work / "states")
+    for folder in (BASE, STATES, ORIGINAL):
+        shutil.rmtree(work / folder, ignore_errors=True)
     return path
 
 
-def _check_export(opened: stock.Stock, exporting: ExportSettings) -> None:
-    """Raise ValueError early for options and tokenizers that export or the store would refuse."""
-    if opened.thresholds is not None and exporting.signal == "edr":
+def original_of(name: str, work: Path) -> Path:
+    """The folder of a stock classifier by folder or hub id, with weights and a tokenizer in files that de3 reads.
+
+    Others are rewritten into `work`, which needs the train extra. Raises ValueError, which says what to do, for one
+    that cannot be imported.
+    """
+    folder = Path(name).expanduser()
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{name} is an exported model already: de3 serve --store {folder.parent.parent}")
+    try:
+        return fetch(name)
+    except OldFormError as error:
+        try:
+            from de3.training.pretrained import rewrite
+        except ImportError:
+            raise error from None
+    original = work / ORIGINAL
+    rewrite(name, original)
+    return original
+
+
+def answers(
+    stock: Stock, texts: Sequence[Text], thresholds: list[float] | None, tolerance: float | None
+) -> list[Label]:
+    """The classifier's answers to texts, in their order, computed in float32."""
+    with TemporaryDirectory() as folder, stock.weights() as state:
+        model, norm = _base(stock, Path(folder), "fp32"), final_norm(stock.architecture("fp32"), state)
+        found = states.states(model, norm, texts, Path(folder), "original", thresholds, tolerance)
+        return [label_of(row) for row in found.answers]
+
+
+def _base(stock: Stock, folder: Path, precision: Precision) -> Model:
+    """The classifier without exits, from a new folder."""
+    store = Store(folder / precision)
+    convert(stock, store, "base", precision)
+    return Model(store.open("base"), "auto" if precision == "int8" else "onnxruntime")
+
+
+def _thresholds(stock: Stock, threshold: float | None) -> list[float] | None:
+    """The thresholds of a multi-label model, probabilities."""
+    if stock.description.kind != "labels":
+        return None
+    return [0.5 if threshold is None else threshold] * len(stock.description.labels)
+
+
+def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) -> None:
+    """Raise ValueError early for options that do not fit the classifier."""
+    name, kind = stock.name, stock.description.kind
+    if settings.tolerance is not None and kind != "value":
+        raise ValueError(
+            f"--tolerance: {name} has {len(stock.description.labels)} labels; it is for models of one number"
+        )
+    if settings.threshold is not None and kind != "labels":
+        raise ValueError(
+            f'--threshold: by its config.json ("problem_type") {name} is not a multi-label model; if it is one, add '
+            "--multi-label"
+        )
+    if settings.finetune and kind != "classes":
+        what = "regression" if kind == "value" else "multi-label ones"
+        raise ValueError(f"--finetune is for models whose classes exclude each other, not for {what}")
+    if kind == "labels" and exporting.signal == "edr":
         raise ValueError("--signal edr: needs classes that exclude each other; give risk or entropy")
-    if opened.is_regression and exporting.signal not in ("auto", "risk"):
+    if kind == "value" and exporting.signal not in ("auto", "risk"):
         raise ValueError(f"--signal {exporting.signal}: needs classes; for a regression model give risk")
-    if opened.tokenizer.truncation_side != "right":
-        raise ValueError("its tokenizer truncates at the beginning; only truncation at the end can be served")
-    tokenizer = Tokenizer.from_str(opened.tokenizer.backend_tokenizer.to_str())
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    check_tokenizer(str(tokenizer.to_str()).encode())
+
+
+def _check_tolerance(stock: Stock, tolerance: float | None, model: Model, some: Sequence[Example]) -> None:
+    """Raise ValueError, describing the values of some texts, for a regression model without a tolerance."""
+    if stock.description.kind != "value" or tolerance is not None:
+        return
+    texts = [e.text if isinstance(e.text, tuple) else (e.text, None) for e in some]
+    logits = [model.full_depth(model.tokenize(*text))[-1].logits for text in texts]
+    values = np.array([float(one[0]) for one in logits if one is not None])
+    low, high = np.quantile(values, (0.05, 0.95))
+    spread = float(values.std())
+    raise ValueError(
+        "--tolerance: needed, as the answer is a number: the largest difference from full depth that counts as the "
+        f"same, in the model's units. It answers 9 in 10 of {len(values)} of these texts with {low:.3g} to "
+        f"{high:.3g}; the standard deviation is {spread:.3g}: for example --tolerance "
+        f"{max(MIN_TOLERANCE, spread / 4):.1g}"
+    )
 
 
 def _parts(
     rows: Sequence[tuple[Text, str]],
     groups: Sequence[str] | None,
-    opened: stock.Stock,
+    stock: Stock,
     settings: ImportSettings,
 ) -> Split:
     """The texts, split by seed into those to fit, tune and certify on."""
-    if opened.is_regression:
-        examples = to_examples(rows, opened.names, regression=True)
+    labels = stock.description.labels
+    if stock.description.kind == "value":
+        examples = to_examples(rows, labels, regression=True)
     else:
-        is_multi = opened.thresholds is not None
+        is_multi = stock.description.kind == "labels"
         found = {name for _, label in rows for name in labels_in(label, is_multi)}
-        examples = to_examples(rows, _names_in(found, opened.names), is_multi)
+        examples = to_examples(rows, _names_in(found, labels), is_multi)
     if groups is not None:
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
     if len(examples) < FEW_TEXTS:
@@ -185,7 +261,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
     """The parts with the original's answers, which are also the labels unless the texts have their own."""
 
     def with_answers(part: list[Example], states: States) -> list[Example]:
-        answers = [label_of(row) for row in states.answers.numpy()]
+        answers = [label_of(row) for row in states.answers]
         part = [replace(e, original=answer) for e, answer in zip(part, answers, strict=True)]
         return part if labelled else [replace(e, label=a) for e, a in zip(part, answers, strict=True)]
 
@@ -203,48 +279,51 @@ def _check_work(work: Path, finetune: bool) -> None:
         raise ValueError(f"{work} holds the model of another training or import: choose another --work")
 
 
-def _save(
-    model: De3Model, opened: stock.Stock, parts: Split, work: Path, labelled: bool, command: str | None
-) -> None:
+def _save(stock: Stock, exits: Exits, parts: Split, work: Path, settings: ImportSettings) -> None:
     """Write the checkpoint, in the form of de3 train."""
     work.mkdir(parents=True, exist_ok=True)
-    record = {"imported": True, "self_labelled": not labelled}
-    write_record(work, finished=False, **record, command=command)
-    model.save_pretrained(work)
-    opened.tokenizer.save_pretrained(work)
+    record = {"imported": True, "self_labelled": not settings.labelled}
+    write_record(work, finished=False, **record, command=settings.command)
+    limits = _thresholds(stock, settings.threshold)
+    write_checkpoint(stock, exits, work, input_of(parts.train), limits, settings.tolerance)
     for name, part in (("tune", parts.tune), ("certify", parts.certify)):
-        save_examples(work / f"{name}.jsonl", part, opened.names)
+        save_examples(work / f"{name}.jsonl", part, stock.description.labels)
     write_record(work, finished=True, **record)
 
 
 def _finetune(
-    model: De3Model,
-    opened: stock.Stock,
-    parts: Split,
-    states: States,
-    work: Path,
-    settings: ImportSettings,
+    stock: Stock, exits: Exits, parts: Split, states: States, work: Path, settings: ImportSettings
 ) -> None:
     """Train the whole model to the original's probabilities, at every exit, and write the checkpoint."""
+    import torch
+
+    from de3.training.checkpoint import Checkpoint
+    from de3.training.settings import TrainSettings
+    from de3.training.trainer import train
+
+    start = work / BASE / "exits"
+    start.mkdir()
+    write_checkpoint(stock, exits, start, input_of(parts.train))
+    opened = Checkpoint(start, unfinished=True)
     how = TrainSettings(
         epochs=settings.epochs,
         batch_size=32,
         lr=settings.lr,
         distill=1.0,
         temperature=1.0,
-        max_length=opened.max_tokens,
+        max_length=opened.config.max_tokens,
         seed=settings.seed,
         bf16=settings.bf16,
     )
     train(
-        model,
+        opened.model,
         opened.tokenizer,
         parts,
         how,
         work,
         resume=read_record(work) is not None,
         command=settings.command,
-        logits=states.logits,
+        logits=torch.from_numpy(states.logits),
         imported=True,
         finetuned=True,
         self_labelled=not settings.labelled,

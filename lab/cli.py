@@ -50,6 +50,22 @@ def fuzz(
 
 
 @app.command()
+def starts(
+    folder: Annotated[Path, typer.Argument(help="A stock classifier, of transformers.")],
+    rounds: Annotated[int, typer.Option(help="Starts of each server, in turn.", min=1)] = 5,
+    port: options.Port = 8100,
+) -> None:
+    """Compare how long a stock classifier takes to start, and its memory, with transformers and FastAPI.
+
+    Example: python -m lab starts runs/stock/model
+    """
+    from lab import starts as study
+
+    for line in study.table(study.measure(folder, port, rounds)):
+        print(line)
+
+
+@app.command()
 def fuzz_inputs(
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(FUZZERS)}; repeat for more.")

@@ -3,6 +3,13 @@
 from typer import Typer
 from typer.testing import CliRunner, Result
 
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, transformers=None)
+from de3.cli import main
+main()
+"""
+
 
 def invoke(arguments: str | list[str], app: Typer | None = None) -> Result:
     """Run a command of `de3`, or of another app, on a terminal wide enough that no output line wraps."""

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from de3.training import data
 from de3.training.data import Example
+from de3.training.encoded import encode
 from de3.training.progress import Meter
 from de3.training.settings import TrainSettings
 
@@ -33,7 +33,7 @@ def fine_tune(
         dtype=torch.float32,
         problem_type="multi_label_classification" if isinstance(examples[0].label, tuple) else None,
     )
-    encoded = data.encode(examples, tokenizer, settings.max_length, "train", len(names))
+    encoded = encode(examples, tokenizer, settings.max_length, "train", len(names))
     if encoded.labels.ndim > 1 and hasattr(model.classifier, "bias"):
         # With initial probabilities of ½, hundreds of steps would only teach it that most labels are rare.
         model.classifier.bias.data = torch.logit((encoded.labels.sum(0) + 0.5) / (len(encoded) + 1))

@@ -1,9 +1,22 @@
 """Stock classifiers: fine-tuned once for all workers, and imported by the command a user types."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
+import onnx
 import pytest
+import torch
+from numpy.typing import NDArray
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from de3.export.classifier import Stock
+from de3.export.fit import Exits
+from de3.export.trained import Trained
+from de3.export.write_checkpoint import write_checkpoint
+from de3.model_store.architecture import Architecture
+from de3.training.checkpoint import Checkpoint, write_record
 from de3.training.data import Example
 from de3.training.settings import TrainSettings
 from tests.commands import de3
@@ -41,3 +54,48 @@ def imported_as(factory: pytest.TempPathFactory, name: str, stock: Path, options
         )
 
     return made_once(factory, f"imported-{name}", make)
+
+
+def transformers_model(folder: Path) -> tuple[Any, Any]:
+    """The classifier and the tokenizer as transformers opens them."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def segments_of(
+    folder: Path, int8: bool, token_types: bool | None = None
+) -> tuple[Architecture, list[onnx.ModelProto]]:
+    """The segments of a stock classifier with random exits, and their architecture.
+
+    token_types: the tokenizer returns them; None: by its files.
+    """
+    with TemporaryDirectory() as made:
+        trained = Trained(with_random_exits(folder, Path(made) / "checkpoint"))
+        architecture = trained.architecture("int8" if int8 else "fp32")
+        if token_types is not None:
+            config = trained.checkpoint.config
+            encoder = config.family.of(config.encoder, token_types)
+            architecture = architecture.model_copy(update={"encoder": encoder})
+        files = trained.files(architecture)
+        return architecture, [onnx.load_model_from_string(f) for name, f in files if name.endswith(".onnx")]
+
+
+def with_random_exits(folder: Path, out: Path, seed: int = 0) -> Checkpoint:
+    """A checkpoint in a new folder: a stock classifier with an exit of random weights at every layer."""
+    stock, rng = Stock.open(str(folder), folder), np.random.default_rng(seed)
+    width, labels = stock.architecture("fp32").hidden_size, len(stock.description.labels)
+
+    def random(*shape: int) -> NDArray[np.float32]:
+        return rng.normal(0, 0.02 if len(shape) > 1 else 0, shape).astype(np.float32)
+
+    layers = range(stock.num_layers)
+    exits = Exits(
+        "mean",
+        [(random(labels, width), random(labels)) for _ in layers],
+        [(random(width, width), random(width)) for _ in layers],
+        [rng.normal(size=(labels, width)).astype(np.float32) for _ in layers],
+    )
+    out.mkdir(parents=True)
+    write_checkpoint(stock, exits, out, "text")
+    write_record(out, finished=True)
+    return Checkpoint(out)

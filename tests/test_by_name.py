@@ -6,9 +6,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 import numpy as np
@@ -30,7 +29,9 @@ from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.server.settings import Settings
+from tests.commands import WITHOUT_TORCH
 from tests.fixtures import made_once, save_encoder
+from tests.hub import hub_of
 from tests.serving import Server, process, until, url_when_ready
 
 TEXTS: tuple[tuple[str, str | None], ...] = (
@@ -282,7 +283,7 @@ def test_an_artifact_is_made_once_and_the_oldest_is_removed(
     first = artifact_of(str(bert), "int8", folder)
     made: list[str] = []
     convert = cache.convert
-    monkeypatch.setattr(cache, "convert", lambda name, *rest: (made.append(name), convert(name, *rest))[1])
+    monkeypatch.setattr(cache, "convert", lambda of, *rest: (made.append(of.name), convert(of, *rest))[1])
     assert artifact_of(str(bert), "int8", folder).path == first.path and not made
     second = artifact_of(str(bert), "fp32", folder)
     assert made == [str(bert)] and second.path != first.path and first.path.exists()
@@ -379,74 +380,20 @@ def test_a_folder_with_a_vocabulary_alone_is_served(copy: Path, tmp_path: Path) 
 # On the hub
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The routes of the hub that a download needs, for one repository in a folder."""
-
-    folder: ClassVar[Path]
-    asked: ClassVar[list[str]]
-    COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        files = sorted(self.folder.iterdir())
-        if path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
-            names = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
-            self._answer(json.dumps({"id": "org/model", "sha": self.COMMIT, "siblings": names}).encode())
-        elif path.startswith("/api/models/org/model/tree/"):
-            rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
-            self._answer(json.dumps(rows).encode())
-        elif path.startswith("/org/model/resolve/") and path.split("/")[4] in ("main", "v1", self.COMMIT):
-            file = self.folder / path.split("/")[-1]
-            if file.is_file():
-                self._answer(file.read_bytes(), file.name)
-            else:
-                self._answer(b"", code=404, error="EntryNotFound")
-        else:
-            self._answer(b"", code=404, error="RepoNotFound")
-
-    def _answer(self, data: bytes, name: str = "", code: int = 200, error: str = "") -> None:
-        self.send_response(code)
-        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": f'"{name}-1"'}
-        for key, value in (headers | ({"X-Error-Code": error} if error else {})).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A hub with org/model, which new processes use."""
-    handler = type("OfFolder", (Hub,), {"folder": copy, "asked": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "DE3_CACHE": str(tmp_path / "cache"),
-    }
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    yield handler
-    server.shutdown()
-    server.server_close()
-
-
-WITHOUT_TORCH = """
-import sys
-sys.modules.update(torch=None, transformers=None)
-from de3.cli import main
-main()
-"""
+    with hub_of(copy) as (handler, port):
+        environment = {
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "DE3_CACHE": str(tmp_path / "cache"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield handler
 
 
 def refused(name: str) -> str:

@@ -12,6 +12,7 @@ from de3.tables import Columns
 from de3.training import data
 from de3.training import split as splits
 from de3.training.data import Example
+from de3.training.encoded import Encoded, training_batches
 
 
 def write(path: Path, text: str) -> Path:
@@ -197,7 +198,7 @@ def test_one_more_column(tmp_path: Path) -> None:
 
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 40), st.integers(0, 9))
 def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -> None:
-    batches = data.training_batches(lengths, size, seed)
+    batches = training_batches(lengths, size, seed)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
     for batch in batches:  # of similar length: a batch spans only neighbours in sorted order
@@ -207,7 +208,7 @@ def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -
 def test_padding_is_masked() -> None:
     import torch
 
-    encoded = data.Encoded([[2, 7, 3], [2, 3]], [[0, 0, 0], [0, 0]], torch.tensor([1, 0]))
+    encoded = Encoded([[2, 7, 3], [2, 3]], [[0, 0, 0], [0, 0]], torch.tensor([1, 0]))
     inputs, labels = encoded.batch([1, 0], pad_id=9)
     assert inputs["input_ids"].tolist() == [[2, 3, 9], [2, 7, 3]]
     assert inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]

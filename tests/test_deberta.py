@@ -15,16 +15,16 @@ from onnx import numpy_helper
 from transformers import AutoConfig, DebertaV2Tokenizer
 
 from de3.export import exporter
-from de3.export.build import architecture_of, build
+from de3.export.classifier import Stock
 from de3.export.exporter import ExportSettings
 from de3.export.full_depth import export_full_depth, stitch
 from de3.model_store.families import family
 from de3.model_store.model import Model
 from de3.model_store.segments import full_depth, session_options
 from de3.model_store.store import Store, StoreError
-from de3.training.stock import Stock, open_stock, with_exits
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, FILLER, GOOD, OTHER, made_once, make_rows, save_encoder
+from tests.stock import segments_of, transformers_model
 from tests.test_export import untrained
 from tests.test_hostile_models import forge
 
@@ -48,23 +48,18 @@ LENGTHS = (
 )  # up to 4 each bucket is one offset; from 24 all are the same
 
 
-def stock_classifier(folder: Path, **options: Any) -> Stock:
-    return open_stock(str(save_encoder(folder, FAMILY, labels=3, **options)))
+def stock_classifier(folder: Path, **options: Any) -> Path:
+    return save_encoder(folder, FAMILY, labels=3, **options)
 
 
-def segments_of(stock: Stock, int8: bool, token_types: bool = True) -> list[onnx.ModelProto]:
-    """The segments of a stock classifier."""
-    model = with_exits(stock, "mean", "text")
-    return list(build(model, architecture_of(model, int8, token_types)).values())
-
-
-def stitched(stock: Stock, int8: bool, token_types: bool = True) -> Any:
+def stitched(stock: Path, int8: bool, token_types: bool = True) -> Any:
     """A stock classifier as one graph."""
-    return stitch(segments_of(stock, int8, token_types))
+    return stitch(segments_of(stock, int8, token_types)[1])
 
 
-def difference(stock: Stock, graph: Any, lengths: tuple[int, ...]) -> float:
+def difference(stock: Path, graph: Any, lengths: tuple[int, ...]) -> float:
     """The largest difference from transformers' own logits; one random text of each length at a time."""
+    model, _ = transformers_model(stock)
     session = ort.InferenceSession(graph.SerializeToString(), session_options())
     names = [x.name for x in session.get_inputs()]
     rng = np.random.default_rng(1)
@@ -76,7 +71,7 @@ def difference(stock: Stock, graph: Any, lengths: tuple[int, ...]) -> float:
         }
         feed = {name: feed[name] for name in names}
         with torch.no_grad():
-            theirs = stock.model(**{k: torch.tensor(v) for k, v in feed.items()}).logits
+            theirs = model(**{k: torch.tensor(v) for k, v in feed.items()}).logits
         largest = max(largest, float(np.abs(session.run(None, feed)[0] - theirs.numpy()).max()))
     return largest
 
@@ -127,8 +122,8 @@ def test_token_types_that_a_tokenizer_does_not_return(tmp_path: Path) -> None:
 
 def test_the_word_table_stays_int8(tmp_path: Path) -> None:
     stock = stock_classifier(tmp_path)
-    embeddings = segments_of(stock, int8=True)[0]
-    rows = len(stock.tokenizer)
+    embeddings = segments_of(stock, int8=True, token_types=True)[1][0]
+    rows = len(transformers_model(stock)[1])
     tables = [w for w in embeddings.graph.initializer if w.dims[:1] == [rows]]
     assert {(w.data_type, *w.dims) for w in tables} == {
         (onnx.TensorProto.INT8, rows, 48),
@@ -161,7 +156,7 @@ def test_options_that_are_refused_before_any_work(tmp_path: Path, options: dict,
     with pytest.raises(ValueError, match=why):
         family(AutoConfig.from_pretrained(tmp_path).to_dict())
     with pytest.raises(ValueError, match=why):
-        open_stock(str(tmp_path))
+        Stock.open("name", tmp_path)
     command = f"train {tmp_path / 'none.tsv'} --encoder {tmp_path} --out {tmp_path / 'out'}"
     (tmp_path / "none.tsv").write_text("text\tlabel\n" + "a\t0\nb\t1\n" * 50)
     assert why.partition(" ")[0] in refusal(command)
@@ -192,8 +187,7 @@ def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
         assert model.manifest.export["parity"]["longest"] > 24
         steps = model.full_depth(model.tokenize("a good film", "it was bad"))
         assert all(np.isfinite(step.hidden).all() for step in steps)
-        limit = 1e-3 if quantize == "none" else 0.3
-        assert max(model.manifest.export["parity"]["logits"]) < limit
+        assert max(model.manifest.export["parity"]["logits"]) < 1e-3
 
 
 def save_own_tokenizer(folder: Path) -> None:
@@ -217,8 +211,8 @@ def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Pat
         f"import {folder} --texts {file} --text-column a --pair-column b --name m --store {tmp_path}/store "
         f"--work {tmp_path}/work"
     )
-    artifact, stock = Store(tmp_path / "store").open("m"), open_stock(str(folder))
-    model = Model(artifact)
+    artifact = Store(tmp_path / "store").open("m")
+    model, (stock, tokenizer) = Model(artifact), transformers_model(folder)
     assert (model.runtime, artifact.manifest.max_tokens) == ("onnxruntime", 64)
     text = "it  was\ta good film, \n\n and very  bright." + " not bad" * 300
     for first, second in (
@@ -227,11 +221,11 @@ def test_a_classifier_for_pairs_with_its_own_tokenizer_is_imported(tmp_path: Pat
         (text + " good", text),
         ("x  y", " " + text),
     ):
-        theirs = stock.tokenizer(first, second, truncation=True, max_length=64, return_tensors="pt")
+        theirs = tokenizer(first, second, truncation=True, max_length=64, return_tensors="pt")
         tokens = model.tokenize(first, second)
         assert tokens.ids.tolist() == theirs["input_ids"].tolist()
         with torch.no_grad():
-            expected = stock.model(**{k: v for k, v in theirs.items() if k != "token_type_ids"}).logits
+            expected = stock(**{k: v for k, v in theirs.items() if k != "token_type_ids"}).logits
         np.testing.assert_allclose(model.full_depth(tokens)[-1].logits, expected[0].numpy(), atol=0.1)
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
+from de3.model_store.store import Store
+from tests.fixtures import make_rows, save_encoder
+from tests.hub import hub_of
 from tests.serving import free_port, until
 
 PROJECT, IMAGE = "de3-test", "de3-test/server"
@@ -177,6 +180,86 @@ def test_it_classifies(compose: Compose) -> None:
         compose.url + "/classify", json={"input": ["a warm , funny , engaging film", "awful"]}
     )
     assert [row["label"] for row in answer.json()["data"]] == ["positive", "negative"]
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, readable by all, with a stock classifier in model and texts.txt."""
+    folder = tmp_path_factory.mktemp("stock")
+    save_encoder(folder / "model", labels=2)
+    (folder / "texts.txt").write_text("".join(f"{text}\n" for text, _ in make_rows(600, 3)))
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    return folder
+
+
+def test_a_classifier_is_served_by_name(compose: Compose, stock: Path) -> None:
+    """On a read-only file system, from a folder; a second container converts nothing."""
+    cache, port = f"{PROJECT}-cache", free_port()
+    options = (
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "--volume",
+        f"{cache}:/cache",
+        "--volume",
+        f"{stock}:/stock:ro",
+    )
+    answers = []
+    try:
+        for _ in range(2):
+            published = f"127.0.0.1:{port}:8000"
+            container = docker(
+                "run", "--detach", *options, "--publish", published, IMAGE, "serve", "/stock/model"
+            )
+            try:
+                until(lambda: ready(f"http://127.0.0.1:{port}"), "the container to be ready")
+                answer = httpx.post(f"http://127.0.0.1:{port}/classify", json={"input": "a good film"}).json()
+                changed = docker(
+                    "exec", container, "find", "/cache", "-name", "manifest.json", "-printf", "%T@"
+                )
+                answers.append((answer["data"], changed))
+            finally:
+                docker("rm", "--force", container)
+    finally:
+        docker("volume", "rm", cache)
+    assert answers[0] == answers[1] and answers[0][0][0]["exit"]["layer"] == 3
+
+
+def test_compose_serves_a_classifier_of_the_hub(compose: Compose, stock: Path) -> None:
+    form = "{{range .NetworkSettings.Networks}}{{.Gateway}}{{end}}"
+    gateway = docker("inspect", "--format", form, compose.container("server"))
+    try:
+        with hub_of(stock / "model", gateway) as (_, port):
+            endpoint = f"http://{gateway}:{port}"
+            compose("up", "--detach", "server", NAMES="org/model", HF_ENDPOINT=endpoint)
+            compose.wait_until_healthy()
+            (listed,) = httpx.get(compose.url + "/v1/models").json()["data"]
+            assert (listed["id"], listed["source"]) == ("model:1", "org/model")
+            answer = httpx.post(compose.url + "/classify", json={"input": "a good film"})
+            assert answer.json()["data"][0]["exit"]["layer"] == 3
+    finally:
+        compose("up", "--detach", "server")
+        compose.wait_until_healthy()
+
+
+def test_the_image_imports(compose: Compose, stock: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    folders = ("--volume", f"{stock}:/stock:ro", "--volume", f"{tmp_path}:/data")
+    command = (
+        "import /stock/model --texts /stock/texts.txt --name mine --store /data/models --work /data/work"
+    )
+    docker("run", "--rm", "--read-only", *folders, IMAGE, *command.split())
+    calibration = Store(tmp_path / "models").open("mine").manifest.calibration
+    assert calibration is not None and calibration.self_labelled
+
+
+def ready(url: str) -> bool:
+    """True if a server is ready."""
+    try:
+        return httpx.get(f"{url}/ready", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_prometheus_scrapes_it(compose: Compose) -> None:

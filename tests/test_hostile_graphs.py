@@ -13,13 +13,12 @@ import onnx
 import pytest
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from de3.export.build import architecture_of, build
 from de3.model_store.architecture import Architecture, Head
 from de3.model_store.families import FAMILIES
 from de3.model_store.graph import GraphError
 from de3.model_store.segment_graph import read_segment
-from de3.training.stock import open_stock, with_exits
 from tests.fixtures import save_encoder
+from tests.stock import segments_of
 
 OTHER = "evil"
 Place = tuple[tuple[str, int | None], ...]  # of a message: fields, and the index in a list
@@ -28,10 +27,7 @@ Place = tuple[tuple[str, int | None], ...]  # of a message: fields, and the inde
 @cache
 def built(family: str, int8: bool) -> tuple[Architecture, list[onnx.ModelProto]]:
     """The architecture and segments of a small random classifier with exits."""
-    opened = open_stock(str(save_encoder(Path(mkdtemp()), family, layers=2, labels=3)))
-    model = with_exits(opened, "mean", "text")
-    architecture = architecture_of(model, int8, "token_type_ids" in opened.tokenizer.model_input_names)
-    return architecture, list(build(model, architecture).values())
+    return segments_of(save_encoder(Path(mkdtemp()), family, layers=2, labels=3), int8)
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """de3 import: stock classifiers of every family keep their answers and get exits."""
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +15,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from de3.export import importing, states
+from de3.export.classifier import Stock
+from de3.export.importing import original_of
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
 from de3.tables import Columns, read_rows
-from de3.training import data, stock
+from de3.training import data
 from de3.training.checkpoint import Checkpoint
-from de3.training.data import Example, encode
 from de3.training.model import De3Model
-from de3.training.stock import open_stock, parity, with_exits
-from tests.commands import de3, invoke, refusal
+from tests.commands import WITHOUT_TORCH, de3, invoke, refusal
 from tests.fixtures import made_once, make_rows, save_encoder
 from tests.serving import serving
-from tests.stock import fine_tuned
+from tests.stock import fine_tuned, transformers_model, with_random_exits
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +65,11 @@ def imported(tmp_path_factory: pytest.TempPathFactory, classifier: Path, texts: 
 
 def logits_of(folder: Path, texts: list[str]) -> Any:
     """The logits of transformers' own model, one text at a time."""
-    opened = open_stock(str(folder))
+    model, tokenizer = transformers_model(folder)
+    longest = Stock.open("stock", folder).max_tokens
     with torch.no_grad():
         rows = [
-            opened.model(
-                **opened.tokenizer(text, return_tensors="pt", truncation=True, max_length=opened.max_tokens)
-            ).logits[0]
+            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=longest)).logits[0]
             for text in texts
         ]
     return torch.stack(rows).numpy()
@@ -74,17 +77,21 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> None:
-    opened = open_stock(str(save_encoder(tmp_path / "stock", family, labels=3)))
-    model = with_exits(opened, "mean", "text")
-    examples = [Example(" ".join(["good"] * n) or "a", 0) for n in (0, 1, 2, 5, 17, 40, 100)]
-    assert parity(opened, model, encode(examples, opened.tokenizer, opened.max_tokens)) < 1e-5
-    pairs = [Example(("good film", "bad"), 0), Example(("a " * 50, "very " * 50), 0)]
-    assert parity(opened, model, encode(pairs, opened.tokenizer, opened.max_tokens)) < 1e-5
-    assert model.config.label_names == ["LABEL_0", "LABEL_1", "LABEL_2"]
-    with torch.no_grad():
-        model.classifiers[-1].bias += 0.01
-    with pytest.raises(ValueError, match="differs from transformers' model"):
-        parity(opened, model, encode(examples, opened.tokenizer, opened.max_tokens))
+    """The checkpoint that an import writes without PyTorch is one that PyTorch reads."""
+    folder = save_encoder(tmp_path / "stock", family, labels=3)
+    theirs, tokenizer = transformers_model(folder)
+    checkpoint = with_random_exits(folder, tmp_path / "checkpoint")
+    assert checkpoint.names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    singles = [(" ".join(["good"] * n) or "a",) for n in (0, 1, 2, 5, 17, 40, 100)]
+    for text in (*singles, ("good film", "bad"), ("a " * 50, "very " * 50)):
+        inputs, same = (
+            one(*text, return_tensors="pt", truncation=True, max_length=checkpoint.config.max_tokens)
+            for one in (tokenizer, checkpoint.tokenizer)
+        )
+        assert {k: v.tolist() for k, v in inputs.items()} == {k: v.tolist() for k, v in same.items()}
+        with torch.no_grad():
+            last = checkpoint.model(**inputs).logits[:, -1]
+            torch.testing.assert_close(last, theirs(**inputs).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("few_taus")
@@ -134,7 +141,6 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
         assert not (imported / f"work/{name}/states").exists()
     said = (imported / "mine.log").read_text()
     for words in (
-        "full depth matches transformers' model",
         "agreement with the original model",
         "Next: de3 serve",
     ):
@@ -173,11 +179,9 @@ def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tm
 def test_an_interrupted_import_goes_on(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from de3.training import frozen
-
-    monkeypatch.setattr(frozen, "CHUNK", 100)
+    monkeypatch.setattr(states, "CHUNK", 100)
     ran: list[int] = []
-    run = frozen._run
+    run = states.run
 
     def counted(*arguments: Any) -> Any:
         ran.append(1)
@@ -185,12 +189,42 @@ def test_an_interrupted_import_goes_on(
             raise KeyboardInterrupt
         return run(*arguments)
 
-    monkeypatch.setattr(frozen, "_run", counted)
+    monkeypatch.setattr(states, "run", counted)
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
     output = de3(command)
     assert "fitting: 3 of 8 chunks are reused from an earlier run" in output
     assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
+
+
+def test_neither_import_nor_export_needs_pytorch(imported: Path, classifier: Path, tmp_path: Path) -> None:
+    """In a process without PyTorch, import, export and evaluate run, and what only PyTorch can do is refused."""
+
+    def run(command: str) -> str:
+        words = [sys.executable, "-c", WITHOUT_TORCH, *command.split()]
+        environment = os.environ | {"COLUMNS": "200"}
+        result = subprocess.run(
+            words, capture_output=True, text=True, timeout=240, check=False, cwd=tmp_path, env=environment
+        )
+        assert (result.returncode == 0) == (result.stderr.find("error:") < 0), result.stderr
+        return result.stdout + result.stderr
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 7)))
+    command = f"import {classifier} --texts {texts} --name m --quantize none"
+    assert "published models/m/1" in run(command)
+    assert "published models/again/1" in run("export runs/m --name again")
+    tables = [Store(tmp_path / "models").open(name).manifest.calibration for name in ("m", "again")]
+    original = de3(f"export {tmp_path}/runs/m --name m --store {tmp_path}/with --quantize none")
+    assert "published" in original
+    assert Store(tmp_path / "with").open("m").manifest.calibration == tables[0] != tables[1]
+    assert "the default by length" in run(f"evaluate models/m/1 {texts} --original {classifier}").lower()
+    assert "needs the train extra" in run(f"evaluate runs/m {texts}")
+    assert "needs the train extra" in run(f"{command} --finetune")
+    for file in ("model.safetensors", "tokenizer.json"):
+        copy = Path(shutil.copytree(classifier, tmp_path / file))
+        (copy / file).rename(copy / "pytorch_model.bin")
+        assert "'de3[train]'" in run(f"import {copy} --texts {texts} --name m --work other")
 
 
 @pytest.mark.slow
@@ -223,7 +257,7 @@ def test_states_of_another_head_are_not_taken(
         model.classifier.weight.neg_()
         model.classifier.bias.neg_()
     model.save_pretrained(tmp_path / "other")
-    open_stock(str(classifier)).tokenizer.save_pretrained(tmp_path / "other")
+    transformers_model(classifier)[1].save_pretrained(tmp_path / "other")
     output = de3(f"import {tmp_path}/other {command}")
     assert "from an earlier run" not in output
     calibration = Store(tmp_path / "store").open("m").manifest.calibration
@@ -269,7 +303,7 @@ def test_an_import_that_was_stopped_while_saving_goes_on(
 def test_what_would_fail_at_the_end_fails_at_the_beginning(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("de3.training.frozen._run", lambda *_: pytest.fail("nothing is computed"))
+    monkeypatch.setattr("de3.export.importing.convert", lambda *_: pytest.fail("nothing is computed"))
     command = f"import {classifier} --texts {{}} --store {tmp_path}/s"
     (tmp_path / "file").write_text("")
     rows = tmp_path / "rows.csv"
@@ -323,7 +357,8 @@ def test_what_cannot_be_imported_says_what_can(
     multi = changed(problem_type="multi_label_classification")
     assert "--finetune is for models whose classes exclude each other" in refused(multi, "--finetune")
     assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))
-    assert "lacks 2 of the model's weights" in refused(changed(id2label={"0": "a", "1": "b", "2": "c"}))
+    three = changed(id2label={"0": "a", "1": "b", "2": "c"})
+    assert "classifier.weight is float32 of shape (64, 2), expected (64, 3)" in refused(three)
     assert "--label-names must name the labels ['bad', 'good']" in refused(classifier, "--label-names a,b,c")
     assert "must differ from each other" in refused(classifier, "--label-names a,a")
     few = tmp_path / "few.txt"
@@ -363,22 +398,24 @@ def data_of(folder: Path, name: str) -> Path:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
 def test_a_config_of_impossible_size_is_refused_before_a_model_is_built(
-    tmp_path: Path, fields: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fields: dict[str, Any], says: str
 ) -> None:
-    monkeypatch.setattr(AutoConfig, "from_pretrained", None)
+    for file in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / file).write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
     with pytest.raises(ValueError, match=says):
-        open_stock(str(tmp_path))
+        original_of(str(tmp_path), tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "de3-bert", "encoder": fields}))
-    (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=says):
         Checkpoint(tmp_path, unfinished=True)
 
 
 def test_the_size_of_a_config_is_limited(tmp_path: Path) -> None:
+    for file in ("model.safetensors", "tokenizer.json"):
+        (tmp_path / file).write_text("{}")
     (tmp_path / "config.json").write_bytes(b" " * 2**24 + b"{}")
     with pytest.raises(ValueError, match="more than 16777216 bytes"):
-        open_stock(str(tmp_path))
+        original_of(str(tmp_path), tmp_path)
 
 
 class Evil:
@@ -402,7 +439,7 @@ def test_weights_that_are_not_only_weights_are_refused_in_a_line(
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
     with pytest.raises(ValueError, match=says) as caught:
-        open_stock(str(folder))
+        original_of(str(folder), tmp_path / "work")
     assert "\n" not in str(caught.value)
     assert "must not run" not in capfd.readouterr().out
 
@@ -412,7 +449,7 @@ def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> N
     assert f"de3 import {classifier} --texts" in message
 
 
-def test_other_pooling_wins_where_it_serves_better(imported: Path, classifier: Path) -> None:
+def test_other_pooling_wins_where_it_serves_better(imported: Path) -> None:
     said = (imported / "mine.log").read_text()
     merits = {
         kind: float(said.split(f"exits on the {words}")[1].split("speed-up about ")[1].split("×")[0])
@@ -420,7 +457,6 @@ def test_other_pooling_wins_where_it_serves_better(imported: Path, classifier: P
     }
     best = max(merits, key=lambda kind: merits[kind])
     assert Store(imported / "store").open("mine").manifest.pooling == best
-    assert stock.open_stock(str(classifier)).names == ["bad", "good"]
 
 
 @pytest.mark.slow
@@ -458,13 +494,19 @@ def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_on
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("de3.training.frozen.fit", lambda _, *arguments: given.extend(arguments))
+    fit = importing.fit.fit
+
+    def watched(layers: int, *arguments: Any) -> Any:
+        given.extend(arguments)
+        return fit(layers, *arguments)
+
+    monkeypatch.setattr(importing.fit, "fit", watched)
     monkeypatch.setattr("de3.export.importing.export", stopped)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
-    fitting, tuning, _ = given
+    fitting, tuning, _ = given  # the last is the seed
     tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
     assert len(fitting.logits) == 600 - len(tune) - len(certify)
     assert not {e.text for e in tune} & {e.text for e in certify}
     own = logits_of(folder, [str(example.text) for example in tune])
-    np.testing.assert_allclose(tuning.logits.numpy(), own, atol=1e-4)
+    np.testing.assert_allclose(tuning.logits, own, atol=1e-4)

@@ -17,11 +17,10 @@ from de3.training import data
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example, label_array, label_of
 from de3.training.evaluate import f1
-from de3.training.stock import open_stock
 from tests.commands import de3
 from tests.fixtures import BAD, FILLER, GOOD, make_rows
 from tests.serving import Server, serving
-from tests.stock import fine_tuned, imported_as
+from tests.stock import fine_tuned, imported_as, transformers_model
 
 NAMES = ["praise", "blame", "story"]
 STORY = FILLER[5:9]
@@ -69,12 +68,12 @@ def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: 
 
 
 def test_a_text_has_any_number_of_labels(server: Server, imported: Path, classifier: Path) -> None:
-    opened = open_stock(str(classifier))
+    model, tokenizer = transformers_model(classifier)
     texts = ["good and bad", "a good film", "the plot", "a", "bad plot of a good scene"]
     rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
-            logits = opened.model(**opened.tokenizer(text, return_tensors="pt")).logits[0]
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
         assert row["probs"] == pytest.approx(torch.sigmoid(logits).tolist(), abs=0.03)
         assert row["labels"] == [NAMES[k] for k in label_of((logits > 0).numpy())]  # type: ignore[union-attr]
         assert row["label"] == NAMES[int(logits.argmax())]

@@ -32,11 +32,10 @@ from de3.training import data
 from de3.training.checkpoint import Checkpoint
 from de3.training.data import Example
 from de3.training.evaluate import correlation, correlations
-from de3.training.stock import open_stock
 from tests.commands import de3, refusal
 from tests.fixtures import BAD, GOOD, make_rows, save_encoder
 from tests.serving import Server, serving, until
-from tests.stock import fine_tuned, imported_as
+from tests.stock import fine_tuned, imported_as, transformers_model
 from tests.test_models import HEADERS, KEY
 from tests.test_page import CHROMIUM, FLAGS, opened
 
@@ -90,12 +89,12 @@ def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
 
 
 def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path) -> None:
-    opened = open_stock(str(stock))
+    model, tokenizer = transformers_model(stock)
     texts = ["good and bad", "a superb fine film", "the plot", "a", "not great , awful"]
     rows = server.described(input=texts, tau=0, explain=True)["data"]
     for text, row in zip(texts, rows, strict=True):
         with torch.no_grad():
-            value = float(opened.model(**opened.tokenizer(text, return_tensors="pt")).logits)
+            value = float(model(**tokenizer(text, return_tensors="pt")).logits)
         assert row["value"] == pytest.approx(value, abs=0.2)  # int8
         assert (row["label"], row["probs"], row["num_classes"]) == ("praise", None, 1)
         assert row["exit"]["entropy"] is row["exit"]["distance_ratio"] is row["exit"]["edr"] is None

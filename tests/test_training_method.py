@@ -130,7 +130,7 @@ def test_max_tokens_counts_from_the_first_position(tmp_path: Path) -> None:
 
 def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
     from de3.training import prototypes
-    from de3.training.data import Encoded
+    from de3.training.encoded import Encoded
 
     data = Encoded([[2, 5, 3], [2, 6, 7, 3], [2, 8, 3]], [], torch.tensor([0, 2, 0]))
     prototypes.finish(model, data, 0, "means", lr=1e-3, seed=0, bf16=False)
@@ -142,7 +142,7 @@ def test_prototypes_as_means_are_those_of_every_sample(model: De3Model) -> None:
 
 def test_refitting_leaves_the_classifier_alone_and_sliding_everything(model: De3Model) -> None:
     from de3.training import prototypes
-    from de3.training.data import Encoded
+    from de3.training.encoded import Encoded
 
     data = Encoded([[2, 5, 3], [2, 6, 7, 3]] * 40, [], torch.tensor([0, 1] * 40))
     before = {k: v.clone() for k, v in model.state_dict().items()}

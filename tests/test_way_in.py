@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
 
 from de3.exits.recorded import Recorded
-from de3.export.exporter import ExportError, int8_loss
+from de3.export.errors import ExportError
+from de3.export.exporter import int8_loss
 from de3.training import checks, trainer
 from de3.training.checkpoint import Checkpoint, read_record, write_record
 from de3.training.data import Example
@@ -171,7 +172,7 @@ def test_an_encoder_without_its_tokenizer_is_refused(data_file: Path, tmp_path: 
 
 
 def test_unknown_words_are_counted(encoder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    tokenizer = AutoTokenizer.from_pretrained(encoder).backend_tokenizer
     known = [Example(text, 0) for text, _ in make_rows(50, 1)]
     assert checks.unknown_tokens(tokenizer, known) == []
     with pytest.raises(ValueError, match="100% of the texts' tokens are unknown"):

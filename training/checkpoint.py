@@ -1,22 +1,19 @@
-"""Checkpoints of `de3 train`. Every command opens them here.
+"""Checkpoints of `de3 train` and `de3 import`. Every command opens them here. Imports PyTorch only for `model`.
 
 A checkpoint's training.json records whether the training is finished, and the command that resumes it.
 """
 
 import json
-from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
-from transformers.utils import logging
+from typing import TYPE_CHECKING, Any
 
 from de3.model_store.sizes import read_config
-from de3.training.config_check import check_config
+from de3.training.config import MODEL_TYPE, CheckpointConfig, model_type
 from de3.training.data import Example, check_input, load_examples
-from de3.training.model import De3Config, De3Model, check_loaded
+
+if TYPE_CHECKING:
+    from de3.training.model import De3Model
 
 RECORD = "training.json"
 
@@ -25,8 +22,6 @@ class Checkpoint:
     """A finished checkpoint.
 
     Attributes:
-        model: in float32, in evaluation mode.
-        tokenizer: its Hugging Face tokenizer.
         names: the labels, in the order of the logits.
     """
 
@@ -41,19 +36,22 @@ class Checkpoint:
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder / 'tokenizer.json'}: missing; save the checkpoint's tokenizer there")
         self.folder = folder
-        quiet()
-        try:
-            check_config(str(folder), str(folder))
-            self.model, loaded = De3Model.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{folder}: the weights cannot be loaded: {error}") from None
-        check_loaded(loaded, str(folder))
-        _check_weights(self.model, loaded["unexpected_keys"], folder)
-        self.model.eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.names = self.model.config.label_names
+        self.config = CheckpointConfig.of(str(folder), read_config(folder / "config.json"))
+        self.names = self.config.label_names
+
+    @cached_property
+    def model(self) -> "De3Model":
+        """PyTorch's model, in float32, in evaluation mode; raises ValueError for unusable weights."""
+        from de3.training.pretrained import load
+
+        return load(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of transformers."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
 
     @property
     def self_labelled(self) -> bool:
@@ -66,10 +64,9 @@ class Checkpoint:
         return bool((read_record(self.folder) or {}).get("finetuned"))
 
     @property
-    def config(self) -> De3Config:
-        """The model's configuration."""
-        config: De3Config = self.model.config
-        return config
+    def is_frozen_import(self) -> bool:
+        """True if `de3 import` has fitted exits to a classifier whose weights it did not change."""
+        return bool((read_record(self.folder) or {}).get("imported")) and not self.is_finetuned
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
         """The samples of a part, tune or certify, or of another file; raises ValueError."""
@@ -95,31 +92,11 @@ def check(folder: Path) -> None:
         raise ValueError(
             f"{folder} is not a checkpoint: it has no config.json; de3 train writes one to --out"
         )
-    if kind != De3Config.model_type:
+    if kind != MODEL_TYPE:
         raise ValueError(
             f"{folder} is a plain {kind} model, without exits, not a checkpoint of de3 train. Give a classifier exits "
             f"by de3 import {folder} --texts FILE --name NAME, an encoder by de3 train DATA --encoder {folder}"
         )
-
-
-def model_type(folder: Path) -> str | None:
-    """The type of a folder's model by its config.json; None if there is none."""
-    try:
-        config = read_config(folder / "config.json")
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ValueError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    return str(config.get("model_type")) if isinstance(config, dict) else None
-
-
-def looks_like_path(name: str) -> bool:
-    """True if a name can only be a folder, so it is not looked up on the Hugging Face hub, which may take minutes."""
-    return (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or ("/" in name and Path(name).parent.is_dir())
-    )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -150,36 +127,3 @@ def _check_finished(folder: Path) -> None:
     command = (read_record(folder) or {}).get("command")
     hint = f"finish it with: {command}" if command else "repeat its de3 train command with --resume"
     raise ValueError(f"{folder} is not finished: its training is still running, or was interrupted; {hint}")
-
-
-def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> None:
-    """Raise ValueError for weights that are not in the model, or are not finite."""
-    if surplus := sorted(unexpected):
-        raise ValueError(
-            f"{folder}: its file has {len(surplus)} weights that are not in the model of its config.json, such as "
-            f"{surplus[0]}: they do not belong together"
-        )
-    for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
-            raise ValueError(
-                f"{folder}: {name} is not finite: the training diverged; repeat it with a lower --lr"
-            )
-
-
-def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
-    """Raise ValueError for a slow tokenizer, or one with more tokens than an encoder of this configuration."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{name}: its tokenizer is a slow one; a tokenizer.json (a fast tokenizer) is needed"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not belong "
-            "together"
-        )
-
-
-def quiet() -> None:
-    """Silence the progress bars and the warnings of transformers; errors are still raised."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

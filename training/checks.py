@@ -1,59 +1,18 @@
-"""Checks before training, so that hours are not spent on a useless model."""
+"""Checks of the data before training, so that hours are not spent on a useless model."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer
+from tokenizers import Tokenizer
 
-from de3.model_store.families import family
 from de3.tables import SEPARATOR, Text
-from de3.training import checkpoint
-from de3.training.config_check import check_config
 from de3.training.data import Example
 from de3.training.split import Split
 
 MAX_LABELS = 1000
 FEW = 5  # samples of a label
 MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
-
-
-def open_encoder(name: str) -> tuple[Any, Any]:
-    """The configuration and the tokenizer of an encoder from a folder or the hub.
-
-    Raises ValueError, naming a remedy, for an encoder that cannot be used.
-    """
-    checkpoint.quiet()
-    folder = Path(name)
-    if folder.is_dir():
-        kind = checkpoint.model_type(folder)
-        if kind is None:
-            raise ValueError(
-                f"--encoder {name}: the folder has no config.json, so it is not a Hugging Face model"
-            )
-        if kind == "de3-bert":
-            raise ValueError(
-                f"--encoder {name} is a checkpoint of de3 train; give the encoder that it was trained from, "
-                "or use the checkpoint as --teacher"
-            )
-    elif checkpoint.looks_like_path(name):
-        raise ValueError(f"--encoder {name}: no such folder")
-    try:
-        check_config(f"--encoder {name}", name)
-        config = AutoConfig.from_pretrained(name)
-        family(config.to_dict())
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except StrictDataclassError as error:
-        raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"--encoder {name}: no such folder, and it cannot be read from the Hugging Face hub ({reason})"
-        ) from None
-    checkpoint.check_tokenizer(f"--encoder {name}", tokenizer, config)
-    return config, tokenizer
 
 
 def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
@@ -129,11 +88,11 @@ def labels_of(example: Example) -> tuple[int, ...]:
     return example.label if isinstance(example.label, tuple) else (int(example.label),)
 
 
-def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
+def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
     """Warnings about unknown tokens; raises ValueError if there are too many."""
-    unknown = tokenizer.unk_token_id
+    unknown = _unknown(tokenizer)
     texts = [text for example in examples[:2000] for text in _texts(example.text)]
-    ids = [i for one in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in one]
+    ids = [i for one in tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids]
     if not ids:
         raise ValueError(
             "the tokenizer produces no tokens for the texts: are its files (tokenizer.json) in the folder?"
@@ -145,6 +104,13 @@ def unknown_tokens(tokenizer: Any, examples: Sequence[Example]) -> list[str]:
             f"{message}: are its files (tokenizer.json, vocab.txt) in the folder, and is it for their language?"
         )
     return [message] if share > WARN_UNKNOWN else []
+
+
+def _unknown(tokenizer: Tokenizer) -> int | None:
+    """The id of unknown tokens; None: there is none, as each byte has a token."""
+    model = json.loads(tokenizer.to_str())["model"]
+    token = model.get("unk_token")
+    return model.get("unk_id") if token is None else tokenizer.token_to_id(token)
 
 
 def _texts(text: Text) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from de3.training import loss as losses
-from de3.training.data import Encoded, training_batches
+from de3.training.encoded import Encoded, training_batches
 from de3.training.model import De3Model
 from de3.training.progress import track
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from de3.training import augment, prototypes
 from de3.training import loss as losses
 from de3.training.checkpoint import Checkpoint, is_finished, read_record, write_record
-from de3.training.data import Encoded, Example, encode, save_examples, training_batches
+from de3.training.data import Example, save_examples
+from de3.training.encoded import Encoded, encode, training_batches
 from de3.training.evaluate import exit_scores, exit_table, weaknesses
 from de3.training.model import De3Model
 from de3.training.predict import predict

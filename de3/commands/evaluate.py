@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -58,7 +59,6 @@ def evaluate(
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """
-    need_train_extra()
     from de3.training import data
     from de3.training import evaluate as evaluation
     from de3.training.progress import warn
@@ -118,15 +118,16 @@ class _Subject:
 def _open(path: Path) -> _Subject:
     """Open a checkpoint or an artifact; raises ValueError."""
     if not (path / "manifest.json").exists():
-        from de3.training import data
+        need_train_extra()
         from de3.training.checkpoint import Checkpoint
+        from de3.training.encoded import encode
         from de3.training.predict import predict
 
         checkpoint = Checkpoint(path)
         names, tokenizer, most = checkpoint.names, checkpoint.tokenizer, checkpoint.config.max_tokens
 
         def run(examples: list[Any]) -> Any:
-            encoded = data.encode(examples, tokenizer, most, num_labels=len(names))
+            encoded = encode(examples, tokenizer, most, num_labels=len(names))
             return predict(checkpoint.model, encoded, tokenizer.pad_token_id)
 
         png = path / "evaluation.png"
@@ -153,17 +154,18 @@ def _open(path: Path) -> _Subject:
 
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
     """Examples with the answers of the imported classifier, which are also the labels if there are none."""
-    from de3.training import data, stock
+    from de3.export.classifier import Stock
+    from de3.export.importing import answers, original_of
 
-    names = list(subject.names)
-    config = subject.config
-    opened = replace(stock.open_stock(original), thresholds=config.thresholds, tolerance=config.tolerance)
-    same = sorted(opened.names) == sorted(names)  # otherwise the labels were renamed, in order
-    if len(opened.names) != len(names) or (same and opened.names != names):
-        raise ValueError(f"--original {original}: has the labels {opened.names[:20]}, the model {names[:20]}")
-    encoded = data.encode(examples, opened.tokenizer, opened.max_tokens, num_labels=len(names))
-    answers = stock.answers(opened, encoded)
-    known = [replace(e, original=answer) for e, answer in zip(examples, answers, strict=True)]
+    names, config = list(subject.names), subject.config
+    with TemporaryDirectory() as folder:
+        stock = Stock.open(original, original_of(original, Path(folder)))
+        theirs = stock.description.labels
+        same = sorted(theirs) == sorted(names)  # otherwise the labels were renamed, in order
+        if len(theirs) != len(names) or (same and theirs != names):
+            raise ValueError(f"--original {original}: has the labels {theirs[:20]}, the model {names[:20]}")
+        found = answers(stock, [e.text for e in examples], config.thresholds, config.tolerance)
+    known = [replace(e, original=answer) for e, answer in zip(examples, found, strict=True)]
     return known if has_labels else [replace(e, label=e.original) for e in known]
 
 
@@ -182,6 +184,8 @@ def _plot(plot: Callable[[Path], None], png: Path | None, default: Path) -> list
     target = png or default
     try:
         plot(target)
+    except ImportError as error:
+        return [f"no plot was drawn ({error}): pip install matplotlib"]
     except OSError as error:
         if png is not None:
             raise

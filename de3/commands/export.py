@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_train_extra, next_serve, say
+from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, next_serve, say
 
 
 def export(
@@ -52,13 +52,13 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
-    The export is compared with the PyTorch model, and nothing is published if it differs too much.
+    The checkpoint of a training is compared with the PyTorch model, and nothing is published if it differs too much.
+    Only that needs the train extra: the checkpoint of an import does not.
     With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 it uses ONNX Runtime's fused
     operators, with one scale for all activations of a text.
 
     Example: de3 export runs/sst2 --name sst2 --quantize int8
     """
-    need_train_extra()
     if full_depth is not None:
         from de3.export.full_depth import export_full_depth
 
@@ -121,7 +121,6 @@ def calibrate(
         raise ValueError(
             "--from-audits cannot be combined with --tune or --certify: audits are split into both sets"
         )
-    need_train_extra()
     from de3.export.recalibrate import recalibrate, recalibrate_on_audits
     from de3.model_store.store import Store
 

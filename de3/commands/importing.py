@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from tokenizers import Tokenizer
 
 from de3.commands.models import StoreOption
 from de3.commands.options import (
@@ -19,6 +20,7 @@ from de3.commands.options import (
     Threshold,
     check_groups,
     fields_of,
+    need_fit_extra,
     need_train_extra,
     next_serve,
     with_fields,
@@ -104,9 +106,7 @@ def import_model(
     ] = False,
     epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
-    bf16: Annotated[
-        bool, typer.Option(help="Use bfloat16 for the hidden states that exits are fitted to.")
-    ] = True,
+    bf16: Annotated[bool, typer.Option(help="Use bfloat16 in --finetune.", rich_help_panel=TRAINING)] = True,
     seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
     **options: Any,
 ) -> None:
@@ -118,12 +118,15 @@ def import_model(
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
-    need_train_extra()
+    need_fit_extra()
+    if finetune:
+        need_train_extra()
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
+    from de3.export.classifier import Stock
     from de3.export.exporter import ExportSettings
-    from de3.export.importing import ImportSettings, import_classifier
+    from de3.export.importing import ImportSettings, import_classifier, original_of
     from de3.model_store.store import Store
-    from de3.training import checks, data, stock
+    from de3.training import checks, data
     from de3.training.progress import console, warn
 
     check_groups(fragments, group_column)
@@ -132,21 +135,25 @@ def import_model(
             f"--tolerance must be from {MIN_TOLERANCE:g} to {MAX_TOLERANCE:g}, got {tolerance:g}"
         )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
-    opened = stock.open_stock(model, label_names, threshold, multi_label, tolerance)
+    folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
+    given = None if label_names is None else [one.strip() for one in label_names.split(",")]
+    stock = Stock.open(model, original_of(model, folder), given, multi_label)
     columns = Columns(
         **fields_of(Columns, options),
         label=label,
-        multi_label=opened.thresholds is not None,
-        regression=opened.is_regression,
+        multi_label=stock.description.kind == "labels",
+        regression=stock.description.kind == "value",
     )
     rows = read_rows(texts, columns)
     groups = None if group_column is None else read_groups(records(texts, columns), group_column)
-    warn(checks.unknown_tokens(opened.tokenizer, [data.Example(text, 0) for text, _ in rows]))
-    folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
+    tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
+    warn(checks.unknown_tokens(tokenizer, [data.Example(text, 0) for text, _ in rows]))
     command = shlex.join(["de3", *sys.argv[1:]])
-    how = ImportSettings(label is not None, fragments, seed, bf16, finetune, epochs, lr, command)
+    how = ImportSettings(
+        threshold, tolerance, label is not None, fragments, seed, finetune, epochs, lr, bf16, command
+    )
     try:
-        path = import_classifier(opened, rows, groups, folder, how, Store(store), settings)
+        path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
     except KeyboardInterrupt:
         console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
         sys.exit(130)

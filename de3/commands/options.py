@@ -120,6 +120,14 @@ def need_train_extra() -> None:
         raise ValueError(f"this command needs the train extra ({error}): pip install 'de3[train]'") from None
 
 
+def need_fit_extra() -> None:
+    """Raise ValueError unless SciPy is installed."""
+    try:
+        import scipy  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"this command needs the fit extra ({error}): pip install 'de3[fit]'") from None
+
+
 def read_rows(file: Path | None, dataset: str | None, split: str, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a file or a Hugging Face data set; raises ValueError unless exactly one is given."""
     if (file is None) == (dataset is None):

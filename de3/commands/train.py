@@ -135,7 +135,7 @@ def train(
     import torch
 
     from de3.model_store.families import family
-    from de3.training import checks, data
+    from de3.training import checks, data, pretrained
     from de3.training import recipe as recipes
     from de3.training.model import De3Model
     from de3.training.progress import warn
@@ -151,8 +151,8 @@ def train(
         found = records(file, columns) if file else dataset_records(str(dataset), split)
         groups = read_groups(found, group_column)
         examples = [replace(e, group=group) for e, group in zip(examples, groups, strict=True)]
-    encoder_config, tokenizer = checks.open_encoder(encoder)
-    warnings += checks.unknown_tokens(tokenizer, examples)
+    encoder_config, tokenizer = pretrained.open_encoder(encoder)
+    warnings += checks.unknown_tokens(tokenizer.backend_tokenizer, examples)
     parts = split_examples(examples, options["seed"], held_back, fragments)
     parts = replace(parts, train=parts.train[:rows])
     warnings += checks.held_out(parts, names)

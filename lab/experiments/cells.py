@@ -22,9 +22,12 @@ from transformers import AutoConfig, AutoTokenizer
 
 from de3.exits.recorded import Recorded
 from de3.training import data
-from de3.training.checkpoint import Checkpoint, is_finished, quiet
-from de3.training.data import Encoded, Example, evaluation_batches
-from de3.training.model import De3Config, De3Model
+from de3.training.checkpoint import Checkpoint, is_finished
+from de3.training.config import CheckpointConfig
+from de3.training.data import Example
+from de3.training.encoded import Encoded, encode, evaluation_batches
+from de3.training.model import De3Model
+from de3.training.pretrained import quiet
 from de3.training.progress import console, track
 from de3.training.recipe import by_size
 from de3.training.settings import TrainSettings
@@ -147,7 +150,7 @@ class Trained:
         return model
 
     @property
-    def config(self) -> De3Config:
+    def config(self) -> CheckpointConfig:
         """Its configuration."""
         return self.checkpoint.config
 
@@ -176,7 +179,7 @@ class Trained:
         file = self.folder / f"states-{what}.safetensors"
         if not file.exists():
             tokenizer = self.checkpoint.tokenizer
-            encoded = data.encode(examples, tokenizer, self.config.max_tokens, what)
+            encoded = encode(examples, tokenizer, self.config.max_tokens, what)
             save_file(
                 _run(self.model, encoded, tokenizer.pad_token_id, what), new := file.with_suffix(".new")
             )
@@ -184,7 +187,7 @@ class Trained:
         return _states(self.config, load_file(file))
 
 
-def _states(config: De3Config, tensors: dict[str, Tensor]) -> States:
+def _states(config: CheckpointConfig, tensors: dict[str, Tensor]) -> States:
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
     return States(arrays.pop("pooled"), Recorded(config.exit_layers, **arrays))
 

@@ -14,7 +14,7 @@ import typer
 
 from de3.tables import Columns, read_rows
 from de3.training import data
-from de3.training.checkpoint import quiet
+from de3.training.pretrained import quiet
 from de3.training.settings import TrainSettings
 from de3.training.split import split
 from lab.experiments.tasks import REGRESSIONS, TASKS, minilm

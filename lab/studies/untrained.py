@@ -7,22 +7,18 @@ OUT/model is a stock BertForSequenceClassification of transformers, OUT/store ha
 in int8 unless --precision fp32 is given, with exits at all layers and without a calibration.
 """
 
-import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Annotated, Literal
 
-import numpy as np
 import torch
 import typer
-from safetensors.numpy import save as save_tensors
 
-from de3.export.build import architecture_of, build
-from de3.export.exporter import plain_tokenizer
-from de3.model_store.manifest import SCHEMA_VERSION, Defaults, FileEntry, Manifest
+from de3.export.exporter import write
+from de3.export.trained import Trained
 from de3.model_store.store import Store
-from de3.training.checkpoint import quiet
-from de3.training.model import De3Model
-from de3.training.stock import open_stock, with_exits
+from de3.training.pretrained import quiet
+from tests.stock import with_random_exits
 
 NAME = "untrained"
 
@@ -59,35 +55,9 @@ def untrained(
     )
     BertForSequenceClassification(config).save_pretrained(out / "model")
     opened.save_pretrained(out / "model")
-    stock = open_stock(str(out / "model"))
-    model = with_exits(stock, "mean", "text")
-    model.prototypes.normal_()
-    with Store(out / "store").new_version(NAME) as draft:
-        has_types = "token_type_ids" in stock.tokenizer.model_input_names
-        architecture = architecture_of(model, precision == "int8", has_types)
-        segments = build(model, architecture)
-        draft.write({name: segment.SerializeToString() for name, segment in segments.items()})
-        draft.write({"prototypes.safetensors": save_tensors(_prototypes(model))})
-        draft.write({"tokenizer.json": plain_tokenizer(out / "model").encode()})
-        entries = {name: FileEntry.model_validate(entry) for name, entry in draft.entries().items()}
-        manifest = Manifest(
-            **dict(architecture),
-            schema_version=SCHEMA_VERSION,
-            name=NAME,
-            version=draft.next_version(),
-            created=int(time.time()),
-            input=model.config.input,
-            defaults=Defaults(tau=0, signal="entropy"),
-            calibration=None,
-            export={},
-            files=entries,
-        )
-        return draft.publish(manifest)
-
-
-def _prototypes(model: De3Model) -> dict[str, Any]:
-    rows = zip(model.config.prototype_layers, model.prototypes.numpy(), strict=True)
-    return {f"layer_{layer:02}": np.ascontiguousarray(row) for layer, row in rows}
+    with TemporaryDirectory() as folder, Store(out / "store").new_version(NAME) as draft:
+        trained = Trained(with_random_exits(out / "model", Path(folder) / "checkpoint", seed))
+        return draft.publish(write(trained, precision, draft, NAME).manifest)
 
 
 def main(

@@ -1,0 +1,219 @@
+"""Exits of a stock classifier, fitted on its pooled states to its own answers, without labels; it does not change."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from de3.exits import calibration, risk
+from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.recorded import Recorded
+from de3.export.states import POOLINGS, States
+from de3.training.progress import console, track
+
+RIDGES = (1e-2, 1e-3, 1e-4)
+VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of standardized states
+STEPS = 100  # of L-BFGS, for each ridge
+LR = 1e-3  # of the prototypical networks
+BATCH = 64
+GAMMA = 0.01  # of Eq. 1
+BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
+
+Array = NDArray[np.float32]
+Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
+Loss = Callable[
+    [Array, Array], tuple[float, Array]
+]  # of logits and probabilities (n, K): its value and its gradient
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Exits of every layer but the last; index = layer.
+
+    Attributes:
+        pooling: of the states, "mean" or "cls".
+        classifiers: (K, hidden) and (K,).
+        spaces: the prototypical networks, (hidden, hidden) and (hidden,); empty without prototypes.
+        prototypes: (K, hidden) of each space.
+    """
+
+    pooling: str
+    classifiers: list[Linear]
+    spaces: list[Linear]
+    prototypes: list[Array]
+
+    def recorded(self, of: States) -> Recorded:
+        """All exits of texts, the last included; the labels are the answers of full depth."""
+        logits, distances = [], []
+        for layer, (weight, bias) in enumerate(self.classifiers):
+            x = of.pooled(self.pooling, layer)
+            logits.append(x @ weight.T + bias)
+            if self.spaces:
+                unit = _unit(x @ self.spaces[layer][0].T + self.spaces[layer][1])
+                distances.append(1 - unit @ _unit(self.prototypes[layer]).T)
+            else:
+                distances.append(np.full_like(of.logits, np.nan))
+        logits.append(of.logits)
+        distances.append(np.full_like(of.logits, np.nan))
+        outputs, spaces = np.stack(logits, 1), np.stack(distances, 1)
+        layers = list(range(len(logits)))
+        return Recorded(layers, outputs, spaces, of.answers, thresholds=of.thresholds, tolerance=of.tolerance)
+
+
+def fit(num_layers: int, train: States, tune: States, seed: int) -> Exits:
+    """Exits on every layer but the last, with the pooling that is better on tune."""
+    found = []
+    for pooling in POOLINGS:
+        layers = track(range(num_layers), f"Fitting exits ({pooling})")
+        classifiers = [_classifier(train, tune, pooling, layer) for layer in layers]
+        exits = Exits(pooling, classifiers, [], [])
+        if train.thresholds is None and train.tolerance is None:
+            exits = _with_spaces(exits, train, seed)
+        recorded = exits.recorded(tune)
+        merit = _merit(recorded)
+        agreement = " ".join(f"{100 * a:.1f}" for a in recorded.correct.mean(0)[:-1])
+        console.print(
+            f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
+            f"{agreement}% of the tuning texts; speed-up about {merit:.2f}×",
+            soft_wrap=True,
+        )
+        found.append((merit, exits))
+    return max(found, key=lambda one: one[0])[1]
+
+
+def _merit(of: Recorded) -> float:
+    """The merit of risk, cross-fitted: fitted on a part of the samples and measured on the others."""
+    samples = Samples.independent(of)
+    return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
+
+
+def _classifier(train: States, tune: States, pooling: str, layer: int) -> Linear:
+    """A classifier, by cross-entropy to the probabilities of full depth, or least squares to its values."""
+    x, y = (of.pooled(pooling, layer) for of in (train, tune))
+    mean, spread = x.mean(0), x.std(0) + 1e-4
+    x, y = (x - mean) / spread, (y - mean) / spread
+    if train.tolerance is not None:
+        weight, bias = _values(x, train.logits, y, tune.logits)
+    else:
+        loss = _softmax_loss if train.thresholds is None else _sigmoid_loss
+        weight, bias = _regress(x, train.probabilities, y, tune.probabilities, loss)
+    weight = weight / spread
+    return weight, np.asarray(bias - weight @ mean, np.float32)
+
+
+def _values(x: Array, wanted: Array, y: Array, held: Array) -> Linear:
+    """Ridge regression of values (n, 1) on states (n, hidden), with the ridge that is best for `held` on `y`."""
+    mean = wanted.mean(0)
+    moments, products = x.T @ x / len(x), x.T @ (wanted - mean) / len(x)
+    found = [np.linalg.solve(moments + ridge * np.eye(len(moments)), products) for ridge in VALUE_RIDGES]
+    errors = [float(np.square(y @ weight + mean - held).mean()) for weight in found]
+    return found[int(np.argmin(errors))].T.astype(np.float32), mean
+
+
+def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
+    """The mean cross-entropy of classes."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    odds: Array = np.exp(shifted)
+    total = odds.sum(-1, keepdims=True)
+    value = float((np.log(total[:, 0]) - (wanted * shifted).sum(-1)).mean())
+    gradient: Array = (odds / total - wanted) / len(logits)
+    return value, gradient
+
+
+def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
+    """The cross-entropy of labels that do not exclude each other: summed over labels, averaged over texts."""
+    value = float((np.logaddexp(0, logits) - wanted * logits).sum(-1).mean())
+    gradient: Array = ((1 / (1 + np.exp(-logits)) - wanted) / len(logits)).astype(np.float32)
+    return value, gradient
+
+
+def _regress(x: Array, wanted: Array, y: Array, held: Array, loss: Loss) -> Linear:
+    """Regression of probabilities (n, K) on states (n, hidden): weights (K, hidden) and bias (K,), by L-BFGS.
+
+    The ridge of RIDGES with the smallest loss of `held` on `y` is used.
+    """
+    from scipy.optimize import minimize
+
+    count, width = wanted.shape[1], x.shape[1]
+
+    def split(flat: NDArray[np.float64]) -> Linear:
+        both = flat.astype(np.float32)
+        return both[: count * width].reshape(count, width), both[count * width :]
+
+    def objective(flat: NDArray[np.float64], ridge: float) -> tuple[float, NDArray[np.float64]]:
+        weight, bias = split(flat)
+        value, gradient = loss(x @ weight.T + bias, wanted)
+        slopes = np.concatenate([(gradient.T @ x + 2 * ridge * weight).ravel(), gradient.sum(0)])
+        return value + ridge * float(np.square(weight).sum()), slopes.astype(np.float64)
+
+    start = np.log(np.maximum(wanted.mean(0), 1e-6))
+    flat = np.concatenate([np.zeros(count * width), start]).astype(np.float64)
+    best, least = split(flat), np.inf
+    for ridge in RIDGES:  # from the strongest: each starts at the previous solution
+        options = {"maxiter": STEPS, "maxcor": 10, "ftol": 1e-9, "gtol": 1e-7}
+        flat = minimize(objective, flat, (ridge,), "L-BFGS-B", jac=True, options=options).x
+        weight, bias = split(flat)
+        found = loss(y @ weight.T + bias, held)[0]
+        if found < least:
+            best, least = (weight, bias), found
+    return best
+
+
+def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
+    """The exits with prototypical networks and prototypes, fitted to full depth's answers."""
+    spaces, prototypes = [], []
+    for layer, (weights, _) in enumerate(track(exits.classifiers, "Fitting prototypes")):
+        states, answers = _with_every_class(train.pooled(exits.pooling, layer), train.answers, weights)
+        space = _space(states, answers, len(weights), seed)
+        spaces.append(space)
+        means = np.stack([states[answers == k].mean(0) for k in range(len(weights))])
+        prototypes.append(means @ space[0].T + space[1])  # the class's mean h', as h' is linear in h
+    return Exits(exits.pooling, exits.classifiers, spaces, prototypes)
+
+
+def _with_every_class(
+    states: Array, answers: NDArray[np.generic], weights: Array
+) -> tuple[Array, NDArray[np.int64]]:
+    """Add a state for each class that is never the answer: the mean, moved along its classifier's weights."""
+    absent = sorted(set(range(len(weights))) - set(answers.tolist()))
+    mean = states.mean(0)
+    spread = np.linalg.norm(states - mean, axis=-1).mean()
+    made = mean + spread * _unit(weights[absent])
+    return np.concatenate([states, made]), np.concatenate([answers, absent]).astype(np.int64)
+
+
+def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> Linear:
+    """A prototypical network, trained by L_DAR (Eq. 2) in one pass, with sliding prototypes (Eq. 1)."""
+    rng, width = np.random.default_rng(seed), states.shape[1]
+    network = [rng.normal(0, 0.02, (width, width)).astype(np.float32), np.zeros(width, np.float32)]
+    moments = [(np.zeros_like(part), np.zeros_like(part)) for part in network]
+    prototypes, seen = np.zeros((count, width), np.float32), np.zeros(count, np.bool_)
+    batches = np.array_split(rng.permutation(len(states)), -(-len(states) // BATCH))
+    for step, rows in enumerate(batches):
+        x, own = states[rows], answers[rows]
+        h = x @ network[0].T + network[1]
+        for k in np.unique(own):
+            mean = h[own == k].mean(0)
+            prototypes[k] = (1 - GAMMA) * prototypes[k] + GAMMA * mean if seen[k] else mean
+            seen[k] = True
+        unit, target = _unit(h), _unit(prototypes[own])
+        slope = (unit * (unit * target).sum(-1, keepdims=True) - target) / len(rows)
+        slope /= np.linalg.norm(h, axis=-1, keepdims=True)
+        for part, both, gradient in zip(network, moments, (slope.T @ x, slope.sum(0)), strict=True):
+            _adam(part, both, gradient, step + 1, LR * (1 - step / len(batches)))
+    return network[0], network[1]
+
+
+def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
+    """The step of AdamW with this number, from 1, in place; moments: of the gradient and its square."""
+    mean, square = moments
+    mean += (1 - BETAS[0]) * (gradient - mean)
+    square += (1 - BETAS[1]) * (gradient**2 - square)
+    spread = np.sqrt(square / (1 - BETAS[1] ** step)) + 1e-8
+    part -= rate * (mean / (1 - BETAS[0] ** step) / spread + DECAY * part)
+
+
+def _unit(rows: Array) -> Array:
+    lengths: Array = np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+    return rows / lengths

@@ -1,0 +1,75 @@
+"""Comparison of the segments with the PyTorch model that they were made from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from de3.export.errors import ExportError
+from de3.model_store.model import Model
+from de3.training.checkpoint import Checkpoint
+from de3.training.data import Example
+from de3.training.encoded import encode
+from de3.training.progress import console
+
+MAX_FP32_DIFFERENCE = 1e-3
+
+
+def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -> list[Example]:
+    """Examples of many lengths up to max_tokens: a spread of the given ones, and longer ones joined from them."""
+    by_length = sorted(examples, key=lambda e: len(repr(e.text)))
+    chosen = [
+        by_length[i] for i in np.linspace(0, len(by_length) - 1, min(count, len(by_length))).astype(int)
+    ]
+    long = " ".join(e.text if isinstance(e.text, str) else e.text[0] for e in by_length[::-1][:400])
+    limit = model.manifest.max_tokens
+    return chosen + [Example(long[: 3 * n], 0) for n in (64, 128, 256, 512) if n < limit] + [Example(long, 0)]
+
+
+@torch.no_grad()
+def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example]) -> dict[str, Any]:
+    """Run the fp32 segments and the PyTorch model on the same samples; print and return the largest differences.
+
+    Raises ExportError if they differ by more than 1e-3 (times the tolerance, if it is above 1).
+    """
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    exits, spaces = model.config.exit_layers, model.config.prototype_layers
+    largest = {"logits": [0.0] * len(exits), "distances": [0.0] * len(spaces)}
+    samples = parity_samples(examples, exported)
+    lengths = []
+    for example in samples:
+        encoded = encode(
+            [example], tokenizer, exported.manifest.max_tokens, num_labels=model.config.num_labels
+        )
+        inputs, _ = encoded.batch([0], tokenizer.pad_token_id)
+        expected = model(**inputs)
+        text, pair = example.text if isinstance(example.text, tuple) else (example.text, None)
+        tokens = exported.tokenize(text, pair)
+        if tokens.ids[0].tolist() != encoded.ids[0]:
+            raise ExportError(f"the exported tokenizer differs from the checkpoint's on {text[:80]!r}")
+        lengths.append(len(tokens))
+        steps = exported.full_depth(tokens)
+        for output, layers, values in (
+            ("logits", exits, expected.logits[0].numpy()),
+            ("distances", spaces, expected.distances[0].numpy()),
+        ):
+            for j, layer in enumerate(layers):
+                difference = float(np.abs(getattr(steps[layer], output) - values[j]).max())
+                largest[output][j] = max(largest[output][j], difference)
+    span = f"{min(lengths)} to {max(lengths)} tokens"
+    table = Table(title=f"Largest difference from PyTorch, {len(samples)} samples of {span}")
+    for column in ("layer", "logits", "distances"):
+        table.add_column(column, justify="right")
+    for j, layer in enumerate(exits):
+        distances = f"{largest['distances'][j]:.1e}" if layer in spaces else "–"
+        table.add_row(str(layer), f"{largest['logits'][j]:.1e}", distances)
+    console.print(table)
+    worst = max(largest["logits"] + largest["distances"])
+    allowed = MAX_FP32_DIFFERENCE * max(
+        1.0, model.config.tolerance or 0.0
+    )  # values have the scale of the tolerance
+    if not worst <= allowed:  # "not <=" catches NaN
+        raise ExportError(f"the segments differ from the PyTorch model by {worst:.1e}, above {allowed:g}")
+    return {"samples": len(samples), "longest": max(lengths), **largest}

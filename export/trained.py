@@ -1,0 +1,102 @@
+"""A checkpoint's files as those of an artifact, read without PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import save as save_tensors
+from tokenizers import Tokenizer
+
+from de3.export import build, weights
+from de3.export.classifier import TOKENIZER_CONFIG, Precision
+from de3.export.weights import StateFile
+from de3.model_store.architecture import Architecture
+from de3.model_store.sizes import read_config
+from de3.training.checkpoint import Checkpoint
+
+PROTOTYPES, SEEN = "prototypes", "prototype_seen"
+
+
+class Trained:
+    """The weights, prototypes and tokenizer of a checkpoint.
+
+    Attributes:
+        prototypes: (K, metric_dim) by layer.
+        tokenizer: tokenizer.json without padding and truncation.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises ValueError for a class without prototypes."""
+        self.checkpoint = checkpoint
+        self.prototypes = _prototypes(checkpoint)
+        tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self.tokenizer = str(tokenizer.to_str()).encode()
+
+    def architecture(self, precision: Precision) -> Architecture:
+        """The architecture; raises ValueError for an encoder that cannot be exported."""
+        config, family = self.checkpoint.config, self.checkpoint.config.family
+        path = self.checkpoint.folder / TOKENIZER_CONFIG
+        inputs = (read_config(path) if path.is_file() else {}).get("model_input_names")
+        types = "token_type_ids" in inputs if isinstance(inputs, list) else family.RETURNS_TYPES
+        return Architecture.model_validate(
+            {
+                "encoder": family.of(config.encoder, types),
+                "labels": config.label_names,
+                "exit_layers": config.exit_layers,
+                "prototype_layers": config.prototype_layers,
+                "metric_dim": config.metric_dim or config.hidden_size,
+                "max_tokens": config.max_tokens,
+                "pooling": config.pooling,
+                "head": config.head,
+                "precision": precision,
+            }
+        )
+
+    def files(self, architecture: Architecture) -> Iterator[tuple[str, bytes]]:
+        """The artifact's files by name, one at a time; raises ValueError for weights that do not fit."""
+        exits: dict[int, dict[str, str]] = {
+            layer: {"classifier": f"classifiers.{i}"} for i, layer in enumerate(architecture.exit_layers)
+        }
+        for i, layer in enumerate(architecture.prototype_layers):
+            exits[layer]["space"] = f"prototypical.{i}"
+        if architecture.head is not None:
+            exits[architecture.num_layers]["dense"] = "head"
+            if architecture.head.norm is not None:
+                exits[architecture.num_layers]["norm"] = "head_norm"
+        with self._weights() as state:
+            yield from build.segments(architecture, self.checkpoint.config.encoder, state, exits)
+            state.check_all_read((PROTOTYPES, SEEN))
+        tensors = {f"layer_{layer:02}": array for layer, array in self.prototypes.items()}
+        yield "prototypes.safetensors", save_tensors(tensors)
+        yield "tokenizer.json", self.tokenizer
+
+    @contextmanager
+    def _weights(self) -> Iterator[StateFile]:
+        """The weights; raises ValueError, which begins with the folder, if they are unusable."""
+        try:
+            with weights.opened(self.checkpoint.folder, "encoder.") as state:
+                yield state
+        except KeyError as error:
+            raise ValueError(f"{self.checkpoint.folder}: it has no weight {error.args[0]}") from None
+        except ValueError as error:
+            raise ValueError(f"{self.checkpoint.folder}: {error}") from None
+
+
+def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
+    layers, names = checkpoint.config.prototype_layers, checkpoint.names
+    if not layers:
+        return {}
+    path = checkpoint.folder / weights.WEIGHTS
+    with safe_open(path, "numpy") as file:
+        prototypes, seen = file.get_tensor(PROTOTYPES), file.get_tensor(SEEN)
+    for layer, row in zip(layers, seen, strict=True):
+        missing = [name for name, one in zip(names, row, strict=True) if not one]
+        if missing:
+            raise ValueError(
+                f"layer {layer} has no prototype for {', '.join(missing[:5])}: the training data has no sample of it"
+            )
+    return {m: np.ascontiguousarray(p, np.float32) for m, p in zip(layers, prototypes, strict=True)}

@@ -1,0 +1,138 @@
+"""The weights of a model in safetensors files, read by name as float32 without PyTorch; hostile until checked."""
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from de3.model_store.sizes import read_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
+MAX_SHARDS, MAX_TENSORS = 1000, 20_000
+MAX_HEADER_BYTES = 2**24
+MAX_ELEMENTS = 2**29  # of a weight
+READ_TYPES = {"F32": 4, "F16": 2, "BF16": 2}
+# Buffers, and parts of the encoder that a classifier does not use.
+UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "pooler.dense.bias")
+
+
+class StateFile(Mapping[str, NDArray[np.float32]]):
+    """The encoder's weights in float32 by their names in transformers' model, read when they are asked for.
+
+    Attributes:
+        whole: those of the whole classifier.
+    """
+
+    def __init__(self, tensors: dict[str, "_Tensor"], prefix: str, read: set[str]) -> None:
+        """read: names of the tensors that were read, which is updated."""
+        self._tensors, self._prefix, self._read = tensors, prefix, read
+        self.whole = StateFile(tensors, "", read) if prefix else self
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        full = self._prefix + name
+        array = self._tensors[full].read(full)
+        self._read.add(full)
+        return array
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def check_all_read(self, others: Collection[str] = ()) -> None:
+        """Raise ValueError for weights that the model does not use, except others: its config.json is another's."""
+        read = self._read | set(others)
+        unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
+        if unread:
+            raise ValueError(
+                f"its weights include {min(unread)!r:.100}, which a model of this type does not use: config.json "
+                "and weights do not belong together"
+            )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a safetensors file that the library has checked.
+
+    Attributes:
+        at: where its bytes begin in the file.
+    """
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    at: int
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """The values in float32; raises ValueError for a type that is not read, or values that are not finite."""
+        if self.dtype not in READ_TYPES:
+            raise ValueError(
+                f"its weights are {self.dtype:.20}; de3 reads {', '.join(READ_TYPES)}: save it in one of these"
+            )
+        if not 1 <= len(self.shape) <= 2 or min(self.shape) < 1 or prod(self.shape) > MAX_ELEMENTS:
+            raise ValueError(f"its weight {name} has the shape {list(self.shape)[:10]}")
+        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[self.dtype]
+        values = np.fromfile(self.path, kind, prod(self.shape), offset=self.at)
+        if self.dtype == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        array = values.astype(np.float32, copy=False).reshape(self.shape)
+        if not np.isfinite(array).all():
+            raise ValueError(f"its weight {name} is not finite")
+        return array
+
+
+@contextmanager
+def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
+    """The weights in a folder, whose files stay open until the end."""
+    tensors: dict[str, _Tensor] = {}
+    with ExitStack() as files:
+        for path in _weight_files(folder):
+            try:
+                with path.open("rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    if size > MAX_HEADER_BYTES:
+                        raise ValueError(
+                            f"its header has {size} bytes, at most {MAX_HEADER_BYTES} are allowed"
+                        )
+                    header = json.loads(file.read(size))
+                files.enter_context(safe_open(path, "numpy"))  # checks the header against the file
+            except (SafetensorError, OSError, ValueError) as error:
+                raise ValueError(f"its {path.name} cannot be read: {error}") from None
+            for key, entry in header.items():
+                if key != "__metadata__":
+                    # TensorFlow's names of a norm's weights, in old checkpoints.
+                    name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
+                    name = name.replace("LayerNorm.beta", "LayerNorm.bias")
+                    begin = 8 + size + entry["data_offsets"][0]
+                    tensors[name] = _Tensor(path, entry["dtype"], tuple(entry["shape"]), begin)
+            if len(tensors) > MAX_TENSORS:
+                raise ValueError(f"it has more than {MAX_TENSORS} weights")
+        yield StateFile(tensors, prefix, set())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, several if its weights are in shards."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = read_config(folder / INDEX)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
+        raise ValueError(f"its {INDEX} has no weight_map")
+    shards = sorted(set(names.values()))
+    if (
+        not all(Path(shard).match(SHARDS) and "/" not in shard for shard in shards)
+        or len(shards) > MAX_SHARDS
+    ):
+        raise ValueError(f"its {INDEX} names files that are not weights beside it")
+    return [folder / shard for shard in shards]

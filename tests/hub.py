@@ -1,0 +1,64 @@
+"""A small server with the routes of the Hugging Face hub."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import ClassVar
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The routes of the hub that a download needs, for one repository in a folder."""
+
+    folder: ClassVar[Path]
+    asked: ClassVar[list[str]]
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        self.asked.append(f"{self.command} {path}")
+        files = sorted(self.folder.iterdir())
+        if path == "/api/models/org/model" or path.startswith("/api/models/org/model/revision/"):
+            names = [{"rfilename": p.name, "size": p.stat().st_size} for p in files]
+            self._answer(json.dumps({"id": "org/model", "sha": self.COMMIT, "siblings": names}).encode())
+        elif path.startswith("/api/models/org/model/tree/"):
+            rows = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0"} for p in files]
+            self._answer(json.dumps(rows).encode())
+        elif path.startswith("/org/model/resolve/") and path.split("/")[4] in ("main", "v1", self.COMMIT):
+            file = self.folder / path.split("/")[-1]
+            if file.is_file():
+                self._answer(file.read_bytes(), file.name)
+            else:
+                self._answer(b"", code=404, error="EntryNotFound")
+        else:
+            self._answer(b"", code=404, error="RepoNotFound")
+
+    def _answer(self, data: bytes, name: str = "", code: int = 200, error: str = "") -> None:
+        self.send_response(code)
+        headers = {"Content-Length": str(len(data)), "X-Repo-Commit": self.COMMIT, "ETag": f'"{name}-1"'}
+        for key, value in (headers | ({"X-Error-Code": error} if error else {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def hub_of(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[type[Hub], int]]:
+    """A hub with the files of a folder as org/model: its handler, which keeps the requests, and its port."""
+    handler = type("OfFolder", (Hub,), {"folder": folder, "asked": []})
+    server = ThreadingHTTPServer((host, 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield handler, server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()

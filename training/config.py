@@ -1,0 +1,112 @@
+"""The configuration of a checkpoint, read from its config.json without PyTorch."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from de3.exits.rule import Thresholds
+from de3.model_store.architecture import Head
+from de3.model_store.families import family
+from de3.model_store.families.encoder import Encoder
+from de3.model_store.sizes import check_sizes, read_config
+
+MODEL_TYPE = "de3-bert"
+Layers = Annotated[list[int], Field(min_length=1)]
+
+
+class CheckpointConfig(BaseModel):
+    """The configuration of a checkpoint: fields and defaults of training.model.De3Config."""
+
+    encoder: dict[str, Any]
+    exit_layers: Layers = [0]  # replaced by 1…M where it is omitted
+    pooling: Literal["mean", "cls"] = "mean"
+    metric_dim: int | None = None
+    last_prototypes: bool = False
+    head: Head | None = None
+    thresholds: list[float] | None = None
+    tolerance: float | None = None
+    gamma: float = 0.01
+    max_tokens: int = 512
+    input: Literal["text", "pair"] | None = None
+    id2label: dict[int, str] = {0: "LABEL_0", 1: "LABEL_1"}
+
+    @classmethod
+    def of(cls, name: str, raw: Any) -> Self:
+        """The configuration in a config.json; raises ValueError, which begins with the name, for a wrong one."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("encoder"), dict):
+            raise ValueError(f"{name}: its config.json is not that of a checkpoint of de3 train")
+        check_sizes(name, raw)
+        check_sizes(name, raw["encoder"])
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"])) or "encoder"
+            raise ValueError(f"{name}: its config.json has a wrong value: {where}: {first['msg']}") from None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        self.encoder = dict(self.family.complete(self.encoder))
+        if "exit_layers" not in self.model_fields_set:
+            self.exit_layers = list(range(1, self.num_layers + 1))
+        if sorted(self.id2label) != list(range(len(self.id2label))):
+            raise ValueError(f"id2label must have the keys 0 to {len(self.id2label) - 1}")
+        return self
+
+    @property
+    def family(self) -> type[Encoder]:
+        """The family of its encoder."""
+        return family(self.encoder)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of encoder layers."""
+        return self.family.of(self.encoder, False).num_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states."""
+        return self.family.of(self.encoder, False).hidden_size
+
+    @property
+    def label_names(self) -> list[str]:
+        """The label names in the order of the logits."""
+        return [self.id2label[k] for k in range(self.num_labels)]
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels."""
+        return len(self.id2label)
+
+    @property
+    def label_thresholds(self) -> Thresholds | None:
+        """The thresholds of a multi-label model."""
+        return None if self.thresholds is None else Thresholds.of(self.thresholds)
+
+    @property
+    def prototype_layers(self) -> list[int]:
+        """Layers of the exits with a prototype space: all but the last, unless `last_prototypes`."""
+        if self.thresholds is not None or self.tolerance is not None:
+            return []
+        return self.exit_layers if self.last_prototypes else self.exit_layers[:-1]
+
+
+def model_type(folder: Path) -> str | None:
+    """The type of a folder's model by its config.json; None if there is none."""
+    try:
+        config = read_config(folder / "config.json")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"{folder / 'config.json'}: cannot be read: {error}") from None
+    return str(config.get("model_type")) if isinstance(config, dict) else None
+
+
+def looks_like_path(name: str) -> bool:
+    """True if a name can only be a folder, so it is not looked up on the Hugging Face hub, which may take minutes."""
+    return (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or ("/" in name and Path(name).parent.is_dir())
+    )

@@ -1,0 +1,167 @@
+"""Models and tokenizers that only PyTorch and transformers can read; no code of a repository is run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import cached_file, logging
+
+from de3.model_store.families import family
+from de3.model_store.sizes import check_sizes, read_config
+from de3.training.config import looks_like_path, model_type
+from de3.training.model import De3Model, check_loaded
+
+
+def quiet() -> None:
+    """Silence the progress bars and the warnings of transformers; errors are still raised."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load(folder: Path) -> De3Model:
+    """The model of a checkpoint, in float32, in evaluation mode; raises ValueError for unusable weights."""
+    quiet()
+    try:
+        model, loaded = De3Model.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the weights cannot be loaded: {error}") from None
+    check_loaded(loaded, str(folder))
+    _check_weights(model, loaded["unexpected_keys"], folder)
+    opened: De3Model = model.eval()
+    return opened
+
+
+def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> None:
+    """Raise ValueError for weights that are not in the model, or are not finite."""
+    if surplus := sorted(unexpected):
+        raise ValueError(
+            f"{folder}: its file has {len(surplus)} weights that are not in the model of its config.json, such as "
+            f"{surplus[0]}: they do not belong together"
+        )
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{folder}: {name} is not finite: the training diverged; repeat it with a lower --lr"
+            )
+
+
+def open_encoder(name: str) -> tuple[Any, Any]:
+    """The configuration and the tokenizer of an encoder from a folder or the hub.
+
+    Raises ValueError, naming a remedy, for an encoder that cannot be used.
+    """
+    quiet()
+    folder = Path(name)
+    if folder.is_dir():
+        kind = model_type(folder)
+        if kind is None:
+            raise ValueError(
+                f"--encoder {name}: the folder has no config.json, so it is not a Hugging Face model"
+            )
+        if kind == "de3-bert":
+            raise ValueError(
+                f"--encoder {name} is a checkpoint of de3 train; give the encoder that it was trained from, "
+                "or use the checkpoint as --teacher"
+            )
+    elif looks_like_path(name):
+        raise ValueError(f"--encoder {name}: no such folder")
+    try:
+        check_config(f"--encoder {name}", name)
+        config = AutoConfig.from_pretrained(name)
+        family(config.to_dict())
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"--encoder {name}: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"--encoder {name}: no such folder, and it cannot be read from the Hugging Face hub ({reason})"
+        ) from None
+    check_tokenizer(f"--encoder {name}", tokenizer, config)
+    return config, tokenizer
+
+
+def check_config(name: str, source: str) -> None:
+    """Raise ValueError for a model whose config.json has impossible sizes, and OSError if that cannot be read.
+
+    transformers would make 10⁹ names of labels, or a million layers, before it looks at the weights.
+    source: folder or hub id.
+    """
+    config = read_config(Path(cached_file(source, "config.json")))
+    if not isinstance(config, dict):
+        raise ValueError(f"{name}: its config.json is not a JSON object")
+    check_sizes(name, config)
+    if isinstance(config.get("encoder"), dict):  # a checkpoint of de3 train
+        check_sizes(name, config["encoder"])
+
+
+def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
+    """Raise ValueError for a slow tokenizer, or one with more tokens than an encoder of this configuration."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{name}: its tokenizer is a slow one; a tokenizer.json (a fast tokenizer) is needed"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not belong "
+            "together"
+        )
+
+
+def rewrite(name: str, folder: Path) -> None:
+    """Write a classifier of the hub or a folder as model.safetensors with tokenizer.json; no pickled code is run.
+
+    Raises ValueError, which begins with the name, if it cannot be read.
+    """
+    quiet()
+    try:
+        check_config(name, name)
+        tokenizer = _tokenizer(name)
+        model, loaded = _model(name)
+    except StrictDataclassError as error:
+        raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name}: cannot be read: {str(error).partition(chr(10))[0]}") from None
+    check_loaded(loaded, name)
+    check_tokenizer(name, tokenizer, model.config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _model(name: str) -> tuple[Any, Any]:
+    """The classifier, and the report on its loading."""
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            weights_only=True,
+        )
+    except UnpicklingError:  # its message suggests to load the file without this protection
+        raise ValueError(
+            f"{name}: its pytorch_model.bin is damaged, or holds more than weights, which could run code; save the "
+            "model as model.safetensors"
+        ) from None
+    except (EOFError, LookupError) as error:  # of the unpickler
+        raise ValueError(
+            f"{name}: its weights are damaged ({type(error).__name__}: {error!s:.200})"
+        ) from None
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # of many kinds, for missing or damaged files
+        raise ValueError(
+            f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "
+            "save its tokenizer.json there"
+        ) from None
