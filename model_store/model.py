@@ -92,7 +92,7 @@ class Model:
                 session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
             except Exception as error:  # onnxruntime's exceptions have no common base class
                 raise StoreError(f"{file}: not a model ONNX Runtime can run: {error}") from None
-            segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer), str(file)))
+            segments.append(OnnxSegment(layer, session, manifest, prototypes.get(layer)))
         self.segments: Sequence[Segment] = segments
         if runtime == "onnxruntime":
             return

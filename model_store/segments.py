@@ -13,7 +13,6 @@ from de3.exits.reading import Reading
 from de3.exits.rule import Thresholds
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
-from de3.model_store.store import StoreError
 
 Array = NDArray[np.float32]
 NOWHERE = "/nonexistent/de3"
@@ -63,29 +62,23 @@ class Segment(Protocol):
 class OnnxSegment:
     """A segment that ONNX Runtime runs."""
 
-    def __init__(
-        self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None, file: str
-    ) -> None:
-        """Raises StoreError unless inputs and outputs of the session match the manifest."""
+    def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
+        """session: of a graph that is the manifest's, as `segment_graph.read_segment` has checked."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
-        hidden, labels = [1, -1, manifest.hidden_size], len(manifest.labels)
-        inputs = {"hidden": hidden} if layer else {"input_ids": [1, -1]}
+        self._inputs = ["hidden"] if layer else ["input_ids"]
         if layer == 0 and manifest.token_types:
-            inputs["token_type_ids"] = [1, -1]
-        self._inputs = list(inputs)
-        outputs = {"next_hidden" if layer else "hidden": hidden}
+            self._inputs.append("token_type_ids")
+        self._outputs = ["next_hidden" if layer else "hidden"]
         self._with_exit: dict[str, Any] = {}
         self._without_exit: dict[str, Any] = {}
         if self.is_exit:
-            inputs["with_exit"], outputs["logits"] = [], [1, labels]
+            self._outputs.append("logits")
             self._with_exit["with_exit"], self._without_exit["with_exit"] = np.array(True), np.array(False)
         if prototypes is not None:
-            inputs["prototypes"], outputs["distances"] = [labels, manifest.metric_dim], [1, labels]
+            self._outputs.append("distances")
             self._with_exit["prototypes"] = self._without_exit["prototypes"] = prototypes
-        self._outputs = list(outputs)
-        _check(session, inputs, outputs, file)
 
     def embed(self, tokens: Tokens, with_exit: bool) -> Step:
         """Run the embeddings (layer 0) and, if `with_exit`, their exit."""
@@ -198,20 +191,6 @@ class NativeForward:
             p.seconds += seconds
             if left is not None:
                 p.leave(*left)
-
-
-def _check(session: Any, inputs: dict[str, list[int]], outputs: dict[str, list[int]], file: str) -> None:
-    """Raise StoreError unless inputs and outputs of a session have exactly these shapes; −1 is a free dimension."""
-    for direction, actual, expected in (
-        ("inputs", {x.name: x.shape for x in session.get_inputs()}, inputs),
-        ("outputs", {x.name: x.shape for x in session.get_outputs()}, outputs),
-    ):
-        if set(actual) != set(expected):
-            raise StoreError(f"{file}: {direction} are {sorted(actual)}, expected {sorted(expected)}")
-        for name, shape in actual.items():
-            # A free dimension (tokens) has a name instead of a size.
-            if [x if isinstance(x, int) else -1 for x in shape] != expected[name]:
-                raise StoreError(f"{file}: {name} has shape {shape}, expected {expected[name]}")
 
 
 class NativeSegment:
