@@ -79,7 +79,10 @@ class Compose:
         return docker("inspect", "--format", "{{.State.Health.Status}}", self.container("server"))
 
     def wait_until_healthy(self) -> None:
-        until(lambda: self.health() == "healthy", "the server to be healthy", 60)
+        try:
+            until(lambda: self.health() == "healthy", "the server to be healthy", 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self('logs', 'server')[-3000:]}") from None
 
     def address(self) -> str:
         """The server's own address, without the engine's proxy, which accepts connections even if nothing listens."""
@@ -113,7 +116,7 @@ def compose() -> Iterator[Compose]:
 
 
 def test_the_image_is_small_and_without_torch(compose: Compose) -> None:
-    assert int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) < 500e6
+    assert int(docker("image", "inspect", "--format", "{{.Size}}", IMAGE)) < 600e6  # SciPy: 110 MB
     server = compose.container("server")
     unwanted = "[m for m in ('pip', 'setuptools', 'torch') if u.find_spec(m)]"
     listed = docker("exec", server, "python3", "-c", f"import importlib.util as u; print({unwanted})")
@@ -232,7 +235,7 @@ def test_compose_serves_a_classifier_of_the_hub(compose: Compose, stock: Path) -
     try:
         with hub_of(stock / "model", gateway) as (_, port):
             endpoint = f"http://{gateway}:{port}"
-            compose("up", "--detach", "server", NAMES="org/model", HF_ENDPOINT=endpoint)
+            compose("up", "--detach", "server", NAMES="org/model", HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0")
             compose.wait_until_healthy()
             (listed,) = httpx.get(compose.url + "/v1/models").json()["data"]
             assert (listed["id"], listed["source"]) == ("model:1", "org/model")
