@@ -35,8 +35,10 @@ def main(commands: typer.Typer | None = None) -> None:
     try:
         (commands or app)()
     except ValidationError as error:  # a ValueError with one line per setting
-        problems = (f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors())
-        _fail("; ".join(problems))
+        problems = [
+            (".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()
+        ]
+        _fail("; ".join(f"{where}: {message}" if where else message for where, message in problems))
     except OSError as error:
         _fail(reason(error))
     except ValueError as error:

@@ -90,9 +90,14 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
         ".jsonl",
         *([".txt"] if columns.label is None else []),
     ):
+        if suffix == ".txt":
+            raise ValueError(
+                f"{path}: a .txt file has no columns: leave out the label column, or give a .tsv file"
+            )
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; give a file")
         raise ValueError(
-            f"{path}: expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter (tab, ; or ,) to a command "
-            "that has it"
+            f"{path}: expected a .tsv, .csv or .jsonl file; rename it, or give --delimiter (tab, ; or ,)"
         )
     # "-sig": some files begin with a byte order mark.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:

@@ -77,6 +77,13 @@ def calibrate(
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
     pooled = certify.whole.num_groups < MIN_CERTIFY
+    if pooled:
+        console.print(
+            f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples certify too, each part scored by a risk "
+            "that is fitted on the other",
+            soft_wrap=True,
+            highlight=False,
+        )
     fitted = risk.fit(joined([tune.samples, certify.samples]).recorded if pooled else tune.samples.recorded)
     signals = _rivals(tune, fitted)
     name = _choose(signals) if wanted == "auto" else wanted

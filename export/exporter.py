@@ -161,7 +161,7 @@ def int8_loss(int8: Recorded, reference: Recorded, allowed: float) -> dict[str, 
     Raises ExportError if the loss of an exit is above `allowed` with 95% confidence.
     """
     quantized, full = int8.correct.mean(0), reference.correct.mean(0)
-    table = Table(title=f"Accuracy by exit, int8 and fp32 ({len(int8.labels)} certifying samples)")
+    table = Table(title=f"Correct answers by exit, int8 and fp32, % ({len(int8.labels)} certifying samples)")
     for column in ("layer", "fp32", "int8", "loss", "95% interval"):
         table.add_column(column, justify="right")
     intervals = [paired_interval(a, b) for a, b in zip(reference.correct.T, int8.correct.T, strict=True)]

@@ -1,6 +1,6 @@
 """Exits of a stock classifier, fitted on its pooled states to its own answers, without labels; it does not change."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from de3.exits.recorded import Recorded
 from de3.export.states import POOLINGS, States
 from de3.training.progress import console, track
 
-RIDGES = (1e-2, 1e-3, 1e-4)
+HELD_OUT = 5  # a fifth of the texts chooses the pooling and the ridges
+RIDGES = (1e-2, 1e-3, 1e-4)  # from the strongest
 VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of standardized states
 STEPS, TOLERANCE = 100, 1e-6  # of L-BFGS, for each ridge
 CURVATURE = 0.1  # of the cross-entropy, by a probability: p(1 − p) at 0.9
@@ -62,25 +63,34 @@ class Exits:
         return Recorded(layers, outputs, spaces, of.answers, thresholds=of.thresholds, tolerance=of.tolerance)
 
 
-def fit(num_layers: int, train: States, tune: States, seed: int) -> Exits:
-    """Exits on every layer but the last, with the pooling that is better on tune."""
-    found = []
+def fit(num_layers: int, texts: States, seed: int) -> Exits:
+    """Exits on every layer but the last.
+
+    The pooling and the ridges are those that are best for a fifth of the texts, of exits fitted to the others. The
+    exits are then fitted to all of them, so that no other texts have chosen anything.
+    """
+    order = np.random.default_rng(seed).permutation(len(texts.logits))
+    held, others = (texts.part(rows) for rows in np.split(order, [len(order) // HELD_OUT]))
+    best, largest, chosen = "", -1.0, [0.0]
     for pooling in POOLINGS:
         layers = track(range(num_layers), f"Fitting exits ({pooling})")
-        classifiers = [_classifier(train, tune, pooling, layer) for layer in layers]
-        exits = Exits(pooling, classifiers, [], [])
-        if train.thresholds is None and train.tolerance is None:
-            exits = _with_spaces(exits, train, seed)
-        recorded = exits.recorded(tune)
+        found = [_chosen(others, held, pooling, layer) for layer in layers]
+        exits = Exits(pooling, [classifier for _, classifier in found], [], [])
+        recorded = _with_spaces(exits, others, seed).recorded(held)
         merit = _merit(recorded)
-        agreement = " ".join(f"{100 * a:.1f}" for a in recorded.correct.mean(0)[:-1])
+        agreement = ", ".join(f"{100 * share:.1f}" for share in recorded.correct.mean(0)[:-1])
         console.print(
             f"exits on the {'mean of the tokens' if pooling == 'mean' else 'first token'} agree with full depth on "
-            f"{agreement}% of the tuning texts; speed-up about {merit:.2f}×",
+            f"{agreement}% of {len(held.logits)} texts, from the embeddings to the last layer but one; speed-up about "
+            f"{merit:.2f}×",
             soft_wrap=True,
+            highlight=False,
         )
-        found.append((merit, exits))
-    return max(found, key=lambda one: one[0])[1]
+        if merit > largest:
+            best, largest, chosen = pooling, merit, [ridge for ridge, _ in found]
+    layers = track(range(num_layers), f"Fitting exits ({best}) to all texts")
+    classifiers = [next(_fitted(texts, best, layer, (chosen[layer],)))[1] for layer in layers]
+    return _with_spaces(Exits(best, classifiers, [], []), texts, seed)
 
 
 def _merit(of: Recorded) -> float:
@@ -89,27 +99,48 @@ def _merit(of: Recorded) -> float:
     return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
 
 
-def _classifier(train: States, tune: States, pooling: str, layer: int) -> Linear:
-    """A classifier, by cross-entropy to the probabilities of full depth, or least squares to its values."""
-    x, y = (of.pooled(pooling, layer) for of in (train, tune))
+def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[float, Linear]:
+    """A classifier and its ridge, which is the one with the smallest loss on held texts."""
+    y = held.pooled(pooling, layer)
+
+    def loss(found: tuple[float, Linear]) -> float:
+        logits = y @ found[1][0].T + found[1][1]
+        if held.tolerance is not None:
+            return float(np.square(logits - held.logits).mean())
+        return _loss_of(held)(logits, held.probabilities)[0]
+
+    ridges = RIDGES if texts.tolerance is None else VALUE_RIDGES
+    return min(_fitted(texts, pooling, layer, ridges), key=loss)
+
+
+def _fitted(
+    texts: States, pooling: str, layer: int, ridges: Sequence[float]
+) -> Iterator[tuple[float, Linear]]:
+    """Classifiers by cross-entropy to the probabilities of full depth, or least squares to its values, for each ridge.
+
+    The ridge is on the weights of standardized states.
+    """
+    x = texts.pooled(pooling, layer)
     mean, spread = x.mean(0), x.std(0) + 1e-4
-    x, y = (x - mean) / spread, (y - mean) / spread
-    if train.tolerance is not None:
-        weight, bias = _values(x, train.logits, y, tune.logits)
-    else:
-        loss = _softmax_loss if train.thresholds is None else _sigmoid_loss
-        weight, bias = _regress(x, train.probabilities, y, tune.probabilities, loss)
-    weight = weight / spread
-    return weight, np.asarray(bias - weight @ mean, np.float32)
+    x = (x - mean) / spread
+    path = (
+        _values(x, texts.logits, ridges) if texts.tolerance is not None else _probabilities(x, texts, ridges)
+    )
+    for ridge, (weight, bias) in zip(ridges, path, strict=True):
+        scaled = weight / spread
+        yield ridge, (scaled, np.asarray(bias - scaled @ mean, np.float32))
 
 
-def _values(x: Array, wanted: Array, y: Array, held: Array) -> Linear:
-    """Ridge regression of values (n, 1) on states (n, hidden), with the ridge that is best for `held` on `y`."""
+def _values(x: Array, wanted: Array, ridges: Sequence[float]) -> Iterator[Linear]:
+    """Ridge regressions of values (n, 1) on states (n, hidden)."""
     mean = wanted.mean(0)
     moments, products = x.T @ x / len(x), x.T @ (wanted - mean) / len(x)
-    found = [np.linalg.solve(moments + ridge * np.eye(len(moments)), products) for ridge in VALUE_RIDGES]
-    errors = [float(np.square(y @ weight + mean - held).mean()) for weight in found]
-    return found[int(np.argmin(errors))].T.astype(np.float32), mean
+    for ridge in ridges:
+        yield np.linalg.solve(moments + ridge * np.eye(len(moments)), products).T.astype(np.float32), mean
+
+
+def _loss_of(texts: States) -> Loss:
+    return _softmax_loss if texts.thresholds is None else _sigmoid_loss
 
 
 def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
@@ -129,19 +160,19 @@ def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
     return value, gradient
 
 
-def _regress(x: Array, wanted: Array, y: Array, held: Array, loss: Loss) -> Linear:
-    """Regression of probabilities (n, K) on states (n, hidden): weights (K, hidden) and bias (K,), by L-BFGS.
+def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator[Linear]:
+    """Regressions of the probabilities (n, K) on states (n, hidden), by L-BFGS; each starts at the one before.
 
-    The ridge of RIDGES with the smallest loss of `held` on `y` is used. L-BFGS sees the states in coordinates in which
-    the loss curves about equally in all directions: it needs a third of the steps.
+    L-BFGS sees the states in coordinates in which the loss curves about equally in all directions: it needs a third of
+    the steps.
     """
     from scipy.optimize import minimize
 
+    wanted, loss = texts.probabilities, _loss_of(texts)
     count, width = wanted.shape[1], x.shape[1]
     values, vectors = np.linalg.eigh((x.T @ x / len(x)).astype(np.float64))
     weight, bias = np.zeros((count, width), np.float32), np.log(np.maximum(wanted.mean(0), 1e-6))
-    best, least = (weight, bias), np.inf
-    for ridge in RIDGES:  # from the strongest: each starts at the previous solution
+    for ridge in ridges:
         curvature = np.sqrt(CURVATURE * np.maximum(values, 0) + 2 * ridge)
         basis = (vectors / curvature).astype(np.float32)
         seen = x @ basis
@@ -164,14 +195,13 @@ def _regress(x: Array, wanted: Array, y: Array, held: Array, loss: Loss) -> Line
         start = np.concatenate([(weight @ vectors * curvature).ravel(), bias])
         options = {"maxiter": STEPS, "maxcor": 10, "ftol": TOLERANCE}
         _, weight, bias = split(minimize(objective, start, method="L-BFGS-B", jac=True, options=options).x)
-        found = loss(y @ weight.T + bias, held)[0]
-        if found < least:
-            best, least = (weight, bias), found
-    return best
+        yield weight, bias
 
 
 def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
-    """The exits with prototypical networks and prototypes, fitted to full depth's answers."""
+    """The exits with prototypical networks and prototypes, fitted to full depth's answers, if these are classes."""
+    if train.thresholds is not None or train.tolerance is not None:
+        return exits
     spaces, prototypes = [], []
     for layer, (weights, _) in enumerate(track(exits.classifiers, "Fitting prototypes")):
         states, answers = _with_every_class(train.pooled(exits.pooling, layer), train.answers, weights)

@@ -40,13 +40,17 @@ def fetch(name: str) -> Path:
         raise ValueError(f"{name}: {_reason(error, repository, revision)}") from None
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{name}: no such folder, and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            f"{name}: no such folder here, and the hub cannot be reached: check the name, the network, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE"
         ) from None
     except ValueError:
         raise
     except Exception as error:  # of the HTTP client and its transports
         reason = str(error).partition("\n")[0][:200]
-        raise ValueError(f"{name}: cannot be read from the hub ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"{name}: no such folder here, and it cannot be read from the hub ({type(error).__name__}: {reason}): "
+            "check the name, or the network"
+        ) from None
 
 
 def is_folder(name: str) -> bool:
@@ -84,5 +88,5 @@ def _reason(error: Exception, repository: str, revision: str) -> str:
     if isinstance(error, RevisionNotFoundError):
         return f"{repository} has no revision {revision!r}"
     if isinstance(error, HFValidationError):
-        return "no such folder, and not an id of the Hugging Face hub"
-    return "no such folder, and no such repository on the hub; for a private one, set HF_TOKEN"
+        return "no such folder here, and not an id of the Hugging Face hub"
+    return "no such folder here, and no such repository on the hub; for a private one, set HF_TOKEN"

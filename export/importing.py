@@ -106,7 +106,7 @@ def import_classifier(
             (reference, parts.certify, "certifying"),
         )
     ]
-    exits = fit.fit(stock.num_layers, computed[0], computed[1], settings.seed)
+    exits = fit.fit(stock.num_layers, computed[0], settings.seed)
     answered = _answered(parts, computed, settings.labelled)
     if settings.finetune:
         _check_every_label(answered.train, stock.description.labels)

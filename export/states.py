@@ -6,7 +6,7 @@ They are computed once, by the segments that serve, in chunks on disk: an interr
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import cpu_count
 from pathlib import Path
 
@@ -37,16 +37,23 @@ class States:
         logits: of full depth, (n, K).
         thresholds: of a multi-label model, as logits, (K,).
         tolerance: of a regression model, whose logits are values, K = 1.
+        rows: indices of the n texts among those in the chunks, (n,); None: all.
     """
 
     chunks: list[Path]
     logits: Array
     thresholds: NDArray[np.float64] | None
     tolerance: float | None
+    rows: NDArray[np.int64] | None = None
+
+    def part(self, rows: NDArray[np.int64]) -> "States":
+        """The states of some texts."""
+        return replace(self, logits=self.logits[rows], rows=rows if self.rows is None else self.rows[rows])
 
     def pooled(self, pooling: str, layer: int) -> Array:
         """The pooled states of a layer, (n, hidden)."""
-        return _gathered(self.chunks, f"{pooling}_{layer:02}")
+        values = _gathered(self.chunks, f"{pooling}_{layer:02}")
+        return values if self.rows is None else values[self.rows]
 
     @property
     def answers(self) -> NDArray[np.generic]:

@@ -105,7 +105,7 @@ class Store:
     def versions(self) -> dict[str, list[int]]:
         """Versions by model name, both ascending (10 is newer than 9)."""
         if not self.path.is_dir():
-            raise NoModelsError(f"{self.path}: no such store; create one with de3 export")
+            raise NoModelsError(f"{self.path}: no such store; de3 import and de3 export create one")
         versions: dict[str, list[int]] = {}
         for folder in sorted(self.path.iterdir()):
             if NAME.fullmatch(folder.name) and folder.is_dir():

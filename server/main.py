@@ -100,6 +100,19 @@ def max_connections() -> int:
     return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))
 
 
+def _check_address(host: str, port: int) -> None:
+    """Raise ValueError, before models are loaded, if nobody can listen on an address."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as one:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                one.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): stop what listens there, or give another --port"
+        ) from None
+
+
 def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[Artifact] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
 
@@ -113,6 +126,7 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
     logs.configure(settings.log_format)
     for warning in warnings:
         log.warning(warning)
+    _check_address(settings.host, settings.port)
     service = Service(settings, artifacts)
 
     def stop() -> None:

@@ -267,7 +267,7 @@ def test_the_command_reads_tables(
         (("--file", "x.jsonl"), "give texts, or --file and --out"),
         ((), "give texts"),
         (("good", "--url", "localhost:8000"), "did you mean http://localhost:8000"),
-        (("good", "--url", "http://127.0.0.1:9"), "is it running"),
+        (("good", "--url", "http://127.0.0.1:9"), "start it with de3 serve, or give its address with --url"),
         (("good", "--url", "http://[x"), "no answer from the server"),
         (("good", "--tau", "7"), "the server answers 422: tau: "),
         (("good film " * 60, "--long", "error"), "has 122 tokens, the model takes at most 64"),

@@ -483,10 +483,10 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
     assert "choose another --work" in refusal(command.replace("--finetune ", ""))
 
 
-def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_ones(
+def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the certificate would rely on texts that the exits were fitted on."""
+    """Otherwise the certificate would rely on texts that the exits were fitted on: few tuning texts certify too."""
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     given: list[Any] = []
@@ -494,19 +494,29 @@ def test_exits_are_fitted_with_the_tuning_texts_and_never_with_the_certifying_on
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    fit = importing.fit.fit
+    fit, run = importing.fit.fit, importing.states.states
 
     def watched(layers: int, *arguments: Any) -> Any:
         given.extend(arguments)
         return fit(layers, *arguments)
 
+    computed: dict[str, list[Any]] = {}
+
+    def watched_run(model: Any, norm: Any, texts: Any, folder: Any, what: str, *more: Any) -> Any:
+        computed[what] = list(texts)
+        return run(model, norm, texts, folder, what, *more)
+
     monkeypatch.setattr(importing.fit, "fit", watched)
+    monkeypatch.setattr(importing.states, "states", watched_run)
     monkeypatch.setattr("de3.export.importing.export", stopped)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
-    fitting, tuning, _ = given  # the last is the seed
+    fitting, _ = given  # and the seed
     tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
     assert len(fitting.logits) == 600 - len(tune) - len(certify)
-    assert not {e.text for e in tune} & {e.text for e in certify}
-    own = logits_of(folder, [str(example.text) for example in tune])
-    np.testing.assert_allclose(tuning.logits, own, atol=1e-4)
+    texts = {part: set(some) for part, some in computed.items()}
+    assert texts["tuning"] == {e.text for e in tune} and texts["certifying"] == {e.text for e in certify}
+    assert not texts["fitting"] & (texts["tuning"] | texts["certifying"])
+    assert not texts["tuning"] & texts["certifying"]
+    own = logits_of(folder, computed["fitting"])
+    np.testing.assert_allclose(fitting.logits, own, atol=0.2)  # in int8

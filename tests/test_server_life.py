@@ -317,10 +317,10 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
     [
         ("--port 70000", "error: port: Input should be less than or equal to 65535"),
         ("--timeout-s inf", "error: timeout_s: Input should be a finite number"),
-        ("--max-texts 9999", "error: settings: Value error, max_texts must not exceed max_queue"),
+        ("--max-texts 9999", "error: max_texts must not exceed max_queue"),
         (
             "--store /nowhere",
-            "error: /nowhere: no such store; create one with de3 export, name another store",
+            "error: /nowhere: no such store; de3 import and de3 export create one, name another store",
         ),
         ("--demo", "error: --demo: cannot be combined with --store"),
         ("--model [/x]", "error: no model '[/x]' in"),

@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, a line every 20 s in a log."""
+"""Progress of long operations: a bar on a terminal, lines in a log."""
 
 import time
 from collections.abc import Iterable, Iterator, Sized
@@ -16,7 +16,7 @@ LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over items, with a progress bar on a terminal and a line every 20 s in a log.
+    """Iterate over items, with a progress bar on a terminal, and in a log a line at once and every 20 s.
 
     total: the number of items, if they have no length.
     """
@@ -25,6 +25,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
         return
     count = total if total is not None else len(items) if isinstance(items, Sized) else None
     started = printed = time.monotonic()
+    console.print(f"  {description} …", highlight=False, markup=False, soft_wrap=True)
     for done, item in enumerate(items):
         now = time.monotonic()
         if count and done and now - printed >= LOG_EVERY_S:

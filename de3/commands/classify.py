@@ -106,7 +106,9 @@ def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[s
     except ServerError as error:
         raise ValueError(f"the server answers {error.status}: {error.message}") from None
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ValueError(f"no answer from the server ({error}); is it running? de3 serve") from None
+        raise ValueError(
+            f"no answer from the server ({error}): start it with de3 serve, or give its address with --url"
+        ) from None
 
 
 def _inputs(file: Path, columns: Columns) -> Iterator[Any]:

@@ -31,9 +31,7 @@ def provider() -> "TracerProvider":
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        raise ValueError(
-            f"--traces needs the otel extra ({error}): pip install '.[otel]' in a checkout"
-        ) from None
+        raise ValueError(f"--traces needs the otel extra ({error}): pip install 'de3[otel]'") from None
     if "service.name" not in os.environ.get("OTEL_RESOURCE_ATTRIBUTES", ""):
         os.environ.setdefault("OTEL_SERVICE_NAME", "de3")
     tracers = TracerProvider(resource=Resource.create())
