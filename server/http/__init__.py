@@ -1,1 +1,1 @@
-"""The HTTP layer: connections, protocols, keys, and reports on requests."""
+"""The HTTP layer: connections, protocols, API keys, the request log and traces."""

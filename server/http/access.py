@@ -19,9 +19,9 @@ from de3.server.settings import Settings
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
-# Each counts as one text for the rate limit.
+# For the rate limit, this many bytes of a body, or tokens, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-# Paths that reveal nothing about users or texts.
+# Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
 )
@@ -41,7 +41,7 @@ class Keys:
 
     @classmethod
     def read(cls, text: str, where: str) -> "Keys":
-        """Keys from lines of `name key` or `name sha256:digest`, and comments after #. Raises ValueError.
+        """Keys from lines of `name key` or `name sha256:digest`, with comments after #. Raises ValueError.
 
         where: source of the lines, for messages, which never show a key.
         """
@@ -78,7 +78,7 @@ class Keys:
         return cls.read(path.read_text(), str(path))
 
     def shares_with(self, others: "Keys") -> bool:
-        """True if both have a key in common."""
+        """True if the two have a key in common."""
         return not set(self._digests.values()).isdisjoint(others._digests.values())
 
     def owner(self, scope: Scope) -> str:
@@ -100,7 +100,7 @@ class Keys:
 
 
 class Access:
-    """Authorization. Without keys any client may classify, and none may change the models."""
+    """Authorization. Without user keys, any client may classify; without admin keys, none may change the models."""
 
     def __init__(self, settings: Settings) -> None:
         """Raises ValueError for invalid keys or an invalid rate."""
@@ -117,7 +117,7 @@ class Access:
         return "" if self.users is None else self.users.owner(scope)
 
     def _check_reader(self, scope: Scope) -> None:
-        """Users and admins may read; raises RequestError for others."""
+        """Raise RequestError unless the client may read, as a user or an admin."""
         try:
             self.user(scope)
         except RequestError:
@@ -126,14 +126,14 @@ class Access:
             self.admins.owner(scope)
 
     def charge(self, owner: str) -> "Charge":
-        """A charge for a new request of this owner."""
+        """The charge for a new request of an owner."""
         return Charge(self._limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
         """Authorize a request that does not classify; true if it needed an admin's key. Raises RequestError.
 
-        Health, readiness, metrics and the documentation are open. Everything else needs a key: an admin's to
-        change anything, a user's to read. So no route is open by mistake, whatever its path.
+        Health, readiness, metrics, the web page and the documentation are open. Any other path, known or not,
+        needs a key, so no route is open by mistake: an admin's to change anything, a user's or admin's to read.
         """
         if _OPEN.fullmatch(path):
             return False
@@ -181,7 +181,7 @@ class Charge:
             self._texts = texts
 
     def settle(self, texts: int) -> None:
-        """The same for work already done; if that exceeds the limit, charge the rest of the limit."""
+        """Raise the charge for work already done; if the limit does not cover it, charge what is left of the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.drain(self._owner, texts - self._texts)
             self._texts = texts
@@ -190,12 +190,12 @@ class Charge:
 class RateLimit:
     """A limit of texts per second, minute, hour or day for each key, over a sliding window.
 
-    A request is charged for its texts, for its body in units of 4 KiB, or for the tokens of its texts in units
-    of 128, whichever is the most; units are rounded up.
+    A request costs the largest of: its texts, its body in units of 4 KiB, and the tokens of each text in units
+    of 128; units are rounded up.
     """
 
     def __init__(self, rate: str) -> None:
-        """rate: as in 100/second or 5000/minute; raises ValueError."""
+        """rate: such as 100/second or 5000/minute. Raises ValueError."""
         try:
             self._rate: RateLimitItem = parse(rate)
             if len(parse_many(rate)) > 1 or self._rate.amount < 1:

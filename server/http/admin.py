@@ -84,7 +84,7 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
-        """Discard the audit results; with a guarantee, every text at first runs to full depth again."""
+        """Discard the audit results; with a guarantee, every text runs to full depth again at first."""
         service.check_open()
         auditor = service.audits.of(service.models.current(name))
         auditor.reset()
@@ -97,7 +97,7 @@ def explain(wrong: RequestValidationError) -> RequestError:
     place, message = [str(part) for part in first["loc"]], first["msg"]
     if first["type"] == "json_invalid":
         return RequestError("the body is not JSON", cause="not_json")
-    if first["type"] == "value_error":  # of _fits, which names the field itself
+    if first["type"] == "value_error":  # from _fits, whose message begins with the field
         message = message.removeprefix("Value error, ")
         return RequestError(message, message.partition(":")[0])
     if len(place) < 2:
@@ -106,7 +106,7 @@ def explain(wrong: RequestValidationError) -> RequestError:
 
 
 async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
-    """Run a change of the models, which goes on if its client disconnects."""
+    """Run a change of the models to its end, even if the client disconnects."""
     task = asyncio.create_task(change)
     _changes.add(task)
     task.add_done_callback(_changes.discard)

@@ -53,11 +53,11 @@ SECURITY_HEADERS = [
 
 
 def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None) -> ASGIApp:
-    """The ASGI application of a service; on_failure is called if its models cannot be loaded."""
+    """The ASGI application of a service; on_failure is called if its models cannot be loaded or its engine fails."""
     service = frontend.service
     settings, api = service.settings, create_api(frontend, on_failure)
     origins = settings.cors_origins
-    # Not needed with API keys: a page has no key, unless its user entered one.
+    # With API keys neither check is needed: a page has no key, unless its user entered one.
     has_keys = frontend.access.users is not None
     checks_origin = not has_keys and "*" not in origins
     checks_host = not has_keys and "*" not in settings.allowed_hosts and _is_loopback(settings.host)
@@ -86,7 +86,7 @@ def create_app(frontend: Frontend, on_failure: Callable[[], None] = lambda: None
                 await frontend.refuse(error, scope)(scope, receive, send)
             except ClientDisconnect:  # no client is left to read a response
                 service.metrics.rejected.labels("client_gone").inc()
-            except asyncio.CancelledError:  # its client disconnected
+            except asyncio.CancelledError:  # the client disconnected
                 service.metrics.rejected.labels("client_gone").inc()
                 raise
 
@@ -123,15 +123,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _host_of(scope: Scope) -> bytes:
-    """The Host header; that of a Connection's request is known."""
+    """The Host header, from the scope if a Connection stored it there; empty if there is none."""
     host = scope.get("de3.host")
     return host if host is not None else next((v for name, v in scope["headers"] if name == b"host"), b"")
 
 
 def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
-    """False for names other than localhost: a page may have had its own name resolve to this machine.
+    """False for names that are neither localhost nor allowed: a page can have its own name resolve to this machine.
 
-    header: the Host header; empty: HTTP/1.0 without one.
+    header: the Host header; empty if an HTTP/1.0 request has none.
     """
     host = header.decode("latin-1") or "localhost"
     name = host.partition("]")[0][1:] if host[:1] == "[" else host.partition(":")[0]
@@ -145,7 +145,7 @@ def _is_own_name(allowed: Collection[str], header: bytes) -> bool:
 
 
 def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
-    """True unless a page of another origin sent the request; browsers send the page's origin."""
+    """True unless a page of another origin, not in `allowed`, sent the request; browsers send the page's origin."""
     origin = host = None
     for name, value in scope["headers"]:
         if name == b"origin":
@@ -156,7 +156,7 @@ def _same_origin(scope: Scope, allowed: Sequence[str]) -> bool:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that returns a body that was already read, then further messages."""
+    """A `receive` that returns a body already read, then further messages."""
     read: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def again() -> Message:
@@ -198,13 +198,13 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
         summary="Text classification that exits early",
         description=openapi.DESCRIPTION,
         redoc_url=None,
-        redirect_slashes=False,  # it would redirect to wherever the Host header says
+        redirect_slashes=False,  # a redirect would go wherever the Host header says
         swagger_ui_parameters={"tryItOutEnabled": True},
         lifespan=lifespan,
         generate_unique_id_function=lambda route: route.name,  # function names in generated clients
     )
     app.state.service = service
-    scraping = SharedRun[bytes]("the metrics")  # several at a time would hold the GIL for too long
+    scraping = SharedRun[bytes]("the metrics")  # several scrapes at a time would hold the GIL for too long
     # For the documentation and its Authorize button; access.py checks keys.
     bearer = [Depends(HTTPBearer(auto_error=False))]
     users = bearer if frontend.access.users is not None else []
@@ -212,8 +212,8 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.post("/classify", tags=["classify"], dependencies=users, **openapi.CLASSIFY)
     @app.post("/v1/classify", include_in_schema=False)
     async def classify() -> Response:
-        """Classify a text, a pair of texts or a batch; each exits at the first layer that is sure enough."""
-        raise HTTPException(404)  # for similar paths only: create_app answers /classify itself
+        """Classify a text, a pair of texts or a batch; each text exits at the first layer whose score is below tau."""
+        raise HTTPException(404)  # for paths such as /classify%0A: create_app answers /classify itself
 
     models.add_routes(app, service, dependencies=users)
     open_inference.add_routes(app, service, dependencies=users)

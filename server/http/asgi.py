@@ -23,14 +23,14 @@ def handler(app: ASGIApp) -> Handler:
 
 
 class AsgiRequest:
-    """The ASGI messages of one request; writes the response to the connection."""
+    """The ASGI `receive` and `send` of one request; writes the response to the connection."""
 
     __slots__ = ("_body", "_chunked", "_connection", "_is_head", "_over", "_scope", "_start")
 
     def __init__(self, connection: Connection, scope: Scope, body: bytes | RequestError) -> None:
         self._connection, self._scope = connection, scope
         self._body: bytes | RequestError | None = body
-        self._start: Message | None = None  # of the response, until its body begins
+        self._start: Message | None = None  # head of the response, until its body begins
         self._chunked = False
         self._is_head = scope["method"] == "HEAD"
         self._over = False
@@ -44,7 +44,7 @@ class AsgiRequest:
         finally:
             if not self._over:
                 self._over = True
-                self._connection.abort()  # in the middle of a response
+                self._connection.abort()  # the response is incomplete
 
     async def receive(self) -> Message:
         """The complete body; after that, a disconnect once the response is written or the client is gone.
@@ -61,7 +61,7 @@ class AsgiRequest:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Write the head or a part of the body of the response; waits while the client does not read."""
+        """Write a part of the response, the head with the first one; waits while the client does not read."""
         connection = self._connection
         if message["type"] == "http.response.start":
             self._start = message

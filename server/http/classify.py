@@ -1,4 +1,4 @@
-"""The protocol of /classify, a superset of vLLM's and SGLang's: request and response as JSON."""
+"""The JSON protocol of /classify, a superset of vLLM's and SGLang's."""
 
 import time
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Classification(Request):
     top_k: int = 0
 
     def check(self, manifest: Manifest) -> None:
-        """Raise RequestError if labels are to be ranked and the model has none."""
+        """Raise RequestError for `top_k` with a regression model, which has no labels to rank."""
         if self.top_k and manifest.tolerance is not None:
             raise RequestError(
                 f"top_k: {manifest.name}:{manifest.version} is a regression model: it has no labels to rank",
@@ -124,7 +124,7 @@ class ClassifyFields(OptionFields):
 class ClassifyRequest(ClassifyFields):
     """A request to classify one or more texts."""
 
-    raw: bool = Field(False, description="logits in probs instead of probabilities")
+    raw: bool = Field(False, description="logits instead of probabilities, in probs")
     top_k: int | None = Field(None, ge=1, description="report this many of the most probable labels, as top")
     request_id: str | None = Field(None, max_length=128, description="id of the response")
     use_activation: bool | None = Field(None, description="false: the same as raw: true")
@@ -233,7 +233,7 @@ def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
             "signal": signal.name,
             "lambda": signal.lam,
             "score": reading.score,
-            "entropy": reading.entropy,  # NaN for a regression model, which is null in JSON
+            "entropy": reading.entropy,  # NaN for a regression model; null in JSON
             "distance_ratio": reading.distance_ratio,
             "edr": edr(reading, lam),
         },
@@ -267,7 +267,7 @@ def _probs(reading: Reading, raw: bool) -> list[float] | None:
 
 
 def _passed_exits(outcome: Outcome, labels: list[str], lam: float, raw: bool) -> list[PassedExit]:
-    """A row for every exit passed; for a text in several windows also the number of the window."""
+    """A row for every exit passed, with the window's index if the text has several windows."""
     rows: list[PassedExit] = []
     windows = [window.passed for window in outcome.windows] or [outcome.passed]
     for number, passed in enumerate(windows):

@@ -37,15 +37,15 @@ WRITE_TIMEOUT_S = 30.0
 LINGER_S = 2.0
 PROBE_S = 0.05
 HALF_CLOSED_S = 1.0
-TCP_CLOSE = 7  # a state of Linux
+TCP_CLOSE = 7  # socket state, in Linux's tcp_states.h
 
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
 class Connection(BaseConnection, asyncio.Protocol):
-    """One client's connection, which the scope of its requests holds as `de3.connection`.
+    """A client's connection; the scope of its requests has it as `de3.connection`.
 
-    A request ends with its client: its task is cancelled when the connection is lost.
+    If the connection is lost, the task of its request is cancelled.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        """uvicorn passes the arguments after the handler."""
+        """uvicorn passes the arguments after `handle`."""
         super().__init__(_loop or asyncio.get_running_loop())
         self._listener, self._handle, self._root_path = listener, handle, config.root_path
         self._server_state, self._app_state = server_state, app_state
@@ -69,8 +69,8 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._scope: Scope = {}
         self._resumed: asyncio.Event | None = None  # set when the client reads again
         self._task: asyncio.Task[None] | None = None  # of the current request
-        self._ended_at: float | None = None  # when the client ended its half of the connection
-        self._is_responding = False  # a part of the response is written
+        self._ended_at: float | None = None  # when the client closed its half of the connection
+        self._is_responding = False  # part of the response has been written
         self._is_probed = False
         self._closing = False  # after the current response
         self._gone = False
@@ -80,7 +80,7 @@ class Connection(BaseConnection, asyncio.Protocol):
     # Called by uvicorn and the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Wait for the first head."""
+        """Register the connection, and wait for the first head."""
         self._transport = transport
         peer, local = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
         self._peer = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else None
@@ -96,7 +96,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._listener.opened(self)
 
     def connection_lost(self, _: Exception | None) -> None:
-        """Notify the endpoint and release everything."""
+        """Cancel the current request and release everything."""
         self._gone = True
         self._server_state.connections.discard(self)
         self._listener.closed(self)
@@ -104,7 +104,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self.deadline = self.write_deadline = inf
         if self._task is not None:
             coroutine: Any = self._task.get_coro()
-            if getcoroutinestate(coroutine) == CORO_CREATED:  # a cancelled task then never begins
+            if getcoroutinestate(coroutine) == CORO_CREATED:  # cancelled now, it never begins
                 self._listener.gate.abandoned(self._scope)
             self._task.cancel()
         self._scope = {}  # it refers back to this connection
@@ -113,7 +113,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._end_response()
 
     def eof_received(self) -> bool:
-        """True, which keeps the connection, if a response is due: the client may have ended only its own half."""
+        """Return True, to keep the connection, if a response is due: the client may have closed only its half."""
         self._ended_at = monotonic()
         if self.state == RESPONSE and not self._closing:
             self.loop.call_later(PROBE_S, self._probe)
@@ -121,10 +121,10 @@ class Connection(BaseConnection, asyncio.Protocol):
         return False
 
     def _probe(self) -> None:
-        """Find out whether a client that ended its half still reads, and abort if it does not.
+        """Find out whether a client that closed its half still reads, and abort if it does not.
 
-        To a client that has closed the connection, an interim response is data for nobody: its system answers with a
-        reset. HTTP/1.0 has no interim responses, so such a client is only given some time.
+        If the client has closed the whole connection, its system answers an interim response with a reset. HTTP/1.0
+        has no interim responses, so an HTTP/1.0 client is aborted after HALF_CLOSED_S.
         """
         if self._gone or self._transport.is_closing():
             return
@@ -142,7 +142,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         return self._ended_at is not None and monotonic() > self._ended_at + HALF_CLOSED_S
 
     def _is_closed(self) -> bool:
-        """True if a reset has arrived; the transport does not read any more, so it does not notice."""
+        """True if a reset has arrived; the transport no longer reads, so it does not notice."""
         sock = self._transport.get_extra_info("socket")
         try:
             return bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == TCP_CLOSE)
@@ -174,7 +174,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._resume_parsing()
 
     def data_received(self, data: bytes) -> None:
-        """Parse the data, or keep it until the current request is answered."""
+        """Parse the data, or buffer it until the current request is answered."""
         if self.state == LINGER:
             self._discarded += len(data)
             if self._discarded > MAX_DISCARDED_BYTES:
@@ -207,7 +207,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._close()
 
     def _close(self) -> None:
-        """Close once everything written is sent; abort if that takes too long."""
+        """Close after sending what was written; abort if that takes too long."""
         self.deadline = inf
         self.write_deadline = min(self.write_deadline, monotonic() + WRITE_TIMEOUT_S)
         self._transport.close()
@@ -218,7 +218,7 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.abort()
 
     def _linger(self) -> None:
-        """Close, after giving a client that is still sending time to read the response."""
+        """Close after LINGER_S, so that a client that is still sending can read the response."""
         self._release()
         self._parser.data = b""
         self._wait(LINGER, LINGER_S)
@@ -253,7 +253,7 @@ class Connection(BaseConnection, asyncio.Protocol):
                 self._begin()
             if self.state == BODY and parser.data:
                 self._read_body()
-        except RequestError as error:  # in a body
+        except RequestError as error:  # from _read_body
             self._start(error)
         except HttpParserUpgrade:
             self._refuse(405, "CONNECT is not allowed; see /docs")
@@ -262,7 +262,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             self._refuse(400, f"not a well-formed HTTP/1.1 request: {reason}")
 
     def _begin(self) -> None:
-        """Wait for the body, or start now if none is needed. Raises ValueError or HttpParserError."""
+        """Wait for the body, or start the handler if none is needed. Raises ValueError or HttpParserError."""
         parser = self._parser
         if parser.version not in ("1.0", "1.1"):
             raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
@@ -371,14 +371,14 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._task.add_done_callback(self._server_state.tasks.discard)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Refuse input that is not HTTP, and close."""
+        """Refuse CONNECT, or input that is not HTTP, and close."""
         self._listener.gate.malformed()
         error = errors.plain_response(status, message)
         self.write(status, [*error.raw_headers, (b"connection", b"close")], bytes(error.body))
         self._linger()
 
     def write(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
-        """Write a head and the beginning of its body."""
+        """Write the head and the beginning of the body."""
         lines = [_STATUS.get(status) or b"HTTP/1.1 %d \r\n" % status]
         for name, value in (*self._server_state.default_headers, *headers):
             lines += (name, b": ", value, b"\r\n")
@@ -387,17 +387,17 @@ class Connection(BaseConnection, asyncio.Protocol):
         self._transport.write(b"".join(lines))
 
     def write_more(self, data: bytes) -> None:
-        """Write more of a body."""
+        """Write more of the body."""
         self._transport.write(data)
 
     async def drain(self) -> None:
-        """Wait until the client reads what was written."""
+        """Wait while the client does not read."""
         if self._resumed is not None:
             await self._resumed.wait()
 
     @property
     def is_gone(self) -> bool:
-        """True if the client has closed the connection."""
+        """True if the connection is lost."""
         return self._gone
 
     @property
@@ -448,9 +448,9 @@ class Connection(BaseConnection, asyncio.Protocol):
         if len(self._parser.data) <= MAX_PIPELINED_BYTES:
             self._resume_reading()
         self._advance()
-        if self.state == HEAD:  # of which the rest is needed
+        if self.state == HEAD:  # the head is incomplete
             self._resume_reading()
 
 
-# Answers a request, given its scope, and its body or the error that prevented reading it (asgi.py).
+# Answers a request, given its scope and its body, or the error that prevented reading it (asgi.py).
 Handler = Callable[[Connection, Scope, bytes | RequestError], Coroutine[Any, Any, None]]

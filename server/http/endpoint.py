@@ -41,7 +41,7 @@ async def answer(scope: Scope, receive: Receive, send: Send, frontend: Frontend,
 async def _answer(
     exchange: Exchange, receive: Receive, send: Send, frontend: Frontend, route: Route
 ) -> tuple[bytes, str]:
-    """Body and Server-Timing of the response; the body is empty if an error was sent instead."""
+    """Body and Server-Timing of the response; the body is empty if an error was sent, or the client is gone."""
     service, protocol, body, timing = frontend.service, route.protocol, b"", ""
     failure: RequestError | None = None
     service.in_flight += 1
@@ -51,11 +51,11 @@ async def _answer(
         timing = _timing(job, exchange.started, perf_counter())
         exchange.status = 200
     except RequestError as error:
-        # Its traceback refers to this frame, and to the parsed body, which would then stay until garbage is collected.
+        # Its traceback would keep this frame and the parsed body in memory until the next garbage collection.
         failure = error.with_traceback(None)
     except ClientDisconnect:  # no client is left to read a response
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
-    except asyncio.CancelledError:  # its client disconnected (connection.py)
+    except asyncio.CancelledError:  # the client disconnected (connection.py)
         exchange.status, exchange.cause = errors.STATUSES["client_gone"], "client_gone"
         raise
     except Exception:
@@ -119,7 +119,7 @@ async def _parse_in_turn(
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The body; raises RequestError if it is too large or late, and ClientDisconnect."""
+    """The body; raises RequestError if it is too large or too slow, and ClientDisconnect."""
     if "de3.connection" in scope:  # Connection delivers a complete body, within these limits
         message = await receive()
         if message["type"] == "http.disconnect":

@@ -1,4 +1,4 @@
-"""One HTTP request and its response, as the request log and the traces report it."""
+"""One HTTP request and its response, as the request log and the traces report them."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ from de3.server.infer import Inference
 
 HEADER = b"x-request-id"
 WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
-# Unique without a call to the system's random generator for every response.
+# For unique ids without a call to the system's random generator for each.
 _ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
 
 
@@ -60,7 +60,7 @@ class Exchange:
 
     @property
     def model(self) -> str:
-        """name:version; none if no model was found."""
+        """name:version; "none" if no model was found."""
         served = None if self.inference is None else self.inference.served
         return "none" if served is None else served.model.full_name
 

@@ -33,7 +33,7 @@ Threshold = Annotated[float, Field(gt=0, lt=1)]
 
 
 def _thresholds(value: Any) -> Any:
-    """A threshold, or an object of them. Raises ValueError for the first invalid one, and checks no other."""
+    """A threshold, or an object of them. Raises ValueError for the first invalid one, and does not check the rest."""
     if isinstance(value, dict):
         if len(value) > MAX_THRESHOLDS:
             raise ValueError(f"has {len(value)} labels, at most {MAX_THRESHOLDS} are allowed")
@@ -68,7 +68,7 @@ class OptionFields(BaseModel):
     )
     signal: SignalName | None = Field(
         None,
-        description=f"the score: {', '.join(SIGNALS)} (docs/signals.md explains them); default: the model's",
+        description=f"signal compared with tau: {', '.join(SIGNALS)} (see docs/signals.md); default: the model's",
     )
     lam: float | None = Field(
         None,
@@ -135,7 +135,7 @@ def load_json(body: bytes) -> Any:
         raise RequestError(f"the body has more than {MAX_BRACKETS} opening brackets, the limit")
     collects = len(body) > LARGE_BODY_BYTES and gc.isenabled()
     if collects:
-        gc.disable()  # it would traverse 300,000 new lists repeatedly
+        gc.disable()  # it would traverse up to MAX_BRACKETS new lists repeatedly
     try:
         return from_json(body, cache_strings="none")
     except ValueError as error:
@@ -178,7 +178,7 @@ def check_count(texts: Any, field: str, most: int) -> None:
 def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
     """The texts of a field that is one text or a list of them; raises ValueError.
 
-    text_of: converts a value, given its place in the field for messages, to a text.
+    text_of: converts a value to a text, given its position in the field for messages.
     """
     if not isinstance(value, list):
         return [text_of(value, "")]
@@ -188,7 +188,7 @@ def one_or_more(value: Any, text_of: Callable[[Any, str], Text]) -> list[Text]:
 
 
 def checked_text(value: Any, where: str, expected: str = "a text") -> str:
-    """A non-empty text; raises ValueError, whose message begins with the text's position in the field."""
+    """The value, a non-empty text; raises ValueError. where: its position in the field, for the message."""
     if not isinstance(value, str):
         kinds = {bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
         raise ValueError(f"{where}: must be {expected}; got {kinds.get(type(value), 'null')}")
@@ -198,18 +198,18 @@ def checked_text(value: Any, where: str, expected: str = "a text") -> str:
 
 
 def _explain(error: ValidationError, example: str) -> RequestError:
-    """The first of pydantic's errors, with the field's name and the allowed values."""
+    """A RequestError for the first of pydantic's errors, with the field's name and the allowed values."""
     first = error.errors(include_url=False)[0]
     kind, loc, message = first["type"], first["loc"], first["msg"]
     if not loc:
-        # From ExitOptions, whose message begins with the field; or the body is not an object.
+        # A model validator failed, whose message begins with a field; or the body is not an object.
         text = str(first["ctx"]["error"]) if kind == "value_error" else ""
         text = text or f"the body must be a JSON object like {example}"
         return RequestError(text, text.partition(":")[0] if kind == "value_error" else None)
     field = str(loc[0])[:100]
     if kind == "missing":
         return RequestError(f"{field}: is required", field)
-    if kind == "value_error":  # from our validators; the message may begin with a place inside the field
+    if kind == "value_error":  # from our validators; the message may begin with a position in the field
         inner = str(first["ctx"]["error"])
         return RequestError(f"{field}{inner if inner[:1] in '[:.' else ': ' + inner}", field)
     allowed = ALLOWED.get(field, "")

@@ -21,7 +21,7 @@ from de3.server.shares import Shares
 
 
 class Frontend:
-    """Admits, sheds, refuses and reports the requests to a service; the connections' Gate (listener.py).
+    """Admits, sheds, refuses and reports the requests to a service; implements `Gate` (listener.py).
 
     Attributes:
         bytes_in_flight: shares of the body bytes in flight.
@@ -95,7 +95,7 @@ class Frontend:
         return self._clients.name({"client": peer, "headers": []})
 
     def sheds(self, scope: Scope) -> bool:
-        """True if a classification request must be refused to keep the latency objective."""
+        """True if a classification request must be shed to keep the latency objective."""
 
         def client() -> str | None:
             try:
@@ -122,7 +122,7 @@ class Frontend:
     def refuse(self, error: RequestError, scope: Scope) -> Response:
         """Count a refused request; returns the response, in the error format of the path's protocol.
 
-        For all routes but those of classification, whose outcomes endpoint.py counts.
+        Not for classification requests, which endpoint.py counts.
         """
         self.service.metrics.rejected.labels(error.cause).inc()
         protocol = self._by_first_part.get(route_path(scope)[1:].partition("/")[0])

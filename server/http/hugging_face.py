@@ -88,10 +88,10 @@ def parse(call: Call) -> Request:
 def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskRequest:
     """The request in a JSON value; raises RequestError.
 
-    nests_one: the response is a list with an entry for each text even if the request has a single text.
+    nests_one: respond with a list of entries even to a single text.
     """
     if isinstance(value, dict):
-        value.pop("options", None)  # of the hosted API, such as use_cache
+        value.pop("options", None)  # options of the hosted API, such as use_cache
         check_count(value.get("inputs"), "inputs", max_texts)
     fields = check_fields(TaskFields, value, '{"inputs": "a text"}')
     parameters = check_fields(Parameters, fields.parameters or {}, '{"top_k": 2}')
@@ -107,7 +107,7 @@ def request_of(value: Any, max_texts: int, nests_one: bool = True) -> TaskReques
 
 
 def serialize(_: str, job: Job) -> bytes:
-    """[[{"label", "score"}, …], …], the most probable first."""
+    """[{"label", "score"}, …], the most probable first; if nested, a list of these."""
     assert isinstance(job.request, TaskRequest)
     rows = [_scores(item, job, job.request) for item in job.items]
     return orjson.dumps(rows if job.request.is_nested else rows[0])
@@ -131,7 +131,7 @@ def _apply(function: Function | None, reading: Reading) -> list[float]:
 
 
 def error(problem: RequestError) -> bytes:
-    """{"error"}."""
+    """The body of an error, {"error"}."""
     return orjson.dumps({"error": problem.message})
 
 

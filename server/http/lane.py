@@ -1,4 +1,4 @@
-"""Large bodies are parsed one at a time, with pauses, so that parsing takes at most half of the event loop's time."""
+"""Turns for parsing large bodies: one at a time, with pauses, so parsing takes at most half the event loop's time."""
 
 import asyncio
 from collections import deque
@@ -8,7 +8,7 @@ from time import perf_counter
 
 
 class Lane:
-    """Grants one turn at a time, to clients in rotation; each is followed by a pause of the same length."""
+    """Grants one turn at a time, to clients in rotation; a pause of the same length follows each turn."""
 
     def __init__(self) -> None:
         self._pending: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of their next turns

@@ -18,8 +18,8 @@ MAX_UNREAD_BYTES = 2**26  # unread bytes of responses, over all connections
 MAX_BODY_BYTES_PER_S = 2.5e8
 PIPELINE_PAUSE_S = 0.001  # between two pipelined requests, over all connections
 SWEEP_S = 0.25
-MAX_NETWORK_RATIO = 8  # limit of the connections of one network, relative to the free ones
-EVICTION_SAMPLE = 256  # connections from which the one to evict is chosen
+MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the free ones
+EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
 
 
@@ -109,7 +109,7 @@ class Listener:
         self._pipelined_at = 0.0  # when the next pipelined request may be answered
 
     def opened(self, connection: BaseConnection) -> None:
-        """Count a connection; evict one if its network has over MAX_NETWORK_RATIO times as many as are free."""
+        """Count a connection; evict one if the new one's network has more than MAX_NETWORK_RATIO for each free one."""
         self.connections.add(connection)
         self._per_network[connection.network] += 1
         free = self.max_connections - len(self.connections)
@@ -120,11 +120,11 @@ class Listener:
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
     def _evict(self, new: BaseConnection) -> None:
-        """Abort the connection that is the smallest loss, of those without a request in progress.
+        """Abort the connection that is the smallest loss, of a sample of those that await no response.
 
-        These are, in this order: the silent ones, which have not sent a request in FRESH_S; those of a network that has
-        most of all connections; those that have not sent a request yet; and the ones that have been idle longest. Of
-        equals the new one goes last.
+        In this order: silent ones, which are older than FRESH_S and have had no response; those of a network with more
+        than half of all connections; others that have had no response; and those idle longest. Among equals, the new
+        one goes last.
         """
         now, most = monotonic(), len(self.connections) / 2
 
@@ -176,9 +176,9 @@ class Listener:
         return len(self._paused)
 
     def make_room(self, client: str) -> bool:
-        """Refuse an unfinished body to make room for a client within its share; false if there is none.
+        """Refuse another client's unfinished body to make room for a client within its share; false if there is none.
 
-        It is the largest body of the client with the most bytes in flight.
+        It is the largest one of the client with the most bytes in flight.
         """
         shares = self.gate.bytes_in_flight
         unfinished = [c for c in self.connections if c.state == BODY and c.body_bytes and c.client != client]

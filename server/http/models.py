@@ -22,7 +22,7 @@ from de3.server.service import Service
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application."""
     reporting: WeakKeyDictionary[Auditor, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
-    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each has 170 KB
+    calibrations: dict[str, tuple[Manifest, bytes]] = {}  # only the last one requested, as each takes 170 KB
 
     @app.get("/v1/models", tags=["models"], dependencies=dependencies, **openapi.MODELS)
     async def models() -> dict[str, Any]:

@@ -37,7 +37,7 @@ class ModerationRequest(Request):
 
 
 def _input(value: Any) -> list[Text]:
-    """The texts of `input`: one, or a list of them."""
+    """The texts of `input`: a text, or a list of them."""
     return one_or_more(value, _text)
 
 

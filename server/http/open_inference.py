@@ -170,7 +170,7 @@ def _strings(tensor: Tensor, most: int) -> list[str]:
 
 
 def _decode(data: bytes, tensor: Tensor, most: int) -> list[str]:
-    """Strings from binary BYTES: each is its length, 4 bytes little-endian, and its bytes."""
+    """The strings of a binary BYTES tensor: for each, its length (4 bytes, little-endian), then its bytes."""
     texts: list[str] = []
     at = 0
     for i in range(_count(tensor, most)):
@@ -222,7 +222,7 @@ def _tensor(datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
 
 
 def error(problem: RequestError) -> bytes:
-    """{"error"}."""
+    """The body of an error, {"error"}."""
     return orjson.dumps({"error": problem.message})
 
 

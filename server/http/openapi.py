@@ -1,4 +1,4 @@
-"""The OpenAPI schema: named components, summaries, examples to try in /docs."""
+"""The OpenAPI schema: named components, summaries, and examples to try in /docs."""
 
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from de3.server.http.response import ClassifyResponse
 
 REF = "#/components/schemas/{model}"
 DESCRIPTION = """
-Every encoder layer has a classifier and class prototypes. A text exits at the first layer whose score is below
-**tau**. The score of most models is the risk: the probability that the answer differs from full depth. Easy texts
-exit after a layer or two, hard ones go deeper.
+Encoder layers have exits: a classifier and, in many models, class prototypes. A text exits at the first layer whose
+score is below **tau**. The score of most models is the risk: the probability that the answer differs from that at
+full depth. Easy texts exit after a layer or two, hard ones go deeper.
 
 - `tau: 0` runs every text to full depth; a larger `tau` exits earlier. The default is the model's calibrated tau.
 - Instead of `tau`, give a target: `target_speedup`, `max_disagreement` (with full depth, certified) or
@@ -175,12 +175,12 @@ class TextEmbeddingsError(BaseModel):
     error_type: str
 
 
-# By the first part of the path.
+# By the first part of the path; other paths have ErrorResponse.
 ERRORS: dict[str, type[BaseModel]] = {"v2": OpenInferenceError, "info": TextEmbeddingsError}
 
 
 def document(app: FastAPI) -> None:
-    """Give an application's schema named components for requests, answers and errors, and plain summaries."""
+    """Give an application's schema named components for requests, answers and errors, and summaries."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Parses the HTTP/1.1 requests of a connection, within limits of size.
+"""Parses the HTTP/1.1 requests of a connection, within limits on their size.
 
-httptools (Node's llhttp) parses. It is fed up to the end of a message and no further: a head, and a chunked
-body, end with an empty line, and llhttp accepts only CR LF as a line end, so the end can be found in advance.
+The parser is httptools (Node's llhttp). It is fed up to the end of a message and no further. The end can be found in
+advance: a head or a chunked body ends with an empty line, and llhttp accepts only CR LF as a line end.
 """
 
 import re
@@ -26,8 +26,8 @@ class RequestParser:
 
     Attributes:
         data: received bytes that are not yet parsed.
-        method, url, version, headers: of the current request; names of headers are lower case.
-        keep_alive: the client accepts another request on this connection.
+        method, url, version, headers: of the current request; header names are in lower case.
+        keep_alive: the client may send another request on this connection.
         host, hosts: the last Host header, and the number of them.
         length: length of the body by Content-Length; -1 without that header.
         expects_continue: the client waits for 100 Continue before it sends the body.
@@ -83,7 +83,7 @@ class RequestParser:
         return True
 
     def parse_body(self) -> int:
-        """Parse a part of the body; returns the number of its bytes."""
+        """Parse the received part of the body; returns its size in bytes."""
         before = self.size
         if self.length >= 0:
             left = self.length - before
@@ -114,17 +114,17 @@ class RequestParser:
         return body
 
     def release_body(self) -> None:
-        """Release what was parsed of a body."""
+        """Release the parsed part of the body."""
         self._body = []
 
     # Callbacks of httptools
 
     def on_url(self, url: bytes) -> None:
-        """A part of the request line."""
+        """A part of the URL."""
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """A header, or a trailer, which is ignored."""
+        """A header; trailers are ignored."""
         if not self._in_head:
             return
         name = name.lower()

@@ -9,7 +9,7 @@ from de3.server.engine.request import Request
 from de3.server.errors import RequestError
 from de3.server.http import errors
 
-LARGE_BODY_BYTES = 16 * 1024  # parsing it may take milliseconds
+LARGE_BODY_BYTES = 16 * 1024  # parsing a larger one may take milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Call:
 
     Attributes:
         path: values of the path parameters.
-        headers: names are lower case.
+        headers: names and values; names are in lower case.
         max_texts: maximum number of texts in a request.
     """
 

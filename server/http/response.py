@@ -50,11 +50,11 @@ class PassedExit(Signals, Answer):
     """An exit that a text passed; the last one is where it exited."""
 
     layer: int
-    window: NotRequired[Annotated[int, Field(description="number of the window, for a text in several")]]
+    window: NotRequired[Annotated[int, Field(description="index of the window, for a text in several")]]
 
 
 class Windows(TypedDict):
-    """The windows of a text that is longer than the model takes."""
+    """The windows of a text that is longer than the model's limit."""
 
     run: Annotated[int, Field(description="number of windows that ran until the answer was settled")]
     of: Annotated[int, Field(description="number of windows of the text")]
@@ -116,7 +116,7 @@ class ClassifyResponse(TypedDict):
     certificate: NotRequired[
         Annotated[
             Mapping[str, Any],
-            Field(description="with max_disagreement: the certified bound of the disagreement"),
+            Field(description="with max_disagreement: the certified bound on the disagreement"),
         ]
     ]
     tau_choice: NotRequired[

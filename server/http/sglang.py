@@ -1,4 +1,4 @@
-"""SGLang's own bodies of /classify, with `text`; answered with logits, which SGLang calls an embedding."""
+"""SGLang's own format of /classify: bodies with `text`, answered with logits, which SGLang calls an embedding."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -25,7 +25,7 @@ class LogitsRequest(Request):
 
 
 def _texts(value: Any) -> tuple[list[Text], bool]:
-    """The texts of `text`, which is one or a list of them; and whether they are a batch."""
+    """The texts of `text`, which is a text or a list of them, and whether they are a batch."""
     texts = one_or_more(value, lambda text, where: Text(checked_text(text, where)))
     return texts, isinstance(value, list)
 

@@ -1,4 +1,4 @@
-"""Reports that take a while, and that many clients may want at the same time."""
+"""Runs slow reports that many clients may request at the same time."""
 
 import asyncio
 from collections.abc import Callable
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 class SharedRun(Generic[T]):
-    """Runs a function in a thread, once for all who wait for it at the same time. It goes on if they leave."""
+    """Runs a function in a thread, once for all concurrent requests; it goes on if they are cancelled."""
 
     def __init__(self, what: str) -> None:
-        """what: for the error that the next one gets while MAX_WAITING wait."""
+        """what: name of the result, for the error if more than MAX_WAITING requests wait."""
         self._what, self._waiting = what, 0
         self._running: asyncio.Task[T] | None = None
 
@@ -34,6 +34,6 @@ class SharedRun(Generic[T]):
 
 
 def _retrieve(task: asyncio.Task[T]) -> None:
-    """Mark an error as seen, even if nobody waits for it any more."""
+    """Mark an error as retrieved; otherwise asyncio would log it if no request waits any more."""
     if not task.cancelled():
         task.exception()

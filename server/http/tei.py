@@ -16,7 +16,7 @@ from de3.server.http.fields import OptionFields, check_count, check_fields, chec
 from de3.server.http.protocol import Call, Protocol
 from de3.server.service import Service
 
-# TEI's types of errors, by cause; others are validation errors.
+# TEI's error types by cause; any other cause is a validation error.
 ERROR_TYPES: dict[Cause, str] = {
     **dict.fromkeys(("over_share", "rate_limited", "queue_full", "shed", "loading", "budget"), "overloaded"),
     **dict.fromkeys(("timeout", "internal"), "backend"),
@@ -98,7 +98,7 @@ def _scores(item: Item, job: Job, raw: bool) -> list[dict[str, Any]]:
 
 
 def error(problem: RequestError) -> bytes:
-    """{"error", "error_type"}."""
+    """The body of an error, {"error", "error_type"}."""
     kind = ERROR_TYPES.get(problem.cause, "validation")
     return orjson.dumps({"error": problem.message, "error_type": kind})
 

@@ -1,4 +1,4 @@
-"""Starts requests: while more have come than the event loop can start at once, in rotation over the networks."""
+"""Starts requests, in rotation over the networks while more arrive than an iteration of the event loop starts."""
 
 import asyncio
 from collections import deque
@@ -10,9 +10,9 @@ AT_ONCE = 4  # requests started in one iteration of the event loop
 class Turns:
     """Starts up to AT_ONCE requests in each iteration of the event loop.
 
-    Further ones wait for the next iterations, and then each network has its turn. So a thousand connections that all
-    send without pause make another client wait for a few iterations, not until they are all answered. Nothing waits
-    while there is nothing else to start, so a client that is alone is not slowed down.
+    Further ones wait for the next iterations, in which the networks take turns. So a thousand connections that send
+    without pause delay another client by a few iterations, not until all are answered. A request that is alone starts
+    at once.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Turns:
             self._loop.call_soon(self._begin_round)
 
     def _begin_round(self) -> None:
-        """Begin the next iteration of the event loop."""
+        """Start pending requests in a new iteration of the event loop."""
         self._left, self._is_scheduled = AT_ONCE, bool(self._pending)
         while self._left and self._pending:
             self._left -= 1
