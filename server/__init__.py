@@ -1,1 +1,1 @@
-"""The HTTP server and its engine, which has one thread for each core."""
+"""The HTTP server and its engine, which by default has one thread per core."""

@@ -52,7 +52,7 @@ class Admission:
             controller.tick(self.texts.total, self._queued_before_a_short_text(), engine.finished)
 
     def _queued_before_a_short_text(self) -> int:
-        """Texts that a new short text waits for: those in flight, minus finished ones and those that it overtakes."""
+        """Number of texts before a new short text: those in flight, minus finished ones and those that it overtakes."""
         assert self._engine is not None
         later = self._engine.queue.later_than(perf_counter() + self._short_s)
         return max(0, self.texts.total - sum(job.finished for job in self._batches) - later)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 async def in_background(function: Callable[[], T]) -> T:
     """Run a function in a daemon thread, and return its result.
 
-    asyncio.to_thread joins its threads at exit: a stopping server would wait for a model that is being loaded.
+    The interpreter joins the threads of asyncio.to_thread at exit: a stopping server would wait for a model to load.
     """
     result: Future[T] = Future()
 

@@ -1,8 +1,8 @@
-"""The errors of requests. Each protocol maps a cause to its own status and error format."""
+"""Request errors. `http/errors.py` maps a cause to its status; each protocol has its own error format."""
 
 from typing import Literal
 
-# A label of metrics, so the values are bounded.
+# A metric label, so its values are bounded.
 Cause = Literal[
     "bad_request",
     "malformed",
@@ -38,7 +38,7 @@ class RequestError(Exception):
     Attributes:
         message: the problem, beginning with the invalid field if there is one, and the allowed values.
         field: the invalid field of the request; None: no field is invalid.
-        retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
+        retry_after_s: seconds after which the same request may succeed; None: never, or unknown.
     """
 
     def __init__(

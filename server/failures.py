@@ -1,4 +1,4 @@
-"""Log of errors that a client could repeat: one traceback a minute for each kind."""
+"""Log of errors that a client could repeat: at most one traceback a minute for each kind."""
 
 import logging
 import sys
@@ -21,7 +21,7 @@ class _Seen:
 
 
 class FailureLog:
-    """Logs errors with their traceback. Errors of one kind have the same message, type, and line that raised them.
+    """Logs errors with their traceback. Errors of one kind have the same message, type and source line.
 
     Any thread may call it.
     """
@@ -32,7 +32,7 @@ class FailureLog:
         self._lock = Lock()
 
     def exception(self, message: str, *values: object) -> None:
-        """Log the error that is being handled, unless one of its kind was logged within PERIOD_S; it is then counted.
+        """Log the error that is being handled; only count it if one of its kind was logged within PERIOD_S.
 
         The count is logged with the next error of the kind after that.
         """
@@ -47,7 +47,7 @@ class FailureLog:
         self._log.error(message, *values, exc_info=error)
 
     def _count(self, kind: Kind) -> int | None:
-        """The number of errors of a kind since one was logged; None: another is not due yet."""
+        """Number of errors of a kind since one was logged; None if it is too early to log another."""
         now = monotonic()
         with self._lock:
             seen = self._seen.get(kind)

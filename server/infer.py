@@ -1,6 +1,6 @@
-"""From a request to its answer: the step between the protocols and the engine.
+"""Runs requests: the step between the protocols and the engine.
 
-Every protocol runs an `Inference`, and nothing below it knows HTTP.
+Every protocol runs an `Inference`, and nothing below it depends on HTTP.
 """
 
 import asyncio
@@ -135,5 +135,5 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)
         service.engine.submit(second)
-    except RequestError:  # texts or options that this version does not support, or a full queue
+    except RequestError:  # texts or options that the shadow does not support, or a full queue
         return

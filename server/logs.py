@@ -9,7 +9,7 @@ from de3.model_store.printable import printable
 
 
 def configure(style: str) -> None:
-    """Log to standard error; style: text, or json, an object per line."""
+    """Log to standard error. style: text, or json (one object per line)."""
     handler = logging.StreamHandler()
     if style == "json":
         handler.setFormatter(
@@ -42,7 +42,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(OrjsonFormatter):
-    """Formats a record as a JSON object in one line."""
+    """Formats a record as a JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as one line."""

@@ -28,14 +28,14 @@ from de3.server.settings import Settings
 log = logging.getLogger("de3")
 BACKLOG = 512  # connections that the kernel queues until they are accepted
 ACCEPTS = 16  # connections accepted in one iteration of the event loop
-# File descriptors besides connections: models, logs, the event loop; and connections that are accepted in one batch,
-# before others are evicted for them.
+# File descriptors reserved for models, logs, the event loop, and connections accepted in one batch before others are
+# evicted for them.
 OTHER_FILES = 192
 MAX_CONNECTIONS = 10_000
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that accepts many connections at once, and starts to drain at the signal to stop."""
+    """A uvicorn server that accepts many connections at once, and starts to drain on SIGTERM or SIGINT."""
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -44,7 +44,7 @@ class HttpServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen.
 
-        libuv accepts one connection in an iteration of the event loop, too few while each iteration is long. So every
+        libuv accepts one connection per iteration of the event loop, which is too few when iterations are long, so each
         socket is watched ACCEPTS times.
         """
         await super().startup(sockets)
@@ -67,7 +67,7 @@ class HttpServer(uvicorn.Server):
 def uvicorn_config(
     service: Service, on_failure: Callable[[], None], protocols: Mapping[str, Protocol] = PROTOCOLS
 ) -> uvicorn.Config:
-    """The configuration of uvicorn for a service; on_failure is called if its models cannot be loaded."""
+    """uvicorn's configuration for a service; on_failure is called if its models cannot load or its engine fails."""
     settings, frontend = service.settings, Frontend(service, protocols)
     app = create_app(frontend, on_failure)
     most = settings.max_connections or max_connections()
@@ -89,7 +89,7 @@ def uvicorn_config(
 
 
 def max_connections() -> int:
-    """The maximum number of connections: the process's limit of open files, minus OTHER_FILES."""
+    """Maximum number of connections: the process's limit on open files minus OTHER_FILES, at most MAX_CONNECTIONS."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):  # the system may have a lower limit
@@ -101,7 +101,7 @@ def max_connections() -> int:
 
 
 def _check_address(host: str, port: int) -> None:
-    """Raise ValueError, before models are loaded, if nobody can listen on an address."""
+    """Raise ValueError if the server cannot listen on an address; called before models are loaded."""
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind) as one:
@@ -116,9 +116,9 @@ def _check_address(host: str, port: int) -> None:
 def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[Artifact] = ()) -> None:
     """Serve until SIGTERM or SIGINT, then answer the accepted requests and return. Logs the warnings first.
 
-    artifacts: to serve besides those of the store that the settings name.
+    artifacts: served in addition to the models of the store that the settings name.
 
-    Raises StoreError if a model is missing or damaged.
+    Raises StoreError if a model is missing or damaged, and ValueError if a setting cannot be met.
     """
     # An engine thread takes the GIL a dozen times per text, and waits up to this long each time while the event loop is
     # busy. With Python's default of 5 ms the waits would add up to 60 ms.
@@ -133,7 +133,7 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
         server.should_exit = True
 
     server = HttpServer(uvicorn_config(service, stop), service)
-    # uvicorn raises these signals again after it has shut down. With a handler, a drained server exits with 0.
+    # uvicorn raises these signals again after it has shut down. With these handlers, a drained server exits with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop())
     server.run()

@@ -38,7 +38,7 @@ class Manager:
         audits: Audits,
         drop_shadows: Callable[[Sequence[Served]], None],
     ) -> None:
-        """drop_shadows: called with unloaded models, as pending shadow jobs would keep them in memory."""
+        """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory."""
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
@@ -50,7 +50,7 @@ class Manager:
         """Load the models at startup; the first version of each name is current.
 
         An invalid artifact is skipped unless the operator has named it. Raises StoreError or ValueError if a named one
-        is invalid, or none is left.
+        is invalid, or no valid one is left.
         """
         async with self._changing:
             for artifact in artifacts:
@@ -63,7 +63,7 @@ class Manager:
                     log.error("%s is not served: %s", artifact.full_name, error)
 
     def stop(self) -> None:
-        """Abort the loading of models."""
+        """Abort any loading of models, and refuse to load more."""
         self._prover.stop()
 
     async def load(

@@ -170,7 +170,7 @@ class Metrics:
         self.layers_saved = counter("de3_layers_saved", "Encoder layers saved by early exits", ["model"])
         self.full_depth = counter(
             "de3_full_depth_seconds",
-            "Estimated model time at full depth: measured model time, scaled by the times per layer from start-up",
+            "Estimated model time at full depth: measured model time, scaled by the times per layer from startup",
             ["model"],
         )
         self.tokens = counter("de3_tokens", "Tokens of finished texts", ["model"])
@@ -187,7 +187,7 @@ class Metrics:
             "de3_request_latency_seconds",
             "Time from a request's head to its response or time-out",
             ["model"],
-            # The objective is a bucket, so that the share of requests within it is exact.
+            # The objective is a bucket boundary, so that the share of requests within it is exact.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
         )
         self.stage_latency = histogram(
@@ -241,7 +241,7 @@ class Metrics:
             *(self.shadow_texts, self.shadow_disagreements),
         )
         self._gone: list[str] = []
-        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # of models whose metrics are kept
+        self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # see _child
         self._served: dict[str, Served] = {}
         self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
@@ -254,11 +254,11 @@ class Metrics:
         self._limits(settings)
 
     def _limits(self, settings: Settings) -> None:
-        """The limits that alerts refer to."""
+        """Export the version, and the limits that alerts refer to."""
         r = self.registry
         Info("de3", "The server", registry=r).info({"version": version("de3")})
         Gauge("de3_engine_threads", "Engine threads", registry=r).set(settings.engine_threads())
-        Gauge("de3_queue_limit_texts", "Limit of texts in flight (--max-queue)", registry=r).set(
+        Gauge("de3_queue_limit_texts", "Limit on texts in flight (--max-queue)", registry=r).set(
             settings.max_queue
         )
         if settings.slo_p99_ms is not None:
@@ -306,7 +306,7 @@ class Metrics:
             self._gone.remove(name)
 
     def drop(self, served: Served) -> None:
-        """Remove an unloaded model; the counters of the last KEPT_MODELS are kept."""
+        """Remove an unloaded model; the metrics of the last KEPT_MODELS are kept."""
         name = served.model.full_name
         if self._served.get(name) is served:
             del self._served[name]
@@ -327,7 +327,7 @@ class Metrics:
         if choice.is_degraded:
             self.degraded.labels(model).inc(len(job.items))
         if choice.expected is not None:
-            # The calibration does not cover deadlines, a lower τ out of distribution, or several windows.
+            # The calibration does not cover deadlines, a τ lowered for out-of-distribution texts, or several windows.
             texts = sum(
                 outcome.rule.tau == choice.rule.tau and outcome.reason != "deadline" and not outcome.windows
                 for outcome in job.outcomes()
@@ -336,7 +336,7 @@ class Metrics:
             self._child(self.expected_correct, model).inc(texts * choice.expected.accuracy)
 
     def responded(self, model: str, status: int, cause: Cause | None, latency_s: float) -> None:
-        """Count a request by its response; model is none if the request's model was not found."""
+        """Count a request by its response; `model` is "none" if the request's model was not found."""
         if cause is not None:
             self.rejected.labels(cause).inc()
         self._child(self.requests, model, str(status)).inc()
@@ -344,7 +344,7 @@ class Metrics:
             self._child(self.request_latency, model).observe(latency_s)
 
     def _child(self, metric: Any, *labels: str) -> Any:
-        """A cached series of a metric: a look-up in prometheus_client takes as long as an exit."""
+        """The series of a metric, cached: a look-up in prometheus_client takes as long as an exit."""
         key = (metric, labels)
         child = self._children.get(key)
         if child is None:

@@ -25,9 +25,9 @@ MAX_LOADED = 16
 def find(store: Store, wanted: list[str], others: Sequence[Artifact] = ()) -> list[Artifact]:
     """The artifacts to serve, with validated manifests: the wanted ones, or the newest version of every model.
 
-    others: artifacts from elsewhere; with them, only wanted ones of the store are served. An invalid artifact is
-    skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or none is left, and NoModelsError if
-    the store is empty.
+    others: artifacts from elsewhere; if given, only wanted ones of the store are served as well. An invalid artifact is
+    skipped unless it is in `wanted`. Raises StoreError if a wanted one is invalid or no valid one is left, and
+    NoModelsError if the store is empty.
     """
     if others:
         found = list({a.path: a for a in [*(store.open(name) for name in wanted), *others]}.values())
@@ -79,7 +79,7 @@ def load(
 ) -> Served:
     """Load a model and warm it up.
 
-    check: called before each run; an exception from it aborts the loading. is_proved: see Model.
+    check: called before each slow step; an exception from it aborts loading. is_proved: see Model.
     Raises StoreError, or ValueError for exit options in the settings that the model cannot meet.
     """
     manifest = artifact.manifest
@@ -106,7 +106,7 @@ class Route:
     Attributes:
         current: answers requests that name no version.
         canary: answers `share` of these requests instead.
-        shadow: also runs the texts of current; its answers are compared and not returned.
+        shadow: also runs the texts of the current version; its answers are compared, not returned.
         before: versions that were current, latest last.
     """
 
@@ -117,7 +117,7 @@ class Route:
     before: list[int] = field(default_factory=list)
 
     def give(self, role: Role, version: int, share: float = 0.0) -> None:
-        """Assign a role to a version, which loses its former role unless that is current."""
+        """Assign a role to a version, which loses its former role unless that is `current`."""
         if role == "current" and version != self.current:
             self.before = [*self.before, self.current][-MAX_HISTORY:]
             self.current = version
@@ -139,7 +139,7 @@ class Route:
         )
 
     def used(self) -> set[int]:
-        """The versions with a role."""
+        """The current, canary and shadow versions."""
         return {self.current} | {v for v in (self.canary, self.shadow) if v is not None}
 
 
@@ -158,7 +158,7 @@ class Models:
         return [served for versions in list(self._versions.values()) for served in list(versions.values())]
 
     def get(self, name: str | None) -> Served:
-        """The model of a request; raises RequestError if it is not served."""
+        """The model that answers a request, perhaps a canary; raises RequestError if the name is not served."""
         if name is None:
             name = self.default_name()
         route = self.routes.get(name)
@@ -179,7 +179,7 @@ class Models:
         raise no_default(list(self.routes))
 
     def current(self, name: str) -> Served:
-        """The current version of a name, or name:version; raises RequestError."""
+        """The current version of a name, or the version with this alias; raises RequestError."""
         if name in self.routes:
             return self._versions[name][self.routes[name].current]
         served = self.all
@@ -263,7 +263,7 @@ def default_of(settings: Settings, artifacts: list[Artifact], are_named: bool) -
 
 
 def aliases(manifest: Manifest) -> list[str]:
-    """Other names of a model than its own: with the version, and the hub id that it was made from."""
+    """Other names of a version: name:version, and its source, a hub id or a folder, with and without @revision."""
     source = manifest.source or ""
     return [f"{manifest.name}:{manifest.version}", *([source, source.partition("@")[0]] if source else [])]
 

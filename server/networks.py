@@ -7,9 +7,9 @@ from ipaddress import IPv4Address, IPv6Network, ip_address, ip_network
 
 @lru_cache(4096)
 def network_of(client: str) -> str:
-    """The network of a client's address, /24 or for IPv6 /48; any other name, such as that of a key, as it is.
+    """The /24 (IPv6: /48) network of a client's address; any other name is returned unchanged.
 
-    client: as `Frontend.client` names it: an address, an IPv6 network, or the owner of a key.
+    client: as `Frontend.client` returns it: an address, an IPv6 network, or the owner of a key.
     """
     try:
         address = IPv6Network(client).network_address if "/" in client else ip_address(client)
@@ -20,5 +20,5 @@ def network_of(client: str) -> str:
 
 @lru_cache(4096)
 def party(client: str) -> str:
-    """Who must not set τ for others: the owner of a key or a network, as a hash, because it is saved."""
+    """Hash of the key owner or network that must not set τ for others; hashed because it is saved."""
     return hashlib.blake2b(network_of(client).encode(), digest_size=8).hexdigest()

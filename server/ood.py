@@ -1,4 +1,4 @@
-"""Detects out-of-distribution texts, and drift of the traffic, against the calibration's texts."""
+"""Detects out-of-distribution texts and drift, by comparing the traffic with the calibration's texts."""
 
 import math
 from collections import deque
@@ -13,8 +13,8 @@ from de3.model_store.manifest import Manifest, Reference
 
 WINDOW = 500  # texts; with fewer, a change is hard to tell from noise
 MAX_PER_S = 200  # texts sampled for drift: enough, and cheap under any load
-# Factor of τ from the first exit at which a text is far from every prototype. Full depth for such texts would cost half
-# of the speed-up in their domain, and was measured to be no more accurate (docs/budgets.md).
+# Factor applied to τ from the first exit at which a text is far from every prototype. Running such texts to full depth
+# would halve the speed-up in their domain, and was measured to be hardly more accurate (docs/budgets.md).
 CAUTION = 0.5
 
 
@@ -67,7 +67,7 @@ class OodMonitor:
     Attributes:
         limits: by layer, the distance to the nearest prototype above which a text is flagged, (layers + 1,) float64;
             inf at layers without prototypes. None: nothing is flagged.
-        caution: factor of τ for flagged texts; 1: texts are only flagged.
+        caution: factor applied to the τ of flagged texts; 1: texts are only flagged.
         drift: None for a model without calibration, or without prototypes at its first exit.
     """
 
@@ -93,7 +93,7 @@ class OodMonitor:
             self.drift.add(reading)
 
     def is_far(self, reading: Reading) -> bool:
-        """True if a text is further from every prototype at this exit than 99% of the calibration's texts."""
+        """True if a text is farther from every prototype at this exit than 99% of the calibration's texts."""
         if self.limits is None or reading.nearest is None:
             return False
         return reading.nearest > float(self.limits[reading.layer])

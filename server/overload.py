@@ -9,7 +9,7 @@ TICK_S = 0.05
 RAISE_ABOVE, LOWER_BELOW, SHED_ABOVE = 0.2, 0.08, 0.3
 CALM_S = 1.0  # time below LOWER_BELOW before the first step down
 CALM_STEP_S = 0.25  # time before each further step down; one step per tick if far below capacity
-FAR_BELOW = 0.7  # share of the capacity, below which the load is far below it
+FAR_BELOW = 0.7  # share of the capacity below which the rate counts as far below it
 MEMORY = 0.3  # weight of the newest tick in the estimated capacity
 
 
@@ -47,8 +47,8 @@ class Controller:
     def sheds(self, in_flight: int, queued: Callable[[], int]) -> bool:
         """True if a new request must be shed: it would be late even with τ at its highest step.
 
-        Called for every request, so the queue is counted only if all texts in flight would be too many. In a burst, τ
-        jumps to its last step at once.
+        Called for every request, so the queue is counted only if the texts in flight exceed the threshold. In a burst,
+        τ jumps to its last step at once.
         """
         self._least = min(self._least, in_flight)
         most = SHED_ABOVE * self._objective

@@ -1,7 +1,7 @@
 """Proves an artifact: loads and runs it in a separate process, with limits on time and memory.
 
 `model_store` checks the contents of the files before it opens them (graph_check.py, segment_graph.py,
-tokenizer_check.py). This covers problems that only appear at run time: slowness, memory use, and crashes.
+tokenizer_check.py). This run finds problems that only appear at run time: slowness, memory use and crashes.
 """
 
 import json
@@ -42,8 +42,8 @@ class Prover:
     def prove(self, artifact: Artifact, runtime: str) -> str:
         """Load and run an artifact in a process; raises StoreError if it fails or exceeds a limit.
 
-        Returns the reason why the kernels cannot run an int8 artifact here; empty if they can, as ONNX Runtime's
-        results have shown. A proof that the artifact's file records is not repeated.
+        Returns the reason why the kernels cannot run an int8 artifact here; empty if they can and agree with ONNX
+        Runtime, or are not used. A proof recorded in `artifact.proof` is not repeated.
         """
         if artifact.proof is None:
             return self._prove(artifact, runtime)
@@ -51,7 +51,7 @@ class Prover:
         what = _what(artifact, runtime)
         if proved.get("what") != what:
             proved = {"what": what, "no_kernels": self._prove(artifact, runtime)}
-            with suppress(OSError):  # a cache that is read-only
+            with suppress(OSError):  # a read-only cache
                 artifact.proof.write_text(json.dumps(proved))
         return str(proved["no_kernels"])
 
@@ -98,7 +98,7 @@ class Prover:
         return last
 
     def limit(self, artifact: Artifact) -> Callable[[], None]:
-        """A check for loading an artifact in this process: raises StoreError after the time limit, or once stopped."""
+        """A check to call while loading an artifact here: raises StoreError after the time limit, or once stopped."""
         end = monotonic() + TIMEOUT_S
 
         def check() -> None:
@@ -122,7 +122,7 @@ class Prover:
 
 
 def _what(artifact: Artifact, runtime: str) -> str:
-    """All that a proof depends on."""
+    """The identity of a proof: everything that it depends on."""
     try:
         from de3.native import kernels
 
@@ -193,7 +193,7 @@ def _load(artifact: Artifact, runtime: str) -> str:
     model, most = Model(artifact, runtime), artifact.manifest.max_tokens
     try:
         Timing(model, runs=1)
-        tokens = model.tokenize("a")  # the longest input, however the tokenizer handles long texts
+        tokens = model.tokenize("a")  # repeated to the longest input, however long texts are tokenized
         ids, types = (np.resize(x, (1, most)) for x in (tokens.ids, tokens.type_ids))
         model.full_depth(Tokens(ids, types, False))
     except Exception as error:  # onnxruntime raises its own classes, without a common base

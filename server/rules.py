@@ -39,8 +39,8 @@ class Choice:
 
     Attributes:
         by: the option that decided, or default, or overload.
-        wanted: value of that option; None if it has none.
-        expected: row of the calibration table for this signal and τ; None if the table has no such row.
+        wanted: value of that option; None without one.
+        expected: row of the calibration table for this signal and τ; None if none applies.
         budget_s: latency budget; None if there is none.
         is_degraded: τ was raised under load.
         certificate: with max_disagreement, the certified bound; else None.
@@ -83,7 +83,7 @@ class Choice:
 
 
 def _needs_an_exit(options: ExitOptions, last: int) -> str | None:
-    """The field of a request that needs an exit before the last layer; None: full depth is what it asks for."""
+    """The first option that needs an exit before the last layer; None if full depth meets the options."""
     if options.tau == 0 or options.max_layer == last or options.target_speedup == 1:
         return None
     fields = {name: name for name in (*EXCLUSIVE, "signal", "max_layer")} | {"lam": "lambda"}
@@ -125,7 +125,7 @@ class Rules:
         self.steps = self._steps(settings) if manifest.calibration else []
 
     def _steps(self, settings: Settings) -> list[Choice]:
-        """The choices that replace the default under load, from level 1; none if the default keeps a target."""
+        """The choices that replace the default under load, from level 1 on; empty if the default is set by a target."""
         targets = (settings.target_speedup, settings.max_disagreement, settings.guarantee)
         if self.trade_offs is None or any(value is not None for value in targets):
             return []
@@ -137,7 +137,7 @@ class Rules:
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
     def apply_guarantee(self, promises: Promises) -> None:
-        """Take τ for requests without options from the promises; `default` is for the client with the most texts."""
+        """Take τ for requests without options from promises; `default` is that of the client with the most texts."""
 
         def choice(client: str) -> Choice:
             promise = promises.deciding(client)
@@ -172,7 +172,7 @@ class Rules:
     def of(self, options: ExitOptions, level: int = 0, client: str = "") -> Choice:
         """The choice for a request's options; raises RequestError if they cannot be met.
 
-        client: of the request; with a guarantee, each has a τ of its own.
+        client: client of the request; with a guarantee, each client has its own τ.
         """
         full_depth = self._is_full_depth
         choice = self._at_full_depth(options) if full_depth else self._chosen(options, level, client)

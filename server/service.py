@@ -1,4 +1,4 @@
-"""The parts of a running server, and its state: loading, ready or draining. Independent of protocols."""
+"""A running server's parts and state (loading, ready, draining, stopping or failed); independent of protocols."""
 
 import asyncio
 import gc
@@ -50,7 +50,7 @@ class Service:
     """
 
     def __init__(self, settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
-        """artifacts: to serve besides those of the store that the settings name."""
+        """artifacts: served in addition to the models of the store that the settings name."""
         self.settings = settings
         store = Store(settings.store)
         self.artifacts: list[Artifact] = find(store, settings.models, artifacts)
@@ -83,7 +83,10 @@ class Service:
         return self.engine.retry_after_s()
 
     async def load(self, on_failure: Callable[[], None]) -> None:
-        """Load and warm up every model, then become ready; on failure, store the reason and call on_failure."""
+        """Load and warm up every model, then become ready.
+
+        on_failure: called if this fails or the engine fails later; `failure` is then the reason.
+        """
         if self.is_open:  # already loaded, as on Ray
             return
         try:
@@ -111,7 +114,7 @@ class Service:
             on_failure()
 
     async def _watch_engine(self, on_failure: Callable[[], None]) -> None:
-        """End the server if an engine thread dies or hangs, so that its supervisor restarts it."""
+        """Stop the server if an engine thread dies or hangs, so that a supervisor can restart the server."""
         for check in count(1):
             if self.state == "stopping":
                 return

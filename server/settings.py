@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
 PREFIX = "DE3_"
-# Variables with the same prefix that clients, and `de3 serve NAME` before it starts the server, read.
+# Variables with the same prefix that are read by clients, or by `de3 serve NAME` before it starts the server.
 OTHER_VARIABLES = ("DE3_ADMIN_KEY", "DE3_API_KEY", "DE3_CACHE", "DE3_CACHE_GB", "DE3_URL")
 MAX_BUDGET_MS = 60_000
 EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
@@ -69,7 +69,7 @@ class Option:
 
     Attributes:
         panel: heading in --help.
-        flag: the flag, if it is not the field's name; a list's flag is repeated.
+        flag: the flag, if not the field's name; the flag of a list can be repeated.
     """
 
     panel: str = "Options"
@@ -82,7 +82,7 @@ LOAD = Option("Under load")
 ACCESS = Option("Access")
 LOGS = Option("Logs and traces")
 AUDITS = Option("Audits")
-GUARANTEE_SHARE = 0.05  # share of audits with --guarantee, if none is set
+GUARANTEE_SHARE = 0.05  # default of audit_share with --guarantee
 
 
 class Settings(BaseModel):
@@ -98,13 +98,13 @@ class Settings(BaseModel):
     models: Annotated[list[str], Option(flag="--model")] = Field(
         [],
         description="Model to serve, as name or name:version; repeat for more (in the variable: separated by spaces). "
-        "The first answers requests that name no model, and the first version of a name those that name no version. "
-        "Default: the newest version of every model in the store.",
+        "The first answers requests that name no model; the first version of a name answers those that name no "
+        "version. Default: the newest version of every model in the store.",
     )
     default_model: Annotated[str | None, Option()] = Field(
         None,
-        description="Model that answers requests that name none. Default: the first that is named, or the only one in "
-        "the store.",
+        description="Model that answers requests that name none. Default: the first of the named models, or the only "
+        "one in the store.",
     )
     host: Annotated[str, Option()] = Field("127.0.0.1", description="Address to listen on; 0.0.0.0: all.")
     port: Annotated[int, Option()] = Field(8000, ge=0, le=65535, description="Port to listen on.")
@@ -121,24 +121,24 @@ class Settings(BaseModel):
     max_queue: Annotated[int, LIMITS] = Field(
         1024,
         ge=1,
-        description="Limit of texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
+        description="Limit on texts in flight. Beyond it, requests get 503, or 429 if the client holds more than its "
         "share.",
     )
-    max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Limit of texts in one request.")
+    max_texts: Annotated[int, LIMITS] = Field(256, ge=1, description="Limit on texts in one request.")
     max_body_bytes: Annotated[int, LIMITS] = Field(
-        2**20, ge=1024, description="Limit of a request body, bytes."
+        2**20, ge=1024, description="Limit on the size of a request body, bytes."
     )
     body_timeout_s: Annotated[float, LIMITS] = Field(
-        10.0, gt=0, description="Limit of the time to receive a body, seconds."
+        10.0, gt=0, description="Limit on the time to receive a body, seconds."
     )
     timeout_s: Annotated[float, LIMITS] = Field(
-        30.0, gt=0, description="Limit of the time from a request's arrival to its response, seconds."
+        30.0, gt=0, description="Limit on the time from a request's arrival to its response, seconds."
     )
     max_connections: Annotated[int, LIMITS] = Field(
-        0, ge=0, description="Limit of open connections; 0: as many as the limit of open files allows."
+        0, ge=0, description="Limit on open connections; 0: as many as the limit on open files allows."
     )
     max_inflight_bytes: Annotated[int, LIMITS] = Field(
-        2**26, ge=1024, description="Limit of the request bodies in memory, over all requests, bytes."
+        2**26, ge=1024, description="Limit on request bodies in memory, over all requests, bytes."
     )
     trusted_proxies: Annotated[list[str], Option("Limits", "--trusted-proxy")] = Field(
         [],
@@ -147,25 +147,25 @@ class Settings(BaseModel):
     )
     ood_policy: Annotated[Literal["off", "flag", "deepen"], Option()] = Field(
         "off",
-        description="Out-of-distribution texts, far from every prototype: off, flag, or deepen (flag, and halve their "
-        "τ).",
+        description="Policy for out-of-distribution texts (far from every prototype): off, flag, or deepen (flag, and "
+        "halve their τ).",
     )
     tau: Annotated[float | None, DEFAULTS] = Field(
         None,
         ge=0,
         le=1,
-        description="τ of requests without exit options. Default: each model's calibrated τ.",
+        description="τ for requests without exit options. Default: each model's calibrated τ.",
     )
     target_speedup: Annotated[float | None, DEFAULTS] = Field(
         None,
         ge=1,
-        description="Mean speed-up of requests without exit options, by the calibration; instead of --tau.",
+        description="Mean speed-up for requests without exit options, by the calibration; instead of --tau.",
     )
     latency_budget_ms: Annotated[float | None, DEFAULTS] = Field(
         None,
         gt=0,
         le=MAX_BUDGET_MS,
-        description="Latency budget of requests without exit options; instead of --tau.",
+        description="Latency budget for requests without exit options; instead of --tau.",
     )
     max_disagreement: Annotated[float | None, DEFAULTS] = Field(
         None,
@@ -219,21 +219,21 @@ class Settings(BaseModel):
     )
     log_audits: Annotated[Path | None, AUDITS] = Field(
         None,
-        description="File for the outputs of every exit for each audited text, for de3 calibrate --from-audits; "
-        "without the texts. It is rotated at 100 MB, with one predecessor, FILE.1.",
+        description="File that logs the outputs of every exit for each audited text, but not the text; for de3 "
+        "calibrate --from-audits. It is rotated at 100 MB; the previous file is kept as FILE.1.",
     )
     log_audit_texts: Annotated[bool, AUDITS] = Field(
-        False, description="Also log the audited texts in that file. They are user data."
+        False, description="Also log the audited texts in the file of --log-audits. They are user data."
     )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="File of API keys, for /classify and /v1/models: each line has a name and a key, or a name and "
-        "sha256:digest. Or in DE3_API_KEYS, lines separated by ;. Default: no key is needed.",
+        "sha256:digest. Or set DE3_API_KEYS, with lines separated by ;. Default: no key is needed.",
     )
     api_keys: SecretStr | None = None
     admin_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
-        description="File of admin keys, for loading and unloading models. Or in DE3_ADMIN_KEYS. Default: models "
+        description="File of admin keys, for loading and unloading models. Or set DE3_ADMIN_KEYS. Default: models "
         "cannot be changed.",
     )
     admin_keys: SecretStr | None = None
@@ -247,12 +247,11 @@ class Settings(BaseModel):
         list[Annotated[str, Field(pattern=r"^(\*|[^/\s:]+)$")]], Option("Access", "--allowed-host")
     ] = Field(
         [],
-        description="Name in the Host header of requests, besides localhost and addresses; repeat for more, * for all. "
-        "It is checked only if the server listens to this machine alone and has no API keys, against pages that have "
-        "their name resolve to it.",
+        description="Name allowed in the Host header, besides localhost and addresses; repeat for more, * for all. "
+        "Checked, against DNS rebinding, by a server without keys that listens on this machine only.",
     )
     log_format: Annotated[Literal["text", "json"], LOGS] = Field(
-        "text", description="text, or json: an object per line."
+        "text", description="text, or json (one object per line)."
     )
     log_requests: Annotated[bool, LOGS] = Field(False, description="Log a line for each request.")
     log_texts: Annotated[bool, LOGS] = Field(False, description="Also log the texts. They are user data.")
@@ -313,7 +312,7 @@ def variable(name: str) -> str:
 
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Variables with the prefix that are not settings: misspelt, or of another version."""
+    """Variables with the prefix that are not settings: misspelt, or from another version."""
     known = {variable(name) for name in Settings.model_fields} | {*OTHER_VARIABLES}
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 

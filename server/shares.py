@@ -1,4 +1,4 @@
-"""Fair shares of a limited amount: texts in flight, body bytes in flight."""
+"""Fair shares of a limited resource: texts in flight, or body bytes in flight."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ SPARE = 1 / 8  # extra room, as a share of the limit, for other clients when one
 
 
 class Shares:
-    """A limited amount, shared between the clients that hold some of it.
+    """A limited resource, shared between the clients that hold some of it.
 
-    A client that is alone may hold the whole limit. Otherwise, no client may hold more than would then be left for the
-    others: each one that takes as much as it can leaves half of what was free for the next one.
+    A client that is alone may hold the whole limit. Otherwise, no client may hold more than is then left free: a new
+    client that takes as much as it can leaves half of the free amount for the next one.
 
     Attributes:
-        limit: largest amount of a client that is alone.
-        most: the whole amount, SPARE included.
+        limit: largest amount that a lone client may hold.
+        most: largest amount that all clients together may hold: the limit plus SPARE.
         total: amount held by all clients.
     """
 

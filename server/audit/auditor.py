@@ -5,7 +5,7 @@ Texts are counted in the order of their answers: a text is counted only after th
 so the counts do not depend on the duration of audits. (They depend on the order in which texts in flight were answered,
 but few texts are in flight compared with the number that a decision needs.)
 
-With a guarantee, τ rises only between requests, and no text that was counted before counts for a rise.
+With a guarantee, τ rises only between requests, and a text that was counted before never counts towards a rise.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ log = logging.getLogger("de3")
 ROOM = 256
 MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
 MAX_ENTRIES = 2**15  # entries not yet counted, because the audit of an earlier one is pending
-MAX_SEEN = 2**16  # hashes of counted texts; the older half is forgotten
+MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 MAX_RESETS = 20  # resets kept for the report
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
@@ -53,9 +53,9 @@ class _Entry:
 
     Attributes:
         skipped, repeats: texts that were not drawn, and those of them that were counted before.
-        is_open: the next text may be added; then no text was drawn.
+        is_open: the next text may be added; no text was drawn yet.
         is_repeat: the drawn text was counted before.
-        is_last: it ends its request.
+        is_last: it ends a request.
         is_pending: the audit of the drawn text has not run yet.
         audit: result of the audit; None if it has not run or was dropped.
     """
@@ -104,14 +104,14 @@ class Reset:
 
 
 class Auditor:
-    """The audits of one model, for requests without exit options. Only the event loop calls it.
+    """The audits of one model, for requests without exit options. Only the event loop changes its evidence.
 
     Attributes:
         served: the loaded model.
         evidence: the audits since the start, or the last change or reset.
         promises: keep the rate that the server promises; None without a guarantee.
         since: start of the evidence, in seconds since 1970.
-        audits, disagreements, seconds: totals since the server started: audited texts; those whose answer, as sent,
+        audits, disagreements, seconds: totals since the model was loaded: audited texts; those whose answer, as sent,
             differs from full depth; and the model time of audits.
         excluded: number of texts that are not audited, by reason.
         resets, num_resets: the latest resets, and the total number by reason.
@@ -178,11 +178,11 @@ class Auditor:
 
     @property
     def share(self) -> float:
-        """Probability that the next text is drawn, of requests without options."""
+        """Probability that the next text of a request without options is drawn."""
         return self._share_at(self.served.rules.default.rule.tau)
 
     def _share_at(self, tau: float) -> float:
-        """It is 1 with a guarantee whose τ is 0: an answer at full depth is its own audit."""
+        """The share at this τ: 1 at τ = 0 with a guarantee, as an answer at full depth is its own audit."""
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES:
             return 0.0
         if self.promises is not None and tau == 0:
@@ -190,7 +190,7 @@ class Auditor:
         return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
 
     def draw(self, job: Job) -> Draw | None:
-        """Draw texts of a job that is about to be submitted; None if its request chooses τ itself."""
+        """Draw texts of a job that is about to be submitted; None if its request sets exit options."""
         if job.request.options != NO_WISH:
             return None
         share = self._share_at(job.choice.rule.tau)
@@ -247,7 +247,7 @@ class Auditor:
         return self._entries[-1]
 
     def _was_counted(self, tokens: Tokens | None) -> bool:
-        """True if a text was counted before, as far as is remembered; it is remembered now."""
+        """True if a text is known to have been counted before; remembers it otherwise."""
         if self.promises is None or tokens is None:
             return False
         older, newer = self._seen
@@ -355,7 +355,7 @@ class Auditor:
         changed = self.promises.add(entry.client, entry.share, audit, entry.is_repeat)
         if not changed:
             return
-        self._seen = [set(), set()]  # what was known of them is discarded
+        self._seen = [set(), set()]  # the evidence on these texts was discarded
         log.warning(
             "%s: at the τ that audits had proved, answers now differ from full depth more often than the promised "
             "%g%%: texts run to full depth until audits of new texts allow more",
@@ -400,7 +400,7 @@ class Auditor:
         return float(evidence.rates()[index]), float(lower[0]), float(upper[0])
 
     def in_force(self) -> dict[str, Any]:
-        """τ in force for requests without exit options, and the reason for it; with a guarantee, those of the main
-        client."""
+        """τ in force for requests without exit options, and the reason for it; with a guarantee, those of the client
+        with the most texts."""
         choice = self._in_force(self.served)
         return {"tau": choice.rule.tau, "reason": choice.promise["reason"] if choice.promise else choice.by}

@@ -132,7 +132,7 @@ class Audits:
                 self._has_failed = True
 
     def stop(self) -> None:
-        """Save all evidence and close the files; called when no more requests are answered."""
+        """Save all evidence and close the files; called once no more requests are answered."""
         for auditor in list(self._by_model.values()):
             self._save(auditor)
         with self._writing:

@@ -23,7 +23,7 @@ MAX_LINE = 2**24
 
 
 class AuditLog:
-    """The log file, rotated with one predecessor.
+    """The log file; rotation keeps one predecessor.
 
     Attributes:
         has_texts: texts are logged, too.
@@ -75,8 +75,8 @@ class _Handler(RotatingFileHandler):
     The first failed write is reported, as is the first that succeeds again. A line is written whole or not at all.
     """
 
-    _lost = 0  # lines since the last that was written
-    _size = 0  # of the whole lines
+    _lost = 0  # lines lost since the last one written
+    _size = 0  # bytes of whole lines
 
     def _open(self) -> Any:
         stream = open(  # noqa: SIM115
@@ -88,7 +88,7 @@ class _Handler(RotatingFileHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line."""
         lost = self._lost
-        super().emit(record)  # calls handleError
+        super().emit(record)  # calls handleError on failure
         if self._lost > lost or self.stream is None:
             return
         self._size = os.fstat(self.stream.fileno()).st_size
@@ -105,14 +105,14 @@ class _Handler(RotatingFileHandler):
             )
         with suppress(OSError):
             if self.stream is not None:
-                self.stream.close()  # fails, too, if the rest of the line is in its buffer
-        self.stream = None  # the next write opens it
+                self.stream.close()  # also fails if its buffer holds the rest of the line
+        self.stream = None  # the next write reopens the file
         with suppress(OSError):
             os.truncate(self.baseFilename, self._size)
 
 
 def _cut_torn_line(path: Path) -> None:
-    """Cut off an incomplete last line, as a killed server leaves it."""
+    """Cut off an incomplete last line, which a killed server may leave."""
     with open(path, "ab+", opener=_private) as file:
         end = file.seek(0, os.SEEK_END)
         start = max(0, end - MAX_LINE)

@@ -23,7 +23,7 @@ MAX_BYTES = 2**22
 MAX_TAUS = 1024
 MAX_TIME = 2**38  # seconds since 1970: the year 10680
 NEW_SHARES = 17  # shares that a server may add
-MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and how much a server may add to it
+MAX_COUNT, NEW_COUNT = 2**53, 2**52  # largest count, and the part of it that a server may add
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Rate = Annotated[float, Field(ge=0, le=1)]
@@ -47,7 +47,7 @@ class Counts(_Part):
 
 
 class PromiseCounts(_Part):
-    """What a de3.exits.promise.Promise needs of a Tally."""
+    """The part of a de3.exits.promise.Tally that a Promise needs."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     texts: Count
@@ -56,9 +56,9 @@ class PromiseCounts(_Part):
 
 
 class Promised(_Part):
-    """A saved de3.exits.promise.Promise: SavedPromise and its evidence; left_out: the client that it leaves out.
+    """A saved de3.exits.promise.Promise: the fields of SavedPromise, and its evidence.
 
-    texts: number of texts of that client.
+    left_out: the client whose evidence it leaves out. texts: number of texts of that client.
     """
 
     left_out: Annotated[str, Field(max_length=16)]
@@ -85,7 +85,7 @@ class ResetRow(_Part):
 class State(_Part):
     """Saved audits of a model; valid only for the same model files, runtime, OOD policy, signal and grid of τ.
 
-    caution: factor of τ for out-of-distribution texts.
+    caution: factor applied to the τ of out-of-distribution texts.
     """
 
     schema_version: Literal[2] = 2
@@ -190,7 +190,7 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
 
 
 def _counts(state: State) -> Iterator[int]:
-    """Every number that grows with further texts."""
+    """Every count that grows with further texts."""
     for row in state.counts:
         yield from (row.texts, row.audits, row.served, *row.differing, *row.layers)
     for promise in state.promises:
@@ -230,12 +230,12 @@ def restore(auditor: Auditor, state: State) -> None:
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """A hash that identifies the files of a model, as its manifest has the hash of each file."""
+    """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
     return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
 
 
 class StateDir:
-    """The folder with the files. Only one server can use it at a time."""
+    """The folder of the state files. Only one server can use it at a time."""
 
     def __init__(self, path: Path) -> None:
         """Raises ValueError if the folder cannot be written, or another server uses it."""

@@ -1,7 +1,7 @@
 """Audits: answered texts run once more, to full depth, in separate threads, while nothing else is pending.
 
-The kernels run the layers of several texts together, at the lowest thread priority. Run on the engine's threads, one
-text at a time, audits delayed other texts (docs/design.md).
+The kernels run the layers of several texts together, at the lowest thread priority. When audits ran on the engine's
+threads, one text at a time, they delayed other texts (docs/design.md).
 """
 
 import logging
@@ -19,7 +19,7 @@ from de3.server.engine.served import MAX_STEP_S, Served
 from de3.server.failures import FailureLog
 
 failures = FailureLog(logging.getLogger("de3.engine"))
-STEP_S = 0.001  # between two checks of the queue, unless one layer takes longer
+STEP_S = 0.001  # time between two checks of the queue, unless one layer takes longer
 # Longest wait for an empty queue before each step: under sustained overload, audits are slow but do not stop.
 MOST_WAIT_S = 1.0
 STOP_S = 5.0
@@ -54,10 +54,10 @@ class Audit:
 
 
 class AuditThreads:
-    """Threads that run audits; they start with the first one."""
+    """Threads that run audits; they start when the first one is enqueued."""
 
     def __init__(self, count: int, queue: WorkQueue, finish: Callable[[Sequence[Audit]], None]) -> None:
-        """queue: audits run while it is empty. finish: called with finished audits."""
+        """queue: audits run while it is empty. finish: called with audits that ran, failed or were dropped."""
         self._queue, self._finish = queue, finish
         self._pending: deque[Audit] = deque()
         self._changed = Condition()
@@ -92,7 +92,7 @@ class AuditThreads:
             self._finish(audits)
 
     def close(self) -> None:
-        """Reject new audits, drop pending ones, and end the threads."""
+        """Reject new audits, discard pending ones without reporting them, and end the threads."""
         with self._changed:
             self._closed = True
             self._pending.clear()

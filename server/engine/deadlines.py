@@ -1,8 +1,8 @@
-"""Deadlines: decides which ones can be promised, and how long each text may take so that every promise is kept.
+"""Decides which deadlines can be promised, and how long each text may take so that every promise is kept.
 
-Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only
-if, by the times measured at start-up, every promised text reaches its first exit in time; the remaining
-time is divided among the texts as they start.
+Texts with a promised deadline run before all others, the earliest deadline first. A deadline is promised only if, by
+the times measured during warm-up, every promised text reaches its first exit in time; the remaining time is divided
+among the texts as they start.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class _Promise:
     """The texts of a promised job that have not started.
 
     Attributes:
-        firsts: seconds to the first exit of each of these texts, by its index.
+        firsts: seconds to the first exit of each of these texts, by index.
         first_s: their sum.
         predicted_s: seconds of these texts through every layer.
     """
@@ -44,8 +44,8 @@ class Deadlines:
     def promise(self, job: Job) -> float:
         """Promise a job's deadline if it and all earlier promises can be kept.
 
-        Returns 0 if it was promised, else the seconds that the job would need. A job with best_effort gets the
-        earliest deadline that can be kept, and exits at its first exits.
+        Returns 0 if it was promised, else the seconds that the job would need. With best_effort, a job that would be
+        late is promised the earliest deadline that can be kept, and its texts exit at their first exits.
         """
         assert job.deadline is not None
         now = perf_counter()

@@ -1,9 +1,8 @@
 """The engine: threads that each run a text, or a group of short ones, until it exits.
 
-On a CPU, padded batches of short texts gain nothing: unpadded texts, computed one by one on each core, have both the
-highest throughput and the lowest latency (docs/design.md). ONNX Runtime and the kernels release the GIL while a layer
-runs, so the threads share the model and scale with the cores. At a layer boundary a text can be preempted by
-a more urgent one, so a long text does not delay short ones.
+On a CPU, padded batches of short texts gain nothing, so texts are never padded (docs/design.md). ONNX Runtime and the
+kernels release the GIL while a layer runs, so the threads share the model and scale with the cores. At a layer boundary
+a text can be preempted by a more urgent one, so a long text does not delay short ones.
 """
 
 import logging
@@ -120,7 +119,7 @@ class Engine:
             raise
 
     def audit(self, audits: Sequence[Audit]) -> None:
-        """Run audits while nothing else is pending."""
+        """Enqueue audits, which run while nothing else is pending."""
         self._audits.put(audits)
 
     def _promise(self, job: Job) -> None:
@@ -163,7 +162,7 @@ class Engine:
         self._dispatch(report)
 
     def _report(self, ended: Sequence[tuple[Job, Exception | None]]) -> None:
-        """Report finished and failed jobs, all at once: waking an event loop costs a thread switch."""
+        """Report finished and failed jobs in one callback: waking an event loop costs a thread switch."""
 
         def report() -> None:
             for job, error in ended:
@@ -187,7 +186,7 @@ class Engine:
                 return  # the server then stops, too
 
     def _step(self, number: int) -> bool:
-        """Schedule, run, finish; False once the queue is closed and empty. No error ends the thread."""
+        """Schedule, run, finish; False once the queue is closed and empty. Raises no error."""
         items: list[Item] = []
         try:
             items = self.queue.next(self.threads)
@@ -241,7 +240,7 @@ class Engine:
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
-        """Record the results of items, and report the jobs that are thereby finished."""
+        """Record the results of items, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
         for item, result in results:
             job = item.job
@@ -252,7 +251,7 @@ class Engine:
                 if not job.is_shadow:
                     self._finished[number] += 1
                     self._seconds[number] += result.tokenize_s + result.model_s
-                self._count(job, result)  # first: a client that has its answer finds it in the metrics
+                self._count(job, result)  # before the client has its answer, and may look for it
                 if job.finish(item, result):
                     ended.append((job, None))
         if ended:

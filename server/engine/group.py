@@ -1,7 +1,7 @@
-"""A group: short texts that run through the kernels together, a few layers per step; each is computed by itself.
+"""A group: short texts that run through the kernels together, a few layers per step, with the same results as alone.
 
 A large model's weights are then read from memory once for the whole group. Between two steps, texts that have exited or
-were dropped or preempted leave the group, and pending texts that are before the same layer join it.
+were dropped or preempted leave the group, and pending texts whose next layer is the same join it.
 """
 
 import logging
@@ -19,7 +19,7 @@ from de3.server.failures import FailureLog
 
 failures = FailureLog(logging.getLogger("de3.engine"))
 
-OVERRUN = 1.5  # of MAX_STEP_S, once the tokens of a group are known
+OVERRUN = 1.5  # limit on a group's time per layer, relative to MAX_STEP_S, once its tokens are known
 
 
 def run_group(
@@ -29,7 +29,7 @@ def run_group(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> list[Item]:
-    """Run items of one model, before the same layer, until each has exited, was dropped, or was preempted and requeued.
+    """Run items of one model with the same next layer until each has exited, was dropped, or preempted and requeued.
 
     Calls `occupy(seconds)` before each stretch that cannot be preempted, and `finish` with the results as they come.
     Items that join are added to `items`. Returns the items that must run alone, from the start, if their group failed.
@@ -105,7 +105,7 @@ def _step(
     occupy: Callable[[float], None],
     finish: Callable[[Sequence[tuple[Item, Result]]], None],
 ) -> None:
-    """Run as many layers as fit into a step. Items that have exited, were dropped or preempted leave the group."""
+    """Run as many layers as fit into a step. Items that have exited or were dropped or preempted leave the group."""
     items, served, monitor = list(group), group[0].job.served, group[0].job.monitor
     forward, first = served.model.forward, group[0].progress.layer
     assert forward is not None

@@ -28,10 +28,10 @@ class Item:
         due: when it should be answered (perf_counter seconds); of a client's items, the earliest is scheduled first.
         first_exit_s: predicted seconds to the first exit; set with a deadline only.
         group_s: predicted seconds of one of its steps in a group.
-        ends: when it must exit (perf_counter seconds), set as it starts; None: no deadline.
-        is_short: tokenized in one step.
+        ends: when it must exit (perf_counter seconds), set when it starts; None before, or without a deadline.
+        is_short: short enough for a group and tokenized in one step.
         is_sampled: its readings are used to measure drift.
-        asks_all_exits: every exit is evaluated, even those at which it may not exit.
+        asks_all_exits: every exit is evaluated, even those at which it cannot exit.
         outcome: None until it exits.
     """
 
@@ -78,16 +78,16 @@ class Job:
     overtake long ones and single texts large batches, but nothing waits forever.
 
     Attributes:
-        on_done: called with None when the last item has an outcome, or with the error of an item, perhaps more than
-            once; by the engine's `dispatch`. Never called for a job that was dropped for another reason.
+        on_done: called by the engine's `dispatch`: with None when the last item has an outcome, or with the error of an
+            item, perhaps more than once. It may not be called for a job that was dropped for another reason.
         is_shadow: background job; it runs while nothing else is pending.
         in_groups: its texts may run in groups.
-        asks_all_exits: every exit is evaluated, even those at which its items may not exit.
+        asks_all_exits: every exit is evaluated, even those at which its items cannot exit.
         is_dropped: its result is no longer needed.
         deadline: when the last text must exit (perf_counter seconds); None: no deadline.
         is_promised: its deadline was accepted: it is scheduled before jobs without one.
         is_late: best effort: its requested deadline cannot be met.
-        pending, promised_s: its items in the queue, and their predicted time if promised; maintained by the queue.
+        pending, promised_s: number of its items in the queue, and their predicted time if promised; set by the queue.
     """
 
     served: Served

@@ -9,7 +9,7 @@ from de3.exits.rule import ExitReason, ExitRule
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A window that ran, of a text that has several; fields as in Outcome."""
+    """A window that ran, of a text with several; fields as in Outcome."""
 
     layer: int
     passed: list[Reading]
@@ -22,13 +22,13 @@ class Outcome:
     """The exit of a text, its answer, and its times in seconds.
 
     Attributes:
-        layer: the exit's layer; of several windows, that of the last one.
-        rule: the rule in force there: its τ is lower than the job's if the text is far.
-        reading: the answer; of several windows the combined one, with the signals of the last one.
+        layer: the exit's layer; for several windows, that of the last one that ran.
+        rule: the rule in force there; its τ may be lower than the job's if the text is far.
+        reading: the answer; for several windows the combined one, with the signals of the last one.
         passed: readings of the exits passed, ending with the exit; for several windows, those of all that ran.
         tokens: of the windows that ran.
-        windows: those that ran, of a text that has several.
-        num_windows: number of its windows.
+        windows: those that ran, of a text with several.
+        num_windows: number of windows of the text.
         is_far: it was far from every prototype at some exit.
     """
 

@@ -27,7 +27,7 @@ class Progress:
 
     Attributes:
         rule: the job's, or a more cautious one once the text is_far from every prototype.
-        tokenization: None before it starts, and once it is done.
+        tokenization: None before it starts and after it ends.
         tokens: of the window that is running; None until they are known.
         num_tokens: number of tokens that have started to run: of the text, or of some of its windows.
         layer: the next layer to run.

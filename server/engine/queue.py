@@ -17,7 +17,7 @@ MAX_SHADOWS = 64
 # A text is preempted by another client's if its own client has had this much more engine time.
 PREEMPTION_LEAD_S = 0.002
 RECENT_S = 1.0  # a client counts as active for this long after its last text was enqueued or ran
-MAX_CLIENTS = 4096  # limit of the clients kept that have nothing pending
+MAX_CLIENTS = 4096  # clients kept; more only if they have pending items
 
 Entry = tuple[float, int, Item]  # due, order of arrival, item
 
@@ -53,7 +53,7 @@ class WorkQueue:
     items the one that is due first. So each client gets its share of the engine whatever others send, and a
     single client gets all of it.
 
-    Items of dropped jobs are skipped, and do not count. Shadows' items are scheduled only when nothing else is
+    Items of dropped jobs are skipped, and do not count. Shadow items are scheduled only when nothing else is
     pending; they do not count towards the limit or the length, and are discarded when the queue is closed.
     """
 
@@ -104,7 +104,7 @@ class WorkQueue:
     def next(self, threads: int = 1) -> list[Item]:
         """Wait for the most urgent item; an empty list once the queue is closed and empty.
 
-        When many are pending, returns a group: also the next most urgent items of the same model before the same
+        When many are pending, returns a group: also the next most urgent items of the same model with the same next
         layer, as long as they fit into a step, are not much longer than the first, and leave enough for the other
         threads.
         """
@@ -170,11 +170,11 @@ class WorkQueue:
             return client.promised + (max(0.0, client.spent - min(others)) if others else 0.0)
 
     def has_more_urgent_than(self, item: Item, seconds: float = 0.0) -> bool:
-        """True if a pending item preempts this one, which has run for another `seconds`.
+        """True if a pending item preempts this one; first charges its client another `seconds` of engine time.
 
-        Any item preempts a shadow; an earlier promise preempts everything else. Where nothing is promised, an
-        item of the same client preempts if it is due earlier, and one of another client if that client has
-        received less engine time by PREEMPTION_LEAD_S.
+        Any item preempts a shadow; an earlier promise preempts everything else. If neither item is promised, an item of
+        the same client preempts if it is due earlier, and one of another client if that client has received less engine
+        time by more than PREEMPTION_LEAD_S.
         """
         with self._changed:
             own = None
@@ -245,8 +245,8 @@ class WorkQueue:
 
     def _take(self, heap: list[Entry]) -> Item:
         item = heappop(heap)[2]
-        # A client that is served out of turn, for a promised deadline, advances the virtual time only if nothing
-        # else is pending.
+        # A client that is served out of turn, for a promised deadline, advances the virtual time only if all pending
+        # items are promised.
         if self._pending == self._pending_promised or not item.job.is_promised:
             self._floor = max(self._floor, self._client(item.job.client).spent)
         if item.job.is_promised:

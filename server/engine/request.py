@@ -26,13 +26,13 @@ class Request:
     """Texts to classify, and their options; every protocol parses its bodies into a Request.
 
     Attributes:
-        input_name: the protocol's name of the texts, for messages.
+        input_name: the protocol's name for the texts, in messages.
         model: name or name:version; None: the server's default.
         explain: report every exit passed.
         ood: report the OOD score of each text.
         windows: maximum number of windows into which a long text is split.
         client: fair-share key; the engine's time is shared between clients.
-        expires_at: when it times out (perf_counter seconds); None: after the server's `timeout_s` from now.
+        expires_at: when it times out (perf_counter seconds); None: the server's `timeout_s` after its submission.
     """
 
     input_name: ClassVar[str] = "input"

@@ -1,6 +1,6 @@
-"""Runs one text by itself: tokenized, then layer by layer until it exits.
+"""Runs one text by itself: tokenizes it, then runs layer after layer until it exits.
 
-A text with several windows runs them one after the other, until its answer is settled (`exits/windows.py`).
+The windows of a text that has several run one after the other, until its answer is settled (`exits/windows.py`).
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def run(item: Item, queue: WorkQueue, occupy: Callable[[float], None] = lambda _
     """Run one text through the layers until it exits, window by window if it has several. Calls `occupy(seconds)`
     before each stretch that cannot be preempted.
 
-    None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
+    Returns None if its job was dropped, or if it was preempted and requeued. Raises RequestError if it is too long.
     """
     progress = item.progress
     if progress.tokens is None and not _tokenize(item, queue, occupy):
@@ -90,7 +90,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
 
 
 def _exit_reason(item: Item, deepest: int) -> ExitReason | None:
-    """Why a text exits at the exit that was just evaluated; None if it continues."""
+    """The reason for a text to exit at the exit that was just evaluated; None if it continues."""
     reading = item.progress.passed[-1]
     if reading.layer == item.job.model.manifest.num_layers:
         return "last_layer"

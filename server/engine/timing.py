@@ -14,7 +14,7 @@ from de3.model_store.tokenizer import PIECE, max_chars
 
 LENGTHS = (8, 32, 128, 512)
 RUNS = 5
-SPECIAL = 2  # tokens around a text
+SPECIAL = 2  # special tokens around a text
 CHARS_PER_TOKEN = 4  # in English; schedule and groups depend on it
 # Texts to time the tokenizer: plain words; words that split into many pieces; and WordPiece's worst case, words of its
 # maximum length that split into single letters.
@@ -33,7 +33,7 @@ class Timing:
         self._plain_s = _tokenizing(model, PLAIN, check, runs)  # per character
         self._char_s = max(self._plain_s, *(_tokenizing(model, text, check, runs) for text in (ODD, LONG)))
         self._first_exit = model.manifest.exit_layers[0]
-        self._layers = model.manifest.num_layers - self._first_exit  # number of layers after it
+        self._layers = model.manifest.num_layers - self._first_exit  # number of layers after the first exit
         self._lengths = sorted({min(n, self._most) for n in (*LENGTHS, self._most)})
         self._first: list[float] = []
         self._full: list[float] = []
@@ -105,13 +105,13 @@ def tokens_of(chars: int) -> int:
 
 
 def run_longest(models: Sequence[Model]) -> None:
-    """Run the longest text of each model through every layer, so that a thread's buffers fit any later text."""
+    """Run the longest text of each model through every layer, so that the thread's buffers fit any later text."""
     for model in models:
         model.full_depth(model.tokenize("a " * model.manifest.max_tokens))
 
 
 def _tokenizing(model: Model, text: str, check: Callable[[], None], runs: int) -> float:
-    """Seconds to tokenize such a text, per character."""
+    """Seconds per character to tokenize repetitions of this text."""
     piece, times = (text * (1 + 2 * PIECE // len(text)))[: 2 * PIECE], []
     for _ in range(runs):
         check()
