@@ -35,7 +35,7 @@ STEPS = 30  # of the bisection
 
 
 def e_value(counts: Sequence[tuple[float, int, int]], rate: float) -> float:
-    """`e_values` for one rate, several times faster: by q, the numbers of texts and of audited texts that differ."""
+    """`e_values` for one rate, several times faster. counts: for each q, (q, texts, audited texts that differ)."""
     wealth = 0.0
     for c in LOWER.tolist():
         logs = sum(
@@ -59,7 +59,10 @@ def e_values(shares: Floats, texts: Counts, differing: Counts, rates: Floats) ->
 
 
 def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floats) -> Floats:
-    """E-values against "the rate is at most `rates`", (G,): evidence that it is higher. Arguments as for `e_values`."""
+    """E-values against "the rate is at most `rates`", (G,): evidence that it is higher.
+
+    Arguments as for `e_values`, but texts is (L,).
+    """
     q, r = shares[:, None], rates
     bets = np.minimum(HIGHER[:, None, None] * q, MOST_LOSS / r)  # λ
     won = np.log1p(bets * (1.0 / q - r))
@@ -70,7 +73,7 @@ def e_values_above(shares: Floats, texts: Counts, differing: Counts, rates: Floa
 def bounds(shares: Floats, texts: Counts, differing: Counts, confidence: float) -> tuple[Floats, Floats]:
     """Lower and upper bounds of G rates, each (G,): a confidence sequence for each.
 
-    With probability `confidence`, a rate is within its bounds at all times. Arguments as for `e_values`.
+    With probability `confidence`, a rate is within its bounds at all times. Arguments as for `e_values_above`.
     """
     count = differing.shape[1]
     if not texts.any():
@@ -113,7 +116,7 @@ class ChangeDetector:
 
     @property
     def has_fired(self) -> bool:
-        """True once the rate has risen."""
+        """True if the evidence of a rise has reached `patience`."""
         return bool(self.wealth.mean() >= self.patience)
 
     def skip(self, share: float, texts: int) -> None:

@@ -48,7 +48,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Samples:
-    """Recorded samples in groups of related ones.
+    """Recorded samples; related ones share a group.
 
     Attributes:
         groups: group number of each sample, (n,).
@@ -201,7 +201,7 @@ def within_loss(table: Iterable[Outcome], max_loss: float) -> Outcome:
 
 
 def speed_within(table: Iterable[Outcome], disagreement: float) -> float:
-    """The highest speed-up of a table at which at most this share of answers differs from full depth."""
+    """The highest speed-up of a table at which at most `disagreement` of the answers differ from full depth."""
     return max(row.speedup for row in table if row.tau == 0 or row.disagreement <= disagreement)
 
 

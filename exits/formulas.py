@@ -1,4 +1,4 @@
-"""The formulas of DE3-BERT (arXiv 2402.05948) on arrays: the two signals and their fusion.
+"""The formulas of DE3-BERT (arXiv 2402.05948) on arrays: the two signals, their fusion, and the features of risk.
 
 Local signal: the entropy of an exit's class probabilities. Global signal: how much nearer the sample is to
 the prototype of the first-ranked class than to that of the second-ranked one. Both are small when the exit
@@ -79,7 +79,7 @@ def stacked(margin: Floats, h: Floats, ratio: Floats) -> Floats:
 
 
 def value_features(values: ArrayLike) -> Floats:
-    """The features of risk in a regression model with the values (...), shape (..., 5): 1, value, value², 0, 0."""
+    """The features of risk, shape (..., 5), from the values (...) of a regression model: 1, value, value², 0, 0."""
     y = np.asarray(values, dtype=np.float64)
     return np.stack([np.ones_like(y), y, y * y, np.zeros_like(y), np.zeros_like(y)], -1)
 

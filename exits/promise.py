@@ -6,12 +6,12 @@ from full depth stays within the promised rate, and resets it when the rate has 
 promise for each client that is left out of the evidence.
 
 The values of τ are tested in a fixed order, ascending from 0, which makes this a single test: τ moves to the next value
-only once the e-value against "the rate at this τ is above the promise" has reached 1/δ. From the start or a reset
-until the traffic changes, the probability that τ ever passes the first value whose rate is above the promise is at
-most δ.
+only once the e-value against "the rate at that value is above the promise" has reached 1/δ. From the start or a reset
+until the traffic changes, the probability that τ ever reaches a value whose rate is above the promise is at most δ.
 
 It takes many audits to tell a small change in the traffic from chance. Therefore τ is also lowered, without a test, as
-soon as recent audits exceed the promise (`Recent`), and all evidence is discarded when the change detector fires.
+soon as the rate of recent audits is not a standard error below the promise (`Recent`), and all evidence is discarded
+when the change detector fires.
 """
 
 import math
@@ -113,7 +113,7 @@ class Evidence:
     tallies: dict[float, Tally] = field(default_factory=dict)
 
     def copy(self) -> "Evidence":
-        """A snapshot; safe while another thread adds to it."""
+        """A snapshot; safe to take while another thread adds audits."""
         tallies = {
             share: replace(
                 tally,
@@ -293,8 +293,8 @@ class Promise:
     def add(self, share: float, audit: Profile, is_repeat: bool = False) -> None:
         """Count an audit. It may lower τ; only `advance` raises it.
 
-        is_repeat: the text was counted before, so that it counts only against each τ at which it differs. What lowers τ
-            counts it like any other text: else the repeats that agree would be missing from its rate.
+        is_repeat: the text was counted before, so as evidence it counts only against each τ at which it differs. The
+            recent audits and the change detector count it like any other text: their rates need repeats that agree.
         """
         if is_repeat:
             self.evidence.add_repeat(share, audit.differs)

@@ -1,10 +1,10 @@
-"""One promise for all clients, which no single one of them can break for the others.
+"""A promise to all clients that no single client can break for the others.
 
 A client whose texts are easy can make the rate of disagreement look low, and τ rise for texts that it did not send. So
-there is a `Promise` for each client that leaves its evidence out. A client gets the lowest τ of all of these but its
+there is a `Promise` for each client, on the evidence of all others. A client gets the lowest τ of all of these but its
 own: one that the evidence still allows with any single other client left out. A client that sends most of the texts
-keeps its own τ, and another one gets what the evidence without it allows. Several clients together could still raise
-τ for the others, so each one's τ is also lowered as soon as its own recent audits exceed the promise.
+keeps its own τ, and the others get what the evidence without that client allows. Several clients together could still
+raise τ for the others, so each client's own recent audits lower its τ too (`Recent`).
 
 Only the MAX_CLIENTS clients with the most texts are left out one by one. All further clients count as one, `OTHERS`.
 """
@@ -27,7 +27,7 @@ class Promises:
     Attributes:
         by_left_out: the promise without the evidence of a client; `ALL` leaves out none.
         own: the recent audits of each client that is left out.
-        texts: number of texts by client: of those that are left out, and of some others.
+        texts: number of texts by client, for those that are left out and some others.
     """
 
     def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
@@ -43,7 +43,7 @@ class Promises:
         return self.by_left_out[ALL]
 
     def deciding(self, client: str) -> Promise:
-        """The promise with the lowest τ of those that leave out another client; that of all if there is none."""
+        """The promise with the lowest τ of those that leave out another client; `of_all` if there is none."""
         key = self._key(client)
         others = [promise for left_out, promise in self.by_left_out.items() if left_out not in (key, ALL)]
         return min(others, key=lambda promise: promise.index, default=self.of_all)
@@ -68,7 +68,7 @@ class Promises:
                 promise.skip(share, texts, repeats)
 
     def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
-        """Count an audit; returns what the promises leave out that reset, because the rate has risen."""
+        """Count an audit; returns the keys in `by_left_out` of the promises reset by it, as the rate has risen."""
         key, changed = self._count(client, 1), list[str]()
         self.own[key].add(audit.differs)
         for left_out, promise in self.by_left_out.items():
@@ -90,7 +90,7 @@ class Promises:
         self.texts.clear()
 
     def _key(self, client: str) -> str:
-        """The promise that leaves out a client; the client's own name if it is new and there is room for it."""
+        """A client's key in `by_left_out`: its name if it has a promise or there is room for one, else OTHERS."""
         is_full = len(self.by_left_out) > MAX_CLIENTS + (OTHERS in self.by_left_out)
         return client if client in self.by_left_out or not is_full else OTHERS
 
@@ -106,7 +106,7 @@ class Promises:
             elif len(self.texts) > MAX_CLIENTS + MAX_COUNTED:
                 self._forget()
         if key not in self.by_left_out:
-            # Until now it had no evidence of its own, or little: less than each of those that are left out.
+            # The copy has no evidence from this client, or less than from any client that was left out.
             self.by_left_out[key] = self.of_all.copy()
             self.own[key] = Recent(self.rate, len(self.taus))
         return key

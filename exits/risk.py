@@ -13,7 +13,7 @@ from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk, Weights
 
 Floats = NDArray[np.float64]
-RIDGE = 0.01  # on standardized weights, in samples
+RIDGE = 0.01  # on standardized weights; the loss is summed over samples
 MAX_STEPS = 100
 LEAST_SPREAD = (
     1e-4  # features that vary less are not used: weights are divided by the spread, and must stay small
@@ -35,7 +35,7 @@ def cross_fit(
 ) -> Floats:
     """Cross-fitted scores, (n, exits): each sample is scored by a risk that was fitted without its group.
 
-    NaN where there is no other group.
+    NaN if there is no other group, and at the last exit.
 
     groups: the group of each sample, (n,); None: every sample is its own group.
     """

@@ -222,7 +222,7 @@ def check_name(name: str) -> str:
 
 
 def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFIER) -> Signal:
-    """The signal of this name; λ for edr, where 0 is entropy alone.
+    """The signal of this name. lam: the λ of edr; 0 is entropy alone.
 
     Raises ValueError for an unknown name, a signal that the model cannot have, and a λ that is outside
     [0, 100] or given with another signal.

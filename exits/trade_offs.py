@@ -10,14 +10,14 @@ LEAST_GAIN = 1.1  # least speed-up of a step under load relative to the previous
 class TradeOffs:
     """The rows of a calibration table for one signal, by ascending τ; the first is full depth (τ = 0).
 
-    A row has the fields of exits.calibration.Outcome, as has a manifest's TradeOff.
+    A row is an exits.calibration.Outcome, or a manifest's TradeOff, which has the same fields.
     """
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = sorted(rows, key=lambda row: row.tau)
         if not self.rows or self.rows[0].tau != 0:
             raise ValueError("a calibration table begins with τ = 0")
-        # A larger τ never exits later, so both ascend.
+        # Both ascend: a larger τ never exits later, and the bounds are running maxima.
         self._speedups = [row.speedup for row in self.rows]
         self._bounds = [row.disagreement_bound for row in self.rows]
 

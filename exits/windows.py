@@ -14,7 +14,7 @@ from typing import NamedTuple
 from de3.exits.reading import Reading
 
 MAX_WINDOWS = 16
-MAX_TOKENS = 16 * 512  # of all windows; a model with long windows gets fewer, but at least two
+MAX_TOKENS = 16 * 512  # of all windows; with long windows, a text gets fewer of them, but at least two
 OVERLAP = 0.25  # share of a window's tokens that are also in the next one
 # At τ > 0: assumed effect of the remaining windows, as a share of their largest possible effect. Measured on product
 # reviews (lab/docs/experiments.md).

@@ -1,4 +1,4 @@
-"""The architecture of a model: all that determines its segments' graphs, except the weights."""
+"""The architecture of a model: everything that determines its segments' graphs, except the weights."""
 
 from typing import Annotated, Literal, Self
 
@@ -14,7 +14,7 @@ class Head(Part):
     """Last exit of an imported classifier: pooling, a dense layer, an activation, a norm, then the classifier.
 
     Attributes:
-        norm: its epsilon; None: there is no norm.
+        norm: epsilon of the norm; None: there is no norm.
     """
 
     pooling: Literal["mean", "cls"]

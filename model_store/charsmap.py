@@ -1,7 +1,7 @@
 """Check of SentencePiece's table of characters (precompiled_charsmap), before the tokenizers library traverses it.
 
-It is a double-array trie over UTF-8 bytes, and a string of replacements, each ended by a zero byte. The library does
-not check indices: one out of range kills the thread. Nor does it limit the length of a replacement.
+The table is a double-array trie over UTF-8 bytes and a string of replacements, each ended by a zero byte. The library
+does not check indices: one out of range kills the thread. Nor does it limit the length of a replacement.
 """
 
 import base64
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_BYTES = 2**21
-MAX_REPLACEMENT = 36  # bytes, of at least one character; NFKC's longest has 33
+MAX_REPLACEMENT = 36  # bytes that replace one or more characters; NFKC's longest has 33
 BYTES = np.arange(1, 256, dtype=np.int64)
 
 

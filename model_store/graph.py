@@ -1,8 +1,8 @@
 """A builder of ONNX graphs, node by node, with ONNX Runtime's fused operators.
 
 Unlike tracing a PyTorch module, this yields the fused operators for fp32 and int8 with every version of PyTorch and
-transformers. The same code builds a graph for export and to compare it with a file; the two differ in where the
-weights come from.
+transformers. The same code builds graphs for export and for comparison with a file; only the source of the weights
+differs.
 """
 
 from collections.abc import Callable
@@ -72,7 +72,7 @@ class Graph:
         return name
 
     def weight(self, name: str, *shape: int, dtype: type = np.float32) -> str:
-        """Store a weight; returns its name in the graph, `weights[name]` are its values."""
+        """Store a weight, its values in `weights[name]`; returns its name in the graph."""
         tensor = f"{self._prefix}w{len(self.tensors)}"
         proto, self.weights[name] = self._source(tensor, name, dtype, shape)
         self.tensors.append(proto)
@@ -148,7 +148,7 @@ class Graph:
         self.outputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names]
 
     def model(self, name: str, tensors: list[TensorProto] | None = None) -> onnx.ModelProto:
-        """The finished model. tensors: instead of the weights and constants."""
+        """The finished model. tensors: replace the weights and constants; None: keep them."""
         graph = helper.make_graph(
             self.nodes, name, self.inputs, self.outputs, self.tensors if tensors is None else tensors
         )
@@ -171,7 +171,7 @@ def quantize(weight: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.
 def source_of(weights: dict[str, Array]) -> Source:
     """The source of an export: weights in float32 by name, quantized where the graph takes int8.
 
-    A linear layer has a scale for each output, the table of words for each row.
+    A linear layer has a scale for each output, the word table one for each row.
     """
     scales: dict[str, Array] = {}
 

@@ -112,9 +112,9 @@ class Calibration(Part):
     """Choice of the defaults, and the accuracy and cost of every certified signal.
 
     Attributes:
-        tune_size: number of samples on which the signal was chosen.
-        certify_size, groups: number of certifying samples, the source of all results, and of groups of related
-            samples among them.
+        tune_size: number of tuning samples, which decide the signal.
+        certify_size, groups: number of certifying samples, which give all results, and of groups of related samples
+            among them.
         self_labelled: the labels are the original model's answers, or full depth's if `original_disagreement` is None,
             so that accuracy is agreement with them.
         original_disagreement: share of samples on which full depth differs from the original model before
@@ -149,13 +149,13 @@ class Manifest(Architecture):
     Attributes:
         thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
             exclude each other.
-        tolerance: of a regression model, the largest difference between answers that count as equal, in its units. It
-            has one label, the name of its value, and only the signal risk. None: it has classes.
+        tolerance: of a regression model, the largest difference between answers that count as equal, in its units. Such
+            a model has one label, the name of its value, and only the signal risk. None: the model has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.
         source: hub id or folder of a stock classifier that runs at full depth; None: it was exported with exits.
         input: the model was trained on single texts or on pairs; None: unknown, it takes both.
-        export: checks of the export: parity with PyTorch; for int8, the accuracy by exit in fp32 and int8 and the share
-            of samples with the same exit and label.
+        export: checks of the export: parity with PyTorch, for checkpoints of `de3 train`; for int8, the accuracy by
+            exit in fp32 and int8 and the share of samples with the same exit and answer.
     """
 
     schema_version: Literal[6]
@@ -278,5 +278,5 @@ class Manifest(Architecture):
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     def required_files(self) -> list[str]:
-        """Files that every artifact has."""
+        """Files that the artifact must have."""
         return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]

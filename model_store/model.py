@@ -50,7 +50,7 @@ class Model:
         segments: index = layer; 0 is the embeddings.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless native.
-        why_not_native: reason why the kernels do not run an int8 artifact; empty if they do, or if it is fp32.
+        why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
         forward: runs several samples through all layers in one call; None unless native.
     """
 
@@ -64,8 +64,8 @@ class Model:
         """Read, check and load every file; raises StoreError for the first invalid one.
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
-        check: called before each slow step; an exception from it aborts loading. is_proved: another process of this
-        machine has found that they agree, so ONNX Runtime is not needed.
+        check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
+        machine has found that the kernels agree, so ONNX Runtime is not needed.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
@@ -117,13 +117,13 @@ class Model:
 
     @property
     def full_runtime(self) -> str:
-        """The runtime with its instruction set: native, vnni."""
+        """The runtime and its instruction set, such as "native, vnni"."""
         return f"{self.runtime}, {self.instructions}" if self.instructions else self.runtime
 
     def _native(
         self, artifact: Artifact, model: Any, prototypes: dict[int, Array], is_proved: bool
     ) -> tuple[Sequence[Segment], NativeForward]:
-        """The segments of the kernels; raises NoKernelsError unless they are proved, or agree with ONNX Runtime."""
+        """The kernels' segments and forward pass; raises NoKernelsError unless proved or close to ONNX Runtime's."""
         manifest = self.manifest
         from de3.native import kernels  # build() has found it
 
@@ -217,7 +217,7 @@ class Model:
 
 
 def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array]]) -> Network:
-    """The network of these weights, index = layer."""
+    """The kernels' description of an encoder; segments: its weights by name, index = layer."""
     encoder, head = architecture.encoder, architecture.head
     return Network(
         *(encoder.hidden_size, encoder.num_heads, encoder.inner, encoder.activation),

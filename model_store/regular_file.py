@@ -1,4 +1,4 @@
-"""Bounded reads of files that may come from elsewhere."""
+"""Bounded reads of untrusted files."""
 
 import os
 import stat
@@ -9,9 +9,10 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     """The bytes of a regular file of at most `limit` bytes.
 
     Type and size are those of the opened file, because the path may lead to another one a moment later: reading
-    /dev/zero would exhaust the memory. O_NONBLOCK: opening a FIFO would wait for a writer.
+    /dev/zero would exhaust the memory. Without O_NONBLOCK, opening a FIFO would wait.
 
-    Raises ValueError for a larger file and for a path that is not a regular file, and OSError, also for a link.
+    Raises ValueError for a larger file and for a path that is not a regular file, and OSError for a link or an
+    unreadable file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:

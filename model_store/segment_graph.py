@@ -11,8 +11,8 @@ takes them, (K, D) with unit rows, and returns distances (1, K). The exit is a b
 layer does not pay for it; without with_exit, logits and distances are zeros.
 
 A file is checked by building its segment once more, with the weights that it contains: everything else must be equal.
-A list of allowed operators would not be enough: they could be connected to a graph that takes any amount of time or
-memory, or that has a backdoor triggered by one word. Only the values of the weights are free.
+A list of allowed operators would not be enough: they could form a graph that takes any amount of time or memory,
+or that has a backdoor triggered by one word. Only the values of the weights are free.
 """
 
 from typing import Any
@@ -111,7 +111,7 @@ def _values(tensor: TensorProto, name: str, dtype: np.dtype[Any], shape: tuple[i
         raise GraphError(f"{where} must be {dtype} (type {wanted}), got type {tensor.data_type}")
     if tuple(tensor.dims) != shape:
         raise GraphError(f"{where} must be {dtype} of shape {list(shape)}, got {list(tensor.dims)[:10]}")
-    data = tensor.raw_data  # a copy each time
+    data = tensor.raw_data  # each access makes a copy
     if len(data) != size:
         raise GraphError(f"{where} has {len(data)} bytes, expected {size}")
     array: Array = np.frombuffer(data, dtype.newbyteorder("<")).reshape(shape)
@@ -121,7 +121,7 @@ def _values(tensor: TensorProto, name: str, dtype: np.dtype[Any], shape: tuple[i
 
 
 def _compare(model: ModelProto, g: Graph, name: str) -> None:
-    """Raise GraphError, naming the first difference, unless a message is this graph's, apart from its weights."""
+    """Raise GraphError, naming the first difference, unless a model is this graph, apart from its weights' values."""
     graph, expected = model.graph, g.model(name, [])
     for number, (node, wanted) in enumerate(zip(graph.node, expected.graph.node, strict=False), 1):
         if node.op_type != wanted.op_type:

@@ -63,7 +63,7 @@ class OnnxSegment:
     """A segment that ONNX Runtime runs."""
 
     def __init__(self, layer: int, session: Any, manifest: Manifest, prototypes: Array | None) -> None:
-        """session: of a graph that is the manifest's, as `segment_graph.read_segment` has checked."""
+        """session: of a graph that `segment_graph.read_segment` has checked against the manifest."""
         self.layer = layer
         self.is_exit = layer in manifest.exit_layers
         self._session = session
@@ -248,14 +248,14 @@ def session_options(max_tokens: int = ARENA_TOKENS) -> Any:
     options.log_severity_level = 3
     # No tensor is read from another file: the graphs are checked, and this folder does not exist.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", NOWHERE)
-    # One arena for all sessions. An arena keeps the memory of its longest text: with one for each layer, 12 layers of
-    # BERT's size kept 1.1 GB after texts of 512 tokens on two threads, and keep 0.15 GB so. Models of longer texts have
-    # none; texts of 400 to 1000 tokens measured 10 to 15% slower then.
+    # One arena for all sessions. An arena keeps the memory of its longest text: after texts of 512 tokens on two
+    # threads, 12 layers of BERT's size kept 1.1 GB with an arena each, and keep 0.15 GB with a shared one. Models of
+    # longer texts have no arena, which measured 10 to 15% slower for texts of 400 to 1000 tokens.
     options.enable_cpu_mem_arena = max_tokens <= ARENA_TOKENS
     if options.enable_cpu_mem_arena:
         _make_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
-        # Weights do not come from it: they would stay there after their model is unloaded.
+        # Weights are not allocated there: the arena would keep their memory after the model is unloaded.
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # The segments are built fused; a higher level would fuse Add and LayerNormalization into SkipLayerNormalization,
     # which measured 5 times slower than the two (docs/performance.md).

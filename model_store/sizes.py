@@ -1,4 +1,4 @@
-"""Check of the sizes in a config.json, which may come from elsewhere, before a model of that size is built."""
+"""Check of the sizes in a config.json, which is untrusted, before a model of that size is built."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from de3.model_store.part import MAX_LABELS, MAX_LAYERS, MAX_WIDTH
 
 MAX_BYTES = 2**24
-# The names of each number in the families' configurations.
+# The largest allowed sizes, by their names in the families' configurations.
 MAXIMA = {
     "num_labels": MAX_LABELS,
     **dict.fromkeys(("num_hidden_layers", "n_layers"), MAX_LAYERS - 1),
@@ -20,7 +20,7 @@ MAXIMA = {
 
 
 def read_config(file: Path) -> Any:
-    """The JSON of a config.json; raises ValueError if it is none, and OSError if it cannot be read."""
+    """The JSON of a config.json; raises ValueError if it is too large or not JSON, and OSError if unreadable."""
     with file.open("rb") as opened:
         data = opened.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -32,7 +32,7 @@ def read_config(file: Path) -> Any:
 
 
 def check_sizes(name: str, config: dict[str, Any]) -> None:
-    """Raise ValueError, which begins with the name, for a number or labels that no model has."""
+    """Raise ValueError, whose message begins with `name`, for sizes or labels that no model has."""
     for field, most in MAXIMA.items():
         value = config.get(field)
         if value is not None and (type(value) is not int or not 1 <= value <= most):

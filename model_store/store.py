@@ -50,7 +50,7 @@ class Artifact:
     """One version of a model on disk, with its manifest checked, but not yet its files.
 
     Attributes:
-        proof: file that records that it loads and runs on this machine; None: this is found out at each start.
+        proof: file that records that it loads and runs on this machine; None: checked at each start.
     """
 
     path: Path

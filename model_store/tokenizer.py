@@ -22,8 +22,8 @@ MAX_CHARS_IN_WINDOWS = 10
 # A long text is tokenized in pieces of PIECE to 2 · PIECE characters. WordPiece's worst case (words of 100 letters,
 # tokenized letter by letter) takes 3 µs per character on an idle machine.
 PIECE = 512
-# White space at which a text may be split. Control characters, which Python counts as white space, are excluded: BERT
-# deletes them.
+# White space at which a text may be split. Other control characters that Python counts as white space are excluded:
+# BERT deletes them.
 _SPACE = re.compile(r"(?<=\S)[ \t\n\r\u3000]")
 IDEOGRAPHS = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 _PROBE = "a"
@@ -81,7 +81,7 @@ class Windows:
         parts: ids of each text, int32.
         longer: index of the text that is split.
         spans: windows of that text.
-        truncated: the text does not fit into all windows.
+        truncated: the windows do not hold the whole text.
     """
 
     frame: _Frame
@@ -202,7 +202,7 @@ class TextTokenizer:
         return _tokens(ids, types, is_cut or sum(map(len, parts)) > room)
 
     def _split(self, parts: list[list[int]], most: int, is_cut: bool) -> Windows:
-        """Windows of texts with these ids; raises ValueError if the shorter text leaves no room for the longer."""
+        """Windows of texts with these ids; raises ValueError if the shorter takes more than MAX_SHORTER of one."""
         frame, longer = self.frames[len(parts) == 2], 0
         room = self.max_tokens - frame.size
         if len(parts) == 2:
@@ -287,9 +287,10 @@ class Tokenization:
 def _piece_end(text: str, start: int) -> int:
     """End of the piece that starts at `start`: a position at which splitting changes no token.
 
-    Such a position is before white space. If there is none within 512 characters, it is between punctuation and a
-    letter or digit, or next to a CJK ideograph or punctuation; failing that, the next such position. WordPiece has a
-    token boundary at each of these. With other tokenizers, a split within such a run may change tokens.
+    Such a position is before white space. If there is none from PIECE to 2 · PIECE characters on, it is between
+    punctuation and a letter or digit, or next to a CJK ideograph or punctuation; failing that, the next such position.
+    WordPiece has a token boundary at each of these. With other tokenizers, a split anywhere but before white space may
+    change tokens.
     """
     first, last = start + PIECE, start + 2 * PIECE
     if len(text) <= last:

@@ -1,7 +1,7 @@
 """Check of a tokenizer.json, which is untrusted, before the tokenizers library loads it.
 
 Only components of the supported encoders' tokenizers are allowed, with limits on those that are slow or lengthen a
-text: three normalizers in a row that each replace a letter with a thousand would exhaust the memory with one text.
+text: three normalizers in a row that each replace a letter with a thousand letters would exhaust memory with one text.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The kernels: encoder layers in C, for x86-64 with AVX2 and Arm with dotprod. ONNX Runtime runs models elsewhere."""
+"""The kernels: encoder layers in C, for x86-64 with AVX2 and Arm with dotprod. Elsewhere, ONNX Runtime runs models."""
 
 
 class NoKernelsError(Exception):

@@ -1,7 +1,7 @@
-/* The int8 products of Arm, i8mm (SMMLA) and dotprod (SDOT), and NEON, for Linux on aarch64.
+/* i8mm (SMMLA) and dotprod (SDOT) with NEON, for Linux on aarch64.
  *
- * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. Flipping a bit
- * turns an activation into int8, x − MIDDLE, so sums need no correction by Linear.offset.
+ * Both share everything but the int8 product. Sums of int8 products are exact, so both give the same bits. Flipping the
+ * top bit turns an activation into int8, x − MIDDLE, so sums need no correction by Linear.offset.
  */
 #include "kernels.h"
 
@@ -230,7 +230,7 @@ static void product_dotprod(const Product *p) {
     }
 }
 
-/* 16 multiply-adds by 16 independent sums. */
+/* 16 multiply-adds in each of 16 independent sums. */
 static double multiply_adds_dotprod(void) {
     enum { TIMES = 4000 };
     int32x4_t sum[16];
@@ -252,12 +252,12 @@ static double multiply_adds_dotprod(void) {
 #endif
 
 /* SMMLA multiplies 8 inputs of two rows by 8 inputs of two outputs. Rows are paired once for all outputs; two registers
- * of 4 outputs by 4 inputs are rearranged into two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16 sums
- * of 2 by 2. */
+ * of 4 outputs by 4 inputs are rearranged into two of 2 outputs by 8 inputs. With 4 pairs by 8 outputs there are 16
+ * sums of 2 by 2. */
 enum { I8MM_PAIRS = 4, PAIRED_SIZE = 1 << 16 }; /* twice the largest number of inputs of a layer: has_kernels() */
 
-/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the last is paired
- * with padding (Product.x). */
+/* For each pair of rows: 8 inputs of the first, 8 of the second, and so on. With an odd number of rows the last is
+ * paired with padding (Product.x). */
 static void pair_up(const uint8_t *x, int pairs, int in, int8_t *to) {
     for (int pair = 0; pair < pairs; pair++, x += 2 * (size_t)in)
         for (int k = 0; k < in; k += 16, to += 32) {
@@ -333,7 +333,7 @@ static void product_i8mm(const Product *p) {
     }
 }
 
-/* 32 multiply-adds by 16 independent sums. */
+/* 32 multiply-adds in each of 16 independent sums. */
 static double multiply_adds_i8mm(void) {
     enum { TIMES = 4000 };
     int32x4_t sum[16];
@@ -358,7 +358,8 @@ static double multiply_adds_i8mm(void) {
 /* Rows of a block. The loops have constant bounds, so that the sums stay in registers: 4 rows by 16 columns. */
 enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from keys (width, wide) on. added[r] may be NULL. */
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 16 keys from j on, to which keys (width, wide) and scores point.
+ * added[r] may be NULL. */
 static void score(const float *const *q, const float *keys, int width, int wide, float factor,
                   const float *const *added, int j, float *scores) {
     float32x4_t s[ROWS][4];

@@ -50,7 +50,7 @@ enum { ATTENTION_ROWS = 8 };
  * twice as fast: queries, keys, values and attention weights are rounded, sums are float32. */
 enum { LONG = 128 };
 
-/* Rounded to nearest (ties: even); NaN stays NaN. */
+/* x rounded to bfloat16, to nearest (ties: even); NaN stays NaN. */
 static inline float bfloat16_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -64,6 +64,7 @@ static inline void round_to_bfloat16(float *x, size_t count) {
     for (size_t i = 0; i < count; i++) x[i] = bfloat16_of(x[i]);
 }
 
+/* Size of the buffer `work` of attention, in floats. */
 static inline size_t attention_work(int width, int tokens) {
     return (3 * (size_t)width / 2 + 1 + ATTENTION_ROWS) * ROUND_UP(tokens, 16);
 }

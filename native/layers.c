@@ -82,7 +82,7 @@ static void run_rows(const Model *m, const Layer *layer, const float *from, cons
     k->layer_norm(to, rows, m->hidden, &layer->after_ffn);
 }
 
-/* The layer for `count` texts of `rows` tokens together. */
+/* Run a layer for `count` texts with `rows` tokens in all. */
 static int run_block(const Model *m, const Layer *layer, const float *from, const int *tokens, int count, int rows,
                      float *to) {
     const Kernels *k = kernels;
@@ -272,8 +272,8 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
     return failed ? -1 : 0;
 }
 
-/* A thread for run_passes_at_idle. Lowering a thread's priority needs no privileges but raising it again does, so the
- * calling thread keeps its own and waits. */
+/* Arguments and result of run_passes_at_idle, which runs in a worker thread: lowering a thread's priority needs no
+ * privileges but raising it again does, so the calling thread keeps its own and waits. */
 typedef struct {
     const Model *m;
     Pass *passes;

@@ -1,8 +1,8 @@
 /* The embeddings, an encoder layer, an exit, and the forward pass of several texts.
  *
- * The arithmetic of the int8 segments (model_store/segment_graph.py), operator by operator: activations are quantized to uint8 with
- * a scale for each row, int8 weights have a scale for each output, and everything else is float32. Every function
- * returns 0, or -1 for an id outside the tables or if memory runs out.
+ * The arithmetic of the int8 segments (model_store/segment_graph.py), operator by operator: activations are quantized
+ * to uint8 with a scale and center for each row, int8 weights have a scale for each output, and everything else is
+ * float32. Every function returns 0, or -1 for an id or a length beyond the tables, or if memory runs out.
  */
 #ifndef NATIVE_LAYERS_H
 #define NATIVE_LAYERS_H
@@ -13,7 +13,7 @@
 /* ids (tokens), types (tokens) or NULL → to (tokens, hidden). */
 int run_embeddings(const Model *m, const int64_t *ids, const int64_t *types, int tokens, float *to);
 
-/* Run the rows of `count` consecutive texts, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
+/* Run a layer for `count` consecutive texts, from (Σ tokens, hidden) → to (Σ tokens, hidden); from may be to.
  * The result of a text does not depend on the others. */
 int run_layer(const Model *m, int layer, const float *from, const int *tokens, int count, float *to);
 
@@ -30,7 +30,7 @@ typedef struct {
     double tau;
     Signal signal;
     const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */
-    double caution; /* factor of tau after an exit that is too far from its prototypes */
+    double caution; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
@@ -39,13 +39,13 @@ typedef struct {
 
     int exit_layer;   /* -1: not yet */
     int is_below_tau; /* its score at exit_layer is below tau */
-    int is_far;       /* an exit was too far from its prototypes */
+    int is_far;       /* it was too far from every prototype of some exit */
     double seconds;
 } Pass;
 
 enum { MAX_PASSES = 64 };
 
-/* Run layers first … last, until each text has exited. All texts run a layer together, so that its weights are read from
+/* Run layers first … last, until each text has exited. All texts run a layer together, so its weights are read from
  * memory once; the result of a text does not depend on the others. With first > 0 the passes continue: hidden states,
  * logits and distances are those of the previous call. prototypes: by layer. far: the largest allowed distance to the
  * nearest prototype by layer, or NULL. */

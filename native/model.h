@@ -1,7 +1,7 @@
 /* A model: the weights of an artifact's int8 segments.
  *
- * It is read-only once built, so threads share it. Names of sizes: in and out of a linear layer, hidden for the width of
- * the hidden states, inner for the width inside the feed-forward network.
+ * It is read-only once built, so threads share it. Names of sizes: in and out of a linear layer, hidden for the width
+ * of the hidden states, inner for the width inside the feed-forward network.
  */
 #ifndef NATIVE_MODEL_H
 #define NATIVE_MODEL_H
@@ -73,8 +73,8 @@ typedef struct {
     Head head;                      /* of the last exit */
 } Model;
 
-/* Index of a weight in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are adjacent, as the
- * int8 instructions of AMX, AVX-512 VNNI and others take them. */
+/* Index of a weight in Linear.tiles. A tile holds 64 inputs of 16 outputs; four inputs of an output are adjacent, as
+ * the int8 instructions of AMX, AVX-512 VNNI and others take them. */
 static inline size_t tile_index(int in, int input, int output) {
     size_t tile = (size_t)(output / 16) * (in / 64) + input / 64;
     return tile * 1024 + input % 64 / 4 * 64 + output % 16 * 4 + input % 4;
@@ -92,17 +92,17 @@ void *copy_of(const void *from, size_t bytes);
 /* A model without weights; NULL: out of memory. */
 Model *new_model(int hidden, int num_heads, int inner, int num_layers);
 
-/* Address of the tiles of a layer's linear: 0 qkv, 1 out, 2 up, 3 down. */
+/* Address of the tiles of a linear layer. which: 0 qkv, 1 out, 2 up, 3 down. */
 int8_t *tiles_of(const Model *m, int layer, int which);
 
-/* Pack weights (in, out), row by row, into tiles. -1: out of memory; call free_linear in any case. */
+/* Pack weights (in, out), row by row, into tiles. Returns -1 if out of memory; call free_linear in any case. */
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
                 int8_t *tiles, int8_t *end);
 
 /* End of the tiles of all layers. */
 int8_t *end_of_tiles(const Model *m);
 
-/* Free everything but the tiles. */
+/* free_linear keeps the tiles, which belong to the Model or ExitHead. */
 void free_linear(Linear *w);
 void free_norm(Norm *n);
 void free_model(Model *m);

@@ -20,7 +20,7 @@ HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
 
 @dataclass(frozen=True)
 class Head:
-    """A dense layer between pooling and the last exit's classifier; mean: of all tokens, otherwise the first."""
+    """A dense layer between pooling and the last exit's classifier. mean: as in Network, for this exit."""
 
     activation: str
     mean: bool

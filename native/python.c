@@ -1,4 +1,4 @@
-/* The extension module de3.native.kernels: arguments checked, buffers held, and the GIL released while layers run.
+/* The extension module de3.native.kernels: checks arguments, holds buffers, and releases the GIL while layers run.
  * native/kernels.pyi has the types of its functions. */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030b0000 /* one build for Python 3.11 and all later versions */
@@ -15,7 +15,7 @@
 #define CAPSULE "native.Model"
 #define MAX_TOKENS (1 << 16)
 
-/* True unless the kernels in use are the reference, and no test chose it. */
+/* False if the kernels in use are the reference, unless a test chose it. */
 static int is_fast;
 
 static void destroy(PyObject *capsule) { free_model(PyCapsule_GetPointer(capsule, CAPSULE)); }
@@ -460,7 +460,7 @@ static PyObject *py_through(PyObject *self, PyObject *args) {
 
 /* ---- the rule, for the tests ------------------------------------------------------------------------ */
 
-/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], those computed so far;
+/* score(exits, signal, lam, weights, thresholds): exits: [(logits (K), distances (K) or None)], of layers 0, 1, …;
  * thresholds float64 (K) of a multi-label model, or None. */
 static PyObject *py_score(PyObject *self, PyObject *args) {
     PyObject *list;
@@ -495,7 +495,7 @@ static PyObject *py_exits(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"implementations", py_implementations, METH_NOARGS, "Implementations that this machine can run, the best first."},
-    {"supported", py_supported, METH_NOARGS, "The implementation in use; empty for the reference."},
+    {"supported", py_supported, METH_NOARGS, "Implementation in use; empty for the reference, unless use() chose it."},
     {"why_not", py_why_not, METH_NOARGS, "Reason why this machine runs only the reference, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},

@@ -53,7 +53,7 @@ static float dot(const float *a, const float *b, int count) {
     return sum;
 }
 
-/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: one per token. */
+/* One row of one head: the weights of all tokens, then the weighted mean of their values. offsets: by key or NULL. */
 static void attend(const float *q, const float *k, const float *v, int tokens, int width, int stride,
                    const float *offsets, float *weights, float *to) {
     float largest = -INFINITY, total = 0.0f;

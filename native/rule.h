@@ -1,7 +1,7 @@
 /* The exit decision, operation by operation as in exits/reading.py, exits/signals.py and exits/rule.py.
  *
- * Everything is float64, in Python's order and without fused multiply-adds (-ffp-contract=off), so that both
- * make the same decision for every text (tests/test_native.py).
+ * Everything is float64, in Python's order and without fused multiply-adds (-ffp-contract=off), so that C
+ * and Python make the same decision for every text (tests/test_native.py).
  */
 #ifndef NATIVE_RULE_H
 #define NATIVE_RULE_H
@@ -10,9 +10,9 @@
 typedef struct {
     int layer;
     int label;                      /* the most probable class (ties: lowest index) */
-    int is_value;                   /* of a regression model: the only logit is the answer, value */
+    int is_value;                   /* a regression model: value, the only logit, is the answer */
     double value;
-    double margin;                  /* the highest logit minus the second; of labels: to the nearest threshold */
+    double margin;                  /* the highest logit minus the second; multi-label: least distance to a threshold */
     double entropy;                 /* in [0, 1] */
     double distance_ratio, nearest; /* in [0, 1] and [0, 2]; NaN at an exit without prototypes */
     double score;                   /* of the signal, in [0, 1]; NaN: undefined at this exit */
@@ -28,11 +28,12 @@ typedef struct {
     const double *weights; /* RISK's, (num_layers + 1, RISK_FEATURES): see exits/signals.py; NaN: no exit */
 } Signal;
 
-/* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has none.
- * thresholds: of a multi-label model, as logits, num_labels; NULL: classes exclude each other. One label: a value. */
+/* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has no
+ * prototypes. thresholds: of a multi-label model, as logits, num_labels; NULL: classes exclude each other. One label: a
+ * value. */
 Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
 
-/* The probabilities of an exit's labels, num_labels; of each label by itself if there are thresholds. */
+/* The probabilities of an exit's labels, num_labels; each label independent if there are thresholds. */
 void probabilities(const float *logits, const double *thresholds, int num_labels, double *to);
 
 /* The signal at the last of `count` computed exits of a text, in [0, 1]; NaN: undefined at this exit. */

@@ -214,7 +214,7 @@ static inline const int8_t *ahead_of(const Linear *w, const int8_t *strip) {
  * all outputs. With 5 rows by 16 outputs, 10 sums, 4 weights, an input and a product fill the registers. */
 enum { AVX2_ROWS = 5, SPLIT_SIZE = 1 << 15 }; /* largest number of inputs of a layer: has_kernels() */
 
-/* Four inputs 0 1 2 3 to 16 bits as 0 2 1 3. */
+/* Widen inputs to 16 bits, every four in the order 0 2 1 3. */
 static void split(const uint8_t *x, size_t count, int16_t *to) {
     const __m256i even = _mm256_set1_epi16(0xff);
     for (size_t i = 0; i < count; i += 32) {
@@ -283,7 +283,7 @@ static void product_avx2(const Product *p) {
     }
 }
 
-/* 16 multiply-adds by 12 independent sums, as the product does them. */
+/* 16 multiply-adds in each of 12 independent sums, with the product's instructions. */
 static double multiply_adds_avx2(void) {
     enum { TIMES = 4000, SUMS = 12 };
     __m256i sum[SUMS], x = _mm256_set1_epi16(1);
@@ -303,7 +303,8 @@ static double multiply_adds_avx2(void) {
  * there are 8 independent sums, enough to hide the latency of FMA. */
 enum { ROWS = 4 }; /* at most ATTENTION_ROWS */
 
-/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8·vectors keys from keys (width, wide) on. added[r] may be NULL. */
+/* scores[r][j] = factor · q[r]·k[j] + added[r][j] for 8 · `vectors` keys from j on, to which keys (width, wide) and
+ * scores point. added[r] may be NULL. */
 static inline __attribute__((always_inline)) void score(const float *const *q, const float *keys, int width, int wide,
                                                         __m256 factor, int vectors, const float *const *added, int j,
                                                         float *scores) {
@@ -487,7 +488,7 @@ static void product_avxvnni(const Product *p) {
     }
 }
 
-/* 4·8 multiply-adds by 12 independent sums. */
+/* 4·8 multiply-adds in each of 12 independent sums. */
 static double multiply_adds_avxvnni(void) {
     enum { TIMES = 4000, SUMS = 12 };
     __m256i sum[SUMS], x = _mm256_set1_epi8(1);

@@ -190,7 +190,7 @@ static void finish_tile(const Product *p, const int32_t *tile, int row, int colu
 }
 
 /* VNNI: a block of rows by 32 outputs, 4 inputs at a time, from the tiles of AMX. With 12 rows, 24 sums, two
- * weights and an input fill the registers; each number of rows has its own loop, so that no row is wasted.
+ * weights and an input take 27 of 32 registers; each number of rows has its own loop, so that no row is wasted.
  *
  * With few rows, reading the weights from memory takes longer than multiplying, so the weights AHEAD bytes later are
  * prefetched, from `ahead` on, `step` bytes for each input: each block of rows prefetches its share of a strip of 32
@@ -335,8 +335,8 @@ static inline __attribute__((always_inline)) void accumulate(const float *const 
     }
 }
 
-/* Arguments of attention for a block of rows of a head. keys: transposed, (width, wide); v: (tokens, stride); with pairs
- * both have half as many rows. */
+/* Arguments of attention for a block of rows of a head. keys: transposed, (width, wide); v: (tokens, stride); with
+ * pairs both have half as many rows. */
 typedef struct {
     const float *q[ATTENTION_ROWS], *added[ATTENTION_ROWS]; /* added: offsets of the scores, or NULL */
     const float *keys, *v;
@@ -530,7 +530,7 @@ static float dot(const float *a, const float *b, int count) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* 4·16 multiply-adds by 16 independent sums. */
+/* 4·16 multiply-adds in each of 16 independent sums. */
 static double multiply_adds_vnni(void) {
     enum { TIMES = 4000 };
     __m512i sum[16], x = _mm512_set1_epi8(1);

@@ -1,4 +1,4 @@
-"""The families of encoders, one file each, with one interface (encoder.py). No other code depends on a family."""
+"""The encoder families, which share one interface (encoder.py). No other code depends on a family."""
 
 from typing import Annotated, Any, get_args
 

@@ -1,4 +1,4 @@
-"""DeBERTa-v2 and v3: attention adds terms for the distance between two tokens and the content of each."""
+"""DeBERTa-v2 and v3: attention adds terms that combine one token's content with its distance to the other."""
 
 from math import sqrt
 from typing import Any, ClassVar, Literal, Self
@@ -21,9 +21,9 @@ class Deberta(Bert):
     """DeBERTa-v2 and v3, whose checkpoints have the type deberta-v2.
 
     Attributes:
-        terms: c2p multiplies queries with the table of relative keys, p2c keys with the table of relative queries.
+        terms: c2p multiplies queries by the table of relative keys, p2c keys by the table of relative queries.
         rows: rows of these tables.
-        distances: number of tokens whose distances have a row.
+        distances: longest text, in tokens, whose distances all have a row.
     """
 
     DEFAULTS: ClassVar = Bert.DEFAULTS | {
@@ -60,7 +60,7 @@ class Deberta(Bert):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json with what it omits."""
+        """A config.json, completed with defaults."""
         full = {**super().complete(config)}
         full.setdefault("pooler_hidden_size", full["hidden_size"])
         if isinstance(terms := full["pos_att_type"], str):
@@ -93,7 +93,7 @@ class Deberta(Bert):
         buckets, farthest = config.get("position_buckets", -1), _farthest(config)
         if max(buckets, farthest) > MAX_WIDTH // 2:
             raise ValueError(f"position_buckets and max_relative_positions must be at most {MAX_WIDTH // 2}")
-        # Otherwise transformers would divide by a logarithm that is not above 0.
+        # Otherwise transformers would divide by a logarithm of 0 or less.
         if buckets > 0 and (buckets < 2 or farthest - 1 <= buckets // 2):
             raise ValueError(
                 f"{buckets} position_buckets cannot be exported with {farthest} max_relative_positions: there must be "
@@ -129,7 +129,7 @@ class Deberta(Bert):
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens of a text."""
+        """Maximum number of tokens of a text."""
         return min(self.positions or MAX_TOKENS, self.distances)
 
     @property
@@ -214,7 +214,7 @@ def _farthest(config: Config) -> int:
 
 
 def _span(config: Config) -> int:
-    """Half of the number of rows of the table of relative embeddings."""
+    """Half the number of rows of the table of relative embeddings."""
     buckets = int(config.get("position_buckets", -1))
     return buckets if buckets > 0 else _farthest(config)
 
@@ -249,7 +249,7 @@ def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
 
 def _check_row_numbers(numbers: Array, rows: int) -> None:
     """Raise GraphError unless they number the buckets of distances: symmetric around the middle, one row for each small
-    distance, and ascending with the distance. (Computed anew, they could differ by the processor's logarithms.)
+    distance, and ascending with the distance. (Recomputed, they could differ, as logarithms depend on the processor.)
     """
     longest, half = len(numbers) // 2, rows // 2
     low, high = numbers[:longest][::-1].astype(np.int64), numbers[longest + 1 :].astype(np.int64)

@@ -56,12 +56,12 @@ class Encoder(Part, ABC):
         epsilon: of every norm.
     """
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # of a config.json that omits them
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}  # what a config.json may omit
     PREFIX: ClassVar[str] = ""  # of the encoder's weights in transformers' …ForSequenceClassification
     RETURNS_TYPES: ClassVar[bool] = False  # its tokenizers return token types unless they say otherwise
     FINAL_NORM: ClassVar[str] = ""  # name of the norm between a layer's hidden states and its exit
-    NO_KERNELS: ClassVar[str] = ""  # why the kernels do not run it, if they do not
-    HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; else it may have one
+    NO_KERNELS: ClassVar[str] = ""  # reason why the kernels do not run it; empty if they do
+    HAS_POSITIONS: ClassVar[bool] = True  # it must have a table of positions; otherwise it may have one
     HAS_TOKEN_TYPES: ClassVar[bool] = True  # it may have a table of token types
     HAS_PROJECTION: ClassVar[bool] = False  # its embeddings may have another width
     HAS_BIASES: ClassVar[bool] = True  # its linear layers and norms have biases; else a missing one is zero
@@ -102,7 +102,7 @@ class Encoder(Part, ABC):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json with what it omits, in the form that transformers 5 gives it."""
+        """A config.json, completed with defaults, in the form of transformers 5."""
         return {**cls.DEFAULTS, **{name: value for name, value in config.items() if value is not None}}
 
     @classmethod
@@ -126,7 +126,7 @@ class Encoder(Part, ABC):
         """The head of transformers' …ForSequenceClassification; raises ValueError if it cannot be exported."""
 
     def embedding_weights(self, config: Config, state: State) -> Weights:
-        """The weights of `embed`; raises ValueError for tables of other sizes than the configuration's.
+        """The weights of `embed`; raises ValueError for tables whose sizes are not the configuration's.
 
         Without token types, the embedding of type 0 is added to every position or word.
         """
@@ -154,7 +154,7 @@ class Encoder(Part, ABC):
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens of a text."""
+        """Maximum number of tokens of a text."""
         return self.positions or MAX_TOKENS
 
     def embed(self, g: Graph, ids: str, types: str) -> str:
@@ -209,7 +209,7 @@ class Encoder(Part, ABC):
 
 
 def check_shape(name: str, array: Array, *shape: int) -> None:
-    """Raise ValueError for the weight of a module of transformers that has another shape than its configuration."""
+    """Raise ValueError unless the weight of a module in transformers' model has the shape that its config implies."""
     if array.shape != shape:
         raise ValueError(f"{name}.weight has the shape {array.shape}; by its config.json it must be {shape}")
 

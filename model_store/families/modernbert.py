@@ -19,7 +19,7 @@ HEAD_ACTIVATIONS = ("gelu", "relu", "tanh")
 POOLINGS = ("cls", "mean")
 THETAS = 160_000.0, 10_000.0  # bases of RoPE, by kind
 MAX_THETA = 1e12
-DENSE = 4  # windows: texts up to this length are one block
+DENSE = 4  # in windows: texts up to this length are one block
 MASKED = float(np.finfo(np.float32).min)  # added to the score of a masked token
 
 
@@ -27,7 +27,7 @@ class ModernBert(Encoder):
     """ModernBERT.
 
     Attributes:
-        window: largest distance to which a token attends in local layers.
+        window: largest distance at which a token attends to another in local layers.
         local_layers: layers with local attention, from 1.
     """
 
@@ -88,7 +88,7 @@ class ModernBert(Encoder):
 
     @classmethod
     def complete(cls, config: Config) -> Config:
-        """A config.json with what it omits; transformers 4 had other names for kinds of layers and bases of RoPE."""
+        """A config.json, completed with defaults; transformers 4 names layer kinds and bases of RoPE differently."""
         full = {**super().complete(config)}
         every, count = full["global_attn_every_n_layers"], full["num_hidden_layers"]
         full.setdefault("layer_types", [KINDS[i % every > 0] for i in range(count)])
@@ -183,7 +183,7 @@ class ModernBert(Encoder):
 
         Weights: attention_norm, except in the first layer, as the embeddings end with a norm; qkv, attention_out,
         ffn_norm, ffn_in (hidden, 2·inner), the activated part and its gate, and ffn_out; frequencies (hidden / heads /
-        2,): position p turns pair i by p · frequencies[i].
+        2,): position p rotates pair i by p · frequencies[i].
         """
         size, inner = self.hidden_size, self.inner
         normed = hidden if layer == 1 else g.norm(hidden, "attention_norm", size, self.epsilon)
@@ -246,6 +246,6 @@ class ModernBert(Encoder):
 
 
 def _check_frequencies(frequencies: Array) -> None:
-    """Raise GraphError for other frequencies than export writes; computed anew, they could differ by the processor."""
+    """Raise GraphError unless they descend from 1 to 0 or more. (Recomputed, they could differ by processor.)"""
     if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")

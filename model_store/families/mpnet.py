@@ -1,4 +1,4 @@
-"""MPNet: like RoBERTa, with an attention bias by the distance between two tokens, the same in every layer."""
+"""MPNet: RoBERTa with an attention bias that depends on the distance between tokens, alike in every layer."""
 
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,7 @@ class MPNet(Roberta):
     """MPNet.
 
     Attributes:
-        distances: number of tokens whose distances have an offset.
+        distances: longest text, in tokens, whose distances all have an offset.
     """
 
     DEFAULTS: ClassVar = Roberta.DEFAULTS | {"vocab_size": 30527, "relative_attention_num_buckets": BUCKETS}
@@ -54,11 +54,11 @@ class MPNet(Roberta):
 
     @property
     def longest(self) -> int:
-        """The largest number of tokens of a text."""
+        """Maximum number of tokens of a text."""
         return min(self.positions, self.distances)
 
     def layer_weights(self, config: Config, state: State, layer: int) -> Weights:
-        """The weights of `block`; offsets is (heads, 2·distances − 1), for key − query = 1 − distances …."""
+        """The weights of `block`; offsets is (heads, 2·distances − 1), for key − query from 1 − distances on."""
         table = state["encoder.relative_attention_bias.weight"]
         check_shape("encoder.relative_attention_bias", table, BUCKETS, self.num_heads)
         offsets = table[_buckets(self.distances)].T
