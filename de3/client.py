@@ -99,7 +99,7 @@ class Answer:
 
 
 class ServerError(Exception):
-    """A request that the server refused or failed to answer, or answered with something other than an answer.
+    """A request that the server refused or failed to answer, or whose response is unusable.
 
     Attributes:
         status: the HTTP status; 200 if the answer is malformed, too large or incomplete.
@@ -146,7 +146,7 @@ def _unusable(response: httpx.Response, reason: object) -> ServerError:
 
 
 def _too_late(response: httpx.Response | None, timeout_s: float) -> Exception:
-    """The error for a response that did not arrive in time; None: its head did not."""
+    """The error for a response that did not arrive in time. response: None if its headers did not arrive either."""
     message = f"no complete answer within {timeout_s:g} s"
     return httpx.ReadTimeout(message) if response is None else _unusable(response, message)
 

@@ -1,4 +1,4 @@
-"""Limits on the time and the size of an HTTP response. httpx has none: its time-outs are those of a single read."""
+"""Limits on the time and the size of an HTTP response. httpx has neither: its timeouts are for a single read."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ CONNECTED = {f"connection.{name}.complete" for name in ("connect_tcp", "connect_
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Context in which reads of connections that are traced by `trace` raise ReadTimeout after this time."""
+    """Context in which reads of connections traced by `trace` raise ReadTimeout after this time."""
     token = _end.set(monotonic() + seconds)
     try:
         yield
@@ -27,7 +27,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def trace(event: str, info: dict[str, Any]) -> None:
-    """The extension "trace" of requests; it makes each read of a new connection observe time_limit."""
+    """Trace extension of requests, which makes reads of new connections observe time_limit."""
     if event in CONNECTED:
         stream = info["return_value"]
         stream.read = partial(_read, stream.read)
@@ -41,7 +41,7 @@ def _read(read: Callable[[int, float], bytes], max_bytes: int, timeout: float | 
 
 
 class Body:
-    """The body of a response, decompressed as it arrives, so that a small one cannot fill the memory.
+    """The body of a response, decompressed as it arrives, up to a limit: a small one cannot fill the memory.
 
     Requests must accept gzip only.
     """

@@ -53,7 +53,7 @@ class Columns:
     quotes: Annotated[
         bool | None,
         Option(
-            help="Quotation marks delimit fields. Default: no in .tsv (as in GLUE's files), else yes.",
+            help="Quotation marks enclose fields. Default: no in .tsv (as in GLUE's files), else yes.",
             show_default=False,
             rich_help_panel=PANEL,
         ),
@@ -61,7 +61,7 @@ class Columns:
     delimiter: Annotated[
         str | None,
         Option(
-            help="Character between fields, or tab, for files of any name. Default: by .csv, .tsv or .jsonl.",
+            help="Character between fields, or tab; for files with any extension. Default: by extension.",
             show_default=False,
             rich_help_panel=PANEL,
         ),
@@ -71,7 +71,7 @@ class Columns:
 
 
 def records(path: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
-    """The rows of a file, each with its place, FILE:LINE: a dict by column; from .jsonl any JSON value.
+    """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
 
     Blank lines are skipped. Raises ValueError for a file that cannot be read as a table, or has no rows.
     """
@@ -137,7 +137,7 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a file opened with surrogateescape; raises ValueError, naming the line, for one that is no text.
+    """The lines of a file opened with surrogateescape; raises ValueError, naming the line, for one that is not UTF-8.
 
     A line is read only up to MAX_LINE, however long it is.
     """
@@ -146,7 +146,7 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
         number += 1
         if len(line) > MAX_LINE:
             raise ValueError(f"{path}:{number}: a line of more than {MAX_LINE} characters")
-        # UTF-16 without a mark has a zero beside each ASCII letter, and is valid UTF-8.
+        # UTF-16 without a byte order mark has a zero beside each ASCII letter, and is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))
         if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
             reason = "has a zero byte" if "\0" in line else "not UTF-8"
@@ -191,7 +191,7 @@ def text_of(record: Any, column: str, where: str, option: str = "--text-column")
 
 
 def _check_characters(value: str, column: str, where: str) -> None:
-    """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape: it has no encoding."""
+    """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape: it cannot be encoded."""
     if not value.isascii() and (half := _SURROGATE.search(value)):
         raise ValueError(
             f"{where}: {column} has {half[0]!a}, half of a surrogate pair, which is no character"
@@ -220,7 +220,7 @@ def _label(record: Any, columns: Columns, where: str) -> str:
     if columns.multi_label and isinstance(record, dict) and column in record:
         label = record[column]
         if isinstance(label, list) and all(isinstance(one, str | int) for one in label):
-            return JOINT.join(map(str, label))  # "" is no label
+            return JOINT.join(map(str, label))  # "": no label
         if label is None:
             raise ValueError(f"{where}: {column} is missing; leave it empty for a text without a label")
         if isinstance(label, str):

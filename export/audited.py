@@ -1,4 +1,4 @@
-"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. It has every exit, so no text is run."""
+"""Reads the audit log (`de3 serve --log-audits`) as calibration samples. The log has every exit, so no text is run."""
 
 import heapq
 from collections.abc import Iterator, Sequence

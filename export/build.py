@@ -8,16 +8,16 @@ from de3.model_store.families.encoder import Config, Weights, named
 from de3.model_store.graph import source_of
 from de3.model_store.segment_graph import build_segment, graph_name
 
-Modules = Mapping[str, str]  # an exit's part, such as classifier, and its module's name
+Modules = Mapping[str, str]  # module names by part of an exit, such as classifier
 
 
 def segments(
     architecture: Architecture, config: Config, state: StateFile, exits: Mapping[int, Modules]
 ) -> Iterator[tuple[str, bytes]]:
-    """The segments' file names and files in execution order, one at a time, as they take memory.
+    """Yield the segments' file names and contents in execution order, one at a time to save memory.
 
     config: the encoder's. exits: the modules of each exit by its layer; see segment_graph.build_segment. Raises
-    KeyError for a missing weight, and ValueError for one of another shape.
+    KeyError for a missing weight, and ValueError for one of the wrong shape.
     """
     encoder, lack_biases = architecture.encoder, not architecture.encoder.HAS_BIASES
     for layer, file in enumerate(architecture.segment_files()):

@@ -1,4 +1,4 @@
-"""A cache of artifacts made from stock classifiers: each is made once, and the least recently used are removed."""
+"""An LRU cache of artifacts converted from stock classifiers."""
 
 import hashlib
 import os
@@ -18,21 +18,21 @@ from de3.model_store.manifest import SCHEMA_VERSION
 from de3.model_store.printable import printable
 from de3.model_store.store import Artifact, Store, StoreError
 
-FORMAT = 1  # of what classifier.py writes; a change makes every artifact anew
+FORMAT = 1  # of what classifier.py writes; changing it invalidates the cache
 MAX_MESSAGE = 500
 PROOF = ".proof"
 
 
 def cache_folder() -> Path:
-    """The folder of artifacts in DE3_CACHE, or by the XDG specification in ~/.cache/de3."""
+    """The folder of cached artifacts, in DE3_CACHE, or by the XDG specification in ~/.cache/de3."""
     base = os.environ.get("DE3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "de3"
-    return Path(base).expanduser() / "classifiers"  # nothing else is removed from the cache
+    return Path(base).expanduser() / "classifiers"  # evict removes nothing outside it
 
 
 def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
-    """The artifact of a stock classifier, by folder or hub id, made if the cache in `folder` has none.
+    """The artifact of a stock classifier, by folder or hub id, converted unless it is in the cache in `folder`.
 
-    Raises ValueError, a line that says what to do, for a classifier that cannot be served.
+    Raises ValueError, one line that names a remedy, for a classifier that cannot be served.
     """
     try:
         return _artifact_of(name, precision, folder)
@@ -55,17 +55,17 @@ def _artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
             raise ValueError(
                 f"{name}: the cache {folder} cannot be written ({error}): set DE3_CACHE to another folder"
             ) from None
-        with lock:  # a second server waits for the first, and makes nothing
+        with lock:  # a second server waits for the first, and uses its artifact
             artifact = _existing(place, model)
             if artifact is None:
-                shutil.rmtree(place / model, ignore_errors=True)  # of a start that was interrupted
+                shutil.rmtree(place / model, ignore_errors=True)  # left by an interrupted start
                 try:
                     convert(Stock.open(name, source), Store(place), model, precision, shown)
-                except (ValueError, OSError):  # a full disk, too
+                except (ValueError, OSError):  # such as a full disk
                     shutil.rmtree(place, ignore_errors=True)
                     raise
                 artifact = Store(place).open(model)
-    with suppress(OSError):  # a cache that is read-only
+    with suppress(OSError):  # a read-only cache
         os.utime(place)
     return replace(artifact, proof=place / PROOF)
 
@@ -77,7 +77,7 @@ def model_name(name: str) -> str:
 
 
 def evict(folder: Path, used: Collection[Artifact], limit_gb: float) -> None:
-    """Remove the least recently used artifacts until the others fit into the limit beside those that are used."""
+    """Remove the least recently used artifacts, except those in `used`, until the cache fits the limit."""
     keep, sizes = {artifact.path.parents[1] for artifact in used}, {}
     with suppress(OSError):
         for place in folder.iterdir():
@@ -94,7 +94,7 @@ def evict(folder: Path, used: Collection[Artifact], limit_gb: float) -> None:
 
 
 def _remove(place: Path) -> bool:
-    """Remove an artifact at once, unless a server is making it; true if it is gone."""
+    """Remove an artifact atomically, unless a server is converting it; true if it was removed."""
     try:
         with FileLock(_lock(place), timeout=0):
             removed = Path(mkdtemp(prefix=".removed-", dir=place.parent))
@@ -110,7 +110,7 @@ def _lock(place: Path) -> Path:
 
 
 def _existing(place: Path, model: str) -> Artifact | None:
-    """A whole artifact in the cache."""
+    """The artifact at a place in the cache; None if it is missing or incomplete."""
     try:
         artifact = Store(place).open(model)
         sizes = {name: (artifact.path / name).stat().st_size for name in artifact.manifest.files}

@@ -71,8 +71,8 @@ def calibrate(
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
     MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk fitted on the other.
 
-    wanted: the signal of the default, or auto. self_labelled: the labels are the model's own answers, those before
-    quantization or those of full depth.
+    wanted: the default signal, or auto. self_labelled: the labels are the model's own answers, before quantization or
+    at full depth.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
@@ -123,7 +123,7 @@ def calibrate(
 
 
 def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
-    """One signal of each kind, EDR with its best λ, and their merits on the tuning samples."""
+    """The signals by name (EDR at its best λ), each with its merit on the tuning samples."""
     whole = tune.whole
     scores = risk.cross_fit(tune.samples.recorded, tune.samples.groups)[tune.is_whole]
     tables = [
@@ -140,7 +140,7 @@ def _rivals(tune: Part, fitted: Risk) -> dict[str, tuple[Signal, float]]:
 
 
 def _choose(signals: dict[str, tuple[Signal, float]]) -> str:
-    """Risk, whose τ is a probability, unless another signal is clearly faster."""
+    """Choose risk, whose τ is a probability, unless another signal is clearly faster."""
     name = max(signals, key=lambda name: signals[name][1])
     return name if signals[name][1] > MIN_GAIN * signals["risk"][1] else "risk"
 
@@ -204,7 +204,7 @@ def _report(
         soft_wrap=True,
     )
     full = tables[default.signal][0]
-    if full.disagreement > 0:  # because of int8 or training
+    if full.disagreement > 0:  # because of int8 or fine-tuning
         console.print(
             f"full depth differs from {reference} in {100 * full.disagreement:.2f}% (at most "
             f"{100 * full.disagreement_bound:.2f}%, the smallest max_disagreement that can be guaranteed)",

@@ -1,6 +1,6 @@
-"""A stock classifier, read from its files without PyTorch, as an artifact that runs at full depth.
+"""Converts a stock classifier, without PyTorch, to an artifact that runs at full depth.
 
-The files may come from the hub, so they are hostile until checked.
+Its files may come from the hub, so they are untrusted.
 """
 
 import time
@@ -41,19 +41,19 @@ FILES = (
 
 
 class OldFormError(ValueError):
-    """Files that transformers can read and de3 alone cannot: pickled weights, or a tokenizer without tokenizer.json."""
+    """Files that only transformers can read: pickled weights, or a tokenizer in another format."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """What a config.json tells of a classifier.
+    """A classifier as its config.json describes it.
 
     Attributes:
-        config: with the defaults of what it omits.
+        config: contents of config.json, with defaults for omitted fields.
         family: of its encoder.
         head: the modules after the encoder.
         labels: in the order of the logits.
-        kind: its classes exclude each other, or each label is assigned by itself, or the answer is a value.
+        kind: classes that exclude each other, labels that are assigned independently, or a value (regression).
     """
 
     config: Config
@@ -68,14 +68,14 @@ def describe(
 ) -> Description:
     """The classifier of a config.json; raises ValueError, which begins with the name, if it cannot be served.
 
-    label_names: other names of its labels. multi_label: it is one even if config.json does not say so.
+    label_names: new names of its labels. multi_label: it is a multi-label model even if config.json does not say so.
     """
     if not isinstance(raw, dict):
         raise ValueError(f"{name}: its config.json is not a JSON object")
     check_sizes(name, raw)
     if raw.get("model_type") == "de3-bert":
         raise ValueError(f"{name} is a checkpoint of de3 train, with exits: de3 export {name} --name NAME")
-    architectures = raw.get("architectures")  # if they are not stated, the weights decide
+    architectures = raw.get("architectures")  # if config.json omits them, the weights decide
     try:
         known = family_named(raw.get("model_type"))
         if architectures and not any(str(a).endswith("ForSequenceClassification") for a in architectures):
@@ -95,14 +95,14 @@ def describe(
         raise ValueError(f"{name}: its config.json has a wrong value: {where}: {first['msg']}") from None
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    except Exception as error:  # a value of a type that no configuration has
+    except Exception as error:  # from values of unexpected types
         raise ValueError(
             f"{name}: its config.json has a wrong value ({type(error).__name__}: {error})"
         ) from None
 
 
 def _labels(raw: Config, given: list[str] | None) -> list[str]:
-    """The labels in the order of the logits, or as they are given; LABEL_0 … if config.json names none."""
+    """The labels in the order of the logits: those given, or of config.json, or LABEL_0 … if it has none."""
     names = {int(key): str(value) for key, value in (raw.get("id2label") or {}).items()}
     count = len(names) or raw.get("num_labels") or 2
     if names and set(names) != set(range(count)):
@@ -130,7 +130,7 @@ def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "valu
 
 
 def check_files(name: str, files: Collection[str]) -> None:
-    """Raise ValueError, with what to do, unless a classifier's files are among these."""
+    """Raise ValueError, naming a remedy, unless a classifier's files are among these."""
     if CONFIG not in files:
         if "adapter_config.json" in files:
             raise ValueError(
@@ -192,7 +192,7 @@ class Stock:
 
     @cached_property
     def modules(self) -> build.Modules:
-        """The modules of its head."""
+        """The module names of its head."""
         head = self.description.head
         return {"dense": head.dense, "classifier": head.classifier} | (
             {"norm": head.norm} if head.norm else {}
@@ -213,7 +213,7 @@ class Stock:
         return self.description.family.of(self.description.config, self.token_types)
 
     def architecture(self, precision: Precision) -> Architecture:
-        """The architecture of the classifier without other exits."""
+        """The architecture of the classifier, with its head as the only exit."""
         return Architecture.model_validate(
             {
                 "encoder": self._encoder,
@@ -229,14 +229,14 @@ class Stock:
         )
 
     def weights(self) -> AbstractContextManager[StateFile]:
-        """Its weights, while the context lasts."""
+        """Context with its weights."""
         return weights.opened(self.folder, self.description.family.PREFIX)
 
 
 def convert(stock: Stock, store: Store, model: str, precision: Precision, source: str | None = None) -> Path:
-    """Write a classifier as version 1 of a model into a store; returns its folder.
+    """Write a classifier into a store as version 1 of a model; returns its folder.
 
-    model: its name there. source: as its manifest states it; None: the classifier's name. Raises ValueError, which
+    model: its name there. source: for its manifest; None: the classifier's name. Raises ValueError, which
     begins with the classifier's name, if it cannot be served; no version is left behind then.
     """
     description = stock.description
@@ -266,7 +266,7 @@ def convert(stock: Stock, store: Store, model: str, precision: Precision, source
 
 @contextmanager
 def _errors_of(name: str) -> Iterator[None]:
-    """Raise ValueError, which begins with the name, for every error but those of the operating system."""
+    """Turn every error but OSError into a ValueError that begins with the name."""
     try:
         yield
     except KeyError as error:
@@ -276,13 +276,13 @@ def _errors_of(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except OSError:
         raise
-    except Exception as error:  # whatever arrays of an unexpected form raise
+    except Exception as error:  # from malformed files
         said = str(error) or type(error).__name__
         raise ValueError(said if said.startswith(name) else f"{name}: {said}") from None
 
 
 def _tokenizer(folder: Path, description: Description) -> tuple[bytes, dict[str, Any], int, bool]:
-    """tokenizer.json, tokenizer_config.json, the longest text by them, and whether there are token types."""
+    """tokenizer.json, tokenizer_config.json, the maximum number of tokens, and whether there are token types."""
     path = folder / TOKENIZER_CONFIG
     options = read_config(path) if path.is_file() else {}
     if not isinstance(options, dict):

@@ -1,4 +1,4 @@
-"""The error of an export."""
+"""The exception of a failed export."""
 
 
 class ExportError(ValueError):

@@ -33,7 +33,7 @@ class ExportSettings:
 
     Attributes:
         quantize: "int8" or "none".
-        max_loss: largest accuracy loss against full depth at the default (λ, τ), a fraction.
+        max_loss: largest accuracy loss against full depth at the default signal and τ, a fraction.
         max_int8_loss: largest accuracy loss of any exit in int8, a fraction.
         signal: the default signal, or auto.
     """
@@ -68,8 +68,8 @@ def export(
     The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The defaults are
     the parts that training held out.
 
-    Raises ExportError if the segments differ too much from the PyTorch model, and ValueError if the checkpoint cannot
-    be exported. In both cases nothing is published.
+    Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the
+    checkpoint cannot be exported. In both cases nothing is published.
     """
     opened = Checkpoint(checkpoint)
     tune, certify = opened.held_out("tune", tune_file), opened.held_out("certify", certify_file)
@@ -86,9 +86,8 @@ def export(
         exported = write(trained, "int8" if int8 else "fp32", draft, settings.name)
         plain = write(trained, "fp32", reference, settings.name) if int8 else exported
         proof: dict[str, Any] = {}
-        if (
-            not opened.is_frozen_import
-        ):  # an import has segments of a family that is known, and no model of its own
+        # An import needs no PyTorch: tests compare every family's segments with transformers.
+        if not opened.is_frozen_import:
             from de3.export.parity import parity
 
             proof["parity"] = parity(opened, plain, certify)

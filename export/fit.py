@@ -1,4 +1,4 @@
-"""Exits of a stock classifier, fitted on its pooled states to its own answers, without labels; it does not change."""
+"""Fits exits on a stock classifier's pooled states to its own answers, without labels or changes to its weights."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ from de3.export.states import POOLINGS, States
 from de3.training.progress import console, track
 
 HELD_OUT = 5  # a fifth of the texts chooses the pooling and the ridges
-RIDGES = (1e-2, 1e-3, 1e-4)  # from the strongest
-VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of standardized states
+RIDGES = (1e-2, 1e-3, 1e-4)  # strongest first
+VALUE_RIDGES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of a regression model
 STEPS, TOLERANCE = 100, 1e-6  # of L-BFGS, for each ridge
-CURVATURE = 0.1  # of the cross-entropy, by a probability: p(1 − p) at 0.9
+CURVATURE = 0.1  # of the cross-entropy in a logit: p(1 − p) at p ≈ 0.9
 LR = 1e-3  # of the prototypical networks
 BATCH = 64
 GAMMA = 0.01  # of Eq. 1
@@ -24,9 +24,8 @@ BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
-Loss = Callable[
-    [Array, Array], tuple[float, Array]
-]  # of logits and probabilities (n, K): its value and its gradient
+# From logits and target probabilities (n, K) to the loss and its gradient by the logits.
+Loss = Callable[[Array, Array], tuple[float, Array]]
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Exits:
 
     Attributes:
         pooling: of the states, "mean" or "cls".
-        classifiers: (K, hidden) and (K,).
+        classifiers: weights (K, hidden) and bias (K,).
         spaces: the prototypical networks, (hidden, hidden) and (hidden,); empty without prototypes.
-        prototypes: (K, hidden) of each space.
+        prototypes: of each space, (K, hidden).
     """
 
     pooling: str
@@ -46,7 +45,7 @@ class Exits:
     prototypes: list[Array]
 
     def recorded(self, of: States) -> Recorded:
-        """All exits of texts, the last included; the labels are the answers of full depth."""
+        """Record all exits, the last included, for texts; the labels are full depth's answers."""
         logits, distances = [], []
         for layer, (weight, bias) in enumerate(self.classifiers):
             x = of.pooled(self.pooling, layer)
@@ -64,10 +63,10 @@ class Exits:
 
 
 def fit(num_layers: int, texts: States, seed: int) -> Exits:
-    """Exits on every layer but the last.
+    """Fit exits on every layer but the last.
 
-    The pooling and the ridges are those that are best for a fifth of the texts, of exits fitted to the others. The
-    exits are then fitted to all of them, so that no other texts have chosen anything.
+    The pooling and the ridges are chosen on a fifth of the texts, with exits fitted to the others. The exits are then
+    fitted to all of them. The tuning and certifying samples take no part.
     """
     order = np.random.default_rng(seed).permutation(len(texts.logits))
     held, others = (texts.part(rows) for rows in np.split(order, [len(order) // HELD_OUT]))
@@ -94,13 +93,13 @@ def fit(num_layers: int, texts: States, seed: int) -> Exits:
 
 
 def _merit(of: Recorded) -> float:
-    """The merit of risk, cross-fitted: fitted on a part of the samples and measured on the others."""
+    """Merit of the risk signal, cross-fitted: each sample is scored by a risk fitted on others."""
     samples = Samples.independent(of)
     return calibration.merit(calibration.trade_off(samples, risk.fit(of), FINE_TAUS, risk.cross_fit(of)))
 
 
 def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[float, Linear]:
-    """A classifier and its ridge, which is the one with the smallest loss on held texts."""
+    """The ridge with the smallest loss on held-out texts, and its classifier."""
     y = held.pooled(pooling, layer)
 
     def loss(found: tuple[float, Linear]) -> float:
@@ -116,9 +115,9 @@ def _chosen(texts: States, held: States, pooling: str, layer: int) -> tuple[floa
 def _fitted(
     texts: States, pooling: str, layer: int, ridges: Sequence[float]
 ) -> Iterator[tuple[float, Linear]]:
-    """Classifiers by cross-entropy to the probabilities of full depth, or least squares to its values, for each ridge.
+    """Yield each ridge with its classifier, fitted to full depth by cross-entropy or, for values, least squares.
 
-    The ridge is on the weights of standardized states.
+    The ridge penalizes the weights of standardized states.
     """
     x = texts.pooled(pooling, layer)
     mean, spread = x.mean(0), x.std(0) + 1e-4
@@ -132,7 +131,7 @@ def _fitted(
 
 
 def _values(x: Array, wanted: Array, ridges: Sequence[float]) -> Iterator[Linear]:
-    """Ridge regressions of values (n, 1) on states (n, hidden)."""
+    """Ridge regressions of values (n, 1) on states (n, hidden), one per ridge."""
     mean = wanted.mean(0)
     moments, products = x.T @ x / len(x), x.T @ (wanted - mean) / len(x)
     for ridge in ridges:
@@ -144,7 +143,7 @@ def _loss_of(texts: States) -> Loss:
 
 
 def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
-    """The mean cross-entropy of classes."""
+    """Mean cross-entropy of classes."""
     shifted = logits - logits.max(-1, keepdims=True)
     odds: Array = np.exp(shifted)
     total = odds.sum(-1, keepdims=True)
@@ -154,17 +153,17 @@ def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
 
 
 def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
-    """The cross-entropy of labels that do not exclude each other: summed over labels, averaged over texts."""
+    """Binary cross-entropy of a multi-label model, summed over labels, averaged over texts."""
     value = float((np.logaddexp(0, logits) - wanted * logits).sum(-1).mean())
     gradient: Array = ((1 / (1 + np.exp(-logits)) - wanted) / len(logits)).astype(np.float32)
     return value, gradient
 
 
 def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator[Linear]:
-    """Regressions of the probabilities (n, K) on states (n, hidden), by L-BFGS; each starts at the one before.
+    """Logistic regressions of probabilities (n, K) on states (n, hidden), one per ridge, by L-BFGS.
 
-    L-BFGS sees the states in coordinates in which the loss curves about equally in all directions: it needs a third of
-    the steps.
+    Each starts at the solution before it. L-BFGS works in coordinates in which the loss has about equal curvature in
+    all directions, and so needs a third of the steps.
     """
     from scipy.optimize import minimize
 
@@ -199,7 +198,7 @@ def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator
 
 
 def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
-    """The exits with prototypical networks and prototypes, fitted to full depth's answers, if these are classes."""
+    """Add prototypical networks and prototypes, fitted to full depth's answers, if these are classes."""
     if train.thresholds is not None or train.tolerance is not None:
         return exits
     spaces, prototypes = [], []
@@ -215,7 +214,7 @@ def _with_spaces(exits: Exits, train: States, seed: int) -> Exits:
 def _with_every_class(
     states: Array, answers: NDArray[np.generic], weights: Array
 ) -> tuple[Array, NDArray[np.int64]]:
-    """Add a state for each class that is never the answer: the mean, moved along its classifier's weights."""
+    """Add a state for each class that is never the answer: the mean state, moved along the class's weights."""
     absent = sorted(set(range(len(weights))) - set(answers.tolist()))
     mean = states.mean(0)
     spread = np.linalg.norm(states - mean, axis=-1).mean()
@@ -224,7 +223,7 @@ def _with_every_class(
 
 
 def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> Linear:
-    """A prototypical network, trained by L_DAR (Eq. 2) in one pass, with sliding prototypes (Eq. 1)."""
+    """Train a prototypical network by L_DAR (Eq. 2) for one epoch, with moving-average prototypes (Eq. 1)."""
     rng, width = np.random.default_rng(seed), states.shape[1]
     network = [rng.normal(0, 0.02, (width, width)).astype(np.float32), np.zeros(width, np.float32)]
     moments = [(np.zeros_like(part), np.zeros_like(part)) for part in network]
@@ -246,7 +245,7 @@ def _space(states: Array, answers: NDArray[np.int64], count: int, seed: int) -> 
 
 
 def _adam(part: Array, moments: tuple[Array, Array], gradient: Array, step: int, rate: float) -> None:
-    """The step of AdamW with this number, from 1, in place; moments: of the gradient and its square."""
+    """Take one AdamW step in place. step: its number, from 1. moments: of the gradient and its square."""
     mean, square = moments
     mean += (1 - BETAS[0]) * (gradient - mean)
     square += (1 - BETAS[1]) * (gradient**2 - square)

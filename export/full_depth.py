@@ -18,7 +18,7 @@ from de3.training.checkpoint import Checkpoint
 
 
 def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join segments into one model, from input_ids and token_type_ids (1, T) to the last exit's logits (1, K)."""
+    """Join segments into one model, from input_ids and any token_type_ids (1, T) to the last exit's logits (1, K)."""
     nodes: list[onnx.NodeProto] = []
     weights: list[onnx.TensorProto] = []
     hidden = ""
@@ -71,7 +71,7 @@ def stitch(segments: list[onnx.ModelProto]) -> onnx.ModelProto:
 
 
 def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
-    """An int8 model with one activation scale for the whole text, the form that ONNX Runtime's fused operators take."""
+    """Convert an int8 model to one activation scale per text, as ONNX Runtime's fused operators require."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
     nodes = result.graph.node
@@ -82,7 +82,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
             taken_by.setdefault(name, []).append(node)
 
     def unscaled(name: str) -> str:
-        """The activations before each token is shifted and scaled."""
+        """Name of the activations before they are shifted and scaled per token."""
         return str(made_by[made_by[name].input[0]].input[0])
 
     fused, replaced = {}, {}
@@ -113,7 +113,7 @@ def fuse(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
-    """Name of the value that is split into queries, keys and values; empty for any other attention."""
+    """Name of the value that is split into queries, keys and values; empty if there is no such split."""
     makers = [made_by.get(name) for name in attention.input]
     first = makers[0]
     if first is None or first.op_type != "Split" or makers != [first] * 3:
@@ -122,7 +122,7 @@ def _qkv(attention: onnx.NodeProto, made_by: dict[str, onnx.NodeProto]) -> str:
 
 
 def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    """Set a graph's nodes, and drop those and the weights that its outputs do not depend on."""
+    """Set a graph's nodes, and drop nodes and weights that its outputs do not depend on."""
     needed, kept = {x.name for x in graph.output}, []
     for node in reversed(nodes):
         if needed & set(node.output):
@@ -135,7 +135,7 @@ def _prune(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 
 
 def dequantize(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A fused int8 model as float32: dequantized weights and float32 operators."""
+    """Convert a fused int8 model to float32: dequantized weights and float32 operators."""
     arrays = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     weights: dict[str, NDArray[Any]] = {}
@@ -180,10 +180,10 @@ def write(folder: Path, model: onnx.ModelProto, tokenizer: bytes, labels: list[s
 def export_full_depth(source: Path, folder: Path, int8: bool) -> None:
     """Write the full-depth model of a checkpoint or an artifact into a new folder.
 
-    source: the checkpoint's or artifact's folder. int8: false also writes an int8 artifact as float32, with the same
-    quantized weights.
+    source: the checkpoint's or artifact's folder. int8: if false, an int8 artifact is written as float32, with
+    dequantized weights.
 
-    Raises ValueError if the folder exists, and StoreError if the artifact is damaged.
+    Raises ValueError if the folder exists, or for int8 from an fp32 artifact, and StoreError for a damaged artifact.
     """
     if folder.exists():
         raise ValueError(f"{folder} exists already; choose a new folder")

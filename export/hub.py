@@ -1,4 +1,4 @@
-"""Stock classifiers by name: a folder, or files of the Hugging Face hub."""
+"""Finds stock classifiers by name: local folders, or repositories of the Hugging Face hub."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,10 +20,10 @@ MAX_DOWNLOAD_BYTES = 2**34
 
 
 def fetch(name: str) -> Path:
-    """The folder of a classifier: a path, or a snapshot of a hub repository, as id or id@revision.
+    """The local folder of a classifier: a path, or the downloaded snapshot of a hub repository, id or id@revision.
 
-    Files and config.json are checked before the weights are downloaded. Raises ValueError, which says what to do, if
-    there is no such folder or repository, or it cannot be served.
+    Its file list and config.json are checked before the weights are downloaded. Raises ValueError, naming a remedy, if
+    there is no such folder or repository, or its model cannot be served.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
@@ -45,7 +45,7 @@ def fetch(name: str) -> Path:
         ) from None
     except ValueError:
         raise
-    except Exception as error:  # of the HTTP client and its transports
+    except Exception as error:  # from the HTTP client and its transports
         reason = str(error).partition("\n")[0][:200]
         raise ValueError(
             f"{name}: no such folder here, and it cannot be read from the hub ({type(error).__name__}: {reason}): "
@@ -54,7 +54,7 @@ def fetch(name: str) -> Path:
 
 
 def is_folder(name: str) -> bool:
-    """True if a name is a path of a folder."""
+    """True if a name is the path of a folder."""
     try:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):  # such as ~name for an unknown user
@@ -66,7 +66,7 @@ def _snapshot(name: str, repository: str, revision: str | None) -> Path:
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except OfflineModeIsEnabled:
-        pass  # what was downloaded before is used
+        pass  # use what was downloaded before
     else:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         check_files(name, list(sizes))

@@ -1,6 +1,6 @@
-"""Import of a stock classifier as an artifact with early exits; its weights and full-depth answers are unchanged.
+"""Import of a stock classifier as an artifact with early exits; its weights do not change.
 
-Needs no PyTorch, except to train the encoder.
+Needs PyTorch only to fine-tune the encoder, and for files that only transformers can read.
 """
 
 import shutil
@@ -39,12 +39,12 @@ class ImportSettings:
     """Options of an import.
 
     Attributes:
-        threshold: of every label of a multi-label model, a probability; None: 0.5.
+        threshold: probability above which a multi-label model assigns a label; None: 0.5.
         tolerance: of a regression model: values that differ by more count as different.
         labelled: the texts have labels; otherwise the model's own answers are the labels.
         fragments: the texts contain fragments of each other.
-        finetune: also train the encoder, for better early exits, while full depth keeps the original's answers.
-        epochs, lr, bf16: of finetune.
+        finetune: also train the encoder, for better early exits, towards the original's probabilities.
+        epochs, lr, bf16: settings of finetune.
         command: command line that resumes the import, shown if its unfinished checkpoint is opened.
     """
 
@@ -71,8 +71,8 @@ def import_classifier(
 ) -> Path:
     """Fit exits to a stock classifier on texts, and publish it as a model's next version; returns its folder.
 
-    rows: texts and labels, "" if unlabelled. groups: of related rows. work: folder for the checkpoint and, until the
-    end, for intermediate results, from which an interrupted import resumes.
+    rows: texts and labels, "" if unlabelled. groups: group of each row, if some are related. work: folder for the
+    checkpoint and, until the end, for intermediate results, from which an interrupted import resumes.
 
     Raises ValueError for unusable texts and options.
     """
@@ -89,7 +89,7 @@ def import_classifier(
     shutil.rmtree(work / BASE, ignore_errors=True)
     reference = _base(stock, work / BASE, "fp32")
     _check_tolerance(stock, settings.tolerance, reference, parts.certify[:FEW_TEXTS])
-    # The exits are fitted to int8 states, which take a fraction of the time, also in an fp32 export.
+    # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
     computed = [
         states.states(
             model,
@@ -120,10 +120,10 @@ def import_classifier(
 
 
 def original_of(name: str, work: Path) -> Path:
-    """The folder of a stock classifier by folder or hub id, with weights and a tokenizer in files that de3 reads.
+    """The local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
 
-    Others are rewritten into `work`, which needs the train extra. Raises ValueError, which says what to do, for one
-    that cannot be imported.
+    Other formats are rewritten into `work`, which needs the train extra. Raises ValueError, naming a remedy, for a
+    classifier that cannot be imported.
     """
     folder = Path(name).expanduser()
     if (folder / MANIFEST).exists():
@@ -151,14 +151,14 @@ def answers(
 
 
 def _base(stock: Stock, folder: Path, precision: Precision) -> Model:
-    """The classifier without exits, from a new folder."""
+    """Convert the classifier, without early exits, into a new folder, and open it."""
     store = Store(folder / precision)
     convert(stock, store, "base", precision)
     return Model(store.open("base"), "auto" if precision == "int8" else "onnxruntime")
 
 
 def _thresholds(stock: Stock, threshold: float | None) -> list[float] | None:
-    """The thresholds of a multi-label model, probabilities."""
+    """Probability thresholds of a multi-label model; None for other models."""
     if stock.description.kind != "labels":
         return None
     return [0.5 if threshold is None else threshold] * len(stock.description.labels)
@@ -231,7 +231,7 @@ def _parts(
 
 
 def _names_in(found: set[str], names: Sequence[str]) -> Sequence[str]:
-    """The model's labels as they appear in the data: names, numbers, or "" if it has none."""
+    """The model's labels as they appear in the data: names, numbers, or "" if the data has none."""
     for known in ([""], names, [str(i) for i in range(len(names))]):
         if found <= set(known):
             if known is not names and known != [""]:
@@ -270,7 +270,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
 
 
 def _check_work(work: Path, finetune: bool) -> None:
-    """Raise ValueError for a file, and for a folder that holds the model of a training or of another kind of import."""
+    """Raise ValueError if `work` is a file, or holds the model of a training run or of another kind of import."""
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work}: is a file; give a folder (it is created)")
     record = read_record(work) or {}
@@ -280,7 +280,7 @@ def _check_work(work: Path, finetune: bool) -> None:
 
 
 def _save(stock: Stock, exits: Exits, parts: Split, work: Path, settings: ImportSettings) -> None:
-    """Write the checkpoint, in the form of de3 train."""
+    """Write the checkpoint, in the format of de3 train."""
     work.mkdir(parents=True, exist_ok=True)
     record = {"imported": True, "self_labelled": not settings.labelled}
     write_record(work, finished=False, **record, command=settings.command)
@@ -294,7 +294,7 @@ def _save(stock: Stock, exits: Exits, parts: Split, work: Path, settings: Import
 def _finetune(
     stock: Stock, exits: Exits, parts: Split, states: States, work: Path, settings: ImportSettings
 ) -> None:
-    """Train the whole model to the original's probabilities, at every exit, and write the checkpoint."""
+    """Train the whole model, at every exit, towards the original's probabilities, and write the checkpoint."""
     import torch
 
     from de3.training.checkpoint import Checkpoint

@@ -32,7 +32,7 @@ def parity_samples(examples: Sequence[Example], model: Model, count: int = 48) -
 def parity(checkpoint: Checkpoint, exported: Model, examples: Sequence[Example]) -> dict[str, Any]:
     """Run the fp32 segments and the PyTorch model on the same samples; print and return the largest differences.
 
-    Raises ExportError if they differ by more than 1e-3 (times the tolerance, if it is above 1).
+    Raises ExportError if they differ by more than 1e-3 (times the tolerance, if it is above 1), or in their tokens.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     exits, spaces = model.config.exit_layers, model.config.prototype_layers

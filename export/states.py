@@ -1,6 +1,6 @@
-"""The pooled states of a stock classifier for texts, which its exits are fitted to.
+"""The pooled hidden states of a stock classifier, to which its exits are fitted.
 
-They are computed once, by the segments that serve, in chunks on disk: an interrupted run continues with the next chunk.
+They are computed once, with the segments used in serving, and saved in chunks, so an interrupted run can resume.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class States:
     """Pooled states and logits of a classifier for n texts.
 
     Attributes:
-        chunks: files of tensors: POOLING_LAYER, the pooled states of every layer but the last (texts, hidden); rows,
-            the indices of the texts.
+        chunks: safetensors files: POOLING_LAYER, the pooled states of each layer but the last, (texts, hidden);
+            logits, (texts, K); rows, the indices of the texts.
         logits: of full depth, (n, K).
         thresholds: of a multi-label model, as logits, (K,).
         tolerance: of a regression model, whose logits are values, K = 1.
@@ -47,7 +47,7 @@ class States:
     rows: NDArray[np.int64] | None = None
 
     def part(self, rows: NDArray[np.int64]) -> "States":
-        """The states of some texts."""
+        """The states of the texts at these rows."""
         return replace(self, logits=self.logits[rows], rows=rows if self.rows is None else self.rows[rows])
 
     def pooled(self, pooling: str, layer: int) -> Array:
@@ -80,11 +80,11 @@ def states(
     thresholds: Sequence[float] | None,
     tolerance: float | None,
 ) -> States:
-    """Run a classifier without exits over texts, in parallel on all cores.
+    """Run a classifier without early exits over texts, in parallel on all cores.
 
-    norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. thresholds: of a multi-label
-    model, probabilities. tolerance: of a regression model. Chunks in `folder` from an
-    earlier run with the same model and texts are reused.
+    norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. what: name of the texts,
+    shown and in file names. thresholds: of a multi-label model, probabilities. tolerance: of a regression model.
+    Chunks in `folder` from an earlier run with the same model and texts are reused.
     """
     tokens = [model.tokenize(*(text if isinstance(text, tuple) else (text,))) for text in texts]
     files = {name: entry.sha256 for name, entry in model.manifest.files.items()}
@@ -108,7 +108,7 @@ def states(
 
 
 def run(model: Model, norm: Weights, tokens: Sequence[Tokens]) -> dict[str, NDArray[np.generic]]:
-    """The tensors of a chunk but rows: pooled states in float16, and logits."""
+    """Compute the tensors of a chunk, except rows: pooled states in float16, and logits."""
     layers = range(model.manifest.num_layers)
     pooled = {
         f"{pooling}_{layer:02}": np.zeros((len(tokens), model.manifest.hidden_size), np.float16)
@@ -134,7 +134,7 @@ def run(model: Model, norm: Weights, tokens: Sequence[Tokens]) -> dict[str, NDAr
 
 
 def _normalized(hidden: Array, norm: Weights, epsilon: float) -> Array:
-    """Hidden states (tokens, hidden) through a layer norm, if there is one."""
+    """Hidden states (tokens, hidden) after the layer norm, if there is one."""
     if not norm:
         return hidden
     centred = hidden - hidden.mean(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A checkpoint's files as those of an artifact, read without PyTorch."""
+"""Converts a checkpoint's files to those of an artifact, without PyTorch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +28,7 @@ class Trained:
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        """Raises ValueError for a class without prototypes."""
+        """Raises ValueError for a class without a prototype."""
         self.checkpoint = checkpoint
         self.prototypes = _prototypes(checkpoint)
         tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))

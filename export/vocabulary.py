@@ -17,7 +17,7 @@ BYTE_LEVEL = ("roberta",)
 def tokenizer_of(files: Mapping[str, bytes], options: Mapping[str, Any], family: type[Encoder]) -> bytes:
     """A tokenizer.json without padding and truncation; raises ValueError if none can be read.
 
-    files: contents by name. options: those of tokenizer_config.json.
+    files: contents by file name. options: contents of tokenizer_config.json.
     """
     if "tokenizer.json" in files:
         data = files["tokenizer.json"]

@@ -1,4 +1,4 @@
-"""The weights of a model in safetensors files, read by name as float32 without PyTorch; hostile until checked."""
+"""Reads the weights of a model from untrusted safetensors files, by name, as float32, without PyTorch."""
 
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -24,14 +24,14 @@ UNUSED = ("position_ids", "token_type_ids", "inv_freq", "pooler.dense.weight", "
 
 
 class StateFile(Mapping[str, NDArray[np.float32]]):
-    """The encoder's weights in float32 by their names in transformers' model, read when they are asked for.
+    """The encoder's weights in float32, by their names in transformers, each read on access.
 
     Attributes:
-        whole: those of the whole classifier.
+        whole: the weights of the whole classifier.
     """
 
     def __init__(self, tensors: dict[str, "_Tensor"], prefix: str, read: set[str]) -> None:
-        """read: names of the tensors that were read, which is updated."""
+        """read: set to which the name of each tensor is added when it is read."""
         self._tensors, self._prefix, self._read = tensors, prefix, read
         self.whole = StateFile(tensors, "", read) if prefix else self
 
@@ -51,7 +51,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         return sum(1 for _ in self)
 
     def check_all_read(self, others: Collection[str] = ()) -> None:
-        """Raise ValueError for weights that the model does not use, except others: its config.json is another's."""
+        """Raise ValueError for weights that the model does not use, except `others`: config.json is another model's."""
         read = self._read | set(others)
         unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
         if unread:
@@ -66,7 +66,7 @@ class _Tensor:
     """A tensor of a safetensors file that the library has checked.
 
     Attributes:
-        at: where its bytes begin in the file.
+        at: byte offset of its values in the file.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class _Tensor:
     at: int
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """The values in float32; raises ValueError for a type that is not read, or values that are not finite."""
+        """The values in float32; raises ValueError for an unsupported type or shape, or values that are not finite."""
         if self.dtype not in READ_TYPES:
             raise ValueError(
                 f"its weights are {self.dtype:.20}; de3 reads {', '.join(READ_TYPES)}: save it in one of these"
@@ -94,7 +94,7 @@ class _Tensor:
 
 @contextmanager
 def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
-    """The weights in a folder, whose files stay open until the end."""
+    """Context with the weights of a folder, whose files stay open; prefix: of the encoder's weights."""
     tensors: dict[str, _Tensor] = {}
     with ExitStack() as files:
         for path in _weight_files(folder):
@@ -111,7 +111,7 @@ def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
                 raise ValueError(f"its {path.name} cannot be read: {error}") from None
             for key, entry in header.items():
                 if key != "__metadata__":
-                    # TensorFlow's names of a norm's weights, in old checkpoints.
+                    # Old checkpoints have TensorFlow's names for the weights of a norm.
                     name = key.replace("LayerNorm.gamma", "LayerNorm.weight")
                     name = name.replace("LayerNorm.beta", "LayerNorm.bias")
                     begin = 8 + size + entry["data_offsets"][0]
@@ -122,7 +122,7 @@ def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, several if its weights are in shards."""
+    """The safetensors files of a folder, several if its weights are sharded."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = read_config(folder / INDEX)

@@ -23,7 +23,7 @@ def write_checkpoint(
     thresholds: list[float] | None = None,
     tolerance: float | None = None,
 ) -> None:
-    """Write a classifier with exits in the form of training.model.De3Model, with its tokenizer.
+    """Write a classifier with exits in the format of training.model.De3Model, with its tokenizer.
 
     input_: kind of the texts that it is imported with, "text" or "pair".
     """
@@ -73,7 +73,7 @@ def _named(module: str, both: Linear) -> dict[str, NDArray[np.generic]]:
 
 
 def _tokenizer_options(stock: Stock) -> dict[str, Any]:
-    """tokenizer_config.json with all that transformers needs to read the tokenizer without knowing the encoder."""
+    """tokenizer_config.json, with all that transformers needs to read the tokenizer without knowing the encoder."""
     tokenizer, config = Tokenizer.from_str(stock.tokenizer.decode()), stock.description.config
     pad = tokenizer.id_to_token(int(config.get("pad_token_id") or 0))
     types = ["token_type_ids"] if stock.token_types else []

@@ -20,10 +20,10 @@ JOINED, REPLACED, DELETED = 0.5, 0.2, 0.05  # shares: of the texts, of the words
 def neighbours(
     texts: Sequence[Text], tokenizer: Any, table: torch.Tensor, k: int = 10
 ) -> dict[str, list[str]]:
-    """For each word of texts, its k nearest words of texts in the encoder's word embeddings (rows, width).
+    """The k nearest words in texts of each word in texts, by cosine similarity of their embeddings.
 
-    Only single-token words count. Cosine similarity finds synonyms and antonyms alike; the teacher tells them
-    apart.
+    table: the encoder's word embeddings, (vocabulary, width). Only alphabetic words of one token count. Neighbours are
+    synonyms and antonyms alike; the teacher tells them apart.
     """
     ids_of = {w: tokenizer.encode(w, add_special_tokens=False) for t in texts for w in _words(t)}
     words = [w for w, ids in ids_of.items() if len(ids) == 1 and w.isalpha()]
@@ -37,7 +37,7 @@ def neighbours(
 
 
 def augment(examples: Sequence[Example], near: dict[str, list[str]], copies: int, seed: int) -> list[Text]:
-    """`copies` altered texts of each example: words replaced or deleted, half of the texts joined to another."""
+    """`copies` altered texts of each example: words replaced or deleted, half of the single texts joined to another."""
     rng = random.Random(seed)
 
     def alter(text: str) -> str:

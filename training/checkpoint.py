@@ -19,14 +19,14 @@ RECORD = "training.json"
 
 
 class Checkpoint:
-    """A finished checkpoint.
+    """An opened checkpoint.
 
     Attributes:
         names: the labels, in the order of the logits.
     """
 
     def __init__(self, folder: Path, unfinished: bool = False) -> None:
-        """Raises ValueError for a folder that is not a checkpoint, is incomplete, or is not finished.
+        """Raises ValueError for a folder that is not a checkpoint, is incomplete, or is unfinished.
 
         unfinished: accept a checkpoint whose training is not finished.
         """
@@ -41,14 +41,14 @@ class Checkpoint:
 
     @cached_property
     def model(self) -> "De3Model":
-        """PyTorch's model, in float32, in evaluation mode; raises ValueError for unusable weights."""
+        """The PyTorch model, in float32, in evaluation mode; raises ValueError for unusable weights."""
         from de3.training.pretrained import load
 
         return load(self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer of transformers."""
+        """The tokenizer, as transformers loads it."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder)

@@ -16,9 +16,9 @@ MAX_UNKNOWN, WARN_UNKNOWN = 0.2, 0.02  # shares of unknown tokens
 
 
 def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
-    """Warnings about labels, by their number of rows; raises ValueError if they cannot be classes.
+    """Warnings about labels; raises ValueError if they cannot be classes.
 
-    rows: number of rows of multi-label data; None: every row has one label.
+    counts: rows of each label. rows: number of rows of multi-label data; None: every row has one label.
     """
     total = counts.total() if rows is None else rows
     if len(counts) < 2 and rows is not None:
@@ -107,7 +107,7 @@ def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[st
 
 
 def _unknown(tokenizer: Tokenizer) -> int | None:
-    """The id of unknown tokens; None: there is none, as each byte has a token."""
+    """The id of the unknown token; None if there is none, as in a byte-level tokenizer."""
     model = json.loads(tokenizer.to_str())["model"]
     token = model.get("unk_token")
     return model.get("unk_id") if token is None else tokenizer.token_to_id(token)

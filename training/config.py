@@ -16,10 +16,10 @@ Layers = Annotated[list[int], Field(min_length=1)]
 
 
 class CheckpointConfig(BaseModel):
-    """The configuration of a checkpoint: fields and defaults of training.model.De3Config."""
+    """The configuration of a checkpoint, with the fields and defaults of training.model.De3Config."""
 
     encoder: dict[str, Any]
-    exit_layers: Layers = [0]  # replaced by 1…M where it is omitted
+    exit_layers: Layers = [0]  # replaced by 1…M if omitted
     pooling: Literal["mean", "cls"] = "mean"
     metric_dim: int | None = None
     last_prototypes: bool = False
@@ -33,7 +33,7 @@ class CheckpointConfig(BaseModel):
 
     @classmethod
     def of(cls, name: str, raw: Any) -> Self:
-        """The configuration in a config.json; raises ValueError, which begins with the name, for a wrong one."""
+        """The configuration in a config.json; raises ValueError, which begins with the name, if it is invalid."""
         if not isinstance(raw, dict) or not isinstance(raw.get("encoder"), dict):
             raise ValueError(f"{name}: its config.json is not that of a checkpoint of de3 train")
         check_sizes(name, raw)
@@ -93,7 +93,7 @@ class CheckpointConfig(BaseModel):
 
 
 def model_type(folder: Path) -> str | None:
-    """The type of a folder's model by its config.json; None if there is none."""
+    """The model_type in a folder's config.json; None if there is no such file."""
     try:
         config = read_config(folder / "config.json")
     except FileNotFoundError:

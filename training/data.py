@@ -26,8 +26,8 @@ class Example:
             regression model the correct value, a float.
         group: examples of a group are related (parts of one text, document or user) and stay in one part of the data;
             None: related to copies of the same text only.
-        is_fragment: the text is part of another text of the data, and not a text that the model will serve.
-        original: answer of the classifier that was imported, as a label; None: not imported.
+        is_fragment: the text is part of another text of the data, and not one that the model will serve.
+        original: the imported classifier's answer, as a label; None: unknown.
     """
 
     text: Text
@@ -38,7 +38,7 @@ class Example:
 
 
 def label_order(rows: Sequence[tuple[Text, str]], multi_label: bool = False) -> list[str]:
-    """The distinct labels of rows, in numeric order if all are whole numbers, else alphabetically."""
+    """The distinct labels of rows: whole numbers in numeric order, then the others alphabetically."""
     labels = {label for _, cell in rows for label in labels_in(cell, multi_label)}
     return sorted(labels, key=lambda x: (0, int(x), x) if re.fullmatch("-?[0-9]+", x) else (1, 0, x))
 
@@ -79,7 +79,7 @@ def to_examples(
 ) -> list[Example]:
     """Rows as examples, each label as its index in `names`; raises ValueError for any other label.
 
-    regression: the labels are values instead of names, 0 where there is none.
+    regression: the labels are values instead of names, 0 if missing.
     """
     if regression:
         return [Example(text, float(label or 0)) for text, label in rows]
@@ -137,7 +137,7 @@ def _named(label: Label, names: Sequence[str]) -> str | float | list[str]:
 
 
 def _original(name: Any, names: Sequence[str], regression: bool, where: str) -> Label:
-    """The label of a name or a list of names, or a value; raises ValueError for anything else."""
+    """Parse an original answer: a name, a list of names, or a value; raises ValueError for anything else."""
     if regression:
         if not is_number(name):
             raise ValueError(f"{where}: original must be a finite number, got {name!r:.50}")
@@ -153,7 +153,7 @@ def _original(name: Any, names: Sequence[str], regression: bool, where: str) -> 
 def load_examples(
     path: Path, names: Sequence[str], multi_label: bool = False, regression: bool = False
 ) -> list[Example]:
-    """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing.
+    """Read a file that `save_examples` wrote, or one like it; raises ValueError if it is missing or invalid.
 
     multi_label: each text has a list of labels, or a string in which they are separated by |. regression: a value.
     """

@@ -37,7 +37,7 @@ class Curve:
 
 
 def curves(recorded: Recorded, lams: Sequence[float], risk: Signal | None = None) -> list[Curve]:
-    """The curves of entropy, distance ratio, EDR at each λ and risk, as far as the model has these signals."""
+    """The curves of entropy, distance ratio, EDR at each λ and risk, without those that the model lacks."""
     scores = {"entropy": recorded.entropy} if recorded.tolerance is None else {}
     if len(recorded.exit_layers) > 1 and recorded.thresholds is None and recorded.tolerance is None:
         scores["distance ratio"] = recorded.distance_ratio
@@ -119,7 +119,7 @@ def ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def at_tau(recorded: Recorded, scores: NDArray[np.float64], tau: float) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation with the labels of the values when exiting at score < τ."""
+    """Pearson's and Spearman's correlation of values with the labels, when exiting at score < τ."""
     index = exit_index(scores, tau)
     return correlation(recorded.answers[np.arange(len(index)), index], recorded.labels)
 
@@ -132,7 +132,7 @@ def exit_scores(recorded: Recorded) -> tuple[str, NDArray[np.float64]]:
 
 
 def weaknesses(recorded: Recorded, names: Sequence[str]) -> list[str]:
-    """Warnings about an evaluation: few samples, or a model no better than the most frequent label."""
+    """Warnings about an evaluation: few samples, a model no better than the most frequent label, or unused labels."""
     n, warnings = len(recorded.labels), list[str]()
     if recorded.thresholds is not None:
         return _labels_never_given(recorded, names)
@@ -194,10 +194,10 @@ class Times:
         """The speed-up in time of texts (n,) with these exit indices and numbers of tokens.
 
         It is Σ T(nᵢ) / Σ t_eᵢ(nᵢ): text i has nᵢ tokens and exits at eᵢ, T is the time at τ = 0, t_e the time to
-        exit e. Unlike M / mean exit layer it counts tokenizer, embeddings and every exit passed, (s + M·l + e) /
-        (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed, not counted in multiply-adds: an exit
-        with 150 classes has 1% of a layer's multiply-adds on 11 tokens, but takes a third of its time, as every weight
-        is read from memory for a single row (lab/docs/experiments/time.md).
+        exit e. Unlike M / mean exit layer, it counts not only layers (l), but also tokenizer and embeddings (s) and
+        every exit passed (e): (s + M·l + e) / (s + m·l + (m + 1)·e) for texts that exit at layer m. Exits are timed,
+        not counted in multiply-adds: an exit with 150 classes has 1% of a layer's multiply-adds on 11 tokens, but takes
+        a third of its time, as every weight is read from memory for a single row (lab/docs/experiments/time.md).
         """
         full = self.full[0] + self.full[1] * tokens
         early = self.exits[index, 0] + self.exits[index, 1] * tokens
@@ -316,7 +316,7 @@ def length_table(recorded: Recorded, tau: float, signal: Signal, times: Times) -
 
 
 def unlike_lengths(tokens: NDArray[np.int64], calibrated: Sequence[float] | None) -> list[str]:
-    """A warning if the median length of texts is outside the quartiles of the calibration's lengths."""
+    """A warning if the median length of texts is outside the interquartile range of the calibration's."""
     if calibrated is None:
         return []
     low, middle, high = (calibrated[LEVELS.index(level)] for level in (0.25, 0.5, 0.75))

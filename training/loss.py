@@ -36,9 +36,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def binary_cross_entropy(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The cross-entropy of labels that do not exclude each other: summed over labels, averaged over the batch.
+    """Binary cross-entropy of a multi-label model, summed over labels, averaged over the batch.
 
-    logits and wanted, which are probabilities: (batch, …, num_labels); the result has the dimensions in between.
+    logits, wanted (target probabilities): (batch, …, num_labels). The result has the dimensions in between.
     """
     return F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").sum(-1).mean(0)
 

@@ -1,6 +1,6 @@
 """The DE3-BERT model: a Hugging Face encoder with a classifier and a prototype space at every exit.
 
-It is saved and loaded as any Hugging Face model (config.json, model.safetensors).
+It is saved and loaded like any Hugging Face model (config.json, model.safetensors).
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ HEAD_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"tanh": torch.tanh, "
 
 
 class De3Config(PretrainedConfig):
-    """The configuration of a DE3-BERT, in addition to that of its encoder.
+    """The configuration of a DE3-BERT, which includes that of its encoder.
 
     Args:
-        encoder: the encoder's configuration as a dict (it carries `model_type`).
+        encoder: the encoder's configuration as a dict, with its `model_type`.
         exit_layers: layers that have a classifier, ascending; 0 is the embedding output and the last must
             be the encoder's depth M. Default: 1…M.
         pooling: h^(m) of a layer: the "mean" of the sample's tokens, or "cls", the first token.
         metric_dim: width of the prototype space; default: the encoder's hidden size.
-        last_prototypes: give the last layer a prototype space too, for drift and studies.
+        last_prototypes: give the last layer a prototype space too, for drift monitoring and experiments.
         head: stock head of the last exit of an imported classifier: {"pooling": …, "activation": "tanh", "relu" or
-            "gelu"}, with a dense layer between the two; "norm": the epsilon of a layer norm after them, if there is
-            one. None: the last exit is like the others.
+            "gelu"}, with a dense layer between the two; "norm": the epsilon of a layer norm after the activation, if
+            there is one. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         thresholds: of a multi-label model: the probability above which each label is assigned. Such a model has no
             prototypes. None: the classes exclude each other.
@@ -111,12 +111,12 @@ class De3Config(PretrainedConfig):
 
 @dataclass
 class De3Output:
-    """The outputs of a forward pass; exits are in the order of `exit_layers`.
+    """The outputs of a forward pass; exits are in the order of `exit_layers`, spaces in that of `prototype_layers`.
 
     Attributes:
         logits: (batch, exits, num_labels).
-        embedded: h'^(m), (batch, prototype exits, metric_dim).
-        distances: cosine distances to the prototypes, (batch, prototype exits, num_labels), in [0, 2].
+        embedded: h'^(m), (batch, spaces, metric_dim).
+        distances: cosine distances to the prototypes, (batch, spaces, num_labels), in [0, 2].
     """
 
     logits: Tensor
@@ -125,14 +125,14 @@ class De3Output:
 
 
 class De3Model(PreTrainedModel):
-    """A classifier at every exit and, at every exit but the last, a prototypical network."""
+    """A classifier at every exit, and a prototypical network at the exits of `prototype_layers`."""
 
     config_class = De3Config
     base_model_prefix = "encoder"
     _supports_sdpa = True
 
-    prototypes: Tensor  # (prototype exits, num_labels, metric_dim)
-    prototype_seen: Tensor  # (prototype exits, num_labels), bool: a class without samples has no prototype
+    prototypes: Tensor  # (spaces, num_labels, metric_dim)
+    prototype_seen: Tensor  # (spaces, num_labels), bool: a class without samples has no prototype
 
     def __init__(self, config: De3Config) -> None:
         super().__init__(config)
@@ -153,7 +153,7 @@ class De3Model(PreTrainedModel):
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
         """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
-        # Weights of another shape are only reported here, and refused below.
+        # Weights of the wrong shape are only reported here, and rejected below.
         encoder, loaded = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
@@ -171,9 +171,9 @@ class De3Model(PreTrainedModel):
 
     @torch.no_grad()
     def start_at(self, labels: Tensor) -> None:
-        """Start every exit of a multi-label model at the frequencies of the labels, (n, num_labels) bool.
+        """Initialize the biases of a multi-label model's exits to the label frequencies; labels: (n, num_labels) bool.
 
-        From probabilities of 0.5, it would spend hundreds of steps learning that most labels are rare.
+        From probabilities of 0.5, training would spend hundreds of steps learning that most labels are rare.
         """
         frequencies = (labels.sum(0) + 0.5) / (len(labels) + 1)
         for classifier in self.classifiers:
@@ -226,8 +226,10 @@ class De3Model(PreTrainedModel):
         return [*states, last]
 
     def through_head(self, pooled: Tensor) -> Tensor:
-        """Input of the last classifier, (batch, 1, hidden): the stock head applied to the last of h^(m), (batch, exits,
-        hidden)."""
+        """Input of the last classifier, (batch, 1, hidden): the stock head on the last exit's h^(m).
+
+        pooled: h^(m) of every exit, (batch, exits, hidden).
+        """
         assert self.head is not None
         activation = HEAD_ACTIVATIONS[self.config.head["activation"]]
         seen = activation(self.head(self.dropout(pooled[:, -1:])))

@@ -1,4 +1,4 @@
-"""Record every exit of a PyTorch model for every sample."""
+"""Records every exit of a PyTorch model for every sample."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Models and tokenizers that only PyTorch and transformers can read; no code of a repository is run."""
+"""Reads models and tokenizers with PyTorch and transformers, without running code of their repository."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,9 +89,9 @@ def open_encoder(name: str) -> tuple[Any, Any]:
 
 
 def check_config(name: str, source: str) -> None:
-    """Raise ValueError for a model whose config.json has impossible sizes, and OSError if that cannot be read.
+    """Raise ValueError for a model whose config.json has impossible sizes, and OSError if it cannot be read.
 
-    transformers would make 10⁹ names of labels, or a million layers, before it looks at the weights.
+    transformers would create 10⁹ label names, or a million layers, before it reads the weights.
     source: folder or hub id.
     """
     config = read_config(Path(cached_file(source, "config.json")))
@@ -116,7 +116,7 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
 
 
 def rewrite(name: str, folder: Path) -> None:
-    """Write a classifier of the hub or a folder as model.safetensors with tokenizer.json; no pickled code is run.
+    """Write a classifier from the hub or a folder as model.safetensors with tokenizer.json; no pickled code is run.
 
     Raises ValueError, which begins with the name, if it cannot be read.
     """
@@ -146,12 +146,12 @@ def _model(name: str) -> tuple[Any, Any]:
             trust_remote_code=False,
             weights_only=True,
         )
-    except UnpicklingError:  # its message suggests to load the file without this protection
+    except UnpicklingError:  # its message suggests loading the file without this protection
         raise ValueError(
             f"{name}: its pytorch_model.bin is damaged, or holds more than weights, which could run code; save the "
             "model as model.safetensors"
         ) from None
-    except (EOFError, LookupError) as error:  # of the unpickler
+    except (EOFError, LookupError) as error:  # from the unpickler
         raise ValueError(
             f"{name}: its weights are damaged ({type(error).__name__}: {error!s:.200})"
         ) from None

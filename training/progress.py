@@ -16,7 +16,7 @@ LOG_EVERY_S = 20.0
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over items, with a progress bar on a terminal, and in a log a line at once and every 20 s.
+    """Iterate over items, with a progress bar on a terminal, or in a log a line at the start and every 20 s.
 
     total: the number of items, if they have no length.
     """

@@ -20,7 +20,7 @@ class Recipe:
 
     batch_size: Annotated[int, _by_recipe(help="Samples per step.")] = 64
     epochs: Annotated[int, _by_recipe(help="Passes over the data.")] = 3
-    lr: Annotated[float, _by_recipe(help="Highest learning rate of the encoder.")] = 5e-5
+    lr: Annotated[float, _by_recipe(help="Peak learning rate of the encoder.")] = 5e-5
     patience: Annotated[
         int, _by_recipe(help="Stop after this many epochs without a better tuning score; 0: never.")
     ] = 0

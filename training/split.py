@@ -1,4 +1,4 @@
-"""Split the data into training data and two held-out parts: one to tune on, one to certify on."""
+"""Splits data into training data and two held-out parts: one to tune on, one to certify on."""
 
 import hashlib
 import random
@@ -73,7 +73,7 @@ def _in_its_text(example: Example, whole: set[Text]) -> Example:
 
 
 def related(examples: Sequence[Example]) -> dict[Text, Text]:
-    """For each text a representative of the texts related to it: by a group, directly or through others."""
+    """For each text, a representative of the texts related to it by shared groups, directly or through others."""
     parent: dict[Text, Text] = {e.text: e.text for e in examples}
 
     def root(text: Text) -> Text:
@@ -89,7 +89,7 @@ def related(examples: Sequence[Example]) -> dict[Text, Text]:
 
 
 def whole_texts(texts: set[Text]) -> dict[Text, set[Text]]:
-    """For each text, the longest texts that contain it word for word; a pair, or a text in no other: itself."""
+    """For each text, the longest texts that contain it word for word; itself for a pair, or for a text in no other."""
     by_words = {tuple(t.split()): t for t in texts if isinstance(t, str)}
     lengths = {len(words) for words in by_words}
     inside: dict[Text, set[Text]] = defaultdict(set)

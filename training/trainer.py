@@ -47,9 +47,8 @@ def train(
     with the weights of the loss. `out` also receives the two held-out parts, which `de3 export` and `de3 evaluate`
     read, and until the training is finished the state from which `resume` continues.
 
-    command: the command that resumes this run, recorded in the checkpoint. logits: of a teacher for split.train,
-    (n, num_labels), instead of a teacher's folder.
-    more: further entries of the checkpoint's record.
+    command: the command that resumes this run, recorded in the checkpoint. logits: a teacher's logits for
+    split.train, (n, num_labels), instead of its folder. more: further entries of the checkpoint's record.
 
     Raises ValueError if `out` has a checkpoint already, unless `resume` continues it.
     """
@@ -72,7 +71,7 @@ def train(
     write_record(out, finished=False, **record)
     max_length = min(settings.max_length, model.config.max_tokens)
     train_data, teacher_logits = _training_data(model, tokenizer, split, settings, opened, logits)
-    del opened  # its memory
+    del opened  # frees its memory
     tune_data = encode(split.tune, tokenizer, max_length, "tune", len(names))
     pad_id = tokenizer.pad_token_id
 

@@ -16,7 +16,7 @@ from de3.exits.signals import SIGNALS
 from de3.tables import Columns, records, text_of
 
 MAX_BATCH = 32
-# Characters of a batch, unless its only text is longer: with 4 bytes each, 1 MiB is what a server takes by default.
+# Characters of a batch, unless its only text is longer: at 4 bytes each 1 MiB, the default limit of a server.
 MAX_BATCH_CHARS = 2**18
 CHUNK = 2**20
 
@@ -53,7 +53,7 @@ def classify(
     ] = None,
     max_disagreement: Annotated[
         float | None,
-        typer.Option(help="Instead of --tau: the rate of answers that may differ from full depth."),
+        typer.Option(help="Instead of --tau: the largest rate of answers that differ from full depth."),
     ] = None,
     latency_budget_ms: Annotated[
         float | None, typer.Option(help="Instead of --tau: the latency budget, ms.")
@@ -179,7 +179,7 @@ def _complete_lines(out: Path) -> int:
         return 0
     lines, end, at = 0, 0, 0
     with out.open("rb+") as file:
-        while chunk := file.read(CHUNK):  # the file may be larger than the memory
+        while chunk := file.read(CHUNK):  # the file may be larger than memory
             lines += chunk.count(b"\n")
             if b"\n" in chunk:
                 end = at + chunk.rfind(b"\n") + 1

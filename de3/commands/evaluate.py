@@ -54,8 +54,8 @@ def evaluate(
 ) -> None:
     """Report the accuracy of every exit, and accuracy against speed-up for each exit signal.
 
-    Without data it uses certify.jsonl, which training held out. An artifact runs through its ONNX segments, as
-    it does when serving, and its default τ is also evaluated.
+    Without data, a checkpoint is evaluated on certify.jsonl, which training held out. An artifact runs through its ONNX
+    segments, as in serving, and its default τ is also evaluated.
 
     Example: de3 evaluate runs/sst2 data/dev.tsv --text-column sentence --label-names negative,positive
     """

@@ -52,8 +52,8 @@ def export(
 ) -> None:
     """Export a checkpoint to ONNX segments with prototypes and calibration, as the model's next version.
 
-    The checkpoint of a training is compared with the PyTorch model, and nothing is published if it differs too much.
-    Only that needs the train extra: the checkpoint of an import does not.
+    The segments of a trained checkpoint are compared with its PyTorch model, and nothing is published if they differ
+    too much. This needs the train extra; the checkpoint of an import without --finetune does not.
     With --full-depth it writes one plain ONNX graph instead, for other servers; in int8 it uses ONNX Runtime's fused
     operators, with one scale for all activations of a text.
 
@@ -95,8 +95,8 @@ def calibrate(
     from_audits: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Instead of samples: a log of de3 serve --log-audits with audits of this version; repeat for more, "
-            "such as FILE.1.",
+            help="Instead of samples: a log of de3 serve --log-audits with audits of this version; repeat the "
+            "option for more logs, such as FILE.1.",
             show_default=False,
         ),
     ] = None,
@@ -112,7 +112,7 @@ def calibrate(
 ) -> None:
     """Recalibrate a model, for example on your own traffic: its next version gets a new signal, τ and guarantees.
 
-    A model that was exported without the signal risk gets it. --from-audits needs no labels and runs no texts: the
+    A model that was exported without the risk signal gets it. --from-audits needs no labels and runs no texts: the
     answers of full depth count as correct.
 
     Example: de3 calibrate sst2 --tune tune.jsonl --certify certify.jsonl

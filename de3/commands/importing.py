@@ -99,8 +99,8 @@ def import_model(
     finetune: Annotated[
         bool,
         typer.Option(
-            help="Also train the encoder afterwards, so that its first layers learn more. Full depth is trained on the "
-            "original's answers; where it differs from them, that counts as disagreement.",
+            help="Also train the encoder afterwards, for better early exits. Full depth is trained on the original's "
+            "answers; differences from them count as disagreement.",
             rich_help_panel=TRAINING,
         ),
     ] = False,
@@ -110,11 +110,12 @@ def import_model(
     seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
     **options: Any,
 ) -> None:
-    """Add early exits to a stock classifier. Its weights do not change, so full depth gives the same answers as before.
+    """Add early exits to a stock classifier. Without --finetune its weights do not change.
 
-    Exits are fitted to the model's own answers on unlabelled texts; the rate of disagreement is certified on held-out
-    texts. Use texts that the model was not trained on: it is more confident on its training texts, so a certificate
-    from them would not hold for other texts.
+    Full depth then gives the same answers as before, except for the few that int8 changes. Exits are fitted to the
+    model's own answers on unlabelled texts; the rate of disagreement is certified on held-out texts. Use texts
+    that the model was not trained on: it is more confident on its training texts, so a certificate from them would not
+    hold for other texts.
 
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """

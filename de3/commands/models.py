@@ -1,4 +1,4 @@
-"""de3 models: inspect a model store, and change the models of a running server."""
+"""`de3 models`: inspect a model store, and change the models of a running server."""
 
 import json
 import os
@@ -106,7 +106,7 @@ Url = Annotated[str, typer.Option(envvar="DE3_URL", help="URL of the running ser
 
 
 def check_url(url: str) -> str:
-    """The URL of a server without a slash at its end; raises ValueError."""
+    """The URL of a server without a trailing slash; raises ValueError."""
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"--url: must begin with http:// or https://; did you mean http://{url}?")
     return url.rstrip("/")
@@ -121,7 +121,7 @@ def models_load(
     canary: Annotated[
         float | None,
         typer.Option(
-            help="Load it as a canary that answers this share of the requests without a version.",
+            help="Load it as a canary that answers this share of the requests that name no version.",
             min=0.001,
             max=0.999,
             show_default=False,
@@ -138,7 +138,7 @@ def models_load(
         bool, typer.Option("--beside", help="Load it beside the current version, for requests that name it.")
     ] = False,
 ) -> None:
-    """Load or reload a version on a running server. Once it has warmed up, it becomes the current version.
+    """Load or reload a version on a running server. Once warmed up, it becomes the current version by default.
 
     Needs an admin key in DE3_ADMIN_KEY and a server with admin keys.
     """

@@ -61,8 +61,8 @@ MaxInt8Loss = Annotated[
 SignalOption = Annotated[
     str,
     typer.Option(
-        help=f"Default signal, which is compared with τ: {', '.join(SIGNALS)}; or auto: the fastest of them on the "
-        "tuning samples. Requests may name another.",
+        help=f"Default signal, which is compared with τ: {', '.join(SIGNALS)}; or auto: risk, unless "
+        "another is clearly faster on the tuning samples. Requests may name another.",
     ),
 ]
 LabelNames = Annotated[

@@ -22,7 +22,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP: POST /classify, GET /docs, /metrics, /ready.
 
-    NAMES are looked up in the store, then as folders, then on the Hugging Face hub. A classifier of transformers is
+    NAMES are looked up in the store, then as folders, then on the Hugging Face hub. A Hugging Face classifier is
     served at full depth; de3 import gives it exits, which make it faster.
 
     Example: de3 serve my-org/my-classifier
@@ -51,7 +51,7 @@ def serve(
 
 
 def _artifacts(names: list[str], store: Path, quantize: str, cache_gb: float) -> list["Artifact"]:
-    """The models of these names: of the store, or classifiers in folders or on the hub."""
+    """The artifacts of these names: models of the store, or classifiers from folders or the hub."""
     if quantize not in ("int8", "none"):
         raise ValueError(f"--quantize must be int8 or none, got {quantize!r}")
     if not isfinite(cache_gb):
@@ -112,14 +112,14 @@ def _parameter(name: str) -> Parameter | None:
 _demo = typer.Option("--demo", help="Serve the demo model that is part of de3, instead of a store.")
 _names = typer.Argument(
     metavar="[NAME]...",
-    help="Models to serve: names in the store, folders of classifiers of transformers, or ids of the Hugging Face hub "
+    help="Models to serve: names in the store, folders of Hugging Face classifiers, or ids of the Hugging Face hub "
     "(id@revision). The first answers requests that name none.",
     show_default=False,
 )
-_quantize = typer.Option(help="Precision of classifiers of transformers: int8, or none for fp32.")
+_quantize = typer.Option(help="Precision of Hugging Face classifiers: int8, or none for fp32.")
 _cache_gb = typer.Option(
     envvar="DE3_CACHE_GB",
-    help="Size limit of the cache of converted classifiers, which is in DE3_CACHE or ~/.cache/de3.",
+    help="Size limit, in GB, of the cache of converted classifiers (in DE3_CACHE or ~/.cache/de3).",
     min=0,
 )
 _parameters = [

@@ -1,4 +1,4 @@
-"""Measures texts in the engine, one after another; `de3 evaluate` predicts the speed-up in time from these times."""
+"""Times texts in the engine, one after another; `de3 evaluate` predicts the speed-up in time from the results."""
 
 from collections.abc import Sequence
 from time import thread_time
@@ -29,7 +29,7 @@ class Engine:
         self._served, self._queue = served, WorkQueue(1)
 
     def classify(self, text: Text, choice: Choice) -> Outcome:
-        """The outcome of one text, run as the engine's threads run it; raises the error that it failed with."""
+        """The outcome of one text, run as the engine's threads run it; raises its error if it fails."""
         self._queue.put(Job(self._served, choice, Request([text]), lambda _: None))
         items, results = self._queue.next(), list[tuple[Item, Result]]()
         alone = items

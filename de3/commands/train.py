@@ -83,7 +83,10 @@ def train(
         ),
     ] = "all",
     embedding_exit: Annotated[
-        bool, typer.Option(help="Add an exit on the embedding output, layer 0.", rich_help_panel=MODEL)
+        bool,
+        typer.Option(
+            help="With --exits all, add an exit on the embedding output, layer 0.", rich_help_panel=MODEL
+        ),
     ] = True,
     pooling: Annotated[
         str,
@@ -214,7 +217,7 @@ def _labelled(
 
 
 def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
-    """Raise ValueError for options that cannot go together."""
+    """Raise ValueError for options that do not fit the kind of model."""
 
     def given(name: str) -> bool:
         source = context.get_parameter_source(name)
