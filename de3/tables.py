@@ -194,7 +194,7 @@ def _check_characters(value: str, column: str, where: str) -> None:
     """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape: it cannot be encoded."""
     if not value.isascii() and (half := _SURROGATE.search(value)):
         raise ValueError(
-            f"{where}: {column} has {half[0]!a}, half of a surrogate pair, which is no character"
+            f"{where}: {column} has {half[0]!a}, half of a surrogate pair, which is not a character"
         )
 
 

@@ -73,7 +73,7 @@ class Samples:
 
 
 def candidates(recorded: Recorded) -> list[Signal]:
-    """The signals that need no fitting: entropy, and EDR with several λ if classes exclude each other.
+    """The signals that need no fitting: entropy, and EDR with several λ if classes are mutually exclusive.
 
     A regression model has none.
     """

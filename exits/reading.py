@@ -25,7 +25,7 @@ class Reading:
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
         nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
-        labels: labels of a multi-label model that are above their thresholds; None if classes exclude each other.
+        labels: labels of a multi-label model that are above their thresholds; None if classes are mutually exclusive.
         value: the answer of a regression model; None in a model with classes.
         distances: to the prototypes, (K,); None at an exit without prototypes.
     """

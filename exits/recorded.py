@@ -23,7 +23,7 @@ class Recorded:
             true values, (n,) float64.
         tokens: number of tokens of each sample, (n,); None if not recorded.
         original: answers of the model before it was changed (to int8), shaped as labels; None: use full depth's.
-        thresholds: of a multi-label model, as logits, (K,); None if classes exclude each other.
+        thresholds: of a multi-label model, as logits, (K,); None if classes are mutually exclusive.
         tolerance: of a regression model, whose logits are the values (K = 1): the largest difference of two values that
             counts as agreement; None in a model with classes.
     """

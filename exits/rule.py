@@ -46,7 +46,7 @@ class ExitRule:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
         max_layer: the deepest allowed layer: a sample exits no later than the last exit up to it; None: no limit.
-        thresholds: of a multi-label model; None if classes exclude each other.
+        thresholds: of a multi-label model; None if classes are mutually exclusive.
     """
 
     tau: float

@@ -33,7 +33,7 @@ class ModelTraits:
 
     Attributes:
         name: for messages.
-        answer: classes that exclude each other, independent labels, or a value.
+        answer: mutually exclusive classes, independent labels, or a value.
         risk: weights of Risk by layer; None: the model has no risk.
     """
 
@@ -49,7 +49,7 @@ class ModelTraits:
             )
         if exclusive and self.answer == "labels":
             raise ValueError(
-                f"{signal} needs classes that exclude each other, and {self.name} is a multi-label model"
+                f"{signal} needs mutually exclusive classes, and {self.name} is a multi-label model"
             )
 
 
@@ -127,7 +127,7 @@ class Edr:
 
     @classmethod
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
-        """The EDR of a model whose classes exclude each other."""
+        """The EDR of a model whose classes are mutually exclusive."""
         model.check_has_classes(cls.name, exclusive=True)
         return cls(DEFAULT_LAM if lam is None else lam)
 
@@ -232,7 +232,7 @@ def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFI
     if lam == 0 and name in ("edr", "entropy"):
         name, lam = "entropy", None
     if lam is not None and name != "edr":
-        raise ValueError("lambda goes with the signal edr only")
+        raise ValueError("lambda is only valid with the signal edr")
     return SIGNALS[check_name(name)].of(model, lam)
 
 

@@ -1,6 +1,6 @@
 """Texts longer than a model's window: the windows, their combined answer, and when it is settled.
 
-- Classes that exclude each other: probabilities are the mean over the windows, each weighted by its number of tokens
+- Mutually exclusive classes: probabilities are the mean over the windows, each weighted by its number of tokens
   that are in no earlier window.
 - Multi-label: the probability of a label is its highest in any window, as a single passage may justify the label.
 - Regression: the mean of the values, weighted as for classes.
@@ -60,7 +60,7 @@ class Combination:
 
     def __init__(self, weights: Sequence[int], thresholds: Sequence[float] | None = None) -> None:
         """weights: new tokens of each window, in execution order. thresholds: of a multi-label model, as
-        logits; None if classes exclude each other."""
+        logits; None if classes are mutually exclusive."""
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
         self._thresholds = thresholds
@@ -82,8 +82,8 @@ class Combination:
     def is_settled(self, change: float = 1.0) -> bool:
         """True if the remaining windows cannot change the label, or any label of a multi-label model.
 
-        change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only if
-        classes exclude each other, as one part of a text says nothing about the labels of another. A value is settled
+        change: assumed effect of the remaining windows, as a share of their largest possible effect. Used only for
+        mutually exclusive classes, as one part of a text says nothing about the labels of another. A value is settled
         only after the last window.
         """
         if self._left == 0:

@@ -53,7 +53,7 @@ class Description:
         family: of its encoder.
         head: the modules after the encoder.
         labels: in the order of the logits.
-        kind: classes that exclude each other, labels that are assigned independently, or a value (regression).
+        kind: mutually exclusive classes, labels that are assigned independently, or a value (regression).
     """
 
     config: Config

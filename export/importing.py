@@ -178,9 +178,9 @@ def _check(stock: Stock, settings: ImportSettings, exporting: ExportSettings) ->
         )
     if settings.finetune and kind != "classes":
         what = "regression" if kind == "value" else "multi-label ones"
-        raise ValueError(f"--finetune is for models whose classes exclude each other, not for {what}")
+        raise ValueError(f"--finetune is for models whose classes are mutually exclusive, not for {what}")
     if kind == "labels" and exporting.signal == "edr":
-        raise ValueError("--signal edr: needs classes that exclude each other; give risk or entropy")
+        raise ValueError("--signal edr: needs mutually exclusive classes; give risk or entropy")
     if kind == "value" and exporting.signal not in ("auto", "risk"):
         raise ValueError(f"--signal {exporting.signal}: needs classes; for a regression model give risk")
 

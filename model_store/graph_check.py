@@ -85,7 +85,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 127) << 7 * n
         if byte < 128:
             return value, at + n + 1
-    raise GraphError("not an ONNX model: it has a number without an end")
+    raise GraphError("not an ONNX model: it has a number that does not end")
 
 
 def _check_fields(message: Any, kind: str) -> None:

@@ -148,7 +148,7 @@ class Manifest(Architecture):
 
     Attributes:
         thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
-            exclude each other.
+            are mutually exclusive.
         tolerance: of a regression model, the largest difference between answers that count as equal, in its units. Such
             a model has one label, the name of its value, and only the signal risk. None: the model has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.

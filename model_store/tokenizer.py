@@ -115,7 +115,7 @@ class TextTokenizer:
         for pair in (None, "a second text"):
             encoding = tokenizer.encode("a first text", pair)
             if self._join(encoding, pair is not None) != (encoding.ids, encoding.type_ids):
-                raise ValueError("joins texts in a way that does not survive truncation")
+                raise ValueError("joins texts in a way that truncation would break")
 
     @classmethod
     def of(cls, artifact: Artifact) -> "TextTokenizer":
@@ -210,7 +210,7 @@ class TextTokenizer:
             shorter, allowed = len(parts[1 - longer]), int(MAX_SHORTER * room)
             if shorter > allowed:
                 raise ValueError(
-                    f"the shorter text has more than {allowed} tokens, the most allowed beside windows of the longer "
+                    f"the shorter text has more than {allowed} tokens, the maximum beside windows of the longer "
                     'one; shorten it, or give "long": "truncate"'
                 )
             room -= shorter
@@ -250,7 +250,7 @@ class Tokenization:
         tokenizer = self._tokenizer
         if self._has_too_many_chars and not self._truncate:
             raise ValueError(
-                f"has more than {self._max_chars} characters, the most allowed; shorten it, or allow truncation"
+                f"has more than {self._max_chars} characters, the maximum; shorten it, or allow truncation"
             )
         if sum(map(len, self._texts)) <= 2 * PIECE:
             text, *rest = self._texts

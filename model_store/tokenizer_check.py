@@ -145,7 +145,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object without duplicate keys, for which the library might keep a value other than Python's."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        raise TokenizerError("an object has a key twice")
+        raise TokenizerError("an object has a duplicate key")
     return fields
 
 

@@ -124,7 +124,7 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 static PyObject *py_new(PyObject *self, PyObject *args) {
     int hidden, num_heads, inner, num_layers, gelu, mean;
     if (!PyArg_ParseTuple(args, "iiiipp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean)) return NULL;
-    if (!require(has_kernels(hidden, num_heads, inner, num_layers), "these sizes have no kernels")) return NULL;
+    if (!require(has_kernels(hidden, num_heads, inner, num_layers), "there are no kernels for these sizes")) return NULL;
     Model *m = new_model(hidden, num_heads, inner, num_layers);
     if (m == NULL) return PyErr_NoMemory();
     m->has_gelu = gelu;

@@ -109,7 +109,7 @@ def _check_address(host: str, port: int) -> None:
                 one.bind(address)
     except OSError as error:
         raise ValueError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): stop what listens there, or give another --port"
+            f"cannot listen on {host}:{port} ({error.strerror}): stop the other process, or give another --port"
         ) from None
 
 

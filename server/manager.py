@@ -115,7 +115,7 @@ class Manager:
         route = self._models.routes.get(artifact.manifest.name)
         replaces = route is not None and route.version_in(role) is not None
         if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
-            raise RequestError(f"{MAX_LOADED} models are loaded, the most allowed", cause="conflict")
+            raise RequestError(f"{MAX_LOADED} models are loaded, the maximum", cause="conflict")
         try:
             return await self._serve(artifact, role, share, back)
         except (StoreError, ValueError, OSError) as error:

@@ -215,7 +215,7 @@ class Metrics:
         )
         self.degraded = counter("de3_degraded_texts", "Texts answered with a τ raised under load", ["model"])
         self.calibrated = counter(
-            "de3_calibrated_texts", "Texts answered with a τ of the calibration table", ["model"]
+            "de3_calibrated_texts", "Texts answered with a τ from the calibration table", ["model"]
         )
         self.expected_correct = counter(
             "de3_expected_correct_texts",

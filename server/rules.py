@@ -208,7 +208,7 @@ class Rules:
                 + (
                     "its answer is a number"
                     if self._traits.answer == "value"
-                    else "its classes exclude each other"
+                    else "its classes are mutually exclusive"
                 ),
                 "thresholds",
             )

@@ -19,7 +19,7 @@ EXCLUSIVE = ("tau", "target_speedup", "latency_budget_ms", "max_disagreement")
 @dataclass(frozen=True, slots=True)
 class ExitOptions:
     """The options of a request that decide where its texts exit; None: not set. Raises ValueError for options that
-    exclude each other.
+    cannot be combined.
 
     Attributes:
         tau: exit at the first layer whose score is below it.
@@ -46,7 +46,7 @@ class ExitOptions:
     def __post_init__(self) -> None:
         is_entropy = self.lam == 0 and self.signal == "entropy"  # λ = 0 is entropy
         if self.lam is not None and self.signal not in (None, "edr") and not is_entropy:
-            raise ValueError(f"lambda: goes with the signal edr only, not with {self.signal}")
+            raise ValueError(f"lambda: is only valid with the signal edr, not with {self.signal}")
         values = (self.tau, self.target_speedup, self.latency_budget_ms, self.max_disagreement)
         if values == (None, None, None, None):
             return
@@ -60,7 +60,7 @@ class ExitOptions:
                 f"thresholds: cannot be combined with {asked[0]}, which was calibrated with the model's own thresholds"
             )
         if asked != ["tau"] and self.max_layer is not None:
-            raise ValueError(f"max_layer: goes with tau only, not with {asked[0]}")
+            raise ValueError(f"max_layer: is only valid with tau, not with {asked[0]}")
 
 
 @dataclass(frozen=True)
@@ -276,11 +276,11 @@ class Settings(BaseModel):
             if self.audit_share == 0:
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
         elif self.guarantee_start != "strict":
-            raise ValueError("guarantee_start: goes with guarantee only, which is not set")
+            raise ValueError("guarantee_start: is only valid with guarantee, which is not set")
         if self.log_audits is not None and not self.share_of_audits:
             raise ValueError("log_audits: there are no audits; give audit_share or guarantee")
         if self.log_audit_texts and self.log_audits is None:
-            raise ValueError("log_audit_texts: goes with log_audits, the file, which is not set")
+            raise ValueError("log_audit_texts: is only valid with log_audits, which is not set")
         return self
 
     @property

@@ -498,9 +498,9 @@ def test_a_server_without_audits_says_how_to_have_them(store: Path) -> None:
         ({"guarantee": 0}, "greater than 0"),
         ({"guarantee": 1}, "less than 1"),
         ({"audit_share": 1.1}, "less than or equal to 1"),
-        ({"guarantee_start": "calibrated"}, "guarantee_start: goes with guarantee"),
+        ({"guarantee_start": "calibrated"}, "guarantee_start: is only valid with guarantee"),
         ({"log_audits": "x"}, "log_audits: there are no audits"),
-        ({"log_audit_texts": True}, "log_audit_texts: goes with log_audits"),
+        ({"log_audit_texts": True}, "log_audit_texts: is only valid with log_audits"),
     ],
 )
 def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) -> None:

@@ -717,7 +717,7 @@ def test_a_get_ends_with_its_client(store: Path, monkeypatch: pytest.MonkeyPatch
         with connect(server) as another:
             another.sendall(request)
             status, body = answer(another)
-            assert status == 503 and "16 requests wait for it already" in body["error"]["message"]
+            assert status == 503 and "16 requests are already waiting for it" in body["error"]["message"]
         going_on.set()
         for one in staying:  # all of them get the one report
             assert answer(one) == (200, {"x": 1} | ({"object": "audit"} if "audit" in path else {}))

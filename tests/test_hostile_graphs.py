@@ -251,7 +251,7 @@ def with_value(index: int, value: int) -> Callable[[Any], Any]:
 def test_distances_are_numbered_by_buckets(change: Callable[[Any], Any]) -> None:
     architecture, segments = built("deberta-v2", False)
     rows = next(w.name for w in segments[1].graph.initializer if w.data_type == TensorProto.INT32)
-    with pytest.raises(GraphError, match="does not number distances by buckets"):
+    with pytest.raises(GraphError, match="does not have the bucket numbers of its distances"):
         read_segment(replaced(segments[1], rows, change), architecture, 1)
 
 

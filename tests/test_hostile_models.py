@@ -746,8 +746,8 @@ def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Pat
     other_activation(copies)
     result = invoke(f"models verify --store {copies}")
     assert result.exit_code == 1
-    assert "tiny:1  NOT SOUND" in result.output and "branch has the field input" in result.output
-    assert "tiny-int8:1  sound, without kernels: " in result.output
+    assert "tiny:1  DAMAGED" in result.output and "branch has the field input" in result.output
+    assert "tiny-int8:1  valid, without kernels: " in result.output
 
 
 def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -926,10 +926,10 @@ def test_verify_goes_on_after_any_error_and_prints_no_control_characters(copies:
         assert all(line.isprintable() for line in result.output.split("\n")), result.output
     lines = results["verify"].output.splitlines()
     assert [line.split("  ")[:2] for line in lines] == [
-        ["bad:1", "NOT SOUND"],
-        ["tiny:1", "sound"],
-        ["tiny-int8:1", "sound"],
-        ["worse:1", "NOT SOUND"],
+        ["bad:1", "DAMAGED"],
+        ["tiny:1", "valid"],
+        ["tiny-int8:1", "valid"],
+        ["worse:1", "DAMAGED"],
     ]
     assert json.loads(results["show tiny"].output)["labels"] == [EVIL, "[red]b"]
 

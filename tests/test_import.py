@@ -355,7 +355,7 @@ def test_what_cannot_be_imported_says_what_can(
     assert "type 'albert' cannot be exported; supported: bert" in refused(changed(model_type="albert"))
     assert "is a regression of 2 numbers" in refused(changed(problem_type="regression"))
     multi = changed(problem_type="multi_label_classification")
-    assert "--finetune is for models whose classes exclude each other" in refused(multi, "--finetune")
+    assert "--finetune is for models whose classes are mutually exclusive" in refused(multi, "--finetune")
     assert "activation 'silu' cannot be exported" in refused(changed(hidden_act="silu"))
     three = changed(id2label={"0": "a", "1": "b", "2": "c"})
     assert "classifier.weight is float32 of shape (64, 2), expected (64, 3)" in refused(three)

@@ -208,7 +208,7 @@ def test_the_shorter_text_of_a_pair_is_whole_in_every_window() -> None:
             assert found[n].ids[0].tolist() == tokenizer.frames[True].around(parts)[0]
     most = int(MAX_SHORTER * room)
     assert isinstance(tokenizer.start(long, "film " * most, True, 16).all(), Windows)
-    says = f"the shorter text has more than {most} tokens, the most allowed"
+    says = f"the shorter text has more than {most} tokens, the maximum"
     for text in (long, "film " * (most + 1)):  # in pieces, and in one
         with pytest.raises(ValueError, match=says):
             tokenizer.start(text, "film " * (most + 1), True, 16).all()

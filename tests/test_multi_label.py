@@ -153,7 +153,7 @@ def test_many_thresholds_are_refused_at_the_first(server: Server) -> None:
 def test_edr_needs_classes_that_exclude_each_other(server: Server, options: dict[str, Any]) -> None:
     answer = server.classify(input="a", **options)
     assert answer.status_code == 422
-    assert "edr needs classes that exclude each other" in answer.json()["error"]["message"]
+    assert "edr needs mutually exclusive classes" in answer.json()["error"]["message"]
 
 
 def test_thresholds_are_of_multi_label_models_only(store: Path) -> None:

@@ -247,7 +247,7 @@ BAD: list[tuple[bytes, int, str | None, str]] = [
         "max_disagreement",
         "give one of tau, target_speedup, latency_budget_ms, max_disagreement",
     ),
-    (b'{"input": "a", "max_layer": 1, "latency_budget_ms": 9}', 422, "max_layer", "goes with tau only"),
+    (b'{"input": "a", "max_layer": 1, "latency_budget_ms": 9}', 422, "max_layer", "is only valid with tau"),
     (b'{"input": "a", "best_effort": 1}', 422, "best_effort", "boolean"),
     (b'{"input": "a", "ood": "yes"}', 422, "ood", "boolean"),
     (b'{"input": ' + json.dumps(["a"] * 151).encode() + b"}", 422, "input", "151 texts, at most 150"),

@@ -155,9 +155,9 @@ UNKNOWN = {"lambda": 77}  # the calibration has no such signal
         ({**UNKNOWN, "max_disagreement": 0.1}, "max_disagreement", "no calibration of edr with lambda 77"),
         ({"signal": "margin"}, "signal", "must be one of entropy, edr, risk"),
         ({"signal": 1}, "signal", "must be one of entropy, edr, risk"),
-        ({"signal": "risk", "lambda": 1}, "lambda", "goes with the signal edr only, not with risk"),
-        ({"signal": "risk", "lambda": 0}, "lambda", "goes with the signal edr only, not with risk"),
-        ({"signal": "entropy", "lambda": 1}, "lambda", "goes with the signal edr only, not with entropy"),
+        ({"signal": "risk", "lambda": 1}, "lambda", "is only valid with the signal edr, not with risk"),
+        ({"signal": "risk", "lambda": 0}, "lambda", "is only valid with the signal edr, not with risk"),
+        ({"signal": "entropy", "lambda": 1}, "lambda", "is only valid with the signal edr, not with entropy"),
         ({"signal": "edr", "lambda": 101}, "lambda", "allowed: 0 to 100"),
     ],
 )
@@ -248,7 +248,7 @@ def test_a_new_signal_is_served_once_it_is_listed(
         uncertified = server.classify(input="a film", signal="mean").json()["error"]
         assert "no calibration of mean; give tau" in uncertified["message"]
         with_lambda = server.classify(input="a film", signal="mean", tau=0.1, **{"lambda": 2}).json()["error"]
-        assert "goes with the signal edr only, not with mean" in with_lambda["message"]
+        assert "is only valid with the signal edr, not with mean" in with_lambda["message"]
 
 
 def test_an_artifact_may_name_a_new_signal(

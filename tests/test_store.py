@@ -306,10 +306,10 @@ def test_models_commands(copy: Path) -> None:
     shown = json.loads(models("show tiny")[1])
     assert shown["labels"] == ["negative", "positive"] and "table" not in shown["calibration"]
     assert len(json.loads(models("show tiny --table")[1])["calibration"]["table"]) > 100
-    assert models("verify") == (0, "tiny:1  sound\ntiny-int8:1  sound\n")
+    assert models("verify") == (0, "tiny:1  valid\ntiny-int8:1  valid\n")
     (copy / "layer_01.onnx").write_bytes(b"")
     code, text = models("verify tiny")
-    assert code == 1 and "NOT SOUND" in text and "layer_01.onnx" in text
+    assert code == 1 and "DAMAGED" in text and "layer_01.onnx" in text
     (copy / "manifest.json").write_text("{")
     assert "not JSON" in models("list")[1]
 
@@ -373,7 +373,7 @@ def test_user_folders_do_not_shadow_our_packages(store: Path, tmp_path: Path) ->
     command = [sys.executable, "-m", "de3.cli", "models", "verify", "--store", str(store)]
     done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "tiny:1  sound" in done.stdout
+    assert "tiny:1  valid" in done.stdout
 
 
 def test_a_file_that_never_ends_is_refused(copy: Path) -> None:

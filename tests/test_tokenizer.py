@@ -159,7 +159,7 @@ def test_too_long_and_not_to_be_cut() -> None:
     for text, says in (
         ("good film " * 60, "has 122 tokens, the model takes at most 64"),
         ("good film " * 400, "has more than 64 tokens, the model takes at most 64"),
-        ("good film " * 700, "has more than 6400 characters, the most allowed"),
+        ("good film " * 700, "has more than 6400 characters, the maximum"),
     ):
         with pytest.raises(ValueError, match=says):
             tokenizer.start(text, None, False).all()

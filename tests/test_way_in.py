@@ -251,7 +251,7 @@ def test_other_folders_are_not_overwritten(data_file: Path, tmp_path: Path) -> N
     before = (encoder / "model.safetensors").read_bytes()
     for resume in ("", " --resume"):
         message = refusal(training(data_file, encoder, encoder) + resume)
-        assert "has a model of another training" in message
+        assert "has the model of another training" in message
     assert (encoder / "model.safetensors").read_bytes() == before
     (tmp_path / "file").touch()
     assert "is a file; give a folder" in refusal(training(data_file, encoder, tmp_path / "file"))

@@ -90,7 +90,7 @@ def check(folder: Path) -> None:
     kind = model_type(folder)
     if kind is None:
         raise ValueError(
-            f"{folder} is not a checkpoint: it has no config.json; de3 train writes one to --out"
+            f"{folder} is not a checkpoint: it has no config.json with a model_type; de3 train writes one to --out"
         )
     if kind != MODEL_TYPE:
         raise ValueError(

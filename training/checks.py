@@ -59,11 +59,11 @@ def labels(counts: Counter[str], rows: int | None = None) -> list[str]:
 
 
 def label_counts(examples: Sequence[Example]) -> list[str]:
-    """A warning if every text of multi-label data has one label: the labels seem to exclude each other."""
+    """A warning if every text of multi-label data has one label: the labels seem to be mutually exclusive."""
     if any(len(labels_of(e)) != 1 for e in examples):
         return []
     return [
-        "every text has one label: if labels exclude each other, train without --multi-label; it exits earlier"
+        "every text has one label: if labels are mutually exclusive, train without --multi-label; it exits earlier"
     ]
 
 

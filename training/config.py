@@ -93,14 +93,15 @@ class CheckpointConfig(BaseModel):
 
 
 def model_type(folder: Path) -> str | None:
-    """The model_type in a folder's config.json; None if there is no such file."""
+    """The model_type in a folder's config.json; None if there is none."""
     try:
         config = read_config(folder / "config.json")
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ValueError(f"{folder / 'config.json'}: cannot be read: {error}") from None
-    return str(config.get("model_type")) if isinstance(config, dict) else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return None if kind is None else str(kind)
 
 
 def looks_like_path(name: str) -> bool:

@@ -33,7 +33,7 @@ class De3Config(PretrainedConfig):
             there is one. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         thresholds: of a multi-label model: the probability above which each label is assigned. Such a model has no
-            prototypes. None: the classes exclude each other.
+            prototypes. None: the classes are mutually exclusive.
         tolerance: of a regression model, in its units: answers that differ by more count as different. Such a model has
             one label and no prototypes. None: the model has classes.
         max_tokens: maximum input length of the encoder.

@@ -63,7 +63,7 @@ def open_encoder(name: str) -> tuple[Any, Any]:
         kind = model_type(folder)
         if kind is None:
             raise ValueError(
-                f"--encoder {name}: the folder has no config.json, so it is not a Hugging Face model"
+                f"--encoder {name}: the folder has no config.json with a model_type, so it is not a Hugging Face model"
             )
         if kind == "de3-bert":
             raise ValueError(
@@ -105,9 +105,7 @@ def check_config(name: str, source: str) -> None:
 def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
     """Raise ValueError for a slow tokenizer, or one with more tokens than an encoder of this configuration."""
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"{name}: its tokenizer is a slow one; a tokenizer.json (a fast tokenizer) is needed"
-        )
+        raise ValueError(f"{name}: it has a slow tokenizer; a fast one (tokenizer.json) is needed")
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, the encoder {config.vocab_size}: they do not belong "

@@ -286,7 +286,7 @@ def _check_out(out: Path, identity: str, resume: bool) -> None:
         raise ValueError(f"--out {out}: is a file; give a folder, which need not exist")
     has_other = (out / "config.json").exists() and read_record(out) is None and not (out / RESUME).exists()
     if has_other:
-        raise ValueError(f"--out {out}: has a model of another training: choose another --out")
+        raise ValueError(f"--out {out}: has the model of another training: choose another --out")
     if resume:
         file = out / RESUME
         before = _metadata(file)["identity"] if file.exists() else (read_record(out) or {}).get("identity")
@@ -321,7 +321,9 @@ def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     """
     opened = Checkpoint(teacher)
     if opened.config.thresholds is not None:
-        raise ValueError(f"--teacher {teacher}: is a multi-label model, and labels here exclude each other")
+        raise ValueError(
+            f"--teacher {teacher}: is a multi-label model, and labels here are mutually exclusive"
+        )
     if (theirs := opened.names) != names:
         raise ValueError(
             f"{teacher} has the labels {theirs}, this run {names}: they must be the same, in order"

@@ -85,17 +85,17 @@ def models_verify(
             if README in artifact.manifest.files:  # the server does not read it
                 artifact.read(README)
             print(
-                f"{artifact.full_name}  sound{no_kernels and f', without kernels: {printable(no_kernels)}'}"
+                f"{artifact.full_name}  valid{no_kernels and f', without kernels: {printable(no_kernels)}'}"
             )
-        except Exception as error:  # a forged artifact may raise anything; the next may be sound
+        except Exception as error:  # a forged artifact may raise anything; the next may be valid
             failed = True
-            print(f"{printable(name)}  NOT SOUND  {_reason(error)}")
+            print(f"{printable(name)}  DAMAGED  {_reason(error)}")
     if failed:
         raise typer.Exit(1)
 
 
 def _reason(error: Exception) -> str:
-    """The reason that an artifact is not sound, as one line."""
+    """The reason that an artifact is not valid, as one line."""
     from de3.model_store.store import StoreError
 
     return str(error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}"))

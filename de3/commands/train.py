@@ -224,10 +224,10 @@ def _check_multi_label(context: typer.Context, multi_label: bool) -> None:
         return source is not None and source.name != "DEFAULT"
 
     if not multi_label and given("threshold"):
-        raise ValueError("--threshold: only a multi-label model has one; add --multi-label")
+        raise ValueError("--threshold: only a multi-label model has thresholds; add --multi-label")
     for names, reason in (
-        (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels do not exclude each other"),
-        (NO_TEACHER, "distillation is for labels that exclude each other"),
+        (NO_PROTOTYPES, "a multi-label model has no prototypes, as its labels are not mutually exclusive"),
+        (NO_TEACHER, "distillation is for mutually exclusive labels"),
     ):
         for name in names if multi_label else ():
             if given(name):

@@ -107,7 +107,7 @@ _ACCURACY = Panel(
     "Expected accuracy",
     "lines",
     "percentunit",
-    "Accuracy by the calibration: of texts answered with a τ of the calibration table, and at full depth.",
+    "Accuracy by the calibration: of texts answered with a τ from the calibration table, and at full depth.",
     (
         Query(_accuracy(), "as answered"),
         Query(f"avg by (model) (de3_full_depth_accuracy{M})", "full depth {{model}}"),
@@ -205,7 +205,7 @@ SPEED_UP = Dashboard(
             "Expected accuracy",
             "percentunit",
             _accuracy("[$__range]"),
-            "By the calibration, of texts answered with a τ of the calibration table.",
+            "By the calibration, of texts answered with a τ from the calibration table.",
         ),
         Panel(
             "Speed-up over full depth",

@@ -340,7 +340,7 @@ def long_texts(
     loaded = open_model(store, model)
     manifest = loaded.manifest
     if manifest.thresholds is not None or manifest.tolerance is not None:
-        raise ValueError(f"{model}: this study is of models whose classes exclude each other")
+        raise ValueError(f"{model}: this study is of models whose classes are mutually exclusive")
     default = ExitRule(manifest.defaults.tau, manifest.default_signal)
     columns = (text_column, label_column)
     rows = []
@@ -442,7 +442,7 @@ def wall(
             served = load(Store(store).open(model), Settings(**settings))
             manifest = served.model.manifest
             if manifest.thresholds is not None or manifest.tolerance is not None:
-                raise ValueError(f"{model}: this study is of models whose classes exclude each other")
+                raise ValueError(f"{model}: this study is of models whose classes are mutually exclusive")
             examples = data.to_examples(rows, manifest.labels)
             data.check_input(examples, manifest.input, str(texts))
             taus = sorted({0.0, *(tau or (*study.TAUS, manifest.defaults.tau))})

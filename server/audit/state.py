@@ -213,7 +213,7 @@ def restore(auditor: Auditor, state: State) -> None:
     if most + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if max(_counts(state), default=0) > MAX_COUNT - NEW_COUNT:
-        raise ValueError("it has too large counts")
+        raise ValueError("its counts are too large")
     if state.taus != auditor.taus.tolist():
         raise ValueError("it has other values of τ")
     evidence = Evidence(auditor.taus)

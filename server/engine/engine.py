@@ -179,7 +179,7 @@ class Engine:
         try:
             self._warm_ups.pop()()
         except BaseException:
-            log.exception("an engine thread failed to warm up, and continues without")
+            log.exception("an engine thread failed to warm up, and continues anyway")
         self._failures[number] = 0
         while self._step(number):  # a separate call, so that a waiting thread keeps no model alive
             if self._failures[number] > MAX_FAILURES:

@@ -208,7 +208,7 @@ class RateLimit:
         """Raise RequestError for a request that costs more than the limit ever allows."""
         if texts > self._rate.amount:
             raise RequestError(
-                f"this request counts as {texts} texts, and your limit is {self._rate}: send fewer at a time",
+                f"this request costs {texts} texts, and your limit is {self._rate}: send fewer at a time",
                 cause="rate_limited",
             )
 

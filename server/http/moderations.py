@@ -28,7 +28,11 @@ class ModerationRequest(Request):
     def check(self, manifest: Manifest) -> None:
         """Raise RequestError unless the model is multi-label."""
         if manifest.thresholds is None:
-            why = "its classes exclude each other" if manifest.tolerance is None else "its answer is a number"
+            why = (
+                "its classes are mutually exclusive"
+                if manifest.tolerance is None
+                else "its answer is a number"
+            )
             raise RequestError(
                 f"model: {manifest.name}:{manifest.version} is not a multi-label model, which moderation requires: "
                 f"{why}; use /classify",

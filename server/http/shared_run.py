@@ -21,7 +21,7 @@ class SharedRun(Generic[T]):
     async def result(self, function: Callable[[], T]) -> T:
         """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
         if self._waiting >= MAX_WAITING:
-            message = f"{self._what}: {MAX_WAITING} requests wait for it already; try again"
+            message = f"{self._what}: {MAX_WAITING} requests are already waiting for it; try again"
             raise RequestError(message, cause="busy", retry_after_s=1)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(asyncio.to_thread(function))
