@@ -90,7 +90,7 @@ class Attacker:
         return self.sent
 
     def _open_later(self, number: int, seconds: float = 0.0) -> None:
-        """Open a connection after `seconds`, or once the rate limit for new connections allows it."""
+        """Open a connection after `seconds`, or later if the rate limit for new connections requires it."""
         due = max(self._next_open, monotonic() + seconds)
         self._next_open = due + 1 / MAX_OPENED_PER_S
         self._add_timer(due, number)
@@ -190,7 +190,7 @@ class Attacker:
 
 
 def _take_answer(connection: _Connection) -> str | None:
-    """Remove the first complete answer from the received data and return its status; None if there is none."""
+    """Remove the first answer from the received data and return its status; None if it is incomplete."""
     head, end, body = connection.received.partition(b"\r\n\r\n")
     if not end:
         return None

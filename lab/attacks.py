@@ -36,8 +36,8 @@ class Attack:
         reads: the attacker reads the server's answers.
         may_refuse: share of the well-behaved client's requests that the server may refuse with 429 or 503.
         with_budgets: the well-behaved client also sends requests with a latency budget.
-        networks: number of networks from which it comes, each with one address.
-        options: of de3 serve.
+        networks: number of networks that the attack comes from, each with one address.
+        options: for de3 serve.
     """
 
     name: str

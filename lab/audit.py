@@ -22,7 +22,7 @@ from de3.loadtest.texts import Sample
 
 WARM_S, WINDOW_S, CAPACITY_S = 2.0, 2.0, 4.0
 CONNECTIONS = 16
-# Below capacity even where every text runs to full depth: audits need idle time.
+# Share of the throughput at full depth: audits need idle time.
 LOAD = 0.7
 
 
@@ -37,8 +37,8 @@ class Truth:
     """Full depth's answer to each text, from the server at τ = 0 with `explain`.
 
     Attributes:
-        scores: of each exit, (n, exits).
-        differs: an exit's answer differs from full depth's, (n, exits).
+        scores: score of each exit, (n, exits).
+        differs: True where an exit's answer differs from full depth's, (n, exits).
     """
 
     labels: list[str]
@@ -56,7 +56,7 @@ class Truth:
         return cls([row["label"] for row in rows], np.array(scores), np.array(differs))
 
     def rate(self, tau: float) -> float:
-        """The rate of texts whose answer at a τ differs from full depth's."""
+        """The rate of disagreement with full depth at a τ."""
         below = self.scores < tau
         below[:, -1] = True
         return float(self.differs[np.arange(len(below)), below.argmax(1)].mean())
@@ -67,7 +67,7 @@ class Window:
     """A time window of the story.
 
     Attributes:
-        phase: the texts that were sent, home or away.
+        phase: the kind of texts sent, home or away.
         texts: number of texts sent so far.
         seen: disagreement of the answers in this window with full depth, counted by the client.
         true: disagreement over all texts of the phase, at the τ in force at the end of the window.
@@ -101,7 +101,7 @@ def story(
 ) -> list[Window]:
     """Serve with a guarantee, send texts of one kind, then of another, and compare every answer with full depth's.
 
-    texts, windows: of home and of away.
+    texts, windows: the samples, and the number of windows, of home and of away.
     """
     told: list[Window] = []
     options = ["--guarantee", str(rate), "--audit-share", str(share)]
@@ -167,7 +167,7 @@ def summary(told: list[Window], rate: float) -> dict[str, Any]:
 
 
 def plot(path: Path, told: list[Window], rate: float) -> None:
-    """The measured rate with its band, the true one, and τ, over the texts."""
+    """Plot the measured rate with its bounds, the true rate, and τ, against the number of texts."""
     figure, axes = panels(2, f"A guarantee of {100 * rate:g}% over HTTP", "texts")
     x = [w.texts for w in told]
     switch = max(w.texts for w in told if w.phase == "home")
@@ -192,9 +192,9 @@ def plot(path: Path, told: list[Window], rate: float) -> None:
 def copies(
     store: Path, model: str, samples: Sequence[Sample], rate: float, port: int
 ) -> dict[str, float | int]:
-    """One client sends copies of an easy text, another one each sample once; compares its answers with full depth's.
+    """Let one client send copies of an easy text, and compare another client's answers with full depth's.
 
-    The attacker begins with 256 copies in one request; then each sample comes after a copy.
+    The attacker begins with 256 copies in one request. Then the other client sends each sample once, each after a copy.
     """
     with (
         TemporaryDirectory() as folder,
@@ -229,7 +229,7 @@ def copies(
 
 @dataclass(frozen=True)
 class Round:
-    """One round: latencies without and with audits, ms, and the share of audited texts."""
+    """One round: latencies without and with audits, ms, share of audited texts, and audits pending at the end."""
 
     p50: float
     p99: float
@@ -271,7 +271,7 @@ def cost(
             found = []
             for server in pair:
                 while audit_of(audited.target.url, model)["pending"]:
-                    sleep(0.1)  # else audits would slow down the server without them
+                    sleep(0.1)  # else audits would slow down the other server, too
                 run = send_traffic(server.target, samples, seconds, rate=rate, seed=number)
                 found.append(run.latencies_ms())
             plain, other = found if number % 2 == 0 else found[::-1]

@@ -27,7 +27,7 @@ def story(
     rate: Annotated[float, typer.Option(help="The guarantee.", min=0.0001, max=0.99)] = 0.02,
     share: AuditShare = 0.05,
     home_windows: Annotated[int, typer.Option(help="Windows of 2 s before the switch.", min=1)] = 30,
-    away_windows: Annotated[int, typer.Option(help="Windows of 2 s after it.", min=1)] = 60,
+    away_windows: Annotated[int, typer.Option(help="Windows of 2 s after the switch.", min=1)] = 60,
     png: Png = None,
     port: options.Port = 8100,
     json_file: options.Json = None,
@@ -75,7 +75,7 @@ def copies(
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
-    """Serve with a guarantee, let one client send copies of an easy text, and count another one's wrong answers.
+    """Serve with a guarantee while one client sends copies of an easy text; measure another's disagreement rate.
 
     Example: python -m lab audit copies sst2/train.tsv
     """
@@ -100,7 +100,7 @@ def cost(
     port: options.Port = 8100,
     json_file: options.Json = None,
 ) -> None:
-    """Latency of requests under load with audits and without, in turn, and the share of texts that were audited.
+    """Measure latency under load with and without audits, in turn, and the share of audited texts.
 
     The capacity is the highest rate without audits whose p99 is within --slo-p99-ms, as in de3 loadtest capacity.
 

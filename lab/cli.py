@@ -51,11 +51,11 @@ def fuzz(
 
 @app.command()
 def starts(
-    folder: Annotated[Path, typer.Argument(help="A stock classifier, of transformers.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     rounds: Annotated[int, typer.Option(help="Starts of each server, in turn.", min=1)] = 5,
     port: options.Port = 8100,
 ) -> None:
-    """Compare how long a stock classifier takes to start, and its memory, with transformers and FastAPI.
+    """Compare the start time and memory of a stock classifier in de3 serve and in transformers with FastAPI.
 
     Example: python -m lab starts runs/stock/model
     """
@@ -76,9 +76,9 @@ def fuzz_inputs(
         "loadtest-results"
     ),
 ) -> None:
-    """Fuzz what reads untrusted bytes, in process; fails if an input is handled wrongly.
+    """Fuzz the code that reads untrusted bytes, in process; fails if an input is handled wrongly.
 
-    connection: streams of HTTP requests, in any pieces. graph: ONNX files. tokenizer: tokenizer.json. manifest:
+    connection: streams of HTTP requests, split anywhere. graph: ONNX files. tokenizer: tokenizer.json. manifest:
     manifest.json. state: files of --state-dir. Hypothesis generates the inputs, and reduces those with findings.
 
     Example: python -m lab fuzz-inputs --only state --seconds 60
@@ -104,15 +104,15 @@ def soak(
     store: options.Store = Path("models"),
     model: options.ModelName = "sst2",
     minutes: Annotated[float, typer.Option(help="Duration.", min=0.1)] = 60.0,
-    reload_s: Annotated[float, typer.Option(help="Seconds between two reloads of the model.", min=1)] = 60.0,
+    reload_s: Annotated[float, typer.Option(help="Seconds between reloads of the model.", min=1)] = 60.0,
     text_column: options.TextColumn = "sentence",
     port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for soak.json and soak.png.")] = Path("loadtest-results"),
 ) -> None:
-    """Start a server and send it mixed traffic for an hour, while its model is reloaded regularly.
+    """Start a server, send it mixed traffic, and reload its model regularly.
 
-    The traffic: single texts, batches, long texts, latency budgets, malformed requests, clients that hang up or read
-    slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5% from the second
+    The traffic: single texts, batches, long texts, latency budgets, malformed requests, and clients that hang up or
+    read slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5% from the second
     quarter to the last.
 
     Example: python -m lab soak --texts dev.tsv --minutes 60
@@ -166,7 +166,7 @@ def faults(
 ) -> None:
     """Inject faults into our own server and count accepted requests that are lost; fails if there are any.
 
-    SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, a jumping clock.
+    The faults: SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, clock jumps.
 
     Example: python -m lab faults --texts dev.tsv --only sigterm
     """
@@ -196,11 +196,11 @@ def attack(
     connections: Annotated[
         int | None,
         typer.Option(
-            help="Connections of each attack. Default: the attack's, 4 to 1,200.", min=1, show_default=False
+            help="Connections per attack. Default: the attack's own, 4 to 1,200.", min=1, show_default=False
         ),
     ] = None,
     memory_wait_s: Annotated[
-        float, typer.Option(help="Longest time for the server's memory to recover.", min=0)
+        float, typer.Option(help="Time limit for the server's memory to recover.", min=0)
     ] = 60.0,
     port: options.Port = 8100,
     out: Annotated[Path, typer.Option(help="Folder for attacks.json.")] = Path("loadtest-results"),
@@ -208,11 +208,11 @@ def attack(
     """Attack our own server and check that a well-behaved client is still served.
 
     Each attack starts its own server with limits of 1 GiB of memory and 1,024 open files. The attacker, a process at
-    nice 19, comes from other networks of 127/8 than the well-behaved client. This one is at 127.0.0.1 and sends 20
-    requests per second. The server fails an attack if it dies or keeps the memory, or if the well-behaved client is
+    nice 19, uses other networks of 127/8 than the well-behaved client, which is at 127.0.0.1 and sends 20 requests per
+    second. The server fails an attack if it dies or does not release its memory, or if the well-behaved client is
     refused, gets no answer or gets it late: p99 above 50 ms and above 5 times the p99 before the attack.
 
-    There is no URL to give, so that only your own servers can be attacked.
+    There is no URL option: only a server that this command starts can be attacked.
 
     Example: python -m lab attack --only endless_header --seconds 10
     """
@@ -236,7 +236,7 @@ def layers(
     store: options.Store = Path("models"),
     model: Int8Model = "sst2",
     instructions: Annotated[
-        str, typer.Option(help="Instruction set of the kernels, as vnni, avx2 or dotprod. Default: the best.")
+        str, typer.Option(help="Kernels' instruction set, such as vnni, avx2 or dotprod. Default: the best.")
     ] = "",
     json_file: options.Json = None,
 ) -> None:
@@ -289,7 +289,7 @@ def engines(
 ) -> None:
     """Compare our kernels with other engines at full depth on one core, in process, without HTTP.
 
-    Texts are tokenized beforehand. Ours run one text a call, and in groups of 4 and 16; the others run one.
+    Texts are tokenized beforehand. Our kernels run 1, 4 and 16 texts per call; the other engines run one.
 
     Example: python -m lab engines --texts dev.tsv
     """

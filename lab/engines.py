@@ -25,8 +25,8 @@ from de3.model_store.store import Artifact
 from lab.layers import weights_of
 
 GROUPS = (1, 4, 16)
-MEASURE_S = 600.0  # more than a round of a peer takes
-BUFFER_BYTES = 2**28  # of each of two: beyond any cache
+MEASURE_S = 600.0  # time-out of a peer's round
+BUFFER_BYTES = 2**28  # size of each of two buffers: beyond any cache
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class Engines:
         artifact: an int8 model that the kernels can run.
         peers: lean peers; those that cannot be prepared or do not run are left out, with a note.
         out: folder for results.json.
-        seconds: least duration of one measurement.
+        seconds: minimum duration of one measurement.
         show: called with each line of progress.
     """
 
@@ -99,7 +99,7 @@ class Engines:
 
     def _measure(self, file: Path) -> None:
         model = Model(self.artifact, "native")
-        from de3.native import kernels  # there, or the line above would have raised
+        from de3.native import kernels  # importable, or the line above would have raised
 
         tokens = [model.tokenize(text) for text in self.texts]
         logits = _logits(model, tokens)
@@ -135,7 +135,7 @@ class Engines:
 
 
 def name_of(size: int) -> str:
-    """The name of our engine with this many texts a call."""
+    """The name of our engine with `size` texts per call."""
     return "de3, one text a call" if size == 1 else f"de3, {size} texts a call"
 
 
@@ -144,7 +144,7 @@ def _passes(model: Model, tokens: Sequence[Tokens]) -> list[ForwardPass]:
 
 
 def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
-    """Logits of full depth, (texts, K)."""
+    """Logits at full depth, (texts, num_labels)."""
     assert model.forward is not None
     passes = _passes(model, tokens)
     for each in passes:
@@ -153,7 +153,7 @@ def _logits(model: Model, tokens: Sequence[Tokens]) -> Any:
 
 
 def our_rate(model: Model, tokens: Sequence[Tokens], size: int, seconds: float) -> float:
-    """Texts per second at full depth, `size` texts a call in their order: whole passes, as the peers measure."""
+    """Texts per second at full depth, `size` texts per call, in whole passes over the texts, as the peers measure."""
     assert model.forward is not None
     calls = [tokens[i : i + size] for i in range(0, len(tokens), size)]
     for call in calls:
@@ -180,20 +180,20 @@ def peer_measured(peer: Server, file: Path, seconds: float) -> dict[str, Any]:
 
 
 def layer_weights(artifact: Artifact) -> int:
-    """Weights of all encoder layers, without exits; in int8 this is also the bytes read for a text that runs alone."""
+    """Number of weights of all encoder layers, without exits; in int8 also the bytes read in one call."""
     return sum(weights_of(artifact.read(file)) for file in artifact.manifest.segment_files()[1:])
 
 
 def multiply_adds(artifact: Artifact, weights: int, tokens: int) -> int:
-    """Multiply-adds of all encoder layers for a text of this many tokens: with weights, and in float32 in attention."""
+    """Multiply-adds of all encoder layers for a text of this length: with weights, and within attention (float32)."""
     manifest = artifact.manifest
     return tokens * weights + 2 * tokens * tokens * manifest.hidden_size * manifest.num_layers
 
 
 def read_bandwidth(size: int = BUFFER_BYTES) -> float:
-    """Bytes per second that one core reads from memory: a dot product of two float32 arrays, the best of five.
+    """Bytes per second that one core reads from memory: the best of five dot products of two float32 arrays.
 
-    Two streams are read up to 1.4 times as fast as one array in a sum. `dot` may use several threads, einsum does not.
+    Reading two arrays is up to 1.4 times as fast as summing one. `dot` may use several threads, einsum does not.
     """
     left, right = np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
     times = []
@@ -205,7 +205,7 @@ def read_bandwidth(size: int = BUFFER_BYTES) -> float:
 
 
 def compared(results: dict[str, Any]) -> dict[str, Any]:
-    """Medians with ranges: rates; for ours also the shares of peak and bandwidth, and the ratios to each peer."""
+    """Medians with ranges: rates; for ours also the shares of peak and bandwidth, and the ratio to each peer."""
     rounds, ours = results["rounds"], results["ours"]
     peers = [name for name in rounds if name not in ours]
     rivals = [name for name in peers if name.endswith("int8") and not name.startswith("CTranslate2")]
@@ -232,7 +232,7 @@ def _spread(values: Sequence[float], digits: int) -> str:
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """All engines and their rates with the ratios of ours to them; then ours and their shares of the core."""
+    """Two tables: the rates of all engines with the ratios of ours to them, and our shares of the core's limits."""
     engines, ours = results["compared"]["engines"], results["ours"]
     best = results["compared"]["best_int8"]
     title = f"{results['texts']} texts of {results['tokens']:.0f} tokens on average, full depth, one core"

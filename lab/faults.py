@@ -72,7 +72,7 @@ class Testbed:
         return self.folder / "server.log"
 
     def logged(self) -> dict[str, int]:
-        """Status by request id, as the server logged them."""
+        """Status by request id, from the server's log."""
         statuses = {}
         complete, _, _ = self.log.read_text(errors="replace").rpartition(
             "\n"
@@ -277,7 +277,7 @@ def killed_while_writing(testbed: Testbed) -> Row:
         for _ in range(KILLS):
             writer = _writer(store, testbed.model)
             assert writer.stdout is not None
-            writer.stdout.readline()  # one version is complete: it writes the next
+            writer.stdout.readline()  # one version is complete, and the next is being written
             time.sleep(rng.uniform(0.0, 0.3))
             writer.kill()
             writer.communicate()

@@ -1,4 +1,4 @@
-"""A fuzzer: sends malformed requests; the server must answer with a clear error or close the connection.
+"""A fuzzer that sends malformed requests; the server must answer with a clear error or close the connection.
 
 Requests are mutations of valid ones: JSON values, JSON bytes, headers, the request line. An answer must be HTTP with a
 status below 500 (or 503 or 504), and an error must have the documented shape. Every well-formed request must be
@@ -169,7 +169,7 @@ def _mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> str:
-    """The problem of an answer; empty if it is correct."""
+    """The problem with an answer; empty if it is correct."""
     if status in (503, 504):
         return "" if status == 504 or "retry-after" in headers else "503 without Retry-After"
     if status >= 500:
@@ -189,7 +189,7 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
 def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Result:
     """Send requests one after the other; raises OSError if the server stops listening.
 
-    A connection is reused as long as the server keeps it open, so that leftovers of a request would affect the next.
+    A connection is reused while the server answers 200 and keeps it open: leftovers of a request would affect the next.
     """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)

@@ -71,8 +71,8 @@ class Answer:
 
     Attributes:
         due: when the request was due, by time.monotonic.
-        with_budget: it had a latency budget.
-        reopened: it was sent again because the server had closed the kept-alive connection.
+        with_budget: the request had a latency budget.
+        reopened: the request was sent again because the server had closed the kept-alive connection.
     """
 
     due: float
@@ -86,7 +86,7 @@ class Innocent:
     """The client, in its own thread.
 
     Args:
-        budget_ms: latency budget of further requests, at half the rate; None: there are none.
+        budget_ms: latency budget of additional requests, at half the rate; None: no such requests.
     """
 
     def __init__(self, port: int, budget_ms: float | None = None) -> None:
@@ -131,7 +131,7 @@ class Innocent:
         return post(fields)
 
     async def _kept(self, with_budget: bool) -> None:
-        """Send requests on one connection, which is reopened if the server closes it between two requests."""
+        """Send requests on one connection, which is reopened if the server closes it between requests."""
         connection = _Connection(self._port)
         due, number = monotonic(), 0
         while due < self._end:
@@ -145,7 +145,7 @@ class Innocent:
         connection.close()
 
     async def _new(self) -> None:
-        """Send each request on a new connection, whether or not the last one is answered."""
+        """Send each request on a new connection, whether or not earlier ones have been answered."""
         due, number = monotonic() + 1 / RATE, 0
         async with asyncio.TaskGroup() as tasks:
             while due < self._end:

@@ -26,7 +26,7 @@ def layers(
     Raises StoreError if the kernels cannot run the model, ValueError if this machine lacks the instruction set.
     """
     models = [Model(artifact, "onnxruntime"), Model(artifact, "native")]
-    from de3.native import kernels  # present, or the line above would have raised
+    from de3.native import kernels  # importable, or the line above would have raised
 
     kernels.use(instructions)
     size = artifact.manifest.hidden_size
@@ -52,7 +52,7 @@ def layers(
 
 
 def weights_of(file: bytes) -> int:
-    """Number of weights of a layer without its exit: the multiply-adds of a token, without attention scores."""
+    """Number of weights of a layer without its exit: the multiply-adds per token, without those within attention."""
     import onnx
 
     graph = onnx.load_model_from_string(file).graph

@@ -1,4 +1,4 @@
-"""Options of the laboratory's commands, and how they open models and print results."""
+"""Options of the laboratory's commands, and functions that open models and print results."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ Earlier = Annotated[
 
 
 def open_model(store: Path, name: str) -> Model:
-    """A model of a store, run by ONNX Runtime; raises ValueError without the train extra, which reads the texts."""
+    """A model of a store, run by ONNX Runtime; raises ValueError without the train extra, which reading texts needs."""
     try:
         import torch  # noqa: F401
     except ImportError:

@@ -76,7 +76,7 @@ def replicas() -> dict[int, str]:
 
 
 def _node_of(pid: int) -> str:
-    """The id of the raylet that started a worker: its parent process. Raises OSError if the worker has ended."""
+    """The process id of the raylet that started a worker: its parent. Raises OSError if the worker has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
 
 

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 MEMORY_BYTES = 2**30
 FILES = 1024
 BUDGET_MS = 50.0
-SAMPLE_S = 0.25  # between two samples of the memory
+SAMPLE_S = 0.25  # between samples of the memory
 VALID = {"input": {"text": "a warm , funny , engaging film", "text_pair": "good"}, "explain": True}
 ANSWER_TIMEOUT_S = 30.0  # of the valid request
-# The memory has recovered at 10% or 16 MB above the start: small heaps vary by more than 10%.
+# The memory has recovered at 10% above the start, or 16 MB if that is more: small heaps vary by more than 10%.
 BACK_SHARE, BACK_MB = 0.1, 16.0
 P99_MS, P99_RATIO = 50.0, 5.0
 COLUMNS = (
@@ -87,7 +87,7 @@ class Arena:
     Attributes:
         seconds: duration of an attack.
         connections: number of connections of each attack; None: the attack's default.
-        memory_wait_s: longest time for the memory to recover.
+        memory_wait_s: time limit for the memory to recover.
     """
 
     store: Path
@@ -139,7 +139,7 @@ class Arena:
         return row
 
     def _answer(self) -> Any:
-        """The answer to a valid request; None if there is none."""
+        """The answer to a valid request; None if the request fails."""
         request = Request(f"http://127.0.0.1:{self.port}/classify", json.dumps(VALID).encode())
         try:
             with urlopen(request, timeout=ANSWER_TIMEOUT_S) as answer:
@@ -244,7 +244,7 @@ def attack_all(
 
 
 def table(rows: Sequence[Row]) -> "Table":
-    """The rows as a table; a cell with three numbers holds those before, during and after the attack."""
+    """The rows as a table; cells with three numbers: before, during (memory: the peak) and after the attack."""
     from rich.table import Table
 
     table = Table(*COLUMNS, title="the well-behaved client before / during / after the attack, or during it")

@@ -20,9 +20,9 @@ from de3.loadtest.texts import Sample
 from lab import fuzz
 
 CLIENTS = 4
-PAUSE_S = 0.02  # mean pause of a client between two requests
-SAMPLE_S = 5.0  # between two samples of the memory
-IDLE_S = 2.0  # then reconnect: the server closes a connection that is idle for 5 s
+PAUSE_S = 0.02  # mean pause of a client between requests
+SAMPLE_S = 5.0  # between samples of the memory
+IDLE_S = 2.0  # after which to reconnect: the server closes a connection that is idle for 5 s
 TIMEOUT_S = 60.0
 
 
@@ -201,7 +201,7 @@ def soak(
 
 
 def check_plots() -> None:
-    """Raise ValueError if matplotlib is missing, before the test and not after an hour."""
+    """Raise ValueError if matplotlib is missing: before the test, not at its end."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

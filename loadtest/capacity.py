@@ -33,9 +33,9 @@ def capacity(
     seconds: float,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> float:
-    """The highest rate of single texts, with Poisson arrivals, whose p99 meets the objective; 0: none.
+    """The highest rate of single texts, with Poisson arrivals, whose p99 meets the objective; 0 if none does.
 
-    A bisection between the highest rate that met it and the lowest that did not. The server must not change τ during
+    Bisects between the highest rate that met it and the lowest that did not. The server must not change τ during
     the test: start it without --slo-p99-ms.
     """
     warm_up = send_traffic(target, samples, WARM_S, connections=CONNECTIONS)
@@ -59,7 +59,7 @@ def _try(target: Target, samples: list[Sample], rate: float, seconds: float) -> 
 
 
 def advice(rate: float, slo_ms: float, wanted: float, threads: int) -> list[str]:
-    """The settings to use for `wanted` requests/s in total."""
+    """The settings to use for `wanted` requests/s in total, as lines of text."""
     planned = HEADROOM * rate
     replicas = max(2, math.ceil(wanted / planned)) if planned > 0 else 0
     pending = max(1, round(rate * slo_ms / 1000 / 4))  # a quarter of the objective is queue time

@@ -194,7 +194,7 @@ def compare(
     tau: Annotated[
         list[float] | None,
         typer.Option(
-            min=0, max=1, help="A τ of our server besides the default and 0; repeatable.", show_default=False
+            min=0, max=1, help="A τ besides the default and 0; repeat for more.", show_default=False
         ),
     ] = None,
     text_column: options.TextColumn = "sentence",

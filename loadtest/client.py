@@ -21,7 +21,7 @@ from de3.client import Row
 from de3.loadtest.texts import Sample
 
 MAX_CONNECTIONS = 500  # select's limit is 1024 files
-GRACE_S = 20.0  # wait for the last answers
+GRACE_S = 20.0  # wait for the last answers after the end
 MAX_BROKEN = 1000  # broken connections before a run is aborted
 
 
@@ -313,7 +313,7 @@ def wrong_labels(run: Run, alone: list[str | None]) -> int:
 
 
 def accuracy(run: Run) -> float | None:
-    """Accuracy on the samples with a known label; None if the server uses other label names."""
+    """Accuracy on the samples with a known label; None if there are none, or if the server uses other label names."""
     pairs = [
         (label, run.samples[answer.sample].label)
         for answer, label in zip(run.answers, run.labels, strict=True)

@@ -47,7 +47,7 @@ class Comparison:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def all(self, ours_at: Callable[[float], Server]) -> dict[str, Any]:
-        """Run all measurements and write results.json and plots; `ours_at` makes our server with a τ."""
+        """Run all measurements and write results.json and plots; `ours_at` returns our server at a τ."""
         mixed = with_long(self.samples, LONG_SHARE, LONG_WORDS)
         self.results["machine"] = {
             "cpu": cpu_name(),
@@ -288,7 +288,7 @@ def _model_time(url: str) -> tuple[float, float, float]:
 
 
 def cpu_name() -> str:
-    """The processor's name in /proc/cpuinfo."""
+    """The processor's name, from /proc/cpuinfo."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()

@@ -93,7 +93,7 @@ def _summary(run: Run, slo_ms: float) -> dict[str, Any]:
         for i in range(int(SECONDS / WINDOW_S))
     ]
     overload_end = SECONDS - PHASES[-1][1]
-    missed = [  # ends of later windows that miss the objective
+    missed = [  # ends of windows after the overload that miss the objective
         w["at"] + WINDOW_S
         for w in windows
         if w["at"] >= overload_end and not (w["p99_ms"] or slo_ms + 1) <= slo_ms

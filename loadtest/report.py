@@ -27,7 +27,7 @@ def write_json(path: Path, numbers: Any) -> None:
 
 
 def summary(run: Run, wrong: int | None = None) -> dict[str, Any]:
-    """The numbers of a run for JSON; wrong: number of wrong labels, None if they were not checked."""
+    """The numbers of a run, for JSON; wrong: number of wrong labels, None if they were not checked."""
     numbers: dict[str, Any] = {
         "offered_per_s": run.offered,
         "connections": None if run.offered else run.connections,

@@ -40,8 +40,8 @@ class Server:
         command: the command line; {port} is replaced.
         ready: path that answers 200 once the server is ready.
         note: how it differs from ours, for the report.
-        script: of a peer: its script in `peers`; `prepare` creates the environment.
-        conversion: of a peer: arguments that make its script convert its model.
+        script: a peer's script in `peers`; `prepare` creates its environment.
+        conversion: arguments with which a peer's script converts its model.
     """
 
     name: str
@@ -101,7 +101,7 @@ def ours(
 
 
 def peer(name: str, script: str, *arguments: str, **fields: Any) -> Server:
-    """The peer that a script in `peers` starts; call `prepare` first. `fields`: of Server."""
+    """The peer that a script in `peers` starts; call `prepare` first. `fields`: other fields of Server."""
     command = [str(python_of(script)), str(PEERS / f"{script}.py"), *arguments, "--port", "{port}"]
     return Server(name, command, script=script, **fields)
 
@@ -113,13 +113,13 @@ def fingerprint(file: Path) -> str:
 
 
 def peer_models(artifact: Artifact, texts: list[str], out: Path) -> tuple[Path, Path, Path]:
-    """Write the models of the peers to `out`: the full-depth graph in int8 and in fp32, and texts to quantize with."""
+    """Write the models of the peers to `out`: the full-depth graph in int8 and in fp32, and calibration texts."""
     from de3.export.full_depth import export_full_depth
 
     out.mkdir(parents=True, exist_ok=True)
     graphs = []
     for quantize in ("int8", "none"):
-        # Another model of the same name and version has another manifest, with the hashes of its files.
+        # The manifest has the files' hashes: another model of this name and version has another fingerprint.
         name = f"{artifact.full_name.replace(':', '-')}-{fingerprint(artifact.path / 'manifest.json')}"
         graphs.append(out / f"full-depth-{name}-{quantize}")
         if not graphs[-1].exists():
@@ -134,7 +134,7 @@ def lean_peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) ->
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: texts to quantize with, a JSON list.
+        calibration: texts to calibrate quantization with, a JSON list.
         stock: folder of a stock BERT classifier, for CTranslate2.
     """
     openvino = [str(fp32), "--convert", str(calibration)]
@@ -169,7 +169,7 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
 
     Args:
         int8, fp32: folders of the full-depth graph.
-        calibration: texts to quantize with, a JSON list.
+        calibration: texts to calibrate quantization with, a JSON list.
         stock: folder of a stock sequence classification model, for peers that support no other.
     """
     servers = [
@@ -205,7 +205,7 @@ def peers(int8: Path, fp32: Path, calibration: Path, stock: Path | None) -> list
 
 
 def peer_command(script: str) -> list[str]:
-    """The command that starts a peer's script; its environment is created on first use."""
+    """The command that starts a peer's script; creates the peer's environment on first use."""
     path = PEERS / f"{script}.py"
     python = environment(script, dependencies(path))
     return [str(python), str(path)]

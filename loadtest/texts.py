@@ -13,10 +13,10 @@ class Sample:
     """A text to send.
 
     Attributes:
-        label: the correct one; None: not known.
-        long: the text was made long (with_long).
-        tau: of the request; None: the server's default.
-        group: texts of a group are related.
+        label: the correct label; None: unknown.
+        long: the text was lengthened by with_long.
+        tau: τ of the request; None: the server's default.
+        group: name of a group of related texts; None: not in a group.
     """
 
     text: str
@@ -35,9 +35,9 @@ def read(
 ) -> list[Sample]:
     """The samples of a .tsv, .csv or .jsonl file with named columns, or of a .txt file with a text on each line.
 
-    Labels that are numbers index label_names, which are comma-separated; without label_column in the file samples have
-    no labels. Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column names the
-    text that they are part of. Raises ValueError naming the file and the line.
+    Numeric labels index label_names, which are comma-separated; if the file lacks label_column, samples have no labels.
+    Fragments, as `de3 train` marks them in its held-out parts, are dropped unless group_column is given, which names
+    the text that they are part of. Raises ValueError naming the file and the line.
     """
     names = [name.strip() for name in label_names.split(",") if name.strip()]
     samples = []
@@ -57,7 +57,7 @@ def read(
 
 
 def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) -> list[Sample]:
-    """The samples, with a share of them replaced by texts of `words` words, joined from other samples."""
+    """The samples, with a share of them replaced by texts of `words` words, joined from random samples."""
     rng = random.Random(seed)
     mixed = []
     for sample in samples:

@@ -72,7 +72,7 @@ def _panel(panel: Panel) -> PanelBuilder:
 
 
 def make(board: Dashboard) -> str:
-    """A dashboard as the JSON that Grafana reads."""
+    """The JSON of a dashboard, as Grafana reads it."""
     model = (
         build.QueryVariable("model")
         .datasource(SOURCE)
@@ -101,13 +101,13 @@ def make(board: Dashboard) -> str:
             definition.with_row(build.Row(panel.row))
         definition.with_panel(_panel(panel))
     built = definition.build()
-    for variable in built.templating.list_val or []:  # fields of later schemas than this one
+    for variable in built.templating.list_val or []:  # fields of later schemas only
         variable.auto = variable.auto_min = variable.auto_count = None
     return JSONEncoder(sort_keys=True, indent=2).encode(built) + "\n"
 
 
 def files() -> dict[Path, str]:
-    """Every file and its content."""
+    """The content of each dashboard file, by path."""
     return {FOLDER / f"{board.uid.removeprefix('de3-')}.json": make(board) for board in DASHBOARDS}
 
 

@@ -1,4 +1,4 @@
-"""Every panel of the dashboards, with its PromQL. Dashboards, pictures and tests are generated from it."""
+"""The panels of the dashboards, with their PromQL. Dashboards, pictures and tests are generated from them."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +11,7 @@ DRIFTED = 0.25  # population stability index: by convention, a higher value mean
 
 @dataclass(frozen=True)
 class Query:
-    """PromQL, and the name of its result; {{label}} is replaced by a label's value."""
+    """A PromQL query and its legend; {{label}} is replaced by the label's value."""
 
     expr: str
     legend: str = ""
@@ -22,12 +22,12 @@ class Panel:
     """A panel.
 
     Attributes:
-        kind: stat (one number for the time range), lines, stack, or heatmap (of a histogram's buckets).
-        unit: Grafana's name of the unit.
-        width: number of grid columns, of 24.
+        kind: stat (one number), lines, stack, or heatmap (of a histogram's buckets).
+        unit: Grafana's identifier of the unit.
+        width: in grid columns, of 24.
         least, most: range of the axis; None: from the data.
         limit: a threshold, drawn as a line.
-        row: title of the row that begins with this panel; None: it continues the previous row.
+        row: title of the row that begins with this panel; None: the previous row continues.
     """
 
     title: str
@@ -57,7 +57,7 @@ def _stat(title: str, unit: str, expr: str, description: str) -> Panel:
 
 
 def _sum(metric: str, by: str = "", window: str = R, labels: str = M) -> str:
-    """A counter's rate, summed over replicas and models."""
+    """A counter's rate, summed over all labels except `by`."""
     return f"sum{f' by ({by}) ' if by else ''}(rate({metric}{labels}{window}))"
 
 
@@ -71,7 +71,7 @@ def _stage(name: str) -> str:
 
 
 def _speedup(stages: str, window: str = R) -> str:
-    """Time at full depth / time spent. Tokenizing, which early exit cannot save, is on both sides."""
+    """Time at full depth / time spent. Tokenizing, if in `stages`, is on both sides: early exit cannot save it."""
     spent = _sum("de3_stage_latency_seconds_sum", window=window, labels=_stage(stages))
     full = _sum("de3_full_depth_seconds_total", window=window)
     if stages == "model":
@@ -457,7 +457,7 @@ QUALITY = Dashboard(
         *_PROMISE,
     ),
 )
-# Accuracy is shown beside speed, too.
+# The accuracy panel is on the speed-up dashboard, too.
 SPEED_UP = Dashboard(SPEED_UP.uid, SPEED_UP.title, (*SPEED_UP.panels, _ACCURACY))
 
 DASHBOARDS = (SPEED_UP, LATENCY, QUALITY)

@@ -58,7 +58,7 @@ class Source:
         return [Series(query, row) for row in rows]
 
     def number(self, query: Query) -> float:
-        """The result of a query for the whole time range; nan if it is empty."""
+        """The result of an instant query at the end of the time range; nan if it is empty."""
         rows = self._ask("query", query.expr, time=self.end)
         return float(rows[0]["value"][1]) if rows else float("nan")
 
@@ -101,7 +101,7 @@ def _lines(axes: Axes, panel: Panel, source: Source) -> None:
         times = max((s.times for s in matching), key=len)
         layers = {s.name: np.zeros(len(times)) for s in matching if np.nanmax(s.values) > 0}
         for s in matching:
-            if s.name in layers:  # it may start later than others
+            if s.name in layers:  # a series may start later than others
                 layers[s.name][np.searchsorted(times, s.times)] = np.nan_to_num(s.values)
         if layers:
             axes.stackplot(times, list(layers.values()), labels=list(layers), alpha=0.7)
@@ -153,7 +153,7 @@ def draw(board: Dashboard, source: Source) -> Figure:
 
 
 def main(
-    folder: Annotated[Path, typer.Argument(help="Where to write the pictures.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the pictures.")],
     prometheus: Annotated[str, typer.Option(help="Address of Prometheus.")] = "http://localhost:9090",
     start: Annotated[
         float | None, typer.Option(help="Unix time. [default: 30 minutes before the end]")

@@ -2,7 +2,7 @@
 
 Each replica is a server with the HTTP routes, engine and models of `de3 serve`. Ray starts the replicas on
 the machines of its cluster, sends each request to one of the less busy replicas, replaces replicas that fail,
-and adds or removes replicas by the number of pending and in-flight requests.
+and scales their number with that of pending and in-flight requests.
 """
 
 import logging
@@ -21,17 +21,17 @@ from de3.server.settings import Settings
 
 
 class Options(BaseModel):
-    """The options of `serve run`, as name=value; all others are settings of the server (server/settings.py).
+    """The options of `serve run`, as name=value; any other option is a setting of the server (server/settings.py).
 
     Attributes:
-        min_replicas, max_replicas: limits of the number of replicas.
-        cores: cores of a replica, each with an engine thread.
+        min_replicas, max_replicas: limits on the number of replicas.
+        cores: cores per replica, each with an engine thread.
         target_requests: mean number of in-flight requests per replica above which Ray adds replicas. Default:
             two per core, which keep the cores busy; more would only be queued.
         upscale_delay_s, downscale_delay_s: how long the number must be above or below target_requests before
-            Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is long.
-        max_requests: limit of a replica's in-flight requests; further ones are queued in Ray's proxy.
-        max_queued: limit of the requests queued in one of Ray's proxies; further ones are answered with 503.
+            Ray adds or removes replicas. A replica starts in about 5 s, so Ray's default of 30 s is too long.
+        max_requests: maximum number of in-flight requests per replica; further ones are queued in Ray's proxy.
+        max_queued: maximum number of requests queued in each of Ray's proxies; further ones are answered with 503.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -72,7 +72,7 @@ class De3:
 
 
 def _without_id(app: ASGIApp) -> ASGIApp:
-    """Removes X-Request-ID from responses, because Ray adds it: Ray sets the id that the server uses."""
+    """Remove X-Request-ID from responses: Ray sets the id that the server uses, and adds the header itself."""
 
     async def without_id(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:
@@ -91,7 +91,7 @@ def build(arguments: dict[str, str]) -> serve.Application:
     settings: dict[str, Any] = {"threads": options.cores, **(options.model_extra or {})}
     if isinstance(settings.get("models"), str):
         settings["models"] = settings["models"].split()
-    Settings.model_validate(settings)  # so that an error appears in the terminal of `serve run`
+    Settings.model_validate(settings)  # report errors in the terminal of `serve run`
     settings.setdefault("store", "models")
     # Replicas have another working directory.
     for name in ("store", "api_keys_file", "admin_keys_file", "state_dir", "log_audits"):

@@ -1,4 +1,4 @@
-"""Middlewares for Ray's proxy: they retry the requests of a replica that died, and drop unsafe request ids.
+"""Middlewares for Ray's proxy that retry the requests of a replica that died, and drop unsafe request ids.
 
 Classification has no side effects, so its requests can be retried.
 Start Ray with RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=de3.deploy.ray.repeat:middlewares.
@@ -18,11 +18,11 @@ from de3.server.http.frontend import route_path
 log = logging.getLogger("ray.serve")
 TRIES = 2
 MAX_BODY_BYTES = 2**20  # requests with larger bodies are not buffered and not retried
-MAX_WAIT_S = 5.0  # nor are requests whose body takes longer
+MAX_WAIT_S = 5.0  # the same for bodies that take longer to arrive
 
 
 class Repeat:
-    """ASGI middleware that retries when the proxy ends without an answer, as it does if a replica dies."""
+    """ASGI middleware that retries a request if the proxy returns without an answer, as when a replica dies."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -57,7 +57,7 @@ class Repeat:
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
-    """A request's messages up to the end of its body or the buffer limit, and whether they are complete."""
+    """A request's messages up to the end of its body or a limit (size, time), and True if the body is complete."""
     messages, size = [], 0
     with suppress(TimeoutError):
         async with asyncio.timeout(MAX_WAIT_S):
@@ -71,7 +71,7 @@ async def _read(receive: Receive) -> tuple[list[Message], bool]:
 
 
 class SafeIds:
-    """ASGI middleware that drops an X-Request-ID that is not well-formed: Ray would echo it. Ray makes an id for
+    """ASGI middleware that drops malformed X-Request-ID headers, which Ray would echo. Ray generates an id for
     requests without one."""
 
     def __init__(self, app: ASGIApp) -> None:

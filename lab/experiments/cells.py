@@ -48,7 +48,7 @@ class Cell:
 
     Attributes:
         recipe: a letter for each component: T, distillation from a teacher, with altered copies; D, the paper's DAR;
-            "none" without any. Other training settings (alpha, gamma, pooling, prototypes, weights) follow after
+            "none": no component. Other training settings (alpha, gamma, pooling, prototypes, weights) follow after
             commas: "D,pooling=cls".
         fold: which of 5 folds is held out and measured; None: the split of de3 train, measured on dev or test.
     """
@@ -61,13 +61,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         fold = "" if self.fold is None else f"-fold{self.fold}"
         return f"{self.task}-{self.encoder}-{self.recipe.replace(',', '-')}-{self.seed}{fold}"
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The cell of a folder's name."""
+        """The cell with this folder name; raises ValueError if there is none."""
         match = NAME.fullmatch(name)
         if match is None:
             raise ValueError(f"{name}: not a cell; an example is mrpc-minilm-D-0")
@@ -90,7 +90,7 @@ class Cell:
 
 
 def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell]]:
-    """Cells by task, encoder, recipe, and True for folds; the cells of a group differ in seed or fold."""
+    """Cells by task, encoder, recipe, and True if they are folds; the cells of a group differ in seed or fold."""
     groups: dict[tuple[str, str, str, bool], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.encoder, cell.recipe, cell.fold is not None), []).append(cell)
@@ -103,20 +103,20 @@ class States:
 
     Attributes:
         pooled: h^(m) of every exit, (n, exits, hidden), float16.
-        recorded: all exits.
+        recorded: the outputs of every exit.
     """
 
     pooled: NDArray[np.float16]
     recorded: Recorded
 
     def without(self, exits: int) -> Self:
-        """The same without the first exits."""
+        """The same states without the first `exits` exits."""
         r = self.recorded
         arrays = (r.logits[:, exits:], r.distances[:, exits:], r.labels)
         return type(self)(self.pooled[:, exits:], Recorded(r.exit_layers[exits:], *arrays, r.tokens))
 
     def rows(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
-        """Some of the texts."""
+        """A subset of the texts."""
         return type(self)(self.pooled[which], self.recorded.rows(which))
 
 
@@ -151,7 +151,7 @@ class Trained:
 
     @property
     def config(self) -> CheckpointConfig:
-        """Its configuration."""
+        """The checkpoint's configuration."""
         return self.checkpoint.config
 
     def examples(self, part: str) -> list[Example]:
@@ -194,7 +194,7 @@ def _states(config: CheckpointConfig, tensors: dict[str, Tensor]) -> States:
 
 @torch.no_grad()
 def _run(model: De3Model, encoded: Encoded, pad_id: int, what: str) -> dict[str, Tensor]:
-    """Every exit's states; in bfloat16 for training texts, which are many and only fitted on."""
+    """Every exit's states; in bfloat16 for training texts, which are many and only used for fitting."""
     model.eval()
     n, exits, labels = len(encoded), len(model.config.exit_layers), model.config.num_labels
     pooled = torch.zeros(n, exits, model.config.hidden_size, dtype=torch.float16)
@@ -262,7 +262,7 @@ def _train(cell: Cell, root: Path, runs: Path, out: Path, encoder: str) -> None:
     )
     if cell.encoder == "mpnet":
         lr, epochs = MPNET.get(cell.task, (5e-5, 4))
-        epochs = epochs // 2 if "T" in letters else epochs  # as many steps
+        epochs = epochs // 2 if "T" in letters else epochs  # the same number of steps
         settings = replace(settings, lr=lr, epochs=epochs, patience=0)
     gamma, pooling = float(cell.more.get("gamma", 0.01)), cell.more.get("pooling", "mean")
     alpha, how = float(cell.more.get("alpha", settings.alpha)), cell.more.get("prototypes", "refit")

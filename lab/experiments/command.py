@@ -20,13 +20,13 @@ def command(
     tables: Callable[[Any], str],
     plot: Callable[[Any, Path], None] | None = None,
 ) -> Callable[..., None]:
-    """A function for typer.run.
+    """The main function of a study, for Typer.
 
     Args:
-        name: of the files in lab/docs/experiments, NAME.json and NAME.png.
-        measure: gives the results of cells, from the folder of the data sets and that of the trained models.
-        tables: gives the results as text.
-        plot: plots the results into a file.
+        name: name of the study's files in lab/docs/experiments, NAME.json and NAME.png.
+        measure: returns the results of cells, given the folders of the data sets and of the trained models.
+        tables: formats the results as text.
+        plot: plots the results to a file.
     """
 
     def main(

@@ -1,15 +1,15 @@
-"""Drift without labels: prototypes that follow the texts, and a risk that is refitted on audits.
+"""Drift without labels: prototypes that follow the texts, and a risk signal refitted on audits.
 
     python -m lab experiment drift DATA RUNS sst2-minilm-D-0 clinc150-minilm-D-0
     python -m lab experiment drift --redraw
 
-A stream has texts in domain, then texts of another domain. τ stays that of the calibration in domain, for at most 2% of
-answers that differ from full depth, by the signal risk. A few random texts are audited: they run to full depth after
-their answer, as in the server. No labels are used.
+A stream has texts in domain, then texts of another domain. The signal is risk, and τ stays as calibrated in domain, for
+at most 2% disagreement with full depth. A few random texts are audited: they run to full depth after their answer, as
+in the server. No labels are used.
 
-The other domain's texts are split at random. One half, drawn with replacement, makes up the long part of the stream, in
-which there are enough audits. The other half ends the stream, each text once, and is measured. So nothing is fitted on
-a measured text before that text is answered.
+The other domain's texts are split at random. One half, drawn with replacement, makes up most of the stream, to give
+enough audits. The other half ends the stream, each text once, and is measured. So nothing is fitted on a measured text
+before that text is answered.
 """
 
 from collections import deque
@@ -48,9 +48,9 @@ from lab.experiments.shift import (
 
 NAME = "drift"
 ORDERS = 20
-HOME, AWAY = 2_000, 11_000  # texts of a stream before the measured ones; HOME: at most
-AUDITS = 500  # that the risk is fitted on
-BATCH = 64  # texts to a step of the sliding average, as in training
+HOME, AWAY = 2_000, 11_000  # texts of a stream before the measured ones; HOME is a maximum
+AUDITS = 500  # number of audits to refit the risk on
+BATCH = 64  # texts per step of the moving average, as in training
 SURE = 0.5  # an early answer is a pseudo-label if its score is below this share of τ
 
 Rows = NDArray[np.int64]
@@ -70,7 +70,7 @@ class Texts(NamedTuple):
         return cls(trained.model.embed(torch.from_numpy(states.pooled).float()).numpy(), states.recorded)
 
     def rows(self, rows: Rows, prototypes: Prototypes) -> Recorded:
-        """Some of the texts, with their distances to these prototypes."""
+        """A subset of the texts, with their distances to these prototypes."""
         recorded = self.recorded.rows(rows)
         distances = np.full_like(recorded.distances, np.nan)
         distances[:, : len(prototypes)] = 1 - cosines(self.embedded[rows], prototypes)
@@ -90,7 +90,7 @@ def slide(
     passed: NDArray[np.bool_],
     gamma: float,
 ) -> Prototypes:
-    """One step of the sliding average (Eq. 1), each space by the texts that passed its exit (n, spaces)."""
+    """One step of the moving average (Eq. 1); `passed`, (n, spaces): the texts that reached each space's exit."""
     moved = prototypes.copy()
     for k in np.unique(labels):
         rows = labels == k
@@ -106,7 +106,7 @@ def pseudo_labels(
 ) -> tuple[Rows, NDArray[np.bool_]]:
     """The label of each text, and True where it is used, both (n,).
 
-    It is full depth's answer where that is known, else the answer that was given, which is used if its score is small.
+    The label is full depth's answer where known, else the given answer, which is used only if its score is small.
     """
     rows = np.arange(len(index))
     known = audited | (index == scores.shape[1] - 1)
@@ -115,10 +115,10 @@ def pseudo_labels(
 
 
 class Guard:
-    """Stops prototypes that follow once they do harm.
+    """Stops the prototypes from following once that does harm.
 
-    It compares, on the same audits, how often the nearest prototype is that of full depth's answer: of the moved
-    prototypes and of those at the start.
+    On the same audits, it compares how often the nearest prototype is that of full depth's answer, among the moved
+    prototypes and among the initial ones.
     """
 
     WINDOW, LEAST, MARGIN = 100, 30, 0.02
@@ -128,7 +128,7 @@ class Guard:
         self.has_fired = False
 
     def add(self, moved: NDArray[np.bool_], start: NDArray[np.bool_]) -> None:
-        """Add an audit: True where the nearest prototype was right, moved and at the start, each (spaces,)."""
+        """Add an audit: True where the nearest of the moved and of the initial prototypes was right, each (spaces,)."""
         self._gains.append(float(moved.mean()) - float(start.mean()))
         if len(self._gains) >= self.LEAST and np.mean(self._gains) < -self.MARGIN:
             self.has_fired = True
@@ -164,7 +164,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stream:
-    """The order of texts, the audited ones, and the place of the first measured one."""
+    """The order of the texts, which of them are audited, and the index of the first measured one."""
 
     order: Rows
     audited: NDArray[np.bool_]
@@ -172,7 +172,7 @@ class Stream:
 
 
 def stream(home: Rows, away: Rows, seed: int) -> Stream:
-    """A stream of these texts; texts may be in both."""
+    """A stream of these texts; `home` and `away` may overlap."""
     rng = np.random.default_rng(seed)
     away = rng.permutation(away)
     first, last = np.split(away, [len(away) // 2])
@@ -184,7 +184,7 @@ def stream(home: Rows, away: Rows, seed: int) -> Stream:
 def run(texts: Texts, stream: Stream, start: Start, arm: Arm) -> dict[str, float]:
     """The results of an arm on the measured texts of a stream."""
     prototypes, risk, guard = start.prototypes, start.risk, Guard()
-    audits: list[Recorded] = []  # with the distances that they had
+    audits: list[Recorded] = []  # with their distances at the time
     fitted = False
     scored: list[Floats] = []
     for i in range(0, len(stream.order), BATCH):
@@ -231,7 +231,7 @@ def _compare(guard: Guard, texts: Texts, rows: Rows, moved: Prototypes, start: P
 
 
 def calibrated(trained: Trained) -> Start:
-    """The prototypes, risk and τ of a model by its held-out texts."""
+    """The prototypes, risk and τ of a model, from its held-out texts."""
     texts = Texts.of(trained, trained.states("held-out"))
     prototypes = trained.model.prototypes.numpy().astype(np.float32)
     recorded = texts.rows(np.arange(len(texts.embedded)), prototypes)
@@ -240,12 +240,12 @@ def calibrated(trained: Trained) -> Start:
 
 
 def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]:
-    """By the domain that follows: all texts, and the rows of those in domain and of those that follow."""
+    """By the other domain: all texts, the rows of those in domain, and the rows of those in the other domain."""
     (_, home), *others = domains(trained, root).items()
     n = len(home.pooled)
     found = {}
     for name, states in others:
-        if name == "mixed":  # has the texts in domain
+        if name == "mixed":  # contains the texts in domain
             found[name] = (Texts.of(trained, states), np.arange(n), np.arange(len(states.pooled)))
         elif name != "out of scope":
             texts = Texts.of(trained, both(home, states))
@@ -256,7 +256,7 @@ def streams(trained: Trained, root: Path) -> dict[str, tuple[Texts, Rows, Rows]]
 def measure(
     domain: str, texts: Texts, home: Rows, away: Rows, start: Start
 ) -> dict[str, list[dict[str, float]]]:
-    """Every arm on the same streams."""
+    """The results of every arm on the same streams."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in ARMS}
     for seed in track(range(ORDERS), f"Streams, then {domain}"):
         order = stream(home, away, seed)
@@ -266,7 +266,7 @@ def measure(
 
 
 def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
-    """The results by the domain that follows."""
+    """The results by the other domain."""
     found = {}
     for cell in cells:
         trained = Trained(cell, root, runs)
@@ -277,7 +277,7 @@ def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The means over the orders, and in brackets 95% intervals of the differences to frozen, as Markdown."""
+    """The means over the orders, with 95% intervals of the differences from frozen in brackets, as Markdown."""
     keys = {
         "speedup": (1, 2),
         "unlike": (100, 2),

@@ -2,9 +2,9 @@
 
     python -m lab experiment joined DATA OUT
 
-OUT gets train.jsonl, val.jsonl and test.jsonl, from the questions of CLINC150's parts of these names; each question is
-in one text only. Of every five texts with an intent three have two questions, of different intents, and two have one.
-The out-of-scope questions, most of which are in the test part, are divided by the parts' sizes; they have no label.
+OUT gets train.jsonl, val.jsonl and test.jsonl, from CLINC150's parts of the same names; each question is in one text
+only. Three of every five texts with an intent have two questions, of different intents, and two have one. The
+out-of-scope questions, most of which are in the test part, are divided by the parts' sizes; they have no label.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-Question = tuple[str, str]  # and its intent
+Question = tuple[str, str]  # a question and its intent
 Row = tuple[str, list[str]]  # a text and its labels
 
 PARTS = ("train", "val", "test")
@@ -56,7 +56,7 @@ def join(questions: Sequence[Question], rng: random.Random) -> list[Row]:
     while len(rows) < pairs:
         text, intent = shuffled.pop()
         partner = next((i for i in range(len(shuffled) - 1, -1, -1) if shuffled[i][1] != intent), None)
-        if partner is None:  # all that are left have one intent
+        if partner is None:  # all remaining questions have the same intent
             shuffled.append((text, intent))
             break
         other, second = shuffled.pop(partner)

@@ -19,7 +19,7 @@ BOOTSTRAPS = 2_000
 
 
 def thresholds(scores: Floats) -> Floats:
-    """Every τ that makes a difference, thinned to 2,000, ascending from 0 (never early) to above all scores."""
+    """Every τ that makes a difference, thinned to 2,000, ascending from −∞ (no early exit) to ∞."""
     early = scores[:, :-1]
     early = np.unique(early[np.isfinite(early)])
     if len(early) > 2_000:
@@ -53,7 +53,7 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float) -> Floats:
 
 
 def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
-    """The index of the point farthest above the chord from the first point to the last; None if none is 0.005 above."""
+    """The index of the point farthest above the chord from the first point to the last; None if less than 0.005."""
     x, y = np.asarray(speedups), np.asarray(scores)
     above = y - (y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-9))
     return int(np.argmax(above)) if above.max() >= 0.005 else None
@@ -130,7 +130,7 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number of a table; a dash where there is none."""
+    """A number for a table; a dash for None or NaN."""
     return "–" if value is None or np.isnan(value) else f"{value:.{digits}f}".replace("-", "−")
 
 
@@ -146,7 +146,7 @@ def mean_auroc(scores: Floats, recorded: Recorded) -> float:
 
 
 def joined(parts: Sequence[Recorded]) -> Recorded:
-    """The samples of several parts of one model."""
+    """The samples of several parts of one model, without their numbers of tokens."""
     logits, distances, labels = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("logits", "distances", "labels")
     )

@@ -1,4 +1,4 @@
-"""Exit signals of the literature on recorded exits: (n, exits), small means sure; the last exit's are not used."""
+"""Exit signals from the literature: scores of recorded exits, (n, exits), small if sure; the last exit's are unused."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +21,7 @@ CAP_SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 class Family(NamedTuple):
-    """A signal with each value of its parameter, which is chosen on held-out samples."""
+    """A signal at each value of its parameter; the value is chosen on held-out samples."""
 
     name: str
     choices: dict[str, Score]
@@ -30,7 +30,7 @@ class Family(NamedTuple):
 def families(model: De3Model, train: States | None, held: States, first: int = 0) -> list[Family]:
     """All signals, fitted on held-out samples where necessary (learned exits: on training samples).
 
-    first: number of first exits of the model that the states lack.
+    first: number of the model's first exits that the states lack.
     """
     out = [
         Family("entropy", {"": lambda s: s.recorded.entropy}),
@@ -92,7 +92,7 @@ def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
 
 
 def by_exit(held: States, features: Callable[[States], Floats]) -> Score:
-    """For each exit a logistic regression of "differs from full depth" on features, the first of which is 1."""
+    """For each exit, a logistic regression of "differs from full depth" on features, the first of which is 1."""
     x, y = features(held), held.recorded.differs.astype(np.float64)
     weights = [regress(x[:, j], y[:, j]) for j in range(x.shape[1] - 1)]
 

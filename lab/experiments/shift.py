@@ -4,7 +4,7 @@
     python -m lab experiment shift --redraw
 
 The models are trained on SST-2 and on CLINC150. Each τ is chosen on texts in domain that training held out, and
-measured on other texts in domain, on product reviews, and with out-of-scope questions, which have no label.
+measured on other texts in domain, on product reviews, and on out-of-scope questions, which have no label.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,9 +38,9 @@ from lab.experiments.tasks import out_of_scope, reviews
 
 NAME = "shift"
 REVIEWS = ("books", "electronics")
-TEST_OUT_OF_SCOPE = 1_000  # questions of the test part, which are the last
+TEST_OUT_OF_SCOPE = 1_000  # the last questions, which are those of the test part
 SPEEDUP, DISAGREEMENT = 3.0, 0.02
-CAUTION = 0.5  # the policy's factor of τ (server.ood)
+CAUTION = 0.5  # factor of τ in the OOD policy (server.ood)
 STREAMS, TEXTS, AUDITED = 20, 20_000, 0.05
 
 
@@ -105,7 +105,7 @@ def tau_for_speedup(scores: Floats, recorded: Recorded, wanted: float) -> float:
 
 
 def tau_within(scores: Floats, recorded: Recorded, disagreement: float) -> float:
-    """The largest τ up to which the disagreement with full depth is within a rate."""
+    """The largest τ up to which no τ exceeds a rate of disagreement with full depth."""
     rows, differs = np.arange(len(scores)), recorded.differs
     chosen = -np.inf
     for tau in thresholds(scores):
@@ -142,9 +142,9 @@ def limits(held: Recorded) -> Floats:
 
 
 def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
-    """Scores that have the effect of the OOD policy.
+    """Scores with the effect of the OOD policy.
 
-    It halves τ from the first exit on at which a text is far from every prototype, as if the scores were doubled.
+    The policy halves τ from the first exit at which a text is far from every prototype, as if the scores were doubled.
     """
     far = np.maximum.accumulate(recorded.distances.min(-1) > limits, axis=1)
     return np.where(far, scores / CAUTION, scores)
@@ -153,8 +153,8 @@ def cautious(scores: Floats, recorded: Recorded, limits: Floats) -> Floats:
 def guaranteed(
     scores: Floats, recorded: Recorded, start: int, texts: int, seed: int
 ) -> tuple[float, float, float]:
-    """A stream under a guarantee that begins with τ `start` of the grid: disagreement with full depth, mean exit layer,
-    and the last τ.
+    """A stream under a guarantee that starts at index `start` of the τ grid: disagreement with full depth, mean exit
+    layer, and the last τ.
 
     Its texts are drawn at random, so the rates of all recorded texts are the true ones. Audits add no layers, as a
     server runs them when it is idle.
@@ -235,7 +235,7 @@ def results_of(cells: Sequence[Cell], root: Path, runs: Path) -> dict[str, Any]:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """A table of the signals and one of risk's policy and guarantee, for each model, as Markdown."""
+    """For each model, a table of the signals and one of risk under the policy and the guarantee, as Markdown."""
     found = []
     for task, result in results.items():
         columns = [task, "signal", "3×: speed-up, lost, unlike, %", "2%: speed-up, lost, unlike, %"]

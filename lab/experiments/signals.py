@@ -3,9 +3,9 @@
     python -m lab experiment signals DATA RUNS mrpc-minilm-D-0 mrpc-minilm-D-1 mrpc-minilm-D-2
     python -m lab experiment signals --redraw
 
-The accuracy on unseen samples at fixed speed-ups in layers. Parameters (EDR's λ, energy's T, CAP's α) are chosen for
-each speed-up on held-out samples; τ follows from the speed-up. Cells of a task that differ in seed are averaged text by
-text, those that differ in fold are joined.
+Measures accuracy on unseen samples at fixed speed-ups in layers. Parameters (EDR's λ, energy's T, CAP's α) are chosen
+for each speed-up on held-out samples; τ follows from the speed-up. Cells of a task that differ in seed are averaged
+text by text; those that differ in fold are joined.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ NAME = "signals"
 
 
 def of_cell(trained: Trained, first: int) -> dict[str, dict[str, Floats]]:
-    """The correctness of each unseen text by signal and speed-up, (n,); first: number of first exits to leave out."""
+    """The correctness of each unseen text by signal and speed-up, (n,); first: number of first exits to omit."""
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     # With 12 layers, recording the training samples would take long, and only learned exits need them.
     train = trained.states("train").without(first) if trained.cell.encoder == "minilm" else None
@@ -51,7 +51,7 @@ def chosen(family: Family, held: States, unseen: States, speedup: float) -> tupl
 
 
 def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any]]:
-    """A row for each task, encoder, recipe, with and without the exit on the embeddings."""
+    """A row for each task, encoder and recipe, with and without the exit on the embeddings."""
     rows = []
     for (task, encoder, recipe, is_folds), members in grouped(cells).items():
         for first in (0, 1):
@@ -75,7 +75,7 @@ def _mean(parts: Sequence[Floats]) -> Floats:
 
 
 def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
-    """Accuracies, and differences to entropy, and of risk to risk without DR, with 95% intervals."""
+    """Accuracies, and differences with 95% intervals: each signal from entropy, risk from its variants and EDR."""
     full = right.pop("full depth")["1"]
     out: dict[str, Any] = {"n": len(full), "full": full.mean(), "signals": {}}
     pairs = [(name, "entropy") for name in right if name != "entropy"]
@@ -97,7 +97,7 @@ def summary(right: dict[str, dict[str, Floats]]) -> dict[str, Any]:
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """With and without the exit on the embeddings, for each speed-up: signals by models."""
+    """A table of signals by model for each speed-up, with and without the exit on the embeddings, as Markdown."""
     out = []
     for embeddings in (True, False):
         some = [row for row in rows if row["embeddings"] == embeddings]
@@ -124,7 +124,7 @@ def model(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], name: str, speedup: str) -> str:
-    """An accuracy, with * if its difference to entropy's is significant."""
+    """An accuracy, with * if its difference from entropy's is significant."""
     value = row["signals"].get(name, {}).get(speedup)
     if value is None:
         return "–"

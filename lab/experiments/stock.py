@@ -1,10 +1,10 @@
-"""Stock classifiers to import: fine-tuned by transformers alone, on a part of a data set.
+"""Stock classifiers to import, fine-tuned by transformers alone on a part of a data set.
 
     python -m lab experiment stock DATA OUT --task sst2 --rows 24000 --fragments
     python -m lab experiment stock DATA OUT --multi-label joined/train.jsonl --rows 5500
 
 OUT/model is the classifier, OUT/texts.jsonl the texts that it was not trained on, for de3 import. If the data has
-fragments, these are the whole texts of which it has seen no part, and their parts.
+fragments, these are whole texts of which it has seen no part, and fragments of them.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Accuracy against speed-up for every task, the knee of each curve marked, and the speed-up for at most half a point.
+"""Accuracy against speed-up for every task, with the knee of each curve and the speed-up for at most half a point lost.
 
     python -m lab experiment sweep DATA RUNS sst2-minilm-D-0 mrpc-minilm-D-0
     python -m lab experiment sweep --redraw
 
-Unseen samples; the risk is fitted, and EDR's λ and CAP's α chosen, on held-out ones. Cells of a task are joined as in
-lab.experiments.signals.
+Measured on unseen samples; the risk is fitted, and EDR's λ and CAP's α are chosen, on held-out ones. The results of a
+task's cells are averaged.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,12 @@ from lab.experiments.signals import model
 
 NAME = "sweep"
 LAYERS = {"minilm": 6, "mpnet": 12}
-# Costs in layers, with int8 kernels on SST-2's lengths: of a text before its first layer and outside the model, of an
-# exit, and of a class at an exit. Least squares of the times in lab/docs/experiments/wall.json, which they fit within
-# 5%: a text that exits at layer m takes start + m + (m + 1)·exit; without an exit on the embeddings m·exit.
+# Costs in layers, with int8 kernels on SST-2's lengths: START of a text before its first layer and outside the model,
+# EXIT of an exit, CLASS of each class beyond two at an exit. A least-squares fit to lab/docs/experiments/wall.json,
+# within 5%: a text that exits at layer m takes START + m + (m + 1)·EXIT; without an exit on the embeddings,
+# START + m + m·EXIT.
 START, EXIT, CLASS = {"minilm": 0.55, "mpnet": 0.09}, {"minilm": 0.08, "mpnet": 0.076}, 0.0009
-CLASSES = {"banking77": 77, "clinc150": 150}  # of other tasks 2
+CLASSES = {"banking77": 77, "clinc150": 150}  # other tasks: 2
 LOSS = 0.005
 COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "crimson"}
 
@@ -37,7 +38,7 @@ COLORS = {"entropy": "#4c78a8", "EDR": "#59a14f", "CAP": "#b07aa1", "risk": "cri
 def of_cell(trained: Trained, first: int) -> tuple[Recorded, dict[str, Floats], dict[str, Floats]]:
     """Unseen samples without the first exits, their scores, and the largest τ within half a point on held-out samples.
 
-    Scores of risk on held-out samples are cross-fitted by halves.
+    The scores of risk on held-out samples are cross-fitted on two halves.
     """
     held, unseen = (trained.states(part).without(first) for part in ("held-out", "unseen"))
     lam = max(LAMS, key=lambda lam: fastest_within(edr(held, lam), held.recorded, LOSS))
@@ -82,7 +83,8 @@ def measure(cells: Sequence[Cell], root: Path, runs: Path) -> list[dict[str, Any
 
 
 def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]:
-    """The curve of one signal, the mean of the models, its knee, and its speed-ups for at most half a point."""
+    """The curve of one signal, averaged over models, its knee, and for half a point: the speed-up in hindsight, and the
+    mean layer and loss at the chosen τ."""
     grid = [1 + 0.1 * i for i in range(71)]
     accuracy = [
         float(np.mean([right_at(scores, recorded, s).mean() for recorded, scores, _ in parts])) for s in grid
@@ -105,7 +107,7 @@ def of_signal(parts: Sequence[tuple[Recorded, Floats, float]]) -> dict[str, Any]
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
-    """The speed-ups for half a point: in hindsight by signal, and of risk with the τ chosen on held-out samples."""
+    """The speed-ups for half a point: of each signal in hindsight, and of risk at the τ chosen on held-out samples."""
     columns = [
         "model",
         "full depth, %",
@@ -133,7 +135,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def in_time(row: dict[str, Any], depth: float) -> float:
-    """The speed-up in time of a model at a mean exit layer, against the time at τ = 0, which has the last exit only."""
+    """The speed-up in time of a model at a mean exit layer, against τ = 0, at which only the last exit runs."""
     encoder = row["encoder"]
     an_exit = EXIT[encoder] + CLASS * (CLASSES.get(row["task"], 2) - 2)
     exits = depth + 1 if row["embeddings"] else depth
@@ -141,7 +143,7 @@ def in_time(row: dict[str, Any], depth: float) -> float:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel for each model; dashed: without the exit on the embeddings; a ring: the knee."""
+    """Plot one panel for each model; dotted: without the exit on the embeddings; ring: the knee."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys((row["task"], row["encoder"], row["recipe"]) for row in rows))

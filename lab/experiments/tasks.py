@@ -48,12 +48,12 @@ REGRESSIONS = {
 
 
 def reviews(root: Path, domain: str) -> Rows:
-    """Product reviews of a domain, books or electronics, with SST-2's labels; equal texts once."""
+    """Product reviews of a domain, books or electronics, with SST-2's labels, without duplicates."""
     return list(dict(read_rows(root / f"ood/{domain}.tsv", Columns("sentence", quotes=True))).items())
 
 
 def out_of_scope(root: Path) -> list[str]:
-    """CLINC150's questions without an intent, of its training and test parts."""
+    """CLINC150's questions without an intent, of its training, validation and test parts, in this order."""
     parts = json.loads((root / "clinc150/data_full.json").read_text())
     return [text for part in ("oos_train", "oos_val", "oos_test") for text, _ in parts[part]]
 

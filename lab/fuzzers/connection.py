@@ -1,8 +1,8 @@
-"""Fuzzer of the HTTP connection: streams of requests, in any pieces, at any pace.
+"""Fuzzer of the HTTP connection: streams of requests, split anywhere, at any pace.
 
-A stream is given to two connections: to one at once, to the other in pieces while responses are late, reading is paused
-and the client does not read. Both must hand the same requests to the application. Each request must be the one
-that h11, an independent parser, reads, unless h11 refuses it. In the end nothing may be held of either.
+A stream is given to two connections: to one whole, to the other in pieces, with late responses, paused reading and a
+client that does not read. Both must hand the same requests to the application. Each request must be the one that h11,
+an independent parser, reads, unless h11 refuses it. In the end neither connection may hold any resources.
 """
 
 import asyncio
@@ -135,12 +135,12 @@ def _request(draw: st.DrawFn) -> bytes:
 
 @dataclass(frozen=True)
 class Stream:
-    """What a client sends.
+    """The bytes that a client sends, and the events between them.
 
     Attributes:
         cuts: lengths of the pieces.
-        acts: what happens after each piece, as bits: 1: the response is written, 2: timers run, 4: the client stops or
-            starts to read.
+        acts: events after each piece, as bits: 1: the response is written, 2: timers run, 4: the client stops or
+            starts reading.
         ends: how the connection ends: the client closes it or its half, a deadline passes, or the server shuts down.
     """
 
@@ -152,7 +152,7 @@ class Stream:
 
 @st.composite
 def streams(draw: st.DrawFn) -> Stream:
-    """Up to five requests, some with errors, and the way in which they arrive."""
+    """Up to five requests, some with errors, and how they arrive."""
     large = st.sampled_from([b"\r\n" * 100, b"A: " + b"a" * (MAX_HEAD_BYTES + 10), b"a" * 20_000])
     part = _request() | _request() | _request() | st.sampled_from(FRAGMENTS) | large
     data = b"".join(draw(st.lists(part, min_size=1, max_size=5)))
@@ -252,7 +252,7 @@ class _Transport:
 
 
 class _Gate:
-    """Admits every request but those of two paths."""
+    """Admits every request except those for two paths."""
 
     def __init__(self) -> None:
         self.bytes_in_flight = Shares(10 * MAX_BODY_BYTES, "bytes")
@@ -275,7 +275,7 @@ class _Gate:
 
 
 class Client:
-    """A connection without sockets or time, and the requests that it handed to the application.
+    """A connection without sockets or real time, and the requests that it handed to the application.
 
     Attributes:
         handled: scope and body of each request; the body may be the error that prevented reading it.
@@ -327,7 +327,7 @@ class Client:
         self._is_paused = not self._is_paused
 
     def receive(self, data: bytes) -> None:
-        """Receive data, once reading is not paused."""
+        """Receive data once reading is not paused."""
         for _ in range(10):
             if self.transport.is_reading or self.transport.is_closing():
                 break
@@ -368,7 +368,7 @@ class Client:
             self.settle()
         self.transport.close()
         self.connection.connection_lost(None)
-        self.loop.run()  # too late
+        self.loop.run()  # timers that fire after the connection is lost
         if self.gate.bytes_in_flight.total or self.gate.bytes_in_flight._held:
             raise Finding(f"{self.gate.bytes_in_flight.total} bytes of a body are still counted")
         if self.listener.connections or self.listener.paused_connections:
@@ -376,7 +376,7 @@ class Client:
 
 
 def _seen(client: Client) -> list[Any]:
-    """The requests up to the first whose end depends on when its body came."""
+    """The requests up to the first whose outcome depends on when its body arrived."""
     rows = list[Any]()
     for scope, body in client.handled:
         row = [scope[key] for key in ("method", "raw_path", "query_string", "http_version", "headers")]
@@ -409,7 +409,7 @@ def _first_by_h11(stream: bytes) -> tuple[h11.Request, bytes, bytes] | None:
 
 
 def _compare_with_h11(stream: bytes, rows: list[Any], refused: int) -> int:
-    """Raise Finding if h11 reads other requests; returns the number of requests that were compared."""
+    """Raise Finding if h11 reads different requests; returns the number of requests that were compared."""
     if not rows and not refused and _first_by_h11(stream):
         raise Finding("h11 reads a request that is neither handled nor refused")
     for count, (method, path, query, version, headers, body) in enumerate(rows):
@@ -448,7 +448,7 @@ def _in_pieces(client: Client, stream: Stream) -> bool:
 
 
 def check(stream: Stream) -> tuple[dict[str, float], str]:
-    """Give a stream to two connections."""
+    """Give a stream to two connections, and compare their requests with each other and with h11's."""
     whole, cut = Client(answers_at_once=True), Client(answers_at_once=False)
     with whole.loop.running():
         whole.open()

@@ -5,7 +5,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-# Values that readers often mishandle.
+# Values that parsers often mishandle.
 NUMBERS = (0, -1, 1, 2, 3, 0.5, 1.0, -0.0, 1e-320, 1e308, 2**31 - 1, 2**31, 2**53, 2**63, 2**64, 10**30)
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, "", " ", "a", "\x00", "\ud800", "é" * 300, "a" * 300, "[UNK]", "others", "1", "NaN"),
@@ -52,7 +52,7 @@ def _edit(draw: st.DrawFn, root: list[Any]) -> None:
 
 @st.composite
 def spliced(draw: st.DrawFn, data: bytes, fragments: tuple[bytes, ...], most: int = 3) -> bytes:
-    """Bytes with up to `most` edits: a few bytes are removed, and others put in their place."""
+    """Bytes with up to `most` edits: a few bytes are removed, and others inserted in their place."""
     for _ in range(draw(st.integers(0, most))):
         at, cut = draw(st.integers(0, len(data))), draw(st.sampled_from([0, 0, 1, 2, 20]))
         new = draw(st.sampled_from(fragments) | st.binary(max_size=4) | st.just(data[at : at + 30]))

@@ -1,7 +1,7 @@
 """Fuzzer of manifest.json: edits of two valid manifests.
 
-A manifest is refused by a StoreError, or it survives writing and reading, and the server can make its rules and its OOD
-monitor from it.
+A manifest is refused with a StoreError, or it survives writing and reading, and the server can build its rules and its
+OOD monitor from it.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Runs a fuzzer for a given time: hypothesis generates inputs, and searches for those with higher scores."""
+"""Runs a fuzzer for a given time: Hypothesis generates inputs, and searches for those with higher scores."""
 
 import os
 import warnings
@@ -17,8 +17,8 @@ from hypothesis.strategies import SearchStrategy
 
 from lab.fuzzers import NAMES
 
-BATCH = 200  # examples with one seed; the next batch begins with those of the highest scores
-MAX_CPU_S = 2.0  # of one example; the slowest valid ones take a tenth of it
+BATCH = 200  # examples per seed; the next batch begins with those of the highest scores
+MAX_CPU_S = 2.0  # limit for one example; the slowest valid ones take a tenth of this
 PHASES = (Phase.reuse, Phase.generate, Phase.target)
 
 
@@ -32,13 +32,13 @@ class _TimeIsUp(BaseException):
 
 @dataclass(frozen=True)
 class Fuzzer:
-    """One reader of untrusted input.
+    """A fuzzer of one reader of untrusted input.
 
     Attributes:
-        inputs: the inputs.
+        inputs: strategy that generates the inputs.
         check: handles an input as the product does. It raises an exception for a finding, and returns scores by name,
-            which hypothesis tries to raise, and the outcome, which is counted.
-        prepare: makes what the inputs are derived from.
+            which Hypothesis tries to increase, and the outcome, which is counted.
+        prepare: creates the data that inputs are derived from.
     """
 
     inputs: SearchStrategy[Any]
@@ -70,7 +70,7 @@ class Report:
 
 def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[Report]:
     """Run fuzzers one after the other; raises ValueError for an unknown name."""
-    os.environ.setdefault("RUST_BACKTRACE", "0")  # of panics of tokenizers, which are expected
+    os.environ.setdefault("RUST_BACKTRACE", "0")  # no backtraces: panics of tokenizers are expected
     names = list(names)
     if unknown := set(names) - set(NAMES):
         raise ValueError(f"no fuzzer {min(unknown)!r}; there are: {', '.join(NAMES)}")
@@ -79,7 +79,7 @@ def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[
 
 
 def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True) -> Report:
-    """Run a fuzzer until the time is over, or it finds something; reduces: an input with a finding is then reduced."""
+    """Run a fuzzer until the time is up or it has a finding. reduces: then reduce the input with the finding."""
     fuzzer.prepare()
     report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
 
@@ -97,7 +97,7 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
             raise
         except BaseException as error:
             failed.append(True)
-            report.input = value  # hypothesis ends with the smallest
+            report.input = value  # Hypothesis ends with the smallest
             if isinstance(error, Exception):
                 raise
             raise Finding(f"{type(error).__name__}, which is no Exception: {error}") from error
@@ -113,7 +113,7 @@ def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces
         run = seed(number)(_settings(database, reduces)(run))
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", HypothesisWarning)  # of large inputs
+                warnings.simplefilter("ignore", HypothesisWarning)  # about large inputs
                 run()
         except _TimeIsUp:
             break

@@ -1,7 +1,7 @@
 """Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
 
-Reading it raises nothing. A refused file is kept aside, and audits start from zero; after an accepted one, the auditor
-counts audits of old and new clients, reports, and saves a state that reads the same.
+Reading a file must not raise. A refused file is kept aside, and audits start from zero. After an accepted one, the
+auditor counts audits of old and new clients, reports, and saves a state that restores to the same state.
 """
 
 import json
@@ -45,7 +45,7 @@ CLIENTS = ("a", "b", "c", "new")
 
 
 def _auditor() -> Auditor:
-    """An auditor of the demo model with a guarantee, of which only the manifest is loaded."""
+    """An auditor with a guarantee for the demo model, of which only the manifest is loaded."""
     artifact = demo()
     settings = Settings(**SETTINGS)
     model = SimpleNamespace(manifest=artifact.manifest, full_name=artifact.full_name, runtime="kernels")
@@ -98,7 +98,7 @@ def _states(draw: st.DrawFn) -> bytes:
 
 
 def check(data: bytes) -> tuple[dict[str, float], str]:
-    """Read a state as a server does at startup, and go on from it."""
+    """Read a state as a server does at startup, and continue from it."""
     folder, auditor = _state_dir(), _auditor()
     path = folder._file(auditor)
     aside = path.with_suffix(".json.old")
@@ -125,7 +125,7 @@ def check(data: bytes) -> tuple[dict[str, float], str]:
 
 
 def _compare(auditor: Auditor) -> None:
-    """Raise Finding unless a saved state restores the same."""
+    """Raise Finding unless a saved state restores to the same state."""
     state, other = state_of(auditor), _auditor()
     restore(other, type(state).model_validate_json(state.model_dump_json()))
     again = state_of(other)

@@ -1,6 +1,7 @@
 """Fuzzer of tokenizer.json: known and unknown components with parameters near their limits, and edits of them.
 
-A tokenizer is refused by a StoreError, or it tokenizes texts in time, and lengthens none by more than the limit.
+A tokenizer is refused with a StoreError, or it tokenizes texts in time, and its normalizer lengthens none beyond the
+limit.
 """
 
 import json
@@ -96,7 +97,7 @@ _tokens = st.dictionaries(
     st.tuples(_short, _ids).map(lambda t: {"id": t[0], "ids": t[1], "tokens": ["[CLS]"] * len(t[1])}),
     max_size=3,
 )
-# The parameters of components; those that are not here have none that matters.
+# The parameters of components; components not listed have none that matter.
 PARAMETERS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "BertNormalizer": {
         **{"clean_text": _booleans, "handle_chinese_chars": _booleans, "lowercase": _booleans},
@@ -125,7 +126,7 @@ SEQUENCES = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "pos
 
 
 def _components(kind: str) -> st.SearchStrategy[Any]:
-    """A component, or a Sequence of some."""
+    """None, a component, or a Sequence of components."""
     names = sorted(PARTS[kind] - {"Sequence"})
     plain = st.sampled_from(names).flatmap(
         lambda name: st.fixed_dictionaries({"type": st.just(name), **PARAMETERS.get(name, {})})

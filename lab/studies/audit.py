@@ -1,6 +1,6 @@
 """Guarantees on live traffic, and their cost: simulated streams of texts whose true rates are known.
 
-A stream draws its texts at random from recorded ones, so the rate of disagreement of each τ in them is the true rate.
+A stream draws its texts at random from recorded ones, so their rate of disagreement at each τ is the true rate.
 Each stream runs through the server's own code (`exits.promise`), text by text.
 """
 
@@ -32,7 +32,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Population:
-    """Texts at each τ of the grid: does the answer differ from full depth, and at which layer is the exit, (n, G)."""
+    """Texts at each τ of the grid: whether the answer differs from full depth's, and the exit layer, each (n, taus)."""
 
     differs: NDArray[np.bool_]
     layers: NDArray[np.int64]
@@ -48,7 +48,7 @@ class Population:
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting that all streams of a row share.
+    """The setting shared by all streams of a row.
 
     Attributes:
         home, away: the populations; a stream begins with texts of home.
@@ -56,7 +56,7 @@ class Setting:
         share: share of texts that are audited while τ is above 0.
         change_at: texts before the switch or the drift.
         start_layers: cost of tokenizer, embeddings and their exit, in layers.
-        start: index of the first τ.
+        start: index of the initial τ.
     """
 
     home: Population
@@ -85,7 +85,7 @@ class Setting:
 
 
 def run(kind: Kind, setting: Setting, seed: int) -> dict[str, Any]:
-    """Run one stream."""
+    """The results of one stream."""
     rng = np.random.default_rng(seed)
     promise = Promise(setting.rate, np.array(FINE_TAUS), setting.start)
     rates = {id(p): p.differs.mean(0) for p in (setting.home, setting.away)}
@@ -218,7 +218,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(path: Path, setting: Setting, points: dict[str, list[list[tuple[float, float, int]]]]) -> None:
-    """The true rate at the τ in force over the texts of each kind of stream: median, 90% of streams, and the worst."""
+    """Plot the true rate at the τ in force along each kind of stream: median, 90% of streams, and the highest."""
     figure, axes = report.panels(
         len(points), f"True rate of disagreement, {100 * setting.rate:g}% promised", "texts"
     )

@@ -1,4 +1,4 @@
-"""python -m lab study: the measurements behind docs/budgets.md and lab/docs/experiments/time.md."""
+"""python -m lab study: studies of any model; lab/README.md names the pages with their results."""
 
 import json
 from pathlib import Path
@@ -147,11 +147,11 @@ def clients(
     ] = None,
     streams: Annotated[int, typer.Option(help="Streams for each row.", min=1)] = 200,
     alone: Annotated[
-        bool, typer.Option("--one-promise", help="One promise for all, as until version 0.2.")
+        bool, typer.Option("--one-promise", help="One promise for all, as before version 0.2.")
     ] = False,
     json_file: Json = None,
 ) -> None:
-    """Whether one client can break --guarantee for the others, on simulated clients.
+    """Simulate clients of one server, one of which tries to break --guarantee for the others.
 
     Example: python -m lab study clients sst2/dev.tsv
     """
@@ -322,13 +322,13 @@ def long_texts(
         typer.Option(help="Tokens of a window; repeat for more. Default: the model's.", min=8),
     ] = None,
     overlap: Annotated[
-        float, typer.Option(help="Share of a window's tokens that the next one has too.", min=0, max=0.9)
+        float, typer.Option(help="Share of a window's tokens that the next one repeats.", min=0, max=0.9)
     ] = 0.25,
     json_file: Json = None,
 ) -> None:
     """Long texts, truncated or in windows: accuracy and work by strategy.
 
-    The strategy is chosen on every other text; the rest is reported.
+    The strategy is chosen on every other text; the results are those of the remaining texts.
 
     Example: python -m lab study long books.csv --label-names negative,positive --max-tokens 512 --max-tokens 64
     """
@@ -411,7 +411,7 @@ def wall(
         str | None, typer.Option(help="New names of the labels in their sorted order.")
     ] = None,
     tau: Annotated[
-        list[float] | None, typer.Option(help="A τ beside 0; repeat for more.", min=0, max=1)
+        list[float] | None, typer.Option(help="A τ besides 0; repeat for more.", min=0, max=1)
     ] = None,
     rounds: Rounds = 3,
     core: Core = 0,

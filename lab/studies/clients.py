@@ -1,8 +1,8 @@
-"""Whether one client can break the guarantee for the others: simulated clients of one server.
+"""Simulated clients of one server, one of which tries to break the guarantee for the others.
 
-The others send texts drawn at random from recorded ones, each counted as new, in requests of one text. An attacker
+The others send texts drawn at random from recorded ones, each counted as new, in requests of one text. The attacker
 sends texts that agree with full depth at every τ. The streams run through the server's own code (`exits.promises`);
-audits run at once. Measured are the answers to the others' first TEXTS texts.
+audits run at once. The answers to the others' first TEXTS texts are measured.
 """
 
 from collections import Counter
@@ -30,10 +30,10 @@ class Attack:
     """An attacker's traffic.
 
     Attributes:
-        name: for the table.
+        name: as shown in the table.
         burst: copies of one text in one request, before the others' first text.
         share: share of all later texts.
-        is_copy: all of them are copies of one text.
+        is_copy: all later texts are copies of one text.
         networks: number of clients that the attacker appears as.
     """
 
@@ -60,7 +60,7 @@ def run(
 ) -> tuple[float, float]:
     """The others' rate of disagreement, and their mean exit layer, in one stream.
 
-    is_alone: one promise for all clients, and repeats count like other texts: the rule until version 0.2.
+    is_alone: one promise for all clients, and repeats count like other texts: the rule before version 0.2.
     """
     rng = np.random.default_rng(seed)
     promises = Promises(rate, np.array(FINE_TAUS))
@@ -68,7 +68,7 @@ def run(
     easy = Profile(np.zeros(len(FINE_TAUS), bool), population.layers.min(0))
     sent, wrong, depth, copies = 0, 0, 0, 0
 
-    indices: dict[str, int] = {}  # of τ, until they may have changed
+    indices: dict[str, int] = {}  # of τ, by client; cleared when τ may have changed
     skipped = Counter[tuple[str, bool]]()
 
     def serve(client: str, audit: Profile, is_repeat: bool) -> int:

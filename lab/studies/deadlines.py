@@ -31,7 +31,7 @@ def simulate(
     rate: float,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Serve every text once in FIFO order; a text exits before its deadline at the latest.
+    """Serve every text once in FIFO order; every exit is within the deadline.
 
     exits: for each available τ, ascending, the predicted mean depth and the exit of each text. A text uses the first τ
         whose predicted time meets its deadline, else the last.

@@ -20,14 +20,14 @@ Floats = NDArray[np.float64]
 
 
 def auroc(home: Floats, away: Floats) -> float:
-    """The probability that an out-of-distribution text scores higher than another (ties count half)."""
+    """The probability that an out-of-distribution text scores higher than an in-distribution one (ties count half)."""
     ordered = np.sort(home)
     below = np.searchsorted(ordered, away, "left") + np.searchsorted(ordered, away, "right")
     return float(below.mean()) / (2 * len(home))
 
 
 def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded], Floats]]:
-    """OOD scores by name; each maps recorded texts to scores (n,), over the exits passed at the default rule.
+    """OOD scores by name; each maps recorded texts to scores (n,), with the exits that the default rule takes.
 
     like: in-distribution samples, for scores that must be fitted.
     """
@@ -44,7 +44,7 @@ def scores(manifest: Manifest, like: Recorded) -> dict[str, Callable[[Recorded],
         return score
 
     def over_exits(value: Callable[[Recorded], Floats]) -> Callable[[Recorded], Floats]:
-        """Mean over the exits passed of −ln of the share of `like` that has values at least as large."""
+        """Mean over the exits passed of −ln of the share of `like` with values at least as large."""
         levels = [np.sort(column) for column in value(like).T]
 
         def score(texts: Recorded) -> Floats:
@@ -138,7 +138,7 @@ def drift(manifest: Manifest, home: Recorded, away: Recorded, switches: int, see
     """The drift metric on a random stream of in-distribution texts, and after a switch to other texts.
 
     The metric is the PSI of the nearest distance at the first exit. Returns its median, maximum and share above ALARM,
-    measured at every 50th text of a stream of 100 windows, and the number of texts from a switch to the alarm.
+    measured every 50 texts of a stream of 100 windows, and the number of texts from a switch to the alarm.
     """
     calibrated = manifest.calibration
     if calibrated is None:

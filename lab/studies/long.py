@@ -28,7 +28,7 @@ class Window:
     exits: Exits
 
     def read(self, rule: ExitRule) -> Reading:
-        """The reading where it exits."""
+        """The reading at the exit that the window takes."""
         passed: list[Reading] = []
         for layer, logits, distances in self.exits:
             passed.append(rule.read(layer, logits, distances))
@@ -46,7 +46,7 @@ class Text:
 
 
 def record(model: Model, samples: Sequence[Sample], max_tokens: int, overlap: float = OVERLAP) -> list[Text]:
-    """All exits of all windows of texts with known labels, in their order; duplicates are dropped."""
+    """All exits of up to MAX_WINDOWS windows of each text with a known label, in order, without duplicates."""
     index = {name: k for k, name in enumerate(model.manifest.labels)}
     frame, texts = model.tokenizer.frames[False], []
     unique = {sample.text: sample for sample in samples if sample.label in index}
@@ -142,8 +142,8 @@ ALL = "all: mean by new tokens"
 
 
 def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]]:
-    """Results by strategy: accuracy, difference to truncation with half a paired 95% interval, windows a text, work
-    relative to truncation, and share of answers that differ from those of all windows."""
+    """Results by strategy: accuracy, difference from truncation with the half-width of its paired 95% interval, windows
+    per text, work relative to truncation, and share of answers that differ from those of all windows."""
     answers = {name: [run(text, rule) for text in texts] for name, run in STRATEGIES.items()}
     labels = np.array([text.label for text in texts])
     given = {name: np.array([a.label for a in rows]) for name, rows in answers.items()}
@@ -167,7 +167,8 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
 def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
     """The comparisons on every second text of each set; the strategy is chosen on the others, by difference ("chose").
 
-    All strategies on the long texts of all sets; truncation and the served strategy on all texts and on each set.
+    All strategies run on the long texts of all sets; truncation and the served strategy also on all texts, and on the
+    long texts of each set.
     """
     together = "all sets" if len(sets) > 1 else next(iter(sets))
     cases = [(together, list(sets.values()), True), (together, list(sets.values()), False)]

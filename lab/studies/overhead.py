@@ -1,9 +1,9 @@
-"""The cost of an exit relative to its encoder layer: the classifier, and in addition the prototypical network.
+"""The cost of an exit relative to its encoder layer: of the classifier, and additionally of the prototypical network.
 
-Layers 1 to M − 1 of a model run one after the other, in turn without and with their exits, and likewise in a copy of
-the model that has no prototypical networks. Differences are within one copy: two copies of the same weights may differ
-by more than the cost of an exit, by their place in memory. Times are CPU times of the thread, which on an idle core are
-wall time.
+Layers 1 to M − 1 of a model run one after the other, alternately without and with their exits, and likewise in a copy
+of the model without prototypical networks. Differences are taken within one copy: their place in memory alone can make
+two copies of the same weights differ by more than the cost of an exit. Times are CPU times of the thread, which on an
+idle core equal wall time.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from lab.layers import weights_of
 
 LENGTHS = (8, 32, 128, 512)
 PAIRS, MOST_PAIRS = 6, 6000
-ALONE = 0.1  # of the time is spent on the embeddings
+ALONE = 0.1  # share of the time spent on the embeddings
 PAPER = 1.2 / 1813.5  # MFLOPs of the prototypical network and of a layer of BERT-base
 Floats = NDArray[np.float64]
 Run = Callable[[bool], float]  # seconds, with exits or without
@@ -37,11 +37,11 @@ class Stripped(Artifact):
 
     @classmethod
     def of(cls, artifact: Artifact) -> "Stripped":
-        """The same artifact, which has prototypes at no layer."""
+        """The same artifact without prototypes at any layer."""
         return cls(artifact.path, artifact.manifest.model_copy(update={"prototype_layers": []}))
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, checked as the artifact's own are."""
+        """The bytes of a file, checked like the artifact's own, with its prototypical network removed."""
         data = super().read(name)
         return without_prototypes(data) if name.endswith(".onnx") else data
 
@@ -121,7 +121,7 @@ def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
     start = perf_counter()
     while len(pairs[0]) < PAIRS or (perf_counter() - start < seconds and len(pairs[0]) < MOST_PAIRS):
         for run, times in zip(runs, pairs, strict=True):
-            run(True)  # the copy's weights come into the caches
+            run(True)  # load the copy's weights into the caches
             for number in range(PAIRS):
                 order = (False, True) if number % 2 else (True, False)
                 took = {asked: run(asked) for asked in order}
@@ -130,16 +130,16 @@ def pairs_of(runs: Sequence[Run], seconds: float) -> Floats:
 
 
 def median_of(values: Floats) -> tuple[float, float]:
-    """The median, and half of its 95% interval as if the values were independent and normal."""
+    """The median and the half-width of its 95% interval, as if the values were independent and normal."""
     low, middle, high = np.percentile(values, (25, 50, 75))
     # 1.2533 standard errors of the mean; 1.349 deviations between the quartiles.
     return float(middle), 1.96 * 1.2533 * (high - low) / 1.349 / len(values) ** 0.5
 
 
 def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple[float, float]]:
-    """Seconds of one exit with half an interval: of its classifier and of its prototypical network.
+    """Seconds and interval half-widths: of a run without exits, of an exit's classifier, of its prototypical network.
 
-    runs: of the model, and of its copy without prototypical networks; exits: that each run has.
+    runs: of the model, and of its copy without prototypical networks; exits: number of exits in each run.
     """
     times = pairs_of(runs, seconds)
     whole, classifier = (median_of((copy[:, 1] - copy[:, 0]) / exits) for copy in times)
@@ -148,7 +148,7 @@ def costs_of(runs: Sequence[Run], exits: int, seconds: float) -> dict[str, tuple
 
 
 def flops(manifest: Manifest, weights: int, tokens: int) -> dict[str, float]:
-    """MFLOPs, two for each multiply-add: of a layer, and of a prototypical network with its distances."""
+    """MFLOPs, two per multiply-add: of a layer, and of a prototypical network with its distances."""
     hidden, metric, labels = manifest.hidden_size, manifest.metric_dim, len(manifest.labels)
     layer = tokens * weights + 2 * tokens * tokens * hidden
     return {
@@ -163,9 +163,9 @@ def overhead(
     """A row for each runtime of the model and each number of tokens: the time of a layer, of its classifier (with
     pooling) and of its prototypical network (with distances).
 
-    `alone_us` is the prototypical network of the embeddings' exit, whose weights stay in the caches, for about a tenth
-    of `seconds`, which are those of a row. `_interval` is half of a 95% interval.
-    Raises ValueError for a model without prototypes on embeddings and layers, or of a single layer.
+    `alone_us` is the time of the prototypical network of the embeddings' exit, whose weights stay in the caches.
+    `_interval` is the half-width of a 95% interval. seconds: duration of a row; the embeddings take a tenth more.
+    Raises ValueError for a model without prototypes on the embeddings, or on any layer before the last.
     """
     manifest = artifact.manifest
     between = [layer for layer in manifest.prototype_layers if 0 < layer < manifest.num_layers]
@@ -193,7 +193,7 @@ def overhead(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """The columns and rows of a table; in percent of the layer."""
+    """The columns and rows of a table; shares in percent of the layer."""
     columns = ["model", "runtime", "tokens", "layer, ms", "classifier, µs", "prototypical, µs", "alone, µs"]
     columns += ["classifier, %", "prototypical, %", "alone, %", "by FLOPs, %"]
 
@@ -214,7 +214,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 
 def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """The prototypical network in percent of a layer by tokens, with intervals, for each model and runtime."""
+    """Plot the prototypical network in percent of a layer against tokens, with intervals, by model and runtime."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2))
@@ -223,7 +223,7 @@ def plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for r in rows:
         lines.setdefault(f"{r['layers']}×{r['hidden']} {r['precision']}, {r['runtime']}", []).append(r)
     for number, (name, line) in enumerate(lines.items()):
-        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # so that the intervals do not overlap
+        x = [r["tokens"] * (1 + 0.03 * number) for r in line]  # keeps the intervals apart
         shares, halves = (
             [100 * r[f"prototypical_{key}"] / r["layer_us"] for r in line] for key in ("us", "interval")
         )

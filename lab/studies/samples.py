@@ -25,8 +25,8 @@ def recorded(
 ) -> Samples:
     """Every exit of every text of some files; the label is NO_LABEL if a file has none or the model does not know it.
 
-    columns: of the text and of the label. label_names: of numeric labels, comma-separated. group_column: texts with the
-    same value are related; without it each text is its own group.
+    columns: of the text and of the label. label_names: comma-separated names of numeric labels. group_column: texts
+    with the same value are related; without it, each text is its own group.
     """
     index = {name: i for i, name in enumerate(model.manifest.labels)}
     samples = [sample for path in paths for sample in read(path, *columns, label_names, group_column)]

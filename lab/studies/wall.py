@@ -17,7 +17,7 @@ from de3.server.settings import ExitOptions
 from de3.training.data import Example
 
 TAUS = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.09, 0.13, 0.2, 0.3, 0.4)
-# Texts before another τ takes its turn: at an early τ the layers that are used stay in the caches, as when serving.
+# Texts before another τ takes its turn: the layers that an early τ uses stay in the caches, as when serving.
 BLOCK = 64
 SHOWN = 10  # highest speed-up in the plot
 
@@ -37,7 +37,7 @@ def wall(served: Served, examples: Sequence[Example], taus: Sequence[float], rou
     seconds = np.zeros((rounds, len(taus), len(texts)))
     labels, layers = np.zeros((2, len(taus), len(texts)), np.int64)
     engine = Engine(served)
-    for number in range(-1, rounds):  # the first warms up, with a block
+    for number in range(-1, rounds):  # round −1 warms up, with one block
         for begin in range(0, len(texts) if number >= 0 else 1, BLOCK):
             for j in np.roll(np.arange(len(taus)), number + begin // BLOCK).tolist():
                 for i, text in enumerate(texts[begin : begin + BLOCK], begin):

@@ -1,4 +1,4 @@
-"""The simulated clients: an attacker breaks one promise for all, and not the promise for each."""
+"""The simulated clients: an attacker can break a promise shared by all clients, but not one for each client."""
 
 import numpy as np
 import pytest

@@ -63,7 +63,7 @@ def test_a_step_moves_each_prototype_by_the_texts_of_its_class_that_passed_its_e
     np.testing.assert_allclose(moved[0, 0], [0.9, 0.3])  # of the mean of 2 and 4
     np.testing.assert_allclose(moved[1, 0], [0.9, 0.4])  # of the first text alone
     np.testing.assert_array_equal(moved[:, 1], prototypes[:, 1])
-    assert prototypes[0, 0, 0] == 1  # those at the start are unchanged
+    assert prototypes[0, 0, 0] == 1  # the initial ones are unchanged
 
 
 def test_pseudo_labels_are_full_depths_where_known_and_else_those_of_sure_exits() -> None:

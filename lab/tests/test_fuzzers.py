@@ -33,7 +33,7 @@ def test_the_command_says_how_many_inputs_it_tried() -> None:
 
 
 def planted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in the code that a fuzzer tests."""
+    """Plant a fault in the code that a fuzzer tests."""
     match name:
         case "connection":
             monkeypatch.setattr(Connection, "_release", lambda _: None)
@@ -56,7 +56,7 @@ def test_a_planted_fault_is_found(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(report.findings) > 0 and report.input is not None
 
 
-# Inputs that were findings once.
+# Inputs that were once findings.
 
 
 def test_a_half_closed_connection_is_written_nothing_after_its_response() -> None:

@@ -30,7 +30,7 @@ def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(versions: Path) -> Iterator[int]:
-    """The port of Ray's proxy, before two replicas; a node has one core, so each has one replica."""
+    """The port of Ray's proxy, which serves two replicas: each node has one core, and so one replica."""
     found = free_port()
     with measure.cluster(2, 1, found):
         measure.deploy(store=versions, models="tiny:1", min_replicas=2, max_replicas=2)

@@ -1,4 +1,4 @@
-"""The studies behind docs/budgets.md, by their commands on a tiny model."""
+"""The studies of any model: most of their commands on a tiny model, and their simulations on synthetic exits."""
 
 import json
 from pathlib import Path

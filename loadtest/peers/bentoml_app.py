@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth ONNX graph behind BentoML, one worker process per core.
 
-Run by: bentoml_app.py FOLDER --port PORT [--workers N]
+Usage: bentoml_app.py FOLDER --port PORT [--workers N]
 """
 
 import argparse

@@ -4,10 +4,10 @@
 #     "ctranslate2>=4.5", "transformers>=4.44,<5", "torch>=2.4",
 # ]
 # ///
-"""Peer: the encoder of a stock BERT classifier in CTranslate2, in int8, behind the same minimal FastAPI app.
+"""Peer: the encoder of a stock BERT classifier in CTranslate2, in int8, behind the minimal FastAPI app of lean.py.
 
 FOLDER holds the stock model; --convert writes the encoder to the folder --converted; serving reads it there.
-Run by: ctranslate2_app.py FOLDER --converted FOLDER --port PORT [--threads N] [--streams N]
+Usage: ctranslate2_app.py FOLDER --converted FOLDER --port PORT [--threads N] [--streams N]
 """
 
 import json
@@ -24,11 +24,11 @@ from safetensors import safe_open
 
 
 class Encoder(Classifier):
-    """One worker per core, each with one thread; the classifier, which CTranslate2 does not convert, in NumPy.
+    """One worker per core, each with one thread. NumPy runs the classifier, which CTranslate2 does not convert.
 
-    Tried on an AMD core: MKL was 12 times slower than oneDNN, its choice for the processor; it rejects bfloat16, alone
-    and with int8. Over HTTP, on two cores, 2 workers and 4 threads were the fastest of 1, 2, 4 workers and 2, 3, 4
-    threads.
+    Tried on an AMD core: MKL was 12 times slower than oneDNN, which CTranslate2 chooses there; CTranslate2 rejects
+    bfloat16, alone and with int8. Over HTTP, on two cores, 2 workers and 4 threads were the fastest of 1, 2, 4 workers
+    and 2, 3, 4 threads.
     """
 
     def __init__(self, folder: Path, converted: Path, streams: int) -> None:
@@ -36,7 +36,7 @@ class Encoder(Classifier):
         with safe_open(folder / "model.safetensors", "np") as weights:
             self.weight = weights.get_tensor("classifier.weight").T
             self.bias = weights.get_tensor("classifier.bias")
-        names = config.get("id2label", {})  # transformers leaves it out if the labels have no names
+        names = config.get("id2label", {})  # transformers omits it if the labels have no names
         labels = [names.get(str(k), f"LABEL_{k}") for k in range(len(self.bias))]
         super().__init__(folder / "tokenizer.json", labels, config["max_position_embeddings"])
         self.encoder = ctranslate2.Encoder(

@@ -15,7 +15,7 @@ class Graph(GraphClassifier):
         super().__init__(folder)
         options = ort.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        if not default_session:  # the fastest level for our engine
+        if not default_session:  # as in our server: the fastest level for its graphs
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
         self.session = ort.InferenceSession(self.file, options, providers=["CPUExecutionProvider"])
         self.names = [x.name for x in self.session.get_inputs()]

@@ -3,7 +3,7 @@
 # ///
 """Peer: Infinity's own command, serving a stock sequence classification model at /classify.
 
-Run by: infinity_app.py FOLDER --port PORT [--engine torch|optimum]
+Usage: infinity_app.py FOLDER --port PORT [--engine torch|optimum]
 """
 
 import argparse

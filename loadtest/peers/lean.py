@@ -43,7 +43,7 @@ def run(args: argparse.Namespace, classifier: Classifier) -> None:
 
 
 def measure(classifier: Classifier, texts: list[str], seconds: float) -> dict[str, object]:
-    """Texts per second without HTTP, one text per call, tokenized beforehand: whole passes over the texts.
+    """Texts per second without HTTP, one text per call, tokenized beforehand, in whole passes over the texts.
 
     The first pass is not timed; it gives the logits, with which the caller checks that the engine runs the same model.
     """

@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth ONNX graph behind LitServe, one worker process per core.
 
-Run by: litserve_app.py FOLDER --port PORT [--workers N] [--batch N]
+Usage: litserve_app.py FOLDER --port PORT [--workers N] [--batch N]
 """
 
 import argparse

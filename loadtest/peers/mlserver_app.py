@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth ONNX graph as a custom runtime of MLServer (Open Inference Protocol).
 
-Run by: mlserver_app.py FOLDER --port PORT [--workers N]
+Usage: mlserver_app.py FOLDER --port PORT [--workers N]
 """
 
 import argparse

@@ -1,10 +1,10 @@
 # /// script
 # dependencies = ["fastapi", "uvicorn[standard]", "openvino>=2025.0", "nncf>=2.14", "orjson", "tokenizers", "numpy"]
 # ///
-"""Peer: the full-depth fp32 ONNX graph in OpenVINO, in int8 or bf16, behind the same minimal FastAPI app.
+"""Peer: the full-depth fp32 ONNX graph in OpenVINO, in int8 or bf16, behind the minimal FastAPI app of lean.py.
 
-int8: quantized by NNCF after training, once, and kept in FOLDER; --convert does only that.
-Run by: openvino_app.py FOLDER --precision int8|bf16 --port PORT [--threads N] [--streams N]
+NNCF quantizes to int8 after training, once, and the result is kept in FOLDER; --convert does only that.
+Usage: openvino_app.py FOLDER --precision int8|bf16|fp32 --port PORT [--threads N] [--streams N]
 """
 
 import json
@@ -20,7 +20,7 @@ INT8 = "openvino-int8.xml"
 
 
 class OpenVino(GraphClassifier):
-    """One stream per core, each with one thread and the infer request of the calling thread.
+    """One stream per core, each with one thread; each calling thread has its own infer request.
 
     Tried on one core, with no difference beyond noise: the performance hints, no pinning, bf16 or f32 for the
     operators that are not quantized, and the stock model converted from PyTorch instead of this graph. Over HTTP, on
@@ -31,7 +31,7 @@ class OpenVino(GraphClassifier):
         super().__init__(folder)
         core, local = ov.Core(), threading.local()
         settings = {"NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": streams}
-        if precision != "int8":  # else OpenVINO's choice for the operators that are not quantized
+        if precision != "int8":  # in int8, OpenVINO chooses for the operators that are not quantized
             settings["INFERENCE_PRECISION_HINT"] = {"bf16": "bf16", "fp32": "f32"}[precision]
         file = folder / INT8 if precision == "int8" else self.file
         self.compiled, self.local = core.compile_model(core.read_model(file), "CPU", settings), local

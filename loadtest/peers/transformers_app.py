@@ -3,7 +3,7 @@
 # ///
 """Peer: the most common setup, a transformers pipeline in a FastAPI function.
 
-FOLDER holds a stock sequence classification model. Run by: transformers_app.py FOLDER --port PORT
+FOLDER holds a stock sequence classification model. Usage: transformers_app.py FOLDER --port PORT
 """
 
 import argparse
