@@ -48,11 +48,14 @@ def read(
         label = record.get(label_column)
         if label is not None:
             label = str(label)
-            label = names[int(label)] if label.isdigit() and names else label
+            if label.isdecimal() and names:
+                if int(label) >= len(names):
+                    raise ValueError(f"{where}: label {label} is not an index of the {len(names)} label names")
+                label = names[int(label)]
         group = record.get(group_column) if group_column is not None else None
         samples.append(Sample(text, label, group=str(group) if group else None))
     if not samples:
-        raise ValueError(f"{path} has only fragments")
+        raise ValueError(f"{path} has no texts that are not fragments")
     return samples
 
 
