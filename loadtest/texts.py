@@ -50,7 +50,9 @@ def read(
             label = str(label)
             if label.isdecimal() and names:
                 if int(label) >= len(names):
-                    raise ValueError(f"{where}: label {label} is not an index of the {len(names)} label names")
+                    raise ValueError(
+                        f"{where}: label {label} is not an index of the {len(names)} label names"
+                    )
                 label = names[int(label)]
         group = record.get(group_column) if group_column is not None else None
         samples.append(Sample(text, label, group=str(group) if group else None))

@@ -13,9 +13,9 @@ from de3.training.settings import TrainSettings
 def fine_tune(
     encoder: str, names: list[str], examples: list[Example], settings: TrainSettings
 ) -> tuple[Any, Any]:
-    """A stock classifier and its tokenizer, fine-tuned as transformers' examples do it.
+    """A stock classifier and its tokenizer, fine-tuned as in transformers' examples.
 
-    With one name, it is a regression; it is multi-label if the examples are.
+    With one name, it is a regression model; it is multi-label if the examples are.
     """
     from transformers import (
         AutoModelForSequenceClassification,

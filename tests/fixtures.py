@@ -18,7 +18,7 @@ from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from tests.commands import de3
 
-if path := os.environ.get("SANITIZED_KERNELS"):  # those that tests/sanitize.sh built
+if path := os.environ.get("SANITIZED_KERNELS"):  # the kernels that tests/sanitize.sh built
     spec = importlib.util.spec_from_file_location("de3.native.kernels", path)
     assert spec is not None and spec.loader is not None
     sys.modules["de3.native.kernels"] = module = importlib.util.module_from_spec(spec)
@@ -49,7 +49,7 @@ OTHER = "not never but ##s".split()  # noqa: SIM905
 
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Any]:
-    """The kernels, those of the reference where this machine has no faster ones."""
+    """The kernels; the reference ones if this machine supports no faster ones."""
     module = pytest.importorskip("de3.native.kernels", reason="the kernels were not built: no C compiler")
     if not module.supported():
         module.use("reference")
@@ -59,7 +59,7 @@ def kernels() -> Iterator[Any]:
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Use the kernels of this name instead of the best ones."""
+    """Use the kernels with this name instead of the fastest ones."""
     from de3.native import kernels
 
     before = kernels.supported()
@@ -94,7 +94,7 @@ def write_rows(path: Path, rows: list[tuple[str, str]]) -> Path:
 
 
 def save_tokenizer(folder: Path, token_types: bool = True) -> int:
-    """A small WordPiece tokenizer in folder, padding and truncating as some packages do; returns its size."""
+    """Save a small WordPiece tokenizer that pads and truncates, as in some packages; returns its vocabulary size."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -130,9 +130,9 @@ def save_encoder(
     labels: int = 0,
     **options: Any,
 ) -> Path:
-    """A small random encoder of a family in folder, with its tokenizer; with labels a stock classifier.
+    """Save a small random encoder of a family, with its tokenizer; with labels, a stock classifier.
 
-    options: of its configuration.
+    options: more fields of its configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -142,7 +142,7 @@ def save_encoder(
     like_roberta = family in ("roberta", "xlm-roberta", "camembert", "mpnet")
     settings: dict[str, Any] = {
         "vocab_size": vocabulary,
-        "hidden_size": 64,  # sizes that the kernels in native/ have
+        "hidden_size": 64,  # sizes that the kernels in native/ support
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "intermediate_size": 128,
@@ -196,7 +196,7 @@ def save_encoder(
     return folder
 
 
-# Longest first, so that no worker of pytest-xdist begins a long one when the others are done.
+# Longest first, so that no pytest-xdist worker starts a long file when the others are done.
 SLOW_FILES = (
     *(
         "docker",
@@ -286,7 +286,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, encoder: Path, data_fil
 def store(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A store with tiny:1 (fp32) and tiny-int8:1, exported by the command a user types.
 
-    Like those of earlier exports, their manifests do not say whether they take single texts or pairs; both work.
+    As in earlier exports, the manifests do not say whether the models take single texts or pairs; both work.
     """
 
     def make(folder: Path) -> None:

@@ -53,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @contextmanager
 def hub_of(folder: Path, host: str = "127.0.0.1") -> Iterator[tuple[type[Hub], int]]:
-    """A hub with the files of a folder as org/model: its handler, which keeps the requests, and its port."""
+    """A hub with the files of a folder as org/model: its handler, which records the requests, and its port."""
     handler = type("OfFolder", (Hub,), {"folder": folder, "asked": []})
     server = ThreadingHTTPServer((host, 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Jobs of a model that exists only by name, for the tests of the queue and the deadlines."""
+"""Jobs for tests of the engine, with a stand-in for the model if none is given."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -31,9 +31,9 @@ def job(
     rule: ExitRule | None = None,
     monitor: Any = NO_MONITOR,
 ) -> Job:
-    """A job whose texts are predicted to take `full_s` seconds each through every layer.
+    """A job whose texts are predicted to take `full_s` seconds each at full depth.
 
-    group_s: step time of each text in a group, seconds; None: they do not share steps.
+    group_s: step time of each text in a group, seconds; None: texts run alone, unless `model` has kernels.
     """
     full, first = iter(full_s), iter(first_exit_s)
     timing: Any = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""A real Prometheus with the project's own configuration, which scrapes the server of a test."""
+"""A real Prometheus with the project's own configuration, which scrapes a test's server."""
 
 import shutil
 import subprocess

@@ -30,7 +30,7 @@ from de3.server.service import Service
 from de3.server.settings import Settings
 
 RESERVED: list[socket.socket] = []
-CERTIFICATES = ssl.create_default_context()  # httpx would read them for each request, which takes longer
+CERTIFICATES = ssl.create_default_context()  # httpx would load them for each request, which is slow
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> None:
@@ -98,7 +98,7 @@ class Server:
         assert not self._thread.is_alive()
 
     def bodies_awaited(self) -> int:
-        """Connections whose request head has arrived and whose body has not."""
+        """Number of connections whose request head has arrived, but not the body."""
         return sum(c.state == BODY for c in list(self.listener.connections))
 
     def classify(self, **body: Any) -> httpx.Response:

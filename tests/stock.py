@@ -67,7 +67,7 @@ def segments_of(
 ) -> tuple[Architecture, list[onnx.ModelProto]]:
     """The segments of a stock classifier with random exits, and their architecture.
 
-    token_types: the tokenizer returns them; None: by its files.
+    token_types: whether the tokenizer returns them; None: as its files say.
     """
     with TemporaryDirectory() as made:
         trained = Trained(with_random_exits(folder, Path(made) / "checkpoint"))
@@ -81,7 +81,7 @@ def segments_of(
 
 
 def with_random_exits(folder: Path, out: Path, seed: int = 0) -> Checkpoint:
-    """A checkpoint in a new folder: a stock classifier with an exit of random weights at every layer."""
+    """A checkpoint in a new folder: a stock classifier with an exit of random weights at every layer but the last."""
     stock, rng = Stock.open(str(folder), folder), np.random.default_rng(seed)
     width, labels = stock.architecture("fp32").hidden_size, len(stock.description.labels)
 

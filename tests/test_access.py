@@ -81,7 +81,7 @@ def test_health_metrics_and_docs_need_no_key(server: Server, path: str) -> None:
     assert ALICE not in answer.text and DIGEST not in answer.text
 
 
-def test_the_documentation_knows_of_keys(server: Server, store: Path) -> None:
+def test_the_schema_marks_the_paths_that_need_a_key(server: Server, store: Path) -> None:
     def secured(schema: dict[str, Any]) -> set[str]:
         return {path for path, ways in schema["paths"].items() for way in ways.values() if "security" in way}
 
@@ -109,7 +109,7 @@ def test_each_key_has_its_own_limit(store: Path) -> None:
         assert server.metric("de3_rejected_total", cause="rate_limited") == 2
 
 
-def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_is_reset_after_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     now = time.time()
@@ -137,7 +137,7 @@ def test_a_limit_is_over_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) 
         ("\n".join(f"n{i} {ALICE}{i}" for i in range(MAX_KEYS + 1)), f"at most {MAX_KEYS}"),
     ],
 )
-def test_keys_that_cannot_be_used_are_refused_by_line(lines: str, says: str) -> None:
+def test_invalid_keys_are_refused_with_their_line(lines: str, says: str) -> None:
     with pytest.raises(ValueError, match="where") as error:
         Keys.read(lines, "where")
     assert says in str(error.value)
@@ -145,7 +145,7 @@ def test_keys_that_cannot_be_used_are_refused_by_line(lines: str, says: str) -> 
 
 
 @given(st.text(max_size=200))
-def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
+def test_any_text_is_keys_or_an_error_that_names_its_source(text: str) -> None:
     try:
         Keys.read(text, "where")
     except ValueError as error:
@@ -166,15 +166,13 @@ def test_any_text_is_keys_or_an_error_without_them(text: str) -> None:
         ({"api_keys": f"alice {ALICE}", "api_keys_file": Path("x")}, "not both"),
     ],
 )
-def test_settings_that_cannot_be_used_stop_the_start(
-    store: Path, settings: dict[str, Any], says: str
-) -> None:
+def test_invalid_settings_prevent_the_start(store: Path, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=r"DE3_API_KEYS|rate_limit|admin_keys") as error:
         Frontend(Service(Settings(store=store, **settings)), PROTOCOLS)
     assert says in str(error.value)
 
 
-def test_an_origin_that_no_browser_sends_is_refused() -> None:
+def test_an_invalid_origin_in_the_settings_is_refused() -> None:
     for wrong in ("page.example", "https://page.example/path", ""):
         with pytest.raises(ValueError, match="cors_origins"):
             Settings(cors_origins=[wrong])
@@ -187,7 +185,7 @@ def test_settings_do_not_show_keys() -> None:
     assert ALICE not in str(error.value)
 
 
-def test_a_key_may_hold_the_sign_of_comments() -> None:
+def test_a_key_may_contain_the_comment_sign() -> None:
     keys = Keys.read(f"alice {ALICE}#and-more  # her second", "where")
     for key, known in ((ALICE, False), (f"{ALICE}#and-more", True)):
         scope = {"headers": [(b"authorization", f"Bearer {key}".encode())]}
@@ -196,7 +194,7 @@ def test_a_key_may_hold_the_sign_of_comments() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models%0A", "/v1/modelsx", "/x/v1/models", "/nothing", "/health%0A"])
-def test_a_strange_path_is_not_open(server: Server, path: str) -> None:
+def test_an_unknown_path_needs_a_key(server: Server, path: str) -> None:
     assert httpx.get(server.url + path).status_code == 401
 
 
@@ -205,13 +203,13 @@ def preflight(server: Server, origin: str) -> httpx.Response:
     return httpx.options(server.url + "/classify", headers=headers)
 
 
-def test_other_origins_are_shut_out_by_default(server: Server) -> None:
+def test_no_other_origin_is_allowed_by_default(server: Server) -> None:
     assert "access-control-allow-origin" not in preflight(server, "https://page.example").headers
     answer = post(server, bearer(ALICE) | {"Origin": "https://page.example"}, input="good")
     assert "access-control-allow-origin" not in answer.headers
 
 
-def test_origins_that_were_named_are_let_in(store: Path) -> None:
+def test_configured_origins_are_allowed(store: Path) -> None:
     page = "https://page.example"
     with serving(store, models=["tiny"], cors_origins=[page]) as server:
         assert preflight(server, page).headers["access-control-allow-origin"] == page
@@ -223,7 +221,7 @@ def test_origins_that_were_named_are_let_in(store: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/docs", "/health", "/v1/models"])
-def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
+def test_answers_have_security_headers(server: Server, path: str) -> None:
     headers = httpx.get(server.url + path).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
@@ -246,7 +244,7 @@ def test_pages_tell_browsers_to_be_careful(server: Server, path: str) -> None:
     ],
 )
 def test_dns_rebinding_is_refused(store: Path, host: str, is_own: bool) -> None:
-    """DNS rebinding: a page at evil.example has the origin of the requests that it sends to evil.example."""
+    """DNS rebinding: the requests that a page at evil.example sends to this server are same-origin."""
     headers = {"Host": host, "Origin": f"http://{host}"}
     with serving(store, models=["tiny"], allowed_hosts=["proxy.example"]) as server:
         for send in (
@@ -258,7 +256,7 @@ def test_dns_rebinding_is_refused(store: Path, host: str, is_own: bool) -> None:
             assert is_own or "--allowed-host" in answer.text
 
 
-def test_any_name_will_do_where_a_page_could_do_no_harm(store: Path) -> None:
+def test_any_host_name_is_accepted_where_a_page_could_do_no_harm(store: Path) -> None:
     headers = {"Host": "shop.example"}
     for settings in (
         {"allowed_hosts": ["*"]},
@@ -276,7 +274,7 @@ def test_a_clock_that_is_set_back_and_forth_blocks_nobody_for_longer_than_a_wind
     monkeypatch.setattr(time, "time", lambda: now)
     for step in (0.0, -3600.0, 7200.0, -1e6, 1e6):
         now += step
-        with suppress(RequestError):  # the window may hold what was counted when the clock was here before
+        with suppress(RequestError):  # the window may hold counts from when the clock last showed this time
             limit.take("me", 10)
         with pytest.raises(RequestError) as refused:
             for _ in range(2):
@@ -287,7 +285,7 @@ def test_a_clock_that_is_set_back_and_forth_blocks_nobody_for_longer_than_a_wind
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
-    """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but causes work."""
+    """A page can POST text/plain anywhere without a preflight; it cannot read the answer, but it causes work."""
     with serving(store, models=["tiny"], cors_origins=["https://page.example"]) as server:
 
         def ask(origin: str) -> httpx.Response:
@@ -348,8 +346,8 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
         assert server.metric("de3_requests_total", status="401") == 1  # classification requests only
 
 
-def test_a_request_costs_what_it_takes(store: Path) -> None:
-    """The largest of: its texts, its body in units of 4 KiB, and its texts in units of 128 tokens."""
+def test_the_cost_of_a_request(store: Path) -> None:
+    """The most of: its texts, its body in units of 4 KiB, and the tokens of its texts in units of 128."""
 
     def left(server: Server) -> int:
         limit = server.frontend.access._limit

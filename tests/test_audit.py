@@ -1,4 +1,4 @@
-"""Audits over HTTP: their counts against full depth's answers, the guarantee, its state, its log, a reset."""
+"""Audits over HTTP: their counts, checked against full depth, the guarantee, the saved state, the log and resets."""
 
 import gc
 import json
@@ -47,7 +47,7 @@ TAU = 0.6  # some answers of the tiny models differ from full depth at this τ
 
 
 def new_texts() -> list[str]:
-    """200 texts, most of which were not sent before: a repeat is no evidence for a guarantee."""
+    """200 texts, most of them new: repeats are no evidence for a guarantee."""
     return [text for text, _ in make_rows(200, next(SEEDS))]
 
 
@@ -74,8 +74,8 @@ def labels(server: Server, **options: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
-def test_audits_count_what_full_depth_answers(store: Path, model: str) -> None:
-    """For the τ in force, and for other τ, which requests then set explicitly."""
+def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) -> None:
+    """For the τ in force, and for other τ, compared with requests that set them."""
     with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
         early, full = labels(server), labels(server, tau=0)
         said = settled(server, len(TEXTS), model)
@@ -119,7 +119,7 @@ def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
         assert 133 < auditor_of(server).evidence.audits < 267  # 5 standard deviations
 
 
-def test_far_texts_count_at_the_lower_tau_that_they_get(store: Path) -> None:
+def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
     """With --ood-policy deepen, the audit at each τ must match the answer to a request with that τ."""
     options: dict[str, Any] = {"models": ["tiny-int8"], "ood_policy": "deepen", "tau": TAU}
     with serving(store, audit_share=1.0, **options) as server:
@@ -131,7 +131,7 @@ def test_far_texts_count_at_the_lower_tau_that_they_get(store: Path) -> None:
         )
 
 
-def test_windows_and_deadlines_are_counted_apart(store: Path) -> None:
+def test_texts_with_windows_or_a_layer_limit_are_excluded(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, latency_budget_ms=30_000) as server:
         long = "not good but bad " * 40
         response = server.classify(input=[long, "good"], long="windows")
@@ -142,7 +142,7 @@ def test_windows_and_deadlines_are_counted_apart(store: Path) -> None:
         assert said["excluded"] == {"deadline": 0, "max_layer": 1, "windows": 1}
 
 
-def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> None:
+def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2) as server:
         assert server.service.settings.share_of_audits == 0.05
         first = server.classify(input=TEXTS[0], explain=True).json()
@@ -158,7 +158,7 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         (client,) = said["promise"].pop("clients")
         assert said["promise"] == promise | {"reason": "evidence"}
         assert (client["tau"], client["reason"]) == (said["tau"]["tau"], "evidence")
-        assert 150 < client["texts"] <= 601  # not repeats, and no text behind a pending audit
+        assert 150 < client["texts"] <= 601  # without repeats and texts behind a pending audit
         passed = [row for row in said["taus"] if 0 < row["tau"] <= said["tau"]["tau"]]
         assert passed
         after = server.classify(input=TEXTS, explain=True).json()
@@ -170,7 +170,7 @@ def test_a_guarantee_starts_at_full_depth_and_rises_by_audits(store: Path) -> No
         assert server.classify(input="good", tau=0.5).json()["data"][0]["exit"]["tau"] == 0.5
 
 
-def test_one_request_of_copies_sets_no_tau(store: Path) -> None:
+def test_copies_in_one_request_do_not_raise_tau(store: Path) -> None:
     def tau(address: str) -> float:
         with httpx.Client(transport=httpx.HTTPTransport(local_address=address)) as client:
             answer = client.post(server.url + "/classify", json={"input": "good", "explain": True})
@@ -180,7 +180,7 @@ def test_one_request_of_copies_sets_no_tau(store: Path) -> None:
         server.classify(input=["not bad"] * 256)
         assert audit(server)["texts"] == 256
         assert tau("127.0.0.1") == 0 == tau("127.5.0.1")
-        while audit(server)["tau"]["tau"] == 0:  # texts of its own raise a client's τ, between two requests
+        while audit(server)["tau"]["tau"] == 0:  # its own distinct texts raise a client's τ, between requests
             answer = server.classify(input=new_texts(), explain=True).json()
             assert answer["tau_choice"]["tau"] == 0
         assert tau("127.0.0.1") > 0 == tau("127.5.0.1")  # but not another network's
@@ -206,7 +206,7 @@ def test_load_never_raises_the_tau_of_a_guarantee(store: Path) -> None:
 
 
 def change(server: Server) -> None:
-    """Make audits report a disagreement at every τ above 0, as after a change of the traffic."""
+    """Make audits report a disagreement at every τ above 0, as after a change in the traffic."""
     auditor = auditor_of(server)
     count = auditor._count
 
@@ -216,7 +216,7 @@ def change(server: Server) -> None:
     auditor._count = wrong  # type: ignore[method-assign]
 
 
-def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
+def test_a_change_in_the_traffic_falls_back_to_full_depth_and_is_logged(
     store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2, audit_share=1.0) as server:
@@ -237,8 +237,8 @@ def test_a_change_of_the_traffic_falls_back_to_full_depth_and_says_so(
         assert server.classify(input="good").json()["data"][0]["exit"]["reason"] == "last_layer"
 
 
-def test_audits_wait_while_requests_do(store: Path) -> None:
-    """They are deferred, not dropped, and later texts are drawn less often."""
+def test_pending_audits_are_not_dropped_and_lower_the_share(store: Path) -> None:
+    """Audits are deferred, not dropped, and later texts are drawn less often."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         submit, auditor._submit = auditor._submit, waiting.extend
@@ -314,7 +314,7 @@ def test_pending_audits_are_limited(store: Path) -> None:
         auditor._outstanding = 0
 
 
-def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
+def test_audits_continue_after_a_restart(store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"models": ["tiny-int8"], "guarantee": 0.2, "state_dir": tmp_path / "state"}
     with serving(store, **options) as server:
         while audit(server)["tau"]["tau"] == 0:
@@ -325,7 +325,7 @@ def test_it_goes_on_after_a_restart(store: Path, tmp_path: Path) -> None:
         assert server.metric("de3_tau", model="tiny-int8:1") == before["tau"]["tau"] > 0
     with serving(
         store, **options | {"guarantee": 0.05}
-    ) as server:  # the evidence is kept; the promise is another
+    ) as server:  # the evidence is kept; the promise is different
         after = audit(server)
         assert after["audits"] == before["audits"]
         assert after["tau"]["tau"] <= before["tau"]["tau"]
@@ -360,7 +360,7 @@ def test_a_state_that_does_not_fit_is_set_aside(
     assert (tmp_path / "tiny-int8-1.json.old").exists()
 
 
-def test_a_fifo_in_place_of_a_state_stops_nothing(
+def test_a_fifo_in_place_of_a_state_blocks_nothing(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     os.mkfifo(tmp_path / "tiny-int8-1.json")
@@ -372,9 +372,7 @@ def test_a_fifo_in_place_of_a_state_stops_nothing(
     assert json.loads((tmp_path / "tiny-int8-1.json").read_text())["model"] == "tiny-int8:1"
 
 
-def test_counts_that_cannot_be_are_refused(
-    store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_impossible_counts_are_refused(store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"models": ["tiny-int8"], "audit_share": 1.0, "state_dir": tmp_path}
     with serving(store, **options) as server:
         server.classify(input=TEXTS[:5])
@@ -421,7 +419,7 @@ def test_a_killed_server_loses_seconds_at_most(store: Path, tmp_path: Path) -> N
         assert httpx.get(url + "/v1/models/tiny-int8/audit").json()["audits"] == 200
 
 
-def test_the_log_has_what_every_exit_showed(store: Path, tmp_path: Path) -> None:
+def test_the_log_has_the_outputs_of_every_exit(store: Path, tmp_path: Path) -> None:
     for texts in (False, True):
         file = tmp_path / f"audits-{texts}.jsonl"
         options: dict[str, Any] = {"log_audits": file, "log_audit_texts": texts}
@@ -455,7 +453,7 @@ def managed(store: Path) -> Iterator[Server]:
         yield server
 
 
-def test_an_admin_resets_what_is_known(managed: Server) -> None:
+def test_an_admin_resets_the_evidence(managed: Server) -> None:
     while audit(managed)["tau"]["tau"] == 0:
         managed.classify(input=TEXTS)
     path = f"{managed.url}/v1/models/tiny-int8/audit/reset"
@@ -468,7 +466,7 @@ def test_an_admin_resets_what_is_known(managed: Server) -> None:
     assert httpx.post(f"{managed.url}/v1/models/other/audit/reset", headers=ADMIN).status_code == 404
 
 
-def test_a_reloaded_model_keeps_what_is_known_of_it(managed: Server) -> None:
+def test_a_reloaded_model_keeps_its_evidence(managed: Server) -> None:
     while audit(managed)["tau"]["tau"] == 0:
         managed.classify(input=TEXTS)
     before = audit(managed)
@@ -479,7 +477,7 @@ def test_a_reloaded_model_keeps_what_is_known_of_it(managed: Server) -> None:
     assert managed.classify(input="good", explain=True).json()["tau_choice"]["tau"] == before["tau"]["tau"]
 
 
-def test_a_server_without_audits_says_how_to_have_them(store: Path) -> None:
+def test_a_server_without_audits_says_how_to_enable_them(store: Path) -> None:
     with serving(store, models=["tiny-int8"]) as server:
         response = httpx.get(f"{server.url}/v1/models/tiny-int8/audit")
         assert response.status_code == 409
@@ -508,8 +506,8 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
         Settings(**values)
 
 
-def test_tokens_are_all_that_a_pending_audit_keeps(store: Path) -> None:
-    """Not the text, which may be large."""
+def test_a_pending_audit_keeps_the_tokens_and_not_the_text(store: Path) -> None:
+    """The text may be large."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         auditor._submit = waiting.extend
@@ -520,7 +518,7 @@ def test_tokens_are_all_that_a_pending_audit_keeps(store: Path) -> None:
         assert not any(isinstance(one, Text | str) for one in referred)
 
 
-def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: Path) -> None:
+def test_an_unloaded_model_is_freed_and_its_evidence_is_kept(store: Path) -> None:
     keys = f"boss {ADMIN['Authorization'].partition(' ')[2]}"
     with serving(store, models=["tiny-int8", "tiny"], audit_share=1.0, tau=TAU, admin_keys=keys) as server:
         server.classify(model="tiny-int8", input=TEXTS)
@@ -533,7 +531,7 @@ def test_an_unloaded_model_is_freed_and_what_is_known_of_it_is_not_lost(store: P
         assert audit(server) == before
 
 
-def test_audits_that_run_together_are_as_alone_and_wait_for_requests(store: Path) -> None:
+def test_audits_in_a_group_match_single_ones_and_wait_for_requests(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         (served,) = server.service.models.all
         if served.model.forward is None:
@@ -558,7 +556,7 @@ def test_audits_that_run_together_are_as_alone_and_wait_for_requests(store: Path
         assert all(one.is_dropped for one in audits)
 
 
-def test_audits_that_the_kernels_cannot_run_run_alone_to_the_same_answers(store: Path) -> None:
+def test_audits_without_kernels_run_alone_with_the_same_answers(store: Path) -> None:
     with serving(store, models=["tiny"], audit_share=1.0, tau=TAU) as server:
         server.classify(input=TEXTS)
         assert settled(server, len(TEXTS), "tiny")["audits"] == len(TEXTS)
@@ -571,7 +569,7 @@ def test_audits_that_the_kernels_cannot_run_run_alone_to_the_same_answers(store:
         assert [reading.logits for reading in one.passed] == alone and one.model_s > 0
 
 
-def test_what_was_drawn_before_a_reset_does_not_count_after_it(store: Path) -> None:
+def test_texts_drawn_before_a_reset_do_not_count_after_it(store: Path) -> None:
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=TAU) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         submit, auditor._submit = auditor._submit, waiting.extend
@@ -600,7 +598,7 @@ def test_what_was_drawn_before_a_reset_does_not_count_after_it(store: Path) -> N
         assert not auditor.pending
 
 
-def test_only_requests_that_are_audited_are_promised_something(store: Path) -> None:
+def test_only_audited_requests_have_a_promise(store: Path) -> None:
     with serving(store, models=["tiny-int8"], guarantee=0.2) as server:
         for options in ({}, {"signal": "edr", "lambda": 0.5}, {"latency_budget_ms": 30_000}, {"tau": 0.1}):
             choice = server.classify(input="good", explain=True, **options).json()["tau_choice"]
@@ -618,8 +616,8 @@ def test_a_torn_line_of_the_log_is_cut_off(store: Path, tmp_path: Path) -> None:
         assert [bool(row) for row in rows] == ([False] if "\n" in torn else []) + [True]
 
 
-def test_a_full_disk_costs_no_answer_and_is_reported_once(store: Path, tmp_path: Path) -> None:
-    """A limit on the size of files has the same effect as a full disk: a part of a line is written."""
+def test_a_full_disk_costs_no_answer_and_is_reported_once_each_time(store: Path, tmp_path: Path) -> None:
+    """A file size limit has the effect of a full disk: a part of a line is written."""
     file, state, lines = tmp_path / "audits.jsonl", tmp_path / "tiny-int8-1.json", list[str]()
     arguments = (
         f"--audit-share 1 --log-audits {file} --log-audit-texts --state-dir {tmp_path} --model tiny-int8"
@@ -657,7 +655,7 @@ def test_a_full_disk_costs_no_answer_and_is_reported_once(store: Path, tmp_path:
     assert all(json.loads(line)["text"] == long for line in file.read_text().splitlines())
 
 
-def test_a_full_disk_keeps_no_state_from_being_saved_later(
+def test_a_state_is_saved_once_the_disk_has_room_again(
     store: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(_: int) -> None:
@@ -677,7 +675,7 @@ def test_a_full_disk_keeps_no_state_from_being_saved_later(
     assert json.loads((tmp_path / "tiny-1.json").read_text())["counts"][0]["audits"] == 6
 
 
-def test_only_its_user_can_read_what_a_server_keeps(store: Path, tmp_path: Path) -> None:
+def test_only_its_user_can_read_the_files_of_a_server(store: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"state_dir": tmp_path / "state", "log_audits": tmp_path / "audits.jsonl"}
     with serving(store, models=["tiny-int8"], audit_share=1.0, **options) as server:
         server.classify(input="good")
@@ -686,7 +684,7 @@ def test_only_its_user_can_read_what_a_server_keeps(store: Path, tmp_path: Path)
         assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_audits_go_on_slowly_where_something_is_always_pending(
+def test_audits_run_slowly_if_requests_are_always_pending(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit_engine, "MOST_WAIT_S", 0.01)
@@ -698,8 +696,8 @@ def test_audits_go_on_slowly_where_something_is_always_pending(
         assert settled(server, 5)["audits"] == 5
 
 
-def test_texts_drawn_under_load_count_under_the_share_of_that_time(store: Path) -> None:
-    """Not under --audit-share: each disagreement counts for 1/q texts."""
+def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> None:
+    """Each disagreement counts for 1/q texts, where q is the share in force, not --audit-share."""
     with serving(store, models=["tiny-int8"], audit_share=1.0, tau=1.0) as server:
         auditor, waiting = auditor_of(server), list[Audit]()
         submit, auditor._submit = auditor._submit, waiting.extend
@@ -740,7 +738,7 @@ def agree(auditor: Auditor, share: float = 1.0, served_differs: bool = False) ->
     auditor.is_changed = True
 
 
-def test_what_is_known_of_an_unloaded_model_is_of_no_other_that_has_its_name(store: Path) -> None:
+def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(store: Path) -> None:
     audits, first = audits_of(), made(store)
     audits.serve(first)
     agree(audits.of(first))
@@ -760,7 +758,7 @@ def test_what_is_known_of_an_unloaded_model_is_of_no_other_that_has_its_name(sto
         (lambda s: setattr(s.monitor, "caution", 0.5), "another runtime, or another --ood-policy"),
     ],
 )
-def test_audits_of_another_runtime_or_policy_are_not_taken(
+def test_audits_of_another_runtime_or_policy_are_refused(
     store: Path, change: Callable[[Any], None], why: str
 ) -> None:
     audits, first, other = audits_of(), made(store), made(store)
@@ -783,7 +781,7 @@ def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> N
         restore(auditor, state_of(auditor))
 
 
-def test_every_version_has_a_file_of_its_own_and_what_was_not_written_is_tried_again(
+def test_every_version_has_its_own_file_and_failed_writes_are_retried(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     audits, versions = audits_of(state_dir=tmp_path), (made(store, 1), made(store, 2))
@@ -804,7 +802,7 @@ def test_every_version_has_a_file_of_its_own_and_what_was_not_written_is_tried_a
         assert (state["model"], state["counts"][0]["audits"]) == (served.model.full_name, 1)
 
 
-def test_the_report_tells_the_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
+def test_the_report_separates_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
     audits, served = audits_of(), made(store)
     audits.serve(served)
     for differs in (True, True, False, False):
@@ -867,7 +865,7 @@ def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
     assert shares == [1, 1, 1, 0]
 
 
-def test_audits_that_are_no_numbers_are_not_logged(store: Path, tmp_path: Path) -> None:
+def test_audits_with_nan_or_infinity_are_not_logged(store: Path, tmp_path: Path) -> None:
     written = AuditLog(tmp_path / "audits.jsonl", False)
     for logit in (1.0, float("nan"), float("inf")):
         written.write(made(store), 1.0, [read(0, [1.0, 0.0], None), read(3, [logit, 0.0], None)], 5, None)
@@ -876,7 +874,7 @@ def test_audits_that_are_no_numbers_are_not_logged(store: Path, tmp_path: Path) 
     assert json.loads(line)["logits"] == [[1, 0], [1, 0]]
 
 
-def test_texts_that_were_not_drawn_count_under_the_share_of_their_time(store: Path) -> None:
+def test_texts_that_were_not_drawn_count_with_the_share_in_force(store: Path) -> None:
     audits, served = audits_of(), made(store)
     audits.serve(served)
     auditor = audits.of(served)

@@ -1,4 +1,4 @@
-"""A new calibration from the log of audits: the rows that are read, the refusals, and the published version."""
+"""A new calibration from the audit log: the rows that are read, the refusals, and the published version."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
-    """Rows of the log; the earlier an exit, the noisier it is."""
+    """Rows of the log; earlier exits are noisier."""
     rng = np.random.default_rng(seed)
     exits, classes = manifest.exit_layers, len(manifest.labels)
     rows = []
@@ -182,9 +182,7 @@ def test_a_broken_line_is_named(
         audited.parts(tiny, [log])
 
 
-def test_a_line_without_an_end_is_not_read(
-    tiny: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_overlong_line_is_refused(tiny: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audited, "MAX_LINE", 1000)
     (tmp_path / "log").write_text(" " * 1001)
     with pytest.raises(ValueError, match="log:1: a line has more than 1000 bytes"):
@@ -199,7 +197,7 @@ def test_a_torn_last_line_is_skipped(tiny: Artifact, tmp_path: Path, said: list[
         part = audited.parts(tiny, [tmp_path / "torn"])
         assert sum(len(p.samples.groups) for p in part) == 600
     assert said == [f"{tmp_path}/torn:601: skipped the last line, which is incomplete"] * 2
-    (tmp_path / "torn").write_text(whole.rstrip("\n"))  # only its end is missing
+    (tmp_path / "torn").write_text(whole.rstrip("\n"))  # only the newline is missing
     assert sum(len(p.samples.groups) for p in audited.parts(tiny, [tmp_path / "torn"])) == 600
     (tmp_path / "torn").write_text(whole + "{}")
     with pytest.raises(ValueError, match="torn:601: time: Field required"):
@@ -306,7 +304,7 @@ def test_models_of_every_kind(kind: dict[str, Any], tiny: Artifact, tmp_path: Pa
     assert calibrated.calibration.default.speedup > 1
 
 
-def test_of_an_imported_model_disagreement_is_with_full_depth(
+def test_disagreement_of_an_imported_model_is_with_full_depth(
     tiny: Artifact, mine: Path, tmp_path: Path
 ) -> None:
     file = mine / "tiny/1/manifest.json"
@@ -318,7 +316,7 @@ def test_of_an_imported_model_disagreement_is_with_full_depth(
     assert "tiny:1 was imported, and audits do not have the original's answers" in output
     calibration = Store(mine).open("tiny:2").manifest.calibration
     assert calibration is not None and calibration.original_disagreement is None and calibration.self_labelled
-    assert calibration.certify_size == 1000 and calibration.groups == 1000  # so few that both certify
+    assert calibration.certify_size == 1000 and calibration.groups == 1000  # with so few, both parts certify
 
 
 def test_audits_or_samples_but_not_both(mine: Path, tmp_path: Path) -> None:

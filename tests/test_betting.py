@@ -1,4 +1,4 @@
-"""E-values, bounds and the change detector against their definition, text by text, and against their guarantees."""
+"""E-values, bounds and the change detector against their definitions, text by text, and against their guarantees."""
 
 from itertools import product
 
@@ -41,8 +41,8 @@ def test_e_values_are_the_wealth_of_gamblers(stream: list[tuple[float, bool, boo
 
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
-def test_the_mean_wealth_is_1_where_the_rate_is_as_bet_against(share: float, rate: float) -> None:
-    """Over all outcomes of three texts; less than 1 where the rate is on the other side."""
+def test_the_mean_wealth_is_1_at_the_rate_that_is_bet_against(share: float, rate: float) -> None:
+    """Over all outcomes of three texts; less than 1 if the rate is on the other side."""
 
     def mean(function: object, truth: float) -> float:
         total = 0.0
@@ -66,7 +66,7 @@ def test_bounds_enclose_the_rate_and_are_in_order(stream: list[tuple[float, bool
         assert lower[0] == 0
 
 
-def test_bounds_close_in_and_are_those_of_each_column() -> None:
+def test_bounds_tighten_and_each_column_has_its_own() -> None:
     shares, texts = np.array([0.05]), np.array([100_000])
     differing = np.array([[50, 100, 500]])
     lower, upper = bounds(shares, texts, differing, 0.95)
@@ -78,14 +78,14 @@ def test_bounds_close_in_and_are_those_of_each_column() -> None:
     assert (few[0] < lower).all() and (few[1] > upper).all()
 
 
-def test_nothing_is_known_of_no_texts() -> None:
+def test_bounds_without_texts_are_0_and_1() -> None:
     lower, upper = bounds(np.array([1.0]), np.array([0]), np.zeros((1, 2), np.int64), 0.95)
     assert (lower == 0).all() and (upper == 1).all()
 
 
 @pytest.mark.parametrize("rate", [0.02, 0.3])
 def test_the_rate_leaves_its_bounds_in_few_streams(rate: float) -> None:
-    """At any of 40 looks, in less than 5% of 300 streams; a bound for a single look would fail far more often."""
+    """At any of 40 looks, in at most 5% of 300 streams; a bound for a single look would fail far more often."""
     hits = np.cumsum(np.random.default_rng(1).random((300, 4000)) < 0.1 * rate, axis=1)  # drawn and differing
     outside = np.zeros(300, np.bool_)
     for n in range(100, 4001, 100):
@@ -109,7 +109,7 @@ def test_texts_that_were_not_drawn_count_together_as_one_by_one(
 
 @settings(max_examples=20)
 @given(st.floats(0.01, 0.5), st.sampled_from(SHARES))
-def test_the_detector_owns_what_was_staked_in_the_mean(rate: float, share: float) -> None:
+def test_the_mean_wealth_of_the_detector_is_its_stake(rate: float, share: float) -> None:
     mean = np.zeros(3)
     for outcome in product([(False, False), (True, False), (True, True)], repeat=3):
         p, detector = 1.0, ChangeDetector(rate, 1e5)
@@ -140,7 +140,7 @@ def test_the_detector_fires_after_a_rise_and_not_before() -> None:
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
-def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(confidence: float) -> None:
+def test_each_bound_is_where_its_e_value_reaches_2_over_the_error_probability(confidence: float) -> None:
     """Each of the two sides has half of the error probability."""
     counted = np.array([1.0, 0.25]), np.array([600, 400]), np.array([[12, 60, 300], [2, 15, 40]])
     lower, upper = bounds(*counted, confidence)
@@ -150,7 +150,7 @@ def test_each_bound_is_where_its_e_value_reaches_twice_the_odds_of_an_error(conf
 
 
 def test_the_detector_fires_once_all_gamblers_together_own_enough() -> None:
-    """Not when one of them does: that would violate the mean time to a false alarm."""
+    """Not when one of them does: that would violate the guaranteed mean time to a false alarm."""
     detector, before = ChangeDetector(0.1, 1000.0), 0.0
     while not detector.has_fired:
         before = detector.wealth.mean()
@@ -167,7 +167,7 @@ def test_no_gambler_of_the_detector_can_owe_anything(rate: float) -> None:
         assert (detector.wealth > 0).all()
 
 
-def test_e_values_of_a_long_time_are_finite() -> None:
+def test_e_values_of_many_texts_are_finite() -> None:
     counted = np.array([1.0]), np.array([10**6]), np.array([[0, 10**6]])
     rates = np.array([0.5, 0.5])
     assert np.isfinite(e_values(*counted, rates)).all() and np.isfinite(e_values_above(*counted, rates)).all()

@@ -26,7 +26,7 @@ from tests.serving import Server, serving, until
 
 TEXTS = [text for text, _ in make_rows(60, 21)]
 LAYER_S = 0.03
-NOISE_S = 0.05  # of the client
+NOISE_S = 0.05  # of the client's timing
 ATTEMPTS = 30  # on a busy machine, a check of timing is retried
 
 
@@ -122,7 +122,9 @@ def test_the_calibration_is_published(server: Server, rows: list[TradeOff]) -> N
         ({"max_disagreement": 0.1}, "max_disagreement"),
     ],
 )
-def test_a_setting_is_for_requests_that_ask_nothing(store: Path, setting: dict[str, float], by: str) -> None:
+def test_a_setting_applies_to_requests_without_exit_options(
+    store: Path, setting: dict[str, float], by: str
+) -> None:
     with serving(store, models=["tiny"], **setting) as server:
         choice = server.classify(input="a film", explain=True).json()["tau_choice"]
         assert choice["by"] == by
@@ -132,14 +134,14 @@ def test_a_setting_is_for_requests_that_ask_nothing(store: Path, setting: dict[s
         assert (own["by"], own["tau"]) == ("tau", 0.5)
 
 
-def test_the_settings_tau_holds_where_a_request_only_limits_the_layer(store: Path) -> None:
+def test_the_settings_tau_applies_if_a_request_only_limits_the_layer(store: Path) -> None:
     with serving(store, models=["tiny"], tau=0) as server:
         assert server.classify(input="a film", max_layer=2).json()["data"][0]["exit"]["tau"] == 0
         manifest = server.service.artifacts[0].manifest
         other = next(name for name in ("risk", "entropy") if name != manifest.defaults.signal)
         tau = server.classify(input="a film", signal=other).json()["data"][0]["exit"]["tau"]
         row = next(r for r in manifest.trade_offs()[other, None] if r.tau == tau)
-        assert row.disagreement == 0  # as rare as at τ = 0, which was set for another signal
+        assert row.disagreement == 0  # as low as at τ = 0, which is set for the default signal
         refused = server.classify(input="a film", **{"lambda": 50})  # the calibration does not know this λ
         assert (refused.status_code, refused.json()["error"]["param"]) == (422, "tau")
 
@@ -150,13 +152,13 @@ def test_the_tau_in_force_is_a_metric(store: Path) -> None:
         assert server.metric("de3_tau", model="tiny:1") == tau != 0
 
 
-def test_a_setting_that_no_model_can_fulfil_stops_the_start(store: Path) -> None:
+def test_a_setting_that_a_model_cannot_meet_prevents_the_start(store: Path) -> None:
     artifact = Store(store).open("tiny")
     with pytest.raises(ValueError, match="a setting cannot be met: target_speedup: at most"):
         load(artifact, Settings(store=store, target_speedup=5000))
 
 
-def test_settings_ask_for_one_thing_only(store: Path) -> None:
+def test_settings_choose_tau_in_one_way_only(store: Path) -> None:
     with pytest.raises(ValueError, match="target_speedup: cannot be combined with tau"):
         Settings(store=store, tau=0.1, target_speedup=2)
 
@@ -171,7 +173,7 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
             (2.5 * 1000 * LAYER_S, 2),
             (10_000, 3),
         ):
-            wish = {"latency_budget_ms": budget_ms, "best_effort": True}  # a busy machine refuses none
+            wish = {"latency_budget_ms": budget_ms, "best_effort": True}  # not refused on a busy machine
 
             def in_time(wish: dict[str, Any] = wish, deepest: int = deepest) -> bool:
                 started = time.perf_counter()
@@ -189,7 +191,7 @@ def test_an_answer_leaves_at_its_deadline(store: Path, slow: None) -> None:
         assert server.metric("de3_exit_layer_count", model="tiny:1", reason="deadline") >= 1
 
 
-def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
+def test_a_budget_covers_every_text_of_a_batch(store: Path, slow: None) -> None:
     with serving(store, models=["tiny"], threads=2, tau=0) as server:
         budget_s = 8 * LAYER_S  # 10 texts of 3 layers on two threads would take 15 layer times
         wish = {"latency_budget_ms": 1000 * budget_s, "best_effort": True}
@@ -207,7 +209,7 @@ def test_a_budget_covers_every_text_of_a_list(store: Path, slow: None) -> None:
         eventually(in_time)
 
 
-def test_budgets_at_the_same_time_are_all_kept(store: Path, slow: None) -> None:
+def test_concurrent_budgets_are_all_kept(store: Path, slow: None) -> None:
     """Each batch alone could use its whole budget; together they share the threads."""
     with serving(store, models=["tiny"], threads=2, tau=0) as server, ThreadPoolExecutor(12) as pool:
         budget_s = 8 * LAYER_S
@@ -265,7 +267,7 @@ FAR = "zzz qqq xxx"  # none of these words is in the vocabulary
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
+def test_ood_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
     texts = [*TEXTS, FAR, *(" ".join([w] * 30) for w in ("the", "film", "good", "plot"))]
     found = {}
     for policy in ("off", "flag", "deepen"):
@@ -288,7 +290,7 @@ def test_far_texts_are_flagged_or_go_deeper(store: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-int8"])
-def test_far_texts_are_flagged_at_full_depth_too_and_explain_changes_nothing(store: Path, name: str) -> None:
+def test_ood_texts_are_flagged_at_full_depth_too_and_explain_changes_nothing(store: Path, name: str) -> None:
     texts = [*TEXTS, FAR]
     with serving(store, models=[name], ood_policy="flag", tau=0) as server:
         plain = server.classify(input=texts).json()["data"]
@@ -299,7 +301,7 @@ def test_far_texts_are_flagged_at_full_depth_too_and_explain_changes_nothing(sto
     assert {row["exit"]["layer"] for row in plain} == {3}
 
 
-def test_the_score_is_asked_for_and_is_one_of_the_exits_passed(server: Server) -> None:
+def test_the_ood_score_is_optional_and_independent_of_the_batch(server: Server) -> None:
     row = server.classify(input=TEXTS[0], tau=0, ood=True).json()["data"][0]
     assert 0 <= row["ood_score"] < 1
     assert "ood_score" not in server.classify(input=TEXTS[0]).json()["data"][0]
@@ -344,14 +346,16 @@ def test_under_load_tau_is_raised_in_the_steps_of_the_calibration(store: Path, r
     assert len(free.steps) > len(rules.steps)
 
 
-def test_the_time_of_a_text_is_expected_by_its_layers_and_one_for_the_tokenizer(rows: list[TradeOff]) -> None:
+def test_the_expected_time_of_a_text_counts_its_layers_and_one_for_the_tokenizer(
+    rows: list[TradeOff],
+) -> None:
     rule = ExitRule(0.5, Entropy())
     assert Choice(rule, "default").share(6) == 1
     row = rows[0].model_copy(update={"mean_exit_layer": 2.5})
     assert Choice(rule, "default", expected=row).share(6) == 0.5
 
 
-def test_a_limited_layer_is_from_the_first_exit_on_and_the_calibration_does_not_cover_it(store: Path) -> None:
+def test_max_layer_is_at_least_the_first_exit_and_is_not_calibrated(store: Path) -> None:
     manifest = Store(store).open("tiny").manifest
     rules = Rules(manifest.model_copy(update={"exit_layers": [1, 2, 3]}), Settings())
     tau = rules.default.rule.tau

@@ -65,7 +65,7 @@ def weights(folder: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) ->
 
 @torch.no_grad()
 def difference(folder: Path, model: Model) -> float:
-    """The largest difference of full depth's logits from transformers' model."""
+    """The largest difference of full depth's logits from those of transformers' model."""
     stock = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     worst = 0.0
@@ -266,7 +266,7 @@ BAD: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize("case", range(len(BAD)))
-def test_a_bad_folder_is_one_line_and_leaves_nothing(copy: Path, tmp_path: Path, case: int) -> None:
+def test_a_bad_folder_is_a_one_line_error_and_leaves_nothing(copy: Path, tmp_path: Path, case: int) -> None:
     change, message = BAD[case]
     change(copy)
     with pytest.raises(ValueError, match=message) as caught:
@@ -428,7 +428,7 @@ def test_a_model_of_the_hub_is_served_without_pytorch(hub: Any, tmp_path: Path) 
     assert sum("model.safetensors" in line for line in downloads) == 1
 
 
-def test_what_a_config_tells_is_refused_before_the_weights_are_downloaded(
+def test_an_unsupported_config_is_refused_before_the_weights_are_downloaded(
     hub: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -470,7 +470,7 @@ def server(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         ("max_layer", 1),
     ],
 )
-def test_a_request_for_an_exit_is_refused(server: Server, field: str, value: Any) -> None:
+def test_a_request_for_an_early_exit_is_refused(server: Server, field: str, value: Any) -> None:
     answer = server.classify(input="good", **{field: value})
     assert answer.status_code == 422
     error = answer.json()["error"]
@@ -488,7 +488,7 @@ def test_a_request_for_full_depth_is_answered(server: Server, options: dict[str,
 @pytest.mark.parametrize(
     "options", [{"tau": 0.5}, {"target_speedup": 2.0}, {"latency_budget_ms": 5.0}], ids=str
 )
-def test_a_setting_that_needs_an_exit_is_refused(
+def test_a_setting_that_needs_an_early_exit_is_refused(
     bert: Path, tmp_path: Path, options: dict[str, float]
 ) -> None:
     from de3.server.models import load
@@ -513,7 +513,7 @@ def test_a_proof_is_not_repeated(bert: Path, tmp_path: Path, monkeypatch: pytest
         prove.Prover().prove(artifact, "auto")
 
 
-def test_two_classifiers_of_one_name_are_refused(bert: Path, tmp_path: Path) -> None:
+def test_two_classifiers_with_one_name_are_refused(bert: Path, tmp_path: Path) -> None:
     from de3.server.service import Service
 
     artifacts = [artifact_of(str(bert), precision, tmp_path / "cache") for precision in ("int8", "fp32")]

@@ -66,7 +66,7 @@ def test_wilson_against_published_values() -> None:
     assert calibration.wilson(10, 10)[1] == pytest.approx(1)
 
 
-def test_speedup_counts_layer_0_as_nothing() -> None:
+def test_speedup_counts_layer_0_as_free() -> None:
     assert calibration.speedup(6, 2.0) == 3
     assert calibration.speedup(6, 0.0) == calibration.MAX_SPEEDUP
 
@@ -79,7 +79,7 @@ def test_full_depth_is_exact_and_always_allowed() -> None:
 
 
 @given(st.floats(0, 0.2), st.integers(0, 5))
-def test_the_choice_keeps_its_margin_up_to_the_first_that_does_not(max_loss: float, seed: int) -> None:
+def test_the_choice_keeps_its_margin_up_to_the_first_row_that_does_not(max_loss: float, seed: int) -> None:
     samples = Samples.independent(recorded(seed=seed))
     table = calibration.trade_off(samples, Edr(2.0), (0.0, 0.1, 0.3, 0.6, 1.0))
     chosen = calibration.within_loss(table, max_loss)
@@ -123,12 +123,12 @@ def times(r: Recorded, k: int) -> Samples:
 
 @pytest.mark.parametrize("k", [2, 5])
 @pytest.mark.parametrize("signal", [Entropy(), Edr(1.0)])
-def test_copies_of_a_sample_as_a_group_tell_no_more_than_it_does(k: int, signal: Signal) -> None:
+def test_copies_of_a_sample_in_one_group_add_no_information(k: int, signal: Signal) -> None:
     r = recorded(500)
     once, often = (calibration.trade_off(s, signal) for s in (Samples.independent(r), times(r, k)))
     for a, b in zip(once, often, strict=True):
         assert (b.accuracy, b.disagreement, b.loss) == pytest.approx((a.accuracy, a.disagreement, a.loss))
-        # Except for the factor n/(n − 1), by which fewer groups count less.
+        # Equal up to the factor n/(n − 1) of the variance of n groups.
         assert b.disagreement_bound == pytest.approx(a.disagreement_bound, rel=0.01)
         assert b.disagreement_bound >= a.disagreement_bound - 1e-9
         for one, other in ((a.accuracy_interval, b.accuracy_interval), (a.loss_interval, b.loss_interval)):
@@ -139,7 +139,7 @@ def test_copies_of_a_sample_as_a_group_tell_no_more_than_it_does(k: int, signal:
     assert all(wide > 1.3 * narrow for wide, narrow in zip(*widths, strict=True))
 
 
-def test_groups_that_are_not_alike_cost_nothing() -> None:
+def test_uncorrelated_groups_cost_nothing() -> None:
     hits = np.random.default_rng(0).random(3000) < 0.1
     size = calibration.effective_size(hits, np.random.default_rng(1).permutation(3000) // 3)
     assert 2700 < size <= 3000
@@ -195,7 +195,7 @@ def broken_rows(r: Recorded, which: slice) -> Recorded:
 
 @pytest.mark.usefixtures("few_taus")
 def test_fragments_neither_choose_nor_certify() -> None:
-    """They are not real traffic: their results change the fit of the risk, and no reported number."""
+    """Fragments are not real traffic: they change the fit of risk, but no number reported for the other signals."""
     tune, certify = recorded(1200, 1), recorded(1200, 2)
     found = []
     for change in (False, True):
@@ -217,7 +217,7 @@ def test_fragments_neither_choose_nor_certify() -> None:
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_of_many_samples_only_the_certifying_part_certifies() -> None:
+def test_with_many_samples_only_the_certifying_part_certifies() -> None:
     tune, certify = recorded(900, 1), recorded(900, 2)
     parts = [Part.of(r, examples(900)) for r in (tune, certify)]
     found = calibrate(*parts, 0.02)
@@ -233,7 +233,7 @@ def test_of_many_samples_only_the_certifying_part_certifies() -> None:
 
 @pytest.mark.usefixtures("few_taus")
 @pytest.mark.parametrize("group_of", [1, 3])
-def test_of_few_samples_both_parts_certify_each_by_a_fit_on_the_other(group_of: int) -> None:
+def test_with_few_samples_both_parts_certify_each_with_a_fit_on_the_other(group_of: int) -> None:
     n = 600 * group_of
     tune, certify = recorded(n, 1, group_of), recorded(n, 2, group_of)
     whole = n - 60
@@ -268,7 +268,7 @@ def assert_certified(found: Calibrated, samples: Samples, scores: np.ndarray) ->
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_a_signal_that_is_wanted_is_the_default() -> None:
+def test_a_chosen_signal_is_the_default() -> None:
     parts = [Part.of(recorded(300, seed), examples(300)) for seed in (1, 2)]
     for wanted in ("risk", "edr", "entropy"):
         found = calibrate(*parts, 0.02, wanted)
@@ -278,20 +278,20 @@ def test_a_signal_that_is_wanted_is_the_default() -> None:
         calibrate(*parts, 0.02, "margin")
 
 
-def test_equal_texts_without_a_group_are_one() -> None:
+def test_equal_texts_without_a_group_are_one_group() -> None:
     part = Part.of(recorded(4), [Example("a", 0), Example("b", 0), Example("a", 1), Example(("a", "b"), 0)])
     assert part.samples.num_groups == 3 and part.samples.groups[0] == part.samples.groups[2]
     assert part.is_whole.all()
 
 
-def test_groups_that_share_a_text_are_one() -> None:
+def test_groups_that_share_a_text_are_one_group() -> None:
     rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", "z"), ("e", None)]
     part = Part.of(recorded(6), [Example(text, 0, group) for text, group in rows])
     assert part.samples.num_groups == 3 and len(set(part.samples.groups[:4].tolist())) == 1
 
 
 def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:
-    """Later exits may be the worse ones; each step of the sequence needs the earlier ones."""
+    """Later exits may be worse; each step of the sequence needs the earlier ones."""
     logits = np.zeros((100, 3, 2), np.float32)
     logits[:, :, 0] = [1, -1, 1]  # only the second exit answers differently
     r = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64))
@@ -308,7 +308,7 @@ def test_full_depth_of_a_changed_model_disagrees_with_the_original_and_has_a_bou
     assert calibration.speed_within(rows, rows[0].disagreement / 2) == 1  # full depth
 
 
-def test_the_error_of_groups_of_one_size_is_that_of_their_means() -> None:
+def test_the_standard_error_of_equal_sized_groups_is_that_of_their_means() -> None:
     means = np.arange(30) % 3 / 2
     found, error = calibration.mean_and_error(np.repeat(means, 4), np.repeat(np.arange(30), 4))
     assert found == pytest.approx(means.mean())

@@ -25,13 +25,13 @@ def test_the_search_finds_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert capacity.capacity(Target("http://x"), [], 5, 1) == 0
 
 
-def test_what_is_refused_does_not_count_as_kept() -> None:
+def test_a_step_with_refusals_or_a_high_p99_misses_the_objective() -> None:
     assert capacity.Step(100, 10, 0.0).keeps(50)
     assert not capacity.Step(100, 10, 0.01).keeps(50)
     assert not capacity.Step(100, 60, 0.0).keeps(50)
 
 
-def test_advice_has_room_for_bursts() -> None:
+def test_advice_leaves_room_for_bursts() -> None:
     text = "\n".join(capacity.advice(500, 50, 10_000, 2))
     assert "29 replicas of 2 cores" in text  # 10,000 / (0.7 * 500)
     assert "averageValue of de3_queue_texts: 6" in text and "target_requests=8" in text

@@ -15,7 +15,10 @@ from de3.model_store.tokenizer_check import TokenizerError, check_tokenizer
 def table(
     key: bytes = "\ufb01".encode(), text: bytes = b"fi\0", value: int = 0, end: int = 0, size: int = 0
 ) -> str:
-    """A table that replaces one key; end: offset after the lookup, size: of the trie; 0: the valid value."""
+    """A table that replaces one key.
+
+    value: offset of its replacement. end: offset after the lookup; size: of the trie; 0: the valid values.
+    """
     units = np.zeros(256 * (len(key) + 2), np.uint32)
     units[0] = 256 << 10
     node = 256
@@ -37,7 +40,7 @@ def tokenizer(charsmap: Any, count: int = 1) -> bytes:
     return json.dumps(plain).encode()
 
 
-def test_a_sound_table_is_run() -> None:
+def test_a_valid_table_normalizes() -> None:
     data = tokenizer(table())
     check_tokenizer(data)
     opened = Tokenizer.from_str(data.decode())
@@ -65,7 +68,7 @@ def test_a_sound_table_is_run() -> None:
         (None, "has no precompiled_charsmap"),
     ],
 )
-def test_a_table_that_does_harm_is_refused(charsmap: Any, message: str) -> None:
+def test_an_invalid_table_is_refused(charsmap: Any, message: str) -> None:
     with pytest.raises(TokenizerError, match=message):
         check_tokenizer(tokenizer(charsmap))
     if isinstance(charsmap, str):
@@ -99,7 +102,7 @@ def test_mutated_tables_are_refused_or_harmless() -> None:
     assert 0 < accepted < 300
 
 
-def test_a_table_may_not_go_with_what_makes_a_text_longer() -> None:
+def test_a_table_may_not_be_combined_with_components_that_lengthen_a_text() -> None:
     plain = json.loads(tokenizer(table()))
     plain["normalizer"]["normalizers"].append({"type": "Prepend", "prepend": "x"})
     with pytest.raises(TokenizerError, match="may not be combined with components that lengthen a text"):

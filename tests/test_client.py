@@ -32,7 +32,7 @@ def server(store: Path) -> Iterator[Server]:
         yield running
 
 
-def test_both_clients_give_what_the_server_answers(server: Server) -> None:
+def test_both_clients_return_the_servers_answer(server: Server) -> None:
     expected = server.classify(input=TEXTS[:5], tau=0.1, model="tiny").json()
     with Client(server.url) as client:
         answer = client.classify(TEXTS[:5], tau=0.1, model="tiny", explain=None)
@@ -59,7 +59,7 @@ def test_errors_name_the_field(server: Server) -> None:
     assert (error.value.status, error.value.field, error.value.retry_after_s) == (422, "tau", None)
 
 
-def test_a_refused_request_is_sent_again_after_the_servers_time(
+def test_a_refused_request_is_retried_after_the_servers_retry_after(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, pauses = Gate(monkeypatch), []
@@ -80,7 +80,7 @@ def test_a_refused_request_is_sent_again_after_the_servers_time(
         assert len(pauses) == 1 and 1.0 <= pauses[0] <= 1.5  # Retry-After: 1
 
 
-def test_what_cannot_succeed_is_not_sent_again(store: Path) -> None:
+def test_a_request_that_cannot_succeed_is_not_retried(store: Path) -> None:
     with (
         serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="3/hour") as server,
         Client(server.url, KEY) as client,
@@ -98,7 +98,7 @@ def response(body: bytes, status: int = 200, **headers: str) -> bytes:
 
 @contextmanager
 def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
-    """The URL of a server that answers each request with these parts, one after each pause."""
+    """The URL of a server that answers each request with these parts, with a pause after each."""
 
     class Answer(socketserver.BaseRequestHandler):
         def handle(self) -> None:
@@ -120,7 +120,7 @@ def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
 
 
 def both(url: str, **options: Any) -> list[Exception]:
-    """The errors of a request by either client."""
+    """The errors of one request by each of both clients."""
 
     async def go() -> None:
         async with AsyncClient(url, **options) as client:
@@ -158,7 +158,7 @@ ROW = {"label": "good", "probs": [1.0], "exit": GOOD_EXIT}
     ],
     ids=lambda value: "sent" if isinstance(value, bytes) else None,
 )
-def test_what_is_no_answer_is_a_server_error(sent: bytes, status: int, says: str) -> None:
+def test_a_malformed_answer_is_a_server_error(sent: bytes, status: int, says: str) -> None:
     with answering(sent) as url:
         for error in both(url):
             assert isinstance(error, ServerError) and re.search(says, str(error)), error
@@ -175,7 +175,7 @@ def test_an_answer_may_be_compressed() -> None:
 
 
 @pytest.mark.parametrize("after", ["\xb2", "9" * 400, "-1", "1e3", "Wed, 21 Oct 2026 07:28:00 GMT"])
-def test_a_retry_after_that_is_no_number_of_seconds_is_ignored(after: str) -> None:
+def test_a_retry_after_that_is_not_a_number_of_seconds_is_ignored(after: str) -> None:
     with answering(response(b"busy", 503, retry_after=after)) as url:
         for error in both(url):
             assert isinstance(error, ServerError) and error.retry_after_s is None
@@ -273,14 +273,16 @@ def test_the_command_reads_tables(
         (("good film " * 60, "--long", "error"), "has 122 tokens, the model takes at most 64"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(server: Server, arguments: tuple[str, ...], says: str) -> None:
+def test_errors_of_the_command_say_what_is_wrong(
+    server: Server, arguments: tuple[str, ...], says: str
+) -> None:
     if "--url" not in arguments:
         arguments = (*arguments, "--url", server.url)
     result = invoke(["classify", *arguments])
     assert result.exit_code == 1 and says in str(result.exception)
 
 
-def test_a_line_that_is_no_text_is_named(server: Server, tmp_path: Path) -> None:
+def test_an_invalid_line_is_named(server: Server, tmp_path: Path) -> None:
     file = tmp_path / "in.jsonl"
     for content, says in (
         ("not json\n", "in.jsonl:1: not JSON"),

@@ -52,7 +52,7 @@ def ranked(row: dict[str, Any]) -> list[tuple[str, float]]:
     return sorted(zip(["negative", "positive"], row["probs"], strict=True), key=lambda pair: -pair[1])
 
 
-# All of them
+# Every client
 
 
 def by_vllm(url: str, texts: list[str]) -> Any:
@@ -263,7 +263,7 @@ def test_the_most_probable_labels(server: Server, raw: bool) -> None:
         ({"text": CAFE}, "text: unknown field"),
     ],
 )
-def test_what_vllm_has_and_we_have_not_is_refused_by_name(
+def test_unsupported_fields_of_vllm_are_refused_by_name(
     server: Server, fields: dict[str, Any], says: str
 ) -> None:
     answer = server.classify(**{"input": CAFE, **fields})
@@ -273,7 +273,7 @@ def test_what_vllm_has_and_we_have_not_is_refused_by_name(
 
 
 def test_sglangs_own_classify(server: Server) -> None:
-    """The example reads `embedding` of each response."""
+    """SGLang's example reads `embedding` of each response."""
     rows = ours(server, input=[CAFE, BROKEN])
     answer = server.classify(model="tiny", text=[CAFE, BROKEN], rid="r-1")
     assert [len(one["embedding"]) for one in answer.json()] == [2, 2]
@@ -359,7 +359,7 @@ def test_triton_asks_about_the_server(triton: InferenceServerClient) -> None:
     assert [x["name"] for x in metadata["outputs"]] == ["label", "probs", "exit_layer"]
 
 
-def test_triton_sees_what_is_wrong(triton: InferenceServerClient) -> None:
+def test_triton_reports_errors(triton: InferenceServerClient) -> None:
     with pytest.raises(InferenceServerException, match="no model 'other' is served"):
         triton.infer("other", [tensor("text", TEXTS, True)])
     with pytest.raises(InferenceServerException, match="9 texts, at most 8"):
@@ -506,8 +506,8 @@ def test_bodies_with_inputs_on_classify_get_a_flat_list(server: Server) -> None:
 
 # Text Embeddings Inference
 
-# Requests and responses of its README and of router/tests/test_http_predict.rs with its snapshots, of which
-# the first labels are here; errors as docs/openapi.json shows them.
+# Requests and responses from its README and from router/tests/test_http_predict.rs with its snapshots, of which
+# only the first labels are given here; errors as in docs/openapi.json.
 TEI_TRANSCRIPT: list[tuple[Any, Any]] = [
     ({"inputs": "I like you."}, [{"score": 0.9, "label": "love"}]),
     (

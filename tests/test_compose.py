@@ -62,7 +62,7 @@ def test_limits_can_be_set() -> None:
 
 @pytest.mark.parametrize("unset", [{}, {"GRAFANA_PASSWORD": ""}])
 def test_grafana_creates_no_admin_without_a_password(unset: dict[str, str]) -> None:
-    """Its default, which an empty variable leaves unchanged, is the user admin with the password admin."""
+    """Grafana's default, which an empty variable leaves unchanged, is the user admin with the password admin."""
     environment = config(**unset)["services"]["grafana"]["environment"]
     assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
@@ -76,7 +76,7 @@ def test_grafana_creates_an_admin_with_the_password() -> None:
     assert environment["GF_SECURITY_ADMIN_PASSWORD"].replace("$$", "$") == "true love $5"
 
 
-def test_without_key_files_the_server_is_told_of_none() -> None:
+def test_without_key_files_the_server_gets_none() -> None:
     project = config()
     environment = project["services"]["server"]["environment"]
     assert environment["DE3_API_KEYS_FILE"] == environment["DE3_ADMIN_KEYS_FILE"] == ""
@@ -97,7 +97,7 @@ def test_a_key_file_is_mounted(which: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variable", ["DE3_API_KEYS", "DE3_ADMIN_KEYS"])
 @pytest.mark.parametrize("value", ["alice 0123456789abcdef", ""])
 @pytest.mark.parametrize("file", ["", "/etc/hostname"])
-def test_keys_in_a_variable_stop_the_start(variable: str, value: str, file: str) -> None:
+def test_keys_in_a_variable_prevent_the_start(variable: str, value: str, file: str) -> None:
     """docker inspect would show them, and without keys the server would be open."""
     project = config(**{variable: value, f"{variable}_FILE": file})
     assert "0123456789abcdef" not in json.dumps(project)

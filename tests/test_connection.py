@@ -45,7 +45,7 @@ def connect(server: Server, source: str = "127.0.0.1") -> socket.socket:
 def answer(s: socket.socket, may_continue: bool = False) -> tuple[int, dict]:
     """The next answer, without reading further: http.client would read ahead into the one after it.
 
-    may_continue: a 100 Continue may come before it, as to a client that has ended its half and waits.
+    may_continue: a 100 Continue may come before it, as for a client that has closed its half and waits.
     """
     head = b""
     while not head.endswith(b"\r\n\r\n"):
@@ -78,7 +78,7 @@ def send(s: socket.socket, data: bytes) -> None:
 
 def works(server: Server) -> None:
     assert server.classify(input="good").status_code == 200
-    # Both are given back after the answer is written, so its client may be faster.
+    # Both are released after the answer is written, so the client may get here first.
     until(lambda: server.frontend.bytes_in_flight.total == 0, "the body's bytes to be given back")
     until(lambda: server.service.admission.texts.total == 0, "the text to be given back")
 
@@ -114,7 +114,7 @@ def test_malformed_http_gets_a_json_400_and_is_closed(server: Server, data: byte
     works(server)
 
 
-def test_a_chunk_extension_of_a_byte_a_packet_is_refused_after_a_thousand() -> None:
+def test_a_chunk_extension_sent_bytewise_is_refused_after_1000_packets() -> None:
     parser = RequestParser()
     parser.data = CHUNKED + b"1;"
     assert parser.parse_head()
@@ -170,7 +170,7 @@ def test_a_slow_body_is_408_and_closed(store: Path) -> None:
         assert server.metric("de3_rejected_total", cause="slow_body") == 1
 
 
-def test_a_trailer_that_does_not_end_is_late_too(store: Path) -> None:
+def test_an_unfinished_trailer_is_late_too(store: Path) -> None:
     with serving(store, models=["tiny"], body_timeout_s=0.3) as server, connect(server) as s:
         s.sendall(CHUNKED + b"16\r\n" + BODY + b"\r\n0\r\nX: a")
         assert answer(s)[0] == 408 and is_closed(s)
@@ -288,7 +288,7 @@ def test_unfinished_bodies_occupy_no_slots(store: Path) -> None:
     assert server.frontend.bytes_in_flight.total == 0
 
 
-def test_bodies_are_shared_out_by_address(store: Path) -> None:
+def test_body_bytes_are_shared_between_addresses(store: Path) -> None:
     sizes = {"max_body_bytes": 8000, "max_inflight_bytes": 16_000}
     head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
     with serving(store, models=["tiny"], **sizes) as server, ExitStack() as stack:
@@ -298,7 +298,7 @@ def test_bodies_are_shared_out_by_address(store: Path) -> None:
         until(lambda: server.frontend.bytes_in_flight.total == 15_998, "the bodies to come")
         greedy = stack.enter_context(connect(server, "127.0.0.2"))
         greedy.sendall(head + b"x" * 7000)
-        assert answer(greedy)[0] == 503  # alone, it could use everything
+        assert answer(greedy)[0] == 503  # not 429: a client that is alone may use everything
         assert server.classify(input="good").status_code == 200  # from the reserve
         other = stack.enter_context(connect(server))
         other.sendall(head + b"x" * 1000)
@@ -310,7 +310,7 @@ def test_bodies_are_shared_out_by_address(store: Path) -> None:
         assert is_closed(greedy)
 
 
-def test_a_body_that_was_awaited_with_100_continue(server: Server) -> None:
+def test_a_body_sent_after_100_continue(server: Server) -> None:
     head = REQUEST.replace(b"Host: localhost", b"Host: localhost\r\nExpect: 100-continue").removesuffix(BODY)
     with connect(server) as s:
         s.sendall(head)
@@ -336,7 +336,7 @@ def test_http_1_0_is_answered_and_closed(server: Server) -> None:
 def test_however_requests_are_cut_and_framed_each_is_answered(
     server: Server, cuts: list[int], chunks: list[int], kinds: list[str]
 ) -> None:
-    """With a length, chunked (with a body that contains a terminator), and without a body."""
+    """Requests with a length, chunked (with a body that contains a terminator), and without a body."""
     inner = b'{"input":\r\n\r\n "good film"}'
     data, expected = b"", []
     for kind in kinds:
@@ -400,7 +400,7 @@ def test_a_chunked_body_that_is_refused_leaves_nothing_behind(store: Path) -> No
         until(lambda: not server.frontend.bytes_in_flight._held, "the body's bytes to be given back")
 
 
-def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> None:
+def test_a_request_whose_body_is_arriving_at_shutdown_is_answered(server: Server) -> None:
     with connect(server) as s:
         s.sendall(REQUEST[:-3])
         until(lambda: server.bodies_awaited() == 1, "the head to come")
@@ -410,7 +410,7 @@ def test_a_body_that_is_on_its_way_at_shutdown_is_answered(server: Server) -> No
         assert answer(s)[0] == 200 and is_closed(s)
 
 
-def test_pipelined_requests_are_paced_however_they_come(
+def test_pipelined_requests_are_paced_however_they_arrive(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 0.02)
@@ -425,7 +425,7 @@ def test_pipelined_requests_are_paced_however_they_come(
         assert time.monotonic() - started > 0.3  # most of them had to wait
 
 
-def test_a_refusal_does_not_depend_on_when_the_body_comes(
+def test_a_refusal_does_not_depend_on_when_the_body_arrives(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server may be full when the head arrives, and have room again when the application starts."""
@@ -497,7 +497,7 @@ def test_a_chunk_extension_is_limited(server: Server) -> None:
     works(server)
 
 
-def test_a_request_is_parsed_however_it_is_cut_and_nothing_of_the_next_one() -> None:
+def test_a_request_is_parsed_however_it_is_cut_and_the_next_one_is_left() -> None:
     head, chunks = (
         b"POST /a HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
         b"2\r\nhi\r\n0\r\n\r\n",
@@ -515,7 +515,7 @@ def test_a_request_is_parsed_however_it_is_cut_and_nothing_of_the_next_one() -> 
         assert parser.is_complete and (parser.take_body(), parser.data) == (b"hi", b"GET /next")
 
 
-def test_a_trailer_is_no_header() -> None:
+def test_a_trailer_is_not_a_header() -> None:
     parser = RequestParser()
     parser.data = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nAuthorization: Bearer x\r\n\r\n"
     assert parser.parse_head() and parser.parse_body() == 0
@@ -577,7 +577,7 @@ def test_a_client_that_goes_on_sending_after_a_refusal_is_cut_off(
             assert (refused in server.listener.connections) == is_open
 
 
-def test_what_comes_while_a_pipelined_request_awaits_its_turn_changes_nothing(
+def test_data_that_arrives_while_a_pipelined_request_awaits_its_turn_changes_nothing(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listener, "PIPELINE_PAUSE_S", 3600.0)
@@ -593,7 +593,7 @@ def test_what_comes_while_a_pipelined_request_awaits_its_turn_changes_nothing(
 
 
 class Made(BaseConnection):
-    """A connection that exists only for the listener."""
+    """A stand-in for a connection, for tests of the listener."""
 
     def __init__(
         self,
@@ -653,7 +653,7 @@ def test_the_smallest_loss_is_evicted(first: int) -> None:
     assert not new.is_aborted and not any(one.is_aborted for one in large)
 
 
-def test_with_nothing_else_to_lose_the_new_one_is_evicted() -> None:
+def test_if_all_others_are_busy_the_new_connection_is_evicted() -> None:
     shared = made_listener(4)
     busy = [Made(shared, "a", state=connection.RESPONSE) for _ in range(3)]
     for one in (*busy, new := Made(shared, "b")):
@@ -670,7 +670,7 @@ def test_a_network_has_no_more_than_its_share_of_the_connections() -> None:
 
 
 @pytest.mark.parametrize("is_answered", [False, True])
-def test_many_addresses_with_an_idle_connection_each_push_out_nobody(store: Path, is_answered: bool) -> None:
+def test_idle_connections_from_many_addresses_evict_no_active_client(store: Path, is_answered: bool) -> None:
     with serving(store, models=["tiny"], max_connections=40) as server, ExitStack() as stack:
         pool = [stack.enter_context(connect(server, "127.9.9.9")) for _ in range(8)]
         for mine in pool:
@@ -694,7 +694,9 @@ def waiting(server: Server) -> int:
 
 
 @pytest.mark.parametrize("path", ["/v1/models/tiny/audit", "/metrics"])
-def test_a_get_ends_with_its_client(store: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_a_get_is_cancelled_when_its_client_leaves(
+    store: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
     going_on = threading.Event()
     monkeypatch.setattr("de3.server.http.models.report", lambda _: (going_on.wait(60), {"x": 1})[1])
     monkeypatch.setattr("de3.server.http.app.generate_latest", lambda _: (going_on.wait(60), b'{"x": 1}')[1])
@@ -777,7 +779,7 @@ def test_a_request_whose_client_leaves_before_its_turn_is_counted(
 
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
-def test_a_client_that_has_closed_is_found_out(
+def test_a_client_that_has_closed_is_detected(
     store: Path, monkeypatch: pytest.MonkeyPatch, version: bytes
 ) -> None:
     gate = Gate(monkeypatch)

@@ -33,7 +33,7 @@ GRAFANA = next(
 )
 
 
-def test_committed_dashboards_are_those_that_the_code_makes() -> None:
+def test_committed_dashboards_are_those_that_the_code_generates() -> None:
     for path, text in generate.files().items():
         assert path.read_text() == text, "run python -m de3.deploy.grafana.generate"
     assert set(generate.FOLDER.glob("*")) == set(generate.files())
@@ -78,7 +78,7 @@ def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
 
 
 def check_types(folder: Path, boards: dict[str, Any]) -> str:
-    """The output of tsc for dashboards; folder has the packages."""
+    """The output of tsc for dashboards; folder: with the installed packages."""
     source = [Path("tests/grafana_types.ts").read_text()]
 
     def literal(kind: str, value: Any) -> None:
@@ -107,7 +107,7 @@ def test_alert_rules() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_is_tested_to_fire_and_not_to() -> None:
+def test_every_alert_is_tested_to_fire_and_to_stay_silent() -> None:
     cases = [
         case
         for test in yaml.safe_load((CONFIG / "alerts_test.yml").read_text())["tests"]

@@ -66,7 +66,7 @@ def test_columns_by_number_and_pairs(tmp_path: Path) -> None:
         ("a.csv", 'text,label\n"' + ("x" * 2**23 + "\n") * 3, "a.csv:[34]: field larger"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_what_is_wrong_with_a_file_is_explained(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tables.read_rows(write(tmp_path / name, text), Columns())
 
@@ -87,7 +87,7 @@ def test_a_datasets_folder(tmp_path: Path) -> None:
         tables.read_dataset(str(tmp_path), "train", Columns("sentence"))
 
 
-def test_labels_are_ordered_as_numbers_if_they_are() -> None:
+def test_labels_are_ordered_as_numbers_if_they_are_numbers() -> None:
     assert data.label_order([("x", "10"), ("x", "9"), ("x", "1")]) == ["1", "9", "10"]
     assert data.label_order([("x", "b"), ("x", "a")]) == ["a", "b"]
     assert data.label_order([("x", "²"), ("x", "--1"), ("x", "-1")]) == ["-1", "--1", "²"]
@@ -135,13 +135,13 @@ def test_a_group_falls_into_one_part_and_so_do_groups_that_share_a_text(
     except ValueError:
         return
     held = (parts.train, parts.tune, parts.certify)
-    assert sorted(repr(e) for part in held for e in part) == sorted(map(repr, examples))  # groups, too
+    assert sorted(repr(e) for part in held for e in part) == sorted(map(repr, examples))  # with their groups
     for of in (lambda e: e.text, lambda e: e.group):
         values = [{of(e) for e in part} - {None} for part in held]
         assert not (values[0] & values[1] or values[0] & values[2] or values[1] & values[2])
 
 
-def test_a_chain_of_groups_and_texts_is_one() -> None:
+def test_texts_linked_by_a_chain_of_groups_are_one() -> None:
     rows = [("a", "x"), ("b", "x"), ("b", "y"), ("c", "y"), ("d", None), ("d", "z"), ("e", "z"), ("f", None)]
     one_of = splits.related([Example(text, 0, group) for text, group in rows])
     assert len({one_of[text] for text in "abc"}) == len({one_of[text] for text in "de"}) == 1
@@ -173,7 +173,7 @@ def test_groups_and_fragments_come_back(tmp_path: Path) -> None:
     assert [e.group for e in data.load_examples(numbers, ["no", "yes"])] == ["0", "0"]
 
 
-def test_the_parts_say_what_is_a_fragment_and_of_what() -> None:
+def test_parts_mark_fragments_and_name_their_whole_text() -> None:
     texts = {*SENTENCES, *(" ".join(s.split()[:3]) + f" {s.split()[3]}" for s in SENTENCES)}
     texts |= {" ".join(s.split()[1:]) for s in SENTENCES}
     parts = splits.split([Example(t, 0) for t in sorted(texts)], 3, held_back=15, fragments=True)
@@ -183,7 +183,7 @@ def test_the_parts_say_what_is_a_fragment_and_of_what() -> None:
     assert any(e.is_fragment for e in parts.tune)
 
 
-def test_one_more_column(tmp_path: Path) -> None:
+def test_a_group_column(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text,label,user\ngood,1, ann \nbad,0,7\n")
     assert tables.read_groups(tables.records(file, Columns()), "user") == ["ann", "7"]
     rows = write(
@@ -202,7 +202,7 @@ def test_batches_hold_every_row_once(lengths: list[int], size: int, seed: int) -
     batches = training_batches(lengths, size, seed)
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
-    for batch in batches:  # of similar length: a batch spans only neighbours in sorted order
+    for batch in batches:
         assert len(batch) == len(set(batch))
 
 
@@ -261,7 +261,7 @@ UTF16 = "has a zero byte; convert the file, for example with iconv -f UTF-16"
         ("in.jsonl", b"[" * 100_000, "in.jsonl:1: not JSON: maximum recursion"),
     ],
 )
-def test_a_line_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+def test_an_invalid_line_is_named(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     file = tmp_path / name
     file.write_bytes(content)
     with pytest.raises(ValueError, match=says):

@@ -14,7 +14,7 @@ THREADS, LAYERS = 2, 6
 
 
 class Clock:
-    """Fakes perf_counter in server.deadlines."""
+    """A fake perf_counter for server.engine.deadlines."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -22,7 +22,7 @@ class Clock:
 
 
 def job(clock: Clock, firsts: list[float], budget_s: float, best_effort: bool = False) -> Job:
-    """Texts with their seconds to the first exit; a text through every layer takes LAYERS times as long."""
+    """A job of texts with these seconds to the first exit; full depth takes LAYERS times as long."""
     return jobs.job(
         [str(i) for i in range(len(firsts))],
         [LAYERS * first for first in firsts],
@@ -50,7 +50,7 @@ asked = st.tuples(
 def test_every_promise_is_kept(
     asked_jobs: list[tuple[float, list[float], float]], uses: list[float], others: list[float]
 ) -> None:
-    """Texts take from only their first exit to all of their time; work without a deadline fills the gaps."""
+    """A text stops anywhere from its first exit to the end of its time; work without a deadline fills the gaps."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         clock = Clock(monkeypatch)
         deadlines = Deadlines(THREADS)
@@ -110,7 +110,7 @@ def test_a_larger_budget_never_gives_less_time(budget: float, more: float, texts
         assert ends[0] <= ends[1] + 1e-12
 
 
-def test_a_text_alone_gets_the_whole_budget_and_a_list_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_text_alone_gets_the_whole_budget_and_a_batch_shares_it(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     alone = job(clock, [0.01], 0.1)
@@ -124,7 +124,7 @@ def test_a_text_alone_gets_the_whole_budget_and_a_list_shares_it(monkeypatch: py
     assert 0.8 * left / 2 < part <= left / 2 + 1e-9
 
 
-def test_the_refusal_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_says_which_budget_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     needed = deadlines.promise(job(clock, [0.01] * 10, 0.04))
@@ -136,7 +136,7 @@ def test_the_refusal_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None
     assert deadlines.promise(job(clock, [0.01] * 10, second + REPLY_S + 0.001)) == 0
 
 
-def test_a_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     promised = job(clock, [0.01] * 10, 0.055)
@@ -148,7 +148,7 @@ def test_a_best_effort_takes_nothing_from_a_promise(monkeypatch: pytest.MonkeyPa
     assert deadlines.begin(late.items[0], 0) == clock.now  # it stops at its first exit
 
 
-def test_what_was_given_up_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dropped_job_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(THREADS)
     given_up = job(clock, [0.01] * 10, 0.055)
@@ -186,7 +186,7 @@ def test_a_late_text_occupies_its_thread_to_its_first_exit(monkeypatch: pytest.M
     assert deadlines.promise(job(clock, [0.01], 0.04)) == pytest.approx(0.06)
 
 
-def test_a_job_whose_texts_have_all_begun_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_texts_have_all_begun_reserves_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     deadlines = Deadlines(1)
     begun = job(clock, [0.01], 5.0)
@@ -197,7 +197,7 @@ def test_a_job_whose_texts_have_all_begun_holds_nobody(monkeypatch: pytest.Monke
     assert deadlines.promise(late) == 0 and late.deadline == pytest.approx(clock.now + 0.01)
 
 
-def test_a_refusal_for_the_sake_of_an_earlier_promise_says_what_would_do(
+def test_a_refusal_due_to_an_earlier_promise_says_which_budget_would_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = Clock(monkeypatch)

@@ -45,7 +45,7 @@ LENGTHS = (
     40,
     63,
     64,
-)  # up to 4 each bucket is one offset; from 24 all are the same
+)  # each offset up to 4 has its own bucket; from 24 on, all share one
 
 
 def stock_classifier(folder: Path, **options: Any) -> Path:
@@ -107,7 +107,7 @@ def test_full_depth_is_transformers_own_model(tmp_path: Path, options: dict[str,
 
 
 def test_the_sizes_of_a_real_model(tmp_path: Path) -> None:
-    """512 tokens and 256 buckets, as v3 has them."""
+    """512 tokens and 256 buckets, as in v3."""
     sizes = {"max_position_embeddings": 512, "max_relative_positions": -1, "position_buckets": 256}
     stock = stock_classifier(tmp_path, layers=2, type_vocab_size=0, share_att_key=True, **sizes)
     graph = stitched(stock, int8=False)
@@ -191,7 +191,7 @@ def test_exits_are_trained_from_labels_of_pairs(tmp_path: Path) -> None:
 
 
 def save_own_tokenizer(folder: Path) -> None:
-    """A tokenizer of the family's own type."""
+    """Save a tokenizer of the family's own type."""
     special = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
     words = dict.fromkeys([*GOOD, *BAD, *FILLER, *OTHER])
     pieces = [*(f"▁{word}" for word in words), *"▁abcdefghijklmnopqrstuvwxyz.,"]
@@ -259,7 +259,7 @@ def test_full_depth_of_an_artifact_is_its_segments(store_of_both: Path, tmp_path
 
 @pytest.fixture(scope="session")
 def store_of_both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with plain:1 (fp32) and plain-int8:1, of random weights; keys-only and queries-only are fp32."""
+    """A store of models with random weights: plain, keys-only and queries-only in fp32, and plain-int8."""
 
     def make(folder: Path) -> None:
         for name, quantize, options in (

@@ -28,7 +28,7 @@ def test_it_is_sound_and_small() -> None:
     assert (MODELS / "sst2" / "README.md").exists()
 
 
-def test_it_tells_good_from_bad_and_leaves_early() -> None:
+def test_it_tells_good_from_bad_and_exits_early() -> None:
     model = Model(Store(MODELS).open("sst2"))
     defaults = model.manifest.defaults
     rule = ExitRule(defaults.tau, model.manifest.default_signal)

@@ -90,7 +90,7 @@ class Compose:
         return docker("inspect", "--format", form, self.container("server"))
 
     def requests_logged(self) -> list[dict[str, Any]]:
-        """The request log of the server's container, before and after a restart."""
+        """The request log of the server's container, across restarts."""
         command = ["docker", "logs", self.container("server")]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
         found = [json.loads(line) for line in lines if line.startswith("{")]
@@ -107,7 +107,7 @@ def compose() -> Iterator[Compose]:
     images = dict(line.split("=", 1) for line in made.stdout.splitlines())
     running = Compose(images | {"IMAGE": IMAGE})
     try:
-        # There is no stand-in for Grafana's image: Debian has no package of it.
+        # There is no stand-in for Grafana's image: Debian has no package for it.
         running("up", "--detach", "--build", "server", "prometheus")
         running.wait_until_healthy()
         yield running
@@ -302,7 +302,7 @@ def test_a_restart_loses_no_accepted_request(compose: Compose) -> None:
     before = len(compose.requests_logged())
 
     def stream(number: int) -> set[str]:
-        """The ids that were answered."""
+        """The ids of the answered requests."""
         answered = set()
         for i in range(100_000):
             if stop.is_set():
@@ -375,7 +375,7 @@ def test_a_store_can_be_mounted(compose: Compose, store: Path) -> None:
     assert answer.json()["model"] == "tiny-int8:1"
 
 
-def test_what_audits_showed_survives_a_restart(compose: Compose) -> None:
+def test_the_evidence_of_audits_survives_a_restart(compose: Compose) -> None:
     """The state is in a volume that the container's user can write to."""
     compose("up", "--detach", "server", DE3_GUARANTEE="0.1")
     compose.wait_until_healthy()

@@ -20,7 +20,7 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Worse(BaseException):
-        """An error as the Rust libraries raise it: not an Exception."""
+        """An error like those of the Rust libraries, which are not Exceptions."""
 
     def broken(*_: object) -> None:
         raise Worse
@@ -34,7 +34,7 @@ def test_an_error_in_the_observer_costs_no_answer_and_no_thread(
         assert httpx.get(server.url + "/ready").status_code == 200
 
 
-def test_an_error_in_the_engine_fails_the_request_and_no_thread(
+def test_an_error_in_the_engine_fails_the_request_and_ends_no_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(store, models=["tiny"], threads=1) as server:
@@ -68,7 +68,7 @@ def lost(server: Server) -> None:
     assert (ready.status_code, ready.json()) == (503, {"status": "failed"})
 
 
-def test_a_thread_that_ended_is_seen(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ended_thread_is_detected(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "CHECK_S", 0.05)
     monkeypatch.setattr(Engine, "_step", lambda *_: False)
     server = Server(service.Service(service.Settings(store=store, models=["tiny"], port=0)))
@@ -79,7 +79,7 @@ def test_a_thread_that_ended_is_seen(store: Path, monkeypatch: pytest.MonkeyPatc
         server.stop()
 
 
-def test_a_thread_that_is_stuck_is_seen_and_a_slow_one_is_not(
+def test_a_stuck_thread_is_detected_and_a_slow_one_is_not_reported(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from de3.model_store.segments import OnnxSegment

@@ -103,7 +103,7 @@ def test_parity_of_other_activations(tmp_path: Path, activation: str) -> None:
     exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
 
 
-def test_what_cannot_be_exported_says_so(tmp_path: Path, encoder: Path) -> None:
+def test_models_that_cannot_be_exported_are_refused_with_the_reason(tmp_path: Path, encoder: Path) -> None:
     checkpoint = untrained(tmp_path / "checkpoint", save_encoder(tmp_path / "e", activation="silu"))
     with pytest.raises(ValueError, match="activation 'silu' cannot be exported"):
         exporter.export(checkpoint, Store(tmp_path / "store"), ExportSettings("m", "none"))
@@ -240,7 +240,7 @@ def test_evaluate_prints_a_table_and_draws_a_plot(
     output = de3([*arguments, "--label-names", "negative,positive", "--png", str(png)])
     assert "the calibration's guarantees may not hold for these texts" in output
     default = Store(store).open("tiny-int8").manifest.defaults
-    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's, too
+    assert f"Default {default.signal}" in output.replace("EDR", "edr")  # an artifact's default, too
 
 
 def test_prototypes_are_an_input_that_can_be_replaced(store: Path, tmp_path: Path) -> None:

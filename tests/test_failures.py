@@ -59,7 +59,7 @@ def test_the_number_of_kinds_is_limited(clock: list[float], monkeypatch: pytest.
 def test_texts_that_fail_are_not_all_logged(
     store: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (engine, group, endpoint):  # other tests of this process use them, too
+    for module in (engine, group, endpoint):  # shared with the other tests of this process
         monkeypatch.setattr(module, "failures", FailureLog(logging.getLogger("de3")))
     with serving(store, models=["tiny", "tiny-int8"], threads=1) as server:
 

@@ -32,7 +32,10 @@ def model(kernels: Any, store: Path) -> Model:
 def job(
     model: Model, texts: list[str] = TEXTS, due: float = 0.0, layer_s: float = 0.0, **options: Any
 ) -> Job:
-    """A job of texts due at once; layer_s: time of a text for a layer. By default a step is one layer of all texts."""
+    """A job of texts that are all due at `due`.
+
+    layer_s: time of a text for a layer; by default, a step has room for one layer of all texts.
+    """
     layer_s = layer_s or MAX_STEP_S / len(texts)
     return jobs.job(
         texts, [0.0] * len(texts), model=model, group_s=SHARE, layer_s=layer_s, submitted=due, **options
@@ -114,7 +117,7 @@ def test_the_kernels_read_the_exits_as_python_does(
     assert not steps.alone and answers(steps.results) == alone(model, TEXTS, **options)
 
 
-def test_what_fits_runs_in_one_step(model: Model) -> None:
+def test_all_layers_run_in_one_step_if_they_fit(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(job(model, layer_s=MAX_STEP_S / 100))
     steps = Steps(queue)
@@ -135,7 +138,7 @@ def test_an_urgent_text_preempts_a_group_and_is_joined_by_it(model: Model) -> No
     assert answers(later.results) == alone(model, ["an urgent one", *TEXTS]) and len(queue) == 0
 
 
-def test_a_text_that_turned_out_longer_than_a_step_goes_on_as_it_began(model: Model) -> None:
+def test_a_text_found_to_be_longer_than_a_step_is_resumed(model: Model) -> None:
     queue = WorkQueue(100)
     queue.put(long := job(model, ["good"], due=5.0))
     long.served.group_s = lambda _: 2 * MAX_STEP_S  # known once it is tokenized

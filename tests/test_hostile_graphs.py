@@ -21,7 +21,7 @@ from tests.fixtures import save_encoder
 from tests.stock import segments_of
 
 OTHER = "evil"
-Place = tuple[tuple[str, int | None], ...]  # of a message: fields, and the index in a list
+Place = tuple[tuple[str, int | None], ...]  # path of a message: fields, each with an index in a list or None
 
 
 @cache
@@ -32,7 +32,7 @@ def built(family: str, int8: bool) -> tuple[Architecture, list[onnx.ModelProto]]
 
 @contextmanager
 def changed(model: onnx.ModelProto, path: Place, field: str, value: Any) -> Iterator[None]:
-    """A model with another value of a field of the message at a path."""
+    """Change a field of the message at a path of the model, and restore it afterwards."""
     message: Any = model
     for name, i in path:
         message = getattr(message, name) if i is None else getattr(message, name)[i]
@@ -224,7 +224,7 @@ def test_a_manifest_of_another_model_is_refused(change: Any) -> None:
 
 
 def replaced(model: onnx.ModelProto, name: str, change: Callable[[Any], Any]) -> onnx.ModelProto:
-    """A model with another value of the tensor that a weight's name in the graph stands for."""
+    """A copy of a model with one tensor changed; name: its name in the graph."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     tensor = next(w for w in copy.graph.initializer if w.name == name)
@@ -293,7 +293,7 @@ def test_tables_reach_as_far_as_texts(family: str, field: str) -> None:
         ("deberta-v2", {"terms": ["p2c", "c2p"]}, "terms must be c2p, p2c or both"),
     ],
 )
-def test_an_encoder_that_no_export_describes_is_refused(family: str, change: Any, message: str) -> None:
+def test_an_inconsistent_encoder_is_refused(family: str, change: Any, message: str) -> None:
     raw = built(family, False)[0].model_dump()
     raw["encoder"] |= change
     with pytest.raises(ValueError, match=message):

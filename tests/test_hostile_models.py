@@ -1,4 +1,4 @@
-"""Malicious model files, forged here: refused by name before anything runs them, or run by ONNX Runtime only."""
+"""Malicious model files, forged here: refused by name before anything runs them, or harmless."""
 
 import asyncio
 import hashlib
@@ -165,7 +165,7 @@ def huge() -> Any:
         (lambda p: node(p, "Add").output.append("x" * 2**20), "a name or list of 1048576 bytes"),
     ],
 )
-def test_a_graph_holds_only_what_a_segment_is_made_of(
+def test_a_graph_holds_only_the_operators_of_a_segment(
     copies: Path, change: Callable[[Any], None], message: str
 ) -> None:
     name = forge(copies, "tiny", 1, change)
@@ -175,7 +175,7 @@ def test_a_graph_holds_only_what_a_segment_is_made_of(
     assert thread_time() - started < 10
 
 
-def test_what_is_no_graph_is_refused() -> None:
+def test_bytes_that_are_not_a_graph_are_refused() -> None:
     for data in (b"\x00\xff\x07", b"\x0a" * 1000, random.Random(1).randbytes(1000)):
         with pytest.raises(GraphError):
             read_model(data)
@@ -300,7 +300,7 @@ def template(count: int, **special_token: Any) -> dict:
         (lambda t: t.update(model=None), "it has no model"),
     ],
 )
-def test_a_tokenizer_has_only_parts_that_are_known(copies: Path, change: Callable, message: str) -> None:
+def test_a_tokenizer_has_only_known_parts(copies: Path, change: Callable, message: str) -> None:
     folder = copies / "tiny" / "1"
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     change(tokenizer)
@@ -353,7 +353,7 @@ def test_a_tokenizer_check_survives_any_json() -> None:
 
 
 def second_exit(proto: Any) -> None:
-    """A second branch after the first, as if the exit had no metric space."""
+    """A second branch after the first."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node(proto, "If"))
     for i, name in enumerate(copy.output):
@@ -436,7 +436,7 @@ def other_zeros(proto: Any) -> None:
 
 
 def prepend(proto: Any, *nodes: Any, **weights: np.ndarray) -> None:
-    """Insert nodes at the start of a layer, which compute `shifted` from `hidden`."""
+    """Insert nodes that compute `shifted` from `hidden` at the start of a layer."""
     for n in proto.graph.node:
         n.input[:] = ["shifted" if x == "hidden" else x for x in n.input]
     for n in reversed(nodes):
@@ -445,7 +445,7 @@ def prepend(proto: Any, *nodes: Any, **weights: np.ndarray) -> None:
 
 
 def slow(proto: Any) -> None:
-    """Twelve products of matrices of 3500 by 3500, from 28 kB of weights."""
+    """Twelve products of 3500 × 3500 matrices, from 28 kB of weights."""
     prepend(
         proto,
         helper.make_node("Mul", ["column", "row"], ["x0"]),
@@ -555,7 +555,7 @@ def test_a_graph_that_export_does_not_build_is_refused(
             Model(Store(copies).open(model), runtime)
 
 
-def test_what_has_no_kernels_runs_all_the_same(
+def test_a_model_without_kernels_runs_on_onnx_runtime(
     kernels: Any, copies: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert Model(Store(copies).open("tiny-int8")).runtime == "native"
@@ -570,7 +570,7 @@ def test_what_has_no_kernels_runs_all_the_same(
         Model(artifact, "native")
 
 
-def test_a_file_of_many_parts_is_refused_before_it_is_parsed() -> None:
+def test_a_file_with_many_fields_is_refused_before_it_is_parsed() -> None:
     inner = b"\x0a\x00" * 12_000_000  # empty operators, which take a hundred bytes each in memory
     size = b"".join(bytes([len(inner) >> shift & 127 | 128]) for shift in (0, 7, 14)) + bytes(
         [len(inner) >> 21]
@@ -641,7 +641,7 @@ def test_the_kernels_give_no_distances_without_a_metric_space(kernels: Any, stor
         kernels.run(last._model, last.layer, hidden, None, hidden.copy(), None, logits, distances)
 
 
-def test_what_is_not_a_number_stays_none(kernels: Any, store: Path) -> None:
+def test_nan_stays_nan(kernels: Any, store: Path) -> None:
     model = Model(Store(store).open("tiny-int8"), "native")
     for name in kernels.implementations():
         with using(name):
@@ -650,7 +650,7 @@ def test_what_is_not_a_number_stays_none(kernels: Any, store: Path) -> None:
         assert np.isnan(step.logits).all() and np.isnan(step.distances).all()
 
 
-def test_weights_that_are_refused_leave_those_before(kernels: Any, store: Path) -> None:
+def test_refused_weights_leave_the_earlier_ones_in_place(kernels: Any, store: Path) -> None:
     model = Model(Store(store).open("tiny-int8"), "native")
     layer: Any = model.segments[1]
     hidden = np.random.default_rng(1).normal(size=(1, 5, 64)).astype(np.float32)
@@ -688,7 +688,7 @@ def test_a_store_with_a_bad_model_serves_the_others(copies: Path) -> None:
         ("from de3.server.prove import child; bytearray(2**33)", "MemoryError"),
     ],
 )
-def test_what_ends_the_process_that_proves_a_model_ends_no_other(
+def test_an_error_that_ends_the_proving_process_ends_no_other(
     store: Path, monkeypatch: pytest.MonkeyPatch, code: str, says: str
 ) -> None:
     monkeypatch.setattr(prove, "TIMEOUT_S", 1.0 if "sleep" in code else 60.0)
@@ -698,7 +698,7 @@ def test_what_ends_the_process_that_proves_a_model_ends_no_other(
         prove.Prover().prove(Store(store).open("tiny"), "auto")
 
 
-def test_a_graph_as_export_builds_it_cannot_take_all_memory(copies: Path) -> None:
+def test_a_valid_graph_cannot_take_all_memory(copies: Path) -> None:
     tokens = 32_768  # whose attention needs 16 GiB
 
     def more_positions(proto: Any) -> None:
@@ -750,7 +750,7 @@ def test_verify_finds_what_is_wrong_without_running_it(kernels: Any, copies: Pat
     assert "tiny-int8:1  valid, without kernels: " in result.output
 
 
-def test_what_loading_does_is_proved_first(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_proof_includes_the_measurements_of_loading(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on which the server's own measurements fail is refused before the server makes them."""
     code = "import os, de3.server.engine.timing as t; t._run = lambda *a: os.abort(); "
     monkeypatch.setattr(prove, "PROGRAM", code + prove.PROGRAM)
@@ -784,7 +784,7 @@ def test_loading_in_the_server_can_be_stopped_and_takes_no_longer(
             step()
 
 
-def test_the_end_of_the_server_waits_for_no_model_that_loads() -> None:
+def test_stopping_the_server_does_not_wait_for_a_loading_model() -> None:
     async def main() -> None:
         assert await in_background(lambda: 3) == 3
         with pytest.raises(StoreError, match="bad"):
@@ -825,7 +825,7 @@ DIGITS = 10**4299
         (lambda m: m.update(schema_version="z" * 10**5), "schema version 'zzz"),
     ],
 )
-def test_a_manifest_has_no_number_or_file_that_is_too_much(
+def test_a_manifest_has_no_oversized_number_and_no_unknown_file(
     copies: Path, change: Callable, message: str
 ) -> None:
     edit(copies / "tiny" / "1", change)
@@ -834,7 +834,7 @@ def test_a_manifest_has_no_number_or_file_that_is_too_much(
     assert len(str(caught.value)) < 600
 
 
-def test_memory_limits_follow_the_files_that_are_there(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_limits_follow_the_actual_files(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = copies / "tiny" / "1"
     artifact = Store(copies).open("tiny")
     files = [folder / name for name in artifact.manifest.required_files()]
@@ -846,7 +846,7 @@ def test_memory_limits_follow_the_files_that_are_there(copies: Path, monkeypatch
         prove.Prover().prove(artifact, "auto")
 
 
-def test_any_error_of_a_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_error_in_one_model_leaves_the_others(copies: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = copies / "loop" / "1"
     loop.mkdir(parents=True)
     (loop / "manifest.json").symlink_to("manifest.json")
@@ -874,7 +874,7 @@ def test_any_error_of_a_model_leaves_the_others(copies: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("kind", ["F8_E4M3", "BF16", "X"])
-def test_prototypes_of_a_type_that_numpy_has_not_are_refused(copies: Path, kind: str) -> None:
+def test_prototypes_of_a_type_that_numpy_lacks_are_refused(copies: Path, kind: str) -> None:
     head = json.dumps({"x": {"dtype": kind, "shape": [2], "data_offsets": [0, 2]}}).encode()
     folder = copies / "tiny" / "1"
     (folder / "prototypes.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + b"\0\0")
@@ -892,9 +892,7 @@ def test_errors_are_short_and_have_no_control_characters() -> None:
     assert printable("grüße 中 \N{GRINNING FACE}") == "grüße 中 \N{GRINNING FACE}"
 
 
-def test_the_process_that_proves_a_model_cannot_say_too_much(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_output_of_the_proving_process_is_limited(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = Store(store).open("tiny")
     for code, says in (
         ("import sys; sys.stdin.read(); print('x' * 10**8)", "prints too much"),
@@ -983,7 +981,7 @@ def test_an_unsound_risk_is_refused_with_the_reason(
     assert thread_time() - started < 2 and len(str(refused.value)) < 10_000
 
 
-def test_a_risk_that_weighs_distances_where_there_are_none_is_refused(copies: Path) -> None:
+def test_a_risk_with_a_weight_for_missing_distances_is_refused(copies: Path) -> None:
     def without_prototypes(m: dict[str, Any]) -> None:
         m["risk"] = [{"layer": layer, "weights": [0.0, 0.0, 0.0, 0.0, 1.0]} for layer in (0, 1, 2)]
         m["prototype_layers"] = []

@@ -77,7 +77,7 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> None:
-    """The checkpoint that an import writes without PyTorch is one that PyTorch reads."""
+    """PyTorch reads the checkpoint that an import writes without it."""
     folder = save_encoder(tmp_path / "stock", family, labels=3)
     theirs, tokenizer = transformers_model(folder)
     checkpoint = with_random_exits(folder, tmp_path / "checkpoint")
@@ -129,7 +129,7 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
         assert calibration.default.speedup > 1.5
         full = next(row for row in calibration.table if row.tau == 0)
         if name == "mine":
-            # Disagreement is counted against the original's answers, so int8 alone causes some, or may.
+            # Disagreement is counted against the original's answers, so int8 alone may cause some.
             assert full.disagreement == calibration.original_disagreement and full.disagreement_bound > 0
         else:
             assert calibration.original_disagreement is None and full.disagreement_bound == 0
@@ -176,7 +176,7 @@ def test_an_import_is_a_checkpoint_that_can_be_exported_again(imported: Path, tm
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_an_interrupted_import_goes_on(
+def test_an_interrupted_import_continues(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(states, "CHUNK", 100)
@@ -194,11 +194,11 @@ def test_an_interrupted_import_goes_on(
     assert invoke(command).exit_code == 130
     output = de3(command)
     assert "fitting: 3 of 8 chunks are reused from an earlier run" in output
-    assert len(ran) == 4 + 5 + 6  # three parts of the first run were not computed again
+    assert len(ran) == 4 + 5 + 6  # the three chunks of the first run were not computed again
 
 
 def test_neither_import_nor_export_needs_pytorch(imported: Path, classifier: Path, tmp_path: Path) -> None:
-    """In a process without PyTorch, import, export and evaluate run, and what only PyTorch can do is refused."""
+    """Without PyTorch, import, export and evaluate run, and commands that need it are refused."""
 
     def run(command: str) -> str:
         words = [sys.executable, "-c", WITHOUT_TORCH, *command.split()]
@@ -240,7 +240,7 @@ def test_labels_are_reported_where_there_are_some(classifier: Path, data_file: P
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_states_of_another_head_are_not_taken(
+def test_states_of_another_head_are_not_reused(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The states of an interrupted import are kept, but not used for a model with the same encoder and another head."""
@@ -283,7 +283,7 @@ def test_a_new_calibration_counts_against_the_original_too(imported: Path, tmp_p
 
 
 @pytest.mark.usefixtures("few_taus")
-def test_an_import_that_was_stopped_while_saving_goes_on(
+def test_an_import_that_was_stopped_while_saving_continues(
     classifier: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = f"import {classifier} --texts {texts} --name m --store {tmp_path}/store --work {tmp_path}/work"
@@ -333,7 +333,7 @@ def test_a_class_that_no_text_has(tmp_path: Path, texts: Path) -> None:
         assert step.distances is not None and np.isfinite(step.distances).all()
 
 
-def test_what_cannot_be_imported_says_what_can(
+def test_models_that_cannot_be_imported_are_refused_with_advice(
     tmp_path: Path, texts: Path, encoder: Path, checkpoint: Path, store: Path, classifier: Path
 ) -> None:
     def refused(model: Path, more: str = "", file: Path = texts) -> str:
@@ -432,7 +432,7 @@ class Evil:
     ],
     ids=["evil", "empty", "junk"],
 )
-def test_weights_that_are_not_only_weights_are_refused_in_a_line(
+def test_a_file_with_more_than_weights_is_refused_in_one_line(
     tmp_path: Path, content: bytes, says: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = save_encoder(tmp_path, labels=2)
@@ -449,7 +449,7 @@ def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> N
     assert f"de3 import {classifier} --texts" in message
 
 
-def test_other_pooling_wins_where_it_serves_better(imported: Path) -> None:
+def test_the_pooling_with_the_higher_speedup_is_chosen(imported: Path) -> None:
     said = (imported / "mine.log").read_text()
     merits = {
         kind: float(said.split(f"exits on the {words}")[1].split("speed-up about ")[1].split("×")[0])
@@ -460,7 +460,7 @@ def test_other_pooling_wins_where_it_serves_better(imported: Path) -> None:
 
 
 @pytest.mark.slow
-def test_finetuning_counts_what_full_depth_answers_otherwise(
+def test_finetuning_counts_the_disagreement_of_full_depth(
     classifier: Path, texts: Path, tmp_path: Path, imported: Path
 ) -> None:
     command = (
@@ -486,7 +486,7 @@ def test_finetuning_counts_what_full_depth_answers_otherwise(
 def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the certificate would rely on texts that the exits were fitted on: few tuning texts certify too."""
+    """Otherwise the certificate could rely on texts that the exits were fitted on: few tuning texts also certify."""
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     given: list[Any] = []

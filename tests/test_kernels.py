@@ -1,4 +1,4 @@
-"""Every operation of every instruction set against the reference, in C: those of this machine, others in QEMU."""
+"""Every operation of every instruction set against the reference, in C: this machine's, and others in QEMU."""
 
 import platform
 import shutil

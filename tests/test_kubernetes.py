@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid by Kubernetes' own schemas, and in agreement with the image."""
+"""The Kubernetes manifests: valid by Kubernetes' own schemas, and consistent with each other and the image."""
 
 import re
 import shutil
@@ -46,15 +46,15 @@ def test_manifests_match_each_other_and_the_image() -> None:
     assert settings["port"] == str(port["containerPort"])
     assert pod["spec"]["enableServiceLinks"] is False  # DE3_PORT would be tcp://...
     assert f"USER {pod['spec']['securityContext']['runAsUser']}" in Path("Dockerfile").read_text()
-    # It must have time to answer accepted requests, after the pause before its stop.
+    # The server must have time to answer accepted requests after the preStop pause.
     pause = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] >= pause + Settings().timeout_s + 5
-    settings.pop("cache_gb")  # of the command
+    settings.pop("cache_gb")  # an option of the command
     Settings(**settings)
     assert settings["threads"] == container["resources"]["limits"]["cpu"]
 
 
-def test_the_network_policy_lets_in_who_is_named_and_nobody_out() -> None:
+def test_the_network_policy_admits_named_peers_and_blocks_egress() -> None:
     policy = DOCUMENTS["NetworkPolicy"]["spec"]
     assert set(policy["policyTypes"]) == {"Ingress", "Egress"}
     assert policy["egress"] == []
@@ -107,15 +107,15 @@ def test_the_memory_limit_covers_what_the_server_admits() -> None:
     memory = {kind: size(amounts["memory"]) for kind, amounts in container["resources"].items()}
     env = {e["name"]: e["value"] for e in container["env"]}
     (tmp,) = (size(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v.get("emptyDir", {}).get("medium"))
-    reload = 410_000_000  # measured with the demo model: the server and the process that loads a model first
+    reload = 410_000_000  # measured with the demo model: the server and the process that proves a new model
     assert memory["requests"] > reload + tmp
     bodies = Settings().max_inflight_bytes * 9 // 8 * 5  # as bytes, and as strings of 4 bytes a character
     connections = int(env["DE3_MAX_CONNECTIONS"]) * 48 * 1024  # a head, and the bytes read ahead
-    unread = 2**26  # answers
+    unread = 2**26  # answers that clients have not read
     assert memory["limits"] > reload + tmp + bodies + connections + unread
 
 
-def test_the_autoscaler_asks_for_a_metric_that_there_is() -> None:
+def test_the_autoscaler_asks_for_an_existing_metric() -> None:
     names = [
         m["pods"]["metric"]["name"]
         for m in DOCUMENTS["HorizontalPodAutoscaler"]["spec"]["metrics"]

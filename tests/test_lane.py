@@ -1,4 +1,4 @@
-"""Large bodies are parsed one at a time, with pauses, clients in rotation, and none is forgotten."""
+"""Large bodies are parsed one at a time, with pauses and clients in rotation, and none is forgotten."""
 
 import asyncio
 import socket
@@ -59,10 +59,10 @@ def test_cancelling_a_task_does_not_lose_the_turn(victim: int) -> None:
         await asyncio.wait_for(one(), 10)
         return done
 
-    assert asyncio.run(go()) in (4, 5)  # the cancelled one, and the last
+    assert asyncio.run(go()) in (4, 5)  # with the last call; the cancelled task may have been done
 
 
-def test_after_a_turn_others_have_as_long() -> None:
+def test_a_turn_is_followed_by_a_pause_of_the_same_length() -> None:
     async def go() -> None:
         lane, loop = Lane(), asyncio.get_running_loop()
         async with lane.turn("a"):
@@ -71,7 +71,7 @@ def test_after_a_turn_others_have_as_long() -> None:
                 pass
             ended = (
                 loop.time()
-            )  # inside: the pause is counted from a later moment, however late the turn ends
+            )  # measured inside the turn, so the pause begins later, however late the turn ends
         async with lane.turn("a"):
             assert loop.time() >= ended + 0.049
 
@@ -91,7 +91,7 @@ def test_after_a_turn_others_have_as_long() -> None:
         (b'{"input":"a","user":"' + b"x" * 10**6, 400, "not JSON"),
     ],
 )
-def test_what_is_cheap_to_find_wrong_is_found_first(body: bytes, status: int, says: str) -> None:
+def test_cheap_checks_come_first(body: bytes, status: int, says: str) -> None:
     with pytest.raises(RequestError, match=says) as error:
         parse(Call(body))
     assert STATUSES[error.value.cause] == status
@@ -102,7 +102,7 @@ def test_ignored_fields_may_hold_anything() -> None:
     assert request.texts == [Text("a")]
 
 
-def test_a_large_body_does_not_wait_on_when_its_client_has_left(store: Path) -> None:
+def test_a_large_body_stops_waiting_when_its_client_leaves(store: Path) -> None:
     body = b'{"input": "good", "user": "' + b"x" * 20_000 + b'"}'
     with serving(store, models=["tiny"]) as server:
         lane = server.frontend.lane

@@ -57,7 +57,7 @@ def test_nothing_happens_at_a_load_that_fits() -> None:
     assert simulation.shed == 0
 
 
-def test_tau_is_raised_as_far_as_the_load_asks_and_no_text_is_shed() -> None:
+def test_tau_is_raised_as_far_as_the_load_requires_and_no_text_is_shed() -> None:
     simulation = Simulation()
     levels = simulation.run(20, 1.15 * CAPACITY)
     assert max(levels) >= 3  # 3 levels allow 1.18 times the load
@@ -65,7 +65,7 @@ def test_tau_is_raised_as_far_as_the_load_asks_and_no_text_is_shed() -> None:
     assert simulation.worst_s < OBJECTIVE_S
 
 
-def test_beyond_the_last_level_it_sheds_what_is_too_much_and_keeps_the_objective() -> None:
+def test_beyond_the_last_level_it_sheds_the_excess_and_keeps_the_objective() -> None:
     simulation = Simulation()
     assert simulation.run(20, 2 * CAPACITY)[-1] == LEVELS
     assert simulation.worst_s < OBJECTIVE_S
@@ -83,7 +83,7 @@ def test_it_comes_back_step_by_step_when_the_load_is_gone() -> None:
     assert 1 < back < 4
 
 
-def test_it_does_not_swing() -> None:
+def test_the_level_does_not_oscillate() -> None:
     simulation = Simulation()
     simulation.run(5, 1.1 * CAPACITY)
     levels = simulation.run(30, 1.1 * CAPACITY)
@@ -110,20 +110,20 @@ def test_whatever_it_sees_the_level_stays_in_range_and_only_the_last_one_sheds(
         controller.level = before  # a burst jumps to the last level
 
 
-def test_texts_that_run_are_no_load_however_slow_the_model_is() -> None:
+def test_running_texts_are_not_load_however_slow_the_model_is() -> None:
     controller = Controller(OBJECTIVE_S, lambda: LEVELS, capacity=20.0, threads=2)  # 100 ms per text
     assert not controller.sheds(2, lambda: 2)
     controller.tick(2, 2, 0)
     assert controller.level == 0
 
 
-def test_what_a_new_text_overtakes_is_no_load() -> None:
+def test_texts_that_a_new_text_overtakes_are_not_load() -> None:
     controller = Controller(OBJECTIVE_S, lambda: 0, CAPACITY, threads=2)
     assert not controller.sheds(500, lambda: 2)  # a large batch: a short text overtakes nearly all of it
     assert controller.sheds(500, lambda: 500)
 
 
-def test_a_list_is_counted_as_its_texts_are_done(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_counts_only_its_unfinished_texts(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate(monkeypatch)
     with serving(store, models=["tiny"], threads=1) as server:
         service = server.service
@@ -141,7 +141,7 @@ def test_a_list_is_counted_as_its_texts_are_done(store: Path, monkeypatch: pytes
         assert not service.admission._batches
 
 
-def test_over_http_the_default_bends_then_sheds_and_wishes_are_kept(
+def test_over_http_the_default_tau_rises_before_shedding_and_explicit_options_are_kept(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
@@ -211,7 +211,7 @@ class Ticking:
         return 1 / self.controller.predicted_s(3)  # one more text than threads
 
 
-def test_only_a_server_that_was_never_idle_shows_that_its_capacity_is_low() -> None:
+def test_only_a_server_that_was_never_idle_lowers_its_capacity() -> None:
     ticking = Ticking()
     for _ in range(5):
         ticking.controller.sheds(0, lambda: 0)  # a request arrived while nothing was in flight
@@ -225,7 +225,7 @@ def test_only_a_server_that_was_never_idle_shows_that_its_capacity_is_low() -> N
 
 
 @pytest.mark.parametrize(("rate", "step_s"), [(0.8 * CAPACITY, CALM_STEP_S), (0.5 * CAPACITY, TICK_S)])
-def test_tau_falls_slowly_where_the_load_is_near_the_capacity(rate: float, step_s: float) -> None:
+def test_tau_falls_slowly_if_the_load_is_near_the_capacity(rate: float, step_s: float) -> None:
     ticking = Ticking()
     ticking.controller.level = LEVELS
     while ticking.controller.level:
@@ -242,7 +242,7 @@ def test_a_burst_raises_tau_to_its_last_step_before_anything_is_shed() -> None:
 
 
 def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts in flight, without the finished ones of a batch and those that it overtakes."""
+    """Texts in flight, without the finished ones of a batch and those that a short text overtakes."""
     admission, told = Admission(Settings(), Models(), lambda: 1), list[tuple[int, int]]()
     queue = SimpleNamespace(later_than=lambda due: 3)
     monkeypatch.setattr(admission, "_engine", SimpleNamespace(queue=queue))
@@ -259,5 +259,5 @@ def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch:
     batch: Any = Batch()
     with admission.admit(batch):
         assert admission.sheds(lambda: "busy") and told == [(10, 10 - 4 - 3)]
-        assert not admission.sheds(lambda: "new")  # it has nothing in flight, and is served before the other
+        assert not admission.sheds(lambda: "new")  # it has nothing in flight, and precedes the busy client
         assert admission.sheds(lambda: None)  # unauthorized

@@ -93,7 +93,7 @@ def test_a_closed_loop_sends_the_samples_in_turn() -> None:
     assert [a.sample for a in run.answers] == [i % len(SAMPLES) for i in range(len(run.answers))]
 
 
-def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requests_that_were_due_but_never_sent_count_as_unanswered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "MAX_CONNECTIONS", 2)
     monkeypatch.setattr(client, "GRACE_S", 0.2)
 
@@ -107,7 +107,7 @@ def test_what_was_due_and_never_sent_counts_as_no_answer(monkeypatch: pytest.Mon
     assert run.rate() < 25  # the server manages 20/s; answers after the end do not count
 
 
-def test_refusals_breaks_and_wrong_labels_are_counted() -> None:
+def test_refusals_closed_connections_and_wrong_labels_are_counted() -> None:
     answers = {
         3: reply("x", "503 Service Unavailable"),
         5: b"",
@@ -150,7 +150,7 @@ def test_a_server_that_does_not_start_shows_its_log(tmp_path: Path) -> None:
         pass
 
 
-def test_a_stranger_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> None:
+def test_another_server_on_the_port_is_not_measured(store: Path, tmp_path: Path) -> None:
     with serving(store) as server:
         other = servers.Server("other", [sys.executable, "-c", "pass"])
         with (
@@ -175,7 +175,7 @@ def test_texts_are_read_made_long_and_given_taus(tmp_path: Path) -> None:
     assert [s.text for s in read(tmp_path / "x.txt", "sentence")] == ["one", "two"]
 
 
-def test_our_server_is_started_with_the_runtime_asked(tmp_path: Path) -> None:
+def test_our_server_is_started_with_the_requested_runtime(tmp_path: Path) -> None:
     command = servers.ours(tmp_path, "sst2", "onnxruntime", tau=0.0).command
     assert command[command.index("--runtime") + 1] == "onnxruntime"
 

@@ -1,4 +1,4 @@
-"""Texts longer than a window: the windows, their combined answer, and its early end; in the engine and over HTTP."""
+"""Texts longer than a window: windows, their combined answer, and when it is settled; in the engine and over HTTP."""
 
 import random
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from tests.fixtures import BAD, FILLER, GOOD
 from tests.serving import Server, serving
 from tests.test_tokenizer import MADE, texts
 
-ROOM = 62  # of the tests' models, for one text
+ROOM = 62  # tokens of a single text in a window of the tests' models
 
 
 def words(number: int, seed: int = 0) -> str:
@@ -169,7 +169,7 @@ def test_windows_have_the_tokens_of_the_whole_text(kind: str, text: str, room: i
         assert len(found[n]) <= limit and found[n].truncated == found.truncated
 
 
-def test_no_piece_of_windows_is_long_and_there_is_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_piece_of_windows_is_long_and_tokenizing_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, pieces = TextTokenizer(MADE["wordpiece"], 64), []
     encode = TextTokenizer.encode
 
@@ -209,7 +209,7 @@ def test_the_shorter_text_of_a_pair_is_whole_in_every_window() -> None:
     most = int(MAX_SHORTER * room)
     assert isinstance(tokenizer.start(long, "film " * most, True, 16).all(), Windows)
     says = f"the shorter text has more than {most} tokens, the maximum"
-    for text in (long, "film " * (most + 1)):  # in pieces, and in one
+    for text in (long, "film " * (most + 1)):  # tokenized in several pieces, and in one
         with pytest.raises(ValueError, match=says):
             tokenizer.start(text, "film " * (most + 1), True, 16).all()
 
@@ -223,7 +223,7 @@ def model(store: Path) -> Model:
 
 
 class Busy:
-    """A queue that always reports a more urgent text, or never."""
+    """A queue that always, or never, reports a more urgent text."""
 
     def __init__(self, is_busy: bool) -> None:
         self.is_busy, self.requeued, self.charged = is_busy, 0, 0.0
@@ -310,7 +310,9 @@ def test_at_tau_0_no_window_that_is_left_out_could_change_the_label(model: Model
     assert left_out > 0
 
 
-def test_a_deadline_keeps_the_answer_of_what_ran(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deadline_keeps_the_answer_of_the_windows_that_ran(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text, depths = words(200), []
     for ends in (0, 10, 20, 30, 40, 10_000):
         clock = count()
@@ -369,7 +371,7 @@ def test_a_long_text_is_answered_by_its_windows(server: Server) -> None:
     assert server.metric("de3_layers_run_total", model=name) - runs["de3_layers_run_total"] == 3 * (2 + ran)
 
 
-def test_what_fits_is_answered_as_ever(server: Server) -> None:
+def test_texts_that_fit_are_answered_as_without_windows(server: Server) -> None:
     fits = [words(n, n) for n in (1, 5, 30, 61, 62)]
     for options in ({"tau": 0}, {}, {"tau": 0.3, "explain": True}):
         ever = server.classify(input=fits, **options).json()["data"]
@@ -378,7 +380,7 @@ def test_what_fits_is_answered_as_ever(server: Server) -> None:
         assert server.classify(input=fits, long="error", **options).json()["data"] == ever
 
 
-def test_a_text_has_at_most_so_many_windows(server: Server) -> None:
+def test_the_number_of_windows_is_limited(server: Server) -> None:
     row = server.classify(input=words(2000), long="windows", tau=0).json()["data"][0]
     assert row["windows"]["of"] == MAX_WINDOWS and row["truncated"] is True
     row = server.classify(input=words(capacity(ROOM, MAX_WINDOWS)), long="windows", tau=0).json()["data"][0]
@@ -411,7 +413,7 @@ def test_long_and_truncate_must_not_contradict(server: Server) -> None:
     assert error["param"] == "long" and "'truncate', 'windows' or 'error'" in error["message"]
 
 
-def test_a_certificate_speaks_of_single_windows(server: Server) -> None:
+def test_a_certificate_covers_single_windows_only(server: Server) -> None:
     options = {"max_disagreement": 0.5, "long": "windows"}
     assert "certificate" in server.classify(input=["good", "bad"], **options).json()
     assert "certificate" not in server.classify(input=["good", words(100)], **options).json()
@@ -421,7 +423,7 @@ def test_a_certificate_speaks_of_single_windows(server: Server) -> None:
     assert server.metric("de3_calibrated_texts_total", model=name) == before + 1
 
 
-def test_windows_are_predicted(server: Server) -> None:
+def test_the_time_of_windows_is_predicted(server: Server) -> None:
     timing = server.service.models.all[0].timing
     chars = 4 * 300
     one, many = timing.predict(chars), timing.predict(chars, MAX_WINDOWS)

@@ -119,7 +119,7 @@ def test_a_change_that_makes_no_sense_is_refused(
     assert served(server) == ["tiny:1"]
 
 
-def test_what_is_not_json_is_refused(server: Server) -> None:
+def test_a_body_that_is_not_json_is_refused(server: Server) -> None:
     for content, status in ((b"{", 400), (b"[]", 422), (b"\xff", 400)):
         headers = HEADERS | {"Content-Type": "application/json"}
         refused = httpx.post(server.url + "/v1/models/tiny/load", content=content, headers=headers)
@@ -165,7 +165,7 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
-    """Nor count as pending: the autoscaler and the load controller must not see it."""
+    """It does not count as pending either: the autoscaler and the load controller must not see it."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
     with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")
@@ -196,7 +196,7 @@ def test_roles_can_be_seen(server: Server, versions: Path) -> None:
     assert [(r["runtime"], r["instructions"]) for r in rows] == [("onnxruntime", None)] * 3
 
 
-def test_what_many_versions_did_is_not_kept_for_ever(server: Server, versions: Path) -> None:
+def test_metrics_of_old_versions_are_dropped(server: Server, versions: Path) -> None:
     def series() -> int:
         return len(httpx.get(server.url + "/metrics").text.splitlines())
 
@@ -326,7 +326,7 @@ def test_one_change_at_a_time(server: Server, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_reloads_under_load_fail_no_request(versions: Path) -> None:
-    """And no answer comes from a half-loaded model: labels identify the version."""
+    """No answer comes from a half-loaded model either: labels identify the version."""
     labels = {"tiny:1": {"negative", "positive"}, "tiny:2": {"no", "yes"}}
     stop, wrong, count = threading.Event(), [], Counter[str]()
     with serving(versions, models=["tiny:1"], admin_keys=f"root {KEY}", threads=2) as server:
@@ -410,7 +410,7 @@ def test_the_first_of_several_versions_answers(versions: Path, names: list[str])
         assert [answering(server, model) for model in (None, "tiny", *names)] == [names[0]] * 2 + names
 
 
-def test_others_in_the_store_stop_no_start(versions: Path) -> None:
+def test_other_entries_in_the_store_do_not_prevent_the_start(versions: Path) -> None:
     shutil.copytree(versions / "tiny" / "1", versions / "other" / "1")  # a name other than its manifest's
     (versions / "tiny" / "99").mkdir()
     with serving(versions, models=["tiny:1"]) as server:
@@ -423,7 +423,7 @@ def test_too_many_models_at_start_are_refused(versions: Path) -> None:
 
 
 def test_a_request_without_a_model_where_several_are_served(store: Path) -> None:
-    """The server has no default, so no model is chosen by alphabetical order."""
+    """Without a default, the server chooses no model, not even by alphabetical order."""
     with serving(store, default_model=None) as server:
         for path, body in (
             ("/classify", {"input": "good"}),

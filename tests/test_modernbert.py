@@ -91,7 +91,7 @@ def test_full_depth_is_the_stock_classifier_with_every_option(
 
 @pytest.mark.slow
 def test_texts_of_hundreds_of_tokens(tmp_path: Path) -> None:
-    """With ModernBERT's own window, in texts of one block and of many, and after the last block."""
+    """With ModernBERT's own window: texts of one block, of several, and with an incomplete last block."""
     more = {"local_attention": 128, "max_position_embeddings": 8192}
     folder = save_encoder(tmp_path, "modernbert", **SMALL | more)
     session = opened(full_depth_of(folder))
@@ -138,7 +138,7 @@ def test_every_exit_sees_the_final_norm_once(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_padding_changes_nothing(tmp_path: Path) -> None:
-    """Although most padding attends to no token of the text, as it is too far away."""
+    """Even though most padding is too far away to attend to any token of the text."""
     folder = save_encoder(tmp_path / "stock", "modernbert", **SMALL)
     model = with_random_exits(folder, tmp_path / "checkpoint").model
     ids = torch.randint(4, 40, (2, 64))
@@ -184,7 +184,7 @@ def scaled(kind: str, **parameters: Any) -> dict[str, Any]:
         ({"is_decoder": True}, "is_decoder is true"),
     ],
 )
-def test_what_cannot_be_exported_is_named(options: dict[str, Any], message: str) -> None:
+def test_an_option_that_cannot_be_exported_is_named(options: dict[str, Any], message: str) -> None:
     family(config_of().to_dict())
     with pytest.raises(ValueError, match=message):
         family(config_of(**options).to_dict())

@@ -50,7 +50,7 @@ def server(imported: Path) -> Iterator[Server]:
         yield running
 
 
-def test_an_artifact_knows_that_its_labels_are_many(imported: Path, classifier: Path) -> None:
+def test_an_artifact_records_that_it_is_multi_label(imported: Path, classifier: Path) -> None:
     artifact = Store(imported / "store").open("topics")
     manifest = artifact.manifest
     assert (manifest.labels, manifest.thresholds, manifest.prototype_layers) == (NAMES, [0.5] * 3, [])
@@ -140,7 +140,7 @@ def test_thresholds_void_what_the_server_promises(imported: Path) -> None:
         assert "expected" not in choice
 
 
-def test_many_thresholds_are_refused_at_the_first(server: Server) -> None:
+def test_many_thresholds_are_refused_at_the_first_wrong_one(server: Server) -> None:
     answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(50_000)})
     assert answer.status_code == 422 and "at most 10000 are allowed" in answer.json()["error"]["message"]
     answer = server.classify(input="a", thresholds={f"label {i}": 7 for i in range(5_000)})
@@ -156,13 +156,13 @@ def test_edr_needs_classes_that_exclude_each_other(server: Server, options: dict
     assert "edr needs mutually exclusive classes" in answer.json()["error"]["message"]
 
 
-def test_thresholds_are_of_multi_label_models_only(store: Path) -> None:
+def test_thresholds_are_for_multi_label_models_only(store: Path) -> None:
     with serving(store, models=["tiny"]) as server:
         answer = server.classify(input="a", thresholds=0.3)
     assert answer.status_code == 422 and "is not a multi-label model" in answer.json()["error"]["message"]
 
 
-def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:
+def test_answers_are_the_same_layer_by_layer_and_in_the_kernels(imported: Path) -> None:
     texts = [text for text, _ in make_rows(40, 77)]
     answers = []
     for runtime in ("auto", "onnxruntime"):
@@ -180,7 +180,7 @@ def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> Non
     assert same > 0.9  # int8 occasionally rounds differently
 
 
-def test_other_protocols_give_a_label_a_probability_of_its_own(server: Server) -> None:
+def test_other_protocols_give_each_label_its_own_probability(server: Server) -> None:
     text = "good and bad"
     row = server.classify(input=text, tau=0).json()["data"][0]
     probs = row["probs"]
@@ -200,7 +200,7 @@ def test_other_protocols_give_a_label_a_probability_of_its_own(server: Server) -
     assert labels == [", ".join(row["labels"])]
 
 
-def test_moderation_by_the_client_of_openai(server: Server, store: Path) -> None:
+def test_moderation_with_openais_client(server: Server, store: Path) -> None:
     from openai import OpenAI, UnprocessableEntityError
 
     client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)

@@ -109,7 +109,9 @@ def test_labels_in_cells_new_names_and_no_early_exit(encoder: Path, tmp_path: Pa
     de3(f"export {tmp_path}/out --full-depth {tmp_path}/plain --quantize none")
 
 
-def test_an_interrupted_training_goes_on(data_file: Path, encoder: Path, tmp_path: Path) -> None:
+def test_a_training_is_not_resumed_once_finished_or_with_other_settings(
+    data_file: Path, encoder: Path, tmp_path: Path
+) -> None:
     short = tmp_path / "t.jsonl"
     short.write_text("".join(data_file.read_text().splitlines(keepends=True)[:400]))
     command = (
@@ -150,7 +152,7 @@ def test_options_that_make_no_sense_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_option_the_right_one_is_named(
+def test_an_error_names_the_missing_option(
     data_file: Path, encoder: Path, trained: Path, tmp_path: Path
 ) -> None:
     command = f"train {data_file} --encoder {encoder} --out {tmp_path}/out"
@@ -233,7 +235,7 @@ def recorded(logits: list[list[float]], labels: list[list[bool]]) -> Recorded:
     return Recorded([3], *arrays, thresholds=np.zeros(outputs.shape[-1]))
 
 
-def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() -> None:
+def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_assigned_are_named() -> None:
     some = recorded(
         [[1, -1, -1], [1, -1, -1], [-1, 1, -1]], [[True, False, False], [False, True, False], [False] * 3]
     )
@@ -245,7 +247,7 @@ def test_micro_f1_chooses_the_epoch_and_labels_that_are_never_given_are_named() 
     assert "assigns 1 of 3 labels to none of 2 samples, though they are correct for some: blame;" in warning
 
 
-def test_the_default_is_told_in_f1() -> None:
+def test_the_default_is_reported_in_f1() -> None:
     """Two texts exit at the first exit; full depth would have given the second one its correct label."""
     logits = np.array([[[9, -9], [9, -9]], [[9, -9], [-9, 9]]], np.float32)
     labels = np.array([[True, False], [False, True]])

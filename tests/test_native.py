@@ -57,12 +57,12 @@ def onnx(store: Path) -> Model:
 
 
 def assert_equal_but_for_rounding(differences: Any) -> None:
-    """Except for the few rounding errors that cross a quantization step."""
+    """Check that differences are small, except for the few rounding errors that cross a quantization step."""
     assert np.median(differences) < 1e-5 and np.max(differences) < 0.1
 
 
 @each
-def test_they_give_what_onnx_runtime_gives(native: Model, onnx: Model, implementation: str) -> None:
+def test_the_kernels_match_onnx_runtime(native: Model, onnx: Model, implementation: str) -> None:
     assert (native.runtime, onnx.runtime) == ("native", "onnxruntime")
     assert (native.full_runtime, onnx.full_runtime) == (f"native, {kernels.supported()}", "onnxruntime")
     differences = []
@@ -87,7 +87,7 @@ def by_each(native: Model, hidden: np.ndarray) -> list[np.ndarray]:
     return found
 
 
-def test_every_number_of_tokens_has_its_loops(native: Model, onnx: Model) -> None:
+def test_every_number_of_tokens_matches_onnx_runtime(native: Model, onnx: Model) -> None:
     size = native.manifest.hidden_size
     for tokens in (*range(1, 38), 47, 48, 49, 64, 65):
         hidden = np.random.default_rng(tokens).standard_normal((1, tokens, size)).astype(np.float32)
@@ -111,7 +111,7 @@ def test_long_texts_attend_in_bfloat16(native: Model, onnx: Model, tokens: int) 
             assert np.median(np.abs(ours - expected)) < 5e-3 and np.abs(ours - expected).max() < 0.1
 
 
-def test_the_demo_model_gives_what_onnx_runtime_gives(kernels: Any) -> None:
+def test_the_demo_model_matches_onnx_runtime(kernels: Any) -> None:
     """Over six layers, rounding errors cross a quantization step in nearly every text."""
     artifact = Store(Path(__file__).parents[1] / "models").open("sst2")
     native, onnx = Model(artifact, "native"), Model(artifact, "onnxruntime")
@@ -194,7 +194,7 @@ def random_architecture(
 def run(
     name: str, model: Any, layer: int, before: Any, types: Any, prototypes: Any, like: list[Any]
 ) -> list[Any]:
-    """A layer's hidden states, logits and, with prototypes, distances, of the shapes of `like`."""
+    """A layer's hidden states, logits and, with prototypes, distances, with the shapes of `like`."""
     values = [np.full(x.shape, np.nan, np.float32) for x in like]
     distances = values[2] if len(values) > 2 else None
     with using(name):
@@ -223,7 +223,7 @@ def shaken(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     *(st.sampled_from([40, 64, 128, 320, 448]), st.integers(2, 40), st.sampled_from([0, 32, 64, 96, 100])),
     *(st.booleans(), st.booleans(), st.integers(1, 96), st.integers(0, 2**32 - 1)),
 )
-def test_any_shape_gives_what_onnx_runtime_gives_or_has_no_kernels(
+def test_any_shape_matches_onnx_runtime_or_has_no_kernels(
     width: tuple[int, int],
     inner: int,
     labels: int,
@@ -305,7 +305,7 @@ def test_the_head_of_a_stock_classifier(
 
 
 @pytest.mark.parametrize("names", [("amx", "vnni"), ("avxvnni", "avx2"), ("i8mm", "dotprod")], ids="-".join)
-def test_sets_that_differ_in_the_int8_product_alone_give_the_same_bits(
+def test_instruction_sets_that_differ_only_in_the_int8_product_give_the_same_bits(
     native: Model, names: tuple[str, str]
 ) -> None:
     if missing := set(names) - set(ALL):
@@ -341,7 +341,7 @@ def test_the_best_implementation_is_in_use() -> None:
     st.integers(1, 4),
     st.booleans(),
 )
-def test_in_a_group_each_leaves_as_alone_and_as_the_rule_says(
+def test_in_a_group_each_text_exits_as_alone_and_as_the_rule_says(
     native: Model,
     implementation: str,
     batch: list[tuple[str, float]],
@@ -437,14 +437,14 @@ def test_the_decision_is_that_of_the_exit_rule(
         assert kernels.exits(score, tau) == ExitRule(tau, signal).exits(expected)
 
 
-def test_logits_that_are_not_numbers_never_leave_early() -> None:
+def test_logits_that_are_not_numbers_never_exit_early() -> None:
     for logits in ([math.nan, 0.0], [0.0, math.nan], [math.nan, math.nan]):
         for signal in (Entropy(), Edr(1.0), Risk(((-9.0, 0.0, 0.0, 0.0, 0.0),)), Risk(((-9.0,) * 5,))):
             assert not kernels.exits(in_c(signal, [(logits, [0.1, 0.2])]), 1.0)
             assert not ExitRule(1, signal).exits(signal.score([read(0, logits, [0.1, 0.2])]))
 
 
-def test_a_risk_that_needs_distances_never_leaves_without_them() -> None:
+def test_a_risk_that_needs_distances_never_exits_without_them() -> None:
     signal = Risk(((-9.0, 0.0, 0.0, 0.0, 1.0),))
     assert signal.score([read(0, [5.0, 0.0], None)]) is None
     assert math.isnan(in_c(signal, [([5.0, 0.0], None)]))
@@ -580,7 +580,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             kernels.score([(logits[0], None)], 2, 0.0, wrong, None)
 
 
-def test_a_text_that_fails_does_not_fail_those_beside_it(
+def test_a_text_that_fails_does_not_fail_the_rest_of_its_group(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, short = Gate(monkeypatch), TextTokenizer.short
@@ -600,7 +600,7 @@ def test_a_text_that_fails_does_not_fail_those_beside_it(
         assert [a.result().status_code for a in answers] == [200, 200, 500, 200, 200]
 
 
-def test_explain_max_layer_and_reasons_as_with_onnx_runtime(store: Path) -> None:
+def test_explain_max_layer_and_reasons_match_onnx_runtime(store: Path) -> None:
     asked = [
         {"input": TEXTS[:9], **fields}
         for fields in (
@@ -649,7 +649,7 @@ def test_texts_that_turn_out_long_leave_their_group(native: Model) -> None:
 def test_an_int8_linear_layer_quantizes_each_token_by_itself(
     tokens: int, spread: float, center: float, is_constant: bool, seed: int
 ) -> None:
-    """To 1/255 of its own range, so that no token's result depends on another."""
+    """In steps of 1/255 of its own range, so that no token's result depends on another."""
     rng = np.random.default_rng(seed)
     x = ((rng.normal(size=(tokens, 64)) + center) * spread).astype(np.float32)
     x[0] = x[0, 0] if is_constant else 1000 * x[0]  # an outlier

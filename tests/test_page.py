@@ -15,7 +15,7 @@ from tests.serving import Server, serving, until
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: chromium)")
-# The browser makes no requests of its own.
+# Flags with which the browser makes no requests of its own.
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -51,7 +51,7 @@ def page(browser: Browser, server: Server) -> Iterator[Page]:
 
 
 def opened(browser: Browser, server: Server, **context: Any) -> Iterator[Page]:
-    """The page; it must load nothing from elsewhere and not violate its policy."""
+    """The page; it must load nothing from elsewhere, and must not violate its policy."""
     with browser.new_context(**context) as contexts:
         page = contexts.new_page()
         wrong: list[str] = []
@@ -253,7 +253,7 @@ def test_full_depth_is_that_of_the_same_text(page: Page) -> None:
 
 
 def caught(page: Page, held: list[Route]) -> Route:
-    """The next request that a handler holds; it may run after the request is reported."""
+    """The next request that a handler holds; the handler may run after the request is reported."""
     for _ in range(6000):
         if held:
             break
@@ -404,7 +404,7 @@ def test_pairs_where_the_model_takes_them(page: Page, browser: Browser, store: P
 
 
 def poll(page: Page, times: int) -> None:
-    """Advance the page's clock, which is fake, to its next polls."""
+    """Advance the page's fake clock to its next polls."""
     for _ in range(times):
         with page.expect_response("**/metrics"):
             page.clock.run_for(2000)
@@ -424,7 +424,7 @@ def send_texts(server: Server, numbers: range) -> None:
     until(lambda: audit_of(server)["pending"] == 0, "audits")
 
 
-def test_what_is_promised_and_measured(browser: Browser) -> None:
+def test_the_page_shows_the_promise_and_the_measurement(browser: Browser) -> None:
     phone = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
     with serving(DEMO, guarantee=0.4, audit_share=1.0) as server:
         for page in opened(browser, server, reduced_motion="reduce", **phone):
@@ -481,7 +481,7 @@ def test_what_is_promised_and_measured(browser: Browser) -> None:
     ],
     ids=["no promise", "no calibration", "no audits yet", "a broken promise"],
 )
-def test_what_audits_measured_in_words(page: Page, changed: dict[str, Any], words: str) -> None:
+def test_the_sentence_about_audits(page: Page, changed: dict[str, Any], words: str) -> None:
     audit = {
         "audits": 3,
         "tau": {"tau": 0.25, "reason": "evidence"},
@@ -507,7 +507,7 @@ def test_a_server_that_audits_nothing_is_asked_once(page: Page, server: Server) 
     assert "audit" not in asked
 
 
-def test_what_audits_measured_stays_while_the_server_is_busy(page: Page) -> None:
+def test_the_sentence_about_audits_stays_while_the_server_is_busy(page: Page) -> None:
     """A refusal does not mean that audits are off."""
     audit = {
         "audits": 0,

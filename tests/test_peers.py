@@ -29,7 +29,7 @@ def fused(graph: Path, name: str = "fused graph, FastAPI, int8") -> Server:
     return Server(name, [sys.executable, str(script), str(graph), "--port", "{port}"])
 
 
-def test_a_lean_peer_measures_itself_in_one_line(store: Path, tmp_path: Path) -> None:
+def test_a_lean_peer_prints_its_measurement_in_one_line(store: Path, tmp_path: Path) -> None:
     artifact = Store(store).open("tiny-int8")
     export_full_depth(artifact.path, tmp_path / "graph", int8=True)
     (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
@@ -90,6 +90,6 @@ def test_the_strongest_peer_gives_the_answers_of_full_depth(store: Path, tmp_pat
     assert theirs == ours
 
 
-def test_peers_say_what_they_need() -> None:
+def test_peers_declare_their_dependencies() -> None:
     for script in servers.PEERS.glob("*_app.py"):
         assert servers.dependencies(script), script

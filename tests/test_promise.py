@@ -25,7 +25,7 @@ def unlike_from(index: int) -> Profile:
 
 
 def step(promise: Promise, share: float, audit: Profile, is_repeat: bool = False) -> bool:
-    """Count an audit, and let τ rise; true if τ changed."""
+    """Count an audit, and let τ rise; returns True if τ changed."""
     before = promise.index
     promise.add(share, audit, is_repeat)
     promise.advance()
@@ -74,7 +74,7 @@ def test_tau_does_not_rise_before_the_evidence_suffices() -> None:
     assert promise.tau == 0.4  # in one step, because all agreed
 
 
-def test_texts_that_were_not_drawn_count_as_the_share_says() -> None:
+def test_texts_that_were_not_drawn_count_by_the_share() -> None:
     promise = Promise(0.1, GRID)
     for _ in range(40):
         promise.skip(0.05, 19)
@@ -98,7 +98,7 @@ def test_each_audit_is_weighted_by_the_inverse_of_its_share() -> None:
     assert evidence.mean_layers()[2] == pytest.approx(1)
 
 
-def test_a_rise_above_the_promise_voids_what_was_known() -> None:
+def test_a_rise_above_the_promise_discards_the_evidence() -> None:
     promise, rng = Promise(0.1, GRID), np.random.default_rng(3)
     while promise.tau < 0.4:
         step(promise, 1.0, CLEAN)
@@ -116,7 +116,7 @@ def test_a_rise_above_the_promise_voids_what_was_known() -> None:
     assert not any(promise.saved().detector)
     for _ in range(400):
         step(promise, 1.0, unlike_from(3 if rng.random() < 0.4 else 4))
-    assert promise.tau == 0.2  # the lower ones still hold
+    assert promise.tau == 0.2  # the lower τ still keep the promise
 
 
 def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
@@ -129,7 +129,7 @@ def test_a_calibrated_start_is_not_tested_and_falls_like_any_other() -> None:
 
 @pytest.mark.slow
 def test_few_streams_ever_break_the_promise() -> None:
-    """The next τ is just above the promise: at most 5% of 60 streams of 3,000 audits may break it."""
+    """At the third τ, the rate is just above the promise: at most 5% of 60 streams of 3,000 audits may break it."""
     rng, broken = np.random.default_rng(4), 0
     for _ in range(60):
         promise = Promise(0.1, GRID)
@@ -142,7 +142,7 @@ def test_few_streams_ever_break_the_promise() -> None:
     assert 0 < broken <= 3
 
 
-def test_a_promise_goes_on_where_another_left_off() -> None:
+def test_a_promise_continues_where_another_left_off() -> None:
     first, second = Promise(0.1, GRID), Promise(0.1, GRID)
     for n in range(150):
         step(first, 1.0, unlike_from(3 if n % 3 == 0 else 4))
@@ -169,7 +169,7 @@ def test_a_promise_goes_on_where_another_left_off() -> None:
         {"recent": [0, 0, 0, float("nan")]},
     ],
 )
-def test_what_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
+def test_a_saved_promise_that_does_not_fit_is_not_restored(change: dict[str, Any]) -> None:
     promise = Promise(0.1, GRID)
     kept = SavedPromise(0.1, 0.1, 0.0, "evidence", [0.0] * 3, 2.0, [0.0] * 4)
     with pytest.raises(ValueError, match="does not match the τ grid"):
@@ -191,7 +191,7 @@ def test_tau_rises_only_when_told_to() -> None:
     assert promise.tau < 0.4  # it falls at once
 
 
-def test_a_repeat_counts_only_against() -> None:
+def test_a_repeat_counts_only_against_a_higher_tau() -> None:
     promise, without = Promise(0.1, GRID), Promise(0.1, GRID)
     for n in range(30):
         step(promise, 1.0, unlike_from(3 if n % 10 == 0 else 4))
@@ -212,7 +212,7 @@ def test_a_repeat_counts_only_against() -> None:
     assert [promise.evidence.e_value(0.1, k) for k in range(4)] == pytest.approx(after.tolist())
 
 
-def test_the_same_texts_again_and_again_are_no_change() -> None:
+def test_repeated_texts_are_not_a_change() -> None:
     promise, rng = Promise(0.1, GRID), np.random.default_rng(5)
     texts = [unlike_from(3) if n % 30 == 0 else CLEAN for n in range(300)]
     for audit in texts:
@@ -225,7 +225,7 @@ def test_the_same_texts_again_and_again_are_no_change() -> None:
 
 
 def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
-    """A rise that is too small for the detector; the proof stays valid."""
+    """The rise is too small for the detector, and the proof stays valid."""
     promise = Promise(0.1, GRID)
     while promise.tau < 0.4:
         step(promise, 1.0, CLEAN)
@@ -238,7 +238,7 @@ def test_recent_audits_lower_tau_and_let_it_rise_again() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.02, 0.3])
-def test_what_is_recent_is_long_enough_for_a_small_promise(rate: float) -> None:
+def test_the_recent_window_is_long_enough_for_a_small_promise(rate: float) -> None:
     recent = Recent(rate, 4)
     for _ in range(20_000):
         recent.add(CLEAN.differs)
@@ -273,7 +273,7 @@ def test_bounds_are_around_the_rate_whatever_the_weights() -> None:
     assert rates[1] < 0.01 and (lower <= rates).all() and (rates <= upper).all()
 
 
-def test_a_calibrated_start_is_no_proof_for_a_strict_one() -> None:
+def test_a_calibrated_start_is_not_a_proof_for_a_strict_one() -> None:
     calibrated, strict, again = Promise(0.1, GRID, start=2), Promise(0.1, GRID), Promise(0.1, GRID, start=2)
     step(calibrated, 1.0, CLEAN)
     kept = calibrated.saved()
@@ -283,7 +283,7 @@ def test_a_calibrated_start_is_no_proof_for_a_strict_one() -> None:
     assert (again.tau, again.reason) == (0.2, "calibrated")
 
 
-def test_few_recent_audits_lower_nothing() -> None:
+def test_few_recent_audits_do_not_lower_tau() -> None:
     recent = Recent(0.1, 4)
     while recent.weight < 100:  # a third of those that count
         assert recent.allows(3) == 3
@@ -291,7 +291,7 @@ def test_few_recent_audits_lower_nothing() -> None:
     assert recent.allows(3) == 1
 
 
-def test_the_change_detector_sees_texts_that_were_not_drawn() -> None:
+def test_the_change_detector_counts_texts_that_were_not_drawn() -> None:
     promise, detector = Promise(0.1, GRID, start=2), betting.ChangeDetector(0.1, PATIENCE)
     for differs in (True, False, True):
         promise.skip(0.05, 19)
@@ -301,14 +301,14 @@ def test_the_change_detector_sees_texts_that_were_not_drawn() -> None:
     assert promise.saved().detector == detector.wealth.tolist()
 
 
-def test_after_a_reset_nothing_is_left_of_a_calibrated_start() -> None:
+def test_a_reset_discards_a_calibrated_start() -> None:
     promise, strict = Promise(0.1, GRID, start=2), Promise(0.1, GRID)
     promise.reset("reset")
     strict.restore(promise.evidence, promise.saved())
     assert (strict.tau, strict.reason) == (0.0, "reset")
 
 
-def test_a_promise_that_goes_on_keeps_the_start_of_the_one_before() -> None:
+def test_a_restored_promise_keeps_its_earlier_start() -> None:
     first, second = Promise(0.1, GRID, start=2), Promise(0.1, GRID, start=3)
     step(first, 1.0, CLEAN)
     second.restore(first.evidence, first.saved())

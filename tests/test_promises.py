@@ -34,7 +34,7 @@ events = st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 4), st.integer
 
 @settings(max_examples=60)
 @given(events)
-def test_of_two_clients_each_has_the_tau_of_its_own_texts(stream: list[tuple[str, int, int]]) -> None:
+def test_each_of_two_clients_has_the_tau_of_its_own_texts(stream: list[tuple[str, int, int]]) -> None:
     promises, alone = Promises(0.1, GRID), {"a": Promise(0.1, GRID), "b": Promise(0.1, GRID)}
     for client, first, texts in [("a", 4, 1), ("b", 4, 1), *stream]:
         for n in range(texts):
@@ -47,7 +47,7 @@ def test_of_two_clients_each_has_the_tau_of_its_own_texts(stream: list[tuple[str
             alone[client].advance()
     for client, promise in alone.items():
         own = promises.deciding(client)
-        # The other one's first text came when there was nobody to leave out.
+        # The other client's first text may count, as there was no client to leave out yet.
         assert own.evidence.texts - promise.evidence.texts in (0, 2)
         if own.evidence.texts == promise.evidence.texts:
             assert own.saved() == promise.saved() and own.index == promise.index
@@ -79,7 +79,7 @@ def test_many_easy_texts_of_one_client_raise_no_tau_but_its_own() -> None:
 
 
 def test_no_tau_stays_above_what_the_client_s_own_recent_audits_allow() -> None:
-    """Several attackers together can raise τ for the others."""
+    """Even if several attackers together raise τ for the others."""
     promises = Promises(0.1, GRID)
     for n in range(900):
         send(promises, f"attacker {n % 3}", 1)
@@ -100,7 +100,7 @@ def test_further_clients_count_as_one_until_they_send_more() -> None:
     assert len(promises.by_left_out) == MAX_CLIENTS + 2 and OTHERS in promises.by_left_out
     assert promises.by_left_out[OTHERS].evidence.texts == 10 * MAX_CLIENTS
     assert promises.choose("small 3") == promises.choose("small 99") == promises.choose(NEWCOMER)
-    send(promises, "small 3", 1)  # now it has sent more than the lightest of those that are left out
+    send(promises, "small 3", 1)  # now it has sent more than the smallest client that is left out
     assert promises.tracked()[0] == "small 3" and len(promises.tracked()) == MAX_CLIENTS
     left_out = promises.by_left_out["small 3"].evidence.texts
     send(promises, "small 3", 50)
@@ -118,7 +118,7 @@ def test_counted_clients_are_limited() -> None:
     assert len(promises.by_left_out) == MAX_CLIENTS + 2
 
 
-def test_after_a_reset_everybody_is_at_full_depth() -> None:
+def test_after_a_reset_every_client_is_at_full_depth() -> None:
     promises = Promises(0.1, GRID, start=2)
     send(promises, "a", 300)
     send(promises, "b", 300)
@@ -127,7 +127,7 @@ def test_after_a_reset_everybody_is_at_full_depth() -> None:
     assert not promises.tracked() and not promises.texts and not promises.own
 
 
-def test_what_resets_is_said() -> None:
+def test_resets_are_reported() -> None:
     promises, found = Promises(0.1, GRID, start=2), list[str]()
     promises.add("a", 1.0, CLEAN)
     promises.add("b", 1.0, CLEAN)
@@ -150,6 +150,6 @@ def test_what_resets_is_said() -> None:
         ("1/2", "1/2"),
     ],
 )
-def test_clients_of_one_network_are_one(client: str, network: str) -> None:
+def test_clients_of_one_network_are_one_party(client: str, network: str) -> None:
     assert network_of(client) == network
     assert party(client) == party(network_of(client)) and len(party(client)) == 16

@@ -69,7 +69,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert self.queue.next(2) == [item]
         assert not self.queue.has_more_urgent_than(item)
         self.queue.put(other := job(1, submitted=99))
-        assert self.queue.has_more_urgent_than(item)  # any request is
+        assert self.queue.has_more_urgent_than(item)  # any request preempts a shadow
         self.queue.requeue(item)
         assert self.queue.next(2) == other.items and self.queue.next(2) == [item]
 
@@ -129,7 +129,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:
-        """An item of a running job fails: the job's others stay in the queue, but are never scheduled."""
+        """An item of a running job fails: the job's other items stay in the queue, but are never scheduled."""
         gone = data.draw(st.sampled_from(self.waiting)).job
         gone.is_dropped = True
         self.queue.drop(gone)
@@ -143,14 +143,14 @@ class QueueMachine(RuleBasedStateMachine):
 TestQueue = QueueMachine.TestCase
 
 
-def test_short_texts_overtake_a_long_one_but_not_for_ever() -> None:
+def test_short_texts_overtake_a_long_one_but_not_forever() -> None:
     queue = WorkQueue(100)
     long = job(1, submitted=0.0, seconds=1.0)
     queue.put(long)
     for k in range(20):  # one short text every 0.1 s
         queue.put(job(1, submitted=k / 10, seconds=0.05))
     order = [queue.next()[0] for _ in range(21)]
-    assert order.index(long.items[0]) == 10  # those that arrived within its own time went first
+    assert order.index(long.items[0]) == 10  # short texts that arrived within the long one's time went first
 
 
 def promised(deadline: float, client: str = "") -> Job:
@@ -193,7 +193,7 @@ class FairMachine(RuleBasedStateMachine):
     def put_promised(self, client: str, deadline: int) -> None:
         new = promised(deadline, client)
         self.queue.put(new)
-        if client not in self.known:  # a known client keeps its account, because it overtakes in any case
+        if client not in self.known:  # a known client keeps its account: promises overtake in any case
             self.spent[client] = max(self.spent[client], self.floor)
         self.known.add(client)
         self.waiting += new.items
@@ -256,7 +256,7 @@ TestFairQueue = FairMachine.TestCase
     backlogs=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     costs=st.lists(st.sampled_from([0.125, 0.25, 0.5]), min_size=1, max_size=6),
 )
-def test_whatever_others_send_a_client_waits_for_its_share_only(
+def test_a_client_waits_only_for_its_share_whatever_others_send(
     backlogs: list[int], costs: list[float]
 ) -> None:
     """The text of a new client is served after at most one text of each other client."""
@@ -274,7 +274,7 @@ def test_whatever_others_send_a_client_waits_for_its_share_only(
     assert len(before) == len(set(before))
 
 
-def test_a_client_cannot_save_up_nor_shed_its_debts_by_a_pause() -> None:
+def test_a_client_can_neither_save_up_time_nor_lose_debts_by_pausing() -> None:
     queue = WorkQueue(100)
     for _ in range(10):
         queue.put(job(1, client="busy"))
@@ -295,7 +295,7 @@ def test_a_client_cannot_save_up_nor_shed_its_debts_by_a_pause() -> None:
     assert [queue.next()[0].job.client for _ in range(3)][-1] == "debtor"
 
 
-def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
+def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
     engine = Engine(1, 100)
     engine.submit(job(1, client="patient"))
     engine.queue.charge(job(1, client="greedy"), 2 * MAX_LEAD_S)
@@ -308,7 +308,7 @@ def test_who_has_had_more_than_others_that_wait_gets_no_promises() -> None:
     assert asking.is_promised
 
 
-def test_a_client_that_had_promises_alone_owes_nothing_to_who_comes_later() -> None:
+def test_a_client_whose_promises_ran_alone_owes_nothing_to_later_clients() -> None:
     queue = WorkQueue(100)
     for _ in range(50):
         queue.put(promised(0, "early"))
@@ -358,7 +358,7 @@ def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.integers(1, 4), max_size=12), st.integers(1, 4))
-def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int) -> None:
+def test_a_closed_queue_schedules_each_accepted_item_once(sizes: list[int], threads: int) -> None:
     queue = WorkQueue(100)
     submitted = [job(n, group_s=MAX_STEP_S / 3) for n in sizes]
     taken: list[Any] = []
@@ -381,7 +381,7 @@ def test_closing_hands_out_what_was_accepted_once(sizes: list[int], threads: int
 
 
 def test_shadows_can_be_dropped() -> None:
-    """When their models are unloaded; a running one does not come back."""
+    """As when their models are unloaded; a running one is not requeued."""
     queue = WorkQueue(10)
     queue.put(shadow := job(3, is_shadow=True))
     item = queue.next()[0]
@@ -412,7 +412,7 @@ def test_audits_wait_until_nothing_is_pending() -> None:
     queue.wait_until_empty(0.01)  # not longer than the time-out
 
 
-def test_shadows_go_when_the_queue_is_closed() -> None:
+def test_shadows_are_dropped_when_the_queue_is_closed() -> None:
     queue = WorkQueue(10)
     shadow, real = job(3, is_shadow=True), job(1)
     queue.put(shadow)
@@ -423,7 +423,7 @@ def test_shadows_go_when_the_queue_is_closed() -> None:
     assert (queue.next(), queue.next()) == (real.items, [])
 
 
-def test_short_texts_come_together_within_their_limits() -> None:
+def test_short_texts_are_grouped_within_their_limits() -> None:
     queue = WorkQueue(100)
     for n, seconds, share in ((3, 1.0, 4), (4, 1.0, 4), (1, 9.0, 0.5)):
         queue.put(job(n, seconds=seconds, group_s=MAX_STEP_S / share))
@@ -436,7 +436,7 @@ def test_a_short_text_does_not_wait_for_long_ones() -> None:
     queue = WorkQueue(100)
     for share in (16, 16, 4, 16):
         queue.put(job(1, group_s=MAX_STEP_S / share))
-    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last waits for the long one anyway
+    assert [len(queue.next()) for _ in range(2)] == [2, 2]  # the last would wait for the long one anyway
 
 
 def test_texts_before_the_same_layer_share_their_steps() -> None:
@@ -462,7 +462,7 @@ def test_texts_before_the_same_layer_share_their_steps() -> None:
     assert len(full) == 4 and queue.next() == [fifth]
 
 
-def test_only_another_client_that_was_active_lately_limits_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_another_recently_active_client_limits_promises(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("de3.server.engine.queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
@@ -488,7 +488,7 @@ def test_a_client_is_preempted_once_it_leads_by_enough() -> None:
     assert queue._clients[running.client].spent == 1.25 * PREEMPTION_LEAD_S
 
 
-def test_half_of_the_idle_clients_are_forgotten_and_none_that_is_pending(
+def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("de3.server.engine.queue.MAX_CLIENTS", 10)
@@ -512,7 +512,7 @@ def test_shadows_are_charged_to_no_client() -> None:
     assert queue.next()[0].job.client == "a"
 
 
-def test_what_is_due_later_is_counted_without_what_was_dropped() -> None:
+def test_texts_that_are_due_later_are_counted_without_dropped_ones() -> None:
     queue = WorkQueue(100)
     queue.put(job(2, submitted=0.0, seconds=1.0))  # due at 1 and 2
     queue.put(promised(3.0))

@@ -9,7 +9,7 @@ from de3.deploy.ray import repeat
 
 
 def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
-    """The messages that an application behind the middleware sends for a request of these messages."""
+    """The messages that an application behind the middleware sends if the request arrives as these messages."""
     sent, left = [], list(came)
 
     async def receive() -> Any:
@@ -22,7 +22,7 @@ def answer_of(middleware: repeat.Repeat, *came: dict[str, Any]) -> list[Any]:
     return sent
 
 
-def test_what_got_no_answer_is_asked_once_more_unless_nobody_waits() -> None:
+def test_an_unanswered_request_is_repeated_once_unless_its_client_left() -> None:
     calls = []
 
     async def dies(_: Any, receive: Any, send: Any) -> None:

@@ -20,7 +20,7 @@ def test_a_new_calibration_is_a_new_version_of_the_same_model(store: Path, tmp_p
     de3(f"calibrate tiny-int8 --tune {tune} --certify {certify} --store {mine} --max-loss 3")
     old, new = (Store(mine).open(f"tiny-int8:{version}").manifest for version in (1, 2))
     assert new.calibration is not None and old.calibration is not None
-    # With so few samples both files certify.
+    # With so few samples, both files certify.
     assert (new.calibration.tune_size, new.calibration.certify_size) == (120, 270)
     assert new.calibration != old.calibration
     assert (new.files, new.labels, new.export) == (old.files, old.labels, old.export)
@@ -42,7 +42,7 @@ def test_a_calibration_on_unknown_labels_publishes_nothing(store: Path, tmp_path
     assert [p.name for p in (mine / "tiny").iterdir()] == ["1"]
 
 
-def test_a_promise_needs_samples_of_its_own(store: Path, tmp_path: Path) -> None:
+def test_a_certificate_needs_its_own_samples(store: Path, tmp_path: Path) -> None:
     same = write_rows(tmp_path / "same.jsonl", make_rows(60, 35))
     with pytest.raises(ValueError, match=r"60 of its texts are in .*same.jsonl too"):
         de3(f"calibrate tiny --tune {same} --certify {same} --store {store}")

@@ -69,7 +69,7 @@ def server(imported: Path) -> Iterator[Server]:
         yield running
 
 
-def test_an_artifact_knows_its_tolerance(imported: Path) -> None:
+def test_an_artifact_records_its_tolerance(imported: Path) -> None:
     artifact = Store(imported / "store").open("praise")
     manifest = artifact.manifest
     assert (manifest.labels, manifest.tolerance, manifest.prototype_layers) == (["praise"], TOLERANCE, [])
@@ -106,7 +106,7 @@ def test_full_depth_gives_the_values_of_transformers(server: Server, stock: Path
     assert (listed["tolerance"], listed["labels"], listed["signals"]) == (TOLERANCE, ["praise"], ["risk"])
 
 
-def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> None:
+def test_answers_are_the_same_layer_by_layer_and_in_the_kernels(imported: Path) -> None:
     texts = [text for text, _ in make_rows(60, 77)]
     for runtime in ("auto", "onnxruntime"):
         with serving(imported / "store", models=["praise"], runtime=runtime) as server:
@@ -133,7 +133,7 @@ def test_layer_by_layer_and_in_the_kernels_it_is_the_same(imported: Path) -> Non
             assert deepest["exit"]["reason"] == "max_layer" and deepest["exit"]["score"] is not None
 
 
-def test_wishes_of_the_calibration_are_met(server: Server) -> None:
+def test_calibrated_targets_are_met(server: Server) -> None:
     texts = [text for text, _ in make_rows(20, 5)]
     answer = server.classify(input=texts, max_disagreement=0.5, explain=True).json()
     assert answer["certificate"]["bound"] <= 0.5
@@ -154,7 +154,7 @@ def test_wishes_of_the_calibration_are_met(server: Server) -> None:
         ({"lambda": 0}, "needs classes", "lambda"),
     ],
 )
-def test_what_needs_classes_is_refused(
+def test_options_that_need_classes_are_refused(
     server: Server, options: dict[str, Any], message: str, field: str
 ) -> None:
     answer = server.classify(input="a", **options)
@@ -274,7 +274,7 @@ def test_the_decision_on_a_value_is_that_of_the_exit_rule(
         assert math.isnan(kernels.score(buffers, code, 1.0, None, None))
 
 
-def test_values_that_are_not_numbers_never_leave_early(kernels: Any) -> None:
+def test_values_that_are_not_numbers_never_exit_early(kernels: Any) -> None:
     signal = Risk(((0.0, -1.0, 1.0, 0.0, 0.0),) * 2)
     for values in ([math.nan], [1.0, math.nan], [math.inf], [0.0, -math.inf]):
         readings = [ExitRule(1, signal).read(layer, [x], None) for layer, x in enumerate(values)]
@@ -316,7 +316,7 @@ def test_the_import_asks_for_a_tolerance(stock: Path, tmp_path: Path) -> None:
         assert says in refusal(f"{command} --tolerance 0.5 {option}")
 
 
-def test_a_tolerance_is_of_regression_models_only(tmp_path: Path) -> None:
+def test_a_tolerance_is_for_regression_models_only(tmp_path: Path) -> None:
     folder = save_encoder(tmp_path / "m", labels=2)
     texts = tmp_path / "texts.txt"
     texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 12)))
@@ -391,7 +391,7 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[int, int]]) -> None:
         assert correlation(values, labels) == pytest.approx(expected, abs=1e-9)
 
 
-def test_the_weights_of_a_value_are_three(imported: Path, tmp_path: Path) -> None:
+def test_the_risk_of_a_regression_model_has_three_weights(imported: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(imported / "store", tmp_path / "store")) / "praise/1/manifest.json"
     manifest = json.loads(path.read_text())
     manifest["risk"][0]["weights"][3] = 1.0
@@ -434,7 +434,7 @@ def test_a_long_text_in_windows(server: Server) -> None:
     assert min(values) <= row["value"] <= max(values) and row["probs"] is None
 
 
-def test_a_value_that_is_not_a_number_is_unlike_any() -> None:
+def test_a_value_that_is_not_a_number_differs_from_every_value() -> None:
     values = np.array([[[np.nan], [1.0]]], np.float32)
     recorded = Recorded([1, 2], values, np.full_like(values, np.nan), np.array([1.0]), tolerance=0.5)
     assert recorded.correct.tolist() == [[False, True]] and recorded.differs.tolist() == [[True, False]]

@@ -1,4 +1,4 @@
-"""A release: its version is the same everywhere, and its workflows run only what they name exactly."""
+"""A release: its version is the same everywhere, and its workflows pin the actions that they run."""
 
 import re
 import tomllib
@@ -14,7 +14,7 @@ VERSION = tomllib.loads(Path("pyproject.toml").read_text())["project"]["version"
 WORKFLOWS = sorted(Path(".github/workflows").glob("*.yml"))
 
 
-def test_de3_says_its_version() -> None:
+def test_de3_prints_its_version() -> None:
     assert de3("--version") == f"de3 {VERSION}\n"
 
 
@@ -43,7 +43,7 @@ def test_workflows_pin_their_actions_and_may_only_read(file: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["bug", "feature"])
-def test_the_forms_for_issues_ask_for_what_reproduces(form: str) -> None:
+def test_issue_forms_ask_for_what_reproduces_the_problem(form: str) -> None:
     fields = yaml.safe_load(Path(f".github/ISSUE_TEMPLATE/{form}.yml").read_text())["body"]
     asked = " ".join(str(field["attributes"]) for field in fields)
     assert "de3 --version" in asked and "/v1/models" in asked and "command" in asked

@@ -169,7 +169,7 @@ def test_a_failed_request_says_why_in_its_trace(server: Server, spans: InMemoryS
     )
 
 
-def test_a_long_list_has_few_spans(server: Server, spans: InMemorySpanExporter) -> None:
+def test_a_large_batch_has_few_spans(server: Server, spans: InMemorySpanExporter) -> None:
     post(server, input=["good"] * 100)
     until(lambda: any(s.name == "POST /classify" for s in spans.get_finished_spans()), "the spans")
     assert sum(s.name == "text" for s in spans.get_finished_spans()) == MAX_TEXTS

@@ -23,7 +23,7 @@ def features(n: int, seed: int) -> np.ndarray:
 
 
 def gradient(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The gradient of the ridge regression that `regress` solves, by standardized features' weights; reimplemented."""
+    """Gradient of the ridge regression of `regress`, for the weights of standardized features; reimplemented."""
     mean, spread = x[:, 1:].mean(0), x[:, 1:].std(0)
     inside = np.array([weights[0] + weights[1:] @ mean, *(weights[1:] * spread)])
     error = 1 / (1 + np.exp(-x @ weights)) - targets
@@ -55,7 +55,7 @@ def test_weights_are_finite_and_optimal_whatever_the_targets(n: int, seed: int, 
     }[kind].astype(float)
     found = risk.regress(x, targets)
     assert np.isfinite(found).all() and np.abs(found).max() < 1e4
-    # In a few rows a feature may hardly vary, and then has no weight.
+    # In a few rows, a feature may hardly vary, and then gets no weight.
     varies = x.std(0) > risk.LEAST_SPREAD * (1 + np.abs(x.mean(0)))
     varies[0] = True
     assert (found[~varies] == 0).all()
@@ -76,7 +76,7 @@ def test_a_feature_that_does_not_vary_gets_no_weight() -> None:
     assert found[[0, 1, 3]] == pytest.approx(alone, rel=1e-6)
 
 
-def test_the_weights_of_exits_that_are_sure_of_everything_fit_a_manifest() -> None:
+def test_the_weights_of_exits_that_are_always_sure_fit_a_manifest() -> None:
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 2, 500)
     margin = 17 + rng.random(500)  # entropies of about 1e-6, all similar
@@ -108,7 +108,7 @@ def test_an_exit_without_prototypes_has_no_weight_for_them() -> None:
     assert [w[4] for w in fitted.weights[:2] if w is not None] == [0, 0]
 
 
-def test_it_needs_no_labels() -> None:
+def test_the_fit_needs_no_labels() -> None:
     r = recorded(300)
     assert risk.fit(r) == risk.fit(Recorded(r.exit_layers, r.logits, r.distances, np.zeros_like(r.labels)))
 
@@ -151,7 +151,7 @@ def weights(rng: np.random.Generator) -> Weights:
 
 
 @pytest.mark.parametrize("classes", [2, 3, 20])
-def test_many_at_once_are_as_one_at_a_time(classes: int) -> None:
+def test_many_at_once_match_one_at_a_time(classes: int) -> None:
     rng = np.random.default_rng(classes)
     logits = rng.normal(0, 3, (300, 4, classes)).astype(np.float32)
     distances = rng.uniform(-1e-7, 2, logits.shape).astype(np.float32)
@@ -170,7 +170,7 @@ def test_many_at_once_are_as_one_at_a_time(classes: int) -> None:
                 assert scores[i, j] == pytest.approx(one, abs=1e-9)
 
 
-def test_scores_of_any_size_are_probabilities_and_nan_is_no_exit() -> None:
+def test_scores_of_any_size_are_probabilities_or_nan() -> None:
     signal = Risk(((1e6, 1e6, 0.0, 0.0, 0.0), (-1e6, -1e6, 0.0, 0.0, 0.0), None))
     readings = [read(layer, [80.0, -80.0], None) for layer in range(2)]
     assert signal.score(readings[:1]) == pytest.approx(1)
@@ -186,7 +186,7 @@ def test_the_features_are_what_they_say() -> None:
     assert bare == pytest.approx([*row[:4], 0])
 
 
-def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
+def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
     """For exits that are not on every layer."""
     r = replace(recorded(500), exit_layers=[1, 4, 6])
     fitted = risk.fit(r)
@@ -199,7 +199,7 @@ def test_each_exit_is_fitted_to_where_it_disagrees_itself() -> None:
 
 @pytest.mark.parametrize("margin", [1.0, 25.0, 60.0])
 @pytest.mark.parametrize("distance", [0.5, 1e-11, 0.0])
-def test_exits_that_are_sure_of_everything_have_the_same_risk_alone_and_in_arrays(
+def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
     """Both take logarithms of 1e-12 at least."""

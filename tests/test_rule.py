@@ -1,4 +1,4 @@
-"""The decision: strictly below τ, the first such exit, else the last."""
+"""The decision: the first exit whose score is strictly below τ, else the last exit."""
 
 import math
 

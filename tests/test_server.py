@@ -139,7 +139,7 @@ def test_explain_shows_every_exit_passed(server: Server) -> None:
 
 
 @pytest.mark.parametrize("max_layer", [0, 1, 2, 3])
-def test_max_layer_is_where_it_ends(server: Server, max_layer: int) -> None:
+def test_max_layer_ends_a_text(server: Server, max_layer: int) -> None:
     row = server.classify(input="it is the film", tau=0, max_layer=max_layer).json()["data"][0]
     assert row["exit"]["layer"] == max_layer
     assert row["exit"]["reason"] == ("last_layer" if max_layer == 3 else "max_layer")
@@ -268,7 +268,7 @@ def test_bad_input_is_explained_and_survived(
     assert server.classify(input="fine").status_code == 200
 
 
-def test_a_body_that_does_not_say_its_length_is_cut_off(server: Server) -> None:
+def test_a_body_without_a_length_is_cut_off(server: Server) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(40):
             yield b"x" * 2**16
@@ -394,7 +394,7 @@ def test_metrics_count_what_happened(server: Server) -> None:
     rows = server.classify(input=TEXTS[:20], tau=0.3).json()["data"]
     layers = [row["exit"]["layer"] for row in rows]
     server.classify(input="")
-    until(lambda: server.service.in_flight == 0, "the requests to end")  # their clients may be faster
+    until(lambda: server.service.in_flight == 0, "the requests to end")  # clients may be answered earlier
     after = read()
 
     def grew(name: str) -> float:

@@ -119,7 +119,7 @@ def test_a_client_that_does_not_read_occupies_no_slot(store: Path) -> None:
             assert server.classify(input="good").status_code == 200
 
 
-def test_a_body_that_does_not_come_is_408(store: Path) -> None:
+def test_a_body_that_does_not_arrive_is_408(store: Path) -> None:
     with (
         serving(store, body_timeout_s=0.1) as server,
         socket.create_connection(("127.0.0.1", server.port)) as s,
@@ -147,7 +147,7 @@ def test_a_panic_in_a_library_does_not_end_an_engine_thread(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Panic(BaseException):
-        """An error as the Rust libraries raise it: not an Exception."""
+        """An error like those of the Rust libraries, which are not Exceptions."""
 
     def panic(*_: object) -> None:
         raise Panic
@@ -181,14 +181,14 @@ def test_one_bad_text_frees_the_room_of_its_request(store: Path, monkeypatch: py
         assert other.result().status_code == 200
 
 
-def test_a_head_that_does_not_come_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_does_not_arrive_is_cut_off(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_TIMEOUT_S", 0.1)
     with serving(store) as server:
         for start in (b"", b"POST /classify HTTP/1.1\r\nHost:"):
             with socket.create_connection(("127.0.0.1", server.port), timeout=20) as s:
                 s.sendall(start)
                 assert s.recv(100) == b""
-        monkeypatch.undo()  # a busy client needs longer
+        monkeypatch.undo()  # 0.1 s is too short on a busy machine
         assert server.classify(input="good").status_code == 200
 
 
@@ -223,7 +223,7 @@ def test_not_ready_while_loading_then_ready(store: Path, monkeypatch: pytest.Mon
         ({"timeout_s": 0}, "timeout_s"),
     ],
 )
-def test_settings_check_themselves(settings: dict, message: str) -> None:
+def test_inconsistent_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
 
@@ -377,7 +377,7 @@ def test_a_slow_reader_gets_everything(store: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("protocol", "header"), [("websocket", "upGRADE"), ("h2c", "Upgrade")])
 def test_an_upgrade_is_not_offered_and_costs_no_request(store: Path, protocol: str, header: str) -> None:
-    """Java's client asks for one in each first request; without our handling, the parser would lose the body."""
+    """Java's client asks for one in its first request; without our handling, the parser would lose the body."""
     body = b'{"input": "good film"}'
     head = "POST /classify HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
     head += f"{header}: {protocol}\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\n"

@@ -28,12 +28,12 @@ def test_every_setting_is_a_flag_and_a_variable_with_help() -> None:
         assert variable(name) in text, name
 
 
-def test_variables_that_are_no_settings_are_found() -> None:
+def test_unknown_variables_are_found() -> None:
     environment = dict.fromkeys((*VARIABLES, "DE3_ADMIN_KEY", "HOME", "DE3_TUA", "DE3_MAX_QUEU"), "1")
     assert unknown_variables(environment) == ["DE3_MAX_QUEU", "DE3_TUA"]
 
 
-def test_they_are_warned_about_at_start(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_warns_of_unknown_variables(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DE3_MODELS", "tiny-int8 tiny")
     monkeypatch.setenv("DE3_MAX_QUEU", "5")
     monkeypatch.setenv("DE3_MAX_TEXTS", "3")

@@ -1,4 +1,4 @@
-"""The signal of a request over HTTP, with and without risk, with the kernels and layer by layer."""
+"""A request's choice of signal over HTTP, with and without risk, with the kernels and layer by layer."""
 
 import json
 import shutil
@@ -123,7 +123,7 @@ def test_another_signal_without_tau_is_about_as_cautious(server: Server, manifes
 
 
 @pytest.mark.parametrize("wish", [{"target_speedup": 2.0}, {"max_disagreement": 0.1}])
-def test_a_wish_is_fulfilled_by_the_signal_that_is_named(
+def test_a_target_is_met_with_the_chosen_signal(
     server: Server, manifest: Manifest, wish: dict[str, float]
 ) -> None:
     assert manifest.calibration is not None
@@ -161,7 +161,7 @@ UNKNOWN = {"lambda": 77}  # the calibration has no such signal
         ({"signal": "edr", "lambda": 101}, "lambda", "allowed: 0 to 100"),
     ],
 )
-def test_a_signal_that_cannot_be_is_explained(
+def test_a_refused_signal_is_explained(
     server: Server, fields: dict[str, Any], param: str, message: str
 ) -> None:
     answer = server.classify(input="a film", **fields)

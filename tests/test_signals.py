@@ -88,7 +88,7 @@ def test_edr_is_the_papers_formula(h: float, dr: float, lam: float) -> None:
 @given(
     arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(2, 9)), elements=st.floats(-50, 50, width=32))
 )
-def test_many_at_once_are_as_one_at_a_time(logits: np.ndarray) -> None:
+def test_many_at_once_match_one_at_a_time(logits: np.ndarray) -> None:
     distances = np.abs(np.sin(logits))
     h = formulas.entropy(formulas.softmax(logits))
     dr = formulas.distance_ratio(logits, distances)

@@ -77,12 +77,12 @@ def test_versions_are_numbers(copy: Path) -> None:
         ("../store/tiny", "no model"),
     ],
 )
-def test_a_model_that_is_not_there(store: Path, name: str, message: str) -> None:
+def test_an_unknown_model_is_refused(store: Path, name: str, message: str) -> None:
     with pytest.raises(UnknownModelError, match=message):
         Store(store).open(name)
 
 
-def test_no_store(tmp_path: Path) -> None:
+def test_a_missing_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such store"):
         Store(tmp_path / "nowhere").versions()
 
@@ -194,7 +194,7 @@ def test_an_unsound_manifest_is_refused_with_the_reason(copy: Path, change: Call
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00", "[" * 100_000])
-def test_a_manifest_that_is_no_manifest(copy: Path, text: str) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_refused(copy: Path, text: str) -> None:
     (copy / "manifest.json").write_text(text)
     with pytest.raises(StoreError, match=r"manifest.json: "):
         open_model(copy)
@@ -290,7 +290,7 @@ def test_a_taken_version_is_never_replaced(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../x", "Upper", "a b", ".hidden", "x" * 65])
-def test_a_name_that_a_store_cannot_hold(tmp_path: Path, name: str) -> None:
+def test_an_invalid_name_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(StoreError, match="must match"), Store(tmp_path).new_version(name):
         pass
 
@@ -359,7 +359,7 @@ def test_an_artifact_has_a_limit_for_all_of_its_files(store: Path, monkeypatch: 
         artifact.size()
 
 
-def test_a_file_is_no_version(tmp_path: Path) -> None:
+def test_a_file_is_not_a_version(tmp_path: Path) -> None:
     (tmp_path / "m" / "2").mkdir(parents=True)
     (tmp_path / "m" / "7").write_text("")
     (tmp_path / "other").write_text("")

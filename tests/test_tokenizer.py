@@ -90,8 +90,11 @@ texts = st.lists(
 @settings(max_examples=40)
 @given(text=texts, pair=st.none() | texts, room=st.sampled_from([12, 60, 510]))
 def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
-    """In a window with an even number of tokens. With an odd number, the tokenizer gives the extra one to the longer
-    text, which is unknown until both are tokenized completely; ours gives it to the first."""
+    """If the window has room for an even number of tokens.
+
+    Of an odd number, the tokenizer gives the extra one to the longer text, which is unknown until both are tokenized
+    completely; ours gives it to the first.
+    """
     tokenizer = MADE[kind]
     limit = room + tokenizer.num_special_tokens_to_add(pair is not None)
     most = MAX_CHARS_PER_TOKEN * limit
@@ -107,7 +110,7 @@ def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | 
 
 
 @pytest.mark.parametrize("kind", MADE)
-def test_no_piece_is_long_and_what_is_beyond_the_window_is_left(
+def test_no_piece_is_long_and_text_beyond_the_window_is_not_tokenized(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer, pieces = TextTokenizer(MADE[kind], 64), []
@@ -154,7 +157,7 @@ def test_wordpiece_has_the_same_tokens_without_white_space_too(text: str, room: 
     assert tokens.ids[0].tolist() == whole(tokenizer, text[: MAX_CHARS_PER_TOKEN * limit], None, limit)[0]
 
 
-def test_too_long_and_not_to_be_cut() -> None:
+def test_a_text_that_is_too_long_is_refused_without_truncation() -> None:
     tokenizer = TextTokenizer(MADE["wordpiece"], 64)
     for text, says in (
         ("good film " * 60, "has 122 tokens, the model takes at most 64"),

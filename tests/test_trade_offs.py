@@ -35,7 +35,7 @@ def test_a_bound_needs_errors_among_samples(errors: int, n: int) -> None:
 
 
 @given(st.integers(1, 400), st.data())
-def test_the_bound_is_where_so_few_errors_become_unlikely(n: int, data: st.DataObject) -> None:
+def test_at_the_bound_so_few_errors_have_a_probability_of_5_percent(n: int, data: st.DataObject) -> None:
     errors = data.draw(st.integers(0, n - 1))
     bound = guarantee.upper_bound(errors, n)
     cdf = sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(errors + 1))
@@ -95,11 +95,11 @@ def test_more_disagreement_never_gives_a_smaller_tau(seed: int, wanted: list[flo
         assert all(o.disagreement_bound > most for o in trade_offs.rows if o.tau > row.tau)
 
 
-def test_a_wish_too_small_for_any_early_exit_is_full_depth() -> None:
+def test_a_limit_too_small_for_any_early_exit_is_full_depth() -> None:
     assert TradeOffs(table()).within_disagreement(0.0).tau == 0
 
 
-def test_steps_under_load_are_faster_each_and_stop_at_the_floor() -> None:
+def test_steps_under_load_get_faster_and_stop_at_the_floor() -> None:
     trade_offs = TradeOffs(table(n=2000))
     full = trade_offs.rows[0].accuracy
     steps = trade_offs.under_load(0.01, full - 0.05, 1.0)
@@ -138,7 +138,7 @@ def test_alike_windows_do_not_drift_and_others_do() -> None:
     assert reference.ks(alike, KNOWN) < 0.1 < 0.3 < reference.ks(other, KNOWN)
 
 
-def test_many_equal_values_are_no_drift() -> None:
+def test_many_equal_values_are_not_drift() -> None:
     rng = np.random.default_rng(2)
     values = np.maximum(0.0, rng.normal(size=4000)) * 1e-6 * rng.integers(0, 2, 4000)  # mostly 0: confident
     known = reference.quantiles(values)
@@ -148,7 +148,7 @@ def test_many_equal_values_are_no_drift() -> None:
 
 
 @given(st.floats(-5, 50), st.floats(-5, 50))
-def test_the_further_the_more_unusual(a: float, b: float) -> None:
+def test_farther_values_are_more_unusual(a: float, b: float) -> None:
     low, high = sorted((a, b))
     assert 1 >= reference.tail(low, KNOWN) >= reference.tail(high, KNOWN) >= reference.LEAST_TAIL
     scores = [reference.ood_score([x, 1.0], [KNOWN, KNOWN]) for x in (low, high)]
@@ -156,7 +156,7 @@ def test_the_further_the_more_unusual(a: float, b: float) -> None:
     assert 0 <= scores[0] <= scores[1] < 1
 
 
-def test_a_tail_is_the_share_of_calibration_beyond() -> None:
+def test_a_tail_is_the_share_of_calibration_beyond_a_value() -> None:
     for level in (0.1, 0.5, 0.95, 0.99):
         assert reference.tail(float(np.quantile(SAMPLE, level)), KNOWN) == pytest.approx(1 - level, abs=0.01)
     assert reference.tail(99.0, KNOWN) == reference.LEAST_TAIL

@@ -59,7 +59,7 @@ def test_it_learns_and_the_layers_get_better(checkpoint: Path) -> None:
     }
 
 
-def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
+def test_held_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path) -> None:
     rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
     names = ["negative", "positive"]
     parts = splits.split(datas.to_examples(rows, names), seed=0, held_back=300)
@@ -67,7 +67,7 @@ def test_kept_back_samples_are_not_trained_on(checkpoint: Path, data_file: Path)
     assert datas.load_examples(checkpoint / "certify.jsonl", names) == parts.certify
 
 
-def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, few: Path, encoder: Path) -> None:
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, few: Path, encoder: Path) -> None:
     de3(common(few, encoder, tmp_path / "whole") + " --epochs 3 --patience 1")
     model_parts = _parts(few, encoder)
     settings = TrainSettings(lr=1e-3, batch_size=64, epochs=3, bf16=False, patience=1)
@@ -96,7 +96,7 @@ def test_a_resumed_run_ends_where_the_unbroken_one_does(tmp_path: Path, few: Pat
 
 
 def _parts(data_file: Path, encoder: Path) -> tuple[De3Model, object, splits.Split]:
-    """The parts that the command builds from its arguments."""
+    """The model, tokenizer and split that the command makes from its arguments."""
     from transformers import AutoTokenizer
 
     rows = datas.rename(tables.read_rows(data_file, tables.Columns("sentence")), "negative,positive")
@@ -142,7 +142,7 @@ def test_distillation_follows_the_teacher(
     assert (said != encoded.labels.numpy()).mean() > 0.7
 
 
-def test_a_teacher_that_saw_the_kept_back_samples_is_refused(
+def test_a_teacher_that_saw_the_held_back_samples_is_refused(
     checkpoint: Path, data_file: Path, encoder: Path
 ) -> None:
     _, _, parts = _parts(data_file, encoder)
@@ -226,7 +226,7 @@ def test_groups_of_a_column_stay_in_one_part(tmp_path: Path, encoder: Path) -> N
         ),
     ],
 )
-def test_a_group_column_that_cannot_be(
+def test_an_invalid_group_column_is_refused(
     tmp_path: Path, data_file: Path, encoder: Path, arguments: str, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -274,7 +274,7 @@ def test_altered_copies_are_labelled_by_the_teacher(tmp_path: Path, few: Path, e
     assert len(load_file(cache)["logits"]) == 3 * len(parts.train)
 
 
-def test_long_work_says_in_a_log_how_far_it_is(
+def test_long_work_logs_its_progress(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     clock = iter(range(0, 1000, 15))

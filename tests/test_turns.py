@@ -1,4 +1,4 @@
-"""More requests than the event loop can start at once start in rotation over the networks."""
+"""Requests beyond what the event loop can start at once start in rotation over the networks."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from de3.server.http.turns import AT_ONCE, Turns
 
 
 def order_of(requests: list[str]) -> list[list[str]]:
-    """The networks whose requests start in each iteration of the event loop, for requests that come in one."""
+    """The networks whose requests start in each iteration of the event loop, if all requests arrive in one."""
 
     async def go() -> list[list[str]]:
         turns, rounds = Turns(), [list[str]()]
@@ -25,7 +25,7 @@ def order_of(requests: list[str]) -> list[list[str]]:
     return asyncio.run(go())
 
 
-def test_a_client_alone_starts_as_much_as_it_sends_in_its_order() -> None:
+def test_a_lone_client_starts_its_requests_without_delay() -> None:
     assert order_of(["a"] * AT_ONCE) == [["a"] * AT_ONCE]
     assert order_of(["a"] * 3 * AT_ONCE) == [["a"] * AT_ONCE] * 3
 
@@ -37,7 +37,7 @@ def test_beside_a_crowd_another_network_starts_in_the_next_iteration() -> None:
     assert len(rounds) == -(-1002 // AT_ONCE)
 
 
-def test_what_comes_later_waits_behind_nobody_but_its_own_network() -> None:
+def test_a_later_request_waits_only_behind_its_own_network() -> None:
     async def go() -> int:
         turns, started = Turns(), list[str]()
         for _ in range(500):

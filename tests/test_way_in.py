@@ -141,7 +141,9 @@ def test_an_unfinished_training_is_not_used(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_what_cannot_be_exported_is_not_trained(kind: str, data_file: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_cannot_be_exported_is_not_trained(
+    kind: str, data_file: Path, tmp_path: Path
+) -> None:
     AutoConfig.for_model(kind).save_pretrained(tmp_path / "encoder")
     message = refusal(training(data_file, tmp_path / "encoder", tmp_path / "out"))
     assert f"{kind!r} cannot be exported; supported: bert, roberta, xlm-roberta, camembert" in message
@@ -186,7 +188,7 @@ def test_unknown_words_are_counted(encoder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory, encoder: Path) -> Callable[[str], Path]:
-    """A data file of pairs, a checkpoint trained on it, and its artifact; made once."""
+    """Paths by name: data.jsonl (pairs), a checkpoint trained on it, and a store with its artifact; made once."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"a": text, "b": text, "label": label} for text, label in make_rows(600, 3)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -210,7 +212,7 @@ def test_a_model_of_pairs_takes_pairs(pairs: Callable[[str], Path]) -> None:
     assert "these are single texts" in message
 
 
-def test_a_server_refuses_what_the_model_does_not_take(pairs: Callable[[str], Path]) -> None:
+def test_a_server_refuses_inputs_that_the_model_does_not_take(pairs: Callable[[str], Path]) -> None:
     pair = {"text": "good", "text_pair": "bad"}
     with serving(pairs("store")) as server:
         assert server.classify(input=[pair, pair]).status_code == 200
@@ -283,7 +285,7 @@ def recorded(labels: list[int], answers: list[int]) -> Recorded:
     return Recorded([1], logits, np.full_like(logits, np.nan), np.array(labels))
 
 
-def test_weak_numbers_are_called_weak() -> None:
+def test_weak_results_are_called_weak() -> None:
     few = weaknesses(recorded([0, 1] * 15, [0, 1] * 9 + [1, 0] * 6), ["no", "yes"])
     assert "30 samples are few" in few[0] and "has learned little" in few[1]
     majority = weaknesses(recorded([0, 0, 0, 1] * 500, [0] * 2000), ["no", "yes"])

@@ -67,7 +67,7 @@ def wheel(dist: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def user(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an environment, env, into which the wheel was installed; output has the output of try.sh."""
+    """A folder with an environment, env, in which the wheel is installed, and the output of try.sh in output."""
     folder = tmp_path_factory.mktemp("user") / "home"
     ported = ENVIRONMENT | {"PORT": str(free_port())}
     output = run(ROOT / "deploy/release/try.sh", wheel, sys.executable, folder, cwd=wheel.parent, env=ported)
@@ -104,11 +104,11 @@ def test_the_checksums_are_those_of_the_files(dist: Path) -> None:
 
 def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
     output = (user / "output").read_text()
-    print(output)  # the seconds, for pytest -rP
+    print(output)  # the timings, for pytest -rP
     assert '"label":"positive"' in output
     assert re.search(
         r"^runtime: (native, \w+|onnxruntime)$", output, re.M
-    )  # the one expected on this processor
+    )  # either, depending on the processor
     assert run(user / "env/bin/python", "-c", "import de3; print(de3.__file__)", cwd=user).startswith(
         str(user)
     )

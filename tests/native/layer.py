@@ -2,7 +2,7 @@
 
     python layer.py FOLDER
 
-FOLDER holds the package de3 with its extension. For Pythons that have no other packages, as one in an emulator.
+FOLDER holds the package de3 with its extension. For a Python without other packages, such as one in an emulator.
 """
 
 import random
@@ -45,7 +45,7 @@ def main() -> None:
     for name, values in found.items():
         errors = sorted(abs(a - b) for a, b in zip(values, expected, strict=True))
         print(f"{name}: median difference {errors[len(errors) // 2]:.1e}, largest {errors[-1]:.1e}")
-        # A rounding error may end in another step of a quantization.
+        # A rounding error may cross a quantization step.
         assert errors[len(errors) // 2] < 1e-5 and errors[-1] < 0.2
 
 
