@@ -26,15 +26,15 @@ LABEL org.opencontainers.image.title="de3" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/de3 /opt/de3
 COPY models /models
-# Results of audits, if DE3_STATE_DIR=/state. A new volume takes the owner of the folder.
-# Classifiers served by name, and what is downloaded for them, are in /cache.
+# /state: results of audits, if DE3_STATE_DIR=/state. A new volume takes the owner of the folder.
+# /cache: classifiers served by name, and their downloads.
 RUN install --directory --owner 10001 --group 10001 /state /cache
 ENV PATH=/opt/de3/bin:$PATH PYTHONUNBUFFERED=1 DE3_HOST=0.0.0.0 DE3_PORT=8000 DE3_STORE=/models \
     DE3_CACHE=/cache HF_HOME=/cache/huggingface
 USER 10001:10001
 WORKDIR /
 EXPOSE 8000
-# Not urllib, which would use the proxy of the container, if it has one.
+# Not urllib, which would use the container's proxy.
 HEALTHCHECK --interval=5s --timeout=3s --start-period=60s --retries=3 CMD ["python3", "-c", "\
 import http.client, os, sys; \
 c = http.client.HTTPConnection('127.0.0.1', int(os.environ['DE3_PORT']), timeout=2); \

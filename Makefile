@@ -4,16 +4,16 @@
 # make wheel   build the sdist and the wheel in dist/, then install the wheel elsewhere and classify a text
 # make lint    ruff (lint and format), mypy and import-linter
 # make lock    write requirements.lock, from which the image installs, with the newest releases
-# make check-lock  fail if requirements.lock does not fit pyproject.toml
-# make sanitize  the kernels' tests, watched by AddressSanitizer and UndefinedBehaviorSanitizer
+# make check-lock  fail if requirements.lock does not match pyproject.toml
+# make sanitize  run the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 PYTHON ?= python3
 PORT ?= 8000
 SERVE := .venv-serve
 DEV := .venv
-# More than the two cores that most CI machines have: a test that waits leaves its core to another.
+# More than the two cores of most CI machines, because a test that waits leaves its core to another.
 WORKERS := 4
 PYTEST = $(DEV)/bin/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# pip's progress bars are for a terminal.
+# Show pip's progress bars only in a terminal.
 QUIET := $(shell test -t 2 || echo --quiet)
 # uv keeps the versions and hashes of an existing lock, unless --upgrade, so new releases do not change it.
 COMPILE = $(DEV)/bin/uv pip compile pyproject.toml --extra otel --extra fit --group build --universal --generate-hashes \
@@ -49,7 +49,7 @@ check-lock: $(DEV)/ready
 	cp requirements.lock build/requirements.lock
 	$(COMPILE) build/requirements.lock --constraint requirements.lock --no-annotate --no-header
 	@grep -v '^ *#' requirements.lock | diff - build/requirements.lock > build/lock.diff \
-		|| { head -20 build/lock.diff; echo "requirements.lock does not fit pyproject.toml: run make lock"; exit 1; }
+		|| { head -20 build/lock.diff; echo "requirements.lock does not match pyproject.toml: run make lock"; exit 1; }
 
 sanitize: $(DEV)/ready
 	tests/sanitize.sh $(DEV)/bin/python
@@ -60,8 +60,8 @@ format: $(DEV)/ready
 
 setup: $(DEV)/ready
 
-# The environment is made anew only when pyproject.toml or the kernels changed. Serving has its own, so that it
-# installs neither torch nor transformers.
+# An environment is recreated only if pyproject.toml or the kernels have changed. Serving has its own, which needs
+# neither torch nor transformers.
 $(SERVE)/ready: pyproject.toml $(NATIVE)
 	@echo "Installing what serving needs into $(SERVE): once, about a minute (75 MB to download)."
 	$(PYTHON) -m venv $(SERVE)
