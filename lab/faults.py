@@ -84,7 +84,10 @@ class Testbed:
         return statuses
 
     def ask(self, texts: Sequence[str], name: str = "", **fields: object) -> int:
-        """Send a request on a new connection; returns the status. Raises OSError or HTTPException."""
+        """Send a request on a new connection; returns the status.
+
+        Raises OSError or HTTPException without a valid response, and ValueError for a 503 without Retry-After.
+        """
         connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
         try:
             headers = {"X-Request-ID": name} if name else {}

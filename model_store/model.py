@@ -229,7 +229,7 @@ def network_of(architecture: Architecture, segments: Sequence[Mapping[str, Array
 
 
 def check_segment(artifact: Artifact, layer: int, data: bytes) -> dict[str, Array]:
-    """The weights in a segment's file by name; raises StoreError for a graph that export would not build from them."""
+    """The weights in a segment's file by name; raises StoreError unless export builds this graph."""
     try:
         return read_segment(read_model(data), artifact.manifest, layer)
     except GraphError as error:

@@ -33,7 +33,7 @@ ROOM = 62  # tokens of a single text in a window of the tests' models
 
 
 def words(number: int, seed: int = 0) -> str:
-    """A text of this many one-token words, good ones first and then bad ones."""
+    """A text of this many one-token words, mostly filler; the others are good in the first third, then bad."""
     rng = random.Random(seed)
     return " ".join(
         rng.choice(FILLER if rng.random() < 0.7 else GOOD if n < number / 3 else BAD) for n in range(number)

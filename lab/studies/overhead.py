@@ -76,7 +76,7 @@ def _keep_first_output(branch: Any) -> None:
 
 
 def embeddings(model: Model, tokens: Tokens) -> Run:
-    """The embeddings and their exit, as the engine runs them."""
+    """A function that times the embeddings, with or without their exit, as the engine runs them."""
 
     def run(with_exits: bool) -> float:
         one = _pass(model, tokens, with_exits)
@@ -91,7 +91,7 @@ def embeddings(model: Model, tokens: Tokens) -> Run:
 
 
 def layers(model: Model, tokens: Tokens) -> Run:
-    """Layers 1 to M − 1 and their exits, as the engine runs them."""
+    """A function that times layers 1 to M − 1, with or without their exits, as the engine runs them."""
     count = model.manifest.num_layers - 1
     embedded = model.segments[0].embed(tokens, False)
 

@@ -57,7 +57,7 @@ class RequestParser:
         return not self.data and not self._blank
 
     def parse_head(self) -> bool:
-        """Parse a head; false if it is incomplete."""
+        """Parse a head; returns False if it is incomplete."""
         data = self.data
         if data[:1] in (b"\r", b"\n"):  # empty lines before a request are allowed (RFC 9112, 2.2)
             stripped = data.lstrip(b"\r\n")
