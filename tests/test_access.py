@@ -376,7 +376,7 @@ def test_the_cost_of_a_request(store: Path) -> None:
     assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
     with pytest.raises(RequestError, match="over your limit"):
         Charge(limit, "alice").raise_to(1)
-    with pytest.raises(RequestError, match="counts as 11 texts"):
+    with pytest.raises(RequestError, match="costs 11 texts"):
         Charge(limit, "bob").raise_to(11)
 
 

@@ -84,7 +84,7 @@ def test_a_request_that_cannot_succeed_is_not_retried(store: Path) -> None:
     with (
         serving(store, models=["tiny"], api_keys=f"alice {KEY}", rate_limit="3/hour") as server,
         Client(server.url, KEY) as client,
-        pytest.raises(ServerError, match="counts as 4 texts"),
+        pytest.raises(ServerError, match="costs 4 texts"),
     ):
         client.classify(["good"] * 4)
     assert server.metric("de3_rejected_total", cause="rate_limited") == 1

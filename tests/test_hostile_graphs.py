@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -138,13 +139,19 @@ def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple
 
 
 @pytest.mark.parametrize(
-    "family",
+    ("family", "int8"),
     [
-        *("bert", "deberta-v2", "modernbert"),
-        *(pytest.param(family, marks=pytest.mark.slow) for family in ("electra", "mpnet")),
+        *(("bert", False), ("bert", True), ("deberta-v2", False), ("modernbert", False)),
+        *(
+            pytest.param(*one, marks=pytest.mark.slow)
+            for one in [
+                ("deberta-v2", True),
+                ("modernbert", True),
+                *product(("electra", "mpnet"), (False, True)),
+            ]
+        ),
     ],
 )
-@pytest.mark.parametrize("int8", [False, True])
 def test_one_change_is_enough_to_be_refused(family: str, int8: bool) -> None:
     architecture, segments = built(family, int8)
     for layer, model in enumerate(segments):

@@ -210,7 +210,7 @@ def test_neither_import_nor_export_needs_pytorch(imported: Path, classifier: Pat
         return result.stdout + result.stderr
 
     texts = tmp_path / "texts.txt"
-    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 7)))
+    texts.write_text("".join(f"{text}\n" for text, _ in make_rows(500, 7)))
     command = f"import {classifier} --texts {texts} --name m --quantize none"
     assert "published models/m/1" in run(command)
     assert "published models/again/1" in run("export runs/m --name again")

@@ -277,6 +277,7 @@ def test_a_stock_classifier_of_pairs_is_imported(trained: Path, tmp_path: Path) 
         Model(Store(tmp_path / "store").open("m"))
 
 
+@pytest.mark.slow
 def test_a_server_answers_pairs(trained: Path) -> None:
     with serving(trained / "store") as server:
         for name in ("m", "m-int8"):

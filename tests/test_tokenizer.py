@@ -174,5 +174,5 @@ def test_a_tokenizer_whose_texts_cannot_be_cut_is_refused() -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP] $A", pair="$A [SEP] $B:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    with pytest.raises(ValueError, match="survive truncation"):
+    with pytest.raises(ValueError, match="truncation would break"):
         TextTokenizer(tokenizer, 64)

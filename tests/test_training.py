@@ -281,6 +281,6 @@ def test_long_work_logs_its_progress(
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     assert list(progress.track(iter(range(4)), "Counting", 4)) == [0, 1, 2, 3]
     lines = [line.strip() for line in capsys.readouterr().err.splitlines()]
-    assert lines == ["Counting: 25%, about 2 min left", "Counting: 75%, about 20 s left"]
+    assert lines == ["Counting …", "Counting: 25%, about 2 min left", "Counting: 75%, about 20 s left"]
     assert list(progress.track(iter(range(3)), "Counting")) == [0, 1, 2]  # the total is unknown
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err.strip() == "Counting …"

@@ -66,7 +66,9 @@ def test_missing_weights_are_never_filled_in(checkpoint: Path, tmp_path: Path) -
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     drop(copy, "classifiers.2")
     message = refusal(f"export {copy} --name x --store {tmp_path}/s")
-    assert "lacks 2 of the model's weights" in message and "classifiers.2.bias" in message
+    assert message == f"{copy}: it has no weight classifiers.2.weight"
+    with pytest.raises(ValueError, match=r"lacks 2 of the model's weights.*classifiers.2.bias"):
+        _ = Checkpoint(copy).model
 
 
 def test_an_encoder_with_missing_weights_is_not_trained(data_file: Path, tmp_path: Path) -> None:

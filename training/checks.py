@@ -91,6 +91,9 @@ def labels_of(example: Example) -> tuple[int, ...]:
 def unknown_tokens(tokenizer: Tokenizer, examples: Sequence[Example]) -> list[str]:
     """Warnings about unknown tokens; raises ValueError if there are too many."""
     unknown = _unknown(tokenizer)
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     texts = [text for example in examples[:2000] for text in _texts(example.text)]
     ids = [i for one in tokenizer.encode_batch(texts, add_special_tokens=False) for i in one.ids]
     if not ids:
