@@ -136,7 +136,7 @@ def test_a_training_is_not_resumed_once_finished_or_with_other_settings(
         ("--prototypes means", "--prototypes cannot"),
         (
             "--teacher x",
-            "--teacher cannot be combined with --multi-label: distillation is for labels that exclude",
+            "--teacher cannot be combined with --multi-label: distillation is for mutually exclusive labels",
         ),
         ("--distill 0.5", "--distill cannot"),
         ("--temperature 2", "--temperature cannot"),

@@ -15,6 +15,7 @@ from de3.cli import app
 from de3.training import data as datas
 from de3.training import progress
 from de3.training import split as splits
+from de3.training.encoded import encode
 from de3.training.model import De3Model
 from de3.training.predict import predict
 from de3.training.settings import TrainSettings
@@ -137,7 +138,7 @@ def test_distillation_follows_the_teacher(
     assert list(teacher.glob("logits-*.safetensors"))  # kept for the next student
     student = De3Model.from_pretrained(tmp_path / "student")
     _, tokenizer, parts = _parts(data_file, encoder)
-    encoded = datas.encode(parts.tune, tokenizer, 64)
+    encoded = encode(parts.tune, tokenizer, 64)
     said = predict(student, encoded, tokenizer.pad_token_id).logits[:, -1].argmax(-1)
     assert (said != encoded.labels.numpy()).mean() > 0.7
 
