@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from de3.exits import calibration, risk
 from de3.exits.calibration import FINE_TAUS, Samples
 from de3.exits.recorded import Recorded
-from de3.export.states import POOLINGS, States
+from de3.export.states import POOLINGS, States, sigmoid
 from de3.training.progress import console, track
 
 HELD_OUT = 5  # a fifth of the texts chooses the pooling and the ridges
@@ -62,14 +62,16 @@ class Exits:
         return Recorded(layers, outputs, spaces, of.answers, thresholds=of.thresholds, tolerance=of.tolerance)
 
 
-def fit(num_layers: int, texts: States, seed: int) -> Exits:
+def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> Exits:
     """Fit exits on every layer but the last.
 
     The pooling and the ridges are chosen on a fifth of the texts, with exits fitted to the others. The exits are then
     fitted to all of them. The tuning and certifying samples take no part.
+
+    groups: the group of each text; related texts have the same, and are not separated.
     """
-    order = np.random.default_rng(seed).permutation(len(texts.logits))
-    held, others = (texts.part(rows) for rows in np.split(order, [len(order) // HELD_OUT]))
+    is_held = _held_out(groups, np.random.default_rng(seed))
+    held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
     best, largest, chosen = "", -1.0, [0.0]
     for pooling in POOLINGS:
         layers = track(range(num_layers), f"Fitting exits ({pooling})")
@@ -90,6 +92,16 @@ def fit(num_layers: int, texts: States, seed: int) -> Exits:
     layers = track(range(num_layers), f"Fitting exits ({best}) to all texts")
     classifiers = [next(_fitted(texts, best, layer, (chosen[layer],)))[1] for layer in layers]
     return _with_spaces(Exits(best, classifiers, [], []), texts, seed)
+
+
+def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.bool_]:
+    """About a fifth of the texts, in whole groups if there are enough of them, (n,)."""
+    group = np.unique([repr(one) for one in groups], return_inverse=True)[1]
+    if group.max() < HELD_OUT:
+        group = np.arange(len(groups))
+    rank = rng.permutation(int(group.max()) + 1)[group]
+    is_held: NDArray[np.bool_] = rank <= np.sort(rank)[len(rank) // HELD_OUT]
+    return is_held if not is_held.all() else rank < rank.max()
 
 
 def _merit(of: Recorded) -> float:
@@ -155,7 +167,7 @@ def _softmax_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
 def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
     """Binary cross-entropy of a multi-label model, summed over labels, averaged over texts."""
     value = float((np.logaddexp(0, logits) - wanted * logits).sum(-1).mean())
-    gradient: Array = ((1 / (1 + np.exp(-logits)) - wanted) / len(logits)).astype(np.float32)
+    gradient: Array = ((sigmoid(logits) - wanted) / len(logits)).astype(np.float32)
     return value, gradient
 
 

@@ -19,23 +19,23 @@ from de3.model_store.sizes import read_config
 MAX_DOWNLOAD_BYTES = 2**34
 
 
-def fetch(name: str) -> Path:
+def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
     """The local folder of a classifier: a path, or the downloaded snapshot of a hub repository, id or id@revision.
 
     Its file list and config.json are checked before the weights are downloaded. Raises ValueError, naming a remedy, if
-    there is no such folder or repository, or its model cannot be served.
+    there is no such folder or repository, or its model cannot be served. label_names, multi_label: as in `describe`.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name
     if is_folder(name):
         folder = Path(name).expanduser()
         check_files(name, [path.name for path in folder.iterdir() if path.is_file()])
-        describe(name, read_config(folder / CONFIG))
+        describe(name, read_config(folder / CONFIG), label_names, multi_label)
         return folder
     if looks_like_path:
         raise ValueError(f"{name}: no such folder")
     try:
-        return _snapshot(name, repository, revision or None)
+        return _snapshot(name, repository, revision or None, label_names, multi_label)
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ValueError(f"{name}: {_reason(error, repository, revision)}") from None
     except LocalEntryNotFoundError:
@@ -61,7 +61,9 @@ def is_folder(name: str) -> bool:
         return False
 
 
-def _snapshot(name: str, repository: str, revision: str | None) -> Path:
+def _snapshot(
+    name: str, repository: str, revision: str | None, label_names: list[str] | None, multi_label: bool
+) -> Path:
     commit = revision
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
@@ -76,7 +78,8 @@ def _snapshot(name: str, repository: str, revision: str | None) -> Path:
                 f"{name}: its files have {total} bytes, at most {MAX_DOWNLOAD_BYTES} are allowed"
             )
         commit = info.sha
-    describe(name, read_config(Path(hf_hub_download(repository, CONFIG, revision=commit))))
+    config = read_config(Path(hf_hub_download(repository, CONFIG, revision=commit)))
+    describe(name, config, label_names, multi_label)
     folder = Path(snapshot_download(repository, revision=commit, allow_patterns=list(FILES)))
     check_files(name, [path.name for path in folder.iterdir()])
     return folder

@@ -14,24 +14,24 @@ import numpy as np
 from de3.exits.recorded import MIN_TOLERANCE
 from de3.export import fit, states
 from de3.export.build import final_norm
-from de3.export.classifier import OldFormError, Precision, Stock, convert
+from de3.export.classifier import Precision, Stock, convert
 from de3.export.exporter import ExportSettings, export
 from de3.export.fit import Exits
-from de3.export.hub import fetch
 from de3.export.states import States
 from de3.export.write_checkpoint import write_checkpoint
 from de3.model_store.model import Model
-from de3.model_store.store import MANIFEST, Store
+from de3.model_store.store import Store
 from de3.tables import Text, labels_in
 from de3.training.checkpoint import read_record, write_record
 from de3.training.data import Example, Label, input_of, label_of, save_examples, to_examples
 from de3.training.progress import console
-from de3.training.split import Split, split
+from de3.training.split import Split, groups_of, split
 
 MAX_HELD_BACK = 4000
 FEW_TEXTS = 500
 MAX_FITTED = 20_000  # texts
-BASE, STATES, ORIGINAL = "base", "states", "original"  # folders of intermediate results
+UNFINISHED = ".import"  # folder of intermediate results, which is removed at the end
+BASE, STATES = f"{UNFINISHED}/base", f"{UNFINISHED}/states"
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,9 @@ def import_classifier(
     rows: texts and labels, "" if unlabelled. groups: group of each row, if some are related. work: folder for the
     checkpoint and, until the end, for intermediate results, from which an interrupted import resumes.
 
-    Raises ValueError for unusable texts and options.
+    Call `check_work` first. Raises ValueError for unusable texts and options.
     """
     _check(stock, settings, exporting)
-    _check_work(work, settings.finetune)
     parts = _parts(rows, groups, stock, settings)
     with stock.weights() as state:
         norm = final_norm(stock.architecture("fp32"), state)
@@ -99,14 +98,16 @@ def import_classifier(
             what,
             _thresholds(stock, settings.threshold),
             settings.tolerance,
+            poolings,
         )
-        for model, part, what in (
-            (_base(stock, work / BASE, "int8"), parts.train, "fitting"),
-            (reference, parts.tune, "tuning"),
-            (reference, parts.certify, "certifying"),
+        for model, part, what, poolings in (
+            (_base(stock, work / BASE, "int8"), parts.train, "fitting", states.POOLINGS),
+            (reference, parts.tune, "tuning", ()),  # only the answers
+            (reference, parts.certify, "certifying", ()),
         )
     ]
-    exits = fit.fit(stock.num_layers, computed[0], settings.seed)
+    groups_fitted = groups_of(parts.train, settings.fragments)
+    exits = fit.fit(stock.num_layers, computed[0], groups_fitted, settings.seed)
     answered = _answered(parts, computed, settings.labelled)
     if settings.finetune:
         _check_every_label(answered.train, stock.description.labels)
@@ -114,30 +115,8 @@ def import_classifier(
     else:
         _save(stock, exits, answered, work, settings)
     path = export(work, store, exporting)
-    for folder in (BASE, STATES, ORIGINAL):
-        shutil.rmtree(work / folder, ignore_errors=True)
+    shutil.rmtree(work / UNFINISHED, ignore_errors=True)
     return path
-
-
-def original_of(name: str, work: Path) -> Path:
-    """The local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
-
-    Other formats are rewritten into `work`, which needs the train extra. Raises ValueError, naming a remedy, for a
-    classifier that cannot be imported.
-    """
-    folder = Path(name).expanduser()
-    if (folder / MANIFEST).exists():
-        raise ValueError(f"{name} is an exported model already: de3 serve --store {folder.parent.parent}")
-    try:
-        return fetch(name)
-    except OldFormError as error:
-        try:
-            from de3.training.pretrained import rewrite
-        except ImportError:
-            raise error from None
-    original = work / ORIGINAL
-    rewrite(name, original)
-    return original
 
 
 def answers(
@@ -146,7 +125,7 @@ def answers(
     """The classifier's answers to texts, in their order, computed in float32."""
     with TemporaryDirectory() as folder, stock.weights() as state:
         model, norm = _base(stock, Path(folder), "fp32"), final_norm(stock.architecture("fp32"), state)
-        found = states.states(model, norm, texts, Path(folder), "original", thresholds, tolerance)
+        found = states.states(model, norm, texts, Path(folder), "original", thresholds, tolerance, ())
         return [label_of(row) for row in found.answers]
 
 
@@ -269,7 +248,7 @@ def _answered(parts: Split, computed: Sequence[States], labelled: bool) -> Split
     return Split(*(with_answers(part, states) for part, states in both))
 
 
-def _check_work(work: Path, finetune: bool) -> None:
+def check_work(work: Path, finetune: bool) -> None:
     """Raise ValueError if `work` is a file, or holds the model of a training run or of another kind of import."""
     if work.exists() and not work.is_dir():
         raise ValueError(f"--work {work}: is a file; give a folder (it is created)")

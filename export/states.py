@@ -7,15 +7,16 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from os import cpu_count
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from de3.exits.rule import Thresholds
+from de3.export.weights import save
 from de3.model_store.families.encoder import Weights
 from de3.model_store.model import Model
 from de3.model_store.segments import Tokens
@@ -66,9 +67,14 @@ class States:
     def probabilities(self) -> Array:
         """Probabilities of full depth, (n, K)."""
         if self.thresholds is not None:
-            return np.asarray(1 / (1 + np.exp(-self.logits)), np.float32)
+            return sigmoid(self.logits)
         odds = np.exp(self.logits - self.logits.max(-1, keepdims=True))
         return np.asarray(odds / odds.sum(-1, keepdims=True), np.float32)
+
+
+def sigmoid(logits: Array) -> Array:
+    """1 / (1 + exp(−x)), which overflows for no x in this form."""
+    return np.asarray(0.5 * (1 + np.tanh(logits / 2)), np.float32)
 
 
 def states(
@@ -79,16 +85,20 @@ def states(
     what: str,
     thresholds: Sequence[float] | None,
     tolerance: float | None,
+    poolings: Sequence[str] = POOLINGS,
 ) -> States:
     """Run a classifier without early exits over texts, in parallel on all cores.
 
     norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. what: name of the texts,
     shown and in file names. thresholds: of a multi-label model, probabilities. tolerance: of a regression model.
+    poolings: those of the states to keep; without any, only the logits are kept.
     Chunks in `folder` from an earlier run with the same model and texts are reused.
     """
     tokens = [model.tokenize(*(text if isinstance(text, tuple) else (text,))) for text in texts]
     files = {name: entry.sha256 for name, entry in model.manifest.files.items()}
-    digest = hashlib.sha256(repr((model.full_runtime, sorted(files.items()))).encode())
+    digest = hashlib.sha256(
+        repr((model.full_runtime, sorted(files.items()), poolings, CHUNK, version("de3"))).encode()
+    )
     for one in tokens:
         digest.update(one.ids.tobytes() + one.type_ids.tobytes())
     cache = folder / f"{what}-{digest.hexdigest()[:16]}"
@@ -99,20 +109,22 @@ def states(
     if done := len(chunks) - len(missing):
         console.print(f"{what}: {done} of {len(chunks)} chunks are reused from an earlier run")
     for file, rows in track(missing, f"Running the model on {len(order)} {what} texts"):
-        tensors = run(model, norm, [tokens[i] for i in rows])
-        save_file({"rows": np.array(rows), **tensors}, new := file.with_suffix(".new"))
+        tensors = run(model, norm, [tokens[i] for i in rows], poolings)
+        save({"rows": np.array(rows), **tensors}, new := file.with_suffix(".new"))
         new.replace(file)
     logits = _gathered(list(chunks), "logits")
     limits = None if thresholds is None else np.array(Thresholds.of(thresholds).logits)
     return States(list(chunks), logits, limits, tolerance)
 
 
-def run(model: Model, norm: Weights, tokens: Sequence[Tokens]) -> dict[str, NDArray[np.generic]]:
+def run(
+    model: Model, norm: Weights, tokens: Sequence[Tokens], poolings: Sequence[str]
+) -> dict[str, NDArray[np.generic]]:
     """Compute the tensors of a chunk, except rows: pooled states in float16, and logits."""
     layers = range(model.manifest.num_layers)
     pooled = {
         f"{pooling}_{layer:02}": np.zeros((len(tokens), model.manifest.hidden_size), np.float16)
-        for pooling in POOLINGS
+        for pooling in poolings
         for layer in layers
     }
     logits = np.zeros((len(tokens), len(model.manifest.labels)), np.float32)
@@ -121,9 +133,10 @@ def run(model: Model, norm: Weights, tokens: Sequence[Tokens]) -> dict[str, NDAr
     def one(i: int) -> None:
         step = model.segments[0].embed(tokens[i], False)
         for layer in layers:
-            seen = _normalized(step.hidden[0], norm, epsilon)
-            pooled[f"mean_{layer:02}"][i] = seen.mean(0)
-            pooled[f"cls_{layer:02}"][i] = seen[0]
+            if poolings:
+                seen = _normalized(step.hidden[0], norm, epsilon)
+                for pooling in poolings:
+                    pooled[f"{pooling}_{layer:02}"][i] = seen[0] if pooling == "cls" else seen.mean(0)
             step = model.segments[layer + 1].run(step.hidden, layer + 1 == len(layers))
         assert step.logits is not None  # the last layer has the classifier
         logits[i] = step.logits

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_tensors
 from tokenizers import Tokenizer
 
@@ -91,8 +91,11 @@ def _prototypes(checkpoint: Checkpoint) -> dict[int, NDArray[np.float32]]:
     if not layers:
         return {}
     path = checkpoint.folder / weights.WEIGHTS
-    with safe_open(path, "numpy") as file:
-        prototypes, seen = file.get_tensor(PROTOTYPES), file.get_tensor(SEEN)
+    try:
+        with safe_open(path, "numpy") as file:
+            prototypes, seen = file.get_tensor(PROTOTYPES), file.get_tensor(SEEN)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: the prototypes cannot be read: {error}") from None
     for layer, row in zip(layers, seen, strict=True):
         missing = [name for name, one in zip(names, row, strict=True) if not one]
         if missing:

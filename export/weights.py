@@ -6,10 +6,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from de3.model_store.sizes import read_config
 
@@ -125,6 +127,8 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder, several if its weights are sharded."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"it has no {WEIGHTS}")
     index = read_config(folder / INDEX)
     names = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(n, str) for n in names.values()):
@@ -136,3 +140,11 @@ def _weight_files(folder: Path) -> list[Path]:
     ):
         raise ValueError(f"its {INDEX} names files that are not weights beside it")
     return [folder / shard for shard in shards]
+
+
+def save(tensors: dict[str, NDArray[Any]], file: Path) -> None:
+    """Write a safetensors file; raises OSError if it cannot be written."""
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:  # a full disk, too
+        raise OSError(f"{file}: cannot be written: {error}") from None

@@ -6,13 +6,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer
 
 from de3.export.classifier import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Stock
 from de3.export.fit import Exits, Linear
-from de3.export.weights import UNUSED, WEIGHTS
+from de3.export.weights import UNUSED, WEIGHTS, save
 from de3.training.config import MODEL_TYPE
+
+# The weights are written in float32, whatever they were.
+NOT_OF_ENCODER = ("id2label", "label2id", "dtype", "torch_dtype", "architectures")
 
 
 def write_checkpoint(
@@ -31,7 +33,8 @@ def write_checkpoint(
     config = {
         "model_type": MODEL_TYPE,
         "architectures": ["De3Model"],
-        "encoder": {k: v for k, v in stock.description.config.items() if k not in ("id2label", "label2id")},
+        "dtype": "float32",
+        "encoder": {k: v for k, v in stock.description.config.items() if k not in NOT_OF_ENCODER},
         "exit_layers": list(range(stock.num_layers + 1)),
         "pooling": exits.pooling,
         "metric_dim": architecture.hidden_size,
@@ -61,7 +64,7 @@ def write_checkpoint(
     shape = (len(exits.prototypes), len(labels), architecture.hidden_size)
     weights["prototypes"] = np.array(exits.prototypes, np.float32).reshape(shape)
     weights["prototype_seen"] = np.ones(shape[:2], np.bool_)
-    save_file({k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+    save({k: np.ascontiguousarray(v) for k, v in weights.items()}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / TOKENIZER).write_bytes(stock.tokenizer)
     options = json.dumps(_tokenizer_options(stock), indent=1, ensure_ascii=False)
@@ -75,7 +78,8 @@ def _named(module: str, both: Linear) -> dict[str, NDArray[np.generic]]:
 def _tokenizer_options(stock: Stock) -> dict[str, Any]:
     """tokenizer_config.json, with all that transformers needs to read the tokenizer without knowing the encoder."""
     tokenizer, config = Tokenizer.from_str(stock.tokenizer.decode()), stock.description.config
-    pad = tokenizer.id_to_token(int(config.get("pad_token_id") or 0))
+    number = config.get("pad_token_id")
+    pad = tokenizer.id_to_token(number if type(number) is int and number >= 0 else 0)
     types = ["token_type_ids"] if stock.token_types else []
     defaults = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
     return {

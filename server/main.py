@@ -1,6 +1,7 @@
 """Runs the server in one process, and drains it on SIGTERM."""
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -104,13 +105,18 @@ def _check_address(host: str, port: int) -> None:
     """Raise ValueError if the server cannot listen on an address; called before models are loaded."""
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as one:
+            try:
+                one = socket.socket(family, kind)
+            except OSError:  # a family that this machine lacks, which the server leaves out, too
+                continue
+            with one:
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 one.bind(address)
     except OSError as error:
-        raise ValueError(
-            f"cannot listen on {host}:{port} ({error.strerror}): stop the other process, or give another --port"
-        ) from None
+        hint = "; stop the other process, or give another --port" if error.errno == errno.EADDRINUSE else ""
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
 
 
 def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[Artifact] = ()) -> None:

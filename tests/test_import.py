@@ -13,11 +13,15 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from de3.export import importing, states
 from de3.export.classifier import Stock
-from de3.export.importing import original_of
+from de3.export.fit import _held_out
+from de3.export.original import original_of
 from de3.model_store.families import FAMILIES
 from de3.model_store.model import Model
 from de3.model_store.store import Store
@@ -75,13 +79,20 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
     return torch.stack(rows).numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_exit_is_the_stock_classifier(family: str, tmp_path: Path) -> None:
-    """PyTorch reads the checkpoint that an import writes without it."""
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16"), ("modernbert", "float16")],
+)
+def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path: Path) -> None:
+    """PyTorch reads the checkpoint that an import writes without it, in float32."""
     folder = save_encoder(tmp_path / "stock", family, labels=3)
+    AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(
+        folder
+    )
     theirs, tokenizer = transformers_model(folder)
     checkpoint = with_random_exits(folder, tmp_path / "checkpoint")
     assert checkpoint.names == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert {weight.dtype for weight in checkpoint.model.parameters()} == {torch.float32}
     singles = [(" ".join(["good"] * n) or "a",) for n in (0, 1, 2, 5, 17, 40, 100)]
     for text in (*singles, ("good film", "bad"), ("a " * 50, "very " * 50)):
         inputs, same = (
@@ -138,7 +149,10 @@ def test_what_an_import_promises(imported: Path, classifier: Path, texts: Path) 
         ]
         own = logits_of(classifier, [row["text"] for row in held_out[:100]]).argmax(-1)
         assert [row["label"] for row in held_out[:100]] == [manifest.labels[i] for i in own]
-        assert not (imported / f"work/{name}/states").exists()
+        assert {path.name for path in (imported / f"work/{name}").iterdir()} == {
+            *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+            *("training.json", "tune.jsonl", "certify.jsonl"),
+        }
     said = (imported / "mine.log").read_text()
     for words in (
         "agreement with the original model",
@@ -197,7 +211,9 @@ def test_an_interrupted_import_continues(
     assert len(ran) == 4 + 5 + 6  # the three chunks of the first run were not computed again
 
 
-def test_neither_import_nor_export_needs_pytorch(imported: Path, classifier: Path, tmp_path: Path) -> None:
+def test_neither_import_nor_export_needs_pytorch(
+    imported: Path, classifier: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     """Without PyTorch, import, export and evaluate run, and commands that need it are refused."""
 
     def run(command: str) -> str:
@@ -221,6 +237,7 @@ def test_neither_import_nor_export_needs_pytorch(imported: Path, classifier: Pat
     assert "the default by length" in run(f"evaluate models/m/1 {texts} --original {classifier}").lower()
     assert "needs the train extra" in run(f"evaluate runs/m {texts}")
     assert "needs the train extra" in run(f"{command} --finetune")
+    assert "needs the train extra" in run(f"export {checkpoint} --name x")
     for file in ("model.safetensors", "tokenizer.json"):
         copy = Path(shutil.copytree(classifier, tmp_path / file))
         (copy / file).rename(copy / "pytorch_model.bin")
@@ -403,8 +420,8 @@ def test_a_config_of_impossible_size_is_refused_before_a_model_is_built(
     for file in ("model.safetensors", "tokenizer.json"):
         (tmp_path / file).write_text("{}")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
-    with pytest.raises(ValueError, match=says):
-        original_of(str(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match=says), original_of(str(tmp_path)):
+        pass
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "de3-bert", "encoder": fields}))
     with pytest.raises(ValueError, match=says):
         Checkpoint(tmp_path, unfinished=True)
@@ -414,8 +431,8 @@ def test_the_size_of_a_config_is_limited(tmp_path: Path) -> None:
     for file in ("model.safetensors", "tokenizer.json"):
         (tmp_path / file).write_text("{}")
     (tmp_path / "config.json").write_bytes(b" " * 2**24 + b"{}")
-    with pytest.raises(ValueError, match="more than 16777216 bytes"):
-        original_of(str(tmp_path), tmp_path)
+    with pytest.raises(ValueError, match="more than 16777216 bytes"), original_of(str(tmp_path)):
+        pass
 
 
 class Evil:
@@ -438,10 +455,68 @@ def test_a_file_with_more_than_weights_is_refused_in_one_line(
     folder = save_encoder(tmp_path, labels=2)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=says) as caught:
-        original_of(str(folder), tmp_path / "work")
+    with pytest.raises(ValueError, match=says) as caught, original_of(str(folder)):
+        pass
     assert "\n" not in str(caught.value)
     assert "must not run" not in capfd.readouterr().out
+
+
+def test_pickled_weights_are_rewritten_and_nothing_is_left(classifier: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(classifier, tmp_path / "old"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with original_of(str(folder)) as source:
+        ours, theirs = (load_file(one / "model.safetensors") for one in (source, classifier))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+        assert Stock.open("old", source).tokenizer == Stock.open("new", classifier).tokenizer
+    assert not source.exists()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "albert"}))
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(ValueError, match="type 'albert' cannot be exported"), original_of(str(folder)):
+        pass
+
+
+@pytest.mark.usefixtures("few_taus")
+def test_what_is_in_the_work_folder_stays(classifier: Path, texts: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.txt"
+    few.write_text("".join(texts.read_text().splitlines(keepends=True)[:500]))
+    for name in ("base", "states", "original"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "mine").write_text(name)
+    de3(f"import {classifier} --texts {few} --name m --store {tmp_path}/store --work {tmp_path}/work")
+    for name in ("base", "states", "original"):
+        assert (tmp_path / "work" / name / "mine").read_text() == name
+    assert not (tmp_path / "work/.import").exists()
+
+
+def test_label_names_replace_labels_that_are_equal(classifier: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(classifier, tmp_path / "stock"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"id2label": {"0": "same", "1": "same"}}))
+    with pytest.raises(ValueError, match="its labels must differ"), original_of(str(folder)):
+        pass
+    with original_of(str(folder), ["a", "b"]) as source:
+        assert Stock.open("stock", source, ["a", "b"]).description.labels == ["a", "b"]
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=300), st.integers(0, 5))
+def test_texts_of_a_group_are_held_out_together(groups: list[int], seed: int) -> None:
+    held = _held_out(groups, np.random.default_rng(seed))
+    assert 0 < held.sum() < len(groups)
+    if len(set(groups)) > 5:
+        assert not {g for g, out in zip(groups, held, strict=True) if out} & {
+            g for g, out in zip(groups, held, strict=True) if not out
+        }
+
+
+def test_a_checkpoint_with_damaged_weights_is_refused_in_a_line(imported: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(imported / "work/mine", tmp_path / "copy"))
+    whole = (copy / "model.safetensors").read_bytes()
+    for damaged in (whole[:-100], b"", whole[:4]):
+        (copy / "model.safetensors").write_bytes(damaged)
+        assert "the prototypes cannot be read" in refusal(f"export {copy} --name x --store {tmp_path}/s")
+    assert not list((tmp_path / "s").rglob("*")) if (tmp_path / "s").exists() else True
 
 
 def test_export_and_train_point_to_import(classifier: Path, tmp_path: Path) -> None:
@@ -511,7 +586,8 @@ def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     monkeypatch.setattr("de3.export.importing.export", stopped)
     command = f"import {folder} --texts {file} --name m --store {tmp_path}/store --work {tmp_path}/work"
     assert invoke(command).exit_code == 130
-    fitting, _ = given  # and the seed
+    fitting, groups, _ = given  # the last is the seed
+    assert len(groups) == len(fitting.logits)
     tune, certify = (Checkpoint(tmp_path / "work").held_out(part) for part in ("tune", "certify"))
     assert len(fitting.logits) == 600 - len(tune) - len(certify)
     texts = {part: set(some) for part, some in computed.items()}

@@ -312,6 +312,15 @@ def test_a_damaged_model_ends_the_server_with_the_reason(store: Path, tmp_path: 
         assert "Traceback" not in log
 
 
+def test_a_port_in_use_is_reported_before_models_are_loaded(store: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with process(store, "--model", "tiny", "--port", str(port)) as running:
+            _, log = running.communicate(timeout=60)
+    assert running.returncode == 1 and "is current" not in log
+    assert "stop the other process, or give another --port" in " ".join(log.split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from de3.exits.rule import Thresholds
 from de3.model_store.architecture import Head
-from de3.model_store.families import family
+from de3.model_store.families import family, family_named
 from de3.model_store.families.encoder import Encoder
 from de3.model_store.sizes import check_sizes, read_config
 
@@ -47,7 +47,7 @@ class CheckpointConfig(BaseModel):
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
-        self.encoder = dict(self.family.complete(self.encoder))
+        self.encoder = dict(family_named(self.encoder.get("model_type")).complete(self.encoder))
         if "exit_layers" not in self.model_fields_set:
             self.exit_layers = list(range(1, self.num_layers + 1))
         if sorted(self.id2label) != list(range(len(self.id2label))):

@@ -1,6 +1,6 @@
 """Reads models and tokenizers with PyTorch and transformers, without running code of their repository."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -113,16 +113,20 @@ def check_tokenizer(name: str, tokenizer: Any, config: Any) -> None:
         )
 
 
-def rewrite(name: str, folder: Path) -> None:
+def rewrite(name: str, folder: Path, check: Callable[[Path], None]) -> None:
     """Write a classifier from the hub or a folder as model.safetensors with tokenizer.json; no pickled code is run.
 
-    Raises ValueError, which begins with the name, if it cannot be read.
+    check: called with the path of config.json before the weights are read; raises ValueError for a classifier that
+    cannot be used. Raises ValueError, which begins with the name, if it cannot be read.
     """
     quiet()
+    local = Path(name).expanduser()
+    repository, _, revision = name.partition("@")
+    source, options = (str(local), {}) if local.is_dir() else (repository, {"revision": revision or None})
     try:
-        check_config(name, name)
-        tokenizer = _tokenizer(name)
-        model, loaded = _model(name)
+        check(Path(cached_file(source, "config.json", **options)))
+        tokenizer = _tokenizer(name, source, options)
+        model, loaded = _model(name, source, options)
     except StrictDataclassError as error:
         raise ValueError(f"{name}: {' '.join(str(error).split())}") from None
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -133,16 +137,17 @@ def rewrite(name: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _model(name: str) -> tuple[Any, Any]:
+def _model(name: str, source: str, options: dict[str, Any]) -> tuple[Any, Any]:
     """The classifier, and the report on its loading."""
     try:
         return AutoModelForSequenceClassification.from_pretrained(  # type: ignore[no-any-return]
-            name,
+            source,
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
             weights_only=True,
+            **options,
         )
     except UnpicklingError:  # its message suggests loading the file without this protection
         raise ValueError(
@@ -155,9 +160,9 @@ def _model(name: str) -> tuple[Any, Any]:
         ) from None
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, source: str, options: dict[str, Any]) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # of many kinds, for missing or damaged files
         raise ValueError(
             f"{name}: its tokenizer cannot be read ({type(error).__name__}: {str(error).partition(chr(10))[0][:200]}); "

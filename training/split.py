@@ -72,6 +72,15 @@ def _in_its_text(example: Example, whole: set[Text]) -> Example:
     return replace(example, group=str(min(whole, key=repr)), is_fragment=whole != {example.text})
 
 
+def groups_of(examples: Sequence[Example], fragments: bool = False) -> list[Text]:
+    """For each example, the representative of its group; with `fragments`, a text and its fragments are a group."""
+    if not fragments:
+        one_of = related(examples)
+        return [one_of[e.text] for e in examples]
+    whole = whole_texts({e.text for e in examples})
+    return [min(whole[e.text], key=repr) for e in examples]
+
+
 def related(examples: Sequence[Example]) -> dict[Text, Text]:
     """For each text, a representative of the texts related to it by shared groups, directly or through others."""
     parent: dict[Text, Text] = {e.text: e.text for e in examples}

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -155,11 +154,12 @@ def _open(path: Path) -> _Subject:
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
     """Examples with the answers of the imported classifier, which are also the labels if there are none."""
     from de3.export.classifier import Stock
-    from de3.export.importing import answers, original_of
+    from de3.export.importing import answers
+    from de3.export.original import original_of
 
     names, config = list(subject.names), subject.config
-    with TemporaryDirectory() as folder:
-        stock = Stock.open(original, original_of(original, Path(folder)))
+    with original_of(original) as source:
+        stock = Stock.open(original, source)
         theirs = stock.description.labels
         same = sorted(theirs) == sorted(names)  # otherwise the labels were renamed, in order
         if len(theirs) != len(names) or (same and theirs != names):

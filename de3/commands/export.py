@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from de3.commands.models import StoreOption
-from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, next_serve, say
+from de3.commands.options import MaxInt8Loss, Quantize, SignalOption, need_train_extra, next_serve, say
 
 
 def export(
@@ -72,8 +72,11 @@ def export(
     from de3.export.exporter import ExportSettings
     from de3.export.exporter import export as run
     from de3.model_store.store import Store
+    from de3.training.checkpoint import Checkpoint
 
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
+    if not Checkpoint(checkpoint).is_frozen_import:
+        need_train_extra()
     path = run(checkpoint, Store(store), settings, tune, certify)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     say(f"published {path} ({size:.1f} MB). Next: {next_serve(store, name)}")

@@ -107,7 +107,7 @@ def import_model(
     epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
     bf16: Annotated[bool, typer.Option(help="Use bfloat16 in --finetune.", rich_help_panel=TRAINING)] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the prototypes.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split, of the held-out fifth and of the prototypes.")] = 0,
     **options: Any,
 ) -> None:
     """Add early exits to a stock classifier. Without --finetune its weights do not change.
@@ -125,7 +125,8 @@ def import_model(
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
     from de3.export.classifier import Stock
     from de3.export.exporter import ExportSettings
-    from de3.export.importing import ImportSettings, import_classifier, original_of
+    from de3.export.importing import ImportSettings, check_work, import_classifier
+    from de3.export.original import original_of
     from de3.model_store.store import Store
     from de3.training import checks, data
     from de3.training.progress import console, warn
@@ -137,27 +138,29 @@ def import_model(
         )
     settings = ExportSettings(name, quantize, max_loss / 100, max_int8_loss / 100, signal)
     folder = work or Path("runs") / (f"{name}-finetuned" if finetune else name)
+    check_work(folder, finetune)
     given = None if label_names is None else [one.strip() for one in label_names.split(",")]
-    stock = Stock.open(model, original_of(model, folder), given, multi_label)
-    columns = Columns(
-        **fields_of(Columns, options),
-        label=label,
-        multi_label=stock.description.kind == "labels",
-        regression=stock.description.kind == "value",
-    )
-    rows = read_rows(texts, columns)
-    groups = None if group_column is None else read_groups(records(texts, columns), group_column)
-    tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
-    warn(checks.unknown_tokens(tokenizer, [data.Example(text, 0) for text, _ in rows]))
-    command = shlex.join(["de3", *sys.argv[1:]])
-    how = ImportSettings(
-        threshold, tolerance, label is not None, fragments, seed, finetune, epochs, lr, bf16, command
-    )
-    try:
-        path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
-    except KeyboardInterrupt:
-        console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
-        sys.exit(130)
+    with original_of(model, given, multi_label) as source:
+        stock = Stock.open(model, source, given, multi_label)
+        columns = Columns(
+            **fields_of(Columns, options),
+            label=label,
+            multi_label=stock.description.kind == "labels",
+            regression=stock.description.kind == "value",
+        )
+        rows = read_rows(texts, columns)
+        groups = None if group_column is None else read_groups(records(texts, columns), group_column)
+        tokenizer = Tokenizer.from_str(stock.tokenizer.decode())
+        warn(checks.unknown_tokens(tokenizer, [data.Example(text, 0) for text, _ in rows]))
+        command = shlex.join(["de3", *sys.argv[1:]])
+        how = ImportSettings(
+            threshold, tolerance, label is not None, fragments, seed, finetune, epochs, lr, bf16, command
+        )
+        try:
+            path = import_classifier(stock, rows, groups, folder, how, Store(store), settings)
+        except KeyboardInterrupt:
+            console.print(f"interrupted; continue with: {command}", markup=False, soft_wrap=True)
+            sys.exit(130)
     size = sum(f.stat().st_size for f in path.iterdir()) / 1e6
     console.print(
         f"published {path} ({size:.1f} MB); the checkpoint with exits is {folder}. Next: "
