@@ -107,7 +107,9 @@ def import_model(
     epochs: Annotated[int, typer.Option(help="Epochs of --finetune.", rich_help_panel=TRAINING)] = 3,
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
     bf16: Annotated[bool, typer.Option(help="Use bfloat16 in --finetune.", rich_help_panel=TRAINING)] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the split, of the held-out fifth and of the prototypes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the split, of the held-out fifth and of the prototypes.")
+    ] = 0,
     **options: Any,
 ) -> None:
     """Add early exits to a stock classifier. Without --finetune its weights do not change.
