@@ -78,16 +78,20 @@ def import_classifier(
     """
     _check(stock, settings, exporting)
     parts = _parts(rows, groups, stock, settings)
-    with stock.weights() as state:
-        norm = final_norm(stock.architecture("fp32"), state)
     console.print(
         f"{stock.architecture('fp32').encoder.type}, {stock.num_layers} layers; {len(parts.train)} texts to fit the "
         f"exits, {len(parts.tune)} to tune, {len(parts.certify)} to certify",
         highlight=False,
     )
     shutil.rmtree(work / BASE, ignore_errors=True)
-    reference = _base(stock, work / BASE, "fp32")
-    _check_tolerance(stock, settings.tolerance, reference, parts.certify[:FEW_TEXTS])
+    reference = _base(stock, work / BASE, "fp32")  # checks all weights
+    try:
+        _check_tolerance(stock, settings.tolerance, reference, parts.certify[:FEW_TEXTS])
+    except ValueError:
+        shutil.rmtree(work / BASE)
+        raise
+    with stock.weights() as state:
+        norm = final_norm(stock.architecture("fp32"), state)
     # Even for an fp32 export, exits are fitted to int8 states, which take a fraction of the time to compute.
     computed = [
         states.states(
@@ -123,9 +127,9 @@ def answers(
     stock: Stock, texts: Sequence[Text], thresholds: list[float] | None, tolerance: float | None
 ) -> list[Label]:
     """The classifier's answers to texts, in their order, computed in float32."""
-    with TemporaryDirectory() as folder, stock.weights() as state:
-        model, norm = _base(stock, Path(folder), "fp32"), final_norm(stock.architecture("fp32"), state)
-        found = states.states(model, norm, texts, Path(folder), "original", thresholds, tolerance, ())
+    with TemporaryDirectory() as folder:
+        model = _base(stock, Path(folder), "fp32")
+        found = states.states(model, {}, texts, Path(folder), "original", thresholds, tolerance, ())
         return [label_of(row) for row in found.answers]
 
 
