@@ -28,7 +28,7 @@ from de3.model_store.segments import (
 from de3.model_store.store import Artifact, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.native import NoKernelsError
-from de3.native.network import Head, Network, build
+from de3.native.network import Head, Memory, Network, build
 
 log = logging.getLogger("de3")
 MAX_NATIVE_DIFFERENCE = 0.1  # relative to the range of a layer's logits or distances
@@ -60,12 +60,14 @@ class Model:
         runtime: str = "auto",
         check: Callable[[], None] = lambda: None,
         is_proved: bool = False,
+        memory: Memory | None = None,
     ) -> None:
         """Read, check and load every file; raises StoreError for the first invalid one.
 
         runtime: onnxruntime, native, or auto: native if the kernels support the model and agree with ONNX Runtime.
         check: called before each slow step; an exception from it aborts loading. is_proved: another process on this
-        machine has found that the kernels agree, so ONNX Runtime is not needed.
+        machine has found that the kernels agree, so ONNX Runtime is not needed. memory: for the kernels' weights, if
+        processes share them.
         """
         self.manifest = manifest = artifact.manifest
         self.full_name = artifact.full_name
@@ -99,7 +101,7 @@ class Model:
         try:
             if no_kernels:
                 raise NoKernelsError(no_kernels)
-            built = build(network_of(manifest, weights))
+            built = build(network_of(manifest, weights), memory)
             weights.clear()  # the kernels have their own
             self.segments, self.forward = self._native(artifact, built, prototypes, is_proved)
             self.runtime = "native"

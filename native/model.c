@@ -1,9 +1,14 @@
+#define _GNU_SOURCE /* F_ADD_SEALS */
 #include "model.h"
 
 #include <stdlib.h>
 #include <string.h>
 #ifdef __linux__
+#include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+enum { COLLAPSE = 25, FUTURE_WRITE = 16 }; /* MADV_COLLAPSE and F_SEAL_FUTURE_WRITE, which older headers lack */
 #endif
 
 int has_kernels(int hidden, int num_heads, int inner, int num_layers) {
@@ -14,7 +19,7 @@ int has_kernels(int hidden, int num_heads, int inner, int num_layers) {
 
 int is_complete(const Model *m, int layer) {
     const Layer *l = &m->layers[layer];
-    if (layer == 0) return m->words && m->word_scales && m->positions && m->types && m->norm.shift;
+    if (layer == 0) return m->word_scales && m->positions && m->types && m->norm.shift;
     return l->qkv.center && l->out.center && l->up.center && l->down.center && l->after_attention.shift &&
            l->after_ffn.shift;
 }
@@ -29,39 +34,69 @@ static size_t layer_size(const Model *m) { return (size_t)m->hidden * (4 * (size
 
 enum { HUGE_PAGE = 1 << 21 };
 
-/* With huge pages a single text takes a fifth less time, with hardly any TLB misses. malloc might reuse small
- * pages. */
-static size_t memory_size(const Model *m) { return m->num_layers * layer_size(m) + HUGE_PAGE; }
+/* The block holds the tiles of all layers, then the table of words, then 64 bytes that a kernel may read. */
+static size_t block_size(const Model *m) {
+    return ROUND_UP(m->num_layers * layer_size(m) + (size_t)m->num_words * m->hidden + 64, HUGE_PAGE);
+}
 
-static int get_tiles(Model *m) {
-    size_t size = memory_size(m);
+/* With huge pages a single text takes a fifth less time, with hardly any TLB misses. malloc might reuse small
+ * pages. fd: memory that processes share; -1: none. */
+static int get_block(Model *m, int fd) {
+    size_t size = block_size(m);
 #ifdef __linux__
-    m->memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct stat file;
+    if (fd >= 0 && (m->is_filled ? fstat(fd, &file) || file.st_size != (off_t)size : ftruncate(fd, (off_t)size))) return -1;
+    m->memory = mmap(NULL, size + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (m->memory == MAP_FAILED) return -1;
-    madvise(m->memory, size, MADV_HUGEPAGE);
-#else
-    m->memory = malloc(size);
-    if (m->memory == NULL) return -1;
-#endif
     m->tiles = (int8_t *)ROUND_UP((uintptr_t)m->memory, HUGE_PAGE);
+    int access = m->is_filled ? PROT_READ : PROT_READ | PROT_WRITE;
+    int kind = MAP_FIXED | (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS);
+    if (mmap(m->tiles, size, access, kind, fd, 0) == MAP_FAILED) {
+        munmap(m->memory, size + HUGE_PAGE);
+        return -1;
+    }
+    madvise(m->tiles, size, MADV_HUGEPAGE);
+#else
+    if (fd >= 0) return -1;
+    m->memory = malloc(size + HUGE_PAGE);
+    if (m->memory == NULL) return -1;
+    m->tiles = (int8_t *)ROUND_UP((uintptr_t)m->memory, HUGE_PAGE);
+#endif
+    m->words = m->tiles + m->num_layers * layer_size(m);
     return 0;
 }
 
-static void free_tiles(Model *m) {
+static void free_block(Model *m) {
 #ifdef __linux__
-    munmap(m->memory, memory_size(m));
+    munmap(m->memory, block_size(m) + HUGE_PAGE);
 #else
     free(m->memory);
 #endif
 }
 
-Model *new_model(int hidden, int num_heads, int inner, int num_layers) {
+Model *new_model(int hidden, int num_heads, int inner, int num_layers, int num_words, int fd, int is_filled) {
     Model *m = calloc(1, sizeof(Model));
     if (m == NULL) return NULL;
-    *m = (Model){.hidden = hidden, .num_heads = num_heads, .inner = inner, .num_layers = num_layers};
-    if (!get_tiles(m)) return m;
+    *m = (Model){.hidden = hidden, .num_heads = num_heads, .inner = inner, .num_layers = num_layers,
+                 .num_words = num_words, .is_filled = is_filled};
+    if (!get_block(m, fd)) return m;
     free(m);
     return NULL;
+}
+
+int seal_model(Model *m, int fd) {
+#ifdef __linux__
+    size_t size = block_size(m);
+    /* Shared memory gets huge pages only on request, unless the system is configured otherwise (Linux 6.1 and later). */
+    madvise(m->tiles, size, COLLAPSE);
+    if (fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | FUTURE_WRITE)) return -1;
+    if (mmap(m->tiles, size, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) return -1;
+    madvise(m->tiles, size, MADV_HUGEPAGE);
+    m->is_filled = 1;
+    return 0;
+#else
+    return -1;
+#endif
 }
 
 int8_t *tiles_of(const Model *m, int layer, int which) {
@@ -73,7 +108,8 @@ int8_t *tiles_of(const Model *m, int layer, int which) {
 int8_t *end_of_tiles(const Model *m) { return m->tiles + m->num_layers * layer_size(m); }
 
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
-                int8_t *tiles, int8_t *end) {
+                int8_t *tiles, int8_t *end, int is_filled) {
+    int8_t *to = is_filled ? NULL : tiles;
     *w = (Linear){.in = in, .out = out, .tiles = tiles, .end = end};
     w->scale = copy_of(scale, (size_t)out * 4);
     w->bias = copy_of(bias, (size_t)out * 4);
@@ -85,7 +121,7 @@ int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *
         for (int k = 0; k < in; k++) {
             int8_t value = weights[(size_t)k * out + n];
             sum += value;
-            tiles[tile_index(in, k, n)] = value;
+            if (to != NULL) to[tile_index(in, k, n)] = value;
         }
         w->offset[n] = MIDDLE * sum;
         w->center[n] = scale[n] * (float)sum;
@@ -120,10 +156,9 @@ void free_model(Model *m) {
     free(m->head.dense);
     free(m->head.bias);
     free_norm(&m->norm);
-    free(m->words);
     free(m->word_scales);
     free(m->positions);
     free(m->types);
-    free_tiles(m);
+    free_block(m);
     free(m);
 }

@@ -62,12 +62,13 @@ typedef struct {
     int has_gelu;  /* activation: GELU, otherwise ReLU */
     int has_mean;  /* pooling of the exits: the mean of the tokens, otherwise the first token */
     int num_words, num_positions, num_types;
-    int8_t *words;                 /* (num_words, hidden) */
+    int8_t *words;                 /* (num_words, hidden), after the tiles */
     float *word_scales;            /* (num_words) */
     float *positions, *types;      /* (num_positions, hidden), (num_types, hidden) */
     Norm norm;                     /* of the embeddings */
     int8_t *tiles;                 /* of all layers, in execution order */
-    void *memory;                  /* allocation that holds the tiles */
+    void *memory;                  /* mapping that holds the tiles and the words */
+    int is_filled;                 /* they are there already: another process has filled the shared memory */
     Layer layers[MAX_LAYERS + 1];  /* from 1 */
     ExitHead exits[MAX_LAYERS + 1]; /* from 0 */
     Head head;                      /* of the last exit */
@@ -89,15 +90,20 @@ int is_complete(const Model *m, int layer);
 /* A copy aligned to 64 bytes, with 64 bytes after it; NULL: out of memory. */
 void *copy_of(const void *from, size_t bytes);
 
-/* A model without weights; NULL: out of memory. */
-Model *new_model(int hidden, int num_heads, int inner, int num_layers);
+/* A model without weights; NULL: out of memory, or fd is not such a memory.
+ * fd: memory (memfd_create) for the tiles and the words, which processes share; -1: none. is_filled: it is sealed. */
+Model *new_model(int hidden, int num_heads, int inner, int num_layers, int num_words, int fd, int is_filled);
+
+/* Make the shared memory of a complete model read-only, for all processes and for good. Returns -1 if it cannot be. */
+int seal_model(Model *m, int fd);
 
 /* Address of the tiles of a linear layer. which: 0 qkv, 1 out, 2 up, 3 down. */
 int8_t *tiles_of(const Model *m, int layer, int which);
 
-/* Pack weights (in, out), row by row, into tiles. Returns -1 if out of memory; call free_linear in any case. */
+/* Pack weights (in, out), row by row, into tiles, unless they are filled. Returns -1 if out of memory; call free_linear
+ * in any case. */
 int pack_linear(Linear *w, int in, int out, const int8_t *weights, const float *scale, const float *bias,
-                int8_t *tiles, int8_t *end);
+                int8_t *tiles, int8_t *end, int is_filled);
 
 /* End of the tiles of all layers. */
 int8_t *end_of_tiles(const Model *m);

@@ -19,6 +19,19 @@ HEAD_ACTIVATIONS = ("tanh", "relu", "gelu")  # in the order of model.h
 
 
 @dataclass(frozen=True)
+class Memory:
+    """Memory in which the processes of a server share a model's weights.
+
+    Attributes:
+        fd: as of os.memfd_create, with MFD_ALLOW_SEALING; empty, or filled and sealed by build() in another process.
+        is_filled: it is filled.
+    """
+
+    fd: int
+    is_filled: bool
+
+
+@dataclass(frozen=True)
 class Head:
     """A dense layer between pooling and the last exit's classifier. mean: as in Network, for this exit."""
 
@@ -48,8 +61,11 @@ class Network:
     segments: Sequence[Mapping[str, Array]]
 
 
-def build(network: Network) -> Any:
-    """Build the kernels' model of a network; raises NoKernelsError if they do not support it."""
+def build(network: Network, memory: Memory | None = None) -> Any:
+    """Build the kernels' model of a network; raises NoKernelsError if they do not support it.
+
+    memory: for the weights, which it then shares with other processes; raises OSError if they cannot be.
+    """
     if find_spec("de3.native.kernels") is None:
         raise NoKernelsError("the int8 kernels were not built: de3 was installed without a C compiler")
     try:
@@ -61,8 +77,10 @@ def build(network: Network) -> Any:
     _check(network)
     tables, *layers = network.segments
     try:
-        is_gelu, sizes = network.activation == "gelu", (network.num_heads, network.inner, len(layers))
-        model = kernels.new(network.hidden_size, *sizes, is_gelu, network.mean)
+        is_gelu, num_words = network.activation == "gelu", len(tables["word.scale"])
+        sizes = (network.hidden_size, network.num_heads, network.inner, len(layers), num_words)
+        shared = () if memory is None else (memory.fd, memory.is_filled)
+        model = kernels.new(*sizes, is_gelu, network.mean, *shared)
         names = ("word.weight", "word.scale", "position.weight", "token_type.weight")
         kernels.set_embeddings(model, *(tables.get(name, NONE) for name in names))
         kernels.set_norm(model, 0, 0, *_norm(tables, "norm"), network.epsilon)
@@ -85,6 +103,8 @@ def build(network: Network) -> Any:
             kernels.set_head(model, dense, top["dense.bias"], activation, head.mean)
     except ValueError as error:  # unsupported sizes
         raise NoKernelsError(str(error)) from None
+    if memory is not None and not memory.is_filled:
+        kernels.seal(model, memory.fd)
     return model
 
 

@@ -122,16 +122,32 @@ static PyObject *py_peak(PyObject *self, PyObject *none) {
 /* ---- building a model ------------------------------------------------------------------------------- */
 
 static PyObject *py_new(PyObject *self, PyObject *args) {
-    int hidden, num_heads, inner, num_layers, gelu, mean;
-    if (!PyArg_ParseTuple(args, "iiiipp", &hidden, &num_heads, &inner, &num_layers, &gelu, &mean)) return NULL;
-    if (!require(has_kernels(hidden, num_heads, inner, num_layers), "there are no kernels for these sizes")) return NULL;
-    Model *m = new_model(hidden, num_heads, inner, num_layers);
+    int hidden, num_heads, inner, num_layers, num_words, gelu, mean, fd = -1, is_filled = 0;
+    if (!PyArg_ParseTuple(args, "iiiiipp|ip", &hidden, &num_heads, &inner, &num_layers, &num_words, &gelu, &mean, &fd,
+                          &is_filled))
+        return NULL;
+    if (!require(has_kernels(hidden, num_heads, inner, num_layers) && num_words >= 0 && num_words <= 1 << 30 &&
+                     (fd >= 0 || !is_filled),
+                 "there are no kernels for these sizes"))
+        return NULL;
+    Model *m = new_model(hidden, num_heads, inner, num_layers, num_words, fd, is_filled);
     if (m == NULL) return PyErr_NoMemory();
     m->has_gelu = gelu;
     m->has_mean = mean;
     PyObject *capsule = PyCapsule_New(m, CAPSULE, destroy);
     if (capsule == NULL) free_model(m);
     return capsule;
+}
+
+/* seal(model, fd): the model is complete; see seal_model */
+static PyObject *py_seal(PyObject *self, PyObject *args) {
+    PyObject *capsule;
+    int fd;
+    if (!PyArg_ParseTuple(args, "Oi", &capsule, &fd)) return NULL;
+    Model *m = model_of(capsule);
+    if (m == NULL) return NULL;
+    if (seal_model(m, fd)) return PyErr_SetFromErrno(PyExc_OSError);
+    Py_RETURN_NONE;
 }
 
 /* set_linear(model, layer, which, weight (in, out) int8, scale (out), bias (out)) */
@@ -153,7 +169,7 @@ static PyObject *py_set_linear(PyObject *self, PyObject *args) {
              holds(&b[2], out, 4, "bias") &&
              require_memory(
                  !pack_linear(&packed, in, out, b[0].buf, b[1].buf, b[2].buf, tiles_of(m, number, which),
-                              end_of_tiles(m)));
+                              end_of_tiles(m), m->is_filled));
         free_linear(ok ? linear : &packed);
         if (ok) *linear = packed;
     }
@@ -216,17 +232,16 @@ static PyObject *py_set_embeddings(PyObject *self, PyObject *args) {
         size_t words = b[1].len / 4, positions = b[2].len / 4 / m->hidden, types = b[3].len / 4 / m->hidden;
         ok = holds(&b[0], words * m->hidden, 1, "words") && holds(&b[1], words, 4, "scales") &&
              holds(&b[2], positions * m->hidden, 4, "positions") && holds(&b[3], types * m->hidden, 4, "types") &&
-             require(!m->words && words <= 1 << 30 && positions <= 1 << 30 && types <= 1 << 30,
-                     "the embeddings are set already, or too large");
+             require(!m->word_scales && words == (size_t)m->num_words && positions <= 1 << 30 && types <= 1 << 30,
+                     "the embeddings are set already, have another number of words, or are too large");
         if (ok) {
-            m->words = copy_of(b[0].buf, b[0].len);
+            if (!m->is_filled) memcpy(m->words, b[0].buf, b[0].len);
             m->word_scales = copy_of(b[1].buf, b[1].len);
             m->positions = copy_of(b[2].buf, b[2].len);
             m->types = copy_of(b[3].buf, b[3].len);
-            m->num_words = (int)words;
             m->num_positions = (int)positions;
             m->num_types = (int)types;
-            ok = require_memory(m->words && m->word_scales && m->positions && m->types);
+            ok = require_memory(m->word_scales && m->positions && m->types);
         }
     }
     return done(ok, b, 4);
@@ -260,7 +275,7 @@ static PyObject *py_set_exit(PyObject *self, PyObject *args) {
             ok = require_memory(head->classifier && head->bias && !(metric && !head->tiles)) &&
                  require_memory(!metric ||
                                 !pack_linear(&head->projection, m->hidden, metric, b[2].buf, b[3].buf, b[4].buf,
-                                             head->tiles, head->tiles + (size_t)m->hidden * metric));
+                                             head->tiles, head->tiles + (size_t)m->hidden * metric, 0));
             head->is_set = ok;
         }
     }
@@ -499,7 +514,8 @@ static PyMethodDef methods[] = {
     {"why_not", py_why_not, METH_NOARGS, "Reason why this machine runs only the reference, if supported() is empty."},
     {"use", py_use, METH_VARARGS, "use(name): select an implementation, for tests; empty: the best."},
     {"peak", py_peak, METH_NOARGS, "Peak rate of one core, int8 multiply-adds per second."},
-    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, gelu, mean)"},
+    {"new", py_new, METH_VARARGS, "new(hidden, num_heads, inner, num_layers, num_words, gelu, mean, fd=-1, is_filled=False)"},
+    {"seal", py_seal, METH_VARARGS, "seal(model, fd)"},
     {"set_linear", py_set_linear, METH_VARARGS, "set_linear(model, layer, which, weight, scale, bias)"},
     {"set_norm", py_set_norm, METH_VARARGS, "set_norm(model, layer, which, scale, shift, epsilon)"},
     {"set_offsets", py_set_offsets, METH_VARARGS, "set_offsets(model, layer, values)"},

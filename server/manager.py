@@ -2,20 +2,22 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, Literal
 from weakref import ref
 
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError
+from de3.native.network import Memory
 from de3.server import memory
 from de3.server.audit.audits import Audits
 from de3.server.background import in_background
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.metrics import Metrics
-from de3.server.models import MAX_LOADED, Models, Role, load
+from de3.server.models import MAX_LOADED, Models, Role, Route, load
 from de3.server.prove import Prover
 from de3.server.settings import Settings
 
@@ -23,8 +25,45 @@ log = logging.getLogger("de3")
 WAIT_S, MAX_WAIT_S = 0.2, 60.0  # interval and limit of the wait for the last requests of an unloaded model
 
 
+@dataclass(frozen=True)
+class Change:
+    """A change of the served models, as an admin requests it.
+
+    Attributes:
+        version: to load or unload; None: the newest in the store, or all that are loaded.
+        share: share of the requests, for a canary.
+    """
+
+    what: Literal["load", "rollback", "unload"]
+    name: str
+    version: int | None = None
+    role: Role = "current"
+    share: float = 0.0
+
+
+@dataclass
+class Plan:
+    """A change of the served models, as every process carries it out.
+
+    Attributes:
+        version: to unload; None: all.
+        artifact: to load.
+        no_kernels: result of the proof; None before it.
+        seconds: time to load.
+    """
+
+    what: Literal["load", "rollback", "unload"]
+    name: str
+    role: Role = "current"
+    share: float = 0.0
+    version: int | None = None
+    artifact: Artifact | None = None
+    no_kernels: str | None = None
+    seconds: float = 0.0
+
+
 class Manager:
-    """Changes the served models.
+    """Changes the served models, in two steps: prepare, which may fail and changes nothing, and commit.
 
     A model is loaded and warmed up before it replaces another, so an invalid artifact changes nothing. A request in
     flight keeps its model.
@@ -37,13 +76,20 @@ class Manager:
         metrics: Metrics,
         audits: Audits,
         drop_shadows: Callable[[Sequence[Served]], None],
+        memory_of: Callable[[Artifact], Memory | None],
     ) -> None:
-        """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory."""
+        """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
+
+        memory_of: memory for the weights of a model that processes share; None if there is one process.
+        """
+        self._memory_of = memory_of
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
         self._store = Store(settings.store)
         self._prover = Prover()
         self._changing = asyncio.Lock()
+        self._plan = Plan("load", "")
+        self._loaded: Served | None = None  # prepared, and not yet served
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
@@ -56,7 +102,10 @@ class Manager:
             for artifact in artifacts:
                 is_first = artifact.manifest.name not in self._models.routes
                 try:
-                    await self._serve(artifact, "current" if is_first else "beside")
+                    role: Role = "current" if is_first else "beside"
+                    self._plan = Plan("load", artifact.manifest.name, role, artifact=artifact)
+                    self._loaded = await self._load(self._plan, artifact)
+                    self.commit()
                 except Exception as error:  # a forged artifact may raise anything
                     if are_named or (artifact is artifacts[-1] and not self._models.routes):
                         raise
@@ -66,41 +115,36 @@ class Manager:
         """Abort any loading of models, and refuse to load more."""
         self._prover.stop()
 
-    async def load(
-        self, name: str, version: int | None = None, role: Role = "current", share: float = 0.0
-    ) -> Served:
-        """Load a version (default: the newest) from the store and serve it; raises RequestError."""
-        async with self._one_change():
-            artifact = await self._open(name, version)
-            route = self._models.routes.get(name)
-            if role != "current" and (route is None or route.current == artifact.manifest.version):
-                why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"
-                raise RequestError(f"role: {why}, so it cannot be {role}", "role", "conflict")
-            return await self._change(artifact, role, share)
-
-    async def roll_back(self, name: str) -> Served:
-        """Make the previous current version current again; raises RequestError."""
-        async with self._one_change():
-            self._models.get(name)
-            route = self._models.routes.get(name)
-            if route is None or not route.before:
-                raise RequestError(f"{name}: no version was current before", "name", "conflict")
-            artifact = await self._open(name, route.before[-1])
-            return await self._change(artifact, "current", back=True)
-
-    async def unload(self, name: str, version: int | None = None) -> list[Served]:
-        """Stop serving a version, or all versions of a name; raises RequestError."""
-        async with self._one_change():
-            gone = self._models.remove(name, version)
-            self._forget(gone)
-            return gone
-
-    @asynccontextmanager
-    async def _one_change(self) -> AsyncIterator[None]:
+    async def change(self, change: Change) -> dict[str, Any]:
+        """Change the served models; returns the response of the route. Raises RequestError."""
         if self._changing.locked():
             raise RequestError("another change of the models is in progress; try again", cause="conflict")
         async with self._changing:
-            yield
+            await self.prepare(await self.plan(change))
+            return self.commit()
+
+    async def plan(self, change: Change) -> Plan:
+        """The steps of a change that this process can make; raises RequestError if it is not possible."""
+        name, version, role = change.name, change.version, change.role
+        if change.what == "unload":
+            self._models.check_remove(name, version)
+            return Plan("unload", name, version=version)
+        if change.what == "rollback":
+            self._models.current(name)
+            route = self._models.routes.get(name)
+            if route is None or not route.before:
+                raise RequestError(f"{name}: no version was current before", "name", "conflict")
+            version = route.before[-1]
+        artifact = await self._open(name, version)
+        route = self._models.routes.get(name)
+        if role != "current" and (route is None or route.current == artifact.manifest.version):
+            why = f"{artifact.full_name} is current" if route else f"no version of {name} is current"
+            raise RequestError(f"role: {why}, so it cannot be {role}", "role", "conflict")
+        loaded = {s.model.full_name for s in self._models.all}
+        replaces = route is not None and route.version_in(role) is not None
+        if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
+            raise RequestError(f"{MAX_LOADED} models are loaded, the maximum", cause="conflict")
+        return Plan(change.what, name, role, change.share, artifact=artifact)
 
     async def _open(self, name: str, version: int | None) -> Artifact:
         try:
@@ -110,36 +154,55 @@ class Manager:
         except StoreError as error:
             raise self._refused(error) from None
 
-    async def _change(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
-        loaded = {s.model.full_name for s in self._models.all}
-        route = self._models.routes.get(artifact.manifest.name)
-        replaces = route is not None and route.version_in(role) is not None
-        if artifact.full_name not in loaded and len(loaded) >= MAX_LOADED and not replaces:
-            raise RequestError(f"{MAX_LOADED} models are loaded, the maximum", cause="conflict")
-        try:
-            return await self._serve(artifact, role, share, back)
-        except (StoreError, ValueError, OSError) as error:
-            raise self._refused(error) from None
-
     def _refused(self, error: Exception) -> RequestError:
         log.warning("a model was not loaded: %s", error)
         return RequestError(f"not loaded; the served models are unchanged: {error}", "name", "bad_artifact")
 
-    async def _serve(self, artifact: Artifact, role: Role, share: float = 0.0, back: bool = False) -> Served:
-        started = perf_counter()
-        runtime = self._settings.runtime
-        no_kernels = await in_background(lambda: self._prover.prove(artifact, runtime))
-        is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not no_kernels
-        check = self._prover.limit(artifact)
-        served = await in_background(lambda: load(artifact, self._settings, check, is_proved))
+    async def prepare(self, plan: Plan) -> None:
+        """Load and warm up the model of a plan; nothing is served yet. Raises RequestError for an invalid artifact."""
+        self._plan, self._loaded = plan, None
+        if plan.artifact is not None:
+            try:
+                self._loaded = await self._load(plan, plan.artifact)
+            except (StoreError, ValueError, OSError) as error:
+                raise self._refused(error) from None
+
+    async def _load(self, plan: Plan, artifact: Artifact) -> Served:
+        started, runtime = perf_counter(), self._settings.runtime
+        if plan.no_kernels is None:
+            plan.no_kernels = await in_background(lambda: self._prover.prove(artifact, runtime))
+        is_proved = artifact.manifest.precision == "int8" and runtime != "onnxruntime" and not plan.no_kernels
+        check, shared = self._prover.limit(artifact), self._memory_of(artifact) if is_proved else None
+        served = await in_background(lambda: load(artifact, self._settings, check, is_proved, shared))
+        plan.seconds = perf_counter() - started
+        return served
+
+    def commit(self) -> dict[str, Any]:
+        """Carry out the plan that was prepared; returns the response of the route."""
+        plan, served = self._plan, self._loaded
+        self._loaded = None
+        if served is None:  # to unload
+            gone = self._models.remove(plan.name, plan.version)
+            self._forget(gone)
+            return {"unloaded": [one.model.full_name for one in gone]}
         self._audits.serve(served)
         self._metrics.add(served)
-        self._forget(self._models.add(served, role, share, back))
-        log.info(
-            "%s is %s (%s), after %.1f s",
-            *(artifact.full_name, role, served.model.full_runtime, perf_counter() - started),
-        )
-        return served
+        self._forget(self._models.add(served, plan.role, plan.share, plan.what == "rollback"))
+        model = served.model
+        log.info("%s is %s (%s), after %.1f s", model.full_name, plan.role, model.full_runtime, plan.seconds)
+        return {"model": model.full_name, "role": plan.role, "runtime": model.runtime}
+
+    def abort(self) -> None:
+        """Release the model that was prepared."""
+        self._loaded = None
+
+    async def restore(self, plans: Sequence[Plan], routes: dict[str, Route]) -> None:
+        """Load the models that other processes serve, and serve them in the same roles."""
+        loaded = [await self._load(plan, plan.artifact) for plan in plans if plan.artifact is not None]
+        for served in loaded:
+            self._audits.serve(served)
+            self._metrics.add(served)
+        self._models.restore(loaded, routes)
 
     def _forget(self, gone: list[Served]) -> None:
         """Free the memory of models once they are no longer in use."""

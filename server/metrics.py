@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from de3.exits.rule import ExitReason
 from de3.model_store.model import Model
 from de3.server.audit.auditor import Auditor
+from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.served import Served
@@ -76,16 +77,54 @@ class _ModelGauges(Collector):
 
 
 class _AuditMetrics(Collector):
-    """Audit results by model."""
+    """Audits of this process, by model."""
 
     def __init__(self, served: dict[str, Served], auditor_of: Callable[[Served], Auditor | None]) -> None:
         self._served, self._auditor_of = served, auditor_of
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; measured rates only if there are audits, a promised rate only if the server promises one."""
+        """The metrics."""
         gauge, counter = partial(GaugeMetricFamily, labels=["model"]), partial(CounterMetricFamily)
         share = gauge("de3_audit_share", "Probability that the next text is audited")
         pending = gauge("de3_audit_pending_texts", "Audits waiting for idle time")
+        texts = counter("de3_audit_texts", "Audited texts", labels=["model"])
+        disagreements = counter(
+            "de3_audit_disagreements",
+            "Audited texts whose answer, as served, differs from full depth",
+            labels=["model"],
+        )
+        seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
+        excluded = counter(
+            "de3_audit_excluded_texts",
+            "Texts excluded from audits, by reason: deadline, max_layer, windows",
+            labels=["model", "reason"],
+        )
+        for name, served in list(self._served.items()):
+            auditor = self._auditor_of(served)
+            if auditor is None:
+                continue
+            share.add_metric([name], auditor.share)
+            pending.add_metric([name], auditor.pending)
+            texts.add_metric([name], auditor.audits)
+            disagreements.add_metric([name], auditor.disagreements)
+            seconds.add_metric([name], auditor.seconds)
+            for why, count in auditor.excluded.items():
+                excluded.add_metric([name, why], count)
+        yield from (share, pending, texts, disagreements, seconds, excluded)
+
+
+class LedgerMetrics(Collector):
+    """Audit results of the server, by model."""
+
+    def __init__(
+        self, ledgers: Callable[[], Iterable[Ledger]], in_force: Callable[[Ledger], Choice | None]
+    ) -> None:
+        """in_force: the choice for requests without options; None for a model that is no longer served."""
+        self._ledgers, self._in_force = ledgers, in_force
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """The metrics; measured rates only if there are audits, a promised rate only if the server promises one."""
+        gauge = partial(GaugeMetricFamily, labels=["model"])
         rate = gauge(
             "de3_audit_disagreement",
             "Rate of disagreement with full depth at the τ in force, by the audits since the last reset",
@@ -105,46 +144,26 @@ class _AuditMetrics(Collector):
             "τ in force, by reason: start, calibrated, evidence, recent, change, reset; or the option that set it",
             labels=["model", "reason"],
         )
-        texts = counter("de3_audit_texts", "Audited texts", labels=["model"])
-        disagreements = counter(
-            "de3_audit_disagreements",
-            "Audited texts whose answer, as served, differs from full depth",
-            labels=["model"],
-        )
-        seconds = counter("de3_audit_seconds", "Model time of audits", labels=["model"])
-        resets = counter(
+        resets = CounterMetricFamily(
             "de3_audit_resets",
             "Resets of the audit evidence, by reason: change (the rate at the proved τ rose above the promise), "
             "or reset (by an admin)",
             labels=["model", "reason"],
         )
-        excluded = counter(
-            "de3_audit_excluded_texts",
-            "Texts excluded from audits, by reason: deadline, max_layer, windows",
-            labels=["model", "reason"],
-        )
-        for name, served in list(self._served.items()):
-            auditor = self._auditor_of(served)
-            if auditor is None:
+        for ledger in self._ledgers():
+            choice = self._in_force(ledger)
+            if choice is None:
                 continue
-            measured, in_force = auditor.measured(), auditor.in_force()
-            share.add_metric([name], auditor.share)
-            pending.add_metric([name], auditor.pending)
+            name, measured, row = ledger.full_name, ledger.measured(choice), tau_row(choice)
             if measured is not None:
                 for metric, value in zip((rate, lower, upper), measured, strict=True):
                     metric.add_metric([name], value)
-            if auditor.promised is not None:
-                promise.add_metric([name], auditor.promised)
-            tau.add_metric([name, in_force["reason"]], in_force["tau"])
-            texts.add_metric([name], auditor.audits)
-            disagreements.add_metric([name], auditor.disagreements)
-            seconds.add_metric([name], auditor.seconds)
-            for reason, count in auditor.num_resets.items():
+            if ledger.promised_rate is not None:
+                promise.add_metric([name], ledger.promised_rate)
+            tau.add_metric([name, row["reason"]], row["tau"])
+            for reason, count in ledger.num_resets.items():
                 resets.add_metric([name, reason], count)
-            for why, count in auditor.excluded.items():
-                excluded.add_metric([name, why], count)
-        yield from (share, pending, rate, lower, upper, promise, tau)
-        yield from (texts, disagreements, seconds, resets, excluded)
+        yield from (rate, lower, upper, promise, tau, resets)
 
 
 def _info(served: Served) -> tuple[str, ...]:
@@ -158,6 +177,7 @@ class Metrics:
     def __init__(self, settings: Settings, deepest: int, in_force: InForce) -> None:
         """deepest: largest number of layers of a model. in_force: the choice for requests without options."""
         self.registry = r = CollectorRegistry()
+        self._in_force = in_force
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
         self.exit_layer = histogram(
@@ -286,8 +306,17 @@ class Metrics:
             Gauge(name, help_, registry=self.registry).set_function(value)
 
     def read_audits(self, auditor_of: Callable[[Served], Auditor | None]) -> None:
-        """Export the audit results, which are read at each scrape."""
+        """Export the audits, which are read at each scrape."""
         self.registry.register(_AuditMetrics(self._served, auditor_of))
+
+    def read_ledgers(self, ledgers: Callable[[], Iterable[Ledger]]) -> None:
+        """Export the audit results, which are read at each scrape."""
+
+        def in_force(ledger: Ledger) -> Choice | None:
+            served = self._served.get(ledger.full_name)
+            return None if served is None else self._in_force(served)
+
+        self.registry.register(LedgerMetrics(ledgers, in_force))
 
     def add(self, served: Served) -> None:
         """Start counting for a model."""

@@ -10,6 +10,7 @@ from typing import Literal
 from de3.model_store.manifest import Manifest
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact, NoModelsError, Store, StoreError
+from de3.native.network import Memory
 from de3.server.engine.served import Served
 from de3.server.engine.timing import Timing
 from de3.server.errors import RequestError
@@ -76,10 +77,11 @@ def load(
     settings: Settings,
     check: Callable[[], None] = lambda: None,
     is_proved: bool = False,
+    memory: Memory | None = None,
 ) -> Served:
     """Load a model and warm it up.
 
-    check: called before each slow step; an exception from it aborts loading. is_proved: see Model.
+    check: called before each slow step; an exception from it aborts loading. is_proved, memory: see Model.
     Raises StoreError, or ValueError for exit options in the settings that the model cannot meet.
     """
     manifest = artifact.manifest
@@ -87,7 +89,7 @@ def load(
         rules = Rules(manifest, settings)
     except RequestError as error:  # the same error as for a request with these options
         raise ValueError(f"a setting cannot be met: {error.message}") from None
-    model = Model(artifact, settings.runtime, check, is_proved)
+    model = Model(artifact, settings.runtime, check, is_proved, memory)
     try:
         return Served(model, Timing(model, check), rules, OodMonitor(manifest, settings.ood_policy))
     except StoreError:
@@ -221,15 +223,13 @@ class Models:
             del self._versions[name][lost]
         return _gone(before, self.all)
 
-    def remove(self, name: str, version: int | None) -> list[Served]:
-        """Stop serving a version, or all versions of a name; returns the removed models. Raises RequestError."""
-        self.get(name if version is None else f"{name}:{version}")
-        route, before = self.routes[name], self.all
+    def check_remove(self, name: str, version: int | None) -> None:
+        """Raise RequestError unless a version, or all versions of a name, can be removed."""
+        self.current(name if version is None else f"{name}:{version}")
         if version is None or self._versions[name].keys() == {version}:
             if len(self.routes) == 1:
                 raise RequestError(f"{name} is the only model that is served", "name", "conflict")
-            del self.routes[name], self._versions[name]
-        elif version == route.current:
+        elif version == self.routes[name].current:
             others = ", ".join(f"{name}:{v}" for v in self._versions[name] if v != version)
             raise RequestError(
                 f"version: {name}:{version} is the current version of {name}; load another as current first "
@@ -237,10 +237,23 @@ class Models:
                 "version",
                 "conflict",
             )
+
+    def remove(self, name: str, version: int | None) -> list[Served]:
+        """Stop serving a version, or all versions of a name; returns the removed models. Raises RequestError."""
+        self.check_remove(name, version)
+        before = self.all
+        if version is None or self._versions[name].keys() == {version}:
+            del self.routes[name], self._versions[name]
         else:
-            route.give("beside", version)
+            self.routes[name].give("beside", version)
             del self._versions[name][version]
         return _gone(before, self.all)
+
+    def restore(self, served: Sequence[Served], routes: dict[str, Route]) -> None:
+        """Serve models in the roles that they have in another process."""
+        for one in served:
+            self._versions.setdefault(one.model.manifest.name, {})[one.model.manifest.version] = one
+        self.routes = routes
 
 
 def _gone(before: list[Served], after: list[Served]) -> list[Served]:

@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from de3.exits.guarantee import CONFIDENCE
-from de3.exits.promises import NEWCOMER, Promises
+from de3.exits.promise import Reason
 from de3.exits.rule import ExitRule, Thresholds
 from de3.exits.signals import Signal, signal_of, signals_of
 from de3.exits.trade_offs import TradeOffs
@@ -31,6 +31,20 @@ class Key(NamedTuple):
 
 def _key(signal: Signal) -> Key:
     return Key(signal.name, signal.lam)
+
+
+class Promised(NamedTuple):
+    """τ of each client with a guarantee, and the reason for it.
+
+    Attributes:
+        rate: the promised rate of disagreement.
+        newcomers: of clients that are not in `clients`.
+        clients: name, τ and reason of the clients with the most texts, those with the most first.
+    """
+
+    rate: float
+    newcomers: tuple[float, Reason]
+    clients: list[tuple[str, float, Reason]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,18 +150,16 @@ class Rules:
         budget_s = self.default.budget_s
         return [replace(self.at(row, "overload"), budget_s=budget_s, is_degraded=True) for row in rows]
 
-    def apply_guarantee(self, promises: Promises) -> None:
-        """Take τ for requests without options from promises; `default` is that of the client with the most texts."""
+    def apply_guarantee(self, promised: Promised) -> None:
+        """Take τ from a promise for requests without options; `default` is that of the client with the most texts."""
 
-        def choice(client: str) -> Choice:
-            promise = promises.deciding(client)
-            row = {"max_disagreement": promise.rate, "confidence": CONFIDENCE, "reason": promise.reason}
-            return replace(self._choice(promise.tau, self._signal, "guarantee", promise.rate), promise=row)
+        def choice(tau: float, reason: Reason) -> Choice:
+            row = {"max_disagreement": promised.rate, "confidence": CONFIDENCE, "reason": reason}
+            return replace(self._choice(tau, self._signal, "guarantee", promised.rate), promise=row)
 
-        clients = promises.tracked()
-        self._by_client = {client: choice(client) for client in clients}
-        self._of_newcomers = choice(NEWCOMER)
-        self.default = self._by_client[clients[0]] if clients else self._of_newcomers
+        self._by_client = {client: choice(tau, reason) for client, tau, reason in promised.clients}
+        self._of_newcomers = choice(*promised.newcomers)
+        self.default = next(iter(self._by_client.values()), self._of_newcomers)
 
     def in_force(self, level: int) -> Choice:
         """The choice for requests without options at a load level."""

@@ -7,21 +7,25 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from time import perf_counter
+from typing import Any
 
 from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
+from de3.native.network import Memory
 from de3.server import memory
 from de3.server.admission import Admission
 from de3.server.audit.audits import Audits
+from de3.server.audit.ledger import Standing
 from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
 from de3.server.errors import RequestError
-from de3.server.manager import Manager
+from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
 from de3.server.rules import Choice
 from de3.server.settings import Settings
+from de3.server.shared import OneProcess, Shared
 
 log = logging.getLogger("de3")
 CHECK_S = 1.0  # interval between checks of the engine threads
@@ -49,21 +53,33 @@ class Service:
     afterwards, while /health already responds.
     """
 
-    def __init__(self, settings: Settings, artifacts: Sequence[Artifact] = ()) -> None:
-        """artifacts: served in addition to the models of the store that the settings name."""
+    def __init__(
+        self,
+        settings: Settings,
+        artifacts: Sequence[Artifact] = (),
+        shared: Shared | None = None,
+        memory_of: Callable[[Artifact], Memory | None] = lambda _: None,
+    ) -> None:
+        """artifacts: served in addition to the models of the store that the settings name. shared: of a server of
+        several processes. memory_of: see Manager."""
         self.settings = settings
         store = Store(settings.store)
         self.artifacts: list[Artifact] = find(store, settings.models, artifacts)
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         self.models = Models(default_of(settings, self.artifacts, self._are_named))
-        self.metrics = Metrics(settings, deepest, self._in_force)
+        self.metrics = Metrics(settings, deepest, self.in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
-        self.audits = Audits(settings, self.engine.audit, self._in_force)
+        self.shared = shared or OneProcess(
+            settings, self.metrics, self.in_force, self.audits_changed, self._change
+        )
+        self.audits = Audits(settings, self.engine.audit, self.shared.books)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
-        self.manager = Manager(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows)
+        self.manager = Manager(
+            settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of
+        )
         self.state = "loading"
         self.is_open = False  # True once all models are loaded
         self.in_flight = 0  # requests, of all protocols
@@ -76,8 +92,16 @@ class Service:
         self.failure: Exception | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
-    def _in_force(self, served: Served) -> Choice:
+    def in_force(self, served: Served) -> Choice:
+        """The choice for requests without options, which may change under load."""
         return served.rules.in_force(self.admission.level)
+
+    async def _change(self, change: Change) -> dict[str, Any]:
+        return await self.manager.change(change)
+
+    def audits_changed(self, name: str, standing: Standing) -> None:
+        """Take τ of a model from its ledger."""
+        self.audits.apply(name, standing)
 
     def _retry_after_s(self) -> int:
         return self.engine.retry_after_s()
@@ -95,7 +119,7 @@ class Service:
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))
-            self.audits.start()
+            self.shared.start()
             self._watchdog = asyncio.create_task(self._watch_engine(on_failure))
             # Most objects that exist now are permanent: later garbage collections, which delay requests, skip them.
             gc.collect()
@@ -141,7 +165,7 @@ class Service:
             self.state = "stopping"
         self.manager.stop()
         self.engine.stop()
-        self.audits.stop()
+        self.shared.stop()
 
     def check_open(self) -> None:
         """Raise RequestError while the models load. A draining server still answers requests."""

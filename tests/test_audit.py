@@ -17,17 +17,18 @@ from typing import Any
 from weakref import ref
 
 import httpx
-import numpy as np
 import pytest
 
-from de3.exits.promise import MAX_SHARES, Profile
+from de3.exits.promise import MAX_SHARES
 from de3.exits.reading import read
 from de3.model_store.segments import Tokens
 from de3.model_store.store import Store
-from de3.server.audit.auditor import MAX_PENDING, MAX_RESETS, ROOM, Auditor, Draw
+from de3.server.audit.auditor import MAX_PENDING, ROOM, Auditor, Draw
 from de3.server.audit.audits import Audits
-from de3.server.audit.log import AuditLog
-from de3.server.audit.report import report
+from de3.server.audit.ledger import MAX_RESETS, Audited, Ledger, Settled
+from de3.server.audit.local_books import LocalBooks
+from de3.server.audit.log import line_of
+from de3.server.audit.report import Live, report
 from de3.server.audit.state import NEW_SHARES, StateDir, restore, state_of
 from de3.server.engine import audit as audit_engine
 from de3.server.engine.audit import Audit, run_audits
@@ -56,6 +57,13 @@ def auditor_of(server: Server) -> Auditor:
     return server.service.audits.of(served)
 
 
+def ledger_of(server: Server) -> Ledger:
+    (served,) = server.service.models.all
+    ledger = server.service.shared.books.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
+    assert isinstance(ledger, Ledger)
+    return ledger
+
+
 def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
     response = httpx.get(f"{server.url}/v1/models/{model}/audit")
     assert response.status_code == 200, response.text
@@ -64,7 +72,7 @@ def audit(server: Server, model: str = "tiny-int8") -> dict[str, Any]:
 
 def settled(server: Server, texts: int, model: str = "tiny-int8") -> dict[str, Any]:
     """The audit report once this many texts have been counted."""
-    until(lambda: auditor_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
+    until(lambda: ledger_of(server).evidence.texts >= texts, f"{texts} texts to be counted")
     return audit(server, model)
 
 
@@ -115,8 +123,8 @@ def test_the_share_is_of_texts_not_of_requests(store: Path) -> None:
         for _ in range(10):
             server.classify(input=TEXTS)
             until(lambda: not auditor_of(server).pending, "the audits")
-        until(lambda: auditor_of(server).evidence.texts == 2000, "all to be counted")
-        assert 133 < auditor_of(server).evidence.audits < 267  # 5 standard deviations
+        until(lambda: ledger_of(server).evidence.texts == 2000, "all to be counted")
+        assert 133 < ledger_of(server).evidence.audits < 267  # 5 standard deviations
 
 
 def test_ood_texts_count_at_their_lower_tau(store: Path) -> None:
@@ -210,8 +218,9 @@ def change(server: Server) -> None:
     auditor = auditor_of(server)
     count = auditor._count
 
-    def wrong(entry: Any, profile: Profile, differs: bool) -> None:
-        count(entry, Profile(auditor.taus > 0, profile.layers), differs)
+    def wrong(entry: Any, audit: Audited) -> None:
+        last = audit.layers[-1]
+        count(entry, Audited([0.0, None], [True, False], [last, last], audit.served_differs))
 
     auditor._count = wrong  # type: ignore[method-assign]
 
@@ -225,7 +234,7 @@ def test_a_change_in_the_traffic_falls_back_to_full_depth_and_is_logged(
         change(server)
         with caplog.at_level(logging.WARNING, "de3"):
             until(
-                lambda: server.classify(input=new_texts()) and auditor_of(server).num_resets["change"],
+                lambda: server.classify(input=new_texts()) and ledger_of(server).num_resets["change"],
                 "the change",
             )
         assert "differ from full depth more often than the promised 20%" in caplog.text
@@ -248,7 +257,7 @@ def test_pending_audits_are_not_dropped_and_lower_the_share(store: Path) -> None
         assert audit(server)["pending"] == auditor.pending
         auditor._submit = submit
         submit(waiting)
-        until(lambda: auditor.evidence.audits == len(TEXTS), "the audits to run")
+        until(lambda: ledger_of(server).evidence.audits == len(TEXTS), "the audits to run")
         assert audit(server)["share"] == 1.0
 
 
@@ -262,10 +271,10 @@ def test_evidence_does_not_depend_on_which_audits_are_quick(store: Path) -> None
         first, second = waiting
         submit(second)
         until(lambda: auditor.pending == len(first), "the later audits")
-        assert auditor.evidence.texts < 16
+        assert ledger_of(server).evidence.texts < 16
         submit(first)
-        until(lambda: auditor.evidence.texts == 32, "all texts")
-        assert auditor.evidence.audits == 32
+        until(lambda: ledger_of(server).evidence.texts == 32, "all texts")
+        assert ledger_of(server).evidence.audits == 32
 
 
 def test_an_audit_that_fails_counts_as_a_disagreement(store: Path) -> None:
@@ -297,7 +306,7 @@ def test_a_request_that_is_not_answered_leaves_nothing_behind(
         gate.open()
         server.classify(input="good")
         settled(server, 1)
-        assert auditor_of(server).evidence.texts == 1
+        assert ledger_of(server).evidence.texts == 1
 
 
 def test_pending_audits_are_limited(store: Path) -> None:
@@ -310,7 +319,7 @@ def test_pending_audits_are_limited(store: Path) -> None:
         assert shares[0] == 1.0 and shares[ROOM] == 2**-8 and shares[-1] == 0.0
         assert shares == sorted(shares, reverse=True)
         server.classify(input="good")  # not drawn, and not counted
-        assert auditor.evidence.texts == 0
+        assert ledger_of(server).evidence.texts == 0
         auditor._outstanding = 0
 
 
@@ -575,8 +584,8 @@ def test_texts_drawn_before_a_reset_do_not_count_after_it(store: Path) -> None:
         submit, auditor._submit = auditor._submit, waiting.extend
         server.classify(input=TEXTS[:10])
         until(lambda: waiting, "the audits")
-        server.service.engine._dispatch(auditor.reset)
-        until(lambda: auditor.num_resets["reset"], "the reset")
+        server.service.engine._dispatch(ledger_of(server).reset)
+        until(lambda: ledger_of(server).num_resets["reset"], "the reset")
         submit(waiting)
         until(lambda: not auditor.pending, "the audits")
         auditor._submit = submit
@@ -587,7 +596,7 @@ def test_texts_drawn_before_a_reset_do_not_count_after_it(store: Path) -> None:
 
         def draw_and_reset(job: Job) -> Draw | None:
             drawn = draw(job)
-            auditor.reset()
+            ledger_of(server).reset()
             return drawn
 
         auditor.draw = draw_and_reset  # type: ignore[method-assign]
@@ -661,17 +670,17 @@ def test_a_state_is_saved_once_the_disk_has_room_again(
     def full(_: int) -> None:
         raise OSError(ENOSPC, "No space left on device")
 
-    audits, served = audits_of(state_dir=tmp_path), made(store)
-    audits.serve(served)
+    books = books_of(state_dir=tmp_path)
+    ledger = served_ledger(books, made(store))
     for _ in range(2):
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
             for _ in range(3):
-                agree(audits.of(served))
-                audits._save(audits.of(served))
-        audits._save(audits.of(served))
+                agree(ledger)
+                books.ledgers._save(ledger)
+        books.ledgers._save(ledger)
     assert caplog.text.count("No space left on device") == 2
-    audits.stop()
+    books.stop()
     assert json.loads((tmp_path / "tiny-1.json").read_text())["counts"][0]["audits"] == 6
 
 
@@ -712,8 +721,8 @@ def test_texts_drawn_under_load_count_with_the_share_in_force(store: Path) -> No
         assert counted[1.0] == (ROOM // 8, ROOM // 8)
         until(lambda: len(waiting) == auditor.pending, "the audits")
         submit(waiting)
-        until(lambda: auditor.evidence.texts == start, "all to be counted")
-        tallies = auditor.evidence.tallies.items()
+        until(lambda: ledger_of(server).evidence.texts == start, "all to be counted")
+        tallies = ledger_of(server).evidence.tallies.items()
         assert {share: (tally.texts, tally.audits) for share, tally in tallies} == counted
 
 
@@ -725,30 +734,43 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
     return SimpleNamespace(model=model, rules=rules, monitor=SimpleNamespace(caution=1.0))
 
 
-def audits_of(**settings: Any) -> Audits:
-    """Audits that never run."""
-    return Audits(Settings(audit_share=1.0, **settings), lambda _: None, lambda served: served.rules.default)
+def books_of(**settings: Any) -> LocalBooks:
+    """Ledgers of audits that never run."""
+    return LocalBooks(
+        Settings(audit_share=1.0, **settings), lambda served: served.rules.default, lambda *_: None
+    )
 
 
-def agree(auditor: Auditor, share: float = 1.0, served_differs: bool = False) -> None:
+def served_ledger(books: LocalBooks, served: Any) -> Ledger:
+    books.serve(served)
+    ledger = books.ledgers.get(served.model.full_name)
+    assert ledger is not None
+    return ledger
+
+
+def audits_of(served: Any) -> tuple[Auditor, Ledger]:
+    """An auditor whose audits never run, and its ledger."""
+    books = books_of()
+    audits = Audits(Settings(audit_share=1.0), lambda _: None, books)
+    audits.serve(served)
+    return audits.of(served), served_ledger(books, served)
+
+
+def agree(ledger: Ledger, share: float = 1.0, served_differs: bool = False) -> None:
     """Count a text whose answer agrees with full depth at every τ."""
-    count = len(auditor.taus)
-    audit = Profile(np.zeros(count, np.bool_), np.zeros(count, np.int64))
-    auditor.evidence.add(share, audit, served_differs)
-    auditor.is_changed = True
+    audit = Audited([0.0, None], [False, False], [0, 3], served_differs)
+    ledger.count([Settled("one", share, audit=audit)], ledger.standing.epoch, True)
 
 
 def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(store: Path) -> None:
-    audits, first = audits_of(), made(store)
-    audits.serve(first)
-    agree(audits.of(first))
-    audits.forget(first)
-    audits.serve(changed := made(store, max_tokens=63))
-    assert audits.of(changed).evidence.audits == 0
-    agree(audits.of(changed))
-    audits.forget(changed)
-    audits.serve(changed)
-    assert audits.of(changed).evidence.audits == 1
+    books, first = books_of(), made(store)
+    agree(served_ledger(books, first))
+    books.forget(first)
+    ledger = served_ledger(books, changed := made(store, max_tokens=63))
+    assert ledger.evidence.audits == 0
+    agree(ledger)
+    books.forget(changed)
+    assert served_ledger(books, changed).evidence.audits == 1
 
 
 @pytest.mark.parametrize(
@@ -761,93 +783,80 @@ def test_evidence_of_an_unloaded_model_does_not_count_for_another_of_its_name(st
 def test_audits_of_another_runtime_or_policy_are_refused(
     store: Path, change: Callable[[Any], None], why: str
 ) -> None:
-    audits, first, other = audits_of(), made(store), made(store)
-    audits.serve(first)
-    state = state_of(audits.of(first))
+    books, other = books_of(), made(store)
+    state = state_of(served_ledger(books, made(store)))
     change(other)
-    audits.serve(other)  # the same manifest, so the same auditor
     with pytest.raises(ValueError, match=why):
-        restore(audits.of(other), state)
+        restore(served_ledger(books, other), state)  # the same manifest, so the same ledger
 
 
 def test_a_state_leaves_room_for_the_shares_that_a_server_adds(store: Path) -> None:
-    audits, served = audits_of(), made(store)
-    audits.serve(served)
-    auditor = audits.of(served)
+    ledger = served_ledger(books_of(), made(store))
     for number in range(1 + MAX_SHARES - NEW_SHARES):
-        restore(auditor, state_of(auditor))
-        agree(auditor, (1 + number) / MAX_SHARES)
+        restore(ledger, state_of(ledger))
+        agree(ledger, (1 + number) / MAX_SHARES)
     with pytest.raises(ValueError, match="too many shares"):
-        restore(auditor, state_of(auditor))
+        restore(ledger, state_of(ledger))
 
 
 def test_every_version_has_its_own_file_and_failed_writes_are_retried(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    audits, versions = audits_of(state_dir=tmp_path), (made(store, 1), made(store, 2))
+    books, versions = books_of(state_dir=tmp_path), (made(store, 1), made(store, 2))
     for served in versions:
-        audits.serve(served)
-        agree(audits.of(served))
+        agree(served_ledger(books, served))
 
     def broken(*_: Any) -> None:
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
         patch.setattr(StateDir, "write", broken)
-        audits._save(audits.of(versions[0]))
+        books.ledgers._save(served_ledger(books, versions[0]))
     assert not list(tmp_path.glob("*.json"))
-    audits.stop()
+    books.stop()
     for served in versions:
         state = json.loads((tmp_path / f"tiny-{served.model.manifest.version}.json").read_text())
         assert (state["model"], state["counts"][0]["audits"]) == (served.model.full_name, 1)
 
 
 def test_the_report_separates_answers_as_served_from_those_of_the_tau_in_force(store: Path) -> None:
-    audits, served = audits_of(), made(store)
-    audits.serve(served)
+    ledger = served_ledger(books_of(), made(store))
     for differs in (True, True, False, False):
-        agree(audits.of(served), 1.0, differs)
-    measured = report(audits.of(served))["measured"]
+        agree(ledger, 1.0, differs)
+    measured = report(ledger, Live(1.0, 0, {}), ledger.rules.default)["measured"]
     assert (measured["disagreement"], measured["as_served"]) == (0, 0.5)
 
 
 def test_only_the_last_resets_are_remembered_but_all_are_counted(store: Path) -> None:
-    audits, served = audits_of(), made(store)
-    audits.serve(served)
-    auditor = audits.of(served)
+    ledger = served_ledger(books_of(), made(store))
     for number in range(MAX_RESETS + 3):
         for _ in range(number):
-            agree(auditor)
-        auditor.reset()
-    assert [r.audits for r in auditor.resets] == list(range(3, MAX_RESETS + 3))
-    assert auditor.num_resets["reset"] == MAX_RESETS + 3
-    restore(auditor, state_of(auditor))
+            agree(ledger)
+        ledger.reset()
+    assert [r.audits for r in ledger.resets] == list(range(3, MAX_RESETS + 3))
+    assert ledger.num_resets["reset"] == MAX_RESETS + 3
+    restore(ledger, state_of(ledger))
 
 
 def test_a_known_client_is_audited_after_a_restart_too(store: Path) -> None:
-    audits, served = audits_of(guarantee=0.1), made(store)
-    audits.serve(served)
-    auditor = audits.of(served)
-    assert auditor.promises is not None
-    agreeing = Profile(auditor.taus < 0, np.zeros(len(auditor.taus), np.int64))
-    auditor.promises.add("one", 1.0, agreeing)
-    restore(auditor, state_of(auditor))
-    auditor.promises.add("one", 1.0, agreeing)
-    assert auditor.promises.tracked() == ["one"] and auditor.promises.texts["one"] == 2
+    ledger = served_ledger(books_of(guarantee=0.1), made(store))
+    agree(ledger)
+    restore(ledger, state_of(ledger))
+    assert ledger.promises is not None and ledger.promises.own["one"].weight == 1
+    agree(ledger)
+    assert ledger.promises.tracked() == ["one"] and ledger.promises.texts["one"] == 2
 
 
 def test_a_change_says_how_many_audits_it_took(store: Path) -> None:
-    audits, served = audits_of(guarantee=0.1, guarantee_start="calibrated"), made(store)
+    served, added = made(store), 0
     served.rules = Rules(served.model.manifest, Settings(guarantee=0.3, guarantee_start="calibrated"))
-    audits.serve(served)
-    auditor = audits.of(served)
-    assert auditor.promises is not None and auditor.promises.of_all.index > 0
-    unlike, added = Profile(auditor.taus > 0, np.zeros(len(auditor.taus), np.int64)), 0
-    entry = auditor._open("one", 1.0)
-    while not auditor.resets:
-        auditor._add(entry, unlike)
+    ledger = served_ledger(books_of(guarantee=0.1, guarantee_start="calibrated"), served)
+    assert ledger.promises is not None and ledger.promises.of_all.index > 0
+    unlike = Settled("one", 1.0, audit=Audited([0.0, None], [True, False], [3, 3], True))
+    while not ledger.resets:
+        ledger.count([unlike], 0, True)
         added += 1
-    (reset,) = auditor.resets
+    (reset,) = ledger.resets
     assert (reset.reason, reset.audits) == ("change", added)
 
 
@@ -855,9 +864,7 @@ def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("de3.server.audit.auditor.MAX_ENTRIES", 3)
-    audits, served = audits_of(), made(store)
-    audits.serve(served)
-    auditor = audits.of(served)
+    auditor, _ = audits_of(made(store))
     shares = []
     for _ in range(4):
         shares.append(auditor.share)
@@ -865,20 +872,16 @@ def test_nothing_is_drawn_while_too_many_texts_wait_to_be_counted(
     assert shares == [1, 1, 1, 0]
 
 
-def test_audits_with_nan_or_infinity_are_not_logged(store: Path, tmp_path: Path) -> None:
-    written = AuditLog(tmp_path / "audits.jsonl", False)
+def test_audits_with_nan_or_infinity_are_not_logged(store: Path) -> None:
     for logit in (1.0, float("nan"), float("inf")):
-        written.write(made(store), 1.0, [read(0, [1.0, 0.0], None), read(3, [logit, 0.0], None)], 5, None)
-    written.close()
-    (line,) = (tmp_path / "audits.jsonl").read_text().splitlines()
-    assert json.loads(line)["logits"] == [[1, 0], [1, 0]]
+        passed = [read(0, [1.0, 0.0], None), read(3, [logit, 0.0], None)]
+        line = line_of(made(store), 1.0, passed, 5, None)
+        assert (line is not None and json.loads(line)["logits"] == [[1, 0], [1, 0]]) == (logit == 1)
 
 
 def test_texts_that_were_not_drawn_count_with_the_share_in_force(store: Path) -> None:
-    audits, served = audits_of(), made(store)
-    audits.serve(served)
-    auditor = audits.of(served)
+    auditor, ledger = audits_of(made(store))
     for share, texts in ((1.0, 5), (0.5, 3), (0.25, 2)):
-        auditor._open("one", share).skipped += texts
+        auditor._open("one", share).settled.skipped += texts
     auditor._settle()
-    assert {q: tally.texts for q, tally in auditor.evidence.tallies.items()} == {1.0: 5, 0.5: 3, 0.25: 2}
+    assert {q: tally.texts for q, tally in ledger.evidence.tallies.items()} == {1.0: 5, 0.5: 3, 0.25: 2}

@@ -86,7 +86,8 @@ def test_a_server_s_audits_make_a_calibration_that_it_serves(
         mine, audit_share=1.0, log_audits=log, log_audit_texts=True, max_disagreement=0.05
     ) as server:
         (served,) = server.service.models.all
-        evidence = server.service.audits.of(served).evidence
+        ledger = server.service.shared.books.ledgers.get(served.model.full_name)  # type: ignore[attr-defined]
+        evidence = ledger.evidence
         for i in range(0, len(texts), 8):  # few at a time, so that all are drawn
             assert server.classify(input=texts[i : i + 8]).status_code == 200
             until(lambda sent=i + 8: evidence.audits == sent, "the audits")

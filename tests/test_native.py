@@ -4,6 +4,7 @@ If this machine has no fast kernels, the tests use the reference.
 """
 
 import math
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -30,7 +31,7 @@ from de3.model_store.segments import ForwardPass, NativeSegment, session_options
 from de3.model_store.store import Store, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.native import NoKernelsError
-from de3.native.network import Network, build
+from de3.native.network import Memory, Network, build
 from de3.server.engine.group import run_group
 from de3.server.engine.queue import WorkQueue
 from tests import jobs
@@ -275,6 +276,32 @@ def test_any_shape_matches_onnx_runtime_or_has_no_kernels(
         }
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux")
+def test_processes_share_the_memory_of_the_weights() -> None:
+    rng = np.random.default_rng(8)
+    network, _ = random_network(rng, random_architecture(128, 4, 64, 3, 32, True, True))
+    fd = os.memfd_create("weights", os.MFD_ALLOW_SEALING)
+    try:
+        with pytest.raises(MemoryError):  # it is empty
+            build(network, Memory(fd, True))
+        models = [build(network), build(network, Memory(fd, False)), build(network, Memory(fd, True))]
+        with pytest.raises(OSError, match="Operation not permitted"):
+            os.pwrite(fd, b"x", 0)
+        with pytest.raises(MemoryError):  # it is sealed
+            build(network, Memory(fd, False))
+    finally:
+        os.close(fd)
+    ids, types, results = rng.integers(0, 20, (1, 9)), rng.integers(0, 2, (1, 9)), set()
+    for model in models:
+        states = [np.empty((1, 9, 128), np.float32) for _ in range(2)]
+        kernels.run(model, 0, ids, types, states[0], None, None, None)
+        kernels.run(model, 1, states[0], None, states[1], None, None, None)
+        results.add(states[1].tobytes())
+    assert len(results) == 1
+    maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:weights" in line]
+    assert len(maps) == 2 and all(line.split()[1] == "r--s" for line in maps)
+
+
 @pytest.mark.parametrize("activation", ["tanh", "relu", "gelu"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_the_head_of_a_stock_classifier(
@@ -475,7 +502,7 @@ def test_only_int8_has_kernels(store: Path) -> None:
 def test_kernels_that_differ_are_not_used(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = Store(store).open("tiny-int8")
 
-    def mixed_up(network: Network) -> Any:
+    def mixed_up(network: Network, _: Memory | None) -> Any:
         return build(replace(network, segments=[network.segments[i] for i in (0, 2, 1, 3)]))
 
     monkeypatch.setattr("de3.model_store.model.build", mixed_up)
@@ -518,7 +545,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
         with pytest.raises((ValueError, TypeError, BufferError)):
             kernels.run(model, *arguments)
     with pytest.raises(ValueError, match="no kernels for these sizes"):
-        kernels.new(65, 1, 64, 1, True, True)
+        kernels.new(65, 1, 64, 1, 0, True, True)
     prototypes = [segment._prototypes for segment in native.segments]  # type: ignore[attr-defined]
     logits, distances = np.zeros((4, 2), np.float32), np.zeros((4, 2), np.float32)
 

@@ -1,22 +1,19 @@
 """Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
 
 Reading a file must not raise. A refused file is kept aside, and audits start from zero. After an accepted one, the
-auditor counts audits of old and new clients, reports, and saves a state that restores to the same state.
+ledger counts audits of old and new clients, reports, and saves a state that restores to the same state.
 """
 
 import json
 import logging
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 from hypothesis import strategies as st
 
-from de3.exits.promise import Profile
 from de3.exits.promises import Promises
-from de3.server.audit.auditor import Auditor
-from de3.server.audit.report import report
+from de3.server.audit.ledger import Audited, Ledger, Settled
+from de3.server.audit.report import Live, report
 from de3.server.audit.state import StateDir, restore, state_of
 from de3.server.rules import Rules
 from de3.server.settings import Settings
@@ -44,45 +41,34 @@ FRAGMENTS = (
 CLIENTS = ("a", "b", "c", "new")
 
 
-def _auditor() -> Auditor:
-    """An auditor with a guarantee for the demo model, of which only the manifest is loaded."""
-    artifact = demo()
-    settings = Settings(**SETTINGS)
-    model = SimpleNamespace(manifest=artifact.manifest, full_name=artifact.full_name, runtime="kernels")
-    served: Any = SimpleNamespace(
-        model=model, rules=Rules(artifact.manifest, settings), monitor=SimpleNamespace(caution=1.0)
-    )
-    return Auditor(served, settings, lambda _: None, lambda served: served.rules.default)
+def _ledger() -> Ledger:
+    """A ledger with a guarantee for the demo model."""
+    manifest, settings = demo().manifest, Settings(**SETTINGS)
+    return Ledger(manifest, Rules(manifest, settings), "kernels", 1.0, settings)
 
 
-def _promises(auditor: Auditor) -> Promises:
-    assert auditor.promises is not None
-    return auditor.promises
+def _promises(ledger: Ledger) -> Promises:
+    assert ledger.promises is not None
+    return ledger.promises
 
 
-def _count(auditor: Auditor, clients: tuple[str, ...], texts: int) -> None:
+def _count(ledger: Ledger, clients: tuple[str, ...], texts: int) -> None:
     """Count audits of some clients; a few of them disagree with full depth at the higher τ."""
-    taus, promises = auditor.taus, _promises(auditor)
     for number in range(texts):
-        differs = (taus > 0.5) & (number % 40 == 0)
-        audit = Profile(differs, np.where(taus > 0.5, 1, 6))
+        audit = Audited([0.5, None], [number % 40 == 0, False], [1, 6], False)
+        keys = [number % 7, number, number + 1, number + 2]
         share = (1.0, 0.05)[number % 2]
-        auditor.evidence.skip(share, 3)
-        auditor.evidence.add(share, audit, False)
-        for client in clients:
-            promises.skip(client, share, 3)
-            promises.add(client, share, audit, is_repeat=number % 7 == 0)
-    promises.advance()
-    auditor.serve(auditor.served)
+        settled = [Settled(client, share, 3, keys, audit) for client in clients]
+        ledger.count(settled, ledger.standing.epoch, True)
 
 
 @cache
 def _valid() -> Any:
     """A state with the evidence of three clients and a reset."""
-    auditor = _auditor()
-    auditor.reset()
-    _count(auditor, CLIENTS[:3], 100)
-    return json.loads(state_of(auditor).model_dump_json())
+    ledger = _ledger()
+    ledger.reset()
+    _count(ledger, CLIENTS[:3], 100)
+    return json.loads(state_of(ledger).model_dump_json())
 
 
 @cache
@@ -99,34 +85,34 @@ def _states(draw: st.DrawFn) -> bytes:
 
 def check(data: bytes) -> tuple[dict[str, float], str]:
     """Read a state as a server does at startup, and continue from it."""
-    folder, auditor = _state_dir(), _auditor()
-    path = folder._file(auditor)
+    folder, ledger = _state_dir(), _ledger()
+    path = folder._file(ledger)
     aside = path.with_suffix(".json.old")
     aside.unlink(missing_ok=True)
     path.write_bytes(data)
-    fresh = state_of(auditor)
-    folder.read(auditor)
+    fresh = state_of(ledger)
+    folder.read(ledger)
     if aside.exists():
-        if state_of(auditor).model_copy(update={"since": 0}) != fresh.model_copy(update={"since": 0}):
-            raise Finding("a refused state changed the auditor")
+        if state_of(ledger).model_copy(update={"since": 0}) != fresh.model_copy(update={"since": 0}):
+            raise Finding("a refused state changed the ledger")
         return {}, "refused"
-    audits = auditor.evidence.audits
-    _compare(auditor)
-    _count(auditor, CLIENTS, 10)
-    _compare(auditor)
+    audits = ledger.evidence.audits
+    _compare(ledger)
+    _count(ledger, CLIENTS, 10)
+    _compare(ledger)
     for client in CLIENTS:
-        tau, _ = _promises(auditor).choose(client)
-        if tau not in auditor.taus:
+        tau, _ = _promises(ledger).choose(client)
+        if tau not in ledger.taus:
             raise Finding(f"τ = {tau} is not in the grid")
-    json.dumps(report(auditor), allow_nan=False)
-    if auditor.evidence.audits < min(10, audits):
+    json.dumps(report(ledger, Live(1.0, 0, {}), ledger.rules.default), allow_nan=False)
+    if ledger.evidence.audits < min(10, audits):
         raise Finding("audits are lost")
-    return {"promises": float(len(_promises(auditor).by_left_out))}, "accepted"
+    return {"promises": float(len(_promises(ledger).by_left_out))}, "accepted"
 
 
-def _compare(auditor: Auditor) -> None:
+def _compare(ledger: Ledger) -> None:
     """Raise Finding unless a saved state restores to the same state."""
-    state, other = state_of(auditor), _auditor()
+    state, other = state_of(ledger), _ledger()
     restore(other, type(state).model_validate_json(state.model_dump_json()))
     again = state_of(other)
     if again != state:

@@ -22,14 +22,36 @@ MAX_BYTES = 100 * 2**20  # per file; there are at most two
 MAX_LINE = 2**24
 
 
-class AuditLog:
-    """The log file; rotation keeps one predecessor.
+def line_of(
+    served: Served, share: float, passed: list[Reading], tokens: int, text: Text | None
+) -> str | None:
+    """The line of an audit; None if calibration would reject it.
 
-    Attributes:
-        has_texts: texts are logged, too.
+    share: probability with which the text was drawn. passed: its readings; it passed every exit. text: None if texts
+    are not logged.
     """
+    if not all(math.isfinite(value) for reading in passed for value in reading.logits):
+        return None
+    row: dict[str, Any] = {
+        "time": round(time.time(), 3),
+        "model": served.model.full_name,
+        "share": share,
+        "tokens": tokens,
+        "layers": [reading.layer for reading in passed],
+        "logits": [_short(reading.logits) for reading in passed],
+        "distances": [None if r.distances is None else _short(r.distances) for r in passed],
+    }
+    if text is not None:
+        row["text"] = text.text
+        if text.text_pair is not None:
+            row["text_pair"] = text.text_pair
+    return orjson.dumps(row).decode()
 
-    def __init__(self, path: Path, log_texts: bool) -> None:
+
+class AuditLog:
+    """The log file; rotation keeps one predecessor."""
+
+    def __init__(self, path: Path) -> None:
         """Raises ValueError if the file cannot be written."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -37,31 +59,9 @@ class AuditLog:
             self._handler = _Handler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
         except OSError as error:
             raise ValueError(f"log_audits: {path} cannot be written: {error.strerror}") from None
-        self.has_texts = log_texts
 
-    def write(
-        self, served: Served, share: float, passed: list[Reading], tokens: int, text: Text | None
-    ) -> None:
-        """Write an audit: the readings of a text that passed every exit, and its number of tokens.
-
-        share: probability with which the text was drawn.
-        """
-        if not all(math.isfinite(value) for reading in passed for value in reading.logits):
-            return  # calibration rejects such rows
-        row: dict[str, Any] = {
-            "time": round(time.time(), 3),
-            "model": served.model.full_name,
-            "share": share,
-            "tokens": tokens,
-            "layers": [reading.layer for reading in passed],
-            "logits": [_short(reading.logits) for reading in passed],
-            "distances": [None if r.distances is None else _short(r.distances) for r in passed],
-        }
-        if self.has_texts and text is not None:
-            row["text"] = text.text
-            if text.text_pair is not None:
-                row["text_pair"] = text.text_pair
-        line = orjson.dumps(row).decode()
+    def write(self, line: str) -> None:
+        """Write a line."""
         self._handler.emit(logging.LogRecord("de3.audits", logging.INFO, "", 0, line, None, None))
 
     def close(self) -> None:

@@ -1,24 +1,42 @@
 """The results of audits, as GET /v1/models/{name}/audit returns them."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from de3.exits.calibration import speedup
 from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promises import NEWCOMER, Promises
-from de3.server.audit.auditor import Auditor
+from de3.server.audit.ledger import Ledger, tau_row
+from de3.server.rules import Choice
 
 
-def report(auditor: Auditor) -> dict[str, Any]:
-    """The audit results of one model: evidence by τ, the promise and its current state, and the resets."""
-    evidence, signal, promises = auditor.evidence.copy(), auditor.signal, auditor.promises
-    manifest = auditor.served.model.manifest
+class Live(NamedTuple):
+    """The state of a model's audits in the processes.
+
+    Attributes:
+        share: probability that the next text is drawn.
+        pending: number of audits that have not run yet.
+        excluded: number of texts that are not audited, by reason.
+    """
+
+    share: float
+    pending: int
+    excluded: Mapping[str, int]
+
+
+def report(ledger: Ledger, live: Live, in_force: Choice) -> dict[str, Any]:
+    """The audit results of one model: evidence by τ, the promise and its current state, and the resets.
+
+    in_force: the choice for requests without options.
+    """
+    evidence, signal, promises = ledger.evidence.copy(), ledger.signal, ledger.promises
+    manifest, tau = ledger.manifest, tau_row(in_force)
     lower, upper = evidence.bounds()
     rates, layers = evidence.rates(), evidence.mean_layers()
-    in_force = auditor.in_force()
-    here = int(np.searchsorted(auditor.taus, in_force["tau"]))
+    here = int(np.searchsorted(ledger.taus, tau["tau"]))
     e_values = None
     if promises is not None:
         main = promises.deciding(next(iter(promises.tracked()), NEWCOMER)).evidence.copy()
@@ -26,7 +44,7 @@ def report(auditor: Auditor) -> dict[str, Any]:
 
     def row(k: int) -> dict[str, Any]:
         known: dict[str, Any] = {
-            "tau": float(auditor.taus[k]),
+            "tau": float(ledger.taus[k]),
             "disagreement": _number(rates[k]),
             "lower": float(lower[k]),
             "upper": float(upper[k]),
@@ -37,24 +55,24 @@ def report(auditor: Auditor) -> dict[str, Any]:
             known["e_value"] = float(e_values[k])
         return known
 
-    expected = auditor.served.rules.default.expected
+    expected = ledger.rules.default.expected
     return {
-        "model": auditor.served.model.full_name,
+        "model": ledger.full_name,
         "signal": signal.name,
         "lambda": signal.lam,
-        "since": _time(auditor.since),
-        "share": auditor.share,
+        "since": _time(ledger.since),
+        "share": live.share,
         "texts": evidence.texts,
         "audits": evidence.audits,
-        "pending": auditor.pending,
-        "excluded": auditor.excluded,
-        "tau": in_force,
+        "pending": live.pending,
+        "excluded": live.excluded,
+        "tau": tau,
         "promise": None
-        if auditor.promised is None
+        if ledger.promised_rate is None
         else {
-            "max_disagreement": auditor.promised,
+            "max_disagreement": ledger.promised_rate,
             "confidence": CONFIDENCE,
-            "reason": in_force["reason"],
+            "reason": tau["reason"],
             "clients": None if promises is None else [_client(promises, name) for name in promises.tracked()],
         },
         "measured": row(here) | {"confidence": CONFIDENCE, "as_served": evidence.served()},
@@ -65,9 +83,9 @@ def report(auditor: Auditor) -> dict[str, Any]:
             "disagreement_bound": expected.disagreement_bound,
             "speedup": expected.speedup,
         },
-        "taus": [row(k) for k in range(len(auditor.taus))],
+        "taus": [row(k) for k in range(len(ledger.taus))],
         "resets": [
-            {"at": _time(r.at), "reason": r.reason, "tau": r.tau, "audits": r.audits} for r in auditor.resets
+            {"at": _time(r.at), "reason": r.reason, "tau": r.tau, "audits": r.audits} for r in ledger.resets
         ],
     }
 

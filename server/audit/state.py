@@ -16,7 +16,7 @@ from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, Recent, Sav
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
 from de3.model_store.manifest import Manifest
 from de3.model_store.regular_file import read_regular_file
-from de3.server.audit.auditor import MAX_RESETS, Auditor, Reset
+from de3.server.audit.ledger import MAX_RESETS, Ledger, Reset
 
 log = logging.getLogger("de3")
 MAX_BYTES = 2**22
@@ -55,10 +55,17 @@ class PromiseCounts(_Part):
     repeats: list[Count] = Field(max_length=MAX_TAUS)
 
 
+class OwnAudits(_Part):
+    """A de3.exits.promise.Recent."""
+
+    weight: Annotated[float, Field(ge=0)] = 0.0
+    differing: list[Annotated[float, Field(ge=0)]] = Field(default=[], max_length=MAX_TAUS)
+
+
 class Promised(_Part):
     """A saved de3.exits.promise.Promise: the fields of SavedPromise, and its evidence.
 
-    left_out: the client whose evidence it leaves out. texts: number of texts of that client.
+    left_out: the client whose evidence it leaves out. texts: number of texts of that client. own: its recent audits.
     """
 
     left_out: Annotated[str, Field(max_length=16)]
@@ -71,10 +78,11 @@ class Promised(_Part):
     detector: list[Annotated[float, Field(ge=0)]] = Field(max_length=16)
     weight: Annotated[float, Field(ge=0)]
     recent: list[Annotated[float, Field(ge=0)]] = Field(max_length=MAX_TAUS)
+    own: OwnAudits = OwnAudits()
 
 
 class ResetRow(_Part):
-    """A de3.server.audit.auditor.Reset."""
+    """A de3.server.audit.ledger.Reset."""
 
     at: Annotated[float, Field(ge=0, le=MAX_TIME)]
     reason: Reason
@@ -109,6 +117,8 @@ class State(_Part):
             if max(row.served, row.audits, *row.differing) > row.texts or max(row.differing) > row.audits:
                 raise ValueError("more audits than texts, or more disagreements than audits")
         for promise in self.promises:
+            if promise.own.differing and len(promise.own.differing) != len(self.taus):
+                raise ValueError("the recent audits of a client need a number for each τ")
             for part in promise.counts:
                 if not len(part.differing) == len(part.repeats) == len(self.taus):
                     raise ValueError("differing and repeats need a number for each τ")
@@ -121,19 +131,19 @@ class State(_Part):
         return self
 
 
-def state_of(auditor: Auditor) -> State:
-    """The state of an auditor, to be saved."""
-    manifest, promises = auditor.served.model.manifest, auditor.promises
-    signal = auditor.signal
+def state_of(ledger: Ledger) -> State:
+    """The state of a ledger, to be saved."""
+    manifest, promises = ledger.manifest, ledger.promises
+    signal = ledger.signal
     return State(
-        model=auditor.served.model.full_name,
+        model=ledger.full_name,
         fingerprint=fingerprint(manifest),
-        runtime=auditor.served.model.runtime,
-        caution=auditor.served.monitor.caution,
+        runtime=ledger.runtime,
+        caution=ledger.caution,
         signal=signal.name,
         lam=signal.lam,
-        taus=auditor.taus.tolist(),
-        since=auditor.since,
+        taus=ledger.taus.tolist(),
+        since=ledger.since,
         counts=[
             Counts(
                 share=share,
@@ -143,10 +153,10 @@ def state_of(auditor: Auditor) -> State:
                 differing=tally.differing.tolist(),
                 layers=tally.layers.tolist(),
             )
-            for share, tally in auditor.evidence.copy().tallies.items()
+            for share, tally in ledger.evidence.copy().tallies.items()
         ],
         promises=[] if promises is None else _promised(promises),
-        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in auditor.resets],
+        resets=[ResetRow(at=r.at, reason=r.reason, tau=r.tau, audits=r.audits) for r in ledger.resets],
     )
 
 
@@ -165,9 +175,15 @@ def _promised(promises: Promises) -> list[Promised]:
                 for share, tally in promise.evidence.copy().tallies.items()
             ],
             **promise.saved()._asdict(),
+            own=_own(promises, left_out),
         )
         for left_out, promise in list(promises.by_left_out.items())
     ]
+
+
+def _own(promises: Promises, client: str) -> OwnAudits:
+    own = promises.own.get(client)
+    return OwnAudits() if own is None else OwnAudits(weight=own.weight, differing=own.differing.tolist())
 
 
 def _restored(saved: list[Promised], like: Promises) -> Promises:
@@ -181,10 +197,12 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
                 part.texts, 0, 0, differing, np.zeros_like(differing), repeats
             )
         promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start)
-        state = row.model_dump(exclude={"left_out", "texts", "counts"})
+        state = row.model_dump(exclude={"left_out", "texts", "counts", "own"})
         promise.restore(evidence, SavedPromise(**state))
         if row.left_out != ALL:
-            promises.own[row.left_out] = Recent(like.rate, len(like.taus))
+            own = promises.own[row.left_out] = Recent(like.rate, len(like.taus))
+            if row.own.differing:
+                own.weight, own.differing = row.own.weight, np.array(row.own.differing)
             promises.texts[row.left_out] = row.texts
     return promises
 
@@ -199,34 +217,33 @@ def _counts(state: State) -> Iterator[int]:
             yield from (part.texts, *part.differing, *part.repeats)
 
 
-def restore(auditor: Auditor, state: State) -> None:
-    """Restore an auditor from a state; raises ValueError if the state does not match the auditor's model."""
-    manifest, signal = auditor.served.model.manifest, auditor.signal
+def restore(ledger: Ledger, state: State) -> None:
+    """Restore a ledger from a state; raises ValueError if the state does not match the ledger's model."""
+    manifest, signal = ledger.manifest, ledger.signal
     if state.fingerprint != fingerprint(manifest):
         raise ValueError("it belongs to another model")
     if (state.signal, state.lam) != (signal.name, signal.lam):
         raise ValueError("it belongs to another signal")
-    served = auditor.served
-    if (state.runtime, state.caution) != (served.model.runtime, served.monitor.caution):
+    if (state.runtime, state.caution) != (ledger.runtime, ledger.caution):
         raise ValueError("it belongs to another runtime, or another --ood-policy")
     most = max(len(state.counts), *(len(promise.counts) for promise in state.promises), 0)
     if most + NEW_SHARES > MAX_SHARES:
         raise ValueError("it has too many shares")
     if max(_counts(state), default=0) > MAX_COUNT - NEW_COUNT:
         raise ValueError("its counts are too large")
-    if state.taus != auditor.taus.tolist():
+    if state.taus != ledger.taus.tolist():
         raise ValueError("it has other values of τ")
-    evidence = Evidence(auditor.taus)
+    evidence = Evidence(ledger.taus)
     for row in state.counts:
         differing, layers = np.array(row.differing, np.int64), np.array(row.layers, np.int64)
         evidence.tallies[row.share] = Tally(
             row.texts, row.audits, row.served, differing, layers, np.zeros_like(differing)
         )
     promises = None
-    if auditor.promises is not None and state.promises:
-        promises = _restored(state.promises, auditor.promises)
+    if ledger.promises is not None and state.promises:
+        promises = _restored(state.promises, ledger.promises)
     resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
-    auditor.restore(evidence, state.since, resets, promises)
+    ledger.restore(evidence, state.since, resets, promises)
 
 
 def fingerprint(manifest: Manifest) -> str:
@@ -255,14 +272,14 @@ class StateDir:
         """Release the folder."""
         os.close(self._lock)
 
-    def _file(self, auditor: Auditor) -> Path:
-        return self.path / f"{auditor.served.model.full_name.replace(':', '-')}.json"
+    def _file(self, ledger: Ledger) -> Path:
+        return self.path / f"{ledger.full_name.replace(':', '-')}.json"
 
-    def read(self, auditor: Auditor) -> None:
-        """Restore an auditor from its file, if there is one; an unusable file is renamed, with a warning."""
-        path = self._file(auditor)
+    def read(self, ledger: Ledger) -> None:
+        """Restore a ledger from its file, if there is one; an unusable file is renamed, with a warning."""
+        path = self._file(ledger)
         try:
-            restore(auditor, State.model_validate_json(read_regular_file(path, MAX_BYTES)))
+            restore(ledger, State.model_validate_json(read_regular_file(path, MAX_BYTES)))
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
@@ -272,15 +289,15 @@ class StateDir:
             with suppress(OSError):
                 path.replace(aside)
         else:
-            log.info("%s: %d audits from %s", auditor.served.model.full_name, auditor.evidence.audits, path)
+            log.info("%s: %d audits from %s", ledger.full_name, ledger.evidence.audits, path)
 
-    def write(self, auditor: Auditor) -> None:
-        """Write an auditor's state atomically; raises OSError. Any thread may call it, one at a time."""
-        path = self._file(auditor)
+    def write(self, ledger: Ledger) -> None:
+        """Write a ledger's state atomically; raises OSError. Any thread may call it, one at a time."""
+        path = self._file(ledger)
         new = path.with_suffix(".json.new")
         new.unlink(missing_ok=True)  # left by a killed server, or a FIFO, which would wait for a reader
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(state_of(auditor).model_dump_json().encode())
+            file.write(state_of(ledger).model_dump_json().encode())
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)

@@ -9,9 +9,9 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from de3.model_store.manifest import NAME
-from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.http.openapi import error
+from de3.server.manager import Change
 from de3.server.models import Role
 from de3.server.service import Service
 
@@ -53,7 +53,7 @@ class Unload(BaseModel):
 
 def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> None:
     """Add the routes to an application."""
-    manager = service.manager
+    change = service.shared.change
     errors: dict[int | str, dict[str, Any]] = {
         400: error(400, "the body is not JSON"),
         401: error(401, "an API key is needed; send Authorization: Bearer KEY"),
@@ -67,28 +67,24 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     @app.post("/v1/models/{name}/load", **common)
     async def load_model(name: Name, what: Annotated[Load, Body()] = Load()) -> dict[str, Any]:  # noqa: B008
         """Load and warm up a version, then give it its role. Loading a served version reloads it from the store."""
-        loading = manager.load(name, what.version, what.role, what.share or 0.0)
-        return _said(await _to_its_end(loading), what.role)
+        return await _to_its_end(change(Change("load", name, what.version, what.role, what.share or 0.0)))
 
     @app.post("/v1/models/{name}/rollback", **common)
     async def roll_back_model(name: Name) -> dict[str, Any]:
         """Make the previous current version current again."""
-        return _said(await _to_its_end(manager.roll_back(name)), "current")
+        return await _to_its_end(change(Change("rollback", name)))
 
     @app.post("/v1/models/{name}/unload", **common)
     async def unload_model(name: Name, what: Annotated[Unload, Body()] = Unload()) -> dict[str, Any]:  # noqa: B008
         """Stop serving a version, or all versions of a name."""
-        return {
-            "unloaded": [s.model.full_name for s in await _to_its_end(manager.unload(name, what.version))]
-        }
+        return await _to_its_end(change(Change("unload", name, what.version)))
 
     @app.post("/v1/models/{name}/audit/reset", **common)
     async def reset_audit(name: NameOrVersion) -> dict[str, Any]:
         """Discard the audit results; with a guarantee, every text runs to full depth again at first."""
         service.check_open()
-        auditor = service.audits.of(service.models.current(name))
-        auditor.reset()
-        return {"model": auditor.served.model.full_name, "tau": auditor.in_force()}
+        served = service.models.current(name)
+        return {"model": served.model.full_name, "tau": await service.audits.reset(served)}
 
 
 def explain(wrong: RequestValidationError) -> RequestError:
@@ -114,7 +110,3 @@ async def _to_its_end(change: Coroutine[Any, Any, T]) -> T:
 
 
 _changes: set[asyncio.Task[Any]] = set()
-
-
-def _said(served: Served, role: Role) -> dict[str, Any]:
-    return {"model": served.model.full_name, "role": role, "runtime": served.model.runtime}

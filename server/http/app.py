@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -241,7 +241,7 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:
         """Metrics in the text format of Prometheus."""
-        body = await scraping.result(lambda: generate_latest(service.metrics.registry))
+        body = await scraping.result(service.shared.scrape)
         return Response(body, media_type=CONTENT_TYPE_LATEST)
 
     _add_error_handlers(app, frontend)

@@ -12,7 +12,6 @@ from de3.exits.guarantee import CONFIDENCE
 from de3.exits.signals import signals_of
 from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor
-from de3.server.audit.report import report
 from de3.server.errors import RequestError
 from de3.server.http import openapi
 from de3.server.http.shared_run import SharedRun
@@ -60,9 +59,9 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
     async def audit(name: str) -> dict[str, Any]:
         """Disagreement of early answers with full depth at each τ, measured on live traffic."""
         service.check_open()
-        auditor = service.audits.of(service.models.current(name))
-        running = reporting.setdefault(auditor, SharedRun("the report"))
-        return {"object": "audit"} | await running.result(lambda: report(auditor))
+        served = service.models.current(name)
+        running = reporting.setdefault(service.audits.of(served), SharedRun("the report"))
+        return {"object": "audit"} | await running.result(lambda: service.audits.report(served))
 
 
 def model_row(manifest: Manifest) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Runs slow reports that many clients may request at the same time."""
 
 import asyncio
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 from de3.server.errors import RequestError
 
@@ -11,20 +11,20 @@ T = TypeVar("T")
 
 
 class SharedRun(Generic[T]):
-    """Runs a function in a thread, once for all concurrent requests; it goes on if they are cancelled."""
+    """Runs a coroutine once for all concurrent requests; it goes on if they are cancelled."""
 
     def __init__(self, what: str) -> None:
         """what: name of the result, for the error if more than MAX_WAITING requests wait."""
         self._what, self._waiting = what, 0
         self._running: asyncio.Task[T] | None = None
 
-    async def result(self, function: Callable[[], T]) -> T:
+    async def result(self, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
         if self._waiting >= MAX_WAITING:
             message = f"{self._what}: {MAX_WAITING} requests are already waiting for it; try again"
             raise RequestError(message, cause="busy", retry_after_s=1)
         if self._running is None or self._running.done():
-            self._running = asyncio.create_task(asyncio.to_thread(function))
+            self._running = asyncio.create_task(run())
             self._running.add_done_callback(_retrieve)
         self._waiting += 1
         try:

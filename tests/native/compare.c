@@ -92,7 +92,7 @@ static Linear linear_of(int in, int out, Weights kind, int8_t *tiles, int8_t *en
     for (size_t i = 0; i < count; i++) weights[i] = weight(kind, i);
     float *scale = normals(out, 0.0f), *bias = normals(out, 0.3f);
     for (int i = 0; i < out; i++) scale[i] = 0.01f / sqrtf((float)in) * (1.0f + 0.3f * normal());
-    if (pack_linear(&w, in, out, weights, scale, bias, tiles, end)) exit(3);
+    if (pack_linear(&w, in, out, weights, scale, bias, tiles, end, 0)) exit(3);
     free(weights);
     free(scale);
     free(bias);
@@ -153,7 +153,7 @@ static void compare_gelu(void) {
     bias[0] = NAN, bias[1] = INFINITY, bias[2] = 1e30f;
     bias[3] = -0.0f, bias[4] = 1e-40f, bias[5] = -1e-40f;
     Linear w;
-    if (pack_linear(&w, IN, OUT, zeros, scale, bias, tiles, tiles)) exit(3);
+    if (pack_linear(&w, IN, OUT, zeros, scale, bias, tiles, tiles, 0)) exit(3);
     uint8_t *x = memory(16 * IN);
     memset(x, MIDDLE, 16 * IN);
     Quantization row = {1.0f, 0.0f};
@@ -291,7 +291,7 @@ static void compare_rest(void) {
 /* ---- a layer ---------------------------------------------------------------------------------------- */
 
 static Model *model_of(int hidden, int heads, int inner, int positions) {
-    Model *m = new_model(hidden, heads, inner, 1);
+    Model *m = new_model(hidden, heads, inner, 1, 0, -1, 0);
     if (m == NULL) exit(3);
     m->has_gelu = 1;
     Layer *layer = &m->layers[1];

@@ -21,7 +21,7 @@ def main() -> None:
     from de3.native import kernels
 
     random.seed(1)
-    model = kernels.new(HIDDEN, HEADS, INNER, 1, True, True)
+    model = kernels.new(HIDDEN, HEADS, INNER, 1, 2, True, True)
     words = array("b", (random.randint(-127, 127) for _ in range(2 * HIDDEN)))
     kernels.set_embeddings(model, words, floats(2, 0.01), floats(64 * HIDDEN, 1), floats(2 * HIDDEN, 1))
     shapes = [(HIDDEN, 3 * HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, INNER), (INNER, HIDDEN)]

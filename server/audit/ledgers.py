@@ -1,0 +1,115 @@
+"""The ledgers of a server's models, and the task that saves them."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from threading import Lock
+from typing import Any
+
+from de3.model_store.manifest import Manifest
+from de3.server.audit.ledger import Ledger, Settled, Standing
+from de3.server.audit.report import Live, report
+from de3.server.audit.state import State, StateDir, fingerprint, restore, state_of
+from de3.server.rules import Choice, Rules
+from de3.server.settings import Settings
+
+log = logging.getLogger("de3")
+SAVE_S = 2.0  # interval between saves; a crash loses the audits since the last one
+MAX_KEPT = 32  # states of unloaded models, which may be loaded again
+
+
+class Ledgers:
+    """A ledger for each served model, by name:version."""
+
+    def __init__(self, settings: Settings, publish: Callable[[str, Standing], None]) -> None:
+        """publish: called with a model and its new standing. Raises ValueError if state_dir cannot be written."""
+        self._settings, self._publish = settings, publish
+        self._by_model: dict[str, Ledger] = {}
+        self._unloaded: dict[str, State] = {}
+        is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
+        self._state = StateDir(state_dir) if is_on and state_dir is not None else None
+        self._saving: asyncio.Task[None] | None = None
+        self._writing, self._has_failed = Lock(), False
+
+    def serve(self, manifest: Manifest, rules: Rules, runtime: str, caution: float) -> Standing:
+        """Count for a model. If it was served before, its earlier evidence is kept."""
+        name = f"{manifest.name}:{manifest.version}"
+        known = self._by_model.get(name)
+        if known is not None and known.manifest == manifest:  # reloaded
+            known.serve(rules, runtime, caution)
+            return known.standing
+
+        def publish(standing: Standing) -> None:
+            self._publish(name, standing)
+
+        ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
+        state = self._unloaded.pop(name, None)
+        if state is not None and state.fingerprint == fingerprint(manifest):
+            restore(ledger, state)
+        elif self._state is not None:
+            self._state.read(ledger)
+        return ledger.standing
+
+    def forget(self, name: str) -> None:
+        """Stop counting for an unloaded model; its evidence is kept."""
+        ledger = self._by_model.get(name)
+        if ledger is None:
+            return
+        self._save(ledger)
+        del self._by_model[name]
+        self._unloaded[name] = state_of(ledger)
+        while len(self._unloaded) > MAX_KEPT:
+            del self._unloaded[next(iter(self._unloaded))]
+
+    def get(self, name: str) -> Ledger | None:
+        """The ledger of a model; None if it is not served."""
+        return self._by_model.get(name)
+
+    @property
+    def all(self) -> list[Ledger]:
+        """All ledgers; safe to call from another thread."""
+        return list(self._by_model.values())
+
+    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+        """Count settled texts of a model; see Ledger.count."""
+        ledger = self._by_model.get(name)
+        if ledger is not None:
+            ledger.count(settled, epoch, may_rise)
+
+    async def report(self, name: str, live: Live, in_force: Choice) -> dict[str, Any]:
+        """The audit results of a model."""
+        return await asyncio.to_thread(report, self._by_model[name], live, in_force)
+
+    def start(self) -> None:
+        """Start the task that saves changes."""
+        if self._state is not None:
+            self._saving = asyncio.create_task(self._save_often())
+
+    async def _save_often(self) -> None:
+        while True:
+            await asyncio.sleep(SAVE_S)
+            for ledger in self.all:
+                await asyncio.to_thread(self._save, ledger)
+
+    def _save(self, ledger: Ledger) -> None:
+        with self._writing:
+            if self._state is None or not ledger.is_changed:
+                return
+            ledger.is_changed = False
+            try:
+                self._state.write(ledger)
+                self._has_failed = False
+            except Exception as error:  # no error must prevent the server from answering requests
+                ledger.is_changed = True
+                if not self._has_failed:
+                    log.error("state_dir: cannot be written; retrying every %g s: %s", SAVE_S, error)
+                self._has_failed = True
+
+    def stop(self) -> None:
+        """Save all evidence and close the files; called once no more texts are counted."""
+        for ledger in self.all:
+            self._save(ledger)
+        with self._writing:
+            if self._state is not None:
+                self._state.close()
+            self._state = None

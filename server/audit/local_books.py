@@ -1,0 +1,73 @@
+"""The ledgers and the audit log of a server that is one process."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from de3.server.audit.ledger import Settled, Standing, tau_row
+from de3.server.audit.ledgers import Ledgers
+from de3.server.audit.log import AuditLog
+from de3.server.audit.report import Live
+from de3.server.engine.served import Served
+from de3.server.rules import Choice
+from de3.server.settings import Settings
+
+
+class LocalBooks:
+    """Implements `audits.py: Books`.
+
+    Attributes:
+        ledgers: the ledgers.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        in_force: Callable[[Served], Choice],
+        publish: Callable[[str, Standing], None],
+    ) -> None:
+        """in_force: the choice for requests without options, which may change under load. publish: see Ledgers.
+
+        Raises ValueError if state_dir or log_audits cannot be written.
+        """
+        self._in_force = in_force
+        self.ledgers = Ledgers(settings, publish)
+        self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
+
+    def serve(self, served: Served) -> Standing:
+        """Count for a model."""
+        model = served.model
+        return self.ledgers.serve(model.manifest, served.rules, model.runtime, served.monitor.caution)
+
+    def forget(self, served: Served) -> None:
+        """Stop counting for an unloaded model."""
+        self.ledgers.forget(served.model.full_name)
+
+    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+        """Count settled texts of a model; see Ledger.count."""
+        self.ledgers.count(name, settled, epoch, may_rise)
+
+    def write(self, line: str) -> None:
+        """Write a line of the audit log."""
+        if self._log is not None:
+            self._log.write(line)
+
+    async def report(self, served: Served, live: Live) -> dict[str, Any]:
+        """The audit results of a model."""
+        return await self.ledgers.report(served.model.full_name, live, self._in_force(served))
+
+    async def reset(self, served: Served) -> dict[str, Any]:
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        ledger = self.ledgers.get(served.model.full_name)
+        if ledger is not None:
+            ledger.reset()
+        return tau_row(self._in_force(served))
+
+    def start(self) -> None:
+        """Start to save changes."""
+        self.ledgers.start()
+
+    def stop(self) -> None:
+        """Save all evidence and close the files; called once no more requests are answered."""
+        self.ledgers.stop()
+        if self._log is not None:
+            self._log.close()

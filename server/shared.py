@@ -1,0 +1,72 @@
+"""What the processes of a server share; a server of one process has it all to itself."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from prometheus_client import generate_latest
+
+from de3.server.audit.audits import Books
+from de3.server.audit.ledger import Standing
+from de3.server.audit.local_books import LocalBooks
+from de3.server.engine.served import Served
+from de3.server.manager import Change
+from de3.server.metrics import Metrics
+from de3.server.rules import Choice
+from de3.server.settings import Settings
+
+
+class Shared(Protocol):
+    """The server as a whole, as one of its processes sees it."""
+
+    @property
+    def books(self) -> Books:
+        """The ledgers of audits, and the audit log."""
+
+    @property
+    def is_ready(self) -> bool:
+        """True once every process is ready."""
+
+    async def scrape(self) -> bytes:
+        """The metrics of all processes, in the text format of Prometheus."""
+
+    async def change(self, change: Change) -> dict[str, Any]:
+        """Change the served models of all processes, or of none; raises RequestError."""
+
+    def start(self) -> None:
+        """Called once the models are loaded."""
+
+    def stop(self) -> None:
+        """Called once no more requests are answered."""
+
+
+class OneProcess:
+    """Implements `Shared` for a server of one process."""
+
+    is_ready = True
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: Metrics,
+        in_force: Callable[[Served], Choice],
+        publish: Callable[[str, Standing], None],
+        change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
+    ) -> None:
+        """in_force, publish: see LocalBooks. change: changes the served models."""
+        self._registry, self.change = metrics.registry, change
+        self.books = LocalBooks(settings, in_force, publish)
+        if settings.share_of_audits:
+            metrics.read_ledgers(lambda: self.books.ledgers.all)
+
+    async def scrape(self) -> bytes:
+        """The metrics, in the text format of Prometheus."""
+        return await asyncio.to_thread(generate_latest, self._registry)
+
+    def start(self) -> None:
+        """Start to save the audits."""
+        self.books.start()
+
+    def stop(self) -> None:
+        """Save the audits."""
+        self.books.stop()
