@@ -91,7 +91,7 @@ def wilson(successes: float, n: float) -> tuple[float, float]:
 
 
 def speedup(num_layers: int, mean_exit_layer: float) -> float:
-    """M / mean exit layer, capped at 1000: a sample that exits at layer 0 runs no layer."""
+    """num_layers / mean exit layer, capped at 1000: a sample that exits at layer 0 runs no layer."""
     return min(MAX_SPEEDUP, num_layers / mean_exit_layer) if mean_exit_layer > 0 else MAX_SPEEDUP
 
 
@@ -158,7 +158,7 @@ def paired_interval(before: NDArray[np.bool_], after: NDArray[np.bool_]) -> tupl
 def trade_off(
     samples: Samples, signal: Signal, taus: Sequence[float] = TAUS, scores: Floats | None = None
 ) -> list[Outcome]:
-    """The outcomes of one signal by ascending τ; their disagreement bounds form one fixed sequence.
+    """The outcomes of one signal by ascending τ; their disagreement bounds never decrease (see `exits.guarantee`).
 
     scores: cross-fitted scores; None: the signal's own.
     """

@@ -15,7 +15,7 @@ CONFIDENCE = 0.95
 def upper_bound(errors: int, n: int, confidence: float = CONFIDENCE) -> float:
     """One-sided Clopper–Pearson upper bound of an error rate, in [0, 1], for `errors` in n samples.
 
-    The p for which P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n.
+    The p for which P(Binomial(n, p) ≤ errors) = 1 − confidence. Raises ValueError unless 0 ≤ errors ≤ n and n ≥ 1.
     """
     if not 0 <= errors <= n or n < 1:
         raise ValueError(f"errors must be from 0 to n and n at least 1, got {errors} of {n}")

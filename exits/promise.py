@@ -106,7 +106,7 @@ class Evidence:
 
     Attributes:
         taus: the grid, (G,), ascending from 0.
-        tallies: by q, the probability of an audit.
+        tallies: by q, the probability of an audit; at most MAX_SHARES.
     """
 
     taus: NDArray[np.float64]
@@ -131,7 +131,7 @@ class Evidence:
             self._tally(share).texts += texts
 
     def add(self, share: float, audit: Profile, served_differs: bool = False) -> None:
-        """Count an audit."""
+        """Count an audit. served_differs: see `Tally.served`."""
         tally = self._tally(share)
         tally.texts += 1
         tally.audits += 1
@@ -227,12 +227,12 @@ class Recent:
     """Exponentially weighted rates of the recent audits, by τ.
 
     Attributes:
-        weight: total weight of the audits, less than the window.
+        weight: total weight of the audits; below RECENT, or below LEAST_EXPECTED / rate if that is larger.
         differing: weight of the audits that would differ at each τ, (G,).
     """
 
     def __init__(self, rate: float, count: int) -> None:
-        """rate: the promised rate. count: G."""
+        """rate: the promised rate. count: number of values of τ, G."""
         self._rate, self._window = rate, max(RECENT, LEAST_EXPECTED / rate)
         self._error = math.sqrt(rate * (1 - rate) / self._window)
         self.weight, self.differing = 0.0, np.zeros(count)
@@ -264,7 +264,7 @@ class Promise:
     """
 
     def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
-        """start: index of the initial τ, which is not tested."""
+        """start: index of the initial τ, which is not tested. Raises ValueError for a rate outside (0, 1)."""
         if not 0 < rate < 1:
             raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
         self.rate = rate

@@ -25,7 +25,7 @@ class Promises:
     """The promise on all evidence, and those that leave out a client.
 
     Attributes:
-        by_left_out: the promise without the evidence of a client; `ALL` leaves out none.
+        by_left_out: by client, the promise without that client's evidence; `ALL`: the promise on all evidence.
         own: the recent audits of each client that is left out.
         texts: number of texts by client, for those that are left out and some others.
     """
@@ -68,7 +68,7 @@ class Promises:
                 promise.skip(share, texts, repeats)
 
     def add(self, client: str, share: float, audit: Profile, is_repeat: bool = False) -> list[str]:
-        """Count an audit; returns the keys in `by_left_out` of the promises reset by it, as the rate has risen."""
+        """Count an audit; returns the keys in `by_left_out` of promises that it reset because the rate has risen."""
         key, changed = self._count(client, 1), list[str]()
         self.own[key].add(audit.differs)
         for left_out, promise in self.by_left_out.items():

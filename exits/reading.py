@@ -6,7 +6,7 @@ from math import exp, inf, log, log1p, nan
 
 LOG_2 = log(2.0)
 
-# A class or several labels, by number or by name; or a value.
+# A class (number or name), the numbers of a multi-label model's labels, or a regression model's value.
 Answer = int | str | list[int] | float
 
 
@@ -18,14 +18,14 @@ class Reading:
         layer: layer of the exit.
         logits: (K,).
         probs: class probabilities, (K,); empty in a regression model.
-        label: the most probable class (ties: lowest index).
+        label: the most probable class (ties: lowest index); 0 in a regression model.
         margin: the highest logit minus the second; in a multi-label model, the smallest distance of a logit from its
             threshold; NaN in a regression model.
         entropy: the local signal, in [0, 1]; NaN in a regression model.
         distance_ratio: the global signal, in [0, 1]; None at an exit without prototypes.
-        nearest: distance to the nearest prototype, in [0, 2]; None at an exit without prototypes.
+        nearest: distance to the nearest prototype, in [0, 2] up to rounding; None at an exit without prototypes.
         score: the signal's score at this exit, in [0, 1]; None if it was not computed or is not defined.
-        labels: labels of a multi-label model that are above their thresholds; None if classes are mutually exclusive.
+        labels: the labels of a multi-label model that are above their thresholds; None in other models.
         value: the answer of a regression model; None in a model with classes.
         distances: to the prototypes, (K,); None at an exit without prototypes.
     """
@@ -115,7 +115,7 @@ def differs(one: Answer, other: Answer, tolerance: float | None = None) -> bool:
 
 
 def sigmoid(x: float) -> float:
-    """1/(1 + exp(−x)), for any x."""
+    """1/(1 + exp(−x)), without overflow."""
     return 1.0 / (1.0 + exp(-x)) if x >= 0 else exp(x) / (1.0 + exp(x))
 
 

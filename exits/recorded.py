@@ -22,8 +22,8 @@ class Recorded:
         labels: true classes, (n,); in a multi-label model the true labels, (n, K) bool; in a regression model the
             true values, (n,) float64.
         tokens: number of tokens of each sample, (n,); None if not recorded.
-        original: answers of the model before it was changed (to int8), shaped as labels; None: use full depth's.
-        thresholds: of a multi-label model, as logits, (K,); None if classes are mutually exclusive.
+        original: answers of the model before quantization or fine-tuning, shaped as labels; None: use full depth's.
+        thresholds: of a multi-label model, as logits, (K,); None for other models.
         tolerance: of a regression model, whose logits are the values (K = 1): the largest difference of two values that
             counts as agreement; None in a model with classes.
     """
@@ -70,7 +70,7 @@ class Recorded:
 
     @property
     def entropy(self) -> formulas.Floats:
-        """The local signal, (n, exits)."""
+        """The local signal, (n, exits); raises ValueError for a regression model."""
         if self.thresholds is not None:
             return formulas.label_entropy(self.logits)
         return formulas.entropy(formulas.softmax(self.logits))

@@ -1,7 +1,7 @@
 """Fits the signal `risk`: for each exit, the probability that its answer differs from full depth's.
 
 A logistic regression per exit, on held-out samples. It needs no labels: the target is disagreement with full depth,
-or with the model before quantization where its answers are known.
+or with the original model where its answers are known.
 """
 
 from collections.abc import Sequence

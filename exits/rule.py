@@ -46,7 +46,7 @@ class ExitRule:
         tau: τ in [0, 1]; exit at score < τ, strictly, so 0 never exits early.
         signal: scores a sample at an exit.
         max_layer: the deepest allowed layer: a sample exits no later than the last exit up to it; None: no limit.
-        thresholds: of a multi-label model; None if classes are mutually exclusive.
+        thresholds: of a multi-label model; None for other models.
     """
 
     tau: float
@@ -59,7 +59,7 @@ class ExitRule:
             raise ValueError(f"tau must be in [0, 1], got {self.tau}")
 
     def read(self, layer: int, logits: list[float], distances: list[float] | None) -> Reading:
-        """The reading of one exit, from its logits and its distances to the prototypes, K each; K = 1: a value."""
+        """The reading of one exit, from its K logits and K distances to the prototypes; K = 1 means regression."""
         if len(logits) == 1:
             return read_value(layer, logits)
         if self.thresholds is not None:
@@ -72,9 +72,9 @@ class ExitRule:
 
 
 def exit_index(scores: NDArray[np.float64], tau: float) -> NDArray[np.int64]:
-    """The index of each sample's exit, (n,): the first whose score (n, exits) is below τ, else the last.
+    """The index of each sample's exit, (n,): the first with a score below τ, else the last.
 
-    The last exit's score is not used. NaN (no score at this exit) is never below τ.
+    scores: (n, exits). The last exit's score is not used. NaN (no score at this exit) is never below τ.
     """
     below = scores < tau
     below[:, -1] = True

@@ -32,7 +32,7 @@ class ModelTraits:
     """The properties of a model that determine its signals.
 
     Attributes:
-        name: for messages.
+        name: shown in messages.
         answer: mutually exclusive classes, independent labels, or a value.
         risk: weights of Risk by layer; None: the model has no risk.
     """
@@ -81,7 +81,7 @@ class Signal(Protocol):
     def of(cls, model: ModelTraits, lam: float | None) -> Self:
         """The signal of a model; raises ValueError with the reason if the model cannot have it.
 
-        lam: always None, except for EDR.
+        lam: EDR's λ, 1 if None; always None for other signals.
         """
 
     def score(self, readings: Sequence[Reading]) -> float | None:
@@ -224,8 +224,8 @@ def check_name(name: str) -> str:
 def signal_of(name: str, lam: float | None = None, model: ModelTraits = CLASSIFIER) -> Signal:
     """The signal of this name. lam: the λ of edr; 0 is entropy alone.
 
-    Raises ValueError for an unknown name, a signal that the model cannot have, and a λ that is outside
-    [0, 100] or given with another signal.
+    Raises ValueError for an unknown name, a signal that the model cannot have, a λ outside [0, 100], and a λ given
+    with a signal other than edr, except 0 with entropy.
     """
     if lam is not None and not 0 <= lam <= MAX_LAM:
         raise ValueError(f"lambda must be in [0, {MAX_LAM:g}], got {lam}")

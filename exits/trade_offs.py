@@ -4,7 +4,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-LEAST_GAIN = 1.1  # least speed-up of a step under load relative to the previous one
+LEAST_GAIN = 1.1  # least speed-up of a row of `under_load` relative to the previous one
 
 
 class TradeOffs:
@@ -36,11 +36,14 @@ class TradeOffs:
         return chosen
 
     def within_disagreement(self, most: float) -> Any:
-        """The row of the largest τ whose disagreement with full depth is certified to be at most `most`."""
+        """The row of the largest τ whose disagreement is certified to be at most `most`; τ = 0 if there is none."""
         return self.rows[max(0, bisect_right(self._bounds, most) - 1)]
 
     def under_load(self, tau: float, min_accuracy: float, max_disagreement: float) -> list[Any]:
-        """The steps by which a server under load may raise τ, each faster than the one before, within both limits."""
+        """The rows to which a server under load may raise τ, within both limits.
+
+        Each is at least LEAST_GAIN times as fast as the one before.
+        """
         steps: list[Any] = []
         speed = max((row.speedup for row in self.rows if row.tau <= tau), default=1.0)
         for row in self.rows:

@@ -56,11 +56,11 @@ def _step(room: int, overlap: float = OVERLAP) -> int:
 
 
 class Combination:
-    """The combined answer of the windows of one text that have run."""
+    """The combined answer of those windows of a text that have run."""
 
     def __init__(self, weights: Sequence[int], thresholds: Sequence[float] | None = None) -> None:
         """weights: new tokens of each window, in execution order. thresholds: of a multi-label model, as
-        logits; None if classes are mutually exclusive."""
+        logits; None for other models."""
         self._total = self._left = sum(weights)
         self._weights = iter(weights)
         self._thresholds = thresholds

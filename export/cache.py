@@ -24,7 +24,7 @@ PROOF = ".proof"
 
 
 def cache_folder() -> Path:
-    """The folder of cached artifacts, in DE3_CACHE, or by the XDG specification in ~/.cache/de3."""
+    """The folder of cached artifacts: `classifiers` in $DE3_CACHE, else in ${XDG_CACHE_HOME:-~/.cache}/de3."""
     base = os.environ.get("DE3_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "de3"
     return Path(base).expanduser() / "classifiers"  # evict removes nothing outside it
 
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 def artifact_of(name: str, precision: Precision, folder: Path) -> Artifact:
     """The artifact of a stock classifier, by folder or hub id, converted unless it is in the cache in `folder`.
 
-    Raises ValueError, one line that names a remedy, for a classifier that cannot be served.
+    Raises ValueError, with a message of one line, for a classifier that cannot be served.
     """
     try:
         return _artifact_of(name, precision, folder)
@@ -120,7 +120,7 @@ def _existing(place: Path, model: str) -> Artifact | None:
 
 
 def _key(source: Path, shown: str, model: str, precision: Precision) -> str:
-    """A hash of all that the artifact is made from."""
+    """A hash of everything that the artifact is made from."""
     digest = hashlib.sha256(f"{FORMAT} {SCHEMA_VERSION} {shown} {model} {precision}".encode())
     for path in sorted({path for pattern in FILES for path in source.glob(pattern) if path.is_file()}):
         with path.open("rb") as file:

@@ -71,8 +71,9 @@ def calibrate(
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
     MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk fitted on the other.
 
-    wanted: the default signal, or auto. self_labelled: the labels are the model's own answers, before quantization or
-    at full depth.
+    wanted: the default signal, or auto. self_labelled: the labels are the original model's answers, or full depth's.
+
+    Raises ValueError for a signal that the model does not have.
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")

@@ -50,7 +50,7 @@ class Description:
 
     Attributes:
         config: contents of config.json, with defaults for omitted fields.
-        family: of its encoder.
+        family: class of its encoder.
         head: the modules after the encoder.
         labels: in the order of the logits.
         kind: mutually exclusive classes, labels that are assigned independently, or a value (regression).
@@ -130,7 +130,7 @@ def _kind(problem: Any, labels: list[str]) -> Literal["classes", "labels", "valu
 
 
 def check_files(name: str, files: Collection[str]) -> None:
-    """Raise ValueError, naming a remedy, unless a classifier's files are among these."""
+    """Raise ValueError unless a classifier's files are among these; OldFormError if only transformers can read them."""
     if CONFIG not in files:
         if "adapter_config.json" in files:
             raise ValueError(
@@ -200,7 +200,7 @@ class Stock:
 
     @cached_property
     def head(self) -> Head:
-        """Its head, the last exit."""
+        """The settings of its head, which is the last exit."""
         head = self.description.head
         return Head(
             pooling=head.pooling,  # type: ignore[arg-type]  # a family has checked it
@@ -236,7 +236,7 @@ class Stock:
 def convert(stock: Stock, store: Store, model: str, precision: Precision, source: str | None = None) -> Path:
     """Write a classifier into a store as version 1 of a model; returns its folder.
 
-    model: its name there. source: for its manifest; None: the classifier's name. Raises ValueError, which
+    model: its name there. source: recorded in the manifest; None: the classifier's name. Raises ValueError, which
     begins with the classifier's name, if it cannot be served; no version is left behind then.
     """
     description = stock.description

@@ -65,7 +65,7 @@ def export(
 ) -> Path:
     """Export a checkpoint into a store as the model's next version; returns its folder.
 
-    The signal is fitted and chosen on tune_file, and the reported numbers come from certify_file. The defaults are
+    The signal is fitted and chosen on tune_file, and certified on certify_file (see `calibrate`). The defaults are
     the parts that training held out.
 
     Raises ExportError if the segments differ too much from the PyTorch model, or int8 from fp32, and ValueError if the

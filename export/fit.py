@@ -24,7 +24,7 @@ BETAS, DECAY = (0.9, 0.999), 0.01  # of AdamW
 
 Array = NDArray[np.float32]
 Linear = tuple[Array, Array]  # weights (outputs, inputs) and bias (outputs,)
-# From logits and target probabilities (n, K) to the loss and its gradient by the logits.
+# From logits and target probabilities, both (n, K), to the loss and its gradient with respect to the logits.
 Loss = Callable[[Array, Array], tuple[float, Array]]
 
 
@@ -66,9 +66,9 @@ def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> 
     """Fit exits on every layer but the last.
 
     The pooling and the ridges are chosen on a fifth of the texts, with exits fitted to the others. The exits are then
-    fitted to all of them. The tuning and certifying samples take no part.
+    fitted to all of them. The tuning and certifying samples are not used.
 
-    groups: the group of each text; related texts have the same, and are not separated.
+    groups: the group of each text; a group is split only if there are at most HELD_OUT groups.
     """
     is_held = _held_out(groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
@@ -174,7 +174,7 @@ def _sigmoid_loss(logits: Array, wanted: Array) -> tuple[float, Array]:
 def _probabilities(x: Array, texts: States, ridges: Sequence[float]) -> Iterator[Linear]:
     """Logistic regressions of probabilities (n, K) on states (n, hidden), one per ridge, by L-BFGS.
 
-    Each starts at the solution before it. L-BFGS works in coordinates in which the loss has about equal curvature in
+    Each starts at the previous solution. L-BFGS works in coordinates in which the loss has about equal curvature in
     all directions, and so needs a third of the steps.
     """
     from scipy.optimize import minimize

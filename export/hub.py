@@ -20,10 +20,10 @@ MAX_DOWNLOAD_BYTES = 2**34
 
 
 def fetch(name: str, label_names: list[str] | None = None, multi_label: bool = False) -> Path:
-    """The local folder of a classifier: a path, or the downloaded snapshot of a hub repository, id or id@revision.
+    """The local folder of a classifier; name: a folder, or a hub repository to download, as id or id@revision.
 
-    Its file list and config.json are checked before the weights are downloaded. Raises ValueError, naming a remedy, if
-    there is no such folder or repository, or its model cannot be served. label_names, multi_label: as in `describe`.
+    Its file list and config.json are checked before the weights are downloaded. Raises ValueError if there is no such
+    folder or repository, or its model cannot be served. label_names, multi_label: as in `describe`.
     """
     repository, _, revision = name.partition("@")
     looks_like_path = name.startswith((".", "/", "~")) or repository.count("/") > 1 or "\\" in name

@@ -42,7 +42,7 @@ class ImportSettings:
         threshold: probability above which a multi-label model assigns a label; None: 0.5.
         tolerance: of a regression model: values that differ by more count as different.
         labelled: the texts have labels; otherwise the model's own answers are the labels.
-        fragments: the texts contain fragments of each other.
+        fragments: some texts are fragments of others.
         finetune: also train the encoder, for better early exits, towards the original's probabilities.
         epochs, lr, bf16: settings of finetune.
         command: command line that resumes the import, shown if its unfinished checkpoint is opened.
@@ -191,7 +191,7 @@ def _parts(
     stock: Stock,
     settings: ImportSettings,
 ) -> Split:
-    """The texts, split by seed into those to fit, tune and certify on."""
+    """Split the texts at random into those to fit, tune and certify on; raises ValueError if there are too few."""
     labels = stock.description.labels
     if stock.description.kind == "value":
         examples = to_examples(rows, labels, regression=True)

@@ -16,7 +16,7 @@ def original_of(name: str, label_names: list[str] | None = None, multi_label: bo
     """The local folder of a stock classifier, given as a folder or hub id, in file formats that de3 reads.
 
     Other formats are rewritten into a temporary folder, which needs the train extra. label_names, multi_label: as in
-    `describe`. Raises ValueError, naming a remedy, for a classifier that cannot be imported.
+    `describe`. Raises ValueError for a classifier that cannot be imported.
     """
     folder = Path(name).expanduser()
     if (folder / MANIFEST).exists():

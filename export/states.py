@@ -73,7 +73,7 @@ class States:
 
 
 def sigmoid(logits: Array) -> Array:
-    """1 / (1 + exp(−x)), which overflows for no x in this form."""
+    """1 / (1 + exp(−x)), in a form that never overflows."""
     return np.asarray(0.5 * (1 + np.tanh(logits / 2)), np.float32)
 
 
@@ -90,8 +90,8 @@ def states(
     """Run a classifier without early exits over texts, in parallel on all cores.
 
     norm: the norm between a layer's states and its exit, as `build.final_norm` gives it. what: name of the texts,
-    shown and in file names. thresholds: of a multi-label model, probabilities. tolerance: of a regression model.
-    poolings: those of the states to keep; without any, only the logits are kept.
+    for messages and file names. thresholds: of a multi-label model, probabilities. tolerance: of a regression model.
+    poolings: the poolings of the states to keep; if empty, only the logits are kept.
     Chunks in `folder` from an earlier run with the same model and texts are reused.
     """
     tokens = [model.tokenize(*(text if isinstance(text, tuple) else (text,))) for text in texts]

@@ -53,7 +53,7 @@ class StateFile(Mapping[str, NDArray[np.float32]]):
         return sum(1 for _ in self)
 
     def check_all_read(self, others: Collection[str] = ()) -> None:
-        """Raise ValueError for weights that the model does not use, except `others`: config.json is another model's."""
+        """Raise ValueError if weights other than UNUSED and `others` were not read: config.json is another model's."""
         read = self._read | set(others)
         unread = [name for name in self._tensors if name not in read and not name.endswith(UNUSED)]
         if unread:
@@ -96,7 +96,10 @@ class _Tensor:
 
 @contextmanager
 def opened(folder: Path, prefix: str) -> Iterator[StateFile]:
-    """Context with the weights of a folder, whose files stay open; prefix: of the encoder's weights."""
+    """Context with a folder's weights, whose files stay open; raises ValueError for unusable files.
+
+    prefix: of the names of the encoder's weights.
+    """
     tensors: dict[str, _Tensor] = {}
     with ExitStack() as files:
         for path in _weight_files(folder):

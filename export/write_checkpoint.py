@@ -27,7 +27,7 @@ def write_checkpoint(
 ) -> None:
     """Write a classifier with exits in the format of training.model.De3Model, with its tokenizer.
 
-    input_: kind of the texts that it is imported with, "text" or "pair".
+    input_: kind of the texts that its exits were fitted to, "text" or "pair".
     """
     architecture, labels = stock.architecture("fp32"), stock.description.labels
     config = {
@@ -76,7 +76,7 @@ def _named(module: str, both: Linear) -> dict[str, NDArray[np.generic]]:
 
 
 def _tokenizer_options(stock: Stock) -> dict[str, Any]:
-    """tokenizer_config.json, with all that transformers needs to read the tokenizer without knowing the encoder."""
+    """tokenizer_config.json, from which transformers can read the tokenizer without knowing the encoder."""
     tokenizer, config = Tokenizer.from_str(stock.tokenizer.decode()), stock.description.config
     number = config.get("pad_token_id")
     pad = tokenizer.id_to_token(number if type(number) is int and number >= 0 else 0)

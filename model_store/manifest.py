@@ -117,8 +117,8 @@ class Calibration(Part):
             among them.
         self_labelled: the labels are the original model's answers, or full depth's if `original_disagreement` is None,
             so that accuracy is agreement with them.
-        original_disagreement: share of samples on which full depth differs from the original model before
-            quantization; if set, every disagreement is with the original.
+        original_disagreement: share of samples on which full depth differs from the original model (before
+            quantization or fine-tuning); if set, every disagreement is with the original.
         table: rows of every certified signal.
         references: one entry per exit.
         tokens: quantiles of the certifying samples' lengths, at exits.reference.LEVELS.
@@ -147,8 +147,7 @@ class Manifest(Architecture):
     """manifest.json of an artifact.
 
     Attributes:
-        thresholds: of a multi-label model, the probability above which each label is assigned; None: the classes
-            are mutually exclusive.
+        thresholds: of a multi-label model, the probability above which each label is assigned; None for other models.
         tolerance: of a regression model, the largest difference between answers that count as equal, in its units. Such
             a model has one label, the name of its value, and only the signal risk. None: the model has classes.
         risk: weights of the signal risk, for every exit but the last; None: it has none.

@@ -185,7 +185,7 @@ class Model:
     def _prove_group(
         self, tokens: Sequence[Tokens], native: Sequence[Segment], forward: NativeForward
     ) -> None:
-        """Raise NoKernelsError unless texts give the same bits in a group, run in two calls, as alone."""
+        """Raise NoKernelsError unless texts in a group, run in two calls, give the same bits as alone."""
         passes = [ForwardPass(t, 0.0, Entropy(), self.manifest.num_layers, True) for t in tokens]
         for _ in range(2):
             self._check()

@@ -8,7 +8,7 @@ A segment runs one unpadded sample:
 
 If its layer has an exit, it also takes with_exit, a boolean, and returns logits (1, K). If the exit has prototypes, it
 takes them, (K, D) with unit rows, and returns distances (1, K). The exit is a branch, so a sample that cannot exit at a
-layer does not pay for it; without with_exit, logits and distances are zeros.
+layer does not pay for it; if with_exit is false, logits and distances are zeros.
 
 A file is checked by building its segment once more, with the weights that it contains: everything else must be equal.
 A list of allowed operators would not be enough: they could form a graph that takes any amount of time or memory,

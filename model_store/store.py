@@ -103,7 +103,7 @@ class Store:
         self.path = path
 
     def versions(self) -> dict[str, list[int]]:
-        """Versions by model name, both ascending (10 is newer than 9)."""
+        """Versions by model name, both ascending (10 is newer than 9); raises NoModelsError if there is no store."""
         if not self.path.is_dir():
             raise NoModelsError(f"{self.path}: no such store; de3 import and de3 export create one")
         versions: dict[str, list[int]] = {}
@@ -195,7 +195,10 @@ class Draft:
         }
 
     def publish(self, manifest: Manifest) -> Path:
-        """Add the manifest and publish the version by one rename; returns its folder."""
+        """Add the manifest and publish the version by one rename; returns its folder.
+
+        Raises OSError if the version exists already.
+        """
         self.write({MANIFEST: _by_field(manifest).encode()})
         self.path.chmod(0o755)
         final = self.model_path / str(manifest.version)

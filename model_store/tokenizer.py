@@ -178,7 +178,7 @@ class TextTokenizer:
         return self._cut(_parts(encoding, pair))
 
     def start(self, text: str, text_pair: str | None, truncate: bool, windows: int = 1) -> "Tokenization":
-        """Start tokenizing a text or pair. windows: largest number of windows of a text that is not truncated."""
+        """Start tokenizing a text or pair. truncate: cut texts longer than `windows` windows; if false, refuse them."""
         return Tokenization(self, text, text_pair, truncate, windows)
 
     def _join(self, encoding: Encoding, pair: bool) -> tuple[list[int], list[int]]:

@@ -142,7 +142,7 @@ def _check_model(model: dict[str, Any]) -> None:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object without duplicate keys, for which the library might keep a value other than Python's."""
+    """A JSON object; raises TokenizerError for a duplicate key: the library may not keep the same value as Python."""
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise TokenizerError("an object has a duplicate key")

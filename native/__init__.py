@@ -1,4 +1,4 @@
-"""The kernels: encoder layers in C, for x86-64 with AVX2 and Arm with dotprod. Elsewhere, ONNX Runtime runs models."""
+"""The kernels: encoder layers in C, for Linux on x86-64 (AVX2) and Arm (dotprod); elsewhere ONNX Runtime is used."""
 
 
 class NoKernelsError(Exception):

@@ -29,7 +29,7 @@ typedef struct {
     int ask_all;                /* compute every exit, even those at which the text cannot exit (tau 0) */
     double tau;
     Signal signal;
-    const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: classes exclude each other */
+    const double *thresholds; /* of a multi-label model, as logits (num_labels); NULL: another kind of model */
     double caution; /* factor applied to tau once the text is too far from every prototype of an exit */
 
     float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
@@ -52,7 +52,8 @@ enum { MAX_PASSES = 64 };
 int run_passes(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                const double *far);
 
-/* As run_passes, at the system's lowest priority: any other thread preempts it. */
+/* As run_passes, at the system's lowest priority: any other thread preempts it. If no thread can be created for it, it
+ * runs at normal priority. */
 int run_passes_at_idle(const Model *m, Pass *passes, int count, int first, int last, const float *const *prototypes,
                        const double *far);
 

@@ -13,7 +13,7 @@
 enum { MIDDLE = 128 }; /* uint8 value of the center of a row's range */
 #define ROUND_UP(n, to) (((n) + (to)-1) / (to) * (to))
 
-/* x·W + b with W in int8: (in, out), in a multiple of 64, out of 32. */
+/* x·W + b, with W (in, out) in int8; in is a multiple of 64, out a multiple of 32. */
 typedef struct {
     int in, out;
     int8_t *tiles;   /* W, (out / 16, in / 64) tiles of 1024 bytes: see tile_index */

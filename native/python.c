@@ -396,7 +396,7 @@ static PyObject *probability_list(const Reading *reading, const float *logits, c
     return list;
 }
 
-/* (layer, label, margin, entropy, distance_ratio, nearest, score, probabilities) of each exit that a text passed. */
+/* (layer, label, margin, entropy, distance_ratio, nearest, score, probabilities) of each exit computed for a text. */
 static PyObject *reading_list(const Model *m, const Pass *p) {
     PyObject *list = PyList_New(p->num_readings);
     for (int i = 0; list != NULL && i < p->num_readings; i++) {

@@ -7,7 +7,7 @@
 
 static double clip(double x, double low, double high) { return x < low ? low : x > high ? high : x; } /* NaN stays */
 
-/* The most probable class but for `skip` (-1: none); ties: lowest index. */
+/* The most probable class other than `skip` (-1: none); ties: lowest index. */
 static int best(const float *logits, int num_labels, int skip) {
     int top = skip == 0 ? 1 : 0;
     for (int k = top + 1; k < num_labels; k++)

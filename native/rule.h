@@ -29,8 +29,8 @@ typedef struct {
 } Signal;
 
 /* Read the exit of a layer: its logits and its distances to the prototypes, num_labels each; distances NULL: it has no
- * prototypes. thresholds: of a multi-label model, as logits, num_labels; NULL: classes exclude each other. One label: a
- * value. */
+ * prototypes. thresholds: of a multi-label model, as logits, num_labels; NULL: another kind of model. One label means
+ * regression. */
 Reading read_exit(int layer, const float *logits, const float *distances, const double *thresholds, int num_labels);
 
 /* The probabilities of an exit's labels, num_labels; each label independent if there are thresholds. */

@@ -55,7 +55,7 @@ class Checkpoint:
 
     @property
     def self_labelled(self) -> bool:
-        """True if the held-out samples are labelled with the model's own answers."""
+        """True if the held-out samples are labelled with the imported classifier's answers."""
         return bool((read_record(self.folder) or {}).get("self_labelled"))
 
     @property
@@ -69,7 +69,7 @@ class Checkpoint:
         return bool((read_record(self.folder) or {}).get("imported")) and not self.is_finetuned
 
     def held_out(self, part: str, file: Path | None = None) -> list[Example]:
-        """The samples of a part, tune or certify, or of another file; raises ValueError."""
+        """The samples of a part, tune or certify, or of another file; raises ValueError if they are unusable."""
         path = file or self.folder / f"{part}.jsonl"
         if file is None and not path.exists():
             raise ValueError(f"{path}: missing; de3 train writes it into the checkpoint")
@@ -82,7 +82,7 @@ class Checkpoint:
 
 
 def check(folder: Path) -> None:
-    """Raise ValueError, naming the next step, unless the folder is a checkpoint of de3 train."""
+    """Raise ValueError, saying what the folder is instead, unless it is a checkpoint."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; de3 train writes a checkpoint to --out")
     if (folder / "manifest.json").exists():
@@ -100,7 +100,7 @@ def check(folder: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """The contents of training.json; None if there is none."""
+    """The contents of training.json; None if it is missing or invalid."""
     try:
         record = json.loads((folder / RECORD).read_text("utf-8"))
     except (OSError, ValueError):

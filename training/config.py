@@ -81,7 +81,7 @@ class CheckpointConfig(BaseModel):
 
     @property
     def label_thresholds(self) -> Thresholds | None:
-        """The thresholds of a multi-label model."""
+        """The thresholds of a multi-label model; None for others."""
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     @property
@@ -93,7 +93,7 @@ class CheckpointConfig(BaseModel):
 
 
 def model_type(folder: Path) -> str | None:
-    """The model_type in a folder's config.json; None if there is none."""
+    """The model_type in a folder's config.json; None if there is none. Raises ValueError if it is unreadable."""
     try:
         config = read_config(folder / "config.json")
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def model_type(folder: Path) -> str | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """True if a name can only be a folder, so it is not looked up on the Hugging Face hub, which may take minutes."""
+    """True if a name can only be a folder: looking it up on the Hugging Face hub could take minutes."""
     return (
         name.startswith((".", "/", "~"))
         or name.count("/") > 1

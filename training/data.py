@@ -101,7 +101,10 @@ def to_examples(
 def rename(
     rows: Sequence[tuple[Text, str]], label_names: str | None, multi_label: bool = False
 ) -> list[tuple[Text, str]]:
-    """Rows with their labels renamed to the comma-separated label_names, in sorted order of the labels."""
+    """Rows with their labels, in the order of label_order, renamed to the comma-separated label_names.
+
+    Raises ValueError unless label_names names each label once. None: the labels are kept.
+    """
     if label_names is None:
         return list(rows)
     order = label_order(rows, multi_label)

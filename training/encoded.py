@@ -13,7 +13,7 @@ from de3.training.progress import track
 
 @dataclass(frozen=True)
 class Encoded:
-    """Unpadded token ids of examples; `type_ids` is empty if the encoder has no token types."""
+    """Unpadded token ids of examples; `type_ids` is empty if the tokenizer returns no token types."""
 
     ids: list[list[int]]
     type_ids: list[list[int]]
@@ -23,7 +23,7 @@ class Encoded:
         return len(self.ids)
 
     def batch(self, rows: Sequence[int], pad_id: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """Padded model inputs, each (batch, tokens), and labels (batch,) of some rows."""
+        """Padded model inputs, each (batch, tokens), and labels, (batch,) or (batch, K), of some rows."""
 
         def padded(sequences: list[list[int]], fill: int) -> torch.Tensor:
             return torch.nn.utils.rnn.pad_sequence(

@@ -33,7 +33,7 @@ class De3Config(PretrainedConfig):
             there is one. None: the last exit is like the others.
         gamma: γ of Eq. 1, the moving-average factor of the prototypes.
         thresholds: of a multi-label model: the probability above which each label is assigned. Such a model has no
-            prototypes. None: the classes are mutually exclusive.
+            prototypes. None: not a multi-label model.
         tolerance: of a regression model, in its units: answers that differ by more count as different. Such a model has
             one label and no prototypes. None: the model has classes.
         max_tokens: maximum input length of the encoder.
@@ -93,7 +93,7 @@ class De3Config(PretrainedConfig):
 
     @property
     def label_thresholds(self) -> Thresholds | None:
-        """The thresholds of a multi-label model."""
+        """The thresholds of a multi-label model; None for others."""
         return None if self.thresholds is None else Thresholds.of(self.thresholds)
 
     @property
@@ -115,7 +115,7 @@ class De3Output:
 
     Attributes:
         logits: (batch, exits, num_labels).
-        embedded: h'^(m), (batch, spaces, metric_dim).
+        embedded: h'^(m), the pooled states in the prototype spaces, (batch, spaces, metric_dim).
         distances: cosine distances to the prototypes, (batch, spaces, num_labels), in [0, 2].
     """
 
@@ -152,7 +152,10 @@ class De3Model(PreTrainedModel):
 
     @classmethod
     def from_encoder(cls, name: str, labels: list[str], **settings: Any) -> Self:
-        """A new model with untrained heads on a pretrained encoder from a folder or the hub."""
+        """A new model with untrained heads on a pretrained encoder from a folder or the hub.
+
+        settings: of De3Config. Raises ValueError if weights of the encoder are missing.
+        """
         # Weights of the wrong shape are only reported here, and rejected below.
         encoder, loaded = AutoModel.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -171,7 +174,7 @@ class De3Model(PreTrainedModel):
 
     @torch.no_grad()
     def start_at(self, labels: Tensor) -> None:
-        """Initialize the biases of a multi-label model's exits to the label frequencies; labels: (n, num_labels) bool.
+        """Initialize the biases of a multi-label model's exits to the labels' log-odds; labels: (n, num_labels) bool.
 
         From probabilities of 0.5, training would spend hundreds of steps learning that most labels are rare.
         """

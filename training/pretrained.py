@@ -1,4 +1,4 @@
-"""Reads models and tokenizers with PyTorch and transformers, without running code of their repository."""
+"""Reads models and tokenizers with PyTorch and transformers, without running code from their repositories."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,7 +55,7 @@ def _check_weights(model: De3Model, unexpected: Iterable[str], folder: Path) -> 
 def open_encoder(name: str) -> tuple[Any, Any]:
     """The configuration and the tokenizer of an encoder from a folder or the hub.
 
-    Raises ValueError, naming a remedy, for an encoder that cannot be used.
+    Raises ValueError for an encoder that cannot be used.
     """
     quiet()
     folder = Path(name)

@@ -255,7 +255,7 @@ class _Run:
         new.replace(self.out / RESUME)
 
     def load(self) -> None:
-        """Restore the state from `out`/resume.safetensors."""
+        """Restore the state from `out`/resume.safetensors; without one, training starts from the beginning."""
         file = self.out / RESUME
         if not file.exists():
             message = f"no state to resume in {self.out}: starting from the beginning"
@@ -317,7 +317,7 @@ def altered(
 def open_teacher(teacher: Path, split: Split, names: list[str]) -> Checkpoint:
     """The teacher's checkpoint.
 
-    Raises ValueError if it may have been trained on samples that are held out here, or if it has other labels.
+    Raises ValueError if it has other labels, is multi-label, or may have been trained on samples held out here.
     """
     opened = Checkpoint(teacher)
     if opened.config.thresholds is not None:

@@ -1,4 +1,4 @@
-"""The encoder families, which share one interface (encoder.py). No other code depends on a family."""
+"""The encoder families, which share one interface (encoder.py). Other code uses only this interface."""
 
 from typing import Annotated, Any, get_args
 

@@ -208,7 +208,7 @@ def _table_norms(config: Config) -> list[str]:
 
 
 def _farthest(config: Config) -> int:
-    """The distance from which all distances are treated alike."""
+    """The distance from which on all distances are treated alike."""
     most = int(config.get("max_relative_positions", -1))
     return most if most > 0 else int(config["max_position_embeddings"])
 
@@ -249,7 +249,7 @@ def _row_numbers(config: Config, distances: int) -> NDArray[np.int32]:
 
 def _check_row_numbers(numbers: Array, rows: int) -> None:
     """Raise GraphError unless they number the buckets of distances: symmetric around the middle, one row for each small
-    distance, and ascending with the distance. (Recomputed, they could differ, as logarithms depend on the processor.)
+    distance, and ascending with the distance. Logarithms depend on the processor, so they are not recomputed.
     """
     longest, half = len(numbers) // 2, rows // 2
     low, high = numbers[:longest][::-1].astype(np.int64), numbers[longest + 1 :].astype(np.int64)

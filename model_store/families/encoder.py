@@ -21,7 +21,7 @@ State = Mapping[str, NDArray[np.float32]]  # weights in float32 by their names i
 Weights = dict[str, Array]
 Names = Mapping[
     str, str | tuple[str, ...]
-]  # our name of a weight: the module's, or those of several to concatenate
+]  # from our name of a weight to the name of its module, or of several to concatenate
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -241,7 +241,7 @@ def named(state: State, prefix: str, names: Names, may_lack_biases: bool) -> Wei
 
 
 def activation(name: str) -> Any:
-    """An activation as an Encoder names it; raises ValueError for one that cannot be exported."""
+    """An activation of transformers, as an Encoder names it; raises ValueError for one that cannot be exported."""
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} cannot be exported; supported: {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

@@ -246,6 +246,6 @@ class ModernBert(Encoder):
 
 
 def _check_frequencies(frequencies: Array) -> None:
-    """Raise GraphError unless they descend from 1 to 0 or more. (Recomputed, they could differ by processor.)"""
+    """Raise GraphError unless they descend from 1 to 0 or more. Other processors could compute other values."""
     if frequencies[0] != 1 or frequencies[-1] < 0 or (np.diff(frequencies) > 0).any():
         raise GraphError("its positions have frequencies that do not descend from 1 to 0")
