@@ -57,8 +57,9 @@ class Row:
     """The answer to one text.
 
     Attributes:
-        probs: probability of each label, in the model's order; empty for a regression model.
-        raw: the JSON of the answer, with the fields that `explain` and `ood` add.
+        label: the most probable label; for a regression model, the name of its output.
+        probs: probability of each label (with `raw`, its logit), in the model's order; empty for a regression model.
+        raw: the JSON of the answer; some options and models add fields, such as a multi-label model's `labels`.
         value: the answer of a regression model; None for a model with classes.
     """
 
@@ -102,7 +103,7 @@ class ServerError(Exception):
     """A request that the server refused or failed to answer, or whose response is unusable.
 
     Attributes:
-        status: the HTTP status; 200 if the answer is malformed, too large or incomplete.
+        status: the HTTP status; may be 200: then the answer is malformed, too large or incomplete.
         field: the invalid field, if any.
         retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
@@ -187,8 +188,8 @@ class _Attempts:
     def answer(self, received: _Received) -> Answer | None:
         """The answer; None: retry after `pause_s`. Raises ServerError.
 
-        The pause is the server's Retry-After or twice the last pause, whichever is longer, plus random jitter, so that
-        clients that were refused together do not retry together. Without Retry-After a retry would fail again.
+        The pause is the server's Retry-After or a backoff that doubles from 0.1 s, whichever is longer, plus jitter, so
+        that clients refused together do not retry together; at most MAX_PAUSE_S. Without Retry-After a retry fails.
         """
         try:
             return _parsed(received, self._parse)
@@ -267,7 +268,7 @@ class Client:
             raise _unusable(response, error) from None
 
     def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         self._http.close()
 
     def __enter__(self) -> Self:
@@ -278,7 +279,7 @@ class Client:
 
 
 class AsyncClient:
-    """The same client for asyncio."""
+    """The asyncio version of Client."""
 
     def __init__(
         self,
@@ -324,7 +325,7 @@ class AsyncClient:
             raise _unusable(response, error) from None
 
     async def close(self) -> None:
-        """Close its connections."""
+        """Close the connections."""
         await self._http.aclose()
 
     async def __aenter__(self) -> Self:

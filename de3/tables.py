@@ -26,7 +26,7 @@ class Columns:
     The annotations are the options of the commands that read data (de3.commands.options.with_fields).
 
     Attributes:
-        label: None: the texts have no labels; a .txt file with one text per line can then be read, too.
+        label: None if the texts have no labels; a .txt file with one text per line can then be read, too.
         multi_label: a text has any number of labels: separated by | in a cell, or as a list in JSON. In a row they are
             separated by JOINT.
         regression: a text has a number instead of a label.
@@ -137,9 +137,9 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 
 
 def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a file opened with surrogateescape; raises ValueError, naming the line, for one that is not UTF-8.
+    """The lines of a file opened with surrogateescape.
 
-    A line is read only up to MAX_LINE, however long it is.
+    Raises ValueError, naming the line, for one that is not UTF-8 or is longer than MAX_LINE, of which no more is read.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):
@@ -167,7 +167,7 @@ def _json(line: str, where: str) -> Any:
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:
     """The (text, label) rows of a file; "" for no label.
 
-    Raises ValueError, naming file, line and column, if a column or a value is missing.
+    Raises ValueError, naming file, line and column, if a column or a value is missing or invalid.
     """
     return [row_of(record, columns, where) for where, record in records(path, columns)]
 
@@ -182,7 +182,7 @@ def row_of(record: Any, columns: Columns, where: str) -> tuple[Text, str]:
 
 
 def text_of(record: Any, column: str, where: str, option: str = "--text-column") -> str:
-    """The text in a column of a record; raises ValueError if it is missing, empty, or not a text."""
+    """The text in a column of a record, stripped; raises ValueError if it is missing, empty, or not a text."""
     value = _value(record, column, where, option)
     if not isinstance(value, str):
         raise ValueError(f"{where}: {column} must be text, got {value!r:.50}")
@@ -191,7 +191,7 @@ def text_of(record: Any, column: str, where: str, option: str = "--text-column")
 
 
 def _check_characters(value: str, column: str, where: str) -> None:
-    """Raise ValueError for half of a surrogate pair, which JSON may contain as an escape: it cannot be encoded."""
+    """Raise ValueError for half of a surrogate pair, which JSON can escape but UTF-8 cannot encode."""
     if not value.isascii() and (half := _SURROGATE.search(value)):
         raise ValueError(
             f"{where}: {column} has {half[0]!a}, half of a surrogate pair, which is not a character"
@@ -215,7 +215,7 @@ def _value(record: Any, column: str, where: str, option: str) -> Any:
 
 
 def _label(record: Any, columns: Columns, where: str) -> str:
-    """The label of a record, several separated by JOINT; raises ValueError."""
+    """The label of a record, or its labels, separated by JOINT; raises ValueError."""
     column = str(columns.label)
     if columns.multi_label and isinstance(record, dict) and column in record:
         label = record[column]
@@ -247,7 +247,7 @@ def is_number(value: Any) -> bool:
 
 
 def labels_in(cell: str, multi_label: bool) -> list[str]:
-    """The labels in a cell: exactly one, or with `multi_label` any number, without duplicates."""
+    """The labels in a row's cell: exactly one or, if multi_label, any number separated by JOINT, without duplicates."""
     if not multi_label:
         return [cell]
     return list(dict.fromkeys(name.strip() for name in cell.split(JOINT) if name.strip()))

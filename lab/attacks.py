@@ -37,7 +37,7 @@ class Attack:
         may_refuse: share of the well-behaved client's requests that the server may refuse with 429 or 503.
         with_budgets: the well-behaved client also sends requests with a latency budget.
         networks: number of networks that the attack comes from, each with one address.
-        options: for de3 serve.
+        options: further options of de3 serve.
     """
 
     name: str

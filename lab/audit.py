@@ -68,7 +68,10 @@ class Window:
 
     Attributes:
         phase: the kind of texts sent, home or away.
-        texts: number of texts sent so far.
+        texts, resets: numbers so far.
+        audits: number of audits that count as evidence.
+        reason: why the server set this τ.
+        measured, lower, upper: disagreement by the server's audits, with its bounds.
         seen: disagreement of the answers in this window with full depth, counted by the client.
         true: disagreement over all texts of the phase, at the τ in force at the end of the window.
         p99_ms: of requests in this window.
@@ -101,7 +104,7 @@ def story(
 ) -> list[Window]:
     """Serve with a guarantee, send texts of one kind, then of another, and compare every answer with full depth's.
 
-    texts, windows: the samples, and the number of windows, of home and of away.
+    texts, windows: samples and number of windows, for home and for away. rate: the guarantee. share: of audited texts.
     """
     told: list[Window] = []
     options = ["--guarantee", str(rate), "--audit-share", str(share)]
@@ -251,9 +254,11 @@ def cost(
     port: int,
     on_round: Callable[[Round], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Latency at a share of the capacity, without and with audits in turn, both servers at the same rate.
+    """Latency at `load`, a share of the capacity, without and with audits in turn, at the same rate.
 
     The capacity is the highest rate of Poisson arrivals whose p99 is within slo_ms, without audits.
+
+    share: of audited texts.
     """
     options: tuple[list[str], list[str]] = [], ["--audit-share", str(share)]
     done: list[Round] = []

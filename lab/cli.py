@@ -79,7 +79,7 @@ def fuzz_inputs(
     """Fuzz the code that reads untrusted bytes, in process; fails if an input is handled wrongly.
 
     connection: streams of HTTP requests, split anywhere. graph: ONNX files. tokenizer: tokenizer.json. manifest:
-    manifest.json. state: files of --state-dir. Hypothesis generates the inputs, and reduces those with findings.
+    manifest.json. state: files of --state-dir. Hypothesis generates the inputs, and shrinks those with findings.
 
     Example: python -m lab fuzz-inputs --only state --seconds 60
     """
@@ -112,8 +112,8 @@ def soak(
     """Start a server, send it mixed traffic, and reload its model regularly.
 
     The traffic: single texts, batches, long texts, latency budgets, malformed requests, and clients that hang up or
-    read slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5% from the second
-    quarter to the last.
+    read slowly. Fails if an answer is wrong, missing or changes, or if the memory grows by more than 5% of its maximum
+    from the second quarter to the last.
 
     Example: python -m lab soak --texts dev.tsv --minutes 60
     """

@@ -428,7 +428,7 @@ def overload(testbed: Testbed) -> Row:
 
 
 def clock(testbed: Testbed) -> Row:
-    """The system's clock jumps a day forward and back."""
+    """The system's clock jumps a day ahead, a day behind, and back."""
     fault = "the clock jumps a day forward, two days back, and back to the right time"
     library = next((path for path in CLOCK_LIBRARIES if Path(path).exists()), None)
     if library is None:

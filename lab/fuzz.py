@@ -189,7 +189,7 @@ def check(status: int, headers: dict[str, str], body: bytes, request: bytes) -> 
 def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] = lambda _: None) -> Result:
     """Send requests one after the other; raises OSError if the server stops listening.
 
-    A connection is reused while the server answers 200 and keeps it open: leftovers of a request would affect the next.
+    A connection is reused only after a 200 that keeps it open: leftovers of a refused request would affect the next.
     """
     parts = urlsplit(url)
     address = (parts.hostname or "127.0.0.1", parts.port or 80)

@@ -32,7 +32,7 @@ class Phase:
 
     Attributes:
         p50_ms, p99_ms, max_ms: latency of the answers with status 200; nan if there are none.
-        refused: number of 429 and 503.
+        refused: number of answers with 429 or 503.
         errors: number of other statuses.
         unanswered: number without an answer within TIMEOUT_S.
         reopened: number sent again because the server had closed the kept-alive connection.

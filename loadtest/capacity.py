@@ -15,14 +15,14 @@ HEADROOM = 0.7  # planned share of the capacity, to leave room for bursts and a 
 
 @dataclass(frozen=True)
 class Step:
-    """A tested rate and its result."""
+    """A tested rate (requests/s), its p99, and its share of requests not answered with 200."""
 
     rate: float
     p99_ms: float
     unanswered: float
 
     def keeps(self, slo_ms: float) -> bool:
-        """True if the step meets the objective."""
+        """True if p99 meets the objective and at most 0.1% of the requests are unanswered."""
         return self.p99_ms <= slo_ms and self.unanswered <= 0.001
 
 

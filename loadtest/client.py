@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(slots=True)
 class Answer:
-    """The result of one request; times are seconds since the start of the run."""
+    """The result of a request for the sample with this index; times are seconds since the start of the run."""
 
     sample: int
     due: float
@@ -133,7 +133,7 @@ class _Connection:
         self.socket.sendall(request)
 
     def receive(self) -> Answer | None:
-        """The answer once it is complete; its status stays 0 if the connection breaks."""
+        """The answer once it is complete, else None; its status stays 0 if the connection breaks."""
         try:
             data = self.socket.recv(1 << 18)
         except OSError:
@@ -170,6 +170,7 @@ def send_traffic(
     Args:
         rate: requests per second (open loop), or a function of the elapsed seconds that returns it; None: a closed
             loop over `connections`.
+        connections: an open loop opens more as needed, up to MAX_CONNECTIONS.
         progress: called every 0.25 s with the elapsed seconds.
     """
     cpu = _cpu()
@@ -183,7 +184,7 @@ def send_traffic(
 
 
 class _Generator:
-    """One run: a request that is due is pending until a connection is idle, then in flight until it is answered."""
+    """One run. A request that is due is pending until a connection is idle, then in flight until it is answered."""
 
     def __init__(
         self,

@@ -273,7 +273,7 @@ def _process_tree(pid: int) -> list[int]:
 def running(server: Server, port: int, log: Path) -> Iterator[Running]:
     """Start a server, wait until it is ready, and stop it at the end of the block.
 
-    Raises ValueError with the end of its log if it does not start.
+    Raises ValueError if the port is taken or, with the end of its log, if it does not start.
     """
     target = server.target(port)
     if _answers(target.url + server.ready):

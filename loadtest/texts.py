@@ -77,5 +77,5 @@ def with_long(samples: list[Sample], share: float, words: int, seed: int = 0) ->
 
 
 def with_taus(samples: list[Sample], taus: Sequence[float]) -> list[Sample]:
-    """Each sample once per τ."""
+    """Each sample once per τ; without τ, the samples unchanged."""
     return [replace(sample, tau=tau) for sample in samples for tau in taus] if taus else samples

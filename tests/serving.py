@@ -105,7 +105,7 @@ class Server:
         return httpx.post(self.url + "/classify", json=body, timeout=60, verify=CERTIFICATES)
 
     def described(self, **body: Any) -> dict[str, Any]:
-        """The answer to a request, checked against the schema, which must name every field of it."""
+        """The answer to a request, checked against the schema, which must name each of its fields."""
         answer: dict[str, Any] = self.classify(**body).json()
         schema = httpx.get(self.url + "/openapi.json").json()
         for kind in schema["components"]["schemas"].values():

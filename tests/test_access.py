@@ -347,7 +347,7 @@ def test_refusals_are_counted_on_every_route(store: Path) -> None:
 
 
 def test_the_cost_of_a_request(store: Path) -> None:
-    """The most of: its texts, its body in units of 4 KiB, and the tokens of its texts in units of 128."""
+    """The largest of: its texts, its body in units of 4 KiB, and the tokens of each text in units of 128."""
 
     def left(server: Server) -> int:
         limit = server.frontend.access._limit
@@ -372,7 +372,7 @@ def test_the_cost_of_a_request(store: Path) -> None:
     charge = Charge(limit, "alice")
     charge.raise_to(4)
     charge.raise_to(2)
-    charge.settle(30)  # 500 tokens' worth; charges the rest of the limit
+    charge.settle(30)  # more than is left: charges the rest of the limit
     assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
     with pytest.raises(RequestError, match="over your limit"):
         Charge(limit, "alice").raise_to(1)

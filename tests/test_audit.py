@@ -83,7 +83,7 @@ def labels(server: Server, **options: Any) -> list[str]:
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-int8"])
 def test_audits_count_the_disagreement_with_full_depth(store: Path, model: str) -> None:
-    """For the τ in force, and for other τ, compared with requests that set them."""
+    """At the τ in force and at other τ, compared with requests that set them."""
     with serving(store, models=[model], audit_share=1.0, tau=TAU) as server:
         early, full = labels(server), labels(server, tau=0)
         said = settled(server, len(TEXTS), model)

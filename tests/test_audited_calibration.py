@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 def make_audits(manifest: Manifest, count: int, seed: int = 1, **fields: Any) -> list[Row]:
-    """Rows of the log; earlier exits are noisier."""
+    """Rows of the audit log; earlier exits are noisier."""
     rng = np.random.default_rng(seed)
     exits, classes = manifest.exit_layers, len(manifest.labels)
     rows = []

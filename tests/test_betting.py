@@ -42,7 +42,7 @@ def test_e_values_are_the_wealth_of_gamblers(stream: list[tuple[float, bool, boo
 @pytest.mark.parametrize("share", [1.0, 0.3])
 @pytest.mark.parametrize("rate", [0.05, 0.4])
 def test_the_mean_wealth_is_1_at_the_rate_that_is_bet_against(share: float, rate: float) -> None:
-    """Over all outcomes of three texts; less than 1 if the rate is on the other side."""
+    """The mean over all outcomes of three texts; it is less than 1 if the true rate is on the other side."""
 
     def mean(function: object, truth: float) -> float:
         total = 0.0

@@ -182,7 +182,7 @@ def test_the_promise_holds_for_samples_that_come_in_groups() -> None:
 
 
 def examples(n: int, group_of: int = 1, fragments: int = 0) -> list[Example]:
-    """This many examples, the last of which are fragments."""
+    """n examples, the last `fragments` of which are fragments."""
     return [Example(f"t{i}", 0, f"g{i // group_of}", i >= n - fragments) for i in range(n)]
 
 
@@ -291,7 +291,7 @@ def test_groups_that_share_a_text_are_one_group() -> None:
 
 
 def test_a_bound_never_falls_even_where_the_disagreement_does() -> None:
-    """Later exits may be worse; each step of the sequence needs the earlier ones."""
+    """Later exits may be worse; each test of the sequence requires that the earlier ones passed."""
     logits = np.zeros((100, 3, 2), np.float32)
     logits[:, :, 0] = [1, -1, 1]  # only the second exit answers differently
     r = Recorded([0, 1, 2], logits, np.full_like(logits, np.nan), np.zeros(100, np.int64))

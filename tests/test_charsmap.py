@@ -17,7 +17,7 @@ def table(
 ) -> str:
     """A table that replaces one key.
 
-    value: offset of its replacement. end: offset after the lookup; size: of the trie; 0: the valid values.
+    value: offset of its replacement; end: offset in the trie after the lookup; size: of the trie. 0: valid values.
     """
     units = np.zeros(256 * (len(key) + 2), np.uint32)
     units[0] = 256 << 10

@@ -120,7 +120,7 @@ def answering(*parts: bytes, pause_s: float = 0.0) -> Iterator[str]:
 
 
 def both(url: str, **options: Any) -> list[Exception]:
-    """The errors of one request by each of both clients."""
+    """The errors of one request by each of the two clients."""
 
     async def go() -> None:
         async with AsyncClient(url, **options) as client:

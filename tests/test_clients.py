@@ -111,7 +111,7 @@ OURS = (by_our_client, by_our_async_client, by_our_command)
 def test_every_client_gets_the_same_answer(
     server: Server, client: Callable[[str, list[str]], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the tests set, for the hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests set it: no downloads
     expected = [(row["label"], max(row["probs"])) for row in ours(server, input=TEXTS)]
     assert [(label, round(score, 2)) for label, score in client(server.url, TEXTS)] == [
         (label, round(score, 2)) for label, score in expected
@@ -480,7 +480,7 @@ def test_a_text_that_is_too_long_is_named_as_its_protocol_does(
 
 
 def test_hugging_face_classifies(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which the tests set, for the hub
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the tests set it: no downloads
     client = InferenceClient(server.url)
     (row,) = ours(server, input=TEXTS[0])
     result = client.text_classification(TEXTS[0])

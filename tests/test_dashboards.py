@@ -78,7 +78,7 @@ def test_dashboards_fit_grafanas_own_schema(tmp_path: Path) -> None:
 
 
 def check_types(folder: Path, boards: dict[str, Any]) -> str:
-    """The output of tsc for dashboards; folder: with the installed packages."""
+    """The output of tsc for dashboards; folder: holds the installed packages."""
     source = [Path("tests/grafana_types.ts").read_text()]
 
     def literal(kind: str, value: Any) -> None:
@@ -121,7 +121,7 @@ def test_every_alert_is_tested_to_fire_and_to_stay_silent() -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes a server while it answers, audits, refuses and drops texts."""
+    """A Prometheus that scrapes a server while it answers, audits and refuses texts."""
     texts = [text for text, _ in make_rows(400, 5)]
     stop = threading.Event()
     with (

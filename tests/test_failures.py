@@ -23,7 +23,7 @@ def fail(errors: FailureLog, kind: type[Exception], name: str) -> None:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time that a FailureLog sees, in its only element."""
+    """A list of one number: the time that a FailureLog sees."""
     now = [1000.0]
     monkeypatch.setattr(failures, "monotonic", lambda: now[0])
     return now

@@ -43,7 +43,7 @@ def job(
 
 
 class Steps:
-    """Runs a group, and calls a function before each of its steps."""
+    """Runs a group, and calls `before[n]`, if there is one, before step n."""
 
     def __init__(self, queue: WorkQueue, before: dict[int, Any] | None = None) -> None:
         self.queue, self.before = queue, before or {}

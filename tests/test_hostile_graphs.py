@@ -115,7 +115,7 @@ def changes(model: onnx.ModelProto, constants: set[str]) -> Iterator[tuple[Place
 
 
 def changes_of_node(node: Any, path: Place, values: list[str]) -> Iterator[tuple[Place, str, Any]]:
-    """See changes; values: names of the graph's values."""
+    """Every change of a node, as in `changes`; values: names of the graph's values."""
     yield path, "op_type", "Identity"
     yield path, "domain", OTHER
     for kind in ("input", "output"):

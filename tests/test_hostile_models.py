@@ -353,7 +353,7 @@ def test_a_tokenizer_check_survives_any_json() -> None:
 
 
 def second_exit(proto: Any) -> None:
-    """A second branch after the first."""
+    """Add a second branch after the first."""
     copy = onnx.NodeProto()
     copy.CopyFrom(node(proto, "If"))
     for i, name in enumerate(copy.output):
@@ -391,7 +391,7 @@ def other_residual(proto: Any) -> None:
 
 
 def other_activation(store: Path) -> None:
-    """tiny-int8 with the activation gelu_tanh instead of gelu."""
+    """Change the activation of tiny-int8 from gelu to gelu_tanh."""
 
     def change(proto: Any) -> None:
         for n in proto.graph.node:
@@ -422,7 +422,7 @@ def shadowed_weight(name: str) -> Callable[[Any], None]:
 
 
 def wide_logits(proto: Any) -> None:
-    """The exit's logits are (1, 5), declared as (1, 2)."""
+    """Make the exit's logits (1, 5), declared as (1, 2)."""
     gemm = node(branch(proto, "then_branch"), "Gemm")
     for i, array in ((1, np.zeros((64, 5), np.float32)), (2, np.zeros(5, np.float32))):
         name = gemm.input[i]

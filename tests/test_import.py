@@ -84,7 +84,7 @@ def logits_of(folder: Path, texts: list[str]) -> Any:
     [*((family, "float32") for family in FAMILIES), ("bert", "bfloat16"), ("modernbert", "float16")],
 )
 def test_the_last_exit_is_the_stock_classifier(family: str, dtype: str, tmp_path: Path) -> None:
-    """PyTorch reads the checkpoint that an import writes without it, in float32."""
+    """An import writes the checkpoint without PyTorch; PyTorch then reads it in float32."""
     folder = save_encoder(tmp_path / "stock", family, labels=3)
     AutoModelForSequenceClassification.from_pretrained(folder, dtype=getattr(torch, dtype)).save_pretrained(
         folder
@@ -561,7 +561,7 @@ def test_finetuning_counts_the_disagreement_of_full_depth(
 def test_exits_are_fitted_neither_with_the_tuning_nor_with_the_certifying_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Otherwise the certificate could rely on texts that the exits were fitted on: few tuning texts also certify."""
+    """Otherwise a certificate could rely on texts that exits were fitted on: if few, the tuning texts also certify."""
     folder, file = save_encoder(tmp_path / "stock", layers=1, labels=2), tmp_path / "texts.txt"
     file.write_text("".join(f"{text}\n" for text, _ in make_rows(600, 5)))
     given: list[Any] = []

@@ -165,7 +165,7 @@ def test_a_shadow_that_agrees_counts_nothing(server: Server, versions: Path) -> 
 
 
 def test_a_shadow_takes_nobodys_room(versions: Path) -> None:
-    """It does not count as pending either: the autoscaler and the load controller must not see it."""
+    """Its texts do not count as pending either: the autoscaler and the load controller must not see it."""
     settings = {"models": ["tiny:1"], "admin_keys": f"root {KEY}", "max_queue": 8, "max_texts": 8}
     with serving(versions, **settings) as server:
         change(server, "load", version=2, role="shadow")

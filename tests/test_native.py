@@ -165,7 +165,7 @@ def random_architecture(
     mean: bool,
     head: Head | None = None,
 ) -> Architecture:
-    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: of the last exit."""
+    """Embeddings and one layer, each with an exit; metric 0: no prototypes. head: the last exit's."""
     encoder = Bert(
         type="bert",
         num_layers=1,

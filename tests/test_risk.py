@@ -23,7 +23,7 @@ def features(n: int, seed: int) -> np.ndarray:
 
 
 def gradient(x: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Gradient of the ridge regression of `regress`, for the weights of standardized features; reimplemented."""
+    """Gradient of the loss of `regress`, reimplemented, with respect to the weights of standardized features."""
     mean, spread = x[:, 1:].mean(0), x[:, 1:].std(0)
     inside = np.array([weights[0] + weights[1:] @ mean, *(weights[1:] * spread)])
     error = 1 / (1 + np.exp(-x @ weights)) - targets
@@ -202,7 +202,7 @@ def test_each_exit_is_fitted_to_its_own_disagreement() -> None:
 def test_exits_that_are_always_sure_have_the_same_risk_alone_and_in_arrays(
     margin: float, distance: float
 ) -> None:
-    """Both take logarithms of 1e-12 at least."""
+    """Both take logarithms of values of at least 1e-12."""
     signal = Risk(((1.0, 0.1, 0.5, 0.2, 0.1), None))
     logits, distances = np.float32([margin, 0.0]), np.float32([distance, 1.0])
     reading = read(0, logits.tolist(), distances.tolist())

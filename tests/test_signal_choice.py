@@ -282,7 +282,7 @@ def table_default(manifest: dict[str, Any], signal: str) -> dict[str, Any]:
 
 
 def without_risk(manifest: dict[str, Any], signal: str) -> None:
-    """A calibrated manifest without the weights and rows of the risk; another signal is its default."""
+    """Remove the weights and rows of risk from a calibrated manifest, and make another signal the default."""
     calibration = manifest["calibration"]
     manifest["defaults"] = table_default(manifest, signal)
     chosen = manifest["defaults"]["tau"], signal

@@ -90,7 +90,7 @@ texts = st.lists(
 @settings(max_examples=40)
 @given(text=texts, pair=st.none() | texts, room=st.sampled_from([12, 60, 510]))
 def test_tokens_in_pieces_are_those_in_one_go(kind: str, text: str, pair: str | None, room: int) -> None:
-    """If the window has room for an even number of tokens.
+    """This holds if the window has room for an even number of tokens.
 
     Of an odd number, the tokenizer gives the extra one to the longer text, which is unknown until both are tokenized
     completely; ours gives it to the first.

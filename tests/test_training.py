@@ -236,7 +236,7 @@ def test_an_invalid_group_column_is_refused(
 
 @pytest.mark.slow
 def test_many_classes_pairs_and_a_dataset_folder(tmp_path: Path, encoder: Path) -> None:
-    """jsonl pairs with three classes, through `datasets`, cls pooling, no embedding exit."""
+    """With jsonl pairs of three classes, read by `datasets`, cls pooling and no exit on the embeddings."""
     words = ["good", "bad", "film"]
     rows = [
         json.dumps(

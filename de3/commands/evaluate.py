@@ -102,7 +102,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Subject:
-    """The checkpoint or artifact to evaluate; `config` has its `input`, `thresholds` and `tolerance`."""
+    """The checkpoint or artifact to evaluate.
+
+    Attributes:
+        names: the labels.
+        config: has `input`, `thresholds` and `tolerance`.
+        record: runs examples and returns their recorded exits.
+        risk: the artifact's risk signal, if it has one.
+        beside: default file of the plot.
+    """
 
     title: str
     names: Sequence[str]
@@ -152,7 +160,7 @@ def _open(path: Path) -> _Subject:
 
 
 def _answered(original: str, examples: list[Any], subject: _Subject, has_labels: bool) -> list[Any]:
-    """Examples with the answers of the imported classifier, which are also the labels if there are none."""
+    """Examples with the original classifier's answers, also as labels unless `has_labels`; raises ValueError."""
     from de3.export.classifier import Stock
     from de3.export.importing import answers
     from de3.export.original import original_of

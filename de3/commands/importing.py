@@ -108,7 +108,7 @@ def import_model(
     lr: Annotated[float, typer.Option(help="Learning rate of --finetune.", rich_help_panel=TRAINING)] = 3e-5,
     bf16: Annotated[bool, typer.Option(help="Use bfloat16 in --finetune.", rich_help_panel=TRAINING)] = True,
     seed: Annotated[
-        int, typer.Option(help="Seed of the split, of the held-out fifth and of the prototypes.")
+        int, typer.Option(help="Seed of the split, of the fit of the exits and of --finetune.")
     ] = 0,
     **options: Any,
 ) -> None:

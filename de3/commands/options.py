@@ -136,7 +136,7 @@ def read_rows(file: Path | None, dataset: str | None, split: str, columns: Colum
 
 
 def check_groups(fragments: bool, group_column: str | None) -> None:
-    """Raise ValueError if related rows are given in two ways at once."""
+    """Raise ValueError if related rows are specified in two ways at once."""
     if fragments and group_column is not None:
         raise ValueError(
             "--group-column cannot be combined with --fragments, which makes groups of texts and their fragments"

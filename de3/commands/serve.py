@@ -1,4 +1,4 @@
-"""`de3 serve`: its options are --demo and the fields of server.settings.Settings."""
+"""`de3 serve`: its options are its own, and the fields of server.settings.Settings."""
 
 import os
 from inspect import Parameter

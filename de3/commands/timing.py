@@ -48,7 +48,7 @@ def text_of(example: Example) -> Text:
 
 
 def measure_times(served: Served, examples: Sequence[Example], count: int = 100) -> Times:
-    """The CPU times of up to `count` examples at τ = 0 and to each exit, in the engine, on this thread.
+    """CPU time at τ = 0 and to each exit, fitted to up to `count` examples run in the engine on this thread.
 
     Each depth runs a block of texts at a time, so that its weights stay in the caches, as when serving.
     """
@@ -70,7 +70,7 @@ def measure_times(served: Served, examples: Sequence[Example], count: int = 100)
 
 
 def _line(tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Intercept and slope of the seconds by number of tokens, (2,), by least squares; the slope is not negative."""
+    """Intercept and slope, (2,), of a least-squares line of seconds by number of tokens; the slope is not negative."""
     from_mean = tokens - tokens.mean()
     slope = max(0.0, float((from_mean * seconds).sum()) / max(1e-9, float((from_mean**2).sum())))
     return np.array([seconds.mean() - slope * tokens.mean(), slope])

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Import the kernels of a wheel for aarch64 in QEMU, with Debian's Python for Arm, and run a layer with each.
+# Import the kernels of a wheel for aarch64 in QEMU, with Debian's Python for Arm, and run a layer with each of them.
 #
 #   deploy/release/emulate.sh WHEEL
 #

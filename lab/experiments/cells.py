@@ -1,7 +1,7 @@
 """Trained models of the studies, with recorded exits. Models that exist in a folder are not trained again.
 
-runs/mrpc-minilm-D-0/            a checkpoint of de3 train
-runs/mrpc-minilm-D-0/states-unseen.safetensors
+runs/mrpc-minilm-D-0/                           a checkpoint, as of de3 train
+runs/mrpc-minilm-D-0/states-unseen.safetensors  recorded exits of the unseen samples
 """
 
 import hashlib
@@ -90,7 +90,7 @@ class Cell:
 
 
 def grouped(cells: Sequence[Cell]) -> dict[tuple[str, str, str, bool], list[Cell]]:
-    """Cells by task, encoder, recipe, and True if they are folds; the cells of a group differ in seed or fold."""
+    """Cells by task, encoder, recipe and whether they are folds; the cells of a group differ in seed or fold."""
     groups: dict[tuple[str, str, str, bool], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.task, cell.encoder, cell.recipe, cell.fold is not None), []).append(cell)
@@ -102,7 +102,7 @@ class States:
     """The states and exits of texts.
 
     Attributes:
-        pooled: h^(m) of every exit, (n, exits, hidden), float16.
+        pooled: pooled hidden state h^(m) of every exit, (n, exits, hidden), float16.
         recorded: the outputs of every exit.
     """
 
@@ -121,14 +121,10 @@ class States:
 
 
 class Trained:
-    """A cell's model and its states.
-
-    Attributes:
-        model: in evaluation mode.
-    """
+    """A cell's model and its states."""
 
     def __init__(self, cell: Cell, root: Path, runs: Path, encoders: Path | None = None) -> None:
-        """Train the cell, unless runs has it.
+        """Train the cell, unless `runs` has it.
 
         encoders: a folder with all-mpnet-base-v2, for cells of the encoder mpnet.
         """
@@ -145,7 +141,7 @@ class Trained:
 
     @property
     def model(self) -> De3Model:
-        """The model."""
+        """The model, in evaluation mode."""
         model: De3Model = self.checkpoint.model
         return model
 

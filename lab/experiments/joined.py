@@ -4,7 +4,7 @@
 
 OUT gets train.jsonl, val.jsonl and test.jsonl, from CLINC150's parts of the same names; each question is in one text
 only. Three of every five texts with an intent have two questions, of different intents, and two have one. The
-out-of-scope questions, most of which are in the test part, are divided by the parts' sizes; they have no label.
+out-of-scope questions, most of which are in the test part, are spread over the parts by size; they have no label.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Measures of the studies: accuracy at an exact speed-up, intervals of differences, merit, AUROC; and their results."""
+"""Measures of the studies: accuracy at an exact speed-up, intervals of differences, merit, AUROC; and result files."""
 
 import json
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def right_at(scores: Floats, recorded: Recorded, speedup: float) -> Floats:
 
 
 def knee(speedups: Sequence[float], scores: Sequence[float]) -> int | None:
-    """The index of the point farthest above the chord from the first point to the last; None if less than 0.005."""
+    """The index of the point farthest above the chord from the first point to the last; None if by less than 0.005."""
     x, y = np.asarray(speedups), np.asarray(scores)
     above = y - (y[0] + (y[-1] - y[0]) * (x - x[0]) / max(x[-1] - x[0], 1e-9))
     return int(np.argmax(above)) if above.max() >= 0.005 else None

@@ -52,7 +52,7 @@ def families(model: De3Model, train: States | None, held: States, first: int = 0
 
 
 def edr(states: States, lam: float) -> Floats:
-    """Eq. 12; the last exit, which has no prototypes, gets NaN."""
+    """The paper's EDR (Eq. 12); NaN at the last exit, which has no prototypes."""
     return formulas.edr(states.recorded.entropy, states.recorded.distance_ratio, lam)
 
 
@@ -74,9 +74,9 @@ def energy(states: States, temperature: float) -> Floats:
 
 
 def cap(model: De3Model, states: States, scale: float, first: int) -> Floats:
-    """CAP: the softmax of the logits and scale·NSP, at NSP; NSP is the share of h outside the classifier's row space.
+    """CAP: last entry of softmax(logits, scale·NSP); NSP is the share of h outside the classifier's row space.
 
-    With W (K, hidden) and b: x = h + pinv(W)·b, NSP = √(1 − ‖P x‖²/‖x‖²), P the projection on the rows of W.
+    With W (K, hidden) and b: x = h + pinv(W)·b, NSP = √(1 − ‖P x‖²/‖x‖²), P the projection onto the row space of W.
     """
     scores: Floats = np.ones(states.recorded.logits.shape[:2])
     for j in range(scores.shape[1]):

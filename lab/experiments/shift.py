@@ -65,7 +65,7 @@ def domains(trained: Trained, root: Path) -> dict[str, States]:
 
 
 def both(first: States, second: States) -> States:
-    """The texts of both."""
+    """Both sets of texts, concatenated."""
     pooled = np.concatenate([first.pooled, second.pooled])
     return States(pooled, joined([first.recorded, second.recorded]))
 

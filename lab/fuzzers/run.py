@@ -79,7 +79,7 @@ def fuzz_all(names: Iterable[str], seconds: float, first_seed: int) -> Iterator[
 
 
 def fuzz(name: str, fuzzer: Fuzzer, seconds: float, first_seed: int = 1, reduces: bool = True) -> Report:
-    """Run a fuzzer until the time is up or it has a finding. reduces: then reduce the input with the finding."""
+    """Run a fuzzer until the time is up or it has a finding. reduces: then shrink the input with the finding."""
     fuzzer.prepare()
     report, started, database = Report(name), monotonic(), InMemoryExampleDatabase()
 

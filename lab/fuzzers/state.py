@@ -1,6 +1,6 @@
 """Fuzzer of the state file of audits: edits of a state that a server with a guarantee saved.
 
-Reading a file must not raise. A refused file is kept aside, and audits start from zero. After an accepted one, the
+Reading a file must not raise. A refused file is set aside, and audits start from zero. After an accepted one, the
 ledger counts audits of old and new clients, reports, and saves a state that restores to the same state.
 """
 

@@ -54,7 +54,7 @@ class Setting:
         home, away: the populations; a stream begins with texts of home.
         rate: promised rate of disagreement.
         share: share of texts that are audited while τ is above 0.
-        change_at: texts before the switch or the drift.
+        texts, change_at: number of texts in a stream, and before the switch or the drift.
         start_layers: cost of tokenizer, embeddings and their exit, in layers.
         start: index of the initial τ.
     """

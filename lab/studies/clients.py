@@ -32,7 +32,7 @@ class Attack:
     Attributes:
         name: as shown in the table.
         burst: copies of one text in one request, before the others' first text.
-        share: share of all later texts.
+        share: the attacker's share of all later texts.
         is_copy: all later texts are copies of one text.
         networks: number of clients that the attacker appears as.
     """

@@ -112,7 +112,7 @@ def readings(texts: Recorded) -> list[list[Reading]]:
 
 
 def policy(manifest: Manifest, texts: Recorded, name: str, full_depth: bool = False) -> dict[str, float]:
-    """Accuracy, speed-up and share of far texts under an --ood-policy; full_depth: far texts never exit early."""
+    """Accuracy (NaN without labels), speed-up and share of far texts by policy; full_depth: those never exit early."""
     monitor = OodMonitor(manifest, name)
     rule = ExitRule(manifest.defaults.tau, manifest.default_signal)
     correct, layers, far_texts = 0, 0, 0

@@ -89,7 +89,7 @@ def _run(
     order: Callable[[int], list[int]] = lambda n: list(range(n)),
     weighted: bool = True,
 ) -> Answer:
-    """Run windows in an order until their combined answer is settled; change None: run all."""
+    """Run windows in an order until their combination is_settled(change); change None: run all."""
     windows = [text.windows[n] for n in order(len(text.windows))]
     combination = Combination([window.new if weighted else 1 for window in windows])
     count = work = 0
@@ -165,7 +165,7 @@ def compare(texts: Sequence[Text], rule: ExitRule) -> dict[str, dict[str, float]
 
 
 def rows_of(sets: Mapping[str, Sequence[Text]], rule: ExitRule, served: str) -> list[dict[str, Any]]:
-    """The comparisons on every second text of each set; the strategy is chosen on the others, by difference ("chose").
+    """The comparisons on every second text of each set; "chose": the difference on the others, which choose a strategy.
 
     All strategies run on the long texts of all sets; truncation and the served strategy also on all texts, and on the
     long texts of each set.

@@ -67,7 +67,7 @@ def main(
     heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 12,
     inner: Annotated[int, typer.Option(help="Width of the feed-forward network.", min=1)] = 3072,
     seed: int = 0,
-    precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Of the artifact.")] = "int8",
+    precision: Annotated[Literal["int8", "fp32"], typer.Option(help="Precision of the artifact.")] = "int8",
     labels: Annotated[int, typer.Option(help="Number of classes.", min=2)] = 2,
 ) -> None:
     """Write a classifier with random weights, by default of BERT-base's size, as a stock model and as an artifact.

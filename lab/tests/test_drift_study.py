@@ -38,7 +38,7 @@ def recorded(n: int = 400, seed: int = 0) -> Recorded:
 
 
 def texts(n: int = 400, turned: float = 0.0) -> Texts:
-    """Embeddings on the circle, one class at 0° and one at 90°, all rotated by an angle."""
+    """Embeddings on the unit circle, one class at 0° and one at 90°, all rotated by `turned` radians."""
     r = recorded(n)
     rng = np.random.default_rng(1)
     angles = np.where(r.answers[:, -1], np.pi / 2, 0.0)[:, None] + rng.normal(0, 0.2, (n, 2)) + turned

@@ -92,7 +92,7 @@ def test_the_kernels_compute_exits_only_if_asked(kernels: Any, store: Path) -> N
 
 
 def test_an_exit_costs_what_it_adds_to_its_own_copy() -> None:
-    """Regardless of the copy's own time, and of disturbances in some of its runs."""
+    """The copy's own time and disturbances in some of its runs do not matter."""
 
     def copy(base: float, exits: float) -> study.Run:
         count = iter(range(10**9))

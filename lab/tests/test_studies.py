@@ -60,7 +60,7 @@ def known(n: int) -> Recorded:
 
 @pytest.mark.parametrize("copies", [1, 8])
 def test_promises_are_kept_and_an_oracle_is_not_beaten_by_those_who_keep_them(copies: int) -> None:
-    """Also for samples in groups, here of equal samples: then only the number of groups counts."""
+    """This also holds for groups, here of equal samples: only the number of groups counts."""
     rows = np.repeat(np.arange(1500), copies)
     population = Samples(known(1500).rows(rows), rows)
     taus = [(i / 60) ** 2 for i in range(45)]

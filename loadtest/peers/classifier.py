@@ -1,4 +1,4 @@
-"""The classifier of peers with their own engine: tokenizer, labels, one unpadded text per call."""
+"""Base classes of the peers' classifiers: tokenizer, labels, one unpadded text per call."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class Classifier:
         raise NotImplementedError
 
     def logits(self, inputs: Any) -> np.ndarray:
-        """The logits of a text, (K,)."""
+        """The logits of a text, (num_labels,)."""
         raise NotImplementedError
 
     def encode(self, text: str) -> Any:

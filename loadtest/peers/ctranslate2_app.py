@@ -6,7 +6,7 @@
 # ///
 """Peer: the encoder of a stock BERT classifier in CTranslate2, in int8, behind the minimal FastAPI app of lean.py.
 
-FOLDER holds the stock model; --convert writes the encoder to the folder --converted; serving reads it there.
+FOLDER holds the stock model; --convert writes the encoder to the folder --converted, and serving reads it from there.
 Usage: ctranslate2_app.py FOLDER --converted FOLDER --port PORT [--threads N] [--streams N]
 """
 
@@ -54,7 +54,7 @@ class Encoder(Classifier):
 
 
 def convert(folder: Path, converted: Path) -> None:
-    """Convert the encoder, unless the converted one exists and is newer than the stock model."""
+    """Convert a BERT encoder, unless done after the last change of the stock model; exits for other encoders."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     if kind != "bert":
         sys.exit(f"this peer runs only BERT classifiers, not {kind}")
@@ -72,7 +72,7 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--converted", type=Path, required=True)
     options.add_argument("--streams", type=int, default=CORES)
-    options.add_argument("--convert", action="store_true", help="only convert")
+    options.add_argument("--convert", action="store_true", help="convert instead of serving")
     args = options.parse_args()
     if args.convert:
         convert(args.folder, args.converted)

@@ -1,4 +1,4 @@
-"""A minimal FastAPI app around a classifier, one text per call and thread, and its measurement without HTTP."""
+"""A minimal FastAPI app around a classifier, one text per call and thread; also measures it without HTTP."""
 
 import argparse
 import asyncio

@@ -3,7 +3,7 @@
 # ///
 """Peer: the full-depth fp32 ONNX graph in OpenVINO, in int8 or bf16, behind the minimal FastAPI app of lean.py.
 
-NNCF quantizes to int8 after training, once, and the result is kept in FOLDER; --convert does only that.
+--convert quantizes to int8 after training, with NNCF, and keeps the result in FOLDER, where serving reads it.
 Usage: openvino_app.py FOLDER --precision int8|bf16|fp32 --port PORT [--threads N] [--streams N]
 """
 

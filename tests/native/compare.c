@@ -30,7 +30,7 @@ static uint32_t next(void) {
 
 static int whole(int least, int most) { return least + (int)(next() % (uint32_t)(most - least + 1)); }
 
-/* About normal, with a deviation of 1. */
+/* About normal, with a standard deviation of 1. */
 static float normal(void) {
     float sum = 0.0f;
     for (int i = 0; i < 4; i++) sum += (float)next() / 2147483648.0f - 0.5f;
@@ -58,7 +58,7 @@ static int are_same(const float *a, const float *b, size_t count) {
     return 1;
 }
 
-/* Within 1e-5 of the reference's spread, which is at least `floor`; where one is not finite, neither is the other. */
+/* Within 1e-5 of the reference's spread, magnitude or `floor`; where one is not finite, neither is the other. */
 static int are_near(const float *a, const float *reference, size_t count, float floor) {
     float low = INFINITY, high = -INFINITY;
     for (size_t i = 0; i < count; i++)
