@@ -124,7 +124,9 @@ class TextTokenizer:
         data = cls.check(artifact)
         try:
             tokenizer = Tokenizer.from_str(data.decode())
-        except Exception as error:  # tokenizers raises Exception itself
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # tokenizers raises Exception itself; Rust panics are not Exceptions
             raise StoreError(f"{file}: not a tokenizer: {error}") from None
         if tokenizer.padding is not None or tokenizer.truncation is not None:
             raise StoreError(f"{file}: must not pad or truncate; export strips both")
@@ -132,7 +134,7 @@ class TextTokenizer:
             return cls(tokenizer, artifact.manifest.max_tokens)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # Exception of tokenizers itself; Rust panics are not Exceptions
+        except BaseException as error:  # as above
             raise StoreError(f"{file}: {error}") from None
 
     @staticmethod
