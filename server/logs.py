@@ -8,9 +8,13 @@ from pythonjsonlogger.orjson import OrjsonFormatter
 from de3.model_store.printable import printable
 
 
-def configure(style: str) -> None:
-    """Log to standard error. style: text, or json (one object per line)."""
+def configure(style: str, process: int | None = None) -> None:
+    """Log to standard error.
+
+    style: text, or json (one object per line). process: number of the process, of a server of several.
+    """
     handler = logging.StreamHandler()
+    static = {} if process is None else {"process": process}
     if style == "json":
         handler.setFormatter(
             JsonFormatter(
@@ -18,10 +22,12 @@ def configure(style: str) -> None:
                 rename_fields={"levelname": "level", "name": "logger"},
                 reserved_attrs=[*RESERVED_ATTRS, "color_message"],  # uvicorn's, for terminals
                 timestamp="time",
+                static_fields=static,
             )
         )
     else:
-        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        number = "" if process is None else f"[{process}] "
+        handler.setFormatter(TextFormatter(f"%(asctime)s {number}%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 

@@ -90,6 +90,7 @@ class Manager:
         self._changing = asyncio.Lock()
         self._plan = Plan("load", "")
         self._loaded: Served | None = None  # prepared, and not yet served
+        self.plans: dict[str, Plan] = {}  # by which the models were loaded
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self, artifacts: Sequence[Artifact], are_named: bool) -> None:
@@ -185,12 +186,18 @@ class Manager:
             gone = self._models.remove(plan.name, plan.version)
             self._forget(gone)
             return {"unloaded": [one.model.full_name for one in gone]}
+        model = served.model
+        self.plans[model.full_name] = plan
         self._audits.serve(served)
         self._metrics.add(served)
         self._forget(self._models.add(served, plan.role, plan.share, plan.what == "rollback"))
-        model = served.model
         log.info("%s is %s (%s), after %.1f s", model.full_name, plan.role, model.full_runtime, plan.seconds)
         return {"model": model.full_name, "role": plan.role, "runtime": model.runtime}
+
+    @property
+    def prepared(self) -> Served | None:
+        """The model that was prepared; None if there is none."""
+        return self._loaded
 
     def abort(self) -> None:
         """Release the model that was prepared."""
@@ -199,10 +206,11 @@ class Manager:
     async def restore(self, plans: Sequence[Plan], routes: dict[str, Route]) -> None:
         """Load the models that other processes serve, and serve them in the same roles."""
         loaded = [await self._load(plan, plan.artifact) for plan in plans if plan.artifact is not None]
-        for served in loaded:
+        for plan, served in zip(plans, loaded, strict=True):
+            self.plans[served.model.full_name] = plan
             self._audits.serve(served)
             self._metrics.add(served)
-        self._models.restore(loaded, routes)
+        self._forget(self._models.restore(loaded, routes))
 
     def _forget(self, gone: list[Served]) -> None:
         """Free the memory of models once they are no longer in use."""
@@ -211,6 +219,8 @@ class Manager:
         for served in gone:
             self._metrics.drop(served)
             self._audits.forget(served)
+            if self._models.find(served.model.full_name) is None:
+                self.plans.pop(served.model.full_name, None)
             log.info("%s is unloaded", served.model.full_name)
         task = asyncio.create_task(_give_back([ref(served.model) for served in gone]))
         self._tasks.add(task)

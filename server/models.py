@@ -159,6 +159,10 @@ class Models:
         """All loaded models."""
         return [served for versions in list(self._versions.values()) for served in list(versions.values())]
 
+    def find(self, full_name: str) -> Served | None:
+        """The loaded model with this name:version; None if there is none."""
+        return next((one for one in self.all if one.model.full_name == full_name), None)
+
     def get(self, name: str | None) -> Served:
         """The model that answers a request, perhaps a canary; raises RequestError if the name is not served."""
         if name is None:
@@ -249,11 +253,12 @@ class Models:
             del self._versions[name][version]
         return _gone(before, self.all)
 
-    def restore(self, served: Sequence[Served], routes: dict[str, Route]) -> None:
-        """Serve models in the roles that they have in another process."""
+    def restore(self, served: Sequence[Served], routes: dict[str, Route]) -> list[Served]:
+        """Serve models in the roles that they have in another process; returns those that they replace."""
+        before, self._versions, self.routes = self.all, {}, routes
         for one in served:
             self._versions.setdefault(one.model.manifest.name, {})[one.model.manifest.version] = one
-        self.routes = routes
+        return _gone(before, self.all)
 
 
 def _gone(before: list[Served], after: list[Served]) -> list[Served]:

@@ -115,7 +115,7 @@ class Service:
             return
         try:
             started = perf_counter()
-            await self.manager.begin(self.artifacts, self._are_named)
+            await self.shared.begin(self.manager, self.artifacts, self._are_named)
             self.admission.start(self.engine)
             models = [served.model for served in self.models.all]
             self.engine.start(lambda: run_longest(models), _on(asyncio.get_running_loop()))

@@ -114,6 +114,13 @@ class Settings(BaseModel):
         le=1024,
         description="Engine threads; each runs one text, or a group of short ones, at a time. 0: one per core.",
     )
+    processes: Annotated[int, Option()] = Field(
+        1,
+        ge=1,
+        le=256,
+        description="Processes that serve models; each has a part of the engine threads, and of the limits on what is "
+        "in flight.",
+    )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",
         description="onnxruntime, native (int8 kernels), or auto: native if possible.",

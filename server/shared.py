@@ -1,19 +1,30 @@
 """What the processes of a server share; a server of one process has it all to itself."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from prometheus_client import generate_latest
 
+from de3.model_store.store import Artifact
 from de3.server.audit.audits import Books
 from de3.server.audit.ledger import Standing
 from de3.server.audit.local_books import LocalBooks
 from de3.server.engine.served import Served
-from de3.server.manager import Change
+from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
 from de3.server.rules import Choice
 from de3.server.settings import Settings
+
+
+class Leases(Protocol):
+    """Rate limits that are kept elsewhere, for all processes."""
+
+    async def lease(self, owner: str, texts: int) -> int:
+        """Take at least this many texts from an owner's limit; returns the number. Raises RequestError."""
+
+    def charge(self, owner: str, texts: int) -> None:
+        """Count texts that already ran, as far as the owner's limit permits."""
 
 
 class Shared(Protocol):
@@ -24,8 +35,15 @@ class Shared(Protocol):
         """The ledgers of audits, and the audit log."""
 
     @property
+    def leases(self) -> Leases | None:
+        """Rate limits of all processes; None: this one has them."""
+
+    @property
     def is_ready(self) -> bool:
         """True once every process is ready."""
+
+    async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
+        """Load the models at startup; see Manager.begin."""
 
     async def scrape(self) -> bytes:
         """The metrics of all processes, in the text format of Prometheus."""
@@ -43,7 +61,7 @@ class Shared(Protocol):
 class OneProcess:
     """Implements `Shared` for a server of one process."""
 
-    is_ready = True
+    is_ready, leases = True, None
 
     def __init__(
         self,
@@ -58,6 +76,10 @@ class OneProcess:
         self.books = LocalBooks(settings, in_force, publish)
         if settings.share_of_audits:
             metrics.read_ledgers(lambda: self.books.ledgers.all)
+
+    async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
+        """Load the models at startup; see Manager.begin."""
+        await manager.begin(artifacts, are_named)
 
     async def scrape(self) -> bytes:
         """The metrics, in the text format of Prometheus."""

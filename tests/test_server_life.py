@@ -18,7 +18,7 @@ import pytest
 from de3.model_store.store import Store, StoreError
 from de3.model_store.tokenizer import TextTokenizer
 from de3.server.http import connection
-from de3.server.main import ACCEPTS
+from de3.server.http.http_server import ACCEPTS
 from de3.server.service import Service
 from de3.server.settings import Settings
 from tests.serving import Gate, Server, process, serving, until, url_when_ready

@@ -15,12 +15,15 @@ from starlette.types import Scope
 
 from de3.server.errors import RequestError
 from de3.server.settings import Settings
+from de3.server.shared import Leases
 
 MIN_KEY_CHARS = 16
 MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # For the rate limit, this many bytes of a body, or tokens, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
+LEASES = 64  # a process of several leases this part of a limit at a time
+LEASE_S = 1.0  # what it has not used by then is lost
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
@@ -102,14 +105,14 @@ class Keys:
 class Access:
     """Authorization. Without user keys, any client may classify; without admin keys, none may change the models."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Raises ValueError for invalid keys or an invalid rate."""
+    def __init__(self, settings: Settings, leases: Leases | None = None) -> None:
+        """leases: rate limits of all processes. Raises ValueError for invalid keys or an invalid rate."""
         self.users = _keys(settings.api_keys, settings.api_keys_file, "DE3_API_KEYS")
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
             raise ValueError("admin_keys: a key cannot be both a user's and an admin's")
-        self._limit = RateLimit(settings.rate_limit) if settings.rate_limit else None
-        if self._limit is not None and self.users is None:
+        self.limit = RateLimit(settings.rate_limit, leases) if settings.rate_limit else None
+        if self.limit is not None and self.users is None:
             raise ValueError("rate_limit: applies to API keys, and there are none; give api_keys_file")
 
     def user(self, scope: Scope) -> str:
@@ -127,7 +130,7 @@ class Access:
 
     def charge(self, owner: str) -> "Charge":
         """The charge for a new request of an owner."""
-        return Charge(self._limit, owner)
+        return Charge(self.limit, owner)
 
     def check(self, path: str, scope: Scope) -> bool:
         """Authorize a request that does not classify; true if it needed an admin's key. Raises RequestError.
@@ -173,11 +176,11 @@ class Charge:
     def __init__(self, limit: "RateLimit | None", owner: str) -> None:
         self._limit, self._owner, self._texts = limit, owner, 0
 
-    def raise_to(self, texts: int) -> None:
+    async def raise_to(self, texts: int) -> None:
         """Raise the charge to this many texts in total; raises RequestError if that is over the limit."""
         if self._limit is not None and texts > self._texts:
             self._limit.check(texts)
-            self._limit.take(self._owner, texts - self._texts)
+            await self._limit.take(self._owner, texts - self._texts)
             self._texts = texts
 
     def settle(self, texts: int) -> None:
@@ -194,8 +197,8 @@ class RateLimit:
     of 128; units are rounded up.
     """
 
-    def __init__(self, rate: str) -> None:
-        """rate: such as 100/second or 5000/minute. Raises ValueError."""
+    def __init__(self, rate: str, leases: Leases | None = None) -> None:
+        """rate: such as 100/second or 5000/minute. leases: the limit of all processes. Raises ValueError."""
         try:
             self._rate: RateLimitItem = parse(rate)
             if len(parse_many(rate)) > 1 or self._rate.amount < 1:
@@ -203,6 +206,8 @@ class RateLimit:
         except ValueError:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._leases = leases
+        self._leased: dict[str, tuple[int, float]] = {}  # texts that are left of a lease, and when it ends
 
     def check(self, texts: int) -> None:
         """Raise RequestError for a request that costs more than the limit ever allows."""
@@ -212,14 +217,57 @@ class RateLimit:
                 cause="rate_limited",
             )
 
+    async def take(self, owner: str, texts: int) -> None:
+        """Count texts of an owner; raises RequestError if that would exceed the limit."""
+        if self._leases is None:
+            self._hit(owner, texts)
+            return
+        left = self._take_leased(owner, texts)
+        if left < texts:
+            try:
+                granted = await self._leases.lease(owner, texts - left)
+            except RequestError:
+                self._keep(owner, left)
+                raise
+            self._keep(owner, granted - (texts - left))
+
+    def _take_leased(self, owner: str, texts: int) -> int:
+        """Take up to this many texts from an owner's lease; returns the number."""
+        left, end = self._leased.pop(owner, (0, 0.0))
+        if time.monotonic() > end:
+            return 0
+        taken = min(left, texts)
+        if left > taken:
+            self._leased[owner] = left - taken, end
+        return taken
+
+    def _keep(self, owner: str, texts: int) -> None:
+        left, _ = self._leased.get(owner, (0, 0.0))
+        if left + texts:
+            self._leased[owner] = left + texts, time.monotonic() + LEASE_S
+
+    def grant(self, owner: str, texts: int) -> int:
+        """Count at least this many texts of an owner, for a process that needs them; returns the number.
+
+        A process that gets a few more need not ask for its next requests. Raises RequestError if not even `texts` fit.
+        """
+        block = max(texts, self._rate.amount // LEASES)
+        if block > texts and self._limiter.hit(self._rate, owner, cost=block):
+            return block
+        self._hit(owner, texts)
+        return texts
+
     def drain(self, owner: str, texts: int) -> None:
-        """Count texts of an owner, as far as the limit permits."""
-        left = self._limiter.get_window_stats(self._rate, owner).remaining
-        if cost := min(texts, left):
+        """Count texts of an owner that already ran, as far as the limit permits."""
+        if self._leases is not None:
+            if left := texts - self._take_leased(owner, texts):
+                self._leases.charge(owner, left)
+            return
+        remaining = self._limiter.get_window_stats(self._rate, owner).remaining
+        if cost := min(texts, remaining):
             self._limiter.hit(self._rate, owner, cost=cost)
 
-    def take(self, owner: str, texts: int) -> None:
-        """Count texts of an owner; raises RequestError if that would exceed the limit."""
+    def _hit(self, owner: str, texts: int) -> None:
         if not self._limiter.hit(self._rate, owner, cost=texts):
             reset = self._limiter.get_window_stats(self._rate, owner).reset_time
             wait = max(1, math.ceil(reset - time.time()))

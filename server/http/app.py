@@ -235,8 +235,11 @@ def create_api(frontend: Frontend, on_failure: Callable[[], None]) -> FastAPI:
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["operation"], responses={503: {"description": "loading, or draining"}})
     async def ready() -> JSONResponse:
-        """200 once every model is loaded and warmed up; 503 before, and while the server drains."""
-        return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
+        """200 once every process has loaded and warmed up every model; 503 before, and while the server drains."""
+        state = service.state
+        if state == "ready" and not service.shared.is_ready:  # another process loads the models
+            state = "loading"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @app.get("/metrics", tags=["operation"], response_class=Response)
     async def metrics() -> Response:

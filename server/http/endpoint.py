@@ -84,7 +84,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     client = frontend.client(scope, exchange.owner)
     charge = frontend.access.charge(exchange.owner)
     if len(body) > BYTES_PER_TEXT:
-        charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
+        await charge.raise_to(-(-len(body) // BYTES_PER_TEXT))
     call = Call(body, route.path, scope["headers"], settings.max_texts)
     try:
         if len(body) <= LARGE_BODY_BYTES:
@@ -94,7 +94,7 @@ async def _classify(exchange: Exchange, receive: Receive, frontend: Frontend, ro
     except RequestError:
         charge.settle(1)
         raise
-    charge.raise_to(len(request.texts))
+    await charge.raise_to(len(request.texts))
     exchange.inference = inference = Inference(request)
     request.client, request.expires_at = client, exchange.started + settings.timeout_s
     try:

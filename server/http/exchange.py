@@ -1,8 +1,8 @@
 """One HTTP request and its response, as the request log and the traces report them."""
 
 import itertools
+import os
 import re
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,8 +15,18 @@ from de3.server.infer import Inference
 
 HEADER = b"x-request-id"
 WELL_FORMED = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
-# For unique ids without a call to the system's random generator for each.
-_ID, _NUMBER = uuid.uuid4().hex[:16], itertools.count()
+_NUMBER = itertools.count()
+
+
+def _new_prefix() -> None:
+    """Make the first half of all ids of this process: unique, without a call to the system's generator for each."""
+    global _PREFIX  # noqa: PLW0603
+    _PREFIX = os.urandom(8).hex()
+
+
+_PREFIX = ""
+_new_prefix()
+os.register_at_fork(after_in_child=_new_prefix)  # the processes of a server are forked
 
 
 def request_id(scope: Scope) -> str:
@@ -27,7 +37,7 @@ def request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == HEADER and WELL_FORMED.fullmatch(value):
             return str(value, "ascii")
-    return f"{_ID}{next(_NUMBER):016x}"
+    return f"{_PREFIX}{next(_NUMBER):016x}"
 
 
 @dataclass(slots=True)

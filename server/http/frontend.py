@@ -43,7 +43,7 @@ class Frontend:
             for path, protocol in protocols.items()
             for part in (path.split("/")[1], *protocol.others)
         }
-        self.access = Access(settings)
+        self.access = Access(settings, service.shared.leases)
         self._clients = Clients(settings.trusted_proxies)
         self.bytes_in_flight = Shares(settings.max_inflight_bytes, "bytes")
         self.lane = Lane()

@@ -4,6 +4,7 @@ import asyncio
 import random
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Callable
 from math import inf
 from time import monotonic
 from typing import Protocol
@@ -96,8 +97,16 @@ class Listener:
         turns: the order in which requests start.
     """
 
-    def __init__(self, gate: Gate, max_connections: int, max_body_bytes: int, body_timeout_s: float) -> None:
-        self.gate = gate
+    def __init__(
+        self,
+        gate: Gate,
+        max_connections: int,
+        max_body_bytes: int,
+        body_timeout_s: float,
+        on_closed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """on_closed: called for each closed connection."""
+        self.gate, self._on_closed = gate, on_closed
         self.max_connections, self.max_body_bytes = max_connections, max_body_bytes
         self.body_timeout_s = body_timeout_s
         self.connections: set[BaseConnection] = set()
@@ -142,6 +151,7 @@ class Listener:
         """Stop counting a closed connection."""
         if connection not in self.connections:
             return
+        self._on_closed()
         self.connections.discard(connection)
         self._paused.discard(connection)
         self._per_network[connection.network] -= 1

@@ -1,0 +1,99 @@
+"""The HTTP server of one process: uvicorn, with our protocol and limits."""
+
+import asyncio
+import resource
+import socket
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from os import dup
+from types import FrameType
+
+import uvicorn
+
+from de3.server.http.app import PROTOCOLS, create_app
+from de3.server.http.asgi import handler
+from de3.server.http.connection import Connection
+from de3.server.http.frontend import Frontend
+from de3.server.http.listener import Listener
+from de3.server.http.protocol import Protocol
+from de3.server.service import Service
+
+BACKLOG = 512  # connections that the kernel queues until they are accepted
+ACCEPTS = 16  # connections accepted in one iteration of the event loop
+# File descriptors reserved for models, logs, the event loop, and connections accepted in one batch before others are
+# evicted for them.
+OTHER_FILES = 192
+MAX_CONNECTIONS = 10_000
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that accepts many connections at once, and starts to drain on SIGTERM or SIGINT."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen.
+
+        libuv accepts one connection per iteration of the event loop, which is too few when iterations are long, so each
+        socket is watched ACCEPTS times.
+        """
+        await super().startup(sockets)
+        loop, config = asyncio.get_running_loop(), self.config
+        create: Callable[..., asyncio.Protocol] = config.http_protocol_class
+        protocol = partial(
+            create, config=config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        for listening in [s for server in self.servers for s in server.sockets]:
+            for _ in range(ACCEPTS - 1):
+                again = socket.socket(fileno=dup(listening.fileno()))
+                self.servers.append(await loop.create_server(protocol, sock=again, backlog=BACKLOG))
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain, then stop."""
+        self._service.drain()
+        super().handle_exit(sig, frame)
+
+
+def uvicorn_config(
+    service: Service,
+    on_failure: Callable[[], None],
+    protocols: Mapping[str, Protocol] = PROTOCOLS,
+    on_closed: Callable[[], None] = lambda: None,
+) -> uvicorn.Config:
+    """uvicorn's configuration for a service.
+
+    on_failure: called if its models cannot load or its engine fails. on_closed: called for each closed connection.
+    """
+    settings, frontend = service.settings, Frontend(service, protocols)
+    app = create_app(frontend, on_failure)
+    most = settings.max_connections or max_connections()
+    listener = Listener(frontend, most, settings.max_body_bytes, settings.body_timeout_s, on_closed)
+    return uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        backlog=BACKLOG,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        proxy_headers=False,  # http/clients.py reads them
+        # By then every accepted request has finished or timed out.
+        timeout_graceful_shutdown=int(settings.timeout_s) + 5,
+        http=partial(Connection, listener, handler(app)),  # type: ignore[arg-type]  # a factory
+        ws="none",  # upgrades are not supported: such a request is answered like any other
+    )
+
+
+def max_connections() -> int:
+    """Maximum number of connections: the process's limit on open files minus OTHER_FILES, at most MAX_CONNECTIONS."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # the system may have a lower limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(1, min(MAX_CONNECTIONS, soft - OTHER_FILES))

@@ -1,0 +1,143 @@
+"""Messages between the supervisor and a process: calls, which have an answer, and notes, which have none."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from itertools import count
+from typing import Any
+
+import orjson
+
+from de3.server.errors import RequestError
+from de3.server.failures import FailureLog
+
+failures = FailureLog(logging.getLogger("de3"))
+HEAD_BYTES = 4  # of a message's length
+
+# Answers a call or a note, given its arguments; may be a coroutine function.
+Handler = Callable[..., Any]
+
+
+class ChannelClosedError(Exception):
+    """The other side has closed the channel, as when its process has ended."""
+
+
+class Channel:
+    """One end of a Unix socket, which carries JSON.
+
+    A handler's RequestError is raised at the caller. Notes and calls are handled in their order, up to the first
+    `await` of a handler.
+    """
+
+    def __init__(self, handlers: Mapping[str, Handler]) -> None:
+        self._handlers = handlers
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writer: asyncio.StreamWriter | None = None
+        self._unsent: list[bytes] = []  # until the channel runs
+        self.is_closed = False
+
+    async def run(self, sock: socket.socket) -> None:
+        """Receive messages until the other side closes the channel; then every call in progress fails."""
+        reader, self._writer = await asyncio.open_unix_connection(sock=sock)
+        self._writer.writelines(self._unsent)
+        self._unsent.clear()
+        try:
+            while True:
+                size = int.from_bytes(await reader.readexactly(HEAD_BYTES))
+                self._receive(orjson.loads(await reader.readexactly(size)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.is_closed = True
+            self._writer.close()
+            for future in self._calls.values():
+                if not future.done():
+                    future.set_exception(ChannelClosedError("the process has ended"))
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Call a handler of the other side; raises its RequestError, or ChannelClosedError."""
+        if self.is_closed:
+            raise ChannelClosedError("the process has ended")
+        number, future = next(self._numbers), asyncio.get_running_loop().create_future()
+        self._calls[number] = future
+        try:
+            self._send([number, method, arguments])
+            return await future
+        finally:
+            del self._calls[number]
+
+    def tell(self, method: str, *arguments: Any) -> None:
+        """Send a note; it is lost if the channel is closed."""
+        self._send([0, method, arguments])
+
+    async def drain(self) -> None:
+        """Wait until the notes and calls so far have been sent."""
+        if self._writer is not None and not self.is_closed:
+            try:
+                await self._writer.drain()
+            except ConnectionError:
+                return
+
+    def _send(self, message: list[Any]) -> None:
+        data = orjson.dumps(message, default=list)  # named tuples become lists
+        data = len(data).to_bytes(HEAD_BYTES) + data
+        if self._writer is None:
+            self._unsent.append(data)
+        elif not self.is_closed:
+            self._writer.write(data)
+
+    def _receive(self, message: list[Any]) -> None:
+        number, method, value = message
+        if isinstance(method, str):
+            result = self._run(number, method, value)
+            if result is not None:
+                task = asyncio.ensure_future(result)
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        elif (future := self._calls.get(number)) is not None and not future.done():
+            if method:  # an error
+                future.set_exception(_error_of(value))
+            else:
+                future.set_result(value)
+
+    def _run(self, number: int, method: str, arguments: list[Any]) -> Coroutine[Any, Any, None] | None:
+        """Run a handler; returns the rest of it if it awaits something."""
+        try:
+            result = self._handlers[method](*arguments)
+        except Exception as error:
+            self._fail(number, method, error)
+            return None
+        if asyncio.iscoroutine(result):
+            return self._finish(number, method, result)
+        self._answer(number, result)
+        return None
+
+    async def _finish(self, number: int, method: str, running: Awaitable[Any]) -> None:
+        try:
+            self._answer(number, await running)
+        except Exception as error:
+            self._fail(number, method, error)
+
+    def _answer(self, number: int, result: Any) -> None:
+        if number:
+            self._send([number, False, result])
+
+    def _fail(self, number: int, method: str, error: Exception) -> None:
+        if not isinstance(error, RequestError | ChannelClosedError):
+            failures.exception("%s failed", method)
+        if number:
+            self._send([number, True, _row(error)])
+
+
+def _row(error: Exception) -> dict[str, Any]:
+    if isinstance(error, RequestError):
+        names = ("message", "field", "cause", "retry_after_s")
+        return {name: getattr(error, name) for name in names}
+    return {"message": f"{type(error).__name__}: {error}", "cause": "internal"}
+
+
+def _error_of(row: dict[str, Any]) -> RequestError:
+    return RequestError(**row)

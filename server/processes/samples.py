@@ -1,0 +1,122 @@
+"""Metrics of several processes as one: how the samples of each are added up."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+# Gauges that are not sums over the processes. Counters and histograms are always sums.
+MAXIMA = {
+    "de3_tau",
+    "de3_full_depth_accuracy",
+    "de3_drift",
+    "de3_audit_share",
+    "de3_model_info",
+    "de3",
+    "de3_latency_objective_seconds",
+    "de3_load_level",
+    "process_max_fds",
+}
+MINIMA = {"de3_ready", "process_start_time_seconds"}
+SUMS = {
+    "de3_audit_pending_texts",
+    "de3_engine_threads",
+    "de3_in_flight_requests",
+    "de3_queue_limit_texts",
+    "de3_queue_texts",
+    "process_open_fds",
+    "process_resident_memory_bytes",
+    "process_virtual_memory_bytes",
+}
+GROWING = ("counter", "histogram", "summary")
+
+
+@dataclass
+class Family:
+    """A metric of one process, as JSON.
+
+    Attributes:
+        samples: name, labels and value of each.
+    """
+
+    name: str
+    help: str
+    kind: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+def families_of(registry: CollectorRegistry) -> list[Family]:
+    """The metrics of a registry."""
+    return [
+        Family(m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples])
+        for m in registry.collect()
+    ]
+
+
+def merged(processes: Iterable[Sequence[Family]]) -> list[Family]:
+    """The metrics of all processes as one."""
+    families: dict[str, Family] = {}
+    values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]] = {}
+    for process in processes:
+        for family in process:
+            families.setdefault(family.name, family)
+            found = values.setdefault(family.name, {})
+            for name, labels, value in family.samples:
+                key = name, tuple(labels.items())
+                found[key] = value if key not in found else _both(family, found[key], value)
+    return [
+        Family(
+            name, family.help, family.kind, [(n, dict(labels), v) for (n, labels), v in values[name].items()]
+        )
+        for name, family in families.items()
+    ]
+
+
+def _both(family: Family, a: float, b: float) -> float:
+    name = family.name
+    if family.kind in GROWING or name in SUMS:
+        return a + b
+    return min(a, b) if name in MINIMA else max(a, b)
+
+
+def growing(process: Sequence[Family]) -> list[Family]:
+    """The counters and histograms of a process that has ended, which still count."""
+    return [family for family in process if family.kind in GROWING]
+
+
+class _Merged(Collector):
+    def __init__(self, families: Sequence[Family]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        for family in self._families:
+            metric = Metric(family.name, family.help, family.kind)
+            metric.samples = [Sample(name, labels, value) for name, labels, value in family.samples]
+            yield metric
+
+
+def text_of(families: Sequence[Family]) -> bytes:
+    """Metrics in the text format of Prometheus."""
+    registry = CollectorRegistry()
+    registry.register(_Merged(families))
+    return generate_latest(registry)
+
+
+def families_from(rows: Sequence[dict[str, Any]]) -> list[Family]:
+    """The metrics in JSON; JSON has no NaN, so null stands for it."""
+    return [
+        Family(
+            row["name"],
+            row["help"],
+            row["kind"],
+            [
+                (name, labels, float("nan") if value is None else value)
+                for name, labels, value in row["samples"]
+            ],
+        )
+        for row in rows
+    ]

@@ -1,0 +1,410 @@
+"""A process that serves models, for a supervisor: it has the HTTP server and the engine, but does not listen."""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from hashlib import sha256
+from math import ceil
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact
+from de3.native.network import Memory
+from de3.server import logs
+from de3.server.audit.ledger import Settled, Standing
+from de3.server.audit.report import Live
+from de3.server.engine.served import Served
+from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
+from de3.server.manager import Change, Manager, Plan
+from de3.server.models import Route
+from de3.server.processes.channel import Channel
+from de3.server.processes.samples import families_of
+from de3.server.rules import Promised
+from de3.server.service import Service
+from de3.server.settings import Settings
+
+log = logging.getLogger("de3")
+CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file descriptor
+CLOSED = b"x"  # one for each connection that was closed
+FD_MESSAGE_BYTES = 256
+SEND_S = 0.02  # settled texts are collected for this long, then sent together
+
+
+def part_of(settings: Settings, processes: int) -> Settings:
+    """The settings of one of several processes: its part of the threads, and of the limits on what is in flight.
+
+    A limit is not less than one request needs.
+    """
+
+    def part(limit: int, least: int = 1) -> int:
+        return max(least, ceil(limit / processes))
+
+    return settings.model_copy(
+        update={
+            "threads": part(settings.engine_threads()),
+            "max_queue": part(settings.max_queue, settings.max_texts),
+            "max_inflight_bytes": part(settings.max_inflight_bytes, settings.max_body_bytes),
+            "max_connections": part(settings.max_connections or max_connections()),
+        }
+    )
+
+
+def plan_row(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON."""
+    row = {name: getattr(plan, name) for name in ("what", "name", "role", "share", "version", "no_kernels")}
+    a = plan.artifact
+    if a is None:
+        return row | {"artifact": None}
+    proof = None if a.proof is None else str(a.proof)
+    return row | {"artifact": [str(a.path), a.manifest.model_dump_json(), proof]}
+
+
+def plan_of(row: dict[str, Any]) -> Plan:
+    """The plan of a row."""
+    artifact = row["artifact"]
+    return Plan(**{**row, "artifact": None if artifact is None else artifact_of(artifact)})
+
+
+def artifact_of(row: Sequence[Any]) -> Artifact:
+    """The artifact in the row of a plan."""
+    path, manifest, proof = row
+    return Artifact(
+        Path(path), Manifest.model_validate_json(manifest), None if proof is None else Path(proof)
+    )
+
+
+def weights_key(artifact: Artifact) -> str:
+    """Identifies the weights of an artifact: the manifest has the hash of each file."""
+    return sha256(artifact.manifest.model_dump_json().encode()).hexdigest()
+
+
+class Worker:
+    """One process; implements `shared.py: Shared` by messages to the supervisor."""
+
+    def __init__(self, settings: Settings, control: socket.socket, sockets: socket.socket) -> None:
+        """control: carries the channel. sockets: carries connections and weights, with their file descriptors."""
+        self.is_ready = False
+        self.books, self.leases = self, self
+        self._settings, self._control, self._sockets = settings, control, sockets
+        self._standings: dict[str, Standing] = {}
+        self._settled: dict[tuple[str, int], tuple[list[Settled], bool]] = {}
+        self._weights: dict[str, int] = {}  # file descriptors of filled memory
+        self._new_weights: dict[str, int] = {}  # of memory that this process fills
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._create: Callable[[], asyncio.Protocol] | None = None
+        self._early: list[socket.socket] = []
+        self._is_draining = False
+        self.channel = Channel(
+            {
+                "load": self._load,
+                "open": self._open,
+                "plan": self._plan,
+                "prepare": self._prepare,
+                "commit": self._commit,
+                "abort": self._abort,
+                "state": self._state,
+                "samples": lambda: [asdict(f) for f in families_of(self.service.metrics.registry)],
+                "live": self._live,
+                "standing": self._standing,
+                "all_ready": self._all_ready,
+                "sync": lambda: None,
+            }
+        )
+
+    def attach(self, service: Service, stop: Callable[[], None]) -> None:
+        """Set the service of this process. stop: drains it."""
+        self.service, self._stop = service, stop
+
+    # Shared
+
+    async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
+        """Load the models when the supervisor says so, until it lets this process answer."""
+        self._to_load.set_result((manager, artifacts, are_named))
+        await self._may_open
+
+    async def _load(self, said: list[Any] | None) -> dict[str, Any]:
+        """Load the models. said: plans and routes, from another process; None: this is the first one."""
+        self._receive()  # weights that were sent before
+        manager, artifacts, are_named = await self._to_load
+        try:
+            if said is None:
+                await manager.begin(artifacts, are_named)
+            else:
+                plans, routes = said
+                routes = {name: Route(**row) for name, row in routes.items()}
+                await manager.restore([plan_of(row) for row in plans], routes)
+        except Exception as error:
+            self._may_open.set_exception(error)
+            return {"failed": str(error)}
+        self._release_weights()
+        return self._state()
+
+    def _open(self) -> None:
+        if not self._may_open.done():
+            self._may_open.set_result(None)
+
+    async def scrape(self) -> bytes:
+        """The metrics of all processes, in the text format of Prometheus."""
+        text: str = await self.channel.call("scrape")
+        return text.encode()
+
+    async def change(self, change: Change) -> dict[str, Any]:
+        """Change the served models of all processes, or of none; raises RequestError."""
+        answer: dict[str, Any] = await self.channel.call("change", asdict(change))
+        return answer
+
+    async def lease(self, owner: str, texts: int) -> int:
+        """Take texts from an owner's rate limit, at least this many; raises RequestError."""
+        granted: int = await self.channel.call("lease", owner, texts)
+        return granted
+
+    def charge(self, owner: str, texts: int) -> None:
+        """Count texts that already ran, as far as the owner's rate limit permits."""
+        self.channel.tell("charge", owner, texts)
+
+    def start(self) -> None:
+        """Tell the supervisor that this process is ready."""
+        self.channel.tell("ready")
+
+    def stop(self) -> None:
+        """Send the last settled texts; called in another thread."""
+        if self._loop is not None:
+            done = asyncio.run_coroutine_threadsafe(self._flush(), self._loop)
+            with suppress(Exception):
+                done.result(5.0)
+
+    async def _flush(self) -> None:
+        self._send_settled()
+        await self.channel.drain()
+
+    # Books
+
+    def serve(self, served: Served) -> Standing:
+        """The standing of a model, as the supervisor last sent it."""
+        return self._standings.get(served.model.full_name, Standing(0, None))
+
+    def forget(self, served: Served) -> None:
+        """Nothing to do: the supervisor does it."""
+
+    def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
+        """Send settled texts to the supervisor, several requests together."""
+        if not self._settled and self._loop is not None:
+            self._loop.call_later(SEND_S, self._send_settled)
+        texts, _ = self._settled.get((name, epoch), ([], False))
+        texts.extend(settled)
+        self._settled[name, epoch] = texts, may_rise
+
+    def _send_settled(self) -> None:
+        sent, self._settled = self._settled, {}
+        for (name, epoch), (settled, may_rise) in sent.items():
+            self.channel.tell("count", name, [asdict(one) for one in settled], epoch, may_rise)
+
+    def write(self, line: str) -> None:
+        """Write a line of the audit log."""
+        self.channel.tell("audit_line", line)
+
+    async def report(self, served: Served, live: Live) -> dict[str, Any]:
+        """The audit results of a model."""
+        level = self.service.admission.level
+        answer: dict[str, Any] = await self.channel.call("report", served.model.full_name, level)
+        return answer
+
+    async def reset(self, served: Served) -> dict[str, Any]:
+        """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
+        answer: dict[str, Any] = await self.channel.call("reset", served.model.full_name)
+        return answer
+
+    # Called by the supervisor
+
+    async def _plan(self, change: dict[str, Any]) -> dict[str, Any]:
+        return plan_row(await self.service.manager.plan(Change(**change)))
+
+    async def _prepare(self, row: dict[str, Any]) -> dict[str, Any]:
+        plan = plan_of(row)
+        await self.service.manager.prepare(plan)
+        self._release_weights()
+        loaded = self.service.manager.prepared
+        return {"no_kernels": plan.no_kernels, **({} if loaded is None else _identity(loaded))}
+
+    def _commit(self) -> dict[str, Any]:
+        return self.service.manager.commit()
+
+    def _abort(self) -> None:
+        self.service.manager.abort()
+
+    def _state(self) -> dict[str, Any]:
+        """The loaded models and their roles, from which another process can load them."""
+        models = self.service.models
+        return {
+            "models": [
+                {"plan": plan_row(self.service.manager.plans[served.model.full_name]), **_identity(served)}
+                for served in models.all
+            ],
+            "routes": {name: asdict(route) for name, route in models.routes.items()},
+        }
+
+    def _live(self, name: str) -> list[Any]:
+        auditor = self.service.audits.get(self.service.models.current(name))
+        return [] if auditor is None else list(auditor.live)
+
+    def _standing(self, name: str, epoch: int, promised: list[Any] | None) -> None:
+        if promised is not None:
+            rate, newcomers, clients = promised
+            promised_ = Promised(rate, tuple(newcomers), [tuple(one) for one in clients])
+        standing = self._standings[name] = Standing(epoch, None if promised is None else promised_)
+        self.service.audits.apply(name, standing)
+
+    def _all_ready(self, is_ready: bool) -> None:
+        self.is_ready = is_ready
+
+    # Weights
+
+    def memory_of(self, artifact: Artifact) -> Memory:
+        """Memory for the weights of a model, which another process may have filled; called in another thread."""
+        key = weights_key(artifact)
+        if (fd := self._weights.get(key)) is not None:
+            return Memory(fd, True)
+        fd = self._new_weights[key] = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        return Memory(fd, False)
+
+    def _release_weights(self) -> None:
+        """Send the memory that this process has filled to the supervisor, and close it; the kernels have mapped it."""
+        for key, fd in self._new_weights.items():
+            socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
+        for fd in (*self._new_weights.values(), *self._weights.values()):
+            os.close(fd)
+        self._new_weights, self._weights = {}, {}
+
+    # Connections
+
+    def run(self) -> None:
+        """Open the channel, and receive connections; called in the event loop."""
+        self._loop = loop = asyncio.get_running_loop()
+        self._to_load, self._may_open = loop.create_future(), loop.create_future()
+        task = self._loop.create_task(self._run_channel())
+        self._tasks.add(task)
+        self._sockets.setblocking(False)
+        self._loop.add_reader(self._sockets, self._receive)
+
+    async def _run_channel(self) -> None:
+        self.channel.tell("running")
+        await self.channel.run(self._control)
+        self._drain()  # the supervisor has ended
+
+    def listen(self, create: Callable[[], asyncio.Protocol]) -> None:
+        """Serve connections. create: makes the protocol of one."""
+        self._create = create
+        early, self._early = self._early, []
+        for sock in early:
+            self._accept(sock)
+        self.channel.tell("listening")
+
+    def _receive(self) -> None:
+        for _ in range(16):
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sockets, FD_MESSAGE_BYTES, 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data, fds = b"", []
+            if not data:
+                self._drain()  # no further connections come
+                return
+            if data[:1] == WEIGHTS:
+                self._weights[data[1:].decode()] = fds[0]
+            else:
+                self._accept(socket.socket(fileno=fds[0]))
+
+    def _accept(self, sock: socket.socket) -> None:
+        if self._create is None or self._loop is None:
+            self._early.append(sock)
+            return
+        task = self._loop.create_task(self._connect(sock, self._create))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, sock: socket.socket, create: Callable[[], asyncio.Protocol]) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(OSError):  # the client is gone
+            sock.setblocking(False)
+            await loop.connect_accepted_socket(create, sock)
+            return
+        self.closed()
+
+    def closed(self) -> None:
+        """Tell the supervisor that a connection was closed."""
+        with suppress(OSError):
+            self._sockets.send(CLOSED)
+
+    def _drain(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._sockets)
+        if not self._is_draining:
+            self._is_draining = True
+            self.service.drain()
+            self._stop()
+
+
+def _identity(served: Served) -> dict[str, Any]:
+    model = served.model
+    return {"full_name": model.full_name, "runtime": model.runtime, "caution": served.monitor.caution}
+
+
+class WorkerServer(HttpServer):
+    """A uvicorn server whose connections come from the supervisor, and which only the supervisor stops."""
+
+    def __init__(self, config: Any, service: Service, worker: Worker) -> None:
+        super().__init__(config, service)
+        self._worker = worker
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the channel, then begin to load the models, then serve connections."""
+        self._worker.run()
+        await super().startup(sockets=[])
+        create: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        self._worker.listen(
+            partial(create, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        )
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Nothing: a signal may reach all processes, and the supervisor drains them."""
+
+
+def main(
+    number: int,
+    settings: Settings,
+    artifacts: Sequence[Artifact],
+    control: socket.socket,
+    sockets: socket.socket,
+) -> None:
+    """Run a process until the supervisor closes its sockets; exits with 1 if its models or its engine fail.
+
+    number: of the process, from 1.
+    """
+    for one in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(one, signal.SIG_IGN)
+    random.seed()  # the processes are forked with the same state
+    sys.setswitchinterval(0.0005)  # see server/main.py
+    logs.configure(settings.log_format, number)
+    worker = Worker(settings, control, sockets)
+    service = Service(settings, artifacts, worker, worker.memory_of)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    worker.attach(service, stop)
+    server = WorkerServer(uvicorn_config(service, stop, on_closed=worker.closed), service, worker)
+    server.run()
+    if service.failure is not None:
+        sys.exit(1)

@@ -1,0 +1,327 @@
+"""A server of several processes is one server for its clients."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from de3.server.processes.samples import MAXIMA, MINIMA, SUMS, Family, families_of, merged
+from de3.server.processes.worker import part_of
+from de3.server.settings import Settings
+from tests.fixtures import make_rows
+from tests.serving import CERTIFICATES, serving, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+ADMIN, USER = "an-admin-key-of-some-length", "a-user-key-of-some-length"
+TEXTS = [text for text, _ in make_rows(600, 91)]
+
+
+class Running:
+    """`de3 serve --processes 2` as a user runs it."""
+
+    def __init__(self, store: Path, *arguments: str) -> None:
+        command = [sys.executable, "-m", "de3.cli", "serve", "--store", str(store), "--processes", "2"]
+        environment = {**os.environ, "DE3_PORT": "0", "DE3_ADMIN_KEYS": f"root {ADMIN}"}
+        self.process = subprocess.Popen(
+            [*command, *arguments], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+
+    def logged(self, pattern: str) -> list[str]:
+        return [found for line in list(self.log) for found in re.findall(pattern, line)]
+
+    def wait(self) -> "Running":
+        until(lambda: self.logged("running on") or self.process.poll() is not None, "the port")
+        (self.url,) = self.logged(r"running on (http://[0-9.:]+)")
+        until(lambda: self.get("/ready").status_code == 200, "readiness")
+        return self
+
+    @property
+    def pids(self) -> list[int]:
+        """The pids of the processes that run."""
+        pids = [int(pid) for pid in self.logged(r"Started server process \[(\d+)\]")]
+        return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, verify=CERTIFICATES, timeout=30)
+
+    def metric(self, name: str, **labels: str) -> float:
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def change(self, what: str, **body: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {ADMIN}"}
+        return httpx.post(f"{self.url}/v1/models/tiny/{what}", json=body, headers=headers, timeout=60)
+
+    @contextmanager
+    def both(self) -> Iterator[list[httpx.Client]]:
+        """A client of each process, with a connection that stays open."""
+        with ExitStack() as stack:
+            clients: dict[str, httpx.Client] = {}
+            while len(clients) < 2:
+                client = stack.enter_context(httpx.Client(base_url=self.url, verify=CERTIFICATES, timeout=60))
+                clients[process_of(client.get("/v1/models"))] = client
+            yield list(clients.values())
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        until(lambda: not self.pids, "the processes to end")
+
+
+def process_of(response: httpx.Response) -> str:
+    """Identifies the process that answered: the first half of its request ids."""
+    return response.headers["x-request-id"][:16]
+
+
+def classify(client: httpx.Client, **body: Any) -> dict[str, Any]:
+    response = client.post("/classify", json={"model": "tiny", **body})
+    assert response.status_code == 200, response.text
+    return dict(response.json())
+
+
+@contextmanager
+def running(store: Path, *arguments: str) -> Iterator[Running]:
+    server = Running(store, *arguments)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def versions(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with tiny:1, tiny:2 and tiny:3, which is damaged; all int8."""
+    path = tmp_path_factory.mktemp("store")
+    for version in (1, 2, 3):
+        folder = path / "tiny" / str(version)
+        shutil.copytree(store / "tiny-int8" / "1", folder)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(manifest | {"name": "tiny", "version": version}))
+    segment = path / "tiny" / "3" / "layer_02.onnx"
+    segment.write_bytes(segment.read_bytes()[:-1] + b"x")
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(versions: Path) -> Iterator[Running]:
+    with running(versions, "--model", "tiny:1", "--guarantee", "0.2", "--log-format", "text") as one:
+        yield one
+
+
+def test_the_processes_share_the_weights_and_count_together(server: Running) -> None:
+    before = server.metric("de3_requests_total", status="200")
+    with server.both() as clients:
+        answers = [classify(client, input=TEXTS[:5], tau=0)["data"] for client in clients for _ in range(3)]
+        assert all(answer == answers[0] for answer in answers)
+    assert server.metric("de3_requests_total", status="200") == before + 6
+    assert (
+        server.metric("de3_processes")
+        == 2
+        == server.metric("de3_engine_threads") / server.metric("de3_ready")
+    )
+    for pid in server.pids:
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert [line.split()[1] for line in maps.splitlines() if "memfd:de3-weights" in line] == ["r--s"]
+
+
+def test_a_change_is_seen_in_every_process_or_in_none(server: Running) -> None:
+    with server.both() as clients:
+
+        def served() -> list[list[str]]:
+            models = [client.get("/v1/models").json()["data"] for client in clients]
+            assert models[0] == models[1]
+            return [[row["id"], row["role"]] for row in models[0]]
+
+        refused = server.change("load", version=3)
+        assert refused.status_code == 422 and "layer_02.onnx" in refused.json()["error"]["message"]
+        assert served() == [["tiny:1", "current"]]
+        assert server.change("load", version=2, role="canary", share=0.5).status_code == 200
+        assert served() == [["tiny:1", "current"], ["tiny:2", "canary"]]
+        assert server.change("load", version=2).json()["role"] == "current"
+        assert served() == [["tiny:2", "current"]]
+        assert [classify(client, input="good")["model"] for client in clients] == ["tiny:2"] * 2
+        assert server.change("rollback").status_code == 200
+        assert served() == [["tiny:1", "current"]]
+        assert server.change("load", version=2, role="beside").status_code == 200
+        assert server.change("unload", version=2).json() == {"unloaded": ["tiny:2"]}
+        assert served() == [["tiny:1", "current"]]
+        assert server.change("unload").status_code == 409
+
+
+def test_a_guarantee_is_one(server: Running) -> None:
+    assert server.change("audit/reset").status_code == 200
+    with server.both() as clients:
+        sent = 0
+
+        def report() -> dict[str, Any]:
+            until(lambda: clients[0].get("/v1/models/tiny/audit").json()["texts"] >= sent, "the audits")
+            reports = [client.get("/v1/models/tiny/audit").json() for client in clients]
+            assert reports[0] == reports[1]
+            return dict(reports[0])
+
+        seeds = iter(range(500, 1000))
+        while not sent or report()["tau"]["tau"] == 0:
+            for client in clients:
+                classify(client, input=[text for text, _ in make_rows(100, next(seeds))])
+                sent += 100
+        assert report()["texts"] == sent
+        tau = report()["tau"]["tau"]
+        choices = [classify(client, input="good", explain=True)["tau_choice"] for client in clients]
+        assert [choice["tau"] for choice in choices] == [tau, tau]
+        assert (
+            server.metric("de3_audit_tau", model="tiny:1") == tau == server.metric("de3_tau", model="tiny:1")
+        )
+        assert server.change("audit/reset").json()["tau"] == {"tau": 0.0, "reason": "reset"}
+        choices = [classify(client, input="good", explain=True)["tau_choice"] for client in clients]
+        assert [choice["tau"] for choice in choices] == [0, 0]
+        sent = 0
+        assert report()["texts"] < 10
+
+
+def test_a_killed_process_is_replaced_and_its_counts_remain(server: Running) -> None:
+    assert server.change("load", version=2).status_code == 200
+    with server.both() as clients:
+        for client in clients:
+            classify(client, input=TEXTS[:50])
+    counted = server.metric("de3_requests_total", status="200")
+    pids = server.pids
+    os.kill(pids[0], signal.SIGKILL)
+    until(lambda: server.logged("it is replaced"), "the report")
+    with httpx.Client(base_url=server.url, verify=CERTIFICATES) as client:
+        classify(client, input="good")  # the other process answers
+    assert server.metric("de3_requests_total", status="200") == counted + 1
+    until(lambda: server.get("/ready").status_code == 200, "the replacement")
+    assert server.metric("de3_replaced_processes_total") == 1 and len(server.pids) == 2
+    with server.both() as clients:
+        assert [classify(client, input="good")["model"] for client in clients] == ["tiny:2"] * 2
+    assert server.change("rollback").status_code == 200
+
+
+def test_no_accepted_request_is_lost_at_the_end(versions: Path) -> None:
+    with running(versions, "--model", "tiny:1") as server, server.both() as clients:
+        answers: list[int] = []
+
+        def ask(client: httpx.Client) -> None:
+            body = {"model": "tiny", "input": ["good " * 60] * 256}
+            answers.append(client.post("/classify", json=body).status_code)
+
+        asking = [threading.Thread(target=ask, args=(client,)) for client in clients]
+        for thread in asking:
+            thread.start()
+        until(lambda: server.metric("de3_in_flight_requests") == 2 or answers, "the requests")
+        server.process.send_signal(signal.SIGTERM)
+        for thread in asking:
+            thread.join(60)
+        assert answers == [200, 200]
+        assert server.process.wait(60) == 0
+        until(lambda: not server.pids, "the processes to end")
+
+
+def test_a_rate_limit_is_one(versions: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"someone {USER}\n")
+    options = ("--api-keys-file", str(keys), "--rate-limit", "40/hour")
+    headers = {"Authorization": f"Bearer {USER}"}
+    server = Running(versions, "--model", "tiny:1", *options)
+    try:
+        server.wait()
+        clients: dict[str, httpx.Client] = {}
+        while len(clients) < 2:
+            client = httpx.Client(base_url=server.url, verify=CERTIFICATES, headers=headers, timeout=60)
+            clients[process_of(client.post("/classify", json={"input": ""}))] = client
+        statuses = [
+            client.post("/classify", json={"input": "good"}).status_code
+            for _ in range(30)
+            for client in clients.values()
+        ]
+        assert statuses.count(200) + statuses.count(429) == 60
+        assert 30 <= statuses.count(200) <= 40
+        for client in clients.values():
+            client.close()
+    finally:
+        server.stop()
+
+
+def test_a_model_that_cannot_be_served_ends_the_server_with_the_reason(versions: Path) -> None:
+    server = Running(versions, "--model", "tiny:3")
+    assert server.process.wait(60) == 1
+    server._reader.join(10)
+    assert "layer_02.onnx" in "".join(server.log[-3:]) and "Traceback" not in "".join(server.log)
+
+
+def test_a_crash_loop_ends_the_server_with_the_reason(versions: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(versions / "tiny" / "1", store / "tiny" / "1")
+    with running(store) as server:
+        (store / "tiny" / "1" / "layer_01.onnx").unlink()
+        os.kill(server.pids[0], signal.SIGKILL)
+        assert server.process.wait(60) == 1
+        until(lambda: not server.pids, "the processes to end")
+        server._reader.join(10)
+        assert any("again and again" in line and "layer_01.onnx" in line for line in server.log)
+
+
+def test_the_processes_end_with_their_supervisor(versions: Path) -> None:
+    with running(versions, "--model", "tiny:1") as server:
+        pids = server.pids
+        server.process.kill()
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the processes to end")
+
+
+def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
+    settings = Settings(store=store, threads=3, max_queue=1000, max_connections=101, processes=2)
+    part = part_of(settings, 2)
+    assert (part.threads, part.max_queue, part.max_connections) == (2, 500, 51)
+    part = part_of(settings, 100)  # never less than one request needs
+    assert (part.max_queue, part.max_inflight_bytes) == (settings.max_texts, settings.max_body_bytes)
+
+
+def test_every_gauge_has_a_rule(store: Path) -> None:
+    with serving(store, models=["tiny-int8"], guarantee=0.2, slo_p99_ms=50) as server:
+        families = families_of(server.service.metrics.registry)
+    audits = {
+        f.name for f in families if re.match("de3_audit_(dis|promise|tau)", f.name)
+    }  # of the supervisor
+    gauges = {f.name for f in families if f.kind in ("gauge", "info")} - audits
+    assert gauges <= SUMS | MAXIMA | MINIMA, gauges - (SUMS | MAXIMA | MINIMA)
+
+
+LABELS = st.dictionaries(st.sampled_from(["model", "status"]), st.sampled_from(["a", "b"]), max_size=2)
+SAMPLES = st.lists(st.tuples(st.just("x_total"), LABELS, st.integers(0, 100).map(float)), max_size=4)
+
+
+@given(st.lists(SAMPLES, min_size=1, max_size=4))
+def test_counters_are_added_and_order_does_not_matter(processes: list[Any]) -> None:
+    parts = [[Family("x", "", "counter", one)] for one in processes]
+    unique = [
+        [Family("x", "", "counter", list({str(s[1]): s for s in p[0].samples}.values()))] for p in parts
+    ]
+    one, other = merged(unique), merged(reversed(unique))
+    assert sum(s[2] for s in one[0].samples) == sum(s[2] for p in unique for s in p[0].samples)
+    assert sorted(map(str, one[0].samples)) == sorted(map(str, other[0].samples))
