@@ -1,5 +1,6 @@
 """Access: API keys, rate limits, origins, and the headers sent to browsers."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import Iterator
@@ -115,11 +116,11 @@ def test_a_limit_is_reset_after_its_window(monkeypatch: pytest.MonkeyPatch) -> N
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
     limit = RateLimit("10/minute")
-    limit.take("alice", 10)
+    limit._hit("alice", 10)
     with pytest.raises(RequestError):
-        limit.take("alice", 1)
+        limit._hit("alice", 1)
     now += 121
-    limit.take("alice", 10)
+    limit._hit("alice", 10)
 
 
 @pytest.mark.parametrize(
@@ -275,13 +276,13 @@ def test_a_clock_that_is_set_back_and_forth_blocks_nobody_for_longer_than_a_wind
     for step in (0.0, -3600.0, 7200.0, -1e6, 1e6):
         now += step
         with suppress(RequestError):  # the window may hold counts from when the clock last showed this time
-            limit.take("me", 10)
+            limit._hit("me", 10)
         with pytest.raises(RequestError) as refused:
             for _ in range(2):
-                limit.take("me", 10)
+                limit._hit("me", 10)
         assert refused.value.retry_after_s == 1
         now += 2
-        limit.take("me", 10)
+        limit._hit("me", 10)
 
 
 def test_a_page_of_another_origin_cannot_use_a_server_without_keys(store: Path) -> None:
@@ -350,7 +351,7 @@ def test_the_cost_of_a_request(store: Path) -> None:
     """The largest of: its texts, its body in units of 4 KiB, and the tokens of each text in units of 128."""
 
     def left(server: Server) -> int:
-        limit = server.frontend.access._limit
+        limit = server.frontend.access.limit
         assert limit is not None
         return limit._limiter.get_window_stats(limit._rate, "alice").remaining
 
@@ -370,14 +371,14 @@ def test_the_cost_of_a_request(store: Path) -> None:
         assert cost(b'{"input": ["good", "bad"], "user": "' + b"x" * 5000 + b'"}', 200) == 2
     limit = RateLimit("10/hour")
     charge = Charge(limit, "alice")
-    charge.raise_to(4)
-    charge.raise_to(2)
+    asyncio.run(charge.raise_to(4))
+    asyncio.run(charge.raise_to(2))
     charge.settle(30)  # more than is left: charges the rest of the limit
     assert limit._limiter.get_window_stats(limit._rate, "alice").remaining == 0
     with pytest.raises(RequestError, match="over your limit"):
-        Charge(limit, "alice").raise_to(1)
+        asyncio.run(Charge(limit, "alice").raise_to(1))
     with pytest.raises(RequestError, match="costs 11 texts"):
-        Charge(limit, "bob").raise_to(11)
+        asyncio.run(Charge(limit, "bob").raise_to(11))
 
 
 def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
@@ -403,3 +404,42 @@ def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
         gate.open()
         assert [greedy.result().status_code, other.result().status_code] == [200, 200]
         assert server.metric("de3_rejected_total", cause="over_share") == 1
+
+
+def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, now = RateLimit("640/hour"), 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+
+    class Supervisor:
+        async def lease(self, owner: str, texts: int) -> int:
+            return whole.grant(owner, texts)
+
+        def charge(self, owner: str, texts: int) -> None:
+            whole.drain(owner, texts)
+
+    async def take(limit: RateLimit, texts: int) -> bool:
+        try:
+            await limit.take("me", texts)
+        except RequestError:
+            return False
+        return True
+
+    async def run() -> None:
+        nonlocal now
+        one, other = (RateLimit("640/hour", Supervisor()) for _ in range(2))
+        assert await take(one, 3) and left() == 630  # a block of ten
+        assert await take(one, 7) and left() == 630 and await take(one, 1) and left() == 620
+        assert await take(other, 100) and left() == 520
+        now += 2  # nine texts are lost
+        assert await take(one, 1) and left() == 510
+        one.drain("me", 12)  # nine of them are leased
+        assert left() == 507
+        assert [await take(other, 1) for _ in range(600)].count(True) == 507
+        assert not await take(one, 1)
+
+    def left() -> int:
+        return int(whole._limiter.get_window_stats(whole._rate, "me").remaining)
+
+    asyncio.run(run())

@@ -698,8 +698,8 @@ def test_a_get_is_cancelled_when_its_client_leaves(
     store: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     going_on = threading.Event()
-    monkeypatch.setattr("de3.server.http.models.report", lambda _: (going_on.wait(60), {"x": 1})[1])
-    monkeypatch.setattr("de3.server.http.app.generate_latest", lambda _: (going_on.wait(60), b'{"x": 1}')[1])
+    monkeypatch.setattr("de3.server.audit.ledgers.report", lambda *_: (going_on.wait(60), {"x": 1})[1])
+    monkeypatch.setattr("de3.server.shared.generate_latest", lambda _: (going_on.wait(60), b'{"x": 1}')[1])
     request = f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with serving(store, models=["tiny"], audit_share=1.0) as server, ExitStack() as stack:
         stack.callback(going_on.set)
