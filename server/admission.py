@@ -1,8 +1,7 @@
 """Admission control: limits the texts in flight, sets the load level, and sheds requests."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import perf_counter
 
 from de3.server.engine.engine import Engine
@@ -74,15 +73,13 @@ class Admission:
         name = client()
         return name is None or texts.amount(name) > 0 or texts.total == 0
 
-    @contextmanager
-    def admit(self, job: Job) -> Iterator[None]:
+    def admit(self, job: Job) -> None:
         """Count a job's texts as in flight; raises RequestError if they exceed the client's share or the limit."""
-        count = len(job.items)
-        self.texts.take(job.client, count)
-        if count > 1:
+        self.texts.take(job.client, len(job.items))
+        if len(job.items) > 1:
             self._batches.add(job)
-        try:
-            yield
-        finally:
-            self.texts.give_back(job.client, count)
-            self._batches.discard(job)
+
+    def release(self, job: Job) -> None:
+        """Stop counting the texts of an admitted job."""
+        self.texts.give_back(job.client, len(job.items))
+        self._batches.discard(job)

@@ -4,6 +4,7 @@ Every protocol runs an `Inference`, and nothing below it depends on HTTP.
 """
 
 import asyncio
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from time import perf_counter
 
@@ -14,6 +15,8 @@ from de3.server.engine.request import Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.service import Service
+
+NOT_AUDITED = nullcontext()
 
 
 @dataclass(slots=True, eq=False)
@@ -41,8 +44,12 @@ class Inference:
         choice = served.rules.of(request.options, level, request.client)
         self._done = asyncio.get_running_loop().create_future()
         self.job = job = Job(served, choice, request, self._settle)
-        with service.audits.watch(job), service.admission.admit(job):
-            await self._wait(job, self._done, service)
+        with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
+            service.admission.admit(job)
+            try:
+                await self._wait(job, self._done, service)
+            finally:
+                service.admission.release(job)
         shadow = service.models.shadow_of(served)
         if shadow is not None:
             _run_shadow(shadow, job, level, service)
@@ -52,6 +59,9 @@ class Inference:
     def cancel(self, error: Exception) -> None:
         """Make run() raise an error; has no effect unless run() is waiting for the engine."""
         self._settle(error)
+
+    def _time_out(self, timeout_s: float) -> None:
+        self._settle(timed_out(timeout_s))
 
     def _settle(self, error: Exception | None) -> None:
         if self._done is None or self._done.done():  # the client disconnected, or another text failed first
@@ -66,7 +76,7 @@ class Inference:
         service.engine.submit(job)
         timeout_s, expires_at = service.settings.timeout_s, job.request.expires_at
         left_s = timeout_s if expires_at is None else expires_at - perf_counter()
-        timer = asyncio.get_running_loop().call_later(left_s, self.cancel, timed_out(timeout_s))
+        timer = asyncio.get_running_loop().call_later(left_s, self._time_out, timeout_s)
         try:
             await done
         except BaseException:

@@ -17,27 +17,18 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from de3.exits.rule import ExitReason
-from de3.model_store.model import Model
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.engine.job import Job
-from de3.server.engine.outcome import Outcome
 from de3.server.engine.served import Served
 from de3.server.errors import Cause
 from de3.server.rules import Choice
 from de3.server.settings import Settings
+from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # they double the series, and Prometheus does not need them
 
-# From an exit at the embeddings to the time-out, finest where most requests are.
-STAGE_BUCKETS = (
-    *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
-    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-)
 REQUEST_BUCKETS = tuple(b for b in STAGE_BUCKETS if b >= 0.0004)
-# Texts exit when the signals are small, so values cluster near 0.
-SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 # The possible outcomes of a request, with a model and without one.
 STATUSES = ("200", "422", "429", "499", "500", "503", "504")
 WITHOUT_MODEL = ("400", "401", "404", "408", "413", "422", "429", "499", "500", "503")
@@ -180,41 +171,14 @@ class Metrics:
         self._in_force = in_force
         ProcessCollector(registry=r)
         counter, histogram = partial(Counter, registry=r), partial(Histogram, registry=r)
-        self.exit_layer = histogram(
-            "de3_exit_layer",
-            "Exit layer of each text (0: embeddings), by reason; of several windows, that of the last one that ran",
-            ["model", "reason"],
-            buckets=[float(m) for m in range(deepest + 1)],
-        )
-        self.layers_run = counter("de3_layers_run", "Encoder layers executed", ["model"])
-        self.layers_saved = counter("de3_layers_saved", "Encoder layers saved by early exits", ["model"])
-        self.full_depth = counter(
-            "de3_full_depth_seconds",
-            "Estimated model time at full depth: measured model time, scaled by the times per layer from startup",
-            ["model"],
-        )
-        self.tokens = counter("de3_tokens", "Tokens of finished texts", ["model"])
-        self.entropy = histogram(
-            "de3_exit_entropy", "Entropy at the exit of each text", ["model"], buckets=SIGNAL_BUCKETS
-        )
-        self.distance_ratio = histogram(
-            "de3_exit_distance_ratio",
-            "Distance ratio at the exit of each text, if it has prototypes",
-            ["model"],
-            buckets=SIGNAL_BUCKETS,
-        )
+        self.texts = TextMetrics(deepest)
+        r.register(self.texts)
         self.request_latency = histogram(
             "de3_request_latency_seconds",
             "Time from a request's head to its response or time-out",
             ["model"],
             # The objective is a bucket boundary, so that the share of requests within it is exact.
             buckets=sorted({*REQUEST_BUCKETS, (settings.slo_p99_ms or 1000) / 1000}),
-        )
-        self.stage_latency = histogram(
-            "de3_stage_latency_seconds",
-            "Time of a text in each stage: queue, tokenize, model",
-            ["model", "stage"],
-            buckets=STAGE_BUCKETS,
         )
         self.requests = counter(
             "de3_requests",
@@ -227,11 +191,6 @@ class Metrics:
             "de3_dropped_connections",
             "Connections closed at a limit: connection_limit, or unread (the client does not read its responses)",
             ["reason"],
-        )
-        self.ood = counter(
-            "de3_ood_texts",
-            "Out-of-distribution texts, far from every prototype at an exit (--ood-policy)",
-            ["model"],
         )
         self.degraded = counter("de3_degraded_texts", "Texts answered with a τ raised under load", ["model"])
         self.calibrated = counter(
@@ -255,15 +214,12 @@ class Metrics:
             registry=r,
         )
         self._by_model = (
-            *(self.exit_layer, self.layers_run, self.layers_saved, self.full_depth, self.tokens),
-            *(self.entropy, self.distance_ratio, self.request_latency, self.stage_latency, self.requests),
-            *(self.ood, self.degraded, self.calibrated, self.expected_correct),
+            *(self.request_latency, self.requests, self.degraded, self.calibrated, self.expected_correct),
             *(self.shadow_texts, self.shadow_disagreements),
         )
         self._gone: list[str] = []
         self._children: dict[tuple[Any, tuple[str, ...]], Any] = {}  # see _child
         self._served: dict[str, Served] = {}
-        self._observers: dict[str, Callable[[Outcome], None]] = {}
         r.register(_ModelGauges(self._served, in_force))
         for cause in get_args(Cause):  # rate() needs a 0 before the first event
             self.rejected.labels(cause)
@@ -329,7 +285,7 @@ class Metrics:
         self.request_latency.labels(name)
         for counter in (self.degraded, self.calibrated, self.expected_correct):
             counter.labels(name)
-        self._observers[name] = self._observer(served)
+        self.texts.add_model(name)
         self._served[name] = served
         if name in self._gone:
             self._gone.remove(name)
@@ -347,7 +303,7 @@ class Metrics:
                 metric.remove_by_labels({"model": oldest})
             for metric in (self.shadow_texts, self.shadow_disagreements):
                 metric.remove_by_labels({"shadow": oldest})
-            del self._observers[oldest]
+            self.texts.drop_model(oldest)
             self._children.clear()
 
     def answered(self, job: Job) -> None:
@@ -379,38 +335,3 @@ class Metrics:
         if child is None:
             child = self._children[key] = metric.labels(*labels)
         return child
-
-    def observe(self, model: Model, outcome: Outcome) -> None:
-        """Count a finished text; called by engine threads."""
-        if observer := self._observers.get(
-            model.full_name
-        ):  # the model may have been dropped with texts in flight
-            observer(outcome)
-
-    def _observer(self, served: Served) -> Callable[[Outcome], None]:
-        """The observer of one model, which looks up its series once."""
-        name, depth = served.model.full_name, served.model.manifest.num_layers
-        exit_layer = {reason: self.exit_layer.labels(name, reason) for reason in get_args(ExitReason)}
-        stages = [self.stage_latency.labels(name, s) for s in ("queue", "tokenize", "model")]
-        counters = (self.layers_run, self.layers_saved, self.full_depth, self.tokens, self.ood)
-        run, saved, full_depth, tokens, ood = (c.labels(name) for c in counters)
-        entropy, ratio = self.entropy.labels(name), self.distance_ratio.labels(name)
-        speedup = served.timing.speedup
-
-        def observe(o: Outcome) -> None:
-            exit_layer[o.reason].observe(o.layer)
-            for part in o.windows or (o,):
-                run.inc(part.layer)
-                saved.inc(depth - part.layer)
-                full_depth.inc(part.model_s * speedup(part.tokens, part.layer))
-            tokens.inc(o.tokens)
-            if o.reading.value is None:
-                entropy.observe(o.reading.entropy)
-            if o.reading.distance_ratio is not None:
-                ratio.observe(o.reading.distance_ratio)
-            if o.is_far:
-                ood.inc()
-            for stage, seconds in zip(stages, (o.queue_s, o.tokenize_s, o.model_s), strict=True):
-                stage.observe(seconds)
-
-        return observe

@@ -70,7 +70,7 @@ class Service:
         self.models = Models(default_of(settings, self.artifacts, self._are_named))
         self.metrics = Metrics(settings, deepest, self.in_force)
         self.admission = Admission(settings, self.models, self._retry_after_s)
-        self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.observe)
+        self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)
         self.shared = shared or OneProcess(
             settings, self.metrics, self.in_force, self.audits_changed, self._change
         )

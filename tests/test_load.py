@@ -257,7 +257,8 @@ def test_admission_tells_the_controller_what_a_short_text_waits_for(monkeypatch:
         client, items, finished = "busy", range(10), 4
 
     batch: Any = Batch()
-    with admission.admit(batch):
-        assert admission.sheds(lambda: "busy") and told == [(10, 10 - 4 - 3)]
-        assert not admission.sheds(lambda: "new")  # it has nothing in flight, and precedes the busy client
-        assert admission.sheds(lambda: None)  # unauthorized
+    admission.admit(batch)
+    assert admission.sheds(lambda: "busy") and told == [(10, 10 - 4 - 3)]
+    assert not admission.sheds(lambda: "new")  # it has nothing in flight, and precedes the busy client
+    assert admission.sheds(lambda: None)  # unauthorized
+    admission.release(batch)

@@ -235,8 +235,8 @@ class Busy:
     def requeue(self, item: Item) -> None:
         self.requeued += 1
 
-    def charge(self, job: Job, seconds: float) -> None:
-        self.charged += seconds
+    def charge(self, *spent: tuple[Job, float]) -> None:
+        self.charged += sum(seconds for _, seconds in spent)
 
 
 def item_of(model: Model, text: str, tau: float = 0.0, **options: Any) -> Item:

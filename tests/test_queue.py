@@ -265,12 +265,12 @@ def test_a_client_waits_only_for_its_share_whatever_others_send(
         queue.put(job(texts, client=f"other {number}"))
     for turn in range(sum(backlogs) // 2):
         (item,) = queue.next()
-        queue.charge(item.job, costs[turn % len(costs)])
+        queue.charge((item.job, costs[turn % len(costs)]))
     queue.put(new := job(1, submitted=10**6, client="new"))
     before = []
     while (item := queue.next()[0]) is not new.items[0]:
         before.append(item.job.client)
-        queue.charge(item.job, costs[len(before) % len(costs)])
+        queue.charge((item.job, costs[len(before) % len(costs)]))
     assert len(before) == len(set(before))
 
 
@@ -279,18 +279,18 @@ def test_a_client_can_neither_save_up_time_nor_lose_debts_by_pausing() -> None:
     for _ in range(10):
         queue.put(job(1, client="busy"))
     for _ in range(5):
-        queue.charge(queue.next()[0].job, 1.0)
+        queue.charge((queue.next()[0].job, 1.0))
     queue.put(job(3, client="late"))  # it has had no time yet, but does not get 5 s at once
     order = []
     for _ in range(6):
         (item,) = queue.next()
         order.append(item.job.client)
-        queue.charge(item.job, 1.0)
+        queue.charge((item.job, 1.0))
     assert sorted(order[:2]) == sorted(order[2:4]) == sorted(order[4:]) == ["busy", "late"]
     queue.put(job(2, client="late"))
     while len(queue) > 2:
-        queue.charge(queue.next()[0].job, 1.0)
-    queue.charge(debtor := job(1, client="debtor"), 100.0)
+        queue.charge((queue.next()[0].job, 1.0))
+    queue.charge((debtor := job(1, client="debtor"), 100.0))
     queue.put(debtor)
     assert [queue.next()[0].job.client for _ in range(3)][-1] == "debtor"
 
@@ -298,7 +298,7 @@ def test_a_client_can_neither_save_up_time_nor_lose_debts_by_pausing() -> None:
 def test_a_client_ahead_of_others_that_wait_gets_no_promises() -> None:
     engine = Engine(1, 100)
     engine.submit(job(1, client="patient"))
-    engine.queue.charge(job(1, client="greedy"), 2 * MAX_LEAD_S)
+    engine.queue.charge((job(1, client="greedy"), 2 * MAX_LEAD_S))
     asking = job(1, client="greedy")
     asking.deadline = perf_counter() + 100
     with pytest.raises(RequestError, match="over your share"):
@@ -312,14 +312,14 @@ def test_a_client_whose_promises_ran_alone_owes_nothing_to_later_clients() -> No
     queue = WorkQueue(100)
     for _ in range(50):
         queue.put(promised(0, "early"))
-        queue.charge(queue.next()[0].job, 1.0)
+        queue.charge((queue.next()[0].job, 1.0))
     queue.put(job(20, client="late"))
     queue.put(job(1, client="early"))
     order = []
     while "early" not in order:
         (item,) = queue.next()
         order.append(item.job.client)
-        queue.charge(item.job, 0.5)
+        queue.charge((item.job, 0.5))
     assert len(order) <= 4
 
 
@@ -340,7 +340,7 @@ def test_a_client_whose_promises_are_done_has_none_left() -> None:
 def test_dropped_items_do_not_count_as_others_that_are_pending() -> None:
     queue = WorkQueue(100)
     queue.put(gone := job(2, client="early"))
-    queue.charge(queue.next()[0].job, 5.0)
+    queue.charge((queue.next()[0].job, 5.0))
     queue.drop(gone)  # its other item is still stored
     queue.put(promised(0, "early"))
     queue.next()  # alone: it sets the clock
@@ -353,7 +353,7 @@ def test_clients_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = WorkQueue(100)
     for number in range(100):
         queue.put(job(1, client=str(number)))
-        queue.charge(queue.next()[0].job, 0.5)
+        queue.charge((queue.next()[0].job, 0.5))
         assert len(queue._clients) <= 10
 
 
@@ -466,7 +466,7 @@ def test_only_another_recently_active_client_limits_promises(monkeypatch: pytest
     now = 100.0
     monkeypatch.setattr("de3.server.engine.queue.perf_counter", lambda: now)
     queue, asking = WorkQueue(100), job(1, client="asking")
-    queue.charge(asking, 5.0)
+    queue.charge((asking, 5.0))
     assert queue.lead(asking) < 0  # its own activity does not count
     queue.put(promised(200.0, "asking"))  # 1 s
     queue.put(job(1, client="other"))
@@ -474,7 +474,7 @@ def test_only_another_recently_active_client_limits_promises(monkeypatch: pytest
     queue.drop(queue.next()[0].job)
     assert queue.lead(asking) == 5.0
     now += 1.001
-    queue.charge(asking, 1.0)
+    queue.charge((asking, 1.0))
     assert queue.lead(asking) < 0
 
 
@@ -495,20 +495,20 @@ def test_half_of_the_idle_clients_are_forgotten_and_no_pending_one(
     queue = WorkQueue(100)
     queue.put(pending := job(1, client="pending"))
     for number in range(1, 10):
-        queue.charge(job(1, client=str(number)), float(number))
+        queue.charge((job(1, client=str(number)), float(number)))
     queue.put(job(1, client="new"))
     assert set(queue._clients) == {"pending", "6", "7", "8", "9", "new"}
     assert queue._clients["new"].spent == 5.0
-    queue.charge(pending, 9.0)  # its account is the one that the schedule uses
+    queue.charge((pending, 9.0))  # its account is the one that the schedule uses
     assert [queue.next()[0].job.client for _ in range(2)] == ["new", "pending"]
 
 
 def test_shadows_are_charged_to_no_client() -> None:
     queue = WorkQueue(100)
-    queue.charge(job(1, client="a", is_shadow=True), 5.0)
+    queue.charge((job(1, client="a", is_shadow=True), 5.0))
     queue.put(job(1, submitted=1.0, client="b"))
     queue.put(job(1, submitted=2.0, client="a"))
-    queue.charge(job(1, client="b"), 1.0)
+    queue.charge((job(1, client="b"), 1.0))
     assert queue.next()[0].job.client == "a"
 
 

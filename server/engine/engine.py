@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from time import perf_counter, sleep
 
-from de3.model_store.model import Model
 from de3.server.engine.audit import Audit, AuditThreads
 from de3.server.engine.deadlines import Deadlines
 from de3.server.engine.group import run_group
@@ -43,11 +42,11 @@ def call_here(callback: Callable[[], None]) -> None:
 class Engine:
     """A queue and the threads that process it.
 
-    `observe` is called with every text that exited, by the thread that ran it.
+    `observe` is called with the texts that exited, by the thread that ran them.
     """
 
     def __init__(
-        self, threads: int, max_queue: int, observe: Callable[[Model, Outcome], None] | None = None
+        self, threads: int, max_queue: int, observe: Callable[[Served, Sequence[Outcome]], None] | None = None
     ) -> None:
         self.threads = threads
         self.queue = WorkQueue(max_queue)
@@ -240,29 +239,31 @@ class Engine:
             return RuntimeError("an item failed")
 
     def _finish(self, results: Sequence[tuple[Item, Result | None]], number: int) -> None:
-        """Record the results of items, and report the jobs that finish or fail with them."""
+        """Record the results of items of one model, and report the jobs that finish or fail with them."""
         ended: list[tuple[Job, Exception | None]] = []
-        for item, result in results:
+        outcomes = [(item, result) for item, result in results if isinstance(result, Outcome)]
+        if outcomes:  # before the client has its answer, and may look for it
+            self._count(outcomes[0][0].job.served, [outcome for _, outcome in outcomes])
+        for item, outcome in outcomes:
             job = item.job
+            if not job.is_shadow:
+                self._finished[number] += 1
+                self._seconds[number] += outcome.tokenize_s + outcome.model_s
+            if job.finish(item, outcome):
+                ended.append((job, None))
+        for item, result in results:
             if isinstance(result, Exception):
-                job.is_dropped = True
-                ended.append((job, result))
-            elif result is not None:
-                if not job.is_shadow:
-                    self._finished[number] += 1
-                    self._seconds[number] += result.tokenize_s + result.model_s
-                self._count(job, result)  # before the client has its answer, and may look for it
-                if job.finish(item, result):
-                    ended.append((job, None))
+                item.job.is_dropped = True
+                ended.append((item.job, result))
         if ended:
             self._report(ended)
 
-    def _count(self, job: Job, outcome: Outcome) -> None:
+    def _count(self, served: Served, outcomes: Sequence[Outcome]) -> None:
         """Call the observer; its errors do not fail the request."""
         if self._observe is None:
             return
         try:
-            self._observe(job.model, outcome)
+            self._observe(served, outcomes)
         except BaseException:
             self.errors += 1
             if self.errors == 1:  # every text may have the same error

@@ -91,7 +91,7 @@ def _begin(
     spent = (perf_counter() - started) / len(items)
     for item in items:  # failed and requeued items took this time, too
         item.progress.tokenize_s = spent
-        queue.charge(item.job, spent)
+    queue.charge(*((item.job, spent) for item in items))
     for item in too_long:
         item.is_short = False
     group[:] = ready
@@ -117,10 +117,10 @@ def _step(
     forward(passes, monitor.limits if monitor else None, layers + (first == 0))
     left: list[tuple[Item, Result]] = []
     staying: list[Item] = []
+    queue.charge(*((i.job, one.seconds - i.progress.model_s) for i, one in zip(items, passes, strict=True)))
     for item, one in zip(items, passes, strict=True):
         progress = item.progress
-        spent, progress.model_s, progress.layer = one.seconds - progress.model_s, one.seconds, one.layer
-        queue.charge(item.job, spent)
+        progress.model_s, progress.layer = one.seconds, one.layer
         if one.exit_layer >= 0:
             left.append((item, _outcome_of_pass(item, one)))
             progress.forward = None  # releases its hidden states

@@ -151,12 +151,13 @@ class WorkQueue:
                 item.job.is_dropped = True
             self._shadows.clear()
 
-    def charge(self, job: Job, seconds: float) -> None:
-        """Charge engine time to a job's client."""
-        if not job.is_shadow:
-            with self._changed:
-                self._client(job.client).spent += seconds
-                self._note(job.client)
+    def charge(self, *spent: tuple[Job, float]) -> None:
+        """Charge engine time, in seconds, to the clients of jobs."""
+        with self._changed:
+            for job, seconds in spent:
+                if not job.is_shadow:
+                    self._client(job.client).spent += seconds
+                    self._note(job.client)
 
     def lead(self, job: Job) -> float:
         """Lead of a job's client in engine time, seconds: its promised time, plus its excess over the pending client

@@ -75,7 +75,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         now = perf_counter()
         last, spent = now, now - last
         if job.is_dropped:
-            queue.charge(job, spent)
+            queue.charge((job, spent))
             return None
         if queue.has_more_urgent_than(item, spent):
             progress.layer = layer + 1
@@ -84,7 +84,7 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
             return None
     now = perf_counter()
     progress.model_s += now - started
-    queue.charge(job, now - last)
+    queue.charge((job, now - last))
     progress.hidden = None
     return reason
 
@@ -145,7 +145,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
         try:
             tokens = progress.tokenization.step()
         except ValueError as error:
-            queue.charge(job, perf_counter() - started)
+            queue.charge((job, perf_counter() - started))
             raise too_long_error(item, error) from None
         finally:
             spent = perf_counter() - started
@@ -157,10 +157,10 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
                 progress.split(tokens)
                 item.is_short = False  # too long for a group
             progress.tokenization = None
-            queue.charge(job, spent)
+            queue.charge((job, spent))
             return True
         if job.is_dropped:
-            queue.charge(job, spent)
+            queue.charge((job, spent))
             return False
         if queue.has_more_urgent_than(item, spent):
             queue.requeue(item)

@@ -41,21 +41,27 @@ class Timing:
             times = [_run(model, "a " * (length - 2), check) for _ in range(runs if length <= 512 else 1)]
             self._first.append(median(first for first, _ in times))
             self._full.append(median(full for _, full in times))
+        # By number of tokens, as these are needed a dozen times for each text.
+        self._first_s = [self._at(self._first, tokens) for tokens in range(self._most + 1)]
+        self._full_s = [self._at(self._full, tokens) for tokens in range(self._most + 1)]
+        self._layer_s = [self._one_layer_s(*pair) for pair in zip(self._first_s, self._full_s, strict=True)]
+
+    def _one_layer_s(self, first: float, full: float) -> float:
+        if not self._layers:  # the first exit is also the last
+            return full / self._first_exit
+        return (full - first) / self._layers
 
     def full_depth_s(self, tokens: int) -> float:
         """Seconds through every layer for this many tokens, interpolated between the measured lengths."""
-        return self._at(self._full, tokens)
+        return self._full_s[tokens if tokens < self._most else self._most]
 
     def first_exit_s(self, tokens: int) -> float:
         """Seconds of the layers up to the first exit."""
-        return self._at(self._first, tokens)
+        return self._first_s[tokens if tokens < self._most else self._most]
 
     def layer_s(self, tokens: int) -> float:
         """Seconds of one layer."""
-        full = self.full_depth_s(tokens)
-        if not self._layers:  # the first exit is also the last
-            return full / self._first_exit
-        return (full - self.first_exit_s(tokens)) / self._layers
+        return self._layer_s[tokens if tokens < self._most else self._most]
 
     def speedup(self, tokens: int, layer: int) -> float:
         """Time through every layer / time to this layer's exit."""

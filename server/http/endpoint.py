@@ -151,10 +151,11 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
 
 def _timing(job: Job, started: float, ended: float) -> str:
     """Server-Timing in ms: tokenize and model are sums over the texts, queue is the longest wait."""
-    outcomes = job.outcomes()
-    queue = max([o.queue_s for o in outcomes])
-    tokenize = sum([o.tokenize_s for o in outcomes])
-    model = sum([o.model_s for o in outcomes])
+    queue = tokenize = model = 0.0
+    for outcome in job.outcomes():
+        queue = max(queue, outcome.queue_s)
+        tokenize += outcome.tokenize_s
+        model += outcome.model_s
     return (
         f"read;dur={1000 * (job.submitted - started):.3f}, queue;dur={1000 * queue:.3f}, "
         f"tokenize;dur={1000 * tokenize:.3f}, model;dur={1000 * model:.3f}, "

@@ -113,6 +113,8 @@ class OptionFields(BaseModel):
     @cached_property
     def options(self) -> ExitOptions:
         """The fields that decide where texts exit."""
+        if self.model_fields_set.isdisjoint(OPTION_NAMES):
+            return NO_OPTIONS
         return ExitOptions(
             self.tau,
             self.signal,
@@ -126,6 +128,7 @@ class OptionFields(BaseModel):
         )
 
 
+OPTION_NAMES, NO_OPTIONS = frozenset(OptionFields.model_fields), ExitOptions()
 Fields = TypeVar("Fields", bound=BaseModel)
 
 

@@ -1,0 +1,155 @@
+"""Metrics of finished texts, counted in one step for the texts that finish together.
+
+prometheus_client takes a lock and a microsecond for each of a dozen values of a text, which is as much as an early exit
+takes.
+"""
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from threading import Lock
+from typing import get_args
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from de3.exits.rule import ExitReason
+from de3.server.engine.outcome import Outcome
+from de3.server.engine.served import Served
+
+# From an exit at the embeddings to the time-out, finest where most texts are.
+STAGE_BUCKETS = (
+    *(0.00005, 0.0001, 0.0002, 0.0004, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+# Texts exit when the signals are small, so values cluster near 0.
+SIGNAL_BUCKETS = (0.0001, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
+STAGES = ("queue", "tokenize", "model")
+
+
+class _Histogram:
+    """Counts of values by bucket, and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def rows(self) -> tuple[list[tuple[str, float]], float]:
+        """Cumulative counts by upper bound, as Prometheus wants them, and the sum."""
+        total, rows = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            total += count
+            rows.append((bound, float(total)))
+        return rows, self.sum
+
+
+class _Texts:
+    """The counts of one model."""
+
+    def __init__(self, layers: Sequence[float]) -> None:
+        self.exits = {reason: _Histogram(layers) for reason in get_args(ExitReason)}
+        self.run = self.saved = self.tokens = self.far = 0
+        self.full_depth_s = 0.0
+        self.entropy, self.ratio = _Histogram(SIGNAL_BUCKETS), _Histogram(SIGNAL_BUCKETS)
+        self.queue, self.tokenize, self.model = (_Histogram(STAGE_BUCKETS) for _ in STAGES)
+
+    def add(self, outcome: Outcome, depth: int, speedup: Callable[[int, int], float]) -> None:
+        """Count a text. depth: number of layers. speedup: at full depth, of a text's tokens and exit layer."""
+        self.exits[outcome.reason].add(outcome.layer)
+        for part in outcome.windows or (outcome,):
+            self.run += part.layer
+            self.saved += depth - part.layer
+            self.full_depth_s += part.model_s * speedup(part.tokens, part.layer)
+        self.tokens += outcome.tokens
+        self.far += outcome.is_far
+        reading = outcome.reading
+        if reading.value is None:
+            self.entropy.add(reading.entropy)
+        if reading.distance_ratio is not None:
+            self.ratio.add(reading.distance_ratio)
+        self.queue.add(outcome.queue_s)
+        self.tokenize.add(outcome.tokenize_s)
+        self.model.add(outcome.model_s)
+
+
+class TextMetrics(Collector):
+    """The counts of all models, by name."""
+
+    def __init__(self, deepest: int) -> None:
+        """deepest: largest number of layers of a model."""
+        self._layers = [float(m) for m in range(deepest + 1)]
+        self._texts: dict[str, _Texts] = {}
+        self._lock = Lock()
+
+    def add_model(self, name: str) -> None:
+        """Start counting for a model, or continue."""
+        with self._lock:
+            self._texts.setdefault(name, _Texts(self._layers))
+
+    def drop_model(self, name: str) -> None:
+        """Forget the counts of a model."""
+        with self._lock:
+            self._texts.pop(name, None)
+
+    def observe(self, served: Served, outcomes: Sequence[Outcome]) -> None:
+        """Count finished texts of a model; called by engine threads."""
+        depth, speedup = served.model.manifest.num_layers, served.timing.speedup
+        with self._lock:
+            texts = self._texts.get(served.model.full_name)
+            if texts is not None:  # the model may have been dropped with texts in flight
+                for outcome in outcomes:
+                    texts.add(outcome, depth, speedup)
+
+    def collect(self) -> Iterable[CounterMetricFamily | HistogramMetricFamily]:
+        """The metrics."""
+        exits = HistogramMetricFamily(
+            "de3_exit_layer",
+            "Exit layer of each text (0: embeddings), by reason; of several windows, that of the last one that ran",
+            labels=["model", "reason"],
+        )
+        run = CounterMetricFamily("de3_layers_run", "Encoder layers executed", labels=["model"])
+        saved = CounterMetricFamily(
+            "de3_layers_saved", "Encoder layers saved by early exits", labels=["model"]
+        )
+        full_depth = CounterMetricFamily(
+            "de3_full_depth_seconds",
+            "Estimated model time at full depth: measured model time, scaled by the times per layer from startup",
+            labels=["model"],
+        )
+        tokens = CounterMetricFamily("de3_tokens", "Tokens of finished texts", labels=["model"])
+        entropy = HistogramMetricFamily(
+            "de3_exit_entropy", "Entropy at the exit of each text", labels=["model"]
+        )
+        ratio = HistogramMetricFamily(
+            "de3_exit_distance_ratio",
+            "Distance ratio at the exit of each text, if it has prototypes",
+            labels=["model"],
+        )
+        stages = HistogramMetricFamily(
+            "de3_stage_latency_seconds",
+            "Time of a text in each stage: queue, tokenize, model",
+            labels=["model", "stage"],
+        )
+        ood = CounterMetricFamily(
+            "de3_ood_texts",
+            "Out-of-distribution texts, far from every prototype at an exit (--ood-policy)",
+            labels=["model"],
+        )
+        with self._lock:
+            for name, texts in self._texts.items():
+                for reason, histogram in texts.exits.items():
+                    exits.add_metric([name, reason], *histogram.rows())
+                run.add_metric([name], texts.run)
+                saved.add_metric([name], texts.saved)
+                full_depth.add_metric([name], texts.full_depth_s)
+                tokens.add_metric([name], texts.tokens)
+                entropy.add_metric([name], *texts.entropy.rows())
+                ratio.add_metric([name], *texts.ratio.rows())
+                for stage in STAGES:
+                    stages.add_metric([name, stage], *getattr(texts, stage).rows())
+                ood.add_metric([name], texts.far)
+        yield from (exits, run, saved, full_depth, tokens, entropy, ratio, stages, ood)
