@@ -60,6 +60,17 @@ class AsgiRequest:
             await self._connection.response_ended()
         return {"type": "http.disconnect"}
 
+    def respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
+        """Write a whole response, whose headers have its length; cheaper than two messages."""
+        connection = self._connection
+        self._over = True
+        if connection.is_gone:
+            return
+        if not connection.keeps_alive:
+            headers.append((b"connection", b"close"))
+        connection.write(status, headers, b"" if self._is_head else body)
+        connection.responded()
+
     async def send(self, message: Message) -> None:
         """Write a part of the response, the head with the first one; waits while the client does not read."""
         connection = self._connection

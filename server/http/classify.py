@@ -154,6 +154,11 @@ def parse(call: Call) -> Request:
     """The request in a call; raises RequestError if it is not JSON or has an invalid value."""
     value = load_json(call.body)
     if isinstance(value, dict):
+        text = value.get("input")
+        if (
+            len(value) == 1 and isinstance(text, str) and text.strip()
+        ):  # most requests: there is nothing to check
+            return Classification([Text(text)])
         if "input" not in value:
             if "inputs" in value:
                 return hugging_face.request_of(value, call.max_texts, nests_one=False)

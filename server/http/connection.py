@@ -7,6 +7,7 @@ connection is closed after the response.
 """
 
 import asyncio
+import re
 import socket
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -39,6 +40,7 @@ PROBE_S = 0.05
 HALF_CLOSED_S = 1.0
 TCP_CLOSE = 7  # socket state, in Linux's tcp_states.h
 
+_SIMPLE_PATH = re.compile(rb"/(?:[\w.:-][\w/.:-]*)?")  # without a query or escapes
 _STATUS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
@@ -268,8 +270,11 @@ class Connection(BaseConnection, asyncio.Protocol):
             raise ValueError(f"HTTP/{parser.version[:8]} is not supported")
         if parser.hosts != 1 and (parser.hosts or parser.version == "1.1"):  # RFC 9112, 3.2
             raise ValueError(f"it has {parser.hosts} Host headers, and must have one")
-        url = parse_url(parser.url)
-        raw_path = url.path or b"/"  # an absolute URL may have none
+        if _SIMPLE_PATH.fullmatch(parser.url):
+            raw_path, query = parser.url, b""
+        else:
+            url = parse_url(parser.url)
+            raw_path, query = url.path or b"/", url.query or b""  # an absolute URL may have no path
         path = raw_path.decode("ascii")
         scope: Scope = {
             "type": "http",
@@ -282,7 +287,7 @@ class Connection(BaseConnection, asyncio.Protocol):
             "root_path": self._root_path,
             "path": self._root_path + (unquote(path) if "%" in path else path),
             "raw_path": self._root_path.encode("ascii") + raw_path,
-            "query_string": url.query or b"",
+            "query_string": query,
             "headers": parser.headers,
             "state": self._app_state.copy(),
             "de3.connection": self,

@@ -16,6 +16,7 @@ from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
 from de3.server.http import errors
 from de3.server.http.access import BYTES_PER_TEXT, TOKENS_PER_TEXT
+from de3.server.http.asgi import AsgiRequest
 from de3.server.http.exchange import HEADER, Exchange, request_id
 from de3.server.http.frontend import Frontend
 from de3.server.http.protocol import LARGE_BODY_BYTES, Call, Protocol, Route
@@ -170,5 +171,9 @@ async def _send(send: Send, request_id: str, body: bytes, timing: str) -> None:
         (b"server-timing", timing.encode()),
         (HEADER, request_id.encode()),
     ]
+    request = getattr(send, "__self__", None)
+    if isinstance(request, AsgiRequest):  # no middleware in between
+        request.respond(200, headers, body)
+        return
     await send({"type": "http.response.start", "status": 200, "headers": headers})
     await send({"type": "http.response.body", "body": body})
