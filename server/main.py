@@ -7,9 +7,11 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from de3.model_store.store import Artifact
+from de3.model_store.store import Artifact, Store
 from de3.server import logs
 from de3.server.http.http_server import HttpServer, uvicorn_config
+from de3.server.models import find
+from de3.server.processes.number import number_of_processes
 from de3.server.processes.supervisor import ServerError, supervise
 from de3.server.service import EngineError, Service
 from de3.server.settings import Settings
@@ -53,8 +55,10 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
     logs.configure(settings.log_format)
     for warning in warnings:
         log.warning(warning)
+    processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
+    settings = settings.model_copy(update={"processes": processes})
     listening = _bind(settings.host, settings.port)
-    if settings.processes > 1:
+    if processes > 1:
         try:
             supervise(settings, artifacts, listening)
         except ServerError:  # logged already

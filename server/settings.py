@@ -115,11 +115,11 @@ class Settings(BaseModel):
         description="Engine threads; each runs one text, or a group of short ones, at a time. 0: one per core.",
     )
     processes: Annotated[int, Option()] = Field(
-        1,
-        ge=1,
+        0,
+        ge=0,
         le=256,
         description="Processes that serve models; each has a part of the engine threads, and of the limits on what is "
-        "in flight.",
+        "in flight. 0: one for each engine thread if the kernels run all models, as far as memory allows; else one.",
     )
     runtime: Annotated[Literal["auto", "native", "onnxruntime"], Option()] = Field(
         "auto",

@@ -19,6 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from de3.model_store.store import Artifact, Store
+from de3.server.processes.number import number_of_processes
 from de3.server.processes.samples import MAXIMA, MINIMA, SUMS, Family, families_of, merged
 from de3.server.processes.worker import part_of
 from de3.server.settings import Settings
@@ -306,6 +308,23 @@ def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
     assert (part.threads, part.max_queue, part.max_connections) == (2, 500, 51)
     part = part_of(settings, 100)  # never less than one request needs
     assert (part.max_queue, part.max_inflight_bytes) == (settings.max_texts, settings.max_body_bytes)
+
+
+def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    int8, fp32 = Store(store).open("tiny-int8"), Store(store).open("tiny")
+
+    def number(*artifacts: Artifact, **settings: Any) -> int:
+        return number_of_processes(Settings(store=store, **settings), artifacts)
+
+    monkeypatch.setattr("de3.server.processes.number._memory", lambda: 2**30)
+    assert number(int8, threads=3) == 3 and number(int8, threads=64) == 4  # no more than memory allows
+    assert number(int8, threads=3, processes=7) == 7
+    assert number(fp32, threads=3) == number(int8, fp32, threads=3) == 1
+    assert number(int8, threads=3, runtime="onnxruntime") == 1
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert number(int8, threads=3) == 1
+    with pytest.raises(ValueError, match="processes: more than one needs Linux"):
+        number(int8, processes=2)
 
 
 def test_every_gauge_has_a_rule(store: Path) -> None:
