@@ -166,7 +166,8 @@ def faults(
 ) -> None:
     """Inject faults into our own server and count accepted requests that are lost; fails if there are any.
 
-    The faults: SIGTERM, SIGKILL, a full disk, clients that hang up or do not read, slow heads, overload, clock jumps.
+    The faults: SIGTERM, SIGKILL of the server or a process of it, a full disk, clients that hang up or do not read,
+    slow heads, overload, clock jumps.
 
     Example: python -m lab faults --texts dev.tsv --only sigterm
     """

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -26,7 +27,8 @@ from de3.model_store.store import Store, StoreError
 
 KEY = "an-admin-key-for-faults"
 TIMEOUT_S = 60.0
-KILLS = 20
+KILLS, PROCESS_KILLS = 20, 10
+CLIENTS = 4
 WAVES = 10  # attempts to overload the server
 CLIENT_GONE = 499  # logged status of a request whose client hung up
 CLOCK_LIBRARIES = (
@@ -135,7 +137,18 @@ class Testbed:
             time.sleep(0.02)
         return time.monotonic() - started
 
-    def answered_during(self, fault: Callable[[], None], clients: int = 4) -> tuple[set[str], int]:
+    def is_ready(self) -> bool:
+        """True if /ready says so."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_S)
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except (OSError, HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def answered_during(self, fault: Callable[[], None], clients: int = CLIENTS) -> tuple[set[str], int]:
         """Send requests during a fault; returns the ids answered with 200, and the number without an answer."""
         stop, answered, unanswered, errors = threading.Event(), set(), [0], list[ValueError]()
 
@@ -233,6 +246,36 @@ def killed(testbed: Testbed) -> Row:
         "SIGKILL while a model is reloaded, three times",
         f"the store is intact, and the server restarts ({status}); in-flight requests get no answer",
         0 if status == 200 else 1,
+    )
+
+
+def process_killed(testbed: Testbed) -> Row:
+    """SIGKILL of one of two processes, ten times, under load."""
+    seconds: list[float] = []
+    with testbed.server("--processes", "2") as server:
+
+        def alive() -> list[int]:
+            started = re.findall(r"Started server process \[(\d+)\]", testbed.log.read_text(errors="replace"))
+            return [pid for pid in map(int, started) if Path(f"/proc/{pid}/task").exists()]
+
+        def kill() -> None:
+            for number in range(PROCESS_KILLS):
+                os.kill(random.choice(alive()), signal.SIGKILL)
+                testbed.wait(lambda: not testbed.is_ready())
+                seconds.append(testbed.wait(lambda: testbed.is_ready() and len(alive()) == 2))
+                replaced = testbed.metric("de3_replaced_processes_total")
+                if replaced != number + 1:
+                    raise ValueError(f"{number + 1} processes were killed, and {replaced:g} were replaced")
+
+        answered, unanswered = testbed.answered_during(kill)
+        counted = testbed.metric("de3_requests_total", status="200")
+        ended = server.poll() is not None
+    return Row(
+        f"SIGKILL of one of two processes, {PROCESS_KILLS} times",
+        f"replaced after {statistics.median(seconds):.1f} s (median; at most {max(seconds):.1f} s); {len(answered)} "
+        f"requests answered meanwhile, {counted:.0f} of them in the metrics; {unanswered} in flight in a killed "
+        "process got no answer",
+        testbed.lost(answered) + ended + (unanswered > PROCESS_KILLS * CLIENTS),
     )
 
 
@@ -476,7 +519,8 @@ def clock(testbed: Testbed) -> Row:
 
 
 FAULTS = (
-    *(sigterm, killed, killed_while_writing, full_disk, hang_up, slow_readers, slow_heads, overload, clock),
+    *(sigterm, killed, process_killed, killed_while_writing, full_disk),
+    *(hang_up, slow_readers, slow_heads, overload, clock),
 )
 
 

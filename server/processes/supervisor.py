@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -46,7 +46,7 @@ from de3.server.rules import Choice, Rules
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
-MAX_FAILED_STARTS = 3  # of one process in a row, after which the server stops
+MAX_STARTS = 3  # of a process that ends before it is ready, after which the server stops
 MAX_ENDS, ENDS_S = 5, 10.0  # processes that end within this time, after which the server stops
 SAMPLES_S = 5.0  # time for a process to send its metrics
 KEEP_S = 10.0  # interval at which the counters of the processes are kept, in case one ends
@@ -98,7 +98,9 @@ class Supervisor:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._processes: dict[int, Process] = {}
-        self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)  # failed ones in a row
+        self._starts = dict.fromkeys(
+            range(1, settings.processes + 1), 0
+        )  # starts of each since it was last ready
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
         self._departed: list[Family] = []  # counters of processes that have ended
         self._state: dict[str, Any] | None = (
@@ -111,8 +113,10 @@ class Supervisor:
         self._weights: dict[str, int] = {}  # file descriptors
         self._ledgers = Ledgers(settings, self._publish)
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lives: dict[int, asyncio.Task[None]] = {}  # from the start of a process to its end
         self._over: asyncio.Future[Exception | None]
+        self._started = 0.0
         self._is_draining = False
         self._metrics()
 
@@ -152,19 +156,20 @@ class Supervisor:
             "Uvicorn running on http://%s:%d (Press CTRL+C to quit)", address, port
         )
         for number in self._starts:
-            self._spawn(self._start(number))
+            self._lives[number] = self._spawn(self._start(number))
         self._spawn(self._keep_samples())
         failure = await self._over
         await self._drain()
         if failure is not None:
             raise failure
 
-    def _spawn(self, running: Any) -> None:
+    def _spawn(self, running: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(running)
         self._tasks.add(task)
         task.add_done_callback(self._ended_task)
+        return task
 
-    def _ended_task(self, task: "asyncio.Task[Any]") -> None:
+    def _ended_task(self, task: "asyncio.Task[None]") -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the supervisor failed", exc_info=error)
@@ -197,7 +202,8 @@ class Supervisor:
             if process.popen.is_alive():
                 log.error("process %d does not end: it is killed", process.number)
                 process.popen.kill()
-        await asyncio.sleep(0)  # the last settled texts
+        # The last settled texts have been counted once the channels are closed.
+        await asyncio.wait(self._lives.values(), timeout=STOP_S)
         await asyncio.to_thread(self._ledgers.stop)
         if self._log is not None:
             self._log.close()
@@ -219,14 +225,23 @@ class Supervisor:
         sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = (number, self._part, self._artifacts, its_control, its_sockets)
         popen: Any = self._context.Process(target=worker.main, args=arguments, daemon=True)
-        await asyncio.to_thread(popen.start)
-        its_control.close()
-        its_sockets.close()
+        try:
+            await asyncio.to_thread(popen.start)
+        except (OSError, EOFError) as error:  # no memory, or too many processes
+            for one in (control, sockets):
+                one.close()
+            self._failed(number, f"it cannot be started: {error}")
+            return
+        finally:
+            its_control.close()
+            its_sockets.close()
         sockets.setblocking(False)
         process = Process(number, popen, Channel({}), sockets)
         process.channel = Channel(self._handlers(process))
         self._processes[number] = process
         loop.add_reader(sockets, self._receive, process)
+        if self._is_draining:
+            sockets.shutdown(socket.SHUT_WR)
         ended = asyncio.Event()
         loop.add_reader(popen.sentinel, ended.set)
         running = asyncio.ensure_future(process.channel.run(control))
@@ -248,22 +263,31 @@ class Supervisor:
             return
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with {code}"
         reason = process.reason or f"it ended {how}"
-        self._starts[number] = 0 if process.is_ready else self._starts[number] + 1
+        if process.is_ready:
+            self._starts[number] = 0
         if self._state is None and process.reason:  # the models cannot be served
             self._stop(ValueError(reason))
             return
+        self._failed(number, reason)
+
+    def _failed(self, number: int, reason: str) -> None:
+        """Replace a process, or stop the server if processes end again and again."""
+        self._starts[number] += 1
         now = monotonic()
         self._ends.append(now)
         is_loop = len(self._ends) == MAX_ENDS and now - self._ends[0] < ENDS_S
-        if self._starts[number] >= MAX_FAILED_STARTS or is_loop:
+        if self._starts[number] > MAX_STARTS or is_loop:
             log.critical("process %d ended again and again: %s: the server stops", number, reason)
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended: %s: it is replaced", number, reason)
         self._replaced.inc()
-        self._spawn(self._start(number))
+        self._lives[number] = self._spawn(self._start(number))
 
     def _handlers(self, process: Process) -> dict[str, Callable[..., Any]]:
+        def running() -> None:
+            self._spawn(self._load_or_end(process))
+
         def listening() -> None:
             process.is_listening = True
 
@@ -278,7 +302,7 @@ class Supervisor:
                 )
 
         return {
-            "running": lambda: self._spawn(self._load_or_end(process)),
+            "running": running,
             "listening": listening,
             "ready": ready,
             "scrape": self._scrape,
