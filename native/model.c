@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 #ifdef __linux__
+#include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -89,7 +90,9 @@ int seal_model(Model *m, int fd) {
     size_t size = block_size(m);
     /* Shared memory gets huge pages only on request, unless the system is configured otherwise (Linux 6.1 and later). */
     madvise(m->tiles, size, COLLAPSE);
-    if (fcntl(fd, F_ADD_SEALS, F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | FUTURE_WRITE)) return -1;
+    int seals = F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW;
+    if (fcntl(fd, F_ADD_SEALS, seals | FUTURE_WRITE) && (errno != EINVAL || fcntl(fd, F_ADD_SEALS, seals)))
+        return -1; /* EINVAL: Linux before 5.1 */
     if (mmap(m->tiles, size, PROT_READ, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) return -1;
     madvise(m->tiles, size, MADV_HUGEPAGE);
     m->is_filled = 1;

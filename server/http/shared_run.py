@@ -13,15 +13,15 @@ T = TypeVar("T")
 class SharedRun(Generic[T]):
     """Runs a coroutine once for all concurrent requests; it goes on if they are cancelled."""
 
-    def __init__(self, what: str) -> None:
-        """what: name of the result, for the error if more than MAX_WAITING requests wait."""
-        self._what, self._waiting = what, 0
+    def __init__(self, what: str, most: int = MAX_WAITING) -> None:
+        """what: name of the result, for the error if more than `most` requests wait."""
+        self._what, self._most, self._waiting = what, most, 0
         self._running: asyncio.Task[T] | None = None
 
     async def result(self, run: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of the run in progress, or of a new one; raises RequestError if too many wait."""
-        if self._waiting >= MAX_WAITING:
-            message = f"{self._what}: {MAX_WAITING} requests are already waiting for it; try again"
+        if self._waiting >= self._most:
+            message = f"{self._what}: {self._most} requests are already waiting for it; try again"
             raise RequestError(message, cause="busy", retry_after_s=1)
         if self._running is None or self._running.done():
             self._running = asyncio.create_task(run())

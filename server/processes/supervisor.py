@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from statistics import mean
 from time import monotonic, perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
@@ -29,6 +30,7 @@ from de3.server.audit.report import Live
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.http.http_server import BACKLOG
+from de3.server.http.shared_run import SharedRun
 from de3.server.metrics import LedgerMetrics
 from de3.server.models import find
 from de3.server.processes import worker
@@ -50,6 +52,7 @@ MAX_STARTS = 3  # of a process that ends before it is ready, after which the ser
 MAX_ENDS, ENDS_S = 5, 10.0  # processes that end within this time, after which the server stops
 SAMPLES_S = 5.0  # time for a process to send its metrics
 KEEP_S = 10.0  # interval at which the counters of the processes are kept, in case one ends
+PAUSE_S = 0.005  # before connections are accepted again, when no process takes more
 STOP_S = 10.0  # time to end a process after its last request
 
 
@@ -72,7 +75,7 @@ class Process:
     """
 
     number: int
-    popen: Any
+    os_process: Any
     channel: Channel
     sockets: socket.socket
     connections: int = 0
@@ -110,6 +113,9 @@ class Supervisor:
         self._changing = asyncio.Lock()
         self._is_changing = False
         self._sampled_at = 0.0
+        self._held: socket.socket | None = None  # an accepted connection that no process takes yet
+        self._scraping = SharedRun[str]("the metrics", settings.processes)
+        self._reporting: WeakKeyDictionary[Ledger, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
         self._weights: dict[str, int] = {}  # file descriptors
         self._ledgers = Ledgers(settings, self._publish)
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
@@ -178,7 +184,7 @@ class Supervisor:
     def _signalled(self) -> None:
         if self._over.done():  # the second signal
             for process in self._all:
-                process.popen.kill()
+                process.os_process.kill()
         self._stop(None)
 
     def _stop(self, failure: Exception | None) -> None:
@@ -196,12 +202,12 @@ class Supervisor:
         for process in self._all:
             process.sockets.shutdown(socket.SHUT_WR)
         end = monotonic() + self._settings.timeout_s + 5 + STOP_S
-        while any(p.popen.is_alive() for p in self._all) and monotonic() < end:
+        while any(p.os_process.is_alive() for p in self._all) and monotonic() < end:
             await asyncio.sleep(0.02)
         for process in self._all:
-            if process.popen.is_alive():
+            if process.os_process.is_alive():
                 log.error("process %d does not end: it is killed", process.number)
-                process.popen.kill()
+                process.os_process.kill()
         # The last settled texts have been counted once the channels are closed.
         await asyncio.wait(self._lives.values(), timeout=STOP_S)
         await asyncio.to_thread(self._ledgers.stop)
@@ -224,9 +230,9 @@ class Supervisor:
         control, its_control = socket.socketpair()
         sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = (number, self._part, self._artifacts, its_control, its_sockets)
-        popen: Any = self._context.Process(target=worker.main, args=arguments, daemon=True)
+        os_process: Any = self._context.Process(target=worker.main, args=arguments, daemon=True)
         try:
-            await asyncio.to_thread(popen.start)
+            await asyncio.to_thread(os_process.start)
         except (OSError, EOFError) as error:  # no memory, or too many processes
             for one in (control, sockets):
                 one.close()
@@ -236,24 +242,24 @@ class Supervisor:
             its_control.close()
             its_sockets.close()
         sockets.setblocking(False)
-        process = Process(number, popen, Channel({}), sockets)
+        process = Process(number, os_process, Channel({}), sockets)
         process.channel = Channel(self._handlers(process))
         self._processes[number] = process
         loop.add_reader(sockets, self._receive, process)
         if self._is_draining:
             sockets.shutdown(socket.SHUT_WR)
         ended = asyncio.Event()
-        loop.add_reader(popen.sentinel, ended.set)
+        loop.add_reader(os_process.sentinel, ended.set)
         running = asyncio.ensure_future(process.channel.run(control))
         await ended.wait()
-        loop.remove_reader(popen.sentinel)
+        loop.remove_reader(os_process.sentinel)
         await running  # its last messages
-        await asyncio.to_thread(popen.join)
+        await asyncio.to_thread(os_process.join)
         self._gone(process)
 
     def _gone(self, process: Process) -> None:
         loop = asyncio.get_running_loop()
-        number, code = process.number, process.popen.exitcode
+        number, code = process.number, process.os_process.exitcode
         loop.remove_reader(process.sockets)
         process.sockets.close()
         self._departed = merged([self._departed, growing(process.samples)])
@@ -305,7 +311,7 @@ class Supervisor:
             "running": running,
             "listening": listening,
             "ready": ready,
-            "scrape": self._scrape,
+            "scrape": lambda: self._scraping.result(self._scrape),
             "change": self._change,
             "lease": self._lease,
             "charge": self._charge,
@@ -323,30 +329,34 @@ class Supervisor:
     # Connections
 
     def _accept(self, listening: socket.socket) -> None:
+        """Accept connections, and pass them on until no process takes more; the others wait."""
         for _ in range(BACKLOG):
-            takers = [process for process in self._all if process.is_listening]
-            if not takers:  # they wait in the kernel's queue
-                asyncio.get_running_loop().call_later(0.02, self._accept_again, listening)
-                asyncio.get_running_loop().remove_reader(listening)
-                return
             try:
-                client, _ = listening.accept()
+                client = self._held or listening.accept()[0]
             except OSError:  # none is pending, or the client is gone, or there are no file descriptors
                 return
-            with client:
-                self._pass_on(client, takers)
+            self._held = None if self._pass_on(client) else client
+            if self._held is not None:
+                loop = asyncio.get_running_loop()
+                loop.remove_reader(listening)
+                loop.call_later(PAUSE_S, self._accept_again, listening)
+                return
+            client.close()
 
     def _accept_again(self, listening: socket.socket) -> None:
         if not self._is_draining:
             asyncio.get_running_loop().add_reader(listening, self._accept, listening)
+            self._accept(listening)
 
-    def _pass_on(self, client: socket.socket, takers: list[Process]) -> None:
-        """Give a connection to the process with the fewest; it is closed if none can take it."""
+    def _pass_on(self, client: socket.socket) -> bool:
+        """Give a connection to the process with the fewest; false if none takes it now."""
+        takers = [process for process in self._all if process.is_listening]
         for process in sorted(takers, key=lambda p: (not p.is_ready, p.connections)):
             with suppress(OSError):
                 socket.send_fds(process.sockets, [CONNECTION], [client.fileno()])
                 process.connections += 1
-                return
+                return True
+        return False
 
     def _receive(self, process: Process) -> None:
         """Messages about closed connections, and filled weights."""
@@ -532,6 +542,11 @@ class Supervisor:
 
     async def _report(self, name: str, level: int) -> dict[str, Any]:
         ledger = self._ledger(name)
+        running = self._reporting.setdefault(ledger, SharedRun("the report", self._settings.processes))
+        return await running.result(lambda: self._make_report(ledger, level))
+
+    async def _make_report(self, ledger: Ledger, level: int) -> dict[str, Any]:
+        name = ledger.full_name
         rows = [Live(*row) for row in await self._ask_all(self._ready, "live", name) if row]
         excluded = {
             reason: sum(row.excluded[reason] for row in rows) for reason in (rows[0].excluded if rows else ())

@@ -37,6 +37,7 @@ log = logging.getLogger("de3")
 CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file descriptor
 CLOSED = b"x"  # one for each connection that was closed
 FD_MESSAGE_BYTES = 256
+ALL = 2**16  # messages to receive; more do not fit into a socket
 SEND_S = 0.02  # settled texts are collected for this long, then sent together
 
 
@@ -114,7 +115,7 @@ class Worker:
                 "commit": self._commit,
                 "abort": self._abort,
                 "state": self._state,
-                "samples": lambda: [asdict(f) for f in families_of(self.service.metrics.registry)],
+                "samples": self._samples,
                 "live": self._live,
                 "standing": self._standing,
                 "all_ready": self._all_ready,
@@ -135,7 +136,7 @@ class Worker:
 
     async def _load(self, said: list[Any] | None) -> dict[str, Any]:
         """Load the models. said: plans and routes, from another process; None: this is the first one."""
-        self._receive()  # weights that were sent before
+        self._receive(ALL)  # weights that were sent before
         manager, artifacts, are_named = await self._to_load
         try:
             if said is None:
@@ -231,9 +232,13 @@ class Worker:
         return plan_row(await self.service.manager.plan(Change(**change)))
 
     async def _prepare(self, row: dict[str, Any]) -> dict[str, Any]:
-        plan = plan_of(row)
-        await self.service.manager.prepare(plan)
-        self._release_weights()
+        self._receive(ALL)  # weights that were sent before
+        plan, is_loaded = plan_of(row), False
+        try:
+            await self.service.manager.prepare(plan)
+            is_loaded = True
+        finally:
+            self._release_weights(is_loaded)
         loaded = self.service.manager.prepared
         return {"no_kernels": plan.no_kernels, **({} if loaded is None else _identity(loaded))}
 
@@ -254,6 +259,10 @@ class Worker:
             "routes": {name: asdict(route) for name, route in models.routes.items()},
         }
 
+    async def _samples(self) -> list[dict[str, Any]]:
+        registry = self.service.metrics.registry
+        return await asyncio.to_thread(lambda: [asdict(family) for family in families_of(registry)])
+
     def _live(self, name: str) -> list[Any]:
         auditor = self.service.audits.get(self.service.models.current(name))
         return [] if auditor is None else list(auditor.live)
@@ -271,16 +280,16 @@ class Worker:
     # Weights
 
     def memory_of(self, artifact: Artifact) -> Memory:
-        """Memory for the weights of a model, which another process may have filled; called in another thread."""
+        """Memory for the weights of a model, which another process may have filled."""
         key = weights_key(artifact)
         if (fd := self._weights.get(key)) is not None:
             return Memory(fd, True)
         fd = self._new_weights[key] = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         return Memory(fd, False)
 
-    def _release_weights(self) -> None:
+    def _release_weights(self, are_filled: bool = True) -> None:
         """Send the memory that this process has filled to the supervisor, and close it; the kernels have mapped it."""
-        for key, fd in self._new_weights.items():
+        for key, fd in self._new_weights.items() if are_filled else ():
             socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
         for fd in (*self._new_weights.values(), *self._weights.values()):
             os.close(fd)
@@ -310,8 +319,8 @@ class Worker:
             self._accept(sock)
         self.channel.tell("listening")
 
-    def _receive(self) -> None:
-        for _ in range(16):
+    def _receive(self, most: int = 16) -> None:
+        for _ in range(most):
             try:
                 data, fds, _, _ = socket.recv_fds(self._sockets, FD_MESSAGE_BYTES, 1)
             except BlockingIOError:
