@@ -22,6 +22,7 @@ SWEEP_S = 0.25
 MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the free ones
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
+READ_S = 0.02  # the first request of a younger connection may have arrived, but not been read
 
 
 # A connection awaits a head, a body, the application's response, or the client's close.
@@ -132,14 +133,14 @@ class Listener:
         """Abort the connection that is the smallest loss, of a sample of those that await no response.
 
         In this order: silent ones, which are older than FRESH_S and have had no response; those of a network with more
-        than half of all connections; others that have had no response; and those idle longest. Among equals, the new
-        one goes last.
+        than half of all connections; others that have had no response, unless they are younger than READ_S; and those
+        idle longest.
         """
         now, most = monotonic(), len(self.connections) / 2
 
         def loss(c: BaseConnection) -> tuple[bool, bool, bool, float]:
             idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
-            is_new = c.answered_at is None and c is not new
+            is_new = c.answered_at is None and idle_s > READ_S
             return is_new and idle_s > FRESH_S, self._per_network[c.network] > most, is_new, idle_s
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))

@@ -374,7 +374,7 @@ class Supervisor:
                     os.close(old)
                 self._weights[key] = fds[0]
             else:
-                process.connections -= 1
+                process.connections -= int(data[1:])
 
     # Models
 

@@ -35,7 +35,7 @@ from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file descriptor
-CLOSED = b"x"  # one for each connection that was closed
+CLOSED = b"x"  # before the number of connections that were closed
 FD_MESSAGE_BYTES = 256
 ALL = 2**16  # messages to receive; more do not fit into a socket
 SEND_S = 0.02  # settled texts are collected for this long, then sent together
@@ -105,6 +105,7 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._create: Callable[[], asyncio.Protocol] | None = None
         self._early: list[socket.socket] = []
+        self._closed = 0  # connections closed, of which the supervisor does not know yet
         self._is_draining = False
         self.channel = Channel(
             {
@@ -353,8 +354,20 @@ class Worker:
 
     def closed(self) -> None:
         """Tell the supervisor that a connection was closed."""
-        with suppress(OSError):
-            self._sockets.send(CLOSED)
+        self._closed += 1
+        if self._closed == 1 and self._loop is not None:
+            self._loop.call_soon(self._tell_closed)
+
+    def _tell_closed(self) -> None:
+        try:
+            self._sockets.send(CLOSED + b"%d" % self._closed)
+        except BlockingIOError:  # the supervisor is busy
+            if self._loop is not None:
+                self._loop.call_later(SEND_S, self._tell_closed)
+        except OSError:  # it has ended
+            return
+        else:
+            self._closed = 0
 
     def _drain(self) -> None:
         if self._loop is not None:
