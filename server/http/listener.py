@@ -22,7 +22,9 @@ SWEEP_S = 0.25
 MAX_NETWORK_RATIO = 8  # limit of one network's connections, relative to the free ones
 EVICTION_SAMPLE = 256  # number of connections from which the one to evict is chosen
 FRESH_S = 0.25  # a new connection has this long to send its first request before it counts as silent
-READ_S = 0.02  # the first request of a younger connection may have arrived, but not been read
+READ_TURNS = (
+    3  # iterations of the event loop after which a new connection has been read, if anything has arrived
+)
 
 
 # A connection awaits a head, a body, the application's response, or the client's close.
@@ -60,6 +62,7 @@ class BaseConnection(ABC):
         write_deadline: time by which the client must have read the written data (monotonic seconds).
         address, network: of the client.
         opened_at: monotonic seconds.
+        has_been_read: what the client sent first has been read, if anything has arrived.
         answered_at: when its last response was written (monotonic seconds); None before the first one.
         client: client of the current request, as `Gate.admit` names it.
         body_bytes: bytes of the request's body that count as in flight.
@@ -69,6 +72,7 @@ class BaseConnection(ABC):
         self.loop = loop
         self.state, self.address, self.network = HEAD, "", ""
         self.opened_at = monotonic()
+        self.has_been_read = False
         self.answered_at: float | None = None
         self.deadline = self.write_deadline = inf
         self.client, self.body_bytes = "", 0
@@ -121,6 +125,7 @@ class Listener:
     def opened(self, connection: BaseConnection) -> None:
         """Count a connection; evict one if the new one's network has more than MAX_NETWORK_RATIO for each free one."""
         self.connections.add(connection)
+        self._grow_older(connection, READ_TURNS)
         self._per_network[connection.network] += 1
         free = self.max_connections - len(self.connections)
         if self._per_network[connection.network] > MAX_NETWORK_RATIO * free:
@@ -129,18 +134,23 @@ class Listener:
             self._sweeping = True
             connection.loop.call_later(SWEEP_S, self._sweep, connection.loop)
 
+    def _grow_older(self, connection: BaseConnection, turns: int) -> None:
+        if turns:
+            connection.loop.call_soon(self._grow_older, connection, turns - 1)
+        else:
+            connection.has_been_read = True
+
     def _evict(self, new: BaseConnection) -> None:
         """Abort the connection that is the smallest loss, of a sample of those that await no response.
 
         In this order: silent ones, which are older than FRESH_S and have had no response; those of a network with more
-        than half of all connections; others that have had no response, unless they are younger than READ_S; and those
-        idle longest.
+        than half of all connections; others that have had no response, if they have been read; and those idle longest.
         """
         now, most = monotonic(), len(self.connections) / 2
 
         def loss(c: BaseConnection) -> tuple[bool, bool, bool, float]:
             idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
-            is_new = c.answered_at is None and idle_s > READ_S
+            is_new = c.answered_at is None and c.has_been_read
             return is_new and idle_s > FRESH_S, self._per_network[c.network] > most, is_new, idle_s
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
