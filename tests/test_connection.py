@@ -601,9 +601,12 @@ class Made(BaseConnection):
         network: str = "",
         idle_s: float = 0.0,
         answered: bool = False,
+        is_unread: bool = False,
         state: int = connection.HEAD,
     ) -> None:
-        super().__init__(SimpleNamespace(call_later=lambda *_: None))  # type: ignore[arg-type]
+        loop: Any = SimpleNamespace(call_later=lambda *_: None, call_soon=lambda *_: None)
+        super().__init__(loop)
+        self.has_been_read = not is_unread
         self.shared, self.network, self.opened_at = shared, network, time.monotonic() - idle_s
         self.answered_at = self.opened_at if answered else None
         self.state, self.is_aborted, self.is_refused, self.left = state, False, False, 0
@@ -626,8 +629,8 @@ def made_listener(limit: int = 5) -> Listener:
     return Listener(gate, limit, 1000, 5.0)
 
 
-# Network, seconds idle, whether it has been answered; in order of eviction.
-LOSSES = [
+# Network, seconds idle, whether it has been answered, and has not been read yet; in order of eviction.
+LOSSES: list[Any] = [
     ("large", 1.0, False),  # silent
     ("other", 3.0, False),
     ("other", 2.0, False),
@@ -636,6 +639,7 @@ LOSSES = [
     ("large", 0.2, True),
     ("other", 0.2, False),
     ("other", 9.0, True),
+    ("other", 0.1, False, True),  # not read yet
     ("other", 0.1, True),
 ]
 

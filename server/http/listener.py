@@ -144,14 +144,24 @@ class Listener:
         """Abort the connection that is the smallest loss, of a sample of those that await no response.
 
         In this order: silent ones, which are older than FRESH_S and have had no response; those of a network with more
-        than half of all connections; others that have had no response, if they have been read; and those idle longest.
+        than half of all connections; others that have had no response; those that have been idle for FRESH_S since
+        theirs; those whose first request may have arrived but has not been read; and the others. Among equals, the one
+        that has been idle longest.
         """
         now, most = monotonic(), len(self.connections) / 2
 
-        def loss(c: BaseConnection) -> tuple[bool, bool, bool, float]:
+        def loss(c: BaseConnection) -> tuple[bool, bool, bool, bool, bool, float]:
             idle_s = now - (c.opened_at if c.answered_at is None else c.answered_at)
-            is_new = c.answered_at is None and c.has_been_read
-            return is_new and idle_s > FRESH_S, self._per_network[c.network] > most, is_new, idle_s
+            is_new, is_old = c.answered_at is None and c is not new, idle_s > FRESH_S
+            is_unread = is_new and not c.has_been_read
+            return (
+                is_new and is_old,
+                self._per_network[c.network] > most,
+                is_new and not is_unread,
+                is_old and not is_new,
+                is_unread,
+                idle_s,
+            )
 
         sample = random.sample(tuple(self.connections), min(EVICTION_SAMPLE, len(self.connections)))
         spare = [new, *(c for c in sample if c.state != RESPONSE and c is not new)]
