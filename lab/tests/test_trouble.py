@@ -44,7 +44,10 @@ def test_growth_is_from_the_second_quarter_to_the_last() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [f.__name__ for f in faults.FAULTS])
-def test_nothing_accepted_is_lost(fault: str, store: Path, texts: Path, tmp_path: Path) -> None:
+def test_nothing_accepted_is_lost(
+    fault: str, store: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faults, "PROCESS_KILLS", 2)
     result = invoke(
         f"faults --texts {texts} --store {store} --model tiny --port {free_port()} --out {tmp_path} "
         f"--only {fault}",
