@@ -51,7 +51,7 @@ log = logging.getLogger("de3")
 MAX_STARTS = 3  # of a process that ends before it is ready, after which the server stops
 MAX_ENDS, ENDS_S = 5, 10.0  # processes that end within this time, after which the server stops
 SAMPLES_S = 5.0  # time for a process to send its metrics
-KEEP_S = 10.0  # interval at which the counters of the processes are kept, in case one ends
+KEEP_S = 0.5  # interval at which the counters of the processes are kept: a killed one loses those since
 PAUSE_S = 0.005  # before connections are accepted again, when no process takes more
 STOP_S = 10.0  # time to end a process after its last request
 

@@ -260,9 +260,8 @@ class Worker:
             "routes": {name: asdict(route) for name, route in models.routes.items()},
         }
 
-    async def _samples(self) -> list[dict[str, Any]]:
-        registry = self.service.metrics.registry
-        return await asyncio.to_thread(lambda: [asdict(family) for family in families_of(registry)])
+    async def _samples(self) -> list[Family]:
+        return await asyncio.to_thread(families_of, self.service.metrics.registry)
 
     def _live(self, name: str) -> list[Any]:
         auditor = self.service.audits.get(self.service.models.current(name))
