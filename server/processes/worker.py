@@ -28,7 +28,7 @@ from de3.server.http.http_server import HttpServer, max_connections, uvicorn_con
 from de3.server.manager import Change, Manager, Plan
 from de3.server.models import Route
 from de3.server.processes.channel import Channel
-from de3.server.processes.samples import families_of
+from de3.server.processes.samples import Family, families_of
 from de3.server.rules import Promised
 from de3.server.service import Service
 from de3.server.settings import Settings
