@@ -101,14 +101,12 @@ class Supervisor:
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._processes: dict[int, Process] = {}
-        self._starts = dict.fromkeys(
-            range(1, settings.processes + 1), 0
-        )  # starts of each since it was last ready
+        # Starts of each process since it was last ready.
+        self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
         self._departed: list[Family] = []  # counters of processes that have ended
-        self._state: dict[str, Any] | None = (
-            None  # models and roles; None until the first process has loaded them
-        )
+        # Models and their roles; None until the first process has loaded them.
+        self._state: dict[str, Any] | None = None
         self._version = 0  # of the state
         self._changing = asyncio.Lock()
         self._is_changing = False
