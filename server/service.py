@@ -99,9 +99,9 @@ class Service:
     async def _change(self, change: Change) -> dict[str, Any]:
         return await self.manager.change(change)
 
-    def audits_changed(self, name: str, standing: Standing) -> None:
+    def audits_changed(self, manifest: Manifest, standing: Standing) -> None:
         """Take τ of a model from its ledger."""
-        self.audits.apply(name, standing)
+        self.audits.apply(manifest, standing)
 
     def _retry_after_s(self) -> int:
         return self.engine.retry_after_s()

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from prometheus_client import generate_latest
 
+from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact
 from de3.server.audit.audits import Books
 from de3.server.audit.ledger import Standing
@@ -68,7 +69,7 @@ class OneProcess:
         settings: Settings,
         metrics: Metrics,
         in_force: Callable[[Served], Choice],
-        publish: Callable[[str, Standing], None],
+        publish: Callable[[Manifest, Standing], None],
         change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
     ) -> None:
         """in_force, publish: see LocalBooks. change: changes the served models."""

@@ -409,7 +409,7 @@ def test_shares_behind_a_trusted_proxy_are_by_forwarded_address(
 def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole, now = RateLimit("640/hour"), 1000.0
+    whole, now = RateLimit("600/minute"), 1000.0
     monkeypatch.setattr("time.monotonic", lambda: now)
 
     class Supervisor:
@@ -428,16 +428,19 @@ def test_leases_are_limited_together_and_what_is_unused_is_lost_after_a_while(
 
     async def run() -> None:
         nonlocal now
-        one, other = (RateLimit("640/hour", Supervisor()) for _ in range(2))
-        assert await take(one, 3) and left() == 630  # a block of ten
-        assert await take(one, 7) and left() == 630 and await take(one, 1) and left() == 620
-        assert await take(other, 100) and left() == 520
-        now += 2  # nine texts are lost
-        assert await take(one, 1) and left() == 510
-        one.drain("me", 12)  # nine of them are leased
-        assert left() == 507
-        assert [await take(other, 1) for _ in range(600)].count(True) == 507
+        one, other = (RateLimit("600/minute", Supervisor()) for _ in range(2))
+        assert await take(one, 3) and left() == 595  # a block of five
+        assert await take(one, 2) and left() == 595 and await take(one, 1) and left() == 590
+        assert await take(other, 90) and left() == 500
+        now += 2  # four texts are lost
+        assert await take(one, 1) and left() == 495
+        one.drain("me", 7)  # four of them are leased
+        assert left() == 492
+        assert [await take(other, 1) for _ in range(600)].count(True) == 492
         assert not await take(one, 1)
+        daily = RateLimit("640/day", Supervisor())  # slow: no more than is needed is taken
+        whole._rate = daily._rate
+        assert [await take(daily, 1) for _ in range(641)].count(True) == 640
 
     def left() -> int:
         return int(whole._limiter.get_window_stats(whole._rate, "me").remaining)

@@ -160,8 +160,9 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         assert first["tau_choice"]["promise"] == promise
         for _ in range(3):
             server.classify(input=new_texts())
-        until(lambda: audit(server)["tau"]["tau"] > 0, "τ to rise")
+        until(lambda: audit(server)["tau"]["tau"] > 0 and not audit(server)["pending"], "τ to rise")
         said = audit(server)
+        assert server.metric("de3_tau", model="tiny-int8:1") == said["tau"]["tau"]
         assert said["share"] == 0.05
         (client,) = said["promise"].pop("clients")
         assert said["promise"] == promise | {"reason": "evidence"}
@@ -172,7 +173,6 @@ def test_a_guarantee_starts_at_full_depth_and_audits_raise_tau(store: Path) -> N
         after = server.classify(input=TEXTS, explain=True).json()
         assert after["tau_choice"]["tau"] == said["tau"]["tau"]
         assert any(row["exit"]["reason"] == "threshold" for row in after["data"])
-        assert server.metric("de3_tau", model="tiny-int8:1") == said["tau"]["tau"]
         assert server.metric("de3_audit_promise", model="tiny-int8:1") == 0.2
         # A request's own option takes precedence, as without a guarantee.
         assert server.classify(input="good", tau=0.5).json()["data"][0]["exit"]["tau"] == 0.5
@@ -853,8 +853,9 @@ def test_a_change_says_how_many_audits_it_took(store: Path) -> None:
     ledger = served_ledger(books_of(guarantee=0.1, guarantee_start="calibrated"), served)
     assert ledger.promises is not None and ledger.promises.of_all.index > 0
     unlike = Settled("one", 1.0, audit=Audited([0.0, None], [True, False], [3, 3], True))
+    epoch = ledger.standing.epoch
     while not ledger.resets:
-        ledger.count([unlike], 0, True)
+        ledger.count([unlike], epoch, True)
         added += 1
     (reset,) = ledger.resets
     assert (reset.reason, reset.audits) == ("change", added)

@@ -89,8 +89,10 @@ class Auditor:
         submit: Callable[[Sequence[Audit]], None],
         count: Count,
         write: Callable[[str], None] | None = None,
+        is_behind: Callable[[], bool] = lambda: False,
     ) -> None:
-        """submit: enqueues audits. write: writes a line of the audit log."""
+        """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books."""
+        self._is_behind = is_behind
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
         self._random = random.Random()
@@ -134,7 +136,7 @@ class Auditor:
 
     def _share_at(self, tau: float) -> float:
         """The share at this τ: 1 at τ = 0 with a guarantee, as an answer at full depth is its own audit."""
-        if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES:
+        if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
             return 0.0
         if self._has_guarantee and tau == 0:
             return 1.0

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from de3.model_store.manifest import Manifest
 from de3.server.audit.auditor import Auditor
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
@@ -29,6 +30,10 @@ class Books(Protocol):
 
     def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
         """Count settled texts of a model; see Ledger.count."""
+
+    @property
+    def is_behind(self) -> bool:
+        """True while the ledgers cannot count as fast as texts are settled: none is then drawn."""
 
     def write(self, line: str) -> None:
         """Write a line of the audit log."""
@@ -61,12 +66,15 @@ class Audits:
                 self._books.count(name, settled, epoch, may_rise)
 
             write = None if self._settings.log_audits is None else self._books.write
-            auditor = self._by_model[name] = Auditor(served, self._settings, self._submit, count, write)
+            auditor = self._by_model[name] = Auditor(
+                served, self._settings, self._submit, count, write, lambda: self._books.is_behind
+            )
         auditor.serve(served, self._books.serve(served))
 
-    def apply(self, name: str, standing: Standing) -> None:
+    def apply(self, manifest: Manifest, standing: Standing) -> None:
         """Take τ of a model from its ledger."""
-        if (auditor := self._by_model.get(name)) is not None:
+        auditor = self._by_model.get(f"{manifest.name}:{manifest.version}")
+        if auditor is not None and auditor.served.model.manifest == manifest:
             auditor.apply(standing)
 
     def forget(self, served: Served) -> None:

@@ -4,6 +4,7 @@ Each process settles the audits of its own texts (`auditor.py`) and sends them h
 before, by any process, never counts towards a rise of τ, and τ rises only between two requests.
 """
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ log = logging.getLogger("de3")
 
 MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
 MAX_RESETS = 20  # resets kept for the report
+_EPOCHS = itertools.count(1)  # no two ledgers have one in common: a version may be exported anew
 
 
 @dataclass(slots=True)
@@ -65,7 +67,7 @@ class Standing(NamedTuple):
     """What a ledger tells the processes.
 
     Attributes:
-        epoch: number of the evidence; each reset starts a new one, and texts drawn before it do not count.
+        epoch: number of the evidence; each ledger and each reset starts a new one, and texts drawn before do not count.
         promised: τ of each client; None without a guarantee.
     """
 
@@ -121,7 +123,8 @@ class Ledger:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
             self.promises = Promises(settings.guarantee, self.taus, start)
         self._seen: list[set[int]] = [set(), set()]  # the older, and the newer half
-        self._epoch = 0
+        self._epoch = next(_EPOCHS)
+        self._published: Standing | None = None
         self.since = time.time()
         self.resets: list[Reset] = []
         self.num_resets: dict[Reason, int] = {"change": 0, "reset": 0}
@@ -131,6 +134,7 @@ class Ledger:
     def serve(self, rules: Rules, runtime: str, caution: float) -> None:
         """Continue with the same model, reloaded."""
         self.rules, self.runtime, self.caution = rules, runtime, caution
+        self._published = None
         self._apply()
 
     @property
@@ -151,8 +155,11 @@ class Ledger:
         return Promised(promises.rate, promises.choose(NEWCOMER), clients)
 
     def _apply(self) -> None:
-        """Take τ from the promises, and tell the processes."""
+        """Take τ from the promises, and tell the processes if it has changed."""
         standing = self.standing
+        if standing == self._published:
+            return
+        self._published = standing
         if standing.promised is not None:
             self.rules.apply_guarantee(standing.promised)
         self._publish(standing)
@@ -232,7 +239,7 @@ class Ledger:
 
     def _begin_anew(self, reset: Reset) -> None:
         self.evidence, self._seen = Evidence(self.taus), [set(), set()]
-        self._epoch += 1
+        self._epoch = next(_EPOCHS)
         self.since, self.is_changed = reset.at, True
         self.resets = [*self.resets, reset][-MAX_RESETS:]
         self.num_resets[reset.reason] += 1

@@ -21,7 +21,7 @@ MAX_KEPT = 32  # states of unloaded models, which may be loaded again
 class Ledgers:
     """A ledger for each served model, by name:version."""
 
-    def __init__(self, settings: Settings, publish: Callable[[str, Standing], None]) -> None:
+    def __init__(self, settings: Settings, publish: Callable[[Manifest, Standing], None]) -> None:
         """publish: called with a model and its new standing. Raises ValueError if state_dir cannot be written."""
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
@@ -40,7 +40,7 @@ class Ledgers:
             return known.standing
 
         def publish(standing: Standing) -> None:
-            self._publish(name, standing)
+            self._publish(manifest, standing)
 
         ledger = self._by_model[name] = Ledger(manifest, rules, runtime, caution, self._settings, publish)
         state = self._unloaded.pop(name, None)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from de3.model_store.manifest import Manifest
 from de3.server.audit.ledger import Settled, Standing, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
@@ -19,11 +20,13 @@ class LocalBooks:
         ledgers: the ledgers.
     """
 
+    is_behind = False
+
     def __init__(
         self,
         settings: Settings,
         in_force: Callable[[Served], Choice],
-        publish: Callable[[str, Standing], None],
+        publish: Callable[[Manifest, Standing], None],
     ) -> None:
         """in_force: the choice for requests without options, which may change under load. publish: see Ledgers.
 

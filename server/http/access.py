@@ -22,8 +22,7 @@ MAX_KEYS = 256  # the key of each request is compared with all of them
 MAX_FILE_BYTES = 2**20
 # For the rate limit, this many bytes of a body, or tokens, count as one text.
 BYTES_PER_TEXT, TOKENS_PER_TEXT = 4096, 128
-LEASES = 64  # a process of several leases this part of a limit at a time
-LEASE_S = 1.0  # what it has not used by then is lost
+LEASE_S = 1.0  # a process loses what it has not used of a lease by then
 # Paths that need no key: they reveal nothing about users or texts.
 _OPEN = re.compile(
     r"/(|health|ready|metrics|v2/health/(live|ready)|openapi\.json|docs(/.*)?|static-offline-docs/.*|favicon\.ico)"
@@ -111,7 +110,9 @@ class Access:
         self.admins = _keys(settings.admin_keys, settings.admin_keys_file, "DE3_ADMIN_KEYS")
         if self.users is not None and self.admins is not None and self.users.shares_with(self.admins):
             raise ValueError("admin_keys: a key cannot be both a user's and an admin's")
-        self.limit = RateLimit(settings.rate_limit, leases) if settings.rate_limit else None
+        self.limit: RateLimit | None = None
+        if settings.rate_limit:
+            self.limit = RateLimit(settings.rate_limit, leases, max(1, settings.processes))
         if self.limit is not None and self.users is None:
             raise ValueError("rate_limit: applies to API keys, and there are none; give api_keys_file")
 
@@ -197,7 +198,7 @@ class RateLimit:
     of 128; units are rounded up.
     """
 
-    def __init__(self, rate: str, leases: Leases | None = None) -> None:
+    def __init__(self, rate: str, leases: Leases | None = None, processes: int = 1) -> None:
         """rate: such as 100/second or 5000/minute. leases: the limit of all processes. Raises ValueError."""
         try:
             self._rate: RateLimitItem = parse(rate)
@@ -206,7 +207,7 @@ class RateLimit:
         except ValueError:
             raise ValueError(f"rate_limit: {rate!r} is not a rate; give for example 100/second") from None
         self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
-        self._leases = leases
+        self._leases, self._processes = leases, processes
         self._leased: dict[str, tuple[int, float]] = {}  # texts that are left of a lease, and when it ends
 
     def check(self, texts: int) -> None:
@@ -249,9 +250,11 @@ class RateLimit:
     def grant(self, owner: str, texts: int) -> int:
         """Count at least this many texts of an owner, for a process that needs them; returns the number.
 
-        A process that gets a few more need not ask for its next requests. Raises RequestError if not even `texts` fit.
+        A process that gets a few more need not ask for its next requests. All processes together get at most half of
+        the limit in advance, so what they lose refuses nobody. Raises RequestError if not even `texts` fit.
         """
-        block = max(texts, self._rate.amount // LEASES)
+        per_second = self._rate.amount / self._rate.get_expiry()
+        block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))
         if block > texts and self._limiter.hit(self._rate, owner, cost=block):
             return block
         self._hit(owner, texts)

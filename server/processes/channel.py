@@ -73,13 +73,10 @@ class Channel:
         """Send a note; it is lost if the channel is closed."""
         self._send([0, method, arguments])
 
-    async def drain(self) -> None:
-        """Wait until the notes and calls so far have been sent."""
-        if self._writer is not None and not self.is_closed:
-            try:
-                await self._writer.drain()
-            except ConnectionError:
-                return
+    @property
+    def unsent(self) -> int:
+        """Bytes that the other side has not read, beyond what the system buffers."""
+        return 0 if self._writer is None else self._writer.transport.get_write_buffer_size()
 
     def _send(self, message: list[Any]) -> None:
         data = orjson.dumps(message, default=list)  # named tuples become lists

@@ -22,11 +22,13 @@ from weakref import WeakKeyDictionary
 import uvloop
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
+from de3.model_store.manifest import Manifest
 from de3.model_store.store import Artifact, Store
 from de3.server.audit.ledger import Audited, Ledger, Settled, Standing, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
+from de3.server.audit.state import fingerprint
 from de3.server.errors import RequestError
 from de3.server.http.access import Access
 from de3.server.http.http_server import BACKLOG
@@ -42,16 +44,18 @@ from de3.server.processes.worker import (
     WEIGHTS,
     artifact_of,
     part_of,
-    weights_key,
 )
 from de3.server.rules import Choice, Rules
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 MAX_STARTS = 3  # of a process that ends before it is ready, after which the server stops
-MAX_ENDS, ENDS_S = 5, 10.0  # processes that end within this time, after which the server stops
+MAX_ENDS, ENDS_S = 5, 10.0  # ready processes that end within this time, after which the server stops
 SAMPLES_S = 5.0  # time for a process to send its metrics
 KEEP_S = 0.5  # interval at which the counters of the processes are kept: a killed one loses those since
+ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to load a model; then it is killed
+RETRY_S = 30.0  # longest pause before a process that failed to start is started again
+ACCEPT_S = 1.0  # time to pass on the last connections
 PAUSE_S = 0.005  # before connections are accepted again, when no process takes more
 STOP_S = 10.0  # time to end a process after its last request
 
@@ -69,6 +73,7 @@ class Process:
         sockets: carries connections and weights.
         connections: number of open ones.
         is_listening, is_member, is_ready: it takes connections; it takes part in changes of the models; it answers.
+        has_opened: it has been ready.
         models: those that it has loaded.
         reason: why it failed, if it said so.
         samples: its metrics when they were last read.
@@ -81,6 +86,7 @@ class Process:
     connections: int = 0
     is_listening: bool = False
     is_ready: bool = False
+    has_opened: bool = False
     is_member: bool = False
     models: list[Any] = field(default_factory=list)
     reason: str = ""
@@ -193,21 +199,22 @@ class Supervisor:
         """Let the processes answer the accepted requests, and wait until they have ended."""
         loop = asyncio.get_running_loop()
         self._is_draining = True
+        end = monotonic() + ACCEPT_S
+        while not all(self._accept(one) for one in self._listening) and monotonic() < end:
+            await asyncio.sleep(PAUSE_S)
         for one in self._listening:
-            self._accept(one)  # what the kernel has accepted
             loop.remove_reader(one)
             one.close()
         for process in self._all:
-            process.sockets.shutdown(socket.SHUT_WR)
-        end = monotonic() + self._settings.timeout_s + 5 + STOP_S
-        while any(p.os_process.is_alive() for p in self._all) and monotonic() < end:
-            await asyncio.sleep(0.02)
+            with suppress(OSError):
+                process.sockets.shutdown(socket.SHUT_WR)
+        # Their channels end with them; the last settled texts have then been counted.
+        lives = list(self._lives.values())
+        if lives:
+            await asyncio.wait(lives, timeout=self._settings.timeout_s + 5 + STOP_S)
         for process in self._all:
-            if process.os_process.is_alive():
-                log.error("process %d does not end: it is killed", process.number)
-                process.os_process.kill()
-        # The last settled texts have been counted once the channels are closed.
-        await asyncio.wait(self._lives.values(), timeout=STOP_S)
+            log.error("process %d does not end: it is killed", process.number)
+            process.os_process.kill()
         await asyncio.to_thread(self._ledgers.stop)
         if self._log is not None:
             self._log.close()
@@ -222,9 +229,12 @@ class Supervisor:
 
     # Processes
 
-    async def _start(self, number: int) -> None:
-        """Start a process, and replace it when it ends."""
+    async def _start(self, number: int, pause_s: float = 0.0) -> None:
+        """Start a process after a pause, and replace it when it ends."""
         loop = asyncio.get_running_loop()
+        await asyncio.sleep(pause_s)
+        if self._is_draining:
+            return
         control, its_control = socket.socketpair()
         sockets, its_sockets = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = (number, self._part, self._artifacts, its_control, its_sockets)
@@ -267,26 +277,29 @@ class Supervisor:
             return
         how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with {code}"
         reason = process.reason or f"it ended {how}"
-        if process.is_ready:
-            self._starts[number] = 0
         if self._state is None and process.reason:  # the models cannot be served
             self._stop(ValueError(reason))
             return
+        if process.has_opened:
+            self._ends.append(monotonic())
         self._failed(number, reason)
 
     def _failed(self, number: int, reason: str) -> None:
-        """Replace a process, or stop the server if processes end again and again."""
+        """Replace a process, or stop the server if processes end again and again.
+
+        While others are ready, one that cannot start is tried again, after longer and longer pauses.
+        """
         self._starts[number] += 1
-        now = monotonic()
-        self._ends.append(now)
-        is_loop = len(self._ends) == MAX_ENDS and now - self._ends[0] < ENDS_S
-        if self._starts[number] > MAX_STARTS or is_loop:
+        starts = self._starts[number]
+        is_loop = len(self._ends) == MAX_ENDS and monotonic() - self._ends[0] < ENDS_S
+        if is_loop or (starts > MAX_STARTS and not self._ready):
             log.critical("process %d ended again and again: %s: the server stops", number, reason)
             self._stop(ServerError(reason))
             return
         log.critical("process %d ended: %s: it is replaced", number, reason)
         self._replaced.inc()
-        self._lives[number] = self._spawn(self._start(number))
+        pause_s = 0.0 if starts <= MAX_STARTS else min(RETRY_S, 2.0 ** (starts - MAX_STARTS))
+        self._lives[number] = self._spawn(self._start(number, pause_s))
 
     def _handlers(self, process: Process) -> dict[str, Callable[..., Any]]:
         def running() -> None:
@@ -295,8 +308,14 @@ class Supervisor:
         def listening() -> None:
             process.is_listening = True
 
+        def leaving() -> None:
+            process.is_listening = process.is_ready = False
+            with suppress(OSError):
+                process.sockets.shutdown(socket.SHUT_WR)
+            self._tell_ready()
+
         def ready() -> None:
-            process.is_ready = True
+            process.is_ready = process.has_opened = True
             self._starts[process.number] = 0
             self._tell_ready()
             if len(self._ready) == self._settings.processes:
@@ -308,6 +327,8 @@ class Supervisor:
         return {
             "running": running,
             "listening": listening,
+            "leaving": leaving,
+            "sync": lambda: None,
             "ready": ready,
             "scrape": lambda: self._scraping.result(self._scrape),
             "change": self._change,
@@ -326,20 +347,21 @@ class Supervisor:
 
     # Connections
 
-    def _accept(self, listening: socket.socket) -> None:
-        """Accept connections, and pass them on until no process takes more; the others wait."""
+    def _accept(self, listening: socket.socket) -> bool:
+        """Accept connections, and pass them on until no process takes more; false if others wait."""
         for _ in range(BACKLOG):
             try:
                 client = self._held or listening.accept()[0]
             except OSError:  # none is pending, or the client is gone, or there are no file descriptors
-                return
+                return True
             self._held = None if self._pass_on(client) else client
             if self._held is not None:
                 loop = asyncio.get_running_loop()
                 loop.remove_reader(listening)
                 loop.call_later(PAUSE_S, self._accept_again, listening)
-                return
+                return False
             client.close()
+        return False
 
     def _accept_again(self, listening: socket.socket) -> None:
         if not self._is_draining:
@@ -395,15 +417,21 @@ class Supervisor:
             async with self._changing:
                 if version == self._version:
                     for ledger in self._ledgers.all:
-                        process.channel.tell("standing", ledger.full_name, *ledger.standing)
+                        process.channel.tell("standing", fingerprint(ledger.manifest), *ledger.standing)
                     process.channel.tell("open")
                     process.is_member = True
                     return
             process.models = []  # they have changed in the meantime
 
     async def _load_or_end(self, process: Process) -> None:
-        with suppress(ChannelClosedError):
+        try:
             await self._load(process)
+        except ChannelClosedError:
+            return
+        except Exception as error:
+            log.exception("process %d cannot be used", process.number)
+            process.reason = str(error)
+            process.os_process.kill()
 
     def _loaded(self, process: Process, answer: dict[str, Any]) -> bool:
         """Note what a process has loaded; false if it failed, and ends."""
@@ -421,7 +449,11 @@ class Supervisor:
     def _set_state(self, state: dict[str, Any]) -> None:
         self._state = state
         self._version += 1
-        keys = {weights_key(artifact_of(plan["artifact"])) for plan in self._plans()}
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        """Close the memory of models that are not served; processes that still use it have mapped it."""
+        keys = {fingerprint(artifact_of(plan["artifact"]).manifest) for plan in self._plans()}
         for key in self._weights.keys() - keys:
             os.close(self._weights.pop(key))
 
@@ -442,10 +474,10 @@ class Supervisor:
 
     def _send_weights(self, process: Process, artifacts: Sequence[Any]) -> None:
         for row in artifacts:
-            fd = self._weights.get(weights_key(artifact_of(row)))
-            if fd is not None:
-                with suppress(BlockingIOError):  # then it has its own
-                    socket.send_fds(process.sockets, [WEIGHTS + weights_key(artifact_of(row)).encode()], [fd])
+            key = fingerprint(artifact_of(row).manifest)
+            if (fd := self._weights.get(key)) is not None:
+                with suppress(OSError):  # it has ended, or then has its own
+                    socket.send_fds(process.sockets, [WEIGHTS + key.encode()], [fd])
 
     async def _change(self, change: dict[str, Any]) -> dict[str, Any]:
         """Change the models of all processes, or of none; raises RequestError."""
@@ -471,35 +503,60 @@ class Supervisor:
             for process in members[1:]:
                 self._send_weights(process, [plan["artifact"]] if plan["artifact"] else [])
             await self._ask_all(members[1:], "prepare", plan)
-        except RequestError:
+        except Exception:
             await self._ask_all(members, "abort")
+            self._forget_weights()
             raise
         if plan["artifact"]:
             self._open_ledger({**loaded, "plan": plan})
-        answers = await self._ask_all(members, "commit")
+        answers = await self._commit_all(members)
         states = await self._ask_all(members, "state")
-        if not states:
-            raise RequestError("every process ended during this change; try again", cause="conflict")
-        self._set_state(states[0])
-        names = {model["full_name"] for model in states[0]["models"]}
+        if states:
+            self._set_state(states[0])
+        assert self._state is not None
+        names = {model["full_name"] for model in self._state["models"]}
         for ledger in self._ledgers.all:
             if ledger.full_name not in names:
                 self._ledgers.forget(ledger.full_name)
-        answer: dict[str, Any] = answers[0]
-        return answer
+        if not answers:
+            raise RequestError("every process ended during this change; try again", cause="conflict")
+        return answers[0]
+
+    async def _commit_all(self, members: Sequence[Process]) -> list[dict[str, Any]]:
+        """Commit in every process; one that cannot is replaced, as the others have changed."""
+        calls = (self._call(process, "commit") for process in members)
+        answers = []
+        for process, answer in zip(
+            members, await asyncio.gather(*calls, return_exceptions=True), strict=True
+        ):
+            if isinstance(answer, dict):
+                answers.append(answer)
+            else:
+                process.os_process.kill()
+        return answers
+
+    async def _call(self, process: Process, method: str, *arguments: Any) -> Any:
+        """Call a process, and kill it if it does not answer; raises its RequestError, or ChannelClosedError."""
+        limit_s = LOAD_S if method == "prepare" else ANSWER_S
+        try:
+            async with asyncio.timeout(limit_s):
+                return await process.channel.call(method, *arguments)
+        except TimeoutError:
+            log.critical("process %d does not answer: it is killed", process.number)
+            process.os_process.kill()
+            raise ChannelClosedError("the process does not answer") from None
 
     async def _ask(self, process: Process, method: str, *arguments: Any) -> Any:
         """Call one process; raises RequestError if it ends."""
         try:
-            return await process.channel.call(method, *arguments)
+            return await self._call(process, method, *arguments)
         except ChannelClosedError:
             raise RequestError("a process ended during this change; try again", cause="conflict") from None
 
     async def _ask_all(self, processes: Sequence[Process], method: str, *arguments: Any) -> list[Any]:
         """The answers of processes, without those that end; raises the first RequestError, once all have answered."""
-        answers = await asyncio.gather(
-            *(process.channel.call(method, *arguments) for process in processes), return_exceptions=True
-        )
+        calls = (self._call(process, method, *arguments) for process in processes)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, ChannelClosedError):
                 raise answer
@@ -517,9 +574,9 @@ class Supervisor:
 
     # Audits
 
-    def _publish(self, name: str, standing: Standing) -> None:
+    def _publish(self, manifest: Manifest, standing: Standing) -> None:
         for process in self._all:
-            process.channel.tell("standing", name, *standing)
+            process.channel.tell("standing", fingerprint(manifest), *standing)
 
     def _count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
         settled = [

@@ -1,6 +1,7 @@
 """A process that serves models, for a supervisor: it has the HTTP server and the engine, but does not listen."""
 
 import asyncio
+import fcntl
 import logging
 import os
 import random
@@ -11,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from hashlib import sha256
 from math import ceil
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from de3.native.network import Memory
 from de3.server import logs
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
+from de3.server.audit.state import fingerprint
 from de3.server.engine.served import Served
 from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
 from de3.server.manager import Change, Manager, Plan
@@ -38,6 +39,7 @@ CONNECTION, WEIGHTS = b"c", b"w"  # first byte of the messages that carry a file
 CLOSED = b"x"  # before the number of connections that were closed
 FD_MESSAGE_BYTES = 256
 ALL = 2**16  # messages to receive; more do not fit into a socket
+MAX_UNSENT_BYTES = 2**20
 SEND_S = 0.02  # settled texts are collected for this long, then sent together
 
 
@@ -84,9 +86,19 @@ def artifact_of(row: Sequence[Any]) -> Artifact:
     )
 
 
-def weights_key(artifact: Artifact) -> str:
-    """Identifies the weights of an artifact: the manifest has the hash of each file."""
-    return sha256(artifact.manifest.model_dump_json().encode()).hexdigest()
+def can_share_memory() -> bool:
+    """True if the system has memory that processes can share and seal; some sandboxes have none."""
+    try:
+        fd = os.memfd_create("de3-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return False
+    try:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 class Worker:
@@ -97,7 +109,9 @@ class Worker:
         self.is_ready = False
         self.books, self.leases = self, self
         self._settings, self._control, self._sockets = settings, control, sockets
-        self._standings: dict[str, Standing] = {}
+        self._standings: dict[str, Standing] = {}  # by fingerprint, as are the manifests
+        self._manifests: dict[str, Manifest] = {}
+        self._shares_weights = can_share_memory()
         self._settled: dict[tuple[str, int], tuple[list[Settled], bool]] = {}
         self._weights: dict[str, int] = {}  # file descriptors of filled memory
         self._new_weights: dict[str, int] = {}  # of memory that this process fills
@@ -175,6 +189,10 @@ class Worker:
         """Count texts that already ran, as far as the owner's rate limit permits."""
         self.channel.tell("charge", owner, texts)
 
+    def leave(self) -> None:
+        """Tell the supervisor that this process has failed, and takes no more connections."""
+        self.channel.tell("leaving")
+
     def start(self) -> None:
         """Tell the supervisor that this process is ready."""
         self.channel.tell("ready")
@@ -188,16 +206,26 @@ class Worker:
 
     async def _flush(self) -> None:
         self._send_settled()
-        await self.channel.drain()
+        await self.channel.call("sync")  # answered after the notes before it
 
     # Books
 
     def serve(self, served: Served) -> Standing:
         """The standing of a model, as the supervisor last sent it."""
-        return self._standings.get(served.model.full_name, Standing(0, None))
+        key = fingerprint(served.model.manifest)
+        self._manifests[key] = served.model.manifest
+        return self._standings.get(key, Standing(0, None))
 
     def forget(self, served: Served) -> None:
-        """Nothing to do: the supervisor does it."""
+        """Forget an unloaded model."""
+        key = fingerprint(served.model.manifest)
+        for known in (self._manifests, self._standings):
+            known.pop(key, None)
+
+    @property
+    def is_behind(self) -> bool:
+        """True while the supervisor does not read as fast as texts are settled."""
+        return self.channel.unsent > MAX_UNSENT_BYTES
 
     def count(self, name: str, settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
         """Send settled texts to the supervisor, several requests together."""
@@ -267,21 +295,25 @@ class Worker:
         auditor = self.service.audits.get(self.service.models.current(name))
         return [] if auditor is None else list(auditor.live)
 
-    def _standing(self, name: str, epoch: int, promised: list[Any] | None) -> None:
-        if promised is not None:
-            rate, newcomers, clients = promised
-            promised_ = Promised(rate, tuple(newcomers), [tuple(one) for one in clients])
-        standing = self._standings[name] = Standing(epoch, None if promised is None else promised_)
-        self.service.audits.apply(name, standing)
+    def _standing(self, key: str, epoch: int, row: list[Any] | None) -> None:
+        promised = None
+        if row is not None:
+            rate, newcomers, clients = row
+            promised = Promised(rate, tuple(newcomers), [tuple(one) for one in clients])
+        standing = self._standings[key] = Standing(epoch, promised)
+        if key in self._manifests:
+            self.service.audits.apply(self._manifests[key], standing)
 
     def _all_ready(self, is_ready: bool) -> None:
         self.is_ready = is_ready
 
     # Weights
 
-    def memory_of(self, artifact: Artifact) -> Memory:
-        """Memory for the weights of a model, which another process may have filled."""
-        key = weights_key(artifact)
+    def memory_of(self, artifact: Artifact) -> Memory | None:
+        """Memory for the weights of a model, which another process may have filled; None if it cannot be shared."""
+        if not self._shares_weights:
+            return None
+        key = fingerprint(artifact.manifest)
         if (fd := self._weights.get(key)) is not None:
             return Memory(fd, True)
         fd = self._new_weights[key] = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -290,7 +322,8 @@ class Worker:
     def _release_weights(self, are_filled: bool = True) -> None:
         """Send the memory that this process has filled to the supervisor, and close it; the kernels have mapped it."""
         for key, fd in self._new_weights.items() if are_filled else ():
-            socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
+            with suppress(OSError):  # then each process has its own
+                socket.send_fds(self._sockets, [WEIGHTS + key.encode()], [fd])
         for fd in (*self._new_weights.values(), *self._weights.values()):
             os.close(fd)
         self._new_weights, self._weights = {}, {}
@@ -330,7 +363,10 @@ class Worker:
             if not data:
                 self._drain()  # no further connections come
                 return
-            if data[:1] == WEIGHTS:
+            if not fds:  # this process has no free file descriptor
+                if data[:1] == CONNECTION:
+                    self.closed()
+            elif data[:1] == WEIGHTS:
                 self._weights[data[1:].decode()] = fds[0]
             else:
                 self._accept(socket.socket(fileno=fds[0]))
@@ -424,8 +460,12 @@ def main(
     def stop() -> None:
         server.should_exit = True
 
+    def fail() -> None:
+        worker.leave()
+        stop()
+
     worker.attach(service, stop)
-    server = WorkerServer(uvicorn_config(service, stop, on_closed=worker.closed), service, worker)
+    server = WorkerServer(uvicorn_config(service, fail, on_closed=worker.closed), service, worker)
     server.run()
     if service.failure is not None:
         sys.exit(1)
