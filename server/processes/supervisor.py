@@ -232,7 +232,9 @@ class Supervisor:
     async def _start(self, number: int, pause_s: float = 0.0) -> None:
         """Start a process after a pause, and replace it when it ends."""
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(pause_s)
+        end = monotonic() + pause_s
+        while monotonic() < end and not self._is_draining:
+            await asyncio.sleep(0.1)
         if self._is_draining:
             return
         control, its_control = socket.socketpair()
@@ -575,8 +577,9 @@ class Supervisor:
     # Audits
 
     def _publish(self, manifest: Manifest, standing: Standing) -> None:
+        key = fingerprint(manifest)
         for process in self._all:
-            process.channel.tell("standing", fingerprint(manifest), *standing)
+            process.channel.tell("standing", key, *standing)
 
     def _count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
         settled = [
