@@ -326,6 +326,18 @@ def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert number(int8, threads=3, processes=7) == 7
     assert number(fp32, threads=3) == number(int8, fp32, threads=3) == 1
     assert number(int8, threads=3, runtime="onnxruntime") == 1
+    with monkeypatch.context() as patch:  # a read-only file system
+
+        def nowhere() -> str:
+            raise FileNotFoundError
+
+        patch.setattr("tempfile.gettempdir", nowhere)
+        patch.setattr("tempfile.tempdir", None)
+        assert number(int8, threads=3) == 3
+        patch.setattr("de3.server.processes.number.SHARED_MEMORY", "/nowhere")
+        assert number(int8, threads=3) == 1
+        with pytest.raises(ValueError, match="processes: more than one needs a folder"):
+            number(int8, processes=2)
     monkeypatch.setattr("sys.platform", "darwin")
     assert number(int8, threads=3) == 1
     with pytest.raises(ValueError, match="processes: more than one needs Linux"):
