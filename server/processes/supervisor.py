@@ -431,6 +431,8 @@ class Supervisor:
         except ChannelClosedError:
             return
         except Exception as error:
+            if self._over.done():
+                return
             log.exception("process %d cannot be used", process.number)
             process.reason = str(error)
             process.os_process.kill()

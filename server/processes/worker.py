@@ -161,7 +161,8 @@ class Worker:
                 routes = {name: Route(**row) for name, row in routes.items()}
                 await manager.restore([plan_of(row) for row in plans], routes)
         except Exception as error:
-            self._may_open.set_exception(error)
+            if not self._may_open.done():  # it is cancelled while this process drains
+                self._may_open.set_exception(error)
             return {"failed": str(error)}
         self._release_weights()
         return self._state()
