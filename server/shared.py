@@ -1,4 +1,4 @@
-"""What the processes of a server share; a server of one process has it all to itself."""
+"""State that the processes of a server share, and its implementation for a server of one process."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence

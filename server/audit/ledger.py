@@ -64,7 +64,7 @@ class Settled:
 
 
 class Standing(NamedTuple):
-    """What a ledger tells the processes.
+    """The state of a ledger that the processes need.
 
     Attributes:
         epoch: number of the evidence; each ledger and each reset starts a new one, and texts drawn before do not count.

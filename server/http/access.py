@@ -250,8 +250,8 @@ class RateLimit:
     def grant(self, owner: str, texts: int) -> int:
         """Count at least this many texts of an owner, for a process that needs them; returns the number.
 
-        A process that gets a few more need not ask for its next requests. All processes together get at most half of
-        the limit in advance, so what they lose refuses nobody. Raises RequestError if not even `texts` fit.
+        A process that gets a few more need not ask for its next requests. All processes together lease at most half
+        of what the limit allows in a second, so unused leases cause no refusals. Raises RequestError if not even `texts` fit.
         """
         per_second = self._rate.amount / self._rate.get_expiry()
         block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))
