@@ -251,7 +251,8 @@ class RateLimit:
         """Count at least this many texts of an owner, for a process that needs them; returns the number.
 
         A process that gets a few more need not ask for its next requests. All processes together lease at most half
-        of what the limit allows in a second, so unused leases cause no refusals. Raises RequestError if not even `texts` fit.
+        of what the limit allows in a second, so unused leases cause no refusals. Raises RequestError if not even
+        `texts` fit.
         """
         per_second = self._rate.amount / self._rate.get_expiry()
         block = max(texts, int(per_second * LEASE_S / (2 * self._processes)))
