@@ -35,6 +35,9 @@ def cluster(nodes: int, cores: int, port: int) -> Iterator[Cluster]:
     # Retry the requests of a replica that died, in Ray's own proxy and in HAProxy, if Ray uses it.
     os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "de3.deploy.ray.repeat:middlewares"
     os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response junk-response"
+    # Beside other work a proxy may need more than the 5 s after which Ray kills it and starts another.
+    os.environ["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "60"
+    os.environ["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "60"
     ray_cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": cores, "include_dashboard": False}
     )
