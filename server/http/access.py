@@ -6,6 +6,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from limits import RateLimitItem, parse, parse_many
 from limits.storage import MemoryStorage
@@ -79,6 +80,11 @@ class Keys:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
         return cls.read(path.read_text(), str(path))
 
+    @property
+    def lines(self) -> str:
+        """The keys' digests, as lines for read()."""
+        return "\n".join(f"{name} sha256:{digest.hex()}" for name, digest in self._digests.items())
+
     def shares_with(self, others: "Keys") -> bool:
         """True if the two have a key in common."""
         return not set(self._digests.values()).isdisjoint(others._digests.values())
@@ -115,6 +121,14 @@ class Access:
             self.limit = RateLimit(settings.rate_limit, leases, max(1, settings.processes))
         if self.limit is not None and self.users is None:
             raise ValueError("rate_limit: applies to API keys, and there are none; give api_keys_file")
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """Settings that contain the same keys, and no files."""
+        found = {"api_keys": self.users, "admin_keys": self.admins}
+        return {name: keys and SecretStr(keys.lines) for name, keys in found.items()} | {
+            f"{name}_file": None for name in found
+        }
 
     def user(self, scope: Scope) -> str:
         """The owner of a classification request's key; empty if no key is needed. Raises RequestError."""

@@ -1,0 +1,80 @@
+"""The audits of a server of several processes: one ledger for each model counts what all of them settle."""
+
+from statistics import mean
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from de3.model_store.manifest import Manifest
+from de3.server.audit.ledger import Audited, Ledger, Settled, Standing, tau_row
+from de3.server.audit.ledgers import Ledgers
+from de3.server.audit.log import AuditLog
+from de3.server.audit.report import Live
+from de3.server.audit.state import fingerprint
+from de3.server.errors import RequestError
+from de3.server.http.shared_run import SharedRun
+from de3.server.processes.group import Group, ask_all
+from de3.server.settings import Settings
+
+
+class SharedBooks:
+    """The ledgers and the audit log of all processes."""
+
+    def __init__(self, settings: Settings, group: Group) -> None:
+        """Raises ValueError if the state folder or the log cannot be written."""
+        self._group = group
+        self.ledgers = Ledgers(settings, self._publish)
+        self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
+        self._reporting: WeakKeyDictionary[Ledger, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
+
+    def _publish(self, manifest: Manifest, standing: Standing) -> None:
+        key = fingerprint(manifest)
+        for process in self._group.all:
+            process.channel.tell("standing", key, *standing)
+
+    def count(self, name: str, rows: list[dict[str, Any]], epoch: int, may_rise: bool) -> None:
+        """Count settled texts of a model, which a process has sent."""
+        settled = [
+            Settled(**{**row, "audit": None if row["audit"] is None else Audited(**row["audit"])})
+            for row in rows
+        ]
+        self.ledgers.count(name, settled, epoch, may_rise)
+
+    def write(self, line: str) -> None:
+        """Write a line of the audit log."""
+        if self._log is not None:
+            self._log.write(line)
+
+    def _ledger(self, name: str) -> Ledger:
+        ledger = self.ledgers.get(name)
+        if ledger is None:
+            raise RequestError(f"{name} is no longer served", "name", "unknown_model")
+        return ledger
+
+    async def report(self, name: str, level: int) -> dict[str, Any]:
+        """The audit results of a model at a load level; raises RequestError."""
+        ledger = self._ledger(name)
+        running = self._reporting.setdefault(ledger, SharedRun("the report", self._group.size))
+        return await running.result(lambda: self._report(ledger, level))
+
+    async def _report(self, ledger: Ledger, level: int) -> dict[str, Any]:
+        name = ledger.full_name
+        rows = [Live(*row) for row in await ask_all(self._group.ready, "live", name) if row]
+        excluded = {
+            reason: sum(row.excluded[reason] for row in rows) for reason in (rows[0].excluded if rows else ())
+        }
+        share = mean(row.share for row in rows) if rows else 0.0
+        live = Live(share, sum(row.pending for row in rows), excluded)
+        return await self.ledgers.report(name, live, ledger.rules.in_force(level))
+
+    async def reset(self, name: str) -> dict[str, Any]:
+        """Discard the audit results of a model in every process; raises RequestError."""
+        ledger = self._ledger(name)
+        ledger.reset()
+        await ask_all(self._group.all, "sync")  # they have the new standing
+        return tau_row(ledger.rules.default)
+
+    def stop(self) -> None:
+        """Save all evidence and close the files."""
+        self.ledgers.stop()
+        if self._log is not None:
+            self._log.close()

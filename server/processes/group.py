@@ -1,0 +1,143 @@
+"""The processes of a server, as its supervisor sees them."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from de3.server.errors import RequestError
+from de3.server.processes.channel import Channel, ChannelClosedError
+from de3.server.processes.samples import Family
+from de3.server.processes.weights import Weights
+from de3.server.processes.worker import CONNECTION, FD_MESSAGE_BYTES, WEIGHTS
+
+log = logging.getLogger("de3")
+ANSWER_S, LOAD_S = 30.0, 300.0  # time for a process to answer, and to load a model; then it is killed
+
+
+@dataclass(eq=False)
+class Process:
+    """A process, as the supervisor sees it.
+
+    Attributes:
+        number: from 1; its replacement has the same.
+        sockets: carries connections and weights.
+        connections: number of open ones.
+        is_listening, is_member, is_ready: it takes connections; it takes part in changes of the models; it answers.
+        has_opened: it has been ready.
+        models: those that it has loaded.
+        reason: why it failed, if it said so.
+        samples: its metrics when they were last read.
+    """
+
+    number: int
+    os_process: Any
+    channel: Channel
+    sockets: socket.socket
+    connections: int = 0
+    is_listening: bool = False
+    is_ready: bool = False
+    has_opened: bool = False
+    is_member: bool = False
+    models: list[Any] = field(default_factory=list)
+    reason: str = ""
+    samples: list[Family] = field(default_factory=list)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        """Call the process, and kill it if it does not answer; raises its RequestError, or ChannelClosedError."""
+        limit_s = LOAD_S if method == "prepare" else ANSWER_S
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.channel.call(method, *arguments)
+        except TimeoutError:
+            log.critical("process %d does not answer: it is killed", self.number)
+            self.os_process.kill()
+            raise ChannelClosedError("the process does not answer") from None
+
+    async def ask(self, method: str, *arguments: Any) -> Any:
+        """Call the process; raises RequestError if it ends."""
+        try:
+            return await self.call(method, *arguments)
+        except ChannelClosedError:
+            raise RequestError("a process ended during this change; try again", cause="conflict") from None
+
+    def take(self, client: socket.socket) -> bool:
+        """Give the process a connection; false if it cannot take one now."""
+        try:
+            socket.send_fds(self.sockets, [CONNECTION], [client.fileno()])
+        except OSError:
+            return False
+        self.connections += 1
+        return True
+
+    def receive(self, weights: Weights) -> None:
+        """Read its messages about closed connections, and the weights that it has filled."""
+        while True:
+            try:
+                data, fds, _, _ = socket.recv_fds(self.sockets, FD_MESSAGE_BYTES, 1)
+            except OSError:
+                return
+            if not data:
+                asyncio.get_running_loop().remove_reader(self.sockets)
+                return
+            if data[:1] == WEIGHTS:
+                weights.put(data[1:].decode(), fds[0])
+            else:
+                self.connections -= int(data[1:])
+
+    def close(self) -> None:
+        """Give it no more connections; it answers its requests, then ends."""
+        with suppress(OSError):
+            self.sockets.shutdown(socket.SHUT_WR)
+
+
+class Group:
+    """The running processes of a server."""
+
+    def __init__(self, size: int) -> None:
+        """size: number of processes once all run."""
+        self.size = size
+        self._by_number: dict[int, Process] = {}
+
+    def add(self, process: Process) -> None:
+        """Add a process that has started."""
+        self._by_number[process.number] = process
+
+    def remove(self, process: Process) -> None:
+        """Remove a process that has ended."""
+        del self._by_number[process.number]
+        self.tell_ready()
+
+    @property
+    def all(self) -> list[Process]:
+        """All processes."""
+        return list(self._by_number.values())
+
+    @property
+    def ready(self) -> list[Process]:
+        """The processes that answer."""
+        return [process for process in self.all if process.is_ready]
+
+    @property
+    def is_ready(self) -> bool:
+        """True if every process answers."""
+        return len(self.ready) == self.size
+
+    def tell_ready(self) -> None:
+        """Tell every process whether the server is ready."""
+        is_ready = self.is_ready
+        for process in self.all:
+            process.channel.tell("all_ready", is_ready)
+
+
+async def ask_all(processes: Sequence[Process], method: str, *arguments: Any) -> list[Any]:
+    """The answers of processes, without those that end; raises the first RequestError, once all have answered."""
+    calls = (process.call(method, *arguments) for process in processes)
+    answers = await asyncio.gather(*calls, return_exceptions=True)
+    for answer in answers:
+        if isinstance(answer, BaseException) and not isinstance(answer, ChannelClosedError):
+            raise answer
+    return [answer for answer in answers if not isinstance(answer, BaseException)]

@@ -1,0 +1,82 @@
+"""The metrics of a server of several processes: the sums over all of them, those that have ended included."""
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+from time import monotonic
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
+
+from de3.server.audit.ledger import Ledger
+from de3.server.audit.ledgers import Ledgers
+from de3.server.errors import RequestError
+from de3.server.http.shared_run import SharedRun
+from de3.server.metrics import LedgerMetrics
+from de3.server.processes.channel import ChannelClosedError
+from de3.server.processes.group import Group, Process
+from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
+from de3.server.rules import Choice
+
+SAMPLES_S = 5.0  # time for a process to send its metrics
+KEEP_S = 0.5  # interval at which the counters of the processes are kept: a killed one loses those since
+
+
+class SharedMetrics:
+    """The samples of the processes, and the supervisor's own metrics."""
+
+    def __init__(self, group: Group, ledgers: Ledgers | None) -> None:
+        """ledgers: None if there are no audits."""
+        self._group = group
+        self._departed: list[Family] = []  # counters of processes that have ended
+        self._read_at = 0.0
+        self._scraping = SharedRun[str]("the metrics", group.size)
+        self._registry = r = CollectorRegistry()
+        ProcessCollector(registry=r)
+        Gauge("de3_processes", "Processes that serve models (--processes)", registry=r).set(group.size)
+        self.replaced = Counter(
+            "de3_replaced_processes", "Starts of a process in the place of one that ended", registry=r
+        )
+        if ledgers is not None:
+            r.register(LedgerMetrics(lambda: ledgers.all, self._in_force))
+
+    def _in_force(self, ledger: Ledger) -> Choice:
+        level = max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0)
+        return ledger.rules.in_force(int(level))
+
+    async def keep(self) -> None:
+        """Read the samples often, for the case that a process is killed."""
+        while True:
+            await asyncio.sleep(KEEP_S)
+            if monotonic() - self._read_at > KEEP_S / 2:
+                await self._read()
+
+    def remove(self, process: Process) -> None:
+        """Keep the counters of a process that has ended."""
+        self._departed = merged([self._departed, growing(process.samples)])
+
+    async def scrape(self) -> str:
+        """The metrics in the text format of Prometheus; raises RequestError if too many ask at once."""
+        return await self._scraping.result(self._scrape)
+
+    async def _scrape(self) -> str:
+        await self._read()
+        self._read_at = monotonic()
+        parts = [process.samples for process in self._group.all]
+        text = await asyncio.to_thread(_text, [families_of(self._registry), self._departed, *parts])
+        return text.decode()
+
+    async def _read(self) -> None:
+        async def read(process: Process) -> None:
+            with suppress(TimeoutError, ChannelClosedError, RequestError):
+                async with asyncio.timeout(SAMPLES_S):
+                    process.samples = families_from(await process.channel.call("samples"))
+
+        await asyncio.gather(*(read(process) for process in self._group.all if process.is_listening))
+
+
+def _text(parts: list[list[Family]]) -> bytes:
+    return text_of(merged(parts))
+
+
+def _gauge(samples: Sequence[Family], name: str) -> float:
+    return next((value for f in samples if f.name == name for _, _, value in f.samples), 0.0)

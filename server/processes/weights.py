@@ -1,0 +1,40 @@
+"""The weights of the models' kernels: memory that one process fills and all map, by file descriptor."""
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from de3.server.audit.state import fingerprint
+from de3.server.processes.worker import WEIGHTS, artifact_of
+
+
+def key_of(artifact: Sequence[Any]) -> str:
+    """Identifies the weights of an artifact, given as in a plan."""
+    return fingerprint(artifact_of(artifact).manifest)
+
+
+class Weights:
+    """The filled memory of the served models."""
+
+    def __init__(self) -> None:
+        self._fds: dict[str, int] = {}
+
+    def put(self, key: str, fd: int) -> None:
+        """Keep memory that a process has filled."""
+        if (old := self._fds.pop(key, None)) is not None:
+            os.close(old)
+        self._fds[key] = fd
+
+    def send(self, sockets: socket.socket, artifacts: Iterable[Sequence[Any]]) -> None:
+        """Send a process the memory of models that it will load; one that gets none fills its own."""
+        for key in map(key_of, artifacts):
+            if (fd := self._fds.get(key)) is not None:
+                with suppress(OSError):
+                    socket.send_fds(sockets, [WEIGHTS + key.encode()], [fd])
+
+    def keep(self, artifacts: Iterable[Sequence[Any]]) -> None:
+        """Close the memory of all other models; processes that still use it have mapped it."""
+        for key in self._fds.keys() - set(map(key_of, artifacts)):
+            os.close(self._fds.pop(key))
