@@ -66,6 +66,35 @@ def starts(
 
 
 @app.command()
+def processes(
+    store: options.Store,
+    model: options.ModelName,
+    texts: options.Texts,
+    before: Annotated[
+        Path | None, typer.Option(help="Another checkout to measure as well, built in place.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="Option of de3 serve, such as --default-tau=0; repeat for more.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Measurements of each server, in turn.", min=1)] = 10,
+    seconds: Annotated[float, typer.Option(help="Duration of one measurement.", min=1)] = 3.0,
+    port: options.Port = 8100,
+) -> None:
+    """Compare a server of several processes with one process of as many threads: throughput, CPU, latency, memory.
+
+    Needs wrk.
+
+    Example: python -m lab processes --store models --model sst2 --texts dev.tsv
+    """
+    from lab import processes as study
+
+    sides = study.sides(store, model, option or [], before)
+    study.measure(sides, read(texts, "sentence"), rounds, seconds, port)
+    for line in study.table(sides):
+        print(line)
+
+
+@app.command()
 def fuzz_inputs(
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(FUZZERS)}; repeat for more.")

@@ -247,7 +247,7 @@ class Running:
     def memory_mb(self) -> float:
         """Current memory of the server's processes, MB: resident, with shared pages counted once (PSS)."""
         total = 0
-        for pid in _process_tree(self.process.pid):
+        for pid in process_tree(self.process.pid):
             try:
                 rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             except OSError:
@@ -257,7 +257,8 @@ class Running:
         return total / 1000
 
 
-def _process_tree(pid: int) -> list[int]:
+def process_tree(pid: int) -> list[int]:
+    """The process ids of a process and of all that it has started."""
     pids = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -265,7 +266,7 @@ def _process_tree(pid: int) -> list[int]:
         except OSError:
             continue
         for child in children:
-            pids += _process_tree(int(child))
+            pids += process_tree(int(child))
     return pids
 
 
