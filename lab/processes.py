@@ -1,0 +1,137 @@
+"""A server of several processes beside one process of as many threads, and beside another checkout."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from de3.loadtest.client import quantile, send_traffic
+from de3.loadtest.servers import Running, Server, ours, process_tree, running
+from de3.loadtest.texts import Sample
+
+CONNECTIONS = (16, 64)
+SHARES = (1 / 3, 2 / 3, 0.9)  # of saturation
+MAX_TEXTS = 2000
+_SCRIPT = """wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+local bodies, i = {%s}, 0
+request = function() i = i + 1; return wrk.format(nil, "/classify", nil, bodies[i %% #bodies + 1]) end
+"""
+
+
+@dataclass
+class Side:
+    """A measured server.
+
+    Attributes:
+        rates: requests/s of each round, by connections.
+        cpu_us: CPU time of a request in each round, at 16 connections.
+        latencies: (p50, p99) in ms of each round, by share of saturation.
+        memory_mb: PSS at the end.
+    """
+
+    name: str
+    server: Server
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    cpu_us: list[float] = field(default_factory=list)
+    latencies: dict[float, list[tuple[float, float]]] = field(default_factory=dict)
+    memory_mb: float = 0.0
+
+
+def sides(store: Path, model: str, options: Sequence[str], before: Path | None) -> list[Side]:
+    """The servers to compare. before: another checkout, built in place."""
+    threads = ours(store, model, options=[*options, "--processes", "1"])
+    found = [Side("one process", threads), Side("processes", ours(store, model, options=options))]
+    if before is not None:
+        start = f"import sys; sys.path.insert(0, {str(before)!r}); from de3.cli import main; main()"
+        command = [sys.executable, "-c", start, *ours(store, model, options=options).command[3:]]
+        found.insert(0, Side("before", replace(threads, command=command)))
+    return found
+
+
+def measure(found: list[Side], samples: list[Sample], rounds: int, seconds: float, port: int) -> None:
+    """Measure all sides in turn, and note the results in them; raises ValueError if wrk fails."""
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        script = Path(folder) / "post.lua"
+        bodies = (f"[==[{json.dumps({'input': s.text})}]==]" for s in samples[:MAX_TEXTS])
+        script.write_text(_SCRIPT % ",\n".join(bodies))
+        started = [
+            stack.enter_context(running(side.server, port + i, Path(folder) / f"{i}.log"))
+            for i, side in enumerate(found)
+        ]
+        for _ in range(rounds):
+            for connections in CONNECTIONS:
+                for side, server in zip(found, started, strict=True):
+                    rate, cpu_us = _wrk(server, script, connections, seconds)
+                    side.rates.setdefault(connections, []).append(rate)
+                    if connections == CONNECTIONS[0]:
+                        side.cpu_us.append(cpu_us)
+        saturation = min(median(side.rates[CONNECTIONS[0]]) for side in found)
+        for seed in range(rounds):
+            for share in SHARES:
+                for side, server in zip(found, started, strict=True):
+                    run = send_traffic(server.target, samples, seconds, share * saturation, seed=seed)
+                    times = run.latencies_ms()
+                    both = quantile(times, 0.5), quantile(times, 0.99)
+                    side.latencies.setdefault(share, []).append(both)
+        for side, server in zip(found, started, strict=True):
+            side.memory_mb = server.memory_mb()
+
+
+def _wrk(server: Running, script: Path, connections: int, seconds: float) -> tuple[float, float]:
+    """Requests/s, and the CPU time of the server for each, in µs."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "-s", str(script), server.target.url]
+    before = _cpu_us(server)
+    try:
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    except FileNotFoundError:
+        raise ValueError("wrk is not installed: apt-get install wrk") from None
+    used = _cpu_us(server) - before
+    if "Non-2xx" in output or "Socket errors" in output:
+        raise ValueError(f"requests failed:\n{output}")
+    requests, rate = re.search(r"(\d+) requests in", output), re.search(r"Requests/sec:\s+(\S+)", output)
+    assert requests and rate
+    return float(rate[1]), used / int(requests[1])
+
+
+def _cpu_us(server: Running) -> float:
+    """CPU time of all threads of the server, µs."""
+    files = (
+        file
+        for pid in process_tree(server.process.pid)
+        for file in Path(f"/proc/{pid}/task").glob("*/schedstat")
+    )
+    return sum(int(file.read_text().split()[0]) for file in files) / 1000
+
+
+def table(found: list[Side]) -> Iterator[str]:
+    """The medians, as Markdown; ratios are medians of the rounds, to the first side."""
+    yield "| | " + " | ".join(side.name for side in found) + " | ratio |"
+    yield "| --- |" + " --- |" * (len(found) + 1)
+    for connections in CONNECTIONS:
+        rates = [side.rates[connections] for side in found]
+        cells = [f"{median(rate):,.0f}" for rate in rates]
+        yield _row(f"requests/s, {connections} connections", cells, _ratio(rates))
+    cpu = [side.cpu_us for side in found]
+    yield _row("CPU time of a request, µs", [f"{median(values):.0f}" for values in cpu], _ratio(cpu))
+    for share in SHARES:
+        for i, name in enumerate(("p50", "p99")):
+            values = [[both[i] for both in side.latencies[share]] for side in found]
+            label = f"{name} at {share:.2f} of the smallest saturation, ms"
+            yield _row(label, [f"{median(v):.2f}" for v in values], _ratio(values))
+    yield _row("memory (PSS), MB", [f"{side.memory_mb:.0f}" for side in found], "")
+
+
+def _row(label: str, cells: list[str], ratio: str) -> str:
+    return f"| {label} | {' | '.join(cells)} | {ratio} |"
+
+
+def _ratio(values: list[list[float]]) -> str:
+    paired = [last / first for first, last in zip(values[0], values[-1], strict=True)]
+    return f"{median(paired):.2f} ({min(paired):.2f} … {max(paired):.2f})"
