@@ -1,1 +1,17 @@
-"""The command line."""
+"""Text classifiers that exit early: `de3.load` runs one in process, and `de3.client` asks a server."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from de3.library import DEMO, Classifier, InputError, Options, load
+
+__all__ = ["DEMO", "Classifier", "InputError", "Options", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the library when it is first used: `de3.client` alone needs none of it."""
+    if name not in __all__:
+        raise AttributeError(f"module 'de3' has no attribute {name!r}")
+    from de3 import library
+
+    return getattr(library, name)

@@ -16,6 +16,7 @@ SEPARATOR = "|"  # between the labels of a text in a cell of a file
 JOINT = "\x1f"  # between them in a row, because labels in a JSON list may contain |
 PANEL = "Data"
 MAX_LINE = 2**24  # characters of a line, and of a field of a .csv or .tsv file
+SHOWN = 1000  # characters of a bad row
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -70,13 +71,24 @@ class Columns:
     regression: bool = False
 
 
-def records(path: Path, columns: Columns) -> Iterator[tuple[str, Any]]:
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read, and the reason; content: its beginning."""
+
+    reason: str
+    content: str
+
+
+def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
 
-    Blank lines are skipped. Raises ValueError for a file that cannot be read as a table, or has no rows.
+    Blank lines are skipped. keeps_bad: yield a BadRow for a row that cannot be read. Raises ValueError for any other
+    such row, a file that cannot be read as a table, or one without rows.
     """
     line = 0
     for line, record in _records(path, columns):
+        if isinstance(record, BadRow) and not keeps_bad:
+            raise ValueError(f"{path}:{line}: {record.reason}")
         yield f"{path}:{line}", record
     if not line:
         raise ValueError(f"{path} has no rows")
@@ -101,14 +113,12 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
         )
     # "-sig": some files begin with a byte order mark.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = _lines(file, path)
         if delimiter is None and suffix in (".txt", ".jsonl"):
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield (
-                        number,
-                        {columns.text: line} if suffix == ".txt" else _json(line, f"{path}:{number}"),
-                    )
+            for number, line, problem in _lines(file):
+                if problem:
+                    yield number, BadRow(problem, line[:SHOWN])
+                elif line.strip():
+                    yield number, {columns.text: line} if suffix == ".txt" else _json(line)
             return
         if delimiter is None:
             delimiter = "\t" if suffix == ".tsv" else ","
@@ -116,52 +126,81 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
         if len(delimiter) != 1:
             raise ValueError(f"--delimiter must be one character or tab, got {delimiter!r}")
         quoted = suffix != ".tsv" if columns.quotes is None else columns.quotes
-        csv.field_size_limit(MAX_LINE)
-        reader = csv.reader(
-            lines, delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-        )
+        yield from _delimited(file, path, columns, delimiter, quoted)
+
+
+def _delimited(
+    file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
+) -> Iterator[tuple[int, Any]]:
+    problems: list[str] = []  # of the lines of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for number, line, problem in _lines(file):
+            if problem and not problems:
+                problems.append(problem if number == reader.line_num + 1 else f"line {number}: {problem}")
+            yield line
+
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.reader(lines(), delimiter=delimiter, quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE)
+    names: list[str] | None = None
+    is_first = True
+    while True:
+        problems.clear()
         try:
-            names = next(reader, None) if columns.header else None
-            for row in reader:
-                if names is not None and len(row) > len(names):
-                    raise ValueError(
-                        f"{path}:{reader.line_num}: has {len(row)} fields, the header {len(names)}: put texts with "
-                        f"{delimiter!r} in quotation marks; for one text per line, use a .txt file"
-                    )
-                if row:
-                    columns_of_row = names or list(map(str, range(len(row))))
-                    missing = dict.fromkeys(columns_of_row[len(row) :])  # of a short row
-                    yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
+            row = next(reader, None)
         except csv.Error as error:
-            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+            row, problems = [], [str(error)]
+        if row is None:
+            return
+        if is_first and columns.header:
+            if problems:
+                raise ValueError(f"{path}:{reader.line_num}: {problems[0]}")
+            names, is_first = row, False
+            continue
+        is_first = False
+        if not problems and names is not None and len(row) > len(names):
+            problems.append(
+                f"has {len(row)} fields, the header {len(names)}: put texts with {delimiter!r} in quotation marks; "
+                "for one text per line, use a .txt file"
+            )
+        if problems:
+            yield reader.line_num, BadRow(problems[0], delimiter.join(row)[:SHOWN])
+        elif row:
+            columns_of_row = names or list(map(str, range(len(row))))
+            missing = dict.fromkeys(columns_of_row[len(row) :])  # of a short row
+            yield reader.line_num, dict(zip(columns_of_row, row, strict=False)) | missing
 
 
-def _lines(file: TextIO, path: Path) -> Iterator[str]:
-    """The lines of a file opened with surrogateescape.
+def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
+    """The lines of a file opened with surrogateescape: number, line and problem, "" if there is none.
 
-    Raises ValueError, naming the line, for one that is not UTF-8 or is longer than MAX_LINE, of which no more is read.
+    A line that is not UTF-8, or longer than MAX_LINE, has a problem; of a longer one, only the beginning is returned.
     """
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            raise ValueError(f"{path}:{number}: a line of more than {MAX_LINE} characters")
+            rest = line
+            while rest and not rest.endswith("\n"):
+                rest = file.readline(MAX_LINE)
+            # Without quotation marks, which could join it with the lines after it.
+            yield number, line[:SHOWN].replace('"', ""), f"a line of more than {MAX_LINE} characters"
+            continue
         # UTF-16 without a byte order mark has a zero beside each ASCII letter, and is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))
+        problem = ""
         if is_utf16 or (not line.isascii() and _SURROGATE.search(line)):
             reason = "has a zero byte" if "\0" in line else "not UTF-8"
             encoding = "UTF-16" if is_utf16 else "WINDOWS-1252"
-            raise ValueError(
-                f"{path}:{number}: {reason}; convert the file, for example with iconv -f {encoding} -t UTF-8"
-            )
-        yield line
+            problem = f"{reason}; convert the file, for example with iconv -f {encoding} -t UTF-8"
+        yield number, line, problem
 
 
-def _json(line: str, where: str) -> Any:
+def _json(line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        return BadRow(f"not JSON: {error}", line[:SHOWN])
 
 
 def read_rows(path: Path, columns: Columns) -> list[tuple[Text, str]]:

@@ -95,6 +95,27 @@ def processes(
 
 
 @app.command()
+def bulk(
+    texts: options.Texts,
+    folder: Annotated[Path, typer.Option(help="Folder for the files, which stay.")],
+    store: options.Store = Path("models"),
+    model: options.ModelName = "sst2",
+    rows: Annotated[int, typer.Option(help="Number of texts.", min=1)] = 2_000_000,
+) -> None:
+    """Classify a large file of recombined texts, beside the same engine fed from memory; kill a run, and continue it.
+
+    Example: python -m lab bulk --texts train.tsv --folder runs/bulk
+    """
+    from de3.model_store.store import Store
+    from lab import bulk as study
+
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = [sample.text for sample in read(texts, "sentence")]
+    for line in study.study(Store(store).open(model), store, samples, rows, folder):
+        print(line, flush=True)
+
+
+@app.command()
 def fuzz_inputs(
     only: Annotated[
         list[str] | None, typer.Option(help=f"One of {', '.join(FUZZERS)}; repeat for more.")

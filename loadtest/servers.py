@@ -246,15 +246,20 @@ class Running:
 
     def memory_mb(self) -> float:
         """Current memory of the server's processes, MB: resident, with shared pages counted once (PSS)."""
-        total = 0
-        for pid in process_tree(self.process.pid):
-            try:
-                rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            except OSError:
-                continue
-            pss = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
-            total += int(pss[1]) if pss else 0
-        return total / 1000
+        return pss_mb(self.process.pid)
+
+
+def pss_mb(pid: int) -> float:
+    """Current memory of a process and of all that it has started, MB (PSS)."""
+    total = 0
+    for one in process_tree(pid):
+        try:
+            rollup = Path(f"/proc/{one}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        pss = re.search(r"^Pss:\s+(\d+)", rollup, re.M)
+        total += int(pss[1]) if pss else 0
+    return total / 1000
 
 
 def process_tree(pid: int) -> list[int]:

@@ -1,6 +1,7 @@
-"""Runs requests: the step between the protocols and the engine.
+"""Runs a server's requests: the step between the protocols and the engine.
 
-Every protocol runs an `Inference`, and nothing below it depends on HTTP.
+Every protocol runs an `Inference`, and nothing below it depends on HTTP. In process, without a server, `de3/library.py`
+takes this step.
 """
 
 import asyncio
@@ -9,8 +10,7 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 
 from de3.exits.reading import differs
-from de3.exits.windows import most_windows
-from de3.server.engine.job import Job
+from de3.server.engine.job import Job, check_texts, job_of
 from de3.server.engine.request import Request
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
@@ -35,15 +35,10 @@ class Inference:
     async def run(self, service: Service) -> Job:
         """Classify the texts; returns the finished job, which has the outcomes. Raises RequestError."""
         service.check_open()
-        request = self.request
-        self.served = served = service.models.get(request.model)
-        request.check(served.model.manifest)
-        request.windows = min(request.windows, most_windows(served.model.manifest.max_tokens))
-        _check_texts(request, served)
+        self.served = served = service.models.get(self.request.model)
         level = service.admission.level
-        choice = served.rules.of(request.options, level, request.client)
         self._done = asyncio.get_running_loop().create_future()
-        self.job = job = Job(served, choice, request, self._settle)
+        self.job = job = job_of(served, self.request, level, self._settle)
         with service.audits.watch(job) if service.audits.is_on else NOT_AUDITED:
             service.admission.admit(job)
             try:
@@ -93,23 +88,6 @@ class Inference:
             self.job = None
 
 
-def _check_texts(request: Request, served: Served) -> None:
-    """Raise RequestError for a single text if the model takes pairs, or vice versa."""
-    takes = served.model.manifest.input
-    if takes is None:
-        return
-    wants_pair = takes == "pair"
-    for index, text in enumerate(request.texts):
-        if (text.text_pair is not None) != wants_pair:
-            what = (
-                "pairs of texts, and this is a single text"
-                if wants_pair
-                else "single texts, and this is a pair"
-            )
-            name = request.name_of(index)
-            raise RequestError(f"{name}: {served.model.full_name} takes {what}", name)
-
-
 def timed_out(timeout_s: float) -> RequestError:
     """The error for a request that timed out."""
     return RequestError(f"no answer within {timeout_s:g} s", cause="timeout")
@@ -140,7 +118,7 @@ def _run_shadow(shadow: Served, job: Job, level: int, service: Service) -> None:
         second.release()
 
     try:
-        _check_texts(job.request, shadow)
+        check_texts(job.request, shadow)
         choice = shadow.rules.of(job.request.options, level)
         request = Request(job.request.texts, windows=job.request.windows)
         second = Job(shadow, replace(choice, budget_s=None), request, compare, is_shadow=True)

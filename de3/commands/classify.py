@@ -1,24 +1,23 @@
-"""`de3 classify`: classify texts, or a file of texts, with a running server."""
+"""`de3 classify`: classify texts, or files of texts, in process or with a running server."""
 
 import json
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from de3.commands.models import Url, check_url
-from de3.commands.options import fields_of, with_fields
+from de3.commands.models import check_url
+from de3.commands.options import console, fields_of, with_fields
 from de3.exits.signals import SIGNALS
-from de3.tables import Columns, records, text_of
+from de3.tables import Columns
 
-MAX_BATCH = 32
-# Characters of a batch, unless its only text is longer: at 4 bytes each 1 MiB, the default limit of a server.
-MAX_BATCH_CHARS = 2**18
-CHUNK = 2**20
+if TYPE_CHECKING:
+    from de3.bulk.pool import Pool
+    from de3.bulk.run import Summary
+    from de3.model_store.store import Artifact
+
+FILES = "Files"
 
 
 @with_fields(Columns, without=["label"])
@@ -27,20 +26,36 @@ def classify(
     file: Annotated[
         Path | None,
         typer.Option(
-            help='Texts to classify: .jsonl, each line a text or an object with "text" (and "text_pair"); .csv or '
-            ".tsv with such columns; or .txt, one text per line."
+            help="File of texts, or a folder of such files: .parquet, .csv or .tsv with columns; .jsonl, each line a "
+            'text or an object; or .txt, one text per line. A column "text_pair" makes pairs.',
+            rich_help_panel=FILES,
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File for the answers to --file, one per line. The file of an interrupted run is continued."
+            help="Answers to --file: a .parquet, .csv, .tsv or .jsonl file, or a folder of parts. The same command "
+            "continues a run that was interrupted.",
+            rich_help_panel=FILES,
         ),
     ] = None,
-    url: Url = "http://127.0.0.1:8000",
-    key: Annotated[str | None, typer.Option(envvar="DE3_API_KEY", help="API key.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="name, or name:version. Default: the server's default.")
+        str | None,
+        typer.Option(
+            help="Model: name or name:version in the store, or a folder or hub id of a Hugging Face classifier. "
+            "Default: the store's only model; with --url, the server's default.",
+        ),
+    ] = None,
+    store: Annotated[Path, typer.Option(envvar="DE3_STORE", help="Folder of the model store.")] = Path(
+        "models"
+    ),
+    demo: Annotated[bool, typer.Option("--demo", help="Use the demo model that is part of de3.")] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(envvar="DE3_URL", help="URL of a running server that answers, instead of this process."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="DE3_API_KEY", help="API key, with --url.", show_envvar=True)
     ] = None,
     tau: Annotated[
         float | None, typer.Option(help="Exit at the first layer whose score is below τ; 0: never early.")
@@ -56,7 +71,7 @@ def classify(
         typer.Option(help="Instead of --tau: the largest rate of answers that differ from full depth."),
     ] = None,
     latency_budget_ms: Annotated[
-        float | None, typer.Option(help="Instead of --tau: the latency budget, ms.")
+        float | None, typer.Option(help="Instead of --tau: the latency budget, ms; for texts, not --file.")
     ] = None,
     long: Annotated[
         str | None,
@@ -64,19 +79,47 @@ def classify(
             help="How to handle texts longer than the model's limit: truncate (default), windows, or error."
         ),
     ] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Number of requests in flight with --file.")] = 8,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            help="Columns of the input that the output repeats, separated by commas; none: no column.",
+            show_default="all",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="Put before the names of the answers' columns.", rich_help_panel=FILES)
+    ] = "",
+    part_rows: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Rows of a part: written at once, and lost if a run ends.", rich_help_panel=FILES
+        ),
+    ] = 65_536,
+    output_format: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            help="Of the parts in a folder: parquet, csv, tsv or jsonl. Default: that of the input.",
+            show_default=False,
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Engine threads.", show_default="one per core")
+    ] = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, help="With --url and --file: number of requests in flight.")
+    ] = 8,
     **reading: Any,
 ) -> None:
-    """Classify texts with a running server.
+    """Classify texts or files: in this process, or with a running server if --url or DE3_URL is given.
 
-    Example: de3 classify "a fine film" --tau 0.05, or de3 classify --file in.jsonl --out out.jsonl
+    Example: de3 classify "a fine film" --demo, or de3 classify --file in.parquet --out out.parquet --model sst2
     """
-    from de3.client import Client
-
     if bool(texts) == (file is not None) or (file is None) != (out is None):
         raise ValueError("give texts, or --file and --out; see de3 classify --help")
-    options = {
-        "model": model,
+    given = {
         "tau": tau,
         "signal": signal,
         "target_speedup": target_speedup,
@@ -84,21 +127,100 @@ def classify(
         "latency_budget_ms": latency_budget_ms,
         "long": long,
     }
-    with Client(check_url(url), key) as client:
-        if texts:
-            for text, row in zip(texts, _ask(client, texts, options), strict=True):
-                label = ", ".join(row["labels"]) or "none" if "labels" in row else row["label"]
-                number = row["value"] if "value" in row else max(row["probs"])
-                print(f"{label}  {number:.3f}  layer {row['exit']['layer']}  {text}")
-        elif file is not None and out is not None:
-            _classify_file(
-                client, file, Columns(**fields_of(Columns, reading), label=None), out, options, parallel
-            )
+    options = {name: value for name, value in given.items() if value is not None}
+    if file is not None and latency_budget_ms is not None:
+        raise ValueError(
+            "--latency-budget-ms: only for texts; for --file, choose --max-disagreement or --tau"
+        )
+    with ExitStack() as stack:
+        if url is not None:
+            from de3.client import Client
+
+            client = stack.enter_context(Client(check_url(url), key))
+            remote = options | ({"model": model} if model else {})
+            if texts:
+                _print(texts, _ask(client, texts, remote))
+                return
+        else:
+            artifact = _artifact(model, store, demo)
+            if texts:
+                _print(texts, _run_here(artifact, texts, options, threads))
+                return
+        assert file is not None and out is not None
+        from de3.bulk.parts import Parts
+        from de3.bulk.pool import LocalPool, RemotePool
+        from de3.bulk.source import Source
+
+        kept = None if keep is None else [name for name in keep.split(",") if name and keep != "none"]
+        columns = Columns(**fields_of(Columns, reading), label=None)
+        source = Source(file, columns, kept)
+        what = {
+            "input": [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in source.files],
+            "columns": [vars(columns), kept, prefix],
+            "options": options,
+            "part_rows": part_rows,
+            "model": [url, model] if url is not None else _identity(artifact),
+        }
+        parts = Parts(out, _kind(out, output_format, source.kind), what)
+        stack.callback(parts.close)
+        if parts.is_complete:
+            console.print(f"{out} is complete: nothing to do", highlight=False)
+            return
+        pool: Pool
+        pool = (
+            LocalPool(artifact, options, threads)  # type: ignore[arg-type]  # the engine checks them
+            if url is None
+            else RemotePool(client, remote, parallel)
+        )
+        stack.callback(pool.close)
+        _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
 
 
-def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[str, Any]]:
+def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
+    """The artifact of a name, or the only one of the store; raises ValueError."""
+    from de3.library import DEMO, artifact_of
+    from de3.model_store.store import NoModelsError, Store
+
+    if demo:
+        store, name = DEMO, name or "sst2"
+    if name is not None:
+        return artifact_of(name, store.absolute())
+    try:
+        names = list(Store(store).versions())
+    except NoModelsError as error:
+        raise ValueError(
+            f"{error}; or choose a classifier with --model, --demo, or a server with --url"
+        ) from None
+    if len(names) != 1:
+        raise ValueError(f"--model: is required, as {store} has several: {', '.join(names)}")
+    return Store(store).open(names[0])
+
+
+def _identity(artifact: "Artifact") -> list[str]:
+    from de3.server.audit.state import fingerprint
+
+    return [artifact.full_name, fingerprint(artifact.manifest)]
+
+
+def _kind(out: Path, wanted: str | None, kind: str) -> str:
+    """The suffix of the output; raises ValueError."""
+    from de3.bulk.formats import KINDS
+
+    if out.suffix in KINDS and not out.is_dir():
+        if wanted is not None:
+            raise ValueError("--format: is for a folder; the suffix of --out says the format of a file")
+        return out.suffix
+    if wanted is None:
+        return ".jsonl" if kind == ".txt" else kind
+    if f".{wanted}" not in KINDS:
+        raise ValueError(f"--format must be parquet, csv, tsv or jsonl, got {wanted!r}")
+    return f".{wanted}"
+
+
+def _ask(client: Any, inputs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
     import httpx
 
+    from de3.bulk.pool import no_answer
     from de3.client import ServerError
 
     try:
@@ -106,84 +228,99 @@ def _ask(client: Any, inputs: list[Any], options: dict[str, Any]) -> list[dict[s
     except ServerError as error:
         raise ValueError(f"the server answers {error.status}: {error.message}") from None
     except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ValueError(
-            f"no answer from the server ({error}): start it with de3 serve, or give its address with --url"
-        ) from None
+        raise ValueError(no_answer(error)) from None
 
 
-def _inputs(file: Path, columns: Columns) -> Iterator[Any]:
-    """The texts and pairs of a file, in the form of a request; raises ValueError, naming the line."""
-    second = columns.text_pair or "text_pair"
-    for where, record in records(file, columns):
-        row = {columns.text: record} if isinstance(record, str) else record
-        text = text_of(row, columns.text, where)
-        if columns.text_pair is None and row.get(second) is None:
-            yield text
-        else:
-            yield {"text": text, "text_pair": text_of(row, second, where, "--pair-column")}
+def _run_here(
+    artifact: "Artifact", inputs: list[str], options: Any, threads: int | None
+) -> list[dict[str, Any]]:
+    from de3.library import Classifier
+
+    with Classifier(artifact, threads) as classifier:
+        return [row.raw for row in classifier.classify(inputs, **options)]
 
 
-def _classify_file(
-    client: Any, file: Path, columns: Columns, out: Path, options: dict[str, Any], parallel: int
+def _print(texts: list[str], rows: list[dict[str, Any]]) -> None:
+    for text, row in zip(texts, rows, strict=True):
+        label = ", ".join(row["labels"]) or "none" if "labels" in row else row["label"]
+        number = row["value"] if "value" in row else max(row["probs"])
+        print(f"{label}  {number:.3f}  layer {row['exit']['layer']}  {text}")
+
+
+def _run(
+    source: Any,
+    pool: "Pool",
+    parts: Any,
+    prefix: str,
+    part_rows: int,
+    out: Path,
+    artifact: "Artifact | None",
+    options: dict[str, Any],
 ) -> None:
-    """Write the answers in the order of the rows; answers of an earlier run are kept."""
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    done, total = (
-        _complete_lines(out),
-        sum(1 for _ in _inputs(file, columns)),
-    )  # reports an invalid row before any is sent
-    bars = (TextColumn("classifying"), MofNCompleteColumn(), TimeRemainingColumn())
-    with (
-        out.open("a", encoding="utf-8") as answers,
-        ThreadPoolExecutor(parallel) as pool,
-        Progress(*bars) as progress,
-    ):
-        task = progress.add_task("", total=total, completed=done)
-        batches = _batches(islice(_inputs(file, columns), done, None))
-        pending = deque[Future[list[dict[str, Any]]]]()
-        while True:
-            while len(pending) < 2 * parallel and (batch := next(batches, None)):
-                pending.append(pool.submit(_ask, client, batch, options))
-            if not pending:
-                return
-            rows = pending.popleft().result()
-            answers.writelines(json.dumps(_line(row)) + "\n" for row in rows)
-            answers.flush()
-            progress.advance(task, len(rows))
+    from de3.bulk.run import classify as run
 
+    bars = (
+        TextColumn("classifying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*bars, console=console) as progress:
+        task = progress.add_task("", total=source.rows(), rate="")
 
-def _batches(inputs: Iterator[Any]) -> Iterator[list[Any]]:
-    """Texts and pairs in batches for one request each."""
-    batch, chars = list[Any](), 0
-    for one in inputs:
-        size = len(one) if isinstance(one, str) else len(one["text"]) + len(one["text_pair"])
-        if batch and (len(batch) == MAX_BATCH or chars + size > MAX_BATCH_CHARS):
-            yield batch
-            batch, chars = [], 0
-        batch.append(one)
-        chars += size
-    if batch:
-        yield batch
+        def advance(rows: int) -> None:
+            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
+            progress.update(task, advance=rows, rate="" if speed is None else f"{speed:,.0f} rows/s")
+
+        summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
+        progress.update(task, total=summary.rows, completed=summary.rows)
+    refused = parts.finish(summary.parts)
+    for line in _report(summary, artifact, options):
+        console.print(line, highlight=False)
+    console.print(f"written: {out}", highlight=False)
+    if refused is not None:
+        with refused.open() as lines:
+            count = sum(1 for _ in lines)
+        console.print(f"[yellow]{count} rows cannot be classified:[/] {refused}", highlight=False)
 
 
-def _line(row: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an answer that are written to the file."""
-    names = ("label", "labels", "value", "probs", "exit", "windows")
-    return {name: row[name] for name in names if name in row}
+def _report(summary: "Summary", artifact: "Artifact | None", options: dict[str, Any]) -> list[str]:
+    """What a run did, in lines."""
+    rate = summary.answered / summary.seconds if summary.seconds else 0.0
+    earlier = summary.rows - summary.answered - summary.refused
+    lines = [
+        f"{summary.rows:,} rows"
+        + (f" ({earlier:,} of them by an earlier run)" if earlier else "")
+        + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
+    ]
+    if summary.answered:
+        layers = ", ".join(
+            f"{layer}: {100 * number / summary.answered:.1f}%"
+            for layer, number in sorted(summary.layers.items())
+        )
+        lines.append(f"exits by layer: {layers}")
+    if summary.model_s:
+        speedup = summary.full_depth_s / summary.model_s
+        lines.append(f"speed-up in model time: {speedup:.2f}× over full depth")
+    if artifact is not None:
+        lines.append(_certified(artifact, options))
+    return [line for line in lines if line]
 
 
-def _complete_lines(out: Path) -> int:
-    """The number of answers in a file; an incomplete last line is cut off."""
-    if not out.exists():
-        return 0
-    lines, end, at = 0, 0, 0
-    with out.open("rb+") as file:
-        while chunk := file.read(CHUNK):  # the file may be larger than memory
-            lines += chunk.count(b"\n")
-            if b"\n" in chunk:
-                end = at + chunk.rfind(b"\n") + 1
-            at += len(chunk)
-        if end < at:
-            file.truncate(end)
-    return lines
+def _certified(artifact: "Artifact", options: dict[str, Any]) -> str:
+    from de3.server.rules import Rules
+    from de3.server.settings import ExitOptions, Settings
+
+    wanted = options.get("max_disagreement")
+    if wanted is None:
+        return "certified: nothing; --max-disagreement chooses τ by a certified bound"
+    if options.get("long") == "windows":
+        return "certified: texts of a single window only"
+    rules = Rules(artifact.manifest, Settings.model_validate({}))
+    certificate = rules.of(
+        ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, ""
+    ).certificate
+    return "" if certificate is None else f"certified: {json.dumps(certificate)}"

@@ -252,9 +252,14 @@ class Engine:
             if job.finish(item, outcome):
                 ended.append((job, None))
         for item, result in results:
-            if isinstance(result, Exception):
-                item.job.is_dropped = True
-                ended.append((item.job, result))
+            if not isinstance(result, Exception):
+                continue
+            job = item.job
+            if not job.request.keeps_errors:
+                job.is_dropped = True
+                ended.append((job, result))
+            elif job.finish(item, result):
+                ended.append((job, None))
         if ended:
             self._report(ended)
 

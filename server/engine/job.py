@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from time import perf_counter
 
+from de3.exits.windows import most_windows
 from de3.model_store.model import Model
 from de3.model_store.tokenizer import PIECE
 from de3.server.engine.outcome import Outcome
@@ -12,6 +13,7 @@ from de3.server.engine.progress import Progress
 from de3.server.engine.request import Request, Text
 from de3.server.engine.served import MAX_STEP_S, Served
 from de3.server.engine.timing import tokens_of
+from de3.server.errors import RequestError
 from de3.server.ood import OodMonitor
 from de3.server.rules import Choice
 
@@ -33,6 +35,7 @@ class Item:
         is_sampled: its readings are used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
         outcome: None until it exits.
+        error: why it has none, in a job that keeps errors.
     """
 
     job: "Job"
@@ -48,6 +51,7 @@ class Item:
     asks_all_exits: bool = field(init=False)
     progress: Progress = field(init=False)
     outcome: Outcome | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         monitor = self.job.monitor
@@ -163,9 +167,12 @@ class Job:
         for item in self.items:
             item.due = self.deadline
 
-    def finish(self, item: Item, outcome: Outcome) -> bool:
-        """Record an item's outcome; True for the last one. Called by an engine thread."""
-        item.outcome = outcome
+    def finish(self, item: Item, result: Outcome | Exception) -> bool:
+        """Record an item's outcome or error; True for the last one. Called by an engine thread."""
+        if isinstance(result, Outcome):
+            item.outcome = result
+        else:
+            item.error = result
         with self._lock:
             self._left -= 1
             return self._left == 0
@@ -191,3 +198,29 @@ class Job:
     def release(self) -> None:
         """Release the items, which refer back to it: large texts must not wait for the garbage collector."""
         self.items = []
+
+
+def job_of(served: Served, request: Request, level: int, on_done: Callable[[Exception | None], None]) -> Job:
+    """The job of a request to a model, at a load level; raises RequestError if the model cannot answer it."""
+    manifest = served.model.manifest
+    request.check(manifest)
+    request.windows = min(request.windows, most_windows(manifest.max_tokens))
+    check_texts(request, served)
+    return Job(served, served.rules.of(request.options, level, request.client), request, on_done)
+
+
+def check_texts(request: Request, served: Served) -> None:
+    """Raise RequestError for a single text if the model takes pairs, or vice versa."""
+    takes = served.model.manifest.input
+    if takes is None:
+        return
+    wants_pair = takes == "pair"
+    for index, text in enumerate(request.texts):
+        if (text.text_pair is not None) != wants_pair:
+            what = (
+                "pairs of texts, and this is a single text"
+                if wants_pair
+                else "single texts, and this is a pair"
+            )
+            name = request.name_of(index)
+            raise RequestError(f"{name}: {served.model.full_name} takes {what}", name)

@@ -54,10 +54,11 @@ class Classification(Request):
 
 
 def _texts(value: Any) -> list[Text]:
-    return one_or_more(value, _text)
+    return one_or_more(value, text_of)
 
 
-def _text(value: Any, where: str) -> Text:
+def text_of(value: Any, where: str) -> Text:
+    """A text or pair from its JSON; raises ValueError. where: its position in the field, for the message."""
     if not isinstance(value, dict):
         return Text(checked_text(value, where, "a text, or an object with text and text_pair"))
     if len(value) != 2 or "text" not in value or "text_pair" not in value:
@@ -173,7 +174,11 @@ def parse(call: Call) -> Request:
 def _with_all_fields(value: dict[str, Any]) -> Classification:
     for field in value.keys() & IGNORED:
         del value[field]
-    fields = check_fields(ClassifyRequest, value, EXAMPLE)
+    return request_of(check_fields(ClassifyRequest, value, EXAMPLE))
+
+
+def request_of(fields: ClassifyRequest) -> Classification:
+    """The request with these fields."""
     request = _request(fields)
     request.id = fields.request_id
     request.raw = fields.raw or fields.use_activation is False or fields.activation is False
@@ -207,7 +212,7 @@ def serialize(request_id: str, job: Job) -> bytes:
         "object": "list",
         "created": int(time.time()),
         "model": job.model.full_name,
-        "data": [_row(item, job, request) for item in job.items],
+        "data": [row_of(item, job, request) for item in job.items],
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }
     # The certificate covers texts of a single window.
@@ -219,7 +224,7 @@ def serialize(request_id: str, job: Job) -> bytes:
     return orjson.dumps(body)
 
 
-def _row(item: Item, job: Job, request: Classification) -> ClassifiedText:
+def row_of(item: Item, job: Job, request: Classification) -> ClassifiedText:
     """The answer to one text."""
     outcome, labels = item.outcome, job.model.manifest.labels
     assert outcome is not None  # the job is finished

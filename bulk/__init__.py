@@ -1,0 +1,1 @@
+"""Classifies files: reads them in slices, has processes answer, and writes the answers in parts."""

@@ -1,0 +1,166 @@
+"""Answers slices of texts: in processes of this machine, or by a running server."""
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, Protocol
+
+import httpx
+
+from de3.client import Client, Input, ServerError
+from de3.columns import TYPES, Answers
+from de3.library import Classifier, Options
+from de3.model_store.model import Model
+from de3.model_store.store import Artifact
+from de3.native.network import Memory
+from de3.server.processes.number import number_of_processes
+from de3.server.processes.worker import can_share_memory
+from de3.server.settings import Settings
+
+# Of one request to a server. At 4 bytes a character 1 MiB, a server's default limit of a body.
+MAX_BATCH, MAX_BATCH_CHARS = 32, 2**18
+
+
+class Pool(Protocol):
+    """Answers slices of texts.
+
+    Attributes:
+        size: number of slices that are answered at a time.
+    """
+
+    size: int
+
+    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+        """Answer a slice."""
+
+    def close(self) -> None:
+        """End, without waiting for answers."""
+
+
+class LocalPool:
+    """Processes with an engine each; the weights are in memory once."""
+
+    def __init__(self, artifact: Artifact, options: Options, threads: int | None = None) -> None:
+        """threads: engine threads of all processes; None: one per core. Raises ValueError."""
+        settings = Settings.model_validate({"threads": threads or 0})
+        self.size = number_of_processes(settings, [artifact])
+        each = max(1, settings.engine_threads() // self.size)
+        self._weights: int | None = None
+        if self.size > 1 and can_share_memory():
+            self._weights = os.memfd_create("de3-weights", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # Finds out here whether the model can be used, and fills the memory.
+        model = Model(artifact, memory=None if self._weights is None else Memory(self._weights, False))
+        has_kernels = model.runtime == "native"
+        del model
+        shared = self._weights if has_kernels else None
+        opened = partial(_open, artifact, each, has_kernels, os.getpid(), shared, options)
+        context = get_context("forkserver" if self.size > 1 else "spawn")
+        if self.size > 1:
+            context.set_forkserver_preload([__name__])
+        self._processes = ProcessPoolExecutor(self.size, context, initializer=opened)
+
+    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+        """Answer a slice in one of the processes."""
+        return self._processes.submit(_answer, texts)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._processes.shutdown(wait=True, cancel_futures=True)
+        if self._weights is not None:
+            os.close(self._weights)
+
+
+_open_in_this_process: list[tuple[Classifier, Options]] = []  # one, in a process of the pool
+
+
+def _open(
+    artifact: Artifact, threads: int, is_proved: bool, parent: int, weights: int | None, options: Options
+) -> None:
+    memory = None
+    if weights is not None:  # a file descriptor of the parent
+        memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
+    _open_in_this_process.append((Classifier(artifact, threads, is_proved, memory), options))
+    if memory is not None:
+        os.close(memory.fd)  # the kernels have mapped it
+
+
+def _answer(texts: Sequence[Input]) -> Answers:
+    ((classifier, options),) = _open_in_this_process
+    return classifier.answers(texts, **options)
+
+
+class RemotePool:
+    """Requests to a running server."""
+
+    def __init__(self, client: Client, options: Mapping[str, Any], parallel: int) -> None:
+        """options: of each request. parallel: number of requests in flight."""
+        self._client, self._options, self.size = client, options, parallel
+        self._threads = ThreadPoolExecutor(parallel)
+
+    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+        """Answer a slice, in one request after the other."""
+        return self._threads.submit(self._answer, texts)
+
+    def _answer(self, texts: Sequence[Input]) -> Answers:
+        rows: list[dict[str, Any]] = []
+        errors: dict[int, str] = {}
+        for start, batch in _batches(texts):
+            indices = list(range(start, start + len(batch)))
+            while indices:
+                try:
+                    answer = self._client.classify([texts[index] for index in indices], **self._options)
+                except ServerError as error:
+                    # The server names the text that it refuses, in most cases.
+                    named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
+                    if error.status not in (413, 422) or named is None:
+                        raise ValueError(f"the server answers {error.status}: {error.message}") from None
+                    errors[indices.pop(int(named[1] or 0))] = error.message
+                except (httpx.TransportError, httpx.InvalidURL) as error:
+                    raise ValueError(no_answer(error)) from None
+                else:
+                    rows += [row.raw for row in answer.rows]
+                    break
+        return _answers_of(rows, errors, self._options.get("long") == "windows")
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+
+def no_answer(error: Exception) -> str:
+    """The message for a server that does not answer."""
+    return f"no answer from the server ({error}): start it with de3 serve, or give its address with --url"
+
+
+def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:
+    """Yield batches for one request each, with the index of the first text."""
+    start, chars = 0, 0
+    for index, text in enumerate(texts):
+        size = len(text) if isinstance(text, str) else sum(map(len, text))
+        if index > start and (index - start == MAX_BATCH or chars + size > MAX_BATCH_CHARS):
+            yield start, texts[start:index]
+            start, chars = index, 0
+        chars += size
+    if texts:
+        yield start, texts[start:]
+
+
+def _answers_of(rows: Sequence[dict[str, Any]], errors: dict[int, str], has_windows: bool) -> Answers:
+    """The columns of a server's answers, as those of the library."""
+    if not rows:
+        return Answers({}, {}, errors)
+    values: dict[str, list[Any]] = {"label": [row["label"] for row in rows]}
+    if "labels" in rows[0]:
+        values["labels"] = [row["labels"] for row in rows]
+    name = "value" if "value" in rows[0] else "probs"
+    values[name] = [row[name] for row in rows]
+    for name in ("layer", "reason", "tau", "score"):
+        values[f"exit_{name}"] = [row["exit"][name] for row in rows]
+    values["truncated"] = [row.get("truncated", False) for row in rows]
+    if has_windows:
+        for name in ("run", "of"):
+            values[f"windows_{name}"] = [row.get("windows", {}).get(name, 1) for row in rows]
+    return Answers(values, {name: TYPES[name] for name in values}, errors)

@@ -1,0 +1,430 @@
+"""Classifies texts in process, without a server: `de3.load`.
+
+    import de3
+
+    with de3.load("sst2") as model:
+        for row in model.classify(["a fine film", "a dull one"], max_disagreement=0.02):
+            print(row.label, row.exit.layer)
+
+The engine is the server's, and so are the options, their names, and the answers, to the last bit.
+"""
+
+import os
+import re
+import sys
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from itertools import count, islice
+from pathlib import Path
+from threading import Event, Lock
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, Unpack, overload
+
+import orjson
+
+from de3.client import Input, Row
+from de3.columns import Answers, Columns
+from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact, NoModelsError, Store, read_manifest
+from de3.native.network import Memory
+from de3.server.engine.engine import Engine
+from de3.server.engine.job import Job, check_texts, job_of
+from de3.server.engine.request import Text
+from de3.server.errors import RequestError
+from de3.server.http.classify import Classification, ClassifyRequest, request_of, row_of, text_of
+from de3.server.http.fields import check_fields
+from de3.server.models import load as load_model
+from de3.server.settings import Settings
+
+if TYPE_CHECKING:
+    import pyarrow
+
+WINDOW = 2048  # texts that the engine has at a time; as many again are prepared
+CHECK_S = 1.0  # interval between checks of the engine's threads
+DEMO = Path(__file__).parent / "demo"  # the store of the demo model, sst2
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class InputError(ValueError):
+    """A text or an option that cannot be used.
+
+    Attributes:
+        field: `input[3]` for the fourth text, or the name of the option; None if it is neither.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class Options(TypedDict, total=False):
+    """The options of `/classify` (docs/api.md); `lam` is its `lambda`."""
+
+    tau: float
+    signal: str
+    lam: float
+    max_layer: int
+    target_speedup: float
+    latency_budget_ms: float
+    max_disagreement: float
+    best_effort: bool
+    thresholds: float | Mapping[str, float]
+    truncate: bool
+    long: Literal["truncate", "windows", "error"]
+    explain: bool
+    ood: bool
+    raw: bool
+    top_k: int
+
+
+def load(
+    name: str | Path,
+    *,
+    store: str | Path | None = None,
+    threads: int | None = None,
+    quantize: Literal["int8", "none"] = "int8",
+) -> "Classifier":
+    """Load a classifier.
+
+    Args:
+        name: a model of the store (name or name:version); the folder of an artifact or of a Hugging Face classifier; or
+            the id of one on the hub. A Hugging Face classifier is converted once, and runs at full depth.
+        store: the model store. Default: $DE3_STORE, else `models`; de3.DEMO has the demo model, sst2.
+        threads: engine threads. Default: one per core.
+        quantize: precision of Hugging Face classifiers: int8, or none for fp32.
+
+    Raises ValueError if there is no such classifier, or it cannot be used.
+    """
+    folder = Path(store if store is not None else os.environ.get("DE3_STORE", "models")).absolute()
+    return Classifier(artifact_of(str(name), folder, quantize), threads)
+
+
+def artifact_of(name: str, store: Path, quantize: str = "int8") -> Artifact:
+    """The artifact with a name, as `load` looks it up; raises ValueError."""
+    if quantize not in ("int8", "none"):
+        raise ValueError(f"quantize: must be int8 or none, got {quantize!r}")
+    try:
+        stored = set(Store(store).versions())
+    except NoModelsError:
+        stored = set()
+    if name.partition(":")[0] in stored:
+        return Store(store).open(name)
+    if (Path(name) / "manifest.json").is_file():
+        return Artifact(Path(name).absolute(), read_manifest(Path(name)))
+    from de3.export import cache
+
+    return cache.artifact_of(name, "int8" if quantize == "int8" else "fp32", cache.cache_folder())
+
+
+class Classifier:
+    """A loaded classifier with threads of its own; any number of threads may call it.
+
+    Close it, or leave that to the garbage collector. Pickled, it is its path: a process that unpickles it loads it
+    once. After os.fork the child must load its own.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        threads: int | None = None,
+        is_proved: bool = False,
+        memory: Memory | None = None,
+    ) -> None:
+        """threads: None: one per core. is_proved, memory: see model_store.model.Model. Raises ValueError."""
+        settings = Settings.model_validate({"threads": threads or 0})
+        self._artifact, self._threads = artifact, threads
+        self._served = load_model(artifact, settings, is_proved=is_proved, memory=memory)
+        self._served.monitor.drift = None  # nobody reads it
+        self._engine = Engine(settings.engine_threads(), sys.maxsize)
+        self._engine.start()
+        self._pid, self._calls = os.getpid(), count()
+        self._checking, self._checked = Lock(), monotonic()
+        # The threads do not refer to the classifier, so it can be collected while they run.
+        self._end = weakref.finalize(self, self._engine.stop)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The model's labels, layers and calibration."""
+        return self._served.model.manifest
+
+    @property
+    def name(self) -> str:
+        """The model's name and version, as name:version."""
+        return self._served.model.full_name
+
+    def certificate(self, **options: Unpack[Options]) -> Mapping[str, Any] | None:
+        """The certified bound on the rate of disagreement with these options; None without `max_disagreement`.
+
+        It covers texts of a single window. Raises InputError.
+        """
+        with _input_errors():
+            return self._served.rules.of(self._request(options).options, 0, "").certificate
+
+    @overload
+    def classify(
+        self, texts: Input | Iterable[Input], *, as_arrow: Literal[False] = False, **options: Unpack[Options]
+    ) -> list[Row]: ...
+    @overload
+    def classify(
+        self, texts: Input | Iterable[Input], *, as_arrow: Literal[True], **options: Unpack[Options]
+    ) -> "pyarrow.Table": ...
+
+    def classify(
+        self, texts: Input | Iterable[Input], *, as_arrow: bool = False, **options: Unpack[Options]
+    ) -> "list[Row] | pyarrow.Table":
+        """The answers to texts, or to pairs of texts, in order. Identical ones are computed once.
+
+        as_arrow: a pyarrow table (pip install 'de3[bulk]') instead of rows; docs/bulk.md has its columns.
+
+        Raises InputError for a text or an option that cannot be used.
+        """
+        request = self._request(options)
+        given = list(texts) if not isinstance(texts, str | tuple | dict) else [texts]
+        batch = _Batch(_texts(given))
+        # A budget is for the whole call, so the engine must have all its texts.
+        size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
+        jobs = self._run(request, batch.parts(size))
+        if as_arrow:
+            columns = Columns(self.manifest, request)
+            for job in jobs:
+                columns.add(job)
+            return columns.table(batch.order)
+        rows = [row for job in jobs for row in _rows(job, request)]
+        return [_row(rows[i], index) for index, i in enumerate(batch.order)]
+
+    def stream(
+        self, texts: Iterable[Input], *, window: int = WINDOW, **options: Unpack[Options]
+    ) -> Iterator[Row]:
+        """Yield the answers to texts, or to pairs of texts, in order, from an iterable of any length.
+
+        window: texts to read before the first answer; a few times as many are in memory.
+
+        Raises InputError for an option that cannot be used; the iterator does, for a text.
+        """
+        request, batches = self._request(options), deque[_Batch]()
+        if window < 1:
+            raise InputError(f"window: must be at least 1, got {window}", "window")
+
+        def parts() -> Iterator[tuple[list[Text], list[int]]]:
+            source, first = iter(texts), 0
+            while given := list(islice(source, window)):
+                batches.append(_Batch(_texts(given, first), first))
+                yield from batches[-1].parts(window)
+                first += len(given)
+
+        def rows() -> Iterator[Row]:
+            for job in self._run(request, parts()):
+                batch, found = batches.popleft(), _rows(job, request)
+                for index, i in enumerate(batch.order, batch.first):
+                    yield _row(found[i], index)
+
+        return rows()
+
+    def answers(self, texts: Sequence[Input], **options: Unpack[Options]) -> Answers:
+        """The answers to texts, or to pairs of texts, by column; for one that cannot be classified, the reason.
+
+        Raises InputError for an option that cannot be used.
+        """
+        request, errors = self._request(options), dict[int, str]()
+        request.keeps_errors = True
+        checked, indices = list[Text](), list[int]()
+        for index, one in enumerate(texts):
+            try:
+                text = _text(one, "")
+                check_texts(replace(request, texts=[text]), self._served)
+            except (InputError, RequestError) as error:
+                errors[index] = str(error)
+            else:
+                checked.append(text)
+                indices.append(index)
+        batch, columns = _Batch(checked), Columns(self.manifest, request)
+        for job in self._run(request, batch.parts(WINDOW)):
+            columns.add(job)
+        errors |= {
+            index: columns.errors[i]
+            for index, i in zip(indices, batch.order, strict=True)
+            if i in columns.errors
+        }
+        values = columns.ordered([i for i in batch.order if i not in columns.errors])
+        return Answers(values, columns.types, errors, columns.model_s, columns.full_depth_s)
+
+    def close(self) -> None:
+        """End the threads, once running calls have their answers."""
+        self._end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded_once, (self._artifact, self._threads)
+
+    def _request(self, options: Mapping[str, Any]) -> Classification:
+        """The request with these options, without texts; raises InputError, also after a fork."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                "the classifier was loaded before this process was forked: its threads are not here; "
+                "load it in this process, for example when it is first needed"
+            )
+        if not self._end.alive:
+            raise RuntimeError("the classifier is closed")
+        for name in options:
+            if name not in Options.__annotations__:
+                known = ", ".join(Options.__annotations__)
+                raise InputError(f"{name}: unknown option; known options: {known}", name)
+        given = {"lambda" if name == "lam" else name: value for name, value in options.items()}
+        with _input_errors():
+            request = request_of(check_fields(ClassifyRequest, {"input": "-", **given}, ""))
+        request.client = str(next(self._calls))  # concurrent calls get equal shares of the engine
+        return request
+
+    def _run(self, request: Classification, parts: Iterable[tuple[list[Text], list[int]]]) -> Iterator[Job]:
+        """Yield the finished job of each part, in order, while the engine runs the next one; raises InputError.
+
+        parts: texts and their indices in the call.
+        """
+        running = deque[tuple[Job, _Done]]()
+        try:
+            with _input_errors():
+                for texts, indices in parts:
+                    part = _Part.of(request, texts, indices)
+                    done = _Done()
+                    job = job_of(self._served, part, 0, done)
+                    self._engine.submit(job)
+                    running.append((job, done))
+                    if len(running) > 1:
+                        yield self._wait(running)
+                while running:
+                    yield self._wait(running)
+        finally:
+            for job, _ in running:
+                self._engine.drop(job)
+
+    def _wait(self, running: "deque[tuple[Job, _Done]]") -> Job:
+        """Wait for the first job, and take it from the running ones."""
+        job, done = running[0]
+        while not done.event.wait(CHECK_S):
+            self._check()
+        if done.error is not None:
+            raise done.error
+        running.popleft()
+        return job
+
+    def _check(self) -> None:
+        """Raise RuntimeError if an engine thread has failed; see Engine.problem."""
+        with self._checking:
+            if monotonic() - self._checked < CHECK_S:
+                return
+            self._checked = monotonic()
+            if problem := self._engine.problem():
+                raise RuntimeError(problem)
+
+
+class _Done:
+    """Notes the end of a job; called by the engine, perhaps more than once."""
+
+    def __init__(self) -> None:
+        self.event = Event()
+        self.error: Exception | None = None
+
+    def __call__(self, error: Exception | None) -> None:
+        if not self.event.is_set():
+            self.error = error
+            self.event.set()
+
+
+@dataclass(slots=True, eq=False)
+class _Part(Classification):
+    """Some of a call's texts; indices: theirs in the call."""
+
+    indices: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, request: Classification, texts: list[Text], indices: list[int]) -> "_Part":
+        given = {field.name: getattr(request, field.name) for field in fields(Classification)}
+        return cls(**{**given, "texts": texts}, indices=indices)
+
+    def name_of(self, index: int) -> str:
+        """The name of one of the texts in messages."""
+        return f"input[{self.indices[index]}]"
+
+
+class _Batch:
+    """Texts of a call, each once, short ones first, so that texts of a group have nearly the same length.
+
+    Attributes:
+        first: index of its first text in the call.
+        order: for each text, the index of its answer.
+    """
+
+    def __init__(self, texts: Sequence[Text], first: int = 0) -> None:
+        at: dict[Text, int] = {}
+        for index, text in enumerate(texts):
+            at.setdefault(text, index)
+        self.first, self._indices = first, sorted(at.values(), key=lambda index: texts[index].chars)
+        self._texts = [texts[index] for index in self._indices]
+        place = {text: i for i, text in enumerate(self._texts)}
+        self.order = [place[text] for text in texts]
+
+    def parts(self, size: int) -> Iterator[tuple[list[Text], list[int]]]:
+        """Yield up to `size` texts at a time, with their indices in the call."""
+        for start in range(0, len(self._texts), size):
+            indices = [self.first + index for index in self._indices[start : start + size]]
+            yield self._texts[start : start + size], indices
+
+
+def _texts(given: Sequence[Input], first: int = 0) -> list[Text]:
+    """Checked texts; raises InputError."""
+    return [_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
+
+
+def _text(one: Input, where: str) -> Text:
+    """A checked text; raises InputError, which begins with `where`."""
+    value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
+    try:
+        text = text_of(value, where)
+    except ValueError as error:
+        raise InputError(str(error), where) from None
+    for part in (text.text, text.text_pair or ""):
+        if not part.isascii() and (half := _SURROGATE.search(part)):
+            message = f"{where}: has {half[0]!a}, half of a surrogate pair, which is not a character"
+            raise InputError(message, where)
+    return text
+
+
+def _rows(job: Job, request: Classification) -> list[bytes]:
+    """The rows of a finished job as JSON, as the server sends them."""
+    rows = [orjson.dumps(row_of(item, job, request)) for item in job.items]
+    job.release()
+    return rows
+
+
+def _row(row: bytes, index: int) -> Row:
+    return Row.parse({**orjson.loads(row), "index": index})
+
+
+@contextmanager
+def _input_errors() -> Iterator[None]:
+    """Raise InputError for a RequestError."""
+    try:
+        yield
+    except RequestError as error:
+        raise InputError(error.message, error.field) from None
+
+
+_loaded: dict[tuple[Path, int | None], Classifier] = {}
+_loading = Lock()
+
+
+def _loaded_once(artifact: Artifact, threads: int | None) -> Classifier:
+    """The classifier that a process has unpickled before, or a new one; it stays loaded until the process ends."""
+    key = artifact.path.absolute(), threads
+    with _loading:
+        if key not in _loaded:
+            _loaded[key] = Classifier(artifact, threads)
+        return _loaded[key]

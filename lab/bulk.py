@@ -1,0 +1,138 @@
+"""Bulk classification: a large file beside the same engine fed from memory, and a run that is killed and goes on."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from filecmp import cmp
+from pathlib import Path
+
+import pyarrow as arrow
+from pyarrow import parquet
+
+from de3.bulk.pool import LocalPool
+from de3.bulk.run import PART_ROWS
+from de3.bulk.source import SLICE_ROWS
+from de3.columns import Answers
+from de3.library import Classifier
+from de3.loadtest.servers import process_tree, pss_mb
+from de3.model_store.store import Artifact
+
+MEMORY_TEXTS = 200_000
+SAMPLE_S = 0.5
+KILLED_AT = 0.4  # of the rows
+
+
+def distinct_texts(texts: Sequence[str], count: int, seed: int = 1) -> list[str]:
+    """Distinct short texts: these, then the start of one with the end of another."""
+    rng, words = random.Random(seed), [text.split() for text in texts]
+    found = dict.fromkeys(text for text in texts if text.strip())
+    while len(found) < count:
+        one, other = rng.choice(words), rng.choice(words)
+        mixed = " ".join(one[: rng.randint(0, len(one))] + other[rng.randint(0, len(other)) :])
+        if mixed:
+            found.setdefault(mixed)
+    result = list(found)[:count]
+    rng.shuffle(result)
+    return result
+
+
+@dataclass
+class Bulk:
+    """The result of a run of `de3 classify --file`.
+
+    Attributes:
+        seconds: from its start to its end, that of the interpreter and of the model included.
+        memory_mb: PSS of its processes over time.
+    """
+
+    rows: int
+    seconds: float
+    memory_mb: list[float]
+
+    @property
+    def rate(self) -> float:
+        """Rows/s."""
+        return self.rows / self.seconds
+
+    def memory(self) -> tuple[float, float]:
+        """The largest memory in the second quarter of the run, and in the last."""
+        quarter = max(1, len(self.memory_mb) // 4)
+        return max(self.memory_mb[quarter : 2 * quarter]), max(self.memory_mb[-quarter:])
+
+
+def from_memory(artifact: Artifact, texts: list[str]) -> dict[str, float]:
+    """Texts/s from a list in memory to a table in memory: the library's threads, and the command's processes."""
+    rates = {}
+    with Classifier(artifact) as classifier:
+        classifier.classify(texts[:SLICE_ROWS], as_arrow=True)
+        started = time.perf_counter()
+        classifier.classify(texts, as_arrow=True)
+        rates["library, one process"] = len(texts) / (time.perf_counter() - started)
+    pool = LocalPool(artifact, {})
+    try:
+        for future in [pool.submit(texts[:SLICE_ROWS]) for _ in range(2 * pool.size)]:
+            future.result()
+        started = time.perf_counter()
+        pending = deque[Future[Answers]]()
+        for start in range(0, len(texts), SLICE_ROWS):
+            pending.append(pool.submit(texts[start : start + SLICE_ROWS]))
+            if len(pending) > 2 * pool.size:
+                pending.popleft().result()
+        for future in pending:
+            future.result()
+        rates[f"{pool.size} processes"] = len(texts) / (time.perf_counter() - started)
+    finally:
+        pool.close()
+    return rates
+
+
+def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: False) -> Bulk:
+    """Run the command; kill it and its processes once `ends_at`. Raises ValueError if it fails."""
+    started, memory = time.perf_counter(), []
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        time.sleep(SAMPLE_S)
+        memory.append(pss_mb(process.pid))
+        if ends_at():
+            for pid in process_tree(process.pid):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+            return Bulk(rows, time.perf_counter() - started, memory)
+    assert process.stderr is not None
+    if process.returncode:
+        raise ValueError(process.stderr.read()[-2000:])
+    return Bulk(rows, time.perf_counter() - started, memory)
+
+
+def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, folder: Path) -> Iterator[str]:
+    """Yield lines of the report; folder: for the files, which stay."""
+    source = folder / "texts.parquet"
+    if not source.exists():
+        made = distinct_texts(texts, rows)
+        parquet.write_table(arrow.table({"id": arrow.array(range(rows)), "text": made}), source)
+    made = parquet.read_table(source, columns=["text"]).column("text")[:MEMORY_TEXTS].to_pylist()
+    rates = from_memory(artifact, made)
+    for name, rate in rates.items():
+        yield f"from a list in memory, {name}: {rate:,.0f} texts/s"
+    model = ["--store", str(store), "--model", artifact.full_name]
+    command = [sys.executable, "-m", "de3.cli", "classify", *model, "--file", str(source), "--out"]
+    whole = folder / "whole.parquet"
+    bulk = run([*command, str(whole)], rows)
+    early, late = bulk.memory()
+    yield f"parquet to parquet: {bulk.rows:,} rows in {bulk.seconds:.1f} s: {bulk.rate:,.0f} rows/s"
+    yield ", ".join(f"{bulk.rate / rate:.2f} of {name}" for name, rate in rates.items())
+    yield f"memory (PSS, largest): second quarter {early:.0f} MB, last quarter {late:.0f} MB"
+    halves = folder / "halves.parquet"
+    parts = folder / "halves.parquet.parts"
+    total = -(-rows // PART_ROWS)
+    run([*command, str(halves)], rows, lambda: len(list(parts.glob("part-*"))) >= KILLED_AT * total)
+    yield f"killed after {len(list(parts.glob('part-*')))} of {total} parts"
+    run([*command, str(halves)], rows)
+    yield f"continued: the same bytes: {cmp(whole, halves, shallow=False)}"
