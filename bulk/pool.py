@@ -16,7 +16,7 @@ from de3.library import Classifier, Options
 from de3.model_store.model import Model
 from de3.model_store.store import Artifact
 from de3.native.network import Memory
-from de3.server.processes.number import number_of_processes
+from de3.server.processes.number import most_processes
 from de3.server.processes.worker import can_share_memory
 from de3.server.settings import Settings
 
@@ -46,7 +46,7 @@ class LocalPool:
     def __init__(self, artifact: Artifact, options: Options, threads: int | None = None) -> None:
         """threads: engine threads of all processes; None: one per core. Raises ValueError."""
         settings = Settings.model_validate({"threads": threads or 0})
-        self.size = number_of_processes(settings, [artifact])
+        self.size = most_processes(settings, [artifact])
         each = max(1, settings.engine_threads() // self.size)
         self._weights: int | None = None
         if self.size > 1 and can_share_memory():

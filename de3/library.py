@@ -27,8 +27,8 @@ import orjson
 
 from de3.client import Input, Row
 from de3.columns import Answers, Columns
-from de3.model_store.manifest import Manifest
-from de3.model_store.store import Artifact, NoModelsError, Store, read_manifest
+from de3.model_store.manifest import Manifest, fingerprint
+from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, read_manifest
 from de3.native.network import Memory
 from de3.server.engine.engine import Engine
 from de3.server.engine.job import Job, check_texts, job_of
@@ -262,7 +262,8 @@ class Classifier:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _loaded_once, (self._artifact, self._threads)
+        artifact = self._artifact
+        return _loaded_once, (artifact.path.absolute(), fingerprint(artifact.manifest), self._threads)
 
     def _request(self, options: Mapping[str, Any]) -> Classification:
         """The request with these options, without texts; raises InputError, also after a fork."""
@@ -417,14 +418,20 @@ def _input_errors() -> Iterator[None]:
         raise InputError(error.message, error.field) from None
 
 
-_loaded: dict[tuple[Path, int | None], Classifier] = {}
+_loaded: dict[tuple[Path, str, int | None], Classifier] = {}
 _loading = Lock()
 
 
-def _loaded_once(artifact: Artifact, threads: int | None) -> Classifier:
-    """The classifier that a process has unpickled before, or a new one; it stays loaded until the process ends."""
-    key = artifact.path.absolute(), threads
+def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
+    """The classifier that this process has unpickled before, or a new one; it stays loaded until the process ends.
+
+    Raises StoreError if its artifact is not the one that was pickled.
+    """
+    key = path, expected, threads
     with _loading:
         if key not in _loaded:
+            artifact = Artifact(path, read_manifest(path))
+            if fingerprint(artifact.manifest) != expected:
+                raise StoreError(f"{path}: is another artifact than the one whose classifier was pickled")
             _loaded[key] = Classifier(artifact, threads)
         return _loaded[key]

@@ -1,5 +1,6 @@
 """The manifest of an artifact: its model, calibration and export, and the hash of every file."""
 
+import hashlib
 import re
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
@@ -279,3 +280,8 @@ class Manifest(Architecture):
     def required_files(self) -> list[str]:
         """Files that the artifact must have."""
         return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
+    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()

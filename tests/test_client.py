@@ -206,29 +206,6 @@ def test_the_command_classifies_texts(server: Server) -> None:
     assert row.raw["windows"]["of"] > 1 and f"{row.label}  {max(row.probs):.3f}  layer 3" in output
 
 
-def test_the_command_classifies_files_and_continues(server: Server, tmp_path: Path) -> None:
-    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    rows: list[Any] = [text if i % 2 else {"text": text, "id": i} for i, text in enumerate(TEXTS)]
-    rows[7] = {"text": TEXTS[7], "text_pair": "a dull plot"}
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = f"classify --file {file} --out {out} --url {server.url} --tau 0.1"
-    de3(command)
-    whole = out.read_text()
-    labels = [json.loads(line)["label"] for line in whole.splitlines()]
-    inputs: list[Any] = list(TEXTS)
-    inputs[7] = rows[7]
-    expected = [
-        r["label"] for i in (0, 50) for r in server.classify(input=inputs[i : i + 50], tau=0.1).json()["data"]
-    ]
-    assert labels == expected
-    lines = whole.splitlines(keepends=True)
-    out.write_text("".join(lines[:41]) + lines[41][:10])  # as left by an interrupted run
-    before = server.metric("de3_tokens_total")
-    de3(command)
-    assert out.read_text() == whole
-    assert 0 < server.metric("de3_tokens_total") - before < before
-
-
 def test_the_command_sends_long_texts_in_small_batches(server: Server, tmp_path: Path) -> None:
     file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     file.write_text(("good " * 20_000 + "\n") * 32)  # 3.2 MB; the server takes 1 MiB
@@ -280,15 +257,3 @@ def test_errors_of_the_command_say_what_is_wrong(
         arguments = (*arguments, "--url", server.url)
     result = invoke(["classify", *arguments])
     assert result.exit_code == 1 and says in str(result.exception)
-
-
-def test_an_invalid_line_is_named(server: Server, tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
-    for content, says in (
-        ("not json\n", "in.jsonl:1: not JSON"),
-        ('"a"\n["b"]\n', "in.jsonl:2: not an object"),
-        ('"a"\n\n""\n', "in.jsonl:3: text is empty"),
-    ):
-        file.write_text(content)
-        result = invoke(f"classify --file {file} --out {tmp_path}/out --url {server.url}")
-        assert result.exit_code == 1 and says in str(result.exception)

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +316,13 @@ def test_a_process_has_its_part_of_the_limits(store: Path) -> None:
     assert (part.max_queue, part.max_inflight_bytes) == (settings.max_texts, settings.max_body_bytes)
 
 
+def large(artifact: Artifact) -> Artifact:
+    """The artifact as if it had 12 layers of width 768, and no calibration."""
+    encoder = artifact.manifest.encoder.model_copy(update={"hidden_size": 768, "inner": 3072})
+    changed = {"encoder": encoder, "num_layers": 12, "calibration": None}
+    return replace(artifact, manifest=artifact.manifest.model_copy(update=changed))
+
+
 def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     int8, fp32 = Store(store).open("tiny-int8"), Store(store).open("tiny")
 
@@ -326,6 +334,8 @@ def test_the_number_of_processes(store: Path, monkeypatch: pytest.MonkeyPatch) -
     assert number(int8, threads=3, processes=7) == 7
     assert number(fp32, threads=3) == number(int8, fp32, threads=3) == 1
     assert number(int8, threads=3, runtime="onnxruntime") == 1
+    assert number(large(int8), threads=3) == 1 and number(int8, large(int8), threads=9) == 1
+    assert number(large(int8), threads=3, processes=2) == 2
     with monkeypatch.context() as patch:  # a read-only file system
 
         def nowhere() -> str:

@@ -218,7 +218,7 @@ def test_a_connection_that_waits_to_be_accepted_is_answered_at_the_end(store: Pa
         port = int(server.url.rpartition(":")[2])
         with socket.create_connection(("127.0.0.1", port)) as client:
             body = b'{"input": "good"}'
-            head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            head = b"POST /classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
             client.sendall(head % len(body) + body)
             os.kill(server.process.pid, signal.SIGTERM)
             os.kill(server.process.pid, signal.SIGCONT)

@@ -91,7 +91,7 @@ def test_the_wheel_holds_every_module_the_kernels_the_demo_model_and_no_more(
         name if name.startswith("de3/") else f"de3/{name}"
         for name in tracked
         if name.endswith((".py", ".pyi", "py.typed", ".html", ".css", ".js"))
-        and not name.startswith(("conftest.py", "tests/", "lab/", "deploy/grafana/"))
+        and not name.startswith(("conftest.py", "tests/", "lab/", "deploy/grafana/", "examples/"))
     }
     demo = {n.replace("models/", "de3/demo/", 1) for n in tracked if n.startswith("models/")}
     assert names == code | demo | {"de3/native/kernels.abi3.so"}
@@ -113,6 +113,36 @@ def test_a_new_user_gets_an_answer_from_the_kernels(user: Path) -> None:
         str(user)
     )
     assert "torch" not in run(user / "env/bin/pip", "list", cwd=user)
+
+
+def test_a_users_project_passes_mypy_strict(user: Path, tmp_path: Path) -> None:
+    project, command = tmp_path / "project.py", [sys.executable, "-m", "mypy", "--strict", "project.py"]
+    command += ["--python-executable", str(user / "env/bin/python")]
+    project.write_text("""
+import de3
+
+def labels(texts: list[str]) -> list[str]:
+    with de3.load("sst2", store=de3.DEMO) as model:
+        table = model.classify(texts, as_arrow=True)
+        print(table.num_rows, model.certificate(max_disagreement=0.02))
+        print([row.exit.layer for row in model.stream(iter(texts), tau=0.1)])
+        return [row.label for row in model.classify(texts, max_disagreement=0.02, long="windows")]
+""")
+    run(*command, cwd=tmp_path)
+    project.write_text('import de3\nde3.load("a").classify(["b"], tua=0.1)\n')
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=250)
+    assert 'Unexpected keyword argument "tua"' in done.stdout
+
+
+def test_a_new_user_classifies_a_file_without_a_server(user: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,text\n1,a fine film\n2,a dull one\n")
+    run(
+        user / "env/bin/de3",
+        *["classify", "--demo", "--file", "in.csv", "--out", "out.csv", "--keep", "id"],
+        cwd=tmp_path,
+    )
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in lines] == [["id", "label"], ["1", "positive"], ["2", "negative"]]
 
 
 def test_a_new_user_without_a_store_is_told_of_the_demo(user: Path) -> None:

@@ -197,7 +197,7 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
 
 
 def _identity(artifact: "Artifact") -> list[str]:
-    from de3.server.audit.state import fingerprint
+    from de3.model_store.manifest import fingerprint
 
     return [artifact.full_name, fingerprint(artifact.manifest)]
 

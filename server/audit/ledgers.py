@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-from de3.model_store.manifest import Manifest
+from de3.model_store.manifest import Manifest, fingerprint
 from de3.server.audit.ledger import Ledger, Settled, Standing
 from de3.server.audit.report import Live, report
-from de3.server.audit.state import State, StateDir, fingerprint, restore, state_of
+from de3.server.audit.state import State, StateDir, restore, state_of
 from de3.server.rules import Choice, Rules
 from de3.server.settings import Settings
 

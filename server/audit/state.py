@@ -1,7 +1,6 @@
 """Keeps audit results across restarts, in a small file for each model."""
 
 import fcntl
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from de3.exits.promise import MAX_SHARES, Evidence, Promise, Reason, Recent, SavedPromise, Tally
 from de3.exits.promises import ALL, MAX_CLIENTS, Promises
-from de3.model_store.manifest import Manifest
+from de3.model_store.manifest import fingerprint
 from de3.model_store.regular_file import read_regular_file
 from de3.server.audit.ledger import MAX_RESETS, Ledger, Reset
 
@@ -244,11 +243,6 @@ def restore(ledger: Ledger, state: State) -> None:
         promises = _restored(state.promises, ledger.promises)
     resets = [Reset(row.at, row.reason, row.tau, row.audits) for row in state.resets]
     ledger.restore(evidence, state.since, resets, promises)
-
-
-def fingerprint(manifest: Manifest) -> str:
-    """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
-    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
 
 
 class StateDir:

@@ -4,12 +4,11 @@ from statistics import mean
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from de3.model_store.manifest import Manifest
+from de3.model_store.manifest import Manifest, fingerprint
 from de3.server.audit.ledger import Audited, Ledger, Settled, Standing, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
-from de3.server.audit.state import fingerprint
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
 from de3.server.processes.group import Group, ask_all

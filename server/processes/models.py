@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from de3.model_store.manifest import fingerprint
 from de3.server.audit.ledgers import Ledgers
-from de3.server.audit.state import fingerprint
 from de3.server.errors import RequestError
 from de3.server.processes.group import Group, Process, ask_all
 from de3.server.processes.weights import Weights

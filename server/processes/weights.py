@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from de3.server.audit.state import fingerprint
+from de3.model_store.manifest import fingerprint
 from de3.server.processes.worker import WEIGHTS, artifact_of
 
 

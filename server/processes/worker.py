@@ -17,13 +17,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from de3.model_store.manifest import Manifest
+from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
 from de3.native.network import Memory
 from de3.server import logs
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
-from de3.server.audit.state import fingerprint
 from de3.server.engine.served import Served
 from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
 from de3.server.manager import Change, Manager, Plan

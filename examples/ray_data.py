@@ -1,0 +1,43 @@
+"""Classify parquet files with Ray Data: python examples/ray_data.py IN OUT [MODEL]
+
+Each actor loads the classifier once and uses one core. Needs: pip install 'de3[bulk]' 'ray[data]'
+"""
+
+import os
+import sys
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+import de3
+
+STORE = os.environ.get("DE3_STORE", str(de3.DEMO))
+BATCH = 4096  # enough texts of each length to fill groups
+
+
+class Classify:
+    """An actor: a classifier with one engine thread."""
+
+    def __init__(self, model: str, store: str) -> None:
+        self.model = de3.load(model, store=store, threads=1)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """The batch with the columns of the answers."""
+        answers = self.model.classify(batch.column("text").to_pylist(), as_arrow=True)
+        for name in answers.column_names:
+            batch = batch.append_column(name, answers.column(name))
+        return batch
+
+
+def main(source: str, out: str, model: str = "sst2", actors: int = os.cpu_count() or 1) -> None:
+    """Classify the files of a folder, or one file, with an actor for each core."""
+    options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": BATCH, "num_cpus": 1}
+    pool = ray.data.ActorPoolStrategy(size=actors)
+    rows = ray.data.read_parquet(source)
+    rows = rows.map_batches(Classify, fn_constructor_args=(model, STORE), compute=pool, **options)
+    rows.write_parquet(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,323 @@
+"""`de3 classify --file`: files in and out, refused rows, and runs that are continued."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pytest
+from pyarrow import parquet
+
+import de3
+from de3.bulk import run, source
+from de3.bulk.parts import Parts
+from de3.bulk.source import Source
+from de3.client import Input
+from de3.columns import Answers
+from de3.tables import Columns
+from tests.commands import de3 as command
+from tests.commands import refusal
+from tests.fixtures import make_rows
+from tests.serving import serving, until
+
+TEXTS = [text for text, _ in make_rows(100, 23) if text.strip()]
+READING = Columns(label=None)
+
+
+@pytest.fixture(scope="module")
+def model(store: Path) -> Iterator[de3.Classifier]:
+    with de3.load("tiny-int8", store=store, threads=1) as one:
+        yield one
+
+
+class Here:
+    """A pool that answers in this process; it stops like a killed run before the slice with this number."""
+
+    size = 2
+
+    def __init__(self, model: de3.Classifier, stops_at: int = 10**9) -> None:
+        self._model, self._left = model, stops_at
+        self.texts = 0
+
+    def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+        self.texts += len(texts)
+        future = Future[Answers]()
+        future.set_result(self._model.answers(texts, tau=0.3))
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def classify(pool: Here, file: Path, out: Path, part_rows: int = 16, keep: list[str] | None = None) -> Any:
+    parts = Parts(out, out.suffix or ".parquet", {"a": 1})
+    try:
+        summary = run.classify(Source(file, READING, keep), pool, parts, lambda name: name, part_rows)
+        return summary, parts.finish(summary.parts)
+    finally:
+        parts.close()
+
+
+def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if file.suffix == ".parquet":
+        parquet.write_table(arrow.Table.from_pylist(list(rows)), file, row_group_size=7)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif file.suffix == ".txt":
+        file.write_text("".join(row["text"] + "\n" for row in rows))
+    else:
+        with file.open("w", newline="") as opened:
+            writer = csv.DictWriter(opened, list(rows[0]), delimiter="\t" if file.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    if file.suffix == ".parquet":
+        return list(parquet.read_table(file).to_pylist())
+    if file.suffix == ".jsonl":
+        return [json.loads(line) for line in file.read_text().splitlines()]
+    with file.open(newline="") as opened:
+        return list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "SLICE_ROWS", 8)
+
+
+@pytest.mark.parametrize("kind_in", [".parquet", ".csv", ".tsv", ".jsonl", ".txt"])
+@pytest.mark.parametrize("kind_out", [".parquet", ".csv", ".tsv", ".jsonl"])
+def test_every_format(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
+    file, out = tmp_path / f"in{kind_in}", tmp_path / f"out{kind_out}"
+    write(file, [{"id": f"a{i}", "text": text} for i, text in enumerate(TEXTS)])
+    summary, refused = classify(Here(model), file, out)
+    rows, expected = read(out), model.classify(TEXTS, tau=0.3)
+    assert summary.rows == summary.answered == len(TEXTS) and refused is None
+    assert [row["text"] for row in rows] == [text.strip() for text in TEXTS] or kind_in == ".txt"
+    if kind_in != ".txt":
+        assert [row["id"] for row in rows] == [f"a{i}" for i in range(len(TEXTS))]
+    assert [row["label"] for row in rows] == [row.label for row in expected]
+    assert [int(row["exit_layer"]) for row in rows] == [row.exit.layer for row in expected]
+    probs = [row["probs"] if isinstance(row["probs"], list) else json.loads(row["probs"]) for row in rows]
+    assert probs == [row.probs for row in expected]
+    assert sum(summary.layers.values()) == len(TEXTS) and summary.layers == {
+        layer: [row.exit.layer for row in expected].count(layer) for layer in summary.layers
+    }
+    assert [file.name for file in tmp_path.iterdir() if "parts" in file.name] == []
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".jsonl", ".csv"])
+def test_a_folder_in_and_out(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for number in range(3):
+        write(folder / f"{number}{kind}", [{"text": text} for text in TEXTS[number * 20 : number * 20 + 20]])
+    (folder / "_SUCCESS").touch()
+    parts = Parts(out, kind, {})
+    summary = run.classify(Source(folder, READING), Here(model), parts, lambda name: f"de3_{name}", 16)
+    parts.finish(summary.parts)
+    parts.close()
+    files = sorted(file for file in out.iterdir() if file.name[0] not in "._")
+    assert [file.name for file in files] == [f"part-{n:06}{kind}" for n in range(summary.parts)]
+    rows = [row for file in files for row in read(file)]
+    assert [row["de3_label"] for row in rows] == [row.label for row in model.classify(TEXTS[:60], tau=0.3)]
+    again = Parts(out, kind, {})
+    assert again.is_complete
+    again.close()
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl"])
+@pytest.mark.parametrize("stops_at", [0, 1, 8, 11])
+def test_a_run_that_was_killed_goes_on_with_the_same_bytes(
+    model: de3.Classifier, tmp_path: Path, kind: str, stops_at: int
+) -> None:
+    file, whole, out = tmp_path / "in.jsonl", tmp_path / f"whole{kind}", tmp_path / f"out{kind}"
+    rows = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    rows[37]["text"] = " "
+    write(file, rows)
+    _, refused = classify(Here(model), file, whole)
+    with pytest.raises(KeyboardInterrupt):
+        classify(Here(model, stops_at), file, out)
+    pool = Here(model)
+    _, refused_again = classify(pool, file, out)
+    assert out.read_bytes() == whole.read_bytes()
+    assert refused.read_bytes() == refused_again.read_bytes()
+    assert pool.texts == 99 if stops_at < 2 else pool.texts < 99
+
+
+def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    lines = [
+        '{"text": "good"}',
+        "not json",
+        '"bad"',
+        "[1]",
+        '{"text": null}',
+        '{"text": "\\ud800"}',
+        '{"b": 1}',
+    ]
+    file.write_bytes("\n".join(lines).encode() + b'\n"caf\xe9"\n' + b'"fine"\n')
+    summary, refused = classify(Here(model), file, out)
+    assert [row["text"] for row in read(out)] == ["good", "bad", "fine"]
+    found = read(refused)
+    assert [(one["row"], one["where"]) for one in found] == [
+        (row, f"{file}:{row + 1}") for row in (1, 3, 4, 5, 6, 7)
+    ]
+    reasons = [one["reason"] for one in found]
+    for reason, says in zip(
+        reasons, ("not JSON", "not an object", "is empty", "surrogate", "no column", "UTF-8"), strict=True
+    ):
+        assert says in reason, reasons
+    assert (summary.rows, summary.answered, summary.refused) == (9, 3, 6)
+
+
+def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
+    table, text = tmp_path / "in.csv", tmp_path / "in.parquet"
+    table.write_bytes(b'id,text\n1,good\n2,a,b\n3,"two\nlines"\n4,caf\xe9\n5,\n6,"a ""fine"" one"\n')
+    _, refused = classify(Here(model), table, tmp_path / "a.csv")
+    assert [row["id"] for row in read(tmp_path / "a.csv")] == ["1", "3", "6"]
+    assert [one["where"].rpartition(":")[2] for one in read(refused)] == ["3", "6", "7"]
+    parquet.write_table(arrow.table({"id": [1, 2, 3], "text": ["good", None, "fine"]}), text)
+    _, refused = classify(Here(model), text, tmp_path / "b.parquet")
+    assert [row["id"] for row in read(tmp_path / "b.parquet")] == [1, 3]
+    assert [one["row"] for one in read(refused)] == [1]
+
+
+def test_texts_that_the_model_refuses(model: de3.Classifier, tmp_path: Path) -> None:
+    """Pairs and single texts for a model that takes one of them, and texts that are too long."""
+    file = tmp_path / "in.parquet"
+    rows = [{"n": 0, "text": "good", "text_pair": None}, {"n": 1, "text": "bad", "text_pair": "good"}]
+    write(file, rows)
+    classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
+    expected = model.classify(["good", ("bad", "good")], tau=0.3)
+    found = read(tmp_path / "out.parquet")
+    assert [row["probs"] for row in found] == [row.probs for row in expected]
+    assert [row["n"] for row in found] == [0, 1] and "text" not in found[0]
+
+
+def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(KeyboardInterrupt):
+        classify(Here(model, 9), tmp_path / "in.jsonl", out)
+    with pytest.raises(ValueError, match="was begun with another a: use the same command, or remove"):
+        Parts(out, ".jsonl", {"a": 2})
+    first = Parts(out, ".jsonl", {"a": 1})
+    with pytest.raises(ValueError, match="another run writes to it"):
+        Parts(out, ".jsonl", {"a": 1})
+    first.close()
+    classify(Here(model), tmp_path / "in.jsonl", out)
+    with pytest.raises(ValueError, match="exists already"):
+        Parts(out, ".jsonl", {"a": 1})
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(ValueError, match="has other files"):
+        Parts(tmp_path / "full", ".jsonl", {})
+
+
+def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl", [{"sentence": "good"}])
+    with pytest.raises(ValueError, match=r"none of the first 1 rows .*no column 'text'; it has 'sentence'"):
+        classify(Here(model), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_columns_of_input_and_answers_may_not_have_the_same_name(
+    model: de3.Classifier, tmp_path: Path
+) -> None:
+    write(tmp_path / "in.parquet", [{"text": "good", "label": 1}])
+    with pytest.raises(ValueError, match="label: is a column of the input and of the answers"):
+        classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.parquet")
+    classify(Here(model), tmp_path / "in.parquet", tmp_path / "out.parquet", keep=["text"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--model tiny --file {0}/none.csv --out {0}/out.csv", "there is no such file or folder"),
+        ("--model tiny --file {0} --out {0}/out", "must contain files of one kind"),
+        ("--model tiny --file {0}/in.jsonl --out {0}/out.csv --format csv", "--format: is for a folder"),
+        (
+            "--model tiny --file {0}/in.jsonl --out {0}/out --format xml",
+            "--format must be parquet, csv, tsv or jsonl",
+        ),
+        ("--file {0}/in.jsonl --out {0}/o --latency-budget-ms 5", "--latency-budget-ms: only for texts"),
+        ("--file {0}/in.jsonl", "give texts, or --file and --out"),
+        ("good", "--model: is required, as"),
+        ("good --model nothing", "nothing"),
+        ("good --model tiny --tau 7", "tau: "),
+    ],
+)
+def test_errors_of_the_command(store: Path, tmp_path: Path, arguments: str, says: str) -> None:
+    write(tmp_path / "in.jsonl", [{"text": "good"}])
+    (tmp_path / "in.csv").write_text("text\ngood\n")
+    assert says in refusal(f"classify --store {store} {arguments.format(tmp_path)}")
+
+
+def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.csv", tmp_path / "out.parquet"
+    write(file, [{"id": i, "text": text} for i, text in enumerate(TEXTS)] + [{"id": "x", "text": ""}])
+    output = command(
+        f"classify --store {store} --model tiny-int8 --file {file} --out {out} --max-disagreement 0.5 --threads 2"
+    )
+    with de3.load("tiny-int8", store=store, threads=1) as model:
+        expected = model.classify(TEXTS, max_disagreement=0.5)
+    assert [row["probs"] for row in read(out)] == [row.probs for row in expected]
+    assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
+    assert 'certified: {"max_disagreement": 0.5' in output and "1 rows cannot be classified" in output
+
+
+def test_texts_without_a_server(store: Path) -> None:
+    output = command(["classify", "a good film", "--store", str(store), "--model", "tiny", "--tau", "0"])
+    assert "layer 3  a good film" in output
+
+
+@pytest.mark.slow
+def test_kill_9_and_go_on(store: Path, tmp_path: Path) -> None:
+    file, out, whole = tmp_path / "in.parquet", tmp_path / "out.parquet", tmp_path / "whole.parquet"
+    write(file, [{"id": i, "text": f"{TEXTS[i % 100]} {i}"} for i in range(40_000)])
+    options = f"--store {store} --model tiny-int8 --file {file} --part-rows 4096"
+    arguments = [sys.executable, "-m", "de3.cli", "classify", *options.split()]
+    subprocess.run([*arguments, "--out", str(whole)], check=True, timeout=200)
+    running = subprocess.Popen([*arguments, "--out", str(out)], start_new_session=True)
+    folder = tmp_path / "out.parquet.parts"
+    until(lambda: len(list(folder.glob("part-*"))) >= 3, "three parts")
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not out.exists()
+    subprocess.run([*arguments, "--out", str(out)], check=True, timeout=200)
+    assert out.read_bytes() == whole.read_bytes()
+    assert len(read(out)) == 40_000
+
+
+def test_a_server_answers_files(store: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows: list[Any] = [{"text": text, "id": i} for i, text in enumerate(TEXTS)]
+    rows[7] = {"text": TEXTS[7], "text_pair": "a dull plot", "id": 7}
+    rows[9] = {"text": "good film " * 60, "id": 9}
+    write(file, rows)
+    with serving(store) as server:
+        command(f"classify --file {file} --out {out} --url {server.url} --tau 0.1 --long error")
+        sent: list[Any] = [row for row in rows if row["id"] != 9]
+        inputs = [{k: r[k] for k in ("text", "text_pair")} if "text_pair" in r else r["text"] for r in sent]
+        expected = [
+            row for i in (0, 50) for row in server.classify(input=inputs[i : i + 50], tau=0.1).json()["data"]
+        ]
+    found = read(out)
+    assert [row["id"] for row in found] == [row["id"] for row in sent]
+    assert [(row["probs"], row["exit_layer"]) for row in found] == [
+        (row["probs"], row["exit"]["layer"]) for row in expected
+    ]
+    (refused,) = read(tmp_path / "out.jsonl.refused.jsonl")
+    assert refused["row"] == 9 and "at most 64" in refused["reason"]

@@ -1,0 +1,244 @@
+"""`de3.load`: the server's answers without a server."""
+
+import gc
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import de3
+from de3.client import Input
+from de3.library import WINDOW
+from tests.fixtures import make_rows
+from tests.serving import Server, serving
+
+TEXTS: list[Input] = [text for text, _ in make_rows(60, 17) if text.strip()]
+LONG = "a good film and a dull plot " * 40
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-int8"])
+def model(request: pytest.FixtureRequest, store: Path) -> Iterator[de3.Classifier]:
+    with de3.load(request.param, store=store, threads=2) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def server(store: Path) -> Iterator[Server]:
+    with serving(store) as one:
+        yield one
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tau": 0.0},
+        {"tau": 0.4, "signal": "edr", "lam": 2.0},
+        {"tau": 0.3, "max_layer": 1, "raw": True},
+        {"target_speedup": 1.5, "explain": True},
+        {"max_disagreement": 0.5, "ood": True, "top_k": 2},
+        {"tau": 0.2, "long": "windows"},
+        {"latency_budget_ms": 60_000.0},
+    ],
+)
+def test_an_answer_is_the_servers(model: de3.Classifier, server: Server, options: dict[str, Any]) -> None:
+    texts: list[Input] = [*TEXTS[:9], LONG, ("a good film", "a dull plot"), TEXTS[0]]
+    rows = [row.raw for row in model.classify(texts, **options)]
+    sent = [{"text": t[0], "text_pair": t[1]} if isinstance(t, tuple) else t for t in texts]
+    named = {("lambda" if name == "lam" else name): value for name, value in options.items()}
+    answer = server.classify(input=sent, model=model.name.split(":")[0], **named).json()
+    assert rows == answer["data"]
+    if "max_disagreement" in options:
+        assert model.certificate(max_disagreement=0.5) == answer["certificate"]
+
+
+def test_a_single_text_or_pair(model: de3.Classifier) -> None:
+    assert model.classify("a good film") == model.classify(["a good film"])
+    (pair,) = model.classify({"text": "a good film", "text_pair": "a dull plot"}, tau=0)
+    assert [pair] == model.classify(("a good film", "a dull plot"), tau=0)
+    assert model.classify([]) == []
+
+
+def test_identical_texts_are_computed_once(model: de3.Classifier) -> None:
+    before = model._engine.finished
+    rows = model.classify([TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]])
+    assert model._engine.finished == before + 2
+    assert [row.raw["index"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0].probs == rows[2].probs == rows[3].probs != rows[1].probs
+
+
+def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
+    texts = [*TEXTS, LONG, TEXTS[0]]
+    rows, table = model.classify(texts, tau=0.3), model.classify(texts, tau=0.3, as_arrow=True)
+    assert table.column("label").to_pylist() == [row.label for row in rows]
+    assert table.column("probs").to_pylist() == [row.probs for row in rows]
+    assert table.column("exit_layer").to_pylist() == [row.exit.layer for row in rows]
+    assert table.column("exit_score").to_pylist() == [row.exit.score for row in rows]
+    assert table.column("truncated").to_pylist() == [row.is_truncated for row in rows]
+    windows = model.classify(texts, long="windows", ood=True, as_arrow=True)
+    assert windows.column("windows_of").to_pylist()[-2] > 1 and "ood_score" in windows.column_names
+    assert model.classify([], long="windows", ood=True, as_arrow=True).schema == windows.schema
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "field", "says"),
+    [
+        (["good", " "], {}, "input[1]", "input[1]: must not be empty"),
+        (["good", 7], {}, "input[1]", "must be a text, or an object with text and text_pair; got a number"),
+        (["good", {"text": "a"}], {}, "input[1]", "text_pair missing"),
+        (["good", "half \ud800"], {}, "input[1]", "half of a surrogate pair"),
+        (["a much longer text", "good", LONG], {"long": "error"}, "input[2]", "the model takes at most 64"),
+        (["good"], {"tau": 7}, "tau", "less than or equal to 1 (allowed: 0 to 1)"),
+        (["good"], {"tau": 0.1, "target_speedup": 2}, "target_speedup", "cannot be combined with tau"),
+        (["good"], {"model": "tiny"}, "model", "unknown option; known options: tau, signal"),
+        (["good"], {"lam": -1}, "lambda", "greater than or equal to 0"),
+        (["good"], {"latency_budget_ms": 1e-6}, "latency_budget_ms", "cannot be met"),
+    ],
+)
+def test_an_error_names_the_field(
+    model: de3.Classifier, texts: list[Any], options: dict[str, Any], field: str, says: str
+) -> None:
+    with pytest.raises(de3.InputError) as raised:
+        model.classify(texts, **options)
+    assert raised.value.field == field and says in str(raised.value)
+    assert model.classify("good")
+
+
+def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
+    found = model.answers(["good", " ", LONG, "bad"], long="error", tau=0)
+    assert found.errors.keys() == {1, 2} and "at most 64" in found.errors[2]
+    assert found.values["label"] == [row.label for row in model.classify(["good", "bad"], tau=0)]
+    assert found.full_depth_s == pytest.approx(found.model_s)  # nothing exits early
+
+
+@pytest.mark.parametrize("window", [1, 7, WINDOW])
+def test_a_stream_is_answered_in_order_with_bounded_memory(model: de3.Classifier, window: int) -> None:
+    taken = 0
+
+    def source() -> Iterator[Input]:
+        nonlocal taken
+        for _ in range(3):
+            for text in TEXTS:
+                taken += 1
+                yield text
+
+    expected = [row.probs for row in model.classify(TEXTS)] * 3
+    for index, row in enumerate(model.stream(source(), window=window)):
+        assert row.raw["index"] == index and row.probs == expected[index]
+        assert taken <= index + 1 + 2 * window
+    assert taken == 3 * len(TEXTS)
+
+
+def test_a_stream_that_is_left_drops_its_texts(model: de3.Classifier) -> None:
+    rows = model.stream(iter(TEXTS * 50), window=200)
+    next(rows)
+    del rows
+    gc.collect()
+    assert model.classify("good")
+    with pytest.raises(de3.InputError, match="window: must be at least 1"):
+        model.stream([], window=0)
+    with pytest.raises(de3.InputError, match=r"input\[3\]"):
+        list(model.stream(["a", "b", "c", ""], window=2))
+
+
+def test_threads_share_a_classifier(model: de3.Classifier) -> None:
+    expected, found = model.classify(TEXTS), dict[int, Any]()
+
+    def ask(number: int) -> None:
+        found[number] = model.classify(TEXTS)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(found[number] == expected for number in range(8))
+
+
+def test_a_failed_engine_is_an_error(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("de3.library.CHECK_S", 0.01)
+    with de3.load("tiny-int8", store=store, threads=1) as model:
+        monkeypatch.setattr(model._engine, "submit", lambda job: None)
+        monkeypatch.setattr(model._engine, "problem", lambda: "engine thread 0 has ended")
+        with pytest.raises(RuntimeError, match="engine thread 0 has ended"):
+            model.classify("good")
+
+
+def test_a_closed_classifier_says_so(store: Path) -> None:
+    model = de3.load("tiny-int8", store=store, threads=1)
+    model.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        model.classify("good")
+
+
+def test_the_garbage_collector_closes_it(store: Path) -> None:
+    before = threading.active_count()
+    model = de3.load("tiny-int8", store=store, threads=1)
+    model.classify("good")
+    gone, engine = weakref.ref(model), model._engine
+    del model
+    gc.collect()
+    assert gone() is None
+    for thread in engine._threads:
+        thread.join(30)
+    assert threading.active_count() <= before
+
+
+def test_it_is_pickled_by_its_path_and_loaded_once(model: de3.Classifier) -> None:
+    pickled = pickle.dumps(model)
+    assert len(pickled) < 100_000
+    code = f"""
+import pickle
+one, two = pickle.loads({pickled!r}), pickle.loads({pickled!r})
+assert one is two
+print(one.classify("a good film")[0].probs)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == str(model.classify("a good film")[0].probs)
+
+
+def test_after_a_fork_the_error_says_what_to_do(model: de3.Classifier) -> None:
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            model.classify("good")
+        except RuntimeError as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    os.close(writing)
+    with os.fdopen(reading) as said:
+        assert "load it in this process" in said.read()
+
+
+def test_by_folder_and_without_a_store(store: Path, tmp_path: Path) -> None:
+    with de3.load(store / "tiny-int8" / "1", store=tmp_path, threads=1) as model:
+        assert model.name == "tiny-int8:1"
+    with pytest.raises(ValueError, match="no version '7'"):
+        de3.load("tiny:7", store=store)
+    with pytest.raises(ValueError, match="quantize: must be int8 or none"):
+        de3.load("tiny", store=store, quantize="int4")  # type: ignore[arg-type]
+
+
+def test_the_import_is_cheap_and_changes_nothing_of_the_process() -> None:
+    code = """
+import gc, logging, signal, sys
+before = sys.getswitchinterval(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
+import de3
+assert not {"numpy", "onnxruntime", "httpx", "fastapi"} & sys.modules.keys()
+with de3.load("sst2", store=de3.DEMO) as model:
+    assert model.classify(["a fine film"])[0].label == "positive"
+assert not {"fastapi", "uvicorn", "prometheus_client", "torch", "pyarrow"} & sys.modules.keys(), sys.modules.keys()
+after = sys.getswitchinterval(), gc.get_freeze_count(), signal.getsignal(signal.SIGTERM), logging.root.handlers[:]
+assert before == after
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
