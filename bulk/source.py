@@ -9,7 +9,7 @@ from de3.client import Input
 from de3.columns import pyarrow_module
 from de3.tables import SHOWN, BadRow, Columns, records, text_of
 
-SLICE_ROWS = 4096
+SLICE_ROWS = 2048
 SLICE_CHARS = 2**22  # a slice with more characters ends, so that memory is bounded
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 PAIR = "text_pair"  # column of a second text, if there is one

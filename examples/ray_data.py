@@ -14,6 +14,7 @@ import de3
 
 STORE = os.environ.get("DE3_STORE", str(de3.DEMO))
 BATCH = 4096  # enough texts of each length to fill groups
+BLOCK = 8 * BATCH  # rows that an actor takes at a time
 
 
 class Classify:
@@ -32,11 +33,13 @@ class Classify:
 
 def main(source: str, out: str, model: str = "sst2", actors: int = os.cpu_count() or 1) -> None:
     """Classify the files of a folder, or one file, with an actor for each core."""
-    options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": BATCH, "num_cpus": 1}
+    options: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": BATCH, "num_cpus": 1 - 1 / actors}
     pool = ray.data.ActorPoolStrategy(size=actors)
-    rows = ray.data.read_parquet(source)
+    # Together the actors reserve all cores but one: with none left, the tasks that list and read files would never run.
+    rows = ray.data.read_parquet(source, num_cpus=0.1)
+    rows = rows.repartition(target_num_rows_per_block=BLOCK)  # else the rows of one file may be one actor's
     rows = rows.map_batches(Classify, fn_constructor_args=(model, STORE), compute=pool, **options)
-    rows.write_parquet(out)
+    rows.write_parquet(out, ray_remote_args={"num_cpus": 0.1})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Bulk classification: a large file beside the same engine fed from memory, and a run that is killed and goes on."""
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
+from statistics import median
 
 import pyarrow as arrow
 from pyarrow import parquet
@@ -20,8 +22,8 @@ from de3.bulk.pool import LocalPool
 from de3.bulk.run import PART_ROWS
 from de3.bulk.source import SLICE_ROWS
 from de3.columns import Answers
-from de3.library import Classifier
-from de3.loadtest.servers import process_tree, pss_mb
+from de3.library import Classifier, Options
+from de3.loadtest.servers import dependencies, environment, process_tree, pss_mb
 from de3.model_store.store import Artifact
 
 MEMORY_TEXTS = 200_000
@@ -75,7 +77,13 @@ def from_memory(artifact: Artifact, texts: list[str]) -> dict[str, float]:
         started = time.perf_counter()
         classifier.classify(texts, as_arrow=True)
         rates["library, one process"] = len(texts) / (time.perf_counter() - started)
-    pool = LocalPool(artifact, {})
+    rates["processes"] = _pool_rate(artifact, texts, {})
+    return rates
+
+
+def _pool_rate(artifact: Artifact, texts: list[str], options: Options) -> float:
+    """Texts/s of the command's processes, from a list in memory."""
+    pool = LocalPool(artifact, options)
     try:
         for future in [pool.submit(texts[:SLICE_ROWS]) for _ in range(2 * pool.size)]:
             future.result()
@@ -87,10 +95,9 @@ def from_memory(artifact: Artifact, texts: list[str]) -> dict[str, float]:
                 pending.popleft().result()
         for future in pending:
             future.result()
-        rates[f"{pool.size} processes"] = len(texts) / (time.perf_counter() - started)
+        return len(texts) / (time.perf_counter() - started)
     finally:
         pool.close()
-    return rates
 
 
 def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: False) -> Bulk:
@@ -136,3 +143,28 @@ def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, fold
     yield f"killed after {len(list(parts.glob('part-*')))} of {total} parts"
     run([*command, str(halves)], rows)
     yield f"continued: the same bytes: {cmp(whole, halves, shallow=False)}"
+
+
+def peers(artifact: Artifact, stock: Path, folder: Path, count: int, rounds: int) -> Iterator[str]:
+    """Yield texts/s of the command's processes and of peers, on the first texts of `study`'s file.
+
+    stock: the Hugging Face classifier from which the artifact was made.
+    """
+    texts = parquet.read_table(folder / "texts.parquet", columns=["text"]).column("text")[:count].to_pylist()
+    file = folder / "texts.json"
+    file.write_text(json.dumps(texts))
+    script = Path(__file__).with_name("bulk_peers.py")
+    python = environment("bulk_peers", dependencies(script))
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for tau in (None, 0.0):
+            name = "de3, full depth" if tau == 0 else "de3, default"
+            found.setdefault(name, []).append(
+                _pool_rate(artifact, texts, {} if tau is None else {"tau": tau})
+            )
+        command = [str(python), str(script), str(stock), str(file), str(folder / "peers")]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for name, one in json.loads(output.splitlines()[-1]).items():
+            found.setdefault(f"{name}, batches of {one['batch']}", []).append(one["texts_per_s"])
+    for name, rates in found.items():
+        yield f"{name}: {median(rates):,.0f} texts/s ({min(rates):,.0f} … {max(rates):,.0f})"

@@ -101,6 +101,13 @@ def bulk(
     store: options.Store = Path("models"),
     model: options.ModelName = "sst2",
     rows: Annotated[int, typer.Option(help="Number of texts.", min=1)] = 2_000_000,
+    stock: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: compare with peers on 20,000 of the texts; the classifier that was imported."
+        ),
+    ] = None,
+    rounds: options.Rounds = 3,
 ) -> None:
     """Classify a large file of recombined texts, beside the same engine fed from memory; kill a run, and continue it.
 
@@ -110,8 +117,13 @@ def bulk(
     from lab import bulk as study
 
     folder.mkdir(parents=True, exist_ok=True)
-    samples = [sample.text for sample in read(texts, "sentence")]
-    for line in study.study(Store(store).open(model), store, samples, rows, folder):
+    artifact = Store(store).open(model)
+    if stock is not None:
+        lines = study.peers(artifact, stock, folder, 20_000, rounds)
+    else:
+        samples = [sample.text for sample in read(texts, "sentence")]
+        lines = study.study(artifact, store, samples, rows, folder)
+    for line in lines:
         print(line, flush=True)
 
 
