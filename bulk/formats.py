@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,30 @@ KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 ROW_GROUP = 2**16
 
 
-def write(file: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str]) -> None:
+def write(
+    file: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str], first: Path
+) -> None:
     """Write rows to a new file, or none at all: it appears once it is complete.
 
     Args:
         kept: the input's columns of all rows, in pieces: lists of a dict for each row, or pyarrow tables.
         answers, types: the other columns, and their types (see de3.columns).
+        first: the first part of the output, whose columns this one must have.
+
+    Raises ValueError for values that the format cannot hold.
     """
     draft = file.with_name(f".{file.name}")
     if file.suffix == ".parquet":
-        _write_parquet(draft, kept, answers, types)
+        try:
+            _write_parquet(draft, kept, answers, types, first)
+        except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are of these kinds
+            raise ValueError(
+                f"a column cannot be written as parquet ({error}): leave it out with --keep"
+            ) from None
     else:
         rows = _rows(kept, answers)
-        with draft.open("w", encoding="utf-8", newline="") as opened:
+        # Half of a surrogate pair, which JSON may have, is escaped again.
+        with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
             if file.suffix == ".jsonl":
                 opened.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
             else:
@@ -57,9 +69,15 @@ def _names(kept: list[Any], types: dict[str, str]) -> list[str]:
 
 def _rows(kept: list[Any], answers: dict[str, list[Any]]) -> Iterable[dict[str, Any]]:
     columns = list(answers)
-    before = (row for piece in kept for row in (piece if isinstance(piece, list) else piece.to_pylist()))
+    before = (row for piece in kept for row in _dicts(piece))
     for row, values in zip(before, zip(*answers.values(), strict=True), strict=True):
         yield {**row, **dict(zip(columns, values, strict=True))}
+
+
+def _dicts(piece: Any) -> list[dict[str, Any]]:
+    if isinstance(piece, list):
+        return piece
+    return list(piece.to_pylist()) if piece.column_names else [{} for _ in range(piece.num_rows)]
 
 
 def _write_delimited(opened: Any, kind: str, rows: Iterable[dict[str, Any]], names: Sequence[str]) -> None:
@@ -77,7 +95,7 @@ def _cell(value: Any) -> Any:
 
 
 def _write_parquet(
-    draft: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str]
+    draft: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str], first: Path
 ) -> None:
     from pyarrow import parquet
 
@@ -94,11 +112,13 @@ def _write_parquet(
     if before is not None:
         for index, name in enumerate(before.column_names):
             table = table.add_column(index, before.schema.field(name), before.column(name))
+    if first.exists():
+        arrow.unify_schemas([parquet.read_schema(first), table.schema], promote_options="permissive")
     parquet.write_table(table.combine_chunks(), draft, compression="zstd", row_group_size=ROW_GROUP)
 
 
 def join(parts: Sequence[Path], file: Path) -> None:
-    """Write the rows of all parts to one file, which appears once it is complete; raises ValueError."""
+    """Write the rows of all parts to one file, which appears once it is complete."""
     draft = file.with_name(f".{file.name}")
     if file.suffix == ".parquet":
         _join_parquet(parts, draft)
@@ -108,8 +128,7 @@ def join(parts: Sequence[Path], file: Path) -> None:
                 with part.open("rb") as rows:
                     if number and file.suffix != ".jsonl":
                         rows.readline()  # the names
-                    while chunk := rows.read(2**20):
-                        opened.write(chunk)
+                    shutil.copyfileobj(rows, opened)
     publish(draft, file)
 
 

@@ -84,7 +84,7 @@ class Parts:
             opened.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in refused)
         # Before the part: if that exists, this does.
         formats.publish(draft, self._folder / f"_refused-{number:06}.jsonl")
-        formats.write(self._path(number), [part.kept for part in slices], answers, types)
+        formats.write(self._path(number), [part.kept for part in slices], answers, types, self._path(0))
 
     def finish(self, count: int) -> Path | None:
         """Make the output from the first `count` parts; returns the file of refused rows, None if there are none."""

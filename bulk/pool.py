@@ -2,10 +2,12 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Any, Protocol
 
 import httpx
@@ -79,12 +81,21 @@ _open_in_this_process: list[tuple[Classifier, Options]] = []  # one, in a proces
 def _open(
     artifact: Artifact, threads: int, is_proved: bool, parent: int, weights: int | None, options: Options
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the parent ends them
+    Thread(target=_end_with_parent, daemon=True).start()
     memory = None
     if weights is not None:  # a file descriptor of the parent
         memory = Memory(os.open(f"/proc/{parent}/fd/{weights}", os.O_RDONLY | os.O_CLOEXEC), True)
     _open_in_this_process.append((Classifier(artifact, threads, is_proved, memory), options))
     if memory is not None:
         os.close(memory.fd)  # the kernels have mapped it
+
+
+def _end_with_parent() -> None:
+    """End this process if its parent is killed; it would wait for work forever."""
+    if (parent := parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _answer(texts: Sequence[Input]) -> Answers:

@@ -55,7 +55,7 @@ class Slice:
         if isinstance(self.kept, list):
             self.kept = [self.kept[index] for index in stay]
         else:
-            self.kept = self.kept.take(stay)
+            self.kept = _taken(self.kept, stay)
         for name in ("texts", "numbers", "places"):
             values = getattr(self, name)
             setattr(self, name, [values[index] for index in stay])
@@ -156,7 +156,7 @@ class Source:
                 stay.append(index)
                 one.numbers.append(row)
                 one.places.append(f"{file}:{row}")
-        one.kept = kept if len(stay) == rows else kept.take(stay)
+        one.kept = kept if len(stay) == rows else _taken(kept, stay)
         return one
 
     def _checked(self, values: list[Any]) -> Input:
@@ -171,6 +171,11 @@ class Source:
             for name, value in zip(names, values, strict=False)
         ]
         return texts[0] if len(texts) == 1 else (texts[0], texts[1])
+
+
+def _taken(table: Any, rows: list[int]) -> Any:
+    """Some rows of a table; of one without columns, as many."""
+    return table.take(rows) if table.column_names else table.slice(0, len(rows))
 
 
 def files_in(path: Path, columns: Columns) -> list[Path]:

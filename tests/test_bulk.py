@@ -21,6 +21,7 @@ from de3.bulk.parts import Parts
 from de3.bulk.source import Source
 from de3.client import Input
 from de3.columns import Answers
+from de3.loadtest.servers import process_tree
 from de3.tables import Columns
 from tests.commands import de3 as command
 from tests.commands import refusal
@@ -233,6 +234,36 @@ def test_a_run_without_a_part_leaves_nothing(model: de3.Classifier, tmp_path: Pa
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+@pytest.mark.parametrize("kind_in", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("kind_out", [".parquet", ".csv", ".jsonl"])
+def test_no_column_of_the_input(model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str) -> None:
+    texts = [*TEXTS[:20], " ", "good"]
+    write(tmp_path / f"in{kind_in}", [{"text": text} for text in texts])
+    out = tmp_path / f"out{kind_out}"
+    classify(Here(model), tmp_path / f"in{kind_in}", out, keep=[])
+    rows = read(out)
+    assert next(iter(rows[0])) == "label" and "text" not in rows[0]
+    expected = model.classify([*TEXTS[:20], "good"], tau=0.3)
+    assert [row["label"] for row in rows] == [row.label for row in expected]
+
+
+def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
+    rows[40]["n"] = "forty"
+    write(file, rows)
+    with pytest.raises(ValueError, match="a column cannot be written as parquet"):
+        classify(Here(model), file, tmp_path / "out.parquet")
+    rows[40]["n"], rows[41]["half"] = 40.5, "\ud800"
+    write(file, rows)
+    summary, _ = classify(Here(model), file, tmp_path / "out.jsonl")
+    assert summary.answered == 100 and read(tmp_path / "out.jsonl")[41]["half"] == "\ud800"
+    with pytest.raises(ValueError, match="'half', which the first row lacks"):
+        classify(Here(model), file, tmp_path / "out.csv")
+    classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
+    assert [row["n"] for row in read(tmp_path / "out.parquet")][39:42] == [39.0, 40.5, 41.0]
+
+
 def test_columns_of_input_and_answers_may_not_have_the_same_name(
     model: de3.Classifier, tmp_path: Path
 ) -> None:
@@ -281,6 +312,22 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
 def test_texts_without_a_server(store: Path) -> None:
     output = command(["classify", "a good film", "--store", str(store), "--model", "tiny", "--tau", "0"])
     assert "layer 3  a good film" in output
+
+
+@pytest.mark.slow
+def test_the_processes_end_with_their_parent(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "in.parquet"
+    write(file, [{"text": f"{TEXTS[i % 100]} {i}"} for i in range(200_000)])
+    options = (
+        f"--store {store} --model tiny-int8 --file {file} --out {tmp_path}/out --threads 2 --part-rows 2048"
+    )
+    running = subprocess.Popen([sys.executable, "-m", "de3.cli", "classify", *options.split()])
+    until((tmp_path / "out" / "part-000000.parquet").exists, "a part")
+    pids = process_tree(running.pid)
+    running.kill()
+    running.wait()
+    assert len(pids) >= 4  # the command, the server that processes are forked from, and two
+    until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in pids), "the processes to end")
 
 
 @pytest.mark.slow
