@@ -10,8 +10,6 @@ from multiprocessing import get_context, parent_process
 from threading import Thread
 from typing import Any, Protocol
 
-import httpx
-
 from de3.client import Client, Input, ServerError
 from de3.columns import TYPES, Answers
 from de3.library import Classifier, Options
@@ -127,10 +125,8 @@ class RemotePool:
                     # The server names the text that it refuses, in most cases.
                     named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
                     if error.status not in (413, 422) or named is None:
-                        raise ValueError(f"the server answers {error.status}: {error.message}") from None
+                        raise ValueError(message_of(error)) from None
                     errors[indices.pop(int(named[1] or 0))] = error.message
-                except (httpx.TransportError, httpx.InvalidURL) as error:
-                    raise ValueError(no_answer(error)) from None
                 else:
                     rows += [row.raw for row in answer.rows]
                     break
@@ -141,9 +137,11 @@ class RemotePool:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
 
-def no_answer(error: Exception) -> str:
-    """The message for a server that does not answer."""
-    return f"no answer from the server ({error}): start it with de3 serve, or give its address with --url"
+def message_of(error: ServerError) -> str:
+    """The message for the error of a server, or for one that does not answer."""
+    if not error.status:
+        return f"{error.message}: start it with de3 serve, or give its address with --url"
+    return f"the server answers {error.status}: {error.message}"
 
 
 def _batches(texts: Sequence[Input]) -> Iterator[tuple[int, Sequence[Input]]]:

@@ -100,10 +100,10 @@ class Answer:
 
 
 class ServerError(Exception):
-    """A request that the server refused or failed to answer, or whose response is unusable.
+    """A request that the server refused or did not answer, or whose response is unusable.
 
     Attributes:
-        status: the HTTP status; may be 200: then the answer is malformed, too large or incomplete.
+        status: the HTTP status, even 200 if the answer is malformed, too large or incomplete; 0: there was none.
         field: the invalid field, if any.
         retry_after_s: seconds after which the same request may succeed; None: a retry will not help.
     """
@@ -146,10 +146,11 @@ def _unusable(response: httpx.Response, reason: object) -> ServerError:
     return ServerError(response.status_code, f"the answer cannot be used: {reason}", None, None)
 
 
-def _too_late(response: httpx.Response | None, timeout_s: float) -> Exception:
-    """The error for a response that did not arrive in time. response: None if its headers did not arrive either."""
-    message = f"no complete answer within {timeout_s:g} s"
-    return httpx.ReadTimeout(message) if response is None else _unusable(response, message)
+def _no_answer(response: httpx.Response | None, reason: object) -> ServerError:
+    """The error for a response that did not arrive. response: None if its headers did not arrive either."""
+    if response is not None:
+        return _unusable(response, reason)
+    return ServerError(0, f"no answer from the server: {reason}", None, None)
 
 
 T = TypeVar("T")
@@ -238,7 +239,7 @@ class Client:
         self._http = httpx.Client(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError if there is no answer."""
+        """Classify a text, a pair or a batch; raises ServerError."""
         body = _body(inputs, options)
         attempts = _Attempts(self._retries, _texts_in(body))
         while (answer := attempts.answer(self._send("POST", "/classify", body))) is None:
@@ -246,7 +247,7 @@ class Client:
         return answer
 
     def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError, or httpx.TransportError."""
+        """The served models; raises ServerError."""
         return _parsed(self._send("GET", "/v1/models"), _models_in)
 
     def _send(self, method: str, path: str, json: Any = None) -> _Received:
@@ -261,7 +262,9 @@ class Client:
                     body.add(chunk)
                 return _Received.whole(response, body)
         except httpx.ReadTimeout:
-            raise _too_late(response, self._timeout_s) from None
+            raise _no_answer(response, f"incomplete within {self._timeout_s:g} s") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise _no_answer(response, error) from None
         except ValueError as error:
             if response is None:
                 raise
@@ -295,7 +298,7 @@ class AsyncClient:
         self._http = httpx.AsyncClient(base_url=url, headers=_headers(key), timeout=timeout_s)
 
     async def classify(self, inputs: Input | Sequence[Input], **options: Any) -> Answer:
-        """Classify a text, a pair or a batch; raises ServerError, or httpx.TransportError if there is no answer."""
+        """Classify a text, a pair or a batch; raises ServerError."""
         body = _body(inputs, options)
         attempts = _Attempts(self._retries, _texts_in(body))
         while (answer := attempts.answer(await self._send("POST", "/classify", body))) is None:
@@ -303,7 +306,7 @@ class AsyncClient:
         return answer
 
     async def models(self) -> list[dict[str, Any]]:
-        """The served models; raises ServerError, or httpx.TransportError."""
+        """The served models; raises ServerError."""
         return _parsed(await self._send("GET", "/v1/models"), _models_in)
 
     async def _send(self, method: str, path: str, json: Any = None) -> _Received:
@@ -318,7 +321,9 @@ class AsyncClient:
                     body.add(chunk)
                 return _Received.whole(response, body)
         except (TimeoutError, httpx.ReadTimeout):
-            raise _too_late(response, self._timeout_s) from None
+            raise _no_answer(response, f"incomplete within {self._timeout_s:g} s") from None
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise _no_answer(response, error) from None
         except ValueError as error:
             if response is None:
                 raise

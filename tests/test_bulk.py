@@ -260,8 +260,8 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
     assert summary.answered == 100 and read(tmp_path / "out.jsonl")[41]["half"] == "\ud800"
     with pytest.raises(ValueError, match="'half', which the first row lacks"):
         classify(Here(model), file, tmp_path / "out.csv")
-    classify(Here(model), file, tmp_path / "out.parquet", keep=["n"])
-    assert [row["n"] for row in read(tmp_path / "out.parquet")][39:42] == [39.0, 40.5, 41.0]
+    classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
+    assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39.0, 40.5, 41.0]
 
 
 def test_columns_of_input_and_answers_may_not_have_the_same_name(

@@ -218,17 +218,13 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
 
 
 def _ask(client: Any, inputs: list[str], options: dict[str, Any]) -> list[dict[str, Any]]:
-    import httpx
-
-    from de3.bulk.pool import no_answer
+    from de3.bulk.pool import message_of
     from de3.client import ServerError
 
     try:
         return [row.raw for row in client.classify(inputs, **options).rows]
     except ServerError as error:
-        raise ValueError(f"the server answers {error.status}: {error.message}") from None
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        raise ValueError(no_answer(error)) from None
+        raise ValueError(message_of(error)) from None
 
 
 def _run_here(
