@@ -1,49 +1,178 @@
-"""Writes tables of rows: one part of the output to a file, and parts one after the other to a larger file."""
+"""Writes rows: a part of the output to a file, and all parts to a larger file."""
 
 import csv
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import orjson
+
+from de3.bulk.source import Slice
 from de3.columns import pyarrow_module, table_of
 from de3.tables import SEPARATOR
 
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv")
 ROW_GROUP = 2**16
+BREAKS = re.compile("[\t\r\n]+")
 
 
-def write(
-    file: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str], first: Path
-) -> None:
-    """Write rows to a new file, or none at all: it appears once it is complete.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of the output.
 
-    Args:
-        kept: the input's columns of all rows, in pieces: lists of a dict for each row, or pyarrow tables.
+    Attributes:
+        kept: the input's columns, in pieces: lists of a dict for each row, or pyarrow tables.
         answers, types: the other columns, and their types (see de3.columns).
-        first: the first part of the output, whose columns this one must have.
-
-    Raises ValueError for values that the format cannot hold.
     """
-    draft = file.with_name(f".{file.name}")
-    if file.suffix == ".parquet":
+
+    kept: list[Any]
+    answers: dict[str, list[Any]]
+    types: dict[str, str]
+
+    @classmethod
+    def of(cls, slices: Sequence[Slice], answers: dict[str, list[Any]], types: dict[str, str]) -> "Rows":
+        """The rows of slices; raises ValueError if a column of theirs has the name of an answer's."""
+        kept = [one.kept for one in slices if one.texts]
+        for piece in kept:
+            for names in piece if isinstance(piece, list) else [piece.column_names]:
+                if both := [name for name in names if name in types]:
+                    raise ValueError(
+                        f"{both[0]}: is a column of the input and of the answers: choose others with --keep, or "
+                        "rename the answers' with --prefix"
+                    )
+        return cls(kept, answers, types)
+
+    def names(self) -> list[str] | None:
+        """The input's columns: those of the first row; None if there is none."""
+        for piece in self.kept:
+            return list(piece[0]) if isinstance(piece, list) else list(piece.column_names)
+        return None
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise ValueError if a row has a column that is not among these."""
+        known = set(names)
+        for piece in self.kept:
+            for row in piece if isinstance(piece, list) else [piece.column_names]:
+                if surplus := [name for name in row if name not in known]:
+                    raise ValueError(
+                        f"a row has the column {surplus[0]!r}, which the first row lacks: name the columns with --keep"
+                    )
+
+    def dicts(self) -> Iterable[dict[str, Any]]:
+        """Yield the rows."""
+        before = (row for piece in self.kept for row in _dicts(piece))
+        columns = list(self.answers)
+        for row, values in zip(before, zip(*self.answers.values(), strict=True), strict=True):
+            yield {**row, **dict(zip(columns, values, strict=True))}
+
+
+def _dicts(piece: Any) -> list[dict[str, Any]]:
+    if isinstance(piece, list):
+        return piece
+    return list(piece.to_pylist()) if piece.column_names else [{} for _ in range(piece.num_rows)]
+
+
+class Format:
+    """One output's format, whose columns are those of its first row.
+
+    Attributes:
+        names: of the input's columns; None until there was a row.
+    """
+
+    def __init__(self, kind: str, about: Mapping[str, Any]) -> None:
+        """kind: a suffix in KINDS. about: noted in .parquet files. Raises ValueError without pyarrow for those."""
+        self.kind, self._about = kind, about
+        self.names: list[str] | None = None
+        self._schema: Any = None  # of all parts so far, of .parquet files
+        if kind == ".parquet":
+            pyarrow_module()
+
+    def prepare(self, rows: Rows, parts: Sequence[Path]) -> None:
+        """Set the names, and check that the rows fit to the parts so far; raises ValueError."""
+        if self.names is None:
+            self.names = rows.names()
+        if self.kind != ".jsonl" and self.names is not None:
+            rows.check(self.names)
+        if self.kind == ".parquet" and self._schema is None and parts:
+            self._schema = _unified([_schema_of(part) for part in parts if _has_rows(part)])
+
+    def write(self, file: Path, rows: Rows) -> None:
+        """Write rows to a new file, or none at all: it appears once it is complete. Raises ValueError for values that
+        the format cannot hold."""
+        draft = file.with_name(f".{file.name}")
+        if self.kind == ".parquet":
+            self._write_parquet(draft, rows)
+        else:
+            # Half of a surrogate pair, which JSON may have, is escaped again.
+            with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
+                if self.kind == ".jsonl":
+                    for row in rows.dicts():
+                        opened.write(_json(row) + "\n")
+                else:
+                    names = [*(self.names or []), *rows.types]
+                    opened.writelines(_line(names, self.kind))
+                    for row in rows.dicts():
+                        opened.writelines(_line([row.get(name) for name in names], self.kind))
+        publish(draft, file)
+
+    def _write_parquet(self, draft: Path, rows: Rows) -> None:
+        from pyarrow import parquet
+
+        arrow = pyarrow_module()
         try:
-            _write_parquet(draft, kept, answers, types, first)
+            pieces = [self._kept(piece) for piece in rows.kept]
+            table = table_of(rows.answers, rows.types)
+            if pieces:
+                before = arrow.concat_tables(pieces, promote_options="default")
+                for index, name in enumerate(before.column_names):
+                    table = table.add_column(index, before.schema.field(name), before.column(name))
+            table = table.replace_schema_metadata({"de3": json.dumps(self._about, sort_keys=True)})
+            if pieces:
+                self._schema = _unified([*([self._schema] if self._schema else []), table.schema])
         except (ValueError, TypeError, OverflowError) as error:  # pyarrow's errors are of these kinds
             raise ValueError(
                 f"a column cannot be written as parquet ({error}): leave it out with --keep"
             ) from None
-    else:
-        rows = _rows(kept, answers)
-        # Half of a surrogate pair, which JSON may have, is escaped again.
-        with draft.open("w", encoding="utf-8", errors="backslashreplace", newline="") as opened:
-            if file.suffix == ".jsonl":
-                opened.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-            else:
-                _write_delimited(opened, file.suffix, rows, _names(kept, types))
-    publish(draft, file)
+        parquet.write_table(table.combine_chunks(), draft, compression="zstd", row_group_size=ROW_GROUP)
+
+    def _kept(self, piece: Any) -> Any:
+        """A piece as a table with all columns, in their order."""
+        arrow, names = pyarrow_module(), self.names or []
+        if isinstance(piece, list):
+            return arrow.table({name: _array(name, [row.get(name) for row in piece]) for name in names})
+        missing = [name for name in names if name not in piece.column_names]
+        for name in missing:
+            piece = piece.append_column(name, arrow.nulls(piece.num_rows))
+        return piece.select(names)
+
+    def join(self, parts: Sequence[Path], file: Path) -> None:
+        """Write the rows of all parts to one file, which appears once it is complete."""
+        draft = file.with_name(f".{file.name}")
+        with_rows = [part for part in parts if _has_rows(part)] or parts[:1]
+        if self.kind == ".parquet":
+            _join_parquet(with_rows, draft)
+        else:
+            with draft.open("wb") as opened:
+                for number, part in enumerate(with_rows):
+                    with part.open("rb") as rows:
+                        if number and self.kind != ".jsonl":
+                            _skip_record(rows, self.kind)
+                        shutil.copyfileobj(rows, opened)
+        publish(draft, file)
+
+
+def _array(name: str, values: list[Any]) -> Any:
+    try:
+        return pyarrow_module().array(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def publish(draft: Path, file: Path) -> None:
@@ -53,91 +182,79 @@ def publish(draft: Path, file: Path) -> None:
     draft.replace(file)
 
 
-def _names(kept: list[Any], types: dict[str, str]) -> list[str]:
-    """All columns, those of the first row first; raises ValueError if a later row has others."""
-    first: list[str] = []
-    for piece in kept:
-        for row in piece if isinstance(piece, list) else [dict.fromkeys(piece.column_names)]:
-            if not first:
-                first = [*row]
-            elif surplus := [name for name in row if name not in first]:
-                raise ValueError(
-                    f"a row has the column {surplus[0]!r}, which the first row lacks: name the columns with --keep"
-                )
-    return [*first, *types]
-
-
-def _rows(kept: list[Any], answers: dict[str, list[Any]]) -> Iterable[dict[str, Any]]:
-    columns = list(answers)
-    before = (row for piece in kept for row in _dicts(piece))
-    for row, values in zip(before, zip(*answers.values(), strict=True), strict=True):
-        yield {**row, **dict(zip(columns, values, strict=True))}
-
-
-def _dicts(piece: Any) -> list[dict[str, Any]]:
-    if isinstance(piece, list):
-        return piece
-    return list(piece.to_pylist()) if piece.column_names else [{} for _ in range(piece.num_rows)]
-
-
-def _write_delimited(opened: Any, kind: str, rows: Iterable[dict[str, Any]], names: Sequence[str]) -> None:
-    delimiter = "\t" if kind == ".tsv" else ","
-    writer = csv.writer(opened, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(names)
-    for row in rows:
-        writer.writerow([_cell(row.get(name)) for name in names])
+def _line(values: Sequence[Any], kind: str) -> Iterable[str]:
+    """A line of a .csv or .tsv file. The latter has no quotation marks, so tabs and line breaks become spaces."""
+    cells = [_cell(value) for value in values]
+    if kind == ".tsv":
+        return "\t".join(BREAKS.sub(" ", str(cell)) for cell in cells), "\n"
+    line = StringIO()
+    # Python 3.11 does not quote a carriage return by itself.
+    has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
+    writer = csv.writer(line, lineterminator="\n", quoting=csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL)
+    writer.writerow(cells)
+    return (line.getvalue(),)
 
 
 def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
     if isinstance(value, list) and all(isinstance(one, str) for one in value):
         return SEPARATOR.join(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict | bool) else value
+    if isinstance(value, list | dict | bool | bytes):
+        return _json(value)
+    return value
 
 
-def _write_parquet(
-    draft: Path, kept: list[Any], answers: dict[str, list[Any]], types: dict[str, str], first: Path
-) -> None:
+def _json(value: Any) -> str:
+    """A value in JSON: NaN is null, bytes are in base64."""
+    try:
+        return orjson.dumps(value, default=_plain).decode()
+    except TypeError:  # half of a surrogate pair, or a number that is too large
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def _skip_record(rows: Any, kind: str) -> None:
+    """Skip the names at the start of a .csv or .tsv file; in .csv they may contain line breaks, in quotation marks."""
+    marks = 0
+    while line := rows.readline():
+        marks += line.count(b'"')
+        if kind == ".tsv" or marks % 2 == 0:
+            return
+
+
+def _has_rows(part: Path) -> bool:
+    """False for a part all of whose rows were refused, which lacks the columns of the input."""
+    if part.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return bool(parquet.read_metadata(part).num_rows)
+    with part.open("rb") as rows:
+        if part.suffix != ".jsonl":
+            _skip_record(rows, part.suffix)
+        return bool(rows.read(1))
+
+
+def _schema_of(part: Path) -> Any:
     from pyarrow import parquet
 
-    arrow = pyarrow_module()
-    tables = [piece for piece in kept if not isinstance(piece, list)]
-    rows = [row for piece in kept if isinstance(piece, list) for row in piece]
-    if rows:
-        names = _names([rows], {})
-        columns = {name: arrow.array([row.get(name) for row in rows]) for name in names}
-        before = arrow.table(columns) if columns else None
-    else:
-        before = arrow.concat_tables(tables) if tables else None
-    table = table_of(answers, types)
-    if before is not None:
-        for index, name in enumerate(before.column_names):
-            table = table.add_column(index, before.schema.field(name), before.column(name))
-    if first.exists():
-        arrow.unify_schemas([parquet.read_schema(first), table.schema], promote_options="permissive")
-    parquet.write_table(table.combine_chunks(), draft, compression="zstd", row_group_size=ROW_GROUP)
+    return parquet.read_schema(part)
 
 
-def join(parts: Sequence[Path], file: Path) -> None:
-    """Write the rows of all parts to one file, which appears once it is complete."""
-    draft = file.with_name(f".{file.name}")
-    if file.suffix == ".parquet":
-        _join_parquet(parts, draft)
-    else:
-        with draft.open("wb") as opened:
-            for number, part in enumerate(parts):
-                with part.open("rb") as rows:
-                    if number and file.suffix != ".jsonl":
-                        rows.readline()  # the names
-                    shutil.copyfileobj(rows, opened)
-    publish(draft, file)
+def _unified(schemas: Sequence[Any]) -> Any:
+    """The schema that all have, where a column without values fits to any type; raises ValueError."""
+    if not schemas:
+        return None
+    return pyarrow_module().unify_schemas(list(schemas), promote_options="default")
 
 
 def _join_parquet(parts: Sequence[Path], draft: Path) -> None:
     from pyarrow import parquet
 
-    arrow = pyarrow_module()
-    # A column of .csv or .jsonl files may have values in some parts only.
-    schema = arrow.unify_schemas([parquet.read_schema(part) for part in parts], promote_options="permissive")
+    schema = _unified([parquet.read_schema(part) for part in parts])
     with parquet.ParquetWriter(draft, schema, compression="zstd") as writer:
         for part in parts:
             writer.write_table(parquet.read_table(part).cast(schema), row_group_size=ROW_GROUP)

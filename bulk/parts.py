@@ -9,14 +9,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from de3.bulk import formats
+from de3.bulk.formats import KINDS, Format, Rows, publish
 from de3.bulk.source import Slice
 
 RUN, REFUSED = "_run.json", "_refused.jsonl"  # readers of folders skip names with _ or . at the start
 
 
 class Parts:
-    """Numbered parts, each written at once. Close it."""
+    """Numbered parts, each written at once. Close it.
+
+    Attributes:
+        is_complete: an earlier run has written all.
+    """
 
     def __init__(self, out: Path, kind: str, run: Mapping[str, Any]) -> None:
         """Begin or continue an output.
@@ -27,46 +31,56 @@ class Parts:
 
         Raises ValueError for an output that cannot be continued.
         """
-        self._file = out if out.suffix in formats.KINDS and not out.is_dir() else None
+        self._file = out if out.suffix in KINDS and not out.is_dir() else None
         self._folder = out if self._file is None else out.with_name(f"{out.name}.parts")
-        self._kind = kind
-        self.is_complete = False
+        self._run, self.is_complete = json.loads(json.dumps({**run, "format": kind})), False
+        self._format = Format(
+            kind, {name: run[name] for name in ("model", "labels", "options") if name in run}
+        )
         self._stack = ExitStack()
-        if self._file is not None and self._file.exists():
+        if self._file is not None and self._file.exists() and not (self._folder / RUN).exists():
             raise ValueError(f"{out}: exists already; remove it, or choose another --out")
+        self._is_new = not self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._stack.enter_context(FileLock(self._folder / ".lock", timeout=0))
         except Timeout:
             raise ValueError(f"{out}: another run writes to it") from None
-        self._run = json.loads(json.dumps(run))
         try:
-            self._begin(out, self._run)
+            self._begin(out)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, out: Path, run: Any) -> None:
+    def _begin(self, out: Path) -> None:
         file = self._folder / RUN
         if not file.exists():
             if any(one.name[0] != "." for one in self._folder.iterdir()):
                 raise ValueError(f"{out}: has other files; choose an empty folder, or a new one")
             return
         before = json.loads(file.read_text())
-        if changed := [name for name in run if before["run"].get(name) != run[name]]:
+        if changed := [name for name in self._run if before["run"].get(name) != self._run[name]]:
             raise ValueError(
-                f"{out}: was begun with another {' and '.join(changed)}: use the same command, "
+                f"{out}: was begun differently ({', '.join(changed)}): use the same command, "
                 f"or remove {self._folder} to begin anew"
             )
-        self.is_complete = bool(before["is_complete"])
+        self._format.names = before["names"]
+        self.is_complete = before["is_complete"]
+        if self._file is not None and self._file.exists():  # interrupted while it removed the parts
+            self.is_complete = True
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _note(self, is_complete: bool) -> None:
         draft = self._folder / f".{RUN}"
-        draft.write_text(json.dumps({"run": self._run, "is_complete": is_complete}, indent=1))
-        formats.publish(draft, self._folder / RUN)
+        noted = {"run": self._run, "names": self._format.names, "is_complete": is_complete}
+        draft.write_text(json.dumps(noted, indent=1))
+        publish(draft, self._folder / RUN)
 
     def _path(self, number: int) -> Path:
-        return self._folder / f"part-{number:06}{self._kind}"
+        return self._folder / f"part-{number:06}{self._format.kind}"
+
+    def _refused(self, number: int) -> Path:
+        return self._folder / f"_refused-{number:06}.jsonl"
 
     def has(self, number: int) -> bool:
         """True if an earlier run has written this part."""
@@ -75,36 +89,37 @@ class Parts:
     def write(
         self, number: int, slices: list[Slice], answers: dict[str, list[Any]], types: dict[str, str]
     ) -> None:
-        """Write a part. answers: columns for the texts of all slices, in order."""
-        if not (self._folder / RUN).exists():
+        """Write a part; raises ValueError for columns that do not fit to those of the parts before.
+
+        answers, types: columns for the texts of all slices, in order, and their types.
+        """
+        rows, known = Rows.of(slices, answers, types), self._format.names
+        self._format.prepare(rows, [self._path(n) for n in range(number)])
+        if known != self._format.names or not (self._folder / RUN).exists():
             self._note(False)
-        refused = [vars(one) for part in slices for one in part.refused]
         draft = self._folder / f".refused-{number:06}"
         with draft.open("w", encoding="utf-8", errors="backslashreplace") as opened:
-            opened.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in refused)
-        # Before the part: if that exists, this does.
-        formats.publish(draft, self._folder / f"_refused-{number:06}.jsonl")
-        formats.write(self._path(number), [part.kept for part in slices], answers, types, self._path(0))
+            for one in slices:
+                opened.writelines(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in one.refused)
+        publish(draft, self._refused(number))  # before the part: if that exists, this does
+        self._format.write(self._path(number), rows)
 
     def finish(self, count: int) -> Path | None:
         """Make the output from the first `count` parts; returns the file of refused rows, None if there are none."""
         refused = self._folder / REFUSED
         if self._file is not None:
             refused = self._file.with_name(f"{self._file.name}.refused.jsonl")
-        if not self.is_complete:
-            formats.join([self._folder / f"_refused-{n:06}.jsonl" for n in range(count)], refused)
-            if self._file is not None:
-                formats.join([self._path(n) for n in range(count)], self._file)
-            else:
-                self._note(True)
-            for number in range(count):
-                (self._folder / f"_refused-{number:06}.jsonl").unlink(missing_ok=True)
+        Format(".jsonl", {}).join([self._refused(number) for number in range(count)], refused)
         has_some = refused.stat().st_size > 0
-        if not has_some and self._file is not None:
+        if not has_some:
             refused.unlink()
         if self._file is not None:
-            self.close()
-            shutil.rmtree(self._folder)
+            self._format.join([self._path(number) for number in range(count)], self._file)
+            shutil.rmtree(self._folder, ignore_errors=True)
+        else:
+            self._note(True)
+            for number in range(count):
+                self._refused(number).unlink(missing_ok=True)
         return refused if has_some else None
 
     def close(self) -> None:
@@ -112,5 +127,6 @@ class Parts:
         self._stack.close()
         if not (self._folder / RUN).exists():
             (self._folder / ".lock").unlink(missing_ok=True)
-            with suppress(OSError):  # it has other files, or is gone
-                self._folder.rmdir()
+            if self._is_new:
+                with suppress(OSError):  # it has other files, or is gone
+                    self._folder.rmdir()

@@ -107,6 +107,7 @@ class RemotePool:
     def __init__(self, client: Client, options: Mapping[str, Any], parallel: int) -> None:
         """options: of each request. parallel: number of requests in flight."""
         self._client, self._options, self.size = client, options, parallel
+        self._models: set[str] = set()  # that have answered
         self._threads = ThreadPoolExecutor(parallel)
 
     def submit(self, texts: Sequence[Input]) -> "Future[Answers]":
@@ -117,20 +118,35 @@ class RemotePool:
         rows: list[dict[str, Any]] = []
         errors: dict[int, str] = {}
         for start, batch in _batches(texts):
-            indices = list(range(start, start + len(batch)))
-            while indices:
-                try:
-                    answer = self._client.classify([texts[index] for index in indices], **self._options)
-                except ServerError as error:
-                    # The server names the text that it refuses, in most cases.
-                    named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
-                    if error.status not in (413, 422) or named is None:
-                        raise ValueError(message_of(error)) from None
-                    errors[indices.pop(int(named[1] or 0))] = error.message
-                else:
-                    rows += [row.raw for row in answer.rows]
-                    break
+            self._ask(texts, list(range(start, start + len(batch))), rows, errors)
         return _answers_of(rows, errors, self._options.get("long") == "windows")
+
+    def _ask(
+        self, texts: Sequence[Input], indices: list[int], rows: list[dict[str, Any]], errors: dict[int, str]
+    ) -> None:
+        """Append the answers to some of the texts, in one request or, if the server refuses it, in several."""
+        try:
+            answer = self._client.classify([texts[index] for index in indices], **self._options)
+        except ServerError as error:
+            # The name of the refused text, if it is one.
+            named = re.fullmatch(r"input(?:\[([0-9]+)\])?(?:\..*)?", error.field or "")
+            if error.status not in (413, 422) or (named is None and error.status == 422):
+                raise ValueError(message_of(error)) from None
+            if len(indices) == 1:
+                errors[indices[0]] = error.message
+            elif named is not None and named[1] is not None:
+                errors[indices.pop(int(named[1]))] = error.message
+                self._ask(texts, indices, rows, errors)
+            else:  # too many, or too large together
+                half = len(indices) // 2
+                self._ask(texts, indices[:half], rows, errors)
+                self._ask(texts, indices[half:], rows, errors)
+            return
+        self._models.add(answer.model)
+        if len(self._models) > 1:
+            names = ", ".join(sorted(self._models))
+            raise ValueError(f"several models answer ({names}): choose one with --model name:version")
+        rows += [row.raw for row in answer.rows]
 
     def close(self) -> None:
         """End the threads."""

@@ -4,6 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,7 @@ from de3.bulk.source import Slice, Source
 from de3.columns import Answers
 
 PART_ROWS = 2**16
-PART_CHARS = 2**26  # a part with more characters ends
+PART_CHARS = 2**26  # a part that is larger ends
 
 
 @dataclass
@@ -22,8 +23,8 @@ class Summary:
     """What a run did.
 
     Attributes:
-        rows, refused: numbers of rows, those of an earlier run included in the first only.
-        answered: number of rows that this run answered.
+        rows: number of all rows, those that an earlier run had done included.
+        refused, answered: number of rows that this run refused and answered.
         parts: number of parts.
         layers: number of answers by exit layer.
         seconds: time of this run.
@@ -39,11 +40,12 @@ class Summary:
     model_s: float = 0.0
     full_depth_s: float = 0.0
 
-    def add(self, answers: Answers) -> None:
+    def add(self, one: Slice, answers: Answers) -> None:
         """Count a slice's answers."""
         layers = answers.values.get("exit_layer", [])
         self.layers.update(layers)
         self.answered += len(layers)
+        self.refused += len(one.refused)
         self.model_s += answers.model_s
         self.full_depth_s += answers.full_depth_s
 
@@ -63,55 +65,52 @@ def classify(
         part_rows: rows of a part, rounded up to whole slices.
         progress: called with the number of further rows that are done.
 
-    Raises ValueError if a file cannot be read or written, or no row of the first slice can be classified.
+    Raises ValueError if a file cannot be read or written, a process ends, there are no rows, or none of the first slice
+    can be classified.
     """
     summary, started = Summary(), perf_counter()
     waiting = deque[tuple[int, Slice, Future[Answers] | None]]()
-    slices = _numbered(source, part_rows)
-    part = _Part(parts, rename)
-    is_over = False
+    slices, part = _numbered(source, part_rows), _Part(parts, rename)
     while True:
-        while not is_over and len(waiting) < 2 * pool.size + 1:
-            if (following := next(slices, None)) is None:
-                is_over = True
-                break
+        while len(waiting) < 2 * pool.size + 1 and (following := next(slices, None)) is not None:
             number, one = following
-            waiting.append((number, one, None if parts.has(number) else pool.submit(one.texts)))
+            with _process_errors():
+                waiting.append((number, one, None if parts.has(number) else pool.submit(one.texts)))
         if not waiting:
             break
         number, one, future = waiting.popleft()
+        is_first = not summary.rows
         summary.rows += one.rows
         summary.parts = number + 1
         if future is not None:
-            answers = _result(future)
-            if not summary.answered and not answers.values.get("label"):
-                _check_first(one, answers)
+            with _process_errors():
+                answers = future.result()
             one.remove(answers.errors)
-            summary.add(answers)
-            summary.refused += len(one.refused)
+            if is_first and not one.texts:  # the columns or the model are probably the wrong ones
+                first = one.refused[0]
+                raise ValueError(
+                    f"none of the first {one.rows} rows can be classified: {first.where}: {first.reason}"
+                )
+            summary.add(one, answers)
             part.add(number, one, answers)
         progress(one.rows)
     part.end()
+    if not summary.rows:
+        raise ValueError(f"{', '.join(map(str, source.files[:3]))}: no rows")
     summary.seconds = perf_counter() - started
     return summary
 
 
-def _result(future: "Future[Answers]") -> Answers:
+@contextmanager
+def _process_errors() -> Iterator[None]:
+    """Raise ValueError for a process that has ended, or whose engine failed."""
     try:
-        return future.result()
-    except BrokenProcessPool:
+        yield
+    except (BrokenProcessPool, RuntimeError) as error:
+        reason = "perhaps for lack of memory" if isinstance(error, BrokenProcessPool) else error
         raise ValueError(
-            "a process ended unexpectedly, perhaps for lack of memory; the parts that are written remain: "
-            "the same command goes on"
+            f"a process failed, {reason}; the parts that are written remain, and the same command goes on"
         ) from None
-
-
-def _check_first(one: Slice, answers: Answers) -> None:
-    """Raise ValueError for a slice without a single answer: the columns or the model are probably the wrong ones."""
-    reasons = [f"{refused.where}: {refused.reason}" for refused in one.refused[:1]]
-    reasons += [f"{one.places[index]}: {reason}" for index, reason in answers.errors.items()][:1]
-    if reasons:
-        raise ValueError(f"none of the first {one.rows} rows can be classified: {reasons[0]}")
 
 
 def _numbered(source: Source, part_rows: int) -> Iterator[tuple[int, Slice]]:
@@ -120,7 +119,7 @@ def _numbered(source: Source, part_rows: int) -> Iterator[tuple[int, Slice]]:
     for one in source.slices():
         yield number, one
         rows += one.rows
-        chars += sum(len(text) if isinstance(text, str) else sum(map(len, text)) for text in one.texts)
+        chars += one.chars
         if rows >= part_rows or chars >= PART_CHARS:
             number, rows, chars = number + 1, 0, 0
 
@@ -142,24 +141,11 @@ class _Part:
             self._number = number
         self._slices.append(one)
         for name, kind in answers.types.items():
-            column = self._rename(name)
-            if column in (kept := _names(one)):
-                raise ValueError(
-                    f"{column}: is a column of the input and of the answers: "
-                    f"choose others with --keep ({', '.join(kept)}), or rename the answers' with --prefix"
-                )
-            self._types[column] = kind
-            self._values.setdefault(column, []).extend(answers.values[name])
+            self._types[self._rename(name)] = kind
+            self._values.setdefault(self._rename(name), []).extend(answers.values[name])
 
     def end(self) -> None:
         """Write the part, if there is one."""
         if self._slices:
             self._parts.write(self._number, self._slices, self._values, self._types)
         self._slices, self._values = [], {name: [] for name in self._types}
-
-
-def _names(one: Slice) -> list[str]:
-    """The columns of the input that the output repeats."""
-    if isinstance(one.kept, list):
-        return list(one.kept[0]) if one.kept else []
-    return list(one.kept.column_names)

@@ -1,5 +1,6 @@
 """The rows of a file, or of a folder of files, in slices."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,14 @@ from de3.columns import pyarrow_module
 from de3.tables import SHOWN, BadRow, Columns, records, text_of
 
 SLICE_ROWS = 2048
-SLICE_CHARS = 2**22  # a slice with more characters ends, so that memory is bounded
+SLICE_CHARS = 2**22  # a slice that is larger ends, so that memory is bounded
 KINDS = (".csv", ".jsonl", ".parquet", ".tsv", ".txt")
 PAIR = "text_pair"  # column of a second text, if there is one
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A row that cannot be classified: its number in the input (from 0), its place, and the reason."""
+    """A row that cannot be classified: its number in the input (from 0), its place, the reason, and its beginning."""
 
     row: int
     where: str
@@ -31,11 +32,12 @@ class Slice:
 
     Attributes:
         texts: of the rows that can be classified.
-        numbers: the number of each one's row in the input, from 0.
-        places: where each one stands, as FILE:LINE.
+        numbers: the number of each one's row in the input, from 0; blank lines do not count.
+        places: where each one stands, as FILE:LINE, in parquet files FILE:ROW, from 0.
         kept: its other columns: a dict for each row, or a pyarrow table.
         refused: the other rows.
         rows: number of all rows.
+        chars: their size, about, in characters.
     """
 
     texts: list[Input] = field(default_factory=list)
@@ -44,18 +46,22 @@ class Slice:
     kept: Any = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
     rows: int = 0
+    chars: int = 0
+
+    def refuse(self, number: int, where: str, reason: str, content: object) -> None:
+        """Note a row that cannot be classified."""
+        shown = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
+        self.refused.append(Refused(number, where, reason.removeprefix(": "), shown[:SHOWN]))
 
     def remove(self, errors: dict[int, str]) -> None:
         """Remove texts that could not be classified; errors: the reasons, by index."""
+        if not errors:
+            return
         for index, reason in errors.items():
-            content = str(self.texts[index])[:SHOWN]
-            self.refused.append(Refused(self.numbers[index], self.places[index], reason, content))
+            self.refuse(self.numbers[index], self.places[index], reason, self.texts[index])
         self.refused.sort(key=lambda refused: refused.row)
         stay = [index for index in range(len(self.texts)) if index not in errors]
-        if isinstance(self.kept, list):
-            self.kept = [self.kept[index] for index in stay]
-        else:
-            self.kept = _taken(self.kept, stay)
+        self.kept = _taken(self.kept, stay)
         for name in ("texts", "numbers", "places"):
             values = getattr(self, name)
             setattr(self, name, [values[index] for index in stay])
@@ -73,8 +79,7 @@ class Source:
     def rows(self) -> int:
         """The number of rows; of text files about that, as a row may have several lines."""
         if self.kind == ".parquet":
-            parquet = _parquet()
-            return sum(parquet.ParquetFile(file).metadata.num_rows for file in self.files)
+            return sum(_open_parquet(file).metadata.num_rows for file in self.files)
         return sum(_lines_in(file) for file in self.files)
 
     def slices(self) -> Iterator[Slice]:
@@ -87,7 +92,7 @@ class Source:
                 yield one
 
     def _read_rows(self, file: Path, number: int) -> Iterator[Slice]:
-        one, chars = Slice(), 0
+        one, is_first = Slice(), True
         for where, record in records(file, self._columns, keeps_bad=True):
             row = {self._columns.text: record} if isinstance(record, str) else record
             try:
@@ -95,19 +100,22 @@ class Source:
                     raise ValueError(row.reason)
                 text = self._text(row)
             except ValueError as error:
-                content = row.content if isinstance(row, BadRow) else str(row)[:SHOWN]
-                one.refused.append(Refused(number + one.rows, where, str(error), content))
+                one.refuse(number, where, str(error), row.content if isinstance(row, BadRow) else row)
             else:
+                if is_first and (unknown := [name for name in self._keep or () if name not in row]):
+                    raise ValueError(f"{where}: no column {unknown[0]!r}; it has {_list(row)}: set --keep")
+                is_first = False
+                kept = row if self._keep is None else {name: row.get(name) for name in self._keep}
                 one.texts.append(text)
-                one.numbers.append(number + one.rows)
+                one.numbers.append(number)
                 one.places.append(where)
-                one.kept.append(row if self._keep is None else {name: row.get(name) for name in self._keep})
-                chars += _chars(text)
+                one.kept.append(kept)
+                one.chars += _chars(text) + sum(map(_size, kept.values()))
             one.rows += 1
-            if one.rows >= SLICE_ROWS or chars >= SLICE_CHARS:
-                number += one.rows
+            number += 1
+            if one.rows >= SLICE_ROWS or one.chars >= SLICE_CHARS:
                 yield one
-                one, chars = Slice(), 0
+                one = Slice()
         if one.rows:
             yield one
 
@@ -119,9 +127,10 @@ class Source:
         return first, text_of(row, pair or PAIR, "", "--pair-column")
 
     def _read_parquet(self, file: Path, number: int) -> Iterator[Slice]:
-        parquet = _parquet()
-        opened = parquet.ParquetFile(file)
+        opened = _open_parquet(file)
         names, pair = opened.schema_arrow.names, self._columns.text_pair
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{file}: has several columns {twice[0]!r}")
         if pair is None and PAIR in names:
             pair = PAIR
         text_names = [self._columns.text, *([pair] if pair else [])]
@@ -129,33 +138,35 @@ class Source:
         for name in (*text_names, *kept):
             if name not in names:
                 option = {self._columns.text: "--text-column", pair: "--pair-column"}.get(name, "--keep")
-                known = ", ".join(map(repr, names))
-                raise ValueError(f"{file}: no column {name!r}; it has {known}: set {option}")
-        wanted = [name for name in names if name in text_names or name in kept]
-        for batch in opened.iter_batches(SLICE_ROWS, columns=wanted):
-            table = pyarrow_module().Table.from_batches([batch])
-            values = [table.column(name).to_pylist() for name in text_names]
-            start = 0
-            for end in _ends(values):
-                texts = [column[start:end] for column in values]
-                yield self._slice(file, number + start, texts, table.slice(start, end - start).select(kept))
-                start = end
-            number += start
+                raise ValueError(f"{file}: no column {name!r}; it has {_list(names)}: set {option}")
+        wanted, start = [name for name in names if name in text_names or name in kept], 0
+        try:
+            for batch in opened.iter_batches(_batch_rows(opened.metadata), columns=wanted):
+                table = pyarrow_module().Table.from_batches([batch])
+                texts = [table.column(name).to_pylist() for name in text_names]
+                yield self._slice(file, number, start, texts, table.select(kept))
+                start += table.num_rows
+                number += table.num_rows
+        except OSError as error:  # a damaged file
+            raise ValueError(f"{file}: {error}") from None
 
-    def _slice(self, file: Path, number: int, texts: list[list[Any]], kept: Any) -> Slice:
+    def _slice(self, file: Path, number: int, start: int, texts: list[list[Any]], kept: Any) -> Slice:
+        """A slice. number: of its first row in the input; start: in the file."""
         rows = len(texts[0])
-        one, stay = Slice(rows=rows), []
+        one, stay = Slice(rows=rows, chars=kept.nbytes), []
         for index in range(rows):
-            row = number + index
+            where = f"{file}:{start + index}"
             try:
-                one.texts.append(self._checked([column[index] for column in texts]))
+                text = self._checked([column[index] for column in texts])
             except ValueError as error:
-                content = str(texts[0][index])[:SHOWN]
-                one.refused.append(Refused(row, f"{file}:{row}", str(error), content))
-            else:
-                stay.append(index)
-                one.numbers.append(row)
-                one.places.append(f"{file}:{row}")
+                (row,) = kept.slice(index, 1).to_pylist() or [{}]
+                one.refuse(number + index, where, str(error), {**row, self._columns.text: texts[0][index]})
+                continue
+            one.texts.append(text)
+            one.numbers.append(number + index)
+            one.places.append(where)
+            one.chars += _chars(text)
+            stay.append(index)
         one.kept = kept if len(stay) == rows else _taken(kept, stay)
         return one
 
@@ -173,9 +184,14 @@ class Source:
         return texts[0] if len(texts) == 1 else (texts[0], texts[1])
 
 
-def _taken(table: Any, rows: list[int]) -> Any:
-    """Some rows of a table; of one without columns, as many."""
-    return table.take(rows) if table.column_names else table.slice(0, len(rows))
+def _taken(kept: Any, rows: list[int]) -> Any:
+    """Some rows of kept columns."""
+    if isinstance(kept, list):
+        return [kept[index] for index in rows]
+    if not kept.column_names:
+        return kept.slice(0, len(rows))
+    arrow = pyarrow_module()
+    return kept.take(arrow.array(rows, arrow.int64()))
 
 
 def files_in(path: Path, columns: Columns) -> list[Path]:
@@ -194,25 +210,33 @@ def files_in(path: Path, columns: Columns) -> list[Path]:
     return files
 
 
-def _parquet() -> Any:
+def _open_parquet(file: Path) -> Any:
     pyarrow_module()
     from pyarrow import parquet
 
-    return parquet
+    try:
+        return parquet.ParquetFile(file)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
-def _ends(columns: list[list[Any]]) -> Iterator[int]:
-    """Where to end slices of these rows, so that none has many more characters than SLICE_CHARS."""
-    chars, rows = 0, len(columns[0])
-    for index in range(rows):
-        chars += sum(len(value) for column in columns if isinstance(value := column[index], str))
-        if chars >= SLICE_CHARS or index == rows - 1:
-            yield index + 1
-            chars = 0
+def _batch_rows(metadata: Any) -> int:
+    """Rows of a slice, by the file's own sizes."""
+    size = sum(metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups))
+    return max(1, min(SLICE_ROWS, int(SLICE_CHARS * metadata.num_rows // max(1, size))))
+
+
+def _list(names: Any) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _chars(text: Input) -> int:
     return len(text) if isinstance(text, str) else sum(map(len, text))
+
+
+def _size(value: Any) -> int:
+    """About the characters of a value."""
+    return len(value) if isinstance(value, str) else len(str(value)) if isinstance(value, list | dict) else 8
 
 
 def _lines_in(file: Path) -> int:

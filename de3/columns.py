@@ -1,5 +1,6 @@
 """Answers as columns: for tables, and for files."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from de3.model_store.manifest import Manifest
 from de3.server.engine.job import Job
 from de3.server.engine.outcome import Outcome
+from de3.server.errors import RequestError
 from de3.server.http.classify import Classification
 
 if TYPE_CHECKING:
@@ -60,7 +62,11 @@ class Columns:
 
     def __init__(self, manifest: Manifest, request: Classification) -> None:
         """request: what the jobs were asked; its `explain` and `top_k` have no column."""
-        self._labels, self._request = manifest.labels, request
+        self._name, self._labels, self._request = (
+            f"{manifest.name}:{manifest.version}",
+            manifest.labels,
+            request,
+        )
         self.types = types_of(manifest, request)
         self.values: dict[str, list[Any]] = {name: [] for name in self.types}
         self.errors: dict[int, str] = {}
@@ -71,7 +77,10 @@ class Columns:
         nothing = dict.fromkeys(self.types)
         for item in job.items:
             if item.outcome is None:
-                self.errors[len(self.values["label"])] = str(item.error)
+                reason = str(item.error)
+                if isinstance(item.error, RequestError) and item.error.field:
+                    reason = reason.removeprefix(f"{item.error.field}: ")
+                self.errors[len(self.values["label"])] = reason
             row = nothing if item.outcome is None else self._answer(item.outcome, job)
             for name, value in row.items():
                 self.values[name].append(value)
@@ -108,7 +117,8 @@ class Columns:
 
     def table(self, order: Sequence[int]) -> "pyarrow.Table":
         """The columns as a table with the rows in this order."""
-        return table_of(self.ordered(order), self.types)
+        about = {"model": self._name, "labels": self._labels}
+        return table_of(self.ordered(order), self.types).replace_schema_metadata({"de3": json.dumps(about)})
 
 
 def types_of(manifest: Manifest, request: Classification) -> dict[str, str]:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from threading import Event, Lock
 from time import monotonic
@@ -140,10 +140,11 @@ class Classifier:
         self._served.monitor.drift = None  # nobody reads it
         self._engine = Engine(settings.engine_threads(), sys.maxsize)
         self._engine.start()
-        self._pid, self._calls = os.getpid(), count()
+        self._pid = os.getpid()
         self._checking, self._checked = Lock(), monotonic()
-        # The threads do not refer to the classifier, so it can be collected while they run.
-        self._end = weakref.finalize(self, self._engine.stop)
+        # The threads do not refer to the classifier, so it can be collected while they run, even by one of them, which
+        # must not wait for itself.
+        self._end = weakref.finalize(self, self._engine.queue.close)
 
     @property
     def manifest(self) -> Manifest:
@@ -182,7 +183,7 @@ class Classifier:
         Raises InputError for a text or an option that cannot be used.
         """
         request = self._request(options)
-        given = list(texts) if not isinstance(texts, str | tuple | dict) else [texts]
+        given = [texts] if isinstance(texts, str | tuple | dict) else list(_iterable(texts))
         batch = _Batch(_texts(given))
         # A budget is for the whole call, so the engine must have all its texts.
         size = max(1, len(given)) if request.options.latency_budget_ms is not None else WINDOW
@@ -200,7 +201,7 @@ class Classifier:
     ) -> Iterator[Row]:
         """Yield the answers to texts, or to pairs of texts, in order, from an iterable of any length.
 
-        window: texts to read before the first answer; a few times as many are in memory.
+        window: texts to read at a time; two windows are read before the first answer.
 
         Raises InputError for an option that cannot be used; the iterator does, for a text.
         """
@@ -209,7 +210,7 @@ class Classifier:
             raise InputError(f"window: must be at least 1, got {window}", "window")
 
         def parts() -> Iterator[tuple[list[Text], list[int]]]:
-            source, first = iter(texts), 0
+            source, first = iter(_iterable(texts)), 0
             while given := list(islice(source, window)):
                 batches.append(_Batch(_texts(given, first), first))
                 yield from batches[-1].parts(window)
@@ -252,8 +253,10 @@ class Classifier:
         return Answers(values, columns.types, errors, columns.model_s, columns.full_depth_s)
 
     def close(self) -> None:
-        """End the threads, once running calls have their answers."""
-        self._end()
+        """End the threads; running calls end with RuntimeError, unless the engine has all their texts."""
+        if self._end.alive:
+            self._end()
+            self._engine.stop()
 
     def __enter__(self) -> Self:
         return self
@@ -281,7 +284,6 @@ class Classifier:
         given = {"lambda" if name == "lam" else name: value for name, value in options.items()}
         with _input_errors():
             request = request_of(check_fields(ClassifyRequest, {"input": "-", **given}, ""))
-        request.client = str(next(self._calls))  # concurrent calls get equal shares of the engine
         return request
 
     def _run(self, request: Classification, parts: Iterable[tuple[list[Text], list[int]]]) -> Iterator[Job]:
@@ -289,19 +291,28 @@ class Classifier:
 
         parts: texts and their indices in the call.
         """
-        running = deque[tuple[Job, _Done]]()
+        running, source = deque[tuple[Job, _Done]](), iter(parts)
+        failure: InputError | None = None
         try:
             with _input_errors():
-                for texts, indices in parts:
-                    part = _Part.of(request, texts, indices)
+                while failure is None:
+                    try:
+                        texts, indices = next(source)
+                    except StopIteration:
+                        break
+                    except InputError as error:  # after the answers to the texts before
+                        failure = error
+                        break
                     done = _Done()
-                    job = job_of(self._served, part, 0, done)
+                    job = job_of(self._served, _Part.of(request, texts, indices), 0, done)
                     self._engine.submit(job)
                     running.append((job, done))
                     if len(running) > 1:
                         yield self._wait(running)
                 while running:
                     yield self._wait(running)
+            if failure is not None:
+                raise failure
         finally:
             for job, _ in running:
                 self._engine.drop(job)
@@ -379,6 +390,15 @@ class _Batch:
             yield self._texts[start : start + size], indices
 
 
+def _iterable(texts: Iterable[Input]) -> Iterable[Input]:
+    """The texts of a list or column; raises InputError for a table."""
+    if hasattr(texts, "columns") or hasattr(texts, "column_names"):
+        raise InputError(
+            f"input: must be texts; got a {type(texts).__name__}: give one of its columns", "input"
+        )
+    return texts.to_pylist() if hasattr(texts, "to_pylist") else texts  # of pyarrow
+
+
 def _texts(given: Sequence[Input], first: int = 0) -> list[Text]:
     """Checked texts; raises InputError."""
     return [_text(one, f"input[{index}]") for index, one in enumerate(given, first)]
@@ -387,6 +407,8 @@ def _texts(given: Sequence[Input], first: int = 0) -> list[Text]:
 def _text(one: Input, where: str) -> Text:
     """A checked text; raises InputError, which begins with `where`."""
     value = {"text": one[0], "text_pair": one[1]} if isinstance(one, tuple) and len(one) == 2 else one
+    if not isinstance(value, str | dict | list | int | float | None):
+        raise InputError(f"{where}: must be a text or a pair; got {type(value).__name__}", where)
     try:
         text = text_of(value, where)
     except ValueError as error:
@@ -415,10 +437,12 @@ def _input_errors() -> Iterator[None]:
     try:
         yield
     except RequestError as error:
+        if error.cause == "queue_full":  # it has no limit, so it is closed
+            raise RuntimeError("the classifier is closed") from None
         raise InputError(error.message, error.field) from None
 
 
-_loaded: dict[tuple[Path, str, int | None], Classifier] = {}
+_loaded: dict[tuple[int, Path, str, int | None], Classifier] = {}
 _loading = Lock()
 
 
@@ -427,9 +451,9 @@ def _loaded_once(path: Path, expected: str, threads: int | None) -> Classifier:
 
     Raises StoreError if its artifact is not the one that was pickled.
     """
-    key = path, expected, threads
+    key = os.getpid(), path, expected, threads  # a forked process has its own
     with _loading:
-        if key not in _loaded:
+        if key not in _loaded or not _loaded[key]._end.alive:
             artifact = Artifact(path, read_manifest(path))
             if fingerprint(artifact.manifest) != expected:
                 raise StoreError(f"{path}: is another artifact than the one whose classifier was pickled")

@@ -82,15 +82,15 @@ class BadRow:
 def records(path: Path, columns: Columns, keeps_bad: bool = False) -> Iterator[tuple[str, Any]]:
     """Yield the rows of a file, each with its place, FILE:LINE. A row is a dict by column, in .jsonl any JSON value.
 
-    Blank lines are skipped. keeps_bad: yield a BadRow for a row that cannot be read. Raises ValueError for any other
-    such row, a file that cannot be read as a table, or one without rows.
+    Blank lines are skipped. Raises ValueError for a row that cannot be read, a file that cannot be read as a table, or
+    one without rows. keeps_bad: yield a BadRow for such a row instead, and nothing for a file without rows.
     """
     line = 0
     for line, record in _records(path, columns):
         if isinstance(record, BadRow) and not keeps_bad:
             raise ValueError(f"{path}:{line}: {record.reason}")
         yield f"{path}:{line}", record
-    if not line:
+    if not line and not keeps_bad:
         raise ValueError(f"{path} has no rows")
 
 
@@ -118,7 +118,7 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
                 if problem:
                     yield number, BadRow(problem, line[:SHOWN])
                 elif line.strip():
-                    yield number, {columns.text: line} if suffix == ".txt" else _json(line)
+                    yield number, {columns.text: line.rstrip("\r\n")} if suffix == ".txt" else _json(line)
             return
         if delimiter is None:
             delimiter = "\t" if suffix == ".tsv" else ","
@@ -132,12 +132,12 @@ def _records(path: Path, columns: Columns) -> Iterator[tuple[int, Any]]:
 def _delimited(
     file: TextIO, path: Path, columns: Columns, delimiter: str, quoted: bool
 ) -> Iterator[tuple[int, Any]]:
-    problems: list[str] = []  # of the lines of the row that is being read
+    problems: list[tuple[int, str]] = []  # of the lines of the row that is being read, with their numbers
 
     def lines() -> Iterator[str]:
         for number, line, problem in _lines(file):
-            if problem and not problems:
-                problems.append(problem if number == reader.line_num + 1 else f"line {number}: {problem}")
+            if problem:
+                problems.append((number, problem))
             yield line
 
     csv.field_size_limit(MAX_LINE)
@@ -148,23 +148,24 @@ def _delimited(
         problems.clear()
         try:
             row = next(reader, None)
-        except csv.Error as error:
-            row, problems = [], [str(error)]
+        except csv.Error as error:  # such as a quotation mark that is never closed
+            raise ValueError(f"{path}:{reader.line_num}: {error}") from None
         if row is None:
             return
         if is_first and columns.header:
             if problems:
-                raise ValueError(f"{path}:{reader.line_num}: {problems[0]}")
+                raise ValueError(f"{path}:{problems[0][0]}: {problems[0][1]}")
             names, is_first = row, False
             continue
         is_first = False
         if not problems and names is not None and len(row) > len(names):
-            problems.append(
+            problem = (
                 f"has {len(row)} fields, the header {len(names)}: put texts with {delimiter!r} in quotation marks; "
                 "for one text per line, use a .txt file"
             )
+            problems.append((reader.line_num, problem))
         if problems:
-            yield reader.line_num, BadRow(problems[0], delimiter.join(row)[:SHOWN])
+            yield problems[0][0], BadRow(problems[0][1], delimiter.join(row)[:SHOWN])
         elif row:
             columns_of_row = names or list(map(str, range(len(row))))
             missing = dict.fromkeys(columns_of_row[len(row) :])  # of a short row
@@ -180,11 +181,13 @@ def _lines(file: TextIO) -> Iterator[tuple[int, str, str]]:
     while line := file.readline(MAX_LINE + 1):
         number += 1
         if len(line) > MAX_LINE:
-            rest = line
+            marks, rest = line.count('"'), line
             while rest and not rest.endswith("\n"):
                 rest = file.readline(MAX_LINE)
-            # Without quotation marks, which could join it with the lines after it.
-            yield number, line[:SHOWN].replace('"', ""), f"a line of more than {MAX_LINE} characters"
+                marks += rest.count('"')
+            # As many quotation marks as leave a field of the table open, or closed.
+            shown = line[:SHOWN].replace('"', "") + '"' * (marks % 2)
+            yield number, shown, f"a line of more than {MAX_LINE} characters"
             continue
         # UTF-16 without a byte order mark has a zero beside each ASCII letter, and is valid UTF-8.
         is_utf16 = "\0" in line or (number == 1 and line.startswith(("\udcff\udcfe", "\udcfe\udcff")))

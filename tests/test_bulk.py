@@ -84,12 +84,16 @@ def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file, as another run would read them."""
+    if file.suffix == ".tsv":
+        lines = [line.split("\t") for line in file.read_text().split("\n")[:-1]]
+        return [dict(zip(lines[0], line, strict=True)) for line in lines[1:]]
     if file.suffix == ".parquet":
         return list(parquet.read_table(file).to_pylist())
     if file.suffix == ".jsonl":
         return [json.loads(line) for line in file.read_text().splitlines()]
     with file.open(newline="") as opened:
-        return list(csv.DictReader(opened, delimiter="\t" if file.suffix == ".tsv" else ","))
+        return list(csv.DictReader(opened))
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +161,109 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bytes(
     assert pool.texts == 99 if stops_at < 2 else pool.texts < 99
 
 
+@pytest.mark.parametrize("kind_in", [".parquet", ".csv"])
+@pytest.mark.parametrize("kind_out", [".parquet", ".csv", ".tsv", ".jsonl"])
+def test_columns_in_another_order_keep_their_values(
+    model: de3.Classifier, tmp_path: Path, kind_in: str, kind_out: str
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / f"out{kind_out}"
+    folder.mkdir()
+    first = [{"id": f"a{i}", "text": text} for i, text in enumerate(TEXTS[:30])]
+    second = [{"text": text, "id": f"b{i}"} for i, text in enumerate(TEXTS[30:60])]
+    write(folder / f"1{kind_in}", first)
+    write(folder / f"2{kind_in}", second)
+    classify(Here(model), folder, out)
+    assert [row["id"] for row in read(out)] == [row["id"] for row in [*first, *second]]
+    assert [row["text"] for row in read(out)] == TEXTS[:60]
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".csv", ".jsonl", ".tsv"])
+def test_values_that_need_care(model: de3.Classifier, tmp_path: Path, kind: str) -> None:
+    """Quotation marks, line breaks and tabs in values and names; a part without rows; columns that a row lacks."""
+    file, out = tmp_path / "in.jsonl", tmp_path / f"out{kind}"
+    values = ['a "fine" one', "two\nlines", "a\rreturn", "a\ttab", "", "café"]
+    rows: list[dict[str, Any]] = [
+        {"my\nid": values[i % 6], "text": TEXTS[i], "none": None} for i in range(64)
+    ]
+    for i in (20, 21):
+        del rows[i]["my\nid"]
+    for i in range(32, 64):
+        rows[i]["text"] = " "
+    write(file, rows)
+    classify(Here(model), file, out)
+    found = read(out)
+    expected = [row.get("my\nid") for row in rows[:32]]
+    if kind in (".csv", ".tsv"):
+        expected = [value or "" for value in expected]
+    if kind == ".tsv":
+        expected = [value.replace("\n", " ").replace("\r", " ").replace("\t", " ") for value in expected]
+    assert [row.get("my id" if kind == ".tsv" else "my\nid") for row in found] == expected
+    assert [row["label"] for row in found] == [row.label for row in model.classify(TEXTS[:32], tau=0.3)]
+
+
+def test_a_slice_of_refused_rows_at_the_start_of_a_part(model: de3.Classifier, tmp_path: Path) -> None:
+    rows = [{"text": " " if 16 <= i < 32 else TEXTS[i], "id": i} for i in range(100)]
+    for kind in (".parquet", ".jsonl"):
+        file, out = tmp_path / f"in{kind}", tmp_path / f"out-{kind[1:]}.parquet"
+        write(file, [{**row, "text": None} if row["text"] == " " else row for row in rows])
+        with pytest.raises(KeyboardInterrupt):
+            classify(Here(model, 8), file, out)
+        summary, _ = classify(Here(model), file, out)
+        assert summary.rows == 100 and [row["id"] for row in read(out)] == [*range(16), *range(32, 100)]
+
+
+def test_without_rows(model: de3.Classifier, tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("id,text\n")
+    parquet.write_table(arrow.table({"text": arrow.array([], arrow.string())}), tmp_path / "empty.parquet")
+    for file in ("empty.csv", "empty.parquet"):
+        with pytest.raises(ValueError, match=f"{file}: no rows"):
+            classify(Here(model), tmp_path / file, tmp_path / "out.csv")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.csv", [{"text": "good"}])
+    (folder / "b.csv").write_text("text\n")
+    write(folder / "c.csv", [{"text": "bad"}])
+    classify(Here(model), folder, tmp_path / "out.csv")
+    assert len(read(tmp_path / "out.csv")) == 2
+    assert not (tmp_path / "out.csv.parts").exists()
+
+
+def test_an_interrupted_end(model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.jsonl"
+    write(tmp_path / "in.jsonl", [{"text": text} for text in [*TEXTS, " "]])
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            classify(Here(model), tmp_path / "in.jsonl", out)
+    again = Parts(out, ".jsonl", {"a": 1})
+    assert again.is_complete and not (tmp_path / "out.jsonl.parts").exists() and len(read(out)) == 100
+    again.close()
+    out.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("de3.bulk.formats.Format.join", stop)
+        with pytest.raises(KeyboardInterrupt):
+            classify(Here(model), tmp_path / "in.jsonl", out)
+    _, refused = classify(Here(model), tmp_path / "in.jsonl", out)
+    assert len(read(out)) == 100 and len(read(refused)) == 1
+
+
+def test_large_columns_end_slices_and_parts(
+    model: de3.Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "SLICE_CHARS", 500)
+    monkeypatch.setattr(run, "PART_CHARS", 1000)
+    for kind in (".jsonl", ".parquet"):
+        write(tmp_path / f"in{kind}", [{"text": text, "more": "x" * 200} for text in TEXTS])
+        slices = list(Source(tmp_path / f"in{kind}", READING).slices())
+        assert max(one.rows for one in slices) <= 4 and sum(one.rows for one in slices) == 100
+        summary, _ = classify(Here(model), tmp_path / f"in{kind}", tmp_path / f"out{kind}", 10**6)
+        assert summary.parts > 10
+
+
 def test_rows_that_cannot_be_classified(model: de3.Classifier, tmp_path: Path) -> None:
     file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [
@@ -192,7 +299,21 @@ def test_rows_of_tables_that_cannot_be_classified(model: de3.Classifier, tmp_pat
     parquet.write_table(arrow.table({"id": [1, 2, 3], "text": ["good", None, "fine"]}), text)
     _, refused = classify(Here(model), text, tmp_path / "b.parquet")
     assert [row["id"] for row in read(tmp_path / "b.parquet")] == [1, 3]
-    assert [one["row"] for one in read(refused)] == [1]
+    (one,) = read(refused)
+    assert (
+        one["row"] == 1
+        and one["where"] == f"{text}:1"
+        and json.loads(one["content"]) == {"id": 2, "text": None}
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a", "b"):
+        parquet.write_table(arrow.table({"text": ["good", " ", "fine"]}), folder / f"{name}.parquet")
+    _, refused = classify(Here(model), folder, tmp_path / "c.jsonl")
+    assert [(one["row"], one["where"]) for one in read(refused)] == [
+        (1, f"{folder}/a.parquet:1"),
+        (4, f"{folder}/b.parquet:1"),
+    ]
 
 
 def test_texts_that_the_model_refuses(model: de3.Classifier, tmp_path: Path) -> None:
@@ -212,7 +333,7 @@ def test_an_output_is_only_continued_by_the_same_run(model: de3.Classifier, tmp_
     write(tmp_path / "in.jsonl", [{"text": text} for text in TEXTS])
     with pytest.raises(KeyboardInterrupt):
         classify(Here(model, 9), tmp_path / "in.jsonl", out)
-    with pytest.raises(ValueError, match="was begun with another a: use the same command, or remove"):
+    with pytest.raises(ValueError, match=r"was begun differently \(a\): use the same command, or remove"):
         Parts(out, ".jsonl", {"a": 2})
     first = Parts(out, ".jsonl", {"a": 1})
     with pytest.raises(ValueError, match="another run writes to it"):
@@ -252,16 +373,22 @@ def test_columns_that_change_their_type_are_refused_early(model: de3.Classifier,
     rows: list[dict[str, Any]] = [{"text": text, "n": i} for i, text in enumerate(TEXTS)]
     rows[40]["n"] = "forty"
     write(file, rows)
-    with pytest.raises(ValueError, match="a column cannot be written as parquet"):
+    with pytest.raises(
+        ValueError, match=r"a column cannot be written as parquet \(n: .*leave it out with --keep"
+    ):
         classify(Here(model), file, tmp_path / "out.parquet")
-    rows[40]["n"], rows[41]["half"] = 40.5, "\ud800"
+    rows[40]["n"], rows[41]["half"] = 40, "\ud800"
     write(file, rows)
     summary, _ = classify(Here(model), file, tmp_path / "out.jsonl")
     assert summary.answered == 100 and read(tmp_path / "out.jsonl")[41]["half"] == "\ud800"
     with pytest.raises(ValueError, match="'half', which the first row lacks"):
         classify(Here(model), file, tmp_path / "out.csv")
     classify(Here(model), file, tmp_path / "numbers.parquet", keep=["n"])
-    assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39.0, 40.5, 41.0]
+    assert [row["n"] for row in read(tmp_path / "numbers.parquet")][39:42] == [39, 40, 41]
+    rows[40]["n"] = 40.5  # of another type than in the part before
+    write(file, rows)
+    with pytest.raises(ValueError, match="a column cannot be written as parquet"):
+        classify(Here(model), file, tmp_path / "more.parquet", keep=["n"])
 
 
 def test_columns_of_input_and_answers_may_not_have_the_same_name(
@@ -284,9 +411,17 @@ def test_columns_of_input_and_answers_may_not_have_the_same_name(
             "--format must be parquet, csv, tsv or jsonl",
         ),
         ("--file {0}/in.jsonl --out {0}/o --latency-budget-ms 5", "--latency-budget-ms: only for texts"),
-        ("--file {0}/in.jsonl", "give texts, or --file and --out"),
+        ("--file {0}/in.jsonl", "--out is missing: give texts, or --file and --out"),
         ("good", "--model: is required, as"),
-        ("good --model nothing", "nothing"),
+        ("good --model nothing", "has no model 'nothing' either: set --store, or --demo"),
+        (
+            "--model tiny --file {0}/in.jsonl --out {0}/out.xlsx",
+            "expected .csv, .jsonl, .parquet, .tsv, or a folder",
+        ),
+        (
+            "--model tiny --file {0}/in.jsonl --out {0}/o.csv --keep nothing",
+            "no column 'nothing'; it has 'text'",
+        ),
         ("good --model tiny --tau 7", "tau: "),
     ],
 )
@@ -306,7 +441,10 @@ def test_the_command_in_processes(store: Path, tmp_path: Path) -> None:
         expected = model.classify(TEXTS, max_disagreement=0.5)
     assert [row["probs"] for row in read(out)] == [row.probs for row in expected]
     assert "101 rows" in output and "exits by layer: 0: " in output and "speed-up in model time: " in output
-    assert 'certified: {"max_disagreement": 0.5' in output and "1 rows cannot be classified" in output
+    assert "% of the answers differ from full depth (at 95% confidence)" in output
+    assert "1 rows cannot be classified" in output
+    about = json.loads(parquet.read_schema(out).metadata[b"de3"])
+    assert about["model"] == "tiny-int8:1" and len(about["labels"]) == 2
 
 
 def test_texts_without_a_server(store: Path) -> None:
@@ -368,3 +506,8 @@ def test_a_server_answers_files(store: Path, tmp_path: Path) -> None:
     ]
     (refused,) = read(tmp_path / "out.jsonl.refused.jsonl")
     assert refused["row"] == 9 and "at most 64" in refused["reason"]
+    with serving(store, max_texts=3) as server:  # fewer than the command sends at once
+        command(
+            f"classify --file {file} --out {tmp_path}/few.jsonl --url {server.url} --tau 0.1 --long error"
+        )
+    assert (tmp_path / "few.jsonl").read_bytes() == out.read_bytes()

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas
+import pyarrow as arrow
 import pytest
 
 import de3
@@ -91,6 +93,8 @@ def test_a_table_has_the_same_answers(model: de3.Classifier) -> None:
     ("texts", "options", "field", "says"),
     [
         (["good", " "], {}, "input[1]", "input[1]: must not be empty"),
+        (["good", b"x"], {}, "input[1]", "must be a text or a pair; got bytes"),
+        ({"text": "a", "text_pair": "b", "c": "d"}, {}, "input[0]", "unknown field"),
         (["good", 7], {}, "input[1]", "must be a text, or an object with text and text_pair; got a number"),
         (["good", {"text": "a"}], {}, "input[1]", "text_pair missing"),
         (["good", "half \ud800"], {}, "input[1]", "half of a surrogate pair"),
@@ -109,6 +113,21 @@ def test_an_error_names_the_field(
         model.classify(texts, **options)
     assert raised.value.field == field and says in str(raised.value)
     assert model.classify("good")
+
+
+def test_a_column_is_a_list_of_texts(model: de3.Classifier) -> None:
+    table = arrow.table({"id": [1, 2], "text": ["good", "bad"]})
+    expected = model.classify(["good", "bad"])
+    assert model.classify(table.column("text")) == list(model.stream(table.column("text"))) == expected
+    for columns in (table, pandas.DataFrame({"text": ["good"]})):
+        with pytest.raises(de3.InputError, match="give one of its columns"):
+            model.classify(columns)
+    assert model.classify(pandas.Series(["good", "bad"])) == expected
+
+
+def test_a_budget_can_follow_another(model: de3.Classifier) -> None:
+    for _ in range(3):
+        assert len(model.classify(TEXTS, latency_budget_ms=50_000)) == len(TEXTS)
 
 
 def test_answers_of_texts_with_errors_in_between(model: de3.Classifier) -> None:
@@ -144,8 +163,10 @@ def test_a_stream_that_is_left_drops_its_texts(model: de3.Classifier) -> None:
     assert model.classify("good")
     with pytest.raises(de3.InputError, match="window: must be at least 1"):
         model.stream([], window=0)
+    found = []
     with pytest.raises(de3.InputError, match=r"input\[3\]"):
-        list(model.stream(["a", "b", "c", ""], window=2))
+        found.extend(model.stream(["a", "b", "c", ""], window=2))
+    assert len(found) == 2  # the window before
 
 
 def test_threads_share_a_classifier(model: de3.Classifier) -> None:
@@ -196,8 +217,15 @@ def test_it_is_pickled_by_its_path_and_loaded_once(model: de3.Classifier) -> Non
     assert len(pickled) < 100_000
     code = f"""
 import pickle
+import os
 one, two = pickle.loads({pickled!r}), pickle.loads({pickled!r})
 assert one is two
+pid = os.fork()
+if pid == 0:
+    os._exit(pickle.loads({pickled!r}).classify("good") == one.classify("good"))
+assert os.waitpid(pid, 0)[1] != 0
+one.close()
+one = pickle.loads({pickled!r})
 print(one.classify("a good film")[0].probs)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

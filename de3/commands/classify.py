@@ -1,11 +1,14 @@
 """`de3 classify`: classify texts, or files of texts, in process or with a running server."""
 
-import json
 from contextlib import ExitStack
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from de3.commands.models import check_url
 from de3.commands.options import console, fields_of, with_fields
@@ -15,9 +18,11 @@ from de3.tables import Columns
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
     from de3.bulk.run import Summary
+    from de3.client import Client
     from de3.model_store.store import Artifact
 
 FILES = "Files"
+SAMPLE_BYTES = 2**16  # at either end of a file
 
 
 @with_fields(Columns, without=["label"])
@@ -93,7 +98,9 @@ def classify(
     part_rows: Annotated[
         int,
         typer.Option(
-            min=1, help="Rows of a part: written at once, and lost if a run ends.", rich_help_panel=FILES
+            min=1,
+            help="Rows of a part, which is written at once; rounded up to slices of 2,048.",
+            rich_help_panel=FILES,
         ),
     ] = 65_536,
     output_format: Annotated[
@@ -118,7 +125,8 @@ def classify(
     Example: de3 classify "a fine film" --demo, or de3 classify --file in.parquet --out out.parquet --model sst2
     """
     if bool(texts) == (file is not None) or (file is None) != (out is None):
-        raise ValueError("give texts, or --file and --out; see de3 classify --help")
+        missing = f"{'--out' if out is None else '--file'} is missing: " if file or out else ""
+        raise ValueError(f"{missing}give texts, or --file and --out; see de3 classify --help")
     given = {
         "tau": tau,
         "signal": signal,
@@ -149,22 +157,33 @@ def classify(
         assert file is not None and out is not None
         from de3.bulk.parts import Parts
         from de3.bulk.pool import LocalPool, RemotePool
-        from de3.bulk.source import Source
+        from de3.bulk.run import PART_CHARS
+        from de3.bulk.source import SLICE_CHARS, SLICE_ROWS, Source
 
-        kept = None if keep is None else [name for name in keep.split(",") if name and keep != "none"]
+        kept = None if keep is None else [n.strip() for n in keep.split(",") if n.strip() and keep != "none"]
         columns = Columns(**fields_of(Columns, reading), label=None)
         source = Source(file, columns, kept)
         what = {
-            "input": [[str(one), one.stat().st_size, one.stat().st_mtime_ns] for one in source.files],
+            "version": [version("de3"), SLICE_ROWS, SLICE_CHARS, PART_CHARS],
+            "input": [_identity(one) for one in source.files],
             "columns": [vars(columns), kept, prefix],
             "options": options,
             "part_rows": part_rows,
-            "model": [url, model] if url is not None else _identity(artifact),
         }
+        if url is None:
+            from de3.model_store.manifest import fingerprint
+
+            what |= {
+                "model": artifact.full_name,
+                "labels": artifact.manifest.labels,
+                "artifact": fingerprint(artifact.manifest),
+            }
+        else:
+            what |= {"model": [url, model, _served(client)]}
         parts = Parts(out, _kind(out, output_format, source.kind), what)
         stack.callback(parts.close)
         if parts.is_complete:
-            console.print(f"{out} is complete: nothing to do", highlight=False)
+            _say(f"{out} is complete: nothing to do")
             return
         pool: Pool
         pool = (
@@ -173,7 +192,36 @@ def classify(
             else RemotePool(client, remote, parallel)
         )
         stack.callback(pool.close)
-        _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
+        try:
+            _run(source, pool, parts, prefix, part_rows, out, None if url else artifact, options)
+        except KeyboardInterrupt:
+            _say("stopped; the same command goes on")
+            raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _identity(file: Path) -> list[str | int]:
+    """Identifies a file and, nearly, its content; the same for a copy."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        digest = blake2b(opened.read(SAMPLE_BYTES), digest_size=16)
+        opened.seek(max(0, size - SAMPLE_BYTES))
+        digest.update(opened.read(SAMPLE_BYTES))
+    return [file.name, size, digest.hexdigest()]
+
+
+def _served(client: "Client") -> list[str]:
+    """The models that a server has now; raises ValueError."""
+    from de3.bulk.pool import message_of
+    from de3.client import ServerError
+
+    try:
+        return sorted(str(row["id"]) for row in client.models())
+    except ServerError as error:
+        raise ValueError(message_of(error)) from None
 
 
 def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
@@ -184,7 +232,17 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
     if demo:
         store, name = DEMO, name or "sst2"
     if name is not None:
-        return artifact_of(name, store.absolute())
+        try:
+            return artifact_of(name, store.absolute())
+        except ValueError as error:
+            hint = (
+                ""
+                if demo or (store / name.partition(":")[0]).exists()
+                else (
+                    f"; the store {store} has no model {name!r} either: set --store, or --demo for the demo model"
+                )
+            )
+            raise ValueError(f"{error}{hint}") from None
     try:
         names = list(Store(store).versions())
     except NoModelsError as error:
@@ -196,12 +254,6 @@ def _artifact(name: str | None, store: Path, demo: bool) -> "Artifact":
     return Store(store).open(names[0])
 
 
-def _identity(artifact: "Artifact") -> list[str]:
-    from de3.model_store.manifest import fingerprint
-
-    return [artifact.full_name, fingerprint(artifact.manifest)]
-
-
 def _kind(out: Path, wanted: str | None, kind: str) -> str:
     """The suffix of the output; raises ValueError."""
     from de3.bulk.formats import KINDS
@@ -210,6 +262,10 @@ def _kind(out: Path, wanted: str | None, kind: str) -> str:
         if wanted is not None:
             raise ValueError("--format: is for a folder; the suffix of --out says the format of a file")
         return out.suffix
+    if out.suffix and not out.is_dir():
+        raise ValueError(
+            f"--out {out}: expected {', '.join(KINDS)}, or a folder (create it if its name has a dot)"
+        )
     if wanted is None:
         return ".jsonl" if kind == ".txt" else kind
     if f".{wanted}" not in KINDS:
@@ -267,20 +323,23 @@ def _run(
     with Progress(*bars, console=console) as progress:
         task = progress.add_task("", total=source.rows(), rate="")
 
+        started, done = perf_counter(), 0
+
         def advance(rows: int) -> None:
-            speed = progress.tasks[0].finished_speed or progress.tasks[0].speed
-            progress.update(task, advance=rows, rate="" if speed is None else f"{speed:,.0f} rows/s")
+            nonlocal done
+            done += rows
+            rate = f"{done / (perf_counter() - started):,.0f} rows/s"
+            progress.update(task, advance=rows, rate=rate)
 
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
     refused = parts.finish(summary.parts)
-    for line in _report(summary, artifact, options):
-        console.print(line, highlight=False)
-    console.print(f"written: {out}", highlight=False)
+    for line in [*_report(summary, artifact, options), f"written: {out}"]:
+        _say(line)
     if refused is not None:
         with refused.open() as lines:
             count = sum(1 for _ in lines)
-        console.print(f"[yellow]{count} rows cannot be classified:[/] {refused}", highlight=False)
+        _say(f"[yellow]{count} rows cannot be classified:[/] {escape(str(refused))}")
 
 
 def _report(summary: "Summary", artifact: "Artifact | None", options: dict[str, Any]) -> list[str]:
@@ -300,7 +359,7 @@ def _report(summary: "Summary", artifact: "Artifact | None", options: dict[str, 
         lines.append(f"exits by layer: {layers}")
     if summary.model_s:
         speedup = summary.full_depth_s / summary.model_s
-        lines.append(f"speed-up in model time: {speedup:.2f}× over full depth")
+        lines.append(f"speed-up in model time: {speedup:.1f}× over full depth")
     if artifact is not None:
         lines.append(_certified(artifact, options))
     return [line for line in lines if line]
@@ -314,9 +373,13 @@ def _certified(artifact: "Artifact", options: dict[str, Any]) -> str:
     if wanted is None:
         return "certified: nothing; --max-disagreement chooses τ by a certified bound"
     if options.get("long") == "windows":
-        return "certified: texts of a single window only"
+        return "certified: nothing, as texts may have several windows"
     rules = Rules(artifact.manifest, Settings.model_validate({}))
-    certificate = rules.of(
-        ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, ""
-    ).certificate
-    return "" if certificate is None else f"certified: {json.dumps(certificate)}"
+    choice = rules.of(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
+    if choice.rule.tau == 0 or choice.certificate is None:
+        return "certified: every text runs to full depth, as no τ is certified for this rate"
+    bound, samples = choice.certificate["bound"], choice.certificate["samples"]
+    return (
+        f"certified: at most {100 * bound:.2f}% of the answers differ from full depth (at 95% confidence), for texts "
+        f"like the {samples} of the model's calibration; it does not cover other texts"
+    )

@@ -255,7 +255,7 @@ class Engine:
             if not isinstance(result, Exception):
                 continue
             job = item.job
-            if not job.request.keeps_errors:
+            if not (job.request.keeps_errors and isinstance(result, RequestError)):
                 job.is_dropped = True
                 ended.append((job, result))
             elif job.finish(item, result):

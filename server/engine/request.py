@@ -33,7 +33,7 @@ class Request:
         windows: maximum number of windows into which a long text is split.
         client: fair-share key; the engine's time is shared between clients.
         expires_at: when it times out (perf_counter seconds); None: the server's `timeout_s` after its submission.
-        keeps_errors: an error of a text is noted in its item, and the others go on; else the job fails.
+        keeps_errors: a text that cannot be answered is noted in its item, and the others go on; else the job fails.
     """
 
     input_name: ClassVar[str] = "input"

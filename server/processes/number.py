@@ -31,11 +31,11 @@ def number_of_processes(settings: Settings, artifacts: Sequence[Artifact]) -> in
     if settings.processes:
         return settings.processes
     each = LARGE_THREADS if any(_work(a.manifest) > LARGE for a in artifacts) else 1
-    return -(-most_processes(settings, artifacts) // each)
+    return most_processes(settings, artifacts, each)
 
 
-def most_processes(settings: Settings, artifacts: Sequence[Artifact]) -> int:
-    """One for each engine thread, as far as memory allows.
+def most_processes(settings: Settings, artifacts: Sequence[Artifact], each: int = 1) -> int:
+    """One for `each` engine threads, as far as memory allows.
 
     One in all if a model runs on ONNX Runtime, whose weights every process would have for itself, and which needs the
     GIL less often; or if the system does not support more.
@@ -45,7 +45,7 @@ def most_processes(settings: Settings, artifacts: Sequence[Artifact]) -> int:
     )
     if sys.platform != "linux" or not have_kernels or not find_temporary_folder():
         return 1
-    return max(1, min(settings.engine_threads(), _memory() // MEMORY_BYTES, 64))
+    return max(1, min(-(-settings.engine_threads() // each), _memory() // MEMORY_BYTES, 64))
 
 
 def _work(manifest: Manifest) -> float:
