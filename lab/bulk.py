@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,7 +122,10 @@ def run(command: list[str], rows: int, ends_at: Callable[[], bool] = lambda: Fal
 def study(artifact: Artifact, store: Path, texts: Sequence[str], rows: int, folder: Path) -> Iterator[str]:
     """Yield lines of the report; folder: for the files, which stay."""
     source = folder / "texts.parquet"
-    if not source.exists():
+    for old in folder.glob("whole.*"), folder.glob("halves.*"):
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not source.exists() or parquet.read_metadata(source).num_rows != rows:
         made = distinct_texts(texts, rows)
         parquet.write_table(arrow.table({"id": arrow.array(range(rows)), "text": made}), source)
     made = parquet.read_table(source, columns=["text"]).column("text")[:MEMORY_TEXTS].to_pylist()

@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from de3.commands.models import check_url
 from de3.commands.options import console, fields_of, with_fields
@@ -17,7 +16,6 @@ from de3.tables import Columns
 
 if TYPE_CHECKING:
     from de3.bulk.pool import Pool
-    from de3.bulk.run import Summary
     from de3.client import Client
     from de3.model_store.store import Artifact
 
@@ -199,8 +197,8 @@ def classify(
             raise typer.Exit(130) from None
 
 
-def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True)
+def _say(line: str, style: str = "") -> None:
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _identity(file: Path) -> list[str | int]:
@@ -311,6 +309,7 @@ def _run(
 ) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from de3.bulk.report import report
     from de3.bulk.run import classify as run
 
     bars = (
@@ -334,52 +333,9 @@ def _run(
         summary = run(source, pool, parts, lambda name: prefix + name, part_rows, advance)
         progress.update(task, total=summary.rows, completed=summary.rows)
     refused = parts.finish(summary.parts)
-    for line in [*_report(summary, artifact, options), f"written: {out}"]:
+    for line in [*report(summary, artifact, options), f"written: {out}"]:
         _say(line)
     if refused is not None:
         with refused.open() as lines:
             count = sum(1 for _ in lines)
-        _say(f"[yellow]{count} rows cannot be classified:[/] {escape(str(refused))}")
-
-
-def _report(summary: "Summary", artifact: "Artifact | None", options: dict[str, Any]) -> list[str]:
-    """What a run did, in lines."""
-    rate = summary.answered / summary.seconds if summary.seconds else 0.0
-    earlier = summary.rows - summary.answered - summary.refused
-    lines = [
-        f"{summary.rows:,} rows"
-        + (f" ({earlier:,} of them by an earlier run)" if earlier else "")
-        + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
-    ]
-    if summary.answered:
-        layers = ", ".join(
-            f"{layer}: {100 * number / summary.answered:.1f}%"
-            for layer, number in sorted(summary.layers.items())
-        )
-        lines.append(f"exits by layer: {layers}")
-    if summary.model_s:
-        speedup = summary.full_depth_s / summary.model_s
-        lines.append(f"speed-up in model time: {speedup:.1f}× over full depth")
-    if artifact is not None:
-        lines.append(_certified(artifact, options))
-    return [line for line in lines if line]
-
-
-def _certified(artifact: "Artifact", options: dict[str, Any]) -> str:
-    from de3.server.rules import Rules
-    from de3.server.settings import ExitOptions, Settings
-
-    wanted = options.get("max_disagreement")
-    if wanted is None:
-        return "certified: nothing; --max-disagreement chooses τ by a certified bound"
-    if options.get("long") == "windows":
-        return "certified: nothing, as texts may have several windows"
-    rules = Rules(artifact.manifest, Settings.model_validate({}))
-    choice = rules.of(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
-    if choice.rule.tau == 0 or choice.certificate is None:
-        return "certified: every text runs to full depth, as no τ is certified for this rate"
-    bound, samples = choice.certificate["bound"], choice.certificate["samples"]
-    return (
-        f"certified: at most {100 * bound:.2f}% of the answers differ from full depth (at 95% confidence), for texts "
-        f"like the {samples} of the model's calibration; it does not cover other texts"
-    )
+        _say(f"{count} rows cannot be classified: {refused}", "yellow")

@@ -1,0 +1,49 @@
+"""What a run did, for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from de3.bulk.run import Summary
+from de3.model_store.store import Artifact
+from de3.server.rules import Rules
+from de3.server.settings import ExitOptions, Settings
+
+
+def report(summary: Summary, artifact: Artifact | None, options: Mapping[str, Any]) -> list[str]:
+    """What a run did, in lines. artifact: None if a server answered."""
+    rate = summary.answered / summary.seconds if summary.seconds else 0.0
+    earlier = summary.rows - summary.answered - summary.refused
+    lines = [
+        f"{summary.rows:,} rows"
+        + (f" ({earlier:,} of them by an earlier run)" if earlier else "")
+        + f" in {summary.seconds:.1f} s: {rate:,.0f} rows/s"
+    ]
+    if summary.answered:
+        layers = ", ".join(
+            f"{layer}: {100 * number / summary.answered:.1f}%"
+            for layer, number in sorted(summary.layers.items())
+        )
+        lines.append(f"exits by layer: {layers}")
+    if summary.model_s:
+        speedup = summary.full_depth_s / summary.model_s
+        lines.append(f"speed-up in model time: {speedup:.1f}× over full depth")
+    if artifact is not None:
+        lines.append(_certified(artifact, options))
+    return [line for line in lines if line]
+
+
+def _certified(artifact: Artifact, options: Mapping[str, Any]) -> str:
+    wanted = options.get("max_disagreement")
+    if wanted is None:
+        return "certified: nothing; --max-disagreement chooses τ by a certified bound"
+    if options.get("long") == "windows":
+        return "certified: nothing, as texts may have several windows"
+    rules = Rules(artifact.manifest, Settings.model_validate({}))
+    choice = rules.of(ExitOptions(max_disagreement=wanted, signal=options.get("signal")), 0, "")
+    if choice.rule.tau == 0 or choice.certificate is None:
+        return "certified: every text runs to full depth, as no τ is certified for this rate"
+    bound, samples = choice.certificate["bound"], choice.certificate["samples"]
+    return (
+        f"certified: at most {100 * bound:.2f}% of the answers differ from full depth (at 95% confidence), for texts "
+        f"like the {samples} of the model's calibration; it does not cover other texts"
+    )
