@@ -211,7 +211,7 @@ def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] 
 
 def _answer(url: str) -> Any:
     """The answer to a valid request."""
-    body = json.dumps(GOOD[2]).encode()
+    body = json.dumps(GOOD[0] | {"explain": True}).encode()
     with urlopen(Request(url + "/classify", body), timeout=TIMEOUT_S) as answer:
         return json.load(answer)["data"]
 
