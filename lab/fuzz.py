@@ -9,6 +9,7 @@ import json
 import random
 import select
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -195,13 +196,15 @@ def fuzz(url: str, requests: int, seed: int, on_progress: Callable[[int], None] 
     address = (parts.hostname or "127.0.0.1", parts.port or 80)
     rng, result = random.Random(seed), Result()
     before = _answer(url)
-    connection = socket.create_connection(address, TIMEOUT_S)
+    connection, used = socket.create_connection(address, TIMEOUT_S), time.monotonic()
     for number in range(requests):
         request = make(rng, parts.netloc)
         result.count += 1
-        if not send(connection, request, result):
+        idle_s = time.monotonic() - used
+        if not send(connection, request, result, idle_s):
             connection.close()
             connection = socket.create_connection(address, TIMEOUT_S)
+        used = time.monotonic()
         on_progress(number + 1)
     connection.close()
     if (after := _answer(url)) != before:
@@ -216,8 +219,11 @@ def _answer(url: str) -> Any:
         return json.load(answer)["data"]
 
 
-def send(connection: socket.socket, raw: RawRequest, result: Result) -> bool:
-    """Send a request and record its result; returns True if the connection can be reused."""
+def send(connection: socket.socket, raw: RawRequest, result: Result, idle_s: float = 0.0) -> bool:
+    """Send a request and record its result; returns True if the connection can be reused.
+
+    idle_s: for how long the connection was not used, for the message if it is closed.
+    """
     request = raw.data
     try:
         connection.sendall(request)
@@ -232,7 +238,7 @@ def send(connection: socket.socket, raw: RawRequest, result: Result) -> bool:
     except (OSError, HTTPException) as error:
         result.statuses["closed"] += 1
         if raw.is_http:
-            result.problem(f"no answer to a well-formed request: {error!r}", request)
+            result.problem(f"no answer to a well-formed request, after {idle_s:.1f} s: {error!r}", request)
         return False
     result.statuses[str(answer.status)] += 1
     headers = {name.lower(): value for name, value in answer.getheaders()}
