@@ -284,6 +284,7 @@ def test_a_model_that_cannot_be_served_ends_the_server_with_the_reason(versions:
     assert "layer_02.onnx" in log and "Traceback" not in log, log
 
 
+@pytest.mark.slow
 def test_a_crash_loop_ends_the_server_with_the_reason(versions: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(versions / "tiny" / "1", store / "tiny" / "1")
