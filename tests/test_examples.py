@@ -37,6 +37,7 @@ def test_an_example_gives_the_librarys_answers(
             "PYTHONPATH": str(ROOT),
             "PATH": "/usr/bin:/bin",
             "HOME": str(tmp_path),
+            "RAY_ADDRESS": "local",  # else Ray joins a cluster that another test has just started
         },
         check=False,
         capture_output=True,
