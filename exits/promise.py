@@ -34,6 +34,15 @@ RECENT, LEAST_EXPECTED = 300, 6
 Reason = Literal["start", "calibrated", "evidence", "recent", "change", "reset"]
 
 
+def error_of(attempt: int) -> float:
+    """The error probability of a guarantee's test on the exits of an attempt, numbered from 1.
+
+    A server that fits exits anew tests each version by itself. Over all attempts the probabilities sum to δ, so the
+    probability that any version ever breaks the promise is at most δ.
+    """
+    return (1 - CONFIDENCE) / (attempt * (attempt + 1))
+
+
 class SavedPromise(NamedTuple):
     """The saved state of a promise, besides its evidence.
 
@@ -263,11 +272,13 @@ class Promise:
             recent (lowered by recent audits), change (the rate had risen; evidence discarded) or reset (by an admin).
     """
 
-    def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
-        """start: index of the initial τ, which is not tested. Raises ValueError for a rate outside (0, 1)."""
+    def __init__(
+        self, rate: float, taus: NDArray[np.float64], start: int = 0, error: float = 1 - CONFIDENCE
+    ) -> None:
+        """start: index of the initial τ, which is not tested. error: δ. Raises ValueError for a rate outside (0, 1)."""
         if not 0 < rate < 1:
             raise ValueError(f"a promised rate must be above 0 and below 1, got {rate}")
-        self.rate = rate
+        self.rate, self.error = rate, error
         self.evidence = Evidence(taus)
         self.proved = self.index = self._start = start
         self._why: Reason = "calibrated" if start else "start"
@@ -316,7 +327,7 @@ class Promise:
         self.index = self.recent.allows(self.proved)
 
     def _may_pass(self, index: int) -> bool:
-        return self.evidence.e_value(self.rate, index) >= 1 / (1 - CONFIDENCE)
+        return self.evidence.e_value(self.rate, index) >= 1 / self.error
 
     def reset(self, reason: Reason) -> None:
         """Discard the evidence, and return to τ = 0."""
@@ -328,7 +339,7 @@ class Promise:
 
     def copy(self) -> "Promise":
         """An independent copy."""
-        other = Promise(self.rate, self.evidence.taus, self._start)
+        other = Promise(self.rate, self.evidence.taus, self._start, self.error)
         other.restore(self.evidence.copy(), self.saved())
         other.index = self.index
         return other

@@ -14,6 +14,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
+from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promise import Profile, Promise, Reason, Recent
 
 MAX_CLIENTS = 8
@@ -30,10 +31,12 @@ class Promises:
         texts: number of texts by client, for those that are left out and some others.
     """
 
-    def __init__(self, rate: float, taus: NDArray[np.float64], start: int = 0) -> None:
-        """rate, taus, start: see Promise."""
-        self.rate, self.taus, self.start = rate, taus, start
-        self.by_left_out: dict[str, Promise] = {ALL: Promise(rate, taus, start)}
+    def __init__(
+        self, rate: float, taus: NDArray[np.float64], start: int = 0, error: float = 1 - CONFIDENCE
+    ) -> None:
+        """rate, taus, start, error: see Promise."""
+        self.rate, self.taus, self.start, self.error = rate, taus, start, error
+        self.by_left_out: dict[str, Promise] = {ALL: Promise(rate, taus, start, error)}
         self.own: dict[str, Recent] = {}
         self.texts = Counter[str]()
 

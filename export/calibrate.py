@@ -64,12 +64,17 @@ class Calibrated:
 
 
 def calibrate(
-    tune: Part, certify: Part, max_loss: float, wanted: str = "auto", self_labelled: bool = False
+    tune: Part,
+    certify: Part,
+    max_loss: float,
+    wanted: str = "auto",
+    self_labelled: bool = False,
+    may_pool: bool = True,
 ) -> Calibrated:
     """Fit the risk, choose a signal on the tuning samples, and certify it and its rivals on the certifying samples.
 
     The default τ is the last of a fixed sequence whose loss is below max_loss with 95% confidence. With fewer than
-    MIN_CERTIFY certifying groups, both parts certify: each is scored by a risk fitted on the other.
+    MIN_CERTIFY certifying groups, and may_pool, both parts certify: each is scored by a risk fitted on the other.
 
     wanted: the default signal, or auto. self_labelled: the labels are the original model's answers, or full depth's.
 
@@ -77,7 +82,7 @@ def calibrate(
     """
     if wanted not in CHOICES:
         raise ValueError(f"--signal must be one of {', '.join(CHOICES)}, got {wanted!r}")
-    pooled = certify.whole.num_groups < MIN_CERTIFY
+    pooled = may_pool and certify.whole.num_groups < MIN_CERTIFY
     if pooled:
         console.print(
             f"fewer than {MIN_CERTIFY} certifying samples: the tuning samples certify too, each part scored by a risk "

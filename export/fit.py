@@ -63,19 +63,37 @@ class Exits:
 
 
 def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> Exits:
-    """Fit exits on every layer but the last.
+    """Fit exits on every layer but the last, with the pooling and the ridges that `choose` finds."""
+    return fit_with(texts, *choose(num_layers, texts, groups, seed), seed)
 
-    The pooling and the ridges are chosen on a fifth of the texts, with exits fitted to the others. The exits are then
-    fitted to all of them. The tuning and certifying samples are not used.
+
+def fit_with(texts: States, pooling: str, ridges: Sequence[float], seed: int) -> Exits:
+    """Fit exits to texts. ridges: by layer."""
+    layers = track(range(len(ridges)), f"Fitting exits ({pooling})")
+    classifiers = [next(_fitted(texts, pooling, layer, (ridges[layer],)))[1] for layer in layers]
+    return _with_spaces(Exits(pooling, classifiers, [], []), texts, seed)
+
+
+def choose(
+    num_layers: int,
+    texts: States,
+    groups: Sequence[object],
+    seed: int,
+    poolings: Sequence[str] = POOLINGS,
+) -> tuple[str, list[float]]:
+    """The pooling, and the ridge of each layer but the last, that are best on a fifth of the texts, with exits fitted
+    to the others. The tuning and certifying samples are not used.
 
     groups: the group of each text; a group is split only if there are at most HELD_OUT groups.
     """
     is_held = _held_out(groups, np.random.default_rng(seed))
     held, others = (texts.part(np.flatnonzero(rows)) for rows in (is_held, ~is_held))
     best, largest, chosen = "", -1.0, [0.0]
-    for pooling in POOLINGS:
-        layers = track(range(num_layers), f"Fitting exits ({pooling})")
+    for pooling in poolings:
+        layers = track(range(num_layers), f"Choosing ridges ({pooling})")
         found = [_chosen(others, held, pooling, layer) for layer in layers]
+        if len(poolings) == 1:
+            return pooling, [ridge for ridge, _ in found]
         exits = Exits(pooling, [classifier for _, classifier in found], [], [])
         recorded = _with_spaces(exits, others, seed).recorded(held)
         merit = _merit(recorded)
@@ -89,9 +107,7 @@ def fit(num_layers: int, texts: States, groups: Sequence[object], seed: int) -> 
         )
         if merit > largest:
             best, largest, chosen = pooling, merit, [ridge for ridge, _ in found]
-    layers = track(range(num_layers), f"Fitting exits ({best}) to all texts")
-    classifiers = [next(_fitted(texts, best, layer, (chosen[layer],)))[1] for layer in layers]
-    return _with_spaces(Exits(best, classifiers, [], []), texts, seed)
+    return best, chosen
 
 
 def _held_out(groups: Sequence[object], rng: np.random.Generator) -> NDArray[np.bool_]:

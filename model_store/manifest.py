@@ -144,6 +144,20 @@ class Calibration(Part):
         return self
 
 
+class Learned(Part):
+    """Origin of exits that were fitted to records of live traffic.
+
+    Attributes:
+        base: of the model whose exits they are; see `base_of`.
+        attempt: number of the fit, from 1. A guarantee divides its error probability between the attempts.
+        records: number of records that the exits were fitted to.
+    """
+
+    base: Sha256
+    attempt: Annotated[int, Field(ge=1, le=10_000)]
+    records: Count
+
+
 class Manifest(Architecture):
     """manifest.json of an artifact.
 
@@ -154,6 +168,7 @@ class Manifest(Architecture):
         risk: weights of the signal risk, for every exit but the last; None: it has none.
         source: hub id or folder of a stock classifier that runs at full depth; None: it was exported with exits.
         input: the model was trained on single texts or on pairs; None: unknown, it takes both.
+        learned: its exits were fitted to live traffic (`de3 serve --learn`); None: they were not.
         export: checks of the export: parity with PyTorch, for checkpoints of `de3 train`; for int8, the accuracy by
             exit in fp32 and int8 and the share of samples with the same exit and answer.
     """
@@ -166,6 +181,7 @@ class Manifest(Architecture):
     tolerance: Annotated[float, Field(ge=MIN_TOLERANCE, le=MAX_TOLERANCE)] | None = None
     source: Annotated[str, Field(max_length=200)] | None = None
     input: Literal["text", "pair"] | None = None
+    learned: Learned | None = None
     defaults: Defaults
     risk: Annotated[list[RiskWeights], Field(max_length=MAX_LAYERS)] | None = None
     calibration: Calibration | None
@@ -282,6 +298,16 @@ class Manifest(Architecture):
         return [*self.segment_files(), "prototypes.safetensors", "tokenizer.json"]
 
 
+def base_of(manifest: Manifest) -> str:
+    """Hash that identifies a model's weights and tokenizer; versions with exits learned for it have the same."""
+    if manifest.learned is not None:
+        return manifest.learned.base
+    files = [manifest.files[name].sha256 for name in (*manifest.segment_files(), "tokenizer.json")]
+    return hashlib.sha256("".join(files).encode()).hexdigest()
+
+
 def fingerprint(manifest: Manifest) -> str:
     """Hash of a manifest; identifies the model's files, as the manifest has the hash of each."""
-    return hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
+    # Without the field, hashes are those of releases that did not have it.
+    unset = {"learned"} if manifest.learned is None else None
+    return hashlib.sha256(manifest.model_dump_json(exclude=unset).encode()).hexdigest()

@@ -48,6 +48,7 @@ class Model:
     Attributes:
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
+        final_norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None: there is none.
         runtime: native (the kernels) or onnxruntime.
         instructions: instruction set of the kernels, such as amx, vnni or dotprod; empty unless native.
         why_not_native: reason why the kernels cannot run an int8 artifact; otherwise empty.
@@ -81,10 +82,13 @@ class Model:
         is_int8 = manifest.precision == "int8"
         no_kernels = manifest.encoder.NO_KERNELS if is_int8 else "only int8 artifacts have kernels"
         weights, segments = [], []
+        self.final_norm: tuple[Array, Array] | None = None
         for layer, name in enumerate(manifest.segment_files()):
             check()
             file, data = artifact.path / name, artifact.read(name)
             read = check_segment(artifact, layer, data)
+            if "final_norm.weight" in read:
+                self.final_norm = read["final_norm.weight"].copy(), read["final_norm.bias"].copy()
             if runtime != "onnxruntime" and not no_kernels:
                 weights.append(read)
             if is_proved:
@@ -206,6 +210,21 @@ class Model:
         tokens = self.tokenizer.start(text, text_pair, truncate).all()
         assert isinstance(tokens, Tokens)  # not Windows, as only one is allowed
         return tokens
+
+    def empty_states(self) -> Array:
+        """Space for the pooled states of a text, (num_layers, hidden); see ForwardPass.states."""
+        return np.zeros((self.manifest.num_layers, self.manifest.hidden_size), np.float32)
+
+    def pooled(self, hidden: Array) -> Array:
+        """The mean of the tokens of hidden states (1, tokens, hidden), as an exit sees it, (hidden,)."""
+        rows = hidden[0]
+        if self.final_norm is not None:
+            scale, shift = self.final_norm
+            centred = rows - rows.mean(-1, keepdims=True)
+            rows = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + self.manifest.encoder.epsilon)
+            rows = rows * scale + shift
+        mean: Array = rows.mean(0)
+        return mean
 
     def deepest_exit(self, max_layer: int | None) -> int:
         """The deepest exit up to layer max_layer; None: the last layer."""

@@ -107,6 +107,7 @@ class ForwardPass:
         ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
         caution: factor applied to tau once the sample is too far from every prototype of an exit.
         thresholds: of a multi-label model; otherwise None.
+        states: to fill in: the mean of the tokens after each layer but the last, (num_layers, hidden); None: not needed.
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
         exit_layer: the layer at which it exited; -1: not yet.
@@ -124,6 +125,7 @@ class ForwardPass:
     ask_all: bool
     caution: float = 1.0
     thresholds: Thresholds | None = None
+    states: Array | None = None
     layer: int = field(default=0, init=False)
     hidden: Array | None = field(default=None, init=False)
     exit_layer: int = field(default=-1, init=False)
@@ -184,7 +186,7 @@ class NativeForward:
             signal = (p.signal.code, p.signal.lam or 0.0, p.signal.table)
             table = None if p.thresholds is None else p.thresholds.table
             rule = (p.tau, *signal, p.deepest, p.ask_all, p.caution, table)
-            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden))
+            texts.append((p.tokens.ids, p.tokens.type_ids, *rule, p.logits, p.distances, p.hidden, p.states))
         results = self._through(self._model, texts, self._prototypes, far, first, last, at_idle)
         for p, (seconds, left) in zip(passes, results, strict=True):
             p.layer = last + 1

@@ -247,6 +247,7 @@ int run_passes(const Model *m, Pass *passes, int count, int first, int last, con
             Pass *p = texts[i];
             size_t size = p->tokens * hidden;
             p->seconds += each * p->tokens;
+            if (p->states && layer < m->num_layers) kernels->mean(from, p->tokens, m->hidden, p->states + layer * hidden);
             if (is_asked(m, layer, p)) {
                 size_t at = (size_t)layer * m->exits[layer].num_labels;
                 failed = run_exit(m, layer, from, p->tokens, prototypes[layer], p->logits + at, p->distances + at);

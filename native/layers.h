@@ -34,6 +34,7 @@ typedef struct {
 
     float *hidden;             /* (tokens, hidden): input of the first layer, output of the last; or NULL */
     float *logits, *distances; /* (num_layers + 1, num_labels) */
+    float *states;             /* (num_layers, hidden): mean of the tokens after each layer but the last; or NULL */
     Reading *readings;         /* of the exits computed so far; space for num_layers + 1 */
     int num_readings;
 

@@ -352,19 +352,21 @@ static int has_signal(Signal *signal, const Py_buffer *weights, int layers) {
            (signal->code != RISK || holds(weights, (size_t)layers * RISK_FEATURES, 8, "weights"));
 }
 
-enum { PASS_BUFFERS = 7 };
+enum { PASS_BUFFERS = 8 };
 
 /* Fill a pass and its buffers from a tuple (see py_through); returns 0, with an error set, if it is invalid.
  * is_part: the call does not run all layers. */
 static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_buffer *b) {
-    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
-                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3], &b[6]))
+    if (!PyArg_ParseTuple(text, "y*z*didz*ipdz*w*w*z*z*", &b[0], &b[1], &p->tau, &p->signal.code, &p->signal.lam, &b[4],
+                          &p->deepest, &p->ask_all, &p->caution, &b[5], &b[2], &b[3], &b[6], &b[7]))
         return 0;
     size_t tokens = b[0].len / 8, labels = m->exits[m->num_layers].num_labels, size = labels * (m->num_layers + 1);
     int ok = in_range(m, p->deepest, 0) && holds(&b[0], tokens, 8, "ids") &&
              (!m->num_types || holds(&b[1], tokens, 8, "types")) && holds(&b[2], size, 4, "logits") &&
              holds(&b[3], size, 4, "distances") && (!b[6].buf || holds(&b[6], tokens * m->hidden, 4, "hidden")) &&
              require(b[6].buf ? !b[6].readonly : !is_part, "hidden is missing or read-only") &&
+             (!b[7].buf || (holds(&b[7], (size_t)m->num_layers * m->hidden, 4, "states") &&
+                            require(!b[7].readonly, "states is read-only"))) &&
              require(tokens >= 1 && tokens <= MAX_TOKENS, "no tokens, or too many") &&
              require(m->exits[p->deepest].is_set && m->exits[m->num_layers].is_set, "no exit at the deepest layer") &&
              has_signal(&p->signal, &b[4], m->num_layers + 1) && (!b[5].buf || holds(&b[5], labels, 8, "thresholds"));
@@ -375,6 +377,7 @@ static int open_pass(const Model *m, PyObject *text, int is_part, Pass *p, Py_bu
     p->logits = b[2].buf;
     p->distances = b[3].buf;
     p->hidden = b[6].buf;
+    p->states = b[7].buf;
     p->tokens = (int)tokens;
     p->exit_layer = -1;
     p->readings = malloc((m->num_layers + 1) * sizeof(Reading));
@@ -415,9 +418,9 @@ static PyObject *reading_list(const Model *m, const Pass *p) {
 /* through(model, texts, prototypes, far, first, last, at_idle=False) → [(seconds, exit)]
  * exit: None, or for a text that exited (layer, is_below_tau, is_far, readings); see reading_list.
  * texts: [(ids int64 (T), types int64 (T) or None, tau, signal, lam, weights, deepest, ask_all, caution, thresholds,
- * logits, distances, hidden)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
+ * logits, distances, hidden, states)], weights float64 (num_layers + 1, 5) for the signal risk or None, thresholds float64 (K)
  * for a multi-label model or None, logits and distances float32 (num_layers + 1, K), filled at the exits that were
- * computed, hidden float32 (T, H), or None if all layers run.
+ * computed, hidden float32 (T, H), or None if all layers run, states float32 (num_layers, H) or None.
  * prototypes: [(K, D) float32 or None], index = layer. far: float64 (num_layers + 1) or None. See run_passes. */
 static PyObject *py_through(PyObject *self, PyObject *args) {
     PyObject *capsule, *texts, *rows, *result = NULL;

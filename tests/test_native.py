@@ -566,6 +566,7 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
             "logits": logits,
             "distances": distances,
             "hidden": None,
+            "states": None,
         }
         return tuple((fields | wrong).values())
 
@@ -599,6 +600,9 @@ def test_wrong_arguments_are_errors_not_crashes(native: Model) -> None:
     for part in (np.zeros((1, 2, 63), np.float32), np.zeros((1, 3, 64), np.float32), bytes(2 * 64 * 4)):
         with pytest.raises(ValueError, match="hidden"):
             kernels.through(model, [text(hidden=part)], prototypes, None, 0, 2)
+    for states in (np.zeros((2, 64), np.float32), np.zeros((3, 63), np.float32), bytes(3 * 64 * 4)):
+        with pytest.raises(ValueError, match="states"):
+            kernels.through(model, [text(states=states)], prototypes, None, 0, 3)
     for passed in ([], [(logits[0], logits)], [(logits[0, :0].copy(), None)], [(logits[0],)]):
         with pytest.raises((ValueError, TypeError)):
             kernels.score(passed, 0, 0.0, None, None)

@@ -121,7 +121,10 @@ class Ledger:
         self.promises: Promises | None = None
         if settings.guarantee is not None:
             start = int(np.searchsorted(self.taus, rules.default.rule.tau))
-            self.promises = Promises(settings.guarantee, self.taus, start)
+            error = error_of(1 if manifest.learned is None else manifest.learned.attempt)
+            # Exits that were not learned are tested once, with all of δ, unless others will be.
+            error = error if settings.learn else 1 - CONFIDENCE
+            self.promises = Promises(settings.guarantee, self.taus, start, error)
         self._seen: list[set[int]] = [set(), set()]  # the older, and the newer half
         self._epoch = next(_EPOCHS)
         self._published: Standing | None = None

@@ -187,7 +187,7 @@ def _own(promises: Promises, client: str) -> OwnAudits:
 
 def _restored(saved: list[Promised], like: Promises) -> Promises:
     """The promises of a state, with the rate and the start of `like`."""
-    promises = Promises(like.rate, like.taus, like.start)
+    promises = Promises(like.rate, like.taus, like.start, like.error)
     for row in saved:
         evidence = Evidence(like.taus)
         for part in row.counts:
@@ -195,7 +195,7 @@ def _restored(saved: list[Promised], like: Promises) -> Promises:
             evidence.tallies[part.share] = Tally(
                 part.texts, 0, 0, differing, np.zeros_like(differing), repeats
             )
-        promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start)
+        promise = promises.by_left_out[row.left_out] = Promise(like.rate, like.taus, like.start, like.error)
         state = row.model_dump(exclude={"left_out", "texts", "counts", "own"})
         promise.restore(evidence, SavedPromise(**state))
         if row.left_out != ALL:

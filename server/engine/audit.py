@@ -33,6 +33,7 @@ class Audit:
         rule: reads and scores the exits; its τ is not used.
         on_done: called by the engine's `dispatch` once it has run, failed or been dropped.
         passed: the reading of every exit, once it has run.
+        states: to fill in, as ForwardPass.states; None: not needed.
         model_s: compute time, seconds.
         error: the error if it failed.
         is_dropped: its model was unloaded before it ran, or the server is stopping.
@@ -42,6 +43,7 @@ class Audit:
     rule: ExitRule
     tokens: Tokens
     on_done: Callable[["Audit"], None]
+    states: Array | None = None
     passed: list[Reading] = field(default_factory=list)
     model_s: float = 0.0
     error: Exception | None = None
@@ -158,7 +160,9 @@ def _run_group(audits: Sequence[Audit], may_go_on: Callable[[], bool]) -> None:
     forward, timing, num_layers = served.model.forward, served.timing, served.model.manifest.num_layers
     assert forward is not None
     passes = [
-        ForwardPass(a.tokens, 0.0, a.rule.signal, num_layers, True, thresholds=a.rule.thresholds)
+        ForwardPass(
+            *(a.tokens, 0.0, a.rule.signal, num_layers, True), thresholds=a.rule.thresholds, states=a.states
+        )
         for a in audits
     ]
     layer_s = sum(timing.layer_s(len(audit.tokens)) for audit in audits)
@@ -181,6 +185,8 @@ def _run_alone(audit: Audit, may_go_on: Callable[[], bool]) -> None:
         started = perf_counter()
         step = segment.embed(audit.tokens, True) if hidden is None else segment.run(hidden, True)
         hidden = step.hidden
+        if audit.states is not None and segment.layer < len(audit.states):
+            audit.states[segment.layer] = audit.served.model.pooled(hidden)
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
             passed.append(audit.rule.read(segment.layer, step.logits.tolist(), distances))

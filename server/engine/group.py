@@ -83,9 +83,11 @@ def _begin(
         seconds += layer_s
         deepest, caution = model.deepest_exit(rule.max_layer), monitor.caution if monitor else 1.0
         item.group_s = served.group_s(len(tokens))
-        item.progress.tokens, item.progress.num_tokens = tokens, len(tokens)
+        item.start(tokens)
+        item.progress.num_tokens = len(tokens)
         item.progress.forward = ForwardPass(
-            tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, rule.thresholds
+            *(tokens, rule.tau, rule.signal, deepest, item.asks_all_exits, caution, rule.thresholds),
+            states=item.progress.states,
         )
         ready.append(item)
     spent = (perf_counter() - started) / len(items)

@@ -7,6 +7,7 @@ from time import perf_counter
 
 from de3.exits.windows import most_windows
 from de3.model_store.model import Model
+from de3.model_store.segments import Tokens
 from de3.model_store.tokenizer import PIECE
 from de3.server.engine.outcome import Outcome
 from de3.server.engine.progress import Progress
@@ -34,6 +35,7 @@ class Item:
         is_short: short enough for a group and tokenized in one step.
         is_sampled: its readings are used to measure drift.
         asks_all_exits: every exit is evaluated, even those at which it cannot exit.
+        keeps_states: the mean of its tokens after each layer is kept, for exits that learn from it.
         outcome: None until it exits.
         error: why it has none, in a job that keeps errors.
     """
@@ -49,6 +51,7 @@ class Item:
     is_short: bool = field(init=False)
     is_sampled: bool = field(init=False)
     asks_all_exits: bool = field(init=False)
+    keeps_states: bool = False
     progress: Progress = field(init=False)
     outcome: Outcome | None = None
     error: Exception | None = None
@@ -69,6 +72,12 @@ class Item:
     def restart(self) -> None:
         """Start again, alone, after its group failed."""
         self.is_short, self.progress = False, Progress(self.job.choice.rule)
+
+    def start(self, tokens: Tokens) -> None:
+        """Set its tokens; it starts to run."""
+        self.progress.tokens = tokens
+        if self.keeps_states:
+            self.progress.states = self.job.model.empty_states()
 
 
 @dataclass(slots=True, eq=False)

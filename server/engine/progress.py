@@ -33,6 +33,8 @@ class Progress:
         layer: the next layer to run.
         hidden: (1, tokens, hidden), the input of that layer; None before layer 0 ran.
         forward: its forward pass in a group.
+        states: the mean of the tokens after each layer but the last, (num_layers, hidden), as far as it came; None: not
+            kept.
         passed: the reading of every exit passed, in this window.
         windows: None unless the text has several.
     """
@@ -44,6 +46,7 @@ class Progress:
     layer: int = 0
     hidden: Array | None = None
     forward: ForwardPass | None = None
+    states: Array | None = None
     passed: list[Reading] = field(default_factory=list)
     is_far: bool = False
     windows: WindowProgress | None = None

@@ -66,6 +66,8 @@ def _run_layers(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -
         else:
             step = segment.run(progress.hidden, asked)
         progress.hidden = step.hidden
+        if progress.states is not None and layer < len(progress.states):
+            progress.states[layer] = model.pooled(step.hidden)
         if step.logits is not None:
             distances = None if step.distances is None else step.distances.tolist()
             progress.record(rule.read(layer, step.logits.tolist(), distances), job.monitor)
@@ -152,7 +154,7 @@ def _tokenize(item: Item, queue: WorkQueue, occupy: Callable[[float], None]) -> 
             progress.tokenize_s += spent
         if tokens is not None:
             if isinstance(tokens, Tokens):
-                progress.tokens = tokens
+                item.start(tokens)
             else:
                 progress.split(tokens)
                 item.is_short = False  # too long for a group

@@ -1,0 +1,356 @@
+"""Fits exits to records of live traffic, and adds them to a model, whose own weights do not change.
+
+A server runs it in a process of its own: see `child`.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from safetensors.numpy import save as save_tensors
+
+from de3.exits import betting
+from de3.exits.calibration import FINE_TAUS, Samples
+from de3.exits.guarantee import CONFIDENCE
+from de3.exits.promise import error_of, profile
+from de3.exits.recorded import Recorded
+from de3.exits.signals import Risk
+from de3.export import fit
+from de3.export.calibrate import Calibrated, Part, calibrate
+from de3.export.fit import Exits
+from de3.export.states import States
+from de3.model_store.graph import Array, Source, quantize, source_of
+from de3.model_store.manifest import FileEntry, Learned, Manifest, base_of
+from de3.model_store.model import check_segment
+from de3.model_store.printable import printable
+from de3.model_store.records import MAX_FILE_BYTES, Records, read
+from de3.model_store.segment_graph import build_segment, graph_name
+from de3.model_store.store import Artifact, Store, read_manifest
+from de3.training.progress import console
+
+FOLDS = 4  # the risk is fitted to exits that were fitted without the text: each fold by those of the others
+HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new records that test the exits
+MAX_FITTED = 20_000  # records
+MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
+LEAST_GAIN, LEAST_HOPE = 1.02, 1.05
+SEED = 0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordedStates(States):
+    """States of records, in memory; only mean-pooled.
+
+    Attributes:
+        states: (texts, num_layers, hidden) float16.
+    """
+
+    states: NDArray[np.float16]
+
+    def pooled(self, pooling: str, layer: int) -> NDArray[np.float32]:
+        """The pooled states of a layer, (n, hidden)."""
+        values = self.states[:, layer] if self.rows is None else self.states[self.rows, layer]
+        return values.astype(np.float32)
+
+
+def states_of(records: Records, manifest: Manifest) -> States:
+    """The states of records of a model."""
+    limits = manifest.label_thresholds
+    thresholds = None if limits is None else np.array(limits.logits)
+    return RecordedStates([], records.logits, thresholds, manifest.tolerance, states=records.states)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Exits, with the risk of each, and how they do on held-out records.
+
+    Attributes:
+        speedup: by the best τ in hindsight whose rate of disagreement is within the promise.
+        proved_speedup: by the τ that the held-out records prove.
+        evidence: of each held-out record, in order: client, key, scores, differs.
+    """
+
+    exits: Exits
+    calibrated: Calibrated
+    speedup: float
+    proved_speedup: float
+    evidence: list[dict[str, Any]]
+
+
+def fit_exits(
+    records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0
+) -> Fitted:
+    """Fit exits and risk to records, and test them on held-out ones.
+
+    rate: the promised rate of disagreement. first_new: number of the first record that tests may use: those before it
+    were fitted to by earlier attempts, or are older than a change of the traffic.
+
+    Raises ValueError if there are too few records.
+    """
+    fitted, held = _split(records, attempt, first_new)
+    if len(held) < fit.HELD_OUT or len(np.unique(fitted.keys)) < 2 * FOLDS:
+        raise ValueError(f"{len(records)} records are too few")
+    texts, layers = states_of(fitted, manifest), manifest.num_layers
+    keys = fitted.keys.tolist()
+    pooling, ridges = fit.choose(layers, texts, keys, SEED, ("mean",))
+    exits = _as_served(fit.fit_with(texts, pooling, ridges, SEED), manifest)
+    apart = _apart(texts, fitted, pooling, ridges, manifest)
+    tested = exits.recorded(states_of(held, manifest))
+    parts = [_part(recorded, part) for recorded, part in ((apart, fitted), (tested, held))]
+    calibrated = calibrate(*parts, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
+    risk = _risk(calibrated, manifest)
+    scores = risk.scores(tested)
+    proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
+    return Fitted(exits, calibrated, speedup, proved, list(_evidence(held, tested, scores)))
+
+
+def _split(records: Records, attempt: int, first_new: int) -> tuple[Records, Records]:
+    """The records to fit to, and those to test on; equal texts are on the same side."""
+    is_new = records.numbers >= first_new
+    count = min(round(HELD_OUT * int(is_new.sum())), MAX_HELD_OUT)
+    rng = np.random.default_rng([SEED, attempt])
+    keys = rng.permutation(np.unique(records.keys[is_new]))
+    is_tested = np.isin(records.keys, keys[:count])
+    held, others = np.flatnonzero(is_tested & is_new), np.flatnonzero(~is_tested)
+    # Of the records before a change of the traffic, at most as many as after it.
+    old, new = others[~is_new[others]], others[is_new[others]]
+    if first_new and len(old) > len(new):
+        old = np.sort(rng.permutation(old)[: len(new)])
+    return records.part(np.sort(np.concatenate([old, new]))[-MAX_FITTED:]), records.part(held)
+
+
+def _apart(
+    texts: States, records: Records, pooling: str, ridges: Sequence[float], manifest: Manifest
+) -> Recorded:
+    """Record each text with exits that were fitted without it, in the order of the texts."""
+    groups = np.unique(records.keys, return_inverse=True)[1]
+    fold = np.random.default_rng(SEED).permutation(int(groups.max()) + 1)[groups] % FOLDS
+    parts, rows = [], []
+    for k in range(FOLDS):
+        inside, outside = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+        exits = _as_served(fit.fit_with(texts.part(outside), pooling, ridges, SEED), manifest)
+        parts.append(exits.recorded(texts.part(inside)))
+        rows.append(inside)
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    logits, distances, labels = (
+        np.concatenate([getattr(part, name) for part in parts])[order]
+        for name in ("logits", "distances", "labels")
+    )
+    first = parts[0]
+    return Recorded(
+        *(first.exit_layers, logits, distances, labels), thresholds=first.thresholds, tolerance=first.tolerance
+    )
+
+
+def _as_served(exits: Exits, manifest: Manifest) -> Exits:
+    """The exits with their prototypical networks as the artifact has them: in int8 if the model is."""
+    if manifest.precision == "fp32":
+        return exits
+    spaces = []
+    for weight, bias in exits.spaces:
+        rounded, scale = quantize(np.ascontiguousarray(weight.T))
+        spaces.append((np.ascontiguousarray((rounded * scale).T, np.float32), bias))
+    return Exits(exits.pooling, exits.classifiers, spaces, exits.prototypes)
+
+
+def _part(recorded: Recorded, records: Records) -> Part:
+    groups = np.unique(records.keys, return_inverse=True)[1].astype(np.int64)
+    return Part(Samples(recorded, groups), np.ones(len(records), np.bool_))
+
+
+def _risk(calibrated: Calibrated, manifest: Manifest) -> Risk:
+    weights: list[tuple[float, ...] | None] = [None] * (manifest.num_layers + 1)
+    for row in calibrated.risk:
+        weights[row.layer] = tuple(row.weights)
+    return Risk(tuple(weights))
+
+
+def _speedups(recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float) -> tuple[float, float]:
+    """Speed-ups in layers: by the τ that these texts prove, and by the best one in hindsight."""
+    taus = np.unique(FINE_TAUS)
+    rows = [
+        profile(one.tolist(), differs.tolist(), recorded.exit_layers, taus)
+        for one, differs in zip(scores, recorded.differs, strict=True)
+    ]
+    differing = np.stack([row.differs for row in rows])
+    speedups = recorded.exit_layers[-1] / np.maximum(np.stack([row.layers for row in rows]).mean(0), 1e-3)
+    evidence = betting.e_values(
+        np.ones(1), np.array([len(rows)]), differing.sum(0)[None], np.full(len(taus), rate)
+    )
+
+    def last(holds: NDArray[np.bool_]) -> float:
+        """The speed-up of the last τ before the first that does not hold; τ = 0 always does."""
+        wrong = np.flatnonzero(~holds[1:])
+        return float(speedups[wrong[0] if len(wrong) else -1])
+
+    return last(evidence >= 1 / error), last(differing.mean(0) <= rate)
+
+
+def _evidence(
+    records: Records, recorded: Recorded, scores: NDArray[np.float64]
+) -> Iterator[dict[str, Any]]:
+    """What each held-out record shows, as a server counts it."""
+    for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
+        yield {
+            "client": records.names[records.clients[i]],
+            "key": int(records.keys[i]),
+            "scores": [None if np.isnan(score) else float(score) for score in one],
+            "differs": differs.tolist(),
+        }
+
+
+def publish(base: Artifact, fitted: Fitted, store: Store, version: int, attempt: int, records: int) -> Path:
+    """Publish a model with these exits as a version of its name; returns its folder.
+
+    Raises StoreError for a damaged base, and OSError if the version exists.
+    """
+    manifest, exits = base.manifest, fitted.exits
+    layers = list(range(manifest.num_layers))
+    fields = {
+        "exit_layers": [*layers, manifest.num_layers],
+        "prototype_layers": layers if exits.spaces else [],
+        "metric_dim": manifest.hidden_size,
+        "pooling": exits.pooling,
+        "version": version,
+        "created": int(time.time()),
+        "source": manifest.source,
+        "learned": Learned(base=base_of(manifest), attempt=attempt, records=records),
+        "export": {},
+        **fitted.calibrated.fields(),
+    }
+    made = manifest.model_copy(update=fields)
+    with store.new_version(manifest.name) as draft:
+        norm: Mapping[str, Array] = {}
+        for layer in reversed(range(manifest.num_layers + 1)):  # the last layer has the norm before an exit
+            file = manifest.segment_files()[layer]
+            old = check_segment(base, layer, base.read(file))
+            norm = norm or {name: old[name] for name in old if name.startswith("final_norm.")}
+            new = {} if layer == manifest.num_layers else _weights(exits, layer)
+            built = build_segment(made, layer, _source(old, {**norm, **new}))
+            draft.write({file: built.model(graph_name(layer)).SerializeToString()})
+        prototypes = {
+            f"layer_{layer:02}": np.ascontiguousarray(rows, np.float32)
+            for layer, rows in enumerate(exits.prototypes)
+        }
+        draft.write({"prototypes.safetensors": save_tensors(prototypes)})
+        draft.write({"tokenizer.json": base.read("tokenizer.json")})
+        entries = {file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()}
+        final = made.model_copy(update={"files": entries})
+        return draft.publish(Manifest.model_validate(final.model_dump()))
+
+
+def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
+    """Fit exits to records of a model, and publish them if they are faster than what is served now; returns the result.
+
+    Raises ValueError for records that are too few or of another model, and StoreError for a damaged model.
+    """
+    manifest = base.manifest
+    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
+    started = time.monotonic()
+    fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
+    is_better = fitted.proved_speedup >= LEAST_GAIN * job.speedup
+    if job.speedup == 1:  # nothing can get slower, and audits of live traffic will prove more
+        is_better = fitted.speedup >= LEAST_HOPE
+    path = None
+    if is_better:
+        path = str(publish(base, fitted, store, job.version, job.attempt, len(records)))
+    return {
+        "path": path,
+        "speedup": round(fitted.speedup, 3),
+        "proved_speedup": round(fitted.proved_speedup, 3),
+        "held_out": len(fitted.evidence),
+        "records": len(records),
+        "seconds": round(time.monotonic() - started, 2),
+        "evidence": fitted.evidence if is_better else [],
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """A fit, as a server asks for it.
+
+    Attributes:
+        base: folder of the model.
+        records: file of records.
+        store: folder of the store for the new version.
+        version: its number.
+        attempt: number of this fit.
+        rate: the promised rate of disagreement.
+        first_new: see fit_exits.
+        speedup: in layers, of what is served now; 1: full depth.
+        memory: limit, bytes.
+    """
+
+    base: str
+    records: str
+    store: str
+    version: int
+    attempt: int
+    rate: float
+    first_new: int
+    speedup: float
+    memory: int
+
+
+def child() -> None:
+    """Entry point of a server's process: reads a Job from stdin, and prints the result, or its error, as JSON."""
+    job = Job(**json.loads(sys.stdin.read()))
+    _run_at_idle()
+    resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    console.quiet = True
+    try:
+        base = Path(job.base)
+        artifact = Artifact(base, read_manifest(base))
+        result = learn(artifact, read(Path(job.records), MAX_FILE_BYTES), Store(Path(job.store)), job)
+    except MemoryError:
+        result = {"error": f"it needs more than {job.memory // 2**20} MiB"}
+    except (ValueError, OSError) as error:
+        result = {"error": printable(str(error))[:500]}
+    print(json.dumps(result))
+
+
+def _run_at_idle() -> None:
+    """Run only while no other process wants the processor, and end with the server."""
+    with suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with suppress(OSError):  # if memory runs out, the kernel should kill this process, not the server
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(SIGKILL))
+
+
+def _weights(exits: Exits, layer: int) -> dict[str, Array]:
+    """The weights of an exit, as `build_segment` names them."""
+    weight, bias = exits.classifiers[layer]
+    weights = {"classifier.weight": np.ascontiguousarray(weight.T), "classifier.bias": bias}
+    if exits.spaces:
+        weight, bias = exits.spaces[layer]
+        weights |= {"space.weight": np.ascontiguousarray(weight.T), "space.bias": bias}
+    return weights
+
+
+def _source(old: Mapping[str, Array], new: dict[str, Array]) -> Source:
+    """A source of weights: those of a new exit, and the others as they are in an artifact."""
+    added = source_of(new)
+    modules = {name.partition(".")[0] for name in new if not name.startswith("final_norm.")}
+
+    def take(tensor: str, name: str, dtype: type, shape: tuple[int, ...]) -> tuple[onnx.TensorProto, Array]:
+        if name.partition(".")[0] in modules or name not in old:
+            return added(tensor, name, dtype, shape)
+        return numpy_helper.from_array(old[name], tensor), old[name]
+
+    return take

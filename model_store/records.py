@@ -1,0 +1,147 @@
+"""Records of live traffic, to which exits are fitted: the pooled states and the answer of texts at full depth.
+
+A server writes them (`de3 serve --learn`); its fits and `de3 import --records` read them. The states of layer 0 are
+nearly a bag of words, so a file of records is user data.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+MAX_RECORDS = 1_000_000
+MAX_CLIENTS = 2**16
+MAX_FILE_BYTES = 2**32
+MAX_METADATA = 2**23  # bytes
+FORMAT = "de3-records-1"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records of n texts, in the order of their answers.
+
+    Attributes:
+        base: the model's; see manifest.base_of.
+        states: mean of the tokens after each layer but the last, (n, num_layers, hidden) float16.
+        logits: of full depth, (n, K) float32.
+        shares: probability with which each text was drawn, (n,) float64.
+        keys: hash of each text's tokens, (n,) uint64.
+        numbers: ascending, (n,) int64.
+        clients: index of each text's client in `names`, (n,) int32.
+        names: of the clients.
+    """
+
+    base: str
+    states: NDArray[np.float16]
+    logits: NDArray[np.float32]
+    shares: NDArray[np.float64]
+    keys: NDArray[np.uint64]
+    numbers: NDArray[np.int64]
+    clients: NDArray[np.int32]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
+        """The records at these rows."""
+        arrays = (self.states, self.logits, self.shares, self.keys, self.numbers, self.clients)
+        return Records(self.base, *(array[rows] for array in arrays), self.names)
+
+    def check(self, base: str, num_layers: int, hidden: int, labels: int) -> None:
+        """Raise ValueError unless these are records of a model with this base and these sizes."""
+        if self.base != base:
+            raise ValueError("they belong to another model")
+        if self.states.shape[1:] != (num_layers, hidden) or self.logits.shape[1] != labels:
+            raise ValueError("their shapes are not those of the model")
+
+    def write(self, path: Path) -> None:
+        """Write them to a file that only its owner can read, atomically; raises OSError."""
+        new = path.with_name(path.name + ".new")
+        new.unlink(missing_ok=True)
+        metadata = {"format": FORMAT, "base": self.base, "names": json.dumps(self.names)}
+        arrays = {name: getattr(self, name) for name in _SHAPES}
+        try:
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            new.replace(path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+_SHAPES: dict[str, tuple[Any, int]] = {
+    "states": (np.float16, 3),
+    "logits": (np.float32, 2),
+    "shares": (np.float64, 1),
+    "keys": (np.uint64, 1),
+    "numbers": (np.int64, 1),
+    "clients": (np.int32, 1),
+}
+
+
+def read(path: Path, max_bytes: int) -> Records:
+    """Read and check a file; raises OSError, or ValueError if it is damaged or no file of records."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > max_bytes:
+        raise ValueError(f"it has more than {max_bytes} bytes")
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError("it is not a file of records of this release")
+            arrays = {name: file.get_tensor(name) for name in _SHAPES}
+    except SafetensorError as error:
+        raise ValueError(f"it is damaged: {error}") from None
+    n = len(arrays["logits"])
+    if not 1 <= n <= MAX_RECORDS:
+        raise ValueError(f"it has {n} records, 1 to {MAX_RECORDS} are possible")
+    for name, (dtype, dimensions) in _SHAPES.items():
+        array = arrays[name]
+        if array.dtype != dtype or array.ndim != dimensions or len(array) != n:
+            raise ValueError(f"{name} must be {np.dtype(dtype)} of {n} records, got {array.dtype} {array.shape}")
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} is not finite")
+    names = _names(metadata.get("names", ""))
+    clients, shares = arrays["clients"], arrays["shares"]
+    if clients.min() < 0 or clients.max() >= len(names):
+        raise ValueError("a record's client is not among the names")
+    if shares.min() <= 0 or shares.max() > 1:
+        raise ValueError("a share must be above 0 and at most 1")
+    if (np.diff(arrays["numbers"]) < 0).any():
+        raise ValueError("the records are not in order")
+    return Records(str(metadata.get("base", "")), **arrays, names=names)
+
+
+def _names(text: str) -> list[str]:
+    try:
+        names = json.loads(text) if len(text) <= MAX_METADATA else None
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or len(names) > MAX_CLIENTS or not all(isinstance(n, str) for n in names):
+        raise ValueError("its names of clients are damaged")
+    return names
+
+
+def joined(parts: Sequence[Records]) -> Records:
+    """The records of several servers of one model, as one; raises ValueError if their models or shapes differ."""
+    first = parts[0]
+    names = [name for part in parts for name in part.names]
+    offsets = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
+    for part in parts[1:]:
+        part.check(first.base, *first.states.shape[1:], first.logits.shape[1])
+    arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _SHAPES}
+    arrays["clients"] = np.concatenate(
+        [part.clients + np.int32(offset) for part, offset in zip(parts, offsets, strict=True)]
+    )
+    arrays["numbers"] = np.arange(len(arrays["logits"]), dtype=np.int64)
+    return Records(first.base, **arrays, names=names)
