@@ -24,7 +24,6 @@ from safetensors.numpy import save as save_tensors
 
 from de3.exits import betting
 from de3.exits.calibration import FINE_TAUS, Samples
-from de3.exits.guarantee import CONFIDENCE
 from de3.exits.promise import error_of, profile
 from de3.exits.recorded import Recorded
 from de3.exits.signals import Risk
@@ -90,9 +89,7 @@ class Fitted:
     evidence: list[dict[str, Any]]
 
 
-def fit_exits(
-    records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0
-) -> Fitted:
+def fit_exits(records: Records, manifest: Manifest, attempt: int, rate: float, first_new: int = 0) -> Fitted:
     """Fit exits and risk to records, and test them on held-out ones.
 
     rate: the promised rate of disagreement. first_new: number of the first record that tests may use: those before it
@@ -109,8 +106,8 @@ def fit_exits(
     exits = _as_served(fit.fit_with(texts, pooling, ridges, SEED), manifest)
     apart = _apart(texts, fitted, pooling, ridges, manifest)
     tested = exits.recorded(states_of(held, manifest))
-    parts = [_part(recorded, part) for recorded, part in ((apart, fitted), (tested, held))]
-    calibrated = calibrate(*parts, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
+    tune, certify = _part(apart, fitted), _part(tested, held)
+    calibrated = calibrate(tune, certify, MAX_LOSS, "risk", self_labelled=True, may_pool=False)
     risk = _risk(calibrated, manifest)
     scores = risk.scores(tested)
     proved, speedup = _speedups(tested, scores, rate, error_of(attempt))
@@ -151,7 +148,9 @@ def _apart(
     )
     first = parts[0]
     return Recorded(
-        *(first.exit_layers, logits, distances, labels), thresholds=first.thresholds, tolerance=first.tolerance
+        *(first.exit_layers, logits, distances, labels),
+        thresholds=first.thresholds,
+        tolerance=first.tolerance,
     )
 
 
@@ -178,7 +177,9 @@ def _risk(calibrated: Calibrated, manifest: Manifest) -> Risk:
     return Risk(tuple(weights))
 
 
-def _speedups(recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float) -> tuple[float, float]:
+def _speedups(
+    recorded: Recorded, scores: NDArray[np.float64], rate: float, error: float
+) -> tuple[float, float]:
     """Speed-ups in layers: by the τ that these texts prove, and by the best one in hindsight."""
     taus = np.unique(FINE_TAUS)
     rows = [
@@ -199,9 +200,7 @@ def _speedups(recorded: Recorded, scores: NDArray[np.float64], rate: float, erro
     return last(evidence >= 1 / error), last(differing.mean(0) <= rate)
 
 
-def _evidence(
-    records: Records, recorded: Recorded, scores: NDArray[np.float64]
-) -> Iterator[dict[str, Any]]:
+def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64]) -> Iterator[dict[str, Any]]:
     """What each held-out record shows, as a server counts it."""
     for i, (one, differs) in enumerate(zip(scores, recorded.differs, strict=True)):
         yield {

@@ -46,6 +46,7 @@ class Model:
     """A loaded artifact.
 
     Attributes:
+        path: folder of the artifact.
         tokenizer: its tokenizer.
         segments: index = layer; 0 is the embeddings.
         final_norm: scale and shift of the norm between hidden states and an exit, (hidden,) each; None: there is none.
@@ -71,7 +72,7 @@ class Model:
         processes share them.
         """
         self.manifest = manifest = artifact.manifest
-        self.full_name = artifact.full_name
+        self.full_name, self.path = artifact.full_name, artifact.path
         self._check = check
         self.tokenizer = TextTokenizer.of(artifact)
         check_ids(artifact, self.tokenizer)

@@ -52,8 +52,10 @@ class Records:
 
     def part(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Records":
         """The records at these rows."""
-        arrays = (self.states, self.logits, self.shares, self.keys, self.numbers, self.clients)
-        return Records(self.base, *(array[rows] for array in arrays), self.names)
+        return Records(
+            *(self.base, self.states[rows], self.logits[rows], self.shares[rows], self.keys[rows]),
+            *(self.numbers[rows], self.clients[rows], self.names),
+        )
 
     def check(self, base: str, num_layers: int, hidden: int, labels: int) -> None:
         """Raise ValueError unless these are records of a model with this base and these sizes."""
@@ -108,7 +110,9 @@ def read(path: Path, max_bytes: int) -> Records:
     for name, (dtype, dimensions) in _SHAPES.items():
         array = arrays[name]
         if array.dtype != dtype or array.ndim != dimensions or len(array) != n:
-            raise ValueError(f"{name} must be {np.dtype(dtype)} of {n} records, got {array.dtype} {array.shape}")
+            raise ValueError(
+                f"{name} must be {np.dtype(dtype)} of {n} records, got {array.dtype} {array.shape}"
+            )
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} is not finite")
     names = _names(metadata.get("names", ""))
@@ -137,8 +141,9 @@ def joined(parts: Sequence[Records]) -> Records:
     first = parts[0]
     names = [name for part in parts for name in part.names]
     offsets = np.cumsum([0, *(len(part.names) for part in parts)])[:-1]
+    num_layers, hidden = first.states.shape[1:]
     for part in parts[1:]:
-        part.check(first.base, *first.states.shape[1:], first.logits.shape[1])
+        part.check(first.base, num_layers, hidden, first.logits.shape[1])
     arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _SHAPES}
     arrays["clients"] = np.concatenate(
         [part.clients + np.int32(offset) for part, offset in zip(parts, offsets, strict=True)]

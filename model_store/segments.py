@@ -107,7 +107,7 @@ class ForwardPass:
         ask_all: compute every exit, even those at which the sample cannot exit (tau 0).
         caution: factor applied to tau once the sample is too far from every prototype of an exit.
         thresholds: of a multi-label model; otherwise None.
-        states: to fill in: the mean of the tokens after each layer but the last, (num_layers, hidden); None: not needed.
+        states: to fill in: mean of the tokens after each layer but the last, (num_layers, hidden); None: not needed.
         layer: the next layer to run.
         hidden: input of that layer, (1, tokens, hidden); None if all layers run in one call.
         exit_layer: the layer at which it exited; -1: not yet.

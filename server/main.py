@@ -6,10 +6,14 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from de3.model_store.store import Artifact, Store
 from de3.server import logs
 from de3.server.http.http_server import HttpServer, uvicorn_config
+from de3.server.learn.learners import check_can_fit
 from de3.server.models import find
 from de3.server.processes.number import number_of_processes
 from de3.server.processes.supervisor import ServerError, supervise
@@ -57,8 +61,18 @@ def serve(settings: Settings, warnings: Sequence[str] = (), artifacts: Sequence[
         log.warning(warning)
     processes = number_of_processes(settings, find(Store(settings.store), settings.models, artifacts))
     settings = settings.model_copy(update={"processes": processes})
+    with ExitStack() as stack:
+        if settings.learn:
+            check_can_fit()
+            if settings.state_dir is None:  # learned versions need a place, if only until the server ends
+                folder = stack.enter_context(TemporaryDirectory(prefix="de3-learn-"))
+                settings = settings.model_copy(update={"state_dir": Path(folder)})
+        _serve(settings, artifacts)
+
+
+def _serve(settings: Settings, artifacts: Sequence[Artifact]) -> None:
     listening = _bind(settings.host, settings.port)
-    if processes > 1:
+    if settings.processes > 1:
         try:
             supervise(settings, artifacts, listening)
         except ServerError:  # logged already

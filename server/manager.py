@@ -3,19 +3,21 @@
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Literal
 from weakref import ref
 
 from de3.model_store.model import Model
-from de3.model_store.store import Artifact, Store, StoreError, UnknownModelError
+from de3.model_store.store import Artifact, NoModelsError, Store, StoreError, UnknownModelError
 from de3.native.network import Memory
 from de3.server import memory
 from de3.server.audit.audits import Audits
 from de3.server.background import in_background
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
+from de3.server.learn.journal import LearnFolder
 from de3.server.metrics import Metrics
 from de3.server.models import MAX_LOADED, Models, Role, Route, load
 from de3.server.prove import Prover
@@ -77,15 +79,19 @@ class Manager:
         audits: Audits,
         drop_shadows: Callable[[Sequence[Served]], None],
         memory_of: Callable[[Artifact], Memory | None],
+        known: Sequence[Artifact] = (),
     ) -> None:
         """drop_shadows: called with unloaded models, which pending shadow jobs and audits would keep in memory.
 
-        memory_of: memory for the weights of a model that processes share; None if there is one process.
+        memory_of: memory for the weights of a model that processes share; None if there is one process. known:
+        artifacts that need not be in the store.
         """
         self._memory_of = memory_of
         self._settings, self._models, self._metrics, self._audits = settings, models, metrics, audits
         self._drop_shadows = drop_shadows
-        self._store = Store(settings.store)
+        self._store, self._known = Store(settings.store), list(known)
+        is_learning = settings.learn and settings.state_dir is not None
+        self._learned = LearnFolder(settings.state_dir).store if is_learning and settings.state_dir else None
         self._prover = Prover()
         self._changing = asyncio.Lock()
         self._plan = Plan("load", "")
@@ -105,12 +111,33 @@ class Manager:
                 try:
                     role: Role = "current" if is_first else "beside"
                     self._plan = Plan("load", artifact.manifest.name, role, artifact=artifact)
-                    self._loaded = await self._load(self._plan, artifact)
+                    self._loaded = await self._load_or_base(self._plan, artifact)
                     self.commit()
+                    self._note_base(self._plan)
                 except Exception as error:  # a forged artifact may raise anything
                     if are_named or (artifact is artifacts[-1] and not self._models.routes):
                         raise
                     log.error("%s is not served: %s", artifact.full_name, error)
+
+    def _note_base(self, plan: Plan) -> None:
+        """Let a rollback of a learned version, with which the server starts, lead to the model that it was learned
+        from."""
+        if plan.artifact is None or plan.artifact in self._known or plan.role != "current":
+            return
+        before = self._models.routes[plan.name].before
+        before += [a.manifest.version for a in self._known if a.manifest.name == plan.name][:1]
+
+    async def _load_or_base(self, plan: Plan, artifact: Artifact) -> Served:
+        """Load a model; in place of a learned version that cannot be loaded, the one that it was learned from."""
+        base = next((a for a in self._known if a.manifest.name == artifact.manifest.name), artifact)
+        if artifact in self._known:
+            return await self._load(plan, artifact)
+        try:
+            return await self._load(plan, artifact)
+        except (StoreError, ValueError, OSError) as error:
+            log.error("%s is not served: %s", artifact.full_name, error)
+            plan.artifact, plan.no_kernels = base, None
+            return await self._load(plan, base)
 
     def stop(self) -> None:
         """Abort any loading of models, and refuse to load more."""
@@ -149,11 +176,25 @@ class Manager:
 
     async def _open(self, name: str, version: int | None) -> Artifact:
         try:
-            return await asyncio.to_thread(self._store.open, name if version is None else f"{name}:{version}")
+            return await asyncio.to_thread(self._find, name, version)
         except UnknownModelError as error:
             raise RequestError(str(error), "name", "unknown_model") from None
         except StoreError as error:
             raise self._refused(error) from None
+
+    def _find(self, name: str, version: int | None) -> Artifact:
+        """The artifact in the store, or of the learned versions, or known since the start; raises StoreError."""
+        full_name = name if version is None else f"{name}:{version}"
+        try:
+            return self._store.open(full_name)
+        except (UnknownModelError, NoModelsError) as error:
+            if version is not None and self._learned is not None:
+                with suppress(UnknownModelError, NoModelsError):
+                    return self._learned.open(full_name)
+            for artifact in self._known:
+                if artifact.manifest.name == name and version in (None, artifact.manifest.version):
+                    return artifact
+            raise error
 
     def _refused(self, error: Exception) -> RequestError:
         log.warning("a model was not loaded: %s", error)

@@ -22,6 +22,8 @@ from de3.server.audit.ledger import Ledger, tau_row
 from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import Cause
+from de3.server.learn.learners import Learners
+from de3.server.learn.metrics import LearnMetrics
 from de3.server.rules import Choice
 from de3.server.settings import Settings
 from de3.server.text_metrics import STAGE_BUCKETS, TextMetrics
@@ -273,6 +275,10 @@ class Metrics:
             return None if served is None else self._in_force(served)
 
         self.registry.register(LedgerMetrics(ledgers, in_force))
+
+    def read_learners(self, learners: Callable[[], Learners]) -> None:
+        """Export what the server learns, which is read at each scrape."""
+        self.registry.register(LearnMetrics(learners))
 
     def add(self, served: Served) -> None:
         """Start counting for a model."""

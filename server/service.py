@@ -20,6 +20,7 @@ from de3.server.engine.engine import Engine
 from de3.server.engine.served import Served
 from de3.server.engine.timing import run_longest
 from de3.server.errors import RequestError
+from de3.server.learn.learners import served_before
 from de3.server.manager import Change, Manager
 from de3.server.metrics import Metrics
 from de3.server.models import Models, default_of, find, newest
@@ -64,7 +65,10 @@ class Service:
         several processes. memory_of: see Manager."""
         self.settings = settings
         store = Store(settings.store)
-        self.artifacts: list[Artifact] = find(store, settings.models, artifacts)
+        found = find(store, settings.models, artifacts)
+        self.artifacts: list[Artifact] = found
+        if settings.learn and settings.state_dir is not None:
+            self.artifacts = served_before(found, settings.state_dir)
         self._are_named = bool(settings.models or artifacts)
         deepest = max(a.manifest.num_layers for a in [*self.artifacts, *newest(store)])
         self.models = Models(default_of(settings, self.artifacts, self._are_named))
@@ -72,13 +76,15 @@ class Service:
         self.admission = Admission(settings, self.models, self._retry_after_s)
         self.engine = Engine(settings.engine_threads(), self.admission.texts.most, self.metrics.texts.observe)
         self.shared = shared or OneProcess(
-            settings, self.metrics, self.in_force, self.audits_changed, self._change
+            *(settings, self.metrics, self.in_force, self.audits_changed, self._change),
+            lambda: {name: route.current for name, route in self.models.routes.items()},
         )
         self.audits = Audits(settings, self.engine.audit, self.shared.books)
         if self.audits.is_on:
             self.metrics.read_audits(self.audits.get)
         self.manager = Manager(
-            settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of
+            *(settings, self.models, self.metrics, self.audits, self.engine.drop_shadows, memory_of),
+            found,
         )
         self.state = "loading"
         self.is_open = False  # True once all models are loaded

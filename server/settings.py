@@ -82,6 +82,7 @@ LOAD = Option("Under load")
 ACCESS = Option("Access")
 LOGS = Option("Logs and traces")
 AUDITS = Option("Audits")
+LEARN = Option("Learning from live traffic")
 GUARANTEE_SHARE = 0.05  # default of audit_share with --guarantee
 
 
@@ -232,6 +233,27 @@ class Settings(BaseModel):
     log_audit_texts: Annotated[bool, AUDITS] = Field(
         False, description="Also log the audited texts in the file of --log-audits. They are user data."
     )
+    learn: Annotated[bool, LEARN] = Field(
+        False,
+        description="Fit exits to live traffic, without labels: texts that are audited are recorded (as numbers), a "
+        "process at the lowest priority fits exits to 500, 1000, 2000, … of them, and the server uses these if they "
+        "make it faster within the guarantee. Needs --guarantee and the fit extra.",
+    )
+    learn_bytes: Annotated[int, LEARN] = Field(
+        2**27, ge=2**20, description="Memory for the records of each model, bytes."
+    )
+    learn_half_life: Annotated[float, LEARN] = Field(
+        200_000.0,
+        ge=1000,
+        description="Texts after which a record counts half as much when newer ones need its place.",
+    )
+    learn_canary: Annotated[float, LEARN] = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the requests that a new version answers, as a canary, until an admin loads it as "
+        "current. 0: it is current at once.",
+    )
     api_keys_file: Annotated[Path | None, ACCESS] = Field(
         None,
         description="File of API keys, for /classify and /v1/models: each line has a name and a key, or a name and "
@@ -284,6 +306,8 @@ class Settings(BaseModel):
                 raise ValueError("guarantee: needs audits, and audit_share is 0")
         elif self.guarantee_start != "strict":
             raise ValueError("guarantee_start: is only valid with guarantee, which is not set")
+        if self.learn and self.guarantee is None:
+            raise ValueError("learn: needs guarantee, which decides how early its exits may answer")
         if self.log_audits is not None and not self.share_of_audits:
             raise ValueError("log_audits: there are no audits; give audit_share or guarantee")
         if self.log_audit_texts and self.log_audits is None:

@@ -71,16 +71,31 @@ class OneProcess:
         in_force: Callable[[Served], Choice],
         publish: Callable[[Manifest, Standing], None],
         change: Callable[[Change], Coroutine[Any, Any, dict[str, Any]]],
+        current: Callable[[], dict[str, int]],
     ) -> None:
-        """in_force, publish: see LocalBooks. change: changes the served models."""
-        self._registry, self.change = metrics.registry, change
-        self.books = LocalBooks(settings, in_force, publish)
+        """in_force, publish: see LocalBooks. change: changes the served models. current: version by name."""
+        self._registry, self._change, self._current = metrics.registry, change, current
+        self.books = LocalBooks(settings, in_force, publish, lambda row: self.change(Change(**row)))
+        learners = self.books.learners
+        if learners is not None:
+            metrics.read_learners(lambda: learners)
         if settings.share_of_audits:
             metrics.read_ledgers(lambda: self.books.ledgers.all)
 
     async def begin(self, manager: Manager, artifacts: Sequence[Artifact], are_named: bool) -> None:
         """Load the models at startup; see Manager.begin."""
         await manager.begin(artifacts, are_named)
+        self._note_current()
+
+    async def change(self, change: Change) -> dict[str, Any]:
+        """Change the served models; raises RequestError."""
+        answer = await self._change(change)
+        self._note_current()
+        return answer
+
+    def _note_current(self) -> None:
+        if self.books.learners is not None:
+            self.books.learners.note_current(self._current())
 
     async def scrape(self) -> bytes:
         """The metrics, in the text format of Prometheus."""

@@ -8,14 +8,17 @@ texts in flight were answered, but few texts are in flight compared with the num
 
 import asyncio
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+
 from de3.exits.reading import Reading, differs
-from de3.model_store.segments import Tokens
+from de3.model_store.segments import Array, Tokens
 from de3.server.audit.ledger import Audited, Settled, Standing
 from de3.server.audit.log import line_of
 from de3.server.audit.report import Live
@@ -23,6 +26,7 @@ from de3.server.engine.audit import Audit
 from de3.server.engine.job import Job
 from de3.server.engine.request import Text
 from de3.server.engine.served import Served
+from de3.server.learn.record import Record
 from de3.server.networks import party
 from de3.server.settings import ExitOptions, Settings
 
@@ -31,6 +35,7 @@ log = logging.getLogger("de3")
 # Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
 ROOM = 256
 MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
+LEARN_TEXTS = 1024
 MAX_ENTRIES = 2**15  # entries not yet settled, because the audit of an earlier one is pending
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
@@ -90,9 +95,13 @@ class Auditor:
         count: Count,
         write: Callable[[str], None] | None = None,
         is_behind: Callable[[], bool] = lambda: False,
+        learn: Callable[[Record], None] | None = None,
     ) -> None:
-        """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books."""
-        self._is_behind = is_behind
+        """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books. learn: keeps a record
+        of each audited text; None: the server does not learn."""
+        self._is_behind, self._learn = is_behind, learn
+        self._processes = settings.processes or 1
+        self._texts = 0  # settled since the model was loaded, or the last reset
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
         self._random = random.Random()
@@ -115,7 +124,7 @@ class Auditor:
         """Take τ from the ledger; discard texts drawn before a reset."""
         if standing.epoch != self._epoch:
             self._entries.clear()
-            self._epoch = standing.epoch
+            self._epoch, self._texts = standing.epoch, 0
         if standing.promised is not None:
             self.served.rules.apply_guarantee(standing.promised)
 
@@ -138,9 +147,14 @@ class Auditor:
         """The share at this τ: 1 at τ = 0 with a guarantee, as an answer at full depth is its own audit."""
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
             return 0.0
-        if self._has_guarantee and tau == 0:
+        if self._has_guarantee and (tau == 0 or len(self.served.model.manifest.exit_layers) == 1):
             return 1.0
-        return float(self._share * 0.5 ** (8 * self._outstanding // ROOM))
+        share = self._share
+        if self._learn is not None:
+            # The first LEARN_TEXTS texts are all audited, and about half as many of each twofold after that.
+            texts = self._texts * self._processes
+            share = max(share, 0.5 ** math.ceil(math.log2(max(1.0, texts / LEARN_TEXTS))))
+        return float(share * 0.5 ** (8 * self._outstanding // ROOM))
 
     def draw(self, job: Job) -> Draw | None:
         """Draw texts of a job that is about to be submitted; None if its request sets exit options."""
@@ -150,6 +164,7 @@ class Auditor:
         draw = Draw(share, self._epoch, [self._random.random() < share for _ in job.items])
         for item, is_drawn in zip(job.items, draw.is_drawn, strict=True):
             item.asks_all_exits |= is_drawn
+            item.keeps_states = is_drawn and self._learn is not None
         if job.choice.rule.tau > 0:
             self._outstanding += sum(draw.is_drawn)
         return draw
@@ -174,6 +189,7 @@ class Auditor:
                 continue
             entry = self._open(client, share)
             entry.is_last = False
+            self._texts += 1
             if self._has_guarantee and item.progress.tokens is not None:
                 entry.settled.keys.append(_key(item.progress.tokens))
             if not is_drawn:
@@ -183,6 +199,7 @@ class Auditor:
             if len(outcome.passed) == len(self.served.model.manifest.exit_layers):
                 self._outstanding -= needs_audit
                 self._conclude(entry, outcome.reading, outcome.passed, outcome.tokens, item.text)
+                self._record(entry, item.progress.tokens, item.progress.states, outcome.passed[-1])
             else:
                 assert item.progress.tokens is not None
                 self._enqueue(entry, item.progress.tokens, outcome.reading, item.text)
@@ -211,7 +228,8 @@ class Auditor:
 
         if not self._fresh:
             asyncio.get_running_loop().call_later(TICK_S, self._submit_fresh)
-        self._fresh.append(Audit(self.served, rule, tokens, done))
+        states = None if self._learn is None else self.served.model.empty_states()
+        self._fresh.append(Audit(self.served, rule, tokens, done, states))
 
     def _submit_fresh(self) -> None:
         fresh, self._fresh = self._fresh, []
@@ -230,6 +248,7 @@ class Auditor:
         else:
             self.seconds += audit.model_s
             self._conclude(entry, answer, audit.passed, len(audit.tokens), text)
+            self._record(entry, audit.tokens, audit.states, audit.passed[-1])
         self._settle()
 
     def _conclude(
@@ -247,6 +266,13 @@ class Auditor:
             line = line_of(self.served, entry.settled.share, passed, tokens, logged)
             if line is not None:
                 self._write(line)
+
+    def _record(self, entry: _Entry, tokens: Tokens | None, states: Array | None, last: Reading) -> None:
+        """Keep a record of a text that ran to full depth, if the server learns."""
+        if self._learn is None or tokens is None or states is None:
+            return
+        settled, logits = entry.settled, np.array(last.logits, np.float32)
+        self._learn(Record(settled.client, settled.share, _key(tokens), states.astype(np.float16), logits))
 
     def _scores(self, passed: list[Reading]) -> list[float | None]:
         """The scores of a text at its exits, raised from the first exit at which it is out of distribution.

@@ -14,6 +14,7 @@ from de3.server.engine.job import Job
 from de3.server.engine.served import Served
 from de3.server.errors import RequestError
 from de3.server.failures import FailureLog
+from de3.server.learn.record import Record
 from de3.server.settings import Settings
 
 failures = FailureLog(logging.getLogger("de3"))
@@ -44,6 +45,12 @@ class Books(Protocol):
     async def reset(self, served: Served) -> dict[str, Any]:
         """Discard the audit results of a model; returns the τ that is then in force, and the reason for it."""
 
+    def learn(self, name: str, record: Record) -> None:
+        """Keep a record of a model's traffic."""
+
+    async def learning(self, name: str, starts: bool) -> dict[str, Any]:
+        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+
 
 class Audits:
     """One auditor for each served model; none if audits are off."""
@@ -65,9 +72,13 @@ class Audits:
             def count(settled: Sequence[Settled], epoch: int, may_rise: bool) -> None:
                 self._books.count(name, settled, epoch, may_rise)
 
+            def learn(record: Record) -> None:
+                self._books.learn(name, record)
+
             write = None if self._settings.log_audits is None else self._books.write
             auditor = self._by_model[name] = Auditor(
-                served, self._settings, self._submit, count, write, lambda: self._books.is_behind
+                *(served, self._settings, self._submit, count, write, lambda: self._books.is_behind),
+                learn if self._settings.learn else None,
             )
         auditor.serve(served, self._books.serve(served))
 
@@ -107,6 +118,14 @@ class Audits:
         """Discard the audit results of a model; returns the τ then in force. Raises RequestError if audits are off."""
         self.of(served)
         return await self._books.reset(served)
+
+    async def learning(self, served: Served, starts: bool = False) -> dict[str, Any]:
+        """What was learned for a model. starts: start a fit now. Raises RequestError."""
+        if not self._settings.learn:
+            raise RequestError(
+                "the server does not learn; its operator can start it with --learn", cause="conflict"
+            )
+        return await self._books.learning(served.model.manifest.name, starts)
 
     @contextmanager
     def watch(self, job: Job) -> Iterator[None]:

@@ -14,16 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from de3.exits.calibration import FINE_TAUS
-from de3.exits.promise import Evidence, Reason, profile
+from de3.exits.guarantee import CONFIDENCE
+from de3.exits.promise import Evidence, Reason, error_of, profile
 from de3.exits.promises import ALL, NEWCOMER, Promises
 from de3.exits.signals import Signal
 from de3.model_store.manifest import Manifest
+from de3.server.learn.record import HeldOut
 from de3.server.rules import Choice, Promised, Rules
 from de3.server.settings import Settings
 
 log = logging.getLogger("de3")
 
 MAX_SEEN = 2**16  # hashes of counted texts; when full, the older half is forgotten
+LEAST_AUDITS = 100  # from which the mean exit layer is known well enough
 MAX_RESETS = 20  # resets kept for the report
 _EPOCHS = itertools.count(1)  # no two ledgers have one in common: a version may be exported anew
 
@@ -198,6 +201,18 @@ class Ledger:
             if self.rules.default.rule.tau > tau:
                 log.info("%s: audits allow τ = %g", self.full_name, self.rules.default.rule.tau)
 
+    def count_held_out(self, rows: Sequence[HeldOut]) -> None:
+        """Count texts that were recorded before the model was served, and that its exits were not fitted to, towards
+        its guarantee. They are no audits of its answers, so the report does not count them."""
+        if self.promises is None:
+            return
+        for one in rows:
+            row = profile(one.scores, one.differs, self.manifest.exit_layers, self.taus)
+            self.promises.add(one.client, 1.0, row, self._was_counted(one.key))
+        self.promises.advance()
+        self.is_changed = True
+        self._apply()
+
     def _skip(self, one: Settled, repeats: int) -> None:
         self.evidence.skip(one.share, one.skipped)
         if self.promises is not None:
@@ -256,6 +271,14 @@ class Ledger:
         if promises is not None and self.promises is not None:
             self.promises = promises
         self._apply()
+
+    def speedup(self) -> float:
+        """Speed-up in layers at the τ in force, by the audits; 1 at full depth, and with few audits."""
+        tau, layers = self.rules.default.rule.tau, self.manifest.num_layers
+        if len(self.manifest.exit_layers) == 1 or tau == 0 or self.evidence.audits < LEAST_AUDITS:
+            return 1.0
+        mean = float(self.evidence.mean_layers()[int(np.searchsorted(self.taus, tau))])
+        return layers / max(mean, 1e-3)
 
     def measured(self, in_force: Choice) -> tuple[float, float, float] | None:
         """The rate of disagreement at the τ in force, and its bounds; None without audits."""

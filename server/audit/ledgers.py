@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
-from de3.model_store.manifest import Manifest, fingerprint
+from de3.model_store.manifest import Manifest, base_of, fingerprint
 from de3.server.audit.ledger import Ledger, Settled, Standing
 from de3.server.audit.report import Live, report
 from de3.server.audit.state import State, StateDir, restore, state_of
+from de3.server.learn.learner import InService
+from de3.server.learn.record import HeldOut
 from de3.server.rules import Choice, Rules
 from de3.server.settings import Settings
 
@@ -26,6 +28,7 @@ class Ledgers:
         self._settings, self._publish = settings, publish
         self._by_model: dict[str, Ledger] = {}
         self._unloaded: dict[str, State] = {}
+        self._held_out: dict[str, Sequence[HeldOut]] = {}  # of models that are to be served
         is_on, state_dir = settings.share_of_audits > 0, settings.state_dir
         self._state = StateDir(state_dir) if is_on and state_dir is not None else None
         self._saving: asyncio.Task[None] | None = None
@@ -46,9 +49,31 @@ class Ledgers:
         state = self._unloaded.pop(name, None)
         if state is not None and state.fingerprint == fingerprint(manifest):
             restore(ledger, state)
+        elif (rows := self._held_out.pop(name, None)) is not None:
+            ledger.count_held_out(rows)
         elif self._state is not None:
             self._state.read(ledger)
         return ledger.standing
+
+    def base(self, name: str) -> str | None:
+        """The base of a served model (see base_of); None if it is not served."""
+        ledger = self._by_model.get(name)
+        return None if ledger is None else base_of(ledger.manifest)
+
+    def in_service(self, name: str, version: int) -> InService:
+        """What a version that is served achieves."""
+        ledger = self._by_model.get(f"{name}:{version}")
+        if ledger is None:
+            return InService(version, 1.0, 0)
+        return InService(version, ledger.speedup(), ledger.num_resets["change"])
+
+    def versions(self, name: str) -> set[int]:
+        """The versions of a name that are served."""
+        return {one.manifest.version for one in self.all if one.manifest.name == name}
+
+    def prepare(self, name: str, rows: Sequence[HeldOut]) -> None:
+        """Give the evidence with which a learned version starts, which is about to be served."""
+        self._held_out = {name: rows}
 
     def forget(self, name: str) -> None:
         """Stop counting for an unloaded model; its evidence is kept."""

@@ -1,14 +1,17 @@
 """The ledgers and the audit log of a server that is one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from de3.model_store.manifest import Manifest
+from de3.model_store.store import Artifact
 from de3.server.audit.ledger import Settled, Standing, tau_row
 from de3.server.audit.ledgers import Ledgers
 from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
 from de3.server.engine.served import Served
+from de3.server.learn.learners import Learners
+from de3.server.learn.record import Record
 from de3.server.rules import Choice
 from de3.server.settings import Settings
 
@@ -27,18 +30,23 @@ class LocalBooks:
         settings: Settings,
         in_force: Callable[[Served], Choice],
         publish: Callable[[Manifest, Standing], None],
+        change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
     ) -> None:
-        """in_force: the choice for requests without options, which may change under load. publish: see Ledgers.
+        """in_force: the choice for requests without options, which may change under load. publish: see Ledgers. change:
+        see Learners.
 
         Raises ValueError if state_dir or log_audits cannot be written.
         """
         self._in_force = in_force
         self.ledgers = Ledgers(settings, publish)
+        self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
 
     def serve(self, served: Served) -> Standing:
         """Count for a model."""
         model = served.model
+        if self.learners is not None:
+            self.learners.serve(Artifact(model.path, model.manifest))
         return self.ledgers.serve(model.manifest, served.rules, model.runtime, served.monitor.caution)
 
     def forget(self, served: Served) -> None:
@@ -65,12 +73,26 @@ class LocalBooks:
             ledger.reset()
         return tau_row(self._in_force(served))
 
+    def learn(self, name: str, record: Record) -> None:
+        """Keep a record of a model's traffic."""
+        if self.learners is not None:
+            self.learners.add(name, record)
+
+    async def learning(self, name: str, starts: bool) -> dict[str, Any]:
+        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        assert self.learners is not None  # Audits has checked it
+        return self.learners.ask(name) if starts else self.learners.report(name)
+
     def start(self) -> None:
-        """Start to save changes."""
+        """Start to save changes, and to learn."""
         self.ledgers.start()
+        if self.learners is not None:
+            self.learners.start()
 
     def stop(self) -> None:
         """Save all evidence and close the files; called once no more requests are answered."""
+        if self.learners is not None:
+            self.learners.stop()
         self.ledgers.stop()
         if self._log is not None:
             self._log.close()

@@ -86,6 +86,12 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         served = service.models.current(name)
         return {"model": served.model.full_name, "tau": await service.audits.reset(served)}
 
+    @app.post("/v1/models/{name}/learn", **common)
+    async def start_fit(name: Name) -> dict[str, Any]:
+        """Fit exits to the records of live traffic now, on a server that learns."""
+        service.check_open()
+        return {"object": "learn"} | await service.audits.learning(service.models.current(name), starts=True)
+
 
 def explain(wrong: RequestValidationError) -> RequestError:
     """The first validation error of a request to these routes, as a RequestError."""

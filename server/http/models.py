@@ -63,6 +63,17 @@ def add_routes(app: FastAPI, service: Service, dependencies: Sequence[Any]) -> N
         running = reporting.setdefault(service.audits.of(served), SharedRun("the report"))
         return {"object": "audit"} | await running.result(lambda: service.audits.report(served))
 
+    @app.get(
+        "/v1/models/{name}/learn",
+        tags=["models"],
+        dependencies=dependencies,
+        responses={404: {"description": "no such model"}, 409: {"description": "the server does not learn"}},
+    )
+    async def learn(name: str) -> dict[str, Any]:
+        """Exits that the server learns from live traffic: records, fits, and what comes next."""
+        service.check_open()
+        return {"object": "learn"} | await service.audits.learning(service.models.current(name))
+
 
 def model_row(manifest: Manifest) -> dict[str, Any]:
     """One model as /v1/models lists it."""
@@ -86,6 +97,7 @@ def model_row(manifest: Manifest) -> dict[str, Any]:
         "defaults": manifest.defaults.model_dump(by_alias=True),
         "signals": [s.name for s in signals_of(manifest.traits)] if len(manifest.exit_layers) > 1 else [],
         "self_labelled": c is not None and c.self_labelled,
+        "learned": None if manifest.learned is None else manifest.learned.model_dump(exclude={"base"}),
         "has_original": c is not None and c.original_disagreement is not None,
         "calibration": c.default.model_dump(by_alias=True) if c else None,
     }

@@ -1,5 +1,6 @@
 """The audits of a server of several processes: one ledger for each model counts what all of them settle."""
 
+from collections.abc import Awaitable, Callable
 from statistics import mean
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,17 +12,25 @@ from de3.server.audit.log import AuditLog
 from de3.server.audit.report import Live
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
+from de3.server.learn.learners import Learners
 from de3.server.processes.group import Group, ask_all
+from de3.server.processes.worker import record_of
 from de3.server.settings import Settings
 
 
 class SharedBooks:
     """The ledgers and the audit log of all processes."""
 
-    def __init__(self, settings: Settings, group: Group) -> None:
-        """Raises ValueError if the state folder or the log cannot be written."""
+    def __init__(
+        self,
+        settings: Settings,
+        group: Group,
+        change: Callable[[dict[str, Any]], Awaitable[dict[str, Any]]],
+    ) -> None:
+        """change: see Learners. Raises ValueError if the state folder or the log cannot be written."""
         self._group = group
         self.ledgers = Ledgers(settings, self._publish)
+        self.learners = Learners(settings, self.ledgers, change) if settings.learn else None
         self._log = None if settings.log_audits is None else AuditLog(settings.log_audits)
         self._reporting: WeakKeyDictionary[Ledger, SharedRun[dict[str, Any]]] = WeakKeyDictionary()
 
@@ -37,6 +46,23 @@ class SharedBooks:
             for row in rows
         ]
         self.ledgers.count(name, settled, epoch, may_rise)
+
+    def learn(self, rows: list[list[Any]]) -> None:
+        """Keep records of the models' traffic, which a process has sent."""
+        if self.learners is not None:
+            for row in rows:
+                self.learners.add(*record_of(row))
+
+    def learning(self, name: str, starts: bool) -> dict[str, Any]:
+        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        assert self.learners is not None  # the process has checked it
+        return self.learners.ask(name) if starts else self.learners.report(name)
+
+    def start(self) -> None:
+        """Start to save changes, and to learn."""
+        self.ledgers.start()
+        if self.learners is not None:
+            self.learners.start()
 
     def write(self, line: str) -> None:
         """Write a line of the audit log."""
@@ -73,7 +99,9 @@ class SharedBooks:
         return tau_row(ledger.rules.default)
 
     def stop(self) -> None:
-        """Save all evidence and close the files."""
+        """Save all evidence and records, and close the files."""
+        if self.learners is not None:
+            self.learners.stop()
         self.ledgers.stop()
         if self._log is not None:
             self._log.close()

@@ -8,10 +8,11 @@ from time import monotonic
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector
 
 from de3.server.audit.ledger import Ledger
-from de3.server.audit.ledgers import Ledgers
 from de3.server.errors import RequestError
 from de3.server.http.shared_run import SharedRun
+from de3.server.learn.metrics import LearnMetrics
 from de3.server.metrics import LedgerMetrics
+from de3.server.processes.books import SharedBooks
 from de3.server.processes.channel import ChannelClosedError
 from de3.server.processes.group import Group, Process
 from de3.server.processes.samples import Family, families_from, families_of, growing, merged, text_of
@@ -24,8 +25,8 @@ KEEP_S = 0.5  # interval at which the counters of the processes are kept: a kill
 class SharedMetrics:
     """The samples of the processes, and the supervisor's own metrics."""
 
-    def __init__(self, group: Group, ledgers: Ledgers | None) -> None:
-        """ledgers: None if there are no audits."""
+    def __init__(self, group: Group, books: SharedBooks | None) -> None:
+        """books: None if there are no audits."""
         self._group = group
         self._departed: list[Family] = []  # counters of processes that have ended
         self._read_at = 0.0
@@ -36,8 +37,10 @@ class SharedMetrics:
         self.replaced = Counter(
             "de3_replaced_processes", "Starts of a process in the place of one that ended", registry=r
         )
-        if ledgers is not None:
-            r.register(LedgerMetrics(lambda: ledgers.all, self._in_force))
+        if books is not None:
+            r.register(LedgerMetrics(lambda: books.ledgers.all, self._in_force))
+            if (learners := books.learners) is not None:
+                r.register(LearnMetrics(lambda: learners))
 
     def _in_force(self, ledger: Ledger) -> Choice:
         level = max((_gauge(p.samples, "de3_load_level") for p in self._group.all), default=0.0)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from de3.model_store.manifest import fingerprint
-from de3.server.audit.ledgers import Ledgers
 from de3.server.errors import RequestError
+from de3.server.processes.books import SharedBooks
 from de3.server.processes.group import Group, Process, ask_all
 from de3.server.processes.weights import Weights
 from de3.server.processes.worker import artifact_of
@@ -17,8 +17,9 @@ from de3.server.settings import Settings
 class SharedModels:
     """What the processes serve. The first process finds and proves the models, the others follow it."""
 
-    def __init__(self, settings: Settings, group: Group, weights: Weights, ledgers: Ledgers) -> None:
-        self._settings, self._group, self._weights, self._ledgers = settings, group, weights, ledgers
+    def __init__(self, settings: Settings, group: Group, weights: Weights, books: SharedBooks) -> None:
+        self._settings, self._group, self._weights, self._books = settings, group, weights, books
+        self._ledgers = books.ledgers
         # Models and their roles; None until the first process has loaded them.
         self._state: dict[str, Any] | None = None
         self._version = 0  # of the state
@@ -46,6 +47,7 @@ class SharedModels:
                     self._set_state(answer)
                     for model in answer["models"]:
                         self._open_ledger(model)
+                    self._note_current()
         assert self._state is not None
         version = self._version
         if not process.models:
@@ -79,9 +81,17 @@ class SharedModels:
         assert self._state is not None
         self._weights.keep(model["plan"]["artifact"] for model in self._state["models"])
 
+    def _note_current(self) -> None:
+        if self._books.learners is not None and self._state is not None:
+            routes = self._state["routes"]
+            self._books.learners.note_current({name: route["current"] for name, route in routes.items()})
+
     def _open_ledger(self, model: dict[str, Any]) -> None:
         if self._settings.share_of_audits:
-            manifest = artifact_of(model["plan"]["artifact"]).manifest
+            artifact = artifact_of(model["plan"]["artifact"])
+            if self._books.learners is not None:
+                self._books.learners.serve(artifact)
+            manifest = artifact.manifest
             rules = Rules(manifest, self._settings)
             self._ledgers.serve(manifest, rules, model["runtime"], model["caution"])
 
@@ -123,6 +133,7 @@ class SharedModels:
         for ledger in self._ledgers.all:
             if ledger.full_name not in names:
                 self._ledgers.forget(ledger.full_name)
+        self._note_current()
         if not answers:
             raise RequestError("every process ended during this change; try again", cause="conflict")
         return answers[0]

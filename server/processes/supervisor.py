@@ -56,9 +56,9 @@ class Supervisor:
         self._context.set_forkserver_preload(["__main__", worker.__name__])
         self._group, self._weights = Group(settings.processes), Weights()
         self._connections = Connections(self._group, listening)
-        self._books = SharedBooks(settings, self._group)
-        self._models = SharedModels(settings, self._group, self._weights, self._books.ledgers)
-        self._metrics = SharedMetrics(self._group, self._books.ledgers if settings.share_of_audits else None)
+        self._books = SharedBooks(settings, self._group, self._change)
+        self._models = SharedModels(settings, self._group, self._weights, self._books)
+        self._metrics = SharedMetrics(self._group, self._books if settings.share_of_audits else None)
         # Starts of each process since it was last ready.
         self._starts = dict.fromkeys(range(1, settings.processes + 1), 0)
         self._ends: deque[float] = deque(maxlen=MAX_ENDS)
@@ -75,7 +75,7 @@ class Supervisor:
         for one in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(one, self._signalled)
         self._connections.start()
-        self._books.ledgers.start()
+        self._books.start()
         host, port = self._listening[0].getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         logging.getLogger("uvicorn.error").info(
@@ -245,9 +245,14 @@ class Supervisor:
             "charge": self._charge,
             "count": self._books.count,
             "audit_line": self._books.write,
+            "records": self._books.learn,
+            "learning": self._books.learning,
             "report": self._books.report,
             "reset": self._books.reset,
         }
+
+    async def _change(self, change: dict[str, Any]) -> dict[str, Any]:
+        return await self._models.change(change)
 
     def _lease(self, owner: str, texts: int) -> int:
         assert self._access.limit is not None

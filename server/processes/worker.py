@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import sys
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 from de3.model_store.manifest import Manifest, fingerprint
 from de3.model_store.store import Artifact
 from de3.native.network import Memory
@@ -25,6 +28,7 @@ from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
 from de3.server.engine.served import Served
 from de3.server.http.http_server import HttpServer, max_connections, uvicorn_config
+from de3.server.learn.record import Record
 from de3.server.manager import Change, Manager, Plan
 from de3.server.models import Route
 from de3.server.processes.channel import Channel
@@ -85,6 +89,19 @@ def artifact_of(row: Sequence[Any]) -> Artifact:
     )
 
 
+def record_row(name: str, record: Record) -> list[Any]:
+    """A record of a model as JSON."""
+    arrays = [b64encode(array.tobytes()).decode() for array in (record.states, record.logits)]
+    return [name, record.client, record.share, record.key, len(record.states), *arrays]
+
+
+def record_of(row: list[Any]) -> tuple[str, Record]:
+    """The model's name and the record of a row."""
+    name, client, share, key, layers, states, logits = row
+    pooled = np.frombuffer(b64decode(states), np.float16).reshape(layers, -1)
+    return name, Record(client, share, key, pooled, np.frombuffer(b64decode(logits), np.float32))
+
+
 def can_share_memory() -> bool:
     """True if the system has memory that processes can share and seal; some sandboxes have none."""
     try:
@@ -112,6 +129,7 @@ class Worker:
         self._manifests: dict[str, Manifest] = {}
         self._shares_weights = can_share_memory()
         self._settled: dict[tuple[str, int], tuple[list[Settled], bool]] = {}
+        self._records: list[list[Any]] = []  # not yet sent
         self._weights: dict[str, int] = {}  # file descriptors of filled memory
         self._new_weights: dict[str, int] = {}  # of memory that this process fills
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -206,6 +224,7 @@ class Worker:
 
     async def _flush(self) -> None:
         self._send_settled()
+        self._send_records()
         await self.channel.call("sync")  # answered after the notes before it
 
     # Books
@@ -239,6 +258,21 @@ class Worker:
         sent, self._settled = self._settled, {}
         for (name, epoch), (settled, may_rise) in sent.items():
             self.channel.tell("count", name, [asdict(one) for one in settled], epoch, may_rise)
+
+    def learn(self, name: str, record: Record) -> None:
+        """Send a record of a model's traffic to the supervisor, several together."""
+        if not self._records and self._loop is not None:
+            self._loop.call_later(SEND_S, self._send_records)
+        self._records.append(record_row(name, record))
+
+    def _send_records(self) -> None:
+        sent, self._records = self._records, []
+        self.channel.tell("records", sent)
+
+    async def learning(self, name: str, starts: bool) -> dict[str, Any]:
+        """What was learned for a model name. starts: start a fit now. Raises RequestError."""
+        answer: dict[str, Any] = await self.channel.call("learning", name, starts)
+        return answer
 
     def write(self, line: str) -> None:
         """Write a line of the audit log."""

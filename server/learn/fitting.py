@@ -1,0 +1,86 @@
+"""Runs a fit in a process of its own: at the lowest priority, with limits on memory and time."""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("de3")
+PROGRAM = "from de3.export.learn import child; child()"
+TIMEOUT_S = 3600.0  # of processor time at full speed
+MAX_OUTPUT = 2**25
+# Under a CPU quota every process uses it up, whatever its priority: the fit runs only this part of the time.
+RUN_S, PAUSE_S = 0.05, 0.15
+MEMORY_BYTES = 400 * 2**20  # besides COPIES of the model's and the records' files
+COPIES = 4
+
+
+class FitError(Exception):
+    """A fit failed; the message says why."""
+
+
+def memory_limit(model_bytes: int, record_bytes: int) -> int:
+    """Limit on the memory of a fit, bytes."""
+    return MEMORY_BYTES + COPIES * (model_bytes + record_bytes)
+
+
+async def run_fit(job: dict[str, Any]) -> dict[str, Any]:
+    """Run a fit; returns its result. job: a de3.export.learn.Job. Raises FitError."""
+    threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    process = await asyncio.create_subprocess_exec(
+        # -P: import no modules from the working directory.
+        *(sys.executable, "-P", "-X", "utf8", "-c", PROGRAM),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **dict.fromkeys(threads, "1")},
+        limit=MAX_OUTPUT,
+    )
+    slowed = asyncio.create_task(_slow_down(process)) if _has_quota() else None
+    try:
+        limit = TIMEOUT_S * (1 if slowed is None else 1 + PAUSE_S / RUN_S)
+        output, errors = await asyncio.wait_for(process.communicate(json.dumps(job).encode()), limit)
+    except TimeoutError:
+        raise FitError(f"it takes more than {TIMEOUT_S:g} s") from None
+    finally:
+        if slowed is not None:
+            slowed.cancel()
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    if process.returncode == -signal.SIGKILL:
+        raise FitError("its process was killed, probably for lack of memory")
+    try:
+        result = json.loads(output.splitlines()[-1])
+    except (ValueError, IndexError):
+        last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
+        raise FitError(f"its process ended with {process.returncode}: {last[0][:300]}") from None
+    if "error" in result:
+        raise FitError(str(result["error"]))
+    return dict(result)
+
+
+async def _slow_down(process: "asyncio.subprocess.Process") -> None:
+    """Stop the process most of the time."""
+    try:
+        while process.returncode is None:
+            await asyncio.sleep(RUN_S)
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(PAUSE_S)
+            process.send_signal(signal.SIGCONT)
+    except ProcessLookupError:
+        pass
+
+
+def _has_quota() -> bool:
+    """True if a CPU quota limits this container."""
+    try:
+        return not Path("/sys/fs/cgroup/cpu.max").read_text().startswith("max")
+    except OSError:
+        return False

@@ -1,0 +1,177 @@
+"""Learns exits for one model: keeps records of its traffic, and decides when to fit."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from de3.model_store.manifest import base_of
+from de3.model_store.store import Artifact
+from de3.server.learn.journal import MAX_RESULTS, LearnFolder, Result
+from de3.server.learn.record import Record
+from de3.server.learn.reservoir import Reservoir
+from de3.server.settings import Settings
+
+FIRST_FIT = 500  # records; each further fit needs twice as many
+LEAST_RECORDS = 50
+MAX_WAITING = 4096
+SAVE_GROWTH = 1.25  # records are saved when there are this many times as many as at the last save
+
+Phase = Literal["recording", "fitting"]
+
+
+@dataclass(frozen=True)
+class InService:
+    """What is served under a name now.
+
+    Attributes:
+        version: current one.
+        speedup: in layers, at the τ in force; 1: full depth.
+        changes: how often a guarantee's evidence on it was discarded because the rate had risen.
+    """
+
+    version: int
+    speedup: float
+    changes: int
+
+
+class Learner:
+    """The records and the fits of one model name.
+
+    Attributes:
+        artifact: the version that was served last; its weights are those of all learned versions.
+        phase: recording, or fitting.
+        count: records since the start, or the last change of the traffic.
+        next_fit: number of records at which the next fit starts.
+        is_asked: an admin has asked for a fit.
+        journal: what is kept across restarts.
+    """
+
+    def __init__(self, artifact: Artifact, folder: LearnFolder, settings: Settings) -> None:
+        manifest = artifact.manifest
+        self.artifact, self.name, self._folder = artifact, manifest.name, folder
+        self.base = base_of(manifest)
+        self.phase: Phase = "recording"
+        self.is_asked = False
+        self._waiting: list[Record] | None = None  # None: none has to wait
+        self._changes: tuple[int, int] = (0, 0)  # version, and its changes
+        self.reservoir = Reservoir(
+            self.base,
+            (manifest.num_layers, manifest.hidden_size),
+            len(manifest.labels),
+            settings.learn_bytes,
+            settings.learn_half_life,
+        )
+        self.journal = folder.journal(self.name, self.base)
+        if not self.journal.attempts and len(manifest.exit_layers) > 1:
+            self.journal.attempts = 1  # the exits that it came with are the first that a guarantee tests
+        saved = folder.records(self.name)
+        if saved is not None:
+            try:
+                self.reservoir.restore(saved)
+            except ValueError as error:
+                folder.set_aside_records(self.name, str(error))
+        self.count = self._saved = len(self.reservoir)
+        self.next_fit = FIRST_FIT
+        while self.journal.attempts and self.next_fit <= self.count:
+            self.next_fit *= 2
+
+    def add(self, record: Record) -> None:
+        """Keep a record, perhaps in place of another."""
+        self.count += 1
+        if self._waiting is None:
+            self.reservoir.add(record)
+        elif len(self._waiting) < MAX_WAITING:
+            self._waiting.append(record)
+
+    def hold(self) -> None:
+        """Let new records wait, while another thread reads the others."""
+        self._waiting = []
+
+    def resume(self) -> None:
+        """Add the records that waited."""
+        waiting, self._waiting = self._waiting or [], None
+        for record in waiting:
+            self.reservoir.add(record)
+
+    def observe(self, served: InService) -> None:
+        """Note what is served. After a change of the traffic, new records are needed."""
+        version, changes = self._changes
+        if served.version == version and served.changes > changes:
+            self.journal.first_new = int(self.reservoir.texts) + 1
+            self.count, self.next_fit = 0, FIRST_FIT
+        self._changes = served.version, served.changes
+
+    @property
+    def is_due(self) -> bool:
+        """True if a fit should start."""
+        return self.is_asked or self.count >= self.next_fit
+
+    @property
+    def needs_saving(self) -> bool:
+        """True if there are many new records since the last save."""
+        return self.count >= max(FIRST_FIT, SAVE_GROWTH * self._saved)
+
+    def save(self) -> None:
+        """Write the records and the journal; raises OSError. No records may be added meanwhile: see hold."""
+        self._saved = self.count  # first, so that an error is not repeated at once
+        if len(self.reservoir):
+            self.reservoir.records().write(self._folder.records_path(self.name))
+        self._folder.write_journal(self.name, self.journal)
+
+    def begin(self) -> int:
+        """Start a fit; returns its number."""
+        self.phase, self.is_asked = "fitting", False
+        while self.next_fit <= self.count:
+            self.next_fit *= 2
+        self.journal.attempts += 1
+        return self.journal.attempts
+
+    def end(self, result: Result) -> None:
+        """Note the outcome of a fit."""
+        self.phase = "recording"
+        self.journal.results = [*self.journal.results, result][-MAX_RESULTS:]
+
+    def report(self) -> dict[str, Any]:
+        """For GET /v1/models/{name}/learn."""
+        latest = self.journal.results[-1] if self.journal.results else None
+        return {
+            "model": self.name,
+            "phase": self.phase,
+            "serving": self.journal.current or self.artifact.manifest.version,
+            "records": len(self.reservoir),
+            "max_records": self.reservoir.capacity,
+            "texts": round(self.reservoir.texts),
+            "records_since_change": self.count,
+            "next_fit_at": self.next_fit,
+            "said": self._said(latest),
+            "fits": [one.model_dump(exclude_none=True) for one in reversed(self.journal.results)],
+        }
+
+    def _said(self, latest: Result | None) -> str:
+        """What came out last and what is next, in one sentence each."""
+        if self.phase == "fitting":
+            return f"fit {self.journal.attempts} is running"
+        after = f"the next fit starts after {max(0, self.next_fit - self.count)} more records"
+        if latest is None:
+            return after
+        return f"{sentence(latest)}; {after}"
+
+
+def sentence(result: Result) -> str:
+    """The outcome of a fit in words."""
+    if result.outcome == "failed":
+        return f"fit {result.attempt} failed: {result.error}"
+    measured = (
+        f"on {result.held_out} held-out records its exits allow {result.speedup:.2f}× at the promised rate, and prove "
+        f"{result.proved_speedup:.2f}×"
+    )
+    if result.outcome == "served":
+        return f"fit {result.attempt} is served as version {result.version}: {measured}"
+    return f"fit {result.attempt} is not faster than what is served: {measured}"
+
+
+def result_of(attempt: int, found: dict[str, Any], version: int | None) -> Result:
+    """The result of a fit that ran."""
+    numbers = {name: found[name] for name in ("records", "held_out", "speedup", "proved_speedup", "seconds")}
+    outcome: Literal["served", "not_faster"] = "not_faster" if version is None else "served"
+    return Result(at=time.time(), attempt=attempt, outcome=outcome, version=version, **numbers)

@@ -1,0 +1,50 @@
+"""Metrics of what a server learns."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from de3.server.learn.learners import Learners
+
+
+class LearnMetrics(Collector):
+    """Records and fits, by model name."""
+
+    def __init__(self, learners: Callable[[], Learners]) -> None:
+        self._learners = learners
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        """The metrics; speed-ups only after a fit."""
+        gauge = partial(GaugeMetricFamily, labels=["model"])
+        records = gauge("de3_learn_records", "Records of live traffic in memory, from which exits learn")
+        next_fit = gauge(
+            "de3_learn_missing_records", "Further records after which the next fit of exits starts"
+        )
+        fitting = gauge("de3_learn_fitting", "1 while a fit of exits runs, else 0")
+        speedup = gauge(
+            "de3_learn_speedup",
+            "Speed-up in layers that the exits of the latest fit allow at the promised rate, on held-out records",
+        )
+        proved = gauge(
+            "de3_learn_proved_speedup", "Speed-up in layers that the held-out records of the latest fit prove"
+        )
+        fits = CounterMetricFamily(
+            "de3_learn_fits",
+            "Fits of exits since the server started, by outcome: served, not_faster or failed",
+            labels=["model", "outcome"],
+        )
+        learners = self._learners()
+        for learner in learners.all:
+            name, results = [learner.name], learner.journal.results
+            records.add_metric(name, len(learner.reservoir))
+            next_fit.add_metric(name, max(0, learner.next_fit - learner.count))
+            fitting.add_metric(name, learner.phase == "fitting")
+            measured = [one for one in results if one.speedup is not None]
+            if measured:
+                speedup.add_metric(name, measured[-1].speedup or 1.0)
+                proved.add_metric(name, measured[-1].proved_speedup or 1.0)
+            for outcome in ("served", "not_faster", "failed"):
+                fits.add_metric([learner.name, outcome], learners.fits.get((learner.name, outcome), 0))
+        yield from (records, next_fit, fitting, speedup, proved, fits)

@@ -1,0 +1,111 @@
+"""A bounded sample of the records of one model's traffic."""
+
+import math
+
+import numpy as np
+
+from de3.model_store.records import Records
+from de3.server.learn.record import Record
+
+MOST_RECORDS = 100_000
+MAX_NAMES = 1024  # clients that are told apart
+OTHERS = "others"
+
+
+class Reservoir:
+    """A weighted random sample of the records, in limited memory (Efraimidis & Spirakis, 2006).
+
+    A record's weight is the number of texts that it stands for, 1 / share, and doubles with every half_life texts, so
+    newer texts replace older ones. A client that has more than half of a full reservoir loses its own records first.
+
+    Attributes:
+        texts: estimated number of texts so far; the number of a record is its value at that time.
+    """
+
+    def __init__(
+        self, base: str, shape: tuple[int, int], labels: int, max_bytes: int, half_life: float, seed: int = 0
+    ) -> None:
+        """base: see Records. shape: (num_layers, hidden). labels: K. half_life: texts."""
+        self.base, self._half_life, self._random = base, half_life, np.random.default_rng(seed)
+        size = 2 * shape[0] * shape[1] + 4 * labels + 36
+        self.capacity = max(1, min(max_bytes // size, MOST_RECORDS))
+        self.texts = 0.0
+        self._count = 0
+        # Memory is used only as far as it is filled.
+        self._states = np.empty((self.capacity, *shape), np.float16)
+        self._logits = np.empty((self.capacity, labels), np.float32)
+        self._shares, self._ranks = np.empty(self.capacity), np.empty(self.capacity)
+        self._keys = np.empty(self.capacity, np.uint64)
+        self._numbers = np.empty(self.capacity, np.int64)
+        self._clients = np.empty(self.capacity, np.int32)
+        self._names: list[str] = []
+        self._index: dict[str, int] = {}
+        self._held = np.zeros(MAX_NAMES + 1, np.int64)  # records of each client
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, record: Record) -> None:
+        """Add a record; if there is no room, it replaces another, or is not kept."""
+        self.texts += 1 / record.share
+        self._put(record, int(self.texts))
+
+    def _put(self, record: Record, number: int) -> None:
+        # Exp(1) / weight: the records with the smallest values are a sample by weight. Logarithms cannot overflow.
+        weight = math.log(1 / record.share) + number * math.log(2) / self._half_life
+        rank = math.log(max(self._random.exponential(), 1e-300)) - weight
+        client = self._client(record.client)
+        slot = self._slot(rank, client)
+        if slot is None:
+            return
+        self._states[slot], self._logits[slot], self._shares[slot] = (
+            record.states,
+            record.logits,
+            record.share,
+        )
+        self._keys[slot], self._numbers[slot], self._clients[slot] = record.key, number, client
+        self._ranks[slot] = rank
+        self._held[client] += 1
+
+    def _slot(self, rank: float, client: int) -> int | None:
+        """The place of a new record; None if it is not kept."""
+        if self._count < self.capacity:
+            self._count += 1
+            return self._count - 1
+        heaviest = int(self._held.argmax())
+        ranks = self._ranks
+        if 2 * self._held[heaviest] > self.capacity and len(self._names) > 1:
+            ranks = np.where(self._clients == heaviest, ranks, -math.inf)
+        slot = int(ranks.argmax())
+        if rank >= ranks[slot] and (client == heaviest or ranks is self._ranks):
+            return None
+        self._held[self._clients[slot]] -= 1
+        return slot
+
+    def _client(self, name: str) -> int:
+        if name not in self._index:
+            if len(self._names) >= MAX_NAMES:
+                name = OTHERS
+            if name not in self._index:
+                self._index[name] = len(self._names)
+                self._names.append(name)
+        return self._index[name]
+
+    def records(self) -> Records:
+        """A copy of the records, in the order of their numbers."""
+        order = np.argsort(self._numbers[: self._count], kind="stable")
+        return Records(
+            *(self.base, self._states[order], self._logits[order], self._shares[order], self._keys[order]),
+            *(self._numbers[order], self._clients[order], list(self._names)),
+        )
+
+    def restore(self, records: Records) -> None:
+        """Continue from saved records; raises ValueError if they are of another model or shape."""
+        records.check(self.base, *self._states.shape[1:], self._logits.shape[1])
+        for i in range(len(records)):
+            client, number = records.names[records.clients[i]], int(records.numbers[i])
+            record = Record(
+                client, float(records.shares[i]), int(records.keys[i]), records.states[i], records.logits[i]
+            )
+            self._put(record, number)
+        self.texts = max(self.texts, float(records.numbers.max()))
