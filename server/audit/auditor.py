@@ -34,8 +34,8 @@ log = logging.getLogger("de3")
 
 # Capacity for audits not yet run. The share of audited texts halves with each eighth of it that is in use.
 ROOM = 256
-MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
 LEARN_TEXTS = 1024
+MAX_PENDING = 2 * ROOM  # nothing is drawn beyond it; only large batches reach it
 MAX_ENTRIES = 2**15  # entries not yet settled, because the audit of an earlier one is pending
 TICK_S = 0.05  # drawn texts are collected for this long, then submitted together
 EXCLUDED = ("deadline", "max_layer", "windows")  # answers that τ alone did not determine
@@ -60,6 +60,25 @@ class _Entry:
     is_open: bool = True
     is_pending: bool = False
     is_last: bool = False
+
+
+@dataclass(slots=True)
+class Traffic:
+    """The texts of one model name in this process, from which exits learn.
+
+    Attributes:
+        processes: of the server.
+        texts: number of texts, over all versions, since the start or the last reset.
+    """
+
+    processes: int
+    texts: int = 0
+
+    @property
+    def share(self) -> float:
+        """Share of audits from which exits learn fast: all of the first LEARN_TEXTS texts, then about half as many in
+        each doubling of the number of texts."""
+        return float(0.5 ** math.ceil(math.log2(max(1.0, self.texts * self.processes / LEARN_TEXTS))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +115,11 @@ class Auditor:
         write: Callable[[str], None] | None = None,
         is_behind: Callable[[], bool] = lambda: False,
         learn: Callable[[Record], None] | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         """submit: enqueues audits. write: writes a line of the audit log. is_behind: see Books. learn: keeps a record
-        of each audited text; None: the server does not learn."""
-        self._is_behind, self._learn = is_behind, learn
-        self._processes = settings.processes or 1
-        self._texts = 0  # settled since the model was loaded, or the last reset
+        of each audited text; None: the server does not learn. traffic: of the model's name, on a server that learns."""
+        self._is_behind, self._learn, self._traffic = is_behind, learn, traffic
         self._submit, self._count_settled, self._write = submit, count, write
         self._logs_texts = settings.log_audit_texts
         self._random = random.Random()
@@ -124,7 +142,9 @@ class Auditor:
         """Take τ from the ledger; discard texts drawn before a reset."""
         if standing.epoch != self._epoch:
             self._entries.clear()
-            self._epoch, self._texts = standing.epoch, 0
+            if self._traffic is not None and self._epoch:  # a reset: the traffic has changed
+                self._traffic.texts = 0
+            self._epoch = standing.epoch
         if standing.promised is not None:
             self.served.rules.apply_guarantee(standing.promised)
 
@@ -147,13 +167,9 @@ class Auditor:
         """The share at this τ: 1 at τ = 0 with a guarantee, as an answer at full depth is its own audit."""
         if self._outstanding >= MAX_PENDING or len(self._entries) >= MAX_ENTRIES or self._is_behind():
             return 0.0
-        if self._has_guarantee and (tau == 0 or len(self.served.model.manifest.exit_layers) == 1):
+        if self._has_guarantee and tau == 0:
             return 1.0
-        share = self._share
-        if self._learn is not None:
-            # The first LEARN_TEXTS texts are all audited, and about half as many of each twofold after that.
-            texts = self._texts * self._processes
-            share = max(share, 0.5 ** math.ceil(math.log2(max(1.0, texts / LEARN_TEXTS))))
+        share = self._share if self._traffic is None else max(self._share, self._traffic.share)
         return float(share * 0.5 ** (8 * self._outstanding // ROOM))
 
     def draw(self, job: Job) -> Draw | None:
@@ -189,7 +205,8 @@ class Auditor:
                 continue
             entry = self._open(client, share)
             entry.is_last = False
-            self._texts += 1
+            if self._traffic is not None:
+                self._traffic.texts += 1
             if self._has_guarantee and item.progress.tokens is not None:
                 entry.settled.keys.append(_key(item.progress.tokens))
             if not is_drawn:

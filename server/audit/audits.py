@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from de3.model_store.manifest import Manifest
-from de3.server.audit.auditor import Auditor
+from de3.server.audit.auditor import Auditor, Traffic
 from de3.server.audit.ledger import Settled, Standing
 from de3.server.audit.report import Live
 from de3.server.engine.audit import Audit
@@ -60,6 +60,7 @@ class Audits:
         self._settings, self._submit, self._books = settings, submit, books
         self.is_on = settings.share_of_audits > 0
         self._by_model: dict[str, Auditor] = {}
+        self._traffic: dict[str, Traffic] = {}  # by model name, on a server that learns
 
     def serve(self, served: Served) -> None:
         """Start to audit a model, or continue if it is the same one, reloaded."""
@@ -78,9 +79,13 @@ class Audits:
             write = None if self._settings.log_audits is None else self._books.write
             auditor = self._by_model[name] = Auditor(
                 *(served, self._settings, self._submit, count, write, lambda: self._books.is_behind),
-                learn if self._settings.learn else None,
+                *((learn, self._traffic_of(served)) if self._settings.learn else ()),
             )
         auditor.serve(served, self._books.serve(served))
+
+    def _traffic_of(self, served: Served) -> Traffic:
+        name = served.model.manifest.name
+        return self._traffic.setdefault(name, Traffic(self._settings.processes or 1))
 
     def apply(self, manifest: Manifest, standing: Standing) -> None:
         """Take τ of a model from its ledger."""
