@@ -736,9 +736,12 @@ def made(store: Path, version: int = 1, **changes: Any) -> Any:
 
 def books_of(**settings: Any) -> LocalBooks:
     """Ledgers of audits that never run."""
-    return LocalBooks(
-        Settings(audit_share=1.0, **settings), lambda served: served.rules.default, lambda *_: None
-    )
+
+    async def no_change(_: dict[str, Any]) -> dict[str, Any]:
+        raise AssertionError("nothing is learned")
+
+    on = Settings(audit_share=1.0, **settings)
+    return LocalBooks(on, lambda served: served.rules.default, lambda *_: None, no_change)
 
 
 def served_ledger(books: LocalBooks, served: Any) -> Ledger:

@@ -53,6 +53,10 @@ async def member(number: int, **handlers: Callable[..., Any]) -> AsyncIterator[P
             one.close()
 
 
+async def no_change(_: dict[str, Any]) -> dict[str, Any]:
+    raise AssertionError("nothing is learned")
+
+
 async def never() -> None:
     await asyncio.Event().wait()
 
@@ -78,7 +82,7 @@ def test_a_process_that_cannot_commit_is_replaced_and_the_change_stands(store: P
 
     async def run() -> None:
         group = Group(2)
-        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group).ledgers)
+        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
         said: list[str] = []
         both = {
             "prepare": lambda plan: {"no_kernels": ""},
@@ -109,7 +113,7 @@ def test_a_change_that_one_process_cannot_prepare_is_made_by_none(store: Path) -
 
     async def run() -> None:
         group = Group(2)
-        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group).ledgers)
+        models = SharedModels(settings, group, Weights(), SharedBooks(settings, group, no_change))
         models._set_state(STATE)
         async with (
             member(
