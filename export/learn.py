@@ -45,6 +45,7 @@ HELD_OUT, MAX_HELD_OUT = 0.4, 2000  # share and number of the new records that t
 MAX_FITTED = 20_000  # records
 MAX_LOSS = 0.01  # of accuracy, at the default τ of requests to a server without a guarantee
 LEAST_GAIN, LEAST_HOPE = 1.02, 1.05
+MAX_CPU_S = 3600
 SEED = 0
 PR_SET_PDEATHSIG = 1
 
@@ -309,6 +310,7 @@ def child() -> None:
     job = Job(**json.loads(sys.stdin.read()))
     _run_at_idle()
     resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     console.quiet = True
     try:
