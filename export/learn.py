@@ -35,7 +35,7 @@ from de3.model_store.graph import Array, Source, quantize, source_of
 from de3.model_store.manifest import FileEntry, Learned, Manifest, base_of
 from de3.model_store.model import check_segment
 from de3.model_store.printable import printable
-from de3.model_store.records import MAX_FILE_BYTES, Records, read
+from de3.model_store.records import MAX_FILE_BYTES, Records, joined, read
 from de3.model_store.segment_graph import build_segment, graph_name
 from de3.model_store.store import Artifact, Store, read_manifest
 from de3.training.progress import console
@@ -212,10 +212,19 @@ def _evidence(records: Records, recorded: Recorded, scores: NDArray[np.float64])
         }
 
 
-def publish(base: Artifact, fitted: Fitted, store: Store, version: int, attempt: int, records: int) -> Path:
-    """Publish a model with these exits as a version of its name; returns its folder.
+def publish(
+    base: Artifact,
+    fitted: Fitted,
+    store: Store,
+    attempt: int,
+    records: int,
+    name: str | None = None,
+    version: int | None = None,
+) -> Path:
+    """Publish a model with these exits; returns its folder.
 
-    Raises StoreError for a damaged base, and OSError if the version exists.
+    name, version: of the new version; None: the base's name, and the next version in the store. Raises StoreError for a
+    damaged base, and OSError if the version exists.
     """
     manifest, exits = base.manifest, fitted.exits
     layers = list(range(manifest.num_layers))
@@ -224,7 +233,7 @@ def publish(base: Artifact, fitted: Fitted, store: Store, version: int, attempt:
         "prototype_layers": layers if exits.spaces else [],
         "metric_dim": manifest.hidden_size,
         "pooling": exits.pooling,
-        "version": version,
+        "name": name or manifest.name,
         "created": int(time.time()),
         "source": manifest.source,
         "learned": Learned(base=base_of(manifest), attempt=attempt, records=records),
@@ -232,7 +241,7 @@ def publish(base: Artifact, fitted: Fitted, store: Store, version: int, attempt:
         **fitted.calibrated.fields(),
     }
     made = manifest.model_copy(update=fields)
-    with store.new_version(manifest.name) as draft:
+    with store.new_version(made.name) as draft:
         norm: Mapping[str, Array] = {}
         for layer in reversed(range(manifest.num_layers + 1)):  # the last layer has the norm before an exit
             file = manifest.segment_files()[layer]
@@ -248,8 +257,37 @@ def publish(base: Artifact, fitted: Fitted, store: Store, version: int, attempt:
         draft.write({"prototypes.safetensors": save_tensors(prototypes)})
         draft.write({"tokenizer.json": base.read("tokenizer.json")})
         entries = {file: FileEntry.model_validate(entry) for file, entry in draft.entries().items()}
-        final = made.model_copy(update={"files": entries})
+        number = version or draft.next_version()
+        final = made.model_copy(update={"files": entries, "version": number})
         return draft.publish(Manifest.model_validate(final.model_dump()))
+
+
+def import_records(base: Artifact, files: Sequence[Path], store: Store, name: str, rate: float) -> Path:
+    """Publish a model with exits that are fitted to the records of one or several servers; returns its folder.
+
+    Raises ValueError for unusable files, and StoreError for a damaged model.
+    """
+    found = []
+    for file in files:
+        try:
+            found.append(read(file, MAX_FILE_BYTES))
+            _check(found[-1], base.manifest)
+        except (ValueError, OSError) as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(str(file)) else f"{file}: {message}") from None
+    records = joined(found)
+    fitted = fit_exits(records, base.manifest, 1, rate)
+    console.print(
+        f"on {len(fitted.evidence)} held-out records the exits allow {fitted.speedup:.2f}× in layers at "
+        f"{100 * rate:g}% disagreement",
+        highlight=False,
+    )
+    return publish(base, fitted, store, 1, len(records), name)
+
+
+def _check(records: Records, manifest: Manifest) -> None:
+    """Raise ValueError for records of another model."""
+    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
 
 
 def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[str, Any]:
@@ -258,7 +296,7 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
     Raises ValueError for records that are too few or of another model, and StoreError for a damaged model.
     """
     manifest = base.manifest
-    records.check(base_of(manifest), manifest.num_layers, manifest.hidden_size, len(manifest.labels))
+    _check(records, manifest)
     started = time.monotonic()
     fitted = fit_exits(records, manifest, job.attempt, job.rate, job.first_new)
     is_better = fitted.proved_speedup >= LEAST_GAIN * job.speedup
@@ -266,7 +304,7 @@ def learn(base: Artifact, records: Records, store: Store, job: "Job") -> dict[st
         is_better = fitted.speedup >= LEAST_HOPE
     path = None
     if is_better:
-        path = str(publish(base, fitted, store, job.version, job.attempt, len(records)))
+        path = str(publish(base, fitted, store, job.attempt, len(records), version=job.version))
     return {
         "path": path,
         "speedup": round(fitted.speedup, 3),

@@ -50,6 +50,42 @@ def fuzz(
 
 
 @app.command()
+def learn(
+    stock: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
+    texts: Annotated[Path, typer.Option(help="Texts that the classifier was not trained on.")],
+    then: Annotated[Path, typer.Option(help="Texts of another kind, which come after them.")],
+    out: Annotated[Path, typer.Option(help="Folder for learn.json and learn.png.")] = Path("runs/learn"),
+    guarantee: Annotated[float, typer.Option(help="The promised rate of disagreement.")] = 0.02,
+    orders: Annotated[int, typer.Option(help="Streams, each in an order of its own.", min=1)] = 3,
+    per_second: Annotated[float, typer.Option(help="Texts a second.", min=1)] = 100.0,
+    then_column: Annotated[str, typer.Option(help="Column of the texts of another kind.")] = "text",
+    most_then: Annotated[int, typer.Option(help="Texts of another kind, at most.")] = 3000,
+    port: options.Port = 8100,
+) -> None:
+    """Serve a stock classifier with --learn, send it a stream of texts, and compare it with an offline import.
+
+    Example: python -m lab learn runs/stock/model --texts runs/stock/texts.jsonl --then electronics.tsv
+    """
+    from de3.tables import Columns, read_rows
+    from lab import learn as learning
+    from lab.soak import check_plots
+
+    check_plots()
+
+    def read_texts(path: Path, column: str) -> list[str]:
+        rows = read_rows(path, Columns(text=column, label=None, quotes=True))
+        return list(dict.fromkeys(text for text, _ in rows if isinstance(text, str)))
+
+    first, others = read_texts(texts, "text"), read_texts(then, then_column)[:most_then]
+    stories = []
+    for seed in range(orders):
+        stories.append(learning.tell(stock, first, others, guarantee, per_second, port, seed))
+        learning.write(stories, out)
+        columns, rows = learning.table(stories)
+        show(columns, rows)
+
+
+@app.command()
 def starts(
     folder: Annotated[Path, typer.Argument(help="Folder of a stock classifier of transformers.")],
     rounds: Annotated[int, typer.Option(help="Starts of each server, in turn.", min=1)] = 5,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from de3.exits.promise import error_of
+from de3.exits.rule import ExitRule
 from de3.exits.signals import Entropy
 from de3.export import learn as learning
 from de3.export.classifier import Stock, convert
 from de3.model_store import records as files
-from de3.model_store.manifest import base_of
+from de3.model_store.manifest import Learned, Manifest, base_of
 from de3.model_store.model import Model
 from de3.model_store.records import Records, joined, read
 from de3.model_store.segments import ForwardPass
@@ -38,6 +40,7 @@ from de3.server.learn.reservoir import Reservoir
 from de3.server.rules import Rules
 from de3.server.settings import Settings
 from de3.training.data import Example
+from tests.commands import de3, refusal
 from tests.fixtures import made_once, make_rows
 from tests.serving import Server, serving, until
 from tests.stock import fine_tuned
@@ -289,10 +292,10 @@ def test_after_a_change_only_new_texts_test_and_old_ones_are_at_most_as_many(som
 def test_learned_exits_leave_full_depth_as_it_was(
     base: Artifact, fitted: learning.Fitted, tmp_path: Path
 ) -> None:
-    path = learning.publish(base, fitted, Store(tmp_path), 7, 3, 400)
+    path = learning.publish(base, fitted, Store(tmp_path), 3, 400, version=7)
     made = Store(tmp_path).open_path(path)
     manifest = made.manifest
-    assert (manifest.full_name if hasattr(manifest, "full_name") else made.full_name) == "base:7"
+    assert made.full_name == "base:7"
     assert manifest.learned is not None and manifest.learned.attempt == 3
     assert base_of(manifest) == base_of(base.manifest)
     assert manifest.exit_layers == list(range(manifest.num_layers + 1))
@@ -310,9 +313,9 @@ def test_learned_exits_can_be_learned_anew(
     base: Artifact, some: Records, fitted: learning.Fitted, tmp_path: Path
 ) -> None:
     store = Store(tmp_path)
-    first = store.open_path(learning.publish(base, fitted, store, 2, 1, 400))
+    first = store.open_path(learning.publish(base, fitted, store, 1, 400, version=2))
     again = learning.fit_exits(some, first.manifest, 2, 0.05)
-    second = store.open_path(learning.publish(first, again, store, 3, 2, 400))
+    second = store.open_path(learning.publish(first, again, store, 2, 400))
     assert base_of(second.manifest) == base_of(base.manifest)
     text = "a fine film"
     outputs = [model.full_depth(model.tokenize(text))[-1].logits for model in map(Model, (base, second))]
@@ -325,7 +328,7 @@ def test_the_model_answers_as_the_fit_measured(
 ) -> None:
     """The exits of the served model, on the held-out texts, give the scores of the evidence."""
     store = Store(tmp_path)
-    model = Model(store.open_path(learning.publish(base, fitted, store, 2, 1, 400)), "onnxruntime")
+    model = Model(store.open_path(learning.publish(base, fitted, store, 1, 400, version=2)), "onnxruntime")
     signal, texts = model.manifest.default_signal, texts_of(400, 6)
     assert signal.name == "risk"
     worst = []
@@ -333,8 +336,6 @@ def test_the_model_answers_as_the_fit_measured(
         steps = model.full_depth(model.tokenize(texts[row["key"]]))
         labels = [int(step.logits.argmax()) for step in steps if step.logits is not None]
         assert [label != labels[-1] for label in labels] == row["differs"]
-        from de3.exits.rule import ExitRule
-
         rule, passed = ExitRule(0.0, signal), []
         for layer, step in enumerate(steps):
             assert step.logits is not None
@@ -356,8 +357,26 @@ def test_fp32_models_learn_too(stock_store: Path, tmp_path: Path) -> None:
     found = records_of(Model(plain, "onnxruntime"), texts_of(200, 6))
     fitted = learning.fit_exits(found, plain.manifest, 1, 0.1)
     made = Store(tmp_path)
-    model = Model(made.open_path(learning.publish(plain, fitted, made, 2, 1, 200)))
+    model = Model(made.open_path(learning.publish(plain, fitted, made, 1, 200)))
     assert model.runtime == "onnxruntime" and len(model.manifest.exit_layers) > 1
+
+
+def test_exits_are_imported_from_the_records_of_several_servers(
+    base: Artifact, stock_store: Path, some: Records, tmp_path: Path
+) -> None:
+    some.part(np.arange(250)).write(tmp_path / "a")
+    some.part(np.arange(250, 400)).write(tmp_path / "b")
+    store = tmp_path / "store"
+    shutil.copytree(stock_store, store)
+    said = de3(f"import base --records {tmp_path}/a --records {tmp_path}/b --name both --store {store}")
+    assert "on 160 held-out records the exits allow" in said and "both/1" in said
+    made = Store(store).open("both")
+    assert made.manifest.learned is not None and made.manifest.learned.records == 400
+    with serving(store, models=["both"]) as server:  # like any other model
+        assert server.classify(input="a film", tau=1).json()["data"][0]["exit"]["layer"] == 0
+    (tmp_path / "b").write_bytes(b"no")
+    assert "b: it is damaged" in refusal(f"import base --records {tmp_path}/b --name x --store {store}")
+    assert "either --texts or --records" in refusal(f"import base --name x --store {store}")
 
 
 # The process
@@ -551,9 +570,7 @@ def test_held_out_texts_prove_a_tau_but_are_no_audits(fitted: learning.Fitted, b
     assert one.speedup() == 1.0  # not known without audits
 
 
-def _learned(base: Artifact, fitted: learning.Fitted) -> Any:
-    from de3.model_store.manifest import Learned, Manifest
-
+def _learned(base: Artifact, fitted: learning.Fitted) -> Manifest:
     layers = list(range(base.manifest.num_layers + 1))
     fields = {
         "exit_layers": layers,

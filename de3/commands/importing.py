@@ -27,19 +27,31 @@ from de3.commands.options import (
 )
 from de3.tables import Columns, read_groups, read_rows, records
 
+RATE = 0.02  # of disagreement, at which a speed-up is reported
+
 
 @with_fields(Columns, without=["label"])
 def import_model(
     model: Annotated[
         str, typer.Argument(help="Folder or hub id of a transformers …ForSequenceClassification model.")
     ],
-    texts: Annotated[
-        Path,
-        typer.Option(
-            help="Texts like those to be served: a .txt file with one text per line, or .csv, .tsv or .jsonl."
-        ),
-    ],
     name: Annotated[str, typer.Option(help="Name of the model in the store.")],
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts like those to be served: a .txt file with one text per line, or .csv, .tsv or .jsonl.",
+            show_default=False,
+        ),
+    ] = None,
+    records_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--records",
+            help="Instead of --texts: records of live traffic, from the state folders of servers that learn "
+            "(learned/NAME.records); repeat for several replicas.",
+            show_default=False,
+        ),
+    ] = None,
     store: StoreOption = Path("models"),
     work: Annotated[
         Path | None,
@@ -122,6 +134,12 @@ def import_model(
     Example: de3 import my-org/my-classifier --texts traffic.txt --name mine
     """
     need_fit_extra()
+    if (texts is None) == (not records_files):
+        raise ValueError("give either --texts or --records")
+    if records_files:
+        _import_records(model, records_files, name, store, quantize)
+        return
+    assert texts is not None
     if finetune:
         need_train_extra()
     from de3.exits.recorded import MAX_TOLERANCE, MIN_TOLERANCE
@@ -170,3 +188,16 @@ def import_model(
         markup=False,
         soft_wrap=True,
     )
+
+
+def _import_records(model: str, files: list[Path], name: str, store: Path, quantize: str) -> None:
+    """Publish a model with exits that are fitted to records of live traffic."""
+    from de3.export.exporter import ExportSettings
+    from de3.export.learn import import_records
+    from de3.library import artifact_of
+    from de3.model_store.store import Store
+    from de3.training.progress import console
+
+    ExportSettings(name, quantize)  # checks them
+    path = import_records(artifact_of(model, store, quantize), files, Store(store), name, RATE)
+    console.print(f"published {path}. Next: {next_serve(store, name)}", markup=False, soft_wrap=True)

@@ -179,6 +179,44 @@ _PROMISE = (
     ),
 )
 
+_LEARN = (
+    Panel(
+        "Records of live traffic",
+        "lines",
+        "none",
+        "With --learn: records in memory, from which exits learn, and further records after which the next fit starts.",
+        (
+            Query(f"max by (model) (de3_learn_records{M})", "records {{model}}"),
+            Query(f"min by (model) (de3_learn_missing_records{M})", "until the next fit {{model}}"),
+        ),
+        width=8,
+        row="Learning",
+    ),
+    Panel(
+        "Speed-up of the latest fit",
+        "lines",
+        "none",
+        "Speed-up in layers of the exits of the latest fit on held-out records: what they allow at the promised rate, "
+        "and what these records prove. Served exits become faster as audits of live traffic prove more.",
+        (
+            Query(f"max by (model) (de3_learn_speedup{M})", "at the promised rate {{model}}"),
+            Query(f"max by (model) (de3_learn_proved_speedup{M})", "proved {{model}}"),
+        ),
+        width=8,
+    ),
+    Panel(
+        "Fits",
+        "lines",
+        "none",
+        "Fits of exits by outcome: served, not_faster (than what is served) or failed; and fits that run.",
+        (
+            Query(f"sum by (model, outcome) (increase(de3_learn_fits_total{M}{R}))", "{{outcome}} {{model}}"),
+            Query(f"sum by (model) (de3_learn_fitting{M})", "running {{model}}"),
+        ),
+        width=8,
+    ),
+)
+
 SPEED_UP = Dashboard(
     "de3-speed-up",
     "Speed-up",
@@ -455,6 +493,7 @@ QUALITY = Dashboard(
             (Query("max(de3_load_level)", "level"),),
         ),
         *_PROMISE,
+        *_LEARN,
     ),
 )
 # The accuracy panel is on the speed-up dashboard, too.
