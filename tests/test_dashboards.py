@@ -125,7 +125,15 @@ def prometheus(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     texts = [text for text, _ in make_rows(400, 5)]
     stop = threading.Event()
     with (
-        serving(store, models=["tiny"], slo_p99_ms=1000, ood_policy="flag", guarantee=0.1) as server,
+        serving(
+            store,
+            models=["tiny"],
+            slo_p99_ms=1000,
+            ood_policy="flag",
+            guarantee=0.1,
+            learn=True,
+            state_dir=tmp_path_factory.mktemp("state"),
+        ) as server,
         scraping(server.port, tmp_path_factory.mktemp("prometheus")) as running,
     ):
 

@@ -186,8 +186,8 @@ _LEARN = (
         "none",
         "With --learn: records in memory, from which exits learn, and further records after which the next fit starts.",
         (
-            Query(f"max by (model) (de3_learn_records{M})", "records {{model}}"),
-            Query(f"min by (model) (de3_learn_missing_records{M})", "until the next fit {{model}}"),
+            Query("max by (model) (de3_learn_records)", "records {{model}}"),
+            Query("min by (model) (de3_learn_missing_records)", "until the next fit {{model}}"),
         ),
         width=8,
         row="Learning",
@@ -199,8 +199,8 @@ _LEARN = (
         "Speed-up in layers of the exits of the latest fit on held-out records: what they allow at the promised rate, "
         "and what these records prove. Served exits become faster as audits of live traffic prove more.",
         (
-            Query(f"max by (model) (de3_learn_speedup{M})", "at the promised rate {{model}}"),
-            Query(f"max by (model) (de3_learn_proved_speedup{M})", "proved {{model}}"),
+            Query("max by (model) (de3_learn_speedup)", "at the promised rate {{model}}"),
+            Query("max by (model) (de3_learn_proved_speedup)", "proved {{model}}"),
         ),
         width=8,
     ),
@@ -210,8 +210,8 @@ _LEARN = (
         "none",
         "Fits of exits by outcome: served, not_faster (than what is served) or failed; and fits that run.",
         (
-            Query(f"sum by (model, outcome) (increase(de3_learn_fits_total{M}{R}))", "{{outcome}} {{model}}"),
-            Query(f"sum by (model) (de3_learn_fitting{M})", "running {{model}}"),
+            Query(f"sum by (model, outcome) (increase(de3_learn_fits_total{R}))", "{{outcome}} {{model}}"),
+            Query("sum by (model) (de3_learn_fitting)", "running {{model}}"),
         ),
         width=8,
     ),

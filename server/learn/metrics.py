@@ -16,7 +16,7 @@ class LearnMetrics(Collector):
         self._learners = learners
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        """The metrics; speed-ups only after a fit."""
+        """The metrics; a speed-up is 1 before the first fit."""
         gauge = partial(GaugeMetricFamily, labels=["model"])
         records = gauge("de3_learn_records", "Records of live traffic in memory, from which exits learn")
         next_fit = gauge(
@@ -42,9 +42,8 @@ class LearnMetrics(Collector):
             next_fit.add_metric(name, max(0, learner.next_fit - learner.count))
             fitting.add_metric(name, learner.phase == "fitting")
             measured = [one for one in results if one.speedup is not None]
-            if measured:
-                speedup.add_metric(name, measured[-1].speedup or 1.0)
-                proved.add_metric(name, measured[-1].proved_speedup or 1.0)
+            speedup.add_metric(name, (measured[-1].speedup if measured else None) or 1.0)
+            proved.add_metric(name, (measured[-1].proved_speedup if measured else None) or 1.0)
             for outcome in ("served", "not_faster", "failed"):
                 fits.add_metric([learner.name, outcome], learners.fits.get((learner.name, outcome), 0))
         yield from (records, next_fit, fitting, speedup, proved, fits)

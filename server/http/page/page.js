@@ -19,7 +19,9 @@ const EXAMPLES = {
   ],
 };
 const $ = (id) => document.getElementById(id);
-const state = { models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false };
+const state = {
+  models: [], model: null, table: [], choice: "tau", fullDepth: null, samples: [], isAudited: false, learns: true,
+};
 
 // The exit options of the slider, by request field: values, initial value, text and hint.
 const CHOICES = {
@@ -431,7 +433,7 @@ function drawCurve(exit) {
 }
 
 /** The disagreement that audits measured at the τ in force, the calibration's, and the promise. */
-function drawMeasured({ audits, measured, calibrated, promise, tau }) {
+function drawMeasured({ audits, measured, calibrated, promise, tau }, learned) {
   const share = (value) => `${+(value * 100).toFixed(2)}%`;
   const things = hasClasses() ? "labels" : "values";
   const parts = [];
@@ -455,6 +457,7 @@ function drawMeasured({ audits, measured, calibrated, promise, tau }) {
     );
   }
   if (promise && tau.tau > 0) parts.push(`Promised: at most ${share(promise.max_disagreement)}.`);
+  if (learned) parts.push(`Exits are learned from live texts (${plural(learned.records, "record")}): ${learned.said}.`);
   $("measured").textContent = parts.join(" ");
 }
 
@@ -522,20 +525,27 @@ function quantile(buckets, share) {
   return lower;
 }
 
-/** Show the results of audits, if the server audits the model's texts. */
-async function measure() {
-  const { model } = state;
-  let audit = null;
+/** A report of the server on a model, such as "audit"; null without one, undefined if a later poll may succeed. */
+async function reported(what, model) {
   try {
-    audit = await getJson(`v1/models/${encodeURIComponent(model.id)}/audit`);
+    return await getJson(`v1/models/${encodeURIComponent(model.id)}/${what}`);
   } catch (error) {
     if (!(error instanceof Refused)) throw error;
-    if (![404, 409].includes(error.status)) return; // a later poll may succeed
+    return [404, 409].includes(error.status) ? null : undefined;
   }
+}
+
+/** Show the results of audits, and of what is learned from them, if the server does either. */
+async function measure() {
+  const { model } = state;
+  const audit = await reported("audit", model);
+  if (audit === undefined) return;
+  const learned = audit && state.learns ? await reported("learn", model) : null;
+  if (learned === null) state.learns = false;
   if (state.model !== model) return; // another one was selected in the meantime
   state.isAudited = audit !== null;
   $("measured").hidden = !audit;
-  if (audit) drawMeasured(audit);
+  if (audit) drawMeasured(audit, learned);
 }
 
 let polls = 0;
@@ -633,6 +643,7 @@ async function use(model) {
   state.model = model;
   state.table = [];
   state.isAudited = true; // until the server says otherwise
+  state.learns = true;
   $("measured").hidden = true;
   $("model").value = model.id;
   let rows = [];
